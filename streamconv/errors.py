@@ -1,0 +1,125 @@
+"""Every error streamconv raises on purpose, and the exit status each one ends a command with.
+
+    StreamconvError
+    ├── UsageError            2   a flag is unknown, missing, contradictory or not supported
+    ├── CheckpointError       3   the source is not a checkpoint we can read
+    │   ├── HeaderError           a safetensors header breaks a rule of the format
+    │   ├── SourceChangedError    a source file shrank, vanished or changed while we ran
+    │   └── TensorError           a tensor is missing, unexpected, or of the wrong shape or dtype
+    ├── RefusedError          4   the request cannot give a correct checkpoint (all reasons are listed)
+    ├── BudgetError           5   the memory budget cannot work; names the smallest one that does
+    ├── OutputError           6   the output cannot be written: exists, no space, no permission
+    │   └── LockedError           another run holds the output
+    ├── VerifyError           7   a written checkpoint is not what it should be
+    ├── DataError             8   the weights hold values that must not be quantized (NaN, infinity)
+    ├── HubError              9   the Hugging Face Hub did not give what was asked for
+    └── Interrupted     130/143   SIGINT or SIGTERM; the work done so far is kept for a resume
+
+A message is one line that says what is wrong and where; `hint` says what to do about it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class StreamconvError(Exception):
+    """Base of all errors meant for the user.
+
+    Args:
+        message: what is wrong, naming the file, tensor or flag.
+        hint: what to do about it, if there is something to do.
+    """
+
+    exit_status = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message} ({self.hint})" if self.hint else self.message
+
+
+class UsageError(StreamconvError):
+    exit_status = 2
+
+
+class CheckpointError(StreamconvError):
+    exit_status = 3
+
+
+class HeaderError(CheckpointError):
+    """A safetensors header that breaks a rule of the format."""
+
+
+class SourceChangedError(CheckpointError):
+    """A source file shrank, vanished or was replaced while it was being read."""
+
+
+class TensorError(CheckpointError):
+    """A tensor is missing, unexpected, or has the wrong shape or dtype."""
+
+
+class RefusedError(StreamconvError):
+    """The plan found reasons why this request cannot give a correct checkpoint.
+
+    Args:
+        problems: one line each, naming the tensor or flag; all that were found, not only the first.
+    """
+
+    exit_status = 4
+
+    def __init__(self, problems: Sequence[str], *, hint: str | None = None) -> None:
+        self.problems = tuple(problems)
+        if len(self.problems) == 1:
+            message = self.problems[0]
+        else:
+            message = f"{len(self.problems)} problems: " + "; ".join(self.problems)
+        super().__init__(message, hint=hint)
+
+
+class BudgetError(StreamconvError):
+    exit_status = 5
+
+
+class OutputError(StreamconvError):
+    exit_status = 6
+
+
+class LockedError(OutputError):
+    """Another run is writing to this output."""
+
+
+class VerifyError(StreamconvError):
+    exit_status = 7
+
+
+class DataError(StreamconvError):
+    exit_status = 8
+
+
+class HubError(StreamconvError):
+    exit_status = 9
+
+
+class Interrupted(StreamconvError):
+    """Stopped by a signal.
+
+    Args:
+        signum: the signal; the exit status is 128 + signum.
+    """
+
+    def __init__(self, message: str, *, signum: int, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.exit_status = 128 + signum
+
+
+def printable(name: str, limit: int = 200) -> str:
+    """`name` with control characters escaped and its middle cut, so that it can be shown on one line."""
+    text = name.encode("unicode_escape", "backslashreplace").decode("ascii")
+    if len(text) > limit:
+        keep = (limit - 5) // 2
+        text = f"{text[:keep]} ... {text[-keep:]}"
+    return text

@@ -1,0 +1,78 @@
+"""What a user can ask for. One place for every choice that decides output bytes, and for those that do not."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+Version = Literal["0.16", "1.2"]
+TARGET_VERSIONS: tuple[Version, ...] = ("0.16", "1.2")
+TARGET_SMS = (75, 80, 86, 87, 89, 90, 100, 103, 120, 121)
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Every choice that decides output bytes. It is recorded in the manifest and is part of the fingerprint.
+
+    Attributes:
+        tp_size, pp_size, cp_size: tensor, pipeline and context parallel sizes.
+        moe_tp_size, moe_ep_size: split of tp_size over experts; -1 is resolved by checkpoint spec §2.3.
+        dtype: "auto", "float16", "bfloat16" or "float32" (§2.7).
+        quant: a key of the quants registry ("none", "int8", "int4", ...).
+        kv_cache: None, "int8" or "fp8".
+        target_sm: compute capability the processed layouts are for (quantization spec §3.3), None if not stated.
+        target_version: TensorRT-LLM release line the checkpoint is for.
+        encoding: "processed" (bytes laid out for target_sm) or "raw" (quantization spec §2.5 R).
+        rope_tables: also write the three rotary tables of checkpoint spec §1.7.
+        allow_nonfinite: quantize matrices that hold NaN or infinity instead of stopping.
+        smoothquant: the alpha of SmoothQuant, used by quant "smoothquant" only.
+        max_position_embeddings: overrides the value taken from the source, None keeps it.
+    """
+
+    tp_size: int = 1
+    pp_size: int = 1
+    cp_size: int = 1
+    moe_tp_size: int = -1
+    moe_ep_size: int = -1
+    dtype: str = "auto"
+    quant: str = "none"
+    kv_cache: str | None = None
+    group_size: int = 128
+    target_sm: int | None = None
+    target_version: Version = "1.2"
+    encoding: Literal["processed", "raw"] = "processed"
+    use_parallel_embedding: bool = False
+    embedding_sharding_dim: int = 0
+    use_embedding_sharing: bool = False
+    remove_duplicated_kv_heads: bool = False
+    disable_weight_only_quant_plugin: bool = False
+    use_meta_fp8_rowwise_recipe: bool = False
+    smoothquant: float = 0.5
+    per_channel: bool = False
+    per_token: bool = False
+    rope_tables: bool = False
+    allow_nonfinite: bool = False
+    max_position_embeddings: int | None = None
+
+    def to_json(self) -> dict[str, object]:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """Choices that never change a byte of the output.
+
+    Attributes:
+        memory_budget: ceiling of the process's peak resident set in bytes; None derives it from free memory.
+        workers: worker threads; None derives them from processors and budget.
+        device: "auto", "cpu", "cuda", "cuda:0", ...
+        tile_rows: upper bound on the source rows of a tile (tests force small tiles with it).
+        disk_reserve: bytes of free disk to leave untouched.
+    """
+
+    memory_budget: int | None = None
+    workers: int | None = None
+    device: str = "auto"
+    tile_rows: int | None = None
+    disk_reserve: int = 0
