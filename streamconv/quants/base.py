@@ -1,0 +1,116 @@
+"""What a quantization is: how rows of a weight matrix become the tensors of a checkpoint, and back.
+
+A format is one file in this folder. It registers a `Quant`, which, for one set of options, gives an `Encoding` per kind of
+module. An encoding is row-streaming: output row n of a matrix decides bytes [n*row_bytes, (n+1)*row_bytes) of each of
+its tensors and no others, so tiles may be cut at any multiple of `row_align` rows.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from streamconv.checkpoint.dtypes import DType
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One stored tensor of an encoded matrix.
+
+    Attributes:
+        suffix: last component of the tensor's name, e.g. "weight" or "per_channel_scale".
+        dtype: stored type.
+        shape: recorded shape.
+        row_bytes: bytes that one output row of the matrix contributes.
+    """
+
+    suffix: str
+    dtype: DType
+    shape: tuple[int, ...]
+    row_bytes: int
+
+
+@dataclass(slots=True)
+class Findings:
+    """What encoding met on the way: counts of elements.
+
+    Attributes:
+        nonfinite: NaN or infinity in a matrix that is quantized.
+        overflow: finite values that became infinite in the model dtype.
+    """
+
+    nonfinite: int = 0
+    overflow: int = 0
+
+    def add(self, other: Findings) -> None:
+        self.nonfinite += other.nonfinite
+        self.overflow += other.overflow
+
+
+Kernel = Callable[["np.ndarray[Any, Any]", int, int, int, int, "Sequence[np.ndarray[Any, Any]]"], Findings]
+"""A fused CPU kernel: kernel(flat, start, stride, rows, cols, outs).
+
+`flat` is a 1-D contiguous array of the source storage type (u2 for BF16/F16, u4 for F32, u1 for one-byte types);
+element (r, c) of the block is flat[start + r*stride + c]. `outs` are 1-D uint8 arrays of exactly rows*row_bytes bytes, one
+for each part. It must release the interpreter lock while it works.
+"""
+
+
+class Encoding(ABC):
+    """How the rows of one matrix are stored. Instances are small, immutable and hashable (frozen dataclasses)."""
+
+    name: str = ""
+    """What a plan prints for it, e.g. "int8 (layout A)"."""
+
+    row_align: int = 1
+    """Tiles hold a multiple of this many output rows (the matrix itself too)."""
+
+    quantizes: bool = False
+    """True if NaN and infinity must stop the conversion."""
+
+    @abstractmethod
+    def parts(self, rows: int, cols: int, experts: int = 0) -> tuple[Part, ...]:
+        """The tensors stored for a matrix [rows, cols], or [experts, rows, cols] when experts > 0.
+
+        Row counts of a matrix with experts run over experts * rows.
+        """
+
+    @abstractmethod
+    def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
+        """The definition: source rows [r, cols] in the source dtype -> one 1-D uint8 tensor for each part, on block's device."""
+
+    @abstractmethod
+    def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:
+        """Inverse of encode up to the rounding of the format: 1-D uint8 tensors -> float32 [rows, cols]."""
+
+    def kernel(self, source: DType) -> Kernel | None:
+        """The fused CPU kernel for this source dtype, or None to run the torch definition."""
+        return None
+
+    def torch_bytes_per_element(self) -> int:
+        """Working memory of the torch definition, bytes per source element (its peak, inputs and outputs not counted)."""
+        return 24
+
+
+@dataclass(frozen=True, slots=True)
+class QuantInfo:
+    """A line of `streamconv list quants`.
+
+    Attributes:
+        key: the value of --quant.
+        algo: config.json quantization.quant_algo, None for an unquantized checkpoint.
+        summary: one line for people.
+        sm_dependent: the bytes depend on --target-sm.
+    """
+
+    key: str
+    algo: str | None
+    summary: str
+    sm_dependent: bool = False
+    extra: dict[str, str] = field(default_factory=dict)
