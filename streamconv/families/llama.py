@@ -1,0 +1,5 @@
+"""Llama and everything that is spelled like it (spec §3)."""
+
+from streamconv.families.base import LLAMA_TENSORS, Family
+
+FAMILIES = (Family("llama", ("LlamaForCausalLM",), "llama", LLAMA_TENSORS),)

@@ -1,0 +1,5 @@
+"""Mistral and Mistral-NeMo: Llama with its own head size; the sliding window leaves no trace (spec §6.1)."""
+
+from streamconv.families.base import LLAMA_TENSORS, MLP_BIASES, Family, without
+
+FAMILIES = (Family("mistral", ("MistralForCausalLM",), "llama", without(LLAMA_TENSORS, *MLP_BIASES)),)

@@ -1,0 +1,70 @@
+"""Match the tensor names of a source against a family table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from streamconv.families.base import Family
+
+Key = tuple[str, int, int]
+"""(role, layer, expert); -1 where the role has none."""
+
+
+def _split(name: str) -> tuple[str, tuple[int, ...]]:
+    """ "a.3.b" -> ("a.#.b", (3,)); only plain decimal components count as numbers."""
+    numbers: list[int] = []
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        if part.isdecimal() and part.isascii() and (part == "0" or part[0] != "0") and len(part) < 10:
+            numbers.append(int(part))
+            parts[i] = "#"
+    return ".".join(parts), tuple(numbers)
+
+
+def match(family: Family, names: Iterable[str], prefixes: tuple[str, ...] = ("",)) -> tuple[dict[Key, str], list[str]]:
+    """Sort source names into roles.
+
+    Args:
+        family: the table.
+        names: source tensor names.
+        prefixes: strings that may stand before every pattern (multimodal wrappers).
+
+    Returns:
+        (role, layer, expert) -> name, and the names that nothing matches, in order. A second name for one role counts as
+        unmatched.
+    """
+    table: dict[str, tuple[str, str]] = {}
+    for prefix in prefixes:
+        for role, patterns in family.tensors.items():
+            for pattern in patterns:
+                table[_canonical(prefix + pattern)] = (role, pattern)
+        for pattern in family.ignored:
+            table[_canonical(prefix + pattern)] = ("", pattern)
+    found: dict[Key, str] = {}
+    unmatched: list[str] = []
+    for name in names:
+        shape, numbers = _split(name)
+        hit = table.get(shape)
+        if hit is None:
+            unmatched.append(name)
+            continue
+        role, pattern = hit
+        if not role:
+            continue
+        layer = numbers[0] if "{layer}" in pattern else -1
+        expert = numbers[-1] if "{expert}" in pattern else -1
+        key = (role, layer, expert)
+        if key in found:
+            unmatched.append(name)
+        else:
+            found[key] = name
+    return found, unmatched
+
+
+def _canonical(pattern: str) -> str:
+    return pattern.replace("{layer}", "#").replace("{expert}", "#")
+
+
+def example(family: Family, role: str, layer: int, expert: int) -> str:
+    """The name that the family expects for a role."""
+    return family.tensors[role][0].replace("{layer}", str(layer)).replace("{expert}", str(expert))
