@@ -1,0 +1,167 @@
+"""Collects matrices and what feeds them, then fixes offsets and turns feeds into spans.
+
+A feed says: rows of a source become rows of a matrix. Feeds of one source are cut where the set of matrices changes, so
+that every source row is read once and serves every rank that needs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from streamconv.checkpoint.dtypes import DType
+from streamconv.checkpoint.header import build_header
+from streamconv.plan import (
+    PLAIN_ROWS,
+    Constant,
+    Dest,
+    Matrix,
+    OutputFile,
+    OutputTensor,
+    PartPlace,
+    RowOp,
+    Source,
+    SourceTensor,
+    Span,
+    align_of,
+)
+from streamconv.quants.base import Encoding, Part
+
+
+@dataclass(slots=True)
+class _Draft:
+    file: int
+    name: str
+    rows: int
+    cols: int
+    encoding: Encoding
+    parts: tuple[Part, ...]
+    note: str
+    filled: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Feed:
+    start: int
+    stop: int
+    op: RowOp
+    matrix: int
+    row: int
+    cols: tuple[tuple[int, int], ...]
+
+
+@dataclass(slots=True)
+class _Fixed:
+    file: int
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    data: bytes
+
+
+@dataclass(slots=True)
+class Builder:
+    """Mutable while a target describes its checkpoint; `finish` freezes it."""
+
+    files: int
+    _drafts: list[_Draft] = field(default_factory=list)
+    _feeds: dict[str, list[_Feed]] = field(default_factory=dict)
+    _sources: dict[str, Source] = field(default_factory=dict)
+    _fixed: list[_Fixed] = field(default_factory=list)
+
+    def matrix(
+        self, file: int, name: str, rows: int, cols: int, encoding: Encoding, *, experts: int = 0, note: str = ""
+    ) -> int:
+        """Add a matrix [rows, cols], or [experts, rows, cols]; gives its number."""
+        parts = encoding.parts(rows, cols, experts)
+        self._drafts.append(_Draft(file, name, rows * max(experts, 1), cols, encoding, parts, note))
+        return len(self._drafts) - 1
+
+    def feed(
+        self,
+        matrix: int,
+        source: Source | None,
+        start: int,
+        stop: int,
+        *,
+        cols: Sequence[tuple[int, int]] | None = None,
+        op: RowOp = PLAIN_ROWS,
+    ) -> None:
+        """Source rows [start, stop) become the next rows of the matrix. A missing source was reported already."""
+        if source is None or start >= stop:
+            return
+        draft = self._drafts[matrix]
+        self._sources[source.name] = source
+        feeds = self._feeds.setdefault(source.name, [])
+        feeds.append(_Feed(start, stop, op, matrix, draft.filled, tuple(cols or ((0, source.cols),))))
+        draft.filled += op.out_rows(stop - start)
+
+    def constant(self, file: int, name: str, dtype: DType, shape: tuple[int, ...], data: bytes) -> None:
+        self._fixed.append(_Fixed(file, name, dtype, shape, data))
+
+    def finish(self) -> tuple[list[OutputFile], list[Matrix], list[Span], list[Constant]]:
+        entries: list[list[tuple[str, DType, tuple[int, ...]]]] = [[] for _ in range(self.files)]
+        for draft in self._drafts:
+            entries[draft.file].extend(
+                (_tensor_name(draft.name, part.suffix), part.dtype, part.shape) for part in draft.parts
+            )
+        for fixed in self._fixed:
+            entries[fixed.file].append((fixed.name, fixed.dtype, fixed.shape))
+        files, places = [], []
+        for number, listed in enumerate(entries):
+            header, where = build_header(listed)
+            tensors = [OutputTensor(name, dtype, shape, *where[name]) for name, dtype, shape in listed]
+            tensors.sort(key=lambda tensor: (tensor.begin, tensor.end))
+            size = max((tensor.end for tensor in tensors), default=len(header))
+            files.append(OutputFile(f"rank{number}.safetensors", size, header, tuple(tensors)))
+            places.append(where)
+        matrices = [
+            Matrix(
+                draft.file,
+                draft.name,
+                draft.rows,
+                draft.cols,
+                draft.filled,
+                draft.encoding,
+                tuple(
+                    PartPlace(name, places[draft.file][name][0], part.row_bytes)
+                    for part in draft.parts
+                    for name in (_tensor_name(draft.name, part.suffix),)
+                ),
+                draft.note,
+            )
+            for draft in self._drafts
+        ]
+        constants = [Constant(f.file, f.name, places[f.file][f.name][0], f.data) for f in self._fixed]
+        spans = [span for name, feeds in self._feeds.items() for span in self._cut(self._sources[name], feeds)]
+        return files, matrices, spans, constants
+
+    def _cut(self, source: Source, feeds: list[_Feed]) -> list[Span]:
+        cuts = {edge for feed in feeds for edge in (feed.start, feed.stop)}
+        if isinstance(source, SourceTensor) and source.axis == 0 and len(source.pieces) > 1:
+            first = min(cuts)
+            last = max(cuts)
+            edge = 0
+            for piece in source.pieces:
+                edge += piece.rows
+                if first < edge < last:
+                    cuts.add(edge)
+        edges = sorted(cuts)
+        spans = []
+        for start, stop in zip(edges, edges[1:], strict=False):
+            active = [feed for feed in feeds if feed.start <= start and stop <= feed.stop]
+            if not active:
+                continue
+            op = active[0].op
+            if any(feed.op != op for feed in active):
+                raise AssertionError(f"{source.name}: two row operations on the same rows")
+            dests = tuple(Dest(feed.matrix, feed.row + op.out_rows(start - feed.start), feed.cols) for feed in active)
+            align = align_of([self._drafts[dest.matrix].encoding for dest in dests], op)
+            spans.append(Span(source, start, stop, op, dests, align))
+        # a matrix is hashed while it is written, so its rows must come in order even where the source's do not
+        spans.sort(key=lambda span: min((dest.matrix, dest.row) for dest in span.dests))
+        return spans
+
+
+def _tensor_name(module: str, suffix: str) -> str:
+    return f"{module}.{suffix}" if suffix else module

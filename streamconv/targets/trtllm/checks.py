@@ -1,0 +1,85 @@
+"""What spec marks REFUSE: sizes that would make a broken checkpoint. All problems are found, not only the first."""
+
+from __future__ import annotations
+
+from streamconv.checkpoint.model_config import ModelConfig
+from streamconv.families.base import Family
+from streamconv.options import Options
+
+
+def refusals(model: ModelConfig, family: Family, options: Options, kv: int, moe: tuple[int, int]) -> list[str]:
+    """Reasons why this model cannot be cut as asked (checkpoint spec §1.5, §2.1, §3.3, §3.6, §4, §6).
+
+    Args:
+        kv: KV heads after `--remove_duplicated_kv_heads`.
+        moe: resolved (moe_tp_size, moe_ep_size).
+    """
+    t, p = options.tp_size, options.pp_size
+    heads, problems = model.num_attention_heads, []
+
+    def refuse(condition: bool, text: str) -> None:
+        if condition:
+            problems.append(text)
+
+    if options.target_version not in family.versions:
+        problems.append(f"--target-version {options.target_version} does not know {model.architecture}")
+    refuse(heads % t != 0, f"--tp-size {t} does not divide num_attention_heads {heads}")
+    refuse(kv > t and kv % t != 0, f"--tp-size {t} does not divide num_key_value_heads {kv}")
+    refuse(kv < t and t % kv != 0, f"--tp-size {t} is not a multiple of num_key_value_heads {kv}")
+    refuse(heads % kv != 0, f"config.json: num_key_value_heads {kv} does not divide num_attention_heads {heads}")
+    if model.num_experts:
+        moe_tp, moe_ep = moe
+        width = model.moe_intermediate_size or model.intermediate_size
+        refuse(model.num_experts % moe_ep != 0, f"--moe-ep-size {moe_ep} does not divide {model.num_experts} experts")
+        refuse(width % moe_tp != 0, f"--moe-tp-size {moe_tp} does not divide the expert width {width}")
+        refuse(moe_ep > 1 and options.cp_size > 1, "--moe-ep-size needs --cp-size 1")
+    else:
+        size = model.intermediate_size
+        refuse(size % t != 0, f"--tp-size {t} does not divide intermediate_size {size}")
+    refuse(
+        options.use_parallel_embedding and options.embedding_sharding_dim == 1 and model.hidden_size % t != 0,
+        f"--embedding-sharding-dim 1: --tp-size {t} does not divide hidden_size {model.hidden_size}",
+    )
+    layers = model.num_hidden_layers
+    refuse(p > layers, f"--pp-size {p} is larger than num_hidden_layers {layers}")
+    refuse(
+        options.target_version == "0.16" and p <= layers and layers % p != 0,
+        f"--pp-size {p} does not divide num_hidden_layers {layers}: 0.16 would lose the last layers"
+        " (--target-version 1.2 allows it)",
+    )
+    refuse(
+        options.target_version == "0.16" and options.cp_size > 1,
+        "--cp-size needs --target-version 1.2",
+    )
+    if options.use_embedding_sharing and options.target_version == "0.16":
+        shardable = t == 1 or (options.use_parallel_embedding and options.embedding_sharding_dim == 0)
+        refuse(p > 1, "--use-embedding-sharing cannot work with --pp-size > 1")
+        refuse(
+            not shardable,
+            "--use-embedding-sharing with --tp-size > 1 needs --use-parallel-embedding and --embedding-sharding-dim 0",
+        )
+    refuse("pp" in family.limits and p > 1, f"{family.name}: pipeline parallelism is not supported by TensorRT-LLM")
+    scaling = model.rope_scaling or {}
+    kind = scaling.get("type", scaling.get("rope_type", "none"))
+    known = ("none", "linear", "dynamic", "longrope", "llama3", "yarn", "mrope", "su")
+    refuse(kind not in known, f"config.json: rope_scaling type {kind!r} is not one TensorRT-LLM has ({', '.join(known[:7])})")
+    quantized = model.raw.get("quantization_config")
+    if isinstance(quantized, dict) and quantized.get("quant_method") not in ("gptq", "awq", "fbgemm_fp8"):
+        method = quantized.get("quant_method", "unknown")
+        problems.append(
+            f"config.json: the checkpoint is already quantized (quantization_config.quant_method {method!r});"
+            " start from the unquantized model"
+        )
+    return problems
+
+
+def embedding_is_shared(model: ModelConfig, options: Options, *, lm_head_missing: bool, qwen: bool) -> bool:
+    """Whether `lm_head.weight` is left out and shared with the embedding (checkpoint spec §3.6); 0.16 only.
+
+    Llama shares when asked to; Qwen shares tied models by itself wherever the loader accepts the result.
+    """
+    if options.target_version != "0.16" or options.pp_size > 1 or options.cp_size > 1:
+        return False
+    legal = options.tp_size == 1 or (options.use_parallel_embedding and options.embedding_sharding_dim == 0)
+    wanted = model.tie_word_embeddings if qwen else (options.use_embedding_sharing and lm_head_missing)
+    return legal and wanted
