@@ -1,0 +1,84 @@
+"""Find the source tensor of every role, check its shape, and collect everything that is wrong."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field
+
+from streamconv.errors import TensorError, printable
+from streamconv.families.base import Family
+from streamconv.families.roles import Key, example, match
+from streamconv.plan import Piece, SourceTensor
+
+_SHOWN = 20
+
+
+@dataclass(slots=True)
+class Roles:
+    """Source tensors by role. Asking for one marks it used; what is never used is reported."""
+
+    family: Family
+    tensors: dict[str, SourceTensor]
+    found: dict[Key, str] = field(default_factory=dict)
+    used: set[str] = field(default_factory=set)
+    problems: list[str] = field(default_factory=list)
+    _unmatched: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.found, self._unmatched = match(self.family, self.tensors, ("", "language_model."))
+
+    def has(self, role: str, layer: int = -1, expert: int = -1) -> bool:
+        return (role, layer, expert) in self.found
+
+    def need(self, role: str, shape: tuple[int, ...], layer: int = -1, expert: int = -1) -> SourceTensor | None:
+        """The tensor of a role. Missing or of another shape: None, and a line in `problems`."""
+        name = self.found.get((role, layer, expert))
+        if name is None:
+            wanted = example(self.family, role, layer, expert) if role in self.family.tensors else role
+            near = self._near(wanted)
+            self.problems.append(f"missing tensor {wanted}" + (f" (nearest name: {printable(near)})" if near else ""))
+            return None
+        tensor = self.tensors[name]
+        self.used.add(name)
+        if tensor.shape != shape:
+            self.problems.append(
+                f"{printable(name)}: shape {list(tensor.shape)}, config.json means {list(shape)}",
+            )
+            return None
+        if not tensor.dtype.is_float or tensor.dtype.itemsize == 8:
+            self.problems.append(f"{printable(name)}: dtype {tensor.dtype} is not a weight type (F32, F16, BF16)")
+            return None
+        return tensor
+
+    def skip(self, role: str) -> None:
+        """Nothing of this role is needed (a tied lm_head that the embedding replaces)."""
+        self.used.update(name for key, name in self.found.items() if key[0] == role)
+
+    def finish(self) -> None:
+        """Report what is left over.
+
+        Raises:
+            TensorError: anything is missing, unexpected or of the wrong shape; all of it is listed.
+        """
+        extra = self._unmatched + [name for name in self.found.values() if name not in self.used]
+        for name in extra[:_SHOWN]:
+            self.problems.append(f"unexpected tensor {printable(name)}: {self.family.name} has no place for it")
+        if len(extra) > _SHOWN:
+            self.problems.append(f"and {len(extra) - _SHOWN} more unexpected tensors")
+        if self.problems:
+            shown = self.problems[: 2 * _SHOWN]
+            if len(self.problems) > len(shown):
+                shown.append(f"and {len(self.problems) - len(shown)} more")
+            raise TensorError("; ".join(shown))
+
+    def _near(self, wanted: str) -> str | None:
+        pool = self._unmatched[:2000]
+        close = difflib.get_close_matches(wanted, pool, 1, 0.6)
+        return close[0] if close else None
+
+
+def hstack(name: str, tensors: list[SourceTensor]) -> SourceTensor:
+    """Matrices of equal height seen side by side."""
+    pieces: list[Piece] = [piece for tensor in tensors for piece in tensor.pieces]
+    rows = tensors[0].rows
+    return SourceTensor(name, tensors[0].dtype, (rows, sum(t.cols for t in tensors)), tuple(pieces), axis=1)
