@@ -1,0 +1,115 @@
+"""Host memory: what is free where we run, what this process uses, and how sizes are spelled.
+
+Free memory is what the container has free, not what the host reports: cgroup v1 and v2 limits are read, all the way up.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from streamconv.errors import UsageError
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+_UNITS = {"": 1, "b": 1, "k": KIB, "kib": KIB, "m": MIB, "mib": MIB, "g": GIB, "gib": GIB, "t": 1 << 40, "tib": 1 << 40}
+_UNITS |= {"kb": 1000, "mb": 1000**2, "gb": 1000**3, "tb": 1000**4}
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def parse_size(text: str) -> int:
+    """ "2GiB", "512M", "1500MB" or a plain number of bytes -> bytes.
+
+    Raises:
+        UsageError: not a size.
+    """
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,9})?)\s*([a-zA-Z]*)\s*", text)
+    unit = _UNITS.get(match[2].lower()) if match else None
+    if match is None or unit is None or float(match[1]) <= 0:
+        raise UsageError(f"{text!r} is not a size", hint="write it as 512MiB or 2GiB")
+    return int(float(match[1]) * unit)
+
+
+def show_size(count: float) -> str:
+    """Bytes for people: 1.50 GiB."""
+    for unit, size in (("TiB", 1 << 40), ("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
+        if abs(count) >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{int(count)} B"
+
+
+def resident() -> int:
+    """Resident set of this process in bytes."""
+    with open("/proc/self/statm", "rb") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_resident() -> int:
+    """Largest resident set of this process so far in bytes."""
+    with open("/proc/self/status", "rb") as file:
+        for line in file:
+            if line.startswith(b"VmHWM:"):
+                return int(line.split()[1]) * KIB
+    return resident()
+
+
+def available() -> int:
+    """Bytes this process may still take: the least of the host's and every enclosing container's free memory."""
+    import psutil
+
+    return max(0, min([int(psutil.virtual_memory().available), *_cgroup_free()]))
+
+
+def limit() -> int | None:
+    """The tightest memory limit of the enclosing containers, None without one."""
+    limits = [top for top, _ in _cgroup_levels()]
+    return min(limits) if limits else None
+
+
+def _cgroup_free() -> list[int]:
+    return [top - used for top, used in _cgroup_levels()]
+
+
+def _cgroup_levels(proc: Path = Path("/proc/self/cgroup"), root: Path = _CGROUP) -> list[tuple[int, int]]:
+    """(limit, use that cannot be reclaimed) of each enclosing memory cgroup that has a limit."""
+    try:
+        lines = proc.read_text().splitlines()
+    except OSError:
+        return []
+    levels = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            top, names = root, ("memory.max", "memory.current", "inactive_file")
+            if not (root / "cgroup.controllers").exists() and (root / "unified").exists():
+                top = root / "unified"
+        elif "memory" in controllers.split(","):
+            top, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        place = top / path.lstrip("/")
+        # inside a container the host's path may not be mounted: what is mounted is then the root
+        while True:
+            level = _read_level(place if place.exists() else top, *names)
+            if level:
+                levels.append(level)
+            if place == top or top not in place.parents:
+                break
+            place = place.parent
+    return levels
+
+
+def _read_level(place: Path, limit_name: str, used_name: str, cache_name: str) -> tuple[int, int] | None:
+    try:
+        text = (place / limit_name).read_text().strip()
+        if text == "max" or int(text) >= 1 << 60:
+            return None
+        used = int((place / used_name).read_text())
+        cache = 0
+        for line in (place / "memory.stat").read_text().splitlines():
+            key, _, value = line.partition(" ")
+            if key == cache_name:
+                cache = int(value)
+        return int(text), max(0, used - cache)
+    except (OSError, ValueError):
+        return None
