@@ -1,0 +1,185 @@
+"""Source, options -> Plan for a TensorRT-LLM checkpoint. Reads headers only."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import struct
+from collections.abc import Mapping as MappingType
+
+from streamconv.checkpoint.dtypes import MODEL_DTYPES
+from streamconv.checkpoint.index import Index
+from streamconv.checkpoint.model_config import ModelConfig, from_hf
+from streamconv.errors import RefusedError, UsageError, printable
+from streamconv.families import Family, family_of
+from streamconv.options import TARGET_SMS, TARGET_VERSIONS, Options
+from streamconv.plan import Piece, Plan, SourceFile, SourceTensor
+from streamconv.quants import quant_of
+from streamconv.targets.trtllm import rope
+from streamconv.targets.trtllm.builder import Builder
+from streamconv.targets.trtllm.checks import embedding_is_shared, refusals
+from streamconv.targets.trtllm.config_json import build_config, dump, resolve_dtype, resolve_moe
+from streamconv.targets.trtllm.decoder import Decoder
+from streamconv.targets.trtllm.mapping import Mapping
+from streamconv.targets.trtllm.sources import Roles
+
+
+def source_tensors(index: Index) -> dict[str, SourceTensor]:
+    """The index's tensors as matrices to read rows from."""
+    found = {}
+    for name, record in index.tensors.items():
+        shape = record.shape
+        tensor = SourceTensor(name, record.dtype, shape, ())
+        piece = Piece(record.shard, record.begin, tensor.rows, tensor.cols)
+        found[name] = SourceTensor(name, record.dtype, shape, (piece,))
+    return found
+
+
+def source_files(index: Index) -> tuple[SourceFile, ...]:
+    """Identity of every shard: its size and a hash of its header, which fixes where every tensor lies."""
+    files = []
+    for shard in index.shards:
+        with shard.window(0, 8) as length:
+            size = 8 + int(struct.unpack("<Q", bytes(length[:8]))[0])
+        with shard.window(0, size) as header:
+            digest = hashlib.sha256(header).hexdigest()
+        files.append(SourceFile(shard.path.name, shard.size, digest))
+    return tuple(files)
+
+
+def check_options(options: Options) -> None:
+    """Values that no model makes right.
+
+    Raises:
+        UsageError: names the flag.
+    """
+    for name in ("tp_size", "pp_size", "cp_size"):
+        if getattr(options, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
+    if options.target_version not in TARGET_VERSIONS:
+        raise UsageError(
+            f"--target-version {options.target_version} is not known", hint=f"one of {', '.join(TARGET_VERSIONS)}"
+        )
+    if options.target_sm is not None and options.target_sm not in TARGET_SMS:
+        known = ", ".join(str(sm) for sm in TARGET_SMS)
+        raise UsageError(f"--target-sm {options.target_sm} is not known", hint=f"one of {known}")
+    info = quant_of(options.quant).info
+    if info.sm_dependent and options.encoding == "processed" and options.target_sm is None:
+        raise UsageError(
+            f"--quant {options.quant} writes bytes laid out for one GPU generation: --target-sm is required"
+            " (no GPU is here to ask)",
+            hint="for example --target-sm 80 (A100), 86 (RTX 30), 89 (L4, RTX 40), 90 (H100); or --encoding raw",
+        )
+
+
+def _settled(options: Options, family: Family) -> Options:
+    if family.config_class == "gemma":
+        return dataclasses.replace(options, use_parallel_embedding=options.tp_size > 1, embedding_sharding_dim=0)
+    return options
+
+
+def make_plan(index: Index, options: Options) -> Plan:
+    """Fix every output byte.
+
+    Args:
+        index: the opened source.
+        options: what is asked for.
+
+    Raises:
+        UsageError: an option no model makes right.
+        CheckpointError: the source lacks something, or has something nobody asked for.
+        RefusedError: the request cannot give a correct checkpoint; every reason is listed.
+    """
+    check_options(options)
+    model = from_hf(index.config)
+    family = family_of(model.architecture)
+    options = _settled(options, family)
+    quant = quant_of(options.quant)
+    moe = resolve_moe(options)
+    kv = _kv_heads(model, options)
+    problems = refusals(model, family, options, kv, moe)
+    if problems:
+        raise RefusedError(problems)
+    dtype = MODEL_DTYPES[resolve_dtype(options.dtype, model.dtype)]
+    mapping = Mapping(options.tp_size, options.pp_size, *moe)
+    roles = Roles(family, source_tensors(index))
+    has_head = roles.has("lm_head")
+    missing = not has_head or (options.use_embedding_sharing and _same_bytes(index, roles))
+    shared = embedding_is_shared(model, options, lm_head_missing=missing, qwen=family.config_class == "qwen")
+    shared = shared or (family.config_class == "gemma" and options.target_version == "0.16")
+    tied = model.tie_word_embeddings and (not has_head or options.target_version != "0.16")
+    builder = Builder(options.tp_size * options.pp_size)
+    decoder = Decoder(model, family, options, dtype, mapping, roles, quant, builder, kv, shared, tied)
+    decoder.describe()
+    if options.rope_tables and family.rope_tables and options.kv_cache != "int8" and options.quant != "smoothquant":
+        rope.add_tables(builder, model, options)
+    roles.finish()
+    if decoder.refused:
+        raise RefusedError(decoder.refused)
+    calibrated = options.kv_cache == "int8" or options.quant == "smoothquant"
+    config = build_config(
+        model, options, dtype=dtype.torch, quantization={}, calibrated=calibrated, share_embedding_table=shared
+    )
+    files, matrices, spans, constants = builder.finish()
+    return Plan(
+        family=family.name,
+        options=options,
+        dtype=dtype,
+        config=dump(config),
+        files=tuple(files),
+        matrices=tuple(matrices),
+        spans=tuple(spans),
+        constants=tuple(constants),
+        sources=source_files(index),
+        warnings=tuple(_warnings(model, options, family, roles.found)),
+        decisions=decoder.decisions,
+    )
+
+
+def _kv_heads(model: ModelConfig, options: Options) -> int:
+    kv = model.num_key_value_heads
+    if not options.remove_duplicated_kv_heads:
+        return kv
+    if kv % 2:
+        raise RefusedError([f"--remove-duplicated-kv-heads: num_key_value_heads {kv} is odd, so no pairs were stored"])
+    return kv // 2
+
+
+def _same_bytes(index: Index, roles: Roles) -> bool:
+    """Whether lm_head is a bit-identical copy of the embedding (only asked with --use-embedding-sharing, §3.6)."""
+    names = [roles.found.get((role, -1, -1)) for role in ("embedding", "lm_head")]
+    if None in names:
+        return False
+    first, second = (index.tensors[name] for name in names if name is not None)
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    step = 4 << 20
+    for at in range(0, first.nbytes, step):
+        size = min(step, first.nbytes - at)
+        with index.shards[first.shard].window(first.begin + at, first.begin + at + size) as a:
+            left = bytes(a)
+        with index.shards[second.shard].window(second.begin + at, second.begin + at + size) as b:
+            if left != bytes(b):
+                return False
+    return True
+
+
+def _warnings(model: ModelConfig, options: Options, family: Family, found: MappingType[tuple[str, int, int], str]) -> list[str]:
+    lines = []
+    scaling = model.rope_scaling or {}
+    kind = scaling.get("type", scaling.get("rope_type"))
+    if kind == "yarn" and options.target_version == "0.16":
+        lines.append("rope_scaling type yarn: TensorRT-LLM 0.16 has no yarn mathematics")
+    if options.use_embedding_sharing and options.target_version != "0.16":
+        lines.append("--use-embedding-sharing has no effect for 1.2, which decides sharing when the engine is built")
+    if options.target_sm and options.target_sm >= 100 and options.encoding == "processed":
+        lines.append(
+            f"--target-sm {options.target_sm}: releases differ in this layout (spec: unsure); --encoding raw is portable"
+        )
+    if model.raw.get("sliding_window") and family.config_class == "llama":
+        lines.append("sliding_window is not part of a TensorRT-LLM checkpoint; it is dropped, as NVIDIA's converter does")
+    if model.mlp_bias and family.config_class == "llama" and "gate_bias" in family.tensors:
+        lines.append("mlp_bias: written, though NVIDIA's converter drops these biases")
+    if model.dtype is None and options.dtype == "auto":
+        lines.append(f"config.json states no dtype: float16 is assumed ({printable(model.architecture)})")
+    return lines

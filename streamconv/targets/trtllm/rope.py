@@ -1,0 +1,110 @@
+"""The three rotary tables that NVIDIA's converter leaves in its rank files (checkpoint spec §1.7); off by default.
+
+The loader recomputes them, and the last bit depends on the math library, so they are written only with --rope-tables.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from streamconv.checkpoint.dtypes import F32, DType
+from streamconv.checkpoint.model_config import ModelConfig
+from streamconv.options import Options
+from streamconv.quants.plain import Plain
+from streamconv.targets.trtllm.builder import Builder
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class RopeTable:
+    """A table whose rows are computed when they are needed. kind: "positions", "frequencies" or "pairs"."""
+
+    name: str
+    kind: str
+    rows: int
+    cols: int
+    base: float
+    scaling: tuple[tuple[str, Any], ...]
+
+    @property
+    def dtype(self) -> DType:
+        return F32
+
+    def fill(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+        """Rows [start, stop) as float32."""
+        import numpy as np
+
+        if self.kind == "frequencies":
+            return _frequencies(self.base, 2 * self.rows, dict(self.scaling))[start:stop].reshape(-1, 1)
+        # positions use base 10000 without scaling whatever the model says (§1.7)
+        positions = self.kind == "positions"
+        freq = _frequencies(10000.0, self.cols, {}) if positions else _frequencies(self.base, self.cols, dict(self.scaling))
+        angle = np.arange(start, stop, dtype=np.float32)[:, None] * freq[None, :]
+        if positions:
+            return np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
+        return np.stack([np.cos(angle), np.sin(angle)], axis=2).reshape(stop - start, self.cols)
+
+
+def _frequencies(base: float, dim: int, scaling: dict[str, Any]) -> np.ndarray[Any, Any]:
+    """Inverse frequencies float32 [dim/2], rounded where the official code rounds."""
+    import numpy as np
+
+    kind = scaling.get("type", scaling.get("rope_type", "none"))
+    scale = 1.0
+    if kind == "linear":
+        scale = 1.0 / float(scaling.get("factor", 1.0))
+    elif kind not in ("none", "llama3", "default"):
+        scale = float(scaling.get("factor", 1.0))  # sic: the raw factor (§1.7 rule 1)
+    power = (float(base) ** (np.arange(0, dim, 2, dtype=np.float64) / dim)).astype(np.float32)
+    freq = (np.float32(scale) / power).astype(np.float32)
+    if kind != "llama3":
+        return freq
+    factor, low = float(scaling.get("factor", 8.0)), float(scaling.get("low_freq_factor", 1.0))
+    high, old = float(scaling.get("high_freq_factor", 4.0)), float(scaling.get("original_max_position_embeddings", 8192))
+    out = []
+    for f in freq.astype(np.float64):
+        wave = 2 * math.pi / f
+        if wave < old / high:
+            out.append(f)
+        elif wave > old / low:
+            out.append(f / factor)
+        else:
+            smooth = (old / wave - low) / (high - low)
+            out.append((1 - smooth) * f / factor + smooth * f)
+    return np.asarray(out, dtype=np.float64).astype(np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class _Shaped(Plain):
+    """A table stored under its own name and shape."""
+
+    def parts(self, rows: int, cols: int, experts: int = 0) -> Any:
+        (part,) = Plain.parts(self, rows, cols, experts)
+        shapes = {"embed_positions": (1, rows, cols), "rotary_inv_freq": (rows,)}
+        shape = shapes.get(self.suffix, (1, rows * cols))
+        return (type(part)("", part.dtype, shape, part.row_bytes),)
+
+
+def add_tables(builder: Builder, model: ModelConfig, options: Options) -> None:
+    """Add the tables to every rank file."""
+    length, dim = model.max_position_embeddings, int(model.head_size * model.raw.get("rotary_pct", 1.0))
+    if not length:
+        return
+    scaling = tuple((model.rope_scaling or {}).items())
+    base = float(model.rope_theta)
+    tables = (
+        RopeTable("embed_positions", "positions", length, dim, base, scaling),
+        RopeTable("rotary_inv_freq", "frequencies", dim // 2, 1, base, scaling),
+        RopeTable("embed_positions_for_gpt_attention", "pairs", length, dim, base, scaling),
+    )
+    made = []
+    for file in range(options.tp_size * options.pp_size):
+        for table in tables:
+            encoding = _Shaped(F32, suffix=table.name)
+            made.append((builder.matrix(file, table.name, table.rows, table.cols, encoding), table))
+    for matrix, table in made:
+        builder.feed(matrix, table, 0, table.rows)
