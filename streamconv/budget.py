@@ -1,0 +1,114 @@
+"""From a memory budget to workers and tile sizes.
+
+The budget is the ceiling of the process's resident set. What is resident before the first tile (interpreter, libraries,
+compiled kernels, plan) is measured; what is left is shared by the workers, each with one arena that holds a tile from read
+to write. A tile is never larger than its worker's arena.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from streamconv.errors import BudgetError, UsageError, printable
+from streamconv.memory import GIB, MIB, available, show_size
+from streamconv.plan import Matrix, Span
+from streamconv.stages.encode import requests, row_costs
+from streamconv.stages.read import spare_bytes_per_row
+
+MARGIN = 24 * MIB
+"""Left free for thread stacks, allocator slack and Python objects of tiles in flight."""
+
+_BEST_ARENA = 16 * MIB
+_ROUNDING = 64 * 64
+
+
+@dataclass(frozen=True, slots=True)
+class TileCost:
+    """Memory of a tile of a span: `fixed` plus `per_row` for each source row; tiles hold a multiple of `align` rows."""
+
+    per_row: int
+    align: int
+    torch: bool
+
+    def smallest(self) -> int:
+        return self.per_row * self.align + _ROUNDING
+
+    def rows(self, arena: int, cap: int | None) -> int:
+        """Source rows of a tile that fits an arena; `cap` bounds it (tests)."""
+        rows = max(self.align, (arena - _ROUNDING) // self.per_row // self.align * self.align)
+        return rows if cap is None else max(self.align, min(rows, cap // self.align * self.align))
+
+
+def tile_cost(span: Span, matrices: tuple[Matrix, ...]) -> TileCost:
+    """What one source row of a span costs from read to write."""
+    out = work = 0
+    torch = False
+    for request in requests(span, matrices):
+        row_out, row_work = row_costs(request, span)
+        out, work = out + row_out, max(work, row_work)
+        torch = torch or row_work > request[1].torch_bytes_per_element()
+    return TileCost(span.row_bytes + spare_bytes_per_row(span) + out + work, span.align, torch)
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """How a budget is used.
+
+    Attributes:
+        budget: the ceiling, bytes.
+        base: resident before the first tile.
+        margin: left free.
+        workers: threads.
+        arena: bytes of tile memory of each.
+    """
+
+    budget: int
+    base: int
+    margin: int
+    workers: int
+    arena: int
+
+    @property
+    def peak(self) -> int:
+        return self.base + self.margin + self.workers * self.arena
+
+
+def default_budget() -> int:
+    """Four fifths of what is free now, at most 4 GiB: more does not make it faster."""
+    return min(4 * GIB, available() * 4 // 5)
+
+
+def processors() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def share(budget: int | None, workers: int | None, base: int, costs: dict[str, TileCost]) -> Shares:
+    """Divide a budget.
+
+    Args:
+        budget: bytes, None derives it from free memory.
+        workers: threads, None chooses.
+        base: bytes resident before the first tile.
+        costs: source name -> the cost of its dearest span.
+
+    Raises:
+        BudgetError: not even one worker with the smallest tile fits; names the tensor and the smallest budget that works.
+    """
+    if workers is not None and workers < 1:
+        raise UsageError("--workers must be at least 1")
+    total = default_budget() if budget is None else budget
+    name, need = max(((n, c.smallest()) for n, c in costs.items()), key=lambda item: item[1], default=("", 0))
+    least = base + MARGIN + need
+    if total < least:
+        smallest = -(-least // MIB) * MIB
+        where = f"one tile of {printable(name)} takes {show_size(need)}; " if name else ""
+        raise BudgetError(
+            f"--memory-budget {show_size(total)} cannot work: {where}{show_size(base)} are in use before the first tile",
+            hint=f"the smallest budget that works here is {-(-smallest // MIB)}MiB",
+        )
+    room = total - base - MARGIN
+    wanted = workers if workers is not None else min(8, 2 * processors())
+    count = max(1, min(wanted, room // max(need, 1), room // (2 * MIB) or 1))
+    best = max(_BEST_ARENA, need)
+    return Shares(total, base, MARGIN, count, min(best, room // count))

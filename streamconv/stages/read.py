@@ -1,0 +1,77 @@
+"""Read a tile's source rows into a worker's buffer, in the order in which they will be encoded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+from streamconv.checkpoint.shard import Shard
+from streamconv.errors import TensorError, printable
+from streamconv.plan import SourceTensor, Span
+from streamconv.targets.trtllm.rope import RopeTable
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+def read_rows(shards: Sequence[Shard], span: Span, start: int, stop: int, buffer: Bytes, spare: Bytes) -> Bytes:
+    """Rows [start, stop) of the span's source, after its row operation.
+
+    Args:
+        buffer, spare: uint8 arrays of at least (stop-start)*row_bytes bytes; spare is used by row operations only.
+
+    Returns:
+        A view of one of the two that holds the rows, row-major.
+
+    Raises:
+        SourceChangedError: the file ended early.
+        TensorError: heads that should be equal are not.
+    """
+    size = (stop - start) * span.row_bytes
+    out = buffer[:size]
+    if isinstance(span.source, RopeTable):
+        import numpy as np
+
+        out[:] = np.ascontiguousarray(span.source.fill(start, stop)).reshape(-1).view(np.uint8)
+        return out
+    source = cast(SourceTensor, span.source)
+    itemsize = source.dtype.itemsize
+    if source.axis == 0:
+        first = 0
+        for piece in source.pieces:
+            if start < first + piece.rows:
+                break
+            first += piece.rows
+        shards[piece.shard].read_into(piece.begin + (start - first) * span.row_bytes, memoryview(out))
+    else:
+        column = 0
+        for piece in source.pieces:
+            width = piece.cols * itemsize
+            shards[piece.shard].read_rows_into(
+                piece.begin + start * width, width, width, stop - start, memoryview(out)[column:], span.row_bytes
+            )
+            column += width
+    if span.op.kind == "none":
+        return out
+    blocks = out.reshape((stop - start) // span.op.block, span.op.block, span.row_bytes)
+    if span.op.kind == "rope":
+        half = span.op.block // 2
+        turned = spare[:size].reshape(-1, 2, half, span.row_bytes)
+        turned[:] = blocks.reshape(-1, half, 2, span.row_bytes).swapaxes(1, 2)
+        return spare[:size]
+    half = span.op.block // 2
+    if not bool((blocks[:, :half] == blocks[:, half:]).all()):
+        raise TensorError(
+            f"{printable(source.name)}: neighbouring KV heads differ",
+            hint="--remove-duplicated-kv-heads is for checkpoints that store every KV head twice",
+        )
+    kept = spare[: size // 2].reshape(-1, half, span.row_bytes)
+    kept[:] = blocks[:, :half]
+    return spare[: size // 2]
+
+
+def spare_bytes_per_row(span: Span) -> int:
+    """Extra buffer a source row needs for its row operation."""
+    return 0 if span.op.kind == "none" else span.row_bytes
