@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from streamconv.errors import BudgetError, UsageError, printable
 from streamconv.memory import GIB, MIB, available, show_size
 from streamconv.plan import Matrix, Span
-from streamconv.stages.encode import requests, row_costs
+from streamconv.stages.encode import is_copy, requests, row_costs
 from streamconv.stages.read import spare_bytes_per_row
 
 MARGIN = 24 * MIB
 """Left free for thread stacks, allocator slack and Python objects of tiles in flight."""
 
 _BEST_ARENA = 16 * MIB
-_ROUNDING = 64 * 64
+_ROUNDING = 64 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,7 @@ class TileCost:
 
     per_row: int
     align: int
+    kernel: bool
     torch: bool
 
     def smallest(self) -> int:
@@ -43,12 +44,14 @@ class TileCost:
 def tile_cost(span: Span, matrices: tuple[Matrix, ...]) -> TileCost:
     """What one source row of a span costs from read to write."""
     out = work = 0
-    torch = False
+    kernel = torch = False
     for request in requests(span, matrices):
         row_out, row_work = row_costs(request, span)
         out, work = out + row_out, max(work, row_work)
-        torch = torch or row_work > request[1].torch_bytes_per_element()
-    return TileCost(span.row_bytes + spare_bytes_per_row(span) + out + work, span.align, torch)
+        if not is_copy(request, span.source.dtype):
+            fused = request[1].kernel(span.source.dtype) is not None
+            kernel, torch = kernel or fused, torch or not fused
+    return TileCost(span.row_bytes + spare_bytes_per_row(span) + out + work, span.align, kernel, torch)
 
 
 @dataclass(frozen=True, slots=True)

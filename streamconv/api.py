@@ -1,0 +1,183 @@
+"""The story: open the source, plan every byte, run the plan inside the budget, publish."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from streamconv import budget, manifest, memory
+from streamconv.budget import Shares, TileCost
+from streamconv.checkpoint.index import Index, open_index
+from streamconv.fs import OutputFolder, check_output
+from streamconv.options import Options, Resources
+from streamconv.plan import Plan
+from streamconv.targets.trtllm.planner import make_plan
+
+_BASE_NUMPY = 64 * memory.MIB
+_BASE_KERNELS = 230 * memory.MIB
+_BASE_TORCH = 300 * memory.MIB
+"""Resident before the first tile, for a plan that loads none of it; a run measures its own."""
+
+
+class Watcher(Protocol):
+    """Told how a run gets on; called from worker threads."""
+
+    def start(self, plan: Plan, shares: Shares) -> None: ...
+    def tile(self, read: int, written: int) -> None: ...
+    def stage(self, name: str) -> None: ...
+
+
+class _Silent:
+    def start(self, plan: Plan, shares: Shares) -> None:
+        pass
+
+    def tile(self, read: int, written: int) -> None:
+        pass
+
+    def stage(self, name: str) -> None:
+        pass
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a conversion did: bytes, seconds, peak memory, and everything the user should know."""
+
+    out: str
+    files: int
+    tensors: int
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+    peak_memory: int
+    budget: int
+    workers: int
+    tiles: int
+    warnings: tuple[str, ...]
+
+
+def open_and_plan(source: str | Path, options: Options) -> tuple[Index, Plan]:
+    """Read the headers of a source and plan its conversion. No weight is read."""
+    index = open_index(Path(source))
+    return index, make_plan(index, options)
+
+
+def costs_of(plan: Plan) -> list[TileCost]:
+    """Tile cost of every span of a plan; equal spans are worked out once."""
+    known: dict[object, TileCost] = {}
+    costs = []
+    for span in plan.spans:
+        encodings = tuple((dest.cols, plan.matrices[dest.matrix].encoding) for dest in span.dests)
+        key = (span.source.dtype, span.source.cols, span.op, span.align, encodings)
+        if key not in known:
+            known[key] = budget.tile_cost(span, plan.matrices)
+        costs.append(known[key])
+    return costs
+
+
+def dearest(plan: Plan, costs: list[TileCost]) -> dict[str, TileCost]:
+    """The span that needs the largest smallest tile, by source name."""
+    if not costs:
+        return {}
+    span, cost = max(zip(plan.spans, costs, strict=True), key=lambda pair: pair[1].smallest())
+    return {span.source.name: cost}
+
+
+def foresee(plan: Plan, resources: Resources) -> Shares:
+    """Workers, tile memory and peak as a run would choose them, without loading what a run loads."""
+    costs = costs_of(plan)
+    base = _BASE_NUMPY + 2 * len(plan.spans) * 1024
+    if any(cost.kernel for cost in costs):
+        base = max(base, _BASE_KERNELS)
+    if any(cost.torch for cost in costs):
+        base += _BASE_TORCH
+    return budget.share(resources.memory_budget, resources.workers, base, dearest(plan, costs))
+
+
+def load_kernels(plan: Plan) -> None:
+    """Load and compile what the plan will run, so that it is counted before the first tile."""
+    import numpy as np
+
+    from streamconv.quants.base import Findings
+    from streamconv.stages.encode import encode, is_copy, requests, row_costs
+
+    seen = set()
+    for span in plan.spans:
+        for request in requests(span, plan.matrices):
+            key = (type(request[1]), request[1], span.source.dtype)
+            if key in seen or is_copy(request, span.source.dtype):
+                continue
+            seen.add(key)
+            rows = request[1].row_align
+            block = np.zeros(rows * span.row_bytes, np.uint8)
+            space = np.empty(sum(row_costs(request, span)) * rows + 65536, np.uint8)
+            encode(request, span, rows, block, space, Findings())
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    options: Options,
+    resources: Resources | None = None,
+    *,
+    force: bool = False,
+    watcher: Watcher | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Report:
+    """Convert a checkpoint.
+
+    Args:
+        source: folder or file of the source checkpoint.
+        out: folder to write; appears only when it is complete.
+        options: what decides the bytes.
+        resources: what does not.
+        force: replace an existing output.
+        watcher: told about progress.
+
+    Raises:
+        StreamconvError: see streamconv.errors; nothing is left behind.
+    """
+    from streamconv.pool import Pool
+
+    resources, watcher, began = resources or Resources(), watcher or _Silent(), clock()
+    out = Path(out)
+    index, plan = open_and_plan(source, options)
+    check_output(out, index.root, force)
+    foresee(plan, resources)  # a budget that is far too small is refused before anything is loaded
+    load_kernels(plan)
+    costs = costs_of(plan)
+    shares = budget.share(resources.memory_budget, resources.workers, memory.resident(), dearest(plan, costs))
+    folder = OutputFolder(out, force)
+    try:
+        watcher.start(plan, shares)
+        folder.create([(file.name, file.size, file.header) for file in plan.files])
+        outcome = Pool(plan, index.shards, folder, shares, costs, resources.tile_rows, watcher.tile).run()
+        for shard in index.shards:
+            shard.check_unchanged()
+        watcher.stage("syncing")
+        folder.publish([("config.json", plan.config), (manifest.NAME, manifest.build(plan, outcome.hashes))])
+    except BaseException:
+        folder.discard()
+        raise
+    finally:
+        index.close()
+    warnings = list(plan.warnings)
+    for name, count in outcome.overflow.items():
+        warnings.append(f"{name}: {count} values are too large for {plan.dtype.torch} and became infinite")
+    for name, count in outcome.nonfinite.items():
+        warnings.append(f"{name}: {count} NaN or infinite values were quantized")
+    return Report(
+        out=str(out),
+        files=len(plan.files),
+        tensors=sum(len(file.tensors) for file in plan.files),
+        bytes_read=outcome.bytes_read,
+        bytes_written=plan.bytes_written,
+        seconds=clock() - began,
+        peak_memory=memory.peak_resident(),
+        budget=shares.budget,
+        workers=shares.workers,
+        tiles=outcome.tiles,
+        warnings=tuple(warnings),
+    )

@@ -1,0 +1,80 @@
+"""streamconv.json: what was asked, from what, and the hash of every tensor written. No times, no host names."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from streamconv import __version__
+from streamconv.errors import VerifyError, printable
+from streamconv.options import Options
+from streamconv.plan import Plan, SourceFile
+
+NAME = "streamconv.json"
+FORMAT = 1
+
+
+def build(plan: Plan, hashes: dict[tuple[str, str], str]) -> bytes:
+    """The manifest's bytes; the same for the same output."""
+    content = {
+        "format": FORMAT,
+        "streamconv": __version__,
+        "target": {"tool": "tensorrt-llm", "version": plan.options.target_version},
+        "family": plan.family,
+        "dtype": plan.dtype.torch,
+        "fingerprint": plan.fingerprint(),
+        "options": plan.options.to_json(),
+        "source": [
+            {"file": source.name, "size": source.size, "header_sha256": source.header_hash} for source in plan.sources
+        ],
+        "hash": "xxh3_128",
+        "files": {
+            file.name: {
+                "size": file.size,
+                "tensors": {tensor.name: hashes[file.name, tensor.name] for tensor in file.tensors},
+            }
+            for file in plan.files
+        },
+    }
+    return (json.dumps(content, indent=1) + "\n").encode()
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A manifest read back.
+
+    Attributes:
+        hashes: (file, tensor) -> XXH3-128 hex.
+    """
+
+    options: Options
+    fingerprint: str
+    sources: tuple[SourceFile, ...]
+    sizes: dict[str, int]
+    hashes: dict[tuple[str, str], str]
+
+
+def load(folder: Path) -> Manifest | None:
+    """The manifest of an output folder, None if it has none (another tool wrote it).
+
+    Raises:
+        VerifyError: it is not a manifest this version reads.
+    """
+    path = folder / NAME
+    if not path.exists():
+        return None
+    try:
+        content: dict[str, Any] = json.loads(path.read_bytes())
+        if content["format"] != FORMAT:
+            raise VerifyError(f"{printable(str(path))}: format {content['format']} is not {FORMAT}")
+        return Manifest(
+            Options(**content["options"]),
+            content["fingerprint"],
+            tuple(SourceFile(s["file"], s["size"], s["header_sha256"]) for s in content["source"]),
+            {name: file["size"] for name, file in content["files"].items()},
+            {(n, t): h for n, file in content["files"].items() for t, h in file["tensors"].items()},
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise VerifyError(f"{printable(str(path))} is not a streamconv manifest: {error}") from error
