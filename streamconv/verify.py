@@ -1,0 +1,270 @@
+"""Prove a written checkpoint: the acceptance list of checkpoint spec §7, the manifest's hashes, and the source's values."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from streamconv import manifest
+from streamconv.checkpoint.header import read_header
+from streamconv.checkpoint.shard import Shard
+from streamconv.errors import StreamconvError, VerifyError, printable
+from streamconv.plan import Dest, Plan, Span
+
+_LOADABLE = {"F16", "BF16", "F32", "I8", "I32", "I64", "BOOL", "F8_E4M3"}
+_REQUIRED = ("architecture", "dtype", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "mapping")
+_STRICT = {
+    "mapping": {"0.16": 7, "1.2": 13},
+    "quantization": {"0.16": 9, "1.2": 10},
+}
+
+
+@dataclass(slots=True)
+class TensorError:
+    """Decoded values against the source's, for one matrix of one rank."""
+
+    file: str
+    name: str
+    largest: float
+    relative: float
+    snr_db: float
+
+
+@dataclass(slots=True)
+class Verdict:
+    """What verify found; `problems` empty means good."""
+
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    files: int = 0
+    tensors: int = 0
+    hashed: int = 0
+    errors: list[TensorError] = field(default_factory=list)
+
+
+def verify(
+    out: str | Path, source: str | Path | None = None, progress: Callable[[int], None] = lambda _: None
+) -> Verdict:
+    """Check an output folder.
+
+    Args:
+        out: the folder.
+        source: the checkpoint it was made from; every tensor is then decoded and compared.
+        progress: called with bytes done.
+
+    Raises:
+        VerifyError: the folder is not a checkpoint at all. Everything else is collected in the verdict.
+    """
+    folder, verdict = Path(out), Verdict()
+    config = _config(folder, verdict)
+    world = _world(config, verdict)
+    told = manifest.load(folder)
+    if told is None:
+        verdict.warnings.append(f"no {manifest.NAME}: another tool wrote this; hashes cannot be checked")
+    present = {name for name in os.listdir(folder) if re.fullmatch(r"rank\d+\.safetensors", name)}
+    wanted = {f"rank{number}.safetensors" for number in range(world)}
+    verdict.problems += [f"{name} is missing" for name in sorted(wanted - present)]
+    verdict.problems += [f"{name} belongs to no rank of config.json" for name in sorted(present - wanted)]
+    shapes: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
+    hashes: dict[tuple[str, str], str] = {}
+    for name in sorted(wanted & present, key=lambda text: int(text[4:-12])):
+        try:
+            shapes[name] = _rank_file(folder / name, told, verdict, hashes, progress)
+        except StreamconvError as error:
+            verdict.problems.append(str(error))
+        verdict.files += 1
+    _replicas(config, shapes, hashes, verdict)
+    if told is not None:
+        for file, tensor in told.hashes:
+            if file in shapes and tensor not in shapes[file]:
+                verdict.problems.append(f"{file}: {printable(tensor)} is missing")
+    if source is not None and not verdict.problems:
+        if told is None:
+            raise VerifyError(f"--source needs {manifest.NAME}, which says how the checkpoint was made")
+        _against_source(folder, Path(source), told, verdict, progress)
+    return verdict
+
+
+def _config(folder: Path, verdict: Verdict) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not folder.is_dir():
+        raise VerifyError(f"{printable(str(folder))} is not a folder")
+    try:
+        config = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise VerifyError(f"{printable(str(path))} is missing: this is no finished checkpoint") from None
+    except (OSError, ValueError) as error:
+        raise VerifyError(f"{printable(str(path))}: {error}") from error
+    if not isinstance(config, dict):
+        raise VerifyError(f"{printable(str(path))} is not a JSON object")
+    verdict.problems += [f"config.json: {key} is missing" for key in _REQUIRED if config.get(key) is None]
+    for key in ("quant_mode", "quant_algo", "kv_dtype"):
+        if key in config:
+            verdict.problems.append(f"config.json: top-level {key} makes the loader fail")
+    return config
+
+
+def _world(config: dict[str, Any], verdict: Verdict) -> int:
+    mapping = config.get("mapping")
+    if not isinstance(mapping, dict):
+        raise VerifyError("config.json: mapping is not an object")
+    try:
+        tp, pp, cp = (int(mapping.get(key, 1)) for key in ("tp_size", "pp_size", "cp_size"))
+        if tp * pp * cp != int(mapping.get("world_size", 1)):
+            verdict.problems.append("config.json: mapping.world_size is not tp_size * pp_size * cp_size")
+        if int(mapping.get("moe_tp_size", tp)) * int(mapping.get("moe_ep_size", 1)) not in (tp, 1, -1, -tp):
+            verdict.problems.append("config.json: moe_tp_size * moe_ep_size is not tp_size")
+    except (TypeError, ValueError) as error:
+        raise VerifyError(f"config.json: mapping: {error}") from error
+    return tp * pp
+
+
+def _rank_file(
+    path: Path,
+    told: manifest.Manifest | None,
+    verdict: Verdict,
+    hashes: dict[tuple[str, str], str],
+    progress: Callable[[int], None],
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    import xxhash
+
+    header = read_header(path)
+    shapes = {}
+    if told is not None and path.name in told.sizes and path.stat().st_size != told.sizes[path.name]:
+        verdict.problems.append(f"{path.name}: {path.stat().st_size} bytes, the manifest says {told.sizes[path.name]}")
+    shard = Shard(path)
+    try:
+        for tensor in header.tensors.values():
+            shapes[tensor.name] = (tensor.dtype.name, tensor.shape)
+            if tensor.dtype.name not in _LOADABLE:
+                verdict.problems.append(f"{path.name}: {printable(tensor.name)}: dtype {tensor.dtype} cannot be loaded")
+            digest = xxhash.xxh3_128()
+            for at in range(tensor.begin, tensor.end, 8 << 20):
+                stop = min(at + (8 << 20), tensor.end)
+                with shard.window(at, stop) as window:
+                    digest.update(window)
+                progress(stop - at)
+            found = hashes[path.name, tensor.name] = digest.hexdigest()
+            verdict.tensors += 1
+            if told is None:
+                continue
+            wanted = told.hashes.get((path.name, tensor.name))
+            if wanted is None:
+                verdict.problems.append(f"{path.name}: {printable(tensor.name)} is not in the manifest")
+            elif wanted != found:
+                verdict.problems.append(f"{path.name}: {printable(tensor.name)}: the bytes are not those that were written")
+            else:
+                verdict.hashed += 1
+    finally:
+        shard.close()
+    return shapes
+
+
+def _replicas(
+    config: dict[str, Any],
+    shapes: dict[str, dict[str, tuple[str, tuple[int, ...]]]],
+    hashes: dict[tuple[str, str], str],
+    verdict: Verdict,
+) -> None:
+    """Tensors that every tensor parallel rank must hold alike."""
+    mapping = config["mapping"]
+    tp, pp = int(mapping.get("tp_size", 1)), int(mapping.get("pp_size", 1))
+    for stage in range(pp):
+        names = [f"rank{stage * tp + rank}.safetensors" for rank in range(tp)]
+        if not all(name in shapes for name in names):
+            continue
+        first = shapes[names[0]]
+        for name in names[1:]:
+            if set(first) != set(shapes[name]):
+                odd = sorted(set(first) ^ set(shapes[name]))[0]
+                verdict.problems.append(f"{names[0]} and {name} hold different tensors, for example {printable(odd)}")
+        for tensor in first:
+            whole = tensor.endswith(("norm.weight", "ln_f.weight", "router.weight", "scaling_factor")) and (
+                "prequant" not in tensor and "weights_scaling" not in tensor
+            )
+            if whole and len({hashes.get((name, tensor)) for name in names}) > 1:
+                verdict.problems.append(f"{printable(tensor)} differs between the ranks of stage {stage}")
+
+
+def _against_source(
+    folder: Path, source: Path, told: manifest.Manifest, verdict: Verdict, progress: Callable[[int], None]
+) -> None:
+    from streamconv.api import open_and_plan
+
+    index, plan = open_and_plan(source, told.options)
+    try:
+        if plan.sources != told.sources:
+            verdict.problems.append(f"{printable(str(source))} is not the source the manifest names")
+            return
+        if plan.config != (folder / "config.json").read_bytes():
+            verdict.problems.append("config.json is not what this source gives")
+        files = [Shard(folder / file.name) for file in plan.files]
+        sums: dict[int, list[float]] = {}
+        try:
+            for span in plan.spans:
+                _compare(plan, span, index.shards, files, sums, progress)
+        finally:
+            for shard in files:
+                shard.close()
+        for number, (largest, noise, signal, peak) in sums.items():
+            matrix = plan.matrices[number]
+            snr = math.inf if noise == 0 else 10 * math.log10(signal / noise) if signal else -math.inf
+            line = TensorError(
+                plan.files[matrix.file].name, matrix.places[0].tensor, largest, largest / peak if peak else 0.0, snr
+            )
+            verdict.errors.append(line)
+            if math.isnan(largest) or (matrix.encoding.quantizes and snr < 5) or (not matrix.encoding.quantizes and snr < 40):
+                verdict.problems.append(f"{line.file}: {printable(line.name)}: values are far from the source's (SNR {snr:.1f} dB)")
+    finally:
+        index.close()
+
+
+def _compare(
+    plan: Plan, span: Span, shards: Any, files: list[Shard], sums: dict[int, list[float]], progress: Callable[[int], None]
+) -> None:
+    import numpy as np
+    import torch
+
+    from streamconv.stages.read import read_rows
+
+    step = max(span.align, (2 << 20) // max(span.row_bytes, 1) // span.align * span.align)
+    buffer, spare = np.empty(step * span.row_bytes, np.uint8), np.empty(step * span.row_bytes, np.uint8)
+    for start in range(span.start, span.stop, step):
+        stop = min(start + step, span.stop)
+        block = read_rows(shards, span, start, stop, buffer, spare)
+        rows = span.op.out_rows(stop - start)
+        dtype = getattr(torch, span.source.dtype.torch)
+        whole = torch.from_numpy(block).view(dtype).reshape(rows, span.source.cols).to(torch.float32)
+        for dest in span.dests:
+            got = decoded(plan, dest, span.op.out_rows(start - span.start), rows, files)
+            want = torch.cat([whole[:, a:b] for a, b in dest.cols], 1)
+            if getattr(plan.matrices[dest.matrix].encoding, "add_one", False):
+                want = want + 1.0
+            gap = (got - want).double()
+            entry = sums.setdefault(dest.matrix, [0.0, 0.0, 0.0, 0.0])
+            if gap.numel():
+                entry[0] = max(entry[0], float(gap.abs().max())) if not torch.isnan(gap).any() else math.nan
+                entry[1] += float((gap * gap).sum())
+                entry[2] += float((want.double() ** 2).sum())
+                entry[3] = max(entry[3], float(want.abs().max()))
+        progress(block.size)
+
+
+def decoded(plan: Plan, dest: Dest, skipped: int, rows: int, files: list[Shard]) -> Any:
+    """float32 [rows, cols] of a matrix, from the bytes of the output."""
+    import numpy as np
+    import torch
+
+    matrix = plan.matrices[dest.matrix]
+    parts = []
+    for place in matrix.places:
+        data = np.empty(rows * place.row_bytes, np.uint8)
+        files[matrix.file].read_into(place.offset + (dest.row + skipped) * place.row_bytes, memoryview(data))
+        parts.append(torch.from_numpy(data))
+    return matrix.encoding.decode(parts, rows, matrix.cols)
