@@ -1,0 +1,5 @@
+"""`python -m streamconv`."""
+
+from streamconv.cli.main import run
+
+run()

@@ -1,0 +1,50 @@
+"""`streamconv-convert-checkpoint`: NVIDIA's command line, our engine."""
+
+from __future__ import annotations
+
+import sys
+
+from streamconv.cli import view
+from streamconv.cli.main import resources, show_report
+from streamconv.cli.official_flags import parse, unsupported
+from streamconv.errors import StreamconvError, UsageError
+
+SUPPORTED: set[str] = set()
+"""Work beyond the unquantized and weight-only conversions that is built."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a conversion; gives the exit status."""
+    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        return _convert(arguments)
+    except StreamconvError as error:
+        return view.fail(error, False)
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
+
+
+def _convert(arguments: list[str]) -> int:
+    from streamconv import api
+
+    request = parse(arguments)
+    missing = unsupported(request, SUPPORTED)
+    if missing:
+        raise UsageError(f"not built yet: {', '.join(missing)}", hint="nothing was converted")
+    if request.model_dir is None:
+        raise UsageError("--model_dir is required")
+    report = api.convert(
+        request.model_dir,
+        request.output_dir,
+        request.options,
+        resources(request.memory_budget, request.workers, request.device),
+        force=request.force,
+        watcher=view.Progress(False),
+    )
+    show_report(report, False, False)
+    return 0
+
+
+def run() -> None:
+    sys.exit(main())

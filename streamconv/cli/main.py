@@ -1,0 +1,249 @@
+"""The `streamconv` command: parse, call the API, show the result."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from streamconv import __version__
+from streamconv.errors import StreamconvError, UsageError
+
+_Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+_CONVERSION: tuple[_Decorator, ...] = (
+    click.option("--tp-size", type=int, default=1, show_default=True, help="Tensor parallel size."),
+    click.option("--pp-size", type=int, default=1, show_default=True, help="Pipeline parallel size."),
+    click.option("--cp-size", type=int, default=1, show_default=True, help="Context parallel size (1.2 only)."),
+    click.option("--moe-tp-size", type=int, default=-1, help="Tensor parallel size inside experts."),
+    click.option("--moe-ep-size", type=int, default=-1, help="Expert parallel size."),
+    click.option(
+        "--dtype", type=click.Choice(["auto", "float16", "bfloat16", "float32"]), default="auto", show_default=True
+    ),
+    click.option("--quant", default="none", show_default=True, help="Weight format; `streamconv list quants` shows all."),
+    click.option("--target-sm", type=int, help="GPU generation the bytes are for: 80, 86, 89, 90, ..."),
+    click.option("--target-version", default="1.2", show_default=True, help="TensorRT-LLM line: 0.16 or 1.2."),
+    click.option("--encoding", type=click.Choice(["processed", "raw"]), default="processed", show_default=True),
+    click.option("--kv-cache", type=click.Choice(["fp8", "int8"]), help="Quantize the KV cache."),
+    click.option("--group-size", type=int, default=128, show_default=True),
+    click.option("--use-parallel-embedding", is_flag=True, help="Split the embedding over ranks."),
+    click.option("--embedding-sharding-dim", type=click.IntRange(0, 1), default=0, show_default=True),
+    click.option("--use-embedding-sharing", is_flag=True, help="Leave lm_head out where that is legal (0.16)."),
+    click.option("--remove-duplicated-kv-heads", is_flag=True),
+    click.option("--use-meta-fp8-rowwise-recipe", is_flag=True),
+    click.option("--rope-tables", is_flag=True, help="Also write the rotary tables NVIDIA's converter leaves behind."),
+    click.option("--allow-nonfinite", is_flag=True, help="Quantize NaN (as 0) and infinity (as the channel's maximum)."),
+    click.option("--max-position-embeddings", type=int, help="Override the source's value."),
+)
+_RESOURCES: tuple[_Decorator, ...] = (
+    click.option("--memory-budget", help="Ceiling of this process's memory, e.g. 2GiB. Default: from what is free."),
+    click.option("--workers", default="auto", show_default=True, help="Worker threads, or auto."),
+    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:0 ..."),
+)
+
+
+def _options(*groups: tuple[_Decorator, ...]) -> _Decorator:
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed([option for group in groups for option in group]):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+def _requested(values: dict[str, Any]) -> Any:
+    from streamconv.options import Options
+
+    return Options(**values)
+
+
+def resources(memory_budget: str | None, workers: str | int | None, device: str) -> Any:
+    """Resources from the spelling of the command line.
+
+    Raises:
+        UsageError: a value that is none.
+    """
+    from streamconv.memory import parse_size
+    from streamconv.options import Resources
+
+    count = None
+    if workers not in (None, "auto"):
+        try:
+            count = int(str(workers))
+        except ValueError:
+            raise UsageError(f"--workers {workers!r} is neither a number nor auto") from None
+    if device.startswith("cuda"):
+        raise UsageError("--device cuda is not built yet", hint="--device cpu")
+    rows = os.environ.get("STREAMCONV_TILE_ROWS")
+    return Resources(
+        memory_budget=parse_size(memory_budget) if memory_budget else None,
+        workers=count,
+        device=device,
+        tile_rows=int(rows) if rows else None,
+    )
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="streamconv")
+def cli() -> None:
+    """Convert an LLM checkpoint to TensorRT-LLM in less memory than the model takes."""
+
+
+@cli.command()
+@click.argument("model")
+@click.argument("out")
+@_options(_CONVERSION, _RESOURCES)
+@click.option("--force", is_flag=True, help="Replace an existing output folder.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object at the end.")
+@click.option("--quiet", "-q", is_flag=True)
+def convert(
+    model: str, out: str, memory_budget: str, workers: str, device: str, force: bool, as_json: bool, quiet: bool, **values: Any
+) -> int:
+    """Convert MODEL (a Hugging Face folder) into the TensorRT-LLM checkpoint folder OUT."""
+    import dataclasses
+
+    from streamconv import api
+    from streamconv.cli import view
+
+    report = api.convert(
+        model,
+        out,
+        _requested(values),
+        resources(memory_budget, workers, device),
+        force=force,
+        watcher=view.Progress(quiet or as_json),
+    )
+    show_report(report, as_json, quiet)
+    if as_json:
+        view.dump(dataclasses.asdict(report))
+    return 0
+
+
+def show_report(report: Any, as_json: bool, quiet: bool) -> None:
+    """The closing lines of a conversion."""
+    from streamconv.memory import show_size
+
+    for warning in report.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if quiet or as_json:
+        return
+    print(
+        f"{report.out}: {report.files} rank file{'s' * (report.files != 1)}, {report.tensors} tensors, "
+        f"{show_size(report.bytes_written)} written, {show_size(report.bytes_read)} read in {report.seconds:.1f} s; "
+        f"peak memory {show_size(report.peak_memory)} of {show_size(report.budget)} with {report.workers} workers"
+    )
+
+
+@cli.command()
+@click.argument("model")
+@click.argument("out", required=False)
+@_options(_CONVERSION, _RESOURCES)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def plan(model: str, out: str | None, memory_budget: str, workers: str, device: str, as_json: bool, **values: Any) -> int:
+    """Show what convert would do, from the headers alone."""
+    from streamconv import api
+    from streamconv.cli import plan_view
+
+    asked = resources(memory_budget, workers, device)
+    index, made = api.open_and_plan(model, _requested(values))
+    try:
+        plan_view.show(made, api.foresee(made, asked), api.costs_of(made), out, as_json)
+    finally:
+        index.close()
+    return 0
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def inspect(model: str, as_json: bool) -> int:
+    """Show the tensors of MODEL, the family recognised, and what each tensor would become."""
+    from streamconv.cli import inspect_view
+
+    inspect_view.show(model, as_json)
+    return 0
+
+
+@cli.command()
+@click.argument("out")
+@click.option("--source", help="The checkpoint it was made from: decode every tensor and compare.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--quiet", "-q", is_flag=True)
+def verify(out: str, source: str | None, as_json: bool, quiet: bool) -> int:
+    """Check a converted folder: structure, hashes and, with --source, the values themselves."""
+    import dataclasses
+
+    from streamconv.cli import view
+    from streamconv.verify import verify as check
+
+    verdict = check(out, source)
+    if as_json:
+        view.dump(dataclasses.asdict(verdict) | {"ok": not verdict.problems})
+    else:
+        for warning in verdict.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        if verdict.errors and not quiet:
+            rows = [
+                (e.file, e.name, f"{e.largest:.3g}", f"{e.relative:.3g}", "exact" if e.snr_db == float("inf") else f"{e.snr_db:.1f}")
+                for e in verdict.errors
+            ]
+            print(view.table(rows, ("file", "tensor", "max error", "relative", "SNR dB")))
+        for problem in verdict.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        if not quiet:
+            state = "good" if not verdict.problems else f"{len(verdict.problems)} problems"
+            print(f"{out}: {state}; {verdict.files} files, {verdict.tensors} tensors, {verdict.hashed} hashes equal")
+    return 7 if verdict.problems else 0
+
+
+@cli.command("list")
+@click.argument("what", type=click.Choice(["families", "quants"]))
+def list_(what: str) -> int:
+    """Print the model families or the weight formats."""
+    from streamconv.cli import view
+
+    if what == "families":
+        from streamconv.families import all_families
+
+        rows = [
+            (f.name, ", ".join(f.architectures), ", ".join(f.versions), f"{'from the ' * (f.evidence != 'golden')}{f.evidence}")
+            for f in all_families()
+        ]
+        print(view.table(rows, ("family", "architectures", "versions", "evidence")))
+    else:
+        from streamconv.quants import all_quants
+
+        infos = [quant.info for quant in all_quants().values()]
+        lines = [(i.key, i.algo or "-", "yes" if i.sm_dependent else "no", i.summary) for i in infos]
+        print(view.table(lines, ("quant", "quant_algo", "needs --target-sm", "what it is")))
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; gives the exit status and never raises for a user's mistake."""
+    from streamconv.cli import view
+
+    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        status = cli.main(arguments, prog_name="streamconv", standalone_mode=False)
+        return int(status or 0)
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message())
+        return 0
+    except click.ClickException as error:
+        return view.fail(UsageError(error.format_message()), "--json" in arguments)
+    except StreamconvError as error:
+        return view.fail(error, "--json" in arguments)
+    except (KeyboardInterrupt, click.Abort):
+        print("error: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def run() -> None:
+    sys.exit(main())
