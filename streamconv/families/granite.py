@@ -1,0 +1,7 @@
+"""Granite dense: Llama whose multipliers live in config.json; 1.2 only, as 0.16 would ignore them (spec §2.10)."""
+
+from streamconv.families.base import LLAMA_TENSORS, Family
+
+FAMILIES = (
+    Family("granite", ("GraniteForCausalLM",), "llama", LLAMA_TENSORS, versions=("1.2",), evidence="specification"),
+)

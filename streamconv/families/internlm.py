@@ -1,0 +1,30 @@
+"""InternLM (Llama with `bias`) and InternLM2, whose wqkv is grouped by KV head (spec §6.6)."""
+
+from streamconv.families.base import LLAMA_TENSORS, MLP_BIASES, Family, without
+
+FAMILIES = (
+    Family(
+        "internlm", ("InternLMForCausalLM",), "llama", without(LLAMA_TENSORS, *MLP_BIASES), evidence="specification"
+    ),
+    Family(
+        "internlm2",
+        ("InternLM2ForCausalLM",),
+        "internlm2",
+        {
+            "embedding": ("model.tok_embeddings.weight",),
+            "lm_head": ("output.weight",),
+            "final_norm": ("model.norm.weight",),
+            "input_norm": ("model.layers.{layer}.attention_norm.weight",),
+            "post_norm": ("model.layers.{layer}.ffn_norm.weight",),
+            "qkv_grouped": ("model.layers.{layer}.attention.wqkv.weight",),
+            "o": ("model.layers.{layer}.attention.wo.weight",),
+            "gate": ("model.layers.{layer}.feed_forward.w1.weight",),
+            "up": ("model.layers.{layer}.feed_forward.w3.weight",),
+            "down": ("model.layers.{layer}.feed_forward.w2.weight",),
+        },
+        qkv_bias="never",
+        dense_bias="never",
+        rope_tables=False,
+        evidence="specification",
+    ),
+)

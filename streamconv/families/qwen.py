@@ -1,0 +1,42 @@
+"""Qwen2, Qwen2.5, Qwen3 and Qwen3-MoE (spec §6.2, §6.3)."""
+
+from streamconv.families.base import LLAMA_TENSORS, MLP_BIASES, QKV_BIASES, Family, without
+
+_QWEN2 = without(LLAMA_TENSORS, *MLP_BIASES, "o_bias")
+_HEAD_NORMS = {
+    "q_norm": ("model.layers.{layer}.self_attn.q_norm.weight",),
+    "k_norm": ("model.layers.{layer}.self_attn.k_norm.weight",),
+}
+_QWEN3 = without(_QWEN2, *QKV_BIASES) | _HEAD_NORMS
+_EXPERTS = {
+    "router": ("model.layers.{layer}.mlp.gate.weight",),
+    "expert_gate": ("model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight",),
+    "expert_up": ("model.layers.{layer}.mlp.experts.{expert}.up_proj.weight",),
+    "expert_down": ("model.layers.{layer}.mlp.experts.{expert}.down_proj.weight",),
+    "experts_gate_up": ("model.layers.{layer}.mlp.experts.gate_up_proj",),
+    "experts_down": ("model.layers.{layer}.mlp.experts.down_proj",),
+}
+
+FAMILIES = (
+    Family("qwen2", ("Qwen2ForCausalLM",), "qwen", _QWEN2, qkv_bias="always", dense_bias="never"),
+    Family(
+        "qwen3",
+        ("Qwen3ForCausalLM",),
+        "qwen",
+        _QWEN3,
+        qkv_bias="never",
+        dense_bias="never",
+        versions=("1.2",),
+        evidence="specification",
+    ),
+    Family(
+        "qwen3_moe",
+        ("Qwen3MoeForCausalLM",),
+        "qwen",
+        without(_QWEN3, "gate", "up", "down") | _EXPERTS,
+        qkv_bias="never",
+        dense_bias="never",
+        versions=("1.2",),
+        evidence="specification",
+    ),
+)
