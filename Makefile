@@ -1,0 +1,41 @@
+# Everything runs in .venv, which `make venv` makes; the stamp keeps the second time quick.
+PYTHON ?= python3
+PIP_FLAGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.streamconv-installed
+
+# What `make bench` converts, and the memory it may take.
+BENCH_DIR ?= benchmarks/work
+BENCH_LIMIT ?= 512MiB
+
+.PHONY: venv test lint demo bench clean
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml tests/constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -q $(PIP_FLAGS) -c tests/constraints.txt -e '.[dev]'
+	touch $@
+
+test: venv
+	$(BIN)/python -m pytest -q
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/mypy --strict streamconv
+
+demo: venv
+	$(BIN)/python benchmarks/demo.py
+
+# The 2.2 GB Llama shape, every weight format, one rank and four, inside a memory cgroup of BENCH_LIMIT (needs root).
+bench: venv
+	test -f $(BENCH_DIR)/llama/config.json || $(BIN)/python benchmarks/make_model.py --out $(BENCH_DIR)/llama
+	set -e; for quant in none int8 int4; do for tp in 1 4; do \
+	  echo "$$quant, tp $$tp"; \
+	  $(BIN)/python benchmarks/cgroup.py --limit $(BENCH_LIMIT) -- $(BIN)/streamconv convert --quiet --force \
+	    --quant $$quant --tp-size $$tp --target-sm 80 --memory-budget $(BENCH_LIMIT) $(BENCH_DIR)/llama $(BENCH_DIR)/out; \
+	done; done
+
+clean:
+	rm -rf demo $(BENCH_DIR) .pytest_cache .mypy_cache .ruff_cache
