@@ -1,0 +1,18 @@
+"""Fixtures that more than one folder of tests uses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def golden_inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `inputs/<model>/` for every golden model, made once; go there to use the cases' relative paths."""
+    from tests.golden import generate  # here, so that a run without golden tests does not pay for torch
+
+    root = tmp_path_factory.mktemp("golden")
+    for spec in generate.load_specs():
+        generate.generate(spec, root / "inputs")
+    return root

@@ -1,0 +1,106 @@
+"""Every golden case through `streamconv-convert-checkpoint`: the same config.json, the same bytes in every tensor."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save
+
+from streamconv.cli.convert_checkpoint import main
+from tests.golden import cases
+from tests.golden.cases import ROPE_TABLES, Case
+
+# For what must not depend on budget, workers and tile size: a split, a duplicated head, an odd vocabulary, each format.
+VARIED = ["mha_tp2_pp2", "gqa_tp4_kvdup", "odd_tp2_auto", "mha_int8_tp2", "odd_int8_tp2", "gqa_int4_tp2_sm90"]
+BUDGETS = ["512MiB", "1GiB"]
+WORKERS = [1, 2, 8]
+TILE_ROWS = [1, 3, 64]
+
+WITH_ROPE_TABLES = ["mha_tp1", "mistral_tp2", "mha_int8_tp2", "gqa_int4_tp1"]
+
+BY_NAME = cases.load()
+
+
+def convert(case: Case, out: Path, *more: str) -> None:
+    """Run the case's command line with `more` flags; it has to succeed."""
+    status = main([*case.arguments(out), *more])
+    assert status == 0, f"{case.name}: exit status {status}"
+
+
+def short_hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
+def read_tensors(path: Path) -> dict[str, list[Any]]:
+    """Dtype, shape and hash of every tensor, in the form of cases.json; read without any library."""
+    content = path.read_bytes()
+    (size,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + size])
+    header.pop("__metadata__", None)
+    data = content[8 + size :]
+    return {
+        name: [entry["dtype"], entry["shape"], short_hash(data[slice(*entry["data_offsets"])])]
+        for name, entry in header.items()
+    }
+
+
+def check_output(case: Case, out: Path, *, rope_tables: bool = False) -> None:
+    """Compare everything the case says about its output folder."""
+    assert (out / "config.json").read_bytes() == case.config_text.encode()
+    assert {path.name for path in out.glob("*.safetensors")} == set(case.files)
+    for name, file in case.files.items():
+        expected = {key: value for key, value in file["tensors"].items() if rope_tables or key not in ROPE_TABLES}
+        found = read_tensors(out / name)
+        assert sorted(found) == sorted(expected), name
+        wrong = [key for key in expected if found[key] != expected[key] and key not in ROPE_TABLES]
+        assert not wrong, f"{name}: {[(key, found[key], expected[key]) for key in wrong[:3]]}"
+        # Where nothing is left out, and no math library had a say in the bytes, the whole file is the same.
+        if found == file["tensors"] and "sha256" in file:
+            assert (out / name).stat().st_size == file["size"]
+            assert short_hash((out / name).read_bytes()) == file["sha256"]
+        # The stock reader opens it, and the stock writer would have written exactly this.
+        assert save(load_file(out / name)) == (out / name).read_bytes(), name
+
+
+@pytest.fixture(autouse=True)
+def in_golden_folder(golden_inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cases' paths are relative to the folder that holds `inputs/`."""
+    monkeypatch.chdir(golden_inputs)
+
+
+@pytest.mark.parametrize("case", cases.supported(), ids=str)
+def test_case(case: Case, tmp_path: Path) -> None:
+    convert(case, tmp_path / "out")
+    check_output(case, tmp_path / "out")
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("name", VARIED)
+def test_same_for_any_budget_and_workers(name: str, budget: str, workers: int, tmp_path: Path) -> None:
+    convert(BY_NAME[name], tmp_path / "out", "--memory_budget", budget, "--workers", str(workers))
+    check_output(BY_NAME[name], tmp_path / "out")
+
+
+@pytest.mark.parametrize("rows", TILE_ROWS)
+@pytest.mark.parametrize("name", VARIED)
+def test_same_for_any_tile(name: str, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STREAMCONV_TILE_ROWS", str(rows))
+    convert(BY_NAME[name], tmp_path / "out", "--workers", "2")
+    check_output(BY_NAME[name], tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", WITH_ROPE_TABLES)
+def test_rope_tables(name: str, tmp_path: Path) -> None:
+    convert(BY_NAME[name], tmp_path / "out", "--rope_tables")
+    check_output(BY_NAME[name], tmp_path / "out", rope_tables=True)
+
+
+def test_all_cases_are_here() -> None:
+    assert len(BY_NAME) == 107
+    assert set(VARIED) | set(WITH_ROPE_TABLES) <= {case.name for case in cases.supported()}
