@@ -9,7 +9,7 @@ from streamconv.checkpoint.model_config import from_hf
 from streamconv.cli.view import dump, table
 from streamconv.errors import StreamconvError, printable
 from streamconv.families import family_of
-from streamconv.families.roles import match
+from streamconv.matching import match
 from streamconv.memory import show_size
 from streamconv.options import Options
 from streamconv.targets.trtllm.planner import make_plan

@@ -15,7 +15,7 @@ ROOT = Path(streamconv.__file__).parent
 LEVELS = (
     ("errors", "options", "memory"),
     ("checkpoint",),
-    ("quants", "families", "kernels", "fs", "ranges"),
+    ("quants", "families", "matching", "kernels", "fs", "ranges"),
     ("plan",),
     ("stages", "targets", "lock", "journal"),
     ("budget", "device", "manifest", "calibrate"),

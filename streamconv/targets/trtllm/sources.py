@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from streamconv.errors import TensorError, printable
 from streamconv.families.base import Family
-from streamconv.families.roles import Key, example, match
+from streamconv.matching import Key, example, match
 from streamconv.plan import Piece, SourceTensor
 
 _SHOWN = 20
