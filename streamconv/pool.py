@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from streamconv.budget import Shares, TileCost
 from streamconv.checkpoint.shard import Shard
+from streamconv.device import Device, DeviceLost, encode_on
 from streamconv.errors import DataError, printable
 from streamconv.fs import OutputFolder
 from streamconv.plan import Matrix, Plan, Span
 from streamconv.quants.base import Findings
-from streamconv.stages.encode import encode, requests, row_costs
+from streamconv.stages.encode import Request, encode, is_copy, requests, row_costs
 from streamconv.stages.read import read_rows, spare_bytes_per_row
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class Outcome:
         hashes: (file name, tensor name) -> XXH3-128 of the tensor's bytes, hex.
         overflow: source tensor -> finite values that became infinite in the model dtype.
         nonfinite: source tensor -> NaN or infinite values that were quantized all the same.
+        device_lost: why the rest of the run was done on the CPU.
     """
 
     hashes: dict[tuple[str, str], str] = field(default_factory=dict)
@@ -45,6 +47,7 @@ class Outcome:
     bytes_read: int = 0
     bytes_written: int = 0
     tiles: int = 0
+    device_lost: str = ""
 
 
 class _Stop(Exception):
@@ -104,6 +107,7 @@ class Pool:
         costs: tile cost of every span, as in plan.spans.
         tile_rows: bound on a tile's source rows (tests).
         progress: called after each tile with (source bytes read, bytes written) of it.
+        devices: makes the device of a worker, by worker number; None encodes on the CPU.
     """
 
     def __init__(
@@ -115,9 +119,10 @@ class Pool:
         costs: Sequence[TileCost],
         tile_rows: int | None,
         progress: Callable[[int, int], None],
+        devices: Callable[[int], Device] | None = None,
     ) -> None:
         self.plan, self.shards, self.folder, self.shares = plan, shards, folder, shares
-        self.costs, self.tile_rows, self.progress = costs, tile_rows, progress
+        self.costs, self.tile_rows, self.progress, self.devices = costs, tile_rows, progress, devices
         self.outcome = Outcome()
         self._order = _Order(plan.matrices)
         self._tiles = self._cut()
@@ -136,7 +141,9 @@ class Pool:
             name = self.plan.files[constant.file].name
             self.folder.write(name, constant.offset, constant.data)
             self.outcome.hashes[name, constant.tensor] = xxhash.xxh3_128(constant.data).hexdigest()
-        threads = [threading.Thread(target=self._work, name=f"tile-{n}", daemon=True) for n in range(self.shares.workers)]
+        threads = [
+            threading.Thread(target=self._work, args=(n,), name=f"tile-{n}", daemon=True) for n in range(self.shares.workers)
+        ]
         for thread in threads:
             thread.start()
         try:
@@ -169,29 +176,34 @@ class Pool:
             self._tiles = iter(())
         self._order.stop()
 
-    def _work(self) -> None:
+    def _work(self, number: int) -> None:
         import mmap
 
         import numpy as np
 
-        # mapped and not allocated: all of it goes back to the system at once
-        with mmap.mmap(-1, max(self.shares.arena, mmap.PAGESIZE)) as memory:
-            arena = np.frombuffer(memory, np.uint8)
-            try:
-                while True:
-                    with self._lock:
-                        tile = next(self._tiles, None)
-                    if tile is None:
-                        break
-                    self._do(tile, arena)
-            except _Stop:
-                pass
-            except BaseException as error:
-                self._fail(error)
-            finally:
-                del arena
+        try:
+            if self.devices is not None:
+                device = self.devices(number)
+                self._take_tiles(device.arena(self.shares.arena), device)
+                return
+            # mapped and not allocated: all of it goes back to the system at once
+            with mmap.mmap(-1, max(self.shares.arena, mmap.PAGESIZE)) as memory:
+                self._take_tiles(np.frombuffer(memory, np.uint8), None)
+        except _Stop:
+            pass
+        except BaseException as error:
+            error.__traceback__ = None  # its frames would keep the arena mapped
+            self._fail(error)
 
-    def _do(self, tile: Tile, arena: np.ndarray[Any, Any]) -> None:
+    def _take_tiles(self, arena: np.ndarray[Any, Any], device: Device | None) -> None:
+        while True:
+            with self._lock:
+                tile = next(self._tiles, None)
+            if tile is None:
+                return
+            self._do(tile, arena, device)
+
+    def _do(self, tile: Tile, arena: np.ndarray[Any, Any], device: Device | None) -> None:
         span = self.plan.spans[tile.span]
         source_rows = tile.stop - tile.start
         size = source_rows * span.row_bytes
@@ -203,7 +215,7 @@ class Pool:
         written = 0
         for request, dests in requests(span, self.plan.matrices).items():
             findings = Findings()
-            parts = encode(request, span, rows, block, space, findings)
+            parts = self._encode(device, request, span, rows, block, space, findings)
             self._judge(span, request[1].quantizes, findings)
             taken = row_costs(request, span)[0] * rows
             space = space[-(-taken // 64) * 64 :]
@@ -220,6 +232,25 @@ class Pool:
             self.outcome.bytes_written += written
             self.outcome.tiles += 1
         self.progress(size, written)
+
+    def _encode(
+        self,
+        device: Device | None,
+        request: Request,
+        span: Span,
+        rows: int,
+        block: np.ndarray[Any, Any],
+        space: np.ndarray[Any, Any],
+        findings: Findings,
+    ) -> list[np.ndarray[Any, Any]]:
+        if device is None or is_copy(request, span.source.dtype) or self.outcome.device_lost:
+            return encode(request, span, rows, block, space, findings)
+        try:
+            return encode_on(device, request, span, rows, block, space, findings)
+        except DeviceLost as error:
+            with self._lock:
+                self.outcome.device_lost = str(error)
+            return encode(request, span, rows, block, space, findings)
 
     def _judge(self, span: Span, quantizes: bool, findings: Findings) -> None:
         name = span.source.name
