@@ -128,6 +128,28 @@ class SourceTensor:
 
 
 @dataclass(frozen=True, slots=True)
+class PackedTensor(SourceTensor):
+    """An integer weight [N, K] that the source stores packed; reading it gives signed int8, one row per output channel.
+
+    Attributes:
+        shape: (N, K); `dtype` is I8; the one piece covers the stored bytes (its rows and cols are those of the file).
+        bits: 4 or 8.
+        packing: how the file stores it (quantization spec §4.2, §5.2, §5.3): "gptq", int32 [K*bits/32, N] along K;
+            "awq", int32 [K, N/8] along shuffled channels; "modelopt", one byte for two neighbouring channels [N/2, K].
+        module: name without the last component, e.g. "model.layers.0.mlp.up_proj".
+    """
+
+    bits: int = 4
+    packing: str = "gptq"
+    module: str = ""
+
+    @property
+    def stored_row_bytes(self) -> int:
+        """Bytes that a channel has in the file."""
+        return self.cols * self.bits // 8
+
+
+@dataclass(frozen=True, slots=True)
 class RowOp:
     """What happens to source rows before they are encoded; `block` source rows always stay together.
 
@@ -181,8 +203,13 @@ class Span:
         return self.source.cols * self.source.dtype.itemsize
 
     @property
+    def stored_row_bytes(self) -> int:
+        """Bytes of the file that a row is read from."""
+        return self.source.stored_row_bytes if isinstance(self.source, PackedTensor) else self.row_bytes
+
+    @property
     def nbytes(self) -> int:
-        return (self.stop - self.start) * self.row_bytes
+        return (self.stop - self.start) * self.stored_row_bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from streamconv.checkpoint.shard import Shard
 from streamconv.errors import TensorError, printable
-from streamconv.plan import SourceTensor, Span
+from streamconv.plan import PackedTensor, SourceTensor, Span
+from streamconv.stages.unpack import read_channels
 from streamconv.targets.trtllm.rope import RopeTable
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ def read_rows(shards: Sequence[Shard], span: Span, start: int, stop: int, buffer
     """Rows [start, stop) of the span's source, after its row operation.
 
     Args:
-        buffer, spare: uint8 arrays of at least (stop-start)*row_bytes bytes; spare is used by row operations only.
+        buffer, spare: uint8 arrays of at least (stop-start)*row_bytes bytes; spare is used by row operations and unpacking.
 
     Returns:
         A view of one of the two that holds the rows, row-major.
@@ -36,6 +37,8 @@ def read_rows(shards: Sequence[Shard], span: Span, start: int, stop: int, buffer
 
         out[:] = np.ascontiguousarray(span.source.fill(start, stop)).reshape(-1).view(np.uint8)
         return out
+    if isinstance(span.source, PackedTensor):
+        return read_channels(shards, span.source, start, stop, buffer, spare)
     source = cast(SourceTensor, span.source)
     itemsize = source.dtype.itemsize
     if source.axis == 0:
@@ -73,5 +76,7 @@ def read_rows(shards: Sequence[Shard], span: Span, start: int, stop: int, buffer
 
 
 def spare_bytes_per_row(span: Span) -> int:
-    """Extra buffer a source row needs for its row operation."""
+    """Extra buffer a source row needs for its row operation or for unpacking."""
+    if isinstance(span.source, PackedTensor):
+        return span.source.cols
     return 0 if span.op.kind == "none" else span.row_bytes

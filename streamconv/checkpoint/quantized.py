@@ -1,0 +1,109 @@
+"""What a source says about how it was quantized: config.json, quantize_config.json, hf_quant_config.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from streamconv.errors import CheckpointError, printable
+
+
+@dataclass(frozen=True, slots=True)
+class SourceQuantization:
+    """Stated facts; None where the source states nothing.
+
+    Attributes:
+        method: "gptq", "awq", "fbgemm_fp8", "modelopt" or another tool's name, lower case.
+        algo: ModelOpt's quant_algo, upper case.
+        bits: bits per weight.
+        group_size: input channels that share a scale; -1 for a whole column.
+        format: checkpoint_format of GPTQ ("gptq", "gptq_v2") or the version of AWQ ("gemm").
+        act_order: desc_act of GPTQ.
+        activation_bound: activation_scale_ub of fbgemm.
+        stated_in: file name, for messages.
+    """
+
+    method: str
+    algo: str | None = None
+    bits: int | None = None
+    group_size: int | None = None
+    format: str | None = None
+    act_order: bool = False
+    activation_bound: float | None = None
+    stated_in: str = "config.json"
+
+
+_MOST = 1 << 20
+
+
+def source_quantization(config: Mapping[str, Any], folder: Path) -> SourceQuantization | None:
+    """Facts of the source, or None for an unquantized one (and for a GPTQ file without any statement).
+
+    Raises:
+        CheckpointError: a file is not a JSON object.
+    """
+    stated = config.get("quantization_config")
+    if isinstance(stated, dict):
+        method = str(stated.get("quant_method", "unknown")).lower()
+        if method.startswith("modelopt"):
+            return _modelopt(stated, "config.json")
+        return _facts(method, stated, "config.json")
+    stated = _json(folder / "hf_quant_config.json")
+    if stated is not None:
+        return _modelopt(stated, "hf_quant_config.json")
+    stated = _json(folder / "quantize_config.json")
+    if stated is not None:
+        return _facts(str(stated.get("quant_method", "gptq")).lower(), stated, "quantize_config.json")
+    return None
+
+
+def _facts(method: str, stated: Mapping[str, Any], name: str) -> SourceQuantization:
+    form = stated.get("checkpoint_format", stated.get("version"))
+    bound = stated.get("activation_scale_ub")
+    return SourceQuantization(
+        method=method,
+        bits=_int(stated.get("bits", stated.get("w_bit"))),
+        group_size=_int(stated.get("group_size", stated.get("q_group_size"))),
+        format=str(form).lower() if form is not None else None,
+        act_order=bool(stated.get("desc_act", False)),
+        activation_bound=float(bound) if isinstance(bound, (int, float)) else None,
+        stated_in=name,
+    )
+
+
+def _modelopt(stated: Mapping[str, Any], name: str) -> SourceQuantization:
+    inner = stated.get("quantization", stated)
+    inner = inner if isinstance(inner, dict) else {}
+    algo = inner.get("quant_algo")
+    return SourceQuantization(
+        method="modelopt",
+        algo=str(algo).upper() if algo else None,
+        group_size=_int(inner.get("group_size")),
+        stated_in=name,
+    )
+
+
+def _int(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MOST + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise CheckpointError(f"{printable(str(path))}: {error.strerror}") from error
+    try:
+        if len(data) > _MOST:
+            raise ValueError("larger than 1 MiB")
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{printable(str(path))}: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{printable(str(path))} is not a JSON object")
+    return value
