@@ -1,0 +1,99 @@
+"""Calibration samples: where they come from and how the official loop prepares them (quantization spec §16.1)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from streamconv.errors import CheckpointError, UsageError, printable
+
+_COLUMNS = ("article", "text", "content")
+
+
+def load_texts(source: str, count: int) -> list[str]:
+    """The first `count` samples (-1: all) in order.
+
+    Args:
+        source: a .txt file (samples are separated by blank lines), a .jsonl file (key article, text or content), a folder
+            of such files, or the name of a data set on the Hub (needs the package `datasets`).
+
+    Raises:
+        UsageError: nothing readable is there.
+    """
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl", ".md"))
+        if not files:
+            raise UsageError(f"--text {printable(source)}: no .txt or .jsonl file in the folder")
+        texts = [text for file in files for text in _file(file)]
+    elif path.exists():
+        texts = _file(path)
+    elif path.suffix or source.startswith((".", "/")):
+        raise UsageError(f"--text {printable(source)} does not exist")
+    else:
+        texts = _hub(source, count)
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise UsageError(f"--text {printable(source)} holds no text")
+    return texts if count < 0 else texts[:count]
+
+
+def _file(path: Path) -> list[str]:
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--text {printable(str(path))}: {error}") from error
+    if path.suffix != ".jsonl":
+        return [block.strip() for block in content.split("\n\n")]
+    texts = []
+    for number, line in enumerate(content.splitlines(), 1):
+        try:
+            row = json.loads(line)
+            texts.append(next(str(row[key]) for key in _COLUMNS if key in row))
+        except (ValueError, StopIteration, TypeError) as error:
+            raise UsageError(f"--text {printable(str(path))}: line {number} has none of {', '.join(_COLUMNS)}") from error
+    return texts
+
+
+def _hub(name: str, count: int) -> list[str]:
+    try:
+        from datasets import load_dataset  # type: ignore[import-not-found,unused-ignore]
+    except ImportError:
+        raise UsageError(
+            f"--text {printable(name)} is no file here, and data sets of the Hub need the package datasets",
+            hint="pip install datasets, or give a text file",
+        ) from None
+    # the columns and splits of the official converter (spec §16.1)
+    split, column, config = "train", "text", None
+    if "cnn_dailymail" in name:
+        column, config = "article", "3.0.0"
+    elif "lambada" in name:
+        split = "validation"
+    try:
+        rows = load_dataset(name, name=config, split=split)
+    except Exception as error:
+        raise UsageError(f"--text {printable(name)}: {str(error).splitlines()[0]}") from error
+    return [str(row[column]) for _, row in zip(range(count if count >= 0 else len(rows)), rows, strict=False)]
+
+
+def tokenize(folder: Path, texts: list[str], max_length: int) -> list[list[int]]:
+    """Token ids of each sample, prepared as the official loop does.
+
+    Raises:
+        CheckpointError: the model folder has no usable tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), padding_side="left", local_files_only=True)
+    except Exception as error:
+        raise CheckpointError(
+            f"{printable(str(folder))} has no tokenizer that can be read: {str(error).splitlines()[0]}",
+            hint="calibration needs the tokenizer files beside the model",
+        ) from error
+    ids = []
+    for text in texts:
+        prepared = (text + " TL;DR: ").strip().replace(" n't", "n't")
+        ids.append(list(tokenizer(prepared, truncation=True, max_length=max_length)["input_ids"]))
+    return [sample for sample in ids if sample]
