@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from streamconv import budget, manifest, memory
+from streamconv import budget, device, manifest, memory
 from streamconv.budget import Shares, TileCost
 from streamconv.checkpoint.index import Index, open_index
 from streamconv.fs import OutputFolder, check_output
@@ -55,6 +56,7 @@ class Report:
     budget: int
     workers: int
     tiles: int
+    device: str
     warnings: tuple[str, ...]
 
 
@@ -64,7 +66,7 @@ def open_and_plan(source: str | Path, options: Options) -> tuple[Index, Plan]:
     return index, make_plan(index, options)
 
 
-def costs_of(plan: Plan) -> list[TileCost]:
+def costs_of(plan: Plan, on_device: bool = False) -> list[TileCost]:
     """Tile cost of every span of a plan; equal spans are worked out once."""
     known: dict[object, TileCost] = {}
     costs = []
@@ -72,7 +74,7 @@ def costs_of(plan: Plan) -> list[TileCost]:
         encodings = tuple((dest.cols, plan.matrices[dest.matrix].encoding) for dest in span.dests)
         key = (span.source.dtype, span.source.cols, span.op, span.align, encodings)
         if key not in known:
-            known[key] = budget.tile_cost(span, plan.matrices)
+            known[key] = budget.tile_cost(span, plan.matrices, on_device)
         costs.append(known[key])
     return costs
 
@@ -94,6 +96,40 @@ def foresee(plan: Plan, resources: Resources) -> Shares:
     if any(cost.torch for cost in costs):
         base += _BASE_TORCH
     return budget.share(resources.memory_budget, resources.workers, base, dearest(plan, costs))
+
+
+def choose_device(plan: Plan, resources: Resources) -> device.Choice:
+    """CPU or GPU for this plan, and why.
+
+    Raises:
+        UsageError: a device that is not here was asked for.
+    """
+    total = resources.memory_budget or budget.default_budget()
+    return device.choose(resources.device, plan, budget.processors(), total)
+
+
+def _bind(choice: device.Choice) -> Callable[[int], device.Device]:
+    """Open the devices (torch and CUDA are counted from here on) and share them out to workers in turn."""
+    made = [device.Cuda(name) for name in choice.devices]
+    made[0].upload(_probe())
+    return lambda worker: device.Cuda(choice.devices[worker % len(choice.devices)])
+
+
+def _probe() -> Any:
+    import numpy as np
+
+    return np.zeros(1, np.uint8)
+
+
+def _fit_device(shares: Shares, choice: device.Choice, resources: Resources, costs: list[TileCost]) -> Shares:
+    """Tiles no larger than the device has room for; torch's temporaries are the larger part of it."""
+    import torch
+
+    free = min(int(torch.cuda.mem_get_info(name)[0]) for name in choice.devices)
+    each = max(1, shares.workers // len(choice.devices))
+    limit = device.tile_limit(free, resources.device_memory_budget, each, 24)
+    least = max((cost.smallest() for cost in costs), default=0)
+    return dataclasses.replace(shares, arena=max(least, min(shares.arena, 2 * limit)))
 
 
 def load_kernels(plan: Plan) -> None:
@@ -146,14 +182,20 @@ def convert(
     index, plan = open_and_plan(source, options)
     check_output(out, index.root, force)
     foresee(plan, resources)  # a budget that is far too small is refused before anything is loaded
-    load_kernels(plan)
-    costs = costs_of(plan)
-    shares = budget.share(resources.memory_budget, resources.workers, memory.resident(), dearest(plan, costs))
+    choice = choose_device(plan, resources)
+    devices = _bind(choice) if choice.devices else None
+    if devices is None:
+        load_kernels(plan)
+    costs = costs_of(plan, bool(choice.devices))
+    workers = resources.workers or (device.SLOTS * len(choice.devices) if choice.devices else None)
+    shares = budget.share(resources.memory_budget, workers, memory.resident(), dearest(plan, costs))
+    if choice.devices:
+        shares = _fit_device(shares, choice, resources, costs)
     folder = OutputFolder(out, force)
     try:
         watcher.start(plan, shares)
         folder.create([(file.name, file.size, file.header) for file in plan.files])
-        outcome = Pool(plan, index.shards, folder, shares, costs, resources.tile_rows, watcher.tile).run()
+        outcome = Pool(plan, index.shards, folder, shares, costs, resources.tile_rows, watcher.tile, devices).run()
         for shard in index.shards:
             shard.check_unchanged()
         watcher.stage("syncing")
@@ -164,6 +206,8 @@ def convert(
     finally:
         index.close()
     warnings = list(plan.warnings)
+    if outcome.device_lost:
+        warnings.append(f"{outcome.device_lost}; the rest was done on the CPU")
     for name, count in outcome.overflow.items():
         warnings.append(f"{name}: {count} values are too large for {plan.dtype.torch} and became infinite")
     for name, count in outcome.nonfinite.items():
@@ -179,5 +223,6 @@ def convert(
         budget=shares.budget,
         workers=shares.workers,
         tiles=outcome.tiles,
+        device=", ".join(choice.devices) or f"cpu ({choice.why})",
         warnings=tuple(warnings),
     )

@@ -41,13 +41,13 @@ class TileCost:
         return rows if cap is None else max(self.align, min(rows, cap // self.align * self.align))
 
 
-def tile_cost(span: Span, matrices: tuple[Matrix, ...]) -> TileCost:
-    """What one source row of a span costs from read to write."""
+def tile_cost(span: Span, matrices: tuple[Matrix, ...], on_device: bool = False) -> TileCost:
+    """What one source row of a span costs in host memory from read to write; a device has its own working memory."""
     out = work = 0
     kernel = torch = False
     for request in requests(span, matrices):
         row_out, row_work = row_costs(request, span)
-        out, work = out + row_out, max(work, row_work)
+        out, work = out + row_out, max(work, 0 if on_device else row_work)
         if not is_copy(request, span.source.dtype):
             fused = request[1].kernel(span.source.dtype) is not None
             kernel, torch = kernel or fused, torch or not fused

@@ -67,6 +67,7 @@ class Resources:
         memory_budget: ceiling of the process's peak resident set in bytes; None derives it from free memory.
         workers: worker threads; None derives them from processors and budget.
         device: "auto", "cpu", "cuda", "cuda:0", ...
+        device_memory_budget: bytes of each device that may be used; None: what is free less a reserve, at most 2 GiB.
         tile_rows: upper bound on the source rows of a tile (tests force small tiles with it).
         disk_reserve: bytes of free disk to leave untouched.
     """
@@ -74,5 +75,6 @@ class Resources:
     memory_budget: int | None = None
     workers: int | None = None
     device: str = "auto"
+    device_memory_budget: int | None = None
     tile_rows: int | None = None
     disk_reserve: int = 0

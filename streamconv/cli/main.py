@@ -41,7 +41,8 @@ _CONVERSION: tuple[_Decorator, ...] = (
 _RESOURCES: tuple[_Decorator, ...] = (
     click.option("--memory-budget", help="Ceiling of this process's memory, e.g. 2GiB. Default: from what is free."),
     click.option("--workers", default="auto", show_default=True, help="Worker threads, or auto."),
-    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:0 ..."),
+    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:0 or cuda:0,cuda:1."),
+    click.option("--device-memory-budget", help="Device memory to use, e.g. 2GiB."),
 )
 
 
@@ -60,7 +61,9 @@ def _requested(values: dict[str, Any]) -> Any:
     return Options(**values)
 
 
-def resources(memory_budget: str | None, workers: str | int | None, device: str) -> Any:
+def resources(
+    memory_budget: str | None, workers: str | int | None, device: str, device_memory_budget: str | None = None
+) -> Any:
     """Resources from the spelling of the command line.
 
     Raises:
@@ -75,13 +78,12 @@ def resources(memory_budget: str | None, workers: str | int | None, device: str)
             count = int(str(workers))
         except ValueError:
             raise UsageError(f"--workers {workers!r} is neither a number nor auto") from None
-    if device.startswith("cuda"):
-        raise UsageError("--device cuda is not built yet", hint="--device cpu")
     rows = os.environ.get("STREAMCONV_TILE_ROWS")
     return Resources(
         memory_budget=parse_size(memory_budget) if memory_budget else None,
         workers=count,
         device=device,
+        device_memory_budget=parse_size(device_memory_budget) if device_memory_budget else None,
         tile_rows=int(rows) if rows else None,
     )
 
@@ -100,7 +102,16 @@ def cli() -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object at the end.")
 @click.option("--quiet", "-q", is_flag=True)
 def convert(
-    model: str, out: str, memory_budget: str, workers: str, device: str, force: bool, as_json: bool, quiet: bool, **values: Any
+    model: str,
+    out: str,
+    memory_budget: str,
+    workers: str,
+    device: str,
+    device_memory_budget: str,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+    **values: Any,
 ) -> int:
     """Convert MODEL (a Hugging Face folder) into the TensorRT-LLM checkpoint folder OUT."""
     import dataclasses
@@ -112,7 +123,7 @@ def convert(
         model,
         out,
         _requested(values),
-        resources(memory_budget, workers, device),
+        resources(memory_budget, workers, device, device_memory_budget),
         force=force,
         watcher=view.Progress(quiet or as_json),
     )
@@ -142,15 +153,24 @@ def show_report(report: Any, as_json: bool, quiet: bool) -> None:
 @click.argument("out", required=False)
 @_options(_CONVERSION, _RESOURCES)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def plan(model: str, out: str | None, memory_budget: str, workers: str, device: str, as_json: bool, **values: Any) -> int:
+def plan(
+    model: str,
+    out: str | None,
+    memory_budget: str,
+    workers: str,
+    device: str,
+    device_memory_budget: str,
+    as_json: bool,
+    **values: Any,
+) -> int:
     """Show what convert would do, from the headers alone."""
     from streamconv import api
     from streamconv.cli import plan_view
 
-    asked = resources(memory_budget, workers, device)
+    asked = resources(memory_budget, workers, device, device_memory_budget)
     index, made = api.open_and_plan(model, _requested(values))
     try:
-        plan_view.show(made, api.foresee(made, asked), api.costs_of(made), out, as_json)
+        plan_view.show(made, api.foresee(made, asked), api.costs_of(made), api.choose_device(made, asked).why, out, as_json)
     finally:
         index.close()
     return 0
@@ -197,6 +217,46 @@ def verify(out: str, source: str | None, as_json: bool, quiet: bool) -> int:
             state = "good" if not verdict.problems else f"{len(verdict.problems)} problems"
             print(f"{out}: {state}; {verdict.files} files, {verdict.tensors} tensors, {verdict.hashed} hashes equal")
     return 7 if verdict.problems else 0
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--output", "-o", required=True, help="Ranges file to write (safetensors).")
+@click.option("--text", required=True, help="A .txt or .jsonl file, a folder of them, or a data set on the Hub.")
+@click.option("--samples", type=int, default=512, show_default=True)
+@click.option("--max-length", type=int, default=512, show_default=True, help="Tokens of a sample.")
+@click.option("--batch-size", type=int, default=1, show_default=True)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float16", "bfloat16", "float32", "auto"]),
+    default="float16",
+    show_default=True,
+    help="Computing type: float16 for SmoothQuant, auto (the model's own) for the INT8 KV cache alone.",
+)
+@click.option("--memory-budget", help="Ceiling of this process's memory, e.g. 2GiB.")
+@click.option("--device", default="cpu", show_default=True, help="cpu or cuda:0.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--quiet", "-q", is_flag=True)
+def calibrate(model: str, output: str, memory_budget: str, as_json: bool, quiet: bool, **values: Any) -> int:
+    """Measure the activation ranges of MODEL on text, one layer at a time."""
+    from streamconv.calibrate.run import calibrate as run_calibration
+    from streamconv.cli import view
+    from streamconv.memory import parse_size, show_size
+
+    def progress(done: int, layers: int, left: float) -> None:
+        if not (quiet or as_json):
+            print(f"layer {done} of {layers}, {left:.0f} s left", file=sys.stderr)
+
+    limit = parse_size(memory_budget) if memory_budget else None
+    told = run_calibration(model, output, memory_budget=limit, progress=progress, **values)
+    if as_json:
+        view.dump(told)
+    elif not quiet:
+        print(
+            f"{output}: {told['tensors']} ranges from {told['samples']} samples ({told['tokens']} tokens) in "
+            f"{told['seconds']:.1f} s; peak memory {show_size(told['peak_memory'])}"
+        )
+    return 0
 
 
 @cli.command("list")

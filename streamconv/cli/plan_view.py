@@ -40,9 +40,9 @@ def content(plan: Plan, shares: Shares, costs: list[TileCost], out: str | None) 
     }
 
 
-def show(plan: Plan, shares: Shares, costs: list[TileCost], out: str | None, as_json: bool) -> None:
+def show(plan: Plan, shares: Shares, costs: list[TileCost], device: str, out: str | None, as_json: bool) -> None:
     """Print a plan."""
-    told = content(plan, shares, costs, out)
+    told = content(plan, shares, costs, out) | {"device": device}
     if as_json:
         dump(told)
         return
@@ -61,6 +61,7 @@ def show(plan: Plan, shares: Shares, costs: list[TileCost], out: str | None, as_
         f"before the first tile, {shares.workers} workers x {show_size(shares.arena)}, {show_size(shares.margin)} margin"
     )
     print(f"tiles    at most {show_size(told['largest_tile'])} of source each")
+    print(f"device   {device}")
     enough = "enough" if disk["enough"] else "NOT ENOUGH"
     print(f"disk     {show_size(disk['free'])} free, {show_size(disk['need'])} needed: {enough}")
     for warning in plan.warnings:
