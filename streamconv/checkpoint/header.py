@@ -1,32 +1,56 @@
-"""The safetensors header: a strict parser and the writer's twin (checkpoint spec §1.2).
+"""Strict reader and exact writer of the safetensors header.
 
-Whatever the stock reader rejects is rejected here; whatever is accepted here it reads the same. Only the header's bytes are
-ever read.
+A file is an 8-byte little-endian length, a JSON object of that length, and the data. The reader is stricter than the
+stock one: whatever it accepts, stock reads the same. It walks the bytes with one bounded regular expression per tensor
+instead of building a JSON tree, so a hostile header of 100 MB is refused at its first wrong byte, in little memory,
+and what JSON allows but no writer writes (duplicate keys, "-0", lone surrogates, nesting) has no way in.
+
+Spec: checkpoint §1.2 (byte layout of a rank file).
 """
 
 from __future__ import annotations
 
 import json
 import os
-import struct
+import re
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import NamedTuple, NoReturn
 
 from streamconv.checkpoint.dtypes import DTYPES, DType
 from streamconv.errors import CheckpointError, HeaderError, printable
 
 MAX_HEADER = 100_000_000
-"""Longest header the stock reader takes, bytes."""
+"""The stock reader's limit."""
+_LIMIT = 1 << 63
+_FIRST_READ = 1 << 16
+_METADATA = "__metadata__"
 
-_MAX_DEPTH = 8
-_MAX_NUMBER = 1 << 63
+_WS = rb"[ \t\n\r]{0,256}"  # bounded, so that a hostile run of blanks fails at once
+_INT = rb"(?:0|[1-9][0-9]{0,19})"
+# Each run of blanks is followed by something that is no blank, so a failing match does not go back and forth.
+_ENTRY_TEXT = (
+    (
+        rb"\{(?:WS(?:"
+        rb'"dtype"WS:WS"([^"\\\x00-\x1f]{0,64})"'
+        rb'|"shape"WS:WS\[WS((?:INTWS(?:,WSINTWS){0,63})?)\]'
+        rb'|"data_offsets"WS:WS\[WS(INT)WS,WS(INT)WS\]'
+        rb")WS(?:,(?!WS\})|(?=\}))){3}\}"
+    )
+    .replace(b"WS", _WS)
+    .replace(b"INT", _INT)
+)
+_SEP = rb"WS([,}])".replace(b"WS", _WS)
+_ENTRY = re.compile(_ENTRY_TEXT)
+_NAMED_ENTRY = re.compile(rb'WS"([^"\\\x00-\x1f]*)"WS:WS'.replace(b"WS", _WS) + _ENTRY_TEXT + _SEP)
+_SEPARATOR = re.compile(_SEP)
+_BLANK = re.compile(rb"[ \t\n\r]*")
+_STRING_PART = re.compile(rb'[^"\\\x00-\x1f]*(?:\\[^\x00-\x1f][^"\\\x00-\x1f]*){0,1000}')
 
 
-@dataclass(frozen=True, slots=True)
-class TensorEntry:
-    """A tensor of a file; `begin` and `end` are absolute file offsets."""
+class TensorEntry(NamedTuple):
+    """One tensor of a file; begin and end are offsets in the file, not in its data section."""
 
     name: str
     dtype: DType
@@ -37,173 +61,274 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A parsed header; tensor data start at byte `data_start` of the file."""
+    """What a header says.
+
+    Attributes:
+        tensors: by name, in the order of their data.
+        metadata: the `__metadata__` strings; empty when there are none.
+        data_start: offset of the first data byte.
+    """
 
     tensors: dict[str, TensorEntry]
     metadata: dict[str, str]
     data_start: int
 
 
-def read_header(path: str | Path) -> Header:
-    """Parse the header of a file.
-
-    Raises:
-        HeaderError: the file is not a valid safetensors file.
-        CheckpointError: it cannot be opened.
-    """
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        raise CheckpointError(f"cannot open {printable(str(path))}: {error.strerror}") from error
-    try:
-        return read_header_fd(fd, path)
-    finally:
-        os.close(fd)
-
-
-def read_header_fd(fd: int, path: str | Path) -> Header:
-    """`read_header` of an open file."""
-    size = os.fstat(fd).st_size
-    where = printable(str(path))
-    length = os.pread(fd, 8, 0)
-    if len(length) < 8:
-        raise HeaderError(f"{where}: {size} bytes are too few for a safetensors file")
-    count = int(struct.unpack("<Q", length)[0])
-    if count > MAX_HEADER:
-        raise HeaderError(f"{where}: header length {count} is over the limit of {MAX_HEADER}")
-    if 8 + count > size:
-        raise HeaderError(f"{where}: header length {count} reaches past the end of the file ({size} bytes)")
-    data = os.pread(fd, count, 8)
-    if len(data) != count:
-        raise HeaderError(f"{where}: the file ended inside its header")
-    return parse_header(data, size, path)
-
-
-def parse_header(data: bytes, file_size: int, path: str | Path) -> Header:
-    """Check and index header JSON.
+def read_header(source: str | os.PathLike[str] | int, path: str | os.PathLike[str] | None = None) -> Header:
+    """Read just the header of a file.
 
     Args:
-        data: the header without its 8-byte length.
-        file_size: bytes of the whole file, against which offsets are checked.
+        source: a path, or an open file descriptor (then path names it in messages).
 
     Raises:
-        HeaderError: says which rule is broken, and by which tensor.
+        HeaderError: the header breaks a rule of the format.
+        CheckpointError: the file cannot be opened or read, or is no regular file.
     """
-    where = printable(str(path))
-
-    def fail(text: str) -> HeaderError:
-        return HeaderError(f"{where}: {text}")
-
-    if not data.startswith(b"{"):
-        raise fail("the header does not begin with '{'")
-    _check_depth(data, where)
+    shown = str(path if path is not None else source)
     try:
-        content = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
-    except _Duplicate as error:
-        raise fail(f"{printable(str(error))} appears twice in the header") from None
-    except (ValueError, RecursionError) as error:
-        raise fail(f"the header is not valid JSON: {printable(str(error), 120)}") from None
-    metadata = content.pop("__metadata__", {})
-    if metadata is None:
-        metadata = {}
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise fail("__metadata__ is not an object of strings")
-    start = 8 + len(data)
-    tensors = {}
-    spans = []
-    for name, entry in content.items():
-        begin, end, tensor = _entry(name, entry, start, fail)
-        tensors[name] = tensor
-        spans.append((begin, end, name))
-    spans.sort()
-    at = 0
-    for begin, end, name in spans:
-        if begin != at:
-            what = "overlaps another tensor" if begin < at else "leaves a hole before it"
-            raise fail(f"{printable(name)}: data_offsets [{begin}, {end}] {what}")
-        at = end
-    if start + at != file_size:
-        what = "the file is truncated" if start + at > file_size else "bytes follow the last tensor"
-        raise fail(f"the header describes {start + at} bytes and the file has {file_size}: {what}")
-    return Header(tensors, metadata, start)
+        if isinstance(source, int):
+            return _read(source, shown)
+        fd = os.open(source, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO must not make us wait
+        try:
+            return _read(fd, shown)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {printable(shown)}: {error.strerror}") from error
 
 
-def _entry(name: str, entry: Any, start: int, fail: Any) -> tuple[int, int, TensorEntry]:
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise fail(f"{printable(name)}: an entry must have exactly dtype, shape and data_offsets")
-    if any("\ud800" <= letter <= "\udfff" for letter in name):
-        raise fail(f"{printable(name)}: the name is not valid Unicode")
-    dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
-    if dtype is None:
-        raise fail(f"{printable(name)}: dtype {printable(str(entry['dtype']))} is not known")
-    shape, offsets = entry["shape"], entry["data_offsets"]
-    if not isinstance(shape, list) or not all(_is_count(size) for size in shape):
-        raise fail(f"{printable(name)}: shape is not a list of whole numbers")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(offset) for offset in offsets):
-        raise fail(f"{printable(name)}: data_offsets is not a pair of whole numbers")
-    begin, end = offsets
-    size = dtype.itemsize
-    for length in shape:
-        size *= length
-        if size >= _MAX_NUMBER:
-            raise fail(f"{printable(name)}: shape {printable(str(shape), 80)} overflows")
-    if end - begin != size:
-        raise fail(f"{printable(name)}: shape and dtype mean {size} bytes, data_offsets {end - begin}")
-    return begin, end, TensorEntry(name, dtype, tuple(shape), start + begin, start + end)
+def _read(fd: int, path: str) -> Header:
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(f"{printable(path)} is not a regular file")
+    data = bytearray(os.pread(fd, _FIRST_READ, 0))
+    stop = _data_start(data, status.st_size, path)  # refuses what is no header before the rest is read
+    while len(data) < stop:
+        more = os.pread(fd, min(stop - len(data), 1 << 24), len(data))
+        if not more:
+            break
+        data += more
+    return parse_header(data, status.st_size, path)
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < _MAX_NUMBER
+def _data_start(data: bytes | bytearray | memoryview, file_size: int, path: str) -> int:
+    where = printable(path)
+    if file_size < 8 or len(data) < 8:
+        raise HeaderError(f"{where}: {min(file_size, len(data))} bytes are too short for a safetensors file")
+    length = int.from_bytes(data[:8], "little")
+    if length > MAX_HEADER:
+        raise HeaderError(f"{where}: header length {length} is above the limit of {MAX_HEADER}; no safetensors file?")
+    if 8 + length > file_size:
+        raise HeaderError(f"{where}: header length {length} reaches past the end of the file ({file_size} bytes)")
+    if length < 2 or data[8:9] != b"{":
+        raise HeaderError(f"{where}: the header does not start with '{{'; no safetensors file?")
+    return 8 + length
 
 
-class _Duplicate(ValueError):
-    pass
+def parse_header(
+    data: bytes | bytearray | memoryview, file_size: int, path: str | os.PathLike[str] = "header"
+) -> Header:
+    """Check and parse the first bytes of a file.
+
+    Args:
+        data: at least the whole header with its length; more does not matter.
+        file_size: of the whole file; the tensors must fill it exactly.
+
+    Raises:
+        HeaderError: names the file and, where there is one, the tensor.
+    """
+    shown = str(path)
+    stop = _data_start(data, file_size, shown)
+    if len(data) < stop:
+        raise HeaderError(f"{printable(shown)}: the file ends inside its header")
+    return _Parser(bytes(data[:stop]), file_size, printable(shown)).run()
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise _Duplicate(key)
-            seen.add(key)
-    return found
+class _Parser:
+    def __init__(self, text: bytes, file_size: int, where: str) -> None:
+        self.text, self.file_size, self.where = text, file_size, where
+        self.shapes: dict[bytes, tuple[tuple[int, ...], int]] = {}  # few distinct shapes: share and check once
 
+    def run(self) -> Header:
+        text, base = self.text, len(self.text)
+        tensors: dict[str, TensorEntry] = {}
+        metadata: dict[str, str] | None = None
+        pos = self.blank(9)
+        more = text[pos : pos + 1] != b"}"
+        if not more:
+            pos += 1
+        match = _NAMED_ENTRY.match
+        while more:
+            found = match(text, pos)
+            if found:
+                raw, dtype, shape, begin, end, separator = found.groups()
+                try:
+                    name = raw.decode()
+                except UnicodeDecodeError:
+                    self.fail("a tensor name is not UTF-8", pos)
+                pos = found.end()
+            else:
+                name, pos = self.string(self.blank(pos))
+                pos = self.blank(self.expect(b":", self.blank(pos)))
+                if name == _METADATA:
+                    if metadata is not None:
+                        self.fail("duplicate key __metadata__", pos)
+                    metadata, pos = self.metadata(pos)
+                    dtype = shape = begin = None
+                else:
+                    entry = _ENTRY.match(text, pos)
+                    if entry is None:
+                        self.explain(name, pos)
+                    dtype, shape, begin, end = entry.groups()
+                    pos = entry.end()
+                after = _SEPARATOR.match(text, pos)
+                if after is None:
+                    self.fail("bad JSON, ',' or '}' expected", pos)
+                separator, pos = after[1], after.end()
+            more = separator == b","
+            if name != _METADATA:
+                if name in tensors:
+                    self.fail(f"duplicate tensor {printable(name)}")
+                tensors[name] = self.entry(name, dtype, shape, begin, end)
+            elif found:
+                self.fail("__metadata__ must hold strings only")
+        if self.blank(pos) != base:
+            self.fail("characters after the header's closing '}'", pos)
+        return Header(self.tiled(tensors), metadata or {}, base)
 
-def _no_constant(text: str) -> None:
-    raise ValueError(f"{text} is not JSON")
+    def entry(
+        self, name: str, dtype: bytes | None, shape: bytes | None, begin: bytes | None, end: bytes | None
+    ) -> TensorEntry:
+        if dtype is None or shape is None or begin is None or end is None:
+            self.fail(f"tensor {printable(name)} has a key twice")  # three fields, yet one of the three is missing
+        kind = DTYPES.get(dtype.decode("latin-1"))
+        if kind is None:
+            self.fail(f"tensor {printable(name)} has dtype {printable(dtype.decode(errors='replace'))}, not supported")
+        known = self.shapes.get(shape)
+        if known is None:
+            dims = tuple(map(int, shape.split(b","))) if shape else ()
+            count = 1
+            for dim in dims:
+                count *= dim
+                if dim >= _LIMIT or count >= _LIMIT:
+                    self.fail(f"tensor {printable(name)} has an impossible shape")
+            known = self.shapes[shape] = dims, count
+        first, last = int(begin), int(end)
+        if last - first != known[1] * kind.itemsize:
+            self.fail(
+                f"tensor {printable(name)} of shape {list(known[0])} and dtype {kind} needs {known[1] * kind.itemsize}"
+                f" bytes, but its data_offsets are [{first}, {last}]"
+            )
+        base = len(self.text)
+        return TensorEntry(name, kind, known[0], base + first, base + last)
 
+    def tiled(self, tensors: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
+        """In the order of the data, which the tensors must fill without hole or overlap."""
+        at = len(self.text)
+        ordered = sorted(tensors.values(), key=lambda entry: entry[3:])
+        for entry in ordered:
+            if entry.begin != at:
+                what = "overlaps the one before" if entry.begin < at else f"leaves a hole of {entry.begin - at} bytes"
+                self.fail(f"tensor {printable(entry.name)} {what}")
+            at = entry.end
+            if at > self.file_size:
+                self.fail(f"tensor {printable(entry.name)} reaches past the end of the file (truncated download?)")
+        if at != self.file_size:
+            self.fail(f"{self.file_size - at} bytes after the last tensor")
+        return {entry.name: entry for entry in ordered}
 
-def _check_depth(data: bytes, where: str) -> None:
-    """Refuse deep nesting before the parser recurses into it. Brackets inside names only make this stricter by depth."""
-    if data.count(b"[") + data.count(b"{") < _MAX_DEPTH:
-        return
-    for run in (b"[" * _MAX_DEPTH, b"{" * _MAX_DEPTH, b'{"":' * 64):
-        if run in data:
-            raise HeaderError(f"{where}: the header is nested too deeply")
+    def metadata(self, pos: int) -> tuple[dict[str, str], int]:
+        values: dict[str, str] = {}
+        pos = self.blank(self.expect(b"{", pos, "__metadata__ must be an object"))
+        if self.text[pos : pos + 1] == b"}":
+            return values, pos + 1
+        while True:
+            key, pos = self.string(self.blank(pos))
+            pos = self.blank(self.expect(b":", self.blank(pos)))
+            value, pos = self.string(pos, "__metadata__ must hold strings only")
+            if key in values:
+                self.fail(f"duplicate key {printable(key)} in __metadata__")
+            values[key] = value
+            after = _SEPARATOR.match(self.text, pos)
+            if after is None:
+                self.fail("bad JSON, ',' or '}' expected", pos)
+            pos = after.end()
+            if after[1] == b"}":
+                return values, pos
+
+    def string(self, start: int, otherwise: str = "bad JSON, a string expected") -> tuple[str, int]:
+        pos = self.expect(b'"', start, otherwise)
+        while self.text[pos : pos + 1] != b'"':
+            found = _STRING_PART.match(self.text, pos)
+            if found is None or found.end() == pos:
+                self.fail("bad JSON, a string does not end or holds a control character", start)
+            pos = found.end()
+        pos += 1
+        try:
+            value: str = json.loads(self.text[start:pos].decode())
+            value.encode()  # a lone surrogate is no text
+        except ValueError:
+            self.fail("a string is not valid JSON in UTF-8", start)
+        return value, pos
+
+    def blank(self, pos: int) -> int:
+        found = _BLANK.match(self.text, pos)
+        return found.end() if found else pos
+
+    def expect(self, mark: bytes, pos: int, otherwise: str | None = None) -> int:
+        if self.text[pos : pos + 1] != mark:
+            self.fail(otherwise or f"bad JSON, '{mark.decode()}' expected", pos)
+        return pos + 1
+
+    def explain(self, name: str, pos: int) -> NoReturn:
+        """Say what is wrong with an entry that the pattern does not match; only a short piece is looked at."""
+        shown = printable(name)
+        try:
+            value, _ = json.JSONDecoder().raw_decode(self.text[pos : pos + 4096].decode(errors="replace"))
+        except (ValueError, RecursionError):
+            self.fail(f"tensor {shown}: bad JSON, or a value too long", pos)
+        if not isinstance(value, dict):
+            self.fail(f"tensor {shown} is not an object")
+        for key in ("dtype", "shape", "data_offsets"):
+            if key not in value:
+                self.fail(f"tensor {shown} has no {key}")
+        extra = [key for key in value if key not in ("dtype", "shape", "data_offsets")]
+        if extra:
+            self.fail(f"tensor {shown} has the unknown key {printable(extra[0])}")
+        for key in ("shape", "data_offsets"):
+            listed = value[key]
+            if not isinstance(listed, list) or not all(type(n) is int and 0 <= n < _LIMIT for n in listed):
+                self.fail(f"tensor {shown}: {key} must be a list of non-negative integers")
+        self.fail(f"tensor {shown} is not well formed")
+
+    def fail(self, what: str, pos: int | None = None) -> NoReturn:
+        at = "" if pos is None else f" (at byte {pos})"
+        raise HeaderError(f"{self.where}: {what}{at}")
 
 
 def build_header(
     entries: Iterable[tuple[str, DType, tuple[int, ...]]],
 ) -> tuple[bytes, dict[str, tuple[int, int]]]:
-    """The header that the stock writer would write for these tensors.
+    """The first bytes of a file as the stock writer writes them without metadata (spec: checkpoint §1.2).
 
     Returns:
-        The bytes (length included), and name -> (begin, end) as absolute file offsets.
+        The header with its length, and by name where in the file each tensor begins and ends.
     """
-    listed = sorted(entries, key=lambda entry: (-entry[1].order, entry[0].encode()))
-    content, at, ranges = {}, 0, []
-    for name, dtype, shape in listed:
+    ordered = sorted(entries, key=lambda entry: (-entry[1].order, entry[0].encode()))
+    parts, spans, at = [], {}, 0
+    for name, dtype, shape in ordered:
+        if name in spans or name == _METADATA:
+            raise ValueError(f"tensor name {printable(name)} is used twice or reserved")
         size = dtype.itemsize
-        for length in shape:
-            size *= length
-        content[name] = {"dtype": dtype.name, "shape": list(shape), "data_offsets": [at, at + size]}
-        ranges.append((name, at, at + size))
+        for dim in shape:
+            size *= dim
+        spans[name] = at, at + size
+        listed = ",".join(map(str, shape))
+        quoted = json.dumps(name, ensure_ascii=False)
+        parts.append(f'{quoted}:{{"dtype":"{dtype.name}","shape":[{listed}],"data_offsets":[{at},{at + size}]}}')
         at += size
-    if len(content) != len(listed):
-        raise AssertionError("a tensor name appears twice in one file")
-    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
+    text = ("{" + ",".join(parts) + "}").encode()
     text += b" " * (-len(text) % 8)
     start = 8 + len(text)
-    return struct.pack("<Q", len(text)) + text, {name: (start + begin, start + end) for name, begin, end in ranges}
+    places = {name: (start + begin, start + end) for name, (begin, end) in spans.items()}
+    return len(text).to_bytes(8, "little") + text, places

@@ -1,27 +1,31 @@
-"""What is there: every tensor of a source with its file and byte range. Opening reads headers only."""
+"""What a source holds: every tensor's name, type, shape and place. Reads config.json and headers, never a weight."""
 
 from __future__ import annotations
 
 import difflib
+import heapq
 import json
 import os
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
 
 from streamconv.checkpoint.dtypes import DType
-from streamconv.checkpoint.header import Header, read_header_fd
-from streamconv.checkpoint.shard import Shard
+from streamconv.checkpoint.header import Header, read_header
+from streamconv.checkpoint.shard import Shard, open_regular
 from streamconv.errors import CheckpointError, TensorError, printable
 
-_MAX_JSON = 64 << 20
-_INDEX = "model.safetensors.index.json"
+_CONFIG = "config.json"
+_WEIGHT_MAP = "model.safetensors.index.json"
+_MAX_CONFIG = 16 << 20
+_MAX_WEIGHT_MAP = 128 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class TensorRecord:
-    """A tensor of the source; `begin` is an absolute offset in file number `shard`."""
+class TensorRecord(NamedTuple):
+    """One tensor of the source; begin is an offset in the file of shard number `shard`."""
 
     name: str
     dtype: DType
@@ -36,10 +40,10 @@ class Index:
     """An opened source.
 
     Attributes:
-        root: its folder.
-        config: config.json.
-        shards: its files.
-        tensors: name -> record, in file order.
+        root: the folder, or the one .safetensors file that was named.
+        config: config.json as it is.
+        shards: the files, in the order of their names.
+        tensors: by name, in the order of the files and of the data in them.
     """
 
     root: Path
@@ -51,36 +55,52 @@ class Index:
         for shard in self.shards:
             shard.close()
 
+    def __enter__(self) -> Index:
+        return self
 
-def open_index(path: str | Path) -> Index:
-    """Open a model folder, or a single .safetensors file with config.json beside it.
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_index(path: str | os.PathLike[str]) -> Index:
+    """Open a Hugging Face folder, or one .safetensors file with its config.json beside it.
 
     Raises:
-        CheckpointError: no such model, no config.json, a missing or unreadable shard.
-        HeaderError: a shard's header breaks the format.
-        TensorError: the index and the shards disagree about a tensor.
+        CheckpointError: something is missing or no checkpoint; HeaderError for a bad header.
+        TensorError: a tensor is in two files, or not where the index file says.
     """
-    path = Path(path)
-    if not os.path.lexists(path):
-        raise CheckpointError(f"{printable(str(path))} does not exist")
-    root = path if path.is_dir() else path.parent
-    config = read_json(root / "config.json", "a Hugging Face model folder has one")
-    names = _weight_map(root) if path.is_dir() else None
-    if not path.is_dir():
-        files = [path.name]
-    elif names is not None:
-        files = sorted(set(names.values()))
-    else:
-        files = _listed(root)
-    shards = tuple(Shard(root / file) for file in files)
-    tensors: dict[str, TensorRecord] = {}
+    root = Path(path)
+    shown = printable(str(root))
     try:
-        for number, shard in enumerate(shards):
-            _add(tensors, number, shard, read_header_fd(shard.fd, shard.path), shards, names)
-        if names is not None:
-            for name, file in names.items():
-                if name not in tensors:
-                    raise TensorError(f"{_INDEX} places {printable(name)} in {printable(file)}, which does not hold it")
+        mode = os.stat(root).st_mode
+    except FileNotFoundError:
+        raise CheckpointError(f"no such file or folder: {shown}") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot open {shown}: {error}") from None
+    if stat.S_ISDIR(mode):
+        folder, weight_map = root, None
+        if not os.path.lexists(folder / _CONFIG):
+            raise CheckpointError(
+                f"missing config.json in {shown}", hint="a checkpoint folder holds config.json beside its weights"
+            )
+        config = read_json(folder / _CONFIG, _MAX_CONFIG)
+        if os.path.lexists(folder / _WEIGHT_MAP):
+            weight_map = _weight_map(folder)
+            names = sorted(set(weight_map.values()))
+        else:
+            names = _found(folder)
+    elif root.suffix == ".safetensors":
+        folder, weight_map, names = root.parent, None, [root.name]
+        if not os.path.lexists(folder / _CONFIG):
+            raise CheckpointError(f"missing config.json beside {shown}", hint="put the model's config.json there")
+        config = read_json(folder / _CONFIG, _MAX_CONFIG)
+    else:
+        raise CheckpointError(f"{shown} is neither a folder nor a .safetensors file")
+    shards = tuple(Shard(folder / name) for name in names)
+    try:
+        tensors = _tensors(shards, weight_map)
     except BaseException:
         for shard in shards:
             shard.close()
@@ -88,100 +108,118 @@ def open_index(path: str | Path) -> Index:
     return Index(root, config, shards, tensors)
 
 
-def _add(
-    tensors: dict[str, TensorRecord],
-    number: int,
-    shard: Shard,
-    header: Header,
-    shards: tuple[Shard, ...],
-    names: dict[str, str] | None,
-) -> None:
-    for entry in header.tensors.values():
-        if entry.name in tensors:
-            other = shards[tensors[entry.name].shard].path.name
-            raise TensorError(f"{printable(entry.name)} is in {printable(other)} and in {printable(shard.path.name)}")
-        if names is not None and names.get(entry.name) != shard.path.name:
-            placed = names.get(entry.name)
-            where = f"placed in {printable(placed)}" if placed else "not listed"
-            raise TensorError(f"{printable(shard.path.name)} holds {printable(entry.name)}, which {_INDEX} has {where}")
-        size = entry.end - entry.begin
-        tensors[entry.name] = TensorRecord(entry.name, entry.dtype, entry.shape, number, entry.begin, size)
-
-
-def read_json(path: Path, hint: str) -> dict[str, Any]:
-    """A JSON object from a file of bounded size.
+def read_json(path: Path, limit: int) -> dict[str, Any]:
+    """A JSON file that must hold an object.
 
     Raises:
-        CheckpointError: missing, too large, or not a JSON object.
+        CheckpointError: not readable, larger than limit bytes, or no JSON object.
     """
-    where = printable(str(path))
-    if not os.path.lexists(path):
-        raise CheckpointError(f"missing {path.name} in {printable(str(path.parent))}", hint=hint)
-    shard = Shard(path)
+    shown = printable(str(path))
+    fd = open_regular(path)
     try:
-        if shard.size > _MAX_JSON:
-            raise CheckpointError(f"{where}: {shard.size} bytes are too many")
-        data = bytearray(shard.size)
-        shard.read_into(0, memoryview(data))
+        size = os.fstat(fd).st_size
+        if size > limit:
+            raise CheckpointError(f"{shown} has {size} bytes; at most {limit} are accepted")
+        with os.fdopen(fd, "rb", closefd=False) as file:
+            text = file.read(limit + 1).decode()
+        value = json.loads(text)
+    except RecursionError:
+        raise CheckpointError(f"{shown} is nested too deeply") from None
+    except OSError as error:
+        raise CheckpointError(f"cannot read {shown}: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{shown} is not valid JSON: {printable(str(error))}") from None
     finally:
-        shard.close()
-    try:
-        content = json.loads(data.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where} is not valid JSON: {printable(str(error), 120)}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{where} is not a JSON object")
-    return content
-
-
-def _weight_map(root: Path) -> dict[str, str] | None:
-    if not os.path.lexists(root / _INDEX):
-        return None
-    content = read_json(root / _INDEX, "")
-    found = content.get("weight_map")
-    if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
-        raise CheckpointError(f"{_INDEX}: weight_map is not an object of file names")
-    for file in set(found.values()):
-        check_name(root, file, _INDEX)
-    return found
-
-
-def check_name(root: Path, file: str, index: str) -> None:
-    """A file name from an index must be a plain name of a file inside the folder.
-
-    A link may lead into the same Hub cache (snapshots/<revision>/file -> ../../blobs/<hash>) and nowhere else.
-
-    Raises:
-        CheckpointError: it is not, or the file is missing.
-    """
-    shown = printable(file)
-    plain = file and "\0" not in file and "\\" not in file and PurePosixPath(file).name == file and file not in (".", "..")
-    if not plain:
-        raise CheckpointError(f"{index}: {shown!r} is not the name of a file in the folder")
-    path = root / file
-    if not os.path.lexists(path):
-        raise CheckpointError(f"missing shard {shown}, which {index} names")
-    if path.is_symlink():
-        home, target = root.resolve(), path.resolve()
-        blobs = home.parent.parent / "blobs"
-        inside = home in target.parents or (home.parent.name == "snapshots" and target.parent == blobs)
-        if not inside:
-            raise CheckpointError(f"{shown} is a link out of the folder")
-
-
-def _listed(root: Path) -> list[str]:
-    """Every *.safetensors by name; consolidated files only if there is nothing else."""
-    files = sorted(entry.name for entry in os.scandir(root) if entry.name.endswith(".safetensors"))
-    chosen = [name for name in files if not name.startswith("consolidated")] or files
-    if not chosen:
-        raise CheckpointError(f"no .safetensors file in {printable(str(root))}")
-    for name in chosen:
-        check_name(root, name, str(root))
-    return chosen
+        os.close(fd)
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{shown} must hold a JSON object")
+    return value
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
-    """The most similar of (at most 2000) names."""
-    pool = [other for _, other in zip(range(2000), names, strict=False)]
-    close = difflib.get_close_matches(name, pool, 1, 0.6)
-    return close[0] if close else None
+    """The name most like this one, if any is; quick even among hundreds of thousands."""
+    # difflib is slow: it sees only the names of nearly the same length that share the most pieces.
+    pieces = set(name.split("."))
+    close = (other for other in names if abs(len(other) - len(name)) <= 8)
+    best = heapq.nlargest(50, close, key=lambda other: len(pieces.intersection(other.split("."))))
+    found = difflib.get_close_matches(name[:300], [other[:300] for other in best], n=1)
+    return next((other for other in best if found and other[:300] == found[0]), None)
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    path = folder / _WEIGHT_MAP
+    shown = printable(str(path))
+    listed = read_json(path, _MAX_WEIGHT_MAP).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise CheckpointError(f"{shown} has no weight_map")
+    if not all(isinstance(value, str) for value in listed.values()):
+        raise CheckpointError(f"{shown}: weight_map must map tensor names to file names")
+    for name in sorted(set(listed.values())):
+        _check_inside(folder, name, shown)
+    return listed
+
+
+def _check_inside(folder: Path, name: str, index: str) -> None:
+    """A file name from an index file must be a plain name, and lead to a file of this checkpoint.
+
+    Links may stay in the folder, or follow the layout of the Hub's cache: snapshots/<revision>/<file> to blobs/<hash>.
+    """
+    shown = printable(name)
+    plain = name not in ("", ".", "..") and not any(mark in name for mark in "/\\:")
+    if not plain or any(ord(letter) < 32 for letter in name) or len(name.encode(errors="replace")) > 255:
+        raise CheckpointError(f"{index} names the file {shown}, which is not a plain file name")
+    if not name.endswith(".safetensors"):
+        raise CheckpointError(f"{index} names the file {shown}, which is not a .safetensors file")
+    path = folder / name
+    if not os.path.lexists(path):
+        raise CheckpointError(f"missing file {shown}, named in {index}", hint="is the download complete?")
+    try:
+        home, real = folder.resolve(strict=True), path.resolve(strict=True)
+    except (OSError, RuntimeError):
+        raise CheckpointError(
+            f"{shown}, named in {index}, is a broken link", hint="is the download complete?"
+        ) from None
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
+    if real.parent != home and home not in real.parents and real.parent != blobs:
+        raise CheckpointError(f"{shown}, named in {index}, is a link that leads out of the checkpoint folder")
+
+
+def _found(folder: Path) -> list[str]:
+    """The weight files of a folder that has no index file."""
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise CheckpointError(f"cannot list {printable(str(folder))}: {error.strerror}") from None
+    found = [name for name in names if name.endswith(".safetensors") and not name.startswith(".")]
+    # Mistral's repositories hold the same weights twice, once under Meta's names in consolidated*.safetensors.
+    found = [name for name in found if not name.startswith("consolidated")] or found
+    if found:
+        return found
+    shown = printable(str(folder))
+    old = [name for name in names if name.endswith((".bin", ".pth", ".pt")) and name != "training_args.bin"]
+    if old:
+        raise CheckpointError(f"{shown} holds {printable(old[0])} but no .safetensors file; this is not supported yet")
+    raise CheckpointError(f"no .safetensors file in {shown}")
+
+
+def _tensors(shards: tuple[Shard, ...], weight_map: dict[str, str] | None) -> dict[str, TensorRecord]:
+    found: dict[str, TensorRecord] = {}
+    for number, shard in enumerate(shards):
+        header: Header = read_header(shard.fileno(), shard.path)
+        file = shard.path.name
+        for name, dtype, shape, begin, end in header.tensors.values():
+            if weight_map is not None and weight_map.get(name) != file:
+                other = weight_map.get(name)
+                where = (
+                    f"the index file places it in {printable(other)}" if other else "the index file does not list it"
+                )
+                raise TensorError(f"tensor {printable(name)} is in {printable(file)}, but {where}")
+            if name in found:
+                first = shards[found[name].shard].path.name
+                raise TensorError(f"tensor {printable(name)} is in two files, {printable(first)} and {printable(file)}")
+            found[name] = TensorRecord(name, dtype, shape, number, begin, end - begin)
+    if weight_map is not None and len(found) != len(weight_map):
+        name = next(name for name in weight_map if name not in found)
+        file = weight_map[name]
+        raise TensorError(f"tensor {printable(name)} is not in {printable(file)}, where the index file places it")
+    return found

@@ -1,34 +1,30 @@
-"""A source file: opened lazily, read through short mapped windows or into buffers, and watched for change.
+"""One source file: opened lazily, read with positioned reads only, and noticed when it changes under us.
 
-Small reads (headers, verify) go through windows: a page-aligned mapping that is populated before it is used, so that a file
-that shrank is an ordinary error and not a SIGBUS. Tiles are read into their worker's arena with preadv: a populated page
-can still be taken away by a truncation while a kernel reads it, a copied byte cannot; and it measured no slower.
+Windows are copies, not memory maps: a mapped page of a file that someone truncates kills the process with SIGBUS, even
+when it was populated before (truncation takes pages out of the page tables again). A copy costs one pass over memory,
+at several times the speed of a disk, and works the same on network file systems.
 """
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import errno
-import mmap
 import os
 import stat
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
 
 from streamconv.errors import CheckpointError, SourceChangedError, printable
 
-_MADV_POPULATE_READ = 22
-_IOV_MAX = 1024
-_NETWORK = ("nfs", "cifs", "smb", "fuse", "9p", "lustre", "ceph", "gpfs", "beegfs", "afs", "glusterfs")
+_MAX_READ = 1 << 30  # the kernel moves at most 2 GiB - 4 KiB a call
+_ROWS_PER_CALL = 512  # below IOV_MAX, which is 1024 on Linux
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """What tells that a file is still the one that was opened."""
+class Identity(NamedTuple):
+    """What stays the same as long as nobody changes or replaces a file."""
 
     size: int
     mtime_ns: int
@@ -36,35 +32,80 @@ class Identity:
     device: int
 
 
-class Shard:
-    """One file of a source. Nothing is opened before it is needed; safe for several threads.
+def open_regular(path: Path) -> int:
+    """A descriptor of a regular file, for reading.
 
-    Args:
-        path: the file.
+    Raises:
+        CheckpointError: missing, not permitted, or no regular file. Never waits, not even for a FIFO.
     """
+    shown = printable(str(path))
+    try:
+        # A device is not even opened: that alone may have effects. O_NONBLOCK covers a swap in between.
+        mode = os.stat(path).st_mode
+        if stat.S_ISREG(mode):
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            mode = os.fstat(fd).st_mode
+            if stat.S_ISREG(mode):
+                return fd
+            os.close(fd)
+    except FileNotFoundError:
+        raise CheckpointError(f"missing file {shown}", hint="is the download complete?") from None
+    except (OSError, ValueError) as error:
+        hint = None
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            hint = "raise the limit of open files (ulimit -n)"
+        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+        raise CheckpointError(f"cannot open {shown}: {reason}", hint=hint) from None
+    kinds = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+    raise CheckpointError(f"{shown} is {kinds.get(stat.S_IFMT(mode), 'a device')}, not a regular file")
 
-    def __init__(self, path: str | Path) -> None:
+
+class Shard:
+    """A source file. Safe to read from many threads; close() only when nobody reads any more."""
+
+    __slots__ = ("_fd", "_identity", "_lock", "path")
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._fd = -1
         self._identity: Identity | None = None
         self._lock = threading.Lock()
 
-    @property
-    def fd(self) -> int:
-        """Descriptor of the opened file.
+    def __repr__(self) -> str:
+        return f"Shard({str(self.path)!r})"
+
+    def __enter__(self) -> Shard:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def fileno(self) -> int:
+        """The descriptor; opens the file at the first call.
 
         Raises:
-            CheckpointError: it cannot be opened, or is not a regular file.
+            CheckpointError: the file cannot be opened.
+            SourceChangedError: it was opened before, closed, and is now another file.
         """
-        if self._fd < 0:
-            with self._lock:
-                if self._fd < 0:
-                    self._open()
-        return self._fd
+        if self._fd >= 0:
+            return self._fd
+        with self._lock:
+            if self._fd < 0:
+                fd = open_regular(self.path)
+                now = _identity(os.fstat(fd))
+                if self._identity not in (None, now):
+                    os.close(fd)
+                    raise self._changed("was replaced or changed")
+                self._identity, self._fd = now, fd
+            return self._fd
 
     @property
     def identity(self) -> Identity:
-        _ = self.fd
+        """As it was when the file was first opened."""
+        if self._identity is None:
+            self.fileno()
         assert self._identity is not None
         return self._identity
 
@@ -72,193 +113,124 @@ class Shard:
     def size(self) -> int:
         return self.identity.size
 
-    def _open(self) -> None:
-        where = printable(str(self.path))
-        try:
-            # O_NONBLOCK: opening a FIFO must not hang
-            fd = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError as error:
-            raise CheckpointError(f"cannot open {where}: {error.strerror}") from error
-        except ValueError as error:
-            raise CheckpointError(f"cannot open {where}: {error}") from error
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            os.close(fd)
-            raise CheckpointError(f"{where} is not a regular file")
-        self._identity = _identity(status)
-        self._fd = fd
-
     def close(self) -> None:
+        """Give the descriptor back; a later read opens the file again, and checks that it is the same one."""
         with self._lock:
-            if self._fd >= 0:
-                os.close(self._fd)
-                self._fd = -1
+            fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
 
-    @contextmanager
-    def window(self, begin: int, end: int) -> Iterator[memoryview]:
-        """Bytes [begin, end) of the file, mapped and present; unmapped on exit.
-
-        Raises:
-            SourceChangedError: the file does not hold those bytes (any more).
-        """
-        fd = self.fd
-        if begin == end:
-            yield memoryview(b"")
-            return
-        if end > os.fstat(fd).st_size:
-            raise self._short()
-        first = begin // mmap.PAGESIZE * mmap.PAGESIZE
-        mapped = None
-        if not on_network(str(self.path.absolute().parent)):
-            mapped = mmap.mmap(fd, end - first, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ, offset=first)
-            if not self._populate(mapped):
-                mapped.close()
-                mapped = None
-        if mapped is None:
-            data = bytearray(end - begin)
-            self.read_into(begin, memoryview(data))
-            yield memoryview(data)
-            return
-        view = memoryview(mapped)[begin - first :]
-        try:
-            yield view
-        finally:
-            view.release()
-            mapped.close()
-
-    def _populate(self, mapped: mmap.mmap) -> bool:
-        """Bring the pages in. False where the kernel cannot say whether it worked (before 5.14)."""
-        size = len(mapped)
-        # an address cannot be taken from a read-only buffer by ctypes; numpy-free way through the buffer protocol
-        address = _address(mapped)
-        if address is None:
-            return False
-        if _libc().madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), _MADV_POPULATE_READ) == 0:
-            return True
-        code = ctypes.get_errno()
-        if code in (errno.EFAULT, errno.EIO, errno.EHWPOISON):
-            raise self._short()
-        return False
-
-    def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` from `offset`.
+    def read_into(self, offset: int, buffer: bytearray | memoryview) -> None:
+        """Fill the buffer from the file.
 
         Raises:
-            SourceChangedError: the file ends earlier or cannot be read.
+            SourceChangedError: the file ends before the buffer is full, or cannot be read any more.
         """
-        fd, at, total = self.fd, 0, len(buffer)
-        while at < total:
-            try:
-                done = os.preadv(fd, [buffer[at:]], offset + at)
-            except OSError as error:
-                raise SourceChangedError(f"cannot read {printable(str(self.path))}: {error.strerror}") from error
-            if done == 0:
-                raise self._short()
-            at += done
+        self._fill(offset, [memoryview(buffer).cast("B")])
 
     def read_rows_into(
-        self, offset: int, row_stride: int, row_bytes: int, rows: int, buffer: memoryview, buffer_stride: int
+        self,
+        offset: int,
+        row_stride: int,
+        row_bytes: int,
+        rows: int,
+        buffer: bytearray | memoryview,
+        buffer_stride: int,
     ) -> None:
-        """Read `rows` runs of `row_bytes`, `row_stride` apart in the file, to places `buffer_stride` apart in `buffer`.
+        """Read `rows` rows of `row_bytes` that lie `row_stride` apart in the file, to `buffer_stride` apart.
+
+        The bytes of the buffer between the rows keep what they hold.
 
         Raises:
-            SourceChangedError: the file ends earlier or cannot be read.
+            SourceChangedError: as read_into.
+            ValueError: the strides make rows overlap, or the buffer is too small.
         """
-        if row_stride != row_bytes:
-            for row in range(rows):
-                self.read_into(offset + row * row_stride, buffer[row * buffer_stride : row * buffer_stride + row_bytes])
+        if rows <= 0 or row_bytes == 0:
             return
-        for first in range(0, rows, _IOV_MAX):
-            last = min(first + _IOV_MAX, rows)
-            places = [buffer[row * buffer_stride : row * buffer_stride + row_bytes] for row in range(first, last)]
-            start = offset + first * row_bytes
-            try:
-                done = os.preadv(self.fd, places, start)
-            except OSError as error:
-                raise SourceChangedError(f"cannot read {printable(str(self.path))}: {error.strerror}") from error
-            # a short read is rare: finish row by row
-            for row in range(done // max(row_bytes, 1), last - first):
-                self.read_into(start + row * row_bytes, places[row])
+        view = memoryview(buffer).cast("B")
+        if row_stride < row_bytes or buffer_stride < row_bytes or len(view) < (rows - 1) * buffer_stride + row_bytes:
+            raise ValueError("rows overlap, or do not fit into the buffer")
+        if row_stride == row_bytes == buffer_stride:
+            self._fill(offset, [view[: rows * row_bytes]])
+        elif row_stride == row_bytes:
+            for first in range(0, rows, _ROWS_PER_CALL):
+                starts = range(first * buffer_stride, min(first + _ROWS_PER_CALL, rows) * buffer_stride, buffer_stride)
+                self._fill(offset + first * row_bytes, [view[at : at + row_bytes] for at in starts])
+        else:
+            for row in range(rows):
+                at = row * buffer_stride
+                self._fill(offset + row * row_stride, [view[at : at + row_bytes]])
 
-    def will_need(self, begin: int, end: int) -> None:
-        """Ask the kernel to read ahead."""
-        os.posix_fadvise(self.fd, begin, end - begin, os.POSIX_FADV_WILLNEED)
+    @contextlib.contextmanager
+    def window(self, begin: int, end: int) -> Iterator[memoryview]:
+        """The bytes [begin, end) of the file, read-only; do not keep them longer than the block.
+
+        Raises:
+            SourceChangedError: as read_into.
+        """
+        buffer = bytearray(max(0, end - begin))
+        self.read_into(begin, buffer)
+        yield memoryview(buffer).toreadonly()
 
     def drop_cache(self, begin: int, end: int) -> None:
-        """Give consumed pages back to the system."""
-        os.posix_fadvise(self.fd, begin, end - begin, os.POSIX_FADV_DONTNEED)
+        """Tell the kernel that these bytes are not needed again: what we read once must not push others out."""
+        self._advise(begin, end, os.POSIX_FADV_DONTNEED)
+
+    def will_need(self, begin: int, end: int) -> None:
+        """Tell the kernel to start reading these bytes."""
+        self._advise(begin, end, os.POSIX_FADV_WILLNEED)
 
     def check_unchanged(self) -> None:
-        """Compare with what was opened.
+        """Compare the file, by path and by descriptor, with what was first opened.
 
         Raises:
-            SourceChangedError: the file was changed, replaced or removed since.
+            SourceChangedError: it was replaced, changed, or is gone.
         """
-        if self._identity is None:
-            return
+        expected = self.identity
         try:
-            now = _identity(os.stat(self.path))
+            by_path = _identity(os.stat(self.path))
+            by_fd = _identity(os.fstat(self.fileno()))
+        except FileNotFoundError:
+            raise self._changed("is gone") from None
         except OSError as error:
-            raise SourceChangedError(f"{printable(str(self.path))} vanished while it was read: {error.strerror}") from error
-        if now != self._identity or _identity(os.fstat(self.fd)) != self._identity:
-            raise SourceChangedError(
-                f"{printable(str(self.path))} changed while it was read", hint="nothing was kept; run again"
-            )
+            raise self._changed(f"cannot be read any more: {error.strerror}") from error
+        if by_path != expected or by_fd != expected:
+            shrank = by_path.size != expected.size
+            raise self._changed(f"changed its size to {by_path.size} bytes" if shrank else "was replaced or changed")
 
-    def _short(self) -> SourceChangedError:
-        size = self._identity.size if self._identity else 0
+    def _fill(self, offset: int, views: list[memoryview]) -> None:
+        fd = self.fileno()
+        left = sum(map(len, views))
+        while left:
+            # One huge view is cut, so that the kernel's limit for a call does not look like a short read.
+            batch = [views[0][:_MAX_READ]] if len(views[0]) > _MAX_READ else views
+            try:
+                got = os.preadv(fd, batch, offset)
+            except BlockingIOError:
+                continue  # O_NONBLOCK means nothing for regular files, but some FUSE servers pass it on
+            except OSError as error:
+                raise self._changed(f"cannot be read at byte {offset}: {os.strerror(error.errno or 0)}") from error
+            if got <= 0:
+                raise self._changed(f"ends at byte {offset}, {left} bytes early")
+            left -= got
+            offset += got
+            if left:
+                while got >= len(views[0]):
+                    got -= len(views[0])
+                    views = views[1:]
+                views = [views[0][got:], *views[1:]]
+
+    def _advise(self, begin: int, end: int, advice: int) -> None:
+        if end > begin:
+            with contextlib.suppress(OSError):  # advice only; some file systems take none
+                os.posix_fadvise(self.fileno(), begin, end - begin, advice)
+
+    def _changed(self, what: str) -> SourceChangedError:
         return SourceChangedError(
-            f"{printable(str(self.path))} is shorter than when it was opened ({size} bytes)",
-            hint="is something still writing or deleting it?",
+            f"source file {printable(str(self.path))} {what}",
+            hint="the source must not change while it is read; check the disk, then run again",
         )
 
 
 def _identity(status: os.stat_result) -> Identity:
     return Identity(status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev)
-
-
-@cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None, use_errno=True)
-
-
-class _PyBuffer(ctypes.Structure):
-    _fields_ = (
-        ("buf", ctypes.c_void_p),
-        ("obj", ctypes.py_object),
-        ("len", ctypes.c_ssize_t),
-        ("itemsize", ctypes.c_ssize_t),
-        ("readonly", ctypes.c_int),
-        ("ndim", ctypes.c_int),
-        ("format", ctypes.c_char_p),
-        ("shape", ctypes.c_void_p),
-        ("strides", ctypes.c_void_p),
-        ("suboffsets", ctypes.c_void_p),
-        ("internal", ctypes.c_void_p),
-    )
-
-
-def _address(mapped: mmap.mmap) -> int | None:
-    """Where a read-only mapping lies."""
-    buffer = _PyBuffer()
-    api = ctypes.pythonapi
-    if api.PyObject_GetBuffer(ctypes.py_object(mapped), ctypes.byref(buffer), 0) != 0:
-        return None
-    address = buffer.buf
-    api.PyBuffer_Release(ctypes.byref(buffer))
-    return int(address) if address else None
-
-
-@cache
-def on_network(folder: str) -> bool:
-    """Whether a folder lies on a network file system, where a mapping may fail long after it was made."""
-    best, kind = "", ""
-    try:
-        with open("/proc/mounts", encoding="utf-8", errors="replace") as file:
-            for line in file:
-                fields = line.split()
-                if len(fields) > 2 and (folder + "/").startswith(fields[1].rstrip("/") + "/") and len(fields[1]) >= len(best):
-                    best, kind = fields[1], fields[2]
-    except OSError:
-        return True
-    return kind.startswith(_NETWORK)
