@@ -1,0 +1,82 @@
+"""Weights as they are, in the model dtype: one direct cast, round to nearest even (checkpoint spec §3.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from streamconv.checkpoint.dtypes import DType
+from streamconv.options import Options
+from streamconv.quants.base import Encoding, Findings, Kernel, Part, QuantInfo
+
+if TYPE_CHECKING:
+    import torch
+
+    from streamconv.quants import Module
+
+
+@dataclass(frozen=True)
+class Plain(Encoding):
+    """Values cast to `dtype`.
+
+    Attributes:
+        add_one: store value + 1 (Gemma norms, spec §6.5): added in float32 for BF16 sources, else in the source dtype.
+        vector: a matrix of one column that is stored as a vector.
+        suffix: last component of the tensor's name.
+    """
+
+    dtype: DType
+    add_one: bool = False
+    vector: bool = False
+    suffix: str = "weight"
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return self.dtype.name
+
+    def parts(self, rows: int, cols: int, experts: int = 0) -> tuple[Part, ...]:
+        shape: tuple[int, ...] = (rows,) if self.vector else ((experts, rows, cols) if experts else (rows, cols))
+        return (Part(self.suffix, self.dtype, shape, cols * self.dtype.itemsize),)
+
+    def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
+        import torch
+
+        target = getattr(torch, self.dtype.torch)
+        if self.add_one:
+            block = (block.float() if block.dtype == torch.bfloat16 else block) + 1.0
+        made = block.to(target)
+        if made.dtype != block.dtype:
+            findings.overflow += int((torch.isinf(made) & ~torch.isinf(block)).sum())
+        return (made.contiguous().reshape(-1).view(torch.uint8),)
+
+    def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:
+        import torch
+
+        return parts[0].view(getattr(torch, self.dtype.torch)).reshape(rows, cols).to(torch.float32)
+
+    def kernel(self, source: DType) -> Kernel | None:
+        if self.add_one or not {source.name, self.dtype.name} <= {"F32", "F16", "BF16"}:
+            return None
+        from streamconv.kernels.cast import cast_kernel
+
+        return cast_kernel(source, self.dtype)
+
+    def torch_bytes_per_element(self) -> int:
+        return 16
+
+
+class _Unquantized:
+    info = QuantInfo("none", None, "weights in the model dtype")
+
+    def encoding(self, module: Module, options: Options, dtype: DType) -> Encoding | None:
+        return None
+
+    def problems(self, module: Module, options: Options, dtype: DType) -> str | None:
+        return None
+
+    def reason(self, module: Module, options: Options) -> str:
+        return "no quantization asked for"
+
+
+QUANTS = (_Unquantized(),)

@@ -1,0 +1,127 @@
+"""W8A16 and W4A16: symmetric, one scale for each output channel of the rank-local matrix (quantization spec §2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from streamconv.checkpoint.dtypes import I8, DType
+from streamconv.options import Options
+from streamconv.quants.base import Encoding, Findings, Kernel, Part, QuantInfo
+from streamconv.quants.layout import Layout, family_for
+
+if TYPE_CHECKING:
+    import torch
+
+    from streamconv.quants import Module
+
+
+@dataclass(frozen=True)
+class WeightOnly(Encoding):
+    """Integers in a mixed-GEMM layout and one scale for each channel.
+
+    Attributes:
+        bits: 8 or 4.
+        family: layout family (§3.3).
+        dtype: model dtype; weights are cast to it first, scales are stored in it.
+    """
+
+    bits: int
+    family: str
+    dtype: DType
+
+    quantizes = True
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.family, self.bits)
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return f"int{self.bits} per channel, layout {self.family}"
+
+    @property
+    def row_align(self) -> int:  # type: ignore[override]
+        return self.layout.interleave
+
+    def parts(self, rows: int, cols: int, experts: int = 0) -> tuple[Part, ...]:
+        lead = (experts,) if experts else ()
+        packed = rows * self.bits // 8
+        return (
+            Part("weight", I8, (*lead, cols, packed), cols * self.bits // 8),
+            Part("per_channel_scale", self.dtype, (*lead, rows), self.dtype.itemsize),
+        )
+
+    def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
+        """§2.2. NaN counts as 0 and infinity as the largest finite value of its channel (the engine stops on both unless told)."""
+        import torch
+
+        cast = block.to(getattr(torch, self.dtype.torch))
+        values = cast.to(torch.float32)
+        finite = torch.isfinite(values)
+        bad = int((~finite).sum())
+        if bad:
+            findings.nonfinite += bad
+            findings.overflow += int((~finite & torch.isfinite(block)).sum())
+        top = torch.where(finite, values, 0.0).abs().amax(1, keepdim=True)
+        if bad:
+            values = torch.where(torch.isnan(values), 0.0, torch.maximum(torch.minimum(values, top), -top))
+        half = 1 << (self.bits - 1)
+        scale = top * (1.0 / half)
+        ratio = values / scale
+        whole = torch.trunc(ratio)
+        whole = whole + torch.where((ratio - whole).abs() >= 0.5, torch.sign(ratio), 0.0)  # half away from zero
+        whole = torch.where(scale == 0, 0.0, whole)
+        q = whole.clamp(-half, half - 1).to(torch.int8)
+        stored = scale.to(getattr(torch, self.dtype.torch))
+        return self.layout.pack(q), stored.contiguous().reshape(-1).view(torch.uint8)
+
+    def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:
+        import torch
+
+        scale = parts[1].view(getattr(torch, self.dtype.torch)).to(torch.float32)
+        return self.layout.unpack(parts[0], rows, cols).to(torch.float32) * scale[:, None]
+
+    def kernel(self, source: DType) -> Kernel | None:
+        if source.name not in ("F32", "F16", "BF16"):
+            return None
+        from streamconv.kernels.weight_only import weight_only_kernel
+
+        return weight_only_kernel(source, self.dtype, self.bits, self.family)
+
+    def torch_bytes_per_element(self) -> int:
+        return 28
+
+
+def size_problem(name: str, full_rows: int, full_cols: int, tp: int) -> str | None:
+    """Why a matrix cannot be stored: NVIDIA pads such sizes, wrongly for qkv; refused here (§2.4)."""
+    step = 64 * tp
+    bad = [f"{what} {size}" for what, size in (("outputs", full_rows), ("inputs", full_cols)) if size % step]
+    if not bad:
+        return None
+    return f"{name}: {' and '.join(bad)} must be a multiple of 64 * tp = {step} for weight-only quantization"
+
+
+@dataclass(frozen=True)
+class _WeightOnlyQuant:
+    bits: int
+    info: QuantInfo
+
+    def encoding(self, module: Module, options: Options, dtype: DType) -> Encoding | None:
+        if options.encoding == "raw":
+            return None
+        assert options.target_sm is not None
+        return WeightOnly(self.bits, family_for(options.target_sm, options.target_version, module.experts > 0), dtype)
+
+    def problems(self, module: Module, options: Options, dtype: DType) -> str | None:
+        return size_problem(module.name, module.full_rows, module.full_cols, module.tp)
+
+    def reason(self, module: Module, options: Options) -> str:
+        return "--encoding raw: trtllm-build quantizes it when it loads"
+
+
+QUANTS = (
+    _WeightOnlyQuant(8, QuantInfo("int8", "W8A16", "INT8 weights, one scale per channel", sm_dependent=True)),
+    _WeightOnlyQuant(4, QuantInfo("int4", "W4A16", "INT4 weights, one scale per channel", sm_dependent=True)),
+)
