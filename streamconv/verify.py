@@ -231,19 +231,19 @@ def _compare(
     import numpy as np
     import torch
 
-    from streamconv.stages.read import read_rows
+    from streamconv.stages.read import read_rows, spare_bytes_per_row
 
     step = max(span.align, (2 << 20) // max(span.row_bytes, 1) // span.align * span.align)
-    buffer, spare = np.empty(step * span.row_bytes, np.uint8), np.empty(step * span.row_bytes, np.uint8)
+    buffer, spare = (np.empty(step * size, np.uint8) for size in (span.row_bytes, spare_bytes_per_row(span)))
     for start in range(span.start, span.stop, step):
         stop = min(start + step, span.stop)
         block = read_rows(shards, span, start, stop, buffer, spare)
         rows = span.op.out_rows(stop - start)
         dtype = getattr(torch, span.source.dtype.torch)
-        whole = torch.from_numpy(block).view(dtype).reshape(rows, span.source.cols).to(torch.float32)
+        whole = torch.from_numpy(block).view(dtype).reshape(rows, span.source.cols)
         for dest in span.dests:
             got = decoded(plan, dest, span.op.out_rows(start - span.start), rows, files)
-            want = torch.cat([whole[:, a:b] for a, b in dest.cols], 1)
+            want = plan.matrices[dest.matrix].encoding.values(torch.cat([whole[:, a:b] for a, b in dest.cols], 1))
             if getattr(plan.matrices[dest.matrix].encoding, "add_one", False):
                 want = want + 1.0
             gap = (got - want).double()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from streamconv.errors import CheckpointError, printable
+from streamconv.checkpoint.index import read_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +39,17 @@ class SourceQuantization:
 _MOST = 1 << 20
 
 
-def source_quantization(config: Mapping[str, Any], folder: Path) -> SourceQuantization | None:
+def source_quantization(config: Mapping[str, Any], root: Path) -> SourceQuantization | None:
     """Facts of the source, or None for an unquantized one (and for a GPTQ file without any statement).
+
+    Args:
+        config: config.json.
+        root: the source, a folder or a file in it.
 
     Raises:
         CheckpointError: a file is not a JSON object.
     """
+    folder = root if root.is_dir() else root.parent
     stated = config.get("quantization_config")
     if isinstance(stated, dict):
         method = str(stated.get("quant_method", "unknown")).lower()
@@ -91,19 +96,4 @@ def _int(value: object) -> int | None:
 
 
 def _json(path: Path) -> dict[str, Any] | None:
-    try:
-        with path.open("rb") as file:
-            data = file.read(_MOST + 1)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise CheckpointError(f"{printable(str(path))}: {error.strerror}") from error
-    try:
-        if len(data) > _MOST:
-            raise ValueError("larger than 1 MiB")
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{printable(str(path))}: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{printable(str(path))} is not a JSON object")
-    return value
+    return read_json(path, _MOST) if os.path.lexists(path) else None

@@ -12,9 +12,10 @@ from functools import cache
 from typing import Protocol
 
 from streamconv.checkpoint.dtypes import DType
-from streamconv.errors import UsageError
+from streamconv.errors import RefusedError, UsageError
 from streamconv.options import Options
 from streamconv.quants.base import Encoding, QuantInfo
+from streamconv.quants.refused import refused
 
 __all__ = ["Module", "Quant", "all_quants", "quant_of"]
 
@@ -75,8 +76,12 @@ def quant_of(key: str) -> Quant:
 
     Raises:
         UsageError: no such key; the message lists those there are.
+        RefusedError: a format that only another tool can make; the hint says which.
     """
     quants = all_quants()
+    known = refused(key) if key not in quants else None
+    if known:
+        raise RefusedError([f"--quant {key}: {known[0]}"], hint=known[1])
     if key not in quants:
         raise UsageError(f"unknown --quant {key!r}", hint=f"one of {', '.join(quants)}")
     return quants[key]

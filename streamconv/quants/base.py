@@ -89,6 +89,12 @@ class Encoding(ABC):
     def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:
         """Inverse of encode up to the rounding of the format: 1-D uint8 tensors -> float32 [rows, cols]."""
 
+    def values(self, block: torch.Tensor) -> torch.Tensor:
+        """What `decode` should give back for these source rows, float32: the yardstick of `verify --source`."""
+        import torch
+
+        return block.to(torch.float32)
+
     def kernel(self, source: DType) -> Kernel | None:
         """The fused CPU kernel for this source dtype, or None to run the torch definition."""
         return None

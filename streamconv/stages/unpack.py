@@ -1,6 +1,6 @@
 """Read channels of a packed integer weight and turn them into rows of signed int8.
 
-GPTQ and AutoAWQ store weights input-major: a block of output channels is a stripe of columns, one piece of bytes in each
+GPTQ and AutoAWQ store weights input-major: a block of output channels is a stripe of columns, one run of bytes in each
 source row (quantization spec §3.5, §4.2, §5.2). ModelOpt packs two neighbouring channels in a byte (§5.3).
 """
 
@@ -29,7 +29,9 @@ def channels_per_word(tensor: PackedTensor) -> int:
     return {"awq": 8, "modelopt": 2}.get(tensor.packing, 1)
 
 
-def read_channels(shards: Sequence[Shard], tensor: PackedTensor, start: int, stop: int, buffer: Bytes, spare: Bytes) -> Bytes:
+def read_channels(
+    shards: Sequence[Shard], tensor: PackedTensor, start: int, stop: int, buffer: Bytes, spare: Bytes
+) -> Bytes:
     """Channels [start, stop), multiples of `channels_per_word`.
 
     Args:

@@ -6,7 +6,7 @@ that every source row is read once and serves every rank that needs it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 
 from streamconv.checkpoint.dtypes import DType
@@ -47,6 +47,16 @@ class _Feed:
     op: RowOp
     matrix: int
     row: int
+    cols: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Fed:
+    """Rows [start, stop) and columns of a source that a matrix was given."""
+
+    source: Source
+    start: int
+    stop: int
     cols: tuple[tuple[int, int], ...]
 
 
@@ -95,6 +105,29 @@ class Builder:
         feeds = self._feeds.setdefault(source.name, [])
         feeds.append(_Feed(start, stop, op, matrix, draft.filled, tuple(cols or ((0, source.cols),))))
         draft.filled += op.out_rows(stop - start)
+
+    def fed(self, sources: Container[str]) -> dict[int, list[Fed]]:
+        """Matrix -> what it was given so far from these sources (by name), in the order of its rows."""
+        found: dict[int, list[tuple[int, Fed]]] = {}
+        for name, feeds in self._feeds.items():
+            if name in sources:
+                for feed in feeds:
+                    taken = Fed(self._sources[name], feed.start, feed.stop, feed.cols)
+                    found.setdefault(feed.matrix, []).append((feed.row, taken))
+        return {
+            matrix: [fed for _, fed in sorted(found[matrix], key=lambda pair: pair[0])] for matrix in sorted(found)
+        }
+
+    def place(self, matrix: int) -> tuple[int, str]:
+        """File and name of a matrix."""
+        return self._drafts[matrix].file, self._drafts[matrix].name
+
+    def encoding(self, matrix: int) -> Encoding:
+        return self._drafts[matrix].encoding
+
+    def filled(self, matrix: int) -> int:
+        """Rows given so far."""
+        return self._drafts[matrix].filled
 
     def constant(self, file: int, name: str, dtype: DType, shape: tuple[int, ...], data: bytes) -> None:
         self._fixed.append(_Fixed(file, name, dtype, shape, data))

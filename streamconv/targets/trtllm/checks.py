@@ -5,6 +5,7 @@ from __future__ import annotations
 from streamconv.checkpoint.model_config import ModelConfig
 from streamconv.families.base import Family
 from streamconv.options import Options
+from streamconv.targets.trtllm import takeover
 
 
 def refusals(model: ModelConfig, family: Family, options: Options, kv: int, moe: tuple[int, int]) -> list[str]:
@@ -63,13 +64,7 @@ def refusals(model: ModelConfig, family: Family, options: Options, kv: int, moe:
     kind = scaling.get("type", scaling.get("rope_type", "none"))
     known = ("none", "linear", "dynamic", "longrope", "llama3", "yarn", "mrope", "su")
     refuse(kind not in known, f"config.json: rope_scaling type {kind!r} is not one TensorRT-LLM has ({', '.join(known[:7])})")
-    quantized = model.raw.get("quantization_config")
-    if isinstance(quantized, dict) and quantized.get("quant_method") not in ("gptq", "awq", "fbgemm_fp8"):
-        method = quantized.get("quant_method", "unknown")
-        problems.append(
-            f"config.json: the checkpoint is already quantized (quantization_config.quant_method {method!r});"
-            " start from the unquantized model"
-        )
+    problems += takeover.refusals(options, kv)
     return problems
 
 

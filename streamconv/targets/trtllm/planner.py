@@ -10,12 +10,13 @@ from collections.abc import Mapping as MappingType
 from streamconv.checkpoint.dtypes import MODEL_DTYPES
 from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.model_config import ModelConfig, from_hf
+from streamconv.checkpoint.quantized import source_quantization
 from streamconv.errors import RefusedError, UsageError, printable
 from streamconv.families import Family, family_of
 from streamconv.options import TARGET_SMS, TARGET_VERSIONS, Options
 from streamconv.plan import Piece, Plan, SourceFile, SourceTensor
 from streamconv.quants import quant_of
-from streamconv.targets.trtllm import rope
+from streamconv.targets.trtllm import prequantized, rope, takeover
 from streamconv.targets.trtllm.builder import Builder
 from streamconv.targets.trtllm.checks import embedding_is_shared, refusals
 from streamconv.targets.trtllm.config_json import build_config, dump, resolve_dtype, resolve_moe
@@ -93,8 +94,9 @@ def make_plan(index: Index, options: Options) -> Plan:
     check_options(options)
     model = from_hf(index.config)
     family = family_of(model.architecture)
-    options = _settled(options, family)
-    quant = quant_of(options.quant)
+    stated = source_quantization(index.config, index.root)
+    options = _settled(takeover.take_over(options, stated), family)
+    check_options(options)
     moe = resolve_moe(options)
     kv = _kv_heads(model, options)
     problems = refusals(model, family, options, kv, moe)
@@ -102,7 +104,12 @@ def make_plan(index: Index, options: Options) -> Plan:
         raise RefusedError(problems)
     dtype = MODEL_DTYPES[resolve_dtype(options.dtype, model.dtype)]
     mapping = Mapping(options.tp_size, options.pp_size, *moe)
-    roles = Roles(family, source_tensors(index))
+    stored = prequantized.assemble(source_tensors(index), stated, 8 if options.quant == "int8_gptq" else 4, index.shards)
+    problems = stored.problems + takeover.group_problems(options, stored)
+    if problems:
+        raise RefusedError(problems)
+    roles = Roles(family, stored.tensors, getattr(quant_of(options.quant), "packings", None))
+    quant = takeover.quant_for(options, family, stated, stored, roles.found, roles.tensors)
     has_head = roles.has("lm_head")
     missing = not has_head or (options.use_embedding_sharing and _same_bytes(index, roles))
     shared = embedding_is_shared(model, options, lm_head_missing=missing, qwen=family.config_class == "qwen")
@@ -111,6 +118,8 @@ def make_plan(index: Index, options: Options) -> Plan:
     builder = Builder(options.tp_size * options.pp_size)
     decoder = Decoder(model, family, options, dtype, mapping, roles, quant, builder, kv, shared, tied)
     decoder.describe()
+    if not roles.problems:
+        decoder.refused += prequantized.add_scales(builder, stored, dtype, index.shards)
     if options.rope_tables and family.rope_tables and options.kv_cache != "int8" and options.quant != "smoothquant":
         rope.add_tables(builder, model, options)
     roles.finish()
@@ -148,7 +157,7 @@ def _kv_heads(model: ModelConfig, options: Options) -> int:
 def _same_bytes(index: Index, roles: Roles) -> bool:
     """Whether lm_head is a bit-identical copy of the embedding (only asked with --use-embedding-sharing, §3.6)."""
     names = [roles.found.get((role, -1, -1)) for role in ("embedding", "lm_head")]
-    if None in names:
+    if any(name not in index.tensors for name in names):
         return False
     first, second = (index.tensors[name] for name in names if name is not None)
     if (first.dtype, first.shape) != (second.dtype, second.shape):

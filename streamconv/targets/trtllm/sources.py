@@ -8,17 +8,28 @@ from dataclasses import dataclass, field
 from streamconv.errors import TensorError, printable
 from streamconv.families.base import Family
 from streamconv.matching import Key, example, match
-from streamconv.plan import Piece, SourceTensor
+from streamconv.plan import PackedTensor, Piece, SourceTensor
 
 _SHOWN = 20
+
+LINEAR = frozenset(
+    "q k v o qkv qkv_grouped gate up down gate_up"
+    " expert_gate expert_up expert_down experts_gate_up experts_down".split()
+)
+"""Roles of the matrices that a quantization encodes."""
 
 
 @dataclass(slots=True)
 class Roles:
-    """Source tensors by role. Asking for one marks it used; what is never used is reported."""
+    """Source tensors by role. Asking for one marks it used; what is never used is reported.
+
+    Attributes:
+        packing: what linear layers must be packed as (a --quant that takes quantized sources over), None for float ones.
+    """
 
     family: Family
     tensors: dict[str, SourceTensor]
+    packing: tuple[str, ...] | None = None
     found: dict[Key, str] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)
     problems: list[str] = field(default_factory=list)
@@ -45,6 +56,16 @@ class Roles:
                 f"{printable(name)}: shape {list(tensor.shape)}, config.json means {list(shape)}",
             )
             return None
+        if self.packing is not None and (role in LINEAR) != isinstance(tensor, PackedTensor):
+            what = ("not quantized", "must be") if role in LINEAR else ("quantized", "must not be")
+            self.problems.append(f"{printable(tensor.name)} is {what[0]}, for this --quant it {what[1]}")
+            return None
+        if isinstance(tensor, PackedTensor):
+            if self.packing is None or tensor.packing not in self.packing:
+                hint = "--quant int4_awq" if tensor.packing == "modelopt" else f"--quant int{tensor.bits}_gptq"
+                self.problems.append(f"{printable(tensor.name)} is quantized already: {hint} takes it over")
+                return None
+            return tensor
         if not tensor.dtype.is_float or tensor.dtype.itemsize == 8:
             self.problems.append(f"{printable(name)}: dtype {tensor.dtype} is not a weight type (F32, F16, BF16)")
             return None

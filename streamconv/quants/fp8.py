@@ -1,0 +1,58 @@
+"""--quant fp8_rowwise: e4m3 weights with a float32 scale for each output channel (quantization spec §9)."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from streamconv.checkpoint.dtypes import F32, DType
+from streamconv.options import Options
+from streamconv.quants.base import Encoding, QuantInfo
+
+if TYPE_CHECKING:
+    from streamconv.quants import Module
+
+CLAMP = 1200.0
+"""Weights and activations are clamped to [-CLAMP, CLAMP] where the source states no bound of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8RowwiseQuant:
+    """All linear layers, or by Meta's Llama-3.1 recipe only the MLPs of all but the first and last layer."""
+
+    @property
+    def info(self) -> QuantInfo:
+        summary = "FP8 weights with a scale for each output channel, activations for each token (SM 89 and later)"
+        return QuantInfo("fp8_rowwise", "FP8_PER_CHANNEL_PER_TOKEN", summary)
+
+    def encoding(self, module: Module, options: Options, dtype: DType) -> Encoding | None:
+        from streamconv.quants.fp8_rowwise import Fp8Rowwise
+
+        return None if self._left_out(module, options) else Fp8Rowwise()
+
+    def problems(self, module: Module, options: Options, dtype: DType) -> str | None:
+        if module.experts:
+            return "--quant fp8_rowwise: TensorRT-LLM rejects it for mixture-of-experts; use --quant int8 or int4"
+        return None
+
+    def reason(self, module: Module, options: Options) -> str:
+        if module.layer in (0, module.layers - 1):
+            return "Meta's recipe leaves the first and the last layer out"
+        return "Meta's recipe leaves attention out"
+
+    def constants(self, layer: int, layers: int, options: Options) -> list[tuple[str, DType, tuple[int, ...], bytes]]:
+        """The activation clamps of a layer: (name inside the layer, dtype, shape, bytes)."""
+        if not options.use_meta_fp8_rowwise_recipe:
+            owners = ["input_layernorm", "post_layernorm", "attention", "mlp"]
+        else:
+            owners = [] if layer in (0, layers - 1) else ["post_layernorm", "mlp"]
+        return [(f"{owner}.clamp_val", F32, (2,), struct.pack("<2f", -CLAMP, CLAMP)) for owner in owners]
+
+    def _left_out(self, module: Module, options: Options) -> bool:
+        if not options.use_meta_fp8_rowwise_recipe:
+            return False
+        return module.layer in (0, module.layers - 1) or module.name.startswith("attention")
+
+
+QUANTS = (Fp8RowwiseQuant(),)

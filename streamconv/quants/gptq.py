@@ -1,0 +1,175 @@
+"""GPTQ and AutoAWQ weights, taken over as they are: W4A16_GPTQ and W8A16_GPTQ (quantization spec §4, §5.2).
+
+The source's integers are laid out for the GPU generation; group scales and zeros become `weights_scaling_factor` and
+`zero`, both [K/g, N] row-major. Nothing is rounded but scale and zero, when the model dtype is not the source's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from streamconv.checkpoint.dtypes import DType
+from streamconv.options import Options
+from streamconv.quants.base import Encoding, Findings, Part, QuantInfo
+from streamconv.quants.layout import Layout, family_for
+
+if TYPE_CHECKING:
+    import torch
+
+    from streamconv.quants import Module
+
+AWQ_POSITION = (0, 4, 1, 5, 2, 6, 3, 7)
+"""Where AutoAWQ keeps channel j of eight: the number of its nibble, counted from the least significant (§5.2)."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWeight(Encoding):
+    """Signed integers [N, K] (int8) -> the processed bytes of §3, viewed as the model dtype (§4.1)."""
+
+    dtype: DType
+    layout: Layout
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return f"int{self.layout.bits} per group, layout {self.layout.family}"
+
+    @property
+    def row_align(self) -> int:  # type: ignore[override]
+        return 32 // self.layout.bits
+
+    def parts(self, rows: int, cols: int, experts: int = 0) -> tuple[Part, ...]:
+        bits = self.layout.bits
+        shape = (cols, rows * bits // (8 * self.dtype.itemsize))
+        return (Part("weight", self.dtype, shape, cols * bits // 8),)
+
+    def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
+        return (self.layout.pack(block),)
+
+    def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:
+        """The integers; scales and zeros are compared on their own."""
+        import torch
+
+        return self.layout.unpack(parts[0], rows, cols).to(torch.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupScales(Encoding):
+    """Zeros and scales side by side, as bytes -> `weights_scaling_factor` and `zero` (§4.3).
+
+    A row is a group: first the packed zeros of all channels, then their scales.
+
+    Attributes:
+        dtype: model dtype.
+        source: dtype of the stored scales.
+        bits: 4 or 8.
+        shuffled: zeros in AutoAWQ's channel order.
+        middle: zero = (middle - stored zero) * scale: 2^(b-1), one less for GPTQ v1, which stores zeros less one.
+    """
+
+    dtype: DType
+    source: DType
+    bits: int
+    shuffled: bool
+    middle: int
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return "group scales and zeros"
+
+    def channels(self, cols: int) -> int:
+        """Output channels of a row of `cols` bytes."""
+        return 8 * cols // (self.bits + 8 * self.source.itemsize)
+
+    def parts(self, rows: int, cols: int, experts: int = 0) -> tuple[Part, ...]:
+        n = self.channels(cols)
+        size = n * self.dtype.itemsize
+        return tuple(Part(suffix, self.dtype, (rows, n), size) for suffix in ("weights_scaling_factor", "zero"))
+
+    def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
+        import torch
+
+        stored, factor = self._split(block)
+        scale = stored.to(getattr(torch, self.dtype.torch))
+        findings.overflow += int((torch.isinf(scale) & torch.isfinite(stored)).sum())
+        zero = factor.to(scale.dtype) * scale  # exact factor, scale already rounded: one product, one rounding
+        return tuple(t.contiguous().reshape(-1).view(torch.uint8) for t in (scale, zero))
+
+    def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:
+        """Scales, then zeros: float32 [rows, 2N]."""
+        import torch
+
+        dtype, n = getattr(torch, self.dtype.torch), self.channels(cols)
+        return torch.cat([part.view(dtype).reshape(rows, n).to(torch.float32) for part in parts], 1)
+
+    def values(self, block: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        stored, factor = self._split(block)
+        scale = stored.to(torch.float32)
+        return torch.cat([scale, factor * scale], 1)
+
+    def _split(self, block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stored scales [r, N] and the integer factors of the zeros, int16 [r, N]."""
+        import torch
+
+        rows, n = block.shape[0], self.channels(block.shape[1])
+        edge = n * self.bits // 8
+        packed = block[:, :edge].contiguous()
+        scales = block[:, edge:].contiguous().view(getattr(torch, self.source.torch))
+        if self.bits == 8:
+            zeros = packed.to(torch.int16)
+        else:
+            zeros = torch.stack([packed & 15, packed >> 4], 2).reshape(rows, n).to(torch.int16)
+            if self.shuffled:
+                order = torch.tensor(AWQ_POSITION, device=block.device)
+                zeros = zeros.reshape(rows, n // 8, 8)[:, :, order].reshape(rows, n)
+        return scales, self.middle - zeros
+
+
+@dataclass(frozen=True, slots=True)
+class Gptq:
+    """--quant int4_gptq, int8_gptq."""
+
+    bits: int
+    row_bias_once: bool = True
+    """The group-wise kernel adds the bias before the all-reduce: ranks > 0 hold zeros (§4.4)."""
+    packings: tuple[str, ...] = ("gptq", "awq")
+
+    @property
+    def info(self) -> QuantInfo:
+        made = "GPTQ and AutoAWQ" if self.bits == 4 else "8-bit GPTQ"
+        summary = f"{made} checkpoints taken over: int{self.bits} weights with a scale and a zero for each group"
+        return QuantInfo(f"int{self.bits}_gptq", f"W{self.bits}A16_GPTQ", summary, sm_dependent=True)
+
+    def encoding(self, module: Module, options: Options, dtype: DType) -> Encoding | None:
+        assert options.target_sm is not None
+        family = family_for(options.target_sm, options.target_version, experts=False)
+        return PackedWeight(dtype, Layout(family, self.bits))
+
+    def problems(self, module: Module, options: Options, dtype: DType) -> str | None:
+        if options.encoding == "raw":
+            return f"--quant {self.info.key}: these weights are always stored processed; leave out --encoding raw"
+        if dtype.itemsize != 2:
+            return f"--quant {self.info.key}: group-wise weights need --dtype float16 or bfloat16, not {dtype.torch}"
+        return group_problem(self.info.key, module, options.group_size)
+
+    def reason(self, module: Module, options: Options) -> str:
+        return "left as it is"
+
+
+def group_problem(key: str, module: Module, group: int) -> str | None:
+    """Sizes that have no group-wise form (§4.4); sizes are those of the whole layer in the message."""
+    if module.experts:
+        return f"--quant {key}: group-wise experts are not supported (§4.4); start from the unquantized model"
+    step = max(64, group) * module.tp
+    where = f"{module.name} [{module.full_rows}, {module.full_cols}]"
+    if module.cols % group:
+        return f"{where}: {module.cols} inputs of a rank are not whole groups of {group}; use a smaller --tp-size"
+    if module.full_rows % step or module.full_cols % step:
+        return f"{where}: sizes must be multiples of {step} (group or 64, times --tp-size); use a smaller --tp-size"
+    return None
+
+
+QUANTS = (Gptq(4), Gptq(8))

@@ -1,0 +1,171 @@
+"""Which quantized sources may be taken over by which --quant, decided before any tensor is looked at."""
+
+from __future__ import annotations
+
+import dataclasses
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from streamconv.checkpoint.dtypes import F8_E4M3, F32, DType
+from streamconv.checkpoint.quantized import SourceQuantization
+from streamconv.errors import RefusedError
+from streamconv.families.base import Family
+from streamconv.options import Options
+from streamconv.plan import SourceTensor
+from streamconv.quants import Module, Quant, quant_of
+from streamconv.quants.base import Encoding, QuantInfo
+from streamconv.quants.fp8 import CLAMP
+from streamconv.quants.plain import Plain
+from streamconv.quants.refused import refused
+from streamconv.targets.trtllm.prequantized import Stored
+
+_MODULES = {
+    "attention.qkv": ("q", "k", "v", "qkv", "qkv_grouped"),
+    "attention.dense": ("o",),
+    "mlp.fc": ("gate", "gate_up"),
+    "mlp.gate": ("up",),
+    "mlp.proj": ("down",),
+}
+"""Module of a layer -> the roles that fill it."""
+
+GROUPED = ("int4_gptq", "int8_gptq", "int4_awq")
+
+
+def take_over(options: Options, stated: SourceQuantization | None) -> Options:
+    """The options with the quantization that the source brings along; the source must be one that can be taken over.
+
+    Raises:
+        RefusedError: it cannot, or --quant asks for something else; says what to do.
+    """
+    if stated is None:
+        return options
+    key, group = _key(stated), stated.group_size or options.group_size
+    if options.quant == "none":
+        if stated.method in ("gptq", "awq") and options.target_version == "0.16":
+            raise RefusedError(
+                [f"{stated.stated_in}: quantized already ({stated.method}); 0.16 does not take that over by itself"],
+                hint=f"add --quant {key} --group-size {group}",
+            )
+        return dataclasses.replace(options, quant=key, group_size=group if key in GROUPED else options.group_size)
+    if options.quant != key:
+        raise RefusedError(
+            [f"{stated.stated_in}: quantized already ({_title(stated)}); --quant {options.quant} cannot start from it"],
+            hint=f"use --quant {key}, or start from the unquantized model",
+        )
+    if key in GROUPED and group != options.group_size:
+        raise RefusedError(
+            [f"--group-size {options.group_size}: {stated.stated_in} says {group}"], hint=f"use --group-size {group}"
+        )
+    return options
+
+
+def _title(stated: SourceQuantization) -> str:
+    bits = f", {stated.bits} bits" if stated.bits else ""
+    return f"{stated.method}{' ' + stated.algo if stated.algo else ''}{bits}"
+
+
+def _key(stated: SourceQuantization) -> str:
+    """The --quant that takes this source over."""
+    if stated.method == "gptq" and stated.bits in (4, 8, None):
+        return f"int{stated.bits or 4}_gptq"
+    if stated.method == "awq" and stated.bits in (4, None):
+        return "int4_gptq"
+    if stated.method == "fbgemm_fp8":
+        return "fp8_rowwise"
+    if stated.method == "modelopt" and stated.algo == "W4A16_AWQ":
+        return "int4_awq"
+    known = refused(stated.algo) if stated.algo else None
+    why = f": {known[0]}" if known else ""
+    raise RefusedError(
+        [f"{stated.stated_in}: already quantized ({_title(stated)}), not in a way that can be taken over{why}"],
+        hint=known[1] if known else "start from the unquantized model",
+    )
+
+
+def refusals(options: Options, kv: int) -> list[str]:
+    """What group-wise formats rule out (quantization spec §4.4)."""
+    problems = []
+    if options.quant in GROUPED:
+        if kv < options.tp_size:
+            problems.append(
+                f"--quant {options.quant}: --tp-size {options.tp_size} is more than num_key_value_heads {kv};"
+                " TensorRT-LLM does not handle that for group-wise weights"
+            )
+        if options.remove_duplicated_kv_heads:
+            problems.append(f"--quant {options.quant}: --remove-duplicated-kv-heads works on unquantized weights only")
+    if options.quant == "fp8_rowwise" and kv < options.tp_size and not options.use_meta_fp8_rowwise_recipe:
+        problems.append(
+            f"--quant fp8_rowwise: --tp-size {options.tp_size} is more than num_key_value_heads {kv};"
+            " --use-meta-fp8-rowwise-recipe leaves attention out (§9)"
+        )
+    return problems
+
+
+def group_problems(options: Options, stored: Stored) -> list[str]:
+    """Sources whose groups are not those of --group-size."""
+    if options.quant not in GROUPED:
+        return []
+    odd = [(name, one.group) for name, one in stored.scales.items() if one.group != options.group_size]
+    if not odd:
+        return []
+    name, group = odd[0]
+    more = f" (and {len(odd) - 1} more)" if len(odd) > 1 else ""
+    return [f"--group-size {options.group_size}: {name} has groups of {group}{more}; use --group-size {group}"]
+
+
+@dataclass(frozen=True, slots=True)
+class CopiedFp8:
+    """FP8 rowwise for a source whose weights partly are FP8 already: those are copied (quantization spec §9).
+
+    Attributes:
+        copied: (layer, module) that the source stores in FP8.
+        bound: activation_scale_ub; the clamp is [-bound, bound].
+    """
+
+    quant: Quant
+    copied: frozenset[tuple[int, str]]
+    bound: float
+
+    @property
+    def info(self) -> QuantInfo:
+        return self.quant.info
+
+    def encoding(self, module: Module, options: Options, dtype: DType) -> Encoding | None:
+        encoding = self.quant.encoding(module, options, dtype)
+        if encoding is not None and (module.layer, module.name) in self.copied:
+            return Plain(F8_E4M3)
+        return encoding
+
+    def problems(self, module: Module, options: Options, dtype: DType) -> str | None:
+        return self.quant.problems(module, options, dtype)
+
+    def reason(self, module: Module, options: Options) -> str:
+        return self.quant.reason(module, options)
+
+    def constants(self, layer: int, layers: int, options: Options) -> list[tuple[str, DType, tuple[int, ...], bytes]]:
+        """As without a source's bound, with its bound."""
+        made = self.quant.constants(layer, layers, options)  # type: ignore[attr-defined]
+        return [(name, F32, shape, struct.pack("<2f", -self.bound, self.bound)) for name, _, shape, _ in made]
+
+
+def quant_for(
+    options: Options,
+    family: Family,
+    stated: SourceQuantization | None,
+    stored: Stored,
+    found: Mapping[tuple[str, int, int], str],
+    tensors: Mapping[str, SourceTensor],
+) -> Quant:
+    """The quant of --quant, told what the source has done already."""
+    quant = quant_of(options.quant)
+    if options.quant != "fp8_rowwise" or not stored.scales:
+        return quant
+    modules = {role: module for module, roles in _MODULES.items() for role in roles}
+    copied = {
+        (layer, modules[role])
+        for (role, layer, _), name in found.items()
+        if role in modules and name in stored.scales and tensors[name].dtype == F8_E4M3
+    }
+    bound = stated.activation_bound if stated is not None and stated.activation_bound is not None else CLAMP
+    return CopiedFp8(quant, frozenset(copied), bound)
