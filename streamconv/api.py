@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable
@@ -9,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from streamconv import budget, device, manifest, memory
+from streamconv import budget, device, memory
 from streamconv.budget import Shares, TileCost
 from streamconv.checkpoint.index import Index, open_index
-from streamconv.fs import OutputFolder, check_output
+from streamconv.fs import Disk
 from streamconv.options import Options, Resources
 from streamconv.plan import Plan
 from streamconv.targets.trtllm.planner import make_plan
+from streamconv.writer import Writer
 
 _BASE_NUMPY = 64 * memory.MIB
 _BASE_KERNELS = 230 * memory.MIB
@@ -56,6 +58,7 @@ class Report:
     budget: int
     workers: int
     tiles: int
+    resumed: int
     device: str
     warnings: tuple[str, ...]
 
@@ -161,6 +164,7 @@ def convert(
     force: bool = False,
     watcher: Watcher | None = None,
     clock: Callable[[], float] = time.monotonic,
+    disk: Disk | None = None,
 ) -> Report:
     """Convert a checkpoint.
 
@@ -171,40 +175,44 @@ def convert(
         resources: what does not.
         force: replace an existing output.
         watcher: told about progress.
+        disk: the file system operations to use (tests).
 
     Raises:
-        StreamconvError: see streamconv.errors; nothing is left behind.
+        StreamconvError: see streamconv.errors. After a mistake or a bad source nothing is left behind; after a full
+            disk, a signal or a crash the same call goes on where this one stopped.
     """
-    from streamconv.pool import Pool
+    from streamconv.pool import Outcome, Pool
 
     resources, watcher, began = resources or Resources(), watcher or _Silent(), clock()
-    out = Path(out)
     index, plan = open_and_plan(source, options)
-    check_output(out, index.root, force)
-    foresee(plan, resources)  # a budget that is far too small is refused before anything is loaded
-    choice = choose_device(plan, resources)
-    devices = _bind(choice) if choice.devices else None
-    if devices is None:
-        load_kernels(plan)
-    costs = costs_of(plan, bool(choice.devices))
-    workers = resources.workers or (device.SLOTS * len(choice.devices) if choice.devices else None)
-    shares = budget.share(resources.memory_budget, workers, memory.resident(), dearest(plan, costs))
-    if choice.devices:
-        shares = _fit_device(shares, choice, resources, costs)
-    folder = OutputFolder(out, force)
-    try:
-        watcher.start(plan, shares)
-        folder.create([(file.name, file.size, file.header) for file in plan.files])
-        outcome = Pool(plan, index.shards, folder, shares, costs, resources.tile_rows, watcher.tile, devices).run()
-        for shard in index.shards:
-            shard.check_unchanged()
-        watcher.stage("syncing")
-        folder.publish([("config.json", plan.config), (manifest.NAME, manifest.build(plan, outcome.hashes))])
-    except BaseException:
-        folder.discard()
-        raise
-    finally:
-        index.close()
+    outcome, where = Outcome(), ""
+    shares = foresee(plan, resources)  # a budget that is far too small is refused before anything is loaded
+    with contextlib.closing(index), Writer(Path(out), index.root, plan, index.shards, force, disk) as writer:
+        if not writer.finished:
+            choice = choose_device(plan, resources)
+            devices = _bind(choice) if choice.devices else None
+            if devices is None:
+                load_kernels(plan)
+            costs = costs_of(plan, bool(choice.devices))
+            workers = resources.workers or (device.SLOTS * len(choice.devices) if choice.devices else None)
+            shares = budget.share(resources.memory_budget, workers, memory.resident(), dearest(plan, costs))
+            if choice.devices:
+                shares = _fit_device(shares, choice, resources, costs)
+            where = ", ".join(choice.devices) or f"cpu ({choice.why})"
+            watcher.start(plan, shares)
+            writer.begin()
+            rows, journal = resources.tile_rows, writer.journal
+            pool = Pool(
+                plan, index.shards, writer.folder, shares, costs, rows, watcher.tile, devices, journal, writer.past
+            )
+            try:
+                outcome = pool.run()
+            finally:
+                writer.abandoned = pool.busy
+            for shard in index.shards:
+                shard.check_unchanged()
+            watcher.stage("syncing")
+            writer.publish(outcome.hashes)
     warnings = list(plan.warnings)
     if outcome.device_lost:
         warnings.append(f"{outcome.device_lost}; the rest was done on the CPU")
@@ -223,6 +231,7 @@ def convert(
         budget=shares.budget,
         workers=shares.workers,
         tiles=outcome.tiles,
-        device=", ".join(choice.devices) or f"cpu ({choice.why})",
+        resumed=outcome.resumed,
+        device=where,
         warnings=tuple(warnings),
     )

@@ -9,7 +9,8 @@
     ├── RefusedError          4   the request cannot give a correct checkpoint (all reasons are listed)
     ├── BudgetError           5   the memory budget cannot work; names the smallest one that does
     ├── OutputError           6   the output cannot be written: exists, no space, no permission
-    │   └── LockedError           another run holds the output
+    │   ├── LockedError           another run holds the output
+    │   └── ResumeError           unfinished work for something else is in the way
     ├── VerifyError           7   a written checkpoint is not what it should be
     ├── DataError             8   the weights hold values that must not be quantized (NaN, infinity)
     ├── HubError              9   the Hugging Face Hub did not give what was asked for
@@ -90,6 +91,10 @@ class OutputError(StreamconvError):
 
 class LockedError(OutputError):
     """Another run is writing to this output."""
+
+
+class ResumeError(OutputError):
+    """Unfinished work is there, begun with other options, another source or another version."""
 
 
 class VerifyError(StreamconvError):

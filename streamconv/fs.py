@@ -1,7 +1,15 @@
-"""The only module that creates, writes, renames, syncs or removes a file of the output.
+"""The only module that creates, writes, renames, syncs, locks or removes a file of the output.
 
-An output folder is built as a hidden sibling (same file system, so the final rename is atomic) and appears under its name
-only when it is complete and synced. Files get their final size first: a full disk shows before the work starts.
+An output folder is built as a hidden sibling (same file system, so the final rename is atomic) and appears under its
+name only when it is complete and synced. Files get their final size first: a full disk shows before the work starts.
+
+    .NAME.streamconv-lock      held while a run is at work
+    .NAME.streamconv-journal   which tiles are safely on disk (journal.py)
+    .NAME.streamconv-partial   the folder being built
+    .NAME.streamconv-old       with --force: the folder being replaced, while the new one takes its name
+
+`Disk` is the seam: every change of the file system is one call of one of its methods, so a test can count them, fail
+them, stop at any of them or replay what a power cut leaves of them.
 """
 
 from __future__ import annotations
@@ -9,17 +17,62 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import os
-import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from streamconv.errors import OutputError, printable
-from streamconv.memory import show_size
+from streamconv.memory import MIB, show_size
 
 _SYNC_FILE_RANGE_WRITE = 2
 _libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Disk:
+    """The primitive operations on the file system. Each raises OSError as the system call does."""
+
+    def open(self, path: Path, flags: int) -> int:
+        return os.open(path, flags | os.O_CLOEXEC, 0o666)
+
+    def close(self, fd: int) -> None:
+        os.close(fd)
+
+    def allocate(self, fd: int, size: int) -> None:
+        os.posix_fallocate(fd, 0, size)
+
+    def truncate(self, fd: int, size: int) -> None:
+        os.ftruncate(fd, size)
+
+    def pwrite(self, fd: int, data: memoryview, offset: int) -> int:
+        return os.pwrite(fd, data, offset)
+
+    def push(self, fd: int, offset: int, size: int) -> None:
+        """Start writing a range to the disk without waiting: dirty pages must not pile up into one stall at the end."""
+        _libc.sync_file_range(ctypes.c_int(fd), ctypes.c_int64(offset), ctypes.c_int64(size), _SYNC_FILE_RANGE_WRITE)
+
+    def sync(self, fd: int) -> None:
+        os.fsync(fd)
+
+    def sync_data(self, fd: int) -> None:
+        os.fdatasync(fd)
+
+    def lock(self, fd: int) -> None:
+        """Take the exclusive lock of an open file, or raise BlockingIOError at once; it ends with the process."""
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def rename(self, old: Path, new: Path) -> None:
+        os.rename(old, new)
+
+    def mkdir(self, path: Path) -> None:
+        os.mkdir(path)
+
+    def unlink(self, path: Path) -> None:
+        os.unlink(path)
+
+    def rmdir(self, path: Path) -> None:
+        os.rmdir(path)
 
 
 @contextlib.contextmanager
@@ -41,32 +94,76 @@ def explained(path: Path, doing: str) -> Iterator[None]:
         ) from error
 
 
-def work_folder(out: Path) -> Path:
-    """The hidden sibling in which `out` is built."""
-    return out.parent / f".{out.name}.streamconv-partial"
+def hidden(out: Path, what: str) -> Path:
+    """The hidden sibling of an output for "lock", "journal", "partial" or "old"."""
+    return out.parent / f".{out.name}.streamconv-{what}"
 
 
-def check_output(out: Path, source: Path, force: bool) -> None:
-    """Refuse outputs that would destroy something.
+def write_all(disk: Disk, fd: int, data: bytes | bytearray | memoryview, offset: int) -> None:
+    """pwrite until everything is written."""
+    view = memoryview(data).cast("B")
+    while len(view):
+        done = disk.pwrite(fd, view, offset)
+        if done <= 0:
+            raise OSError(errno.EIO, "short write")
+        offset += done
+        view = view[done:]
+
+
+def sync_folder(disk: Disk, path: Path) -> None:
+    """Make the names in a folder durable."""
+    fd = disk.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        disk.sync(fd)
+    finally:
+        disk.close(fd)
+
+
+def remove_tree(disk: Disk, path: Path) -> None:
+    """Remove a folder and all in it; a missing one is fine."""
+    try:
+        entries = list(os.scandir(path))
+    except FileNotFoundError:
+        return
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            remove_tree(disk, Path(entry.path))
+        else:
+            disk.unlink(Path(entry.path))
+    disk.rmdir(path)
+
+
+def check_place(out: Path, source: Path) -> None:
+    """Refuse places that would destroy something.
 
     Raises:
-        OutputError: out exists (without force), is not a folder, or is the source or inside it, or holds it.
+        OutputError: out is not a folder, or is the source or inside it, or holds it.
     """
     real, real_source = out.resolve(), source.resolve()
     folder = real_source if real_source.is_dir() else real_source.parent
     if real == folder or folder in real.parents:
-        raise OutputError(f"output {printable(str(out))} is the source folder or inside it", hint="choose another folder")
+        where = f"output {printable(str(out))}"
+        raise OutputError(f"{where} is the source folder or inside it", hint="choose another folder")
     if real in folder.parents:
         raise OutputError(f"output {printable(str(out))} holds the source folder", hint="choose another folder")
-    if not os.path.lexists(out):
-        return
-    if not out.is_dir():
+    if os.path.lexists(out) and not out.is_dir():
         raise OutputError(f"output {printable(str(out))} exists and is not a folder", hint="choose another name")
+
+
+def check_free(out: Path, force: bool) -> None:
+    """Refuse to replace a folder that holds something, unless forced.
+
+    Raises:
+        OutputError: it does.
+    """
     with explained(out, "read"):
-        if not any(out.iterdir()):
-            return
-    if not force:
-        raise OutputError(f"output {printable(str(out))} exists and is not empty", hint="--force replaces it")
+        if not force and holds_something(out):
+            raise OutputError(f"output {printable(str(out))} exists and is not empty", hint="--force replaces it")
+
+
+def holds_something(folder: Path) -> bool:
+    """A folder is there, and not empty."""
+    return folder.is_dir() and any(folder.iterdir())
 
 
 def free_space(path: Path) -> int:
@@ -79,36 +176,59 @@ def free_space(path: Path) -> int:
 
 
 class OutputFolder:
-    """Writes one output folder. Not thread safe except `write`.
+    """Writes one output folder. `write`, `read` and `sync` may be called from any thread.
 
     Args:
         out: where the folder will appear.
-        force: replace an existing folder.
+        disk: the operations to use (tests).
     """
 
-    def __init__(self, out: Path, force: bool) -> None:
-        self.out = out.absolute()
-        self.work = work_folder(self.out)
-        self.force = force
+    def __init__(self, out: Path, disk: Disk | None = None) -> None:
+        self.out = Path(os.path.realpath(out))
+        self.work = hidden(self.out, "partial")
+        self.old = hidden(self.out, "old")
+        self.disk = disk or Disk()
         self._fds: dict[str, int] = {}
         self._made: list[Path] = []
 
-    def create(self, files: list[tuple[str, int, bytes]]) -> None:
-        """Make the hidden folder and every (name, size, header) at its full size."""
+    def make_parents(self) -> None:
+        """Make the folders above the output; `remove_parents` takes back those that were made."""
         with explained(self.out.parent, "create"):
-            self._make_parents(self.out.parent)
+            self._make(self.out.parent)
+
+    def remove_parents(self) -> None:
+        for folder in reversed(self._made):
+            with contextlib.suppress(OSError):
+                self.disk.rmdir(folder)
+        self._made.clear()
+
+    def restore(self) -> None:
+        """Give a replaced folder its name back, if a run was stopped before it could publish the new one."""
+        if not os.path.lexists(self.old) or holds_something(self.out):
+            return
+        with explained(self.old, "restore"):
+            self.disk.rename(self.old, self.out)  # an empty folder of that name goes
+            sync_folder(self.disk, self.out.parent)
+
+    def create(self, files: list[tuple[str, int, bytes]], fresh: bool) -> None:
+        """Make the hidden folder and every (name, size, header) at its full size.
+
+        Args:
+            fresh: remove what an earlier run left; otherwise keep the bytes that are there.
+        """
         with explained(self.work, "create"):
-            if self.work.exists():
-                shutil.rmtree(self.work)
-            self.work.mkdir()
+            if fresh:
+                remove_tree(self.disk, self.work)
+            if not self.work.is_dir():
+                self.disk.mkdir(self.work)
         for name, size, header in files:
-            path = self.work / name
-            with explained(path, "write"):
-                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-                self._fds[name] = fd
+            with explained(self.work / name, "write"):
+                fd = self._fds[name] = self.disk.open(self.work / name, os.O_RDWR | os.O_CREAT)
                 try:
+                    if os.fstat(fd).st_size > size:
+                        self.disk.truncate(fd, size)
                     if size:
-                        os.posix_fallocate(fd, 0, size)
+                        self.disk.allocate(fd, size)
                 except OSError as error:
                     if error.errno in (errno.ENOSPC, errno.EDQUOT):
                         need = sum(total for _, total, _ in files)
@@ -119,85 +239,93 @@ class OutputFolder:
                         ) from error
                     if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
                         raise
-                    os.ftruncate(fd, size)
+                    self.disk.truncate(fd, size)
             self.write(name, 0, header)
+        with explained(self.work, "sync"):
+            # the names are durable before the journal speaks of what is in the files
+            sync_folder(self.disk, self.work)
+            sync_folder(self.disk, self.out.parent)
 
     def write(self, name: str, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Write all of `data` at `offset` and start pushing it to the disk."""
-        view = memoryview(data).cast("B")
-        fd, start, total = self._fds[name], offset, len(view)
+        size = memoryview(data).nbytes
         with explained(self.work / name, "write"):
-            while len(view):
-                done = os.pwrite(fd, view, offset)
-                if done <= 0:
-                    raise OSError(errno.EIO, "short write")
-                offset += done
-                view = view[done:]
-        if total >= 1 << 20:
-            # best effort: keeps dirty pages from piling up into one stall at the end
-            _libc.sync_file_range(ctypes.c_int(fd), ctypes.c_int64(start), ctypes.c_int64(total), _SYNC_FILE_RANGE_WRITE)
+            write_all(self.disk, self._fds[name], data, offset)
+        if size >= MIB:
+            with contextlib.suppress(OSError):
+                self.disk.push(self._fds[name], offset, size)
 
-    def read(self, name: str, offset: int, size: int) -> bytes:
-        """Bytes already written."""
-        return os.pread(self._fds[name], size, offset)
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> int:
+        """Read bytes already written; fewer than asked for only where the file ends."""
+        done = 0
+        with explained(self.work / name, "read"):
+            while done < len(buffer):
+                got = os.preadv(self._fds[name], [buffer[done:]], offset + done)
+                if got == 0:
+                    break
+                done += got
+        return done
 
-    def forget_cache(self, name: str, offset: int, size: int) -> None:
-        """Give written pages back to the system (only clean ones go)."""
-        os.posix_fadvise(self._fds[name], offset, size, os.POSIX_FADV_DONTNEED)
+    def sync(self, names: Iterable[str]) -> None:
+        """Wait until what was written to these files is on the disk."""
+        for name in names:
+            with explained(self.work / name, "sync"):
+                self.disk.sync_data(self._fds[name])
 
-    def publish(self, last: list[tuple[str, bytes]]) -> None:
-        """Sync everything, write `last` (config.json and the manifest), and make the folder appear."""
+    def remove_last(self, names: Iterable[str]) -> None:
+        """Take back what `complete` wrote: a folder being worked on must not look like a checkpoint."""
+        for name in names:
+            with explained(self.work / name, "remove"), contextlib.suppress(FileNotFoundError):
+                self.disk.unlink(self.work / name)
+
+    def complete(self, last: list[tuple[str, bytes]]) -> None:
+        """Sync everything, then write and sync `last` (the manifest and config.json)."""
         for name, fd in self._fds.items():
             with explained(self.work / name, "sync"):
-                os.fsync(fd)
+                self.disk.sync(fd)
         for name, data in last:
-            path = self.work / name
-            with explained(path, "write"):
-                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-                self._fds[name] = fd
-            self.write(name, 0, data)
-            with explained(path, "sync"):
-                os.fsync(fd)
-        self.close()
+            with explained(self.work / name, "write"):
+                fd = self._fds[name] = self.disk.open(self.work / name, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+                write_all(self.disk, fd, data, 0)
+                self.disk.sync(fd)
+        with explained(self.work, "sync"):
+            sync_folder(self.disk, self.work)
+
+    def publish(self) -> None:
+        """Make the folder appear under its name; what it replaces waits aside until `remove_old`."""
         with explained(self.out, "publish"):
-            _sync_folder(self.work)
-            old = None
-            if self.out.is_dir() and any(self.out.iterdir()):
-                old = self.out.parent / f".{self.out.name}.streamconv-old"
-                if old.exists():
-                    shutil.rmtree(old)
-                os.rename(self.out, old)
-            os.rename(self.work, self.out)
-            _sync_folder(self.out.parent)
-            if old is not None:
-                shutil.rmtree(old)
+            self.close()
+            if holds_something(self.out):
+                self.disk.rename(self.out, self.old)
+                sync_folder(self.disk, self.out.parent)
+            self.disk.rename(self.work, self.out)
+            sync_folder(self.disk, self.out.parent)
+        self._made.clear()
+
+    def remove_old(self) -> None:
+        """After a publication: the folder that was replaced goes."""
+        if os.path.lexists(self.old):
+            with explained(self.old, "remove"):
+                remove_tree(self.disk, self.old)
+                sync_folder(self.disk, self.out.parent)
 
     def close(self) -> None:
-        for fd in self._fds.values():
-            os.close(fd)
-        self._fds.clear()
+        while self._fds:
+            self.disk.close(self._fds.popitem()[1])
 
     def discard(self) -> None:
-        """Leave nothing behind."""
-        self.close()
-        shutil.rmtree(self.work, ignore_errors=True)
-        for folder in reversed(self._made):
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+        """Remove the hidden folder."""
+        with contextlib.suppress(OSError):
+            self.close()
+            remove_tree(self.disk, self.work)
 
-    def _make_parents(self, folder: Path) -> None:
+    def _make(self, folder: Path) -> None:
         if folder.exists():
             if not stat.S_ISDIR(folder.stat().st_mode):
                 raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
             return
-        self._make_parents(folder.parent)
-        folder.mkdir(exist_ok=True)
-        self._made.append(folder)
-
-
-def _sync_folder(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        self._make(folder.parent)
+        with contextlib.suppress(FileExistsError):
+            self.disk.mkdir(folder)
+            self._made.append(folder)
+            sync_folder(self.disk, folder.parent)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from streamconv import memory
 from streamconv.budget import Shares, TileCost
 from streamconv.checkpoint.shard import Shard
 from streamconv.device import Device, DeviceLost, encode_on
 from streamconv.errors import DataError, printable
 from streamconv.fs import OutputFolder
-from streamconv.plan import Matrix, Plan, Span
+from streamconv.journal import Done, Journal, Recorder
+from streamconv.order import Order, Stop
+from streamconv.plan import Dest, Plan, Span
 from streamconv.quants.base import Findings
 from streamconv.stages.encode import Request, encode, is_copy, requests, row_costs
 from streamconv.stages.read import read_rows, spare_bytes_per_row
@@ -21,13 +26,20 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+FLOOR = 64 * memory.MIB
+"""While less than this is free, only one worker goes on."""
+_LOOK = 0.25
+"""Seconds between two looks at the free memory."""
+
+
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Source rows [start, stop) of a span."""
+    """Source rows [start, stop) of a span; `done` if an earlier run recorded them as finished."""
 
     span: int
     start: int
     stop: int
+    done: Done | None = None
 
 
 @dataclass(slots=True)
@@ -38,6 +50,7 @@ class Outcome:
         hashes: (file name, tensor name) -> XXH3-128 of the tensor's bytes, hex.
         overflow: source tensor -> finite values that became infinite in the model dtype.
         nonfinite: source tensor -> NaN or infinite values that were quantized all the same.
+        resumed: tiles of an earlier run that were believed, after a look at their bytes.
         device_lost: why the rest of the run was done on the CPU.
     """
 
@@ -47,53 +60,8 @@ class Outcome:
     bytes_read: int = 0
     bytes_written: int = 0
     tiles: int = 0
+    resumed: int = 0
     device_lost: str = ""
-
-
-class _Stop(Exception):
-    """Another worker failed."""
-
-
-class _Order:
-    """Each matrix is hashed front to back: a worker waits until the rows before its own are hashed.
-
-    Tiles are handed out in plan order and every matrix's rows ascend in it, so whoever is waited for is always at work.
-    """
-
-    def __init__(self, matrices: Sequence[Matrix]) -> None:
-        import xxhash
-
-        self._next = [0] * len(matrices)
-        self._turn = threading.Condition()
-        self.digests = [[xxhash.xxh3_128() for _ in matrix.places] for matrix in matrices]
-        self.stopped = False
-
-    def take(self, matrix: int, row: int, rows: int, parts: Sequence[np.ndarray[Any, Any]]) -> None:
-        with self._turn:
-            while self._next[matrix] != row and not self.stopped:
-                self._turn.wait()
-            if self.stopped:
-                raise _Stop
-        for digest, part in zip(self.digests[matrix], parts, strict=True):
-            digest.update(part)
-        with self._turn:
-            self._next[matrix] = row + rows
-            self._turn.notify_all()
-
-    def stop(self) -> None:
-        with self._turn:
-            self.stopped = True
-            self._turn.notify_all()
-
-    def pad(self, number: int, matrix: Matrix) -> None:
-        """Hash the zero rows at the end of a matrix."""
-        if self._next[number] != matrix.filled:
-            raise AssertionError(f"{matrix.name}: {self._next[number]} of {matrix.filled} rows were written")
-        for digest, place in zip(self.digests[number], matrix.places, strict=True):
-            left = (matrix.rows - matrix.filled) * place.row_bytes
-            while left:
-                digest.update(bytes(min(left, 1 << 20)))
-                left -= min(left, 1 << 20)
 
 
 class Pool:
@@ -108,6 +76,8 @@ class Pool:
         tile_rows: bound on a tile's source rows (tests).
         progress: called after each tile with (source bytes read, bytes written) of it.
         devices: makes the device of a worker, by worker number; None encodes on the CPU.
+        journal: told of every tile that is safely on the disk.
+        past: span -> finished row ranges of an earlier run, ascending.
     """
 
     def __init__(
@@ -120,14 +90,25 @@ class Pool:
         tile_rows: int | None,
         progress: Callable[[int, int], None],
         devices: Callable[[int], Device] | None = None,
+        journal: Journal | None = None,
+        past: Mapping[int, Sequence[Done]] | None = None,
     ) -> None:
         self.plan, self.shards, self.folder, self.shares = plan, shards, folder, shares
         self.costs, self.tile_rows, self.progress, self.devices = costs, tile_rows, progress, devices
+        self.past = past or {}
+        self._recorder = Recorder(journal, folder, self.fail) if journal is not None else None
         self.outcome = Outcome()
-        self._order = _Order(plan.matrices)
+        self._order = Order(plan.matrices)
         self._tiles = self._cut()
         self._lock = threading.Lock()
         self._error: BaseException | None = None
+        self._threads: list[threading.Thread] = []
+        self._looked, self._short, self._idle = 0.0, False, True
+
+    @property
+    def busy(self) -> bool:
+        """A thread was still at work when an interruption stopped waiting for it; it may use the folder."""
+        return not self._idle
 
     def run(self) -> Outcome:
         """Do all tiles.
@@ -141,19 +122,22 @@ class Pool:
             name = self.plan.files[constant.file].name
             self.folder.write(name, constant.offset, constant.data)
             self.outcome.hashes[name, constant.tensor] = xxhash.xxh3_128(constant.data).hexdigest()
-        threads = [
-            threading.Thread(target=self._work, args=(n,), name=f"tile-{n}", daemon=True) for n in range(self.shares.workers)
+        threads = self._threads = [
+            threading.Thread(target=self._work, args=(n,), name=f"tile-{n}", daemon=True)
+            for n in range(self.shares.workers)
         ]
-        for thread in threads:
-            thread.start()
         try:
+            if self._recorder is not None:
+                self._recorder.start()
+            for thread in threads:
+                thread.start()
             for thread in threads:
                 while thread.is_alive():
                     thread.join(0.2)  # in short steps: a signal must reach the main thread
+            while self._recorder is not None and not self._recorder.finish(0.2):
+                pass
         except BaseException:
-            self._fail(None)
-            for thread in threads:
-                thread.join()
+            self._abandon()
             raise
         if self._error is not None:
             raise self._error
@@ -163,13 +147,33 @@ class Pool:
                 self.outcome.hashes[self.plan.files[matrix.file].name, place.tensor] = digest.hexdigest()
         return self.outcome
 
+    def _abandon(self) -> None:
+        """Interrupted: let the workers end their tiles and the journal note them, but only for so long."""
+        self.fail(None)
+        until = time.monotonic() + 3
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join(max(0.0, until - 1 - time.monotonic()))
+        self._idle = not any(thread.is_alive() for thread in self._threads)
+        if self._recorder is not None:
+            self._idle = self._recorder.finish(max(0.0, until - time.monotonic())) and self._idle
+
     def _cut(self) -> Iterator[Tile]:
         for number, span in enumerate(self.plan.spans):
-            step = self.costs[number].rows(self.shares.arena, self.tile_rows)
-            for start in range(span.start, span.stop, step):
-                yield Tile(number, start, min(start + step, span.stop))
+            at = span.start
+            for done in self.past.get(number, ()):
+                yield from self._pieces(number, at, done.start)
+                yield Tile(number, done.start, done.stop, done)
+                at = done.stop
+            yield from self._pieces(number, at, span.stop)
 
-    def _fail(self, error: BaseException | None) -> None:
+    def _pieces(self, number: int, start: int, stop: int) -> Iterator[Tile]:
+        step = self.costs[number].rows(self.shares.arena, self.tile_rows)
+        for at in range(start, stop, step):
+            yield Tile(number, at, min(at + step, stop))
+
+    def fail(self, error: BaseException | None) -> None:
+        """No further tile is handed out; `run` raises `error`."""
         with self._lock:
             if self._error is None:
                 self._error = error
@@ -184,26 +188,94 @@ class Pool:
         try:
             if self.devices is not None:
                 device = self.devices(number)
-                self._take_tiles(device.arena(self.shares.arena), device)
+                self._take_tiles(number, device.arena(self.shares.arena), device, lambda: None)
                 return
             # mapped and not allocated: all of it goes back to the system at once
-            with mmap.mmap(-1, max(self.shares.arena, mmap.PAGESIZE)) as memory:
-                self._take_tiles(np.frombuffer(memory, np.uint8), None)
-        except _Stop:
+            with mmap.mmap(-1, max(self.shares.arena, mmap.PAGESIZE)) as mapped:
+                give_back = functools.partial(mapped.madvise, mmap.MADV_REMOVE)
+                self._take_tiles(number, np.frombuffer(mapped, np.uint8), None, give_back)
+        except Stop:
             pass
         except BaseException as error:
             error.__traceback__ = None  # its frames would keep the arena mapped
-            self._fail(error)
+            self.fail(error)
 
-    def _take_tiles(self, arena: np.ndarray[Any, Any], device: Device | None) -> None:
+    def _take_tiles(
+        self, number: int, arena: np.ndarray[Any, Any], device: Device | None, give_back: Callable[[], object]
+    ) -> None:
         while True:
+            if number and self._pressed():
+                give_back()
+                while self._pressed():
+                    time.sleep(_LOOK / 2)
             with self._lock:
                 tile = next(self._tiles, None)
             if tile is None:
                 return
-            self._do(tile, arena, device)
+            if tile.done is None:
+                self._do(tile, arena, device)
+            elif not self._believe(tile, tile.done, arena):
+                for piece in self._pieces(tile.span, tile.start, tile.stop):
+                    self._do(piece, arena, device)
+
+    def _pressed(self) -> bool:
+        """Memory is short and there is work: all workers but the first wait."""
+        with self._lock:
+            now = time.monotonic()
+            if now - self._looked >= _LOOK:
+                self._looked, self._short = now, memory.available() < FLOOR
+            return self._short and not self._order.stopped and self._threads[0].is_alive()
+
+    def _believe(self, tile: Tile, done: Done, arena: np.ndarray[Any, Any]) -> bool:
+        """Take a tile of an earlier run as it is, if its bytes are still those that were recorded."""
+        import xxhash
+
+        span = self.plan.spans[tile.span]
+        rows, skipped = span.op.out_rows(tile.stop - tile.start), span.op.out_rows(tile.start - span.start)
+        groups = list(requests(span, self.plan.matrices).values())
+        if len(groups) != len(done.hashes):
+            return False
+        for dests, hashes in zip(groups, done.hashes, strict=True):
+            for dest in dests:
+                places = self.plan.matrices[dest.matrix].places
+                if len(places) != len(hashes):
+                    return False
+                for number, wanted in enumerate(hashes):
+                    digest = xxhash.xxh3_128()
+                    self._reread(dest, number, dest.row + skipped, rows, arena, digest.update)
+                    if digest.hexdigest() != wanted:
+                        return False
+        for dest in (dest for dests in groups for dest in dests):
+            self._order.wait(dest.matrix, dest.row + skipped)
+            for number, digest in enumerate(self._order.digests[dest.matrix]):
+                self._reread(dest, number, dest.row + skipped, rows, arena, digest.update)
+            self._order.passed(dest.matrix, dest.row + skipped, rows)
+        with self._lock:
+            self.outcome.resumed += 1
+        self._count(span.source.name, done.overflow, done.nonfinite)
+        self.progress((tile.stop - tile.start) * span.row_bytes, 0)
+        return True
+
+    def _reread(
+        self,
+        dest: Dest,
+        part: int,
+        row: int,
+        rows: int,
+        arena: np.ndarray[Any, Any],
+        take: Callable[[memoryview], object],
+    ) -> None:
+        """Give `take` the bytes of a part of a matrix's output rows, as the file holds them."""
+        matrix = self.plan.matrices[dest.matrix]
+        place = matrix.places[part]
+        begin, name = place.offset + row * place.row_bytes, self.plan.files[matrix.file].name
+        for at in range(begin, begin + rows * place.row_bytes, arena.size):
+            buffer = arena.data[: min(arena.size, begin + rows * place.row_bytes - at)]
+            take(buffer[: self.folder.read_into(name, at, buffer)])
 
     def _do(self, tile: Tile, arena: np.ndarray[Any, Any], device: Device | None) -> None:
+        import xxhash
+
         span = self.plan.spans[tile.span]
         source_rows = tile.stop - tile.start
         size = source_rows * span.row_bytes
@@ -212,11 +284,13 @@ class Pool:
         rows = span.op.out_rows(source_rows)
         space = arena[-(-(size + spare) // 64) * 64 :]
         skipped = span.op.out_rows(tile.start - span.start)
-        written = 0
+        written, files, hashes, found = 0, set[str](), [], Findings()
         for request, dests in requests(span, self.plan.matrices).items():
             findings = Findings()
             parts = self._encode(device, request, span, rows, block, space, findings)
             self._judge(span, request[1].quantizes, findings)
+            found.add(findings)
+            hashes.append(tuple(xxhash.xxh3_128(part.data).hexdigest() for part in parts))
             taken = row_costs(request, span)[0] * rows
             space = space[-(-taken // 64) * 64 :]
             for dest in dests:
@@ -226,7 +300,11 @@ class Pool:
                 for place, part in zip(matrix.places, parts, strict=True):
                     name = self.plan.files[matrix.file].name
                     self.folder.write(name, place.offset + row * place.row_bytes, part.data)
+                    files.add(name)
                     written += part.size
+        if self._recorder is not None:
+            done = Done(tile.span, tile.start, tile.stop, tuple(hashes), found.overflow, found.nonfinite)
+            self._recorder.add(done, files, written)
         with self._lock:
             self.outcome.bytes_read += size
             self.outcome.bytes_written += written
@@ -259,7 +337,10 @@ class Pool:
                 f"{printable(name)}: NaN or infinity in a weight that is to be quantized",
                 hint="--allow-nonfinite goes on: NaN becomes 0, infinity the largest finite value of its channel",
             )
+        self._count(name, findings.overflow, findings.nonfinite)
+
+    def _count(self, name: str, overflow: int, nonfinite: int) -> None:
         with self._lock:
-            for counts, found in ((self.outcome.overflow, findings.overflow), (self.outcome.nonfinite, findings.nonfinite)):
+            for counts, found in ((self.outcome.overflow, overflow), (self.outcome.nonfinite, nonfinite)):
                 if found:
                     counts[name] = counts.get(name, 0) + found

@@ -1,0 +1,293 @@
+"""The journal: which tiles are safely on the disk. It makes a resume exact.
+
+A hidden file beside the output, append-only. Each line is the XXH3-64 of a JSON record, a blank, and the record;
+reading stops at the first line that does not match, so a torn tail is as if it had never been written.
+
+    {"run": ...}                      first line: what this work is for (see `identity`)
+    {"tile": [span, start, stop],     source rows of a span (row ranges, so budget and workers may change at resume)
+     "hash": [[...], ...],            XXH3-128 of the bytes of every part, for every distinct request of the span
+     "found": [overflow, nonfinite]}
+    {"ready": true}                   everything is on the disk; the folder is about to get its name
+
+A tile's line is written after fdatasync of the files that hold its bytes, and believed only if these still have its
+hash.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from streamconv import __version__
+from streamconv.checkpoint.shard import Shard
+from streamconv.errors import OutputError, printable
+from streamconv.fs import Disk, OutputFolder, explained, hidden, sync_folder, write_all
+from streamconv.memory import MIB
+from streamconv.plan import Plan
+
+FORMAT = 1
+BATCH_BYTES = 256 * MIB
+"""Written bytes after which files are synced; 0 syncs after every tile, in the thread that wrote it."""
+BATCH_SECONDS = 2.0
+"""Longest time that a finished tile waits for its line in the journal."""
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """Source rows [start, stop) of a span that are on the disk.
+
+    Attributes:
+        hashes: for every request of the span, XXH3-128 (hex) of each part's bytes.
+        overflow, nonfinite: what encoding them found.
+    """
+
+    span: int
+    start: int
+    stop: int
+    hashes: tuple[tuple[str, ...], ...]
+    overflow: int = 0
+    nonfinite: int = 0
+
+
+@dataclass(slots=True)
+class Past:
+    """What a journal says.
+
+    Attributes:
+        run: its first record.
+        tiles: span -> finished row ranges, ascending, disjoint.
+        ready: the last thing written is that the folder may be published.
+        size: bytes of the file that can be trusted.
+    """
+
+    run: dict[str, Any]
+    tiles: dict[int, list[Done]] = field(default_factory=dict)
+    ready: bool = False
+    size: int = 0
+
+    def add(self, done: Done) -> None:
+        """A later line replaces earlier ones that it overlaps."""
+        ranges = self.tiles.setdefault(done.span, [])
+        at = bisect_left(ranges, done.start, key=lambda other: other.stop - 1)
+        end = at
+        while end < len(ranges) and ranges[end].start < done.stop:
+            end += 1
+        ranges[at:end] = [done]
+
+
+def identity(plan: Plan, shards: Sequence[Shard]) -> dict[str, Any]:
+    """What the work is for; a journal of any other identity is not resumed."""
+    return {
+        "format": FORMAT,
+        "streamconv": __version__,
+        "fingerprint": plan.fingerprint(),
+        "options": plan.options.to_json(),
+        "sources": {source.name: [source.size, source.header_hash] for source in plan.sources},
+        "times": {shard.path.name: shard.identity.mtime_ns for shard in shards},
+    }
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What changed between two identities, for people; empty if nothing that matters did."""
+    if old == new:
+        return []
+    found = []
+    for key in ("streamconv", "format"):
+        if old.get(key) != new[key]:
+            name = "the version of streamconv" if key == "streamconv" else "the format of the journal"
+            found.append(f"{name} ({old.get(key)}, now {new[key]})")
+    for key in ("options", "sources", "times"):
+        before: dict[str, Any] = old.get(key, {})
+        now: dict[str, Any] = new[key]
+        for name in sorted({*before, *now}):
+            if before.get(name) == now.get(name):
+                continue
+            if key == "options":
+                found.append(f"option {printable(name)} ({before.get(name)}, now {now.get(name)})")
+            elif not any(printable(name) in line for line in found):
+                found.append(f"source file {printable(name)}")
+    return found or ["the plan of the output (config.json of the source?)"]
+
+
+def read(path: Path) -> Past | None:
+    """What the journal at `path` says, None if there is none with a whole first line.
+
+    Raises:
+        OutputError: it cannot be read.
+    """
+    import xxhash
+
+    try:
+        with explained(path, "read"):
+            data = path.read_bytes()
+    except OutputError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return None
+        raise
+    past, at = None, 0
+    while (end := data.find(b"\n", at)) >= 0:
+        line = data[at:end]
+        if line[:17] != xxhash.xxh3_64(line[17:]).hexdigest().encode() + b" ":
+            break
+        record = json.loads(line[17:])
+        at = end + 1
+        if past is None:
+            if "run" not in record:
+                break
+            past = Past(record["run"])
+        elif "tile" in record:
+            (span, start, stop), (overflow, nonfinite) = record["tile"], record["found"]
+            past.add(Done(span, start, stop, tuple(tuple(part) for part in record["hash"]), overflow, nonfinite))
+        past.ready = "ready" in record
+        past.size = at
+    return past
+
+
+class Journal:
+    """The open journal of a run; the output's lock is held.
+
+    Args:
+        out: the output folder, resolved.
+    """
+
+    def __init__(self, out: Path, disk: Disk) -> None:
+        self.path, self.disk = hidden(out, "journal"), disk
+        self._fd, self._size = -1, 0
+
+    def start(self, run: dict[str, Any]) -> None:
+        """Begin an empty journal."""
+        with explained(self.path, "write"):
+            self._fd, self._size = self.disk.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), 0
+            self._append(_line({"run": run}))
+            sync_folder(self.disk, self.path.parent)
+
+    def resume(self, past: Past) -> None:
+        """Go on after the last line that can be trusted."""
+        with explained(self.path, "write"):
+            self._fd, self._size = self.disk.open(self.path, os.O_RDWR), past.size
+            if os.fstat(self._fd).st_size != past.size:
+                self.disk.truncate(self._fd, past.size)
+            if past.ready:
+                self._append(_line({"again": True}))
+
+    def add(self, tiles: Sequence[Done]) -> None:
+        """These tiles are on the disk."""
+        lines = []
+        for done in tiles:
+            found = [done.overflow, done.nonfinite]
+            lines.append(_line({"tile": [done.span, done.start, done.stop], "hash": done.hashes, "found": found}))
+        with explained(self.path, "write"):
+            self._append(b"".join(lines))
+
+    def ready(self) -> None:
+        """All is on the disk."""
+        with explained(self.path, "write"):
+            self._append(_line({"ready": True}))
+
+    def remove(self) -> None:
+        """The work is published or given up."""
+        self.close()
+        with explained(self.path, "remove"):
+            try:
+                self.disk.unlink(self.path)
+            except FileNotFoundError:
+                return
+            sync_folder(self.disk, self.path.parent)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            self.disk.close(fd)
+
+    def _append(self, data: bytes) -> None:
+        write_all(self.disk, self._fd, data, self._size)
+        self.disk.sync_data(self._fd)
+        self._size += len(data)
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    import xxhash
+
+    text = json.dumps(record, separators=(",", ":")).encode()
+    return xxhash.xxh3_64(text).hexdigest().encode() + b" " + text + b"\n"
+
+
+class Recorder:
+    """Syncs what the workers wrote, in batches, and tells the journal; one thread of its own.
+
+    Args:
+        failed: told if the disk fails; the run must then stop.
+    """
+
+    def __init__(self, journal: Journal, folder: OutputFolder, failed: Callable[[BaseException], None]) -> None:
+        self.journal, self.folder, self.failed = journal, folder, failed
+        self._state = threading.Condition()
+        self._tiles: list[Done] = []
+        self._files: set[str] = set()
+        self._bytes, self._since, self._ending, self._broken = 0, 0.0, False, False
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        if BATCH_BYTES:
+            self._thread = threading.Thread(target=self._work, name="journal", daemon=True)
+            self._thread.start()
+
+    def add(self, done: Done, files: set[str], size: int) -> None:
+        """A tile was written: `size` bytes in `files`."""
+        with self._state:
+            if not self._tiles:
+                self._since = time.monotonic()
+            self._tiles.append(done)
+            self._files |= files
+            self._bytes += size
+            if self._thread is None:
+                self._flush(*self._taken())  # inside the lock: one at a time
+            elif self._bytes >= BATCH_BYTES or len(self._tiles) == 1:
+                self._state.notify()
+
+    def finish(self, seconds: float | None = None) -> bool:
+        """Record what is pending. False if that took longer than `seconds`."""
+        with self._state:
+            self._ending = True
+            self._state.notify()
+        if self._thread is not None:
+            self._thread.join(seconds)
+            return not self._thread.is_alive()
+        return True
+
+    def _taken(self) -> tuple[list[Done], set[str]]:
+        taken = self._tiles, self._files
+        self._tiles, self._files, self._bytes = [], set(), 0
+        return taken
+
+    def _flush(self, tiles: list[Done], files: set[str]) -> None:
+        if tiles and not self._broken:
+            try:
+                self.folder.sync(sorted(files))
+                self.journal.add(tiles)
+            except BaseException:
+                self._broken = True  # after a failed fsync nothing says what is on the disk
+                raise
+
+    def _work(self) -> None:
+        try:
+            while True:
+                with self._state:
+                    while not self._ending and self._bytes < BATCH_BYTES:
+                        left = self._since + BATCH_SECONDS - time.monotonic() if self._tiles else None
+                        if left is not None and left <= 0:
+                            break
+                        self._state.wait(left)
+                    ending, taken = self._ending, self._taken()
+                self._flush(*taken)
+                if ending:
+                    return
+        except BaseException as error:
+            self.failed(error)

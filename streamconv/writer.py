@@ -1,0 +1,157 @@
+"""An output from the moment it is claimed until it has its name: lock, journal, data, sync, rename, sync of the folder.
+
+Every step may be the last one of this process. What the next run finds, and does:
+
+    no journal, or one that ends before its first line        nothing was finished: start over
+    a journal for other work                                   say what differs; start over with --force
+    a journal for this work and the hidden folder              resume
+    a journal that ends with "ready", the hidden folder gone   the output has its name: tidy up, done
+    a replaced folder aside and nothing under its name         give it its name back first
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from streamconv import journal, manifest
+from streamconv.checkpoint.shard import Shard
+from streamconv.errors import (
+    CheckpointError,
+    DataError,
+    OutputError,
+    ResumeError,
+    StreamconvError,
+    UsageError,
+    VerifyError,
+    printable,
+)
+from streamconv.fs import Disk, OutputFolder, check_free, check_place
+from streamconv.journal import Done, Journal
+from streamconv.lock import OutputLock
+from streamconv.plan import Plan
+
+_LAST = ("config.json", manifest.NAME)
+
+
+class Writer:
+    """Context of one conversion's output; on exit decides what of an unfinished one is kept.
+
+    Args:
+        out: where the folder will appear.
+        source: the folder that is read.
+        force: replace an existing folder, give up unfinished work for something else.
+        disk: the operations to use (tests).
+
+    Attributes:
+        folder: where to write.
+        past: span -> row ranges that an earlier run finished.
+        finished: an earlier run did everything; nothing is left to do.
+    """
+
+    def __init__(
+        self, out: Path, source: Path, plan: Plan, shards: Sequence[Shard], force: bool, disk: Disk | None
+    ) -> None:
+        self.plan, self.shards, self.force = plan, shards, force
+        self.folder = OutputFolder(out, disk)
+        self.journal = Journal(self.folder.out, self.folder.disk)
+        self.past: Mapping[int, Sequence[Done]] = {}
+        self.finished = self.abandoned = False
+        self._lock = OutputLock(self.folder.out, self.folder.disk)
+        self._begun = self._created = False
+        check_place(self.folder.out, source)
+        if not self.journal.path.exists():
+            check_free(self.folder.out, force)  # before anything is touched
+
+    def __enter__(self) -> Writer:
+        try:
+            self.folder.make_parents()
+            self._lock.acquire()
+            self._look()
+        except BaseException:
+            self._lock.release()
+            self.folder.remove_parents()
+            raise
+        return self
+
+    def _look(self) -> None:
+        """Find out where an earlier run stopped."""
+        self.folder.restore()
+        self._past = journal.read(self.journal.path)
+        self._run = journal.identity(self.plan, self.shards)
+        if self._past is not None and self._past.ready and not self.folder.work.is_dir():
+            with contextlib.suppress(VerifyError):
+                told = manifest.load(self.folder.out)
+                if told is not None and told.fingerprint == self._past.run.get("fingerprint"):
+                    self._tidy()
+                    self.finished = self._past.run == self._run
+                    if self.finished:
+                        return
+            self._past = None
+        check_free(self.folder.out, self.force)
+        if self.folder.old.exists():
+            raise OutputError(
+                f"{printable(str(self.folder.old))} holds an output that was being replaced",
+                hint="move it away, or remove it",
+            )
+        changed = journal.differences(self._past.run, self._run) if self._past is not None else []
+        if changed and not self.force:
+            raise ResumeError(
+                f"{printable(str(self.folder.out))} was begun with something else: {', '.join(changed)}",
+                hint="run the first command again to finish it, or start over with --force",
+            )
+        if changed or not self.folder.work.is_dir():
+            self._past = None
+
+    def begin(self) -> None:
+        """Open the journal and make the files."""
+        self._begun = True
+        if self._past is None:
+            self.journal.start(self._run)
+        else:
+            self.journal.resume(self._past)
+            self.folder.remove_last(_LAST)
+            self.past = self._past.tiles
+        files = [(file.name, file.size, file.header) for file in self.plan.files]
+        self.folder.create(files, fresh=self._past is None)
+        self._created = True
+
+    def publish(self, hashes: dict[tuple[str, str], str]) -> None:
+        """All tiles are written: sync, write config.json and the manifest, give the folder its name."""
+        last = {"config.json": self.plan.config, manifest.NAME: manifest.build(self.plan, hashes)}
+        self.folder.complete([(name, last[name]) for name in reversed(_LAST)])
+        self.journal.ready()
+        self.folder.publish()
+        self._tidy()
+
+    def _tidy(self) -> None:
+        self.folder.remove_old()
+        self.journal.remove()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if error is None:
+            self._lock.release()
+            return
+        if not self._begun:
+            self._lock.release()
+            self.folder.remove_parents()
+            return
+        # the source is wrong, or there was no room to begin with: nothing of it is worth keeping
+        if isinstance(error, (CheckpointError, DataError, UsageError)) or (self._past is None and not self._created):
+            with contextlib.suppress(StreamconvError, OSError):
+                self.journal.remove()  # first: a journal without its folder could be taken for a finished one
+                self.folder.discard()
+            self._lock.release()
+            self.folder.remove_parents()
+            return
+        if isinstance(error, OutputError):
+            also = "what is finished is kept: run the same command again to go on"
+            error.hint = f"{error.hint}; {also}" if error.hint else also
+        if self.abandoned:
+            return  # a thread may still write: the process is about to end, and closes everything
+        with contextlib.suppress(OSError):
+            self.folder.close()
+            self.journal.close()
+        self._lock.release()
