@@ -21,6 +21,7 @@ from streamconv.checkpoint.shard import Shard
 from streamconv.errors import (
     CheckpointError,
     DataError,
+    Interrupted,
     OutputError,
     ResumeError,
     StreamconvError,
@@ -146,7 +147,7 @@ class Writer:
             self._lock.release()
             self.folder.remove_parents()
             return
-        if isinstance(error, OutputError):
+        if isinstance(error, (OutputError, Interrupted)):
             also = "what is finished is kept: run the same command again to go on"
             error.hint = f"{error.hint}; {also}" if error.hint else also
         if self.abandoned:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from streamconv.cli import view
+from streamconv.cli import signals, view
 from streamconv.cli.main import resources, show_report
 from streamconv.cli.official_flags import parse, unsupported
 from streamconv.errors import StreamconvError, UsageError
@@ -47,4 +47,6 @@ def _convert(arguments: list[str]) -> int:
 
 
 def run() -> None:
-    sys.exit(main())
+    """The command: `main` for the arguments of this process."""
+    with signals.orderly():
+        sys.exit(main())

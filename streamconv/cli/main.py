@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from streamconv import __version__
+from streamconv.cli import signals
 from streamconv.errors import StreamconvError, UsageError
 
 _Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -145,6 +146,7 @@ def show_report(report: Any, as_json: bool, quiet: bool) -> None:
         f"{report.out}: {report.files} rank file{'s' * (report.files != 1)}, {report.tensors} tensors, "
         f"{show_size(report.bytes_written)} written, {show_size(report.bytes_read)} read in {report.seconds:.1f} s; "
         f"peak memory {show_size(report.peak_memory)} of {show_size(report.budget)} with {report.workers} workers"
+        + (f"; {report.resumed} tiles of an earlier run were kept" if report.resumed else "")
     )
 
 
@@ -306,4 +308,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run() -> None:
-    sys.exit(main())
+    """The command: `main` for the arguments of this process."""
+    with signals.orderly():
+        sys.exit(main())
