@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from streamconv.checkpoint.dtypes import DType
+from streamconv.checkpoint.dtypes import I8, DType
 from streamconv.options import Options
-from streamconv.quants.base import Encoding, Findings, Part, QuantInfo
+from streamconv.quants.base import Encoding, Findings, Kernel, Part, QuantInfo
 from streamconv.quants.layout import Layout, family_for
 
 if TYPE_CHECKING:
@@ -52,6 +52,13 @@ class PackedWeight(Encoding):
         import torch
 
         return self.layout.unpack(parts[0], rows, cols).to(torch.float32)
+
+    def kernel(self, source: DType) -> Kernel | None:
+        if source != I8 or self.layout.family == "B":
+            return None
+        from streamconv.kernels.packed import packed_kernel
+
+        return packed_kernel(self.layout.bits, self.layout.family)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,8 @@ def read_rows(shards: Sequence[Shard], span: Span, start: int, stop: int, buffer
     """Rows [start, stop) of the span's source, after its row operation.
 
     Args:
-        buffer, spare: uint8 arrays of at least (stop-start)*row_bytes bytes; spare is used by row operations and unpacking.
+        buffer: uint8, (stop-start)*row_bytes bytes or more.
+        spare: uint8, (stop-start)*spare_bytes_per_row bytes or more.
 
     Returns:
         A view of one of the two that holds the rows, row-major.

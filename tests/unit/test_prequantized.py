@@ -13,8 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from streamconv.api import convert
+from streamconv.checkpoint.dtypes import F16, I8
 from streamconv.errors import RefusedError, StreamconvError, TensorError, UsageError
 from streamconv.options import Options, Resources
+from streamconv.quants.base import Findings
+from streamconv.quants.gptq import PackedWeight
+from streamconv.quants.layout import Layout
 from streamconv.verify import verify
 
 HIDDEN, HEADS, KV, SIZE, WIDTH, VOCAB = 256, 8, 4, 32, 512, 64
@@ -424,3 +428,20 @@ def test_hostile_statements(tmp_path: Path) -> None:
     (model / "quantize_config.json").write_text("[1, 2")
     with pytest.raises(StreamconvError, match=r"quantize_config\.json"):
         convert(model, tmp_path / "out", Options())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("family", ["A", "C", "D"])
+def test_kernel_is_its_definition(bits: int, family: str) -> None:
+    half = 1 << (bits - 1)
+    rows, cols, wide = 8, 192, 320
+    q = np.random.RandomState(5).randint(-half, half, (rows, wide)).astype(np.int8)
+    encoding = PackedWeight(F16, Layout(family, bits))
+    kernel = encoding.kernel(I8)
+    assert kernel is not None
+    out = np.zeros(rows * cols * bits // 8, np.uint8)
+    kernel(q.reshape(-1).view(np.uint8), 64, wide, rows, cols, [out])
+    (wanted,) = encoding.encode(torch.from_numpy(q)[:, 64 : 64 + cols], Findings())
+    assert bytes(out) == bytes(wanted.numpy()) == processed(q[:, 64 : 64 + cols].T.astype(int), bits, family)
+    back = encoding.decode([torch.from_numpy(out)], rows, cols)
+    assert torch.equal(back, torch.from_numpy(q[:, 64 : 64 + cols].astype(np.float32)))

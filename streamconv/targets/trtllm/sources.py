@@ -12,10 +12,9 @@ from streamconv.plan import PackedTensor, Piece, SourceTensor
 
 _SHOWN = 20
 
-LINEAR = frozenset(
-    "q k v o qkv qkv_grouped gate up down gate_up"
-    " expert_gate expert_up expert_down experts_gate_up experts_down".split()
-)
+_ATTENTION = {"q", "k", "v", "o", "qkv", "qkv_grouped"}
+_MLP = {"gate", "up", "down", "gate_up"}
+LINEAR = frozenset(_ATTENTION | _MLP | {"expert_gate", "expert_up", "expert_down", "experts_gate_up", "experts_down"})
 """Roles of the matrices that a quantization encodes."""
 
 
@@ -24,7 +23,7 @@ class Roles:
     """Source tensors by role. Asking for one marks it used; what is never used is reported.
 
     Attributes:
-        packing: what linear layers must be packed as (a --quant that takes quantized sources over), None for float ones.
+        packing: how linear layers must be packed (a --quant that takes quantized sources over), None for float.
     """
 
     family: Family

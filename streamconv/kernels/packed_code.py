@@ -1,0 +1,64 @@
+"""The compiled part of `packed`. Layout families are numbers: 0 A, 2 C, 3 D (quantization spec §3); 64 divides K.
+
+A and D share the order inside a block (§3.4): eight words hold channels i, i+8 (int8) or i, i+8, i+16, i+24 (int4).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from streamconv.kernels.jit import jit
+
+_Array = np.ndarray[Any, Any]
+
+
+@jit
+def int8_rows(q: _Array, start: int, stride: int, rows: int, cols: int, out: _Array, family: int) -> None:
+    """Rows of int8 (as uint8) -> layout bytes (`out` as uint16)."""
+    flip = np.uint16(0) if family == 2 else np.uint16(0x8080)
+    for r in range(rows):
+        row = start + r * stride
+        if family == 2:
+            base = r * cols // 2
+            for i in range(cols // 2):
+                out[base + i] = np.uint16(q[row + 2 * i]) | (np.uint16(q[row + 2 * i + 1]) << np.uint16(8))
+            continue
+        for t in range(cols // 64):
+            at = (r // 2) * cols + t * 64 + (r % 2) * 32 if family == 0 else (r * cols + t * 64) // 2
+            for block in range(4):
+                for i in range(8):
+                    k = row + t * 64 + block * 16 + i
+                    out[at + block * 8 + i] = (np.uint16(q[k]) | (np.uint16(q[k + 8]) << np.uint16(8))) ^ flip
+
+
+@jit
+def int4_rows(q: _Array, start: int, stride: int, rows: int, cols: int, out: _Array, family: int) -> None:
+    """Rows of int8 in -8..7 (as uint8) -> layout bytes (`out` as uint16, four nibbles each)."""
+    low, flip = np.uint16(15), np.uint16(0x8888)
+    for r in range(rows):
+        row = start + r * stride
+        if family == 2:
+            base = r * cols // 4
+            for i in range(cols // 4):
+                k = row + 4 * i
+                out[base + i] = (
+                    (np.uint16(q[k]) & low)
+                    | ((np.uint16(q[k + 1]) & low) << np.uint16(4))
+                    | ((np.uint16(q[k + 2]) & low) << np.uint16(8))
+                    | ((np.uint16(q[k + 3]) & low) << np.uint16(12))
+                )
+            continue
+        for t in range(cols // 64):
+            at = (r // 4) * cols + t * 64 + (r % 4) * 16 if family == 0 else (r * cols + t * 64) // 4
+            for block in range(2):
+                for i in range(8):
+                    k = row + t * 64 + block * 32 + i
+                    word = (
+                        (np.uint16(q[k]) & low)
+                        | ((np.uint16(q[k + 8]) & low) << np.uint16(4))
+                        | ((np.uint16(q[k + 16]) & low) << np.uint16(8))
+                        | ((np.uint16(q[k + 24]) & low) << np.uint16(12))
+                    )
+                    out[at + block * 8 + i] = word ^ flip
