@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 from streamconv.errors import CheckpointError, SourceChangedError, printable
 
-_MAX_READ = 1 << 30  # the kernel moves at most 2 GiB - 4 KiB a call
-_ROWS_PER_CALL = 512  # below IOV_MAX, which is 1024 on Linux
+_ROWS_PER_CALL = 256  # two vectors a row stay below IOV_MAX, which is 1024 on Linux
+_SMALL_GAP = 4096  # reading over a gap up to a page is cheaper than one more call
 
 
 class Identity(NamedTuple):
@@ -152,14 +152,15 @@ class Shard:
             raise ValueError("rows overlap, or do not fit into the buffer")
         if row_stride == row_bytes == buffer_stride:
             self._fill(offset, [view[: rows * row_bytes]])
-        elif row_stride == row_bytes:
-            for first in range(0, rows, _ROWS_PER_CALL):
-                starts = range(first * buffer_stride, min(first + _ROWS_PER_CALL, rows) * buffer_stride, buffer_stride)
-                self._fill(offset + first * row_bytes, [view[at : at + row_bytes] for at in starts])
-        else:
-            for row in range(rows):
-                at = row * buffer_stride
-                self._fill(offset + row * row_stride, [view[at : at + row_bytes]])
+            return
+        gap = row_stride - row_bytes
+        step = _ROWS_PER_CALL if gap <= _SMALL_GAP else 1
+        skipped = memoryview(bytearray(gap if step > 1 else 0))
+        for first in range(0, rows, step):
+            views = []
+            for row in range(first, min(first + step, rows)):
+                views += [view[row * buffer_stride : row * buffer_stride + row_bytes], skipped]
+            self._fill(offset + first * row_stride, views[:-1])  # what follows the last row may not exist
 
     @contextlib.contextmanager
     def window(self, begin: int, end: int) -> Iterator[memoryview]:
@@ -202,10 +203,8 @@ class Shard:
         fd = self.fileno()
         left = sum(map(len, views))
         while left:
-            # One huge view is cut, so that the kernel's limit for a call does not look like a short read.
-            batch = [views[0][:_MAX_READ]] if len(views[0]) > _MAX_READ else views
             try:
-                got = os.preadv(fd, batch, offset)
+                got = os.preadv(fd, views, offset)  # at most 2 GiB a call; more takes several
             except BlockingIOError:
                 continue  # O_NONBLOCK means nothing for regular files, but some FUSE servers pass it on
             except OSError as error:

@@ -1,0 +1,217 @@
+"""Opening a source: which files count, and every way in which they can contradict each other."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from streamconv.checkpoint.index import nearest, open_index
+from streamconv.errors import CheckpointError, HeaderError, TensorError
+
+
+def _save(path: Path, *names: str) -> None:
+    save_file({name: np.arange(6, dtype=np.float16).reshape(2, 3) for name in names}, path)
+
+
+def _map(folder: Path, **files: str) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    _save(folder / "m-1.safetensors", "a", "b")
+    _save(folder / "m-2.safetensors", "c")
+    _map(folder, a="m-1.safetensors", b="m-1.safetensors", c="m-2.safetensors")
+    return folder
+
+
+def test_sharded(model: Path) -> None:
+    with open_index(model) as index:
+        assert index.config == {"model_type": "llama"} and index.root == model
+        assert [shard.path.name for shard in index.shards] == ["m-1.safetensors", "m-2.safetensors"]
+        assert list(index.tensors) == ["a", "b", "c"]
+        record = index.tensors["b"]
+        assert (record.dtype.name, record.shape, record.shard, record.nbytes) == ("F16", (2, 3), 0, 12)
+        with index.shards[0].window(record.begin, record.begin + record.nbytes) as window:
+            assert bytes(window) == np.arange(6, dtype=np.float16).tobytes()
+
+
+def test_without_index_file(model: Path) -> None:
+    (model / "model.safetensors.index.json").unlink()
+    _save(model / "consolidated.safetensors", "a")
+    _save(model / "consolidated-1.safetensors", "a")
+    _save(model / ".hidden.safetensors", "a")
+    with open_index(str(model)) as index:
+        assert list(index.tensors) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("name", ["consolidated.safetensors", "gptq_model-4bit-128g.safetensors"])
+def test_only_file(tmp_path: Path, name: str) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    _save(tmp_path / name, "a")
+    for path in (tmp_path, tmp_path / name):
+        with open_index(path) as index:
+            assert [shard.path.name for shard in index.shards] == [name]
+            assert index.root == path
+
+
+def test_tensor_in_two_files(model: Path) -> None:
+    (model / "model.safetensors.index.json").unlink()
+    _save(model / "m-3.safetensors", "b")
+    with pytest.raises(TensorError, match=r"tensor b is in two files, m-1\.safetensors and m-3\.safetensors"):
+        open_index(model)
+
+
+MAPS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "not in its shard": ({"d": "m-2.safetensors"}, TensorError, "tensor d is not in m-2"),
+    "in another shard": ({"b": "m-2.safetensors"}, TensorError, "tensor b is in m-1.safetensors, but .* m-2"),
+    "shard missing": ({"c": "m-9.safetensors"}, CheckpointError, r"missing file m-9\.safetensors"),
+    "not a string": ({"c": 1}, CheckpointError, "must map"),
+    "absolute": ({"c": "/etc/x.safetensors"}, CheckpointError, "plain file name"),
+    "parent": ({"c": "../m-2.safetensors"}, CheckpointError, "plain file name"),
+    "only dots": ({"c": ".."}, CheckpointError, "plain file name"),
+    "empty": ({"c": ""}, CheckpointError, "plain file name"),
+    "folder": ({"c": "sub/m-2.safetensors"}, CheckpointError, "plain file name"),
+    "backslash": ({"c": "..\\m-2.safetensors"}, CheckpointError, "plain file name"),
+    "drive": ({"c": "C:m-2.safetensors"}, CheckpointError, "plain file name"),
+    "NUL": ({"c": "m-2\0.safetensors"}, CheckpointError, "plain file name"),
+    "newline": ({"c": "m-2\n.safetensors"}, CheckpointError, "plain file name"),
+    "surrogate": ({"c": "\ud800.safetensors"}, CheckpointError, "file"),
+    "long": ({"c": "m" * 300 + ".safetensors"}, CheckpointError, "plain file name"),
+    "other kind": ({"c": "config.json"}, CheckpointError, "not a .safetensors file"),
+}
+
+
+@pytest.mark.parametrize("case", MAPS)
+def test_bad_index_file(model: Path, case: str) -> None:
+    change, kind, message = MAPS[case]
+    files: dict[str, Any] = {"a": "m-1.safetensors", "b": "m-1.safetensors", "c": "m-2.safetensors"} | change
+    _map(model, **files)
+    with pytest.raises(kind, match=message) as caught:
+        open_index(model)
+    assert "\n" not in str(caught.value)
+
+
+def test_tensor_not_listed(model: Path) -> None:
+    _map(model, a="m-1.safetensors", c="m-2.safetensors")
+    with pytest.raises(TensorError, match=r"tensor b is in m-1\.safetensors, but the index file does not list it"):
+        open_index(model)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", "{}", '{"weight_map": []}', '{"weight_map": {}}', "\xff", "[" * 100_000]
+)
+def test_index_file_is_no_map(model: Path, text: str) -> None:
+    (model / "model.safetensors.index.json").write_text(text, encoding="latin-1")
+    with pytest.raises(CheckpointError, match=r"index\.json"):
+        open_index(model)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "1" * 5000, "\xff", "[" * 100_000, '{"a":' * 100_000])
+def test_bad_config(model: Path, text: str) -> None:
+    (model / "config.json").write_text(text, encoding="latin-1")
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        open_index(model)
+
+
+def test_config_too_large_or_no_file(model: Path) -> None:
+    config = model / "config.json"
+    os.truncate(config, 1 << 40)
+    with pytest.raises(CheckpointError, match="at most"):
+        open_index(model)
+    config.unlink()
+    os.mkfifo(config)
+    with pytest.raises(CheckpointError, match="a FIFO"):
+        open_index(model)
+    config.unlink()
+    with pytest.raises(CheckpointError, match=r"missing config\.json"):
+        open_index(model)
+
+
+def test_links(model: Path, tmp_path: Path) -> None:
+    (model / "m-2.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    (model / "m-2.safetensors").symlink_to("../elsewhere.safetensors")
+    with pytest.raises(CheckpointError, match="leads out of the checkpoint folder"):
+        open_index(model)
+    (model / "m-2.safetensors").unlink()
+    (model / "m-2.safetensors").symlink_to("real")
+    with pytest.raises(CheckpointError, match="broken link"):
+        open_index(model)
+    (tmp_path / "elsewhere.safetensors").rename(model / "real")
+    open_index(model).close()
+    (tmp_path / "alias").symlink_to(model)
+    open_index(tmp_path / "alias").close()
+
+
+def test_hub_cache(model: Path, tmp_path: Path) -> None:
+    hub = tmp_path / "models--x--y"
+    revision = hub / "snapshots" / "0123"
+    revision.mkdir(parents=True)
+    (hub / "blobs").mkdir()
+    for number, file in enumerate(sorted(model.iterdir())):
+        file.rename(hub / "blobs" / f"hash{number}")
+        (revision / file.name).symlink_to(f"../../blobs/hash{number}")
+    with open_index(revision) as index:
+        assert len(index.tensors) == 3 and index.shards[1].path.name == "m-2.safetensors"
+
+
+def test_nothing_to_read(tmp_path: Path) -> None:
+    for path, message in [(tmp_path / "no", "no such"), (tmp_path, "missing config.json")]:
+        with pytest.raises(CheckpointError, match=message):
+            open_index(path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"no \.safetensors file"):
+        open_index(tmp_path)
+    with pytest.raises(CheckpointError, match="neither a folder"):
+        open_index(tmp_path / "config.json")
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(CheckpointError, match="not supported yet"):
+        open_index(tmp_path)
+    (tmp_path / "alone").mkdir()
+    _save(tmp_path / "alone" / "m.safetensors", "a")
+    with pytest.raises(CheckpointError, match=r"missing config\.json beside"):
+        open_index(tmp_path / "alone" / "m.safetensors")
+
+
+def test_bad_shards_leave_nothing_open(model: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    (model / "m-2.safetensors").write_bytes(b"\xff" * 64)
+    with pytest.raises(HeaderError, match=r"m-2\.safetensors"):
+        open_index(model)
+    (model / "m-2.safetensors").unlink()
+    os.mkfifo(model / "m-2.safetensors")
+    with pytest.raises(CheckpointError, match="a FIFO"):
+        open_index(model)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_weights_are_not_read(tmp_path: Path) -> None:
+    from streamconv.checkpoint.dtypes import F16
+    from streamconv.checkpoint.header import build_header
+
+    header, places = build_header([("a", F16, (1 << 20, 1 << 18))])
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "m.safetensors").write_bytes(header)
+    os.truncate(tmp_path / "m.safetensors", places["a"][1])  # half a terabyte, no block of it on the disk
+    start = time.perf_counter()
+    open_index(tmp_path).close()
+    assert time.perf_counter() - start < 1
+
+
+def test_nearest() -> None:
+    names = [f"model.layers.{i}.mlp.experts.{j}.up_proj.weight" for i in range(200) for j in range(1000)]
+    start = time.perf_counter()
+    assert nearest("model.layers.7.mlp.experts.33.up_projj.weight", names) == names[7033]
+    assert time.perf_counter() - start < 3
+    assert nearest("model.norm.weight", ["model.normm.weight", "x"]) == "model.normm.weight"
+    assert nearest("q", ["something.else"]) is None and nearest("q", []) is None
