@@ -127,7 +127,13 @@ def make_plan(index: Index, options: Options) -> Plan:
         raise RefusedError(decoder.refused)
     calibrated = options.kv_cache == "int8" or options.quant == "smoothquant"
     config = build_config(
-        model, options, dtype=dtype.torch, quantization={}, calibrated=calibrated, share_embedding_table=shared
+        model,
+        options,
+        config_class=family.config_class,
+        dtype=dtype.torch,
+        quantization=takeover.config_entries(options, quant),
+        calibrated=calibrated,
+        share_embedding_table=shared,
     )
     files, matrices, spans, constants = builder.finish()
     return Plan(

@@ -1,0 +1,246 @@
+"""What a source's config says, whatever its spelling: Hugging Face config.json (old and transformers 5) or Meta params.json.
+
+Checkpoint spec §2.2, §2.6 - §2.9. Number spelling is kept (an integer stays an integer), because it reaches config.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from streamconv.errors import CheckpointError, printable
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """The facts a target needs.
+
+    Attributes:
+        dtype: config.json spelling ("bfloat16"), None if the source states none.
+        head_size: rows of one attention head.
+        rope_scaling: the source's object in its key order, or None.
+        experts_per_token, num_experts: 0 for a dense model; None if the key is absent where that matters.
+        moe_intermediate_size: width of one expert where it differs from intermediate_size.
+        raw: the whole source config.
+    """
+
+    architecture: str
+    model_type: str
+    dtype: str | None
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_size: int
+    intermediate_size: int
+    vocab_size: int
+    max_position_embeddings: int | None
+    hidden_act: str | None
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: dict[str, Any] | None
+    attention_bias: bool
+    mlp_bias: bool
+    tie_word_embeddings: bool
+    num_experts: int
+    experts_per_token: int
+    moe_intermediate_size: int | None
+    raw: Mapping[str, Any]
+    source: Literal["hf", "meta"]
+
+
+_DIMENSIONS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+
+# class defaults of transformers that files may rely on (§2.8); dimensions are never guessed
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "": {"rms_norm_eps": 1e-06, "rope_theta": 10000.0, "hidden_act": "silu", "max_position_embeddings": 2048},
+    "MistralForCausalLM": {"num_key_value_heads": 8, "max_position_embeddings": 131072},
+    "MixtralForCausalLM": {
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 1000000.0,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    },
+    "Qwen2ForCausalLM": {"num_key_value_heads": 32, "max_position_embeddings": 32768},
+    "Qwen3ForCausalLM": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "head_dim": 128},
+    "Qwen3MoeForCausalLM": {"num_key_value_heads": 4, "max_position_embeddings": 32768},
+    "Phi3ForCausalLM": {"max_position_embeddings": 4096, "rms_norm_eps": 1e-05},
+    "GemmaForCausalLM": {
+        "num_key_value_heads": 16,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+        "head_dim": 256,
+        "hidden_act": None,
+    },
+    "Gemma2ForCausalLM": {
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+        "head_dim": 256,
+        "hidden_act": None,
+    },
+    "ExaoneForCausalLM": {"rms_norm_eps": 1e-05},
+}
+
+
+def from_hf(config: Mapping[str, Any]) -> ModelConfig:
+    """Read a Hugging Face config.json.
+
+    Raises:
+        CheckpointError: keys are missing or of the wrong type; all of them are named.
+    """
+    raw = dict(config)
+    names = raw.get("architectures")
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        raise CheckpointError("config.json: architectures names no model class")
+    architecture = names[0]
+    if isinstance(raw.get("text_config"), dict) and "hidden_size" not in raw:
+        raw = raw | raw["text_config"] | {"architectures": names}
+    # Exaone says it in its own words
+    for ours, theirs in (
+        ("num_hidden_layers", "num_layers"),
+        ("hidden_act", "activation_function"),
+        ("rms_norm_eps", "layer_norm_epsilon"),
+        ("num_local_experts", "num_experts"),
+    ):
+        if ours not in raw and theirs in raw:
+            raw[ours] = raw[theirs]
+    defaults = _DEFAULTS[""] | _DEFAULTS.get(architecture, {})
+    problems: list[str] = []
+
+    def whole(key: str, default: int | None = None) -> int:
+        value = raw.get(key)
+        if value is None:
+            value = defaults.get(key, default)
+        if value is None:
+            problems.append(f"{key} is missing")
+            return 1
+        if type(value) is not int or not 0 < value < 1 << 40:
+            problems.append(f"{key} is {printable(repr(value), 40)}, not a positive whole number")
+            return 1
+        return value
+
+    def number(key: str, fallback: float) -> float:
+        value = raw.get(key)
+        value = defaults.get(key, fallback) if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+            problems.append(f"{key} is {printable(repr(value), 40)}, not a number")
+            return fallback
+        return value
+
+    sizes = {key: whole(key) for key in _DIMENSIONS}
+    heads = sizes["num_attention_heads"]
+    kv = whole("num_key_value_heads", heads)
+    head = whole("kv_channels") if raw.get("kv_channels") is not None else 0
+    if not head and raw.get("head_dim") is None and defaults.get("head_dim") is None and sizes["hidden_size"] % heads:
+        problems.append(f"hidden_size {sizes['hidden_size']} is not a multiple of num_attention_heads {heads}")
+    head = head or whole("head_dim", max(1, sizes["hidden_size"] // heads))
+    theta, scaling = _rope(raw, problems, number)
+    if problems:
+        raise CheckpointError("config.json: " + "; ".join(problems))
+    moe = architecture.startswith("Mixtral") or "Moe" in architecture
+    experts = whole("num_local_experts") if moe else int(raw.get("num_local_experts") or 0)
+    width = raw.get("moe_intermediate_size")
+    dtype = raw.get("torch_dtype", raw.get("dtype"))
+    return ModelConfig(
+        architecture=architecture,
+        model_type=str(raw.get("model_type", "")),
+        dtype=str(dtype).removeprefix("torch.") if dtype is not None else None,
+        hidden_size=sizes["hidden_size"],
+        num_hidden_layers=sizes["num_hidden_layers"],
+        num_attention_heads=heads,
+        num_key_value_heads=kv,
+        head_size=head,
+        intermediate_size=sizes["intermediate_size"],
+        vocab_size=sizes["vocab_size"],
+        max_position_embeddings=whole("max_position_embeddings"),
+        hidden_act=raw.get("hidden_act", defaults["hidden_act"]),
+        norm_eps=number("rms_norm_eps", 1e-06),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        attention_bias=bool(raw.get("bias", raw.get("attention_bias", False))),
+        mlp_bias=bool(raw.get("mlp_bias", False)),
+        tie_word_embeddings=bool(raw.get("tie_word_embeddings", defaults.get("tie_word_embeddings", False))),
+        num_experts=experts,
+        experts_per_token=int(raw.get("num_experts_per_tok") or defaults.get("num_experts_per_tok") or 0),
+        moe_intermediate_size=int(width) if width else None,
+        raw=raw,
+        source="hf",
+    )
+
+
+def _rope(raw: dict[str, Any], problems: list[str], number: Any) -> tuple[float, dict[str, Any] | None]:
+    """(theta, scaling) from either spelling; type "default" means no scaling (§2.6)."""
+    new = raw.get("rope_parameters")
+    scaling = raw.get("rope_scaling")
+    theta = number("rope_theta", 10000.0)
+    if isinstance(new, dict):
+        if "rope_theta" in new and raw.get("rope_theta") is None:
+            raw["rope_theta"] = new["rope_theta"]
+            theta = number("rope_theta", 10000.0)
+        if scaling is None:
+            scaling = {key: value for key, value in new.items() if key not in ("rope_theta", "partial_rotary_factor")}
+    if scaling is None or scaling == {}:
+        return theta, None
+    if not isinstance(scaling, dict):
+        problems.append(f"rope_scaling is {printable(repr(scaling), 40)}, not an object")
+        return theta, None
+    if scaling.get("type", scaling.get("rope_type")) == "default":
+        return theta, None
+    scaling = dict(scaling)
+    if "type" in scaling:
+        scaling["rope_type"] = scaling["type"]  # transformers adds it while loading
+    return theta, scaling
+
+
+def from_meta(params: Mapping[str, Any], vocab_rows: int | None = None) -> ModelConfig:
+    """Read Meta's params.json (§2.9).
+
+    Args:
+        vocab_rows: rows of the output matrix, used where params.json has no usable vocab_size; else 32000.
+
+    Raises:
+        CheckpointError: keys are missing or not numbers.
+    """
+    try:
+        dim, layers, heads = int(params["dim"]), int(params["n_layers"]), int(params["n_heads"])
+        vocab = int(params.get("vocab_size", -1))
+        if "hidden_dim" in params:
+            inter = int(params["hidden_dim"])
+        else:
+            multiple, factor = int(params.get("multiple_of", 1)), float(params.get("ffn_dim_multiplier") or 1)
+            inter = multiple * -(-int(int(8 * dim / 3) * factor) // multiple)
+        eps = float(params["norm_eps"])
+    except (KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
+        raise CheckpointError(f"params.json: {printable(str(error))} is missing or not a number") from None
+    if min(dim, layers, heads, inter) < 1:
+        raise CheckpointError("params.json: sizes must be positive")
+    scaling = {"type": "llama3"} if params.get("use_scaled_rope") else params.get("rope_scaling")
+    return ModelConfig(
+        architecture="LlamaForCausalLM",
+        model_type="llama",
+        dtype="bfloat16",
+        hidden_size=dim,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=int(params.get("n_kv_heads") or heads),
+        head_size=dim // heads,
+        intermediate_size=inter,
+        vocab_size=vocab if vocab > 0 else (vocab_rows or 32000),
+        max_position_embeddings=2048,
+        hidden_act="silu",
+        norm_eps=eps,
+        rope_theta=params.get("rope_theta", 10000),
+        rope_scaling=scaling,
+        attention_bias=False,
+        mlp_bias=False,
+        tie_word_embeddings=False,
+        num_experts=0,
+        experts_per_token=0,
+        moe_intermediate_size=None,
+        raw=dict(params),
+        source="meta",
+    )

@@ -1,0 +1,347 @@
+"""config.json, key for key and byte for byte (checkpoint spec §2; quantization spec §1).
+
+Key order is the official one: a family's own attributes come first where its class sets them first. 0.16 rejects unknown keys
+inside `mapping` and `quantization`, so each release gets exactly its own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from streamconv.checkpoint.model_config import ModelConfig
+from streamconv.errors import RefusedError, UsageError
+from streamconv.options import Options
+from streamconv.quants import all_quants
+
+Config = dict[str, Any]
+
+_SHORT = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+
+
+def resolve_dtype(requested: str, source: str | None) -> str:
+    """The checkpoint's dtype (§2.7): auto takes the source's, float16 where that is float32 or unstated.
+
+    Raises:
+        UsageError: not a dtype TensorRT-LLM has.
+    """
+    if requested == "auto":
+        return "float16" if source in (None, "float32") else _known(str(source))
+    return _known(_SHORT.get(requested, requested))
+
+
+def _known(name: str) -> str:
+    if name not in ("float16", "bfloat16", "float32"):
+        raise UsageError(f"dtype {name!r} is not float16, bfloat16 or float32", hint="--dtype float16 or bfloat16")
+    return name
+
+
+def resolve_moe(options: Options) -> tuple[int, int]:
+    """(moe_tp_size, moe_ep_size) as the official command line settles them (§2.3).
+
+    Raises:
+        RefusedError: their product is not tp_size.
+    """
+    tp, moe_tp, moe_ep = options.tp_size, options.moe_tp_size, options.moe_ep_size
+    if moe_tp < 1 and moe_ep < 1:
+        moe_tp, moe_ep = tp, 1
+    elif moe_tp < 1:
+        moe_tp = tp // moe_ep
+    elif moe_ep < 1:
+        moe_ep = tp // moe_tp
+    if moe_tp * moe_ep != tp:
+        raise RefusedError([f"--moe-tp-size {moe_tp} times --moe-ep-size {moe_ep} is not --tp-size {tp}"])
+    return moe_tp, moe_ep
+
+
+def build_config(
+    model: ModelConfig,
+    options: Options,
+    *,
+    config_class: str = "llama",
+    dtype: str,
+    quantization: Mapping[str, Any] | None = None,
+    calibrated: bool = False,
+    share_embedding_table: bool = False,
+) -> Config:
+    """The configuration of a checkpoint.
+
+    Args:
+        config_class: key of CONFIG_CLASSES (the family table names it).
+        dtype: resolved dtype.
+        quantization: entries that replace those derived from the options.
+        calibrated: the Llama calibration path appends two bookkeeping keys.
+        share_embedding_table: lm_head is left out (0.16).
+    """
+    config = CONFIG_CLASSES[config_class](model, options, dtype, share_embedding_table)
+    if quantization:
+        config["quantization"].update(quantization)
+    if calibrated and config_class == "llama":
+        config |= {"quant_ckpt_path": None, "load_model_on_cpu": False}
+    return config
+
+
+def dump(config: Config) -> bytes:
+    """The bytes of config.json (§1.3): four spaces, ASCII, no newline at the end."""
+    return json.dumps(config, indent=4).encode()
+
+
+def mapping_section(options: Options) -> Config:
+    moe_tp, moe_ep = resolve_moe(options)
+    tp, pp, cp = options.tp_size, options.pp_size, options.cp_size
+    old = {"world_size": tp * pp * cp, "gpus_per_node": 8, "cp_size": cp, "tp_size": tp, "pp_size": pp}
+    if options.target_version == "0.16":
+        return old | {"moe_tp_size": moe_tp, "moe_ep_size": moe_ep}
+    return old | {
+        "moe_tp_size": moe_tp,
+        "moe_cluster_size": 1,
+        "moe_ep_size": moe_ep,
+        "attn_tp_size": -1,
+        "attn_cp_size": -1,
+        "cp_config": {},
+        "enable_attention_dp": False,
+        "enable_lm_head_tp_in_adp": False,
+    }
+
+
+def quantization_section(options: Options) -> Config:
+    """`quantization` with the keys of the target version, in official order (§2.4; quantization spec §1)."""
+    key = options.quant
+    quant = all_quants().get(key)
+    algo = quant.info.algo if quant is not None else None
+    if key == "smoothquant":
+        algo = smoothquant_algo(options)
+    gptq, awq = key in ("int4_gptq", "int8_gptq"), key == "int4_awq"
+    rowwise = key == "fp8_rowwise"
+    section: Config = {
+        "quant_algo": algo,
+        "kv_cache_quant_algo": options.kv_cache.upper() if options.kv_cache else None,
+        "group_size": options.group_size,
+        "smoothquant_val": options.smoothquant,
+        "clamp_val": [-1200.0, 1200.0] if rowwise else None,
+        "use_meta_recipe": options.use_meta_fp8_rowwise_recipe,
+        "has_zero_point": gptq,
+        "pre_quant_scale": awq,
+        "exclude_modules": None,
+    }
+    if options.target_version != "0.16":
+        section["mamba_ssm_cache_dtype"] = None
+    return section
+
+
+def smoothquant_algo(options: Options) -> str:
+    """One of the four plugin variants (quantization spec §6.1)."""
+    weights = "PER_CHANNEL" if options.per_channel else "PER_TENSOR"
+    if not options.per_channel and not options.per_token:
+        return "W8A8_SQ_PER_TENSOR_PLUGIN"
+    return f"W8A8_SQ_{weights}_{'PER_TOKEN' if options.per_token else 'PER_TENSOR'}_PLUGIN"
+
+
+def moe_section(experts: int, top_k: int, normalization: int | None) -> Config:
+    return {
+        "num_experts": experts,
+        "shared_expert_intermediate_size": 0,
+        "top_k": top_k,
+        "normalization_mode": normalization,
+        "sparse_mixer_epsilon": 0.01,
+        "tp_mode": 0,
+        "device_limited_n_group": 0,
+        "device_limited_topk_group": 0,
+        "device_limited_routed_scaling_factor": 1.0,
+    }
+
+
+def _base(model: ModelConfig, options: Options, dtype: str, shared: bool, **changes: Any) -> Config:
+    """Keys #13 - #34 of §2.2."""
+    kv = model.num_key_value_heads // (2 if options.remove_duplicated_kv_heads else 1)
+    config = {
+        "architecture": model.architecture,
+        "dtype": dtype,
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "num_hidden_layers": model.num_hidden_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "hidden_act": model.hidden_act,
+        "logits_dtype": "float32",
+        "norm_epsilon": model.norm_eps,
+        "runtime_defaults": None,
+        "position_embedding_type": "rope_gpt_neox",
+        "num_key_value_heads": kv,
+        "intermediate_size": model.intermediate_size,
+        "max_position_embeddings": options.max_position_embeddings or model.max_position_embeddings,
+        "mapping": mapping_section(options),
+        "quantization": quantization_section(options),
+        "use_parallel_embedding": options.use_parallel_embedding,
+        "embedding_sharding_dim": options.embedding_sharding_dim,
+    }
+    if options.target_version == "0.16":
+        config["share_embedding_table"] = shared
+    config["head_size"] = model.head_size
+    config["qk_layernorm"] = False
+    config["rotary_embedding_dim"] = int(model.head_size * model.raw.get("rotary_pct", 1.0))
+    unknown = set(changes) - set(config)
+    if unknown:
+        raise AssertionError(f"no such keys: {unknown}")
+    return config | changes
+
+
+def _llama(model: ModelConfig, options: Options, dtype: str, shared: bool) -> Config:
+    new = options.target_version != "0.16"
+    raw = model.raw
+    mixtral = model.model_type == "mixtral"
+    head = {
+        "mlp_bias": model.mlp_bias,
+        "attn_bias": model.attention_bias,
+        "rotary_base": model.rope_theta,
+        "rotary_scaling": model.rope_scaling,
+        "residual_mlp": bool(raw.get("parallel_attn_mlp_res", False)),
+        "disable_weight_only_quant_plugin": options.disable_weight_only_quant_plugin,
+        "moe": moe_section(
+            model.num_experts,
+            model.experts_per_token if model.num_experts else 0,
+            1 if mixtral or model.source == "meta" else None,
+        ),
+        "remove_duplicated_kv_heads": options.remove_duplicated_kv_heads,
+        "fc_after_embed": False,
+        "use_input_layernorm_in_first_layer": True,
+        "use_last_layernorm": True,
+        "layer_idx_offset": 0,
+    }
+    if new:
+        attention = raw.get("attention_multiplier", 1.0)
+        head |= {
+            "embedding_multiplier": raw.get("embedding_multiplier", 1.0),
+            "attention_multiplier": attention if attention == 1.0 else attention * model.head_size**0.5,
+            "residual_multiplier": raw.get("residual_multiplier", 1.0),
+            "output_multiplier_scale": 1.0 / raw.get("logits_scaling", 1.0),
+            "has_partial_lora_mask": False,
+        }
+    act = "swiglu" if mixtral else model.hidden_act
+    config = head | _base(model, options, dtype, shared, hidden_act=act)
+    if new and model.source == "hf":
+        config["tie_word_embeddings"] = model.tie_word_embeddings
+    return config
+
+
+def _qwen(model: ModelConfig, options: Options, dtype: str, shared: bool) -> Config:
+    new = options.target_version != "0.16"
+    raw = model.raw
+    moe = model.num_experts > 0
+    qwen3 = model.architecture.startswith("Qwen3")
+    head: Config = {
+        "mlp_bias": False,
+        "attn_bias": not qwen3,
+        "rotary_base": model.rope_theta if raw.get("rope_theta") is not None else 100000.0,
+        "rotary_scaling": model.rope_scaling,
+        "disable_weight_only_quant_plugin": options.disable_weight_only_quant_plugin,
+        "num_labels": 1,
+    }
+    if new:
+        head["use_logn_attn"] = False
+    head["moe"] = moe_section(model.num_experts, model.experts_per_token if moe else 0, 0)
+    size = model.head_size
+    if not new and raw.get("kv_channels") is None:
+        size = model.hidden_size // model.num_attention_heads  # 0.16 does not look at head_dim (§6.2)
+    config = head | _base(
+        model,
+        options,
+        dtype,
+        shared,
+        hidden_act="swiglu" if moe else model.hidden_act,
+        head_size=size,
+        rotary_embedding_dim=int(size * raw.get("rotary_pct", 1.0)),
+    )
+    if new:
+        config["seq_length"] = raw.get("seq_length", 8192)
+    return config | {
+        "qwen_type": model.model_type,
+        "moe_intermediate_size": model.moe_intermediate_size or 0 if moe else 0,
+        "moe_shared_expert_intermediate_size": 0,
+        "tie_word_embeddings": model.tie_word_embeddings,
+    }
+
+
+def _phi3(model: ModelConfig, options: Options, dtype: str, shared: bool) -> Config:
+    long = (model.max_position_embeddings or 0) >= 128000
+    scaling = model.rope_scaling or {}
+    size = model.hidden_size // model.num_attention_heads
+    config = {"rotary_base": model.rope_theta, "rotary_scaling": None} | _base(
+        model,
+        options,
+        dtype,
+        shared,
+        hidden_act="swiglu",
+        position_embedding_type="long_rope" if long else "rope_gpt_neox",
+        head_size=size,
+        rotary_embedding_dim=size,
+    )
+    if long:
+        config |= {
+            "original_max_position_embeddings": model.raw.get("original_max_position_embeddings", 4096),
+            "longrope_scaling_short_factors": scaling.get("short_factor"),
+            "longrope_scaling_long_factors": scaling.get("long_factor"),
+        }
+    return config
+
+
+def _gemma(model: ModelConfig, options: Options, dtype: str, shared: bool) -> Config:
+    second = model.architecture.startswith("Gemma2")
+    config = _base(model, options, dtype, shared, hidden_act=model.raw.get("hidden_act") or "gelu")
+    # quirks of this family's own command line (§6.5)
+    config["quantization"]["smoothquant_val"] = None
+    if options.quant == "int8":
+        config["quantization"]["pre_quant_scale"] = True
+    config |= {
+        "rotary_base": model.rope_theta if options.target_version != "0.16" else 10000.0,
+        "attn_bias": False,
+        "mlp_bias": False,
+        "rotary_scaling": model.raw.get("rotary_scaling"),
+        "inter_layernorms": second,
+    }
+    if second:
+        config |= {
+            "query_pre_attn_scalar": model.raw.get("query_pre_attn_scalar", 256),
+            "final_logit_softcapping": model.raw.get("final_logit_softcapping", 30.0),
+            "attn_logit_softcapping": model.raw.get("attn_logit_softcapping", 50.0),
+        }
+    return config
+
+
+def _internlm2(model: ModelConfig, options: Options, dtype: str, shared: bool) -> Config:
+    tp, pp = options.tp_size, options.pp_size
+    config = {
+        "architecture": model.architecture,
+        "dtype": dtype,
+        "logits_dtype": "float32",
+        "num_hidden_layers": model.num_hidden_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_key_value_heads,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.intermediate_size,
+        "norm_epsilon": model.norm_eps,
+        "vocab_size": model.vocab_size,
+        "position_embedding_type": "rope_gpt_neox",
+        "rotary_base": model.rope_theta,
+        "max_position_embeddings": options.max_position_embeddings or model.max_position_embeddings,
+        "hidden_act": model.hidden_act,
+        "use_parallel_embedding": options.use_parallel_embedding,
+        "embedding_sharding_dim": options.embedding_sharding_dim,
+        "share_embedding_table": shared,
+        "quantization": {"quant_algo": quantization_section(options)["quant_algo"]},
+        "mapping": {"world_size": tp * pp, "tp_size": tp, "pp_size": pp},
+        "attn_bias": model.attention_bias,
+        "rotary_scaling": model.rope_scaling,
+    }
+    if options.kv_cache:
+        config["quantization"]["kv_cache_quant_algo"] = options.kv_cache.upper()
+    return config
+
+
+CONFIG_CLASSES: dict[str, Callable[[ModelConfig, Options, str, bool], Config]] = {
+    "llama": _llama,
+    "qwen": _qwen,
+    "phi3": _phi3,
+    "gemma": _gemma,
+    "internlm2": _internlm2,
+}
