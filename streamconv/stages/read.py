@@ -48,13 +48,13 @@ def read_rows(shards: Sequence[Shard], span: Span, start: int, stop: int, buffer
             if start < first + piece.rows:
                 break
             first += piece.rows
-        shards[piece.shard].read_into(piece.begin + (start - first) * span.row_bytes, memoryview(out))
+        shards[piece.shard].read_into(piece.begin + (start - first) * span.row_bytes, out.data)
     else:
         column = 0
         for piece in source.pieces:
             width = piece.cols * itemsize
             shards[piece.shard].read_rows_into(
-                piece.begin + start * width, width, width, stop - start, memoryview(out)[column:], span.row_bytes
+                piece.begin + start * width, width, width, stop - start, out.data[column:], span.row_bytes
             )
             column += width
     if span.op.kind == "none":

@@ -45,7 +45,7 @@ def read_channels(
     stored = count * tensor.stored_row_bytes
     packed, temp = spare[:stored], spare[stored : 2 * stored]
     piece = tensor.pieces[0]
-    shard, target = shards[piece.shard], memoryview(packed)
+    shard, target = shards[piece.shard], packed.data
     if tensor.packing == "modelopt":
         shard.read_into(piece.begin + start // 2 * k, target)
     else:

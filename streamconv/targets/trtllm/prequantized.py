@@ -268,7 +268,9 @@ def _group_scales(
     kind = owned[0].scales.dtype
     if len({(one.scales.dtype, one.scales.rows) for one in owned}) > 1:
         return f"{printable(owned[0].scales.name)}: dtype or groups differ among the weights that {name} fuses"
-    zeros_at, scales_at, pieces, at = {}, {}, [], 0
+    zeros_at: dict[str, int] = {}
+    scales_at: dict[str, int] = {}
+    pieces, at = [], 0
     for starts, tensors in (
         (zeros_at, [one.zeros for one in owned]),
         (scales_at, [one.scales for one in owned]),

@@ -149,6 +149,17 @@ class CopiedFp8:
         return [(name, F32, shape, struct.pack("<2f", -self.bound, self.bound)) for name, _, shape, _ in made]
 
 
+def config_entries(options: Options, quant: Quant) -> dict[str, object]:
+    """What config.json must say of the quantization, whatever the family writes (quantization spec §1, §4.5)."""
+    if options.quant in GROUPED:
+        awq = options.quant == "int4_awq"
+        return {"group_size": options.group_size, "has_zero_point": not awq, "pre_quant_scale": awq}
+    if options.quant == "fp8_rowwise":
+        bound = quant.bound if isinstance(quant, CopiedFp8) else CLAMP
+        return {"clamp_val": [-bound, bound], "use_meta_recipe": options.use_meta_fp8_rowwise_recipe}
+    return {}
+
+
 def quant_for(
     options: Options,
     family: Family,
@@ -159,7 +170,8 @@ def quant_for(
 ) -> Quant:
     """The quant of --quant, told what the source has done already."""
     quant = quant_of(options.quant)
-    if options.quant != "fp8_rowwise" or not stored.scales:
+    bound = stated.activation_bound if stated is not None and stated.activation_bound is not None else CLAMP
+    if options.quant != "fp8_rowwise" or (not stored.scales and bound == CLAMP):
         return quant
     modules = {role: module for module, roles in _MODULES.items() for role in roles}
     copied = {
@@ -167,5 +179,4 @@ def quant_for(
         for (role, layer, _), name in found.items()
         if role in modules and name in stored.scales and tensors[name].dtype == F8_E4M3
     }
-    bound = stated.activation_bound if stated is not None and stated.activation_bound is not None else CLAMP
     return CopiedFp8(quant, frozenset(copied), bound)
