@@ -8,8 +8,10 @@ from streamconv.cli import signals, view
 from streamconv.cli.main import resources, show_report
 from streamconv.cli.official_flags import parse, unsupported
 from streamconv.errors import StreamconvError, UsageError
+from streamconv.quants.refused import refuse
 
-SUPPORTED: set[str] = set()
+TAKEN_OVER = {"int4_gptq", "int8_gptq", "int4_awq"}
+SUPPORTED: set[str] = TAKEN_OVER | {"fp8_rowwise"}
 """Work beyond the unquantized and weight-only conversions that is built."""
 
 
@@ -29,13 +31,16 @@ def _convert(arguments: list[str]) -> int:
     from streamconv import api
 
     request = parse(arguments)
+    refuse(request.options.quant, "the flags for")
     missing = unsupported(request, SUPPORTED)
     if missing:
         raise UsageError(f"not built yet: {', '.join(missing)}", hint="nothing was converted")
     if request.model_dir is None:
         raise UsageError("--model_dir is required")
+    if request.quant_ckpt_path and request.options.quant not in TAKEN_OVER:
+        raise UsageError("--quant_ckpt_path goes with --weight_only_precision int4_gptq, int8_gptq or int4_awq only")
     report = api.convert(
-        request.model_dir,
+        request.quant_ckpt_path or request.model_dir,
         request.output_dir,
         request.options,
         resources(request.memory_budget, request.workers, request.device),

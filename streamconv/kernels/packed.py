@@ -10,6 +10,19 @@ from streamconv.quants.base import Findings, Kernel
 
 
 @cache
+def paired_kernel() -> Kernel:
+    """The kernel for ModelOpt's orientation: two channels in a byte."""
+
+    def run(flat: Any, start: int, stride: int, rows: int, cols: int, outs: Sequence[Any]) -> Findings:
+        from streamconv.kernels.packed_code import paired_rows
+
+        paired_rows(flat, start, stride, rows, cols, outs[0])
+        return Findings()
+
+    return run
+
+
+@cache
 def packed_kernel(bits: int, family: str) -> Kernel:
     """The kernel for int8 rows of one width and layout; numba is loaded when it is first called."""
 

@@ -62,3 +62,12 @@ def int4_rows(q: _Array, start: int, stride: int, rows: int, cols: int, out: _Ar
                         | ((np.uint16(q[k + 24]) & low) << np.uint16(12))
                     )
                     out[at + block * 8 + i] = word ^ flip
+
+
+@jit
+def paired_rows(q: _Array, start: int, stride: int, rows: int, cols: int, out: _Array) -> None:
+    """Rows of int8 in -8..7 (as uint8) -> two neighbouring rows in a byte, the even one in the low nibble."""
+    for pair in range(rows // 2):
+        even, at = start + 2 * pair * stride, pair * cols
+        for k in range(cols):
+            out[at + k] = (q[even + k] & np.uint8(15)) | np.uint8(q[even + stride + k] << np.uint8(4))

@@ -12,10 +12,10 @@ from functools import cache
 from typing import Protocol
 
 from streamconv.checkpoint.dtypes import DType
-from streamconv.errors import RefusedError, UsageError
+from streamconv.errors import UsageError
 from streamconv.options import Options
 from streamconv.quants.base import Encoding, QuantInfo
-from streamconv.quants.refused import refused
+from streamconv.quants.refused import refuse
 
 __all__ = ["Module", "Quant", "all_quants", "quant_of"]
 
@@ -79,9 +79,7 @@ def quant_of(key: str) -> Quant:
         RefusedError: a format that only another tool can make; the hint says which.
     """
     quants = all_quants()
-    known = refused(key) if key not in quants else None
-    if known:
-        raise RefusedError([f"--quant {key}: {known[0]}"], hint=known[1])
     if key not in quants:
+        refuse(key)
         raise UsageError(f"unknown --quant {key!r}", hint=f"one of {', '.join(quants)}")
     return quants[key]

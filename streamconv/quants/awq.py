@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from streamconv.checkpoint.dtypes import I8, DType
 from streamconv.options import Options
-from streamconv.quants.base import Encoding, Findings, Part, QuantInfo
+from streamconv.quants.base import Encoding, Findings, Kernel, Part, QuantInfo
 from streamconv.quants.gptq import group_problem
 
 if TYPE_CHECKING:
@@ -43,6 +43,11 @@ class PairedWeight(Encoding):
         packed = parts[0].reshape(rows // 2, cols)
         nibbles = torch.stack([packed & 15, packed >> 4], 1).reshape(rows, cols)
         return ((nibbles ^ 8).to(torch.float32)) - 8.0
+
+    def kernel(self, source: DType) -> Kernel | None:
+        from streamconv.kernels.packed import paired_kernel
+
+        return paired_kernel() if source == I8 else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,6 +117,13 @@ class GroupScales(Encoding):
         scale = stored.to(torch.float32)
         return torch.cat([scale, factor * scale], 1)
 
+    def kernel(self, source: DType) -> Kernel | None:
+        if self.source.name not in ("F32", "F16", "BF16") or self.dtype.itemsize != 2:
+            return None
+        from streamconv.kernels.group_scales import group_scales_kernel
+
+        return group_scales_kernel(self.source, self.dtype, self.bits, self.shuffled, self.middle)
+
     def _split(self, block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Stored scales [r, N] and the integer factors of the zeros, int16 [r, N]."""
         import torch

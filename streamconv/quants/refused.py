@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from streamconv.errors import RefusedError
+
 _EXAMPLE = "examples/quantization/quantize.py --qformat"
 
 REFUSED: dict[str, tuple[str, str]] = {
@@ -51,3 +53,14 @@ def refused(key: str) -> tuple[str, str] | None:
     """Why a format is not made here and how to get it, None for a format that is not in the table."""
     low = key.lower().replace("-", "_")
     return REFUSED.get(ALIASES.get(low, low))
+
+
+def refuse(key: str, flag: str = "--quant") -> None:
+    """Stop if the format is in the table.
+
+    Raises:
+        RefusedError: it is; the hint says how to get it.
+    """
+    known = refused(key)
+    if known:
+        raise RefusedError([f"{flag} {key}: {known[0]}"], hint=known[1])

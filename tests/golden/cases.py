@@ -24,10 +24,7 @@ UNSUPPORTED_FLAGS = frozenset(
         "--meta_ckpt_dir",
         "--smoothquant",
         "--int8_kv_cache",
-        "--fp8_kv_cache",
-        "--use_fp8_rowwise",
         "--remove_duplicated_kv_heads",
-        "--quant_ckpt_path",
     }
 )
 

@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from streamconv.api import convert
-from streamconv.checkpoint.dtypes import F16, I8
+from streamconv.checkpoint.dtypes import BF16, F16, F32, I8, U8, DType
 from streamconv.errors import RefusedError, StreamconvError, TensorError, UsageError
 from streamconv.options import Options, Resources
+from streamconv.quants.awq import PairedWeight
 from streamconv.quants.base import Findings
-from streamconv.quants.gptq import PackedWeight
+from streamconv.quants.gptq import GroupScales, PackedWeight
 from streamconv.quants.layout import Layout
 from streamconv.verify import verify
 
@@ -445,3 +446,37 @@ def test_kernel_is_its_definition(bits: int, family: str) -> None:
     assert bytes(out) == bytes(wanted.numpy()) == processed(q[:, 64 : 64 + cols].T.astype(int), bits, family)
     back = encoding.decode([torch.from_numpy(out)], rows, cols)
     assert torch.equal(back, torch.from_numpy(q[:, 64 : 64 + cols].astype(np.float32)))
+
+
+@pytest.mark.parametrize("stored", [F32, F16, BF16])
+@pytest.mark.parametrize("dtype", [F16, BF16])
+@pytest.mark.parametrize(("bits", "shuffled", "middle"), [(4, False, 7), (4, True, 8), (8, False, 127), (8, False, 128)])
+def test_group_scales_kernel_is_its_definition(stored: DType, dtype: DType, bits: int, shuffled: bool, middle: int) -> None:
+    rows, n = 3, 24
+    random = np.random.RandomState(7)
+    zeros = torch.from_numpy(random.randint(0, 256, (rows, n * bits // 8)).astype(np.uint8))
+    scales = torch.from_numpy((10.0 ** random.uniform(-9, 6, (rows, n))).astype(np.float32))
+    scales[1, 3], scales[2, 5] = 0.0, float("inf")
+    scales = scales.to(getattr(torch, stored.torch))
+    rest = torch.full((rows, 7), 255, dtype=torch.uint8)  # other ranks' columns
+    block = torch.cat([zeros, scales.view(torch.uint8), rest], 1)
+    cols = block.shape[1] - 7
+    encoding = GroupScales(dtype, stored, bits, shuffled, middle)
+    kernel, findings, wanted_findings = encoding.kernel(U8), Findings(), Findings()
+    assert kernel is not None
+    outs = [np.zeros(rows * part.row_bytes, np.uint8) for part in encoding.parts(rows, cols)]
+    findings.add(kernel(block.reshape(-1).numpy(), 0, block.shape[1], rows, cols, outs))
+    wanted = encoding.encode(block[:, :cols], wanted_findings)
+    assert [bytes(out) for out in outs] == [bytes(one.numpy()) for one in wanted]
+    assert findings == wanted_findings
+    assert findings.overflow or stored != F32 or dtype != F16  # the case is worth its name
+
+
+def test_paired_kernel_is_its_definition() -> None:
+    q = np.random.RandomState(5).randint(-8, 8, (6, 40)).astype(np.int8)
+    kernel, out = PairedWeight().kernel(I8), np.zeros(6 * 24 // 2, np.uint8)
+    assert kernel is not None
+    kernel(q.reshape(-1).view(np.uint8), 8, 40, 6, 24, [out])
+    (wanted,) = PairedWeight().encode(torch.from_numpy(q)[:, 8:32], Findings())
+    assert bytes(out) == bytes(wanted.numpy())
+    assert torch.equal(PairedWeight().decode([wanted], 6, 24), torch.from_numpy(q[:, 8:32].astype(np.float32)))

@@ -1,0 +1,75 @@
+"""The compiled part of `group_scales` (quantization spec §4.3). Types are numbers: 0 float32, 1 float16, 2 bfloat16."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from streamconv.kernels.jit import jit
+from streamconv.kernels.rows import load_row, round_row, to_bf16, to_f16
+
+_Array = np.ndarray[Any, Any]
+
+
+@jit
+def group_rows(
+    data: _Array,
+    start: int,
+    stride: int,
+    rows: int,
+    n: int,
+    scales: _Array,
+    zeros: _Array,
+    kind: int,
+    target: int,
+    bits_each: int,
+    shuffled: bool,
+    middle: int,
+) -> int:
+    """Groups (packed zeros, then scales, as bytes) -> scales and zeros; gives how many finite scales became infinite."""
+    values = np.empty(n, np.float32)
+    bits = values.view(np.uint32)
+    half = np.empty(n, np.uint16)
+    word = np.empty(n, np.uint32)
+    lost = 0
+    for r in range(rows):
+        row = start + r * stride
+        at = row + n * bits_each // 8
+        if kind == 0:
+            for i in range(n):
+                k = at + 4 * i
+                word[i] = (
+                    np.uint32(data[k])
+                    | (np.uint32(data[k + 1]) << np.uint32(8))
+                    | (np.uint32(data[k + 2]) << np.uint32(16))
+                    | (np.uint32(data[k + 3]) << np.uint32(24))
+                )
+        else:
+            for i in range(n):
+                k = at + 2 * i
+                word[i] = np.uint32(data[k]) | (np.uint32(data[k + 1]) << np.uint32(8))
+        load_row(word, 0, n, kind, bits, values)
+        finite = 0
+        for i in range(n):
+            finite += np.int64((bits[i] & np.uint32(0x7FFFFFFF)) < np.uint32(0x7F800000))
+        round_row(n, target, half, bits, values)
+        for i in range(n):
+            finite -= np.int64((bits[i] & np.uint32(0x7FFFFFFF)) < np.uint32(0x7F800000))
+        lost += finite
+        for i in range(n):
+            if bits_each == 8:
+                z = np.int32(data[row + i])
+            else:
+                place = i % 8
+                if shuffled:
+                    place = place // 2 + 4 * (place % 2)
+                byte = data[row + i // 8 * 4 + place // 2]
+                z = np.int32(byte >> np.uint8(4)) if place % 2 else np.int32(byte & np.uint8(15))
+            b = bits[i]
+            scales[r * n + i] = to_f16(b) if target == 1 else to_bf16(b)
+            # the product of a two-byte float and a small integer is exact in float32
+            values[i] = values[i] * np.float32(np.int32(middle) - z)
+            b = bits[i]
+            zeros[r * n + i] = to_f16(b) if target == 1 else to_bf16(b)
+    return lost
