@@ -64,7 +64,7 @@ class Past:
         run: its first record.
         tiles: span -> finished row ranges, ascending, disjoint.
         ready: the last thing written is that the folder may be published.
-        size: bytes of the file that can be trusted.
+        size: bytes of the file to go on after: what can be trusted, without a last "ready".
     """
 
     run: dict[str, Any]
@@ -146,7 +146,8 @@ def read(path: Path) -> Past | None:
             (span, start, stop), (overflow, nonfinite) = record["tile"], record["found"]
             past.add(Done(span, start, stop, tuple(tuple(part) for part in record["hash"]), overflow, nonfinite))
         past.ready = "ready" in record
-        past.size = at
+        if not past.ready:
+            past.size = at
     return past
 
 
@@ -174,8 +175,7 @@ class Journal:
             self._fd, self._size = self.disk.open(self.path, os.O_RDWR), past.size
             if os.fstat(self._fd).st_size != past.size:
                 self.disk.truncate(self._fd, past.size)
-            if past.ready:
-                self._append(_line({"again": True}))
+                self.disk.sync_data(self._fd)
 
     def add(self, tiles: Sequence[Done]) -> None:
         """These tiles are on the disk."""

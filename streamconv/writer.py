@@ -63,7 +63,7 @@ class Writer:
         self._lock = OutputLock(self.folder.out, self.folder.disk)
         self._begun = self._created = False
         check_place(self.folder.out, source)
-        if not self.journal.path.exists():
+        if not self.journal.path.exists() and not self._lock.path.exists():
             check_free(self.folder.out, force)  # before anything is touched
 
     def __enter__(self) -> Writer:

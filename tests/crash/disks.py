@@ -1,0 +1,169 @@
+"""Disks that count, stop, fail or write down every write-side operation."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from streamconv.fs import Disk
+
+FAULTS = {
+    name: getattr(errno, name) for name in ("ENOSPC", "EIO", "EDQUOT", "EACCES", "EROFS", "EINTR")
+} | {"short": 0}
+
+
+class Killed(BaseException):
+    """The process is dead; nothing it does reaches the disk any more."""
+
+
+class Tapped(Disk):
+    """Every operation but `close` goes through `act`, numbered from 0."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.fds: set[int] = set()
+
+    def act(self, name: str, do: Callable[..., Any], *args: Any) -> Any:
+        raise NotImplementedError
+
+    def _tap(self, name: str, do: Callable[..., Any], *args: Any) -> Any:
+        number, self.count = self.count, self.count + 1
+        self.number = number
+        return self.act(name, do, *args)
+
+    def open(self, path: Path, flags: int) -> int:
+        fd: int = self._tap("open", super().open, path, flags)
+        self.fds.add(fd)
+        return fd
+
+    def close(self, fd: int) -> None:
+        self.fds.discard(fd)
+        super().close(fd)
+
+    def bury(self) -> None:
+        """What the system does for a dead process: close its files, and with them give up its lock."""
+        for fd in list(self.fds):
+            self.close(fd)
+
+    def allocate(self, fd: int, size: int) -> None:
+        self._tap("allocate", super().allocate, fd, size)
+
+    def truncate(self, fd: int, size: int) -> None:
+        self._tap("truncate", super().truncate, fd, size)
+
+    def pwrite(self, fd: int, data: memoryview, offset: int) -> int:
+        done: int = self._tap("pwrite", super().pwrite, fd, data, offset)
+        return done
+
+    def push(self, fd: int, offset: int, size: int) -> None:
+        self._tap("push", super().push, fd, offset, size)
+
+    def sync(self, fd: int) -> None:
+        self._tap("sync", super().sync, fd)
+
+    def sync_data(self, fd: int) -> None:
+        self._tap("sync_data", super().sync_data, fd)
+
+    def lock(self, fd: int) -> None:
+        self._tap("lock", super().lock, fd)
+
+    def rename(self, old: Path, new: Path) -> None:
+        self._tap("rename", super().rename, old, new)
+
+    def mkdir(self, path: Path) -> None:
+        self._tap("mkdir", super().mkdir, path)
+
+    def unlink(self, path: Path) -> None:
+        self._tap("unlink", super().unlink, path)
+
+    def rmdir(self, path: Path) -> None:
+        self._tap("rmdir", super().rmdir, path)
+
+
+class Counting(Tapped):
+    """Remembers the names of all operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def act(self, name: str, do: Callable[..., Any], *args: Any) -> Any:
+        self.names.append(name)
+        return do(*args)
+
+
+class Killing(Tapped):
+    """Calls `die` instead of operation k (a child kills itself; in one process `Killed` is raised for good)."""
+
+    def __init__(self, k: int, die: Callable[[], None]) -> None:
+        super().__init__()
+        self.k, self.die, self.dead = k, die, False
+
+    def act(self, name: str, do: Callable[..., Any], *args: Any) -> Any:
+        if self.number >= self.k or self.dead:
+            self.dead = True
+            self.die()
+        return do(*args)
+
+
+class Watched(Tapped):
+    """Calls `look` before every operation, and in the middle of every write: each is a moment to be killed at."""
+
+    def __init__(self, look: Callable[[], None]) -> None:
+        super().__init__()
+        self.look = look
+
+    def act(self, name: str, do: Callable[..., Any], *args: Any) -> Any:
+        if name not in ("sync", "sync_data", "push", "lock"):  # these change nothing that a killed process leaves
+            self.look()
+        if name == "pwrite" and len(args[1]) > 1:
+            fd, data, offset = args
+            os.pwrite(fd, data[: len(data) // 2], offset)
+            self.look()
+        return do(*args)
+
+
+class Failing(Tapped):
+    """Operation k fails, once or from then on."""
+
+    def __init__(self, k: int, fault: str, forever: bool) -> None:
+        super().__init__()
+        self.k, self.fault, self.forever = k, fault, forever
+        self.failed = ""
+
+    def act(self, name: str, do: Callable[..., Any], *args: Any) -> Any:
+        if self.number == self.k or (self.forever and self.number > self.k):
+            if self.fault != "short":
+                self.failed = self.failed or name
+                raise OSError(FAULTS[self.fault], os.strerror(FAULTS[self.fault]))
+            if name == "pwrite":
+                self.failed = self.failed or name
+                fd, data, offset = args
+                return os.pwrite(fd, data[: max(1, len(data) // 3)], offset)
+        return do(*args)
+
+
+class Recording(Tapped):
+    """Writes down what was done, by inode, for a replay of what a power cut leaves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log: list[tuple[Any, ...]] = []
+        self._paths: dict[int, Path] = {}
+
+    def act(self, name: str, do: Callable[..., Any], *args: Any) -> Any:
+        result = do(*args)
+        if name == "open":
+            self._paths[result] = args[0]
+            if args[1] & os.O_CREAT:
+                self.log.append(("open", result, args[0], bool(args[1] & os.O_TRUNC)))
+            else:
+                self.log.append(("open", result, args[0], False))
+        elif name == "pwrite":
+            self.log.append(("pwrite", args[0], args[2], bytes(args[1][:result])))
+        elif name not in ("push", "lock"):
+            self.log.append((name, *args))
+        return result

@@ -1,0 +1,163 @@
+"""A tiny model, its right output, and what every crash test asks of what is left on the disk."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from streamconv import api, journal
+from streamconv.errors import OutputError
+from streamconv.fs import Disk
+from streamconv.options import Options, Resources
+
+State = dict[str, bytes | None]
+"""Relative path -> bytes of a file, None for a folder."""
+
+
+def write_model(folder: Path, seed: int = 1, hidden: int = 64, layers: int = 1, vocab: int = 64) -> Path:
+    """A Llama of random float16 weights; about 130 kB unless told otherwise."""
+    random, inter, heads, size = np.random.default_rng(seed), hidden, 4, hidden // 4
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
+    for layer in range(layers):
+        at = f"model.layers.{layer}."
+        shapes |= {at + name: (hidden,) for name in ("input_layernorm.weight", "post_attention_layernorm.weight")}
+        shapes |= {at + f"self_attn.{n}_proj.weight": (heads * size, hidden) for n in "qo"}
+        shapes |= {at + f"self_attn.{n}_proj.weight": (2 * size, hidden) for n in "kv"}
+        shapes |= {at + f"mlp.{n}_proj.weight": (inter, hidden) for n in ("gate", "up")}
+        shapes[at + "mlp.down_proj.weight"] = (hidden, inter)
+    shapes |= {"model.norm.weight": (hidden,), "lm_head.weight": (vocab, hidden)}
+    folder.mkdir(parents=True)
+    weights = {name: (random.standard_normal(shape, np.float32) * 0.05).astype(np.float16) for name, shape in shapes.items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": inter,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 2,
+        "vocab_size": vocab,
+        "max_position_embeddings": 64,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-05,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float16",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def fast_folder() -> Path:
+    """A new folder, in memory where the system has such a place."""
+    shared = Path("/dev/shm")
+    return Path(tempfile.mkdtemp(prefix="crash-", dir=shared if os.access(shared, os.W_OK) else None))
+
+
+@contextlib.contextmanager
+def synced_at_once() -> Iterator[None]:
+    """No journal thread: every tile is synced and noted by its worker, so that runs repeat exactly."""
+    before, journal.BATCH_BYTES = journal.BATCH_BYTES, 0
+    try:
+        yield
+    finally:
+        journal.BATCH_BYTES = before
+
+
+def snapshot(folder: Path) -> State:
+    """Everything below a folder."""
+    state: State = {}
+    for entry in os.scandir(folder):
+        if entry.is_dir(follow_symlinks=False):
+            state[entry.name] = None
+            state |= {f"{entry.name}/{name}": data for name, data in snapshot(Path(entry.path)).items()}
+        else:
+            with open(entry.path, "rb") as file:
+                state[entry.name] = file.read()
+    return state
+
+
+def restore(folder: Path, state: State) -> None:
+    """Make a folder hold exactly a state."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for name in sorted(state):
+        data = state[name]
+        if data is None:
+            (folder / name).mkdir()
+        else:
+            (folder / name).write_bytes(data)
+
+
+def digest(state: State) -> bytes:
+    hashed = hashlib.blake2b(digest_size=16)
+    for name in sorted(state):
+        data = state[name]
+        hashed.update(f"{name}\0{-1 if data is None else len(data)}\0".encode())
+        hashed.update(data or b"")
+    return hashed.digest()
+
+
+class World:
+    """One conversion of one tiny model.
+
+    Args:
+        root: a folder of its own.
+        replaced: an older output of other weights is in the way, and --force is given.
+    """
+
+    def __init__(self, root: Path, quant: str = "none", tp: int = 1, replaced: bool = False, tile_rows: int = 32) -> None:
+        self.root, self.options, self.tile_rows = root, Options(quant=quant, tp_size=tp, target_sm=80), tile_rows
+        self.place, self.force = root / "place", replaced
+        self.out = self.place / "out"
+        self.model = write_model(root / "model", hidden=64 * tp)
+        self.start: State = {}
+        self.place.mkdir()
+        if replaced:
+            self.model, model = write_model(root / "older", seed=2, hidden=64 * tp), self.model
+            self.run()
+            self.start = snapshot(self.place)
+            self.model = model
+            restore(self.place, {})
+        self.run()
+        self.right = snapshot(self.out)
+        self.reset(self.start)
+
+    def reset(self, state: State | None = None) -> None:
+        restore(self.place, self.start if state is None else state)
+
+    def run(self, disk: Disk | None = None, **resources: int | None) -> api.Report:
+        asked = Resources(memory_budget=4 << 30, workers=1, device="cpu", tile_rows=self.tile_rows)
+        if resources:
+            asked = Resources(**({"memory_budget": 4 << 30, "workers": 1, "device": "cpu"} | resources))  # type: ignore[arg-type]
+        with synced_at_once():
+            return api.convert(self.model, self.out, self.options, asked, force=self.force, disk=disk)
+
+    def wrong_now(self) -> str:
+        """What must not be on the disk at any moment: something that looks like a checkpoint and is none."""
+        if not (self.out / "config.json").exists():
+            return ""
+        here = snapshot(self.out)
+        old = {name[4:]: data for name, data in self.start.items() if name.startswith("out/")}
+        return "" if here in (self.right, old) else f"a folder that looks finished is not: {sorted(here)}"
+
+    def finish(self, **resources: int | None) -> str:
+        """Run the same command again; gives what is wrong with the end of it."""
+        try:
+            self.run(**resources)
+        except OutputError as error:
+            if "exists and is not empty" not in str(error):
+                raise
+        left = set(os.listdir(self.place)) - {"out"}
+        if left:
+            return f"left behind: {sorted(left)}"
+        return "" if snapshot(self.out) == self.right else "other bytes"
