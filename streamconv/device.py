@@ -156,7 +156,7 @@ class Cuda:
         self.name = name
         self._torch = torch
         self._device = torch.device(name)
-        self._stream = torch.cuda.Stream(self._device)
+        self._stream: Any = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
 
     def arena(self, size: int) -> np.ndarray[Any, Any]:
         return self._torch.empty(size, dtype=self._torch.uint8, pin_memory=True).numpy()

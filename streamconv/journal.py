@@ -34,9 +34,11 @@ from streamconv.plan import Plan
 
 FORMAT = 1
 BATCH_BYTES = 256 * MIB
-"""Written bytes after which files are synced; 0 syncs after every tile, in the thread that wrote it."""
+"""Written bytes after which files are synced."""
 BATCH_SECONDS = 2.0
 """Longest time that a finished tile waits for its line in the journal."""
+THREADED = True
+"""False syncs in the worker that wrote the last byte of a batch: runs repeat exactly (tests)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +237,7 @@ class Recorder:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        if BATCH_BYTES:
+        if THREADED:
             self._thread = threading.Thread(target=self._work, name="journal", daemon=True)
             self._thread.start()
 
@@ -247,7 +249,7 @@ class Recorder:
             self._tiles.append(done)
             self._files |= files
             self._bytes += size
-            if self._thread is None:
+            if self._thread is None and self._bytes >= BATCH_BYTES:
                 self._flush(*self._taken())  # inside the lock: one at a time
             elif self._bytes >= BATCH_BYTES or len(self._tiles) == 1:
                 self._state.notify()
@@ -260,6 +262,7 @@ class Recorder:
         if self._thread is not None:
             self._thread.join(seconds)
             return not self._thread.is_alive()
+        self._flush(*self._taken())
         return True
 
     def _taken(self) -> tuple[list[Done], set[str]]:

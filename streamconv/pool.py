@@ -190,10 +190,10 @@ class Pool:
                 device = self.devices(number)
                 self._take_tiles(number, device.arena(self.shares.arena), device, lambda: None)
                 return
-            # mapped and not allocated: all of it goes back to the system at once
-            with mmap.mmap(-1, max(self.shares.arena, mmap.PAGESIZE)) as mapped:
-                give_back = functools.partial(mapped.madvise, mmap.MADV_REMOVE)
-                self._take_tiles(number, np.frombuffer(mapped, np.uint8), None, give_back)
+            # mapped and not allocated: all of it goes back to the system as soon as nothing refers to it
+            mapped = mmap.mmap(-1, max(self.shares.arena, mmap.PAGESIZE))
+            give_back = functools.partial(mapped.madvise, mmap.MADV_REMOVE)
+            self._take_tiles(number, np.frombuffer(mapped, np.uint8), None, give_back)
         except Stop:
             pass
         except BaseException as error:

@@ -265,6 +265,6 @@ def decoded(plan: Plan, dest: Dest, skipped: int, rows: int, files: list[Shard])
     parts = []
     for place in matrix.places:
         data = np.empty(rows * place.row_bytes, np.uint8)
-        files[matrix.file].read_into(place.offset + (dest.row + skipped) * place.row_bytes, memoryview(data))
+        files[matrix.file].read_into(place.offset + (dest.row + skipped) * place.row_bytes, data.data)
         parts.append(torch.from_numpy(data))
     return matrix.encoding.decode(parts, rows, matrix.cols)

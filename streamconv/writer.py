@@ -142,8 +142,8 @@ class Writer:
         # the source is wrong, or there was no room to begin with: nothing of it is worth keeping
         if isinstance(error, (CheckpointError, DataError, UsageError)) or (self._past is None and not self._created):
             with contextlib.suppress(StreamconvError, OSError):
-                self.journal.remove()  # first: a journal without its folder could be taken for a finished one
-                self.folder.discard()
+                self.journal.remove()
+            self.folder.discard()
             self._lock.release()
             self.folder.remove_parents()
             return

@@ -29,7 +29,7 @@ def read_tensor(index: Index, name: str, rows: slice | None = None) -> torch.Ten
         shape = (rows.stop - rows.start, *shape[1:])
     data = torch.empty(size, dtype=torch.uint8)
     if size:
-        index.shards[record.shard].read_into(begin, memoryview(data.numpy()))
+        index.shards[record.shard].read_into(begin, data.numpy().data)
     return data.view(dtype).reshape(shape)
 
 
@@ -61,7 +61,7 @@ class OneLayer:
         if self._kinds:
             self.config.layer_types = self._kinds[:1]
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(self.config, dtype=dtype)
+            model = AutoModelForCausalLM.from_config(self.config, dtype=dtype)  # type: ignore[no-untyped-call]
         self.body: Any = model.model
         self.body.norm = torch.nn.Identity()
         self.body.embed_tokens = torch.nn.Identity()

@@ -6,6 +6,7 @@ import json
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from streamconv.budget import Shares
@@ -14,9 +15,9 @@ from streamconv.memory import peak_resident, resident, show_size
 from streamconv.plan import Plan
 
 
-def table(rows: list[tuple[str, ...]], header: tuple[str, ...] | None = None) -> str:
+def table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...] | None = None) -> str:
     """Columns aligned with spaces."""
-    every = ([header] if header else []) + rows
+    every = [*([header] if header else []), *rows]
     if not every:
         return ""
     widths = [max(len(row[i]) for row in every) for i in range(len(every[0]))]
@@ -29,7 +30,7 @@ def table(rows: list[tuple[str, ...]], header: tuple[str, ...] | None = None) ->
 def fail(error: StreamconvError, as_json: bool) -> int:
     """Print an error the way the command was asked to; gives the exit status."""
     if as_json:
-        content = {"error": type(error).__name__, "message": error.message, "hint": error.hint, "status": error.exit_status}
+        content: dict[str, Any] = {"error": type(error).__name__, "message": error.message, "hint": error.hint, "status": error.exit_status}
         if hasattr(error, "problems"):
             content["problems"] = list(error.problems)
         print(json.dumps(content))

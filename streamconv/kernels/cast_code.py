@@ -27,7 +27,7 @@ def cast_rows(source: _Array, start: int, stride: int, rows: int, cols: int, out
         elif target == 1:
             for i in range(cols):
                 out[at + i] = to_f16(bits[i])
-            gone = 0
+            gone: Any = 0
             for i in range(cols):
                 a = bits[i] & np.uint32(0x7FFFFFFF)
                 gone += np.int64(a >= np.uint32(0x477FF000)) - np.int64(a >= np.uint32(0x7F800000))

@@ -26,13 +26,13 @@ def group_rows(
     bits_each: int,
     shuffled: bool,
     middle: int,
-) -> int:
+) -> np.int64:
     """Groups (packed zeros, then scales, as bytes) -> scales and zeros; gives how many finite scales became infinite."""
     values = np.empty(n, np.float32)
     bits = values.view(np.uint32)
     half = np.empty(n, np.uint16)
     word = np.empty(n, np.uint32)
-    lost = 0
+    lost = np.int64(0)
     for r in range(rows):
         row = start + r * stride
         at = row + n * bits_each // 8
@@ -50,7 +50,7 @@ def group_rows(
                 k = at + 2 * i
                 word[i] = np.uint32(data[k]) | (np.uint32(data[k + 1]) << np.uint32(8))
         load_row(word, 0, n, kind, bits, values)
-        finite = 0
+        finite = np.int64(0)
         for i in range(n):
             finite += np.int64((bits[i] & np.uint32(0x7FFFFFFF)) < np.uint32(0x7F800000))
         round_row(n, target, half, bits, values)

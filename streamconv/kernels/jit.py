@@ -35,12 +35,7 @@ def jit(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile on first use, once per argument types; cached on disk where that is possible."""
     if _CACHED:
         try:
-            return numba.njit(nogil=True, cache=True, error_model="numpy")(function)  # type: ignore[no-any-return]
+            return numba.njit(nogil=True, cache=True, error_model="numpy")(function)
         except RuntimeError:
             pass  # the cache folder went away, or is not usable after all
-    return numba.njit(nogil=True, error_model="numpy")(function)  # type: ignore[no-any-return]
-
-
-def inline(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A piece of a kernel; compiled as part of it."""
-    return numba.njit(nogil=True, error_model="numpy", inline="never")(function)  # type: ignore[no-any-return]
+    return numba.njit(nogil=True, error_model="numpy")(function)

@@ -21,7 +21,7 @@ def prepare_row(
     before = np.uint32(0)
     for i in range(cols):
         before = max(before, bits[i] & np.uint32(0x7FFFFFFF))
-    finite_before = 0
+    finite_before: Any = 0
     if kind != target and target != 0:
         if before >= np.uint32(0x477FF000):
             for i in range(cols):

@@ -6,20 +6,30 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from streamconv.checkpoint.dtypes import F32, DType
+from streamconv.checkpoint.dtypes import F8_E4M3, F32, DType
 from streamconv.options import Options
 from streamconv.quants.base import Encoding, QuantInfo
+from streamconv.quants.fp8_rowwise import Fp8Rowwise
+from streamconv.quants.plain import Plain
 
 if TYPE_CHECKING:
     from streamconv.quants import Module
 
 CLAMP = 1200.0
-"""Weights and activations are clamped to [-CLAMP, CLAMP] where the source states no bound of its own."""
+"""The bound where the source states none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fp8RowwiseQuant:
-    """All linear layers, or by Meta's Llama-3.1 recipe only the MLPs of all but the first and last layer."""
+    """All linear layers, or by Meta's Llama-3.1 recipe only the MLPs of all but the first and last layer.
+
+    Attributes:
+        bound: weights and activations are clamped to [-bound, bound].
+        copied: (layer, module) that the source stores in FP8 already (fbgemm): taken over as they are.
+    """
+
+    bound: float = CLAMP
+    copied: frozenset[tuple[int, str]] = frozenset()
 
     @property
     def info(self) -> QuantInfo:
@@ -27,9 +37,11 @@ class Fp8RowwiseQuant:
         return QuantInfo("fp8_rowwise", "FP8_PER_CHANNEL_PER_TOKEN", summary)
 
     def encoding(self, module: Module, options: Options, dtype: DType) -> Encoding | None:
-        from streamconv.quants.fp8_rowwise import Fp8Rowwise
-
-        return None if self._left_out(module, options) else Fp8Rowwise()
+        if self._left_out(module, options):
+            return None
+        if (module.layer, module.name) in self.copied:
+            return Plain(F8_E4M3)
+        return Fp8Rowwise(-self.bound, self.bound)
 
     def problems(self, module: Module, options: Options, dtype: DType) -> str | None:
         if module.experts:
@@ -47,7 +59,7 @@ class Fp8RowwiseQuant:
             owners = ["input_layernorm", "post_layernorm", "attention", "mlp"]
         else:
             owners = [] if layer in (0, layers - 1) else ["post_layernorm", "mlp"]
-        return [(f"{owner}.clamp_val", F32, (2,), struct.pack("<2f", -CLAMP, CLAMP)) for owner in owners]
+        return [(f"{owner}.clamp_val", F32, (2,), struct.pack("<2f", -self.bound, self.bound)) for owner in owners]
 
     def _left_out(self, module: Module, options: Options) -> bool:
         if not options.use_meta_fp8_rowwise_recipe:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 _INT8 = (0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15)
 _INT4 = tuple(8 * j + i for i in range(8) for j in range(4))
-_INT4_FP8 = (0, 2, 16, 18, 1, 3, 17, 19, 4, 6, 20, 22, 5, 7, 21, 23)
-_INT4_FP8 = _INT4_FP8 + tuple(i + 8 for i in _INT4_FP8)
+_HALF = (0, 2, 16, 18, 1, 3, 17, 19, 4, 6, 20, 22, 5, 7, 21, 23)
+_INT4_FP8 = _HALF + tuple(i + 8 for i in _HALF)
 _B_INT8 = (0, 2, 1, 3)
 _B_INT4 = (0, 2, 4, 6, 1, 3, 5, 7)
 

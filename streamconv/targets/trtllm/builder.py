@@ -6,6 +6,7 @@ that every source row is read once and serves every rank that needs it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 
@@ -181,7 +182,7 @@ class Builder:
                     cuts.add(edge)
         edges = sorted(cuts)
         spans = []
-        for start, stop in zip(edges, edges[1:], strict=False):
+        for start, stop in itertools.pairwise(edges):
             active = [feed for feed in feeds if feed.start <= start and stop <= feed.stop]
             if not active:
                 continue

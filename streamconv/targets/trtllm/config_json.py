@@ -310,7 +310,7 @@ def _gemma(model: ModelConfig, options: Options, dtype: str, shared: bool) -> Co
 
 def _internlm2(model: ModelConfig, options: Options, dtype: str, shared: bool) -> Config:
     tp, pp = options.tp_size, options.pp_size
-    config = {
+    config: Config = {
         "architecture": model.architecture,
         "dtype": dtype,
         "logits_dtype": "float32",

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
 
-from streamconv.checkpoint.dtypes import F8_E4M3, F32, DType
+from streamconv.checkpoint.dtypes import F8_E4M3
 from streamconv.checkpoint.quantized import SourceQuantization
 from streamconv.errors import RefusedError
 from streamconv.families.base import Family
 from streamconv.options import Options
 from streamconv.plan import SourceTensor
-from streamconv.quants import Module, Quant, quant_of
-from streamconv.quants.base import Encoding, QuantInfo
-from streamconv.quants.fp8 import CLAMP
-from streamconv.quants.plain import Plain
+from streamconv.quants import Quant, quant_of
+from streamconv.quants.fp8 import CLAMP, Fp8RowwiseQuant
 from streamconv.quants.refused import refused
 from streamconv.targets.trtllm.prequantized import Stored
 
@@ -54,9 +50,7 @@ def take_over(options: Options, stated: SourceQuantization | None) -> Options:
             hint=f"use --quant {key}, or start from the unquantized model",
         )
     if key in GROUPED and group != options.group_size:
-        raise RefusedError(
-            [f"--group-size {options.group_size}: {stated.stated_in} says {group}"], hint=f"use --group-size {group}"
-        )
+        raise RefusedError([f"--group-size {options.group_size}: {stated.stated_in} says {group}"], hint=f"use --group-size {group}")
     return options
 
 
@@ -114,48 +108,13 @@ def group_problems(options: Options, stored: Stored) -> list[str]:
     return [f"--group-size {options.group_size}: {name} has groups of {group}{more}; use --group-size {group}"]
 
 
-@dataclass(frozen=True, slots=True)
-class CopiedFp8:
-    """FP8 rowwise for a source whose weights partly are FP8 already: those are copied (quantization spec §9).
-
-    Attributes:
-        copied: (layer, module) that the source stores in FP8.
-        bound: activation_scale_ub; the clamp is [-bound, bound].
-    """
-
-    quant: Quant
-    copied: frozenset[tuple[int, str]]
-    bound: float
-
-    @property
-    def info(self) -> QuantInfo:
-        return self.quant.info
-
-    def encoding(self, module: Module, options: Options, dtype: DType) -> Encoding | None:
-        encoding = self.quant.encoding(module, options, dtype)
-        if encoding is not None and (module.layer, module.name) in self.copied:
-            return Plain(F8_E4M3)
-        return encoding
-
-    def problems(self, module: Module, options: Options, dtype: DType) -> str | None:
-        return self.quant.problems(module, options, dtype)
-
-    def reason(self, module: Module, options: Options) -> str:
-        return self.quant.reason(module, options)
-
-    def constants(self, layer: int, layers: int, options: Options) -> list[tuple[str, DType, tuple[int, ...], bytes]]:
-        """As without a source's bound, with its bound."""
-        made = self.quant.constants(layer, layers, options)  # type: ignore[attr-defined]
-        return [(name, F32, shape, struct.pack("<2f", -self.bound, self.bound)) for name, _, shape, _ in made]
-
-
 def config_entries(options: Options, quant: Quant) -> dict[str, object]:
     """What config.json must say of the quantization, whatever the family writes (quantization spec §1, §4.5)."""
     if options.quant in GROUPED:
         awq = options.quant == "int4_awq"
         return {"group_size": options.group_size, "has_zero_point": not awq, "pre_quant_scale": awq}
     if options.quant == "fp8_rowwise":
-        bound = quant.bound if isinstance(quant, CopiedFp8) else CLAMP
+        bound = quant.bound if isinstance(quant, Fp8RowwiseQuant) else CLAMP
         return {"clamp_val": [-bound, bound], "use_meta_recipe": options.use_meta_fp8_rowwise_recipe}
     return {}
 
@@ -179,4 +138,4 @@ def quant_for(
         for (role, layer, _), name in found.items()
         if role in modules and name in stored.scales and tensors[name].dtype == F8_E4M3
     }
-    return CopiedFp8(quant, frozenset(copied), bound)
+    return Fp8RowwiseQuant(bound, frozenset(copied))
