@@ -32,13 +32,13 @@ def _convert(arguments: list[str]) -> int:
 
     request = parse(arguments)
     refuse(request.options.quant, "the flags for")
+    if request.quant_ckpt_path and request.options.quant not in TAKEN_OVER:
+        raise UsageError("--quant_ckpt_path goes with --weight_only_precision int4_gptq, int8_gptq or int4_awq only")
     missing = unsupported(request, SUPPORTED)
     if missing:
         raise UsageError(f"not built yet: {', '.join(missing)}", hint="nothing was converted")
     if request.model_dir is None:
         raise UsageError("--model_dir is required")
-    if request.quant_ckpt_path and request.options.quant not in TAKEN_OVER:
-        raise UsageError("--quant_ckpt_path goes with --weight_only_precision int4_gptq, int8_gptq or int4_awq only")
     report = api.convert(
         request.quant_ckpt_path or request.model_dir,
         request.output_dir,

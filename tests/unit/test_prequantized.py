@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from streamconv.api import convert
 from streamconv.checkpoint.dtypes import BF16, F16, F32, I8, U8, DType
+from streamconv.cli.convert_checkpoint import main
 from streamconv.errors import RefusedError, StreamconvError, TensorError, UsageError
 from streamconv.options import Options, Resources
 from streamconv.quants.awq import PairedWeight
@@ -314,6 +315,35 @@ def test_row_bias_only_on_the_first_rank(tmp_path: Path) -> None:
     assert not ranks[1][name].any()
 
 
+@pytest.mark.parametrize("value", [0.0, 0.5])
+def test_biases_that_the_model_has_not(tmp_path: Path, value: float) -> None:
+    tensors = rest() | packed("v1", 4, linears(4, 64))
+    for name, (rows, _) in SHAPES.items():
+        tensors[f"model.layers.0.{name}.bias"] = torch.full((rows,), value, dtype=torch.float16)
+    model = write(tmp_path / "in", tensors, None)
+    if value:
+        with pytest.raises(TensorError, match=r"unexpected tensor model\.layers\.0\..*bias"):
+            convert(model, tmp_path / "out", GPTQ)
+    else:
+        convert(model, tmp_path / "out", GPTQ)
+        assert not [name for name in load_file(tmp_path / "out/rank0.safetensors") if name.endswith("bias")]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--use_fp8"], "ModelOpt makes it"),
+        (["--use_nvfp4"], "ModelOpt makes it"),
+        (["--use_qserve"], "DeepCompressor"),
+        (["--quant_ckpt_path", "x.safetensors"], "goes with --weight_only_precision"),
+    ],
+)
+def test_official_flags_refused(tmp_path: Path, flags: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    model = write(tmp_path / "in", rest(), None)
+    assert main(["--model_dir", str(model), "--output_dir", str(tmp_path / "out"), *flags]) in (2, 4)
+    assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def modelopt(made: dict[str, Linear], group: int, inputs: bool) -> Tensors:
     tensors: Tensors = {}
     torch.manual_seed(2)
@@ -387,6 +417,7 @@ def fbgemm(layers: int = 3) -> Tensors:
                 tensors[path + "weight"] = weight.to(torch.float8_e4m3fn)
                 tensors[path + "weight_scale"] = torch.rand(shape[0], 1)
             else:
+                weight[3, 0], weight[3, -1] = 1100.0, -1100.0
                 tensors[path + "weight"] = weight.to(torch.float16)
     return tensors
 
@@ -411,6 +442,9 @@ def test_fbgemm(tmp_path: Path, recipe: bool) -> None:
         assert got[to + "mlp.clamp_val"].tolist() == [-1000.0, 1000.0]
         assert (got[to + "attention.qkv.weight"].dtype == torch.float8_e4m3fn) is not recipe
         assert (to + "attention.clamp_val" in got) is not recipe
+        if not recipe:  # not FP8 in the source: quantized, within the source's bound
+            scale = got[to + "attention.dense.per_channel_scale"][3]
+            assert scale.item() == pytest.approx(1000 / 448, rel=1e-6)
         assert (got["transformer.layers.0.mlp.fc.weight"].dtype == torch.float8_e4m3fn) is not recipe
     assert not verify(tmp_path / "out", model).problems
 

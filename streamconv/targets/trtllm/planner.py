@@ -118,7 +118,8 @@ def make_plan(index: Index, options: Options) -> Plan:
     builder = Builder(options.tp_size * options.pp_size)
     decoder = Decoder(model, family, options, dtype, mapping, roles, quant, builder, kv, shared, tied)
     decoder.describe()
-    if not roles.problems:
+    roles.leave(prequantized.zero_biases(stored, roles.unused(), index.shards))
+    if not roles.problems and not decoder.refused:
         decoder.refused += prequantized.add_scales(builder, stored, dtype, index.shards)
     if options.rope_tables and family.rope_tables and options.kv_cache != "int8" and options.quant != "smoothquant":
         rope.add_tables(builder, model, options)

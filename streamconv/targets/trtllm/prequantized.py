@@ -68,9 +68,7 @@ class Stored:
         return tensor
 
 
-def assemble(
-    tensors: Mapping[str, SourceTensor], stated: SourceQuantization | None, bits: int, shards: Sequence[Shard]
-) -> Stored:
+def assemble(tensors: Mapping[str, SourceTensor], stated: SourceQuantization | None, bits: int, shards: Sequence[Shard]) -> Stored:
     """Put the packed weights of a source together.
 
     Args:
@@ -113,9 +111,7 @@ def _grouped(stored: Stored, name: str, stated: SourceQuantization | None, bits:
         fits = fits and bits == 4 and weight.cols * 8 == n
     if not fits:
         shapes = ", ".join(str(list(tensor.shape)) for tensor in (weight, zeros, scales))
-        stored.problems.append(
-            f"{printable(module)}: qweight, qzeros, scales {shapes} do not fit together at {bits} bits"
-        )
+        stored.problems.append(f"{printable(module)}: qweight, qzeros, scales {shapes} do not fit together at {bits} bits")
         return
     if stated is not None and stated.method in ("gptq", "awq") and stated.method != packing:
         said = f"{stated.stated_in} says {stated.method}, the shapes say {packing}"
@@ -164,9 +160,7 @@ def _modelopt(stored: Stored, name: str) -> None:
     inputs = found[0] if found else None
     if scales.rows != n or k % groups or len(scales.shape) != 2 or (inputs is not None and inputs.shape != (k,)):
         shapes = ", ".join(str(list(tensor.shape)) for tensor in (weight, scales, *found))
-        stored.problems.append(
-            f"{printable(module)}: weight, weight_scale, pre_quant_scale {shapes} are not ModelOpt AWQ's"
-        )
+        stored.problems.append(f"{printable(module)}: weight, weight_scale, pre_quant_scale {shapes} are not ModelOpt AWQ's")
         return
     _add(stored, module, weight, (n, k), 4, "modelopt", Scales(scales, None, inputs, k // groups))
 
@@ -180,22 +174,26 @@ def _fbgemm(stored: Stored, name: str) -> None:
     if scales is None:
         return
     if scales.shape not in ((weight.rows, 1), (weight.rows,)):
-        stored.problems.append(
-            f"{printable(scales.name)}: {list(scales.shape)} is not one scale for each output channel"
-        )
+        stored.problems.append(f"{printable(scales.name)}: {list(scales.shape)} is not one scale for each output channel")
         return
     stored.scales[name] = Scales(scales, None, None, 0)
 
 
-def _add(
-    stored: Stored, module: str, weight: SourceTensor, shape: tuple[int, int], bits: int, packing: str, scales: Scales
-) -> None:
+def _add(stored: Stored, module: str, weight: SourceTensor, shape: tuple[int, int], bits: int, packing: str, scales: Scales) -> None:
     name = module + ".weight"
     if name in stored.tensors:
         stored.problems.append(f"{printable(name)} is there next to {printable(weight.name)}")
         return
     stored.tensors[name] = PackedTensor(weight.name, I8, shape, weight.pieces, 0, bits, packing, module)
     stored.scales[weight.name] = scales
+
+
+def zero_biases(stored: Stored, unused: Sequence[str], shards: Sequence[Shard]) -> list[str]:
+    """Unused biases of packed weights that hold only zeros: early AutoGPTQ writes one for every layer."""
+    modules = {
+        tensor.module + ".bias" for tensor in stored.tensors.values() if isinstance(tensor, PackedTensor) and tensor.packing == "gptq"
+    }
+    return [name for name in unused if name in modules and not any(_read(stored.tensors[name], shards))]
 
 
 def _read(tensor: SourceTensor, shards: Sequence[Shard]) -> bytes:
@@ -259,9 +257,7 @@ def _prequant(tensor: SourceTensor | None, shards: Sequence[Shard]) -> bytes:
     return b"" if tensor is None else _read(tensor, shards)
 
 
-def _group_scales(
-    builder: Builder, file: int, name: str, feeds: Sequence[Fed], stored: Stored, dtype: DType
-) -> str | None:
+def _group_scales(builder: Builder, file: int, name: str, feeds: Sequence[Fed], stored: Stored, dtype: DType) -> str | None:
     """`weights_scaling_factor` and `zero`: groups are rows; zeros and scales of all channels side by side (§4.1)."""
     sources = {feed.source.name: feed.source for feed in feeds}
     owned = [stored.scales[source] for source in sources]
@@ -316,9 +312,7 @@ def _joined(cols: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     return out
 
 
-def _modelopt_scales(
-    builder: Builder, file: int, name: str, feeds: Sequence[Fed], stored: Stored, dtype: DType
-) -> None:
+def _modelopt_scales(builder: Builder, file: int, name: str, feeds: Sequence[Fed], stored: Stored, dtype: DType) -> None:
     owned = stored.scales[feeds[0].source.name]
     low, high = feeds[0].cols[0]
     rows = sum(feed.stop - feed.start for feed in feeds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from streamconv.errors import TensorError, printable
@@ -74,13 +75,22 @@ class Roles:
         """Nothing of this role is needed (a tied lm_head that the embedding replaces)."""
         self.used.update(name for key, name in self.found.items() if key[0] == role)
 
+    def unused(self) -> list[str]:
+        """Names that nothing asked for."""
+        return self._unmatched + [name for name in self.found.values() if name not in self.used]
+
+    def leave(self, names: Collection[str]) -> None:
+        """These are not needed, and that is known to be right."""
+        self.used.update(names)
+        self._unmatched = [name for name in self._unmatched if name not in names]
+
     def finish(self) -> None:
         """Report what is left over.
 
         Raises:
             TensorError: anything is missing, unexpected or of the wrong shape; all of it is listed.
         """
-        extra = self._unmatched + [name for name in self.found.values() if name not in self.used]
+        extra = self.unused()
         for name in extra[:_SHOWN]:
             self.problems.append(f"unexpected tensor {printable(name)}: {self.family.name} has no place for it")
         if len(extra) > _SHOWN:
