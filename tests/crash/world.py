@@ -64,13 +64,14 @@ def fast_folder() -> Path:
 
 
 @contextlib.contextmanager
-def synced_at_once() -> Iterator[None]:
-    """No journal thread: every tile is synced and noted by its worker, so that runs repeat exactly."""
-    before, journal.BATCH_BYTES = journal.BATCH_BYTES, 0
+def no_thread(batch: int) -> Iterator[None]:
+    """No journal thread: after `batch` bytes files are synced by a worker, so that runs repeat exactly."""
+    before = journal.BATCH_BYTES, journal.THREADED
+    journal.BATCH_BYTES, journal.THREADED = batch, False
     try:
         yield
     finally:
-        journal.BATCH_BYTES = before
+        journal.BATCH_BYTES, journal.THREADED = before
 
 
 def snapshot(folder: Path) -> State:
@@ -117,7 +118,7 @@ class World:
 
     def __init__(self, root: Path, quant: str = "none", tp: int = 1, replaced: bool = False, tile_rows: int = 32) -> None:
         self.root, self.options, self.tile_rows = root, Options(quant=quant, tp_size=tp, target_sm=80), tile_rows
-        self.place, self.force = root / "place", replaced
+        self.place, self.force, self.batch = root / "place", replaced, 0
         self.out = self.place / "out"
         self.model = write_model(root / "model", hidden=64 * tp)
         self.start: State = {}
@@ -139,7 +140,7 @@ class World:
         asked = Resources(memory_budget=4 << 30, workers=1, device="cpu", tile_rows=self.tile_rows)
         if resources:
             asked = Resources(**({"memory_budget": 4 << 30, "workers": 1, "device": "cpu"} | resources))  # type: ignore[arg-type]
-        with synced_at_once():
+        with no_thread(self.batch):
             return api.convert(self.model, self.out, self.options, asked, force=self.force, disk=disk)
 
     def wrong_now(self) -> str:
