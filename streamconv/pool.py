@@ -278,7 +278,7 @@ class Pool:
 
         span = self.plan.spans[tile.span]
         source_rows = tile.stop - tile.start
-        size = source_rows * span.row_bytes
+        size, stored = source_rows * span.row_bytes, source_rows * span.stored_row_bytes
         spare = source_rows * spare_bytes_per_row(span)
         block = read_rows(self.shards, span, tile.start, tile.stop, arena, arena[size : size + spare])
         rows = span.op.out_rows(source_rows)
@@ -306,10 +306,10 @@ class Pool:
             done = Done(tile.span, tile.start, tile.stop, tuple(hashes), found.overflow, found.nonfinite)
             self._recorder.add(done, files, written)
         with self._lock:
-            self.outcome.bytes_read += size
+            self.outcome.bytes_read += stored
             self.outcome.bytes_written += written
             self.outcome.tiles += 1
-        self.progress(size, written)
+        self.progress(stored, written)
 
     def _encode(
         self,

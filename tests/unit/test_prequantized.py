@@ -229,7 +229,9 @@ def test_c_layout_of_0_16_on_hopper(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["v1", "awq"])
 def test_verify_against_source(tmp_path: Path, kind: str) -> None:
     model = source(tmp_path / "in", kind, 4, 64, linears(4, 64))
-    convert(model, tmp_path / "out", dataclasses.replace(GPTQ, tp_size=2, dtype="bfloat16"))
+    report = convert(model, tmp_path / "out", dataclasses.replace(GPTQ, tp_size=2, dtype="bfloat16"))
+    size = sum(tensor.nbytes for name, tensor in load_file(model / "model.safetensors").items() if "g_idx" not in name)
+    assert report.bytes_read == size  # every byte once, for both ranks
     verdict = verify(tmp_path / "out", model)
     assert not verdict.problems
     weights = [line for line in verdict.errors if line.name.endswith("attention.qkv.weight")]
