@@ -1,4 +1,4 @@
-"""streamconv.json: what was asked, from what, and the hash of every tensor written. No times, no host names."""
+"""streamconv.json: what was asked, from what, and the hash of everything written, itself too. No times, no host names."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ FORMAT = 1
 
 def build(plan: Plan, hashes: dict[tuple[str, str], str]) -> bytes:
     """The manifest's bytes; the same for the same output."""
+    import xxhash
+
     content = {
         "format": FORMAT,
         "streamconv": __version__,
@@ -30,15 +32,25 @@ def build(plan: Plan, hashes: dict[tuple[str, str], str]) -> bytes:
             {"file": source.name, "size": source.size, "header_sha256": source.header_hash} for source in plan.sources
         ],
         "hash": "xxh3_128",
+        "config": xxhash.xxh3_128(plan.config).hexdigest(),
         "files": {
             file.name: {
                 "size": file.size,
+                "header": xxhash.xxh3_128(file.header).hexdigest(),
                 "tensors": {tensor.name: hashes[file.name, tensor.name] for tensor in file.tensors},
             }
             for file in plan.files
         },
     }
-    return (json.dumps(content, indent=1) + "\n").encode()
+    return _render(content)
+
+
+def _render(content: dict[str, Any]) -> bytes:
+    """JSON whose last entry is the hash of the rest."""
+    import xxhash
+
+    check = xxhash.xxh3_128(json.dumps(content).encode()).hexdigest()
+    return (json.dumps(content | {"check": check}, indent=1) + "\n").encode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +59,8 @@ class Manifest:
 
     Attributes:
         hashes: (file, tensor) -> XXH3-128 hex.
+        headers: file -> XXH3-128 hex of everything before its first tensor.
+        config: XXH3-128 hex of config.json.
     """
 
     options: Options
@@ -54,6 +68,8 @@ class Manifest:
     sources: tuple[SourceFile, ...]
     sizes: dict[str, int]
     hashes: dict[tuple[str, str], str]
+    headers: dict[str, str]
+    config: str
 
 
 def load(folder: Path) -> Manifest | None:
@@ -66,15 +82,20 @@ def load(folder: Path) -> Manifest | None:
     if not path.exists():
         return None
     try:
-        content: dict[str, Any] = json.loads(path.read_bytes())
+        data = path.read_bytes()
+        content: dict[str, Any] = json.loads(data)
         if content["format"] != FORMAT:
             raise VerifyError(f"{printable(str(path))}: format {content['format']} is not {FORMAT}")
+        if _render({key: value for key, value in content.items() if key != "check"}) != data:
+            raise VerifyError(f"{printable(str(path))}: the bytes are not those that were written")
         return Manifest(
             Options(**content["options"]),
             content["fingerprint"],
             tuple(SourceFile(s["file"], s["size"], s["header_sha256"]) for s in content["source"]),
             {name: file["size"] for name, file in content["files"].items()},
             {(n, t): h for n, file in content["files"].items() for t, h in file["tensors"].items()},
+            {name: file["header"] for name, file in content["files"].items()},
+            content["config"],
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise VerifyError(f"{printable(str(path))} is not a streamconv manifest: {error}") from error

@@ -61,12 +61,16 @@ def verify(
     Raises:
         VerifyError: the folder is not a checkpoint at all. Everything else is collected in the verdict.
     """
+    import xxhash
+
     folder, verdict = Path(out), Verdict()
     config = _config(folder, verdict)
     world = _world(config, verdict)
     told = manifest.load(folder)
     if told is None:
         verdict.warnings.append(f"no {manifest.NAME}: another tool wrote this; hashes cannot be checked")
+    elif xxhash.xxh3_128((folder / "config.json").read_bytes()).hexdigest() != told.config:
+        verdict.problems.append("config.json: the bytes are not those that were written")
     present = {name for name in os.listdir(folder) if re.fullmatch(r"rank\d+\.safetensors", name)}
     wanted = {f"rank{number}.safetensors" for number in range(world)}
     verdict.problems += [f"{name} is missing" for name in sorted(wanted - present)]
@@ -140,6 +144,9 @@ def _rank_file(
         verdict.problems.append(f"{path.name}: {path.stat().st_size} bytes, the manifest says {told.sizes[path.name]}")
     shard = Shard(path)
     try:
+        with shard.window(0, header.data_start) as window:
+            if told is not None and xxhash.xxh3_128(window).hexdigest() != told.headers.get(path.name):
+                verdict.problems.append(f"{path.name}: the header's bytes are not those that were written")
         for tensor in header.tensors.values():
             shapes[tensor.name] = (tensor.dtype.name, tensor.shape)
             if tensor.dtype.name not in _LOADABLE:

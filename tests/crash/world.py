@@ -158,6 +158,10 @@ class World:
         except OutputError as error:
             if "exists and is not empty" not in str(error):
                 raise
+        return self.wrong_end()
+
+    def wrong_end(self) -> str:
+        """What is wrong after a success."""
         left = set(os.listdir(self.place)) - {"out"}
         if left:
             return f"left behind: {sorted(left)}"
