@@ -69,7 +69,7 @@ def _parser() -> _Parser:
     flag("load_model_on_cpu", "save_config_only", "disable_weight_only_quant_plugin")
     add("embedding_sharding_dim", type=int, choices=[0, 1], default=0)
     add("log_level", default="info")
-    for name, default in (
+    for name, count in (
         ("vocab_size", 32000),
         ("n_positions", 2048),
         ("n_layer", 32),
@@ -82,7 +82,7 @@ def _parser() -> _Parser:
         ("moe_top_k", 0),
         ("moe_renorm_mode", 1),
     ):
-        add(name, type=int, default=default)
+        add(name, type=int, default=count)
     for name, real in (("ffn_dim_multiplier", None), ("rms_norm_eps", 1e-06), ("rotary_base", 10000.0)):
         add(name, type=float, default=real)
     add("hidden_act", default="silu")

@@ -49,11 +49,11 @@ def group_rows(
             for i in range(n):
                 k = at + 2 * i
                 word[i] = np.uint32(data[k]) | (np.uint32(data[k + 1]) << np.uint32(8))
-        load_row(word, 0, n, kind, bits, values)
+        load_row(word, kind, bits, values)
         finite = np.int64(0)
         for i in range(n):
             finite += np.int64((bits[i] & np.uint32(0x7FFFFFFF)) < np.uint32(0x7F800000))
-        round_row(n, target, half, bits, values)
+        round_row(target, half, bits, values)
         for i in range(n):
             finite -= np.int64((bits[i] & np.uint32(0x7FFFFFFF)) < np.uint32(0x7F800000))
         lost += finite

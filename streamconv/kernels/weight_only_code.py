@@ -7,63 +7,91 @@ from typing import Any
 import numpy as np
 
 from streamconv.kernels.jit import jit
-from streamconv.kernels.rows import load_row, round_row, to_bf16, to_f16
+from streamconv.kernels.rows import largest, load_row, round_row, to_bf16, to_f16
 
 _Array = np.ndarray[Any, Any]
 
 
 @jit
 def prepare_row(
-    source: _Array, start: int, cols: int, kind: int, target: int, half: _Array, bits: _Array, values: _Array
+    source: _Array, kind: int, target: int, half: _Array, bits: _Array, values: _Array
 ) -> tuple[np.uint32, int, int]:
     """Load a row in the model dtype; gives (bits of its largest finite magnitude, non-finite values, overflows)."""
-    load_row(source, start, cols, kind, bits, values)
-    before = np.uint32(0)
-    for i in range(cols):
-        before = max(before, bits[i] & np.uint32(0x7FFFFFFF))
-    finite_before: Any = 0
+    load_row(source, kind, bits, values)
+    infinite_before: Any = 0
     if kind != target and target != 0:
-        if before >= np.uint32(0x477FF000):
-            for i in range(cols):
-                finite_before += np.int64((bits[i] & np.uint32(0x7FFFFFFF)) < np.uint32(0x7F800000))
-        round_row(cols, target, half, bits, values)
-    top = np.uint32(0)
-    for i in range(cols):
-        top = max(top, bits[i] & np.uint32(0x7FFFFFFF))
+        if largest(bits) >= np.uint32(0x477FF000):
+            for i in range(bits.size):
+                infinite_before += np.int64((bits[i] & np.uint32(0x7FFFFFFF)) >= np.uint32(0x7F800000))
+        round_row(target, half, bits, values)
+    top = largest(bits)
     if top < np.uint32(0x7F800000):
         return top, 0, 0
     bad = 0
     top = np.uint32(0)
-    for i in range(cols):
+    for i in range(bits.size):
         a = bits[i] & np.uint32(0x7FFFFFFF)
         if a >= np.uint32(0x7F800000):
             bad += 1
         else:
             top = max(top, a)
-    for i in range(cols):
+    for i in range(bits.size):
         a = bits[i] & np.uint32(0x7FFFFFFF)
         if a > np.uint32(0x7F800000):
             bits[i] = np.uint32(0)
         elif a == np.uint32(0x7F800000):
             bits[i] = top | (bits[i] & np.uint32(0x80000000))
-    lost = max(0, bad - (cols - finite_before)) if finite_before else 0
+    lost = bad - infinite_before if kind != target and target != 0 else 0
     return top, bad, lost
 
 
 @jit
-def quantize_row(values: _Array, cols: int, scale: np.float32, half: np.int32, bias: np.int32, q: _Array) -> None:
+def quantize_row(values: _Array, scale: np.float32, half: np.int32, bias: np.int32, q: _Array) -> None:
     """q = clip(round half away from zero(value / scale)) + bias, as uint8."""
     if scale == np.float32(0):
-        for i in range(cols):
+        for i in range(q.size):
             q[i] = np.uint8(bias)
         return
-    for i in range(cols):
+    for i in range(q.size):
         y = values[i] / scale
         t = np.int32(y)
         r = y - np.float32(t)
         t = t + np.int32(r >= np.float32(0.5)) - np.int32(r <= np.float32(-0.5))
         t = max(-half, min(half - np.int32(1), t))
         q[i] = np.uint8(t + bias)
+
+
+@jit
+def weave8(q: _Array, out: _Array) -> None:
+    """int8 block order of families A and D: element i next to element i + 8 of each 16."""
+    for block in range(q.size // 16):
+        low, high, to = q[block * 16 : block * 16 + 8], q[block * 16 + 8 : block * 16 + 16], out[block * 8 : block * 8 + 8]
+        for i in range(8):
+            to[i] = np.uint16(low[i]) | (np.uint16(high[i]) << np.uint16(8))
+
+
+@jit
+def weave4(q: _Array, out: _Array) -> None:
+    """int4 block order of families A and D: elements i, i + 8, i + 16, i + 24 of each 32 side by side."""
+    for block in range(q.size // 32):
+        part, to = q[block * 32 : block * 32 + 32], out[block * 8 : block * 8 + 8]
+        for i in range(8):
+            to[i] = (
+                np.uint16(part[i])
+                | (np.uint16(part[i + 8]) << np.uint16(4))
+                | (np.uint16(part[i + 16]) << np.uint16(8))
+                | (np.uint16(part[i + 24]) << np.uint16(12))
+            )
+
+
+@jit
+def deal(words: _Array, run: np.uint64, out: _Array) -> None:
+    """Family A: runs of `run` 8-byte words of one channel, 16 words apart, the other channels of its group between them."""
+    # unsigned indices: no test for negative ones, so that the inner loop becomes one vector move
+    for t in range(np.uint64(words.size) // run):
+        to, at = np.uint64(t) * np.uint64(16), np.uint64(t) * run
+        for i in range(run):
+            out[to + np.uint64(i)] = words[at + np.uint64(i)]
 
 
 @jit
@@ -95,32 +123,27 @@ def int8_rows(
     bits = values.view(np.uint32)
     half_scratch = np.empty(cols, np.uint16)
     q = np.empty(cols, np.uint8)
+    woven = np.empty(cols // 8 * 4, np.uint16)
+    words = woven.view(np.uint64)
     one = np.empty(1, np.float32)
     one_bits = one.view(np.uint32)
     bad = lost = 0
     bias = np.int32(0) if family == 2 else np.int32(128)
     for r in range(rows):
-        top, b, o = prepare_row(source, start + r * stride, cols, kind, target, half_scratch, bits, values)
+        top, b, o = prepare_row(
+            source[start + r * stride : start + r * stride + cols], kind, target, half_scratch, bits, values
+        )
         bad += b
         lost += o
         one_bits[0] = top
         one[0] = one[0] * np.float32(0.0078125)
-        quantize_row(values, cols, one[0], np.int32(128), bias, q)
+        quantize_row(values, one[0], np.int32(128), bias, q)
         store_scale(scales, r, one_bits, target)
         if family == 0:
-            base = (r // 2) * cols + (r % 2) * 32
-            for t in range(cols // 64):
-                at = base + t * 64
-                for block in range(4):
-                    for i in range(8):
-                        k = t * 64 + block * 16 + i
-                        out[at + block * 8 + i] = np.uint16(q[k]) | (np.uint16(q[k + 8]) << np.uint16(8))
+            weave8(q, woven)
+            deal(words, np.uint64(8), out.view(np.uint64)[(r // 2) * cols // 4 + (r % 2) * 8 :])
         elif family == 3:
-            base = r * cols // 2
-            for block in range(cols // 16):
-                for i in range(8):
-                    k = block * 16 + i
-                    out[base + block * 8 + i] = np.uint16(q[k]) | (np.uint16(q[k + 8]) << np.uint16(8))
+            weave8(q, out[r * cols // 2 : (r + 1) * cols // 2])
         elif family == 1:
             base = r * cols // 2
             for block in range(cols // 4):
@@ -152,42 +175,27 @@ def int4_rows(
     bits = values.view(np.uint32)
     half_scratch = np.empty(cols, np.uint16)
     q = np.empty(cols, np.uint8)
+    woven = np.empty(cols // 16 * 4, np.uint16)
+    words = woven.view(np.uint64)
     one = np.empty(1, np.float32)
     one_bits = one.view(np.uint32)
     bad = lost = 0
     bias = np.int32(0) if family == 2 else np.int32(8)
     for r in range(rows):
-        top, b, o = prepare_row(source, start + r * stride, cols, kind, target, half_scratch, bits, values)
+        top, b, o = prepare_row(
+            source[start + r * stride : start + r * stride + cols], kind, target, half_scratch, bits, values
+        )
         bad += b
         lost += o
         one_bits[0] = top
         one[0] = one[0] * np.float32(0.125)
-        quantize_row(values, cols, one[0], np.int32(8), bias, q)
+        quantize_row(values, one[0], np.int32(8), bias, q)
         store_scale(scales, r, one_bits, target)
         if family == 0:
-            base = (r // 4) * cols + (r % 4) * 16
-            for t in range(cols // 64):
-                at = base + t * 64
-                for block in range(2):
-                    for i in range(8):
-                        k = t * 64 + block * 32 + i
-                        out[at + block * 8 + i] = (
-                            np.uint16(q[k])
-                            | (np.uint16(q[k + 8]) << np.uint16(4))
-                            | (np.uint16(q[k + 16]) << np.uint16(8))
-                            | (np.uint16(q[k + 24]) << np.uint16(12))
-                        )
+            weave4(q, woven)
+            deal(words, np.uint64(4), out.view(np.uint64)[(r // 4) * cols // 4 + (r % 4) * 4 :])
         elif family == 3:
-            base = r * cols // 4
-            for block in range(cols // 32):
-                for i in range(8):
-                    k = block * 32 + i
-                    out[base + block * 8 + i] = (
-                        np.uint16(q[k])
-                        | (np.uint16(q[k + 8]) << np.uint16(4))
-                        | (np.uint16(q[k + 16]) << np.uint16(8))
-                        | (np.uint16(q[k + 24]) << np.uint16(12))
-                    )
+            weave4(q, out[r * cols // 4 : (r + 1) * cols // 4])
         else:
             base = r * cols // 4
             for block in range(cols // 8):
