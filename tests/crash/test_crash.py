@@ -1,0 +1,83 @@
+"""Small counts of every crash test; `python tests/crash/full.py` runs the full ones."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from tests.crash import faults, flips, kills, powercut, processes
+from tests.crash.kills import Count
+from tests.crash.world import World, fast_folder
+
+MakeWorld = Callable[..., World]
+
+
+@pytest.fixture
+def make() -> Iterator[Callable[..., Any]]:
+    """Makes a World (or what `kind` is) in a folder that goes with the test."""
+    roots = []
+
+    def build(kind: Callable[..., Any] = World, **settings: object) -> Any:
+        roots.append(fast_folder())
+        return kind(roots[-1], **settings)
+
+    yield build
+    for root in roots:
+        shutil.rmtree(root)
+
+
+def good(count: Count, least: int) -> None:
+    assert not count.wrong, "\n".join(count.wrong[:10])
+    assert count.cases >= least, count
+
+
+@pytest.mark.parametrize("settings", [{}, {"replaced": True}], ids=["new", "replaced"])
+def test_killed_at_every_operation_any_number_of_times(make: MakeWorld, settings: dict[str, Any]) -> None:
+    count = kills.every_state(make(**settings))
+    good(count, 200)
+    assert count.facts["closed"], "states were left to look at"
+
+
+def test_killed_at_every_operation_int8_on_two_ranks(make: MakeWorld) -> None:
+    good(kills.every_state(make(quant="int8", tp=2, tile_rows=128), depth=1), 100)
+
+
+def test_sigkill_at_every_operation(make: MakeWorld) -> None:
+    good(kills.real_kills(make(), depth=2), 100)
+
+
+def test_sigkill_at_random_moments(make: MakeWorld) -> None:
+    count = processes.random_kills(make(processes.Runs), 30)
+    good(count, 30)
+    assert count.facts["killed"] >= 15, count
+    assert count.facts["journals"] >= 5, count
+
+
+@pytest.mark.parametrize("settings", [{}, {"replaced": True}], ids=["new", "replaced"])
+def test_every_operation_fails(make: MakeWorld, settings: dict[str, Any]) -> None:
+    good(faults.every_operation(make(**settings), step=2), 700)
+
+
+@pytest.mark.parametrize("settings", [{}, {"replaced": True}], ids=["new", "replaced"])
+def test_power_cuts(make: MakeWorld, settings: dict[str, Any]) -> None:
+    count = powercut.cuts(make(**settings), 500)
+    good(count, 500)
+    assert count.facts["distinct"] >= 80, count
+
+
+def test_lock_races(make: MakeWorld) -> None:
+    count = processes.lock_races(make(processes.Runs, megabytes=8), 20)
+    good(count, 20)
+    assert count.facts["locked out"] >= 20, count
+    assert count.facts["holders killed"] >= 5, count
+
+
+def test_flipped_bits_are_found(make: MakeWorld) -> None:
+    good(flips.flips(make(), 500), 500)
+
+
+def test_same_bytes_for_any_resources_and_interruptions(make: MakeWorld) -> None:
+    good(flips.matrix(make()), 54)

@@ -1,0 +1,234 @@
+"""What a user sees of resume, locks, signals and pressure."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from streamconv import api, memory, pool
+from streamconv.errors import DataError, LockedError, ResumeError
+from streamconv.fs import Disk, hidden
+from streamconv.journal import Done, Past, read
+from streamconv.lock import OutputLock
+from streamconv.options import Options, Resources
+from tests.crash.kills import raised
+from tests.crash.world import World, snapshot, write_model
+
+PROGRAM = """
+import sys, time
+from streamconv import fs, journal
+from streamconv.cli import main
+push = fs.OutputFolder.write
+def slow(self, *args):
+    push(self, *args)
+    time.sleep(0.01)
+fs.OutputFolder.write = slow
+journal.BATCH_SECONDS = 0.05
+sys.argv = ["streamconv", *sys.argv[1:]]
+main.run()
+"""
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+@pytest.fixture
+def mask() -> Iterator[int]:
+    before = os.umask(0o027)
+    yield 0o027
+    os.umask(before)
+
+
+def test_resume_skips_what_is_finished(world: World) -> None:
+    fresh = world.run()
+    world.reset()
+    assert raised(world, 90)
+    report = world.run()
+    assert report.resumed > 5
+    assert report.tiles + report.resumed == fresh.tiles
+    assert report.bytes_read < fresh.bytes_read
+    assert snapshot(world.out) == world.right
+
+
+def test_a_finished_tile_whose_bytes_changed_is_done_again(world: World) -> None:
+    assert raised(world, 90)
+    past = read(hidden(world.out, "journal"))
+    assert past is not None
+    finished = sum(len(tiles) for tiles in past.tiles.values())
+    work = hidden(world.out, "partial") / "rank0.safetensors"
+    data = bytearray(work.read_bytes())
+    size = int.from_bytes(data[:8], "little") + 8
+    for at in range(size, len(data), 5000):
+        data[at] ^= 1
+    work.write_bytes(data)
+    report = world.run()
+    assert 0 < report.resumed < finished
+    assert snapshot(world.out) == world.right
+
+
+@pytest.mark.parametrize("what", ["option", "source", "touched"])
+def test_changed_work_is_named_and_starts_over_only_with_force(world: World, what: str) -> None:
+    assert raised(world, 90)
+    shard = world.model / "model.safetensors"
+    if what == "option":
+        world.options = Options(quant="int8", target_sm=80)
+    elif what == "source":
+        data = bytearray(shard.read_bytes())
+        data[-1] ^= 1
+        shard.write_bytes(data)
+    else:
+        os.utime(shard, ns=(1, 1))
+    hidden(world.out, "lock").unlink()  # of the killed run; the others stay as they are
+    before = snapshot(world.place)
+    with pytest.raises(ResumeError, match="option quant" if what == "option" else "source file model.safetensors"):
+        world.run()
+    assert snapshot(world.place) == before
+    world.force = True
+    assert world.run().resumed == 0
+    assert os.listdir(world.place) == ["out"]
+
+
+def test_another_version_is_named(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert raised(world, 90)
+    monkeypatch.setattr("streamconv.journal.__version__", "99")
+    with pytest.raises(ResumeError, match="the version of streamconv"):
+        world.run()
+
+
+def test_bad_weights_leave_nothing_behind(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.0.mlp.down_proj.weight"][3, 3] = np.nan
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    out = tmp_path / "deep" / "er" / "out"
+    with pytest.raises(DataError):
+        api.convert(model, out, Options(quant="int8", target_sm=80), Resources(memory_budget=4 << 30, workers=2))
+    assert not (tmp_path / "deep").exists()
+
+
+def test_the_second_run_names_the_first(world: World) -> None:
+    lock = OutputLock(world.out, Disk())
+    lock.acquire()
+    try:
+        with pytest.raises(LockedError, match=f"process {os.getpid()} on "):
+            world.run()
+    finally:
+        lock.release()
+    world.run()
+    assert os.listdir(world.place) == ["out"]
+
+
+def test_a_dead_holders_lock_is_no_obstacle(world: World) -> None:
+    hidden(world.out, "lock").write_text("process 1 on elsewhere\n")
+    world.run()
+    assert os.listdir(world.place) == ["out"]
+
+
+def test_modes_follow_the_umask(world: World, mask: int) -> None:
+    world.run()
+    assert world.out.stat().st_mode & 0o777 == 0o777 & ~mask
+    assert {path.stat().st_mode & 0o777 for path in world.out.iterdir()} == {0o666 & ~mask}
+
+
+def test_later_lines_replace_those_they_overlap() -> None:
+    past = Past({})
+    for start, stop in ((0, 10), (10, 20), (30, 40), (5, 12), (20, 30)):
+        past.add(Done(0, start, stop, ()))
+    assert [(done.start, done.stop) for done in past.tiles[0]] == [(5, 12), (20, 30), (30, 40)]
+
+
+def test_a_torn_journal_ends_before_the_tear(world: World) -> None:
+    assert raised(world, 90)
+    path = hidden(world.out, "journal")
+    data = path.read_bytes()
+    lines = data.splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:4]) + lines[4][:-9])
+    past = read(path)
+    assert past is not None
+    assert sum(len(tiles) for tiles in past.tiles.values()) == 3
+    path.write_bytes(lines[0][:30])
+    assert read(path) is None
+    path.unlink()
+    assert read(path) is None
+
+
+def _slow_run(tmp_path: Path) -> tuple[subprocess.Popen[str], list[str]]:
+    model = write_model(tmp_path / "model", hidden=256, layers=4)
+    (tmp_path / "place").mkdir()
+    arguments = ["convert", str(model), str(tmp_path / "place" / "out"), "--workers", "2", "--memory-budget", "2GiB"]
+    environment = {**os.environ, "STREAMCONV_TILE_ROWS": "16"}
+    child = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, *arguments], env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    journal = tmp_path / "place" / ".out.streamconv-journal"
+    until = time.monotonic() + 60
+    while not (journal.exists() and journal.read_bytes().count(b"\n") > 5):
+        assert child.poll() is None, child.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    return child, arguments
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_in_order(tmp_path: Path, number: signal.Signals) -> None:
+    child, arguments = _slow_run(tmp_path)
+    began = time.monotonic()
+    child.send_signal(number)
+    _, said = child.communicate(timeout=30)
+    assert time.monotonic() - began < 5
+    assert child.returncode == 128 + number
+    assert "run the same command again" in said
+    assert said.count("\n") == 1, said
+    place = tmp_path / "place"
+    assert sorted(os.listdir(place)) == [".out.streamconv-journal", ".out.streamconv-partial"]
+    done = subprocess.run([sys.executable, "-m", "streamconv", *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "of an earlier run were kept" in done.stdout
+    assert os.listdir(place) == ["out"]
+
+
+def test_a_second_signal_kills(tmp_path: Path) -> None:
+    child, _ = _slow_run(tmp_path)
+    child.send_signal(signal.SIGTERM)
+    time.sleep(0.002)
+    child.send_signal(signal.SIGINT)
+    child.communicate(timeout=10)
+    assert child.returncode in (-signal.SIGINT, 128 + signal.SIGTERM)  # killed, or it was already through
+
+
+def test_workers_step_back_while_memory_is_short(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    free, active, most = [1 << 20], [0], [0]
+    lock = threading.Lock()
+    monkeypatch.setattr(memory, "available", lambda: free[0])
+    monkeypatch.setattr(pool, "_LOOK", 0.01)
+    do = pool.Pool._do
+
+    def watched(self: pool.Pool, *args: object) -> None:
+        with lock:
+            active[0] += 1
+            most[0] = max(most[0], active[0])
+        time.sleep(0.005)
+        do(self, *args)  # type: ignore[arg-type]
+        with lock:
+            active[0] -= 1
+
+    monkeypatch.setattr(pool.Pool, "_do", watched)
+    world.run(workers=4, tile_rows=16)
+    assert most[0] == 1
+    assert snapshot(world.out) == world.right
+    world.reset()
+    free[0], most[0] = 1 << 40, 0
+    world.run(workers=4, tile_rows=16)
+    assert most[0] > 1
