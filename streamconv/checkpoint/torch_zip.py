@@ -1,0 +1,289 @@
+"""PyTorch checkpoints (.bin, .pth, .pt): a zip of a pickle and one stored entry for each storage. torch is not needed.
+
+Only the directory, data.pkl and the local headers of the entries are read; every tensor becomes a byte range of the file.
+Zip and pickle are parsed strictly and in bounded memory: sizes are checked before anything is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from typing import Any, NamedTuple
+
+from streamconv.checkpoint.dtypes import DType
+from streamconv.checkpoint.pickle_records import read_pickle
+from streamconv.checkpoint.shard import Shard
+from streamconv.checkpoint.torch_names import Storage, TensorView
+from streamconv.errors import CheckpointError, TensorError, printable
+
+_MOST_PICKLE = 64 << 20
+_MOST_DIRECTORY = 64 << 20
+_MOST_ENTRIES = 500_000
+_STEPS, _STEPS_PER_ENTRY = 2_000_000, 200
+_END, _END64 = struct.Struct("<4s4H2IH"), struct.Struct("<4sQ2H2I4Q")
+_LOCATOR, _ENTRY, _LOCAL = struct.Struct("<4sIQI"), struct.Struct("<4s6H3I5H2I"), struct.Struct("<4s5H3I2H")
+_WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
+_ALL_ONES = 0xFFFFFFFF
+
+
+class TorchTensor(NamedTuple):
+    """One tensor; bytes [begin, begin + nbytes) of the file, row-major, little-endian."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    begin: int
+    nbytes: int
+
+
+class TorchFile(NamedTuple):
+    """What a file holds.
+
+    Attributes:
+        tensors: by name, in the order of the state dict.
+        digest: SHA-256 (hex) of the directory and data.pkl, which fix where every tensor lies.
+    """
+
+    tensors: dict[str, TorchTensor]
+    digest: str
+
+
+class _Entry(NamedTuple):
+    method: int
+    flags: int
+    compressed: int
+    size: int
+    header: int
+
+
+def read_torch(shard: Shard) -> TorchFile:
+    """The tensors of a checkpoint file.
+
+    Raises:
+        CheckpointError: no zip of torch.save, or its pickle holds anything but weights (nothing is executed).
+        TensorError: a tensor lies outside of its storage or is not contiguous.
+    """
+    shown = printable(str(shard.path))
+    directory, entries = _directory(shard, shown)
+    pickles = [name for name in entries if name == "data.pkl" or name.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise CheckpointError(f"{shown} is a zip without a data.pkl; it was not written by torch.save")
+    prefix = pickles[0][: -len("data.pkl")]
+    if prefix + "constants.pkl" in entries:
+        raise CheckpointError(f"{shown} is a TorchScript program, not a checkpoint", hint="save its state dict")
+    if prefix + "byteorder" in entries:
+        order = _content(shard, shown, prefix + "byteorder", entries, 16)
+        if order != b"little":
+            raise CheckpointError(f"{shown}: byteorder {printable(order.decode(errors='replace'))} is not supported")
+    pickled = _content(shard, shown, pickles[0], entries, _MOST_PICKLE)
+    root = read_pickle(pickled, shown, _STEPS + _STEPS_PER_ENTRY * len(entries))
+    places: dict[str, tuple[int, int]] = {}
+    tensors: dict[str, TorchTensor] = {}
+    for name, view in _state_dict(root, shown).items():
+        key = view.storage.key
+        if key not in places:
+            entry = f"{prefix}data/{key}"
+            if entry not in entries:
+                raise CheckpointError(f"{shown}: data.pkl names the storage {printable(key)}, which is not in the file")
+            places[key] = _place(shard, shown, entry, entries[entry])
+        tensors[name] = _tensor(shown, name, view, *places[key])
+    digest = hashlib.sha256(directory)
+    digest.update(pickled)
+    return TorchFile(tensors, digest.hexdigest())
+
+
+# ---- the zip
+
+
+def _directory(shard: Shard, shown: str) -> tuple[bytes, dict[str, _Entry]]:
+    """The central directory, and its entries by name."""
+    broken = CheckpointError(f"{shown} is not a whole zip file", hint="is the download complete?")
+    size = shard.size
+    head = _read(shard, 0, min(size, 512))
+    if head[:4] != b"PK\x03\x04":
+        raise _not_a_zip(shown, head)
+    tail_at = max(0, size - _END.size - 65535)
+    tail = _read(shard, tail_at, size)
+    at = tail.rfind(b"PK\x05\x06")
+    if at < 0 or len(tail) - at < _END.size:
+        raise broken
+    _, disk, first_disk, here, count, length, begin, comment = _END.unpack_from(tail, at)
+    end_at = tail_at + at
+    if disk or first_disk or here != count or end_at + _END.size + comment != size:
+        raise broken
+    limit = end_at
+    if end_at >= _LOCATOR.size:
+        mark, _, end64, _ = _LOCATOR.unpack(_read(shard, end_at - _LOCATOR.size, end_at))
+        if mark == b"PK\x06\x07":
+            if end64 + _END64.size > end_at - _LOCATOR.size:
+                raise broken
+            found = _END64.unpack(_read(shard, end64, end64 + _END64.size))
+            mark, _, _, _, disk, first_disk, here, count, length, begin = found
+            if mark != b"PK\x06\x06" or disk or first_disk or here != count:
+                raise broken
+            limit = end64
+    if begin + length != limit:
+        raise broken
+    if length > _MOST_DIRECTORY or count > _MOST_ENTRIES or count * _ENTRY.size > length:
+        raise CheckpointError(f"{shown}: a zip directory of {length} bytes for {count} entries is not accepted")
+    directory = _read(shard, begin, limit)
+    return directory, _entries(directory, count, begin, shown, broken)
+
+
+def _entries(directory: bytes, count: int, limit: int, shown: str, broken: CheckpointError) -> dict[str, _Entry]:
+    entries: dict[str, _Entry] = {}
+    at = 0
+    for _ in range(count):
+        if at + _ENTRY.size > len(directory):
+            raise broken
+        fields = _ENTRY.unpack_from(directory, at)
+        mark, _, _, flags, method, _, _, _, compressed, size, named, extra, comment, disk, _, _, header = fields
+        at += _ENTRY.size
+        name = directory[at : at + named].decode(errors="surrogateescape")
+        more = directory[at + named : at + named + extra]
+        at += named + extra + comment
+        if mark != b"PK\x01\x02" or at > len(directory) or disk not in (0, 0xFFFF):
+            raise broken
+        size, compressed, header = _wide(more, [size, compressed, header], broken)
+        if name in entries:
+            raise CheckpointError(f"{shown}: the zip holds {printable(name)} twice")
+        if header + _LOCAL.size > limit:
+            raise broken
+        entries[name] = _Entry(method, flags, compressed, size, header)
+    if at != len(directory):
+        raise broken
+    return entries
+
+
+def _wide(extra: bytes, values: list[int], broken: CheckpointError) -> list[int]:
+    """Zip64: those of the values that are all ones stand in the extra field 1, in this order."""
+    if _ALL_ONES not in values:
+        return values
+    at = 0
+    while at + 4 <= len(extra):
+        kind, length = struct.unpack_from("<HH", extra, at)
+        if kind == 1:
+            field = extra[at + 4 : at + 4 + length]
+            wide = iter(struct.unpack(f"<{len(field) // 8}Q", field[: len(field) // 8 * 8]))
+            found = [next(wide, -1) if value == _ALL_ONES else value for value in values]
+            if -1 not in found:
+                return found
+            break
+        at += 4 + length
+    raise broken
+
+
+def _place(shard: Shard, shown: str, name: str, entry: _Entry) -> tuple[int, int]:
+    """(begin, size) of an entry's bytes in the file."""
+    told = f"{shown}: the zip entry {printable(name)}"
+    if entry.flags & 0x2041:
+        raise CheckpointError(f"{told} is encrypted")
+    if entry.method != 0 or entry.compressed != entry.size:
+        raise CheckpointError(f"{told} is compressed", hint="torch.save stores entries; do not zip the file again")
+    mark, _, flags, method, _, _, _, _, _, named, extra = _LOCAL.unpack(
+        _read(shard, entry.header, entry.header + _LOCAL.size)
+    )
+    begin = entry.header + _LOCAL.size + named + extra
+    if mark != b"PK\x03\x04" or method != 0 or flags & 0x41 or begin + entry.size > shard.size:
+        raise CheckpointError(f"{told} does not lie where the directory says", hint="is the download complete?")
+    local = _read(shard, entry.header + _LOCAL.size, entry.header + _LOCAL.size + named)
+    if local != name.encode(errors="surrogateescape"):
+        raise CheckpointError(f"{told} has another name in its own header")
+    return begin, entry.size
+
+
+def _content(shard: Shard, shown: str, name: str, entries: dict[str, _Entry], limit: int) -> bytes:
+    if entries[name].size > limit:
+        size = entries[name].size
+        raise CheckpointError(f"{shown}: {printable(name)} has {size} bytes; at most {limit} are accepted")
+    begin, size = _place(shard, shown, name, entries[name])
+    return _read(shard, begin, begin + size)
+
+
+def _read(shard: Shard, begin: int, end: int) -> bytes:
+    with shard.window(begin, end) as window:
+        return bytes(window)
+
+
+def _not_a_zip(shown: str, head: bytes) -> CheckpointError:
+    if head[:1] == b"\x80" or head[257:262] == b"ustar":
+        return CheckpointError(
+            f"{shown} is in the format of PyTorch before 1.6, which has no directory of its tensors",
+            hint="load it with torch.load(weights_only=True) and save it again, better still as .safetensors",
+        )
+    if head.startswith(b"version https://git-lfs"):
+        return CheckpointError(f"{shown} is a Git LFS pointer, not the file itself", hint="run git lfs pull")
+    return CheckpointError(f"{shown} is not a PyTorch checkpoint", hint="is the download complete?")
+
+
+# ---- the state dict
+
+
+def _state_dict(root: Any, shown: str) -> dict[str, TensorView]:
+    """Name -> tensor, from a state dict or from one under a usual name (model, state_dict, ...)."""
+    for _ in range(3):
+        if type(root) is not dict:
+            raise CheckpointError(f"{shown} holds no dict of tensors")
+        if any(isinstance(value, TensorView) for value in root.values()):
+            break
+        inner = [key for key in _WRAPPERS if type(root.get(key)) is dict]
+        if len(inner) > 1:
+            raise CheckpointError(f"{shown} holds both {inner[0]} and {inner[1]}; which are the weights?")
+        if not inner:
+            break
+        root = root[inner[0]]
+    found: dict[str, TensorView] = {}
+    for key, value in root.items():
+        if isinstance(value, TensorView):
+            if type(key) is not str:
+                raise CheckpointError(f"{shown}: {key!r} is not a tensor name")
+            found[key] = value
+        elif _holds_tensors(value):
+            raise CheckpointError(f"{shown}: {printable(str(key))} holds more tensors, nested; a flat dict is needed")
+    if not found:
+        raise CheckpointError(f"{shown} holds no tensors under names")
+    return found
+
+
+def _holds_tensors(value: Any) -> bool:
+    """Whether a tensor is anywhere inside; a container that is in many places is looked at once."""
+    seen: set[int] = set()
+    todo = [value]
+    while todo:
+        value = todo.pop()
+        if isinstance(value, TensorView | Storage):
+            return True
+        if isinstance(value, dict | list | tuple) and id(value) not in seen:
+            seen.add(id(value))
+            todo.extend(value.values() if isinstance(value, dict) else value)
+    return False
+
+
+def _tensor(shown: str, name: str, view: TensorView, begin: int, size: int) -> TorchTensor:
+    told = f"{shown}: {printable(name)}"
+    unit = view.storage.dtype.itemsize if view.storage.dtype else 1
+    if view.storage.numel * unit != size:
+        raise TensorError(
+            f"{told}: data.pkl says {view.storage.numel * unit} bytes, the storage {printable(view.storage.key)} has {size}"
+        )
+    if len(view.shape) != len(view.strides):
+        raise TensorError(f"{told}: {len(view.shape)} dimensions, {len(view.strides)} strides")
+    count = 1
+    for length in view.shape:
+        count *= length
+        if count >= 1 << 63 and 0 not in view.shape:
+            raise TensorError(f"{told}: shape {list(view.shape)} is too large")
+    nbytes = count * view.dtype.itemsize
+    if count:
+        dense = 1
+        for length, stride in zip(reversed(view.shape), reversed(view.strides), strict=True):
+            if length != 1 and stride != dense:
+                raise TensorError(
+                    f"{told}: shape {list(view.shape)} with strides {list(view.strides)} is not contiguous",
+                    hint="save it again after .contiguous()",
+                )
+            dense *= length
+    start = view.offset * view.dtype.itemsize
+    if start + nbytes > size:
+        raise TensorError(f"{told}: bytes {start} to {start + nbytes} are outside of its storage of {size} bytes")
+    return TorchTensor(name, view.dtype, view.shape, begin + start, nbytes)
