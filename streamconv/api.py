@@ -46,7 +46,11 @@ class _Silent:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a conversion did: bytes, seconds, peak memory, and everything the user should know."""
+    """What a conversion did: bytes, seconds, peak memory, and everything the user should know.
+
+    `profile` says where the time went, in seconds: loading, creating the files, an average worker's share of each phase, all tiles
+    together, and the final sync.
+    """
 
     out: str
     files: int
@@ -60,6 +64,7 @@ class Report:
     tiles: int
     resumed: int
     device: str
+    profile: dict[str, float]
     warnings: tuple[str, ...]
 
 
@@ -186,6 +191,7 @@ def convert(
     resources, watcher, began = resources or Resources(), watcher or _Silent(), clock()
     index, plan = open_and_plan(source, options)
     outcome, where = Outcome(), ""
+    profile: dict[str, float] = {}
     shares = foresee(plan, resources)  # a budget that is far too small is refused before anything is loaded
     with contextlib.closing(index), Writer(Path(out), index.root, plan, index.shards, force, disk) as writer:
         if not writer.finished:
@@ -200,7 +206,9 @@ def convert(
                 shares = _fit_device(shares, choice, resources, costs)
             where = ", ".join(choice.devices) or f"cpu ({choice.why})"
             watcher.start(plan, shares)
+            loaded = clock()
             writer.begin()
+            started = clock()
             rows, journal = resources.tile_rows, writer.journal
             pool = Pool(
                 plan, index.shards, writer.folder, shares, costs, rows, watcher.tile, devices, journal, writer.past
@@ -209,10 +217,14 @@ def convert(
                 outcome = pool.run()
             finally:
                 writer.abandoned = pool.busy
+            tiled = clock()
             for shard in index.shards:
                 shard.check_unchanged()
             watcher.stage("syncing")
             writer.publish(outcome.hashes)
+            workers_spent = {phase: seconds / shares.workers for phase, seconds in outcome.seconds.items()}
+            profile = {"load": loaded - began, "create": started - loaded, **workers_spent}
+            profile |= {"tiles": tiled - started, "sync": clock() - tiled}
     warnings = list(plan.warnings)
     if outcome.device_lost:
         warnings.append(f"{outcome.device_lost}; the rest was done on the CPU")
@@ -233,5 +245,6 @@ def convert(
         tiles=outcome.tiles,
         resumed=outcome.resumed,
         device=where,
+        profile=profile,
         warnings=tuple(warnings),
     )

@@ -32,6 +32,10 @@ _LOOK = 0.25
 """Seconds between two looks at the free memory."""
 
 
+PHASES = ("read", "compute", "hash", "write")
+"""What a worker does with a tile; waiting for its turn in a matrix counts as hash."""
+
+
 @dataclass(frozen=True, slots=True)
 class Tile:
     """Source rows [start, stop) of a span; `done` if an earlier run recorded them as finished."""
@@ -51,6 +55,7 @@ class Outcome:
         overflow: source tensor -> finite values that became infinite in the model dtype.
         nonfinite: source tensor -> NaN or infinite values that were quantized all the same.
         resumed: tiles of an earlier run that were believed, after a look at their bytes.
+        seconds: worker seconds spent in each of PHASES, over all workers.
         device_lost: why the rest of the run was done on the CPU.
     """
 
@@ -62,6 +67,7 @@ class Outcome:
     tiles: int = 0
     resumed: int = 0
     device_lost: str = ""
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 class Pool:
@@ -280,14 +286,21 @@ class Pool:
         source_rows = tile.stop - tile.start
         size, stored = source_rows * span.row_bytes, source_rows * span.stored_row_bytes
         spare = source_rows * spare_bytes_per_row(span)
+        spent = dict.fromkeys(PHASES, 0.0)
+        began = time.monotonic()
         block = read_rows(self.shards, span, tile.start, tile.stop, arena, arena[size : size + spare])
+        now = time.monotonic()
+        spent["read"] = now - began
         rows = span.op.out_rows(source_rows)
         space = arena[-(-(size + spare) // 64) * 64 :]
         skipped = span.op.out_rows(tile.start - span.start)
         written, files, hashes, found = 0, set[str](), [], Findings()
         for request, dests in requests(span, self.plan.matrices).items():
             findings = Findings()
+            began = time.monotonic()
             parts = self._encode(device, request, span, rows, block, space, findings)
+            now = time.monotonic()
+            spent["compute"] += now - began
             self._judge(span, request[1].quantizes, findings)
             found.add(findings)
             hashes.append(tuple(xxhash.xxh3_128(part.data).hexdigest() for part in parts))
@@ -296,12 +309,16 @@ class Pool:
             for dest in dests:
                 matrix = self.plan.matrices[dest.matrix]
                 row = dest.row + skipped
+                began = time.monotonic()
                 self._order.take(dest.matrix, row, rows, parts)
+                now = time.monotonic()
+                spent["hash"] += now - began
                 for place, part in zip(matrix.places, parts, strict=True):
                     name = self.plan.files[matrix.file].name
                     self.folder.write(name, place.offset + row * place.row_bytes, part.data)
                     files.add(name)
                     written += part.size
+                spent["write"] += time.monotonic() - now
         if self._recorder is not None:
             done = Done(tile.span, tile.start, tile.stop, tuple(hashes), found.overflow, found.nonfinite)
             self._recorder.add(done, files, written)
@@ -309,6 +326,8 @@ class Pool:
             self.outcome.bytes_read += stored
             self.outcome.bytes_written += written
             self.outcome.tiles += 1
+            for phase, seconds in spent.items():
+                self.outcome.seconds[phase] = self.outcome.seconds.get(phase, 0.0) + seconds
         self.progress(stored, written)
 
     def _encode(

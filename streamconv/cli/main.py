@@ -148,6 +148,8 @@ def show_report(report: Any, as_json: bool, quiet: bool) -> None:
         f"peak memory {show_size(report.peak_memory)} of {show_size(report.budget)} with {report.workers} workers"
         + (f"; {report.resumed} tiles of an earlier run were kept" if report.resumed else "")
     )
+    if report.profile:
+        print("seconds: " + ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in report.profile.items()))
 
 
 @cli.command()
