@@ -5,21 +5,26 @@ from __future__ import annotations
 import difflib
 import heapq
 import json
+import math
 import os
 import stat
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
 from streamconv.checkpoint.dtypes import DType
 from streamconv.checkpoint.header import Header, read_header
+from streamconv.checkpoint.meta import PARAMS, Assembled, assemble, is_meta, meta_files
 from streamconv.checkpoint.shard import Shard, open_regular
+from streamconv.checkpoint.torch_zip import TorchTensor, read_torch
 from streamconv.errors import CheckpointError, TensorError, printable
 
 _CONFIG = "config.json"
 _WEIGHT_MAP = "model.safetensors.index.json"
+_TORCH_WEIGHT_MAP = "pytorch_model.bin.index.json"
+_TORCH = (".bin", ".pth", ".pt")
 _MAX_CONFIG = 16 << 20
 _MAX_WEIGHT_MAP = 64 << 20
 
@@ -40,16 +45,21 @@ class Index:
     """An opened source.
 
     Attributes:
-        root: the folder, or the one .safetensors file that was named.
-        config: config.json as it is.
+        root: the folder, or the one weight file that was named.
+        config: config.json as it is, or Meta's params.json.
         shards: the files, in the order of their names.
-        tensors: by name, in the order of the files and of the data in them.
+        tensors: by name, in the order of the files and of the data in them. For Meta `shard` and `begin` are those of the
+            first block, the rest is of the whole tensor.
+        digests: for each shard that is no safetensors file, SHA-256 (hex) of what fixes where its tensors lie.
+        assembled: for a Meta source, the same tensors with all their blocks; None for Hugging Face.
     """
 
     root: Path
     config: dict[str, Any]
     shards: tuple[Shard, ...]
     tensors: dict[str, TensorRecord]
+    digests: dict[int, str] = field(default_factory=dict)
+    assembled: dict[str, Assembled] | None = None
 
     def close(self) -> None:
         for shard in self.shards:
@@ -65,7 +75,7 @@ class Index:
 
 
 def open_index(path: str | os.PathLike[str]) -> Index:
-    """Open a Hugging Face folder, or one .safetensors file with its config.json beside it.
+    """Open a Hugging Face folder, one weight file with its config.json beside it, or Meta's folder.
 
     Raises:
         CheckpointError: something is missing or no checkpoint; HeaderError for a bad header.
@@ -82,30 +92,68 @@ def open_index(path: str | os.PathLike[str]) -> Index:
     if stat.S_ISDIR(mode):
         folder, weight_map = root, None
         if not os.path.lexists(folder / _CONFIG):
+            if is_meta(folder):
+                return _open_meta(folder)
             raise CheckpointError(
                 f"missing config.json in {shown}", hint="a checkpoint folder holds config.json beside its weights"
             )
         config = read_json(folder / _CONFIG, _MAX_CONFIG)
-        if os.path.lexists(folder / _WEIGHT_MAP):
-            weight_map = _weight_map(folder)
+        names = _found(folder)
+        listed = _WEIGHT_MAP if not names or names[0].endswith(".safetensors") else _TORCH_WEIGHT_MAP
+        if not names and not os.path.lexists(folder / listed):
+            listed = _TORCH_WEIGHT_MAP
+        if os.path.lexists(folder / listed):
+            weight_map = _weight_map(folder / listed)
             names = sorted(set(weight_map.values()))
-        else:
-            names = _found(folder)
-    elif root.suffix == ".safetensors":
+        if not names:
+            raise CheckpointError(f"no .safetensors file in {shown}, nor any pytorch_model*.bin")
+    elif root.suffix in (".safetensors", *_TORCH):
         folder, weight_map, names = root.parent, None, [root.name]
         if not os.path.lexists(folder / _CONFIG):
             raise CheckpointError(f"missing config.json beside {shown}", hint="put the model's config.json there")
         config = read_json(folder / _CONFIG, _MAX_CONFIG)
     else:
-        raise CheckpointError(f"{shown} is neither a folder nor a .safetensors file")
+        raise CheckpointError(f"{shown} is neither a folder nor a weight file (.safetensors, .bin, .pth, .pt)")
     shards = tuple(Shard(folder / name) for name in names)
+    digests: dict[int, str] = {}
     try:
-        tensors = _tensors(shards, weight_map)
+        tensors = _tensors(shards, weight_map, digests)
     except BaseException:
         for shard in shards:
             shard.close()
         raise
-    return Index(root, config, shards, tensors)
+    return Index(root, config, shards, tensors, digests)
+
+
+def _open_meta(folder: Path) -> Index:
+    params = read_json(folder / PARAMS, _MAX_CONFIG)
+    files = meta_files(folder)
+    shards = tuple(Shard(folder / name) for names in files for name in names)
+    held: list[dict[str, tuple[int, TorchTensor]]] = []
+    digests: dict[int, str] = {}
+    try:
+        for names in files:
+            union: dict[str, tuple[int, TorchTensor]] = {}
+            for _ in names:
+                number = len(digests)
+                content = read_torch(shards[number])
+                digests[number] = content.digest
+                for name, tensor in content.tensors.items():
+                    if name in union:
+                        raise TensorError(f"tensor {printable(name)} is in two files of consolidated.{len(held):02d}")
+                    union[name] = (number, tensor)
+            held.append(union)
+        assembled = assemble(held, params)
+    except BaseException:
+        for shard in shards:
+            shard.close()
+        raise
+    tensors = {}
+    for name, whole in assembled.items():
+        first = whole.blocks[0]
+        nbytes = whole.dtype.itemsize * math.prod(whole.shape)
+        tensors[name] = TensorRecord(name, whole.dtype, whole.shape, first.shard, first.begin, nbytes)
+    return Index(folder, params, shards, tensors, digests, assembled)
 
 
 def read_json(path: Path, limit: int) -> dict[str, Any]:
@@ -146,8 +194,8 @@ def nearest(name: str, names: Iterable[str]) -> str | None:
     return next((other for other in best if found and other[:300] == found[0]), None)
 
 
-def _weight_map(folder: Path) -> dict[str, str]:
-    path = folder / _WEIGHT_MAP
+def _weight_map(path: Path) -> dict[str, str]:
+    folder = path.parent
     shown = printable(str(path))
     listed = read_json(path, _MAX_WEIGHT_MAP).get("weight_map")
     if not isinstance(listed, dict) or not listed:
@@ -168,8 +216,9 @@ def _check_inside(folder: Path, name: str, index: str) -> None:
     plain = name not in ("", ".", "..") and not any(mark in name for mark in "/\\:")
     if not plain or any(ord(letter) < 32 for letter in name) or len(name.encode(errors="replace")) > 255:
         raise CheckpointError(f"{index} names the file {shown}, which is not a plain file name")
-    if not name.endswith(".safetensors"):
-        raise CheckpointError(f"{index} names the file {shown}, which is not a .safetensors file")
+    wanted = ".bin" if index.endswith(_TORCH_WEIGHT_MAP) else ".safetensors"
+    if not name.endswith(wanted):
+        raise CheckpointError(f"{index} names the file {shown}, which is not a {wanted} file")
     path = folder / name
     if not os.path.lexists(path):
         raise CheckpointError(f"missing file {shown}, named in {index}", hint="is the download complete?")
@@ -185,7 +234,7 @@ def _check_inside(folder: Path, name: str, index: str) -> None:
 
 
 def _found(folder: Path) -> list[str]:
-    """The weight files of a folder that has no index file."""
+    """The weight files of a folder: safetensors, if there are none PyTorch's."""
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
@@ -193,21 +242,16 @@ def _found(folder: Path) -> list[str]:
     found = [name for name in names if name.endswith(".safetensors") and not name.startswith(".")]
     # Mistral's repositories hold the same weights twice, once under Meta's names in consolidated*.safetensors.
     found = [name for name in found if not name.startswith("consolidated")] or found
-    if found:
-        return found
-    shown = printable(str(folder))
-    old = [name for name in names if name.endswith((".bin", ".pth", ".pt")) and name != "training_args.bin"]
-    if old:
-        raise CheckpointError(f"{shown} holds {printable(old[0])} but no .safetensors file; this is not supported yet")
-    raise CheckpointError(f"no .safetensors file in {shown}")
+    return found or [name for name in names if name.startswith("pytorch_model") and name.endswith(".bin")]
 
 
-def _tensors(shards: tuple[Shard, ...], weight_map: dict[str, str] | None) -> dict[str, TensorRecord]:
+def _tensors(
+    shards: tuple[Shard, ...], weight_map: dict[str, str] | None, digests: dict[int, str]
+) -> dict[str, TensorRecord]:
     found: dict[str, TensorRecord] = {}
     for number, shard in enumerate(shards):
-        header: Header = read_header(shard.fileno(), shard.path)
         file = shard.path.name
-        for name, dtype, shape, begin, end in header.tensors.values():
+        for name, dtype, shape, begin, nbytes in _held(shard, number, digests):
             if weight_map is not None and weight_map.get(name) != file:
                 other = weight_map.get(name)
                 where = (
@@ -217,9 +261,19 @@ def _tensors(shards: tuple[Shard, ...], weight_map: dict[str, str] | None) -> di
             if name in found:
                 first = shards[found[name].shard].path.name
                 raise TensorError(f"tensor {printable(name)} is in two files, {printable(first)} and {printable(file)}")
-            found[name] = TensorRecord(name, dtype, shape, number, begin, end - begin)
+            found[name] = TensorRecord(name, dtype, shape, number, begin, nbytes)
     if weight_map is not None and len(found) != len(weight_map):
         name = next(name for name in weight_map if name not in found)
         file = weight_map[name]
         raise TensorError(f"tensor {printable(name)} is not in {printable(file)}, where the index file places it")
     return found
+
+
+def _held(shard: Shard, number: int, digests: dict[int, str]) -> list[TorchTensor]:
+    """The tensors of one file, whatever its format."""
+    if shard.path.suffix in _TORCH:
+        content = read_torch(shard)
+        digests[number] = content.digest
+        return list(content.tensors.values())
+    header: Header = read_header(shard.fileno(), shard.path)
+    return [TorchTensor(t.name, t.dtype, t.shape, t.begin, t.end - t.begin) for t in header.tensors.values()]

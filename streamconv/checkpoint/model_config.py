@@ -214,9 +214,10 @@ def from_meta(params: Mapping[str, Any], vocab_rows: int | None = None) -> Model
             multiple, factor = int(params.get("multiple_of", 1)), float(params.get("ffn_dim_multiplier") or 1)
             inter = multiple * -(-int(int(8 * dim / 3) * factor) // multiple)
         eps = float(params["norm_eps"])
+        kv = int(params.get("n_kv_heads") or heads)
     except (KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
         raise CheckpointError(f"params.json: {printable(str(error))} is missing or not a number") from None
-    if min(dim, layers, heads, inter) < 1:
+    if min(dim, layers, heads, kv, inter) < 1:
         raise CheckpointError("params.json: sizes must be positive")
     scaling = {"type": "llama3"} if params.get("use_scaled_rope") else params.get("rope_scaling")
     return ModelConfig(
@@ -226,7 +227,7 @@ def from_meta(params: Mapping[str, Any], vocab_rows: int | None = None) -> Model
         hidden_size=dim,
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        num_key_value_heads=int(params.get("n_kv_heads") or heads),
+        num_key_value_heads=kv,
         head_size=dim // heads,
         intermediate_size=inter,
         vocab_size=vocab if vocab > 0 else (vocab_rows or 32000),

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from streamconv.cli import signals, view
 from streamconv.cli.main import resources, show_report
 from streamconv.cli.official_flags import parse, unsupported
-from streamconv.errors import StreamconvError, UsageError
+from streamconv.errors import StreamconvError, UsageError, printable
 from streamconv.quants.refused import refuse
 
 TAKEN_OVER = {"int4_gptq", "int8_gptq", "int4_awq"}
-SUPPORTED: set[str] = TAKEN_OVER | {"fp8_rowwise"}
+SUPPORTED: set[str] = TAKEN_OVER | {"fp8_rowwise", "meta"}
 """Work beyond the unquantized and weight-only conversions that is built."""
 
 
@@ -37,10 +38,16 @@ def _convert(arguments: list[str]) -> int:
     missing = unsupported(request, SUPPORTED)
     if missing:
         raise UsageError(f"not built yet: {', '.join(missing)}", hint="nothing was converted")
-    if request.model_dir is None:
-        raise UsageError("--model_dir is required")
+    source = request.quant_ckpt_path or request.model_dir or request.meta_ckpt_dir
+    if source is None:
+        raise UsageError("--model_dir or --meta_ckpt_dir is required")
+    if source == request.meta_ckpt_dir and os.path.lexists(os.path.join(source, "config.json")):
+        raise UsageError(
+            f"--meta_ckpt_dir {printable(source)} holds a config.json, so it is a Hugging Face folder",
+            hint="give it as --model_dir, or name the folder that holds params.json alone",
+        )
     report = api.convert(
-        request.quant_ckpt_path or request.model_dir,
+        source,
         request.output_dir,
         request.options,
         resources(request.memory_budget, request.workers, request.device),

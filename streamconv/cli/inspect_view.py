@@ -5,22 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 from streamconv.checkpoint.index import open_index
-from streamconv.checkpoint.model_config import from_hf
 from streamconv.cli.view import dump, table
 from streamconv.errors import StreamconvError, printable
-from streamconv.families import family_of
 from streamconv.matching import match
 from streamconv.memory import show_size
 from streamconv.options import Options
-from streamconv.targets.trtllm.planner import make_plan
+from streamconv.targets.trtllm.planner import make_plan, model_of
 
 
 def show(source: str, as_json: bool) -> None:
     """Print an index."""
     index = open_index(Path(source))
     try:
-        model = from_hf(index.config)
-        family = family_of(model.architecture)
+        model, family = model_of(index)
         found, unmatched = match(family, index.tensors, ("", "language_model."))
         roles = {name: key[0] for key, name in found.items()}
         becomes: dict[str, list[str]] = {}

@@ -43,12 +43,13 @@ def read_rows(shards: Sequence[Shard], span: Span, start: int, stop: int, buffer
     source = cast(SourceTensor, span.source)
     itemsize = source.dtype.itemsize
     if source.axis == 0:
-        first = 0
+        first = 0  # row of the tensor where the piece begins; a tile may reach over several (a head cut in two)
         for piece in source.pieces:
-            if start < first + piece.rows:
-                break
+            low, high = max(start, first), min(stop, first + piece.rows)
+            if low < high:
+                part = out.data[(low - start) * span.row_bytes : (high - start) * span.row_bytes]
+                shards[piece.shard].read_into(piece.begin + (low - first) * span.row_bytes, part)
             first += piece.rows
-        shards[piece.shard].read_into(piece.begin + (start - first) * span.row_bytes, out.data)
     else:
         column = 0
         for piece in source.pieces:

@@ -18,10 +18,9 @@ HERE = Path(__file__).parent
 ROPE_TABLES = frozenset({"embed_positions", "rotary_inv_freq", "embed_positions_for_gpt_attention"})
 
 # What is converted so far. Widen here, and only here.
-MODEL_PREFIXES = ("inputs/llama", "inputs/mistral")
+MODEL_PREFIXES = ("inputs/llama", "inputs/mistral", "inputs/meta")
 UNSUPPORTED_FLAGS = frozenset(
     {
-        "--meta_ckpt_dir",
         "--smoothquant",
         "--int8_kv_cache",
         "--remove_duplicated_kv_heads",

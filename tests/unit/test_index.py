@@ -175,7 +175,7 @@ def test_nothing_to_read(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="neither a folder"):
         open_index(tmp_path / "config.json")
     (tmp_path / "pytorch_model.bin").touch()
-    with pytest.raises(CheckpointError, match="not supported yet"):
+    with pytest.raises(CheckpointError, match="not a PyTorch checkpoint"):
         open_index(tmp_path)
     (tmp_path / "alone").mkdir()
     _save(tmp_path / "alone" / "m.safetensors", "a")

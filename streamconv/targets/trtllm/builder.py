@@ -22,7 +22,6 @@ from streamconv.plan import (
     PartPlace,
     RowOp,
     Source,
-    SourceTensor,
     Span,
     align_of,
 )
@@ -172,14 +171,6 @@ class Builder:
 
     def _cut(self, source: Source, feeds: list[_Feed]) -> list[Span]:
         cuts = {edge for feed in feeds for edge in (feed.start, feed.stop)}
-        if isinstance(source, SourceTensor) and source.axis == 0 and len(source.pieces) > 1:
-            first = min(cuts)
-            last = max(cuts)
-            edge = 0
-            for piece in source.pieces:
-                edge += piece.rows
-                if first < edge < last:
-                    cuts.add(edge)
         edges = sorted(cuts)
         spans = []
         for start, stop in itertools.pairwise(edges):

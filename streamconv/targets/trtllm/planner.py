@@ -9,10 +9,12 @@ from collections.abc import Mapping as MappingType
 
 from streamconv.checkpoint.dtypes import MODEL_DTYPES
 from streamconv.checkpoint.index import Index
-from streamconv.checkpoint.model_config import ModelConfig, from_hf
+from streamconv.checkpoint.meta import output_rows
+from streamconv.checkpoint.model_config import ModelConfig, from_hf, from_meta
 from streamconv.checkpoint.quantized import source_quantization
 from streamconv.errors import RefusedError, UsageError, printable
 from streamconv.families import Family, family_of
+from streamconv.families.meta import META
 from streamconv.options import TARGET_SMS, TARGET_VERSIONS, Options
 from streamconv.plan import Piece, Plan, SourceFile, SourceTensor
 from streamconv.quants import quant_of
@@ -28,6 +30,11 @@ from streamconv.targets.trtllm.sources import Roles
 def source_tensors(index: Index) -> dict[str, SourceTensor]:
     """The index's tensors as matrices to read rows from."""
     found = {}
+    for name, whole in (index.assembled or {}).items():
+        pieces = tuple(Piece(*block) for block in whole.blocks)
+        found[name] = SourceTensor(name, whole.dtype, whole.shape, pieces, whole.axis)
+    if index.assembled is not None:
+        return found
     for name, record in index.tensors.items():
         shape = record.shape
         tensor = SourceTensor(name, record.dtype, shape, ())
@@ -39,13 +46,28 @@ def source_tensors(index: Index) -> dict[str, SourceTensor]:
 def source_files(index: Index) -> tuple[SourceFile, ...]:
     """Identity of every shard: its size and a hash of its header, which fixes where every tensor lies."""
     files = []
-    for shard in index.shards:
+    for number, shard in enumerate(index.shards):
+        if number in index.digests:
+            files.append(SourceFile(shard.path.name, shard.size, index.digests[number]))
+            continue
         with shard.window(0, 8) as length:
             size = 8 + int(struct.unpack("<Q", bytes(length[:8]))[0])
         with shard.window(0, size) as header:
             digest = hashlib.sha256(header).hexdigest()
         files.append(SourceFile(shard.path.name, shard.size, digest))
     return tuple(files)
+
+
+def model_of(index: Index) -> tuple[ModelConfig, Family]:
+    """What the source says of its model, and the names that its tensors have.
+
+    Raises:
+        CheckpointError: the config lacks something, or its architecture is unknown.
+    """
+    if index.assembled is not None:
+        return from_meta(index.config, output_rows(index.assembled)), META
+    model = from_hf(index.config)
+    return model, family_of(model.architecture)
 
 
 def check_options(options: Options) -> None:
@@ -92,8 +114,7 @@ def make_plan(index: Index, options: Options) -> Plan:
         RefusedError: the request cannot give a correct checkpoint; every reason is listed.
     """
     check_options(options)
-    model = from_hf(index.config)
-    family = family_of(model.architecture)
+    model, family = model_of(index)
     stated = source_quantization(index.config, index.root)
     options = _settled(takeover.take_over(options, stated), family)
     check_options(options)
@@ -104,7 +125,11 @@ def make_plan(index: Index, options: Options) -> Plan:
         raise RefusedError(problems)
     dtype = MODEL_DTYPES[resolve_dtype(options.dtype, model.dtype)]
     mapping = Mapping(options.tp_size, options.pp_size, *moe)
-    stored = prequantized.assemble(source_tensors(index), stated, 8 if options.quant == "int8_gptq" else 4, index.shards)
+    if family is META:  # Meta quantizes nothing, and its tensors have many pieces
+        stored = prequantized.Stored(source_tensors(index))
+    else:
+        bits = 8 if options.quant == "int8_gptq" else 4
+        stored = prequantized.assemble(source_tensors(index), stated, bits, index.shards)
     problems = stored.problems + takeover.group_problems(options, stored)
     if problems:
         raise RefusedError(problems)
@@ -164,8 +189,8 @@ def _kv_heads(model: ModelConfig, options: Options) -> int:
 def _same_bytes(index: Index, roles: Roles) -> bool:
     """Whether lm_head is a bit-identical copy of the embedding (only asked with --use-embedding-sharing, §3.6)."""
     names = [roles.found.get((role, -1, -1)) for role in ("embedding", "lm_head")]
-    if any(name not in index.tensors for name in names):
-        return False
+    if index.assembled is not None or any(name not in index.tensors for name in names):
+        return False  # Meta's path never shares (§5.7)
     first, second = (index.tensors[name] for name in names if name is not None)
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False

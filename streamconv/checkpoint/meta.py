@@ -1,0 +1,156 @@
+"""Meta checkpoints: params.json and consolidated.NN.pth, each tensor cut over F files (checkpoint spec §5).
+
+Whatever F and the ranks wanted are, a tensor is the assembled whole: its pieces lie one above the other (axis 0) or side by
+side (axis 1), and are never copied together.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from streamconv.checkpoint.dtypes import DType
+from streamconv.checkpoint.torch_zip import TorchTensor
+from streamconv.errors import CheckpointError, TensorError, printable
+
+PARAMS = "params.json"
+_FILE = re.compile(r"consolidated\.([0-9]{2})(\.pth)?")
+_PART = re.compile(r"consolidated-.*\.pth")
+
+
+class Block(NamedTuple):
+    """Rows and columns of a tensor that one file holds; `begin` is an offset in the file of shard number `shard`."""
+
+    shard: int
+    begin: int
+    rows: int
+    cols: int
+
+
+class Assembled(NamedTuple):
+    """A tensor as one; the blocks lie one above the other (axis 0) or side by side (axis 1)."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    axis: int
+    blocks: tuple[Block, ...]
+
+
+Found = Mapping[str, tuple[int, TorchTensor]]
+"""What one of Meta's F files holds: name -> (shard number, tensor)."""
+
+
+def is_meta(folder: Path) -> bool:
+    """Whether a folder is a Meta checkpoint; consolidated.*.safetensors of other makers are none."""
+    return os.path.lexists(folder / PARAMS) and bool(_numbered(folder))
+
+
+def _numbered(folder: Path) -> dict[int, list[str]]:
+    found: dict[int, list[str]] = {}
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise CheckpointError(f"cannot list {printable(str(folder))}: {error.strerror}") from None
+    for name in names:
+        known = _FILE.fullmatch(name)
+        if known and (known[2] or (folder / name).is_dir()):
+            found.setdefault(int(known[1]), []).append(name)
+    return found
+
+
+def meta_files(folder: Path) -> list[list[str]]:
+    """For each of Meta's F files, in order, the files (relative to the folder) that hold it: one, or a split directory's.
+
+    Raises:
+        CheckpointError: a number is missing or there twice.
+    """
+    numbered = _numbered(folder)
+    shown = printable(str(folder))
+    files = []
+    for number in range(max(numbered, default=-1) + 1):
+        names = numbered.get(number, [])
+        if len(names) != 1:
+            what = "missing file" if not names else "both a file and a folder"
+            raise CheckpointError(f"{shown}: {what} consolidated.{number:02d}.pth", hint="is the download complete?")
+        if names[0].endswith(".pth"):
+            files.append(names)
+            continue
+        parts = sorted(name for name in os.listdir(folder / names[0]) if _PART.fullmatch(name))
+        if not parts:
+            raise CheckpointError(f"{shown}: the folder {names[0]} holds no consolidated-*.pth")
+        files.append([f"{names[0]}/{part}" for part in parts])
+    return files
+
+
+def assemble(files: Sequence[Found], params: Mapping[str, Any]) -> dict[str, Assembled]:
+    """Every tensor as one, in the order of the first file.
+
+    Args:
+        files: Meta's F files, in order.
+        params: params.json, for the number of tokens.
+
+    Raises:
+        TensorError: a file lacks a tensor that others hold, or shapes or dtypes do not fit together.
+    """
+    for number, file in enumerate(files):
+        for other in files:
+            lacking = next((name for name in other if name not in file), None)
+            if lacking is not None:
+                raise TensorError(f"tensor {printable(lacking)} is not in consolidated.{number:02d}, but in other files")
+    vocab = _vocabulary(files, params)
+    return {name: _join(name, [file[name] for file in files], vocab) for name in files[0]}
+
+
+def output_rows(tensors: Mapping[str, Assembled]) -> int | None:
+    """Rows of the output matrix: the number of tokens where params.json states none (§2.9)."""
+    output = tensors.get("output.weight")
+    return output.shape[0] if output is not None and output.shape else None
+
+
+def _vocabulary(files: Sequence[Found], params: Mapping[str, Any]) -> int:
+    stated = params.get("vocab_size", -1)
+    if type(stated) is int and stated > 0:
+        return stated
+    found = [file["output.weight"][1].shape for file in files if "output.weight" in file]
+    return sum(shape[0] for shape in found if shape)
+
+
+def _axis(name: str, shapes: list[tuple[int, ...]], vocab: int) -> int | None:
+    """How Meta cuts this tensor (§5.2); None if every file holds all of it."""
+    if len(shapes[0]) < 2:
+        return None
+    if name.endswith((".attention.wo.weight", ".feed_forward.w2.weight")):
+        return 1
+    if name == "tok_embeddings.weight":
+        if shapes[0][0] * len(shapes) == vocab:
+            return 0  # Llama 3 cuts the tokens,
+        return 1 if shapes[0][0] == vocab else 0  # Llama 1 and 2 the columns
+    return 0
+
+
+def _join(name: str, held: list[tuple[int, TorchTensor]], vocab: int) -> Assembled:
+    first = held[0][1]
+    shapes = [tensor.shape for _, tensor in held]
+    axis = _axis(name, shapes, vocab)
+    for number, (_, tensor) in enumerate(held):
+        shape = tensor.shape
+        if axis is None:
+            fits = shape == first.shape
+        else:
+            fits = len(shape) == len(first.shape) == 2 and shape[1 - axis] == first.shape[1 - axis]
+        if tensor.dtype != first.dtype or not fits:
+            raise TensorError(
+                f"{printable(name)}: {tensor.dtype} {list(shape)} in consolidated.{number:02d} does not fit"
+                f" {first.dtype} {list(first.shape)} in consolidated.00"
+            )
+    if axis is None:
+        rows = first.shape[0] if first.shape else 1
+        return Assembled(name, first.dtype, first.shape, 0, (Block(held[0][0], first.begin, rows, 1),))
+    whole = list(first.shape)
+    whole[axis] = sum(shape[axis] for shape in shapes)
+    blocks = tuple(Block(shard, tensor.begin, *tensor.shape) for shard, tensor in held)
+    return Assembled(name, first.dtype, tuple(whole), axis, blocks)
