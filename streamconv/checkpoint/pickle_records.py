@@ -246,7 +246,7 @@ _OPCODES: dict[int, Callable[[_Machine], None]] = {
         "C": lambda m: _bytes(m, "B"),
         "\x8e": lambda m: _bytes(m, "Q"),
         ")": lambda m: m.push(()),
-        "\x85": lambda m: _tuple(m, 1),
+        "\x85": lambda m: m.push((m.pop(),)),
         "\x86": lambda m: _tuple(m, 2),
         "\x87": lambda m: _tuple(m, 3),
         "t": lambda m: m.push(tuple(m.since_mark())),

@@ -19,7 +19,7 @@ from streamconv.errors import CheckpointError, TensorError, printable
 _MOST_PICKLE = 64 << 20
 _MOST_DIRECTORY = 64 << 20
 _MOST_ENTRIES = 500_000
-_STEPS, _STEPS_PER_ENTRY = 2_000_000, 200
+_STEPS, _STEPS_PER_ENTRY = 1_000_000, 200
 _END, _END64 = struct.Struct("<4s4H2IH"), struct.Struct("<4sQ2H2I4Q")
 _LOCATOR, _ENTRY, _LOCAL = struct.Struct("<4sIQI"), struct.Struct("<4s6H3I5H2I"), struct.Struct("<4s5H3I2H")
 _WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
