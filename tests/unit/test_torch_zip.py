@@ -62,7 +62,7 @@ def test_every_dtype(tmp_path: Path, protocol: int) -> None:
     state = {name: random_of(getattr(torch, dtype.torch)) for name, dtype in DTYPES.items()}
     state |= {"scalar": torch.tensor(7.5), "empty": torch.zeros(0, 5), "vector": torch.arange(9)}
     path = save(tmp_path / "m.bin", state, pickle_protocol=protocol)
-    check_same(path, loaded(path))
+    check_same(path, loaded(path) if protocol < 4 else state)  # torch's own safe reader stops at protocol 3
 
 
 def test_shared_storages_and_views(tmp_path: Path) -> None:
