@@ -1,6 +1,6 @@
 """Write a Llama-shaped Hugging Face checkpoint of any size, in little memory.
 
-    python benchmarks/make_model.py --out FOLDER [--layers 16] [--hidden 2048] ... [--sparse]
+    python benchmarks/make_model.py --out FOLDER [--layout hf|hf-bin|meta] [--layers 16] ... [--sparse]
 
 The defaults are a model of 2.2 GB. Weights look like a real model's (normal, small), but come from one random block of
 64 MB that every tensor starts to read at another place: making the numbers must not take longer than writing them.
@@ -10,6 +10,7 @@ With --sparse only the headers are written and the files get their full length a
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import sys
@@ -17,9 +18,13 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, from anywhere
+
+from benchmarks.torch_files import meta_params, meta_tensors, write_torch
 
 BLOCK_BYTES = 64 << 20
 WEIGHT_STD = 0.02
@@ -117,7 +122,7 @@ def random_block(dtype: str, seed: int) -> memoryview:
     return memoryview(block)
 
 
-def write_weight(file: BinaryIO, block: memoryview, name: str, size: int, itemsize: int) -> None:
+def write_weight(file: IO[bytes], block: memoryview, name: str, size: int, itemsize: int) -> None:
     """`size` bytes of the block, round and round, from a place that depends on the name."""
     at = zlib.crc32(name.encode()) % (len(block) // itemsize) * itemsize
     while size:
@@ -143,6 +148,15 @@ def split_shards(tensors: list[tuple[str, tuple[int, ...]]], count: int) -> list
     return groups
 
 
+def write_tensor(block: memoryview, dtype: str, file: IO[bytes], name: str, shape: tuple[int, ...]) -> None:
+    """The bytes of one tensor: a norm is all ones, as in a model that was just initialised."""
+    if len(shape) == 1:
+        file.write(to_dtype(np.ones(shape, np.float32), dtype).tobytes())
+    else:
+        itemsize = DTYPES[dtype][2]
+        write_weight(file, block, name, math.prod(shape) * itemsize, itemsize)
+
+
 def write_shard(
     path: Path, tensors: list[tuple[str, tuple[int, ...]]], dtype: str, block: memoryview | None
 ) -> int:
@@ -162,27 +176,43 @@ def write_shard(
             file.truncate(8 + len(text) + at)
             return at
         for name, shape in tensors:
-            if len(shape) == 1:  # a norm: all ones, as in a model that was just initialised
-                file.write(to_dtype(np.ones(shape, np.float32), dtype).tobytes())
-            else:
-                write_weight(file, block, name, math.prod(shape) * itemsize, itemsize)
+            write_tensor(block, dtype, file, name, shape)
     return at
 
 
-def write_model(out: Path, shape: Shape, *, shards: int = 3, seed: int = 0, sparse: bool = False) -> int:
-    """Write the checkpoint folder; gives the bytes of all tensors."""
+def write_meta(out: Path, shape: Shape, *, files: int = 2, seed: int = 0) -> int:
+    """Write Meta's layout: consolidated.NN.pth, each with its part of every tensor."""
     out.mkdir(parents=True, exist_ok=True)
+    total = 0
+    for number in range(files):
+        fill = functools.partial(write_tensor, random_block(shape.dtype, seed + number), shape.dtype)
+        tensors = list(meta_tensors(shape, files))
+        total += write_torch(out / f"consolidated.{number:02d}.pth", tensors, shape.dtype, fill)
+    (out / "params.json").write_text(json.dumps(meta_params(shape)) + "\n")
+    return total
+
+
+def write_model(
+    out: Path, shape: Shape, *, shards: int = 3, seed: int = 0, sparse: bool = False, torch_files: bool = False
+) -> int:
+    """Write the checkpoint folder, in safetensors or PyTorch's .bin; gives the bytes of all tensors."""
+    out.mkdir(parents=True, exist_ok=True)
+    stem, ending = ("pytorch_model", "bin") if torch_files else ("model", "safetensors")
     groups = split_shards(list(hf_tensors(shape)), shards)
     block = None if sparse else random_block(shape.dtype, seed)
     weight_map: dict[str, str] = {}
     total = 0
     for i, group in enumerate(groups):
-        name = "model.safetensors" if shards == 1 else f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
-        total += write_shard(out / name, group, shape.dtype, block)
+        name = f"{stem}.{ending}" if shards == 1 else f"{stem}-{i + 1:05d}-of-{shards:05d}.{ending}"
+        if torch_files:
+            assert block is not None
+            total += write_torch(out / name, group, shape.dtype, functools.partial(write_tensor, block, shape.dtype))
+        else:
+            total += write_shard(out / name, group, shape.dtype, block)
         weight_map |= dict.fromkeys((tensor for tensor, _ in group), name)
     if shards > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (out / f"{stem}.{ending}.index.json").write_text(json.dumps(index, indent=2) + "\n")
     # Last, so that a folder with a config.json is a whole model.
     (out / "config.json").write_text(json.dumps(hf_config(shape), indent=2) + "\n")
     return total
@@ -201,9 +231,9 @@ def main() -> int:
     parser.add_argument("--vocab", type=int, default=32768)
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16")
     parser.add_argument("--tied", action="store_true", help="no lm_head")
-    parser.add_argument("--shards", type=int, default=3)
+    parser.add_argument("--shards", type=int, help="files: 3 unless given, Meta 2")
     parser.add_argument("--sparse", action="store_true", help="headers only, the weights are holes")
-    parser.add_argument("--layout", choices=["hf"], default="hf")
+    parser.add_argument("--layout", choices=["hf", "hf-bin", "meta"], default="hf")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     shape = Shape(
@@ -217,8 +247,17 @@ def main() -> int:
         dtype=args.dtype,
         tied=args.tied,
     )
-    total = write_model(args.out, shape, shards=args.shards, seed=args.seed, sparse=args.sparse)
-    print(f"{args.out}: {total / 1e9:.2f} GB in {args.shards} files{', sparse' if args.sparse else ''}")
+    shards = args.shards or (2 if args.layout == "meta" else 3)
+    if args.sparse and args.layout != "hf":
+        raise SystemExit("--sparse goes with --layout hf only")
+    if args.layout == "meta":
+        total = write_meta(args.out, shape, files=shards, seed=args.seed)
+    else:
+        torch_files = args.layout == "hf-bin"
+        total = write_model(
+            args.out, shape, shards=shards, seed=args.seed, sparse=args.sparse, torch_files=torch_files
+        )
+    print(f"{args.out}: {total / 1e9:.2f} GB in {shards} files{', sparse' if args.sparse else ''}")
     return 0
 
 
