@@ -60,8 +60,9 @@ class OneLayer:
         self.config.use_cache = False
         if self._kinds:
             self.config.layer_types = self._kinds[:1]
+        build: Any = AutoModelForCausalLM
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(self.config, dtype=dtype)  # type: ignore[no-untyped-call]
+            model = build.from_config(self.config, dtype=dtype)
         self.body: Any = model.model
         self.body.norm = torch.nn.Identity()
         self.body.embed_tokens = torch.nn.Identity()
