@@ -51,6 +51,8 @@ def tile_cost(span: Span, matrices: tuple[Matrix, ...], on_device: bool = False)
         if not is_copy(request, span.source.dtype):
             fused = request[1].kernel(span.source.dtype) is not None
             kernel, torch = kernel or fused, torch or not fused
+    if span.reduce is not None:  # on the CPU, device or not
+        work, torch = span.source.cols * span.reduce.bytes_per_element, True
     return TileCost(span.row_bytes + spare_bytes_per_row(span) + out + work, span.align, kernel, torch)
 
 

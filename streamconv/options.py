@@ -27,6 +27,7 @@ class Options:
         rope_tables: also write the three rotary tables of checkpoint spec §1.7.
         allow_nonfinite: quantize matrices that hold NaN or infinity instead of stopping.
         smoothquant: the alpha of SmoothQuant, used by quant "smoothquant" only.
+        activation_ranges: file of a calibration run, for quant "smoothquant" and kv_cache "int8".
         max_position_embeddings: overrides the value taken from the source, None keeps it.
     """
 
@@ -49,6 +50,7 @@ class Options:
     disable_weight_only_quant_plugin: bool = False
     use_meta_fp8_rowwise_recipe: bool = False
     smoothquant: float = 0.5
+    activation_ranges: str | None = None
     per_channel: bool = False
     per_token: bool = False
     rope_tables: bool = False

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from math import lcm
 from typing import Protocol
 
-from streamconv.checkpoint.dtypes import DType
+from streamconv.checkpoint.dtypes import F32, DType
 from streamconv.options import Options
-from streamconv.quants.base import Encoding
+from streamconv.quants.base import Encoding, Reduction
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +128,16 @@ class SourceTensor:
 
 
 @dataclass(frozen=True, slots=True)
+class Blank:
+    """One zero in the place of a source: the encoding gives the stored values from reductions alone."""
+
+    name: str
+    dtype: DType = F32
+    rows: int = 1
+    cols: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class PackedTensor(SourceTensor):
     """An integer weight [N, K] that the source stores packed; reading it gives signed int8, one row per output channel.
 
@@ -189,7 +199,11 @@ class Dest:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Source rows [start, stop) that are read once, for every matrix that needs them."""
+    """Source rows [start, stop) that are read once, for every matrix that needs them.
+
+    Attributes:
+        reduce: nothing is written; the rows contribute to this reduction (an earlier pass over them).
+    """
 
     source: Source
     start: int
@@ -197,6 +211,7 @@ class Span:
     op: RowOp
     dests: tuple[Dest, ...]
     align: int
+    reduce: Reduction | None = None
 
     @property
     def row_bytes(self) -> int:
@@ -258,13 +273,23 @@ class Plan:
         return sum(span.nbytes for span in self.spans if isinstance(span.source, SourceTensor))
 
     @property
+    def passes(self) -> int:
+        """How often the most read source rows are read: 1 unless a format needs maxima over whole matrices first."""
+        counts: dict[str, set[str]] = {}
+        for span in self.spans:
+            counts.setdefault(span.source.name, set()).add(span.reduce.key if span.reduce else "")
+        return max((len(found) for found in counts.values()), default=1)
+
+    @property
     def bytes_written(self) -> int:
         return sum(file.size for file in self.files) + len(self.config)
 
     def fingerprint(self) -> str:
         """SHA-256 over everything that decides the output: options, sources, config.json and all headers."""
         digest = hashlib.sha256()
-        asked = {"options": self.options.to_json(), "family": self.family, "dtype": self.dtype.name}
+        options = self.options.to_json()
+        del options["activation_ranges"]  # its content counts, in `sources`, and not its place
+        asked = {"options": options, "family": self.family, "dtype": self.dtype.name}
         digest.update(json.dumps(asked, sort_keys=True).encode())
         for source in self.sources:
             digest.update(f"{source.name}\0{source.size}\0{source.header_hash}\n".encode())

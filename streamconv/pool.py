@@ -19,6 +19,7 @@ from streamconv.journal import Done, Journal, Recorder
 from streamconv.order import Order, Stop
 from streamconv.plan import Dest, Plan, Span
 from streamconv.quants.base import Findings
+from streamconv.results import Results
 from streamconv.stages.encode import Request, encode, is_copy, requests, row_costs
 from streamconv.stages.read import read_rows, spare_bytes_per_row
 
@@ -105,6 +106,7 @@ class Pool:
         self._recorder = Recorder(journal, folder, self.fail) if journal is not None else None
         self.outcome = Outcome()
         self._order = Order(plan.matrices)
+        self._results = Results(plan.spans)
         self._tiles = self._cut()
         self._lock = threading.Lock()
         self._error: BaseException | None = None
@@ -185,6 +187,7 @@ class Pool:
                 self._error = error
             self._tiles = iter(())
         self._order.stop()
+        self._results.stop()
 
     def _work(self, number: int) -> None:
         import mmap
@@ -291,6 +294,11 @@ class Pool:
         block = read_rows(self.shards, span, tile.start, tile.stop, arena, arena[size : size + spare])
         now = time.monotonic()
         spent["read"] = now - began
+        if span.reduce is not None:
+            self._reduce(span, source_rows, block)
+            spent["compute"] = time.monotonic() - now
+            self._did(tile, stored, 0, spent)
+            return
         rows = span.op.out_rows(source_rows)
         space = arena[-(-(size + spare) // 64) * 64 :]
         skipped = span.op.out_rows(tile.start - span.start)
@@ -298,7 +306,8 @@ class Pool:
         for request, dests in requests(span, self.plan.matrices).items():
             findings = Findings()
             began = time.monotonic()
-            parts = self._encode(device, request, span, rows, block, space, findings)
+            bound = (request[0], request[1].bind(self._results, span.source.name))
+            parts = self._encode(device, bound, span, rows, block, space, findings)
             now = time.monotonic()
             spent["compute"] += now - began
             self._judge(span, request[1].quantizes, findings)
@@ -322,6 +331,17 @@ class Pool:
         if self._recorder is not None:
             done = Done(tile.span, tile.start, tile.stop, tuple(hashes), found.overflow, found.nonfinite)
             self._recorder.add(done, files, written)
+        self._did(tile, stored, written, spent)
+
+    def _reduce(self, span: Span, rows: int, block: np.ndarray[Any, Any]) -> None:
+        """A tile of an earlier pass: it is not in the journal, a resumed run reads it again."""
+        import torch
+
+        if span.reduce is not None:
+            matrix = torch.from_numpy(block).view(getattr(torch, span.source.dtype.torch)).reshape(rows, span.source.cols)
+            self._results.add(span.reduce.key, rows, span.reduce.tile(matrix, self._results))
+
+    def _did(self, tile: Tile, stored: int, written: int, spent: Mapping[str, float]) -> None:
         with self._lock:
             self.outcome.bytes_read += stored
             self.outcome.bytes_written += written

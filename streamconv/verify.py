@@ -16,6 +16,8 @@ from streamconv.checkpoint.header import read_header
 from streamconv.checkpoint.shard import Shard
 from streamconv.errors import StreamconvError, VerifyError, printable
 from streamconv.plan import Dest, Plan, Span
+from streamconv.quants.base import Encoding
+from streamconv.results import Results
 
 _LOADABLE = {"F16", "BF16", "F32", "I8", "I32", "I64", "BOOL", "F8_E4M3"}
 _REQUIRED = ("architecture", "dtype", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "mapping")
@@ -213,9 +215,10 @@ def _against_source(
             verdict.problems.append("config.json is not what this source gives")
         files = [Shard(folder / file.name) for file in plan.files]
         sums: dict[int, list[float]] = {}
+        results = Results(plan.spans)
         try:
             for span in plan.spans:
-                _compare(plan, span, index.shards, files, sums, progress)
+                _compare(plan, span, index.shards, files, sums, results, progress)
         finally:
             for shard in files:
                 shard.close()
@@ -233,7 +236,13 @@ def _against_source(
 
 
 def _compare(
-    plan: Plan, span: Span, shards: Any, files: list[Shard], sums: dict[int, list[float]], progress: Callable[[int], None]
+    plan: Plan,
+    span: Span,
+    shards: Any,
+    files: list[Shard],
+    sums: dict[int, list[float]],
+    results: Results,
+    progress: Callable[[int], None],
 ) -> None:
     import numpy as np
     import torch
@@ -248,10 +257,13 @@ def _compare(
         rows = span.op.out_rows(stop - start)
         dtype = getattr(torch, span.source.dtype.torch)
         whole = torch.from_numpy(block).view(dtype).reshape(rows, span.source.cols)
+        if span.reduce is not None:
+            results.add(span.reduce.key, rows, span.reduce.tile(whole, results))
         for dest in span.dests:
-            got = decoded(plan, dest, span.op.out_rows(start - span.start), rows, files)
-            want = plan.matrices[dest.matrix].encoding.values(torch.cat([whole[:, a:b] for a, b in dest.cols], 1))
-            if getattr(plan.matrices[dest.matrix].encoding, "add_one", False):
+            encoding = plan.matrices[dest.matrix].encoding.bind(results, span.source.name)
+            got = decoded(plan, dest, span.op.out_rows(start - span.start), rows, files, encoding)
+            want = encoding.values(torch.cat([whole[:, a:b] for a, b in dest.cols], 1))
+            if getattr(encoding, "add_one", False):
                 want = want + 1.0
             gap = (got - want).double()
             entry = sums.setdefault(dest.matrix, [0.0, 0.0, 0.0, 0.0])
@@ -263,7 +275,9 @@ def _compare(
         progress(block.size)
 
 
-def decoded(plan: Plan, dest: Dest, skipped: int, rows: int, files: list[Shard]) -> Any:
+def decoded(
+    plan: Plan, dest: Dest, skipped: int, rows: int, files: list[Shard], encoding: Encoding | None = None
+) -> Any:
     """float32 [rows, cols] of a matrix, from the bytes of the output."""
     import numpy as np
     import torch
@@ -274,4 +288,4 @@ def decoded(plan: Plan, dest: Dest, skipped: int, rows: int, files: list[Shard])
         data = np.empty(rows * place.row_bytes, np.uint8)
         files[matrix.file].read_into(place.offset + (dest.row + skipped) * place.row_bytes, data.data)
         parts.append(torch.from_numpy(data))
-    return matrix.encoding.decode(parts, rows, matrix.cols)
+    return (encoding or matrix.encoding).decode(parts, rows, matrix.cols)

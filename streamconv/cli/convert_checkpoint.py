@@ -12,7 +12,7 @@ from streamconv.errors import StreamconvError, UsageError, printable
 from streamconv.quants.refused import refuse
 
 TAKEN_OVER = {"int4_gptq", "int8_gptq", "int4_awq"}
-SUPPORTED: set[str] = TAKEN_OVER | {"fp8_rowwise", "meta"}
+SUPPORTED: set[str] = TAKEN_OVER | {"fp8_rowwise", "meta", "smoothquant", "int8_kv_cache"}
 """Work beyond the unquantized and weight-only conversions that is built."""
 
 

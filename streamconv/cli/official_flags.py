@@ -167,6 +167,7 @@ def parse(argv: list[str]) -> OfficialRequest:
         disable_weight_only_quant_plugin=args.disable_weight_only_quant_plugin,
         use_meta_fp8_rowwise_recipe=args.use_meta_fp8_rowwise_recipe,
         smoothquant=args.smoothquant if args.smoothquant is not None else 0.5,
+        activation_ranges=args.activation_ranges,
         per_channel=args.per_channel,
         per_token=args.per_token,
         rope_tables=args.rope_tables,

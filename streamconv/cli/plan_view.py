@@ -25,6 +25,7 @@ def content(plan: Plan, shares: Shares, costs: list[TileCost], out: str | None) 
         + [{"name": "config.json", "size": len(plan.config), "tensors": 0}],
         "stored_as": dict(plan.decisions),
         "bytes_to_read": plan.bytes_read,
+        "passes": plan.passes,
         "bytes_to_write": plan.bytes_written,
         "memory": {
             "budget": shares.budget,
@@ -54,7 +55,8 @@ def show(plan: Plan, shares: Shares, costs: list[TileCost], device: str, out: st
     print(table(files, ("file", "size", "tensors")) + "\n")
     print(table(list(plan.decisions.items()), ("module", "stored as")) + "\n")
     memory, disk = told["memory"], told["disk"]
-    print(f"read     {show_size(plan.bytes_read)}")
+    passes = f", weights in {plan.passes} passes" if plan.passes > 1 else ""
+    print(f"read     {show_size(plan.bytes_read)}{passes}")
     print(f"write    {show_size(plan.bytes_written)}")
     print(
         f"memory   peak {show_size(memory['peak'])} of {show_size(memory['budget'])}: {show_size(memory['before_first_tile'])} "

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from streamconv.checkpoint.dtypes import DType
 
@@ -53,6 +53,30 @@ class Findings:
         self.overflow += other.overflow
 
 
+class Known(Protocol):
+    """Finished reductions; `get` waits for one."""
+
+    def get(self, key: str) -> torch.Tensor: ...
+
+
+class Reduction(ABC):
+    """A maximum over all rows of one or more sources, which must be complete before other rows can be encoded.
+
+    Attributes:
+        key: what the result is called; sources with the same key are reduced together.
+        needs: keys of reductions that must be complete before.
+        bytes_per_element: working memory of `tile` for each source element.
+    """
+
+    key: str
+    needs: tuple[str, ...] = ()
+    bytes_per_element: int = 32
+
+    @abstractmethod
+    def tile(self, block: torch.Tensor, known: Known) -> torch.Tensor:
+        """Source rows [r, cols] -> their maxima; those of all tiles are merged by an elementwise maximum."""
+
+
 Kernel = Callable[["np.ndarray[Any, Any]", int, int, int, int, "Sequence[np.ndarray[Any, Any]]"], Findings]
 """A fused CPU kernel: kernel(flat, start, stride, rows, cols, outs).
 
@@ -73,6 +97,13 @@ class Encoding(ABC):
 
     quantizes: bool = False
     """True if NaN and infinity must stop the conversion."""
+
+    needs: tuple[str, ...] = ()
+    """Keys of the reductions that must be complete before rows can be encoded."""
+
+    def bind(self, known: Known, source: str) -> Encoding:
+        """This encoding with the results it needs, for rows of the source tensor `source`."""
+        return self
 
     @abstractmethod
     def parts(self, rows: int, cols: int, experts: int = 0) -> tuple[Part, ...]:

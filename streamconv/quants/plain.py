@@ -24,16 +24,22 @@ class Plain(Encoding):
         add_one: store value + 1 (Gemma norms, spec §6.5): added in float32 for BF16 sources, else in the source dtype.
         vector: a matrix of one column that is stored as a vector.
         suffix: last component of the tensor's name.
+        via_half: rounded to float16 first, as everything beside SmoothQuant is (quantization spec §6.4).
     """
 
     dtype: DType
     add_one: bool = False
     vector: bool = False
     suffix: str = "weight"
+    via_half: bool = False
 
     @property
     def name(self) -> str:  # type: ignore[override]
         return self.dtype.name
+
+    def halved(self, source: DType) -> bool:
+        """The rounding to float16 changes something."""
+        return self.via_half and source.name != "F16"
 
     def parts(self, rows: int, cols: int, experts: int = 0) -> tuple[Part, ...]:
         shape: tuple[int, ...] = (rows,) if self.vector else ((experts, rows, cols) if experts else (rows, cols))
@@ -45,7 +51,7 @@ class Plain(Encoding):
         target = getattr(torch, self.dtype.torch)
         if self.add_one:
             block = (block.float() if block.dtype == torch.bfloat16 else block) + 1.0
-        made = block.to(target)
+        made = (block.to(torch.float16) if self.via_half else block).to(target)
         if made.dtype != block.dtype:
             findings.overflow += int((torch.isinf(made) & ~torch.isinf(block)).sum())
         return (made.contiguous().reshape(-1).view(torch.uint8),)
@@ -56,7 +62,7 @@ class Plain(Encoding):
         return parts[0].view(getattr(torch, self.dtype.torch)).reshape(rows, cols).to(torch.float32)
 
     def kernel(self, source: DType) -> Kernel | None:
-        if self.add_one or not {source.name, self.dtype.name} <= {"F32", "F16", "BF16"}:
+        if self.add_one or self.halved(source) or not {source.name, self.dtype.name} <= {"F32", "F16", "BF16"}:
             return None
         from streamconv.kernels.cast import cast_kernel
 

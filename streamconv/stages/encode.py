@@ -29,7 +29,7 @@ def requests(span: Span, matrices: tuple[Matrix, ...]) -> dict[Request, list[Des
 def is_copy(request: Request, dtype: DType) -> bool:
     """The stored bytes are the source's, column slices apart."""
     encoding = request[1]
-    return isinstance(encoding, Plain) and encoding.dtype == dtype and not encoding.add_one
+    return isinstance(encoding, Plain) and encoding.dtype == dtype and not encoding.add_one and not encoding.halved(dtype)
 
 
 def is_whole_copy(request: Request, span: Span) -> bool:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from streamconv.checkpoint.shard import Shard
 from streamconv.errors import TensorError, printable
-from streamconv.plan import PackedTensor, SourceTensor, Span
+from streamconv.plan import Blank, PackedTensor, SourceTensor, Span
 from streamconv.stages.unpack import read_channels
 from streamconv.targets.trtllm.rope import RopeTable
 
@@ -37,6 +37,9 @@ def read_rows(shards: Sequence[Shard], span: Span, start: int, stop: int, buffer
         import numpy as np
 
         out[:] = np.ascontiguousarray(span.source.fill(start, stop)).reshape(-1).view(np.uint8)
+        return out
+    if isinstance(span.source, Blank):
+        out[:] = 0
         return out
     if isinstance(span.source, PackedTensor):
         return read_channels(shards, span.source, start, stop, buffer, spare)

@@ -21,8 +21,6 @@ ROPE_TABLES = frozenset({"embed_positions", "rotary_inv_freq", "embed_positions_
 MODEL_PREFIXES = ("inputs/llama", "inputs/mistral", "inputs/meta")
 UNSUPPORTED_FLAGS = frozenset(
     {
-        "--smoothquant",
-        "--int8_kv_cache",
         "--remove_duplicated_kv_heads",
     }
 )

@@ -25,7 +25,7 @@ from streamconv.plan import (
     Span,
     align_of,
 )
-from streamconv.quants.base import Encoding, Part
+from streamconv.quants.base import Encoding, Part, Reduction
 
 
 @dataclass(slots=True)
@@ -78,6 +78,7 @@ class Builder:
     _feeds: dict[str, list[_Feed]] = field(default_factory=dict)
     _sources: dict[str, Source] = field(default_factory=dict)
     _fixed: list[_Fixed] = field(default_factory=list)
+    _reductions: dict[str, list[tuple[Source, Reduction]]] = field(default_factory=dict)
 
     def matrix(
         self, file: int, name: str, rows: int, cols: int, encoding: Encoding, *, experts: int = 0, note: str = ""
@@ -105,6 +106,11 @@ class Builder:
         feeds = self._feeds.setdefault(source.name, [])
         feeds.append(_Feed(start, stop, op, matrix, draft.filled, tuple(cols or ((0, source.cols),))))
         draft.filled += op.out_rows(stop - start)
+
+    def reduce(self, source: Source | None, reduction: Reduction) -> None:
+        """All rows of the source contribute to a reduction, before anything that needs it."""
+        if source is not None:
+            self._reductions.setdefault(reduction.key, []).append((source, reduction))
 
     def fed(self, sources: Container[str]) -> dict[int, list[Fed]]:
         """Matrix -> what it was given so far from these sources (by name), in the order of its rows."""
@@ -167,7 +173,28 @@ class Builder:
         ]
         constants = [Constant(f.file, f.name, places[f.file][f.name][0], f.data) for f in self._fixed]
         spans = [span for name, feeds in self._feeds.items() for span in self._cut(self._sources[name], feeds)]
-        return files, matrices, spans, constants
+        return files, matrices, self._after_reductions(spans), constants
+
+    def _after_reductions(self, spans: list[Span]) -> list[Span]:
+        """The spans, each reduction right before the first of them that needs it."""
+        if not self._reductions:
+            return spans
+        ordered: list[Span] = []
+        done: set[str] = set()
+
+        def put(keys: tuple[str, ...]) -> None:
+            for key in keys:
+                if key not in done:
+                    done.add(key)
+                    for source, reduction in self._reductions[key]:
+                        put(reduction.needs)
+                        ordered.append(Span(source, 0, source.rows, PLAIN_ROWS, (), 1, reduction))
+
+        for span in spans:
+            for dest in span.dests:
+                put(self._drafts[dest.matrix].encoding.needs)
+            ordered.append(span)
+        return ordered
 
     def _cut(self, source: Source, feeds: list[_Feed]) -> list[Span]:
         cuts = {edge for feed in feeds for edge in (feed.start, feed.stop)}

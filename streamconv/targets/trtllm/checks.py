@@ -64,7 +64,36 @@ def refusals(model: ModelConfig, family: Family, options: Options, kv: int, moe:
     kind = scaling.get("type", scaling.get("rope_type", "none"))
     known = ("none", "linear", "dynamic", "longrope", "llama3", "yarn", "mrope", "su")
     refuse(kind not in known, f"config.json: rope_scaling type {kind!r} is not one TensorRT-LLM has ({', '.join(known[:7])})")
-    problems += takeover.refusals(options, kv)
+    problems += takeover.refusals(options, kv) + _calibrated(model, family, options, kv)
+    return problems
+
+
+def _calibrated(model: ModelConfig, family: Family, options: Options, kv: int) -> list[str]:
+    """What SmoothQuant and the INT8 KV cache cannot do (quantization spec §6.6, §7)."""
+    problems = []
+    if options.kv_cache == "int8" and "q" not in family.tensors:
+        problems.append(f"--kv-cache int8: {family.name} stores q, k and v as one tensor, which is not supported")
+    if options.quant != "smoothquant":
+        return problems
+    if not 0 <= options.smoothquant <= 1:
+        problems.append(f"--smoothquant {options.smoothquant:g}: alpha is a number from 0 to 1")
+    if family.config_class != "llama" or not {"q", "gate"} <= set(family.tensors) or "q_norm" in family.tensors:
+        problems.append(f"--quant smoothquant: {family.name} is not supported, only models of the Llama type are")
+    if family.name == "llama-meta":
+        problems.append("--quant smoothquant: a Meta checkpoint is not supported; convert the Hugging Face one")
+    if model.num_experts:
+        problems.append("--quant smoothquant: mixture-of-experts weights are not SmoothQuantized; use --quant int8 or int4")
+    if kv < options.tp_size:
+        problems.append(
+            f"--quant smoothquant: --tp-size {options.tp_size} is more than num_key_value_heads {kv}, heads would be cut"
+        )
+    if model.num_attention_heads * model.head_size != model.hidden_size:
+        size = model.num_attention_heads * model.head_size
+        problems.append(f"--quant smoothquant: num_attention_heads * head_dim {size} is not hidden_size {model.hidden_size}")
+    if options.remove_duplicated_kv_heads:
+        problems.append("--quant smoothquant and --remove-duplicated-kv-heads exclude each other")
+    if model.mlp_bias:
+        problems.append("--quant smoothquant: mlp_bias is not supported")
     return problems
 
 

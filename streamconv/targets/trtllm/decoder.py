@@ -6,6 +6,7 @@ Checkpoint spec §3 (dense), §4 (experts), §5.5 (Meta rows), §6 (families). M
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -17,8 +18,10 @@ from streamconv.plan import PLAIN_ROWS, RowOp, SourceTensor
 from streamconv.quants import Module, Quant
 from streamconv.quants.base import Encoding
 from streamconv.quants.plain import Plain
+from streamconv.ranges import Ranges
 from streamconv.targets.trtllm.builder import Builder
 from streamconv.targets.trtllm.mapping import Mapping, Rank, even, kv_heads, padded, stage_layers
+from streamconv.targets.trtllm.smooth_layer import SmoothLayer
 from streamconv.targets.trtllm.sources import Roles
 
 _Rows = tuple[int, int]
@@ -32,6 +35,7 @@ class Decoder:
         kv: KV heads written (after removing duplicates).
         shared: lm_head is left out, the embedding serves (§3.6).
         tied: lm_head is made from the embedding.
+        ranges: what a calibration run measured, where a format needs it.
     """
 
     model: ModelConfig
@@ -45,6 +49,7 @@ class Decoder:
     kv: int
     shared: bool
     tied: bool
+    ranges: Ranges | None = None
     refused: list[str] = field(default_factory=list)
     decisions: dict[str, str] = field(default_factory=dict)
 
@@ -74,7 +79,7 @@ class Decoder:
             else:
                 rows, cols, (start, stop) = vocab, (0, hidden), (0, vocab)
             matrix = self.builder.matrix(
-                rank.file, "transformer.vocab_embedding", rows, cols[1] - cols[0], Plain(self.dtype)
+                rank.file, "transformer.vocab_embedding", rows, cols[1] - cols[0], self._plain()
             )
             self.builder.feed(matrix, source, start, stop, cols=[cols])
 
@@ -88,12 +93,12 @@ class Decoder:
             self.roles.skip("lm_head")
         source = self.roles.need(role, (vocab, hidden))
         for rank in ranks:
-            matrix = self.builder.matrix(rank.file, "lm_head", -(-vocab // tp), hidden, Plain(self.dtype))
+            matrix = self.builder.matrix(rank.file, "lm_head", -(-vocab // tp), hidden, self._plain())
             self.builder.feed(matrix, source, *padded(vocab, tp, rank.tp))
 
     def _norm(self, ranks: list[Rank], name: str, role: str, layer: int, size: int) -> None:
         source = self.roles.need(role, (size,), layer)
-        encoding = Plain(self.dtype, vector=True, add_one=self.family.norm_add_one)
+        encoding = self._plain(vector=True, add_one=self.family.norm_add_one)
         for rank in ranks:
             self.builder.feed(self.builder.matrix(rank.file, name, size, 1, encoding), source, 0, size)
 
@@ -101,6 +106,9 @@ class Decoder:
 
     def _layer(self, ranks: list[Rank], layer: int, prefix: str) -> None:
         hidden, size = self.model.hidden_size, self.model.head_size
+        if self.options.quant == "smoothquant" and self.ranges is not None:
+            self._smooth_layer(self.ranges, ranks, layer, prefix)
+            return
         self._norm(ranks, prefix + "input_layernorm", "input_norm", layer, hidden)
         self._qkv(ranks, layer, prefix)
         self._row_parallel(ranks, layer, prefix, "attention.dense", "o", self.model.num_attention_heads * size)
@@ -118,9 +126,36 @@ class Decoder:
             self._fused_mlp(ranks, layer, prefix)
         else:
             self._dense_mlp(ranks, layer, prefix)
+        self._add_constants(ranks, layer, prefix)
+
+    def _smooth_layer(self, ranges: Ranges, ranks: list[Rank], layer: int, prefix: str) -> None:
+        SmoothLayer(self, ranges, ranks, layer, prefix).describe()
+        if self._has_qkv_bias():
+            size, heads = self.model.head_size, self.model.num_attention_heads
+            each = (heads + 2 * self.kv) // self.mapping.tp_size * size
+            vector = self._plain(vector=True, suffix="bias")
+            made = [self.builder.matrix(rank.file, prefix + "attention.qkv", each, 1, vector) for rank in ranks]
+            self._feed_qkv(ranks, made, layer, 1, "_bias")
+        self._full_bias(ranks, layer, prefix + "attention.dense", "o_bias", self._has_dense_bias())
+        self._add_constants(ranks, layer, prefix)
+
+    def _plain(self, *, vector: bool = False, add_one: bool = False, suffix: str = "weight") -> Plain:
+        return Plain(self.dtype, add_one, vector, suffix, via_half=self.options.quant == "smoothquant")
+
+    def _add_constants(self, ranks: list[Rank], layer: int, prefix: str) -> None:
+        constants = self._constants(layer, prefix)
         for rank in ranks:
-            for constant in self._constants(layer, prefix):
+            for constant in constants:
                 self.builder.constant(rank.file, *constant)
+
+    def _int8_kv_factor(self, ranges: Ranges, layer: int) -> bytes:
+        """max(y_q, y_k, y_v) / 127: the outputs before rotary embedding, the queries' too (quantization spec §7)."""
+        size = self.model.head_size
+        rows = {"q": self.model.num_attention_heads * size, "k": self.kv * size, "v": self.kv * size}
+        modules = {role: self.roles.found.get((role, layer, -1)) for role in rows}
+        names = {role: name.removesuffix(".weight") + ".y" for role, name in modules.items() if name is not None}
+        ranges.check({name: rows[role] for role, name in names.items()})
+        return struct.pack("<f", ranges.largest(list(names.values())) / 127) if names else bytes(4)
 
     def _constants(self, layer: int, prefix: str) -> list[tuple[str, DType, tuple[int, ...], bytes]]:
         extra: Callable[[int, int, Options], list[tuple[str, DType, tuple[int, ...], bytes]]] | None
@@ -129,6 +164,8 @@ class Decoder:
         if self.options.kv_cache == "fp8":
             one = b"\x00\x00\x80\x3f"  # 1.0: without calibration the factor is one (quantization spec §7)
             found.append(("attention.kv_cache_scaling_factor", F32, (1,), one))
+        if self.options.kv_cache == "int8" and self.ranges is not None:
+            found.append(("attention.kv_cache_scaling_factor", F32, (1,), self._int8_kv_factor(self.ranges, layer)))
         return [(prefix + name, dtype, shape, data) for name, dtype, shape, data in found]
 
     def _has_qkv_bias(self) -> bool:
@@ -148,7 +185,7 @@ class Decoder:
         ]
         self._feed_qkv(ranks, made, layer, self.model.hidden_size, "")
         if self._has_qkv_bias():
-            vector = Plain(self.dtype, vector=True, suffix="bias")
+            vector = self._plain(vector=True, suffix="bias")
             made = [self.builder.matrix(rank.file, name, each * size, 1, vector) for rank in ranks]
             self._feed_qkv(ranks, made, layer, 1, "_bias")
 
@@ -217,7 +254,7 @@ class Decoder:
             return
         source = self.roles.need(role, (self.model.hidden_size,), layer)
         for number, rank in enumerate(ranks):
-            vector = Plain(self.dtype, vector=True, suffix="bias")
+            vector = self._plain(vector=True, suffix="bias")
             matrix = self.builder.matrix(rank.file, name, self.model.hidden_size, 1, vector)
             if number and getattr(self.quant, "row_bias_once", False):
                 continue  # left zero: the group-wise kernel adds it before the all-reduce (quantization spec §4.4)
@@ -233,7 +270,7 @@ class Decoder:
             width, tp = self.model.intermediate_size, self.mapping.tp_size
             for name, role in (("mlp.fc", "gate_bias"), ("mlp.gate", "up_bias")):
                 source = self.roles.need(role, (width,), layer)
-                vector = Plain(self.dtype, vector=True, suffix="bias")
+                vector = self._plain(vector=True, suffix="bias")
                 for rank in ranks:
                     matrix = self.builder.matrix(rank.file, prefix + name, width // tp, 1, vector)
                     self.builder.feed(matrix, source, *even(width, tp, rank.tp))
@@ -323,7 +360,7 @@ class Decoder:
         if encoding is None:
             note = self.quant.reason(module, self.options)
             self.decisions.setdefault(name, f"{self.dtype.name}: {note}")
-            return Plain(self.dtype), note
+            return self._plain(), note
         self.decisions.setdefault(name, encoding.name)
         return encoding, ""
 

@@ -18,6 +18,7 @@ from streamconv.families.meta import META
 from streamconv.options import TARGET_SMS, TARGET_VERSIONS, Options
 from streamconv.plan import Piece, Plan, SourceFile, SourceTensor
 from streamconv.quants import quant_of
+from streamconv.ranges import HINT, Ranges
 from streamconv.targets.trtllm import prequantized, rope, takeover
 from streamconv.targets.trtllm.builder import Builder
 from streamconv.targets.trtllm.checks import embedding_is_shared, refusals
@@ -123,6 +124,7 @@ def make_plan(index: Index, options: Options) -> Plan:
     problems = refusals(model, family, options, kv, moe)
     if problems:
         raise RefusedError(problems)
+    ranges = _ranges(options)
     dtype = MODEL_DTYPES[resolve_dtype(options.dtype, model.dtype)]
     mapping = Mapping(options.tp_size, options.pp_size, *moe)
     if family is META:  # Meta quantizes nothing, and its tensors have many pieces
@@ -141,7 +143,7 @@ def make_plan(index: Index, options: Options) -> Plan:
     shared = shared or (family.config_class == "gemma" and options.target_version == "0.16")
     tied = model.tie_word_embeddings and (not has_head or options.target_version != "0.16")
     builder = Builder(options.tp_size * options.pp_size)
-    decoder = Decoder(model, family, options, dtype, mapping, roles, quant, builder, kv, shared, tied)
+    decoder = Decoder(model, family, options, dtype, mapping, roles, quant, builder, kv, shared, tied, ranges)
     decoder.describe()
     roles.leave(prequantized.zero_biases(stored, roles.unused(), index.shards))
     if not roles.problems and not decoder.refused:
@@ -171,10 +173,32 @@ def make_plan(index: Index, options: Options) -> Plan:
         matrices=tuple(matrices),
         spans=tuple(spans),
         constants=tuple(constants),
-        sources=source_files(index),
+        sources=source_files(index) + _ranges_file(ranges),
         warnings=tuple(_warnings(model, options, family, roles.found)),
         decisions=decoder.decisions,
     )
+
+
+def _ranges(options: Options) -> Ranges | None:
+    """The activation ranges, where a format needs them.
+
+    Raises:
+        UsageError: they are needed and not given, or the other way round, or no file.
+    """
+    flag = "--quant smoothquant" if options.quant == "smoothquant" else "--kv-cache int8"
+    needed = options.quant == "smoothquant" or options.kv_cache == "int8"
+    if not needed and options.activation_ranges is not None:
+        raise UsageError("--activation-ranges is for --quant smoothquant and --kv-cache int8 only")
+    if not needed:
+        return None
+    if options.activation_ranges is None:
+        raise UsageError(f"{flag} needs activation ranges", hint=HINT)
+    return Ranges(options.activation_ranges)
+
+
+def _ranges_file(ranges: Ranges | None) -> tuple[SourceFile, ...]:
+    """Here the hash is that of the content."""
+    return () if ranges is None else (SourceFile(ranges.path.name, ranges.size, ranges.digest()),)
 
 
 def _kv_heads(model: ModelConfig, options: Options) -> int:

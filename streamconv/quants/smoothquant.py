@@ -1,0 +1,372 @@
+"""--quant smoothquant: INT8 weights and activations, four variants (quantization spec §6).
+
+The arithmetic is that of the official converter, bit for bit: a float16 model, a float64 smoother, powers of the weight
+maxima in float16, weight scales rounded twice. Everything is computed over whole rows and then cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from streamconv.checkpoint.dtypes import F16, F32, I8, DType
+from streamconv.errors import DataError, printable
+from streamconv.options import Options
+from streamconv.quants.base import Encoding, Findings, Known, Part, QuantInfo, Reduction
+from streamconv.ranges import Ranges
+
+if TYPE_CHECKING:
+    import torch
+
+    from streamconv.quants import Module
+
+
+@dataclass(frozen=True)
+class ColumnMaxima(Reduction):
+    """float16 [cols]: the largest absolute value of each column of the float16 copies; m of §6.4."""
+
+    key: str
+    bytes_per_element = 16
+
+    def tile(self, block: torch.Tensor, known: Known) -> torch.Tensor:
+        import torch
+
+        return block.to(torch.float16).abs().amax(0)
+
+
+@dataclass(frozen=True)
+class Smoother:
+    """Finds s [cols] of the weights that share an input.
+
+    Attributes:
+        key: of their ColumnMaxima.
+        weights: what they are, for errors.
+        module: whose input range counts; all of them see the same input.
+    """
+
+    key: str
+    weights: str
+    ranges: Ranges
+    module: str
+    alpha: float
+
+    def find(self, known: Known) -> torch.Tensor:
+        """float64 [cols], on the CPU.
+
+        Raises:
+            DataError: a column of zeros (its smoother would be infinite), NaN or infinity.
+        """
+        import torch
+
+        largest = known.get(self.key)
+        bad = (largest == 0) | ~torch.isfinite(largest)
+        if bool(bad.any()):
+            column = int(bad.nonzero()[0])
+            what = "holds zeros only in float16" if largest[column] == 0 else "holds NaN or what float16 cannot hold"
+            raise DataError(
+                f"{printable(self.weights)}: input channel {column} {what}, SmoothQuant has no smoother for it",
+                hint="use another --quant, for example int8",
+            )
+        inputs = self._inputs()
+        return (inputs.pow(self.alpha) / largest.pow(1 - self.alpha)).clamp(min=1e-5)
+
+    def activation_scale(self, smoother: torch.Tensor) -> float:
+        """sx = 127 / the largest smoothed input, float64 (§6.5)."""
+        return 127.0 / float((self._inputs() / smoother).max())
+
+    def _inputs(self) -> torch.Tensor:
+        import torch
+
+        return torch.from_numpy(self.ranges.vector(self.module + ".x")).double()
+
+
+def smoothed(block: torch.Tensor, smoother: torch.Tensor) -> torch.Tensor:
+    """W * s, one float64 product rounded once to float16."""
+    import torch
+
+    return (block.to(torch.float16).double() * smoother.to(block.device)).to(torch.float16)
+
+
+@dataclass(frozen=True)
+class SmoothedMaximum(Reduction):
+    """float16 scalar: AW, the largest absolute smoothed weight (§6.5)."""
+
+    key: str
+    smoother: Smoother
+    bytes_per_element = 28
+
+    @property
+    def needs(self) -> tuple[str, ...]:  # type: ignore[override]
+        return (self.smoother.key,)
+
+    def tile(self, block: torch.Tensor, known: Known) -> torch.Tensor:
+        return smoothed(block, self.smoother.find(known)).abs().max()
+
+
+def weight_scale(largest: torch.Tensor) -> torch.Tensor:
+    """float16 h(127 * h(1 / aw)): two roundings; infinite for tiny rows."""
+    return (127.0 * (1.0 / largest.float()).half().float()).half()
+
+
+def inverse(scale: torch.Tensor) -> torch.Tensor:
+    return (1.0 / scale.float()).half()
+
+
+def output_scale(largest: float) -> torch.Tensor:
+    """sy = f(127 * f(1 / ay)), float32 scalar."""
+    import torch
+
+    return 127.0 * (1.0 / torch.tensor(largest, dtype=torch.float32))
+
+
+@dataclass(frozen=True, eq=False)
+class Bound:
+    """What one tile's encoding is told: the smoother s, sx, and AW where one scale serves the whole matrix."""
+
+    smoother: torch.Tensor
+    activation: float
+    largest: torch.Tensor | None = None
+
+    def accumulator(self, scale: torch.Tensor, outputs: float) -> torch.Tensor:
+        """accum of a vector of scales, all in float32."""
+        import torch
+
+        return output_scale(outputs).to(scale.device) / (
+            torch.tensor(self.activation).float().to(scale.device) * scale.float()
+        )
+
+
+def _bound(smoother: Smoother, known: Known, largest: str | None) -> Bound:
+    found = smoother.find(known)
+    return Bound(found, smoother.activation_scale(found), known.get(largest) if largest is not None else None)
+
+
+@dataclass(frozen=True)
+class SmoothWeight(Encoding):
+    """int8 [rows, cols] and, for qkv and per channel, a scale for each row.
+
+    Attributes:
+        dtype: what the smoothed weight is cast to before it is quantized: float16 for qkv, else the model dtype.
+        outputs: ay, the largest output, None per token.
+        largest: source tensor -> key of its AW; empty per channel.
+        divide: per tensor, divide by the rounded inverse (qkv of GQA).
+        single: per tensor, the product is rounded to `dtype` before it becomes an integer (all but qkv).
+        keep: columns to store, None for all.
+    """
+
+    smoother: Smoother
+    dtype: DType
+    outputs: float | None
+    largest: tuple[tuple[str, str], ...] = ()
+    divide: bool = False
+    single: bool = True
+    keep: tuple[int, int] | None = None
+    bound: Bound | None = None
+
+    quantizes = True
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        weights = "tensor" if self.largest else "channel"
+        return f"int8, smoothed (per {weights} weights, per {'token' if self.outputs is None else 'tensor'} activations)"
+
+    @property
+    def needs(self) -> tuple[str, ...]:  # type: ignore[override]
+        return (self.smoother.key, *(key for _, key in self.largest))
+
+    def bind(self, known: Known, source: str) -> SmoothWeight:
+        return replace(self, bound=_bound(self.smoother, known, dict(self.largest).get(source)))
+
+    @property
+    def _vector(self) -> bool:
+        return not (self.largest and self.single)
+
+    def parts(self, rows: int, cols: int, experts: int = 0) -> tuple[Part, ...]:
+        width = cols if self.keep is None else self.keep[1] - self.keep[0]
+        weight = Part("weight", I8, (rows, width), width)
+        return (weight, Part("per_channel_scale", F32, (1, rows), 4)) if self._vector else (weight,)
+
+    def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
+        import torch
+
+        bound = self._known()
+        findings.nonfinite += int((~torch.isfinite(block)).sum())
+        weight = smoothed(block, bound.smoother)
+        largest = weight.abs().amax(1) if bound.largest is None else bound.largest.to(block.device).reshape(1)
+        scale = weight_scale(largest)
+        weight = weight.to(getattr(torch, self.dtype.torch))
+        if bound.largest is not None and self.divide:
+            value = (weight.float() / inverse(scale).float()).half()
+        else:
+            value = weight.float() * scale.float()[:, None]
+            if bound.largest is not None and self.single:
+                value = value.to(weight.dtype)
+        if self.keep is not None:
+            value = value[:, self.keep[0] : self.keep[1]]
+        whole = torch.nan_to_num(value.float(), 0.0, 127.0, -127.0).round_().clamp_(-127, 127).to(torch.int8)
+        stored = [whole.contiguous().reshape(-1).view(torch.uint8)]
+        if self._vector:
+            rows = inverse(scale).float() if self.outputs is None else bound.accumulator(scale, self.outputs)
+            stored.append(rows.expand(block.shape[0]).contiguous().view(torch.uint8))
+        return tuple(stored)
+
+    def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:
+        import torch
+
+        bound = self._known()
+        if self._vector:
+            scale = parts[1].view(torch.float32)
+            if self.outputs is not None:  # accum = sy / (sx * sw)
+                scale = scale * bound.activation / output_scale(self.outputs)
+        else:
+            scale = inverse(weight_scale(bound.largest.reshape(1))).float() if bound.largest is not None else torch.ones(1)
+        first, last = self.keep or (0, cols)
+        values = parts[0].view(torch.int8).reshape(rows, cols).double() * scale.double()[:, None]
+        return (values / bound.smoother[first:last]).float()
+
+    def values(self, block: torch.Tensor) -> torch.Tensor:
+        half = block.half().float()
+        return half if self.keep is None else half[:, self.keep[0] : self.keep[1]]
+
+    def torch_bytes_per_element(self) -> int:
+        return 48
+
+    def _known(self) -> Bound:
+        if self.bound is None:
+            raise AssertionError(f"{self.smoother.weights}: encoded before its reductions")
+        return self.bound
+
+
+@dataclass(frozen=True)
+class SmoothNorm(Encoding):
+    """A norm weight as one row [1, H]: fp16(w / s), then the model dtype."""
+
+    smoother: Smoother
+    dtype: DType
+    bound: Bound | None = None
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return f"{self.dtype.name}, divided by the smoother"
+
+    @property
+    def needs(self) -> tuple[str, ...]:  # type: ignore[override]
+        return (self.smoother.key,)
+
+    def bind(self, known: Known, source: str) -> SmoothNorm:
+        return replace(self, bound=_bound(self.smoother, known, None))
+
+    def parts(self, rows: int, cols: int, experts: int = 0) -> tuple[Part, ...]:
+        return (Part("weight", self.dtype, (cols,), cols * self.dtype.itemsize),)
+
+    def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
+        import torch
+
+        made = self._divided(block).to(getattr(torch, self.dtype.torch))
+        findings.overflow += int((torch.isinf(made) & ~torch.isinf(block)).sum())
+        return (made.contiguous().reshape(-1).view(torch.uint8),)
+
+    def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:
+        import torch
+
+        return parts[0].view(getattr(torch, self.dtype.torch)).reshape(rows, cols).float()
+
+    def values(self, block: torch.Tensor) -> torch.Tensor:
+        return self._divided(block).float()
+
+    def _divided(self, block: torch.Tensor) -> torch.Tensor:
+        if self.bound is None:
+            raise AssertionError(f"{self.smoother.weights}: the norm was encoded before its reductions")
+        return (block.half().double() / self.bound.smoother.to(block.device)).half()
+
+
+@dataclass(frozen=True)
+class SmoothValue(Encoding):
+    """Float32 values that follow from the reductions alone; the source is a `Blank`.
+
+    Attributes:
+        what: "activation" (sx), "scale" (accum_t or inv_t of a matrix with one scale) or "smoother".
+        outputs: ay, None per token.
+        largest: key of AW.
+        keep: part of the smoother to store.
+    """
+
+    smoother: Smoother
+    what: str
+    suffix: str
+    shape: tuple[int, ...]
+    outputs: float | None = None
+    largest: str | None = None
+    keep: tuple[int, int] = (0, 1)
+    bound: Bound | None = None
+
+    name = "F32"
+
+    @property
+    def needs(self) -> tuple[str, ...]:  # type: ignore[override]
+        return (self.smoother.key, *([self.largest] if self.largest else []))
+
+    def bind(self, known: Known, source: str) -> SmoothValue:
+        return replace(self, bound=_bound(self.smoother, known, self.largest))
+
+    def parts(self, rows: int, cols: int, experts: int = 0) -> tuple[Part, ...]:
+        return (Part(self.suffix, F32, self.shape, 4 * (self.keep[1] - self.keep[0])),)
+
+    def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
+        import torch
+
+        return (self._value().contiguous().view(torch.uint8).to(block.device),)
+
+    def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:
+        import torch
+
+        return parts[0].view(torch.float32).reshape(rows, cols)
+
+    def values(self, block: torch.Tensor) -> torch.Tensor:
+        return self._value().reshape(1, -1)
+
+    def torch_bytes_per_element(self) -> int:
+        return 32 * (self.keep[1] - self.keep[0])
+
+    def _value(self) -> torch.Tensor:
+        """float32, 1-D."""
+        import torch
+
+        bound = self.bound
+        if bound is None:
+            raise AssertionError(f"{self.smoother.weights}: a value was asked for before its reductions")
+        if self.what == "smoother":
+            return bound.smoother[self.keep[0] : self.keep[1]].float()
+        if self.what == "activation":
+            return torch.tensor([bound.activation], dtype=torch.float64).float()
+        scale = weight_scale(bound.largest) if bound.largest is not None else torch.ones(())
+        if self.outputs is None:
+            return inverse(scale).float().reshape(1)
+        # one scale: the official code computes in float64 with the unrounded sx
+        return (output_scale(self.outputs).double() / (bound.activation * scale.double())).float().reshape(1)
+
+
+class _SmoothQuant:
+    info = QuantInfo(
+        "smoothquant",
+        "W8A8_SQ_PER_TENSOR_PLUGIN",
+        "INT8 weights and activations, smoothed (--per-channel, --per-token); needs --activation-ranges",
+    )
+
+    def encoding(self, module: Module, options: Options, dtype: DType) -> Encoding | None:
+        return None  # a layer is smoothed as a whole: targets/trtllm/smooth_layer.py
+
+    def problems(self, module: Module, options: Options, dtype: DType) -> str | None:
+        if module.experts:
+            return "--quant smoothquant: mixture-of-experts weights are not SmoothQuantized; use --quant int8 or int4"
+        return None
+
+    def reason(self, module: Module, options: Options) -> str:
+        return "not smoothed"
+
+
+HALF = F16
+"""The type that SmoothQuant's model is loaded in, whatever source and target are."""
+
+QUANTS = (_SmoothQuant(),)

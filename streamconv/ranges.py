@@ -1,0 +1,90 @@
+"""Activation ranges: what a calibration run measured, read from a safetensors file.
+
+For a linear module M the file holds `M.x` [in] and `M.y` [out]: the largest absolute input and output of each channel
+(quantization spec §6.3). `M.w` may be there; it is not used. Vectors are read when they are asked for and not kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from streamconv.checkpoint.header import read_header
+from streamconv.checkpoint.shard import Shard
+from streamconv.errors import TensorError, UsageError, printable
+
+if TYPE_CHECKING:
+    import numpy as np
+
+HINT = "run `streamconv calibrate MODEL -o FILE ...` and pass --activation-ranges FILE"
+
+
+class Ranges:
+    """An open activation-ranges file; equal only to itself. Safe to read from any thread.
+
+    Raises:
+        UsageError: there is no such file. HeaderError: it is no safetensors file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise UsageError(f"--activation-ranges {printable(str(path))}: no such file", hint=HINT)
+        self._entries = read_header(self.path).tensors
+        self._shard = Shard(self.path)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self._shard.size
+
+    def digest(self) -> str:
+        """SHA-256 of the content, hex."""
+        digest = hashlib.sha256()
+        for at in range(0, self.size, 1 << 20):
+            with self._shard.window(at, min(at + (1 << 20), self.size)) as window:
+                digest.update(window)
+        return digest.hexdigest()
+
+    def problem(self, name: str, length: int) -> str | None:
+        """What is wrong with the vector `name` that must hold `length` float32 values, all finite and not negative."""
+        entry = self._entries.get(name)
+        where = f"{printable(str(self.path))}: {printable(name)}"
+        if entry is None:
+            return f"{where} is missing; was it measured on this model?"
+        if entry.dtype.name != "F32" or entry.shape != (length,):
+            return f"{where}: {entry.dtype.name} {list(entry.shape)}, this model means F32 [{length}]"
+        import numpy as np
+
+        values = self.vector(name)
+        if not bool((np.isfinite(values) & (values >= 0)).all()):
+            return f"{where}: not finite or negative; measure it again"
+        if not values.any():
+            return f"{where}: all values are zero; no text has passed this layer"
+        return None
+
+    def vector(self, name: str) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """float32 [channels]."""
+        import numpy as np
+
+        entry = self._entries[name]
+        values = np.empty(entry.shape, np.float32)
+        self._shard.read_into(entry.begin, memoryview(values).cast("B"))
+        return values
+
+    def largest(self, names: list[str]) -> float:
+        """The maximum over some vectors; a float32 value."""
+        return max(float(self.vector(name).max()) for name in names)
+
+    def check(self, wanted: dict[str, int]) -> None:
+        """Check vectors (name -> length).
+
+        Raises:
+            TensorError: some are missing or wrong; the first few are listed.
+        """
+        wrong = [line for line in (self.problem(name, length) for name, length in wanted.items()) if line]
+        if wrong:
+            more = [f"and {len(wrong) - 5} more"] if len(wrong) > 5 else []
+            raise TensorError("; ".join(wrong[:5] + more), hint=HINT)

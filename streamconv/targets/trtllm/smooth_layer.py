@@ -1,0 +1,186 @@
+"""A decoder layer under SmoothQuant: which weights share a smoother, and the tensors that come with it.
+
+Quantization spec §6.2 (tensors), §6.4 (groups), §6.6 (tensor parallelism). Maxima are taken over whole matrices, so the
+integers and scales do not depend on the split.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from streamconv.checkpoint.dtypes import F32
+from streamconv.plan import Blank, Piece, SourceTensor
+from streamconv.quants.base import Encoding
+from streamconv.quants.smoothquant import (
+    HALF,
+    ColumnMaxima,
+    SmoothedMaximum,
+    Smoother,
+    SmoothNorm,
+    SmoothValue,
+    SmoothWeight,
+)
+from streamconv.ranges import Ranges
+from streamconv.targets.trtllm.mapping import Rank, even
+
+if TYPE_CHECKING:
+    from streamconv.targets.trtllm.decoder import Decoder
+
+_ONE = struct.pack("<f", 1.0)
+
+
+def module_of(tensor: SourceTensor) -> str:
+    """ "model.layers.0.mlp.up_proj" of its weight."""
+    return tensor.name.removesuffix(".weight")
+
+
+@dataclass(slots=True)
+class SmoothLayer:
+    """Describes one layer to the decoder's builder; `prefix` ends with a dot."""
+
+    decoder: Decoder
+    ranges: Ranges
+    ranks: list[Rank]
+    layer: int
+    prefix: str
+
+    def describe(self) -> None:
+        model = self.decoder.model
+        hidden, width, size = model.hidden_size, model.intermediate_size, model.head_size
+        q_rows, kv_rows = model.num_attention_heads * size, self.decoder.kv * size
+        shapes = {
+            "q": (q_rows, hidden),
+            "k": (kv_rows, hidden),
+            "v": (kv_rows, hidden),
+            "o": (hidden, q_rows),
+            "gate": (width, hidden),
+            "up": (width, hidden),
+            "down": (hidden, width),
+        }
+        found = {role: self.decoder.roles.need(role, shape, self.layer) for role, shape in shapes.items()}
+        norms = [self.decoder.roles.need(role, (hidden,), self.layer) for role in ("input_norm", "post_norm")]
+        weights = {role: tensor for role, tensor in found.items() if tensor is not None}
+        if len(weights) < len(shapes) or norms[0] is None or norms[1] is None:
+            return  # reported by `roles`
+        wanted = {}
+        for tensor in weights.values():
+            wanted[module_of(tensor) + ".x"] = tensor.cols
+            wanted[module_of(tensor) + ".y"] = tensor.rows
+        self.ranges.check(wanted)
+        attention, mlp = (weights["q"], weights["k"], weights["v"]), (weights["gate"], weights["up"])
+        self._qkv(norms[0], attention)
+        self._rows("attention", "dense", weights["o"])
+        self._mlp_in(norms[1], mlp)
+        self._rows("mlp", "proj", weights["down"])
+
+    # ---- groups
+
+    def _smoother(self, *weights: SourceTensor) -> Smoother:
+        names = " and ".join(tensor.name for tensor in weights)
+        smoother = Smoother(f"columns of {names}", names, self.ranges, module_of(weights[0]), self.decoder.options.smoothquant)
+        for tensor in weights:
+            self.decoder.builder.reduce(tensor, ColumnMaxima(smoother.key))
+        return smoother
+
+    def _largest(self, smoother: Smoother, tensor: SourceTensor) -> tuple[tuple[str, str], ...]:
+        """(source, key of its AW), where one scale serves the matrix."""
+        if self.decoder.options.per_channel:
+            return ()
+        reduction = SmoothedMaximum(f"largest of {tensor.name}", smoother)
+        self.decoder.builder.reduce(tensor, reduction)
+        return ((tensor.name, reduction.key),)
+
+    def _outputs(self, *weights: SourceTensor) -> float | None:
+        if self.decoder.options.per_token:
+            return None
+        return self.ranges.largest([module_of(tensor) + ".y" for tensor in weights])
+
+    def _qkv(self, norm: SourceTensor, weights: tuple[SourceTensor, ...]) -> None:
+        decoder = self.decoder
+        smoother, outputs = self._smoother(*weights), self._outputs(*weights)
+        self._norm("input_layernorm", norm, smoother)
+        largest = tuple(pair for tensor in weights for pair in self._largest(smoother, tensor))
+        grouped = decoder.kv != decoder.model.num_attention_heads
+        encoding = SmoothWeight(smoother, HALF, outputs, largest, divide=grouped, single=False)
+        decoder.decisions.setdefault("attention.qkv", encoding.name)
+        each = (decoder.model.num_attention_heads + 2 * decoder.kv) // decoder.mapping.tp_size * decoder.model.head_size
+        made = [
+            decoder.builder.matrix(rank.file, self.prefix + "attention.qkv", each, weights[0].cols, encoding)
+            for rank in self.ranks
+        ]
+        for number, rank in enumerate(self.ranks):
+            for tensor in weights:
+                decoder.builder.feed(made[number], tensor, *even(tensor.rows, decoder.mapping.tp_size, rank.tp))
+        self._act_scale("attention.qkv", outputs)
+
+    def _mlp_in(self, norm: SourceTensor, weights: tuple[SourceTensor, ...]) -> None:
+        smoother = self._smoother(*weights)
+        self._norm("post_layernorm", norm, smoother)
+        for name, tensor in zip(("mlp.fc", "mlp.gate"), weights, strict=True):
+            largest, outputs = self._largest(smoother, tensor), self._outputs(tensor)
+            encoding = SmoothWeight(smoother, self.decoder.dtype, outputs, largest)
+            self.decoder.decisions.setdefault(name, encoding.name)
+            for rank in self.ranks:
+                start, stop = even(tensor.rows, self.decoder.mapping.tp_size, rank.tp)
+                matrix = self.decoder.builder.matrix(rank.file, self.prefix + name, stop - start, tensor.cols, encoding)
+                self.decoder.builder.feed(matrix, tensor, start, stop)
+            self._act_scale(name, outputs)
+            self._matrix_scale(name, smoother, outputs, largest)
+
+    def _rows(self, owner: str, name: str, tensor: SourceTensor) -> None:
+        """A row-parallel layer: whole rows are encoded, each rank keeps its columns."""
+        path = f"{owner}.{name}"
+        smoother, outputs = self._smoother(tensor), self._outputs(tensor)
+        largest = self._largest(smoother, tensor)
+        whole = SmoothWeight(smoother, self.decoder.dtype, outputs, largest)
+        self.decoder.decisions.setdefault(path, whole.name)
+        for rank in self.ranks:
+            keep = even(tensor.cols, self.decoder.mapping.tp_size, rank.tp)
+            cut = keep[1] - keep[0]
+            encoding = dataclasses.replace(whole, keep=keep)
+            matrix = self.decoder.builder.matrix(rank.file, self.prefix + path, tensor.rows, cut, encoding)
+            self.decoder.builder.feed(matrix, tensor, 0, tensor.rows)
+            value = SmoothValue(smoother, "smoother", "smoother", (1, cut), keep=keep)
+            self._value(rank, path, value, cut)
+        self._act_scale(path, outputs)
+        self._matrix_scale(path, smoother, outputs, largest)
+        if outputs is not None:
+            value = SmoothValue(smoother, "activation", "quantization_scaling_factor", (1,))
+            for rank in self.ranks:
+                self._value(rank, owner, value)
+
+    # ---- small tensors
+
+    def _norm(self, name: str, norm: SourceTensor, smoother: Smoother) -> None:
+        """The weight seen as one row: element c is divided by smoother c."""
+        size, builder = norm.shape[0], self.decoder.builder
+        row = dataclasses.replace(norm, shape=(1, size), pieces=tuple(Piece(p.shard, p.begin, 1, p.rows) for p in norm.pieces))
+        encoding: Encoding = SmoothNorm(smoother, self.decoder.dtype)
+        for rank in self.ranks:
+            builder.feed(builder.matrix(rank.file, self.prefix + name, 1, size, encoding), row, 0, 1)
+            if self.decoder.options.per_token:
+                builder.constant(rank.file, f"{self.prefix}{name}.scale_to_int", F32, (1,), _ONE)
+            else:
+                self._value(rank, name, SmoothValue(smoother, "activation", "scale_to_int", (1,)))
+
+    def _act_scale(self, name: str, outputs: float | None) -> None:
+        if outputs is not None:
+            data = struct.pack("<f", outputs / 127)
+            for rank in self.ranks:
+                self.decoder.builder.constant(rank.file, f"{self.prefix}{name}.act_scale", F32, (1, 1), data)
+
+    def _matrix_scale(
+        self, name: str, smoother: Smoother, outputs: float | None, largest: tuple[tuple[str, str], ...]
+    ) -> None:
+        """The single weight scale of a matrix."""
+        for rank in self.ranks if largest else ():
+            value = SmoothValue(smoother, "scale", "per_channel_scale", (1, 1), outputs, largest[0][1])
+            self._value(rank, name, value)
+
+    def _value(self, rank: Rank, name: str, value: SmoothValue, cols: int = 1) -> None:
+        blank = Blank(f"{value.suffix} of layer {self.layer} {name}")
+        builder = self.decoder.builder
+        builder.feed(builder.matrix(rank.file, self.prefix + name, 1, cols, value), blank, 0, 1)
