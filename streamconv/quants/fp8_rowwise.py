@@ -40,8 +40,9 @@ class Fp8Rowwise(Encoding):
             findings.nonfinite += bad
             values = torch.where(torch.isnan(values), 0.0, values)
         values = values.clamp(self.lo, self.hi)
-        # both are true divisions: products with reciprocals give other bytes
-        scale = (values.abs().amax(1, keepdim=True) / _LARGEST).clamp(min=_FLOOR)
+        # both are true divisions: products with reciprocals give other bytes, and CUDA divides by a number that way
+        top = values.abs().amax(1, keepdim=True)
+        scale = (top / torch.full_like(top, _LARGEST)).clamp(min=_FLOOR)
         made = (values / scale).clamp(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn)
         return made.contiguous().reshape(-1).view(torch.uint8), scale.reshape(-1).view(torch.uint8)
 
