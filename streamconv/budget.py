@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from streamconv.errors import BudgetError, UsageError, printable
 from streamconv.memory import GIB, MIB, available, show_size
 from streamconv.plan import Matrix, Span
-from streamconv.stages.encode import is_copy, requests, row_costs
+from streamconv.stages.encode import is_copy, requests, row_costs, width
 from streamconv.stages.read import spare_bytes_per_row
 
 MARGIN = 24 * MIB
@@ -31,29 +31,32 @@ class TileCost:
     align: int
     kernel: bool
     torch: bool
+    fixed: int = 0
 
     def smallest(self) -> int:
-        return self.per_row * self.align + _ROUNDING
+        return self.fixed + self.per_row * self.align + _ROUNDING
 
     def rows(self, arena: int, cap: int | None) -> int:
         """Source rows of a tile that fits an arena; `cap` bounds it (tests)."""
-        rows = max(self.align, (arena - _ROUNDING) // self.per_row // self.align * self.align)
+        rows = max(self.align, (arena - self.fixed - _ROUNDING) // self.per_row // self.align * self.align)
         return rows if cap is None else max(self.align, min(rows, cap // self.align * self.align))
 
 
 def tile_cost(span: Span, matrices: tuple[Matrix, ...], on_device: bool = False) -> TileCost:
     """What one source row of a span costs in host memory from read to write; a device has its own working memory."""
-    out = work = 0
+    out = work = fixed = 0
     kernel = torch = False
     for request in requests(span, matrices):
         row_out, row_work = row_costs(request, span)
+        fixed = max(fixed, request[1].torch_bytes_per_column() * width(request))
         out, work = out + row_out, max(work, 0 if on_device else row_work)
         if not is_copy(request, span.source.dtype):
             fused = request[1].kernel(span.source.dtype) is not None
             kernel, torch = kernel or fused, torch or not fused
     if span.reduce is not None:  # on the CPU, device or not
         work, torch = span.source.cols * span.reduce.bytes_per_element, True
-    return TileCost(span.row_bytes + spare_bytes_per_row(span) + out + work, span.align, kernel, torch)
+        fixed = span.source.cols * span.reduce.bytes_per_column
+    return TileCost(span.row_bytes + spare_bytes_per_row(span) + out + work, span.align, kernel, torch, fixed)
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,7 +71,7 @@ class Ranges:
 
         entry = self._entries[name]
         values = np.empty(entry.shape, np.float32)
-        self._shard.read_into(entry.begin, memoryview(values).cast("B"))
+        self._shard.read_into(entry.begin, values.view(np.uint8).data)
         return values
 
     def largest(self, names: list[str]) -> float:

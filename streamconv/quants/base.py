@@ -66,11 +66,13 @@ class Reduction(ABC):
         key: what the result is called; sources with the same key are reduced together.
         needs: keys of reductions that must be complete before.
         bytes_per_element: working memory of `tile` for each source element.
+        bytes_per_column: the same for each column, however many rows there are.
     """
 
     key: str
     needs: tuple[str, ...] = ()
     bytes_per_element: int = 32
+    bytes_per_column: int = 0
 
     @abstractmethod
     def tile(self, block: torch.Tensor, known: Known) -> torch.Tensor:
@@ -133,6 +135,10 @@ class Encoding(ABC):
     def torch_bytes_per_element(self) -> int:
         """Working memory of the torch definition, bytes per source element (its peak, inputs and outputs not counted)."""
         return 24
+
+    def torch_bytes_per_column(self) -> int:
+        """Working memory for each source column, however many rows a tile has."""
+        return 0
 
 
 @dataclass(frozen=True, slots=True)

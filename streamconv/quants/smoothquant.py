@@ -11,135 +11,23 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from streamconv.checkpoint.dtypes import F16, F32, I8, DType
-from streamconv.errors import DataError, printable
 from streamconv.options import Options
-from streamconv.quants.base import Encoding, Findings, Known, Part, QuantInfo, Reduction
-from streamconv.ranges import Ranges
+from streamconv.quants.base import Encoding, Findings, Known, Part, QuantInfo
+from streamconv.quants.smoothing import (
+    COLUMN_BYTES,
+    Bound,
+    Smoother,
+    bound_to,
+    inverse,
+    output_scale,
+    smoothed,
+    weight_scale,
+)
 
 if TYPE_CHECKING:
     import torch
 
     from streamconv.quants import Module
-
-
-@dataclass(frozen=True)
-class ColumnMaxima(Reduction):
-    """float16 [cols]: the largest absolute value of each column of the float16 copies; m of §6.4."""
-
-    key: str
-    bytes_per_element = 16
-
-    def tile(self, block: torch.Tensor, known: Known) -> torch.Tensor:
-        import torch
-
-        return block.to(torch.float16).abs().amax(0)
-
-
-@dataclass(frozen=True)
-class Smoother:
-    """Finds s [cols] of the weights that share an input.
-
-    Attributes:
-        key: of their ColumnMaxima.
-        weights: what they are, for errors.
-        module: whose input range counts; all of them see the same input.
-    """
-
-    key: str
-    weights: str
-    ranges: Ranges
-    module: str
-    alpha: float
-
-    def find(self, known: Known) -> torch.Tensor:
-        """float64 [cols], on the CPU.
-
-        Raises:
-            DataError: a column of zeros (its smoother would be infinite), NaN or infinity.
-        """
-        import torch
-
-        largest = known.get(self.key)
-        bad = (largest == 0) | ~torch.isfinite(largest)
-        if bool(bad.any()):
-            column = int(bad.nonzero()[0])
-            what = "holds zeros only in float16" if largest[column] == 0 else "holds NaN or what float16 cannot hold"
-            raise DataError(
-                f"{printable(self.weights)}: input channel {column} {what}, SmoothQuant has no smoother for it",
-                hint="use another --quant, for example int8",
-            )
-        inputs = self._inputs()
-        return (inputs.pow(self.alpha) / largest.pow(1 - self.alpha)).clamp(min=1e-5)
-
-    def activation_scale(self, smoother: torch.Tensor) -> float:
-        """sx = 127 / the largest smoothed input, float64 (§6.5)."""
-        return 127.0 / float((self._inputs() / smoother).max())
-
-    def _inputs(self) -> torch.Tensor:
-        import torch
-
-        return torch.from_numpy(self.ranges.vector(self.module + ".x")).double()
-
-
-def smoothed(block: torch.Tensor, smoother: torch.Tensor) -> torch.Tensor:
-    """W * s, one float64 product rounded once to float16."""
-    import torch
-
-    return (block.to(torch.float16).double() * smoother.to(block.device)).to(torch.float16)
-
-
-@dataclass(frozen=True)
-class SmoothedMaximum(Reduction):
-    """float16 scalar: AW, the largest absolute smoothed weight (§6.5)."""
-
-    key: str
-    smoother: Smoother
-    bytes_per_element = 28
-
-    @property
-    def needs(self) -> tuple[str, ...]:  # type: ignore[override]
-        return (self.smoother.key,)
-
-    def tile(self, block: torch.Tensor, known: Known) -> torch.Tensor:
-        return smoothed(block, self.smoother.find(known)).abs().max()
-
-
-def weight_scale(largest: torch.Tensor) -> torch.Tensor:
-    """float16 h(127 * h(1 / aw)): two roundings; infinite for tiny rows."""
-    return (127.0 * (1.0 / largest.float()).half().float()).half()
-
-
-def inverse(scale: torch.Tensor) -> torch.Tensor:
-    return (1.0 / scale.float()).half()
-
-
-def output_scale(largest: float) -> torch.Tensor:
-    """sy = f(127 * f(1 / ay)), float32 scalar."""
-    import torch
-
-    return 127.0 * (1.0 / torch.tensor(largest, dtype=torch.float32))
-
-
-@dataclass(frozen=True, eq=False)
-class Bound:
-    """What one tile's encoding is told: the smoother s, sx, and AW where one scale serves the whole matrix."""
-
-    smoother: torch.Tensor
-    activation: float
-    largest: torch.Tensor | None = None
-
-    def accumulator(self, scale: torch.Tensor, outputs: float) -> torch.Tensor:
-        """accum of a vector of scales, all in float32."""
-        import torch
-
-        return output_scale(outputs).to(scale.device) / (
-            torch.tensor(self.activation).float().to(scale.device) * scale.float()
-        )
-
-
-def _bound(smoother: Smoother, known: Known, largest: str | None) -> Bound:
-    found = smoother.find(known)
-    return Bound(found, smoother.activation_scale(found), known.get(largest) if largest is not None else None)
 
 
 @dataclass(frozen=True)
@@ -176,7 +64,7 @@ class SmoothWeight(Encoding):
         return (self.smoother.key, *(key for _, key in self.largest))
 
     def bind(self, known: Known, source: str) -> SmoothWeight:
-        return replace(self, bound=_bound(self.smoother, known, dict(self.largest).get(source)))
+        return replace(self, bound=bound_to(self.smoother, known, dict(self.largest).get(source)))
 
     @property
     def _vector(self) -> bool:
@@ -232,6 +120,9 @@ class SmoothWeight(Encoding):
     def torch_bytes_per_element(self) -> int:
         return 48
 
+    def torch_bytes_per_column(self) -> int:
+        return COLUMN_BYTES
+
     def _known(self) -> Bound:
         if self.bound is None:
             raise AssertionError(f"{self.smoother.weights}: encoded before its reductions")
@@ -255,7 +146,7 @@ class SmoothNorm(Encoding):
         return (self.smoother.key,)
 
     def bind(self, known: Known, source: str) -> SmoothNorm:
-        return replace(self, bound=_bound(self.smoother, known, None))
+        return replace(self, bound=bound_to(self.smoother, known, None))
 
     def parts(self, rows: int, cols: int, experts: int = 0) -> tuple[Part, ...]:
         return (Part("weight", self.dtype, (cols,), cols * self.dtype.itemsize),)
@@ -275,6 +166,9 @@ class SmoothNorm(Encoding):
     def values(self, block: torch.Tensor) -> torch.Tensor:
         return self._divided(block).float()
 
+    def torch_bytes_per_column(self) -> int:
+        return COLUMN_BYTES
+
     def _divided(self, block: torch.Tensor) -> torch.Tensor:
         if self.bound is None:
             raise AssertionError(f"{self.smoother.weights}: the norm was encoded before its reductions")
@@ -290,6 +184,7 @@ class SmoothValue(Encoding):
         outputs: ay, None per token.
         largest: key of AW.
         keep: part of the smoother to store.
+        inputs: channels of the whole smoother.
     """
 
     smoother: Smoother
@@ -299,6 +194,7 @@ class SmoothValue(Encoding):
     outputs: float | None = None
     largest: str | None = None
     keep: tuple[int, int] = (0, 1)
+    inputs: int = 1
     bound: Bound | None = None
 
     name = "F32"
@@ -308,7 +204,7 @@ class SmoothValue(Encoding):
         return (self.smoother.key, *([self.largest] if self.largest else []))
 
     def bind(self, known: Known, source: str) -> SmoothValue:
-        return replace(self, bound=_bound(self.smoother, known, self.largest))
+        return replace(self, bound=bound_to(self.smoother, known, self.largest))
 
     def parts(self, rows: int, cols: int, experts: int = 0) -> tuple[Part, ...]:
         return (Part(self.suffix, F32, self.shape, 4 * (self.keep[1] - self.keep[0])),)
@@ -327,7 +223,7 @@ class SmoothValue(Encoding):
         return self._value().reshape(1, -1)
 
     def torch_bytes_per_element(self) -> int:
-        return 32 * (self.keep[1] - self.keep[0])
+        return 32 * (self.keep[1] - self.keep[0]) + COLUMN_BYTES * self.inputs
 
     def _value(self) -> torch.Tensor:
         """float32, 1-D."""

@@ -17,6 +17,7 @@ from tests.golden.cases import ROPE_TABLES, Case
 
 # For what must not depend on budget, workers and tile size: a split, a duplicated head, an odd vocabulary, each format.
 VARIED = ["mha_tp2_pp2", "gqa_tp4_kvdup", "odd_tp2_auto", "mha_int8_tp2", "odd_int8_tp2", "gqa_int4_tp2_sm90"]
+VARIED += ["mha_sq_tensor_tp2", "gqa_sq_tensor_tp2", "mha_sq_channel_token_tp2_kv8", "gqa_int8_kv8_tp2"]
 VARIED += ["meta_gqa_tp4_kvdup", "gptq_tp2", "gptq8_tp2", "gptq_tp1_bf16_sm90", "mha_fp8row_all_tp2", "mha_tp2_fp8kv"]
 BUDGETS = ["512MiB", "1GiB"]
 WORKERS = [1, 2, 8]

@@ -6,7 +6,6 @@ Checkpoint spec §3 (dense), §4 (experts), §5.5 (Meta rows), §6 (families). M
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -21,7 +20,7 @@ from streamconv.quants.plain import Plain
 from streamconv.ranges import Ranges
 from streamconv.targets.trtllm.builder import Builder
 from streamconv.targets.trtllm.mapping import Mapping, Rank, even, kv_heads, padded, stage_layers
-from streamconv.targets.trtllm.smooth_layer import SmoothLayer
+from streamconv.targets.trtllm.smooth_layer import SmoothLayer, int8_kv_factor
 from streamconv.targets.trtllm.sources import Roles
 
 _Rows = tuple[int, int]
@@ -148,15 +147,6 @@ class Decoder:
             for constant in constants:
                 self.builder.constant(rank.file, *constant)
 
-    def _int8_kv_factor(self, ranges: Ranges, layer: int) -> bytes:
-        """max(y_q, y_k, y_v) / 127: the outputs before rotary embedding, the queries' too (quantization spec §7)."""
-        size = self.model.head_size
-        rows = {"q": self.model.num_attention_heads * size, "k": self.kv * size, "v": self.kv * size}
-        modules = {role: self.roles.found.get((role, layer, -1)) for role in rows}
-        names = {role: name.removesuffix(".weight") + ".y" for role, name in modules.items() if name is not None}
-        ranges.check({name: rows[role] for role, name in names.items()})
-        return struct.pack("<f", ranges.largest(list(names.values())) / 127) if names else bytes(4)
-
     def _constants(self, layer: int, prefix: str) -> list[tuple[str, DType, tuple[int, ...], bytes]]:
         extra: Callable[[int, int, Options], list[tuple[str, DType, tuple[int, ...], bytes]]] | None
         extra = getattr(self.quant, "constants", None)
@@ -165,7 +155,12 @@ class Decoder:
             one = b"\x00\x00\x80\x3f"  # 1.0: without calibration the factor is one (quantization spec §7)
             found.append(("attention.kv_cache_scaling_factor", F32, (1,), one))
         if self.options.kv_cache == "int8" and self.ranges is not None:
-            found.append(("attention.kv_cache_scaling_factor", F32, (1,), self._int8_kv_factor(self.ranges, layer)))
+            size = self.model.head_size
+            rows = {"q": self.model.num_attention_heads * size, "k": self.model.num_key_value_heads * size}
+            names = {self.roles.found.get((role, layer, -1)): rows.get(role, rows["k"]) for role in ("q", "k", "v")}
+            outputs = {name: count for name, count in names.items() if name is not None}
+            if len(outputs) == 3:  # else the roles report it
+                found.append(("attention.kv_cache_scaling_factor", F32, (1,), int8_kv_factor(self.ranges, outputs)))
         return [(prefix + name, dtype, shape, data) for name, dtype, shape, data in found]
 
     def _has_qkv_bias(self) -> bool:

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from streamconv.checkpoint.dtypes import F32
 from streamconv.plan import Blank, Piece, SourceTensor
 from streamconv.quants.base import Encoding
+from streamconv.quants.smoothing import ColumnMaxima, SmoothedMaximum, Smoother
 from streamconv.quants.smoothquant import (
     HALF,
-    ColumnMaxima,
-    SmoothedMaximum,
-    Smoother,
     SmoothNorm,
     SmoothValue,
     SmoothWeight,
@@ -35,6 +34,17 @@ _ONE = struct.pack("<f", 1.0)
 def module_of(tensor: SourceTensor) -> str:
     """ "model.layers.0.mlp.up_proj" of its weight."""
     return tensor.name.removesuffix(".weight")
+
+
+def int8_kv_factor(ranges: Ranges, outputs: Mapping[str, int]) -> bytes:
+    """float32 max(y_q, y_k, y_v) / 127: before rotary embedding, the queries' too (quantization spec §7).
+
+    Args:
+        outputs: weight name of q, k and v -> its rows.
+    """
+    wanted = {name.removesuffix(".weight") + ".y": rows for name, rows in outputs.items()}
+    ranges.check(wanted)
+    return struct.pack("<f", ranges.largest(list(wanted)) / 127)
 
 
 @dataclass(slots=True)
@@ -107,10 +117,7 @@ class SmoothLayer:
         encoding = SmoothWeight(smoother, HALF, outputs, largest, divide=grouped, single=False)
         decoder.decisions.setdefault("attention.qkv", encoding.name)
         each = (decoder.model.num_attention_heads + 2 * decoder.kv) // decoder.mapping.tp_size * decoder.model.head_size
-        made = [
-            decoder.builder.matrix(rank.file, self.prefix + "attention.qkv", each, weights[0].cols, encoding)
-            for rank in self.ranks
-        ]
+        made = [decoder.builder.matrix(rank.file, self.prefix + "attention.qkv", each, weights[0].cols, encoding) for rank in self.ranks]
         for number, rank in enumerate(self.ranks):
             for tensor in weights:
                 decoder.builder.feed(made[number], tensor, *even(tensor.rows, decoder.mapping.tp_size, rank.tp))
@@ -143,7 +150,7 @@ class SmoothLayer:
             encoding = dataclasses.replace(whole, keep=keep)
             matrix = self.decoder.builder.matrix(rank.file, self.prefix + path, tensor.rows, cut, encoding)
             self.decoder.builder.feed(matrix, tensor, 0, tensor.rows)
-            value = SmoothValue(smoother, "smoother", "smoother", (1, cut), keep=keep)
+            value = SmoothValue(smoother, "smoother", "smoother", (1, cut), keep=keep, inputs=tensor.cols)
             self._value(rank, path, value, cut)
         self._act_scale(path, outputs)
         self._matrix_scale(path, smoother, outputs, largest)
@@ -172,9 +179,7 @@ class SmoothLayer:
             for rank in self.ranks:
                 self.decoder.builder.constant(rank.file, f"{self.prefix}{name}.act_scale", F32, (1, 1), data)
 
-    def _matrix_scale(
-        self, name: str, smoother: Smoother, outputs: float | None, largest: tuple[tuple[str, str], ...]
-    ) -> None:
+    def _matrix_scale(self, name: str, smoother: Smoother, outputs: float | None, largest: tuple[tuple[str, str], ...]) -> None:
         """The single weight scale of a matrix."""
         for rank in self.ranks if largest else ():
             value = SmoothValue(smoother, "scale", "per_channel_scale", (1, 1), outputs, largest[0][1])
