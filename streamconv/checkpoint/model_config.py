@@ -217,9 +217,15 @@ def from_meta(params: Mapping[str, Any], vocab_rows: int | None = None) -> Model
         kv = int(params.get("n_kv_heads") or heads)
     except (KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
         raise CheckpointError(f"params.json: {printable(str(error))} is missing or not a number") from None
-    if min(dim, layers, heads, kv, inter) < 1:
-        raise CheckpointError("params.json: sizes must be positive")
-    scaling = {"type": "llama3"} if params.get("use_scaled_rope") else params.get("rope_scaling")
+    if min(dim, layers, heads, kv, inter) < 1 or max(dim, layers, inter, vocab) >= 1 << 40:
+        raise CheckpointError("params.json: sizes must be positive, and below 2^40")
+    theta, stated = params.get("rope_theta", 10000), params.get("rope_scaling")
+    for key, value in (("norm_eps", eps), ("rope_theta", theta)):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+            raise CheckpointError(f"params.json: {key} is {printable(repr(value), 40)}, not a number")
+    if stated is not None and not isinstance(stated, dict):
+        raise CheckpointError(f"params.json: rope_scaling is {printable(repr(stated), 40)}, not an object")
+    scaling = {"type": "llama3"} if params.get("use_scaled_rope") else stated
     return ModelConfig(
         architecture="LlamaForCausalLM",
         model_type="llama",
@@ -234,7 +240,7 @@ def from_meta(params: Mapping[str, Any], vocab_rows: int | None = None) -> Model
         max_position_embeddings=2048,
         hidden_act="silu",
         norm_eps=eps,
-        rope_theta=params.get("rope_theta", 10000),
+        rope_theta=theta,
         rope_scaling=scaling,
         attention_bias=False,
         mlp_bias=False,

@@ -222,6 +222,24 @@ def test_missing_files(tmp_path: Path) -> None:
         api.open_and_plan(folder, Options())
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rope_theta": "x"}, "rope_theta is 'x', not a number"),
+        ({"norm_eps": float("nan")}, "norm_eps is nan, not a number"),
+        ({"rope_scaling": [1]}, "rope_scaling is"),
+        ({"n_kv_heads": "x"}, "is missing or not a number"),
+        ({"dim": float("inf")}, "is missing or not a number"),
+        ({"dim": 10**30}, "below 2"),
+        ({"hidden_dim": -5}, "must be positive"),
+        ({"n_layers": 10**9}, "says 1000000000 layers, but the source holds only"),
+    ],
+)
+def test_bad_params(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        api.open_and_plan(write(tmp_path / "m", **change), Options())
+
+
 def test_safetensors_of_that_name_are_not_meta(tmp_path: Path) -> None:
     (tmp_path / "params.json").write_text(json.dumps(PARAMS))
     save_file(weights(), tmp_path / "consolidated.00.safetensors")

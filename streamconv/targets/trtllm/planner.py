@@ -12,7 +12,7 @@ from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.meta import output_rows
 from streamconv.checkpoint.model_config import ModelConfig, from_hf, from_meta
 from streamconv.checkpoint.quantized import source_quantization
-from streamconv.errors import RefusedError, UsageError, printable
+from streamconv.errors import CheckpointError, RefusedError, UsageError, printable
 from streamconv.families import Family, family_of
 from streamconv.families.meta import META
 from streamconv.options import TARGET_SMS, TARGET_VERSIONS, Options
@@ -66,9 +66,15 @@ def model_of(index: Index) -> tuple[ModelConfig, Family]:
         CheckpointError: the config lacks something, or its architecture is unknown.
     """
     if index.assembled is not None:
-        return from_meta(index.config, output_rows(index.assembled)), META
-    model = from_hf(index.config)
-    return model, family_of(model.architecture)
+        model, family = from_meta(index.config, output_rows(index.assembled)), META
+    else:
+        model = from_hf(index.config)
+        family = family_of(model.architecture)
+    if model.num_hidden_layers > len(index.tensors):  # looking for every tensor of a million layers takes minutes
+        raise CheckpointError(
+            f"the config says {model.num_hidden_layers} layers, but the source holds only {len(index.tensors)} tensors"
+        )
+    return model, family
 
 
 def check_options(options: Options) -> None:
