@@ -16,3 +16,8 @@ def golden_inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for spec in generate.load_specs():
         generate.generate(spec, root / "inputs")
     return root
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Calibration loads transformers into this process; tests that hold the process to a memory budget come before it."""
+    items.sort(key=lambda item: "calibrate" in item.path.parts)

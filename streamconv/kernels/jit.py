@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -9,20 +10,29 @@ from typing import Any
 
 
 def _cache_home() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(home) / "streamconv" / "numba"
+    """A folder of its own for every state of the kernels: numba looks only at the file of the function it compiled, and
+    would go on running old copies of the functions that it calls."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    base = os.environ.get("NUMBA_CACHE_DIR")
+    if not base:
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+        base = os.path.join(home, "streamconv", "numba")
+    name = digest.hexdigest()[:16]
+    return Path(base) if Path(base).name == name else Path(base) / name  # a child process inherits the finished name
 
 
 def _prepare() -> bool:
     """Choose the cache folder before numba is imported; False if there is none to write to."""
-    folder = Path(os.environ.get("NUMBA_CACHE_DIR") or _cache_home())
+    folder = _cache_home()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         usable = os.access(folder, os.W_OK | os.X_OK)
     except OSError:
         usable = False
     if usable:
-        os.environ.setdefault("NUMBA_CACHE_DIR", str(folder))
+        os.environ["NUMBA_CACHE_DIR"] = str(folder)
     return usable
 
 

@@ -59,9 +59,12 @@ def _whole(folder: Path, text: Path, dtype: Any) -> dict[str, Any]:
 
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
-            module.register_forward_hook(
-                lambda _, x, y, name=name: (keep(f"{name}.x", x[0]), keep(f"{name}.y", y)) and None
-            )
+
+            def hook(_: Any, inputs: Any, output: Any, name: str = name) -> None:
+                keep(f"{name}.x", inputs[0])
+                keep(f"{name}.y", output)
+
+            module.register_forward_hook(hook)
     with torch.no_grad():
         for block in text.read_text().split("\n\n"):
             ids = tokenizer((block + " TL;DR: ").strip().replace(" n't", "n't"), truncation=True, max_length=16)["input_ids"]
