@@ -124,9 +124,11 @@ def _run(
             (work / f"ranges-{number}.safetensors").unlink(missing_ok=True)
             spent = time.monotonic() - began
             progress(number + 1, layer.layers, spent / (number + 1 - first) * (layer.layers - number - 1))
+    # one entry: the stock writer leaves the order of several to chance
+    facts_text = {"calibration": json.dumps({"dtype": kind, "samples": len(ids)})}
     new = out.with_name(f".{out.name}.new")
     try:
-        save_file({name: ranges[name] for name in sorted(ranges)}, new, metadata={"dtype": kind, "samples": str(len(ids))})
+        save_file({name: ranges[name] for name in sorted(ranges)}, new, metadata=facts_text)
         os.replace(new, out)
     except OSError as error:
         raise OutputError(f"cannot write {printable(str(out))}: {error.strerror}") from error
