@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ class Ranges:
             raise UsageError(f"--activation-ranges {printable(str(path))}: no such file", hint=HINT)
         self._entries = read_header(self.path).tensors
         self._shard = Shard(self.path)
+        weakref.finalize(self, self._shard.close)  # plans and encodings refer to it: the last of them closes it
 
     @property
     def size(self) -> int:

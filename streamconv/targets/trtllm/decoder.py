@@ -366,7 +366,8 @@ class Decoder:
             lines.append(("lm_head", "not written: shared with the embedding"))
         else:
             lines.append(("lm_head", f"{kind}: the output projection is never quantized"))
-        lines.append(("norms and biases", f"{kind}: never quantized"))
+        smooth = self.options.quant == "smoothquant"
+        lines.append(("norms and biases", f"{kind}: " + ("layer norms divided by the smoother" if smooth else "never quantized")))
         if self.model.num_experts:
             lines.append(("mlp.router", "F32: routers are never quantized and always float32"))
         return lines
