@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from streamconv import budget, device, memory
+from streamconv import budget, device, hub, memory
 from streamconv.budget import Shares, TileCost
-from streamconv.checkpoint.index import Index, open_index
+from streamconv.checkpoint.index import Index
 from streamconv.fs import Disk
+from streamconv.hub.fetch import Fetch
 from streamconv.options import Options, Resources
 from streamconv.plan import Plan
 from streamconv.targets.trtllm.planner import make_plan
@@ -70,7 +71,7 @@ class Report:
 
 def open_and_plan(source: str | Path, options: Options) -> tuple[Index, Plan]:
     """Read the headers of a source and plan its conversion. No weight is read."""
-    index = open_index(Path(source))
+    index = hub.open_source(source)
     return index, make_plan(index, options)
 
 
@@ -179,7 +180,7 @@ def convert(
     """Convert a checkpoint.
 
     Args:
-        source: folder or file of the source checkpoint.
+        source: folder or file of the source checkpoint, or a model of the Hub (org/name[@revision]).
         out: folder to write; appears only when it is complete.
         options: what decides the bytes.
         resources: what does not.
@@ -206,7 +207,7 @@ def convert(
                 load_kernels(plan)
             costs = costs_of(plan, bool(choice.devices))
             workers = resources.workers or (device.SLOTS * len(choice.devices) if choice.devices else None)
-            shares = budget.share(resources.memory_budget, workers, memory.resident(), dearest(plan, costs))
+            shares = budget.share(resources.memory_budget, workers, memory.resident() + hub.memory_of(index), dearest(plan, costs))
             if choice.devices:
                 shares = _fit_device(shares, choice, resources, costs)
             where = ", ".join(choice.devices) or f"cpu ({choice.why})"
@@ -215,12 +216,16 @@ def convert(
             writer.begin()
             started = clock()
             rows, journal = resources.tile_rows, writer.journal
+            fetch = Fetch(plan, index.shards, writer.past, resources.hub_keep)
+            tile = watcher.tile
             pool = Pool(
-                plan, index.shards, writer.folder, shares, costs, rows, watcher.tile, devices, journal, writer.past
+                plan, index.shards, writer.folder, shares, costs, rows, tile, devices, journal, writer.past, fetch.consumed
             )
             try:
+                fetch.start()
                 outcome = pool.run()
             finally:
+                fetch.close()
                 writer.abandoned = pool.busy
             tiled = clock()
             for shard in index.shards:

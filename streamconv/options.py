@@ -72,6 +72,7 @@ class Resources:
         device_memory_budget: bytes of each device that may be used; None: what is free less a reserve, at most 2 GiB.
         tile_rows: upper bound on the source rows of a tile (tests force small tiles with it).
         disk_reserve: bytes of free disk to leave untouched.
+        hub_keep: "all" keeps the shards of a Hub model in the cache; "none" removes each that was downloaded once it was read.
     """
 
     memory_budget: int | None = None
@@ -80,3 +81,4 @@ class Resources:
     device_memory_budget: int | None = None
     tile_rows: int | None = None
     disk_reserve: int = 0
+    hub_keep: str = "all"

@@ -85,6 +85,7 @@ class Pool:
         devices: makes the device of a worker, by worker number; None encodes on the CPU.
         journal: told of every tile that is safely on the disk.
         past: span -> finished row ranges of an earlier run, ascending.
+        consumed: called with (span, source rows) when these rows will not be read again.
     """
 
     def __init__(
@@ -99,10 +100,11 @@ class Pool:
         devices: Callable[[int], Device] | None = None,
         journal: Journal | None = None,
         past: Mapping[int, Sequence[Done]] | None = None,
+        consumed: Callable[[int, int], None] = lambda span, rows: None,
     ) -> None:
         self.plan, self.shards, self.folder, self.shares = plan, shards, folder, shares
         self.costs, self.tile_rows, self.progress, self.devices = costs, tile_rows, progress, devices
-        self.past = past or {}
+        self.past, self.consumed = past or {}, consumed
         self._recorder = Recorder(journal, folder, self.fail) if journal is not None else None
         self.outcome = Outcome()
         self._order = Order(plan.matrices)
@@ -262,6 +264,7 @@ class Pool:
         with self._lock:
             self.outcome.resumed += 1
         self._count(span.source.name, done.overflow, done.nonfinite)
+        self.consumed(tile.span, tile.stop - tile.start)
         self.progress((tile.stop - tile.start) * span.row_bytes, 0)
         return True
 
@@ -294,6 +297,7 @@ class Pool:
         block = read_rows(self.shards, span, tile.start, tile.stop, arena, arena[size : size + spare])
         now = time.monotonic()
         spent["read"] = now - began
+        self.consumed(tile.span, source_rows)
         if span.reduce is not None:
             self._reduce(span, source_rows, block)
             spent["compute"] = time.monotonic() - now

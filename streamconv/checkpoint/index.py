@@ -8,25 +8,24 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
 from streamconv.checkpoint.dtypes import DType
-from streamconv.checkpoint.header import Header, read_header
 from streamconv.checkpoint.meta import PARAMS, Assembled, assemble, is_meta, meta_files
 from streamconv.checkpoint.shard import Shard, open_regular
 from streamconv.checkpoint.torch_zip import TorchTensor, read_torch
 from streamconv.errors import CheckpointError, TensorError, printable
 
 _CONFIG = "config.json"
-_WEIGHT_MAP = "model.safetensors.index.json"
-_TORCH_WEIGHT_MAP = "pytorch_model.bin.index.json"
+WEIGHT_MAP = "model.safetensors.index.json"
+TORCH_WEIGHT_MAP = "pytorch_model.bin.index.json"
 _TORCH = (".bin", ".pth", ".pt")
-_MAX_CONFIG = 16 << 20
-_MAX_WEIGHT_MAP = 64 << 20
+MAX_CONFIG = 16 << 20
+MAX_WEIGHT_MAP = 64 << 20
 
 
 class TensorRecord(NamedTuple):
@@ -97,13 +96,13 @@ def open_index(path: str | os.PathLike[str]) -> Index:
             raise CheckpointError(
                 f"missing config.json in {shown}", hint="a checkpoint folder holds config.json beside its weights"
             )
-        config = read_json(folder / _CONFIG, _MAX_CONFIG)
-        names = _found(folder)
-        listed = _WEIGHT_MAP if not names or names[0].endswith(".safetensors") else _TORCH_WEIGHT_MAP
+        config = read_json(folder / _CONFIG, MAX_CONFIG)
+        names = _listed(folder)
+        listed = WEIGHT_MAP if not names or names[0].endswith(".safetensors") else TORCH_WEIGHT_MAP
         if not names and not os.path.lexists(folder / listed):
-            listed = _TORCH_WEIGHT_MAP
+            listed = TORCH_WEIGHT_MAP
         if os.path.lexists(folder / listed):
-            weight_map = _weight_map(folder / listed)
+            weight_map = read_weight_map(folder / listed)
             names = sorted(set(weight_map.values()))
         if not names:
             raise CheckpointError(f"no .safetensors file in {shown}, nor any pytorch_model*.bin")
@@ -111,13 +110,13 @@ def open_index(path: str | os.PathLike[str]) -> Index:
         folder, weight_map, names = root.parent, None, [root.name]
         if not os.path.lexists(folder / _CONFIG):
             raise CheckpointError(f"missing config.json beside {shown}", hint="put the model's config.json there")
-        config = read_json(folder / _CONFIG, _MAX_CONFIG)
+        config = read_json(folder / _CONFIG, MAX_CONFIG)
     else:
         raise CheckpointError(f"{shown} is neither a folder nor a weight file (.safetensors, .bin, .pth, .pt)")
     shards = tuple(Shard(folder / name) for name in names)
     digests: dict[int, str] = {}
     try:
-        tensors = _tensors(shards, weight_map, digests)
+        tensors = read_tensors(shards, weight_map, digests)
     except BaseException:
         for shard in shards:
             shard.close()
@@ -126,7 +125,7 @@ def open_index(path: str | os.PathLike[str]) -> Index:
 
 
 def _open_meta(folder: Path) -> Index:
-    params = read_json(folder / PARAMS, _MAX_CONFIG)
+    params = read_json(folder / PARAMS, MAX_CONFIG)
     files = meta_files(folder)
     shards = tuple(Shard(folder / name) for names in files for name in names)
     held: list[dict[str, tuple[int, TorchTensor]]] = []
@@ -194,32 +193,48 @@ def nearest(name: str, names: Iterable[str]) -> str | None:
     return next((other for other in best if found and other[:300] == found[0]), None)
 
 
-def _weight_map(path: Path) -> dict[str, str]:
+def read_weight_map(path: Path, present: Collection[str] | None = None) -> dict[str, str]:
+    """An index file: tensor name -> file name.
+
+    Args:
+        present: the files that there are; None looks into the folder of the index file.
+
+    Raises:
+        CheckpointError: it is no index, or names a file that is not there or not part of this checkpoint.
+    """
     folder = path.parent
     shown = printable(str(path))
-    listed = read_json(path, _MAX_WEIGHT_MAP).get("weight_map")
+    listed = read_json(path, MAX_WEIGHT_MAP).get("weight_map")
     if not isinstance(listed, dict) or not listed:
         raise CheckpointError(f"{shown} has no weight_map")
     if not all(isinstance(value, str) for value in listed.values()):
         raise CheckpointError(f"{shown}: weight_map must map tensor names to file names")
     for name in sorted(set(listed.values())):
-        _check_inside(folder, name, shown)
+        _check_plain(name, shown)
+        if present is None:
+            _check_inside(folder, name, shown)
+        elif name not in present:
+            raise CheckpointError(f"missing file {printable(name)}, named in {shown}", hint="is the upload complete?")
     return listed
 
 
-def _check_inside(folder: Path, name: str, index: str) -> None:
-    """A file name from an index file must be a plain name, and lead to a file of this checkpoint.
-
-    Links may stay in the folder, or follow the layout of the Hub's cache: snapshots/<revision>/<file> to blobs/<hash>.
-    """
+def _check_plain(name: str, index: str) -> None:
+    """A file name from an index file must be a plain name of the right kind."""
     shown = printable(name)
     plain = name not in ("", ".", "..") and not any(mark in name for mark in "/\\:")
     if not plain or any(ord(letter) < 32 for letter in name) or len(name.encode(errors="replace")) > 255:
         raise CheckpointError(f"{index} names the file {shown}, which is not a plain file name")
-    wanted = ".bin" if index.endswith(_TORCH_WEIGHT_MAP) else ".safetensors"
+    wanted = ".bin" if index.endswith(TORCH_WEIGHT_MAP) else ".safetensors"
     if not name.endswith(wanted):
         raise CheckpointError(f"{index} names the file {shown}, which is not a {wanted} file")
-    path = folder / name
+
+
+def _check_inside(folder: Path, name: str, index: str) -> None:
+    """It must lead to a file of this checkpoint.
+
+    Links may stay in the folder, or follow the layout of the Hub's cache: snapshots/<revision>/<file> to blobs/<hash>.
+    """
+    shown, path = printable(name), folder / name
     if not os.path.lexists(path):
         raise CheckpointError(f"missing file {shown}, named in {index}", hint="is the download complete?")
     try:
@@ -233,21 +248,26 @@ def _check_inside(folder: Path, name: str, index: str) -> None:
         raise CheckpointError(f"{shown}, named in {index}, is a link that leads out of the checkpoint folder")
 
 
-def _found(folder: Path) -> list[str]:
-    """The weight files of a folder: safetensors, if there are none PyTorch's."""
+def _listed(folder: Path) -> list[str]:
     try:
-        names = sorted(os.listdir(folder))
+        return weight_files(os.listdir(folder))
     except OSError as error:
         raise CheckpointError(f"cannot list {printable(str(folder))}: {error.strerror}") from None
+
+
+def weight_files(present: Iterable[str]) -> list[str]:
+    """The weight files among those of a folder: safetensors, if there are none PyTorch's."""
+    names = sorted(present)
     found = [name for name in names if name.endswith(".safetensors") and not name.startswith(".")]
     # Mistral's repositories hold the same weights twice, once under Meta's names in consolidated*.safetensors.
     found = [name for name in found if not name.startswith("consolidated")] or found
     return found or [name for name in names if name.startswith("pytorch_model") and name.endswith(".bin")]
 
 
-def _tensors(
-    shards: tuple[Shard, ...], weight_map: dict[str, str] | None, digests: dict[int, str]
+def read_tensors(
+    shards: Sequence[Shard], weight_map: dict[str, str] | None, digests: dict[int, str]
 ) -> dict[str, TensorRecord]:
+    """What the headers of the files say, checked against the index file if there is one."""
     found: dict[str, TensorRecord] = {}
     for number, shard in enumerate(shards):
         file = shard.path.name
@@ -275,5 +295,5 @@ def _held(shard: Shard, number: int, digests: dict[int, str]) -> list[TorchTenso
         content = read_torch(shard)
         digests[number] = content.digest
         return list(content.tensors.values())
-    header: Header = read_header(shard.fileno(), shard.path)
+    header = shard.header()
     return [TorchTensor(t.name, t.dtype, t.shape, t.begin, t.end - t.begin) for t in header.tensors.values()]

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
+from streamconv.checkpoint.header import Header, read_header
 from streamconv.errors import CheckpointError, SourceChangedError, printable
 
 _ROWS_PER_CALL = 256  # two vectors a row stay below IOV_MAX, which is 1024 on Linux
@@ -112,6 +113,14 @@ class Shard:
     @property
     def size(self) -> int:
         return self.identity.size
+
+    def header(self) -> Header:
+        """What the header of a safetensors file says.
+
+        Raises:
+            HeaderError: it breaks a rule of the format.
+        """
+        return read_header(self.fileno(), self.path)
 
     def close(self) -> None:
         """Give the descriptor back; a later read opens the file again, and checks that it is the same one."""

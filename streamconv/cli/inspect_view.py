@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from streamconv.checkpoint.index import open_index
 from streamconv.cli.view import dump, table
 from streamconv.errors import StreamconvError, printable
+from streamconv.hub import open_source
 from streamconv.matching import match
 from streamconv.memory import show_size
 from streamconv.options import Options
@@ -15,7 +13,7 @@ from streamconv.targets.trtllm.planner import make_plan, model_of
 
 def show(source: str, as_json: bool) -> None:
     """Print an index."""
-    index = open_index(Path(source))
+    index = open_source(source)
     try:
         model, family = model_of(index)
         found, unmatched = match(family, index.tensors, ("", "language_model."))

@@ -103,6 +103,13 @@ def cli() -> None:
 @click.argument("model")
 @click.argument("out")
 @_options(_CONVERSION, _RESOURCES)
+@click.option(
+    "--hub-keep",
+    type=click.Choice(["all", "none"]),
+    default="all",
+    show_default=True,
+    help="Hub model: keep its shards in the cache, or remove each once it was read.",
+)
 @click.option("--force", is_flag=True, help="Replace an existing output folder.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object at the end.")
 @click.option("--quiet", "-q", is_flag=True)
@@ -113,22 +120,26 @@ def convert(
     workers: str,
     device: str,
     device_memory_budget: str,
+    hub_keep: str,
     force: bool,
     as_json: bool,
     quiet: bool,
     **values: Any,
 ) -> int:
-    """Convert MODEL (a Hugging Face folder) into the TensorRT-LLM checkpoint folder OUT."""
+    """Convert MODEL (a Hugging Face or Meta folder, or org/name[@revision] on the Hub) into the TensorRT-LLM checkpoint folder OUT."""
     import dataclasses
 
     from streamconv import api
     from streamconv.cli import view
 
+    if quiet or as_json:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
     report = api.convert(
         model,
         out,
         _requested(values),
-        resources(memory_budget, workers, device, device_memory_budget),
+        dataclasses.replace(resources(memory_budget, workers, device, device_memory_budget), hub_keep=hub_keep),
         force=force,
         watcher=view.Progress(quiet or as_json),
     )

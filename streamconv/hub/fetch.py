@@ -1,0 +1,110 @@
+"""Downloads in plan order, one file ahead of the run, and removal of those that were read."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Mapping, Sequence
+
+from streamconv import memory
+from streamconv.checkpoint.shard import Shard
+from streamconv.errors import HubError, printable
+from streamconv.fs import free_space
+from streamconv.hub.shard import HubShard
+from streamconv.journal import Done
+from streamconv.plan import Plan, SourceTensor
+
+
+class Fetch:
+    """Downloads the shards of a plan in the order in which it needs them, one ahead. Nothing to do for local sources.
+
+    Args:
+        past: span -> row ranges that need no reading any more.
+        keep: "all" leaves the files in the cache; "none" removes each that was downloaded once its last row was read.
+    """
+
+    def __init__(self, plan: Plan, shards: Sequence[Shard], past: Mapping[int, Sequence[Done]], keep: str) -> None:
+        self.keep = keep
+        self._turn = threading.Condition()
+        self._stopped = False
+        self._seen: set[HubShard] = set()
+        self._held: set[HubShard] = set()
+        self._left: dict[HubShard, int] = {}
+        self._uses: list[tuple[HubShard, ...]] = []
+        wanted: dict[HubShard, None] = {}
+        for number, span in enumerate(plan.spans):
+            pieces = span.source.pieces if isinstance(span.source, SourceTensor) else ()
+            remote = (shards[piece.shard] for piece in pieces)
+            uses = tuple(dict.fromkeys(shard for shard in remote if isinstance(shard, HubShard)))
+            self._uses.append(uses)
+            rows = span.stop - span.start
+            for shard in uses:
+                self._left[shard] = self._left.get(shard, 0) + rows
+                if sum(done.stop - done.start for done in past.get(number, ())) < rows:
+                    wanted[shard] = None
+        self._order = tuple(wanted)
+        self._thread = threading.Thread(target=self._ahead, name="hub-fetch", daemon=True)
+
+    def start(self) -> None:
+        """Check the space and begin with the first file.
+
+        Raises:
+            HubError: the cache has no room for what will be there at a time.
+        """
+        if not self._order:
+            return
+        missing = sorted((shard.file.size for shard in self._order if not shard.path.exists()), reverse=True)
+        need, folder = sum(missing if self.keep == "all" else missing[:2]), self._order[0].path.parent
+        if need > free_space(folder):
+            raise HubError(
+                f"no space for the download: {memory.show_size(need)} needed, {memory.show_size(free_space(folder))} free"
+                f" in the cache {printable(str(folder))}",
+                hint="free some space, set HF_HOME" + (", or use --hub-keep none" if self.keep == "all" else ""),
+            )
+        for shard in self._left:
+            shard.fetch = self
+        self._thread.start()
+
+    def reached(self, shard: HubShard) -> None:
+        """A worker needs this file now."""
+        with self._turn:
+            self._seen.add(shard)
+            self._held.add(shard)
+            self._turn.notify_all()
+
+    def consumed(self, span: int, rows: int) -> None:
+        """These rows of a span will not be read again."""
+        for shard in self._uses[span]:
+            with self._turn:
+                self._left[shard] -= rows
+                over = self._left[shard] <= 0 and self.keep == "none"
+            if over:
+                shard.free()
+                with self._turn:
+                    self._held.discard(shard)
+                    self._seen.add(shard)
+                    self._turn.notify_all()
+
+    def close(self) -> None:
+        """No further file is begun; does not wait for the one under way."""
+        with self._turn:
+            self._stopped = True
+            self._turn.notify_all()
+
+    def _ahead(self) -> None:
+        before: HubShard | None = None
+        for shard in self._order:
+            with self._turn:
+                while not self._stopped and (
+                    (before is not None and before not in self._seen) or (self.keep == "none" and len(self._held - {shard}) > 1)
+                ):
+                    self._turn.wait()
+                if self._stopped:
+                    return
+                over = self._left[shard] <= 0
+                if not over:
+                    self._held.add(shard)
+            if not over:
+                with contextlib.suppress(Exception):  # whoever needs the file tries again, and says why it failed
+                    shard.download(ahead=True)
+            before = shard

@@ -1,0 +1,66 @@
+"""What huggingface_hub raises, as errors a user can act on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+from streamconv.errors import HubError, StreamconvError, printable
+
+
+def passing(error: BaseException | None) -> bool:
+    """Worth another try."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return status in (408, 429, 500, 502, 503, 504) if status is not None else not isinstance(error, (ValueError, TypeError))
+
+
+@contextlib.contextmanager
+def explained(repo: str, revision: str | None, file: str | None = None) -> Iterator[None]:
+    """Turn what huggingface_hub raises into a HubError a user can act on."""
+    try:
+        yield
+    except StreamconvError:
+        raise
+    except Exception as error:
+        raise _told(error, repo, revision, file) from error
+
+
+def _told(error: Exception, repo: str, revision: str | None, file: str | None) -> HubError:
+    from huggingface_hub import errors
+
+    what = f"hf://{repo}" + (f"@{revision[:12]}" if revision else "") + (f"/{file}" if file else "")
+    cause: BaseException = error
+    if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
+        cause = error.__cause__
+    status = getattr(getattr(cause, "response", None), "status_code", None)
+    login = "run `hf auth login`, or set HF_TOKEN"
+    if isinstance(cause, errors.GatedRepoError):
+        return HubError(f"{what} is gated", hint=f"accept its terms on the Hub, then {login}")
+    if isinstance(cause, errors.RevisionNotFoundError):
+        return HubError(f"{repo} has no revision {printable(revision or 'main')} on the Hub")
+    if isinstance(cause, errors.RepositoryNotFoundError):
+        return HubError(
+            f"no local folder {repo}, and no such model on the Hub, or it is private (status {status})",
+            hint=f"check the name; for a private model {login}",
+        )
+    if isinstance(cause, errors.OfflineModeIsEnabled):
+        return HubError(f"offline, and {what} is not in the cache", hint="unset HF_HUB_OFFLINE, or download it first")
+    if status in (401, 403):
+        return HubError(f"the Hub refuses access to {what} (status {status})", hint=login)
+    if status == 404:
+        return HubError(f"{what} is not on the Hub")
+    if status == 429:
+        return HubError(f"the Hub has too many requests from here (status 429) for {what}", hint=f"wait some minutes; {login}")
+    if status is not None:
+        return HubError(f"the Hub answers {what} with status {status}", hint="try again later")
+    first = printable((str(cause).strip() or type(cause).__name__).splitlines()[0])
+    if isinstance(cause, errors.HFValidationError):
+        return HubError(f"{what}: {first}")
+    if "Consistency check failed" in first:
+        return HubError(f"{what} came truncated", hint="run again; the download goes on where it stopped")
+    if isinstance(cause, ValueError):
+        return HubError(f"{what}: {first}", hint="HF_HUB_DISABLE_XET=0 may help with files above 50 GB")
+    if isinstance(cause, OSError) and cause.errno:
+        return HubError(f"cannot download {what}: {os.strerror(cause.errno)}", hint="is there space in the cache (HF_HOME)?")
+    return HubError(f"the connection to the Hub failed for {what}: {first}", hint="check the network, then run again")

@@ -1,0 +1,178 @@
+"""A file of the Hub: read by ranges while planning, downloaded when a run needs its rows."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from streamconv.checkpoint.header import MAX_HEADER, Header, parse_header
+from streamconv.checkpoint.shard import Identity, Shard
+from streamconv.errors import HubError, SourceChangedError, StreamconvError, printable
+from streamconv.hub.problems import explained, passing
+from streamconv.hub.repo import Repo, RepoFile, download
+
+if TYPE_CHECKING:
+    from streamconv.hub.fetch import Fetch
+
+_HEAD = 1 << 16
+_TRIES = 3
+_WAIT = 1.0
+"""Seconds before the second try of a range request; doubled before the third."""
+
+
+class HubShard(Shard):
+    """A file of the Hub. Before `fetch` is set, reads are range requests; then the first one downloads the file.
+
+    Args:
+        folder: the snapshot's folder in the cache, where the file will appear.
+    """
+
+    __slots__ = ("_downloading", "_failed", "_head", "_remote", "fetch", "file", "ours", "repo")
+
+    def __init__(self, repo: Repo, file: RepoFile, folder: Path) -> None:
+        super().__init__(folder / file.name)
+        self.repo, self.file = repo, file
+        self.fetch: Fetch | None = None
+        self.ours = False  # downloaded by this run, so that it may remove it
+        digest = hashlib.sha256(file.oid.encode()).digest()[:7]
+        self._remote = Identity(file.size, int.from_bytes(digest, "little"), 0, 0)  # a new content is a new time
+        self._head = b""
+        self._failed: StreamconvError | None = None
+        self._downloading = threading.Lock()
+
+    @property
+    def identity(self) -> Identity:
+        """What the Hub says of the file: the same before and after the download."""
+        return self._remote
+
+    def fileno(self) -> int:
+        if self._fd < 0:
+            if self.fetch is not None:
+                self.fetch.reached(self)
+            self.download()
+            self._head = b""
+        return super().fileno()
+
+    def download(self, ahead: bool = False) -> None:
+        """Bring the file into the cache; others who need it wait.
+
+        Args:
+            ahead: nobody needs it yet, so a failure is not final.
+        """
+        with self._downloading:
+            if self._failed is not None:
+                raise self._failed  # once is enough for all workers
+            if self.path.exists() and self.path.stat().st_size == self.file.size:
+                return
+            try:
+                download(self.repo, self.file, shown=True)
+            except StreamconvError as error:
+                self._failed = None if ahead else error
+                raise
+            self.ours = True
+
+    def free(self) -> None:
+        """Remove the file, if this run downloaded it; a later read asks for ranges again."""
+        with self._downloading:
+            self.fetch = None
+            self.close()
+            self._identity = None
+            if self.ours:
+                blob = self.path.resolve()
+                for path in dict.fromkeys((self.path, blob)):
+                    with contextlib.suppress(OSError):
+                        path.unlink()
+                self.ours = False
+
+    def header(self) -> Header:
+        if self._local():
+            return super().header()
+        shown = f"{self.repo}/{self.file.name}"
+        self._head = self.read_range(0, min(self.file.size, _HEAD))
+        stop = 8 + int.from_bytes(self._head[:8], "little")
+        if len(self._head) < stop <= min(self.file.size, MAX_HEADER + 8) and self._head[8:9] == b"{":
+            self._head += self.read_range(len(self._head), stop)
+        return parse_header(self._head, self.file.size, shown)
+
+    def check_unchanged(self) -> None:
+        """A commit does not change; the copy in the cache could."""
+        if self._identity is not None and (not self.path.exists() or self.path.stat().st_size != self.file.size):
+            raise self._changed("changed or is gone")
+
+    def read_range(self, begin: int, end: int) -> bytes:
+        """Bytes [begin, end) of the file, from the Hub.
+
+        Raises:
+            HubError: it did not give exactly these.
+        """
+        if end <= len(self._head):
+            return self._head[begin:end]
+        if begin >= end:
+            return b""
+        wait = _WAIT
+        for attempt in range(_TRIES):
+            try:
+                with explained(self.repo.name, self.repo.commit, self.file.name):
+                    return self._request(begin, end)
+            except HubError as error:
+                if attempt == _TRIES - 1 or not passing(error.__cause__):
+                    raise
+            time.sleep(wait)
+            wait *= 2
+        raise AssertionError
+
+    def _request(self, begin: int, end: int) -> bytes:
+        import huggingface_hub.utils
+        from huggingface_hub import hf_hub_url
+
+        client: Any = huggingface_hub.utils  # its names are public, but not declared to type checkers
+
+        url = hf_hub_url(self.repo.name, self.file.name, revision=self.repo.commit)
+        headers = client.build_hf_headers() | {"Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
+        session: Any = client.get_session()
+        with contextlib.ExitStack() as stack:
+            if callable(getattr(session, "stream", None)):  # httpx, from huggingface_hub 1.0 on
+                answer = stack.enter_context(session.stream("GET", url, headers=headers, timeout=30, follow_redirects=True))
+                if answer.status_code >= 400:
+                    answer.read()
+                chunks = answer.iter_bytes
+            else:
+                answer = stack.enter_context(session.get(url, headers=headers, timeout=30, stream=True))
+                chunks = lambda: answer.iter_content(1 << 16)  # noqa: E731
+            client.hf_raise_for_status(answer)
+            if answer.status_code != 206 and (begin, end) != (0, self.file.size):
+                raise HubError(f"{url}: the server does not serve ranges", hint="check HF_ENDPOINT, or download the model")
+            data = bytearray()
+            for chunk in chunks():
+                data += chunk
+                if len(data) > end - begin:
+                    break
+        if len(data) != end - begin:
+            raise ConnectionError(f"{len(data)} of {end - begin} bytes came")
+        return bytes(data)
+
+    def _local(self) -> bool:
+        return self._fd >= 0 or self.fetch is not None or self.path.exists()
+
+    def _fill(self, offset: int, views: list[memoryview]) -> None:
+        if self._local():
+            super()._fill(offset, views)
+            return
+        total = sum(map(len, views))
+        if offset + total > self.file.size:
+            raise self._changed(f"ends at byte {self.file.size}, {offset + total - self.file.size} bytes early")
+        data, at = self.read_range(offset, offset + total), 0
+        for view in views:
+            view[:] = data[at : at + len(view)]
+            at += len(view)
+
+    def _advise(self, begin: int, end: int, advice: int) -> None:
+        if self._fd >= 0:
+            super()._advise(begin, end, advice)
+
+    def _changed(self, what: str) -> SourceChangedError:
+        return SourceChangedError(f"{self.repo}/{printable(self.file.name)} {what}", hint="run again")

@@ -1,0 +1,139 @@
+"""A server on 127.0.0.1 that speaks as much of the Hub's API as a download needs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+SHA = "0123456789abcdef0123456789abcdef01234567"
+REPO = "org/tiny"
+
+
+class Hub:
+    """Serves a folder as `org/tiny` at one commit; `blobs` are behind a redirect, as the Hub's large files are.
+
+    Attributes:
+        served: file name -> bytes of it sent.
+        whole: names of files asked for without a range.
+        fail: path piece -> (status, X-Error-Code) answered for it.
+        cuts: file name -> after how many bytes the next whole transfer is cut.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.served: dict[str, int] = {}
+        self.whole: list[str] = []
+        self.ranges: list[tuple[str, str]] = []
+        self.fail: dict[str, tuple[int, str]] = {}
+        self.cuts: dict[str, int] = {}
+        self.gets = 0
+        hub = self
+
+        class Handler(_Handler):
+            pass
+
+        Handler.hub = hub
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        self.cdn = self.url.replace("127.0.0.1", "localhost")  # another host, which must not get the token
+        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        self.thread.start()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: Hub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self._answer(False)
+
+    def do_GET(self) -> None:
+        self.hub.gets += 1
+        self._answer(True)
+
+    def _error(self, status: int, code: str = "") -> None:
+        self._send(status, {"X-Error-Code": code} if code else {}, b"{}")
+
+    def _send(self, status: int, headers: dict[str, str], body: bytes) -> None:
+        self.send_response(status)
+        for name, value in ({"Content-Length": str(len(body))} | headers).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def _answer(self, _: bool) -> None:
+        path = self.path.split("?")[0]
+        for piece, (status, code) in self.hub.fail.items():
+            if piece in path:
+                return self._error(status, code)
+        model = re.fullmatch(rf"/api/models/{REPO}(?:/revision/(.+))?", path)
+        if model:
+            if model[1] not in (None, "main", SHA):
+                return self._error(404, "RevisionNotFound")
+            return self._send(200, {"Content-Type": "application/json"}, json.dumps(self._info()).encode())
+        found = re.fullmatch(rf"/{REPO}/resolve/([^/]+)/(.+)", path)
+        if found and (self.hub.folder / found[2]).is_file():
+            return self._file(found[2])
+        found = re.fullmatch(r"/blobs/(.+)", path)
+        if found:
+            return self._blob(found[1])
+        return self._error(404, "EntryNotFound" if REPO in path else "RepoNotFound")
+
+    def _info(self) -> dict[str, Any]:
+        siblings = []
+        for file in sorted(self.hub.folder.iterdir()):
+            data = file.read_bytes()
+            told: dict[str, Any] = {"rfilename": file.name, "size": len(data), "blobId": hashlib.sha1(data).hexdigest()}
+            if file.suffix == ".safetensors":
+                told["lfs"] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
+            siblings.append(told)
+        return {"id": REPO, "modelId": REPO, "sha": SHA, "private": False, "tags": [], "downloads": 0, "siblings": siblings}
+
+    def _file(self, name: str) -> None:
+        data = (self.hub.folder / name).read_bytes()
+        large = name.endswith(".safetensors")
+        etag = (hashlib.sha256 if large else hashlib.sha1)(data).hexdigest()
+        headers = {"X-Repo-Commit": SHA, "ETag": f'"{etag}"'}
+        if large:
+            told = {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(len(data)), "Location": f"{self.hub.cdn}/blobs/{name}"}
+            return self._send(302, headers | told, b"")
+        return self._body(name, data, headers)
+
+    def _blob(self, name: str) -> None:
+        self._body(name, (self.hub.folder / name).read_bytes(), {})
+
+    def _body(self, name: str, data: bytes, headers: dict[str, str]) -> None:
+        total, status, asked = len(data), 200, self.headers.get("Range")
+        if asked:
+            first, _, last = asked.removeprefix("bytes=").partition("-")
+            data = data[int(first) : int(last) + 1 if last else None]
+            headers |= {"Content-Range": f"bytes {first}-{int(first) + len(data) - 1}/{total}"}
+            status = 206
+        headers |= {"Accept-Ranges": "bytes", "Content-Length": str(len(data))}
+        if self.command == "HEAD":
+            return self._send(status, headers, b"")
+        (self.hub.whole.append(name) if asked is None else self.hub.ranges.append((name, asked)))
+        cut = self.hub.cuts.pop(name, None)
+        if cut is not None:
+            data = data[:cut]
+        self._send(status, headers, data)
+        self.hub.served[name] = self.hub.served.get(name, 0) + len(data)
+        if cut is not None:
+            self.wfile.flush()
+            self.close_connection = True
+        return None

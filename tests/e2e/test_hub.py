@@ -1,0 +1,177 @@
+"""Hub models against a real HTTP server on loopback: what is asked for, what is downloaded, what errors say."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from streamconv import api
+from streamconv.options import Options
+from tests import tiny
+from tests.e2e.hub_server import REPO, SHA, Hub
+
+ROOT = Path(__file__).resolve().parents[2]
+PARTS = 4
+
+
+def sharded(folder: Path) -> Path:
+    """The tiny model in four shards, in the order of its layers."""
+    folder.mkdir(parents=True)
+    weights = tiny.tensors()
+    names, parts = list(weights), {}
+    for number in range(PARTS):
+        chosen = names[number * len(names) // PARTS : (number + 1) * len(names) // PARTS]
+        parts |= dict.fromkeys(chosen, file := f"model-{number + 1:05d}-of-{PARTS:05d}.safetensors")
+        save_file({name: weights[name] for name in chosen}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": parts}))
+    (folder / "config.json").write_text(json.dumps(tiny.config()))
+    return folder
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    served = Hub(sharded(tmp_path / "remote"))
+    yield served
+    served.close()
+
+
+def run(hub: Hub, tmp_path: Path, *arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
+    """The command in its own process: huggingface_hub reads its variables once."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    env = kept | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT), "NO_PROXY": "*", "no_proxy": "*"}
+    command = [sys.executable, "-m", "streamconv", *arguments]
+    return subprocess.run(command, env=env | changes, capture_output=True, text=True, timeout=240, cwd=tmp_path)
+
+
+def weights(names: Iterator[str] | list[str]) -> list[str]:
+    return [name for name in names if name.endswith(".safetensors")]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".safetensors", ".json")}
+
+
+def cached(tmp_path: Path) -> list[Path]:
+    return [path for path in (tmp_path / "home").rglob("*") if path.is_file() and path.stat().st_size > 20_000]
+
+
+@pytest.mark.parametrize("command", ["plan", "inspect"])
+def test_headers_by_ranges(hub: Hub, tmp_path: Path, command: str) -> None:
+    done = run(hub, tmp_path, command, f"hf://{REPO}@main", "--json")
+    assert done.returncode == 0, done.stderr
+    local = run(hub, tmp_path, command, str(hub.folder), "--json")
+    here, there = json.loads(local.stdout), json.loads(done.stdout)
+    for told in (here, there):
+        told.pop("disk", None)
+    assert here == there
+    assert not weights(hub.whole) and len(weights([name for name, _ in hub.ranges])) == PARTS
+    assert all(size <= 65536 for name, size in hub.served.items() if name.endswith(".safetensors"))
+    assert not cached(tmp_path)
+
+
+@pytest.mark.parametrize("keep", ["all", "none"])
+def test_convert_equals_local(hub: Hub, tmp_path: Path, keep: str) -> None:
+    api.convert(hub.folder, tmp_path / "local", Options(tp_size=2))
+    done = run(hub, tmp_path, "convert", REPO, "out", "--tp-size", "2", "--hub-keep", keep, STREAMCONV_TILE_ROWS="64")
+    assert done.returncode == 0, done.stderr
+    assert content(tmp_path / "out") == content(tmp_path / "local")
+    assert sorted(weights(hub.whole)) == sorted(path.name for path in hub.folder.glob("*.safetensors"))
+    assert len(cached(tmp_path)) == (2 * PARTS if keep == "all" else 0)  # blobs, and links to them
+
+
+def test_cached_files_are_used_offline_and_kept(hub: Hub, tmp_path: Path) -> None:
+    assert run(hub, tmp_path, "convert", REPO, "one", "--quiet").returncode == 0
+    asked, held = hub.gets, cached(tmp_path)
+    done = run(hub, tmp_path, "convert", REPO, "two", "--hub-keep", "none", HF_HUB_OFFLINE="1")
+    assert done.returncode == 0, done.stderr
+    assert hub.gets == asked and cached(tmp_path) == held
+    assert content(tmp_path / "one") == content(tmp_path / "two")
+
+
+def test_cut_range_is_tried_again(hub: Hub, tmp_path: Path) -> None:
+    hub.cuts[f"model-00002-of-{PARTS:05d}.safetensors"] = 100
+    done = run(hub, tmp_path, "plan", REPO)
+    assert done.returncode == 0 and not hub.cuts, done.stderr
+
+
+class Later(dict[str, int]):
+    """Cuts the transfer of a whole file only, not the ranges before it."""
+
+    hub: Hub
+
+    def pop(self, key: Any, *rest: Any) -> Any:
+        return super().pop(key, *rest) if key in self.hub.whole else None
+
+
+def test_cut_download_is_resumed(hub: Hub, tmp_path: Path) -> None:
+    for path in hub.folder.iterdir():
+        path.unlink()
+    vocab, big = 81920, tiny.tensors()
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        big[name] = np.resize(big[name], (vocab, tiny.HIDDEN))
+    tiny.write(hub.folder, big, tiny.config(vocab_size=vocab))
+    hub.cuts = cuts = Later({"model.safetensors": 25 << 20})
+    cuts.hub = hub
+    done = run(hub, tmp_path, "convert", REPO, "out")
+    assert done.returncode == 0 and not hub.cuts, done.stderr
+    # the client writes 10 MiB at a time, so two of them were safe
+    assert hub.whole.count("model.safetensors") == 1
+    assert ("model.safetensors", f"bytes={20 << 20}-") in hub.ranges
+    api.convert(hub.folder, tmp_path / "local", Options())
+    assert content(tmp_path / "out") == content(tmp_path / "local")
+
+
+@pytest.mark.parametrize(
+    ("piece", "answer", "says"),
+    [
+        ("/api/models", (404, "RepoNotFound"), "no such model on the Hub"),
+        ("/api/models", (401, "GatedRepo"), "hf auth login"),
+        ("/api/models", (401, ""), "hf auth login"),
+        ("/api/models", (403, ""), "hf auth login"),
+        ("/api/models", (429, ""), "too many requests"),
+        ("resolve/" + SHA + "/config.json", (403, "GatedRepo"), "is gated"),
+        ("blobs/model-00001", (404, "EntryNotFound"), "is not on the Hub"),
+        ("blobs/model-00001", (403, ""), "hf auth login"),
+        ("blobs/model-00001", (429, ""), "too many requests"),
+    ],
+)
+def test_refusals(hub: Hub, tmp_path: Path, piece: str, answer: tuple[int, str], says: str) -> None:
+    hub.fail[piece] = answer
+    done = run(hub, tmp_path, "plan", REPO)
+    assert done.returncode == 9, done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and says in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [(f"{REPO}@v9", "no revision v9"), ("org/other", "no such model"), ("hf://nonsense", "not of the form")],
+)
+def test_names(hub: Hub, tmp_path: Path, model: str, says: str) -> None:
+    done = run(hub, tmp_path, "inspect", model)
+    assert done.returncode == 9 and done.stderr.count("\n") == 1 and says in done.stderr, done.stderr
+
+
+def test_offline_without_cache(hub: Hub, tmp_path: Path) -> None:
+    done = run(hub, tmp_path, "plan", REPO, HF_HUB_OFFLINE="1")
+    assert done.returncode == 9 and "not in the cache" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert hub.gets == 0
+
+
+def test_no_server(hub: Hub, tmp_path: Path) -> None:
+    done = run(hub, tmp_path, "plan", REPO, HF_ENDPOINT="http://127.0.0.1:9")
+    assert done.returncode == 9 and "check the network" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_local_folder_wins(hub: Hub, tmp_path: Path) -> None:
+    tiny.write(tmp_path / "org" / "tiny")
+    done = run(hub, tmp_path, "plan", REPO)
+    assert done.returncode == 0 and hub.gets == 0, done.stderr
