@@ -17,9 +17,10 @@ from streamconv.errors import DataError, printable
 from streamconv.fs import OutputFolder
 from streamconv.journal import Done, Journal, Recorder
 from streamconv.order import Order, Stop
-from streamconv.plan import Dest, Plan, Span
+from streamconv.plan import Plan, Span
 from streamconv.quants.base import Findings
 from streamconv.results import Results
+from streamconv.resume import believe
 from streamconv.stages.encode import Request, encode, is_copy, requests, row_costs
 from streamconv.stages.read import read_rows, spare_bytes_per_row
 
@@ -239,51 +240,15 @@ class Pool:
 
     def _believe(self, tile: Tile, done: Done, arena: np.ndarray[Any, Any]) -> bool:
         """Take a tile of an earlier run as it is, if its bytes are still those that were recorded."""
-        import xxhash
-
         span = self.plan.spans[tile.span]
-        rows, skipped = span.op.out_rows(tile.stop - tile.start), span.op.out_rows(tile.start - span.start)
-        groups = list(requests(span, self.plan.matrices).values())
-        if len(groups) != len(done.hashes):
+        if not believe(self.plan, done, self.folder, self._order, arena):
             return False
-        for dests, hashes in zip(groups, done.hashes, strict=True):
-            for dest in dests:
-                places = self.plan.matrices[dest.matrix].places
-                if len(places) != len(hashes):
-                    return False
-                for number, wanted in enumerate(hashes):
-                    digest = xxhash.xxh3_128()
-                    self._reread(dest, number, dest.row + skipped, rows, arena, digest.update)
-                    if digest.hexdigest() != wanted:
-                        return False
-        for dest in (dest for dests in groups for dest in dests):
-            self._order.wait(dest.matrix, dest.row + skipped)
-            for number, digest in enumerate(self._order.digests[dest.matrix]):
-                self._reread(dest, number, dest.row + skipped, rows, arena, digest.update)
-            self._order.passed(dest.matrix, dest.row + skipped, rows)
         with self._lock:
             self.outcome.resumed += 1
         self._count(span.source.name, done.overflow, done.nonfinite)
         self.consumed(tile.span, tile.stop - tile.start)
         self.progress((tile.stop - tile.start) * span.row_bytes, 0)
         return True
-
-    def _reread(
-        self,
-        dest: Dest,
-        part: int,
-        row: int,
-        rows: int,
-        arena: np.ndarray[Any, Any],
-        take: Callable[[memoryview], object],
-    ) -> None:
-        """Give `take` the bytes of a part of a matrix's output rows, as the file holds them."""
-        matrix = self.plan.matrices[dest.matrix]
-        place = matrix.places[part]
-        begin, name = place.offset + row * place.row_bytes, self.plan.files[matrix.file].name
-        for at in range(begin, begin + rows * place.row_bytes, arena.size):
-            buffer = arena.data[: min(arena.size, begin + rows * place.row_bytes - at)]
-            take(buffer[: self.folder.read_into(name, at, buffer)])
 
     def _do(self, tile: Tile, arena: np.ndarray[Any, Any], device: Device | None) -> None:
         import xxhash

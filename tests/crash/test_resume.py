@@ -21,7 +21,7 @@ from streamconv.fs import Disk, hidden
 from streamconv.journal import Done, Past, read
 from streamconv.lock import OutputLock
 from streamconv.options import Options, Resources
-from tests.crash.kills import raised
+from tests.crash.kills import operations, raised
 from tests.crash.world import World, snapshot, write_model
 
 PROGRAM = """
@@ -76,6 +76,20 @@ def test_a_finished_tile_whose_bytes_changed_is_done_again(world: World) -> None
     report = world.run()
     assert 0 < report.resumed < finished
     assert snapshot(world.out) == world.right
+
+
+def test_a_folder_being_worked_on_does_not_look_like_a_checkpoint(world: World) -> None:
+    config = hidden(world.out, "partial") / "config.json"
+    k = operations(world)
+    while not config.exists():  # the last moment before the folder gets its name
+        world.reset()
+        k -= 1
+        assert raised(world, k)
+    hidden(world.out, "lock").unlink()
+    assert raised(world, 20)
+    assert hidden(world.out, "partial").exists()
+    assert not config.exists()
+    assert not world.finish()
 
 
 @pytest.mark.parametrize("what", ["option", "source", "touched"])

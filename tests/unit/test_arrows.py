@@ -17,7 +17,7 @@ LEVELS = (
     ("checkpoint",),
     ("quants", "families", "matching", "kernels", "fs", "ranges"),
     ("plan",),
-    ("stages", "targets", "lock", "journal", "order", "results"),
+    ("stages", "targets", "lock", "journal", "order", "resume", "results"),
     ("budget", "device", "manifest", "calibrate", "writer"),
     ("pool", "recipe", "hub"),
     ("api", "verify"),
