@@ -66,7 +66,7 @@ class HubShard(Shard):
         with self._downloading:
             if self._failed is not None:
                 raise self._failed  # once is enough for all workers
-            if self.path.exists() and self.path.stat().st_size == self.file.size:
+            if self._there():
                 return
             try:
                 download(self.repo, self.file, shown=True)
@@ -100,7 +100,7 @@ class HubShard(Shard):
 
     def check_unchanged(self) -> None:
         """A commit does not change; the copy in the cache could."""
-        if self._identity is not None and (not self.path.exists() or self.path.stat().st_size != self.file.size):
+        if self._identity is not None and not self._there():
             raise self._changed("changed or is gone")
 
     def read_range(self, begin: int, end: int) -> bytes:
@@ -156,7 +156,11 @@ class HubShard(Shard):
         return bytes(data)
 
     def _local(self) -> bool:
-        return self._fd >= 0 or self.fetch is not None or self.path.exists()
+        return self._fd >= 0 or self.fetch is not None or self._there()
+
+    def _there(self) -> bool:
+        """The whole file is in the cache."""
+        return self.path.exists() and self.path.stat().st_size == self.file.size
 
     def _fill(self, offset: int, views: list[memoryview]) -> None:
         if self._local():

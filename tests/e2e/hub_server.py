@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import threading
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ class Hub:
         served: file name -> bytes of it sent.
         whole: names of files asked for without a range.
         fail: path piece -> (status, X-Error-Code) answered for it.
+        begun: told of each whole transfer before its first byte.
         cuts: file name -> after how many bytes the next whole transfer is cut.
     """
 
@@ -32,6 +34,7 @@ class Hub:
         self.fail: dict[str, tuple[int, str]] = {}
         self.cuts: dict[str, int] = {}
         self.gets = 0
+        self.begun: Callable[[str], object] = lambda name: None
         hub = self
 
         class Handler(_Handler):
@@ -128,6 +131,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             return self._send(status, headers, b"")
         (self.hub.whole.append(name) if asked is None else self.hub.ranges.append((name, asked)))
+        if asked is None:
+            self.hub.begun(name)
         cut = self.hub.cuts.pop(name, None)
         if cut is not None:
             data = data[:cut]

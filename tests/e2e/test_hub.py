@@ -97,6 +97,22 @@ def test_cached_files_are_used_offline_and_kept(hub: Hub, tmp_path: Path) -> Non
     assert content(tmp_path / "one") == content(tmp_path / "two")
 
 
+def test_freed_shards_bound_the_cache(hub: Hub, tmp_path: Path) -> None:
+    held: list[int] = []
+    hub.begun = lambda name: held.append(sum(path.parent.name == "blobs" for path in cached(tmp_path)))
+    done = run(hub, tmp_path, "convert", REPO, "out", "--hub-keep", "none", "--workers", "1")
+    assert done.returncode == 0, done.stderr
+    assert len(held) > PARTS and max(held) <= 2, held  # config.json and the index file are whole too
+
+
+def test_truncated_in_the_cache(hub: Hub, tmp_path: Path) -> None:
+    assert run(hub, tmp_path, "convert", REPO, "out").returncode == 0
+    blob = next(path for path in cached(tmp_path) if path.parent.name == "blobs")
+    os.truncate(blob, 1000)
+    done = run(hub, tmp_path, "convert", REPO, "again")
+    assert done.returncode == 9 and "truncated" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
 def test_cut_range_is_tried_again(hub: Hub, tmp_path: Path) -> None:
     hub.cuts[f"model-00002-of-{PARTS:05d}.safetensors"] = 100
     done = run(hub, tmp_path, "plan", REPO)
