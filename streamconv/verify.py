@@ -19,6 +19,9 @@ from streamconv.plan import Dest, Plan, Span
 from streamconv.quants.base import Encoding
 from streamconv.results import Results
 
+_LOWEST_SNR = 0.3
+"""dB. Zeros in place of the values give 0, unrelated values less; one scale for a whole SmoothQuant matrix may come near."""
+
 _LOADABLE = {"F16", "BF16", "F32", "I8", "I32", "I64", "BOOL", "F8_E4M3"}
 _REQUIRED = ("architecture", "dtype", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "mapping")
 _STRICT = {
@@ -229,7 +232,7 @@ def _against_source(
                 plan.files[matrix.file].name, matrix.places[0].tensor, largest, largest / peak if peak else 0.0, snr
             )
             verdict.errors.append(line)
-            if math.isnan(largest) or (matrix.encoding.quantizes and snr < 5) or (not matrix.encoding.quantizes and snr < 40):
+            if math.isnan(largest) or (matrix.encoding.quantizes and snr < _LOWEST_SNR) or (not matrix.encoding.quantizes and snr < 40):
                 verdict.problems.append(f"{line.file}: {printable(line.name)}: values are far from the source's (SNR {snr:.1f} dB)")
     finally:
         index.close()
