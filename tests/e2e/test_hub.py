@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from streamconv import api
 from streamconv.options import Options
 from tests import tiny
-from tests.e2e.hub_server import REPO, SHA, Hub
+from tests.e2e.hub_server import REPO, Hub
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = 4
@@ -154,7 +154,7 @@ def test_cut_download_is_resumed(hub: Hub, tmp_path: Path) -> None:
         ("/api/models", (401, ""), "hf auth login"),
         ("/api/models", (403, ""), "hf auth login"),
         ("/api/models", (429, ""), "too many requests"),
-        ("resolve/" + SHA + "/config.json", (403, "GatedRepo"), "is gated"),
+        ("resolve/main/config.json", (403, "GatedRepo"), "is gated"),
         ("blobs/model-00001", (404, "EntryNotFound"), "is not on the Hub"),
         ("blobs/model-00001", (403, ""), "hf auth login"),
         ("blobs/model-00001", (429, ""), "too many requests"),
