@@ -150,6 +150,26 @@ def test_a_dead_holders_lock_is_no_obstacle(world: World) -> None:
     assert os.listdir(world.place) == ["out"]
 
 
+def test_a_lock_on_a_removed_file_is_none(world: World) -> None:
+    first, path = OutputLock(world.out, Disk()), hidden(world.out, "lock")
+
+    class Late(Disk):
+        """Between its open and its lock, the holder ends, and another run takes the lock."""
+
+        def lock(self, fd: int) -> None:
+            if not first_taken:
+                path.unlink()
+                first.acquire()
+                first_taken.append(True)
+            super().lock(fd)
+
+    first_taken: list[bool] = []
+    with pytest.raises(LockedError):
+        OutputLock(world.out, Late()).acquire()
+    first.release()
+    assert not path.exists()
+
+
 def test_modes_follow_the_umask(world: World, mask: int) -> None:
     world.run()
     assert world.out.stat().st_mode & 0o777 == 0o777 & ~mask

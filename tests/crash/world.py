@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 from streamconv import api, journal
 from streamconv.errors import OutputError
-from streamconv.fs import Disk
+from streamconv.fs import Disk, hidden
 from streamconv.options import Options, Resources
 
 State = dict[str, bytes | None]
@@ -144,12 +144,18 @@ class World:
             return api.convert(self.model, self.out, self.options, asked, force=self.force, disk=disk)
 
     def wrong_now(self) -> str:
-        """What must not be on the disk at any moment: something that looks like a checkpoint and is none."""
-        if not (self.out / "config.json").exists():
-            return ""
-        here = snapshot(self.out)
+        """What must not be at any moment: something that looks like a checkpoint and is none, or the old output lost."""
+        here = snapshot(self.out) if self.out.exists() else {}
         old = {name[4:]: data for name, data in self.start.items() if name.startswith("out/")}
-        return "" if here in (self.right, old) else f"a folder that looks finished is not: {sorted(here)}"
+        if here == self.right:
+            return ""
+        if "config.json" in here and here != old:
+            return f"a folder that looks finished is not: {sorted(here)}"
+        aside = hidden(self.out, "old")
+        # (a run after one that was through replaces the right output by itself)
+        if old and here != old and not (aside.exists() and snapshot(aside) in (old, self.right)):
+            return "the old output is lost, and the new one is not there"
+        return ""
 
     def finish(self, **resources: int | None) -> str:
         """Run the same command again; gives what is wrong with the end of it."""
