@@ -114,6 +114,14 @@ def test_changed_work_is_named_and_starts_over_only_with_force(world: World, wha
     assert os.listdir(world.place) == ["out"]
 
 
+def test_starting_over_keeps_no_file_of_the_work_given_up(tmp_path: Path) -> None:
+    world = World(tmp_path, tp=2)
+    assert raised(world, 90)
+    world.options, world.force = Options(), True
+    world.run()
+    assert sorted(os.listdir(world.out)) == ["config.json", "rank0.safetensors", "streamconv.json"]
+
+
 def test_another_version_is_named(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     assert raised(world, 90)
     monkeypatch.setattr("streamconv.journal.__version__", "99")
