@@ -22,6 +22,7 @@ VARIED += ["meta_gqa_tp4_kvdup", "gptq_tp2", "gptq8_tp2", "gptq_tp1_bf16_sm90", 
 BUDGETS = ["512MiB", "1GiB"]
 WORKERS = [1, 2, 8]
 TILE_ROWS = [1, 3, 64]
+EVERY = [case.name for case in cases.supported()]
 
 WITH_ROPE_TABLES = ["mha_tp1", "mistral_tp2", "mha_int8_tp2", "gqa_int4_tp1"]
 
@@ -83,14 +84,13 @@ def test_case(case: Case, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("workers", WORKERS)
 @pytest.mark.parametrize("budget", BUDGETS)
-@pytest.mark.parametrize("name", VARIED)
+@pytest.mark.parametrize("name", EVERY)
 def test_same_for_any_budget_and_workers(name: str, budget: str, workers: int, tmp_path: Path) -> None:
     convert(BY_NAME[name], tmp_path / "out", "--memory_budget", budget, "--workers", str(workers))
     check_output(BY_NAME[name], tmp_path / "out")
 
 
-@pytest.mark.parametrize("rows", TILE_ROWS)
-@pytest.mark.parametrize("name", VARIED)
+@pytest.mark.parametrize(("name", "rows"), [(name, rows) for name in EVERY for rows in TILE_ROWS if rows == 3 or name in VARIED])
 def test_same_for_any_tile(name: str, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STREAMCONV_TILE_ROWS", str(rows))
     convert(BY_NAME[name], tmp_path / "out", "--workers", "2")
