@@ -52,6 +52,18 @@ class ModelConfig:
 
 _DIMENSIONS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 
+# read from `raw` by the config writers
+_FACTORS = (
+    "rotary_pct",
+    "embedding_multiplier",
+    "attention_multiplier",
+    "residual_multiplier",
+    "logits_scaling",
+    "query_pre_attn_scalar",
+    "final_logit_softcapping",
+    "attn_logit_softcapping",
+)
+
 # class defaults of transformers that files may rely on (§2.8); dimensions are never guessed
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "": {"rms_norm_eps": 1e-06, "rope_theta": 10000.0, "hidden_act": "silu", "max_position_embeddings": 2048},
@@ -131,6 +143,23 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
             return fallback
         return value
 
+    def count(key: str) -> int:
+        return 0 if raw.get(key) in (None, 0) and not isinstance(raw.get(key), bool) else whole(key)
+
+    def switch(key: str) -> bool | None:
+        value = raw.get(key)
+        if value is not None and not isinstance(value, bool):
+            problems.append(f"{key} is {printable(repr(value), 40)}, not true or false")
+            return None
+        return value
+
+    def text(key: str) -> str | None:
+        value = raw[key] if key in raw else defaults.get(key)
+        if value is not None and not isinstance(value, str):
+            problems.append(f"{key} is {printable(repr(value), 40)}, not a name")
+            return None
+        return value
+
     sizes = {key: whole(key) for key in _DIMENSIONS}
     heads = sizes["num_attention_heads"]
     kv = whole("num_key_value_heads", heads)
@@ -139,12 +168,20 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
         problems.append(f"hidden_size {sizes['hidden_size']} is not a multiple of num_attention_heads {heads}")
     head = head or whole("head_dim", max(1, sizes["hidden_size"] // heads))
     theta, scaling = _rope(raw, problems, number)
+    moe = architecture.startswith("Mixtral") or "Moe" in architecture
+    experts = whole("num_local_experts") if moe else count("num_local_experts")
+    per_token = whole("num_experts_per_tok") if moe else count("num_experts_per_tok")
+    width = count("moe_intermediate_size")
+    positions = whole("max_position_embeddings")
+    eps = number("rms_norm_eps", 1e-06)
+    act = text("hidden_act")
+    dtype = raw.get("torch_dtype", raw.get("dtype"))
+    switches = {key: switch(key) for key in ("bias", "attention_bias", "mlp_bias", "tie_word_embeddings")}
+    for key in _FACTORS:
+        if raw.get(key) is not None:
+            number(key, 1.0)
     if problems:
         raise CheckpointError("config.json: " + "; ".join(problems))
-    moe = architecture.startswith("Mixtral") or "Moe" in architecture
-    experts = whole("num_local_experts") if moe else int(raw.get("num_local_experts") or 0)
-    width = raw.get("moe_intermediate_size")
-    dtype = raw.get("torch_dtype", raw.get("dtype"))
     return ModelConfig(
         architecture=architecture,
         model_type=str(raw.get("model_type", "")),
@@ -156,17 +193,17 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
         head_size=head,
         intermediate_size=sizes["intermediate_size"],
         vocab_size=sizes["vocab_size"],
-        max_position_embeddings=whole("max_position_embeddings"),
-        hidden_act=raw.get("hidden_act", defaults["hidden_act"]),
-        norm_eps=number("rms_norm_eps", 1e-06),
+        max_position_embeddings=positions,
+        hidden_act=act,
+        norm_eps=eps,
         rope_theta=theta,
         rope_scaling=scaling,
-        attention_bias=bool(raw.get("bias", raw.get("attention_bias", False))),
-        mlp_bias=bool(raw.get("mlp_bias", False)),
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", defaults.get("tie_word_embeddings", False))),
+        attention_bias=bool(switches["bias" if "bias" in raw else "attention_bias"]),
+        mlp_bias=bool(switches["mlp_bias"]),
+        tie_word_embeddings=bool(switches["tie_word_embeddings"] if "tie_word_embeddings" in raw else defaults.get("tie_word_embeddings")),
         num_experts=experts,
-        experts_per_token=int(raw.get("num_experts_per_tok") or defaults.get("num_experts_per_tok") or 0),
-        moe_intermediate_size=int(width) if width else None,
+        experts_per_token=per_token,
+        moe_intermediate_size=width or None,
         raw=raw,
         source="hf",
     )
