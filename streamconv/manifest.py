@@ -79,8 +79,15 @@ def load(folder: Path) -> Manifest | None:
         VerifyError: it is not a manifest this version reads.
     """
     path = folder / NAME
-    if not path.exists():
-        return None
+    return read(path) if path.exists() else None
+
+
+def read(path: Path) -> Manifest:
+    """Read a manifest.
+
+    Raises:
+        VerifyError: it is not a manifest this version reads.
+    """
     try:
         data = path.read_bytes()
         content: dict[str, Any] = json.loads(data)

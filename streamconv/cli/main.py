@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from streamconv import __version__
-from streamconv.cli import signals
+from streamconv.cli import recipe_option, signals
 from streamconv.errors import StreamconvError, UsageError
 
 _Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -38,6 +38,7 @@ _CONVERSION: tuple[_Decorator, ...] = (
     click.option("--embedding-sharding-dim", type=click.IntRange(0, 1), default=0, show_default=True),
     click.option("--use-embedding-sharing", is_flag=True, help="Leave lm_head out where that is legal (0.16)."),
     click.option("--remove-duplicated-kv-heads", is_flag=True),
+    click.option("--disable-weight-only-quant-plugin", is_flag=True, help="Recorded in config.json for the engine builder."),
     click.option("--use-meta-fp8-rowwise-recipe", is_flag=True),
     click.option("--rope-tables", is_flag=True, help="Also write the rotary tables NVIDIA's converter leaves behind."),
     click.option("--allow-nonfinite", is_flag=True, help="Quantize NaN (as 0) and infinity (as the channel's maximum)."),
@@ -93,6 +94,10 @@ def resources(
     )
 
 
+def _recipe_keys() -> dict[str, Any]:
+    return recipe_option.kinds(convert, plan)
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="streamconv")
 def cli() -> None:
@@ -111,6 +116,7 @@ def cli() -> None:
     help="Hub model: keep its shards in the cache, or remove each once it was read.",
 )
 @click.option("--force", is_flag=True, help="Replace an existing output folder.")
+@recipe_option.option(_recipe_keys)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object at the end.")
 @click.option("--quiet", "-q", is_flag=True)
 def convert(
@@ -144,6 +150,7 @@ def convert(
         watcher=view.Progress(quiet or as_json),
     )
     show_report(report, as_json, quiet)
+    recipe_option.compare(out)
     if as_json:
         view.dump(dataclasses.asdict(report))
     return 0
@@ -171,6 +178,8 @@ def show_report(report: Any, as_json: bool, quiet: bool) -> None:
 @click.argument("model")
 @click.argument("out", required=False)
 @_options(_CONVERSION, _RESOURCES)
+@recipe_option.option(_recipe_keys)
+@click.option("--write-config", metavar="FILE", help="Write a recipe (TOML) that gives exactly this conversion.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def plan(
     model: str,
@@ -179,6 +188,7 @@ def plan(
     workers: str,
     device: str,
     device_memory_budget: str,
+    write_config: str | None,
     as_json: bool,
     **values: Any,
 ) -> int:
@@ -189,6 +199,9 @@ def plan(
     asked = resources(memory_budget, workers, device, device_memory_budget)
     index, made = api.open_and_plan(model, _requested(values))
     try:
+        if write_config:
+            given = {"memory_budget": memory_budget, "workers": workers, "device": device, "device_memory_budget": device_memory_budget}
+            recipe_option.write(write_config, model, out, made.options, given, index)
         plan_view.show(made, api.foresee(made, asked), api.costs_of(made), api.choose_device(made, asked).why, out, as_json)
     finally:
         index.close()

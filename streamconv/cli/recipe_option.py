@@ -1,0 +1,95 @@
+"""`--config FILE`: a recipe's values take the place of the defaults; flags on the command line win."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from streamconv.options import Options, Resources
+from streamconv.recipe import Kind, Recipe
+
+_KEY = "streamconv.recipe"
+_OWN = ("config", "write_config", "as_json", "quiet")
+"""What a command says, and recipes themselves, are no part of one."""
+_NUMBERS_TOO = ("workers",)
+"""Flags whose text may be a number, so that it need not be quoted."""
+
+
+def kinds(*commands: click.Command) -> dict[str, Kind]:
+    """What a recipe may hold: every parameter of the commands."""
+    found: dict[str, Kind] = {}
+    for command in commands:
+        for param in command.params:
+            if param.name is not None and param.name not in _OWN:
+                found[param.name] = _kind(param)
+    return found
+
+
+def _kind(param: click.Parameter) -> Kind:
+    if isinstance(param, click.Option) and param.is_flag:
+        return Kind((bool,), "true or false")
+    if isinstance(param.type, click.Choice):
+        choices = tuple(str(choice) for choice in param.type.choices)
+        return Kind((str,), f"one of {', '.join(choices)}", choices)
+    if isinstance(param.type, click.types.IntParamType):
+        return Kind((int,), "a whole number")
+    if isinstance(param.type, click.types.FloatParamType):
+        return Kind((int, float), "a number")
+    if param.name in _NUMBERS_TOO:
+        return Kind((int, str), "a whole number or a text in quotes")
+    return Kind((str,), "a text in quotes")
+
+
+def option(known: Callable[[], dict[str, Kind]]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The --config option of a command.
+
+    Args:
+        known: gives the keys a recipe may hold.
+    """
+
+    def take(context: click.Context, _: click.Parameter, value: str | None) -> None:
+        if value is None:
+            return
+        from streamconv import recipe
+
+        found = recipe.read(value, known())
+        context.meta[_KEY] = found
+        context.default_map = found.values
+
+    return click.option(
+        "--config",
+        metavar="FILE",
+        is_eager=True,
+        expose_value=False,
+        callback=take,
+        help="Take MODEL, OUT and flags from a recipe (.toml, .yaml) or from the streamconv.json of a conversion; flags typed here win.",
+    )
+
+
+def compare(out: str) -> None:
+    """After a conversion from a manifest: warn if the output is not what the manifest tells of."""
+    found = click.get_current_context().meta.get(_KEY)
+    why = found.differences(Path(out)) if isinstance(found, Recipe) else None
+    if why is not None and isinstance(found, Recipe):
+        print(f"warning: {out} is not what {found.path} tells of: {why}", file=sys.stderr)
+
+
+def write(path: str, model: str, out: str | None, options: Options, others: Mapping[str, object], index: Any) -> None:
+    """Write the recipe of a plan; a model of the Hub is named by its commit.
+
+    Args:
+        index: the opened source.
+    """
+    from streamconv import recipe
+    from streamconv.hub.shard import HubShard
+
+    for shard in index.shards:
+        if isinstance(shard, HubShard):
+            model = f"hf://{shard.repo.name}@{shard.repo.commit}"
+    plain = Resources()
+    given = {key: value for key, value in others.items() if value not in (getattr(plain, key, None), "auto")}
+    recipe.write(path, recipe.render(model, out, options, given))
