@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
+from pathlib import Path
 
 from streamconv.cli import signals, view
 from streamconv.cli.main import resources, show_report
-from streamconv.cli.official_flags import parse, unsupported
+from streamconv.cli.official_flags import OfficialRequest, parse
 from streamconv.errors import StreamconvError, UsageError, printable
+from streamconv.options import Options
 from streamconv.quants.refused import refuse
 
 TAKEN_OVER = {"int4_gptq", "int8_gptq", "int4_awq"}
-SUPPORTED: set[str] = TAKEN_OVER | {"fp8_rowwise", "meta", "smoothquant", "int8_kv_cache"}
-"""Work beyond the unquantized and weight-only conversions that is built."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a conversion; gives the exit status."""
     arguments = sys.argv[1:] if argv is None else argv
     try:
-        return _convert(arguments)
+        request = parse(arguments)
+        for note in request.notes:
+            print(f"note: {note}", file=sys.stderr)
+        source = _source(request)
+        if source is None:
+            return _fabricate(request)
+        refuse(request.options.quant, "the flags for")
+        return _config_only(request, source) if request.save_config_only else _convert(request, source)
     except StreamconvError as error:
         return view.fail(error, False)
     except KeyboardInterrupt:
@@ -28,34 +36,103 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def _convert(arguments: list[str]) -> int:
-    from streamconv import api
-
-    request = parse(arguments)
-    refuse(request.options.quant, "the flags for")
+def _source(request: OfficialRequest) -> str | None:
+    """The folder to read, None if the flags name none."""
+    if request.model_dir is None and request.meta_ckpt_dir is None:
+        return None
     if request.quant_ckpt_path and request.options.quant not in TAKEN_OVER:
         raise UsageError("--quant_ckpt_path goes with --weight_only_precision int4_gptq, int8_gptq or int4_awq only")
-    missing = unsupported(request, SUPPORTED)
-    if missing:
-        raise UsageError(f"not built yet: {', '.join(missing)}", hint="nothing was converted")
     source = request.quant_ckpt_path or request.model_dir or request.meta_ckpt_dir
-    if source is None:
-        raise UsageError("--model_dir or --meta_ckpt_dir is required")
-    if source == request.meta_ckpt_dir and os.path.lexists(os.path.join(source, "config.json")):
+    if source is not None and source == request.meta_ckpt_dir and os.path.lexists(os.path.join(source, "config.json")):
         raise UsageError(
             f"--meta_ckpt_dir {printable(source)} holds a config.json, so it is a Hugging Face folder",
             hint="give it as --model_dir, or name the folder that holds params.json alone",
         )
+    return source
+
+
+def _fabricate(request: OfficialRequest) -> int:
+    """Neither --model_dir nor --meta_ckpt_dir: config.json from the size flags, and nothing else."""
+    from streamconv.cli.fabricate import fabricated
+    from streamconv.config_only import write_config
+
+    data = fabricated(
+        request.sizes,
+        request.options,
+        per_group=request.per_group,
+        quant_ckpt_path=request.quant_ckpt_path,
+        load_model_on_cpu=request.load_model_on_cpu,
+    )
+    write_config(request.output_dir, data, force=request.force)
+    if not request.quiet:
+        print(f"{request.output_dir}: config.json alone, no weights (neither --model_dir nor --meta_ckpt_dir)")
+    return 0
+
+
+def _config_only(request: OfficialRequest, source: str) -> int:
+    """--save_config_only: the config.json of the conversion, which is planned and not done."""
+    from streamconv import api
+    from streamconv.config_only import write_config
+
+    sm = request.options.target_sm or 80  # decides bytes of weights, none of config.json
+    index, plan = api.open_and_plan(source, dataclasses.replace(request.options, target_sm=sm))
+    try:
+        write_config(request.output_dir, plan.config, source=index.root, force=request.force)
+    finally:
+        index.close()
+    if not request.quiet:
+        print(f"{request.output_dir}: config.json alone, no weights (--save_config_only)")
+    return 0
+
+
+def _convert(request: OfficialRequest, source: str) -> int:
+    from streamconv import api
+
+    options = _with_ranges(request, source)
     report = api.convert(
         source,
         request.output_dir,
-        request.options,
+        options,
         resources(request.memory_budget, request.workers, request.device),
         force=request.force,
-        watcher=view.Progress(False),
+        watcher=view.Progress(request.quiet),
     )
-    show_report(report, False, False)
+    show_report(report, False, request.quiet)
     return 0
+
+
+def _with_ranges(request: OfficialRequest, source: str) -> Options:
+    """The options; where activation ranges are needed and none are given they are measured, as NVIDIA's script does.
+
+    They are kept beside the output, in `OUTPUT.ranges.safetensors`.
+    """
+    options = request.options
+    smooth = options.quant == "smoothquant"
+    if options.activation_ranges is not None or not (smooth or options.kv_cache == "int8"):
+        return options
+    if source == request.meta_ckpt_dir:
+        raise UsageError("--smoothquant and --int8_kv_cache need --model_dir: a Meta checkpoint cannot be calibrated")
+    from streamconv.calibrate.run import calibrate
+    from streamconv.fs import check_free, check_place
+    from streamconv.memory import parse_size
+    from streamconv.targets.trtllm.planner import check_options
+
+    check_options(options)
+    out = Path(request.output_dir)
+    check_place(out, Path(source))
+    check_free(out, request.force)  # before hours of work
+    ranges = out.with_name(out.name + ".ranges.safetensors")
+    ranges.parent.mkdir(parents=True, exist_ok=True)
+    told = calibrate(
+        source,
+        str(ranges),
+        dtype="float16" if smooth else "auto",
+        memory_budget=parse_size(request.memory_budget) if request.memory_budget else None,
+        **request.calibration,
+    )
+    if not request.quiet:
+        print(f"{ranges}: {told['tensors']} activation ranges from {told['samples']} samples", file=sys.stderr)
+    return dataclasses.replace(options, activation_ranges=str(ranges))
 
 
 def run() -> None:

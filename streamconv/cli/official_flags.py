@@ -6,12 +6,14 @@ The flags of both release lines and of the Llama, Qwen, Phi and Gemma scripts ar
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
+from streamconv.cli.fabricate import Sizes
 from streamconv.errors import UsageError
 from streamconv.options import Options
 
+_LEVELS = ("internal_error", "error", "warning", "info", "verbose", "debug", "trace")
 _PRECISIONS = ("int8", "int4", "int8_gptq", "int4_gptq", "int4_awq")
 
 
@@ -20,8 +22,10 @@ class OfficialRequest:
     """A parsed official command line.
 
     Attributes:
-        ignored: flags that were given and have nothing to do here.
-        fabricate: the size flags, when neither input folder is given.
+        quiet: --log_level asks for warnings at most.
+        calibration: arguments for `calibrate`, should ranges be needed and not given.
+        sizes: the size flags; used when neither input folder is given.
+        notes: flags that were given and change nothing, each with the reason.
     """
 
     model_dir: str | None
@@ -31,14 +35,15 @@ class OfficialRequest:
     memory_budget: str | None
     workers: int
     device: str
-    activation_ranges: str | None
     force: bool
+    quiet: bool
     save_config_only: bool
+    load_model_on_cpu: bool
+    per_group: bool
     quant_ckpt_path: str | None
     calibration: dict[str, Any]
-    fabricate: dict[str, Any] | None
-    ignored: tuple[str, ...]
-    asked: frozenset[str] = field(default_factory=frozenset)
+    sizes: Sizes
+    notes: tuple[str, ...]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -68,24 +73,10 @@ def _parser() -> _Parser:
     flag("use_parallel_embedding", "use_embedding_sharing", "remove_duplicated_kv_heads", "load_by_shard")
     flag("load_model_on_cpu", "save_config_only", "disable_weight_only_quant_plugin")
     add("embedding_sharding_dim", type=int, choices=[0, 1], default=0)
-    add("log_level", default="info")
-    for name, count in (
-        ("vocab_size", 32000),
-        ("n_positions", 2048),
-        ("n_layer", 32),
-        ("n_head", 32),
-        ("n_kv_head", None),
-        ("n_embd", 4096),
-        ("inter_size", 11008),
-        ("multiple_of", None),
-        ("moe_num_experts", 0),
-        ("moe_top_k", 0),
-        ("moe_renorm_mode", 1),
-    ):
-        add(name, type=int, default=count)
-    for name, real in (("ffn_dim_multiplier", None), ("rms_norm_eps", 1e-06), ("rotary_base", 10000.0)):
-        add(name, type=float, default=real)
-    add("hidden_act", default="silu")
+    add("log_level", choices=_LEVELS, type=str.lower, default="info", help="error and warning: no progress")
+    for size in fields(Sizes):
+        kind = str if size.type == "str" else float if str(size.type).startswith("float") else int
+        add(size.name, type=kind, help="only without --model_dir and --meta_ckpt_dir, when config.json is all there is to write")
     flag("use_weight_only", "per_channel", "per_token", "per_group", "int8_kv_cache", "fp8_kv_cache")
     add("weight_only_precision", choices=_PRECISIONS, default="int8")
     add("use_weight_only_with_precision", choices=_PRECISIONS, help="Gemma script")
@@ -113,25 +104,6 @@ def _underscored(argument: str) -> str:
         return argument
     name, mark, value = argument.partition("=")
     return "--" + name[2:].replace("-", "_") + mark + value
-
-
-_SIZES = (
-    "vocab_size",
-    "n_positions",
-    "n_layer",
-    "n_head",
-    "n_kv_head",
-    "n_embd",
-    "inter_size",
-    "multiple_of",
-    "ffn_dim_multiplier",
-    "rms_norm_eps",
-    "hidden_act",
-    "rotary_base",
-    "moe_num_experts",
-    "moe_top_k",
-    "moe_renorm_mode",
-)
 
 
 def parse(argv: list[str]) -> OfficialRequest:
@@ -173,8 +145,7 @@ def parse(argv: list[str]) -> OfficialRequest:
         rope_tables=args.rope_tables,
         allow_nonfinite=args.allow_nonfinite,
     )
-    ignored = [f"--{name}" for name in ("load_by_shard", "load_model_on_cpu") if getattr(args, name)]
-    sizes = {name: getattr(args, name) for name in _SIZES}
+    given = {size.name: getattr(args, size.name) for size in fields(Sizes) if getattr(args, size.name) is not None}
     return OfficialRequest(
         model_dir=args.model_dir,
         meta_ckpt_dir=args.meta_ckpt_dir,
@@ -183,15 +154,34 @@ def parse(argv: list[str]) -> OfficialRequest:
         memory_budget=args.memory_budget,
         workers=args.workers,
         device=args.device,
-        activation_ranges=args.activation_ranges,
         force=args.force,
+        quiet=_LEVELS.index(args.log_level) <= _LEVELS.index("warning"),
         save_config_only=args.save_config_only,
+        load_model_on_cpu=args.load_model_on_cpu,
+        per_group=args.per_group,
         quant_ckpt_path=args.quant_ckpt_path,
         calibration={"text": args.calib_dataset, "samples": args.calib_size, "max_length": args.calib_max_seq_length},
-        fabricate=None if args.model_dir or args.meta_ckpt_dir else sizes,
-        ignored=tuple(ignored),
-        asked=frozenset(name for name, value in vars(args).items() if value is True),
+        sizes=Sizes(**given),
+        notes=tuple(_notes(args, given)),
     )
+
+
+def _notes(args: argparse.Namespace, given: dict[str, Any]) -> list[str]:
+    """Flags that the official script takes and that change nothing: it says nothing, we do."""
+    source = "--model_dir" if args.model_dir else "--meta_ckpt_dir" if args.meta_ckpt_dir else None
+    notes = []
+    if given and source:
+        names = ", ".join(f"--{name}" for name in given)
+        notes.append(f"{names}: no effect with {source}, whose config decides")
+    if args.load_by_shard:
+        notes.append("--load_by_shard: no effect, weights are always streamed")
+    if args.load_model_on_cpu and source:
+        notes.append("--load_model_on_cpu: no effect, the model is never loaded")
+    if args.per_group and not args.use_qserve:
+        notes.append("--per_group: no effect without --use_qserve")
+    if args.save_config_only and not source:
+        notes.append("--save_config_only: without a checkpoint config.json is all there is to write")
+    return notes
 
 
 def _quant(args: argparse.Namespace) -> str:
@@ -211,28 +201,3 @@ def _quant(args: argparse.Namespace) -> str:
     if args.use_qserve:
         return "qserve"
     return "none"
-
-
-def unsupported(request: OfficialRequest, supported: set[str]) -> list[str]:
-    """Flags whose work is not built: they must stop the command, never be ignored.
-
-    Args:
-        supported: work that is built: "meta", "fabricate", "save_config_only", "int8_kv_cache" or a quant key.
-    """
-    missing = []
-    always = {"none", "int8", "int4"}
-    if request.options.quant not in always | supported:
-        missing.append(f"the flags for {request.options.quant}")
-    if request.meta_ckpt_dir and "meta" not in supported:
-        missing.append("--meta_ckpt_dir")
-    if request.fabricate is not None and "fabricate" not in supported:
-        missing.append("running without --model_dir")
-    if request.save_config_only and "save_config_only" not in supported:
-        missing.append("--save_config_only")
-    if request.options.kv_cache == "int8" and "int8_kv_cache" not in supported:
-        missing.append("--int8_kv_cache")
-    if request.activation_ranges and "int8_kv_cache" not in supported:
-        missing.append("--activation_ranges")
-    if request.quant_ckpt_path and request.options.quant not in supported:
-        missing.append("--quant_ckpt_path")
-    return missing
