@@ -18,6 +18,7 @@ from streamconv.errors import StreamconvError, VerifyError, printable
 from streamconv.plan import Dest, Plan, Span
 from streamconv.quants.base import Encoding
 from streamconv.results import Results
+from streamconv.targets.trtllm import expected
 
 _LOWEST_SNR = 0.3
 """dB. Zeros in place of the values give 0, unrelated values less; one scale for a whole SmoothQuant matrix may come near."""
@@ -88,6 +89,9 @@ def verify(
         except StreamconvError as error:
             verdict.problems.append(str(error))
         verdict.files += 1
+    problems, warnings = expected.check(config, shapes)
+    verdict.problems += problems
+    verdict.warnings += warnings
     _replicas(config, shapes, hashes, verdict)
     if told is not None:
         for file, tensor in told.hashes:

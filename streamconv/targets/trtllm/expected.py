@@ -1,0 +1,271 @@
+"""The tensors a checkpoint must hold, from its config.json alone: names, shapes and dtypes of every rank, as the loader works them out.
+
+Checkpoint spec §3.11 (shapes), §4, §6 (families), §7 (rules); quantization spec §6.2, §7, §9 (small tensors). Nothing here asks the
+planner, so that it can tell when the planner is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from streamconv.errors import CheckpointError, VerifyError
+from streamconv.families import family_of
+from streamconv.targets.trtllm.expected_forms import FORMS, SMOOTH, Facts, Form, Wanted
+from streamconv.targets.trtllm.mapping import Mapping as Grid
+from streamconv.targets.trtllm.mapping import Rank, stage_layers
+
+_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+
+
+@dataclass(slots=True)
+class RankTensors:
+    """What a rank file holds.
+
+    Attributes:
+        fixed: tensors with one way to be stored.
+        modules: linear layers: weight name -> ways to store them; the dtype of the stored weight says which one is meant.
+        unknown: prefixes of modules in a format whose tensors are not known here.
+    """
+
+    fixed: Form = field(default_factory=dict)
+    modules: dict[str, tuple[Form, ...]] = field(default_factory=dict)
+    unknown: tuple[str, ...] = ()
+
+    def problems(self, found: Mapping[str, tuple[str, tuple[int, ...]]]) -> Iterator[str]:
+        """What is wrong with the tensors of a file.
+
+        Args:
+            found: name -> (dtype, shape).
+        """
+        wanted = dict(self.fixed)
+        for weight, forms in self.modules.items():
+            dtype = found[weight][0] if weight in found else ""
+            wanted |= next((form for form in forms if dtype in form[weight].dtypes), forms[0])
+        for name, want in wanted.items():
+            if name not in found:
+                if want.required:
+                    yield f"{name} is missing"
+                continue
+            dtype, shape = found[name]
+            if want.shape is not None and shape != want.shape:
+                yield f"{name}: shape {list(shape)}, config.json means {list(want.shape)}"
+            if dtype not in want.dtypes:
+                yield f"{name}: dtype {dtype}, config.json means {' or '.join(want.dtypes)}"
+        for name in found:
+            if name not in wanted and not name.startswith(self.unknown or "\0"):
+                yield f"{name} is unexpected: config.json has no place for it"
+
+
+def expected(config: Mapping[str, Any]) -> list[RankTensors]:
+    """The tensors of every rank file, in rank order.
+
+    Raises:
+        CheckpointError: the architecture is one whose tensors are not known here.
+        VerifyError: config.json lacks a size, or holds one that cannot be.
+    """
+    facts = _facts(config)
+    family = family_of(str(config.get("architecture")))
+    stages = stage_layers(facts.layers, facts.grid.pp_size, facts.version)
+    ranks = []
+    for rank in facts.grid.ranks():
+        held = RankTensors()
+        if rank.pp == 0:
+            held.fixed["transformer.vocab_embedding.weight"] = _embedding(facts)
+        if rank.pp == facts.grid.pp_size - 1:
+            held.fixed["transformer.ln_f.weight"] = Wanted((facts.dtype,), (facts.hidden,))
+            held.fixed["lm_head.weight"] = _lm_head(facts)
+        for number, layer in enumerate(stages[rank.pp]):
+            _layer(facts, held, rank, f"transformer.layers.{number}.", layer, family.name, family.config_class, family.fused_mlp)
+        _rope_tables(facts, held)
+        ranks.append(held)
+    return ranks
+
+
+def _facts(config: Mapping[str, Any]) -> Facts:
+    def whole(where: Mapping[str, Any], key: str, default: int | None = None, least: int = 1) -> int:
+        value = where.get(key, default)
+        value = default if value is None else value
+        if type(value) is not int or not least <= value < 1 << 40:
+            raise VerifyError(f"config.json: {key} is {value!r}, not a size")
+        return value
+
+    mapping, quantization = config.get("mapping") or {}, config.get("quantization") or {}
+    if not isinstance(mapping, dict) or not isinstance(quantization, dict):
+        raise VerifyError("config.json: mapping and quantization must be objects")
+    hidden, heads = whole(config, "hidden_size"), whole(config, "num_attention_heads")
+    tp, pp = whole(mapping, "tp_size", 1), whole(mapping, "pp_size", 1)
+    moe_ep = max(1, whole(mapping, "moe_ep_size", 1, -1))
+    moe_tp = whole(mapping, "moe_tp_size", -1, -1)
+    moe = config.get("moe")
+    experts = whole(moe, "num_experts", 0, 0) if isinstance(moe, dict) else whole(config, "moe_num_experts", 0, 0)
+    dtype, algo = config.get("dtype"), quantization.get("quant_algo")
+    if dtype not in _DTYPES:
+        raise VerifyError(f"config.json: dtype is {dtype!r}, not one of {', '.join(_DTYPES)}")
+    layers = whole(config, "num_hidden_layers")
+    old = "share_embedding_table" in config and layers % pp == 0  # both releases cut such a model alike (§1.5)
+    return Facts(
+        config=config,
+        hidden=hidden,
+        layers=layers,
+        heads=heads,
+        kv=whole(config, "num_key_value_heads", heads),
+        size=whole(config, "head_size", max(1, hidden // heads)),
+        width=whole(config, "intermediate_size", 4 * hidden),
+        vocab=whole(config, "vocab_size"),
+        positions=whole(config, "max_position_embeddings", 0, 0),
+        dtype=_DTYPES[dtype],
+        grid=Grid(tp, pp, moe_tp if moe_tp > 0 else tp // moe_ep, moe_ep),
+        version="0.16" if old else "1.2",
+        algo=None if algo in (None, "NO_QUANT") else str(algo),
+        quantization=quantization,
+        experts=experts if experts > 1 else 0,
+    )
+
+
+def _embedding(facts: Facts) -> Wanted:
+    tp = facts.grid.tp_size
+    if tp == 1 or not facts.config.get("use_parallel_embedding"):
+        shape = (facts.vocab, facts.hidden)
+    elif facts.config.get("embedding_sharding_dim"):
+        shape = (facts.vocab, facts.hidden // tp)
+    else:
+        shape = (-(-facts.vocab // tp), facts.hidden)
+    return Wanted((facts.dtype,), shape)
+
+
+def _lm_head(facts: Facts) -> Wanted:
+    """It may be missing where the embedding of the same file takes its place (§3.6)."""
+    rows = -(-facts.vocab // facts.grid.tp_size)
+    tied = bool(facts.config.get("share_embedding_table") or facts.config.get("tie_word_embeddings"))
+    shared = tied and facts.grid.pp_size == 1 and _embedding(facts).shape == (rows, facts.hidden)
+    return Wanted((facts.dtype,), (rows, facts.hidden), required=not shared)
+
+
+def _layer(facts: Facts, held: RankTensors, rank: Rank, at: str, layer: int, family: str, kind: str, fused: bool) -> None:
+    tp, hidden, size = facts.grid.tp_size, facts.hidden, facts.size
+    plain = (facts.dtype,)
+    heads = facts.heads // tp + 2 * ((facts.kv + tp - 1) // tp)
+    bias = bool(facts.config.get("attn_bias"))
+
+    def vector(name: str, length: int) -> None:
+        held.fixed[at + name] = Wanted(plain, (length,))
+
+    def linear(name: str, rows: int, cols: int, experts: int = 0) -> None:
+        module = at + name
+        if not facts.quantized(module, layer):
+            shape = (experts, rows, cols) if experts else (rows, cols)
+            held.fixed[module + ".weight"] = Wanted(plain, shape)
+        elif facts.algo in FORMS:
+            held.modules[module + ".weight"] = tuple(FORMS[facts.algo](facts, module, rows, cols, experts))
+        else:
+            held.unknown += (module + ".",)
+
+    norms = ["input_layernorm", "post_layernorm"]
+    norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"] * bool(facts.config.get("inter_layernorms"))
+    for norm in norms:
+        vector(f"{norm}.weight", hidden)
+    linear("attention.qkv", heads * size, hidden)
+    linear("attention.dense", hidden, facts.heads // tp * size)
+    if bias:
+        vector("attention.qkv.bias", heads * size)
+        if kind != "qwen":
+            vector("attention.dense.bias", hidden)
+    if family.startswith("qwen3"):
+        vector("attention.q_layernorm.weight", size)
+        vector("attention.k_layernorm.weight", size)
+    gated = str(facts.config.get("hidden_act")) in ("swiglu", "geglu")
+    if facts.experts:
+        width = (facts.config.get("moe_intermediate_size") or facts.width) // facts.grid.moe_tp_size
+        local = facts.experts // facts.grid.moe_ep_size
+        held.fixed[at + "mlp.router.weight"] = Wanted(("F32",), (facts.experts, hidden))
+        linear("mlp.fc", width * (2 if gated else 1), hidden, local)
+        linear("mlp.proj", hidden, width, local)
+    else:
+        width = facts.width // tp
+        linear("mlp.fc", width * (2 if fused and gated else 1), hidden)
+        if not fused:
+            linear("mlp.gate", width, hidden)
+        linear("mlp.proj", hidden, width)
+        if facts.config.get("mlp_bias"):
+            vector("mlp.fc.bias", width)
+            vector("mlp.gate.bias", width)
+            vector("mlp.proj.bias", hidden)
+    _small(facts, held, at, layer)
+
+
+def _small(facts: Facts, held: RankTensors, at: str, layer: int) -> None:
+    """Single numbers of a layer: the KV cache's factor, clamps, static activation scales."""
+    if facts.quantization.get("kv_cache_quant_algo") in ("FP8", "INT8"):
+        held.fixed[at + "attention.kv_cache_scaling_factor"] = Wanted(("F32",), (1,))
+        for name in ("k_cache_scaling_factor", "v_cache_scaling_factor", "kv_cache_rcp_scaling_factor"):
+            held.fixed[f"{at}attention.{name}"] = Wanted(("F32",), (1,), required=False)
+    if facts.algo == "FP8_PER_CHANNEL_PER_TOKEN":
+        owners = ["post_layernorm", "mlp"]
+        if facts.quantization.get("use_meta_recipe"):
+            owners = owners if layer not in (0, facts.layers - 1) else []
+        else:
+            owners = [*owners, "input_layernorm", "attention"]
+        for owner in owners:
+            held.fixed[f"{at}{owner}.clamp_val"] = Wanted(("F32",), (2,), required=False)
+    if facts.algo in SMOOTH:
+        for norm in ("input_layernorm", "post_layernorm"):
+            held.fixed[f"{at}{norm}.scale_to_int"] = Wanted(("F32",), (1,))
+        if "PER_TOKEN" not in facts.algo:
+            for owner in ("attention", "mlp"):
+                held.fixed[f"{at}{owner}.quantization_scaling_factor"] = Wanted(("F32",), (1,))
+
+
+def _rope_tables(facts: Facts, held: RankTensors) -> None:
+    """Left behind by NVIDIA's converter; the loader takes them if their shape is right (§1.7)."""
+    length, dim = facts.positions, facts.config.get("rotary_embedding_dim") or facts.size
+    plain = facts.config.get("position_embedding_type") != "long_rope"
+    shapes = {
+        "embed_positions": (1, length, dim),
+        "rotary_inv_freq": (dim // 2,),
+        "embed_positions_for_gpt_attention": (1, length * dim),
+    }
+    for name, shape in shapes.items():
+        held.fixed[name] = Wanted(("F32",), shape if plain else None, required=False)
+    if not plain:
+        for name in _LONG_ROPE:
+            held.fixed[name] = Wanted(("F32",), None, required=False)
+
+
+_LONG_ROPE = (
+    "embed_positions_short_factors",
+    "embed_positions_long_factors",
+    "embed_positions_short_factors_for_attention_plugin",
+    "embed_positions_long_factors_for_attention_plugin",
+    "short_inv_freq",
+    "long_inv_freq",
+    "long_rope_embed_positions",
+    "long_rope_rotary_inv_freq",
+    "long_rope_embed_positions_for_gpt_attention",
+)
+
+
+def check(config: Mapping[str, Any], files: Mapping[str, Mapping[str, tuple[str, tuple[int, ...]]]]) -> tuple[list[str], list[str]]:
+    """Hold the tensors of the rank files against config.json.
+
+    Args:
+        files: file name -> tensor name -> (dtype, shape); files that are missing are left out.
+
+    Returns:
+        (problems, warnings).
+    """
+    try:
+        ranks = expected(config)
+    except CheckpointError as error:
+        return [], [f"{error.message}: its tensors are not checked one by one"]
+    except VerifyError as error:
+        return [error.message], []
+    problems, unknown = [], False
+    for number, held in enumerate(ranks):
+        name = f"rank{number}.safetensors"
+        unknown = unknown or bool(held.unknown)
+        if name in files:
+            problems += [f"{name}: {problem}" for problem in held.problems(files[name])]
+    algo = (config.get("quantization") or {}).get("quant_algo")
+    return problems, [f"quant_algo {algo}: the tensors of its linear layers are not checked"] if unknown else []
