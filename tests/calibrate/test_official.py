@@ -8,9 +8,9 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from streamconv.calibrate.run import calibrate  # noqa: E402
-from streamconv.cli.convert_checkpoint import main  # noqa: E402
-from tests.calibrate.test_streamed import model, text  # noqa: E402
+from streamconv.calibrate.run import calibrate
+from streamconv.cli.convert_checkpoint import main
+from tests.calibrate.test_streamed import model, text
 
 __all__ = ["model", "text"]
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("flags", "dtype"), [(["--smoothquant", "0.5", "--per_channel"], "float16"), (["--int8_kv_cache", "--dtype", "bfloat16"], "auto")]
 )
-def test_it_calibrates_by_itself(model: Path, text: Path, tmp_path: Path, flags: list[str], dtype: str) -> None:  # noqa: F811
+def test_it_calibrates_by_itself(model: Path, text: Path, tmp_path: Path, flags: list[str], dtype: str) -> None:
     calibration = ["--calib_dataset", str(text), "--calib_size", "4", "--calib_max_seq_length", "16"]
     command = ["--model_dir", str(model), *flags]
     assert main([*command, *calibration, "--output_dir", str(tmp_path / "one")]) == 0
@@ -33,8 +33,8 @@ def test_it_calibrates_by_itself(model: Path, text: Path, tmp_path: Path, flags:
 
 
 def test_nothing_is_measured_for_an_output_that_exists(
-    model: Path,  # noqa: F811
-    text: Path,  # noqa: F811
+    model: Path,
+    text: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
