@@ -8,11 +8,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from streamconv import budget, device, hub, memory
 from streamconv.budget import Shares, TileCost
 from streamconv.checkpoint.index import Index
+from streamconv.device.backend import Backend, Cuda
 from streamconv.fs import Disk
 from streamconv.hub.fetch import Fetch
 from streamconv.options import Options, Resources
@@ -117,28 +118,17 @@ def choose_device(plan: Plan, resources: Resources) -> device.Choice:
     return device.choose(resources.device, plan, budget.processors(), total)
 
 
-def _bind(choice: device.Choice) -> Callable[[int], device.Device]:
-    """Open the devices (torch and CUDA are counted from here on) and share them out to workers in turn."""
-    made = [device.Cuda(name) for name in choice.devices]
-    made[0].upload(_probe())
-    return lambda worker: device.Cuda(choice.devices[worker % len(choice.devices)])
-
-
-def _probe() -> Any:
-    import numpy as np
-
-    return np.zeros(1, np.uint8)
-
-
-def _fit_device(shares: Shares, choice: device.Choice, resources: Resources, costs: list[TileCost]) -> Shares:
-    """Tiles no larger than the device has room for; torch's temporaries are the larger part of it."""
-    import torch
-
-    free = min(int(torch.cuda.mem_get_info(name)[0]) for name in choice.devices)
-    each = max(1, shares.workers // len(choice.devices))
-    limit = device.tile_limit(free, resources.device_memory_budget, each, 24)
+def _share_devices(
+    backends: list[Backend], plan: Plan, shares: Shares, resources: Resources, costs: list[TileCost]
+) -> tuple[Shares, list[device.Ring]]:
+    """Rings that fit the free memory of their devices, and as many workers as they have slots, with pinned arenas."""
+    need = device.demand(plan.spans, plan.matrices)
+    each = max(1, shares.workers // len(backends))
+    sizes = [device.fit(backend.free_memory(), resources.device_memory_budget, each, need) for backend in backends]
+    workers = min(shares.workers, len(backends) * min(size.slots for size in sizes))
     least = max((cost.smallest() for cost in costs), default=0)
-    return dataclasses.replace(shares, arena=max(least, min(shares.arena, 2 * limit)))
+    shares = dataclasses.replace(shares, workers=workers, arena=device.pinned_size(shares.arena, least))
+    return shares, [device.Ring(backend, size) for backend, size in zip(backends, sizes, strict=True)]
 
 
 def load_kernels(plan: Plan) -> None:
@@ -192,9 +182,39 @@ def convert(
         StreamconvError: see streamconv.errors. After a mistake or a bad source nothing is left behind; after a full
             disk, a signal or a crash the same call goes on where this one stopped.
     """
+    resources, watcher = resources or Resources(), watcher or _Silent()
+    try:
+        return _convert(source, out, options, resources, force, watcher, clock, disk, 0)
+    except device.NoRoom:
+        if resources.device != "auto":
+            raise
+        on_cpu = dataclasses.replace(resources, device="cpu")
+        return _convert(source, out, options, on_cpu, force, watcher, clock, disk, 0)
+    except device.DeviceLost as error:
+        if resources.on_device_loss == "stop":
+            error.hint = "what is finished is kept: run the same command again to go on, or with --device cpu"
+            raise
+        on_cpu = dataclasses.replace(resources, device="cpu")
+        report = _convert(source, out, options, on_cpu, force, watcher, clock, disk, error.pinned)
+        warning = f"{error.message}; the rest was done on the CPU"
+        return dataclasses.replace(report, warnings=(warning, *report.warnings))
+
+
+def _convert(
+    source: str | Path,
+    out: str | Path,
+    options: Options,
+    resources: Resources,
+    force: bool,
+    watcher: Watcher,
+    clock: Callable[[], float],
+    disk: Disk | None,
+    pinned: int,
+) -> Report:
+    """`convert` on what was chosen; `pinned` bytes of host memory are kept by a device that was lost."""
     from streamconv.pool import Outcome, Pool
 
-    resources, watcher, began = resources or Resources(), watcher or _Silent(), clock()
+    began = clock()
     index, plan = open_and_plan(source, options)
     outcome, where = Outcome(), ""
     profile: dict[str, float] = {}
@@ -202,14 +222,18 @@ def convert(
     with contextlib.closing(index), Writer(Path(out), index.root, plan, index.shards, force, disk) as writer:
         if not writer.finished:
             choice = choose_device(plan, resources)
-            devices = _bind(choice) if choice.devices else None
-            if devices is None:
+            backends: list[Backend] = [Cuda(name) for name in choice.devices]
+            if not backends:
                 load_kernels(plan)
-            costs = costs_of(plan, bool(choice.devices))
-            workers = resources.workers or (device.SLOTS * len(choice.devices) if choice.devices else None)
-            shares = budget.share(resources.memory_budget, workers, memory.resident() + hub.memory_of(index), dearest(plan, costs))
-            if choice.devices:
-                shares = _fit_device(shares, choice, resources, costs)
+            costs = costs_of(plan, bool(backends))
+            workers = resources.workers
+            if backends and workers is None:
+                workers = device.slots(budget.processors(), len(backends)) * len(backends)
+            base = memory.resident() + hub.memory_of(index) + pinned
+            shares = budget.share(resources.memory_budget, workers, base, dearest(plan, costs))
+            rings: list[device.Ring] = []
+            if backends:
+                shares, rings = _share_devices(backends, plan, shares, resources, costs)
             where = ", ".join(choice.devices) or f"cpu ({choice.why})"
             watcher.start(plan, shares)
             loaded = clock()
@@ -218,12 +242,16 @@ def convert(
             rows, journal = resources.tile_rows, writer.journal
             fetch = Fetch(plan, index.shards, writer.past, resources.hub_keep)
             tile = watcher.tile
+            devices = (lambda worker, arena: rings[worker % len(rings)].slot(arena)) if rings else None
             pool = Pool(
                 plan, index.shards, writer.folder, shares, costs, rows, tile, devices, journal, writer.past, fetch.consumed
             )
             try:
                 fetch.start()
                 outcome = pool.run()
+            except device.DeviceLost as error:
+                error.pinned = shares.workers * shares.arena
+                raise
             finally:
                 fetch.close()
                 writer.abandoned = pool.busy
@@ -236,8 +264,6 @@ def convert(
             profile = {"load": loaded - began, "create": started - loaded, **workers_spent}
             profile |= {"tiles": tiled - started, "sync": clock() - tiled}
     warnings = list(plan.warnings)
-    if outcome.device_lost:
-        warnings.append(f"{outcome.device_lost}; the rest was done on the CPU")
     for name, count in outcome.overflow.items():
         warnings.append(f"{name}: {count} values are too large for {plan.dtype.torch} and became infinite")
     for name, count in outcome.nonfinite.items():

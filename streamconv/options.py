@@ -70,6 +70,7 @@ class Resources:
         workers: worker threads; None derives them from processors and budget.
         device: "auto", "cpu", "cuda", "cuda:0", ...
         device_memory_budget: bytes of each device that may be used; None: what is free less a reserve, at most 2 GiB.
+        on_device_loss: "cpu" finishes on the CPU when a device is lost; "stop" stops, and the same call goes on later.
         tile_rows: upper bound on the source rows of a tile (tests force small tiles with it).
         disk_reserve: bytes of free disk to leave untouched.
         hub_keep: "all" keeps the shards of a Hub model in the cache; "none" removes each that was downloaded once it was read.
@@ -79,6 +80,7 @@ class Resources:
     workers: int | None = None
     device: str = "auto"
     device_memory_budget: int | None = None
+    on_device_loss: Literal["cpu", "stop"] = "cpu"
     tile_rows: int | None = None
     disk_reserve: int = 0
     hub_keep: str = "all"

@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from streamconv import memory
 from streamconv.budget import Shares, TileCost
 from streamconv.checkpoint.shard import Shard
-from streamconv.device import Device, DeviceLost, encode_on
+from streamconv.device.ring import Job, Slot
 from streamconv.errors import DataError, printable
 from streamconv.fs import OutputFolder
 from streamconv.journal import Done, Journal, Recorder
@@ -58,7 +58,6 @@ class Outcome:
         nonfinite: source tensor -> NaN or infinite values that were quantized all the same.
         resumed: tiles of an earlier run that were believed, after a look at their bytes.
         seconds: worker seconds spent in each of PHASES, over all workers.
-        device_lost: why the rest of the run was done on the CPU.
     """
 
     hashes: dict[tuple[str, str], str] = field(default_factory=dict)
@@ -68,7 +67,6 @@ class Outcome:
     bytes_written: int = 0
     tiles: int = 0
     resumed: int = 0
-    device_lost: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -83,7 +81,7 @@ class Pool:
         costs: tile cost of every span, as in plan.spans.
         tile_rows: bound on a tile's source rows (tests).
         progress: called after each tile with (source bytes read, bytes written) of it.
-        devices: makes the device of a worker, by worker number; None encodes on the CPU.
+        devices: makes the device slot of a worker, by (worker number, arena bytes); None encodes on the CPU.
         journal: told of every tile that is safely on the disk.
         past: span -> finished row ranges of an earlier run, ascending.
         consumed: called with (span, source rows) when these rows will not be read again.
@@ -98,7 +96,7 @@ class Pool:
         costs: Sequence[TileCost],
         tile_rows: int | None,
         progress: Callable[[int, int], None],
-        devices: Callable[[int], Device] | None = None,
+        devices: Callable[[int, int], Slot] | None = None,
         journal: Journal | None = None,
         past: Mapping[int, Sequence[Done]] | None = None,
         consumed: Callable[[int, int], None] = lambda span, rows: None,
@@ -199,8 +197,8 @@ class Pool:
 
         try:
             if self.devices is not None:
-                device = self.devices(number)
-                self._take_tiles(number, device.arena(self.shares.arena), device, lambda: None)
+                slot = self.devices(number, self.shares.arena)
+                self._take_tiles(number, slot.arena, slot, lambda: None)
                 return
             # mapped and not allocated: all of it goes back to the system as soon as nothing refers to it
             mapped = mmap.mmap(-1, max(self.shares.arena, mmap.PAGESIZE))
@@ -213,7 +211,7 @@ class Pool:
             self.fail(error)
 
     def _take_tiles(
-        self, number: int, arena: np.ndarray[Any, Any], device: Device | None, give_back: Callable[[], object]
+        self, number: int, arena: np.ndarray[Any, Any], slot: Slot | None, give_back: Callable[[], object]
     ) -> None:
         while True:
             if number and self._pressed():
@@ -225,10 +223,10 @@ class Pool:
             if tile is None:
                 return
             if tile.done is None:
-                self._do(tile, arena, device)
+                self._do(tile, arena, slot)
             elif not self._believe(tile, tile.done, arena):
                 for piece in self._pieces(tile.span, tile.start, tile.stop):
-                    self._do(piece, arena, device)
+                    self._do(piece, arena, slot)
 
     def _pressed(self) -> bool:
         """Memory is short and there is work: all workers but the first wait."""
@@ -250,7 +248,7 @@ class Pool:
         self.progress((tile.stop - tile.start) * span.row_bytes, 0)
         return True
 
-    def _do(self, tile: Tile, arena: np.ndarray[Any, Any], device: Device | None) -> None:
+    def _do(self, tile: Tile, arena: np.ndarray[Any, Any], slot: Slot | None) -> None:
         import xxhash
 
         span = self.plan.spans[tile.span]
@@ -264,7 +262,7 @@ class Pool:
         spent["read"] = now - began
         self.consumed(tile.span, source_rows)
         if span.reduce is not None:
-            self._reduce(span, source_rows, block)
+            self._reduce(span, source_rows, block, slot)
             spent["compute"] = time.monotonic() - now
             self._did(tile, stored, 0, spent)
             return
@@ -272,18 +270,23 @@ class Pool:
         space = arena[-(-(size + spare) // 64) * 64 :]
         skipped = span.op.out_rows(tile.start - span.start)
         written, files, hashes, found = 0, set[str](), [], Findings()
-        for request, dests in requests(span, self.plan.matrices).items():
-            findings = Findings()
+        wanted = requests(span, self.plan.matrices)
+        began = time.monotonic()
+        made, space = self._on_device(slot, wanted, span, rows, block, space)
+        spent["compute"] += time.monotonic() - began
+        for request, dests in wanted.items():
             began = time.monotonic()
-            bound = (request[0], request[1].bind(self._results, span.source.name))
-            parts = self._encode(device, bound, span, rows, block, space, findings)
+            if request in made:
+                parts, findings = made[request].parts, made[request].findings
+            else:
+                findings, bound = Findings(), (request[0], request[1].bind(self._results, span.source.name))
+                parts = encode(bound, span, rows, block, space, findings)
+                space = space[-(-row_costs(request, span)[0] * rows // 64) * 64 :]
             now = time.monotonic()
             spent["compute"] += now - began
             self._judge(span, request[1].quantizes, findings)
             found.add(findings)
             hashes.append(tuple(xxhash.xxh3_128(part.data).hexdigest() for part in parts))
-            taken = row_costs(request, span)[0] * rows
-            space = space[-(-taken // 64) * 64 :]
             for dest in dests:
                 matrix = self.plan.matrices[dest.matrix]
                 row = dest.row + skipped
@@ -302,11 +305,13 @@ class Pool:
             self._recorder.add(done, files, written)
         self._did(tile, stored, written, spent)
 
-    def _reduce(self, span: Span, rows: int, block: np.ndarray[Any, Any]) -> None:
+    def _reduce(self, span: Span, rows: int, block: np.ndarray[Any, Any], slot: Slot | None) -> None:
         """A tile of an earlier pass: it is not in the journal, a resumed run reads it again."""
         import torch
 
-        if span.reduce is not None:
+        if span.reduce is not None and slot is not None:
+            self._results.add(span.reduce.key, rows, slot.reduce(span, rows, block, self._results))
+        elif span.reduce is not None:
             matrix = torch.from_numpy(block).view(getattr(torch, span.source.dtype.torch)).reshape(rows, span.source.cols)
             self._results.add(span.reduce.key, rows, span.reduce.tile(matrix, self._results))
 
@@ -319,24 +324,24 @@ class Pool:
                 self.outcome.seconds[phase] = self.outcome.seconds.get(phase, 0.0) + seconds
         self.progress(stored, written)
 
-    def _encode(
+    def _on_device(
         self,
-        device: Device | None,
-        request: Request,
+        slot: Slot | None,
+        wanted: Iterable[Request],
         span: Span,
         rows: int,
         block: np.ndarray[Any, Any],
         space: np.ndarray[Any, Any],
-        findings: Findings,
-    ) -> list[np.ndarray[Any, Any]]:
-        if device is None or is_copy(request, span.source.dtype) or self.outcome.device_lost:
-            return encode(request, span, rows, block, space, findings)
-        try:
-            return encode_on(device, request, span, rows, block, space, findings)
-        except DeviceLost as error:
-            with self._lock:
-                self.outcome.device_lost = str(error)
-            return encode(request, span, rows, block, space, findings)
+    ) -> tuple[dict[Request, Job], np.ndarray[Any, Any]]:
+        """What a device encodes of a tile (copies stay here), and the space that is left."""
+        if slot is None:
+            return {}, space
+        jobs = {
+            request: Job((request[0], request[1].bind(self._results, span.source.name)))
+            for request in wanted
+            if not is_copy(request, span.source.dtype)
+        }
+        return jobs, slot.encode(list(jobs.values()), span, rows, block, space) if jobs else space
 
     def _judge(self, span: Span, quantizes: bool, findings: Findings) -> None:
         name = span.source.name

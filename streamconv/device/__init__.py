@@ -1,0 +1,14 @@
+"""Accelerators: which to use (choice), how much of their memory (sizing), and how a tile is encoded on one (ring).
+
+What runs on a device is the torch definition of each encoding: the bytes are those of the CPU.
+"""
+
+from streamconv.device.choice import HOST_COST, Choice, choose, parse, visible
+from streamconv.device.ring import DeviceLost, Job, Ring, Slot
+from streamconv.device.sizing import Demand, NoRoom, Sizes, demand, fit, pinned_size, reserve, slots
+
+__all__ = [
+    "HOST_COST", "Choice", "choose", "parse", "visible",
+    "Demand", "NoRoom", "Sizes", "demand", "fit", "pinned_size", "reserve", "slots",
+    "DeviceLost", "Job", "Ring", "Slot",
+]  # fmt: skip

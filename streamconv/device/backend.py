@@ -1,0 +1,126 @@
+"""What the ring needs of an accelerator, and CUDA as one. Tests put threads in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from streamconv.device.sizing import NoRoom
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+
+
+class Backend(Protocol):
+    """Streams run what they are given in order and apart from each other; streams and events are opaque.
+
+    Errors of something asynchronous may be raised by any later call.
+    """
+
+    name: str
+
+    def alloc_pinned(self, size: int) -> torch.Tensor:
+        """uint8 [size] in host memory that copies need not stage."""
+
+    def alloc_device(self, size: int) -> torch.Tensor:
+        """uint8 [size] on the device; an error for which `is_full` holds if there is no room."""
+
+    def free_memory(self) -> int:
+        """Bytes of the device that nobody uses now."""
+
+    def limit(self, size: int) -> None:
+        """From now on this process takes no more than `size` bytes of the device for tensors."""
+
+    def stream(self) -> Any:
+        """A new stream."""
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor, stream: Any) -> None:
+        """Start copying 1-D uint8 tensors of the same size between host and device."""
+
+    def run(self, stream: Any, work: Callable[[], T]) -> T:
+        """Call `work`; what it computes on the device is put on `stream`."""
+
+    def record(self, stream: Any) -> Any:
+        """An event that happens when all that the stream was given until now is done."""
+
+    def follow(self, stream: Any, event: Any) -> None:
+        """What the stream is given from now on starts after the event."""
+
+    def wait(self, event: Any) -> None:
+        """Until the event has happened."""
+
+    def is_full(self, error: BaseException) -> bool:
+        """The device has no memory left."""
+
+    def is_lost(self, error: BaseException) -> bool:
+        """The device does not work any more."""
+
+    def relieve(self) -> None:
+        """Give cached device memory back to other users."""
+
+
+class Cuda:
+    """A CUDA device, `name` as in "cuda:0"."""
+
+    def __init__(self, name: str) -> None:
+        import torch
+
+        self.name = name
+        self._torch = torch
+        self._device = torch.device(name)
+        try:
+            torch.zeros(1, device=self._device)  # the context exists, and is counted, from here on
+        except RuntimeError as error:
+            hint = "free it, name another device, or use --device cpu"
+            raise NoRoom(f"{name} cannot be used: {str(error).splitlines()[0]}", hint=hint) from error
+
+    def alloc_pinned(self, size: int) -> torch.Tensor:
+        return self._torch.empty(size, dtype=self._torch.uint8, pin_memory=True)
+
+    def alloc_device(self, size: int) -> torch.Tensor:
+        return self._torch.empty(size, dtype=self._torch.uint8, device=self._device)
+
+    def free_memory(self) -> int:
+        return int(self._torch.cuda.mem_get_info(self._device)[0])
+
+    def limit(self, size: int) -> None:
+        total = int(self._torch.cuda.mem_get_info(self._device)[1])
+        self._torch.cuda.set_per_process_memory_fraction(min(1.0, size / total), self._device)
+
+    def stream(self) -> Any:
+        return self._torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor, stream: Any) -> None:
+        with self._torch.cuda.stream(stream):
+            target.copy_(source, non_blocking=True)
+
+    def run(self, stream: Any, work: Callable[[], T]) -> T:
+        with self._torch.cuda.stream(stream):
+            return work()
+
+    def record(self, stream: Any) -> Any:
+        # waiting for it sleeps and does not spin: the processor belongs to the workers that read and write
+        event = self._torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        event.record(stream)
+        return event
+
+    def follow(self, stream: Any, event: Any) -> None:
+        stream.wait_event(event)
+
+    def wait(self, event: Any) -> None:
+        event.synchronize()
+
+    def is_full(self, error: BaseException) -> bool:
+        text = str(error).lower()
+        return isinstance(error, self._torch.cuda.OutOfMemoryError) or (
+            isinstance(error, RuntimeError) and "cuda" in text and "out of memory" in text
+        )
+
+    def is_lost(self, error: BaseException) -> bool:
+        text = str(error)
+        return isinstance(error, RuntimeError) and ("CUDA error" in text or "CUDA driver error" in text) and not self.is_full(error)
+
+    def relieve(self) -> None:
+        self._torch.cuda.empty_cache()

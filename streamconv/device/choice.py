@@ -1,0 +1,142 @@
+"""CPU or GPU for a plan, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from streamconv.errors import UsageError
+from streamconv.memory import MIB
+from streamconv.plan import Plan
+from streamconv.stages.encode import is_copy, requests, width
+
+HOST_COST = 900 * MIB
+"""Host memory that torch and a CUDA context take before the first tile (measured on an H200 node)."""
+
+# Bytes a second. Files and kernels are for one core, copies for a device; measured on an H200 node of 16 cores.
+_START_SECONDS = 4.5
+_FILES = 0.65e9
+_KERNEL = 2.0e9
+_TORCH = 0.12e9
+_COPY = 50e9
+_COMPUTE = 40e9
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What runs the encodings.
+
+    Attributes:
+        devices: torch device names; empty for the CPU.
+        why: one line for the plan.
+    """
+
+    devices: tuple[str, ...]
+    why: str
+
+
+def parse(text: str) -> tuple[str, ...]:
+    """ "auto", "cpu", "cuda", "cuda:0,cuda:1" -> names.
+
+    Raises:
+        UsageError: anything else.
+    """
+    names = tuple(part.strip() for part in text.split(","))
+    if names in (("auto",), ("cpu",)):
+        return names
+    for name in names:
+        kind, _, number = name.partition(":")
+        if kind != "cuda" or (":" in name and not number.isdecimal()):
+            raise UsageError(f"--device {text!r} is not known", hint="auto, cpu, cuda, cuda:0 or cuda:0,cuda:1")
+    if len(set(names)) != len(names):
+        raise UsageError(f"--device {text!r} names a device twice")
+    return names
+
+
+def visible() -> int:
+    """CUDA devices that torch can use. Imports torch only where a driver is present."""
+    import os
+
+    if not os.path.exists("/dev/nvidiactl") and not os.path.exists("/proc/driver/nvidia"):
+        return 0
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What the estimate is made from, bytes.
+
+    Attributes:
+        files: read and written.
+        kernel, torch: source bytes that the CPU encodes with fused kernels, and with the torch definitions.
+        back: encoded bytes that a device copies back.
+    """
+
+    files: int = 0
+    kernel: int = 0
+    torch: int = 0
+    back: int = 0
+
+    def cpu_seconds(self, cores: int) -> float:
+        return (self.files / _FILES + self.kernel / _KERNEL + self.torch / _TORCH) / cores
+
+    def gpu_seconds(self, cores: int, devices: int = 1) -> float:
+        """Starting CUDA, then the slowest of files, copies in, copies out and kernels, which overlap."""
+        encoded = self.kernel + self.torch
+        slowest = max(encoded / _COPY, self.back / _COPY, encoded / _COMPUTE) / devices
+        return _START_SECONDS + max(self.files / _FILES / cores, slowest)
+
+
+def work_of(plan: Plan) -> Work:
+    """What a plan moves and computes."""
+    kernel = torch = back = read = 0
+    for span in plan.spans:
+        read += span.nbytes
+        size = (span.stop - span.start) * span.row_bytes
+        rows = span.op.out_rows(span.stop - span.start)
+        if span.reduce is not None:
+            torch += size
+        for request in requests(span, plan.matrices):
+            encoding, cols = request[1], width(request)
+            if is_copy(request, span.source.dtype):
+                continue
+            share = size * cols // span.source.cols
+            fused = encoding.kernel(span.source.dtype) is not None
+            kernel, torch = kernel + share * fused, torch + share * (not fused)
+            back += rows * sum(part.row_bytes for part in encoding.parts(encoding.row_align, cols))
+    return Work(read + sum(file.size for file in plan.files), kernel, torch, back)
+
+
+def choose(asked: str, plan: Plan, cores: int, host_budget: int) -> Choice:
+    """Decide for a plan. `auto` takes a GPU only where the estimate says that it wins.
+
+    Raises:
+        UsageError: a device was asked for that is not here, or whose host memory does not fit the budget.
+    """
+    names = parse(asked)
+    if names == ("cpu",):
+        return Choice((), "asked for")
+    count = visible()
+    if names == ("auto",):
+        if not count:
+            return Choice((), "no GPU, using the CPU")
+        if host_budget < HOST_COST + 256 * MIB:
+            return Choice((), "using the CPU: the memory budget is too small for a GPU's host buffers")
+        work = work_of(plan)
+        cpu, gpu = work.cpu_seconds(cores), work.gpu_seconds(cores)
+        if gpu >= cpu:
+            return Choice((), f"using the CPU: about {cpu:.1f} s there against {gpu:.1f} s with the GPU, its start and copies counted")
+        return Choice(("cuda:0",), f"using the GPU: about {gpu:.1f} s, its start and copies counted, against {cpu:.1f} s on the CPU")
+    if not count:
+        raise UsageError(f"--device {asked}: no GPU is here", hint="--device cpu, or auto")
+    found = tuple("cuda:0" if name == "cuda" else name for name in names)
+    for name in found:
+        if int(name.partition(":")[2]) >= count:
+            raise UsageError(f"--device {name}: this machine has {count} GPU{'s' * (count != 1)}")
+    if host_budget < HOST_COST + 64 * MIB:
+        raise UsageError(
+            f"--device {asked}: the memory budget is smaller than what CUDA itself takes on the host",
+            hint=f"--memory-budget {(HOST_COST + 256 * MIB) // MIB}MiB or more, or --device cpu",
+        )
+    return Choice(found, "asked for")

@@ -1,0 +1,309 @@
+"""The ring of one device: tiles are copied in, encoded and copied out on streams of their own, while others are read and written.
+
+    worker    reads into its slot's pinned arena              ... hashes and writes from it
+    streams   copy in (1) -> compute (LANES) -> copy out (1)  ordered by events, per device
+
+A slot has two device buffers: while one is computed, the next rows are copied into the other. Rows are copied in once,
+however many matrices want them and however small the steps become in which they are computed.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from streamconv.device.backend import Backend
+from streamconv.device.sizing import HALVES, LANES, Sizes
+from streamconv.errors import StreamconvError
+from streamconv.plan import Span
+from streamconv.quants.base import Findings, Known
+from streamconv.stages.encode import Request, width
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+
+_PATIENCE = (0.05, 0.1, 0.2, 0.4)
+"""Seconds to wait for memory, time after time, when even the smallest step finds none."""
+
+_SMALL = 64 * 1024
+"""Source bytes that other tiles' steps are not halved below: what is smaller says nothing about them."""
+
+_CALM = 64
+"""Steps that must succeed before halved ones grow again."""
+
+
+class DeviceLost(StreamconvError):
+    """The device stopped working, or has no memory even for the smallest step. What is finished is kept.
+
+    Attributes:
+        pinned: bytes of host memory that the run had pinned.
+    """
+
+    pinned = 0
+
+
+@dataclass(slots=True)
+class Job:
+    """One encoding of a tile.
+
+    Attributes:
+        request: columns and encoding, bound to its reductions.
+        parts: set by `Slot.encode`: one uint8 view of the worker's arena for each part.
+        findings: what was met.
+    """
+
+    request: Request
+    parts: list[Bytes] = field(default_factory=list)
+    findings: Findings = field(default_factory=Findings)
+
+
+class Ring:
+    """One device. Workers take a `slot` each; streams and the step size are shared.
+
+    Attributes:
+        halvings: how often the device was full and steps were halved.
+        uploads: how many copies to the device were started, and of how many bytes.
+    """
+
+    def __init__(self, backend: Backend, sizes: Sizes) -> None:
+        self.backend, self.sizes = backend, sizes
+        self.halvings, self.uploads, self.uploaded = 0, 0, 0
+        self.copy_in, self.copy_out = backend.stream(), backend.stream()
+        self.lanes: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        for _ in range(min(LANES, sizes.slots)):
+            self.lanes.put(backend.stream())
+        self._lock = threading.Lock()
+        self._step, self._good = sizes.chunk, 0
+        backend.limit(sizes.room)
+
+    def slot(self, arena: int) -> Slot:
+        """A worker's place, with `arena` bytes of pinned memory."""
+        return Slot(self, arena)
+
+    @property
+    def step(self) -> int:
+        """Source bytes computed at once."""
+        return self._step
+
+    def halve(self, size: int) -> None:
+        """A step of `size` source bytes was too much."""
+        with self._lock:
+            self.halvings += 1
+            self._step, self._good = min(self._step, max(_SMALL, size // 2)), 0
+        self.backend.relieve()
+
+    def good(self) -> None:
+        with self._lock:
+            self._good += 1
+            if self._good >= _CALM and self._step < self.sizes.chunk:
+                self._step, self._good = min(self.sizes.chunk, 2 * self._step), 0
+
+    def sent(self, size: int) -> None:
+        with self._lock:
+            self.uploads, self.uploaded = self.uploads + 1, self.uploaded + size
+
+
+class Slot:
+    """One worker's part of a ring: a pinned arena and HALVES device buffers.
+
+    Attributes:
+        arena: uint8, pinned; what is read, and what was encoded, lies in it.
+    """
+
+    def __init__(self, ring: Ring, arena: int) -> None:
+        self.ring, self._backend = ring, ring.backend
+        try:
+            self._pinned = self._backend.alloc_pinned(arena)
+        except Exception as error:
+            if self._backend.is_full(error) or self._backend.is_lost(error):
+                raise DeviceLost(f"{self._backend.name}: no pinned host memory: {str(error).splitlines()[0]}") from error
+            raise
+        self.arena: Bytes = self._pinned.numpy()
+        self._buffers: list[torch.Tensor] = []
+
+    def encode(self, jobs: Sequence[Job], span: Span, rows: int, block: Bytes, space: Bytes) -> Bytes:
+        """`stages.encode.encode` for all jobs of a tile; the same bytes. When it returns, all of them are in the arena.
+
+        Args:
+            rows: output rows, whose `span.row_bytes` source bytes each are in `block`.
+            space: where the parts go; both are views of `arena`.
+
+        Returns:
+            What is left of `space`.
+
+        Raises:
+            DeviceLost: the device does not answer any more, or is full even for the smallest step.
+        """
+        for job in jobs:
+            encoding = job.request[1]
+            for part in encoding.parts(encoding.row_align, width(job.request)):
+                size = rows * part.row_bytes
+                job.parts.append(space[:size])
+                space = space[-(-size // 64) * 64 :]
+
+        def work(matrix: torch.Tensor) -> tuple[list[torch.Tensor], list[Findings]]:
+            made: list[torch.Tensor] = []
+            found = []
+            for job in jobs:
+                met = Findings()
+                made += job.request[1].encode(_columns(matrix, job.request), met)
+                found.append(met)
+            return made, found
+
+        def keep(first: int, take: int, result: Any) -> Any:
+            outs = [part[first * (part.size // rows) :][: take * (part.size // rows)] for job in jobs for part in job.parts]
+            for job, met in zip(jobs, result[1], strict=True):
+                job.findings.add(met)
+            return [(self._host(out), made) for out, made in zip(outs, result[0], strict=True)]
+
+        self._each(span, rows, span.op.out_rows(span.align), block, work, keep)
+        return space
+
+    def reduce(self, span: Span, rows: int, block: Bytes, known: Known) -> torch.Tensor:
+        """`span.reduce.tile` of a tile, on the CPU. Raises what `encode` does."""
+        import torch
+
+        if span.reduce is None:
+            raise AssertionError(f"{span.source.name}: nothing to reduce")
+        reduction, found = span.reduce, list[torch.Tensor]()
+        for key in reduction.needs:
+            known.get(key)  # wait for others here: whoever waits inside a lane keeps it from them
+
+        def keep(first: int, take: int, result: torch.Tensor) -> Any:
+            found.append(result)
+            return []
+
+        self._each(span, rows, span.align, block, lambda matrix: reduction.tile(matrix, known).cpu(), keep)
+        largest = found[0]
+        for other in found[1:]:
+            largest = torch.maximum(largest, other)
+        return largest
+
+    def _each(self, span: Span, rows: int, align: int, block: Bytes, work: Any, keep: Any) -> None:
+        """Copy the rows in, half by half; work on each; copy out what `keep` names; wait for all of it."""
+        pending: list[tuple[Any, Any]] = []
+        try:
+            self._allocate(align * span.row_bytes)
+            whole = max(align, self._buffers[0].numel() // span.row_bytes // align * align)
+            starts = list(range(0, rows, whole))
+            ready: list[Any] = [self._send(0, span, block, 0, min(whole, rows)), None]
+            busy: list[Any] = [None] * HALVES
+            for turn, first in enumerate(starts):
+                half = turn % HALVES
+                if turn + 1 < len(starts):
+                    other = (turn + 1) % HALVES
+                    if busy[other] is not None:
+                        self._backend.wait(busy[other])
+                        pending = [entry for entry in pending if entry[1] is not busy[other]]
+                    after = starts[turn + 1]
+                    ready[other] = self._send(other, span, block, after, min(whole, rows - after))
+                busy[half] = self._compute(half, ready[half], span, first, min(whole, rows - first), align, work, keep, pending)
+            for _, event in pending:
+                self._backend.wait(event)
+        except Exception as error:
+            self._drain(pending)
+            if self._backend.is_full(error):
+                raise DeviceLost(f"{self._backend.name} has no memory left for the smallest tile") from error
+            if self._backend.is_lost(error):
+                raise DeviceLost(f"{self._backend.name} stopped working: {str(error).splitlines()[0]}") from error
+            raise
+
+    def _allocate(self, least: int) -> None:
+        """The device buffers, once; smaller ones if somebody else has taken the memory meanwhile."""
+        size = max(self.ring.sizes.chunk, least)
+        if self._buffers and self._buffers[0].numel() >= least:
+            return
+        self._buffers = []
+        while True:
+            try:
+                self._buffers = [self._backend.alloc_device(size) for _ in range(HALVES)]
+                return
+            except Exception as error:
+                self._buffers = []
+                if not self._backend.is_full(error) or size <= least:
+                    raise
+            self.ring.halve(size)
+            size = max(least, size // 2)
+
+    def _send(self, half: int, span: Span, block: Bytes, first: int, take: int) -> Any:
+        source = self._host(block[first * span.row_bytes : (first + take) * span.row_bytes])
+        self._backend.copy(self._buffers[half][: source.numel()], source, self.ring.copy_in)
+        self.ring.sent(source.numel())
+        return self._backend.record(self.ring.copy_in)
+
+    def _compute(
+        self, half: int, ready: Any, span: Span, first: int, rows: int, align: int, work: Any, keep: Any, pending: list[tuple[Any, Any]]
+    ) -> Any:
+        """Rows [first, first+rows) of the tile, which lie in buffer `half`; gives the event of their last copy out."""
+        import torch
+
+        data = self._buffers[half][: rows * span.row_bytes]
+        matrix = data.view(getattr(torch, span.source.dtype.torch)).reshape(rows, span.source.cols)
+        at, event, limit, waits = 0, None, self.ring.step, iter(_PATIENCE)
+        while at < rows:
+            take = min(max(align, limit // span.row_bytes // align * align), rows - at)
+            lane = self.ring.lanes.get()
+            try:
+                self._backend.follow(lane, ready)
+                part = matrix[at : at + take]
+                result = self._backend.run(lane, lambda part=part: work(part))  # type: ignore[misc]
+                done = self._backend.record(lane)
+            except Exception as error:
+                pause = next(waits, None) if take <= align else 0.0
+                if not self._backend.is_full(error) or pause is None:
+                    raise
+                failed = True
+            else:
+                failed, pause = False, 0.0
+            finally:
+                self.ring.lanes.put(lane)
+            if failed:
+                for _, waiting in pending:  # their outputs take room too
+                    self._backend.wait(waiting)
+                pending.clear()
+                self.ring.halve(take * span.row_bytes)
+                limit = take * span.row_bytes // 2
+                time.sleep(pause or 0.0)
+                continue
+            self.ring.good()
+            copies = keep(first + at, take, result)
+            self._backend.follow(self.ring.copy_out, done)
+            for out, made in copies:
+                self._backend.copy(out, made, self.ring.copy_out)
+            event = self._backend.record(self.ring.copy_out)
+            pending.append((copies, event))  # what is copied must live until it is
+            del result, copies
+            while len(pending) > HALVES:
+                self._backend.wait(pending.pop(0)[1])
+            at += take
+        return event
+
+    def _drain(self, pending: list[tuple[Any, Any]]) -> None:
+        """Nothing may still be copied from or to the arena when an error leaves it."""
+        for stream in (self.ring.copy_in, self.ring.copy_out):
+            try:
+                self._backend.wait(self._backend.record(stream))
+            except Exception:
+                return  # the device is gone, and its copies with it
+        pending.clear()
+
+    def _host(self, view: Bytes) -> torch.Tensor:
+        """The pinned tensor of a view of the arena."""
+        at = view.__array_interface__["data"][0] - self._pinned.data_ptr()
+        if not 0 <= at <= self._pinned.numel() - view.size:
+            raise AssertionError("a block outside the pinned arena")
+        return self._pinned[at : at + view.size]
+
+
+def _columns(matrix: torch.Tensor, request: Request) -> torch.Tensor:
+    import torch
+
+    pieces = [matrix[:, start:stop] for start, stop in request[0]]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)

@@ -1,0 +1,141 @@
+"""How much of a device, and of the host, the ring takes. Arithmetic only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from streamconv.errors import UsageError
+from streamconv.memory import GIB, KIB, MIB
+from streamconv.plan import Matrix, Span
+from streamconv.stages.encode import is_copy, requests, width
+
+LANES = 2
+"""Tiles computed at the same time: one waits for the host between kernels while the other runs."""
+
+HALVES = 2
+"""Buffers of a slot: one is copied in while the other is computed."""
+
+_BEST_CHUNK = 8 * MIB
+_LEAST_CHUNK = 256 * KIB
+_ROUNDING = 4 * MIB
+"""What torch's allocator rounds large requests up to, for each slot and lane."""
+
+
+class NoRoom(UsageError):
+    """A device that cannot be used as things are now; `auto` takes the CPU then."""
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """Device memory that a plan's tiles take.
+
+    Attributes:
+        work: bytes of temporaries for each source byte.
+        out: bytes of output for each source byte.
+        fixed: bytes of temporaries whatever the rows are.
+        least: source bytes of the smallest tile.
+    """
+
+    work: float = 0.0
+    out: float = 0.0
+    fixed: int = 0
+    least: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How the ring of one device is built.
+
+    Attributes:
+        room: device bytes it may take in all.
+        slots: tiles under way, one for each worker.
+        chunk: source bytes of each of a slot's HALVES buffers.
+    """
+
+    room: int
+    slots: int
+    chunk: int
+
+
+def demand(spans: Iterable[Span], matrices: tuple[Matrix, ...]) -> Demand:
+    """The dearest of all spans in each respect."""
+    work, out, fixed, least = 0.0, 0.0, 0, 0
+    seen = set()
+    for span in spans:
+        wanted = [request for request in requests(span, matrices) if not is_copy(request, span.source.dtype)]
+        key = (span.source.dtype, span.source.cols, span.align, span.reduce and span.reduce.bytes_per_element, tuple(wanted))
+        if key in seen or not (wanted or span.reduce):
+            continue
+        seen.add(key)
+        made = 0
+        for request in wanted:
+            encoding, cols = request[1], width(request)
+            made += sum(part.row_bytes for part in encoding.parts(encoding.row_align, cols))
+            gathered = cols * span.source.dtype.itemsize * (len(request[0]) > 1)
+            work = max(work, (gathered + cols * encoding.torch_bytes_per_element()) / span.row_bytes)
+            fixed = max(fixed, encoding.torch_bytes_per_column() * cols)
+        if span.reduce is not None:
+            work = max(work, span.source.cols * span.reduce.bytes_per_element / span.row_bytes)
+            fixed = max(fixed, span.source.cols * span.reduce.bytes_per_column)
+        out = max(out, made / span.row_bytes)
+        least = max(least, span.align * span.row_bytes)
+    return Demand(work, out, fixed, least)
+
+
+def reserve(free: int) -> int:
+    """Device memory left to others and to the driver."""
+    return max(256 * MIB, free // 16)
+
+
+def fit(free: int, budget: int | None, wanted: int, need: Demand) -> Sizes:
+    """Slots and buffers such that the whole ring stays inside the room; fewer slots before smaller chunks than 256 KiB.
+
+    Args:
+        free: free device memory, bytes.
+        budget: what the user allows, None: at most 2 GiB.
+        wanted: slots, at most.
+
+    Raises:
+        NoRoom: not even one slot with the smallest tile fits; says how much does.
+    """
+    room = min(2 * GIB if budget is None else budget, max(free - reserve(free), 0))
+    least = max(need.least, min(_LEAST_CHUNK, max(need.least, 1)))
+    for slots in range(max(1, wanted), 0, -1):
+        fixed, each = _terms(slots, need)
+        chunk = int(max(0, room - fixed) / each)
+        if chunk >= max(least, _LEAST_CHUNK) or (slots == 1 and chunk >= least):
+            return Sizes(room, slots, min(chunk, max(_BEST_CHUNK, need.least)))
+    fixed, each = _terms(1, need)
+    smallest = -(-int(fixed + each * max(least, 1)) // MIB) + 1
+    raise NoRoom(
+        f"the GPU has {room // MIB} MiB for us, and the smallest tile takes {smallest} MiB",
+        hint=f"--device-memory-budget {smallest}MiB or more, free memory on the GPU, or --device cpu",
+    )
+
+
+def _terms(slots: int, need: Demand) -> tuple[int, float]:
+    """(bytes that do not depend on the chunk, bytes for each byte of it)."""
+    lanes = min(LANES, slots)
+    fixed = lanes * (need.fixed + _ROUNDING) + slots * HALVES * (64 * KIB)
+    return fixed, slots * HALVES * (1 + need.out) + lanes * need.work
+
+
+def pinned_size(arena: int, least: int) -> int:
+    """The largest pinned arena within `arena` bytes, `least` at the smallest: torch rounds pinned memory up to a power of two.
+
+    Raises:
+        NoRoom: rounded up, the smallest tile does not fit any more.
+    """
+    size = 1 << (max(arena, 1).bit_length() - 1)
+    if size >= least:
+        return size
+    raise NoRoom(
+        f"the memory budget leaves {arena // MIB} MiB of pinned memory for each worker, a tile takes {-(-least // MIB)} MiB",
+        hint="a larger --memory-budget, fewer --workers, or --device cpu",
+    )
+
+
+def slots(cores: int, devices: int) -> int:
+    """Workers of each device: enough to read, hash and write while copies and kernels of others run."""
+    return max(3, min(16, cores // max(1, devices)))
