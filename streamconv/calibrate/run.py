@@ -5,21 +5,30 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from streamconv import __version__, memory
-from streamconv.calibrate.texts import load_texts, tokenize
+from streamconv.calibrate.request import DTYPES, Loop
 from streamconv.checkpoint.index import Index, open_index
-from streamconv.checkpoint.model_config import from_hf
-from streamconv.errors import BudgetError, OutputError, UsageError, printable
+from streamconv.checkpoint.model_config import ModelConfig, from_hf
+from streamconv.errors import BudgetError, CheckpointError, UsageError
+from streamconv.fs import explained
 from streamconv.memory import MIB, show_size
+
+if TYPE_CHECKING:
+    import torch
+
+Progress = Callable[[int, int, float], None]
 
 _TORCH_BASE = 450 * MIB
 """Resident after torch and transformers are loaded (measured)."""
+
+
+def _silent(layer: int, layers: int, seconds: float) -> None:
+    pass
 
 
 def calibrate(
@@ -31,9 +40,11 @@ def calibrate(
     max_length: int = 512,
     batch_size: int = 1,
     dtype: str = "float16",
-    device: str = "cpu",
+    loop: Loop = "trtllm",
+    device: str = "auto",
     memory_budget: int | None = None,
-    progress: Callable[[int, int, float], None] = lambda layer, layers, seconds: None,
+    reuse: bool = False,
+    progress: Progress = _silent,
 ) -> dict[str, Any]:
     """Write the activation ranges of a model.
 
@@ -46,109 +57,164 @@ def calibrate(
         text: see `texts.load_texts`.
         samples, max_length: how many samples, how many tokens of each.
         batch_size: samples of equal length that go through a layer together; 1 is what the official loop does.
-        dtype: computing type; float16 is what SmoothQuant is measured in, "auto" the source's own (INT8 KV cache).
+        dtype: computing type; float16 is what SmoothQuant is measured in, "auto" the source's own (INT8 KV cache, FP8).
+        loop: whose samples: "trtllm" (SmoothQuant, INT8 KV cache) or "modelopt" (FP8); quantization spec §16.
+        device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...
         memory_budget: bytes; refused before work starts if one layer and a batch do not fit.
+        reuse: leave a file that the same request made as it is.
         progress: called after each layer with (done, all, seconds left).
 
     Raises:
-        UsageError: no text, unknown dtype. CheckpointError: no tokenizer, no such model. BudgetError: too small.
+        UsageError: no text, unknown dtype, no such device. CheckpointError: no tokenizer, no such model.
+        BudgetError: too small. OutputError: no room, or not writable.
     """
     try:
         import transformers  # noqa: F401
     except ImportError:
         raise UsageError("calibration needs transformers", hint="pip install 'streamconv[calibrate]'") from None
-    out = Path(out)
+    if dtype not in DTYPES:
+        raise UsageError(f"--dtype {dtype} is not one of {', '.join(DTYPES)}")
+    if batch_size < 1 or max_length < 1 or samples == 0:
+        raise UsageError("--samples, --max-length and --batch-size must be at least 1")
     index = open_index(Path(model))
     try:
-        return _run(index, out, text, samples, max_length, batch_size, dtype, device, memory_budget, progress)
+        return _Run(index, Path(out), batch_size, dtype, loop, device, memory_budget).measure(text, samples, max_length, reuse, progress)
     finally:
         index.close()
 
 
-def _run(
-    index: Index,
-    out: Path,
-    text: str,
-    samples: int,
-    max_length: int,
-    batch_size: int,
-    dtype: str,
-    device: str,
-    budget: int | None,
-    progress: Callable[[int, int, float], None],
-) -> dict[str, Any]:
+def torch_device(name: str) -> str:
+    """The torch device that --device means: "cpu" or "cuda:N".
+
+    Raises:
+        UsageError: there is no such device.
+    """
     import torch
-    from safetensors.torch import load_file, save_file
 
-    from streamconv.calibrate.layers import OneLayer
-
-    facts = from_hf(index.config)
-    kind = (facts.dtype or "float16") if dtype == "auto" else dtype
-    if kind not in ("float16", "bfloat16", "float32"):
-        raise UsageError(f"--dtype {dtype} is not float16, bfloat16, float32 or auto")
-    torch_dtype = getattr(torch, kind)
-    _check_budget(index, facts, budget, batch_size * max_length, torch_dtype.itemsize)
-    texts = load_texts(text, samples)
-    ids = tokenize(index.root, texts, max_length)
-    batches = _batches(ids, batch_size)
-    mark = hashlib.sha256(json.dumps([__version__, str(index.root.resolve()), kind, batches]).encode()).hexdigest()
-    work = out.parent / f".{out.name}.streamconv-calibrate"
-    done = _resume(work, mark)
-    layer = OneLayer(index.root, index, torch_dtype, device)
-    ranges: dict[str, torch.Tensor] = load_file(work / f"ranges-{done}.safetensors") if done else {}
-    began = time.monotonic()
-    with torch.no_grad():
-        if done == 0:
-            with open(work / "states-0", "wb") as file:
-                for batch in batches:
-                    for sample in batch:
-                        file.write(_bytes(layer.embed(torch.tensor(sample))))
-        first = done
-        for number in range(done, layer.layers):
-            layer.load(number)
-            hooks = [_watch(name, module, ranges) for name, module in layer.linears(number)]
-            with open(work / f"states-{number}", "rb") as before, open(work / f"states-{number + 1}", "wb") as after:
-                for batch in batches:
-                    shape = (len(batch), len(batch[0]), facts.hidden_size)
-                    data = bytearray(before.read(shape[0] * shape[1] * shape[2] * torch_dtype.itemsize))
-                    states = torch.frombuffer(data, dtype=torch_dtype).reshape(shape).to(device)
-                    after.write(_bytes(layer(states)))
-                after.flush()
-                os.fsync(after.fileno())
-            for hook in hooks:
-                hook.remove()
-            save_file(ranges, work / f"ranges-{number + 1}.safetensors")
-            (work / "state.json.new").write_text(json.dumps({"mark": mark, "layers": number + 1}))
-            os.replace(work / "state.json.new", work / "state.json")
-            (work / f"states-{number}").unlink(missing_ok=True)
-            (work / f"ranges-{number}.safetensors").unlink(missing_ok=True)
-            spent = time.monotonic() - began
-            progress(number + 1, layer.layers, spent / (number + 1 - first) * (layer.layers - number - 1))
-    # one entry: the stock writer leaves the order of several to chance
-    facts_text = {"calibration": json.dumps({"dtype": kind, "samples": len(ids)})}
-    new = out.with_name(f".{out.name}.new")
-    try:
-        save_file({name: ranges[name] for name in sorted(ranges)}, new, metadata=facts_text)
-        os.replace(new, out)
-    except OSError as error:
-        raise OutputError(f"cannot write {printable(str(out))}: {error.strerror}") from error
-    shutil.rmtree(work)
-    return {
-        "out": str(out),
-        "layers": layer.layers,
-        "samples": len(ids),
-        "tokens": sum(map(len, ids)),
-        "tensors": len(ranges),
-        "seconds": time.monotonic() - began,
-        "peak_memory": memory.peak_resident(),
-    }
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return "cpu"
+    kind, _, number = name.partition(":")
+    if name != "auto" and (kind != "cuda" or (number and not number.isdigit())):
+        raise UsageError(f"--device {name} is not auto, cpu, cuda or cuda:N", hint="calibration runs on one device")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if int(number or 0) >= count:
+        raise UsageError(f"--device {name}: this machine has {count or 'no'} CUDA device{'s' * (count != 1)}", hint="--device cpu")
+    return f"cuda:{int(number or 0)}"
 
 
-def _check_budget(index: Index, facts: Any, budget: int | None, tokens: int, itemsize: int) -> None:
+class _Run:
+    def __init__(self, index: Index, out: Path, batch: int, dtype: str, loop: Loop, device: str, budget: int | None) -> None:
+        import torch
+
+        self.index, self.out, self.batch, self.loop, self.budget = index, out, batch, loop, budget
+        self.facts = from_hf(index.config)
+        self.kind = (self.facts.dtype or "float16") if dtype == "auto" else dtype
+        self.dtype: torch.dtype = getattr(torch, self.kind)
+        self.device = torch_device(device)
+
+    def measure(self, text: str, samples: int, max_length: int, reuse: bool, progress: Progress) -> dict[str, Any]:
+        from streamconv.calibrate.layers import OneLayer
+        from streamconv.calibrate.scratch import Scratch
+        from streamconv.calibrate.texts import load_texts, tokenize
+
+        began = time.monotonic()
+        check_budget(self.index, self.facts, self.budget, self.batch * max_length, self.dtype.itemsize)
+        ids = tokenize(self.index.root, load_texts(text, samples), max_length, self.loop)
+        batches = _batches(ids, self.batch)
+        tokens = sum(map(len, ids))
+        mark = self._mark(batches)
+        told = {"out": str(self.out), "samples": len(ids), "tokens": tokens, "device": self.device, "reused": False}
+        if reuse and (kept := self._kept(mark)):
+            return told | {"layers": self.facts.num_hidden_layers, "tensors": kept, "seconds": 0.0, "reused": True}
+        scratch = Scratch(self.out, mark, tokens * self.facts.hidden_size * self.dtype.itemsize)
+        layer = OneLayer(self.index.root, self.index, self.dtype, self.device)
+        self._through(layer, scratch, batches, progress)
+        self._write(scratch.ranges, mark, len(ids))
+        scratch.remove()
+        spent = {"seconds": time.monotonic() - began, "peak_memory": memory.peak_resident()}
+        return told | {"layers": layer.layers, "tensors": len(scratch.ranges)} | spent
+
+    def _through(self, layer: Any, scratch: Any, batches: list[list[list[int]]], progress: Progress) -> None:
+        """All batches through one layer after the other."""
+        import torch
+
+        width, size = self.facts.hidden_size, self.dtype.itemsize
+        began, first = time.monotonic(), scratch.done
+        with torch.no_grad():
+            if first == 0:
+                with explained(scratch.folder, "write"), open(scratch.states(0), "wb") as file:
+                    for batch in batches:
+                        for sample in batch:
+                            file.write(_raw(layer.embed(torch.tensor(sample))))
+            for number in range(first, layer.layers):
+                layer.load(number)
+                found: dict[str, torch.Tensor] = {}
+                hooks = [_watch(name, module, found) for name, module in layer.linears(number)]
+                with (
+                    explained(scratch.folder, "write"),
+                    open(scratch.states(number), "rb") as before,
+                    open(scratch.states(number + 1), "wb") as after,
+                ):
+                    for batch in batches:
+                        shape = (len(batch), len(batch[0]), width)
+                        data = bytearray(before.read(shape[0] * shape[1] * width * size))
+                        states = torch.frombuffer(data, dtype=self.dtype).reshape(shape).to(self.device)
+                        after.write(_raw(layer(states)))
+                    after.flush()
+                    os.fsync(after.fileno())
+                for hook in hooks:
+                    hook.remove()
+                scratch.ranges |= {name: values.float().cpu() for name, values in found.items()}
+                scratch.finished(number)
+                each = (time.monotonic() - began) / (number + 1 - first)
+                progress(number + 1, layer.layers, each * (layer.layers - number - 1))
+
+    def _mark(self, batches: list[list[list[int]]]) -> str:
+        """Hash of all that decides the numbers; of the source its headers and sizes."""
+        from streamconv.targets.trtllm.planner import source_files
+
+        files = [(file.name, file.size, file.header_hash) for file in source_files(self.index)]
+        asked = [__version__, self.index.config, files, self.kind, self.device.split(":")[0], batches]
+        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+    def _kept(self, mark: str) -> int:
+        """How many ranges the file holds, if it is there and answers this request; newer than the source, too."""
+        from streamconv.checkpoint.header import read_header
+
+        try:
+            header = read_header(self.out)
+            newest = max(shard.path.stat().st_mtime_ns for shard in self.index.shards)
+            fits = json.loads(header.metadata.get("calibration", "{}")).get("request") == mark
+            return len(header.tensors) if fits and self.out.stat().st_mtime_ns >= newest else 0
+        except (OSError, ValueError, AttributeError, CheckpointError):
+            return 0
+
+    def _write(self, ranges: dict[str, torch.Tensor], mark: str, samples: int) -> None:
+        from safetensors.torch import save_file
+
+        # one entry: the stock writer leaves the order of several to chance
+        facts = {"dtype": self.kind, "loop": self.loop, "request": mark, "samples": samples}
+        new = self.out.with_name(f".{self.out.name}.new")
+        with explained(self.out, "write"):
+            save_file({name: ranges[name] for name in sorted(ranges)}, new, metadata={"calibration": json.dumps(facts)})
+            with open(new, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(new, self.out)
+
+
+def check_budget(index: Index, facts: ModelConfig, budget: int | None, tokens: int, itemsize: int) -> None:
+    """Refuse a budget that one layer and one batch do not fit in.
+
+    Args:
+        tokens: of the largest batch.
+        itemsize: bytes of the computing type.
+
+    Raises:
+        BudgetError: says what is needed.
+    """
     layer = sum(r.nbytes // r.dtype.itemsize * itemsize for n, r in index.tensors.items() if n.startswith("model.layers.0."))
-    largest = max((r.nbytes // r.dtype.itemsize * (itemsize + r.dtype.itemsize) for n, r in index.tensors.items() if ".0." in n), default=0)
     width = 4 * facts.hidden_size + 3 * facts.intermediate_size
-    need = _TORCH_BASE + layer + largest + tokens * width * max(itemsize, 4)
+    need = _TORCH_BASE + layer + tokens * width * max(itemsize, 4)
     free = memory.available() if budget is None else budget
     if need > free:
         raise BudgetError(
@@ -168,44 +234,26 @@ def _batches(ids: list[list[int]], size: int) -> list[list[list[int]]]:
     return batches
 
 
-def _resume(work: Path, mark: str) -> int:
-    """Layers already done by an interrupted run of the same request."""
-    try:
-        state = json.loads((work / "state.json").read_text())
-        if state["mark"] == mark:
-            return int(state["layers"])
-    except (OSError, ValueError, KeyError):
-        pass
-    try:
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-    except OSError as error:
-        raise OutputError(f"cannot write {printable(str(work.parent))}: {error.strerror}") from error
-    return 0
-
-
-def _bytes(tensor: Any) -> bytes:
+def _raw(tensor: torch.Tensor) -> bytes:
     import torch
 
     data: bytes = tensor.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes()
     return data
 
 
-def _watch(name: str, module: Any, ranges: dict[str, Any]) -> Any:
-    """Keep the running maxima of a linear module's inputs and outputs, taken in the activation type, kept in float32."""
+def _watch(name: str, module: Any, found: dict[str, torch.Tensor]) -> Any:
+    """Keep the running maxima of a linear module's inputs and outputs, in the activation type and on its device."""
     import torch
 
     def largest(values: torch.Tensor) -> torch.Tensor:
-        flat = values.detach().reshape(-1, values.shape[-1]).abs()
-        return flat.max(dim=0)[0].float().cpu()
+        return values.detach().reshape(-1, values.shape[-1]).abs().max(dim=0)[0]
 
     def keep(key: str, values: torch.Tensor) -> None:
-        ranges[key] = torch.maximum(ranges[key], values) if key in ranges else values
+        found[key] = torch.maximum(found[key], values) if key in found else values
 
     def hook(_: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         keep(f"{name}.x", largest(inputs[0]))
         keep(f"{name}.y", largest(output))
 
-    rows = module.weight.detach().abs().max(dim=1)[0].float().cpu()
-    ranges[f"{name}.w"] = rows.clip(min=1e-8)
+    found[f"{name}.w"] = module.weight.detach().abs().max(dim=1)[0].float().clip(min=1e-8)
     return module.register_forward_hook(hook)

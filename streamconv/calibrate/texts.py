@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from streamconv.calibrate.request import Loop
 from streamconv.errors import CheckpointError, UsageError, printable
 
 _COLUMNS = ("article", "text", "content")
@@ -77,8 +78,8 @@ def _hub(name: str, count: int) -> list[str]:
     return [str(row[column]) for _, row in zip(range(count if count >= 0 else len(rows)), rows, strict=False)]
 
 
-def tokenize(folder: Path, texts: list[str], max_length: int) -> list[list[int]]:
-    """Token ids of each sample, prepared as the official loop does.
+def tokenize(folder: Path, texts: list[str], max_length: int, loop: Loop = "trtllm") -> list[list[int]]:
+    """Token ids of each sample, prepared as the official loop does (ModelOpt adds no suffix, §16.2).
 
     Raises:
         CheckpointError: the model folder has no usable tokenizer.
@@ -94,6 +95,6 @@ def tokenize(folder: Path, texts: list[str], max_length: int) -> list[list[int]]
         ) from error
     ids = []
     for text in texts:
-        prepared = (text + " TL;DR: ").strip().replace(" n't", "n't")
+        prepared = text if loop == "modelopt" else (text + " TL;DR: ").strip().replace(" n't", "n't")
         ids.append(list(tokenizer(prepared, truncation=True, max_length=max_length)["input_ids"]))
     return [sample for sample in ids if sample]

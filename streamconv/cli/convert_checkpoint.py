@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from pathlib import Path
 
+from streamconv.calibrate.before import with_ranges
+from streamconv.calibrate.request import Samples, needs_ranges
 from streamconv.cli import signals, view
 from streamconv.cli.main import resources, show_report
 from streamconv.cli.official_flags import OfficialRequest, parse
 from streamconv.errors import StreamconvError, UsageError, printable
+from streamconv.memory import parse_size
 from streamconv.options import Options
 from streamconv.quants.refused import refuse
 
@@ -107,32 +109,20 @@ def _with_ranges(request: OfficialRequest, source: str) -> Options:
     They are kept beside the output, in `OUTPUT.ranges.safetensors`.
     """
     options = request.options
-    smooth = options.quant == "smoothquant"
-    if options.activation_ranges is not None or not (smooth or options.kv_cache == "int8"):
+    if options.activation_ranges is not None or needs_ranges(options) is None:
         return options
     if source == request.meta_ckpt_dir:
         raise UsageError("--smoothquant and --int8_kv_cache need --model_dir: a Meta checkpoint cannot be calibrated")
-    from streamconv.calibrate.run import calibrate
-    from streamconv.fs import check_free, check_place
-    from streamconv.memory import parse_size
-    from streamconv.targets.trtllm.planner import check_options
-
-    check_options(options)
-    out = Path(request.output_dir)
-    check_place(out, Path(source))
-    check_free(out, request.force)  # before hours of work
-    ranges = out.with_name(out.name + ".ranges.safetensors")
-    ranges.parent.mkdir(parents=True, exist_ok=True)
-    told = calibrate(
+    return with_ranges(
         source,
-        str(ranges),
-        dtype="float16" if smooth else "auto",
+        request.output_dir,
+        options,
+        Samples(**request.calibration),
         memory_budget=parse_size(request.memory_budget) if request.memory_budget else None,
-        **request.calibration,
+        device=request.device,
+        force=request.force,
+        **view.layers(request.quiet),
     )
-    if not request.quiet:
-        print(f"{ranges}: {told['tensors']} activation ranges from {told['samples']} samples", file=sys.stderr)
-    return dataclasses.replace(options, activation_ranges=str(ranges))
 
 
 def run() -> None:

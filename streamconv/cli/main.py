@@ -50,6 +50,12 @@ _RESOURCES: tuple[_Decorator, ...] = (
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:0 or cuda:0,cuda:1."),
     click.option("--device-memory-budget", help="Device memory to use, e.g. 2GiB."),
 )
+_SAMPLES: tuple[_Decorator, ...] = (
+    click.option("--text", metavar="FILE", help="Calibrate on this: a .txt or .jsonl file, a folder of them, or a data set on the Hub."),
+    click.option("--samples", type=int, default=512, show_default=True, help="Calibration samples, -1 for all."),
+    click.option("--max-length", type=int, default=512, show_default=True, help="Tokens of a calibration sample."),
+    click.option("--batch-size", type=int, default=1, show_default=True, help="Calibration samples of equal length at once."),
+)
 
 
 def _options(*groups: tuple[_Decorator, ...]) -> _Decorator:
@@ -107,13 +113,20 @@ def cli() -> None:
 @cli.command()
 @click.argument("model")
 @click.argument("out")
-@_options(_CONVERSION, _RESOURCES)
+@_options(_CONVERSION, _SAMPLES, _RESOURCES)
 @click.option(
     "--hub-keep",
     type=click.Choice(["all", "none"]),
     default="all",
     show_default=True,
     help="Hub model: keep its shards in the cache, or remove each once it was read.",
+)
+@click.option(
+    "--on-device-loss",
+    type=click.Choice(["cpu", "stop"]),
+    default="cpu",
+    show_default=True,
+    help="A GPU that fails: finish on the CPU, or stop so that the same command goes on later.",
 )
 @click.option("--force", is_flag=True, help="Replace an existing output folder.")
 @recipe_option.option(_recipe_keys)
@@ -127,25 +140,45 @@ def convert(
     device: str,
     device_memory_budget: str,
     hub_keep: str,
+    on_device_loss: Any,
     force: bool,
     as_json: bool,
     quiet: bool,
+    text: str | None,
+    samples: int,
+    max_length: int,
+    batch_size: int,
     **values: Any,
 ) -> int:
     """Convert MODEL (a Hugging Face or Meta folder, or org/name[@revision] on the Hub) into the TensorRT-LLM checkpoint folder OUT."""
     import dataclasses
 
     from streamconv import api
+    from streamconv.calibrate.before import with_ranges
+    from streamconv.calibrate.request import Samples
     from streamconv.cli import view
 
     if quiet or as_json:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
-    report = api.convert(
+    asked = dataclasses.replace(
+        resources(memory_budget, workers, device, device_memory_budget), hub_keep=hub_keep, on_device_loss=on_device_loss
+    )
+    options = with_ranges(
         model,
         out,
         _requested(values),
-        dataclasses.replace(resources(memory_budget, workers, device, device_memory_budget), hub_keep=hub_keep),
+        Samples(text, samples, max_length, batch_size) if text else None,
+        memory_budget=asked.memory_budget,
+        device=asked.device,
+        force=force,
+        **view.layers(quiet or as_json),
+    )
+    report = api.convert(
+        model,
+        out,
+        options,
+        asked,
         force=force,
         watcher=view.Progress(quiet or as_json),
     )
@@ -222,95 +255,70 @@ def inspect(model: str, as_json: bool) -> int:
 @cli.command()
 @click.argument("out")
 @click.option("--source", help="The checkpoint it was made from: decode every tensor and compare.")
+@click.option("--with-tensorrt-llm", is_flag=True, help="TensorRT-LLM's own reader has to accept every rank (streamconv[tensorrt-llm]).")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--quiet", "-q", is_flag=True)
-def verify(out: str, source: str | None, as_json: bool, quiet: bool) -> int:
-    """Check a converted folder: structure, hashes and, with --source, the values themselves."""
-    import dataclasses
-
-    from streamconv.cli import view
+def verify(out: str, source: str | None, with_tensorrt_llm: bool, as_json: bool, quiet: bool) -> int:
+    """Check a converted folder: structure, every tensor against config.json, hashes and, with --source, the values themselves."""
+    from streamconv.cli import verify_view
     from streamconv.verify import verify as check
 
-    verdict = check(out, source)
-    if as_json:
-        view.dump(dataclasses.asdict(verdict) | {"ok": not verdict.problems})
-    else:
-        for warning in verdict.warnings:
-            print(f"warning: {warning}", file=sys.stderr)
-        if verdict.errors and not quiet:
-            rows = [
-                (e.file, e.name, f"{e.largest:.3g}", f"{e.relative:.3g}", "exact" if e.snr_db == float("inf") else f"{e.snr_db:.1f}")
-                for e in verdict.errors
-            ]
-            print(view.table(rows, ("file", "tensor", "max error", "relative", "SNR dB")))
-        for problem in verdict.problems:
-            print(f"error: {problem}", file=sys.stderr)
-        if not quiet:
-            state = "good" if not verdict.problems else f"{len(verdict.problems)} problems"
-            print(f"{out}: {state}; {verdict.files} files, {verdict.tensors} tensors, {verdict.hashed} hashes equal")
+    verdict = check(out, source, with_tensorrt_llm=with_tensorrt_llm)
+    verify_view.show(out, verdict, as_json, quiet)
     return 7 if verdict.problems else 0
 
 
 @cli.command()
 @click.argument("model")
 @click.option("--output", "-o", required=True, help="Ranges file to write (safetensors).")
-@click.option("--text", required=True, help="A .txt or .jsonl file, a folder of them, or a data set on the Hub.")
-@click.option("--samples", type=int, default=512, show_default=True)
-@click.option("--max-length", type=int, default=512, show_default=True, help="Tokens of a sample.")
-@click.option("--batch-size", type=int, default=1, show_default=True)
+@_options(_SAMPLES)
 @click.option(
     "--dtype",
     type=click.Choice(["float16", "bfloat16", "float32", "auto"]),
     default="float16",
     show_default=True,
-    help="Computing type: float16 for SmoothQuant, auto (the model's own) for the INT8 KV cache alone.",
+    help="Computing type: float16 for SmoothQuant, auto (the model's own) for FP8 and for the INT8 KV cache alone.",
+)
+@click.option(
+    "--loop",
+    type=click.Choice(["trtllm", "modelopt"]),
+    default="trtllm",
+    show_default=True,
+    help="How samples are prepared: as TensorRT-LLM does (SmoothQuant, INT8 KV cache) or as ModelOpt does (FP8).",
 )
 @click.option("--memory-budget", help="Ceiling of this process's memory, e.g. 2GiB.")
-@click.option("--device", default="cpu", show_default=True, help="cpu or cuda:0.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:0.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--quiet", "-q", is_flag=True)
-def calibrate(model: str, output: str, memory_budget: str, as_json: bool, quiet: bool, **values: Any) -> int:
+def calibrate(model: str, output: str, text: str | None, memory_budget: str, as_json: bool, quiet: bool, **values: Any) -> int:
     """Measure the activation ranges of MODEL on text, one layer at a time."""
     from streamconv.calibrate.run import calibrate as run_calibration
     from streamconv.cli import view
     from streamconv.memory import parse_size, show_size
 
-    def progress(done: int, layers: int, left: float) -> None:
-        if not (quiet or as_json):
-            print(f"layer {done} of {layers}, {left:.0f} s left", file=sys.stderr)
-
+    if not text:
+        raise UsageError("calibrate needs --text", hint="a .txt or .jsonl file, a folder of them, or a data set on the Hub")
     limit = parse_size(memory_budget) if memory_budget else None
-    told = run_calibration(model, output, memory_budget=limit, progress=progress, **values)
+    progress = view.layers(quiet or as_json)["progress"]
+    told = run_calibration(model, output, text, memory_budget=limit, progress=progress, **values)
     if as_json:
         view.dump(told)
     elif not quiet:
         print(
             f"{output}: {told['tensors']} ranges from {told['samples']} samples ({told['tokens']} tokens) in "
-            f"{told['seconds']:.1f} s; peak memory {show_size(told['peak_memory'])}"
+            f"{told['seconds']:.1f} s on {told['device']}; peak memory {show_size(told['peak_memory'])}"
         )
     return 0
 
 
 @cli.command("list")
 @click.argument("what", type=click.Choice(["families", "quants"]))
-def list_(what: str) -> int:
+@click.option("--markdown", is_flag=True, help="As a Markdown table.")
+def list_(what: str, markdown: bool) -> int:
     """Print the model families or the weight formats."""
-    from streamconv.cli import view
+    from streamconv.cli import list_view
 
-    if what == "families":
-        from streamconv.families import all_families
-
-        rows = [
-            (f.name, ", ".join(f.architectures), ", ".join(f.versions), f"{'from the ' * (f.evidence != 'golden')}{f.evidence}")
-            for f in all_families()
-        ]
-        print(view.table(rows, ("family", "architectures", "versions", "evidence")))
-    else:
-        from streamconv.quants import all_quants
-
-        infos = [quant.info for quant in all_quants().values()]
-        lines = [(i.key, i.algo or "-", "yes" if i.sm_dependent else "no", i.summary) for i in infos]
-        print(view.table(lines, ("quant", "quant_algo", "needs --target-sm", "what it is")))
+    print(list_view.show(what, markdown))
     return 0
 
 

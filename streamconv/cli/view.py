@@ -6,7 +6,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from streamconv.budget import Shares
@@ -96,3 +96,17 @@ def peak() -> str:
 
 def dump(content: Any) -> None:
     print(json.dumps(content))
+
+
+def layers(quiet: bool) -> dict[str, Callable[..., None]]:
+    """How a calibration talks while it runs: `progress` after each layer, `told` at its end."""
+
+    def progress(done: int, of: int, left: float) -> None:
+        if not quiet:
+            print(f"layer {done} of {of}, {left:.0f} s left", file=sys.stderr, flush=True)
+
+    def told(line: str) -> None:
+        if not quiet:
+            print(line, file=sys.stderr, flush=True)
+
+    return {"progress": progress, "told": told}

@@ -108,6 +108,18 @@ def _settled(options: Options, family: Family) -> Options:
     return options
 
 
+def check_request(index: Index, options: Options) -> None:
+    """What planning would refuse because of the model's sizes; asked before hours of calibration.
+
+    Raises:
+        CheckpointError, RefusedError: as `make_plan`.
+    """
+    model, family = model_of(index)
+    problems = refusals(model, family, _settled(options, family), _kv_heads(model, options), resolve_moe(options))
+    if problems:
+        raise RefusedError(problems)
+
+
 def make_plan(index: Index, options: Options) -> Plan:
     """Fix every output byte.
 

@@ -1,0 +1,97 @@
+"""Calibration as the first part of a conversion: the ranges are measured once, kept beside the output, and found again."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import gc
+from collections.abc import Callable
+from pathlib import Path
+
+from streamconv.calibrate.request import Samples, measured_in, needs_ranges
+from streamconv.errors import UsageError
+from streamconv.options import Options
+from streamconv.ranges import HINT
+
+BOTH_WAYS = "--text FILE measures them now; or " + HINT
+
+
+def ranges_path(out: Path) -> Path:
+    """Where the ranges of an output are kept: `OUT.ranges.safetensors`."""
+    return out.with_name(out.name + ".ranges.safetensors")
+
+
+def with_ranges(
+    source: str | Path,
+    out: str | Path,
+    options: Options,
+    samples: Samples | None,
+    *,
+    memory_budget: int | None = None,
+    device: str = "auto",
+    force: bool = False,
+    progress: Callable[[int, int, float], None] = lambda layer, layers, seconds: None,
+    told: Callable[[str], None] = lambda line: None,
+) -> Options:
+    """The options with activation ranges in them, measured if a format needs them and none are given.
+
+    An interrupted measurement goes on after its last layer; a finished one of the same model, text and sizes is used again.
+
+    Args:
+        samples: what to measure on, None if nothing was said.
+        memory_budget: bytes.
+        progress: see `run.calibrate`.
+        told: called with one line once the ranges are there.
+
+    Raises:
+        UsageError: they are needed and there is no text either; or there is text and nothing needs it.
+        CheckpointError, RefusedError: what planning would say; said before anything is measured.
+        OutputError: the output cannot be written.
+    """
+    flag, out = needs_ranges(options), Path(out)
+    if samples is None:
+        if flag is not None and options.activation_ranges is None:
+            raise UsageError(f"{flag} needs activation ranges", hint=BOTH_WAYS)
+        return options
+    if flag is None:
+        raise UsageError("--text is for --quant smoothquant and fp8 and for --kv-cache int8 only")
+    if options.activation_ranges is not None:
+        raise UsageError("--activation-ranges and --text exclude each other: ranges that are given are not measured again")
+    from streamconv.calibrate.run import calibrate
+    from streamconv.checkpoint.index import open_index
+    from streamconv.fs import check_free, check_place
+    from streamconv.targets.trtllm.planner import check_options, check_request
+
+    check_options(options)
+    with contextlib.closing(open_index(Path(source))) as index:
+        check_request(index, options)
+    check_place(out, Path(source))
+    check_free(out, force)  # before hours of work
+    ranges = ranges_path(out)
+    dtype, loop = measured_in(options)
+    done = calibrate(
+        source,
+        ranges,
+        samples.text,
+        samples=samples.samples,
+        max_length=samples.max_length,
+        batch_size=samples.batch_size,
+        dtype=dtype,
+        loop=loop,
+        device=device,
+        memory_budget=memory_budget,
+        reuse=True,
+        progress=progress,
+    )
+    give_back()
+    how = "measured before" if done["reused"] else f"measured in {done['seconds']:.1f} s"
+    told(f"{ranges}: {done['tensors']} activation ranges from {done['samples']} samples, {how}")
+    return dataclasses.replace(options, activation_ranges=str(ranges))
+
+
+def give_back() -> None:
+    """Hand freed memory back to the system, so that the conversion that follows starts from little."""
+    gc.collect()
+    with contextlib.suppress(AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
