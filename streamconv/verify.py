@@ -52,10 +52,15 @@ class Verdict:
     tensors: int = 0
     hashed: int = 0
     errors: list[TensorError] = field(default_factory=list)
+    reader: str | None = None
 
 
 def verify(
-    out: str | Path, source: str | Path | None = None, progress: Callable[[int], None] = lambda _: None
+    out: str | Path,
+    source: str | Path | None = None,
+    progress: Callable[[int], None] = lambda _: None,
+    *,
+    with_tensorrt_llm: bool = False,
 ) -> Verdict:
     """Check an output folder.
 
@@ -63,8 +68,10 @@ def verify(
         out: the folder.
         source: the checkpoint it was made from; every tensor is then decoded and compared.
         progress: called with bytes done.
+        with_tensorrt_llm: its own reader has to accept every rank too; `reader` in the verdict then says what it did.
 
     Raises:
+        UsageError: TensorRT-LLM is not installed.
         VerifyError: the folder is not a checkpoint at all. Everything else is collected in the verdict.
     """
     import xxhash
@@ -101,6 +108,12 @@ def verify(
         if told is None:
             raise VerifyError(f"--source needs {manifest.NAME}, which says how the checkpoint was made")
         _against_source(folder, Path(source), told, verdict, progress)
+    if with_tensorrt_llm:
+        from streamconv.tensorrt_llm_reader import read_ranks
+
+        version, accepted, refused = read_ranks(folder)
+        verdict.problems += refused
+        verdict.reader = f"TensorRT-LLM {version} accepted {accepted} ranks, refused {len(refused)}"
     return verdict
 
 

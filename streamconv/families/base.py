@@ -65,6 +65,7 @@ class Family:
         versions: releases that know the architecture.
         evidence: where the rules come from: "golden" cases, or the specification alone.
         limits: refused options: "pp" (pipeline), "quant" ...
+        handles: what is special about it and taken care of, for `list families`.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Family:
     versions: tuple[Version, ...] = TARGET_VERSIONS
     evidence: Literal["golden", "specification"] = "golden"
     limits: frozenset[str] = field(default_factory=frozenset)
+    handles: str = ""
 
 
 LLAMA_TENSORS: dict[str, tuple[str, ...]] = {

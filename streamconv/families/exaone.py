@@ -27,5 +27,6 @@ FAMILIES = (
         qkv_bias="never",
         dense_bias="never",
         evidence="specification",
+        handles="GPT-style tensor names",
     ),
 )

@@ -15,6 +15,7 @@ FAMILIES = (
         norm_add_one=True,
         rope_tables=False,
         limits=frozenset({"pp"}),
+        handles="norms stored as value + 1; embedding split over ranks; no pipeline stages",
     ),
     Family(
         "gemma2",
@@ -31,5 +32,6 @@ FAMILIES = (
         rope_tables=False,
         evidence="specification",
         limits=frozenset({"pp"}),
+        handles="as gemma; the norms around the MLP; soft caps",
     ),
 )

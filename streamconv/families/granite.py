@@ -3,5 +3,13 @@
 from streamconv.families.base import LLAMA_TENSORS, Family
 
 FAMILIES = (
-    Family("granite", ("GraniteForCausalLM",), "llama", LLAMA_TENSORS, versions=("1.2",), evidence="specification"),
+    Family(
+        "granite",
+        ("GraniteForCausalLM",),
+        "llama",
+        LLAMA_TENSORS,
+        versions=("1.2",),
+        evidence="specification",
+        handles="dense models; the multipliers of embedding, attention, residual and logits",
+    ),
 )

@@ -4,7 +4,12 @@ from streamconv.families.base import LLAMA_TENSORS, MLP_BIASES, Family, without
 
 FAMILIES = (
     Family(
-        "internlm", ("InternLMForCausalLM",), "llama", without(LLAMA_TENSORS, *MLP_BIASES), evidence="specification"
+        "internlm",
+        ("InternLMForCausalLM",),
+        "llama",
+        without(LLAMA_TENSORS, *MLP_BIASES),
+        evidence="specification",
+        handles="attention biases",
     ),
     Family(
         "internlm2",
@@ -26,5 +31,6 @@ FAMILIES = (
         dense_bias="never",
         rope_tables=False,
         evidence="specification",
+        handles="wqkv grouped by KV head",
     ),
 )

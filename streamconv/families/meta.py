@@ -25,6 +25,7 @@ META = Family(
     ignored=("rope.freqs",),
     qkv_bias="never",
     dense_bias="never",
+    handles="consolidated.*.pth in any number of files; rotary pairs of Q and K put in order",
 )
 
 FAMILIES = (META,)

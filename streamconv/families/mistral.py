@@ -2,4 +2,12 @@
 
 from streamconv.families.base import LLAMA_TENSORS, MLP_BIASES, Family, without
 
-FAMILIES = (Family("mistral", ("MistralForCausalLM",), "llama", without(LLAMA_TENSORS, *MLP_BIASES)),)
+FAMILIES = (
+    Family(
+        "mistral",
+        ("MistralForCausalLM",),
+        "llama",
+        without(LLAMA_TENSORS, *MLP_BIASES),
+        handles="head size of its own (NeMo); the sliding window is dropped, as NVIDIA does",
+    ),
+)

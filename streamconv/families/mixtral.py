@@ -21,5 +21,6 @@ FAMILIES = (
         ("MixtralForCausalLM",),
         "llama",
         without(LLAMA_TENSORS, *MLP_BIASES, "gate", "up", "down") | _EXPERTS,
+        handles="experts over tensor and expert parallel ranks; float32 router; stacked experts of transformers 5",
     ),
 )

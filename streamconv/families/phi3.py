@@ -16,5 +16,6 @@ FAMILIES = (
         dense_bias="never",
         fused_mlp=True,
         limits=frozenset({"pp"}),
+        handles="fused QKV and gate/up, split over ranks; long RoPE; no pipeline stages",
     ),
 )

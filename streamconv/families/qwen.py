@@ -18,7 +18,15 @@ _EXPERTS = {
 }
 
 FAMILIES = (
-    Family("qwen2", ("Qwen2ForCausalLM",), "qwen", _QWEN2, qkv_bias="always", dense_bias="never"),
+    Family(
+        "qwen2",
+        ("Qwen2ForCausalLM",),
+        "qwen",
+        _QWEN2,
+        qkv_bias="always",
+        dense_bias="never",
+        handles="Qwen2 and Qwen2.5; biases of Q, K and V; tied embeddings",
+    ),
     Family(
         "qwen3",
         ("Qwen3ForCausalLM",),
@@ -28,6 +36,7 @@ FAMILIES = (
         dense_bias="never",
         versions=("1.2",),
         evidence="specification",
+        handles="norms of query and key heads; head size of its own; tied embeddings",
     ),
     Family(
         "qwen3_moe",
@@ -38,5 +47,6 @@ FAMILIES = (
         dense_bias="never",
         versions=("1.2",),
         evidence="specification",
+        handles="as qwen3; experts over tensor and expert parallel ranks; float32 router",
     ),
 )

@@ -59,7 +59,14 @@ class Awq:
     @property
     def info(self) -> QuantInfo:
         summary = "ModelOpt AWQ exports taken over: int4 weights with a scale for each group"
-        return QuantInfo("int4_awq", "W4A16_AWQ", summary)
+        return QuantInfo(
+            "int4_awq",
+            "W4A16_AWQ",
+            summary,
+            flags=("--group-size",),
+            stores="I8, two weights a byte; F32 scales",
+            evidence="specification",
+        )
 
     def encoding(self, module: Module, options: Options, dtype: DType) -> Encoding | None:
         return PairedWeight()

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from streamconv.checkpoint.dtypes import DType
+from streamconv.options import TARGET_VERSIONS, Version
 
 if TYPE_CHECKING:
     import numpy as np
@@ -150,10 +151,19 @@ class QuantInfo:
         algo: config.json quantization.quant_algo, None for an unquantized checkpoint.
         summary: one line for people.
         sm_dependent: the bytes depend on --target-sm.
+        flags: further flags that decide how it is stored.
+        stores: dtypes of a linear layer's tensors.
+        least_sm: compute capability that the kernels need, None for all that TensorRT-LLM runs on.
+        versions: TensorRT-LLM lines that read it.
+        evidence: where its bytes are proven: "golden" conversions of NVIDIA's, or the specification alone.
     """
 
     key: str
     algo: str | None
     summary: str
     sm_dependent: bool = False
-    extra: dict[str, str] = field(default_factory=dict)
+    flags: tuple[str, ...] = ()
+    stores: str = ""
+    least_sm: int | None = None
+    versions: tuple[Version, ...] = TARGET_VERSIONS
+    evidence: Literal["golden", "specification"] = "golden"

@@ -33,8 +33,15 @@ class Fp8RowwiseQuant:
 
     @property
     def info(self) -> QuantInfo:
-        summary = "FP8 weights with a scale for each output channel, activations for each token (SM 89 and later)"
-        return QuantInfo("fp8_rowwise", "FP8_PER_CHANNEL_PER_TOKEN", summary)
+        summary = "FP8 weights with a scale for each output channel, activations for each token"
+        return QuantInfo(
+            "fp8_rowwise",
+            "FP8_PER_CHANNEL_PER_TOKEN",
+            summary,
+            flags=("--use-meta-fp8-rowwise-recipe",),
+            stores="F8_E4M3, F32 scales",
+            least_sm=89,
+        )
 
     def encoding(self, module: Module, options: Options, dtype: DType) -> Encoding | None:
         if self._left_out(module, options):

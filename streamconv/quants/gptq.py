@@ -155,7 +155,14 @@ class Gptq:
     def info(self) -> QuantInfo:
         made = "GPTQ and AutoAWQ" if self.bits == 4 else "8-bit GPTQ"
         summary = f"{made} checkpoints taken over: int{self.bits} weights with a scale and a zero for each group"
-        return QuantInfo(f"int{self.bits}_gptq", f"W{self.bits}A16_GPTQ", summary, sm_dependent=True)
+        return QuantInfo(
+            f"int{self.bits}_gptq",
+            f"W{self.bits}A16_GPTQ",
+            summary,
+            sm_dependent=True,
+            flags=("--target-sm", "--group-size"),
+            stores=f"{self.bits} bits in the model dtype; scales and zeros in it",
+        )
 
     def encoding(self, module: Module, options: Options, dtype: DType) -> Encoding | None:
         assert options.target_sm is not None

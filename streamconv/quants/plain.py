@@ -73,7 +73,7 @@ class Plain(Encoding):
 
 
 class _Unquantized:
-    info = QuantInfo("none", None, "weights in the model dtype")
+    info = QuantInfo("none", None, "weights in the model dtype", flags=("--dtype",), stores="model dtype")
 
     def encoding(self, module: Module, options: Options, dtype: DType) -> Encoding | None:
         return None

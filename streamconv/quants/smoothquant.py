@@ -247,7 +247,9 @@ class _SmoothQuant:
     info = QuantInfo(
         "smoothquant",
         "W8A8_SQ_PER_TENSOR_PLUGIN",
-        "INT8 weights and activations, smoothed (--per-channel, --per-token); needs --activation-ranges",
+        "INT8 weights and activations, smoothed; needs activation ranges",
+        flags=("--activation-ranges", "--smoothquant", "--per-channel", "--per-token"),
+        stores="I8; F32 scales and smoothers",
     )
 
     def encoding(self, module: Module, options: Options, dtype: DType) -> Encoding | None:

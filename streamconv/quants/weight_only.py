@@ -121,7 +121,18 @@ class _WeightOnlyQuant:
         return "--encoding raw: trtllm-build quantizes it when it loads"
 
 
+def _info(bits: int) -> QuantInfo:
+    return QuantInfo(
+        f"int{bits}",
+        f"W{bits}A16",
+        f"INT{bits} weights, one scale per channel",
+        sm_dependent=True,
+        flags=("--target-sm", "--encoding"),
+        stores="I8" + ", two weights a byte" * (bits == 4) + "; scales in the model dtype",
+    )
+
+
 QUANTS = (
-    _WeightOnlyQuant(8, QuantInfo("int8", "W8A16", "INT8 weights, one scale per channel", sm_dependent=True)),
-    _WeightOnlyQuant(4, QuantInfo("int4", "W4A16", "INT4 weights, one scale per channel", sm_dependent=True)),
+    _WeightOnlyQuant(8, _info(8)),
+    _WeightOnlyQuant(4, _info(4)),
 )

@@ -1,0 +1,53 @@
+"""`streamconv list`: complete, true to the golden cases, and the same as in the README."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from streamconv.cli import list_view
+from streamconv.cli.main import main
+from streamconv.families import all_families
+from streamconv.quants import all_quants
+from tests.golden import cases
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+@pytest.mark.parametrize("what", ["families", "quants"])
+def test_the_readme_says_what_the_program_says(what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", what, "--markdown"]) == 0
+    printed = capsys.readouterr().out.strip()
+    found = re.search(rf"<!-- {what} -->\n(.*?)\n<!-- /{what} -->", README.read_text(), re.DOTALL)
+    assert found, f"README.md lacks <!-- {what} --> ... <!-- /{what} -->"
+    assert found[1].strip() == printed, f"put the output of `streamconv list {what} --markdown` into README.md"
+
+
+@pytest.mark.parametrize("what", ["families", "quants"])
+def test_every_cell_is_filled(what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    header, rows = list_view.families() if what == "families" else list_view.quants()
+    assert all(len(row) == len(header) and all(row) for row in rows)
+    assert main(["list", what]) == 0
+    printed = capsys.readouterr().out
+    assert all(row[0] in printed for row in rows) and len(printed.splitlines()) == len(rows) + 2
+
+
+def test_golden_families_are_those_with_golden_cases() -> None:
+    proven = set()
+    for case in cases.load().values():
+        architecture = str(case.config["architecture"])
+        meta = case.model.startswith("inputs/meta")
+        proven |= {"llama-meta"} if meta else {f.name for f in all_families() if architecture in f.architectures}
+    assert {family.name for family in all_families() if family.evidence == "golden"} == proven
+
+
+def test_golden_formats_are_those_with_golden_cases() -> None:
+    proven = {str(case.config["quantization"]["quant_algo"]) for case in cases.load().values()}
+    smooth = {algo for algo in proven if "_SQ_" in algo}
+    assert len(smooth) == 4  # one --quant, four names
+    for quant in all_quants().values():
+        info = quant.info
+        golden = str(info.algo) in proven
+        assert golden == (info.evidence == "golden"), info.key
