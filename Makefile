@@ -9,7 +9,7 @@ STAMP := $(VENV)/.streamconv-installed
 BENCH_DIR ?= benchmarks/work
 BENCH_LIMIT ?= 512MiB
 
-.PHONY: venv test lint demo bench clean
+.PHONY: venv test lint demo bench test-gpu bench-gpu clean
 
 venv: $(STAMP)
 
@@ -36,6 +36,22 @@ bench: venv
 	  $(BIN)/python benchmarks/cgroup.py --limit $(BENCH_LIMIT) -- $(BIN)/streamconv convert --quiet --force \
 	    --quant $$quant --tp-size $$tp --target-sm 80 --memory-budget $(BENCH_LIMIT) $(BENCH_DIR)/llama $(BENCH_DIR)/out; \
 	done; done
+
+# On a machine with a GPU. NO_VENV=1 takes PYTHON and its packages as they are, from a plain checkout.
+ifdef NO_VENV
+GPU_RUN := PYTHONPATH=. $(PYTHON)
+
+else
+GPU_RUN := $(BIN)/python
+test-gpu bench-gpu: venv
+endif
+
+test-gpu:
+	$(GPU_RUN) -m pytest -q tests/gpu
+
+# GB/s of source on the GPU and on the CPU, against the pinned copy rate and plain torch; BENCH_GPU_FLAGS="--gb 4 --folder FOLDER".
+bench-gpu:
+	$(GPU_RUN) benchmarks/gpu.py $(BENCH_GPU_FLAGS)
 
 clean:
 	rm -rf demo $(BENCH_DIR) .pytest_cache .mypy_cache .ruff_cache

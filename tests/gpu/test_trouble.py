@@ -1,0 +1,107 @@
+"""Memory that others hold, a device that breaks, budgets, several jobs: for real."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from streamconv import device
+from streamconv.device.backend import Cuda
+from streamconv.errors import UsageError
+from streamconv.memory import GIB, MIB
+from tests.gpu.world import convert, files, somebody, wide
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return wide(tmp_path_factory.mktemp("wide") / "model")
+
+
+@pytest.fixture(scope="module")
+def right(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    out = tmp_path_factory.mktemp("right") / "out"
+    convert(model, out, "cpu")
+    return files(out)
+
+
+def test_same_bytes_within_the_device_budget(model: Path, right: dict[str, str], tmp_path: Path) -> None:
+    torch.cuda.reset_peak_memory_stats()
+    report = convert(model, tmp_path / "out", "cuda", device_memory_budget=512 * MIB)
+    assert report.device == "cuda:0" and not report.warnings and files(tmp_path / "out") == right
+    assert 0 < torch.cuda.max_memory_reserved() <= 512 * MIB
+
+
+def test_a_busy_device_is_left_its_room(model: Path, right: dict[str, str], tmp_path: Path) -> None:
+    torch.cuda.empty_cache()
+    with somebody(1 * GIB):
+        report = convert(model, tmp_path / "out", "cuda")
+        assert files(tmp_path / "out") == right and report.device == "cuda:0"
+
+
+def test_memory_taken_after_the_sizes_were_worked_out(
+    model: Path, right: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.zeros(1, device="cuda")
+    torch.cuda.empty_cache()
+    monkeypatch.setattr(Cuda, "free_memory", lambda self: 8 * GIB)
+    met = []
+    halve = device.Ring.halve
+    monkeypatch.setattr(device.Ring, "halve", lambda self, size: (met.append(size), halve(self, size))[1])
+    with somebody(64 * MIB):
+        report = convert(model, tmp_path / "out", "cuda")
+    assert files(tmp_path / "out") == right and met
+    assert report.device == "cuda:0" or "no memory left" in report.warnings[0]
+
+
+def test_a_full_device_is_a_clear_error(model: Path, tmp_path: Path) -> None:
+    torch.zeros(1, device="cuda")
+    torch.cuda.empty_cache()
+    with somebody(32 * MIB), pytest.raises(UsageError, match="the GPU has 0 MiB for us"):
+        convert(model, tmp_path / "out", "cuda")
+    assert convert(model, tmp_path / "out", "auto").device.startswith("cpu")
+
+
+BREAK = """
+import sys, threading, torch
+from pathlib import Path
+from streamconv.quants.weight_only import WeightOnly
+from tests.gpu.world import convert
+real, calls = WeightOnly.encode, []
+def encode(self, block, findings):
+    calls.append(1)
+    if block.is_cuda and len(calls) == 4:
+        torch.zeros(1, device="cuda")[torch.full((1,), 99, device="cuda")].sum().item()  # an assertion in a kernel: sticky
+    return real(self, block, findings)
+WeightOnly.encode = encode
+report = convert(Path(sys.argv[1]), Path(sys.argv[2]), "cuda")
+print(report.device, report.warnings[0])
+"""
+
+
+def test_a_device_that_breaks(model: Path, right: dict[str, str], tmp_path: Path) -> None:
+    command = [sys.executable, "-c", BREAK, str(model), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert files(tmp_path / "out") == right
+    assert done.stdout.startswith("cpu") and "cuda:0 stopped working" in done.stdout
+
+
+def test_the_arena_is_pinned_and_exact() -> None:
+    backend = Cuda("cuda:0")
+    pinned = backend.alloc_pinned(4 * MIB)
+    assert pinned.is_pinned() and pinned[100:200].is_pinned() and pinned.numel() == 4 * MIB
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_devices(model: Path, right: dict[str, str], tmp_path: Path) -> None:
+    assert convert(model, tmp_path / "out", "cuda:0,cuda:1").device == "cuda:0, cuda:1"
+    assert files(tmp_path / "out") == right
+
+
+def test_a_device_that_is_not_here(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="this machine has"):
+        convert(model, tmp_path / "out", "cuda:99")

@@ -1,0 +1,92 @@
+"""Arithmetic of the ring: sizes from free memory, the estimate of `auto`, and what --device may be."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+from streamconv import api, device
+from streamconv.device import choice, sizing
+from streamconv.device.choice import Work
+from streamconv.errors import UsageError
+from streamconv.memory import GIB, KIB, MIB
+from streamconv.options import Options
+from tests import tiny
+
+NEEDS = [device.Demand(28, 0.6, 0, 16 * KIB), device.Demand(16, 1, 0, 2), device.Demand(48, 1, 4 * MIB, 64 * KIB), device.Demand()]
+
+
+@pytest.mark.parametrize("need", NEEDS)
+@pytest.mark.parametrize("wanted", [1, 3, 16])
+@pytest.mark.parametrize("budget", [None, 256 * MIB, 2 * GIB])
+def test_all_of_it_fits_the_room(need: device.Demand, wanted: int, budget: int | None) -> None:
+    for free in (512 * MIB, GIB, 16 * GIB, 140 * GIB):
+        sizes = device.fit(free, budget, wanted, need)
+        lanes = min(sizing.LANES, sizes.slots)
+        buffers = sizes.slots * sizing.HALVES * sizes.chunk * (1 + need.out)
+        assert buffers + lanes * (sizes.chunk * need.work + need.fixed) <= sizes.room
+        assert sizes.room <= free - device.reserve(free) and sizes.room <= (budget or 2 * GIB)
+        assert 1 <= sizes.slots <= wanted and sizes.chunk >= need.least
+
+
+def test_less_memory_means_fewer_slots_then_smaller_chunks() -> None:
+    sizes = [device.fit(GIB, budget * MIB, 16, NEEDS[0]) for budget in (512, 128, 64, 32, 16)]
+    assert sizes[0].slots == 16 and sizes[-1].slots < 16
+    for more, less in itertools.pairwise(sizes):
+        assert (less.slots, less.slots * less.chunk) <= (more.slots, more.slots * more.chunk)
+
+
+def test_too_little_names_what_would_do() -> None:
+    need = device.Demand(28, 0.6, 0, 4 * MIB)
+    with pytest.raises(device.NoRoom) as caught:
+        device.fit(16 * GIB, 32 * MIB, 8, need)
+    assert caught.value.hint is not None
+    enough = int(caught.value.hint.split("MiB")[0].split()[-1])
+    assert device.fit(16 * GIB, enough * MIB, 8, need).slots == 1
+
+
+def test_pinned_memory_is_what_torch_rounds_it_to() -> None:
+    assert device.pinned_size(16 * MIB, 1) == 16 * MIB and device.pinned_size(31 * MIB, 5 * MIB) == 16 * MIB
+    with pytest.raises(device.NoRoom, match="a tile takes 20 MiB"):
+        device.pinned_size(31 * MIB, 20 * MIB)
+
+
+def test_slots_leave_every_device_three() -> None:
+    assert [device.slots(cores, devices) for cores, devices in ((2, 1), (16, 1), (64, 1), (16, 2), (16, 8))] == [3, 16, 16, 8, 3]
+
+
+def test_demand_of_a_plan(tmp_path: Path) -> None:
+    for quant, out in (("int8", 0.5), ("int4", 0.25), ("fp8_rowwise", 0.5)):
+        options = Options(quant=quant, target_sm=None if quant.startswith("fp8") else 80)
+        plan = api.open_and_plan(tiny.write(tmp_path / quant), options)[1]
+        need = device.demand(plan.spans, plan.matrices)
+        assert out <= need.out <= out + 0.05 and need.work >= 12 and need.least >= tiny.HIDDEN * 2
+    plan = api.open_and_plan(tmp_path / "int8", Options())[1]
+    assert device.demand(plan.spans, plan.matrices) == device.Demand()
+
+
+@pytest.mark.parametrize("text", ["gpu", "cuda:", "cuda:x", "cuda:0,cpu", "auto,cuda:0", "", "cuda:0,cuda:0"])
+def test_devices_that_are_none(text: str) -> None:
+    with pytest.raises(UsageError):
+        choice.parse(text)
+
+
+def test_auto_counts_the_start_and_the_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "visible", lambda: 1)
+    plan = api.open_and_plan(tiny.write(tmp_path / "model"), Options(quant="int8", target_sm=80))[1]
+    work = choice.work_of(plan)
+    assert work.kernel > 0 and work.torch == 0 and 0 < work.back < work.kernel and work.files > work.kernel
+    small = choice.choose("auto", plan, 16, 4 * GIB)
+    assert small.devices == () and "using the CPU: about" in small.why and "copies counted" in small.why
+    monkeypatch.setattr(choice, "work_of", lambda plan: Work(files=400 * 10**9, kernel=0, torch=200 * 10**9, back=100 * 10**9))
+    large = choice.choose("auto", plan, 16, 4 * GIB)
+    assert large.devices == ("cuda:0",) and "using the GPU: about" in large.why
+    assert choice.choose("auto", plan, 16, 512 * MIB).devices == ()
+    with pytest.raises(UsageError, match="memory budget"):
+        choice.choose("cuda", plan, 16, 512 * MIB)
+    with pytest.raises(UsageError, match="this machine has 1 GPU"):
+        choice.choose("cuda:3", plan, 16, 4 * GIB)
+    copies = Work(files=10**9, kernel=0, torch=10**9, back=0)
+    assert Work(files=10**9, torch=10**9, back=10**13).gpu_seconds(16) > 100 + copies.gpu_seconds(16)
