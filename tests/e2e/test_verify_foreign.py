@@ -6,11 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from streamconv.cli.main import main
+from streamconv.families import Family, all_families
+from streamconv.verify import verify
 from tests import tiny
 
 FLAGS: dict[str, list[str]] = {
@@ -75,3 +78,58 @@ def test_quantized_bytes_under_the_wrong_type_are_found(tmp_path: Path, capsys: 
     assert main(["verify", str(out)]) == 7
     told = capsys.readouterr().err
     assert "mlp.fc.per_channel_scale is missing" in told and f"{FC}: dtype U8" in told
+
+
+MOE = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": tiny.INTER}
+EXTRA: dict[str, dict[str, Any]] = {
+    "mixtral": MOE | {"model_type": "mixtral"},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen3": {"model_type": "qwen3", "head_dim": 64},
+    "qwen3_moe": MOE | {"model_type": "qwen3_moe", "head_dim": 32},
+    "mistral": {"head_dim": 64},
+    "gemma": {"head_dim": 64},
+    "gemma2": {"head_dim": 64},
+    "internlm": {"bias": True},
+    "llama": {"attention_bias": True, "mlp_bias": True},
+}
+
+
+def _weights(family: Family, settings: dict[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
+    """A tensor for every role of a family's table that this config calls for."""
+    head = settings.get("head_dim", tiny.HIDDEN // tiny.HEADS)
+    h, i, q, kv, v, e = tiny.HIDDEN, tiny.INTER, tiny.HEADS * head, tiny.KV * head, tiny.VOCAB, 4
+    shapes: dict[str, tuple[int, ...]] = {
+        "embedding": (v, h), "lm_head": (v, h), "final_norm": (h,), "input_norm": (h,), "post_norm": (h,),
+        "pre_ffn_norm": (h,), "post_ffn_norm": (h,), "q": (q, h), "k": (kv, h), "v": (kv, h), "o": (h, q),
+        "q_bias": (q,), "k_bias": (kv,), "v_bias": (kv,), "o_bias": (h,), "q_norm": (head,), "k_norm": (head,),
+        "qkv": (q + 2 * kv, h), "qkv_grouped": (q + 2 * kv, h), "gate": (i, h), "up": (i, h), "down": (h, i),
+        "gate_up": (2 * i, h), "gate_bias": (i,), "up_bias": (i,), "down_bias": (h,), "router": (e, h),
+        "expert_gate": (i, h), "expert_up": (i, h), "expert_down": (h, i),
+    }  # fmt: skip
+    biased = family.qkv_bias == "always" or (family.qkv_bias == "config" and (settings.get("bias") or settings.get("attention_bias")))
+    skip = set() if biased else {"q_bias", "k_bias", "v_bias", "o_bias"}
+    skip |= {"experts_gate_up", "experts_down"} | (set() if settings.get("mlp_bias") else {"gate_bias", "up_bias", "down_bias"})
+    if family.name.startswith("gemma"):
+        skip.add("lm_head")
+    random, made = np.random.default_rng(3), {}
+    for role, (pattern, *_) in family.tensors.items():
+        for layer in range(tiny.LAYERS if "{layer}" in pattern else 1):
+            for expert in range(e if "{expert}" in pattern else 1):
+                if role not in skip:
+                    name = pattern.replace("{layer}", str(layer)).replace("{expert}", str(expert))
+                    made[name] = random.normal(0, 0.05, shapes[role]).astype(np.float16)
+    return made
+
+
+@pytest.mark.parametrize("quant", [[], ["--quant", "int8", "--target-sm", "90"]], ids=["none", "int8"])
+@pytest.mark.parametrize("family", [family for family in all_families() if family.architectures], ids=lambda family: family.name)
+def test_every_family_is_what_its_config_says(tmp_path: Path, family: Family, quant: list[str]) -> None:
+    """The planner and the loader's rules, written apart, agree."""
+    settings = tiny.config(architectures=list(family.architectures), **EXTRA.get(family.name, {}))
+    settings["tie_word_embeddings"] = family.name.startswith("gemma")
+    model = tiny.write(tmp_path / "model", _weights(family, settings), settings)
+    for version in family.versions:
+        out = tmp_path / version
+        assert main(["convert", str(model), str(out), "--tp-size", "2", "--target-version", version, *quant, "-q"]) == 0
+        (out / "streamconv.json").unlink()
+        assert verify(out).problems == []
