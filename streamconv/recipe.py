@@ -168,12 +168,15 @@ def write(path: str | Path, text: str) -> None:
     """
     name = printable(str(path))
     try:
-        with open(path, "x", encoding="utf-8") as file:
-            file.write(text)
+        data = text.encode()
+        with open(path, "xb") as file:
+            file.write(data)
     except FileExistsError:
         raise OutputError(f"{name} exists already", hint="remove it, or give another name to --write-config") from None
-    except (OSError, UnicodeEncodeError) as error:
-        raise OutputError(f"{name} cannot be written: {getattr(error, 'strerror', None) or error}") from None
+    except UnicodeEncodeError:
+        raise OutputError(f"{name}: a path in it is no UTF-8 and cannot be written into a recipe") from None
+    except OSError as error:
+        raise OutputError(f"{name} cannot be written: {error.strerror}") from None
 
 
 def _toml(value: object) -> str:

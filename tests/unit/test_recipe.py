@@ -6,6 +6,8 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as some
 
 from streamconv import recipe
 from streamconv.cli import recipe_option
@@ -99,3 +101,25 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     assert path.read_text().startswith("# ")
     with pytest.raises(OutputError, match="exists already"):
         recipe.write(path, "")
+
+
+def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    text = recipe.render("model\udcff", None, Options(), {})
+    with pytest.raises(OutputError, match=r"r\.toml"):
+        recipe.write(tmp_path / "r.toml", text)
+    with pytest.raises(OutputError, match="cannot be written"):
+        recipe.write(tmp_path / "no" / "r.toml", "")
+    assert not list(tmp_path.iterdir())
+
+
+_NAMES = some.text(some.characters(exclude_categories=["Cs"]))
+
+
+@settings(deadline=None)
+@given(model=_NAMES, out=_NAMES.filter(bool), path=_NAMES, alpha=some.floats(0, 1), tp=some.integers(1, 1 << 40), on=some.booleans())
+def test_any_value_survives(model: str, out: str, path: str, alpha: float, tp: int, on: bool) -> None:
+    options = Options(tp_size=tp, smoothquant=alpha, activation_ranges=path, per_token=on)
+    text = recipe.render(model, out, options, {"memory_budget": path})
+    values = recipe.tomllib.loads(text)
+    assert (values.pop("model"), values.pop("out"), values.pop("memory-budget")) == (model, out, path)
+    assert Options(**{key.replace("-", "_"): value for key, value in values.items()}) == options
