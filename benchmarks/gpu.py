@@ -1,0 +1,275 @@
+"""GB/s of source on a GPU: whole conversions from the page cache and from the disk, on the GPU and on the CPU; the ring alone, without
+files; against the pinned copy rate and against plain torch (load, quantize on the GPU, .cpu(), save), all in one run.
+
+    python benchmarks/gpu.py [--gb 4] [--folder benchmarks/work] [--out benchmarks/results/gpu.json] [--no-gpu]
+
+--no-gpu runs everything that needs none, with a stand-in in the place of the ring's device: for trying the benchmark, its figures
+mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, from anywhere
+
+from benchmarks.make_model import Shape, write_model
+
+ROOT = Path(__file__).parent.parent
+MIB, GIB = 1 << 20, 1 << 30
+JOBS: dict[str, list[str]] = {
+    "int8": ["--quant", "int8", "--target-sm", "90"],
+    "int4": ["--quant", "int4", "--target-sm", "90"],
+    "fp8_rowwise": ["--quant", "fp8_rowwise"],
+    "smoothquant": ["--quant", "smoothquant", "--dtype", "float16", "--per-channel", "--per-token"],
+    "bf16 to fp16": ["--dtype", "float16"],
+}
+
+
+def make_source(folder: Path, gb: float, hidden: int, inter: int) -> int:
+    """A bf16 Llama of about `gb` GB with activation ranges beside it; bytes of its tensors."""
+    heads = hidden // 64
+    layer = 2 * (2 * hidden * hidden + 2 * hidden * hidden // 4 + 3 * hidden * inter)
+    layers = max(2, round(gb * 1e9 / layer))
+    size = write_model(folder, Shape(hidden, layers, inter, heads, max(1, heads // 4), 32 * heads, 64, "bf16"))
+    import torch
+    from safetensors.torch import save_file
+
+    kv = max(1, heads // 4) * 64
+    shapes = {"self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (hidden, kv), "self_attn.v_proj": (hidden, kv)}
+    shapes |= {"self_attn.o_proj": (hidden, hidden), "mlp.gate_proj": (hidden, inter), "mlp.up_proj": (hidden, inter)}
+    shapes |= {"mlp.down_proj": (inter, hidden)}
+    ranges = {}
+    for number in range(layers):
+        for name, (inputs, outputs) in shapes.items():
+            for end, length in (("x", inputs), ("y", outputs), ("w", outputs)):
+                ranges[f"model.layers.{number}.{name}.{end}"] = torch.rand(length) * 4 + 0.1
+    save_file(ranges, folder / "ranges.st")
+    return size
+
+
+def forget(folder: Path) -> None:
+    """Take the source out of the page cache."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def convert(job: str, device: str, source: Path, cold: bool) -> dict[str, Any]:
+    """One conversion in a process of its own; rates are source bytes over the tile phase and over the whole run."""
+    out = source.parent / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    if cold:
+        forget(source)
+    command = [sys.executable, "-m", "streamconv", "convert", str(source), str(out), "--json", "--device", device, *JOBS[job]]
+    command += ["--memory-budget", "2GiB", "--device-memory-budget", "2GiB"]
+    if job == "smoothquant":
+        command += ["--activation-ranges", str(source / "ranges.st")]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    shutil.rmtree(out, ignore_errors=True)
+    if done.returncode:
+        return {"error": (done.stderr.strip() or done.stdout.strip())[-500:]}
+    told = json.loads(done.stdout)
+    return {
+        "device": told["device"],
+        "tile GB/s": told["bytes_read"] / told["profile"]["tiles"] / 1e9,
+        "whole GB/s": told["bytes_read"] / told["seconds"] / 1e9,
+        "seconds": told["seconds"],
+        "profile": told["profile"],
+        "workers": told["workers"],
+        "peak host bytes": told["peak_memory"],
+    }
+
+
+def copy_rates() -> dict[str, float]:
+    """GB/s of pinned copies to the device, and to and from it at once."""
+    import torch
+
+    host, back = (torch.empty(256 * MIB, dtype=torch.uint8, pin_memory=True) for _ in range(2))
+    there, other = (torch.empty(256 * MIB, dtype=torch.uint8, device="cuda") for _ in range(2))
+    one, two = torch.cuda.Stream(), torch.cuda.Stream()
+
+    def rate(both: bool) -> float:
+        best = 0.0
+        for _ in range(5):
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            for _ in range(4):
+                with torch.cuda.stream(one):
+                    there.copy_(host, non_blocking=True)
+                if both:
+                    with torch.cuda.stream(two):
+                        back.copy_(other, non_blocking=True)
+            torch.cuda.synchronize()
+            best = max(best, 4 * host.numel() / (time.perf_counter() - began) / 1e9)
+        return best
+
+    return {"to the device GB/s": rate(False), "to the device while copying back GB/s": rate(True)}
+
+
+def encodings(job: str, cols: int) -> Any:
+    """The encoding of a job's weights, bound to a smoother where it needs one."""
+    import torch
+
+    from streamconv.checkpoint.dtypes import F16
+    from streamconv.quants.fp8_rowwise import Fp8Rowwise
+    from streamconv.quants.plain import Plain
+    from streamconv.quants.smoothing import Bound
+    from streamconv.quants.smoothquant import SmoothWeight
+    from streamconv.quants.weight_only import WeightOnly
+
+    if job == "smoothquant":
+        bound = Bound(torch.rand(cols, dtype=torch.float64) + 0.5, 3.0)
+        return SmoothWeight(None, F16, None, bound=bound)  # type: ignore[arg-type]
+    return {"int8": WeightOnly(8, "C", F16), "int4": WeightOnly(4, "C", F16), "fp8_rowwise": Fp8Rowwise()}.get(job, Plain(F16))
+
+
+def ring_rate(job: str, backend: Any, seconds: float, cols: int = 4096, arena: int = 16 * MIB) -> dict[str, Any]:
+    """GB/s of source through the ring alone: the same tile over and over in every slot, nothing read or written."""
+    from streamconv import budget, device
+    from streamconv.checkpoint.dtypes import BF16
+    from streamconv.device.sizing import Demand
+    from streamconv.plan import PLAIN_ROWS, SourceTensor, Span
+
+    encoding = encodings(job, cols)
+    rows = arena // 3 // (2 * cols) // 64 * 64
+    span = Span(SourceTensor("w", BF16, (rows, cols), ()), 0, rows, PLAIN_ROWS, (), 64)
+    out = sum(part.row_bytes for part in encoding.parts(64, cols)) / span.row_bytes
+    need = Demand(encoding.torch_bytes_per_element() / 2, out, encoding.torch_bytes_per_column() * cols, 64 * span.row_bytes)
+    sizes = device.fit(backend.free_memory(), 2 * GIB, device.slots(budget.processors(), 1), need)
+    ring, size = device.Ring(backend, sizes), rows * span.row_bytes
+    moved, errors, stop = [0] * sizes.slots, list[BaseException](), threading.Event()
+
+    def work(number: int) -> None:
+        try:
+            slot = ring.slot(arena)
+            slot.arena[:size] = 0x3C  # bf16 0.0115
+            while not stop.is_set():
+                slot.encode([device.Job((((0, cols),), encoding))], span, rows, slot.arena[:size], slot.arena[size:])
+                moved[number] += size
+        except BaseException as error:
+            errors.append(error)
+            stop.set()
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(sizes.slots)]
+    for thread in threads:
+        thread.start()
+    stop.wait(seconds / 3)
+    before, began = sum(moved), time.perf_counter()
+    stop.wait(seconds)
+    after, ended = sum(moved), time.perf_counter()
+    stop.set()
+    for thread in threads:
+        thread.join()
+    if errors:
+        return {"error": repr(errors[0])}
+    rate = (after - before) / (ended - began) / 1e9
+    return {"GB/s": rate, "slots": sizes.slots, "chunk": sizes.chunk, "pinned bytes": sizes.slots * arena, "halvings": ring.halvings}
+
+
+def plain(job: str, source: Path, device: str) -> dict[str, float]:
+    """Load a file, quantize each tensor on the device, .cpu(), save: what one would write without us."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from streamconv.quants.base import Findings
+
+    out = source.parent / "plain.safetensors"
+    torch.zeros(1, device=device)
+    began, size = time.perf_counter(), 0
+    for path in sorted(source.glob("*.safetensors")):
+        made = {}
+        for name, weight in load_file(path).items():
+            size += weight.numel() * weight.element_size()
+            if weight.dim() < 2 or "layers" not in name:
+                made[name] = weight.to(torch.float16)
+                continue
+            parts = encodings(job, weight.shape[1]).encode(weight.to(device), Findings())
+            made |= {f"{name}.{number}": part.cpu() for number, part in enumerate(parts)}
+        save_file(made, out)
+    seconds = time.perf_counter() - began
+    out.unlink()
+    return {"GB/s": size / seconds / 1e9, "seconds": seconds}
+
+
+def backends(no_gpu: bool) -> Iterator[Any]:
+    while True:
+        if no_gpu:
+            from tests.stand_in import StandIn
+
+            yield StandIn()
+        else:
+            from streamconv.device.backend import Cuda
+
+            yield Cuda("cuda:0")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gb", type=float, default=4.0)
+    parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--intermediate", type=int, default=11264)
+    parser.add_argument("--folder", type=Path, default=ROOT / "benchmarks" / "work", help="on the disk")
+    parser.add_argument("--memory-folder", type=Path, default=Path("/dev/shm"), help="in the page cache")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.json")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each ring measurement")
+    parser.add_argument("--limit", type=float, default=450, help="seconds after which what is left is skipped")
+    parser.add_argument("--no-gpu", action="store_true")
+    args = parser.parse_args()
+    import torch
+
+    began = time.monotonic()
+    if not args.no_gpu and not torch.cuda.is_available():
+        raise SystemExit("no CUDA device; --no-gpu tries the benchmark without one")
+    found: dict[str, Any] = {"torch": torch.__version__, "python": platform.python_version(), "processors": len(os.sched_getaffinity(0))}
+    found["gpu"] = "none: figures of a stand-in" if args.no_gpu else torch.cuda.get_device_name()
+
+    def measure(name: str, how: Callable[[], Any]) -> None:
+        if time.monotonic() - began > args.limit:
+            found[name] = {"skipped": f"{args.limit:.0f} s were over"}
+        else:
+            found[name] = how()
+        print(f"{name}: {json.dumps(found[name])}", flush=True)
+
+    device, make = ("cpu" if args.no_gpu else "cuda:0"), backends(args.no_gpu)
+    if not args.no_gpu:
+        measure("pinned copies", copy_rates)
+    for job in JOBS:
+        measure(f"ring, {job}", lambda job=job: ring_rate(job, next(make), args.seconds))
+    places = [("page cache", args.memory_folder, False), ("disk", args.folder, True)]
+    for place, folder, cold in places:
+        folder.mkdir(parents=True, exist_ok=True)
+        work = folder / f"streamconv-gpu-{os.getpid()}"
+        try:
+            found[f"source bytes, {place}"] = make_source(work / "model", args.gb, args.hidden, args.intermediate)
+            for job in JOBS:
+                for where in dict.fromkeys((device, "cpu")):
+                    measure(f"{place}, {job}, {where}", lambda j=job, w=where, s=work / "model", c=cold: convert(j, w, s, c))
+                if not cold:
+                    measure(f"plain torch, {place}, {job}", lambda j=job, s=work / "model": plain(j, s, device))
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(found, indent=1) + "\n")
+    if not args.no_gpu:
+        ceiling = found["pinned copies"]["to the device GB/s"]
+        print(f"ring over pinned copies ({ceiling:.1f} GB/s):", end=" ")
+        print(", ".join(f"{job} {found[f'ring, {job}'].get('GB/s', 0) / ceiling:.2f}" for job in JOBS))
+    return any("error" in value for value in found.values() if isinstance(value, dict))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
