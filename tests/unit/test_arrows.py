@@ -18,7 +18,7 @@ LEVELS = (
     ("quants", "families", "matching", "kernels", "fs", "ranges"),
     ("plan",),
     ("stages", "targets", "lock", "journal", "order", "resume", "results"),
-    ("budget", "device", "manifest", "calibrate", "writer"),
+    ("budget", "device", "manifest", "calibrate", "writer", "config_only", "tensorrt_llm_reader"),
     ("pool", "recipe", "hub"),
     ("api", "verify"),
     ("cli", "__main__"),
