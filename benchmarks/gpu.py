@@ -174,6 +174,7 @@ def ring_rate(job: str, backend: Any, seconds: float, cols: int = 4096, arena: i
     stop.set()
     for thread in threads:
         thread.join()
+    ring.close()
     if errors:
         return {"error": repr(errors[0])}
     rate = (after - before) / (ended - began) / 1e9

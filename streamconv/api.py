@@ -253,6 +253,8 @@ def _convert(
                 error.pinned = shares.workers * shares.arena
                 raise
             finally:
+                for ring in rings:
+                    ring.close()
                 fetch.close()
                 writer.abandoned = pool.busy
             tiled = clock()

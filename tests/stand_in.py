@@ -61,6 +61,7 @@ class StandIn:
         self.name, self.memory, self.delay, self.dies, self.full = name, memory, delay, dies, full
         self.taken = self.kernels = self.copies = self.relieved = self.pinned = self.most = 0
         self.room: int | None = None
+        self.rooms: list[int | None] = []
         self.seen: list[tuple[str, float, float]] = []
         self._lock = threading.Lock()
 
@@ -84,8 +85,9 @@ class StandIn:
     def free_memory(self) -> int:
         return self.memory - self.taken
 
-    def limit(self, size: int) -> None:
+    def limit(self, size: int | None) -> None:
         self.room = size
+        self.rooms.append(size)
 
     def stream(self) -> Stream:
         return Stream()

@@ -30,8 +30,8 @@ class Backend(Protocol):
     def free_memory(self) -> int:
         """Bytes of the device that nobody uses now."""
 
-    def limit(self, size: int) -> None:
-        """From now on this process takes no more than `size` bytes of the device for tensors."""
+    def limit(self, size: int | None) -> None:
+        """From now on this process takes no more than `size` bytes of the device for tensors; None: as much as it likes."""
 
     def stream(self) -> Any:
         """A new stream."""
@@ -85,9 +85,9 @@ class Cuda:
     def free_memory(self) -> int:
         return int(self._torch.cuda.mem_get_info(self._device)[0])
 
-    def limit(self, size: int) -> None:
+    def limit(self, size: int | None) -> None:
         total = int(self._torch.cuda.mem_get_info(self._device)[1])
-        self._torch.cuda.set_per_process_memory_fraction(min(1.0, size / total), self._device)
+        self._torch.cuda.set_per_process_memory_fraction(1.0 if size is None else min(1.0, size / total), self._device)
 
     def stream(self) -> Any:
         return self._torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]

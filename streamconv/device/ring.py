@@ -9,6 +9,8 @@ however many matrices want them and however small the steps become in which they
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import queue
 import threading
 import time
@@ -80,8 +82,30 @@ class Ring:
         for _ in range(min(LANES, sizes.slots)):
             self.lanes.put(backend.stream())
         self._lock = threading.Lock()
+        self._arenas: list[torch.Tensor] | None = []
         self._step, self._good = sizes.chunk, 0
         backend.limit(sizes.room)
+
+    def close(self) -> None:
+        """Give all memory back; workers must be done. Never an error: the device may be gone."""
+        with contextlib.suppress(Exception):
+            self.backend.relieve()
+            self.backend.limit(None)
+
+    def pinned(self, arena: torch.Tensor) -> None:
+        """A slot has this arena."""
+        with self._lock:
+            if self._arenas is not None:
+                self._arenas.append(arena)
+            else:
+                _keep_for_ever(arena)
+
+    def lost(self) -> None:
+        """The device is gone: torch would ask it before it frees pinned memory, and end the process."""
+        with self._lock:
+            for arena in self._arenas or ():
+                _keep_for_ever(arena)
+            self._arenas = None
 
     def slot(self, arena: int) -> Slot:
         """A worker's place, with `arena` bytes of pinned memory."""
@@ -125,6 +149,7 @@ class Slot:
             if self._backend.is_full(error) or self._backend.is_lost(error):
                 raise DeviceLost(f"{self._backend.name}: no pinned host memory: {str(error).splitlines()[0]}") from error
             raise
+        ring.pinned(self._pinned)
         self.arena: Bytes = self._pinned.numpy()
         self._buffers: list[torch.Tensor] = []
 
@@ -212,6 +237,7 @@ class Slot:
             if self._backend.is_full(error):
                 raise DeviceLost(f"{self._backend.name} has no memory left for the smallest tile") from error
             if self._backend.is_lost(error):
+                self.ring.lost()
                 raise DeviceLost(f"{self._backend.name} stopped working: {str(error).splitlines()[0]}") from error
             raise
 
@@ -300,6 +326,10 @@ class Slot:
         if not 0 <= at <= self._pinned.numel() - view.size:
             raise AssertionError("a block outside the pinned arena")
         return self._pinned[at : at + view.size]
+
+
+def _keep_for_ever(tensor: torch.Tensor) -> None:
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(tensor))
 
 
 def _columns(matrix: torch.Tensor, request: Request) -> torch.Tensor:

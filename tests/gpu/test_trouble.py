@@ -29,6 +29,7 @@ def right(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, st
 
 
 def test_same_bytes_within_the_device_budget(model: Path, right: dict[str, str], tmp_path: Path) -> None:
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     report = convert(model, tmp_path / "out", "cuda", device_memory_budget=512 * MIB)
     assert report.device == "cuda:0" and not report.warnings and files(tmp_path / "out") == right

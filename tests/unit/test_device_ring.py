@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -130,7 +131,7 @@ def test_other_errors_stay_what_they_are(model: Path, devices: dict[str, StandIn
 def test_nothing_is_taken_beyond_the_room(model: Path, right: Any, devices: dict[str, StandIn], tmp_path: Path) -> None:
     stand_in = devices["cuda:0"] = StandIn(memory=4 << 30)
     report = convert(model, tmp_path / "out", JOBS["int8 tp2"], device="cuda", device_memory_budget=48 * MIB, workers=8)
-    assert stand_in.room == 48 * MIB and 0 < stand_in.most <= 48 * MIB and files(tmp_path / "out") == right["int8 tp2"]
+    assert stand_in.rooms == [48 * MIB, None] and 0 < stand_in.most <= 48 * MIB and files(tmp_path / "out") == right["int8 tp2"]
     assert stand_in.pinned <= report.budget
 
 
@@ -208,6 +209,23 @@ def test_full_device_buffers_are_made_smaller() -> None:
     slot.arena[: data.size] = data
     slot.encode(jobs, span, 512, slot.arena[: data.size], slot.arena[data.size :])
     assert 0 < stand_in.most <= 100_000 and ring.halvings > 0 and ring.uploaded == data.size
+
+
+def test_arenas_outlive_a_lost_device() -> None:
+    """torch asks the device when it frees pinned memory; one that is gone must not be asked."""
+    import gc
+    import weakref
+
+    for dies in (None, 0):
+        span, _, jobs = _tile(1, 64, 256)
+        ring, _ = _ring(1 << 24, 1 << 20, dies=dies)
+        slots = [ring.slot(1 << 20), ring.slot(1 << 20)]
+        alive = [weakref.ref(slot._pinned) for slot in slots]
+        with contextlib.suppress(device.DeviceLost):
+            slots[0].encode(jobs, span, 64, slots[0].arena[: 64 * 512], slots[0].arena[64 * 512 :])
+        del slots, ring, jobs
+        gc.collect()
+        assert [ref() is not None for ref in alive] == [dies is not None] * 2
 
 
 def test_steps_grow_again() -> None:
