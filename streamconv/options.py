@@ -27,7 +27,7 @@ class Options:
         rope_tables: also write the three rotary tables of checkpoint spec §1.7.
         allow_nonfinite: quantize matrices that hold NaN or infinity instead of stopping.
         smoothquant: the alpha of SmoothQuant, used by quant "smoothquant" only.
-        activation_ranges: file of a calibration run, for quant "smoothquant" and kv_cache "int8".
+        activation_ranges: file of a calibration run, for quant "smoothquant" and "fp8" and kv_cache "int8" and "fp8".
         max_position_embeddings: overrides the value taken from the source, None keeps it.
     """
 

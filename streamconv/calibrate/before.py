@@ -9,7 +9,7 @@ import gc
 from collections.abc import Callable
 from pathlib import Path
 
-from streamconv.calibrate.request import Samples, measured_in, needs_ranges
+from streamconv.calibrate.request import Samples, measured_in, needs_ranges, uses_ranges
 from streamconv.errors import UsageError
 from streamconv.options import Options
 from streamconv.ranges import HINT
@@ -54,8 +54,8 @@ def with_ranges(
         if flag is not None and options.activation_ranges is None:
             raise UsageError(f"{flag} needs activation ranges", hint=BOTH_WAYS)
         return options
-    if flag is None:
-        raise UsageError("--text is for --quant smoothquant and fp8 and for --kv-cache int8 only")
+    if not uses_ranges(options):
+        raise UsageError("--text is for --quant smoothquant and fp8 and for --kv-cache int8 and fp8 only")
     if options.activation_ranges is not None:
         raise UsageError("--activation-ranges and --text exclude each other: ranges that are given are not measured again")
     from streamconv.calibrate.run import calibrate

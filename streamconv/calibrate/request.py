@@ -35,6 +35,11 @@ def needs_ranges(options: Options) -> str | None:
     return "--kv-cache int8" if options.kv_cache == "int8" else None
 
 
+def uses_ranges(options: Options) -> bool:
+    """Whether ranges change the output: the FP8 KV cache can do without (its factors are then 1)."""
+    return needs_ranges(options) is not None or options.kv_cache == "fp8"
+
+
 def measured_in(options: Options) -> tuple[str, Loop]:
     """Computing type and loop that NVIDIA's tools measure this format with (quantization spec §16).
 
@@ -42,4 +47,4 @@ def measured_in(options: Options) -> tuple[str, Loop]:
     """
     if options.quant == "smoothquant":
         return "float16", "trtllm"
-    return "auto", "modelopt" if options.quant == "fp8" else "trtllm"
+    return "auto", "modelopt" if "fp8" in (options.quant, options.kv_cache) else "trtllm"

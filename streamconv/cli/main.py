@@ -29,7 +29,7 @@ _CONVERSION: tuple[_Decorator, ...] = (
     click.option("--target-version", default="1.2", show_default=True, help="TensorRT-LLM line: 0.16 or 1.2."),
     click.option("--encoding", type=click.Choice(["processed", "raw"]), default="processed", show_default=True),
     click.option("--kv-cache", type=click.Choice(["fp8", "int8"]), help="Quantize the KV cache."),
-    click.option("--activation-ranges", metavar="FILE", help="Ranges that `calibrate` measured (smoothquant, int8 KV cache)."),
+    click.option("--activation-ranges", metavar="FILE", help="Ranges that `calibrate` measured (smoothquant, fp8, KV cache)."),
     click.option("--smoothquant", type=float, default=0.5, show_default=True, help="Alpha of --quant smoothquant."),
     click.option("--per-channel", is_flag=True, help="SmoothQuant: a weight scale for each output channel."),
     click.option("--per-token", is_flag=True, help="SmoothQuant: activation scales for each token, at run time."),

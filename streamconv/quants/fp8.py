@@ -1,4 +1,4 @@
-"""--quant fp8_rowwise: e4m3 weights with a float32 scale for each output channel (quantization spec §9)."""
+"""--quant fp8 (one scale for each matrix, calibrated; quantization spec §8) and --quant fp8_rowwise (one for each channel; §9)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from streamconv.checkpoint.dtypes import F8_E4M3, F32, DType
 from streamconv.options import Options
 from streamconv.quants.base import Encoding, QuantInfo
 from streamconv.quants.fp8_rowwise import Fp8Rowwise
+from streamconv.quants.fp8_tensor import Fp8Tensor
 from streamconv.quants.plain import Plain
 
 if TYPE_CHECKING:
@@ -74,4 +75,22 @@ class Fp8RowwiseQuant:
         return module.layer in (0, module.layers - 1) or module.name.startswith("attention")
 
 
-QUANTS = (Fp8RowwiseQuant(),)
+@dataclass(frozen=True, slots=True)
+class Fp8Quant:
+    """ModelOpt's format: all linear layers; the scales are added once the sources are known (targets/trtllm/fp8_scales.py)."""
+
+    info = QuantInfo("fp8", "FP8", "FP8 weights and activations, one scale for each matrix (SM 89 and later); needs --activation-ranges")
+
+    def encoding(self, module: Module, options: Options, dtype: DType) -> Encoding | None:
+        return Fp8Tensor(f"largest weight of layer {module.layer} {module.name}")
+
+    def problems(self, module: Module, options: Options, dtype: DType) -> str | None:
+        if module.experts:
+            return "--quant fp8: mixture-of-experts weights are not supported; use --quant int8 or int4"
+        return None
+
+    def reason(self, module: Module, options: Options) -> str:
+        return "not quantized"
+
+
+QUANTS = (Fp8Quant(), Fp8RowwiseQuant())

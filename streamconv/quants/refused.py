@@ -7,10 +7,6 @@ from streamconv.errors import RefusedError
 _EXAMPLE = "examples/quantization/quantize.py --qformat"
 
 REFUSED: dict[str, tuple[str, str]] = {
-    "fp8": (
-        "FP8 per tensor needs activation ranges that only a calibration run gives",
-        f"ModelOpt makes it ({_EXAMPLE} fp8); without calibration use --quant fp8_rowwise",
-    ),
     "nvfp4": (
         "NVFP4 needs activation ranges that only a calibration run gives",
         f"ModelOpt makes it ({_EXAMPLE} nvfp4)",
@@ -39,7 +35,6 @@ REFUSED: dict[str, tuple[str, str]] = {
 """key -> (why, what to do)."""
 
 ALIASES = {
-    "fp8_per_tensor": "fp8",
     "fp4": "nvfp4",
     "w4a8": "w4a8_awq",
     "w4a8_qserve_per_group": "qserve",

@@ -102,8 +102,8 @@ TABLE: dict[str, Does | Refused | Noted] = {
     "calib_max_seq_length": Does(
         "--calib_max_seq_length 9", "calibration", {"text": "ccdv/cnn_dailymail", "samples": 512, "max_length": 9}
     ),
-    "use_fp8": Refused("--use_fp8", "activation ranges that only a calibration run gives"),
-    "enable_fp8": Refused("--enable_fp8", "activation ranges that only a calibration run gives"),
+    "use_fp8": Does("--use_fp8", "options.quant", "fp8"),
+    "enable_fp8": Does("--enable_fp8", "options.quant", "fp8"),
     "use_fp8_rowwise": Does("--use_fp8_rowwise", "options.quant", "fp8_rowwise"),
     "use_meta_fp8_rowwise_recipe": Does("--use_meta_fp8_rowwise_recipe", "options.use_meta_fp8_rowwise_recipe", True),
     "use_qserve": Refused("--use_qserve", "DeepCompressor"),

@@ -258,7 +258,6 @@ def test_imported_by_itself_for_1_2_only(tmp_path: Path) -> None:
         ({"dtype": "float32"}, "float16 or bfloat16"),
         ({"encoding": "raw"}, "always stored processed"),
         ({"quant": "nvfp4"}, "ModelOpt makes it"),
-        ({"quant": "fp8"}, "fp8_rowwise"),
         ({"quant": "w4a8_awq"}, "ModelOpt makes it"),
         ({"quant": "qserve"}, "DeepCompressor"),
     ],
@@ -334,7 +333,6 @@ def test_biases_that_the_model_has_not(tmp_path: Path, value: float) -> None:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--use_fp8"], "ModelOpt makes it"),
         (["--use_nvfp4"], "ModelOpt makes it"),
         (["--use_qserve"], "DeepCompressor"),
         (["--quant_ckpt_path", "x.safetensors"], "goes with --weight_only_precision"),

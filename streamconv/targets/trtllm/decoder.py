@@ -19,6 +19,7 @@ from streamconv.quants.base import Encoding
 from streamconv.quants.plain import Plain
 from streamconv.ranges import Ranges
 from streamconv.targets.trtllm.builder import Builder
+from streamconv.targets.trtllm.fp8_scales import fp8_kv_factor
 from streamconv.targets.trtllm.mapping import Mapping, Rank, even, kv_heads, padded, stage_layers
 from streamconv.targets.trtllm.smooth_layer import SmoothLayer, int8_kv_factor
 from streamconv.targets.trtllm.sources import Roles
@@ -152,8 +153,7 @@ class Decoder:
         extra = getattr(self.quant, "constants", None)
         found = extra(layer, self.model.num_hidden_layers, self.options) if extra else []
         if self.options.kv_cache == "fp8":
-            one = b"\x00\x00\x80\x3f"  # 1.0: without calibration the factor is one (quantization spec §7)
-            found.append(("attention.kv_cache_scaling_factor", F32, (1,), one))
+            found.append(("attention.kv_cache_scaling_factor", F32, (1,), self._fp8_kv(layer)))
         if self.options.kv_cache == "int8" and self.ranges is not None:
             size = self.model.head_size
             rows = {"q": self.model.num_attention_heads * size, "k": self.model.num_key_value_heads * size}
@@ -162,6 +162,13 @@ class Decoder:
             if len(outputs) == 3:  # else the roles report it
                 found.append(("attention.kv_cache_scaling_factor", F32, (1,), int8_kv_factor(self.ranges, outputs)))
         return [(prefix + name, dtype, shape, data) for name, dtype, shape, data in found]
+
+    def _fp8_kv(self, layer: int) -> bytes:
+        names = [self.roles.found.get((role, layer, -1)) for role in ("k", "v")]
+        if self.ranges is None or None in names:
+            return b"\x00\x00\x80\x3f"  # 1.0: without calibration the factor is one (quantization spec §7)
+        rows = self.model.num_key_value_heads * self.model.head_size
+        return fp8_kv_factor(self.ranges, {name: rows for name in names if name is not None})
 
     def _has_qkv_bias(self) -> bool:
         return self.family.qkv_bias == "always" or (self.family.qkv_bias == "config" and self.model.attention_bias)

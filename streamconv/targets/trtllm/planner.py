@@ -7,6 +7,7 @@ import hashlib
 import struct
 from collections.abc import Mapping as MappingType
 
+from streamconv.calibrate.request import needs_ranges, uses_ranges
 from streamconv.checkpoint.dtypes import MODEL_DTYPES
 from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.meta import output_rows
@@ -19,7 +20,7 @@ from streamconv.options import TARGET_SMS, TARGET_VERSIONS, Options
 from streamconv.plan import Piece, Plan, SourceFile, SourceTensor
 from streamconv.quants import quant_of
 from streamconv.ranges import HINT, Ranges
-from streamconv.targets.trtllm import prequantized, rope, takeover
+from streamconv.targets.trtllm import fp8_scales, prequantized, rope, takeover
 from streamconv.targets.trtllm.builder import Builder
 from streamconv.targets.trtllm.checks import embedding_is_shared, refusals
 from streamconv.targets.trtllm.config_json import build_config, dump, resolve_dtype, resolve_moe
@@ -166,6 +167,8 @@ def make_plan(index: Index, options: Options) -> Plan:
     roles.leave(prequantized.zero_biases(stored, roles.unused(), index.shards))
     if not roles.problems and not decoder.refused:
         decoder.refused += prequantized.add_scales(builder, stored, dtype, index.shards)
+    if options.quant == "fp8" and ranges is not None and not roles.problems:
+        fp8_scales.add_scales(builder, ranges, roles.tensors)
     if options.rope_tables and family.rope_tables and options.kv_cache != "int8" and options.quant != "smoothquant":
         rope.add_tables(builder, model, options)
     roles.finish()
@@ -203,14 +206,13 @@ def _ranges(options: Options) -> Ranges | None:
     Raises:
         UsageError: they are needed and not given, or the other way round, or no file.
     """
-    flag = "--quant smoothquant" if options.quant == "smoothquant" else "--kv-cache int8"
-    needed = options.quant == "smoothquant" or options.kv_cache == "int8"
-    if not needed and options.activation_ranges is not None:
-        raise UsageError("--activation-ranges is for --quant smoothquant and --kv-cache int8 only")
-    if not needed:
-        return None
-    if options.activation_ranges is None:
+    flag, given = needs_ranges(options), options.activation_ranges is not None
+    if given and not uses_ranges(options):
+        raise UsageError("--activation-ranges is for --quant smoothquant and fp8 and for --kv-cache int8 and fp8 only")
+    if flag is not None and not given:
         raise UsageError(f"{flag} needs activation ranges", hint=HINT)
+    if options.activation_ranges is None:
+        return None
     return Ranges(options.activation_ranges)
 
 

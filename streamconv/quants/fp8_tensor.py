@@ -1,0 +1,125 @@
+"""FP8 with one float32 scale for the whole matrix, before the tensor parallel split (quantization spec §8)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from streamconv.checkpoint.dtypes import F8_E4M3, F32
+from streamconv.quants.base import Encoding, Findings, Known, Part, Reduction
+
+if TYPE_CHECKING:
+    import torch
+
+LARGEST = 448.0
+
+
+@dataclass(frozen=True)
+class WeightMaximum(Reduction):
+    """float32 scalar: the largest absolute weight; NaN and infinity do not count (the engine stops on both unless told)."""
+
+    key: str
+    bytes_per_element = 12
+
+    def tile(self, block: torch.Tensor, known: Known) -> torch.Tensor:
+        import torch
+
+        return torch.nan_to_num(block.float(), 0.0, 0.0, 0.0).abs().max()
+
+
+def scale_of(largest: torch.Tensor) -> torch.Tensor:
+    """float32 [1]: amax / 448, a true division; a matrix of zeros has the scale 1."""
+    import torch
+
+    top = largest.float().reshape(1)
+    top = torch.where(top == 0, torch.full_like(top, LARGEST), top)
+    return top / torch.full_like(top, LARGEST)
+
+
+@dataclass(frozen=True)
+class Fp8Tensor(Encoding):
+    """e4m3 weights, quantized straight from the source dtype: round(W / scale), the division in float32.
+
+    Attributes:
+        key: of the WeightMaximum of all sources of the (fused) matrix.
+        scale: what it gave, a float32 value.
+    """
+
+    key: str
+    scale: float | None = None
+
+    name = "FP8 per tensor"
+    quantizes = True
+
+    @property
+    def needs(self) -> tuple[str, ...]:  # type: ignore[override]
+        return (self.key,)
+
+    def bind(self, known: Known, source: str) -> Fp8Tensor:
+        return replace(self, scale=float(scale_of(known.get(self.key))))
+
+    def parts(self, rows: int, cols: int, experts: int = 0) -> tuple[Part, ...]:
+        return (Part("weight", F8_E4M3, (rows, cols), cols),)
+
+    def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
+        import torch
+
+        values = block.float()
+        bad = int((~torch.isfinite(values)).sum())
+        if bad:
+            findings.nonfinite += bad
+            values = torch.where(torch.isnan(values), 0.0, values)
+        made = (values / torch.full_like(values[:1], self._known())).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+        return (made.contiguous().reshape(-1).view(torch.uint8),)
+
+    def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:
+        import torch
+
+        return parts[0].view(torch.float8_e4m3fn).float().reshape(rows, cols) * self._known()
+
+    def _known(self) -> float:
+        if self.scale is None:
+            raise AssertionError(f"{self.key}: encoded before its reduction")
+        return self.scale
+
+
+@dataclass(frozen=True)
+class Fp8Scale(Encoding):
+    """`weights_scaling_factor` of a matrix; the source is a `Blank`."""
+
+    key: str
+    scale: float | None = None
+
+    name = "F32"
+
+    @property
+    def needs(self) -> tuple[str, ...]:  # type: ignore[override]
+        return (self.key,)
+
+    def bind(self, known: Known, source: str) -> Fp8Scale:
+        return replace(self, scale=float(scale_of(known.get(self.key))))
+
+    def parts(self, rows: int, cols: int, experts: int = 0) -> tuple[Part, ...]:
+        return (Part("weights_scaling_factor", F32, (1,), 4),)
+
+    def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
+        return (self.values(block).reshape(-1).contiguous().view(_uint8()).to(block.device),)
+
+    def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:
+        import torch
+
+        return parts[0].view(torch.float32).reshape(rows, cols)
+
+    def values(self, block: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        if self.scale is None:
+            raise AssertionError(f"{self.key}: asked for before its reduction")
+        return torch.tensor([[self.scale]], dtype=torch.float32)
+
+
+def _uint8() -> torch.dtype:
+    import torch
+
+    return torch.uint8

@@ -1,0 +1,56 @@
+"""What FP8 per tensor and the FP8 KV cache need of a calibration: scales that go with the matrices (quantization spec §7, §8)."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+
+from streamconv.checkpoint.dtypes import F32
+from streamconv.plan import Blank, SourceTensor
+from streamconv.quants.fp8_tensor import Fp8Scale, Fp8Tensor, WeightMaximum
+from streamconv.ranges import Ranges
+from streamconv.targets.trtllm.builder import Builder
+
+_LARGEST = 448.0
+
+
+def add_scales(builder: Builder, ranges: Ranges, tensors: Mapping[str, SourceTensor]) -> None:
+    """Describe both scales of every FP8 matrix that was fed: one for the fused matrix, the same on all ranks.
+
+    The largest weight is taken over the whole sources, the input over all of them (q, k and v see the same one).
+
+    Raises:
+        TensorError: ranges are missing or wrong.
+    """
+    fed = {matrix: feeds for matrix, feeds in builder.fed(tensors).items() if isinstance(builder.encoding(matrix), Fp8Tensor)}
+    inputs = {_module(feed.source.name) + ".x": feed.source.cols for feeds in fed.values() for feed in feeds}
+    ranges.check(inputs)
+    reduced: set[tuple[str, str]] = set()
+    for matrix, feeds in fed.items():
+        encoding = builder.encoding(matrix)
+        assert isinstance(encoding, Fp8Tensor)
+        sources = {feed.source.name: feed.source for feed in feeds}
+        for name, source in sources.items():
+            if (encoding.key, name) not in reduced:
+                reduced.add((encoding.key, name))
+                builder.reduce(source, WeightMaximum(encoding.key))
+        file, path = builder.place(matrix)
+        scale = builder.matrix(file, path, 1, 1, Fp8Scale(encoding.key))
+        builder.feed(scale, Blank(f"weights_scaling_factor, {encoding.key}"), 0, 1)
+        largest = ranges.largest([_module(name) + ".x" for name in sources])
+        builder.constant(file, f"{path}.activation_scaling_factor", F32, (1,), struct.pack("<f", largest / _LARGEST))
+
+
+def fp8_kv_factor(ranges: Ranges, outputs: Mapping[str, int]) -> bytes:
+    """float32 max(y_k, y_v) / 448, at least 1: what ModelOpt writes.
+
+    Args:
+        outputs: weight name of k and v -> its rows.
+    """
+    wanted = {_module(name) + ".y": rows for name, rows in outputs.items()}
+    ranges.check(wanted)
+    return struct.pack("<f", max(1.0, ranges.largest(list(wanted)) / _LARGEST))
+
+
+def _module(weight: str) -> str:
+    return weight.removesuffix(".weight")
