@@ -146,8 +146,10 @@ def _world(config: dict[str, Any], verdict: Verdict) -> int:
             verdict.problems.append("config.json: mapping.world_size is not tp_size * pp_size * cp_size")
         if int(mapping.get("moe_tp_size", tp)) * int(mapping.get("moe_ep_size", 1)) not in (tp, 1, -1, -tp):
             verdict.problems.append("config.json: moe_tp_size * moe_ep_size is not tp_size")
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise VerifyError(f"config.json: mapping: {error}") from error
+    if tp < 1 or pp < 1 or tp * pp > expected.MOST_RANKS:
+        raise VerifyError(f"config.json: mapping: tp_size {tp} and pp_size {pp} cannot be")
     return tp * pp
 
 

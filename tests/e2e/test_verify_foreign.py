@@ -133,3 +133,15 @@ def test_every_family_is_what_its_config_says(tmp_path: Path, family: Family, qu
         assert main(["convert", str(model), str(out), "--tp-size", "2", "--target-version", version, *quant, "-q"]) == 0
         (out / "streamconv.json").unlink()
         assert verify(out).problems == []
+
+
+@pytest.mark.parametrize("spoil", ['"tp_size": Infinity', '"tp_size": 1000000000', '"tp_size": -1', '"tp_size": "two"', '"pp_size": [1]'])
+def test_a_damaged_mapping_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], spoil: str) -> None:
+    out = _foreign(tmp_path, [])
+    text = (out / "config.json").read_text()
+    key = spoil.split(":")[0]
+    assert f"{key}: 1" in text
+    (out / "config.json").write_text(text.replace(f"{key}: 1,", f"{spoil},", 1))
+    assert main(["verify", str(out)]) == 7
+    told = capsys.readouterr().err
+    assert "config.json: mapping" in told and "Traceback" not in told

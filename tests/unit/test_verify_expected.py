@@ -104,5 +104,19 @@ def test_excluded_modules_stay_as_they_are() -> None:
 
 def test_uneven_stages_follow_1_2() -> None:
     config = _with("mha_tp1", num_hidden_layers=5, mapping={"world_size": 2, "tp_size": 1, "pp_size": 2})
-    first, last = (sum("input_layernorm" in name for name in rank.fixed) for rank in expected(config))
+    first, last = (sum("input_layernorm" in name for name in rank.fixed) for rank in expected(config).values())
     assert (first, last) == (3, 2)
+
+
+ODD: list[Any] = ["x", "", -1, 0, 1, 1.5, True, None, [], [1], {}, {"a": 1}, 10**9, 10**30, "\ud800"]
+
+
+@pytest.mark.parametrize("name", ["mha_sq_tensor_tp2", "mixtral_int4_tp2_ep2", "gptq_tp2", "mha_fp8row_meta_tp2", "qwen2_int8_tp2"])
+def test_a_damaged_config_never_breaks_the_check(name: str) -> None:
+    """Every value, one at a time, replaced by things that it cannot be: problems or none, but no other exception."""
+    config, files = GOLDEN[name].config, _files(name)
+    for key, value in config.items():
+        for odd in ODD:
+            check(config | {key: odd}, files)
+            for inner in value if isinstance(value, dict) else ():
+                check(config | {key: value | {inner: odd}}, files)

@@ -6,16 +6,17 @@ planner, so that it can tell when the planner is wrong.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from streamconv.errors import CheckpointError, VerifyError
+from streamconv.errors import CheckpointError, VerifyError, printable
 from streamconv.families import family_of
 from streamconv.targets.trtllm.expected_forms import FORMS, SMOOTH, Facts, Form, Wanted
 from streamconv.targets.trtllm.mapping import Mapping as Grid
 from streamconv.targets.trtllm.mapping import Rank, stage_layers
 
+MOST_RANKS = 4096
 _DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 
 
@@ -58,19 +59,27 @@ class RankTensors:
                 yield f"{name} is unexpected: config.json has no place for it"
 
 
-def expected(config: Mapping[str, Any]) -> list[RankTensors]:
-    """The tensors of every rank file, in rank order.
+def expected(config: Mapping[str, Any], files: Container[int] | None = None, tensors: int = 1 << 20) -> dict[int, RankTensors]:
+    """The tensors of each rank file, by its number.
+
+    Args:
+        files: numbers of the files to do, None for all.
+        tensors: how many there are at all.
 
     Raises:
         CheckpointError: the architecture is one whose tensors are not known here.
         VerifyError: config.json lacks a size, or holds one that cannot be.
     """
     facts = _facts(config)
+    if facts.layers > tensors:  # a damaged number would take hours
+        raise VerifyError(f"config.json: num_hidden_layers is {facts.layers}, and there are {tensors} tensors")
     family = family_of(str(config.get("architecture")))
     stages = stage_layers(facts.layers, facts.grid.pp_size, facts.version)
-    ranks = []
+    ranks = {}
     for rank in facts.grid.ranks():
-        held = RankTensors()
+        if files is not None and rank.file not in files:
+            continue
+        held = ranks[rank.file] = RankTensors()
         if rank.pp == 0:
             held.fixed["transformer.vocab_embedding.weight"] = _embedding(facts)
         if rank.pp == facts.grid.pp_size - 1:
@@ -79,7 +88,6 @@ def expected(config: Mapping[str, Any]) -> list[RankTensors]:
         for number, layer in enumerate(stages[rank.pp]):
             _layer(facts, held, rank, f"transformer.layers.{number}.", layer, family.name, family.config_class, family.fused_mlp)
         _rope_tables(facts, held)
-        ranks.append(held)
     return ranks
 
 
@@ -88,7 +96,7 @@ def _facts(config: Mapping[str, Any]) -> Facts:
         value = where.get(key, default)
         value = default if value is None else value
         if type(value) is not int or not least <= value < 1 << 40:
-            raise VerifyError(f"config.json: {key} is {value!r}, not a size")
+            raise VerifyError(f"config.json: {key} is {printable(repr(value), 60)}, not a size")
         return value
 
     mapping, quantization = config.get("mapping") or {}, config.get("quantization") or {}
@@ -96,14 +104,19 @@ def _facts(config: Mapping[str, Any]) -> Facts:
         raise VerifyError("config.json: mapping and quantization must be objects")
     hidden, heads = whole(config, "hidden_size"), whole(config, "num_attention_heads")
     tp, pp = whole(mapping, "tp_size", 1), whole(mapping, "pp_size", 1)
+    if tp * pp > MOST_RANKS:
+        raise VerifyError(f"config.json: mapping: tp_size {tp} and pp_size {pp} cannot be")
     moe_ep = max(1, whole(mapping, "moe_ep_size", 1, -1))
     moe_tp = whole(mapping, "moe_tp_size", -1, -1)
     moe = config.get("moe")
     experts = whole(moe, "num_experts", 0, 0) if isinstance(moe, dict) else whole(config, "moe_num_experts", 0, 0)
     dtype, algo = config.get("dtype"), quantization.get("quant_algo")
-    if dtype not in _DTYPES:
-        raise VerifyError(f"config.json: dtype is {dtype!r}, not one of {', '.join(_DTYPES)}")
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise VerifyError(f"config.json: dtype is {printable(repr(dtype), 60)}, not one of {', '.join(_DTYPES)}")
     layers = whole(config, "num_hidden_layers")
+    excluded = quantization.get("exclude_modules")
+    if excluded is not None and not (isinstance(excluded, list) and all(isinstance(pattern, str) for pattern in excluded)):
+        raise VerifyError(f"config.json: quantization.exclude_modules is {printable(repr(excluded), 60)}, not a list of names")
     old = "share_embedding_table" in config and layers % pp == 0  # both releases cut such a model alike (§1.5)
     return Facts(
         config=config,
@@ -113,6 +126,8 @@ def _facts(config: Mapping[str, Any]) -> Facts:
         kv=whole(config, "num_key_value_heads", heads),
         size=whole(config, "head_size", max(1, hidden // heads)),
         width=whole(config, "intermediate_size", 4 * hidden),
+        expert_width=whole(config, "moe_intermediate_size", 0, 0),
+        rotary=whole(config, "rotary_embedding_dim", 0, 0),
         vocab=whole(config, "vocab_size"),
         positions=whole(config, "max_position_embeddings", 0, 0),
         dtype=_DTYPES[dtype],
@@ -177,7 +192,7 @@ def _layer(facts: Facts, held: RankTensors, rank: Rank, at: str, layer: int, fam
         vector("attention.k_layernorm.weight", size)
     gated = str(facts.config.get("hidden_act")) in ("swiglu", "geglu")
     if facts.experts:
-        width = (facts.config.get("moe_intermediate_size") or facts.width) // facts.grid.moe_tp_size
+        width = (facts.expert_width or facts.width) // facts.grid.moe_tp_size
         local = facts.experts // facts.grid.moe_ep_size
         held.fixed[at + "mlp.router.weight"] = Wanted(("F32",), (facts.experts, hidden))
         linear("mlp.fc", width * (2 if gated else 1), hidden, local)
@@ -219,7 +234,7 @@ def _small(facts: Facts, held: RankTensors, at: str, layer: int) -> None:
 
 def _rope_tables(facts: Facts, held: RankTensors) -> None:
     """Left behind by NVIDIA's converter; the loader takes them if their shape is right (§1.7)."""
-    length, dim = facts.positions, facts.config.get("rotary_embedding_dim") or facts.size
+    length, dim = facts.positions, facts.rotary or facts.size
     plain = facts.config.get("position_embedding_type") != "long_rope"
     shapes = {
         "embed_positions": (1, length, dim),
@@ -250,22 +265,22 @@ def check(config: Mapping[str, Any], files: Mapping[str, Mapping[str, tuple[str,
     """Hold the tensors of the rank files against config.json.
 
     Args:
-        files: file name -> tensor name -> (dtype, shape); files that are missing are left out.
+        files: "rankN.safetensors" -> tensor name -> (dtype, shape); files that are missing are left out.
 
     Returns:
         (problems, warnings).
     """
     try:
-        ranks = expected(config)
+        numbers = {int(name[4:-12]): name for name in files}
+        ranks = expected(config, numbers, sum(map(len, files.values())))
     except CheckpointError as error:
         return [], [f"{error.message}: its tensors are not checked one by one"]
     except VerifyError as error:
         return [error.message], []
     problems, unknown = [], False
-    for number, held in enumerate(ranks):
-        name = f"rank{number}.safetensors"
+    for number, held in ranks.items():
+        name = numbers[number]
         unknown = unknown or bool(held.unknown)
-        if name in files:
-            problems += [f"{name}: {problem}" for problem in held.problems(files[name])]
-    algo = (config.get("quantization") or {}).get("quant_algo")
+        problems += [f"{name}: {problem}" for problem in held.problems(files[name])]
+    algo = printable(str((config.get("quantization") or {}).get("quant_algo")))
     return problems, [f"quant_algo {algo}: the tensors of its linear layers are not checked"] if unknown else []

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from streamconv.errors import VerifyError
+from streamconv.errors import VerifyError, printable
 from streamconv.options import Version
 from streamconv.targets.trtllm.mapping import Mapping as Grid
 
@@ -49,6 +49,8 @@ class Facts:
     kv: int
     size: int
     width: int
+    expert_width: int
+    rotary: int
     vocab: int
     positions: int
     dtype: str
@@ -144,7 +146,7 @@ def _fp8_rowwise(facts: Facts, module: str, rows: int, cols: int, experts: int) 
 def _group(facts: Facts) -> int:
     group = facts.quantization.get("group_size", 128)
     if type(group) is not int or group < 1:
-        raise VerifyError(f"config.json: quantization.group_size is {group!r}, not a size")
+        raise VerifyError(f"config.json: quantization.group_size is {printable(repr(group), 60)}, not a size")
     return group
 
 
