@@ -79,7 +79,15 @@ class Fp8RowwiseQuant:
 class Fp8Quant:
     """ModelOpt's format: all linear layers; the scales are added once the sources are known (targets/trtllm/fp8_scales.py)."""
 
-    info = QuantInfo("fp8", "FP8", "FP8 weights and activations, one scale for each matrix (SM 89 and later); needs --activation-ranges")
+    info = QuantInfo(
+        "fp8",
+        "FP8",
+        "FP8 weights and activations, one scale for each matrix; needs activation ranges",
+        flags=("--activation-ranges",),
+        stores="F8_E4M3, F32 scales",
+        least_sm=89,
+        evidence="specification",
+    )
 
     def encoding(self, module: Module, options: Options, dtype: DType) -> Encoding | None:
         return Fp8Tensor(f"largest weight of layer {module.layer} {module.name}")
