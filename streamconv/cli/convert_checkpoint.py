@@ -9,7 +9,8 @@ import sys
 from streamconv.calibrate.before import with_ranges
 from streamconv.calibrate.request import Samples, needs_ranges
 from streamconv.cli import signals, view
-from streamconv.cli.main import resources, show_report
+from streamconv.cli.flags import resources
+from streamconv.cli.main import show_report
 from streamconv.cli.official_flags import OfficialRequest, parse
 from streamconv.errors import StreamconvError, UsageError, printable
 from streamconv.memory import parse_size

@@ -4,100 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import click
 
 from streamconv import __version__
 from streamconv.cli import recipe_option, signals
+from streamconv.cli.flags import CONVERSION, RESOURCES, SAMPLES, options, resources
 from streamconv.errors import StreamconvError, UsageError
-
-_Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
-
-_CONVERSION: tuple[_Decorator, ...] = (
-    click.option("--tp-size", type=int, default=1, show_default=True, help="Tensor parallel size."),
-    click.option("--pp-size", type=int, default=1, show_default=True, help="Pipeline parallel size."),
-    click.option("--cp-size", type=int, default=1, show_default=True, help="Context parallel size (1.2 only)."),
-    click.option("--moe-tp-size", type=int, default=-1, help="Tensor parallel size inside experts."),
-    click.option("--moe-ep-size", type=int, default=-1, help="Expert parallel size."),
-    click.option(
-        "--dtype", type=click.Choice(["auto", "float16", "bfloat16", "float32"]), default="auto", show_default=True
-    ),
-    click.option("--quant", default="none", show_default=True, help="Weight format; `streamconv list quants` shows all."),
-    click.option("--target-sm", type=int, help="GPU generation the bytes are for: 80, 86, 89, 90, ..."),
-    click.option("--target-version", default="1.2", show_default=True, help="TensorRT-LLM line: 0.16 or 1.2."),
-    click.option("--encoding", type=click.Choice(["processed", "raw"]), default="processed", show_default=True),
-    click.option("--kv-cache", type=click.Choice(["fp8", "int8"]), help="Quantize the KV cache."),
-    click.option("--activation-ranges", metavar="FILE", help="Ranges that `calibrate` measured (smoothquant, fp8, KV cache)."),
-    click.option("--smoothquant", type=float, default=0.5, show_default=True, help="Alpha of --quant smoothquant."),
-    click.option("--per-channel", is_flag=True, help="SmoothQuant: a weight scale for each output channel."),
-    click.option("--per-token", is_flag=True, help="SmoothQuant: activation scales for each token, at run time."),
-    click.option("--group-size", type=int, default=128, show_default=True),
-    click.option("--use-parallel-embedding", is_flag=True, help="Split the embedding over ranks."),
-    click.option("--embedding-sharding-dim", type=click.IntRange(0, 1), default=0, show_default=True),
-    click.option("--use-embedding-sharing", is_flag=True, help="Leave lm_head out where that is legal (0.16)."),
-    click.option("--remove-duplicated-kv-heads", is_flag=True),
-    click.option("--disable-weight-only-quant-plugin", is_flag=True, help="Recorded in config.json for the engine builder."),
-    click.option("--use-meta-fp8-rowwise-recipe", is_flag=True),
-    click.option("--rope-tables", is_flag=True, help="Also write the rotary tables NVIDIA's converter leaves behind."),
-    click.option("--allow-nonfinite", is_flag=True, help="Quantize NaN (as 0) and infinity (as the channel's maximum)."),
-    click.option("--max-position-embeddings", type=int, help="Override the source's value."),
-)
-_RESOURCES: tuple[_Decorator, ...] = (
-    click.option("--memory-budget", help="Ceiling of this process's memory, e.g. 2GiB. Default: from what is free."),
-    click.option("--workers", default="auto", show_default=True, help="Worker threads, or auto."),
-    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:0 or cuda:0,cuda:1."),
-    click.option("--device-memory-budget", help="Device memory to use, e.g. 2GiB."),
-)
-_SAMPLES: tuple[_Decorator, ...] = (
-    click.option("--text", metavar="FILE", help="Calibrate on this: a .txt or .jsonl file, a folder of them, or a data set on the Hub."),
-    click.option("--samples", type=int, default=512, show_default=True, help="Calibration samples, -1 for all."),
-    click.option("--max-length", type=int, default=512, show_default=True, help="Tokens of a calibration sample."),
-    click.option("--batch-size", type=int, default=1, show_default=True, help="Calibration samples of equal length at once."),
-)
-
-
-def _options(*groups: tuple[_Decorator, ...]) -> _Decorator:
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        for option in reversed([option for group in groups for option in group]):
-            function = option(function)
-        return function
-
-    return decorate
-
-
-def _requested(values: dict[str, Any]) -> Any:
-    from streamconv.options import Options
-
-    return Options(**values)
-
-
-def resources(
-    memory_budget: str | None, workers: str | int | None, device: str, device_memory_budget: str | None = None
-) -> Any:
-    """Resources from the spelling of the command line.
-
-    Raises:
-        UsageError: a value that is none.
-    """
-    from streamconv.memory import parse_size
-    from streamconv.options import Resources
-
-    count = None
-    if workers not in (None, "auto"):
-        try:
-            count = int(str(workers))
-        except ValueError:
-            raise UsageError(f"--workers {workers!r} is neither a number nor auto") from None
-    rows = os.environ.get("STREAMCONV_TILE_ROWS")
-    return Resources(
-        memory_budget=parse_size(memory_budget) if memory_budget else None,
-        workers=count,
-        device=device,
-        device_memory_budget=parse_size(device_memory_budget) if device_memory_budget else None,
-        tile_rows=int(rows) if rows else None,
-    )
+from streamconv.options import Options
 
 
 def _recipe_keys() -> dict[str, Any]:
@@ -113,7 +28,7 @@ def cli() -> None:
 @cli.command()
 @click.argument("model")
 @click.argument("out")
-@_options(_CONVERSION, _SAMPLES, _RESOURCES)
+@options(CONVERSION, SAMPLES, RESOURCES)
 @click.option(
     "--hub-keep",
     type=click.Choice(["all", "none"]),
@@ -167,7 +82,7 @@ def convert(
     options = with_ranges(
         model,
         out,
-        _requested(values),
+        Options(**values),
         Samples(text, samples, max_length, batch_size) if text else None,
         memory_budget=asked.memory_budget,
         device=asked.device,
@@ -210,7 +125,7 @@ def show_report(report: Any, as_json: bool, quiet: bool) -> None:
 @cli.command()
 @click.argument("model")
 @click.argument("out", required=False)
-@_options(_CONVERSION, _RESOURCES)
+@options(CONVERSION, RESOURCES)
 @recipe_option.option(_recipe_keys)
 @click.option("--write-config", metavar="FILE", help="Write a recipe (TOML) that gives exactly this conversion.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -230,7 +145,7 @@ def plan(
     from streamconv.cli import plan_view
 
     asked = resources(memory_budget, workers, device, device_memory_budget)
-    index, made = api.open_and_plan(model, _requested(values))
+    index, made = api.open_and_plan(model, Options(**values))
     try:
         if write_config:
             given = {"memory_budget": memory_budget, "workers": workers, "device": device, "device_memory_budget": device_memory_budget}
@@ -271,7 +186,7 @@ def verify(out: str, source: str | None, with_tensorrt_llm: bool, as_json: bool,
 @cli.command()
 @click.argument("model")
 @click.option("--output", "-o", required=True, help="Ranges file to write (safetensors).")
-@_options(_SAMPLES)
+@options(SAMPLES)
 @click.option(
     "--dtype",
     type=click.Choice(["float16", "bfloat16", "float32", "auto"]),

@@ -1,0 +1,93 @@
+"""The flags that several commands share, and what they become."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from streamconv.errors import UsageError
+from streamconv.options import Resources
+
+_Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+CONVERSION: tuple[_Decorator, ...] = (
+    click.option("--tp-size", type=int, default=1, show_default=True, help="Tensor parallel size."),
+    click.option("--pp-size", type=int, default=1, show_default=True, help="Pipeline parallel size."),
+    click.option("--cp-size", type=int, default=1, show_default=True, help="Context parallel size (1.2 only)."),
+    click.option("--moe-tp-size", type=int, default=-1, help="Tensor parallel size inside experts."),
+    click.option("--moe-ep-size", type=int, default=-1, help="Expert parallel size."),
+    click.option(
+        "--dtype", type=click.Choice(["auto", "float16", "bfloat16", "float32"]), default="auto", show_default=True
+    ),
+    click.option("--quant", default="none", show_default=True, help="Weight format; `streamconv list quants` shows all."),
+    click.option("--target-sm", type=int, help="GPU generation the bytes are for: 80, 86, 89, 90, ..."),
+    click.option("--target-version", default="1.2", show_default=True, help="TensorRT-LLM line: 0.16 or 1.2."),
+    click.option("--encoding", type=click.Choice(["processed", "raw"]), default="processed", show_default=True),
+    click.option("--kv-cache", type=click.Choice(["fp8", "int8"]), help="Quantize the KV cache."),
+    click.option("--activation-ranges", metavar="FILE", help="Ranges that `calibrate` measured (smoothquant, fp8, KV cache)."),
+    click.option("--smoothquant", type=float, default=0.5, show_default=True, help="Alpha of --quant smoothquant."),
+    click.option("--per-channel", is_flag=True, help="SmoothQuant: a weight scale for each output channel."),
+    click.option("--per-token", is_flag=True, help="SmoothQuant: activation scales for each token, at run time."),
+    click.option("--group-size", type=int, default=128, show_default=True),
+    click.option("--use-parallel-embedding", is_flag=True, help="Split the embedding over ranks."),
+    click.option("--embedding-sharding-dim", type=click.IntRange(0, 1), default=0, show_default=True),
+    click.option("--use-embedding-sharing", is_flag=True, help="Leave lm_head out where that is legal (0.16)."),
+    click.option("--remove-duplicated-kv-heads", is_flag=True),
+    click.option("--disable-weight-only-quant-plugin", is_flag=True, help="Recorded in config.json for the engine builder."),
+    click.option("--use-meta-fp8-rowwise-recipe", is_flag=True),
+    click.option("--rope-tables", is_flag=True, help="Also write the rotary tables NVIDIA's converter leaves behind."),
+    click.option("--allow-nonfinite", is_flag=True, help="Quantize NaN (as 0) and infinity (as the channel's maximum)."),
+    click.option("--max-position-embeddings", type=int, help="Override the source's value."),
+)
+RESOURCES: tuple[_Decorator, ...] = (
+    click.option("--memory-budget", help="Ceiling of this process's memory, e.g. 2GiB. Default: from what is free."),
+    click.option("--workers", default="auto", show_default=True, help="Worker threads, or auto."),
+    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:0 or cuda:0,cuda:1."),
+    click.option("--device-memory-budget", help="Device memory to use, e.g. 2GiB."),
+)
+SAMPLES: tuple[_Decorator, ...] = (
+    click.option("--text", metavar="FILE", help="Calibrate on this: a .txt or .jsonl file, a folder of them, or a data set on the Hub."),
+    click.option("--samples", type=int, default=512, show_default=True, help="Calibration samples, -1 for all."),
+    click.option("--max-length", type=int, default=512, show_default=True, help="Tokens of a calibration sample."),
+    click.option("--batch-size", type=int, default=1, show_default=True, help="Calibration samples of equal length at once."),
+)
+
+
+def options(*groups: tuple[_Decorator, ...]) -> _Decorator:
+    """Groups of flags as one decorator, in their order."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed([option for group in groups for option in group]):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+def resources(
+    memory_budget: str | None, workers: str | int | None, device: str, device_memory_budget: str | None = None
+) -> Resources:
+    """Resources from the spelling of the command line.
+
+    Raises:
+        UsageError: a value that is none.
+    """
+    from streamconv.memory import parse_size
+
+    count = None
+    if workers not in (None, "auto"):
+        try:
+            count = int(str(workers))
+        except ValueError:
+            raise UsageError(f"--workers {workers!r} is neither a number nor auto") from None
+    rows = os.environ.get("STREAMCONV_TILE_ROWS")
+    return Resources(
+        memory_budget=parse_size(memory_budget) if memory_budget else None,
+        workers=count,
+        device=device,
+        device_memory_budget=parse_size(device_memory_budget) if device_memory_budget else None,
+        tile_rows=int(rows) if rows else None,
+    )
