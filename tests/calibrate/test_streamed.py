@@ -45,12 +45,12 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
-def _whole(folder: Path, text: Path, dtype: Any) -> dict[str, Any]:
+def whole(folder: Path, text: Path, dtype: Any, device: str = "cpu") -> dict[str, Any]:
     """The official loop: the whole model, hooks on every linear module, one sample at a time."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(folder))
-    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype).eval()
+    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype).eval().to(device)
     found: dict[str, Any] = {}
 
     def keep(key: str, values: Any) -> None:
@@ -68,7 +68,7 @@ def _whole(folder: Path, text: Path, dtype: Any) -> dict[str, Any]:
     with torch.no_grad():
         for block in text.read_text().split("\n\n"):
             ids = tokenizer((block + " TL;DR: ").strip().replace(" n't", "n't"), truncation=True, max_length=16)["input_ids"]
-            model(torch.tensor([ids]))
+            model(torch.tensor([ids], device=device))
     return found
 
 
@@ -77,12 +77,25 @@ def test_equal_to_hooks_on_the_whole_model(model: Path, text: Path, tmp_path: Pa
     out = tmp_path / "ranges.safetensors"
     told = calibrate(model, out, str(text), max_length=16, dtype=dtype)
     got = load_file(out)
-    want = _whole(model, text, getattr(torch, dtype))
+    want = whole(model, text, getattr(torch, dtype))
     assert told["samples"] == 6
     assert set(want) == {key for key in got if not key.endswith(".w")}
     for key, values in want.items():
         assert torch.equal(values, got[key]), key
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("kind", ["granite", "gemma"])
+def test_models_that_scale_their_embedding(model: Path, text: Path, tmp_path: Path, kind: str) -> None:
+    settings = tiny.config(architectures=[f"{kind.title()}ForCausalLM"], model_type=kind, head_dim=tiny.HIDDEN // tiny.HEADS)
+    if kind == "granite":
+        settings |= {"embedding_multiplier": 12.0, "residual_multiplier": 0.3, "attention_multiplier": 0.1, "logits_scaling": 4.0}
+    (model / "config.json").write_text(json.dumps(settings))
+    out = tmp_path / "ranges.safetensors"
+    calibrate(model, out, str(text), max_length=16, dtype="float32")
+    got = load_file(out)
+    for key, values in whole(model, text, torch.float32).items():
+        assert torch.equal(values, got[key]), key
 
 
 def test_resumes_after_a_layer(model: Path, text: Path, tmp_path: Path) -> None:
