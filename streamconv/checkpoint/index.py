@@ -155,13 +155,26 @@ def _open_meta(folder: Path) -> Index:
     return Index(folder, params, shards, tensors, digests, assembled)
 
 
-def read_json(path: Path, limit: int) -> dict[str, Any]:
+def read_json(path: Path, limit: int, *, unique: bool = False) -> dict[str, Any]:
     """A JSON file that must hold an object.
+
+    Args:
+        unique: refuse an object that has a key twice, where plain JSON reading keeps the last.
 
     Raises:
         CheckpointError: not readable, larger than limit bytes, or no JSON object.
+        TensorError: with unique, a key is there twice.
     """
     shown = printable(str(path))
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        held = dict(pairs)
+        if len(held) != len(pairs):
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            raise TensorError(f"{shown} lists {printable(twice)} twice", hint="remove one of the two entries")
+        return held
+
     fd = open_regular(path)
     try:
         size = os.fstat(fd).st_size
@@ -169,7 +182,7 @@ def read_json(path: Path, limit: int) -> dict[str, Any]:
             raise CheckpointError(f"{shown} has {size} bytes; at most {limit} are accepted")
         with os.fdopen(fd, "rb", closefd=False) as file:
             text = file.read(limit + 1).decode()
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=once if unique else None)
     except RecursionError:
         raise CheckpointError(f"{shown} is nested too deeply") from None
     except OSError as error:
@@ -201,10 +214,11 @@ def read_weight_map(path: Path, present: Collection[str] | None = None) -> dict[
 
     Raises:
         CheckpointError: it is no index, or names a file that is not there or not part of this checkpoint.
+        TensorError: a tensor is listed twice.
     """
     folder = path.parent
     shown = printable(str(path))
-    listed = read_json(path, MAX_WEIGHT_MAP).get("weight_map")
+    listed = read_json(path, MAX_WEIGHT_MAP, unique=True).get("weight_map")
     if not isinstance(listed, dict) or not listed:
         raise CheckpointError(f"{shown} has no weight_map")
     if not all(isinstance(value, str) for value in listed.values()):

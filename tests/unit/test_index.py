@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from streamconv.checkpoint.index import nearest, open_index
+from streamconv.checkpoint.index import nearest, open_index, read_weight_map
 from streamconv.errors import CheckpointError, HeaderError, TensorError
 
 
@@ -215,3 +215,16 @@ def test_nearest() -> None:
     assert time.perf_counter() - start < 3
     assert nearest("model.norm.weight", ["model.normm.weight", "x"]) == "model.normm.weight"
     assert nearest("q", ["something.else"]) is None and nearest("q", []) is None
+
+
+@pytest.mark.parametrize("other", ["model-1.safetensors", "model-2.safetensors"])
+def test_a_tensor_listed_twice_in_the_index_file_is_refused_by_name(tmp_path: Path, other: str) -> None:
+    (tmp_path / "model-1.safetensors").touch()
+    (tmp_path / "model-2.safetensors").touch()
+    listed = tmp_path / "model.safetensors.index.json"
+    text = '{"weight_map": {"a.weight": "model-1.safetensors", "b.weight": "model-2.safetensors"%s}}'
+    listed.write_text(text % "")
+    assert list(read_weight_map(listed)) == ["a.weight", "b.weight"]
+    listed.write_text(text % f', "a.weight": "{other}"')
+    with pytest.raises(TensorError, match=r"index\.json lists '?a\.weight'? twice"):
+        read_weight_map(listed)
