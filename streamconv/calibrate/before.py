@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
-import gc
 from collections.abc import Callable
 from pathlib import Path
 
+from streamconv import memory
 from streamconv.calibrate.request import Samples, measured_in, needs_ranges, uses_ranges
 from streamconv.errors import UsageError
 from streamconv.options import Options
@@ -58,7 +57,7 @@ def with_ranges(
         raise UsageError("--text is for --quant smoothquant and fp8 and for --kv-cache int8 and fp8 only")
     if options.activation_ranges is not None:
         raise UsageError("--activation-ranges and --text exclude each other: ranges that are given are not measured again")
-    from streamconv.calibrate.run import calibrate
+    from streamconv.calibrate.child import calibrate_apart
     from streamconv.checkpoint.index import open_index
     from streamconv.fs import check_free, check_place
     from streamconv.targets.trtllm.planner import check_options, check_request
@@ -70,28 +69,17 @@ def with_ranges(
     check_free(out, force)  # before hours of work
     ranges = ranges_path(out)
     dtype, loop = measured_in(options)
-    done = calibrate(
-        source,
-        ranges,
-        samples.text,
-        samples=samples.samples,
-        max_length=samples.max_length,
-        batch_size=samples.batch_size,
-        dtype=dtype,
-        loop=loop,
-        device=device,
-        memory_budget=memory_budget,
-        reuse=True,
-        progress=progress,
-    )
-    give_back()
+    arguments = {
+        "model": str(source),
+        "out": str(ranges),
+        **dataclasses.asdict(samples),
+        "dtype": dtype,
+        "loop": loop,
+        "device": device,
+        "memory_budget": max(1, memory_budget - memory.resident()) if memory_budget is not None else None,
+        "reuse": True,
+    }
+    done = calibrate_apart(arguments, progress)
     how = "measured before" if done["reused"] else f"measured in {done['seconds']:.1f} s"
     told(f"{ranges}: {done['tensors']} activation ranges from {done['samples']} samples, {how}")
     return dataclasses.replace(options, activation_ranges=str(ranges))
-
-
-def give_back() -> None:
-    """Hand freed memory back to the system, so that the conversion that follows starts from little."""
-    gc.collect()
-    with contextlib.suppress(AttributeError):  # not glibc
-        ctypes.CDLL(None).malloc_trim(0)

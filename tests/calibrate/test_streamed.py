@@ -75,7 +75,7 @@ def whole(folder: Path, text: Path, dtype: Any, device: str = "cpu") -> dict[str
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_equal_to_hooks_on_the_whole_model(model: Path, text: Path, tmp_path: Path, dtype: str) -> None:
     out = tmp_path / "ranges.safetensors"
-    told = calibrate(model, out, str(text), max_length=16, dtype=dtype)
+    told = calibrate(model, out, str(text), max_length=16, dtype=dtype, device="cpu")
     got = load_file(out)
     want = whole(model, text, getattr(torch, dtype))
     assert told["samples"] == 6
@@ -92,7 +92,7 @@ def test_models_that_scale_their_embedding(model: Path, text: Path, tmp_path: Pa
         settings |= {"embedding_multiplier": 12.0, "residual_multiplier": 0.3, "attention_multiplier": 0.1, "logits_scaling": 4.0}
     (model / "config.json").write_text(json.dumps(settings))
     out = tmp_path / "ranges.safetensors"
-    calibrate(model, out, str(text), max_length=16, dtype="float32")
+    calibrate(model, out, str(text), max_length=16, dtype="float32", device="cpu")
     got = load_file(out)
     for key, values in whole(model, text, torch.float32).items():
         assert torch.equal(values, got[key]), key

@@ -8,7 +8,10 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from streamconv.calibrate import run
+import psutil
+
+from streamconv.calibrate.child import calibrate_apart
+from streamconv.calibrate.run import calibrate
 from streamconv.cli.main import main
 from tests.calibrate.test_streamed import model, text
 
@@ -45,27 +48,30 @@ def test_nothing_is_measured_twice(model: Path, text: Path, tmp_path: Path, caps
 
 
 def test_goes_on_after_the_layer_it_was_stopped_in(
-    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["convert", str(model), str(tmp_path / "out"), "--kv-cache", "int8", "--text", str(text), *SIZES]
 
-    def stopped(*_: object) -> None:
+    def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(run, "_raw", _after(9, run._raw, stopped))  # 4 embeddings, 4 states of layer 0, one of layer 1
-        assert main(command) == 130
+    asked = {"samples": 4, "max_length": 16, "dtype": "auto"}
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(model, tmp_path / "out.ranges.safetensors", str(text), progress=stop, **asked)
     assert (tmp_path / ".out.ranges.safetensors.streamconv-calibrate" / "states-1").exists()
-    capsys.readouterr()
     assert main(command) == 0
     err = capsys.readouterr().err
     assert "layer 1 of 2" not in err and "layer 2 of 2" in err
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-def _after(count: int, function, then):  # type: ignore[no-untyped-def]
-    calls = iter(range(1, 1000))
-    return lambda *args: then(*args) if next(calls) == count else function(*args)
+def test_an_interrupt_ends_the_child(model: Path, text: Path, tmp_path: Path) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate_apart({"model": str(model), "out": str(tmp_path / "r.safetensors"), "text": str(text)}, stop)
+    assert not psutil.Process().children()
 
 
 @pytest.mark.parametrize(
