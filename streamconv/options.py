@@ -57,6 +57,16 @@ class Options:
     allow_nonfinite: bool = False
     max_position_embeddings: int | None = None
 
+    def needs_ranges(self) -> str | None:
+        """The flag that cannot do without activation ranges, None if there is none."""
+        if self.quant in ("smoothquant", "fp8"):
+            return f"--quant {self.quant}"
+        return "--kv-cache int8" if self.kv_cache == "int8" else None
+
+    def uses_ranges(self) -> bool:
+        """Whether ranges change the output: the FP8 KV cache can do without (its factors are then 1)."""
+        return self.needs_ranges() is not None or self.kv_cache == "fp8"
+
     def to_json(self) -> dict[str, object]:
         return dataclasses.asdict(self)
 

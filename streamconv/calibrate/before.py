@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from streamconv import memory
-from streamconv.calibrate.request import Samples, measured_in, needs_ranges, uses_ranges
+from streamconv.calibrate.request import Samples, measured_in
 from streamconv.errors import UsageError
 from streamconv.options import Options
 from streamconv.ranges import HINT
@@ -48,12 +48,12 @@ def with_ranges(
         CheckpointError, RefusedError: what planning would say; said before anything is measured.
         OutputError: the output cannot be written.
     """
-    flag, out = needs_ranges(options), Path(out)
+    flag, out = options.needs_ranges(), Path(out)
     if samples is None:
         if flag is not None and options.activation_ranges is None:
             raise UsageError(f"{flag} needs activation ranges", hint=BOTH_WAYS)
         return options
-    if not uses_ranges(options):
+    if not options.uses_ranges():
         raise UsageError("--text is for --quant smoothquant and fp8 and for --kv-cache int8 and fp8 only")
     if options.activation_ranges is not None:
         raise UsageError("--activation-ranges and --text exclude each other: ranges that are given are not measured again")

@@ -1,4 +1,4 @@
-"""What a calibration run is asked for, and which formats need one. Imports nothing heavy: `--help` and `plan` read it."""
+"""What a calibration run is asked for. Imports nothing heavy: `--help` and `plan` read it."""
 
 from __future__ import annotations
 
@@ -26,18 +26,6 @@ class Samples:
     samples: int = 512
     max_length: int = 512
     batch_size: int = 1
-
-
-def needs_ranges(options: Options) -> str | None:
-    """The flag that cannot do without activation ranges, None if there is none."""
-    if options.quant in ("smoothquant", "fp8"):
-        return f"--quant {options.quant}"
-    return "--kv-cache int8" if options.kv_cache == "int8" else None
-
-
-def uses_ranges(options: Options) -> bool:
-    """Whether ranges change the output: the FP8 KV cache can do without (its factors are then 1)."""
-    return needs_ranges(options) is not None or options.kv_cache == "fp8"
 
 
 def measured_in(options: Options) -> tuple[str, Loop]:

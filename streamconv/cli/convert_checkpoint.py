@@ -7,7 +7,7 @@ import os
 import sys
 
 from streamconv.calibrate.before import with_ranges
-from streamconv.calibrate.request import Samples, needs_ranges
+from streamconv.calibrate.request import Samples
 from streamconv.cli import signals, view
 from streamconv.cli.flags import resources
 from streamconv.cli.main import show_report
@@ -110,7 +110,7 @@ def _with_ranges(request: OfficialRequest, source: str) -> Options:
     They are kept beside the output, in `OUTPUT.ranges.safetensors`.
     """
     options = request.options
-    if options.activation_ranges is not None or needs_ranges(options) is None:
+    if options.activation_ranges is not None or options.needs_ranges() is None:
         return options
     if source == request.meta_ckpt_dir:
         raise UsageError("--smoothquant and --int8_kv_cache need --model_dir: a Meta checkpoint cannot be calibrated")

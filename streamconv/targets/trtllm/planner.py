@@ -7,7 +7,6 @@ import hashlib
 import struct
 from collections.abc import Mapping as MappingType
 
-from streamconv.calibrate.request import needs_ranges, uses_ranges
 from streamconv.checkpoint.dtypes import MODEL_DTYPES
 from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.meta import output_rows
@@ -206,8 +205,8 @@ def _ranges(options: Options) -> Ranges | None:
     Raises:
         UsageError: they are needed and not given, or the other way round, or no file.
     """
-    flag, given = needs_ranges(options), options.activation_ranges is not None
-    if given and not uses_ranges(options):
+    flag, given = options.needs_ranges(), options.activation_ranges is not None
+    if given and not options.uses_ranges():
         raise UsageError("--activation-ranges is for --quant smoothquant and fp8 and for --kv-cache int8 and fp8 only")
     if flag is not None and not given:
         raise UsageError(f"{flag} needs activation ranges", hint=HINT)
