@@ -285,8 +285,6 @@ def _compare(
             encoding = plan.matrices[dest.matrix].encoding.bind(results, span.source.name)
             got = decoded(plan, dest, span.op.out_rows(start - span.start), rows, files, encoding)
             want = encoding.values(torch.cat([whole[:, a:b] for a, b in dest.cols], 1))
-            if getattr(encoding, "add_one", False):
-                want = want + 1.0
             gap = (got - want).double()
             entry = sums.setdefault(dest.matrix, [0.0, 0.0, 0.0, 0.0])
             if gap.numel():

@@ -129,6 +129,14 @@ class Encoding(ABC):
 
         return block.to(torch.float32)
 
+    @abstractmethod
+    def error(self, block: torch.Tensor) -> torch.Tensor:
+        """The most that `decode(encode(block))` may be off `values(block)`, for finite rows that overflow nothing.
+
+        Returns:
+            float32, of a shape that broadcasts against `values(block)`; zeros for what is kept as it is.
+        """
+
     def kernel(self, source: DType) -> Kernel | None:
         """The fused CPU kernel for this source dtype, or None to run the torch definition."""
         return None

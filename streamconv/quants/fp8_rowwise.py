@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from streamconv.checkpoint.dtypes import F8_E4M3, F32, DType
 from streamconv.quants.base import Encoding, Findings, Kernel, Part
+from streamconv.quants.rounding import half_ulp
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +57,12 @@ class Fp8Rowwise(Encoding):
         import torch
 
         return block.to(torch.float32).clamp(self.lo, self.hi)
+
+    def error(self, block: torch.Tensor) -> torch.Tensor:
+        """e4m3's rounding of W / scale (§9), and some of float32's."""
+        values = self.values(block)
+        scale = (values.abs().amax(1, keepdim=True) / _LARGEST).clamp(min=_FLOOR)
+        return half_ulp(values / scale, F8_E4M3) * scale + 4 * half_ulp(values, F32)
 
     def kernel(self, source: DType) -> Kernel | None:
         if source.name not in ("F32", "F16", "BF16"):

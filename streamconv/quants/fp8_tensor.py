@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from streamconv.checkpoint.dtypes import F8_E4M3, F32
 from streamconv.quants.base import Encoding, Findings, Known, Part, Reduction
+from streamconv.quants.rounding import half_ulp
 
 if TYPE_CHECKING:
     import torch
@@ -78,6 +79,10 @@ class Fp8Tensor(Encoding):
 
         return parts[0].view(torch.float8_e4m3fn).float().reshape(rows, cols) * self._known()
 
+    def error(self, block: torch.Tensor) -> torch.Tensor:
+        """e4m3's rounding of W / scale (§8), and some of float32's."""
+        return half_ulp(block.float() / self._known(), F8_E4M3) * self._known() + 4 * half_ulp(block, F32)
+
     def _known(self) -> float:
         if self.scale is None:
             raise AssertionError(f"{self.key}: encoded before its reduction")
@@ -117,6 +122,9 @@ class Fp8Scale(Encoding):
         if self.scale is None:
             raise AssertionError(f"{self.key}: asked for before its reduction")
         return torch.tensor([[self.scale]], dtype=torch.float32)
+
+    def error(self, block: torch.Tensor) -> torch.Tensor:
+        return self.values(block) * 0.0
 
 
 def _uint8() -> torch.dtype:

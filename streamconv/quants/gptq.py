@@ -14,6 +14,7 @@ from streamconv.checkpoint.dtypes import I8, DType
 from streamconv.options import Options
 from streamconv.quants.base import Encoding, Findings, Kernel, Part, QuantInfo
 from streamconv.quants.layout import Layout, family_for
+from streamconv.quants.rounding import half_ulp
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +53,10 @@ class PackedWeight(Encoding):
         import torch
 
         return self.layout.unpack(parts[0], rows, cols).to(torch.float32)
+
+    def error(self, block: torch.Tensor) -> torch.Tensor:
+        """None: integers."""
+        return block.float() * 0.0
 
     def kernel(self, source: DType) -> Kernel | None:
         if source != I8 or self.layout.family == "B":
@@ -116,6 +121,14 @@ class GroupScales(Encoding):
         stored, factor = self._split(block)
         scale = stored.to(torch.float32)
         return torch.cat([scale, factor * scale], 1)
+
+    def error(self, block: torch.Tensor) -> torch.Tensor:
+        """A rounding of the scale; of the zero a second one, of the product (§4.3)."""
+        import torch
+
+        stored, factor = self._split(block)
+        scale = half_ulp(stored, self.dtype)
+        return torch.cat([scale, factor.float().abs() * scale + half_ulp(factor * stored.float() * 1.01, self.dtype)], 1)
 
     def kernel(self, source: DType) -> Kernel | None:
         if self.source.name not in ("F32", "F16", "BF16") or self.dtype.itemsize != 2:

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from streamconv.checkpoint.dtypes import DType
+from streamconv.checkpoint.dtypes import F16, DType
 from streamconv.options import Options
 from streamconv.quants.base import Encoding, Findings, Kernel, Part, QuantInfo
+from streamconv.quants.rounding import half_ulp
 
 if TYPE_CHECKING:
     import torch
@@ -60,6 +61,15 @@ class Plain(Encoding):
         import torch
 
         return parts[0].view(getattr(torch, self.dtype.torch)).reshape(rows, cols).to(torch.float32)
+
+    def values(self, block: torch.Tensor) -> torch.Tensor:
+        return block.float() + 1.0 if self.add_one else block.float()
+
+    def error(self, block: torch.Tensor) -> torch.Tensor:
+        """One rounding; two by way of float16, and one of the sum for a norm stored as value + 1 in the source's type."""
+        moved = block.float().abs() + 1.0 if self.add_one else block
+        bound = half_ulp(moved, self.dtype)
+        return bound + half_ulp(moved, F16) if self.via_half or self.add_one else bound
 
     def kernel(self, source: DType) -> Kernel | None:
         if self.add_one or self.halved(source) or not {source.name, self.dtype.name} <= {"F32", "F16", "BF16"}:

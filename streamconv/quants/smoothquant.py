@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from streamconv.checkpoint.dtypes import F16, F32, I8, DType
 from streamconv.options import Options
 from streamconv.quants.base import Encoding, Findings, Known, Part, QuantInfo
+from streamconv.quants.rounding import half_ulp
 from streamconv.quants.smoothing import (
     COLUMN_BYTES,
     Bound,
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
     import torch
 
     from streamconv.quants import Module
+
+
+HALF = F16
+"""The type that SmoothQuant's model is loaded in, whatever source and target are."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +122,16 @@ class SmoothWeight(Encoding):
         half = block.half().float()
         return half if self.keep is None else half[:, self.keep[0] : self.keep[1]]
 
+    def error(self, block: torch.Tensor) -> torch.Tensor:
+        """Half a step of the smoothed weight (§6.5), the roundings of its value before, and those of the scale, undone by 1 / s."""
+        bound = self._known()
+        weight = smoothed(block, bound.smoother).float()
+        largest = weight.abs().amax(1) if bound.largest is None else bound.largest.reshape(1)
+        step = inverse(weight_scale(largest)).float()[:, None]
+        rounded = half_ulp(weight, HALF) + 2 * half_ulp(weight, self.dtype) + 4 * half_ulp(weight, HALF)
+        error = ((0.5 * step + rounded).double() / bound.smoother).float()
+        return error if self.keep is None else error[:, self.keep[0] : self.keep[1]]
+
     def torch_bytes_per_element(self) -> int:
         return 48
 
@@ -165,6 +180,9 @@ class SmoothNorm(Encoding):
 
     def values(self, block: torch.Tensor) -> torch.Tensor:
         return self._divided(block).float()
+
+    def error(self, block: torch.Tensor) -> torch.Tensor:
+        return half_ulp(self.values(block), self.dtype)
 
     def torch_bytes_per_column(self) -> int:
         return COLUMN_BYTES
@@ -222,6 +240,9 @@ class SmoothValue(Encoding):
     def values(self, block: torch.Tensor) -> torch.Tensor:
         return self._value().reshape(1, -1)
 
+    def error(self, block: torch.Tensor) -> torch.Tensor:
+        return self.values(block) * 0.0
+
     def torch_bytes_per_element(self) -> int:
         return 32 * (self.keep[1] - self.keep[0]) + COLUMN_BYTES * self.inputs
 
@@ -263,8 +284,5 @@ class _SmoothQuant:
     def reason(self, module: Module, options: Options) -> str:
         return "not smoothed"
 
-
-HALF = F16
-"""The type that SmoothQuant's model is loaded in, whatever source and target are."""
 
 QUANTS = (_SmoothQuant(),)

@@ -10,6 +10,7 @@ from streamconv.checkpoint.dtypes import I8, DType
 from streamconv.options import Options
 from streamconv.quants.base import Encoding, Findings, Kernel, Part, QuantInfo
 from streamconv.quants.layout import Layout, family_for
+from streamconv.quants.rounding import half_ulp
 
 if TYPE_CHECKING:
     import torch
@@ -82,6 +83,13 @@ class WeightOnly(Encoding):
 
         scale = parts[1].view(getattr(torch, self.dtype.torch)).to(torch.float32)
         return self.layout.unpack(parts[0], rows, cols).to(torch.float32) * scale[:, None]
+
+    def error(self, block: torch.Tensor) -> torch.Tensor:
+        """Half a step (§2.2), a whole one at +max, which has no integer; the casts of weight and scale come on top."""
+        values = block.float()
+        half = 1 << (self.bits - 1)
+        step = values.abs().amax(1, keepdim=True) / half
+        return step * (0.5 + (values > (half - 1.5) * step)) + half_ulp(values, self.dtype) + 2 * half * half_ulp(step, self.dtype)
 
     def kernel(self, source: DType) -> Kernel | None:
         if source.name not in ("F32", "F16", "BF16"):

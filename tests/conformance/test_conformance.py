@@ -1,0 +1,225 @@
+"""Every family and every quant that is listed, each with each: who adds one adds a recipe, and everything here holds for it.
+
+Names, shapes and dtypes against config.json; every source byte used once; values within the error that the format states and
+where spec says they belong; the same bytes for small tiles; the ranks' slices joined against the single rank.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from streamconv import api, manifest
+from streamconv.errors import RefusedError, TensorError
+from streamconv.families import all_families
+from streamconv.options import Options, Resources
+from streamconv.plan import Plan
+from streamconv.quants import all_quants
+from streamconv.verify import verify
+from tests.conformance import layout
+from tests.conformance.output import Decoded, bytes_read, check_places, decode, elements_used
+from tests.conformance.recipes import LAYERS, RECIPES, Recipe, names
+from tests.conformance.sources import RUNS, Run, Source, make
+
+FAMILIES = {family.name: family for family in all_families()}
+GROUPED = ("int4_gptq", "int8_gptq", "int4_awq")
+EVERY_RUN = ("llama", "mixtral")
+"""Families that show a quant in all its forms; what a form changes is the same for every family."""
+SMOOTHABLE = ("llama", "mistral", "granite", "internlm", "exaone")
+
+CASES = [
+    pytest.param(recipe, quant, run, id=f"{recipe}-{quant}-{run.name}")
+    for recipe in RECIPES
+    for quant in all_quants()
+    for number, run in enumerate(RUNS.get(quant, ()))
+    if not number or (recipe.family in EVERY_RUN and not recipe.variant)
+    if recipe.family in FAMILIES and run.options.get("target_version", "1.2") in FAMILIES[recipe.family].versions
+]
+
+
+def refused(recipe: Recipe, quant: str, run: Run) -> str | None:
+    """What a refusal says of a family and a quant that do not go together; None if they do."""
+    if quant in GROUPED and recipe.family == "llama-meta":
+        return "is not quantized"
+    if quant == "smoothquant" and recipe.family not in SMOOTHABLE:
+        return "is not supported"
+    if quant == "smoothquant" and recipe.config.get("mlp_bias"):
+        return "mlp_bias"
+    if quant in (*GROUPED, "fp8", "fp8_rowwise") and recipe.experts:
+        return "experts|mixture-of-experts"
+    if run.options.get("kv_cache") == "int8" and recipe.family in ("phi3", "internlm2"):
+        return "q, k and v as one tensor"
+    return None
+
+
+def cut_refused(recipe: Recipe, quant: str, options: Options) -> str | None:
+    """The same for a split."""
+    if options.pp_size > 1 and recipe.family in ("phi3", "gemma", "gemma2"):
+        return "pipeline parallelism is not supported"
+    heads = quant in GROUPED or quant == "smoothquant" or (quant == "fp8_rowwise" and not options.use_meta_fp8_rowwise_recipe)
+    if options.tp_size > recipe.kv and heads:
+        return f"num_key_value_heads {recipe.kv}"
+    return None
+
+
+def test_every_family_has_a_recipe() -> None:
+    told = {recipe.family for recipe in RECIPES}
+    missing = sorted(set(FAMILIES) - told)
+    assert not missing, f"families without a tiny model: {', '.join(missing)}; add a Recipe for each to tests/conformance/recipes.py"
+    assert not told - set(FAMILIES), f"recipes of families that are not listed: {', '.join(sorted(told - set(FAMILIES)))}"
+
+
+def test_every_quant_is_exercised() -> None:
+    used = {quant for quant, runs in RUNS.items() for run in runs for recipe in RECIPES if refused(recipe, quant, run) is None}
+    missing = sorted(set(all_quants()) - used)
+    assert not missing, f"quants that no family is converted with: {', '.join(missing)}; add a Run for each to tests/conformance/sources.py"
+    assert not set(RUNS) - set(all_quants()), "runs of quants that are not listed"
+
+
+def test_every_role_is_in_a_recipe() -> None:
+    for family in FAMILIES.values():
+        used = {key[0] for recipe in RECIPES if recipe.family == family.name for key in names(recipe, family)}
+        # biases that a family may have but no model of it does are those of Llama's table
+        optional = {role for role in family.tensors if role.endswith("_bias")} if family.name != "llama" else set()
+        missing = sorted(set(family.tensors) - used - optional)
+        assert not missing, f"{family.name}: no recipe has {', '.join(missing)}"
+
+
+@pytest.mark.parametrize(("recipe", "quant", "run"), CASES)
+def test_family_with_quant(recipe: Recipe, quant: str, run: Run, tmp_path: Path) -> None:
+    family = FAMILIES[recipe.family]
+    source = make(recipe, family, run, tmp_path / "in")
+    says = refused(recipe, quant, run)
+    if says is not None:
+        with pytest.raises((RefusedError, TensorError), match=says):
+            api.open_and_plan(source.folder, source.options(quant, run))
+        return
+    single = _convert(source, source.options(quant, run), tmp_path / "single")
+    assert not [name for name in single[0].got if single[0].got[name].isnan().any()]
+    _against_reference(source, quant, single[0])
+    if "pp" in family.limits:
+        says = cut_refused(recipe, quant, stages := source.options(quant, run, pp_size=2))
+        with pytest.raises(RefusedError, match=says):
+            api.open_and_plan(source.folder, stages)
+    grids = [{"tp_size": 2, "pp_size": 1 if "pp" in family.limits else 2}]
+    grids += [{"tp_size": 2, "moe_ep_size": 2, "moe_tp_size": 1}] if recipe.experts else []
+    grids += [{"tp_size": 4, "moe_ep_size": 2, "moe_tp_size": 2}] if recipe.experts and quant == "none" else []
+    for number, grid in enumerate(grids):
+        options = source.options(quant, run, **grid)
+        says = cut_refused(recipe, quant, options)
+        if says is not None:
+            with pytest.raises(RefusedError, match=says):
+                api.open_and_plan(source.folder, options)
+            continue
+        ranks = _convert(source, options, tmp_path / f"cut{number}")
+        _against_single(source, options, single[0], ranks)
+
+
+def _convert(source: Source, options: Options, out: Path) -> list[Decoded]:
+    """Convert, with large tiles and with small ones; check everything that one output says; gives its values."""
+    api.convert(source.folder, out, options, Resources(workers=1))
+    index, plan = api.open_and_plan(source.folder, options)
+    with index:
+        if options.tp_size == 2:
+            _small_tiles(source, plan, out)
+        (out / manifest.NAME).unlink()  # only config.json says what must be there
+        verdict = verify(out)
+        assert not verdict.problems and len(verdict.warnings) == 1, (verdict.problems, verdict.warnings)
+        assert json.loads((out / "config.json").read_text())["mapping"]["world_size"] == len(plan.files)
+        check_places(plan)
+        _every_byte_once(source, plan, index)
+        return decode(plan, index, out)
+
+
+def _small_tiles(source: Source, plan: Plan, out: Path) -> None:
+    small = out.with_name("tiles")
+    report = api.convert(source.folder, small, plan.options, Resources(workers=2, tile_rows=3), force=True)
+    assert report.tiles > len(plan.spans)
+    for file in (*(file.name for file in plan.files), "config.json"):
+        assert (out / file).read_bytes() == (small / file).read_bytes(), f"{file} depends on the size of the tiles"
+
+
+def _every_byte_once(source: Source, plan: Plan, index: api.Index) -> None:
+    counts, passes = bytes_read(plan, index)
+    assert all(times == 1 for times in passes.values()), f"read twice for the same maxima: {passes.most_common(1)}"
+    total = 0
+    for name, record in index.tensors.items():
+        places = [(record.shard, record.begin, record.nbytes)]
+        if index.assembled:
+            places = [(b.shard, b.begin, b.rows * b.cols * record.dtype.itemsize) for b in index.assembled[name].blocks]
+        seen = np.concatenate([counts[shard][begin : begin + size] for shard, begin, size in places])
+        times = int(name not in source.unread)
+        assert (seen == times).all(), f"{name}: bytes are read {seen.min()} to {seen.max()} times, not {times}"
+        total += seen.size * times
+    assert sum(int(count.sum()) for count in counts) == total, "bytes are read that belong to no tensor"
+    used, options = elements_used(plan), plan.options
+    named = names(source.recipe, source.family)
+    once = bool(getattr(all_quants()[options.quant], "row_bias_once", False))
+    for (role, _, _), name in named.items():
+        found = used.get(name, used.get(name.removesuffix("weight") + "qweight"))
+        wanted = layout.uses(
+            source.recipe, role, options.tp_size, split_embedding=options.use_parallel_embedding and options.tp_size > 1, once=once
+        )
+        if not wanted:
+            assert found is None, f"{name} is stored, though the embedding takes its place"
+            continue
+        assert found is not None, f"{name} is used nowhere"
+        assert (found == wanted).all(), f"{name}: elements are stored {found.min()} to {found.max()} times, not {wanted}"
+
+
+def _against_reference(source: Source, quant: str, made: Decoded) -> None:
+    """One rank against the modules put together here; names in `made` that nobody knows are an error too."""
+    recipe, family = source.recipe, source.family
+    wanted = {f"{module}.weight": array.float() for module, array in layout.modules(recipe, source.held).items()}
+    wanted |= {f"{module}.bias": array.float() for module, array in layout.modules(recipe, source.held, "_bias").items()}
+    for module, array in layout.plain(recipe, source.held).items():
+        norm = family.norm_add_one and array.dim() == 1
+        wanted[f"{module}.weight"] = array.float() + 1.0 if norm else array.float()
+    scale = "per_channel_scale" if any(t.dtype == torch.float8_e4m3fn for t in source.held.values()) else "weights_scaling_factor"
+    wanted |= {f"{module}.{scale}": array.float() for module, array in layout.modules(recipe, source.scales).items()}
+    for module, array in layout.inputs(source.inputs).items():
+        wanted[f"{module}.prequant_scaling_factor"] = array.float()
+    for name, got in made.got.items():
+        if name in made.derived:
+            continue
+        assert name in wanted, f"{name} was written, and spec says nothing of it"
+        want = wanted.pop(name).reshape(got.shape)
+        slack = made.error[name] + (want.abs() * 2.0**-10 if quant == "smoothquant" else 0.0)
+        worst = float(((got - want).abs() - slack).max())
+        assert worst <= 0, f"{name}: not the values that belong there, off by {worst:g} more than the format's error"
+    left = [name for name in wanted if name not in made.derived]
+    assert not left, f"{left[0]} is not in the checkpoint"
+
+
+def _against_single(source: Source, options: Options, single: Decoded, ranks: list[Decoded]) -> None:
+    """Slices of every tensor, put together, are the tensor of one rank: bit for bit unless a slice has a scale of its own."""
+    recipe, seen, first = source.recipe, set(), 0
+    split = options.embedding_sharding_dim if options.use_parallel_embedding else None
+    split = 0 if source.family.config_class == "gemma" else split
+    for stage in range(options.pp_size):
+        held = ranks[stage * options.tp_size : (stage + 1) * options.tp_size]
+        layers = {int(name.split(".")[2]) for name in held[0].got if ".layers." in name}
+        for name in held[0].got:
+            local = name.split(".")
+            if ".layers." in name:
+                local[2] = str(int(local[2]) + first)
+            whole = ".".join(local)
+            parts = [rank.got[name] for rank in held]
+            if name.endswith(("dense.bias", "proj.bias")) and options.quant in GROUPED[:2]:
+                assert not any(part.any() for part in parts[1:]), f"{name}: added on every rank"
+                parts = [parts[0]] * len(parts)
+            joined = layout.join(recipe, name, parts, moe_ep=max(1, options.moe_ep_size), split_embedding=split)
+            own = name in held[0].quantized and whole.split(".", 3)[-1].removesuffix(".weight") in layout.ROW_PARALLEL
+            if own and options.quant in ("int8", "int4", "fp8_rowwise"):
+                bounds = [rank.error[name] for rank in held]
+                bound = layout.join(recipe, name, bounds, moe_ep=max(1, options.moe_ep_size), split_embedding=split)
+                assert ((joined - single.got[whole]).abs() <= bound + single.error[whole]).all(), f"{whole}: slices hold other values"
+            else:
+                assert torch.equal(joined, single.got[whole]), f"{whole}: the joined slices of {len(held)} ranks are not the whole"
+            seen.add(whole)
+        first += len(layers)
+    assert seen == set(single.got) and first == LAYERS
