@@ -31,6 +31,7 @@ class Recipe:
         variant: what tells it from others of the family.
         without: roles that this model has not.
         alternative: takes the second pattern of a role that has two.
+        quants: those that its difference matters to; None for all.
         config: config.json beside the sizes.
     """
 
@@ -41,6 +42,7 @@ class Recipe:
     dtype: str = "float16"
     without: tuple[str, ...] = ("q_bias", "k_bias", "v_bias", "o_bias", "gate_bias", "up_bias", "down_bias")
     alternative: bool = False
+    quants: tuple[str, ...] | None = None
     experts: int = 0
     config: dict[str, Any] = field(default_factory=dict, hash=False)
 
@@ -67,22 +69,25 @@ RECIPES = (
     Recipe("llama"),
     Recipe("llama", "biases", without=(), config={"attention_bias": True, "mlp_bias": True}),
     Recipe("llama", "one-kv-head", kv=1, dtype="bfloat16"),
-    Recipe("llama", "tied", kv=4, dtype="float32", without=(*_NO_BIAS, "lm_head"), config={"tie_word_embeddings": True}),
+    Recipe(
+        "llama", "tied", kv=4, quants=("none", "smoothquant"), dtype="float32", without=(*_NO_BIAS, "lm_head"),
+        config={"tie_word_embeddings": True},
+    ),
     Recipe("llama-meta", vocab=36),
     Recipe("mistral", config={"sliding_window": None, "head_dim": SIZE}),
     Recipe("mixtral", experts=EXPERTS, without=(*_NO_BIAS, *_STACKED), config={"num_local_experts": EXPERTS, "num_experts_per_tok": 2}),
     Recipe(
-        "mixtral", "stacked", experts=EXPERTS, alternative=True, without=(*_NO_BIAS, *_APART),
+        "mixtral", "stacked", quants=("none", "int4"), experts=EXPERTS, alternative=True, without=(*_NO_BIAS, *_APART),
         config={"num_local_experts": EXPERTS, "num_experts_per_tok": 2},
     ),
     Recipe("qwen2", dtype="bfloat16", without=("o_bias",)),
-    Recipe("qwen2", "tied", without=("lm_head",), config={"tie_word_embeddings": True}),
+    Recipe("qwen2", "tied", quants=("none",), without=("lm_head",), config={"tie_word_embeddings": True}),
     Recipe("qwen3", dtype="bfloat16", config={"head_dim": SIZE}),
     Recipe("qwen3_moe", experts=EXPERTS, without=_STACKED, config=_QWEN3_MOE),
-    Recipe("qwen3_moe", "stacked", experts=EXPERTS, without=_APART, config=_QWEN3_MOE),
+    Recipe("qwen3_moe", "stacked", quants=("none", "int8"), experts=EXPERTS, without=_APART, config=_QWEN3_MOE),
     Recipe("phi3"),
     Recipe("gemma", without=("lm_head",), config=_GEMMA),
-    Recipe("gemma", "head-copied", config=_GEMMA),
+    Recipe("gemma", "head-copied", quants=("none",), config=_GEMMA),
     Recipe("gemma2", dtype="bfloat16", config=_GEMMA),
     Recipe("granite", config={"embedding_multiplier": 12.0, "attention_multiplier": 0.5, "residual_multiplier": 0.2}),
     Recipe("internlm", dtype="float32", without=(), config={"bias": True}),

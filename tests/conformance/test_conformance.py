@@ -35,6 +35,7 @@ CASES = [
     pytest.param(recipe, quant, run, id=f"{recipe}-{quant}-{run.name}")
     for recipe in RECIPES
     for quant in all_quants()
+    if recipe.quants is None or quant in recipe.quants
     for number, run in enumerate(RUNS.get(quant, ()))
     if not number or (recipe.family in EVERY_RUN and not recipe.variant)
     if recipe.family in FAMILIES and run.options.get("target_version", "1.2") in FAMILIES[recipe.family].versions
