@@ -2,7 +2,7 @@
 
 A file is an 8-byte little-endian length, a JSON object of that length, and the data. The reader is stricter than the
 stock one: whatever it accepts, stock reads the same. It walks the bytes with one bounded regular expression per tensor
-instead of building a JSON tree, so a hostile header of 100 MB is refused at its first wrong byte, in little memory,
+instead of building a JSON tree, so a hostile header is refused at its first wrong byte, in little memory (limits.py),
 and what JSON allows but no writer writes (duplicate keys, "-0", lone surrogates, nesting) has no way in.
 
 Spec: checkpoint §1.2 (byte layout of a rank file).
@@ -16,16 +16,26 @@ import re
 import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import NamedTuple, NoReturn
 
 from streamconv.checkpoint.dtypes import DTYPES, DType
+from streamconv.checkpoint.limits import (
+    MAX_ESCAPED,
+    MAX_METADATA,
+    MAX_METADATA_KEYS,
+    MAX_NAME,
+    MAX_SHAPES,
+    MAX_TENSORS,
+    STOCK_MAX_HEADER,
+)
+from streamconv.checkpoint.limits import MAX_HEADER as MAX_HEADER
 from streamconv.errors import CheckpointError, HeaderError, printable
 
-MAX_HEADER = 100_000_000
-"""The stock reader's limit."""
 _LIMIT = 1 << 63
 _FIRST_READ = 1 << 16
 _METADATA = "__metadata__"
+_SPLIT = "split the file into several shards"
 
 _WS = rb"[ \t\n\r]{0,256}"  # bounded, so that a hostile run of blanks fails at once
 _INT = rb"(?:0|[1-9][0-9]{0,19})"
@@ -101,13 +111,16 @@ def _read(fd: int, path: str) -> Header:
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode):
         raise CheckpointError(f"{printable(path)} is not a regular file")
-    data = bytearray(os.pread(fd, _FIRST_READ, 0))
-    stop = _data_start(data, status.st_size, path)  # refuses what is no header before the rest is read
-    while len(data) < stop:
-        more = os.pread(fd, min(stop - len(data), 1 << 24), len(data))
-        if not more:
-            break
-        data += more
+    first = os.pread(fd, _FIRST_READ, 0)
+    stop = _data_start(first, status.st_size, path)  # refuses what is no header before the rest is read
+    if len(first) >= stop:
+        return parse_header(first, status.st_size, path)
+    data, at = bytearray(stop), 0  # read into its place: never two copies of a long header
+    while at < stop:
+        got = os.preadv(fd, [memoryview(data)[at : at + (1 << 24)]], at)
+        if not got:
+            raise HeaderError(f"{printable(path)}: the file ends inside its header")
+        at += got
     return parse_header(data, status.st_size, path)
 
 
@@ -116,8 +129,10 @@ def _data_start(data: bytes | bytearray | memoryview, file_size: int, path: str)
     if file_size < 8 or len(data) < 8:
         raise HeaderError(f"{where}: {min(file_size, len(data))} bytes are too short for a safetensors file")
     length = int.from_bytes(data[:8], "little")
+    if length > STOCK_MAX_HEADER:
+        raise HeaderError(f"{where}: header length {length} is above the limit of {STOCK_MAX_HEADER}; no safetensors file?")
     if length > MAX_HEADER:
-        raise HeaderError(f"{where}: header length {length} is above the limit of {MAX_HEADER}; no safetensors file?")
+        raise HeaderError(f"{where}: a header of {length} bytes is above streamconv's own limit of {MAX_HEADER}", hint=_SPLIT)
     if 8 + length > file_size:
         raise HeaderError(f"{where}: header length {length} reaches past the end of the file ({file_size} bytes)")
     if length < 2 or data[8:9] != b"{":
@@ -141,13 +156,21 @@ def parse_header(
     stop = _data_start(data, file_size, shown)
     if len(data) < stop:
         raise HeaderError(f"{printable(shown)}: the file ends inside its header")
-    return _Parser(bytes(data[:stop]), file_size, printable(shown)).run()
+    text = data if len(data) == stop and not isinstance(data, memoryview) else bytes(data[:stop])
+    return _Parser(text, file_size, printable(shown)).run()
 
 
 class _Parser:
-    def __init__(self, text: bytes, file_size: int, where: str) -> None:
+    def __init__(self, text: bytes | bytearray, file_size: int, where: str) -> None:
         self.text, self.file_size, self.where = text, file_size, where
         self.shapes: dict[bytes, tuple[tuple[int, ...], int]] = {}  # few distinct shapes: share and check once
+        self.escaped = 0
+        # Inside a string these quotes would be escaped, so this counts tensors (or a few strings that say just that).
+        self.within(text.count(b'"data_offsets"'), MAX_TENSORS + MAX_METADATA_KEYS, "tensors")
+
+    def within(self, count: int, limit: int, what: str) -> None:
+        if count > limit:
+            self.fail(f"the header has {count} {what}, above streamconv's own limit of {limit}", hint=_SPLIT)
 
     def run(self) -> Header:
         text, base = self.text, len(self.text)
@@ -162,13 +185,17 @@ class _Parser:
             found = match(text, pos)
             if found:
                 raw, dtype, shape, begin, end, separator = found.groups()
+                if len(raw) > MAX_NAME:
+                    self.too_long(pos, MAX_NAME)
                 try:
                     name = raw.decode()
                 except UnicodeDecodeError:
                     self.fail("a tensor name is not UTF-8", pos)
                 pos = found.end()
             else:
-                name, pos = self.string(self.blank(pos))
+                self.escaped += 1
+                self.within(self.escaped, MAX_ESCAPED, "names with escapes")
+                name, pos = self.string(self.blank(pos), MAX_NAME)
                 pos = self.blank(self.expect(b":", self.blank(pos)))
                 if name == _METADATA:
                     if metadata is not None:
@@ -190,6 +217,8 @@ class _Parser:
                 if name in tensors:
                     self.fail(f"duplicate tensor {printable(name)}")
                 tensors[name] = self.entry(name, dtype, shape, begin, end)
+                if len(tensors) > MAX_TENSORS:
+                    self.within(len(tensors), MAX_TENSORS, "tensors")
             elif found:
                 self.fail("__metadata__ must hold strings only")
         if self.blank(pos) != base:
@@ -213,6 +242,7 @@ class _Parser:
                 if dim >= _LIMIT or count >= _LIMIT:
                     self.fail(f"tensor {printable(name)} has an impossible shape")
             known = self.shapes[shape] = dims, count
+            self.within(len(self.shapes), MAX_SHAPES, "different shapes")
         first, last = int(begin), int(end)
         if last - first != known[1] * kind.itemsize:
             self.fail(
@@ -225,7 +255,9 @@ class _Parser:
     def tiled(self, tensors: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
         """In the order of the data, which the tensors must fill without hole or overlap."""
         at = len(self.text)
-        ordered = sorted(tensors.values(), key=lambda entry: entry[3:])
+        ordered = list(tensors.values())
+        ordered.sort(key=attrgetter("end"))  # two stable passes: by begin, then by end, without a tuple for each
+        ordered.sort(key=attrgetter("begin"))
         for entry in ordered:
             if entry.begin != at:
                 what = "overlaps the one before" if entry.begin < at else f"leaves a hole of {entry.begin - at} bytes"
@@ -235,20 +267,24 @@ class _Parser:
                 self.fail(f"tensor {printable(entry.name)} reaches past the end of the file (truncated download?)")
         if at != self.file_size:
             self.fail(f"{self.file_size - at} bytes after the last tensor")
+        tensors.clear()
         return {entry.name: entry for entry in ordered}
 
     def metadata(self, pos: int) -> tuple[dict[str, str], int]:
         values: dict[str, str] = {}
+        start = pos
         pos = self.blank(self.expect(b"{", pos, "__metadata__ must be an object"))
         if self.text[pos : pos + 1] == b"}":
             return values, pos + 1
         while True:
-            key, pos = self.string(self.blank(pos))
+            key, pos = self.string(self.blank(pos), MAX_METADATA)
             pos = self.blank(self.expect(b":", self.blank(pos)))
-            value, pos = self.string(pos, "__metadata__ must hold strings only")
+            value, pos = self.string(pos, MAX_METADATA, "__metadata__ must hold strings only")
             if key in values:
                 self.fail(f"duplicate key {printable(key)} in __metadata__")
             values[key] = value
+            self.within(len(values), MAX_METADATA_KEYS, "keys in __metadata__")
+            self.within(pos - start, MAX_METADATA, "bytes of __metadata__")
             after = _SEPARATOR.match(self.text, pos)
             if after is None:
                 self.fail("bad JSON, ',' or '}' expected", pos)
@@ -256,13 +292,15 @@ class _Parser:
             if after[1] == b"}":
                 return values, pos
 
-    def string(self, start: int, otherwise: str = "bad JSON, a string expected") -> tuple[str, int]:
+    def string(self, start: int, limit: int, otherwise: str = "bad JSON, a string expected") -> tuple[str, int]:
         pos = self.expect(b'"', start, otherwise)
         while self.text[pos : pos + 1] != b'"':
             found = _STRING_PART.match(self.text, pos)
             if found is None or found.end() == pos:
                 self.fail("bad JSON, a string does not end or holds a control character", start)
             pos = found.end()
+            if pos - start > limit + 1:
+                self.too_long(start, limit)
         pos += 1
         try:
             value: str = json.loads(self.text[start:pos].decode())
@@ -301,9 +339,12 @@ class _Parser:
                 self.fail(f"tensor {shown}: {key} must be a list of non-negative integers")
         self.fail(f"tensor {shown} is not well formed")
 
-    def fail(self, what: str, pos: int | None = None) -> NoReturn:
+    def too_long(self, pos: int, limit: int) -> NoReturn:
+        self.fail(f"a string is longer than streamconv's own limit of {limit} bytes", pos)
+
+    def fail(self, what: str, pos: int | None = None, hint: str | None = None) -> NoReturn:
         at = "" if pos is None else f" (at byte {pos})"
-        raise HeaderError(f"{self.where}: {what}{at}")
+        raise HeaderError(f"{self.where}: {what}{at}", hint=hint)
 
 
 def build_header(

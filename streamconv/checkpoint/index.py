@@ -15,6 +15,9 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from streamconv.checkpoint.dtypes import DType
+from streamconv.checkpoint.limits import MAX_CONFIG as MAX_CONFIG
+from streamconv.checkpoint.limits import MAX_CONTAINERS, MAX_TENSORS, MAX_WIDE_JSON
+from streamconv.checkpoint.limits import MAX_WEIGHT_MAP as MAX_WEIGHT_MAP
 from streamconv.checkpoint.meta import PARAMS, Assembled, assemble, is_meta, meta_files
 from streamconv.checkpoint.shard import Shard, open_regular
 from streamconv.checkpoint.torch_zip import TorchTensor, read_torch
@@ -24,8 +27,6 @@ _CONFIG = "config.json"
 WEIGHT_MAP = "model.safetensors.index.json"
 TORCH_WEIGHT_MAP = "pytorch_model.bin.index.json"
 _TORCH = (".bin", ".pth", ".pt")
-MAX_CONFIG = 16 << 20
-MAX_WEIGHT_MAP = 64 << 20
 
 
 class TensorRecord(NamedTuple):
@@ -162,7 +163,7 @@ def read_json(path: Path, limit: int, *, unique: bool = False) -> dict[str, Any]
         unique: refuse an object that has a key twice, where plain JSON reading keeps the last.
 
     Raises:
-        CheckpointError: not readable, larger than limit bytes, or no JSON object.
+        CheckpointError: not readable, larger than limit bytes or than limits.py allows, or no JSON object.
         TensorError: with unique, a key is there twice.
     """
     shown = printable(str(path))
@@ -181,7 +182,10 @@ def read_json(path: Path, limit: int, *, unique: bool = False) -> dict[str, Any]
         if size > limit:
             raise CheckpointError(f"{shown} has {size} bytes; at most {limit} are accepted")
         with os.fdopen(fd, "rb", closefd=False) as file:
-            text = file.read(limit + 1).decode()
+            raw = file.read(size)
+        _check_counts(raw, shown)
+        text = raw.decode()
+        del raw  # not two copies of a long text while it is parsed
         value = json.loads(text, object_pairs_hook=once if unique else None)
     except RecursionError:
         raise CheckpointError(f"{shown} is nested too deeply") from None
@@ -194,6 +198,18 @@ def read_json(path: Path, limit: int, *, unique: bool = False) -> dict[str, Any]
     if not isinstance(value, dict):
         raise CheckpointError(f"{shown} must hold a JSON object")
     return value
+
+
+def _check_counts(raw: bytes, shown: str) -> None:
+    """Nothing is built from a JSON text that could become many times its size."""
+    told = "above streamconv's own limit of"
+    containers, values = raw.count(b"{") + raw.count(b"["), raw.count(b",")
+    if containers > MAX_CONTAINERS:
+        raise CheckpointError(f"{shown} holds {containers} objects and lists, {told} {MAX_CONTAINERS}")
+    if values > MAX_TENSORS + MAX_CONTAINERS:
+        raise CheckpointError(f"{shown} holds {values} values, {told} {MAX_TENSORS} tensors")
+    if len(raw) > MAX_WIDE_JSON and not raw.isascii():
+        raise CheckpointError(f"{shown} has {len(raw)} bytes, {told} {MAX_WIDE_JSON} for a file that is not plain ASCII")
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
@@ -296,6 +312,8 @@ def read_tensors(
                 first = shards[found[name].shard].path.name
                 raise TensorError(f"tensor {printable(name)} is in two files, {printable(first)} and {printable(file)}")
             found[name] = TensorRecord(name, dtype, shape, number, begin, nbytes)
+        if len(found) > MAX_TENSORS:
+            raise CheckpointError(f"the checkpoint has over {MAX_TENSORS} tensors, which is streamconv's own limit")
     if weight_map is not None and len(found) != len(weight_map):
         name = next(name for name in weight_map if name not in found)
         file = weight_map[name]

@@ -5,6 +5,7 @@ Checkpoint spec §2.2, §2.6 - §2.9. Number spelling is kept (an integer stays 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -98,6 +99,13 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
+def _shown(value: Any) -> str:
+    """A value for a message; of lists and objects only the kind, for they can be of any size and depth."""
+    if isinstance(value, dict | list):
+        return "an object" if isinstance(value, dict) else "a list"
+    return printable(repr(value), 40)
+
+
 def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     """Read a Hugging Face config.json.
 
@@ -131,15 +139,15 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
             problems.append(f"{key} is missing")
             return 1
         if type(value) is not int or not 0 < value < 1 << 40:
-            problems.append(f"{key} is {printable(repr(value), 40)}, not a positive whole number")
+            problems.append(f"{key} is {_shown(value)}, not a positive whole number")
             return 1
         return value
 
     def number(key: str, fallback: float) -> float:
         value = raw.get(key)
         value = defaults.get(key, fallback) if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-            problems.append(f"{key} is {printable(repr(value), 40)}, not a number")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= sys.float_info.max:
+            problems.append(f"{key} is {_shown(value)}, not a number")
             return fallback
         return value
 
@@ -149,14 +157,14 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     def switch(key: str) -> bool | None:
         value = raw.get(key)
         if value is not None and not isinstance(value, bool):
-            problems.append(f"{key} is {printable(repr(value), 40)}, not true or false")
+            problems.append(f"{key} is {_shown(value)}, not true or false")
             return None
         return value
 
     def text(key: str) -> str | None:
         value = raw[key] if key in raw else defaults.get(key)
         if value is not None and not isinstance(value, str):
-            problems.append(f"{key} is {printable(repr(value), 40)}, not a name")
+            problems.append(f"{key} is {_shown(value)}, not a name")
             return None
         return value
 
@@ -175,7 +183,8 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     positions = whole("max_position_embeddings")
     eps = number("rms_norm_eps", 1e-06)
     act = text("hidden_act")
-    dtype = raw.get("torch_dtype", raw.get("dtype"))
+    dtype = text("torch_dtype" if "torch_dtype" in raw else "dtype")
+    model_type = text("model_type")
     switches = {key: switch(key) for key in ("bias", "attention_bias", "mlp_bias", "tie_word_embeddings")}
     for key in _FACTORS:
         if raw.get(key) is not None:
@@ -184,8 +193,8 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
         raise CheckpointError("config.json: " + "; ".join(problems))
     return ModelConfig(
         architecture=architecture,
-        model_type=str(raw.get("model_type", "")),
-        dtype=str(dtype).removeprefix("torch.") if dtype is not None else None,
+        model_type=model_type or "",
+        dtype=dtype.removeprefix("torch.") if dtype is not None else None,
         hidden_size=sizes["hidden_size"],
         num_hidden_layers=sizes["num_hidden_layers"],
         num_attention_heads=heads,
@@ -223,7 +232,7 @@ def _rope(raw: dict[str, Any], problems: list[str], number: Any) -> tuple[float,
     if scaling is None or scaling == {}:
         return theta, None
     if not isinstance(scaling, dict):
-        problems.append(f"rope_scaling is {printable(repr(scaling), 40)}, not an object")
+        problems.append(f"rope_scaling is {_shown(scaling)}, not an object")
         return theta, None
     if scaling.get("type", scaling.get("rope_type")) == "default":
         return theta, None
@@ -258,10 +267,10 @@ def from_meta(params: Mapping[str, Any], vocab_rows: int | None = None) -> Model
         raise CheckpointError("params.json: sizes must be positive, and below 2^40")
     theta, stated = params.get("rope_theta", 10000), params.get("rope_scaling")
     for key, value in (("norm_eps", eps), ("rope_theta", theta)):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-            raise CheckpointError(f"params.json: {key} is {printable(repr(value), 40)}, not a number")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= sys.float_info.max:
+            raise CheckpointError(f"params.json: {key} is {_shown(value)}, not a number")
     if stated is not None and not isinstance(stated, dict):
-        raise CheckpointError(f"params.json: rope_scaling is {printable(repr(stated), 40)}, not an object")
+        raise CheckpointError(f"params.json: rope_scaling is {_shown(stated)}, not an object")
     scaling = {"type": "llama3"} if params.get("use_scaled_rope") else stated
     return ModelConfig(
         architecture="LlamaForCausalLM",

@@ -79,6 +79,8 @@ def _ordered_dict(arguments: tuple[Any, ...]) -> dict[Any, Any]:
 
 def _size(arguments: tuple[Any, ...]) -> tuple[int, ...]:
     (sizes,) = arguments
+    if type(sizes) not in (list, tuple):  # a text of 16 MB must not become a tuple of letters
+        raise TypeError
     return _whole(tuple(sizes))
 
 

@@ -11,15 +11,12 @@ import struct
 from typing import Any, NamedTuple
 
 from streamconv.checkpoint.dtypes import DType
+from streamconv.checkpoint.limits import MAX_PICKLE, MAX_PICKLE_STEPS, MAX_ZIP_DIRECTORY, MAX_ZIP_ENTRIES
 from streamconv.checkpoint.pickle_records import read_pickle
 from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.torch_names import Storage, TensorView
 from streamconv.errors import CheckpointError, TensorError, printable
 
-_MOST_PICKLE = 64 << 20
-_MOST_DIRECTORY = 64 << 20
-_MOST_ENTRIES = 500_000
-_STEPS, _STEPS_PER_ENTRY = 1_000_000, 200
 _END, _END64 = struct.Struct("<4s4H2IH"), struct.Struct("<4sQ2H2I4Q")
 _LOCATOR, _ENTRY, _LOCAL = struct.Struct("<4sIQI"), struct.Struct("<4s6H3I5H2I"), struct.Struct("<4s5H3I2H")
 _WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
@@ -75,8 +72,8 @@ def read_torch(shard: Shard) -> TorchFile:
         order = _content(shard, shown, prefix + "byteorder", entries, 16)
         if order != b"little":
             raise CheckpointError(f"{shown}: byteorder {printable(order.decode(errors='replace'))} is not supported")
-    pickled = _content(shard, shown, pickles[0], entries, _MOST_PICKLE)
-    root = read_pickle(pickled, shown, _STEPS + _STEPS_PER_ENTRY * len(entries))
+    pickled = _content(shard, shown, pickles[0], entries, MAX_PICKLE)
+    root = read_pickle(pickled, shown, MAX_PICKLE_STEPS)
     places: dict[str, tuple[int, int]] = {}
     tensors: dict[str, TorchTensor] = {}
     for name, view in _state_dict(root, shown).items():
@@ -124,7 +121,7 @@ def _directory(shard: Shard, shown: str) -> tuple[bytes, dict[str, _Entry]]:
             limit = end64
     if begin + length != limit:
         raise broken
-    if length > _MOST_DIRECTORY or count > _MOST_ENTRIES or count * _ENTRY.size > length:
+    if length > MAX_ZIP_DIRECTORY or count > MAX_ZIP_ENTRIES or count * _ENTRY.size > length:
         raise CheckpointError(f"{shown}: a zip directory of {length} bytes for {count} entries is not accepted")
     directory = _read(shard, begin, limit)
     return directory, _entries(directory, count, begin, shown, broken)

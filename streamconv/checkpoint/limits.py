@@ -1,0 +1,41 @@
+"""How much of a source's own description is accepted: bounds on headers, index files and configs, never on weights.
+
+Whatever a file says, it is read or refused in about a second and in less than 256 MiB. The bounds are far above every
+checkpoint known (the largest have about 200,000 tensors, and headers and index files of 24 MB) and are checked on the raw
+bytes, before anything is built from them.
+"""
+
+from __future__ import annotations
+
+STOCK_MAX_HEADER = 100_000_000
+"""What the stock safetensors reader takes, bytes."""
+MAX_HEADER = 32 << 20
+"""Bytes of a safetensors header."""
+MAX_TENSORS = 250_000
+"""Tensors of one file, of an index file, and of a whole checkpoint."""
+MAX_SHAPES = 20_000
+"""Distinct shapes in a file; a real one has some dozens."""
+MAX_ESCAPED = 10_000
+"""Tensors of a header whose name holds an escape (or that stand far apart); no writer makes any."""
+MAX_NAME = 65_536
+"""Bytes of a tensor name."""
+MAX_METADATA_KEYS = 10_000
+MAX_METADATA = 4 << 20
+"""Bytes of `__metadata__`."""
+
+MAX_CONFIG = 4 << 20
+"""Bytes of config.json or params.json."""
+MAX_WEIGHT_MAP = 32 << 20
+"""Bytes of an index file."""
+MAX_CONTAINERS = 50_000
+"""Objects and lists of a JSON file; an index file has three."""
+MAX_WIDE_JSON = 4 << 20
+"""Bytes of a JSON file that is not plain ASCII: one other letter makes a text up to four times as large."""
+
+MAX_PICKLE = 16 << 20
+"""Bytes of data.pkl in a PyTorch file; about 200 for each tensor."""
+MAX_PICKLE_STEPS = 1_000_000
+"""Opcodes of data.pkl; about 40 for each tensor, so some 25,000 tensors a file."""
+MAX_ZIP_ENTRIES = 50_000
+MAX_ZIP_DIRECTORY = 16 << 20
+"""Bytes of a PyTorch file's zip directory."""
