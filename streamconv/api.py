@@ -230,7 +230,8 @@ def _convert(
             if backends and workers is None:
                 workers = device.slots(budget.processors(), len(backends)) * len(backends)
             base = memory.resident() + hub.memory_of(index) + pinned
-            shares = budget.share(resources.memory_budget, workers, base, dearest(plan, costs))
+            best = device.BEST_ARENA if backends else budget.BEST_ARENA
+            shares = budget.share(resources.memory_budget, workers, base, dearest(plan, costs), best)
             rings: list[device.Ring] = []
             if backends:
                 shares, rings = _share_devices(backends, plan, shares, resources, costs)

@@ -19,7 +19,8 @@ from streamconv.stages.read import spare_bytes_per_row
 MARGIN = 24 * MIB
 """Left free for thread stacks, allocator slack and Python objects of tiles in flight."""
 
-_BEST_ARENA = 16 * MIB
+BEST_ARENA = 4 * MIB
+"""More makes a CPU slower: the bytes of a tile then leave the cache between read, encode and write."""
 _ROUNDING = 64 * 1024
 
 
@@ -91,7 +92,9 @@ def processors() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def share(budget: int | None, workers: int | None, base: int, costs: dict[str, TileCost]) -> Shares:
+def share(
+    budget: int | None, workers: int | None, base: int, costs: dict[str, TileCost], best: int = BEST_ARENA
+) -> Shares:
     """Divide a budget.
 
     Args:
@@ -99,6 +102,7 @@ def share(budget: int | None, workers: int | None, base: int, costs: dict[str, T
         workers: threads, None chooses.
         base: bytes resident before the first tile.
         costs: source name -> the cost of its dearest span.
+        best: bytes of an arena that more would not make faster.
 
     Raises:
         BudgetError: not even one worker with the smallest tile fits; names the tensor and the smallest budget that works.
@@ -118,5 +122,5 @@ def share(budget: int | None, workers: int | None, base: int, costs: dict[str, T
     room = total - base - MARGIN
     wanted = workers if workers is not None else min(8, 2 * processors())
     count = max(1, min(wanted, room // max(need, 1), room // (2 * MIB) or 1))
-    best = max(_BEST_ARENA, need)
+    best = max(best, need)
     return Shares(total, base, MARGIN, count, min(best, room // count))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 import time
@@ -22,7 +23,7 @@ from streamconv.quants.base import Findings
 from streamconv.results import Results
 from streamconv.resume import believe
 from streamconv.stages.encode import Request, encode, is_copy, requests, row_costs
-from streamconv.stages.read import read_rows, spare_bytes_per_row
+from streamconv.stages.read import give_back, read_rows, spare_bytes_per_row
 
 if TYPE_CHECKING:
     import numpy as np
@@ -201,8 +202,10 @@ class Pool:
                 self._take_tiles(number, slot.arena, slot, lambda: None)
                 return
             # mapped and not allocated: all of it goes back to the system as soon as nothing refers to it
-            mapped = mmap.mmap(-1, max(self.shares.arena, mmap.PAGESIZE))
-            give_back = functools.partial(mapped.madvise, mmap.MADV_REMOVE)
+            mapped = mmap.mmap(-1, max(self.shares.arena, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            with contextlib.suppress(OSError, AttributeError):  # a kernel without huge pages
+                mapped.madvise(mmap.MADV_HUGEPAGE)
+            give_back = functools.partial(mapped.madvise, mmap.MADV_DONTNEED)
             self._take_tiles(number, np.frombuffer(mapped, np.uint8), None, give_back)
         except Stop:
             pass
@@ -260,6 +263,8 @@ class Pool:
         block = read_rows(self.shards, span, tile.start, tile.stop, arena, arena[size : size + spare])
         now = time.monotonic()
         spent["read"] = now - began
+        if span.reduce is None:  # else a later pass reads them again
+            give_back(self.shards, span, tile.start, tile.stop)
         self.consumed(tile.span, source_rows)
         if span.reduce is not None:
             self._reduce(span, source_rows, block, slot)

@@ -21,6 +21,7 @@ from streamconv.checkpoint.header import Header, read_header
 from streamconv.errors import CheckpointError, SourceChangedError, printable
 
 _ROWS_PER_CALL = 256  # two vectors a row stay below IOV_MAX, which is 1024 on Linux
+_SAMPLE = 16
 _SMALL_GAP = 4096  # reading over a gap up to a page is cheaper than one more call
 
 
@@ -64,11 +65,12 @@ def open_regular(path: Path) -> int:
 class Shard:
     """A source file. Safe to read from many threads; close() only when nobody reads any more."""
 
-    __slots__ = ("_fd", "_identity", "_lock", "path")
+    __slots__ = ("_cold", "_fd", "_identity", "_lock", "path")
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._fd = -1
+        self._cold = False
         self._identity: Identity | None = None
         self._lock = threading.Lock()
 
@@ -99,6 +101,8 @@ class Shard:
                 if self._identity not in (None, now):
                     os.close(fd)
                     raise self._changed("was replaced or changed")
+                if self._identity is None:
+                    self._cold = not _mostly_cached(fd, now.size)
                 self._identity, self._fd = now, fd
             return self._fd
 
@@ -182,13 +186,14 @@ class Shard:
         self.read_into(begin, buffer)
         yield memoryview(buffer).toreadonly()
 
-    def drop_cache(self, begin: int, end: int) -> None:
-        """Tell the kernel that these bytes are not needed again: what we read once must not push others out."""
-        self._advise(begin, end, os.POSIX_FADV_DONTNEED)
+    def give_back(self, begin: int, end: int) -> None:
+        """These bytes are not needed again: out of the page cache with them, if it was us who brought them in.
 
-    def will_need(self, begin: int, end: int) -> None:
-        """Tell the kernel to start reading these bytes."""
-        self._advise(begin, end, os.POSIX_FADV_WILLNEED)
+        What we read once must not push others out; and pages that are used again at once cost less than fresh ones.
+        """
+        if self._cold and end > begin and self._fd >= 0:
+            with contextlib.suppress(OSError):  # advice only; some file systems take none
+                os.posix_fadvise(self._fd, begin, end - begin, os.POSIX_FADV_DONTNEED)
 
     def check_unchanged(self) -> None:
         """Compare the file, by path and by descriptor, with what was first opened.
@@ -228,16 +233,24 @@ class Shard:
                     views = views[1:]
                 views = [views[0][got:], *views[1:]]
 
-    def _advise(self, begin: int, end: int, advice: int) -> None:
-        if end > begin:
-            with contextlib.suppress(OSError):  # advice only; some file systems take none
-                os.posix_fadvise(self.fileno(), begin, end - begin, advice)
-
     def _changed(self, what: str) -> SourceChangedError:
         return SourceChangedError(
             f"source file {printable(str(self.path))} {what}",
             hint="the source must not change while it is read; check the disk, then run again",
         )
+
+
+def _mostly_cached(fd: int, size: int) -> bool:
+    """Whether most of a file is in the page cache, by a sample; True where the system does not tell."""
+    here = 0
+    for place in range(_SAMPLE):
+        try:
+            here += os.preadv(fd, [bytearray(1)], size * (2 * place + 1) // (2 * _SAMPLE), os.RWF_NOWAIT)
+        except BlockingIOError:
+            pass
+        except (OSError, AttributeError):
+            return True
+    return 2 * here >= _SAMPLE
 
 
 def _identity(status: os.stat_result) -> Identity:

@@ -5,10 +5,10 @@ What runs on a device is the torch definition of each encoding: the bytes are th
 
 from streamconv.device.choice import HOST_COST, Choice, choose, parse, visible
 from streamconv.device.ring import DeviceLost, Job, Ring, Slot
-from streamconv.device.sizing import Demand, NoRoom, Sizes, demand, fit, pinned_size, reserve, slots
+from streamconv.device.sizing import BEST_ARENA, Demand, NoRoom, Sizes, demand, fit, pinned_size, reserve, slots
 
 __all__ = [
     "HOST_COST", "Choice", "choose", "parse", "visible",
-    "Demand", "NoRoom", "Sizes", "demand", "fit", "pinned_size", "reserve", "slots",
+    "BEST_ARENA", "Demand", "NoRoom", "Sizes", "demand", "fit", "pinned_size", "reserve", "slots",
     "DeviceLost", "Job", "Ring", "Slot",
 ]  # fmt: skip

@@ -16,6 +16,8 @@ LANES = 2
 HALVES = 2
 """Buffers of a slot: one is copied in while the other is computed."""
 
+BEST_ARENA = 16 * MIB
+"""Pinned host memory of a slot that more would not make faster."""
 _BEST_CHUNK = 8 * MIB
 _LEAST_CHUNK = 256 * KIB
 _ROUNDING = 4 * MIB

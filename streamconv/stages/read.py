@@ -80,6 +80,24 @@ def read_rows(shards: Sequence[Shard], span: Span, start: int, stop: int, buffer
     return spare[: size // 2]
 
 
+def give_back(shards: Sequence[Shard], span: Span, start: int, stop: int) -> None:
+    """Take rows [start, stop) of the source out of the page cache, unless they were there before this run.
+
+    Packed stripes are left alone: their pages hold parts of the next stripes.
+    """
+    source = span.source
+    if not isinstance(source, SourceTensor) or isinstance(source, PackedTensor):
+        return
+    first, itemsize = 0, source.dtype.itemsize
+    for piece in source.pieces:
+        low, high, row = max(start, first), min(stop, first + piece.rows), span.row_bytes
+        if source.axis == 1:
+            low, high, first, row = start, stop, 0, piece.cols * itemsize
+        if low < high:
+            shards[piece.shard].give_back(piece.begin + (low - first) * row, piece.begin + (high - first) * row)
+        first += piece.rows
+
+
 def spare_bytes_per_row(span: Span) -> int:
     """Extra buffer a source row needs for its row operation or for unpacking."""
     if isinstance(span.source, PackedTensor):

@@ -48,9 +48,6 @@ class Tapped(Disk):
         for fd in list(self.fds):
             self.close(fd)
 
-    def allocate(self, fd: int, size: int) -> None:
-        self._tap("allocate", super().allocate, fd, size)
-
     def truncate(self, fd: int, size: int) -> None:
         self._tap("truncate", super().truncate, fd, size)
 

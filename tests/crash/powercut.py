@@ -120,11 +120,11 @@ class Model:
             self._open[number] = folder.now[last]
             if empty:
                 folder.now[last].pending.append(("cut", 0, b""))
-        elif name in ("pwrite", "allocate", "truncate"):
+        elif name in ("pwrite", "truncate"):
             target = self._open[args[0]]
             assert isinstance(target, File)
             data = args[2] if name == "pwrite" else b""
-            target.pending.append(({"pwrite": "write", "allocate": "grow", "truncate": "cut"}[name], args[1], data))
+            target.pending.append(({"pwrite": "write", "truncate": "cut"}[name], args[1], data))
         elif name in ("sync", "sync_data"):
             self._open[args[0]].sync()
         elif name == "mkdir":

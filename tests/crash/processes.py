@@ -93,12 +93,12 @@ class Slow(Disk):
     def __init__(self, marker: Path) -> None:
         self.marker, self.inside = marker, False
 
-    def allocate(self, fd: int, size: int) -> None:
+    def truncate(self, fd: int, size: int) -> None:
         if not self.inside:
             os.close(os.open(self.marker, os.O_CREAT | os.O_EXCL))  # fails if another run is at work
             self.inside = True
         time.sleep(0.02)
-        super().allocate(fd, size)
+        super().truncate(fd, size)
 
     def rename(self, old: Path, new: Path) -> None:
         os.unlink(self.marker)

@@ -160,11 +160,44 @@ def test_permission_denied(path: Path) -> None:
         Shard(path).fileno()
 
 
-def test_advice(path: Path) -> None:
-    with Shard(path) as shard:
-        shard.will_need(0, 5000)
-        shard.drop_cache(0, 5000)
-        shard.drop_cache(5, 5)
+def _cached(path: Path, offset: int) -> bool:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        return os.preadv(fd, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(fd)
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    """4 MiB, on the disk and out of the page cache."""
+    path = tmp_path / "large"
+    path.write_bytes(bytes(4 << 20))
+    fd = os.open(path, os.O_RDWR)
+    os.fsync(fd)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(fd)
+    if _cached(path, 1 << 20):
+        pytest.skip("this file system keeps its pages")
+    return path
+
+
+def test_what_was_read_is_given_back(large: Path) -> None:
+    with Shard(large) as shard:
+        shard.read_into(0, bytearray(4 << 20))
+        assert _cached(large, 1 << 20)
+        shard.give_back(0, 4 << 20)
+        assert not _cached(large, 1 << 20)
+
+
+def test_what_was_there_before_stays(large: Path) -> None:
+    large.read_bytes()
+    with Shard(large) as shard:
+        shard.read_into(0, bytearray(4 << 20))
+        shard.give_back(0, 4 << 20)
+    assert _cached(large, 1 << 20)
 
 
 def test_many_threads_open_once(path: Path) -> None:
