@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from streamconv import manifest
+from streamconv import hub, manifest
 from streamconv.checkpoint.header import read_header
 from streamconv.checkpoint.shard import Shard
 from streamconv.errors import StreamconvError, VerifyError, printable
@@ -66,7 +66,7 @@ def verify(
 
     Args:
         out: the folder.
-        source: the checkpoint it was made from; every tensor is then decoded and compared.
+        source: the checkpoint it was made from; every tensor is then decoded and compared. A model of the Hub is downloaded.
         progress: called with bytes done.
         with_tensorrt_llm: its own reader has to accept every rank too; `reader` in the verdict then says what it did.
 
@@ -107,7 +107,7 @@ def verify(
     if source is not None and not verdict.problems:
         if told is None:
             raise VerifyError(f"--source needs {manifest.NAME}, which says how the checkpoint was made")
-        _against_source(folder, Path(source), told, verdict, progress)
+        _against_source(folder, hub.local_folder(source), told, verdict, progress)
     if with_tensorrt_llm:
         from streamconv.tensorrt_llm_reader import read_ranks
 

@@ -58,19 +58,19 @@ def with_ranges(
     if options.activation_ranges is not None:
         raise UsageError("--activation-ranges and --text exclude each other: ranges that are given are not measured again")
     from streamconv.calibrate.child import calibrate_apart
-    from streamconv.checkpoint.index import open_index
     from streamconv.fs import check_free, check_place
+    from streamconv.hub import local_folder, open_source
     from streamconv.targets.trtllm.planner import check_options, check_request
 
     check_options(options)
-    with contextlib.closing(open_index(Path(source))) as index:
+    with contextlib.closing(open_source(source)) as index:
         check_request(index, options)
     check_place(out, Path(source))
     check_free(out, force)  # before hours of work
     ranges = ranges_path(out)
     dtype, loop = measured_in(options)
     arguments = {
-        "model": str(source),
+        "model": str(local_folder(source)),
         "out": str(ranges),
         **dataclasses.asdict(samples),
         "dtype": dtype,

@@ -16,6 +16,7 @@ from streamconv.checkpoint.index import Index, open_index
 from streamconv.checkpoint.model_config import ModelConfig, from_hf
 from streamconv.errors import BudgetError, CheckpointError, UsageError
 from streamconv.fs import explained
+from streamconv.hub import local_folder
 from streamconv.memory import MIB, show_size
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def calibrate(
     input of each channel, output of each channel, and weight of each row (quantization spec §6.3).
 
     Args:
-        model: Hugging Face folder with tokenizer.
+        model: Hugging Face folder with tokenizer, or a model of the Hub, which is downloaded.
         out: safetensors file to write.
         text: see `texts.load_texts`.
         samples, max_length: how many samples, how many tokens of each.
@@ -76,7 +77,7 @@ def calibrate(
         raise UsageError(f"--dtype {dtype} is not one of {', '.join(DTYPES)}")
     if batch_size < 1 or max_length < 1 or samples == 0:
         raise UsageError("--samples, --max-length and --batch-size must be at least 1")
-    index = open_index(Path(model))
+    index = open_index(local_folder(model))
     try:
         return _Run(index, Path(out), batch_size, dtype, loop, device, memory_budget).measure(text, samples, max_length, reuse, progress)
     finally:

@@ -75,6 +75,8 @@ def convert(
 
     if quiet or as_json:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if text and hub_keep == "none":
+        raise UsageError("--hub-keep none and --text exclude each other: calibration reads the model before the conversion does")
 
     asked = dataclasses.replace(
         resources(memory_budget, workers, device, device_memory_budget), hub_keep=hub_keep, on_device_loss=on_device_loss
@@ -143,6 +145,7 @@ def plan(
     """Show what convert would do, from the headers alone."""
     from streamconv import api
     from streamconv.cli import plan_view
+    from streamconv.hub import cache_need
 
     asked = resources(memory_budget, workers, device, device_memory_budget)
     index, made = api.open_and_plan(model, Options(**values))
@@ -150,7 +153,8 @@ def plan(
         if write_config:
             given = {"memory_budget": memory_budget, "workers": workers, "device": device, "device_memory_budget": device_memory_budget}
             recipe_option.write(write_config, model, out, made.options, given, index)
-        plan_view.show(made, api.foresee(made, asked), api.costs_of(made), api.choose_device(made, asked).why, out, as_json)
+        device_why = api.choose_device(made, asked).why
+        plan_view.show(made, api.foresee(made, asked), api.costs_of(made), device_why, out, as_json, cache_need(index))
     finally:
         index.close()
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,22 @@ def content(plan: Plan, shares: Shares, costs: list[TileCost], out: str | None) 
     }
 
 
-def show(plan: Plan, shares: Shares, costs: list[TileCost], device: str, out: str | None, as_json: bool) -> None:
-    """Print a plan."""
+def show(
+    plan: Plan,
+    shares: Shares,
+    costs: list[TileCost],
+    device: str,
+    out: str | None,
+    as_json: bool,
+    cache: Mapping[str, int] | None = None,
+) -> None:
+    """Print a plan.
+
+    Args:
+        cache: see `hub.cache_need`.
+    """
     told = content(plan, shares, costs, out) | {"device": device}
+    told["disk"]["cache"] = cache
     if as_json:
         dump(told)
         return
@@ -66,5 +80,8 @@ def show(plan: Plan, shares: Shares, costs: list[TileCost], device: str, out: st
     print(f"device   {device}")
     enough = "enough" if disk["enough"] else "NOT ENOUGH"
     print(f"disk     {show_size(disk['free'])} free, {show_size(disk['need'])} needed: {enough}")
+    if cache is not None:
+        more = f"{show_size(cache['all'])} more, with --hub-keep none at most {show_size(cache['none'])}"
+        print(f"cache    {show_size(cache['free'])} free, the download needs {more}")
     for warning in plan.warnings:
         print(f"warning: {warning}")

@@ -6,7 +6,9 @@ endpoint, offline mode and resumed downloads are those of huggingface_hub, which
 
 from __future__ import annotations
 
+import contextlib
 import os
+from pathlib import Path
 
 from streamconv.checkpoint.index import (
     MAX_CONFIG,
@@ -20,19 +22,54 @@ from streamconv.checkpoint.index import (
     read_weight_map,
     weight_files,
 )
+from streamconv.checkpoint.meta import PARAMS
 from streamconv.errors import CheckpointError
-from streamconv.hub.repo import listing, named, note_revision, small_file
-from streamconv.hub.shard import HubShard
+from streamconv.fs import free_space
+from streamconv.hub.repo import check_content, download, listing, named, note_revision, small_file
+from streamconv.hub.shard import AT_A_TIME, HubShard
 
 _CONFIG = "config.json"
 MEMORY = 48 << 20
 """What two downloads at a time hold, outside of the tiles."""
+_BESIDE = (".json", ".model", ".txt", ".jinja", ".tiktoken")
+"""What goes with the weights: configuration and tokenizer."""
 _SMALL = (_CONFIG, "quantize_config.json", "quant_config.json", "hf_quant_config.json")
 
 
 def memory_of(index: Index) -> int:
     """Bytes that downloading takes beside the tiles; 0 for a local source."""
     return MEMORY if any(isinstance(shard, HubShard) for shard in index.shards) else 0
+
+
+def cache_need(index: Index) -> dict[str, int] | None:
+    """Disk that a conversion takes in the cache beside its output, bytes; None for a local source.
+
+    Returns:
+        "all" and "none": what the cache gets at most, by --hub-keep; "free": what is free there.
+    """
+    remote = [shard for shard in index.shards if isinstance(shard, HubShard)]
+    if not remote:
+        return None
+    missing = sorted((shard.file.size for shard in remote if not shard.path.exists()), reverse=True)
+    return {"all": sum(missing), "none": sum(missing[:AT_A_TIME]), "free": free_space(remote[0].path.parent)}
+
+
+def local_folder(source: str | os.PathLike[str]) -> Path:
+    """The source as a folder (or file) of this machine: a model of the Hub is downloaded whole, with its tokenizer.
+
+    Raises:
+        HubError: the Hub did not give it. CheckpointError: it is no model, or in a layout that is not read from the Hub.
+    """
+    hub = named(source)
+    if hub is None:
+        return Path(source)
+    with contextlib.closing(open_source(source)) as index:
+        weights = {shard.file.name for shard in index.shards if isinstance(shard, HubShard)}
+        repo, files = listing(hub[0], index.root.name)
+        for name, file in files.items():
+            if name in weights or name.endswith(_BESIDE):
+                check_content(repo, file, download(repo, file, shown=name in weights))
+        return index.root
 
 
 def open_source(source: str | os.PathLike[str]) -> Index:
@@ -47,6 +84,11 @@ def open_source(source: str | os.PathLike[str]) -> Index:
     # The Xet client buffers gigabytes outside of any budget; plain HTTP does not. HF_HUB_DISABLE_XET=0 brings it back.
     os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
     repo, files = listing(*hub)
+    if _CONFIG not in files and PARAMS in files:
+        raise CheckpointError(
+            f"{repo} is in Meta's layout, which is converted from a local folder only",
+            hint=f"hf download {repo.name} --revision {repo.commit} --local-dir FOLDER, then convert FOLDER",
+        )
     if _CONFIG not in files:
         raise CheckpointError(f"missing config.json in {repo}", hint="is it a transformers model?")
     note_revision(repo, hub[1])

@@ -10,7 +10,7 @@ from streamconv import memory
 from streamconv.checkpoint.shard import Shard
 from streamconv.errors import HubError, printable
 from streamconv.fs import free_space
-from streamconv.hub.shard import HubShard
+from streamconv.hub.shard import AT_A_TIME, HubShard
 from streamconv.journal import Done
 from streamconv.plan import Plan, SourceTensor
 
@@ -54,7 +54,7 @@ class Fetch:
         if not self._order:
             return
         missing = sorted((shard.file.size for shard in self._order if not shard.path.exists()), reverse=True)
-        need, folder = sum(missing if self.keep == "all" else missing[:2]), self._order[0].path.parent
+        need, folder = sum(missing if self.keep == "all" else missing[:AT_A_TIME]), self._order[0].path.parent
         if need > free_space(folder):
             raise HubError(
                 f"no space for the download: {memory.show_size(need)} needed, {memory.show_size(free_space(folder))} free"

@@ -4,9 +4,43 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 from streamconv.errors import HubError, StreamconvError, printable
+
+Result = TypeVar("Result")
+_TRIES = 3
+_WAIT = 1.0
+"""Seconds before the second try; doubled before the third. A server that says Retry-After is obeyed."""
+_LONGEST = 60.0
+"""A longer Retry-After is the user's to wait for."""
+
+
+def patiently(call: Callable[[], Result]) -> Result:
+    """Call, and again after a failure that may pass: a cut connection, 429, 5xx.
+
+    Raises:
+        HubError: it did not pass; also whatever `call` raises itself.
+    """
+    wait = _WAIT
+    for attempt in range(_TRIES):
+        try:
+            return call()
+        except HubError as error:
+            asked = retry_after(error.__cause__)
+            if attempt == _TRIES - 1 or not passing(error.__cause__) or (asked or 0.0) > _LONGEST:
+                raise
+        time.sleep(wait if asked is None else asked)
+        wait *= 2
+    raise AssertionError
+
+
+def retry_after(error: BaseException | None) -> float | None:
+    """Seconds that the server wants to be left alone, None if it does not say a number."""
+    value = getattr(getattr(error, "response", None), "headers", {}).get("Retry-After")
+    return float(value) if value is not None and value.isdecimal() else None
 
 
 def passing(error: BaseException | None) -> bool:
@@ -51,7 +85,9 @@ def _told(error: Exception, repo: str, revision: str | None, file: str | None) -
     if status == 404:
         return HubError(f"{what} is not on the Hub")
     if status == 429:
-        return HubError(f"the Hub has too many requests from here (status 429) for {what}", hint=f"wait some minutes; {login}")
+        seconds = retry_after(cause)
+        wait = f"wait {seconds:.0f} s" if seconds else "wait some minutes"
+        return HubError(f"the Hub has too many requests from here (status 429) for {what}", hint=f"{wait}; {login}")
     if status is not None:
         return HubError(f"the Hub answers {what} with status {status}", hint="try again later")
     first = printable((str(cause).strip() or type(cause).__name__).splitlines()[0])

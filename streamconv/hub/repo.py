@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from streamconv.errors import CheckpointError, HubError, printable
-from streamconv.hub.problems import explained
+from streamconv.errors import CheckpointError, HubError, SourceChangedError, printable
+from streamconv.hub.problems import explained, patiently
 
 _NAME = re.compile(r"(?:hf://)?([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w][\w./-]*))?")
 _CONFIG = "config.json"
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 class RepoFile(NamedTuple):
@@ -53,9 +54,12 @@ def listing(name: str, revision: str | None) -> tuple[Repo, dict[str, RepoFile]]
     import huggingface_hub
     from huggingface_hub.errors import OfflineModeIsEnabled
 
-    try:
+    def ask() -> huggingface_hub.ModelInfo:
         with explained(name, revision):
-            info = huggingface_hub.HfApi().model_info(name, revision=revision, files_metadata=True, timeout=30)
+            return huggingface_hub.HfApi().model_info(name, revision=revision, files_metadata=True, timeout=30)
+
+    try:
+        info = patiently(ask)
     except HubError as error:
         if isinstance(error.__cause__, OfflineModeIsEnabled):
             return _cached(name, revision)
@@ -137,3 +141,14 @@ def download(repo: Repo, file: RepoFile, shown: bool) -> Path:
             hint="remove that file and run again",
         )
     return path
+
+
+def check_content(repo: Repo, file: RepoFile, path: Path) -> None:
+    """A file of the cache must be the one that was listed: there it bears its ETag, for a large file the SHA-256 of the listing.
+
+    Raises:
+        SourceChangedError: it is another one.
+    """
+    held = path.resolve().name
+    if _SHA256.fullmatch(file.oid) and _SHA256.fullmatch(held) and held != file.oid:
+        raise SourceChangedError(f"{repo}/{printable(file.name)}: its content has changed since the Hub listed it", hint="run again")

@@ -5,23 +5,21 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import threading
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamconv.checkpoint.header import MAX_HEADER, Header, parse_header
 from streamconv.checkpoint.shard import Identity, Shard
 from streamconv.errors import HubError, SourceChangedError, StreamconvError, printable
-from streamconv.hub.problems import explained, passing
-from streamconv.hub.repo import Repo, RepoFile, download
+from streamconv.hub.problems import explained, patiently
+from streamconv.hub.repo import Repo, RepoFile, check_content, download
 
 if TYPE_CHECKING:
     from streamconv.hub.fetch import Fetch
 
+AT_A_TIME = 2
+"""Shards in the cache at most, with --hub-keep none: the one that is read and the next."""
 _HEAD = 1 << 16
-_TRIES = 3
-_WAIT = 1.0
-"""Seconds before the second try of a range request; doubled before the third."""
 
 
 class HubShard(Shard):
@@ -66,14 +64,14 @@ class HubShard(Shard):
         with self._downloading:
             if self._failed is not None:
                 raise self._failed  # once is enough for all workers
-            if self._there():
-                return
             try:
-                download(self.repo, self.file, shown=True)
+                if not self._there():
+                    download(self.repo, self.file, shown=True)
+                    self.ours = True
+                check_content(self.repo, self.file, self.path)
             except StreamconvError as error:
                 self._failed = None if ahead else error
                 raise
-            self.ours = True
 
     def free(self) -> None:
         """Remove the file, if this run downloaded it; a later read asks for ranges again."""
@@ -113,17 +111,12 @@ class HubShard(Shard):
             return self._head[begin:end]
         if begin >= end:
             return b""
-        wait = _WAIT
-        for attempt in range(_TRIES):
-            try:
-                with explained(self.repo.name, self.repo.commit, self.file.name):
-                    return self._request(begin, end)
-            except HubError as error:
-                if attempt == _TRIES - 1 or not passing(error.__cause__):
-                    raise
-            time.sleep(wait)
-            wait *= 2
-        raise AssertionError
+
+        def once() -> bytes:
+            with explained(self.repo.name, self.repo.commit, self.file.name):
+                return self._request(begin, end)
+
+        return patiently(once)
 
     def _request(self, begin: int, end: int) -> bytes:
         import huggingface_hub.utils
@@ -173,10 +166,6 @@ class HubShard(Shard):
         for view in views:
             view[:] = data[at : at + len(view)]
             at += len(view)
-
-    def _advise(self, begin: int, end: int, advice: int) -> None:
-        if self._fd >= 0:
-            super()._advise(begin, end, advice)
 
     def _changed(self, what: str) -> SourceChangedError:
         return SourceChangedError(f"{self.repo}/{printable(self.file.name)} {what}", hint="run again")

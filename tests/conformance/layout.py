@@ -11,6 +11,8 @@ from tests.conformance.recipes import EXPERTS, HEADS, LAYERS, SIZE, Key, Recipe
 
 Array = torch.Tensor
 Get = Callable[[str, int, int], Array | None]
+ADD_ONE = ("gemma", "gemma2")
+"""Families whose norms are stored as value + 1 (spec §6.5)."""
 ROW_PARALLEL = ("attention.dense", "mlp.proj")
 
 _VECTORS = {

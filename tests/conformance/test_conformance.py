@@ -22,7 +22,7 @@ from streamconv.quants import all_quants
 from streamconv.verify import verify
 from tests.conformance import layout
 from tests.conformance.output import Decoded, bytes_read, check_places, decode, elements_used
-from tests.conformance.recipes import LAYERS, RECIPES, Recipe, names
+from tests.conformance.recipes import LAYERS, RECIPES, Recipe, names, values, write
 from tests.conformance.sources import RUNS, Run, Source, make
 
 FAMILIES = {family.name: family for family in all_families()}
@@ -88,6 +88,16 @@ def test_every_role_is_in_a_recipe() -> None:
         optional = {role for role in family.tensors if role.endswith("_bias")} if family.name != "llama" else set()
         missing = sorted(set(family.tensors) - used - optional)
         assert not missing, f"{family.name}: no recipe has {', '.join(missing)}"
+
+
+@pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if not recipe.variant], ids=str)
+def test_no_tensor_is_left_out_silently(recipe: Recipe, tmp_path: Path) -> None:
+    family = FAMILIES[recipe.family]
+    name = names(recipe, family)["o", 1, -1].removesuffix("weight") + "surprise"
+    held = {names(recipe, family)[key]: value for key, value in values(recipe, family).items()}
+    write(recipe, family, tmp_path / "in", held | {name: torch.zeros(2, 2)})
+    with pytest.raises(TensorError, match=f"unexpected tensor {name}"):
+        api.open_and_plan(tmp_path / "in", Options())
 
 
 @pytest.mark.parametrize(("recipe", "quant", "run"), CASES)
@@ -174,11 +184,11 @@ def _every_byte_once(source: Source, plan: Plan, index: api.Index) -> None:
 
 def _against_reference(source: Source, quant: str, made: Decoded) -> None:
     """One rank against the modules put together here; names in `made` that nobody knows are an error too."""
-    recipe, family = source.recipe, source.family
+    recipe = source.recipe
     wanted = {f"{module}.weight": array.float() for module, array in layout.modules(recipe, source.held).items()}
     wanted |= {f"{module}.bias": array.float() for module, array in layout.modules(recipe, source.held, "_bias").items()}
     for module, array in layout.plain(recipe, source.held).items():
-        norm = family.norm_add_one and array.dim() == 1
+        norm = recipe.family in layout.ADD_ONE and array.dim() == 1
         wanted[f"{module}.weight"] = array.float() + 1.0 if norm else array.float()
     scale = "per_channel_scale" if any(t.dtype == torch.float8_e4m3fn for t in source.held.values()) else "weights_scaling_factor"
     wanted |= {f"{module}.{scale}": array.float() for module, array in layout.modules(recipe, source.scales).items()}

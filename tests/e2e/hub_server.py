@@ -13,6 +13,8 @@ from typing import Any
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 REPO = "org/tiny"
+LARGE = (".safetensors", ".bin", ".pth")
+"""Kept apart and found by a redirect."""
 
 
 class Hub:
@@ -21,6 +23,9 @@ class Hub:
     Attributes:
         served: file name -> bytes of it sent.
         whole: names of files asked for without a range.
+        asked: files and pages that were asked for, as paths without the query.
+        tokens: host -> Authorization headers that it got, "" for none.
+        moods: (path piece, status, headers), each answered once, the first that fits.
         fail: path piece -> (status, X-Error-Code) answered for it.
         begun: told of each whole transfer before its first byte.
         cuts: file name -> after how many bytes the next whole transfer is cut.
@@ -33,6 +38,9 @@ class Hub:
         self.ranges: list[tuple[str, str]] = []
         self.fail: dict[str, tuple[int, str]] = {}
         self.cuts: dict[str, int] = {}
+        self.asked: list[str] = []
+        self.tokens: dict[str, set[str]] = {}
+        self.moods: list[tuple[str, int, dict[str, str]]] = []
         self.gets = 0
         self.begun: Callable[[str], object] = lambda name: None
         hub = self
@@ -81,6 +89,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, _: bool) -> None:
         path = self.path.split("?")[0]
+        self.hub.asked.append(path)
+        self.hub.tokens.setdefault(self.headers["Host"].split(":")[0], set()).add(self.headers.get("Authorization") or "")
+        for mood in self.hub.moods:
+            if mood[0] in path and (self.command == "GET" or "blobs" not in mood[0]):
+                self.hub.moods.remove(mood)
+                return self._send(mood[1], mood[2], b"{}")
         for piece, (status, code) in self.hub.fail.items():
             if piece in path:
                 return self._error(status, code)
@@ -102,14 +116,14 @@ class _Handler(BaseHTTPRequestHandler):
         for file in sorted(self.hub.folder.iterdir()):
             data = file.read_bytes()
             told: dict[str, Any] = {"rfilename": file.name, "size": len(data), "blobId": hashlib.sha1(data).hexdigest()}
-            if file.suffix == ".safetensors":
+            if file.suffix in LARGE:
                 told["lfs"] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
             siblings.append(told)
         return {"id": REPO, "modelId": REPO, "sha": SHA, "private": False, "tags": [], "downloads": 0, "siblings": siblings}
 
     def _file(self, name: str) -> None:
         data = (self.hub.folder / name).read_bytes()
-        large = name.endswith(".safetensors")
+        large = name.endswith(LARGE)
         etag = (hashlib.sha256 if large else hashlib.sha1)(data).hexdigest()
         headers = {"X-Repo-Commit": SHA, "ETag": f'"{etag}"'}
         if large:
