@@ -1,0 +1,73 @@
+"""Running the command against the loopback Hub."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import save_file
+
+from tests import tiny
+from tests.e2e.hub_server import LARGE, Hub
+
+ROOT = Path(__file__).resolve().parents[2]
+PARTS = 4
+
+
+def sharded(folder: Path) -> Path:
+    """The tiny model in four shards, in the order of its layers."""
+    folder.mkdir(parents=True)
+    weights = tiny.tensors()
+    names, parts = list(weights), {}
+    for number in range(PARTS):
+        chosen = names[number * len(names) // PARTS : (number + 1) * len(names) // PARTS]
+        parts |= dict.fromkeys(chosen, file := f"model-{number + 1:05d}-of-{PARTS:05d}.safetensors")
+        save_file({name: weights[name] for name in chosen}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": parts}))
+    (folder / "config.json").write_text(json.dumps(tiny.config()))
+    return folder
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    served = Hub(sharded(tmp_path / "remote"))
+    yield served
+    served.close()
+
+
+def run(hub: Hub, tmp_path: Path, *arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
+    """The command in its own process: huggingface_hub reads its variables once."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    env = kept | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT), "NO_PROXY": "*", "no_proxy": "*"}
+    command = [sys.executable, "-m", "streamconv", *arguments]
+    return subprocess.run(command, env=env | changes, capture_output=True, text=True, timeout=240, cwd=tmp_path)
+
+
+def weights(names: Iterator[str] | list[str]) -> list[str]:
+    return [name for name in names if name.endswith(LARGE)]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".safetensors", ".json")}
+
+
+def on_disk(folder: Path) -> int:
+    """Bytes of all files in it, a link counted as none."""
+    found = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                told = os.lstat(os.path.join(place, name))
+                found += told.st_size if stat.S_ISREG(told.st_mode) else 0
+    return found
+
+
+def cached(tmp_path: Path) -> list[Path]:
+    return [path for path in (tmp_path / "home").rglob("*") if path.is_file() and path.stat().st_size > 20_000]
