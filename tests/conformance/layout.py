@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from streamconv.options import Options
 from tests.conformance.recipes import EXPERTS, HEADS, LAYERS, SIZE, Key, Recipe
 
 Array = torch.Tensor
@@ -93,6 +94,13 @@ def plain(recipe: Recipe, held: Mapping[Key, Array]) -> dict[str, Array]:
             if (role, layer, -1) in held:
                 found[f"transformer.layers.{layer}.{module}"] = held[role, layer, -1]
     return found
+
+
+def shared(recipe: Recipe, options: Options) -> bool:
+    """Whether 0.16 finds lm_head in the embedding, so that it is not stored (spec §3.6, §6.2, §6.5)."""
+    if options.target_version != "0.16" or options.pp_size > 1 or not recipe.tied:
+        return False
+    return recipe.family in ADD_ONE or (recipe.family == "qwen2" and options.tp_size == 1)
 
 
 def inputs(held: Mapping[Key, Array]) -> dict[str, Array]:

@@ -27,6 +27,7 @@ class Run:
         source: "float", "gptq", "awq", "modelopt" or "fbgemm": how the linear layers of the source are stored.
         options: beside sizes and paths.
         ranges: it needs activation ranges.
+        everywhere: families differ in it, so that each goes through it, and not only through the first.
     """
 
     name: str
@@ -34,18 +35,25 @@ class Run:
     source: str = "float"
     bits: int = 4
     ranges: bool = False
+    everywhere: bool = False
 
 
 _SMOOTH = [dict(per_channel=channel, per_token=token) for channel in (False, True) for token in (False, True)]
+_WEIGHT_ONLY = (
+    Run("sm90", {"target_sm": 90, "dtype": "bfloat16"}),
+    Run("sm90-for-0.16", {"target_sm": 90, "target_version": "0.16"}),
+    Run("raw", {"encoding": "raw"}),
+)
 RUNS: dict[str, tuple[Run, ...]] = {
     "none": (
         Run("plain"),
+        Run("for-0.16", {"target_version": "0.16"}, everywhere=True),
         Run("kv-fp8", {"kv_cache": "fp8", "dtype": "bfloat16"}, ranges=True),
         Run("kv-int8", {"kv_cache": "int8"}, ranges=True),
         Run("parallel-embedding", {"use_parallel_embedding": True, "embedding_sharding_dim": 1}),
     ),
-    "int8": (Run("sm80", {"target_sm": 80}), Run("sm90", {"target_sm": 90, "dtype": "bfloat16"}), Run("raw", {"encoding": "raw"})),
-    "int4": (Run("sm80", {"target_sm": 80}), Run("sm90", {"target_sm": 90, "dtype": "bfloat16"}), Run("raw", {"encoding": "raw"})),
+    "int8": (Run("sm80", {"target_sm": 80}), *_WEIGHT_ONLY),
+    "int4": (Run("sm80", {"target_sm": 80}), *_WEIGHT_ONLY),
     "smoothquant": tuple(Run(f"{sum(o.values())}{o['per_token']:d}", {**o, "dtype": "float16"}, ranges=True) for o in _SMOOTH),
     "fp8": (Run("kv", {"kv_cache": "fp8"}, ranges=True),),
     "fp8_rowwise": (Run("all"), Run("recipe", {"use_meta_fp8_rowwise_recipe": True}), Run("fbgemm", source="fbgemm")),
