@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from streamconv.checkpoint.dtypes import DType
 from streamconv.checkpoint.limits import MAX_CONFIG as MAX_CONFIG
-from streamconv.checkpoint.limits import MAX_CONTAINERS, MAX_TENSORS, MAX_WIDE_JSON
+from streamconv.checkpoint.limits import MAX_CONTAINERS, MAX_FILES, MAX_TENSORS, MAX_WIDE_JSON
 from streamconv.checkpoint.limits import MAX_WEIGHT_MAP as MAX_WEIGHT_MAP
 from streamconv.checkpoint.meta import PARAMS, Assembled, assemble, is_meta, meta_files
 from streamconv.checkpoint.shard import Shard, open_regular
@@ -239,7 +239,10 @@ def read_weight_map(path: Path, present: Collection[str] | None = None) -> dict[
         raise CheckpointError(f"{shown} has no weight_map")
     if not all(isinstance(value, str) for value in listed.values()):
         raise CheckpointError(f"{shown}: weight_map must map tensor names to file names")
-    for name in sorted(set(listed.values())):
+    files = set(listed.values())
+    if len(files) > MAX_FILES:
+        raise CheckpointError(f"{shown} names {len(files)} files, above streamconv's own limit of {MAX_FILES}")
+    for name in sorted(files):
         _check_plain(name, shown)
         if present is None:
             _check_inside(folder, name, shown)
@@ -299,6 +302,8 @@ def read_tensors(
 ) -> dict[str, TensorRecord]:
     """What the headers of the files say, checked against the index file if there is one."""
     found: dict[str, TensorRecord] = {}
+    if len(shards) > MAX_FILES:
+        raise CheckpointError(f"the checkpoint has {len(shards)} weight files, above streamconv's own limit of {MAX_FILES}")
     for number, shard in enumerate(shards):
         file = shard.path.name
         for name, dtype, shape, begin, nbytes in _held(shard, number, digests):

@@ -27,6 +27,8 @@ MAX_CONFIG = 4 << 20
 """Bytes of config.json or params.json."""
 MAX_WEIGHT_MAP = 32 << 20
 """Bytes of an index file."""
+MAX_FILES = 4096
+"""Weight files of a checkpoint; the largest known have some hundreds."""
 MAX_CONTAINERS = 50_000
 """Objects and lists of a JSON file; an index file has three."""
 MAX_WIDE_JSON = 4 << 20
@@ -34,8 +36,10 @@ MAX_WIDE_JSON = 4 << 20
 
 MAX_PICKLE = 16 << 20
 """Bytes of data.pkl in a PyTorch file; about 200 for each tensor."""
-MAX_PICKLE_STEPS = 1_000_000
-"""Opcodes of data.pkl; about 40 for each tensor, so some 25,000 tensors a file."""
+MAX_PICKLE_STEPS = 700_000
+"""Opcodes of data.pkl; about 36 for each tensor, so some 19,000 tensors a file."""
+MAX_PICKLE_CALLS = 60_000
+"""Objects that data.pkl builds; two for each tensor, four for each parameter."""
 MAX_ZIP_ENTRIES = 50_000
 MAX_ZIP_DIRECTORY = 16 << 20
 """Bytes of a PyTorch file's zip directory."""

@@ -11,6 +11,7 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
+from streamconv.checkpoint.limits import MAX_PICKLE_CALLS
 from streamconv.checkpoint.torch_names import Name, Storage, allowed
 from streamconv.errors import CheckpointError, printable
 
@@ -48,6 +49,7 @@ class _Machine:
         self.data, self.shown, self.at = data, shown, 0
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
+        self.calls = 0
 
     def run(self, most_steps: int) -> Any:
         table = _OPCODES
@@ -62,7 +64,7 @@ class _Machine:
             if step is None:
                 raise self.refused(f"the pickle opcode {_opcode_name(code)}")
             step(self)
-        raise CheckpointError(f"{self.shown}: data.pkl takes more than {most_steps} steps; that is no list of weights")
+        raise CheckpointError(f"{self.shown}: data.pkl takes more than {most_steps} steps, streamconv's own limit")
 
     def refused(self, what: str) -> CheckpointError:
         return CheckpointError(
@@ -149,6 +151,9 @@ class _Machine:
             raise TypeError
         if target.build is None:
             raise self.refused(f"a call of {target.name}")
+        self.calls += 1
+        if self.calls > MAX_PICKLE_CALLS:
+            raise CheckpointError(f"{self.shown}: data.pkl builds over {MAX_PICKLE_CALLS} objects, streamconv's own limit")
         self.push(target.build(arguments))
 
     def build(self) -> None:

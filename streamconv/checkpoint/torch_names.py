@@ -5,6 +5,7 @@ ValueError and TypeError mean arguments that torch never writes; the caller says
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -50,9 +51,10 @@ _STORAGES = {
     "Byte": "uint8",
     "Bool": "bool",
 }
-_MOST_DIMENSIONS = 64
+_MOST_DIMENSIONS = 16
 
 
+@functools.lru_cache(64)
 def allowed(module: str, name: str) -> Name | None:
     """What the global module.name stands for, or None if weights have no use for it."""
     if module == "torch._utils" and name in _BUILDERS:
