@@ -1,40 +1,62 @@
-"""Time streamconv against `cp -r SRC DST && sync`, alternating, cold and warm, and sample memory over time.
+"""Timing two commands against each other: alternating runs, a cold or a warm page cache, memory sampled over time.
 
-    python benchmarks/paired.py MODEL --work FOLDER [--jobs int8,int4,...] [--runs 5] [--out results.json]
-
-Every figure is a ratio of two runs next to each other, because machines are noisy; the median of the ratios is printed.
+Every figure is a ratio of two runs next to each other, because machines are noisy.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-JOBS: dict[str, list[str]] = {
-    "int8 tp1": ["--quant", "int8", "--target-sm", "80"],
-    "int4 tp1": ["--quant", "int4", "--target-sm", "80"],
-    "int8 tp4": ["--quant", "int8", "--target-sm", "80", "--tp-size", "4"],
-    "unquantized tp1": [],
-    "unquantized tp4": ["--tp-size", "4"],
-    "bf16 to fp16": ["--dtype", "float16"],
-}
-GOALS = {"int8 tp1": 1.0, "int4 tp1": 1.0, "int8 tp4": 1.1, "unquantized tp1": 1.15, "unquantized tp4": 1.15, "bf16 to fp16": 1.2}
+SAMPLE_SECONDS = 0.02
+
+
+@dataclass(frozen=True)
+class Command:
+    """What is timed: the arguments, with OUT where the output folder goes, and what the environment gets."""
+
+    name: str
+    arguments: Sequence[str]
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def streamconv(name: str, model: Path, flags: Sequence[str], budget: str = "512MiB") -> Command:
+    """One of our conversions."""
+    always = [sys.executable, "-m", "streamconv", "convert", str(model), "OUT", "--json", "--device", "cpu"]
+    return Command(name, [*always, "--memory-budget", budget, *flags])
+
+
+def copy(model: Path) -> Command:
+    """`cp -r` and `sync`: what moving the bytes costs."""
+    return Command("cp -r and sync", ["sh", "-c", f"cp -r '{model}' 'OUT' && sync"])
 
 
 def drop_caches() -> None:
     """Empty the page cache; needs root."""
     os.sync()
     Path("/proc/sys/vm/drop_caches").write_text("3\n")
+
+
+def warm_up(model: Path) -> None:
+    """Bring all files of a folder into the page cache."""
+    for path in sorted(model.iterdir()):
+        with path.open("rb", buffering=0) as file:
+            while file.read(1 << 24):
+                pass
+
+
+def size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def resident(pid: int) -> int:
@@ -48,92 +70,71 @@ def resident(pid: int) -> int:
         return 0
 
 
-def timed(command: list[str], sample: bool = True) -> dict[str, Any]:
-    """Run a command: seconds until its data is on the disk, exit status, memory over time."""
+def once(command: Command, model: Path, out: Path, cold: bool) -> dict[str, Any]:
+    """Run a command: seconds until its data is on the disk, memory over time, and what it printed as JSON.
+
+    Raises:
+        SystemExit: it failed.
+    """
+    shutil.rmtree(out, ignore_errors=True)
+    if cold:
+        drop_caches()
+    else:
+        os.sync()
+        warm_up(model)
     curve: list[tuple[float, int]] = []
+    arguments = [argument.replace("OUT", str(out)) for argument in command.arguments]
     began = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | command.environment)
     done = threading.Event()
 
     def watch() -> None:
-        while not done.wait(0.02):
+        while not done.wait(SAMPLE_SECONDS):
             curve.append((round(time.monotonic() - began, 3), resident(process.pid)))
 
     watcher = threading.Thread(target=watch, daemon=True)
-    if sample:
-        watcher.start()
-    out, err = process.communicate()
+    watcher.start()
+    printed, errors = process.communicate()
     done.set()
     os.sync()
     seconds = time.monotonic() - began
+    watcher.join()
     if process.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{out}\n{err}")
-    return {"seconds": seconds, "peak": max((size for _, size in curve), default=0), "curve": curve, "out": out}
+        raise SystemExit(f"{command.name} failed:\n{printed[-2000:]}\n{errors[-2000:]}")
+    told = json.loads(printed) if "--json" in command.arguments else {}
+    shutil.rmtree(out, ignore_errors=True)
+    return {"seconds": seconds, "peak": max((size for _, size in curve), default=0), "curve": curve, "told": told}
 
 
-def size_of(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--jobs", default=",".join(JOBS))
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--budget", default="512MiB")
-    parser.add_argument("--warm", action="store_true", help="leave the page cache alone")
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    args.work.mkdir(parents=True, exist_ok=True)
-    ours, theirs = args.work / "ours", args.work / "copy"
-    source = size_of(args.model)
-    results = []
-    for job in args.jobs.split(","):
-        ratios, seconds, copies, peaks = [], [], [], []
-        for run in range(args.runs + 1):
-            for folder in (ours, theirs):
-                shutil.rmtree(folder, ignore_errors=True)
-            pair = {}
-            for who in ("ours", "copy") if run % 2 else ("copy", "ours"):
-                if not args.warm:
-                    drop_caches()
-                command = [sys.executable, "-m", "streamconv", "convert", str(args.model), str(ours), "--json"]
-                command += [*JOBS[job], "--memory-budget", args.budget, "--force"]
-                if who == "copy":
-                    command = ["sh", "-c", f"cp -r '{args.model}' '{theirs}' && sync"]
-                pair[who] = timed(command)
-            if run == 0:
-                continue  # the first pair compiles kernels and is not counted
-            ratios.append(pair["ours"]["seconds"] / pair["copy"]["seconds"])
-            seconds.append(pair["ours"]["seconds"])
-            copies.append(pair["copy"]["seconds"])
-            peaks.append(pair["ours"]["peak"])
-        line = {
-            "job": job,
-            "cache": "warm" if args.warm else "cold",
-            "budget": args.budget,
-            "ratio": statistics.median(ratios),
-            "ratios": ratios,
-            "seconds": seconds,
-            "copy_seconds": copies,
-            "gb_per_s": source / 1e9 / statistics.median(seconds),
-            "peak_bytes": max(peaks),
-            "goal": GOALS.get(job),
-        }
-        results.append(line)
-        print(
-            f"{job:18s} {line['cache']} {statistics.median(seconds):6.2f} s  cp {statistics.median(copies):6.2f} s  "
-            f"ratio {line['ratio']:.2f} ({min(ratios):.2f}-{max(ratios):.2f}; goal {line['goal']})  "
-            f"{line['gb_per_s']:.2f} GB/s of source  peak {max(peaks) / 2**20:.0f} MiB",
-            flush=True,
-        )
-    for folder in (ours, theirs):
-        shutil.rmtree(folder, ignore_errors=True)
-    if args.out:
-        machine = {"cpu": platform.processor() or platform.machine(), "cores": len(os.sched_getaffinity(0)), "kernel": platform.release()}
-        args.out.write_text(json.dumps({"machine": machine, "source_bytes": source, "results": results}, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+def pairs(ours: Command, other: Command, model: Path, work: Path, runs: int, cold: bool = True) -> dict[str, Any]:
+    """`runs` pairs, who goes first alternating, after one pair that is not counted (it compiles kernels and fills caches)."""
+    found: dict[str, list[dict[str, Any]]] = {"ours": [], "other": []}
+    for number in range(runs + 1):
+        for who in ("ours", "other") if number % 2 else ("other", "ours"):
+            run = once(ours if who == "ours" else other, model, work / who, cold)
+            if number:
+                found[who].append(run)
+    seconds = {who: [run["seconds"] for run in found[who]] for who in found}
+    ratios = [mine / theirs for mine, theirs in zip(seconds["ours"], seconds["other"], strict=True)]
+    middle = sorted(found["ours"], key=lambda run: run["seconds"])[runs // 2]
+    told = [run["told"] for run in found["ours"]]
+    return {
+        "job": ours.name,
+        "against": other.name,
+        "cache": "cold" if cold else "warm",
+        "ratio": statistics.median(ratios),
+        "ratios": ratios,
+        "seconds": seconds["ours"],
+        "other seconds": seconds["other"],
+        "peak bytes": max(run["peak"] for run in found["ours"]),
+        "other peak bytes": max(run["peak"] for run in found["other"]),
+        "source GB/s": size_of(model) / 1e9 / statistics.median(seconds["ours"]),
+        "source GB/s without start": statistics.median(
+            t["bytes_read"] / (t["profile"]["tiles"] + t["profile"]["sync"]) / 1e9 for t in told
+        ),
+        "bytes read": told[0]["bytes_read"],
+        "bytes written": told[0]["bytes_written"],
+        "profile of the median run": middle["told"]["profile"],
+        "memory curve": middle["curve"],
+        "other memory curve": sorted(found["other"], key=lambda run: run["seconds"])[runs // 2]["curve"],
+    }
