@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from streamconv.checkpoint.dtypes import F16
+from streamconv.checkpoint.header import MAX_HEADER, build_header
+from tests import tiny
 from tests.fuzz import hostile
 
 SECONDS = 1.0
 PEAK = 256 << 20
 
 
-def read(kind: str, path: Path) -> dict[str, Any]:
+def read(kind: str, path: Path, enough: float = SECONDS) -> dict[str, Any]:
     """What tests/fuzz/child.py says; a second look where a busy machine made the first one slow."""
     told: dict[str, Any] = {}
     for _ in range(3):
         done = subprocess.run([sys.executable, "-m", "tests.fuzz.child", kind, str(path)], capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
         told = json.loads(done.stdout.splitlines()[-1]) | {"shown": done.stderr}
-        if told["seconds"] < SECONDS:
+        if told["seconds"] < enough:
             break
     return told
 
@@ -50,3 +55,97 @@ def test_refused_quickly_in_little_memory(
     assert says in told["message"]
     assert len(told["message"]) < 1200 and "\n" not in told["message"]
     assert told["seconds"] < SECONDS and told["peak"] < PEAK and not told["torch"], told
+
+
+def _weights(**changed: np.ndarray[Any, Any]) -> Callable[[Path], object]:
+    return lambda model: tiny.write(model, tiny.tensors() | {name.replace("__", "."): array for name, array in changed.items()})
+
+
+def _config(**changed: Any) -> Callable[[Path], object]:
+    return lambda model: (model / "config.json").write_text(json.dumps(tiny.config(**changed)))
+
+
+def _instead(name: str, make: Callable[[Path], object]) -> Callable[[Path], object]:
+    def apply(model: Path) -> None:
+        (model / name).unlink()
+        make(model / name)
+
+    return apply
+
+
+def _outside(model: Path) -> None:
+    (model / "model.safetensors").rename(model.parent / "elsewhere.safetensors")
+    (model / "model.safetensors").symlink_to("../elsewhere.safetensors")
+    names = dict.fromkeys(tiny.tensors(), "model.safetensors")
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+
+
+def _many(settings: dict[str, Any], entry: bytes) -> Callable[[Path], object]:
+    def apply(model: Path) -> None:
+        _config(**settings)(model)
+        header = b"{" + b",".join(entry % number for number in range(hostile.MANY)) + b"}"
+        (model / "model.safetensors").write_bytes(hostile.pack(header))
+
+    return apply
+
+
+_NORM = "model__norm__weight"
+_EMPTY = b':{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
+_NEARLY = b'"model.layers.%d.input_layernorm.weigh"' + _EMPTY
+_MOE: dict[str, Any] = {"architectures": ["MixtralForCausalLM"], "num_experts_per_tok": 2}
+
+SOURCES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a name of 10,000 characters": (_weights(**{"a\n\x1b[31m" * 1250: np.zeros(3, np.float16)}), r"unexpected tensor a\n\x1b[31m"),
+    "a tensor of no elements": (_weights(**{_NORM: np.zeros(0, np.float16)}), "model.norm.weight: shape [0], config.json means [128]"),
+    "a tensor of no dimensions": (_weights(**{_NORM: np.zeros((), np.float16)}), "model.norm.weight: shape [], config.json means"),
+    "weights are a FIFO": (_instead("model.safetensors", os.mkfifo), "is a FIFO"),
+    "weights are a directory": (_instead("model.safetensors", Path.mkdir), "is a directory"),
+    "weights are a device": (_instead("model.safetensors", lambda path: path.symlink_to("/dev/zero")), "is a device"),
+    "config is a device": (_instead("config.json", lambda path: path.symlink_to("/dev/zero")), "is a device"),
+    "weights lie outside": (_outside, "leads out of the checkpoint folder"),
+    "weights link to themselves": (_instead("model.safetensors", lambda path: path.symlink_to(path.name)), "model.safetensors"),
+    "a billion layers": (_config(num_hidden_layers=10**9), "1000000000 layers, but the source holds only 21 tensors"),
+    "a billion experts": (_config(**_MOE, num_local_experts=10**9), "1000000000 experts in each of 2 layers"),
+    "a billion heads": (_config(num_attention_heads=10**9), "not a multiple of num_attention_heads"),
+    "a billion tokens": (_config(vocab_size=10**9), "model.embed_tokens.weight: shape [160, 128]"),
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_hostile_source_is_refused_quickly_on_one_line(name: str, tmp_path: Path) -> None:
+    spoil, says = SOURCES[name]
+    model = tiny.write(tmp_path / "model")
+    spoil(model)
+    told = read("plan", model)
+    assert told["status"] == 3 and told["error"] is None
+    assert says in told["shown"] and len(told["shown"]) < 1200 and told["shown"].count("\n") == 1
+    assert told["shown"][:-1].isprintable()
+    assert told["seconds"] < SECONDS and told["peak"] < PEAK and not told["torch"], told
+
+
+WIDE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "as many layers": (_many({"num_hidden_layers": hostile.MANY}, b'"%d"' + _EMPTY), "and many more"),
+    "names that are nearly right": (_many({"num_hidden_layers": 20_000}, _NEARLY), "and many more"),
+    "as many experts": (_many(_MOE | {"num_local_experts": 120_000}, b'"%d"' + _EMPTY), "and many more"),
+}
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_a_quarter_of_a_million_wrong_tensors_take_no_longer_than_right_ones(name: str, tmp_path: Path) -> None:
+    spoil, says = WIDE[name]
+    model = tiny.write(tmp_path / "model")
+    spoil(model)
+    told = read("plan", model, 5)
+    assert told["status"] == 3 and says in told["shown"] and told["shown"].count("\n") == 1
+    assert told["seconds"] < 5 and told["peak"] < PEAK and not told["torch"], told
+
+
+def test_200_000_tensors_in_one_file_are_no_trouble(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    entries = [(f"model.layers.{n // 3000}.mlp.experts.{n // 3}.{n % 3}_proj.weight.{'x' * 40}", F16, (1, 1)) for n in range(200_000)]
+    header, places = build_header(entries)
+    assert 25_000_000 < len(header) < MAX_HEADER
+    path.write_bytes(header)
+    os.truncate(path, max(end for _, end in places.values()))
+    told = read("header", path, 2)
+    assert told["error"] is None and told["seconds"] < 2 and told["peak"] < PEAK, told

@@ -9,6 +9,7 @@ from collections.abc import Mapping as MappingType
 
 from streamconv.checkpoint.dtypes import MODEL_DTYPES
 from streamconv.checkpoint.index import Index
+from streamconv.checkpoint.limits import MAX_TENSORS
 from streamconv.checkpoint.meta import output_rows
 from streamconv.checkpoint.model_config import ModelConfig, from_hf, from_meta
 from streamconv.checkpoint.quantized import source_quantization
@@ -73,6 +74,13 @@ def model_of(index: Index) -> tuple[ModelConfig, Family]:
     if model.num_hidden_layers > len(index.tensors):  # looking for every tensor of a million layers takes minutes
         raise CheckpointError(
             f"the config says {model.num_hidden_layers} layers, but the source holds only {len(index.tensors)} tensors"
+        )
+    stacked = max((t.shape[0] for t in index.tensors.values() if len(t.shape) == 3), default=0)
+    experts = model.num_experts * model.num_hidden_layers
+    if experts > MAX_TENSORS or (experts > len(index.tensors) and model.num_experts > stacked):
+        raise CheckpointError(
+            f"the config says {model.num_experts} experts in each of {model.num_hidden_layers} layers, but the source holds"
+            f" only {len(index.tensors)} tensors"
         )
     return model, family
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
+from streamconv.checkpoint.index import nearest
 from streamconv.errors import TensorError, printable
 from streamconv.families.base import Family
 from streamconv.matching import Key, example, match
 from streamconv.plan import PackedTensor, Piece, SourceTensor
 
 _SHOWN = 20
+_NEAREST = 10
+"""Missing tensors for which a similar name is looked for, which takes a while."""
+_ENOUGH = 1000
 
 _ATTENTION = {"q", "k", "v", "o", "qkv", "qkv_grouped"}
 _MLP = {"gate", "up", "down", "gate_up"}
@@ -46,8 +49,10 @@ class Roles:
         name = self.found.get((role, layer, expert))
         if name is None:
             wanted = example(self.family, role, layer, expert) if role in self.family.tensors else role
-            near = self._near(wanted)
+            near = nearest(wanted, self._unmatched[:2000]) if len(self.problems) < _NEAREST else None
             self.problems.append(f"missing tensor {wanted}" + (f" (nearest name: {printable(near)})" if near else ""))
+            if len(self.problems) > _ENOUGH:  # another model than the config's: no need to go through all of it
+                raise TensorError("; ".join([*self.problems[: 2 * _SHOWN], "and many more"]))
             return None
         tensor = self.tensors[name]
         self.used.add(name)
@@ -100,11 +105,6 @@ class Roles:
             if len(self.problems) > len(shown):
                 shown.append(f"and {len(self.problems) - len(shown)} more")
             raise TensorError("; ".join(shown))
-
-    def _near(self, wanted: str) -> str | None:
-        pool = self._unmatched[:2000]
-        close = difflib.get_close_matches(wanted, pool, 1, 0.6)
-        return close[0] if close else None
 
 
 def hstack(name: str, tensors: list[SourceTensor]) -> SourceTensor:
