@@ -20,6 +20,8 @@ BEST_ARENA = 16 * MIB
 """Pinned host memory of a slot that more would not make faster."""
 _BEST_CHUNK = 8 * MIB
 _LEAST_CHUNK = 256 * KIB
+_TINY = KIB
+"""Sources smaller than this are counted as a whole, not by the byte."""
 _ROUNDING = 4 * MIB
 """What torch's allocator rounds large requests up to, for each slot and lane."""
 
@@ -37,12 +39,14 @@ class Demand:
         out: bytes of output for each source byte.
         fixed: bytes of temporaries whatever the rows are.
         least: source bytes of the smallest tile.
+        small: bytes of output of sources of a few bytes, which no chunk is ever full of.
     """
 
     work: float = 0.0
     out: float = 0.0
     fixed: int = 0
     least: int = 0
+    small: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,27 +66,31 @@ class Sizes:
 
 def demand(spans: Iterable[Span], matrices: tuple[Matrix, ...]) -> Demand:
     """The dearest of all spans in each respect."""
-    work, out, fixed, least = 0.0, 0.0, 0, 0
+    work, out, fixed, least, small = 0.0, 0.0, 0, 0, 0
     seen = set()
     for span in spans:
         wanted = [request for request in requests(span, matrices) if not is_copy(request, span.source.dtype)]
-        key = (span.source.dtype, span.source.cols, span.align, span.reduce and span.reduce.bytes_per_element, tuple(wanted))
+        whole = min((span.stop - span.start) * span.row_bytes, _TINY)
+        key = (span.source.dtype, span.source.cols, span.align, span.reduce and span.reduce.bytes_per_element, whole, tuple(wanted))
         if key in seen or not (wanted or span.reduce):
             continue
         seen.add(key)
-        made = 0
+        made, each = 0, 0.0
         for request in wanted:
             encoding, cols = request[1], width(request)
             made += sum(part.row_bytes for part in encoding.parts(encoding.row_align, cols))
             gathered = cols * span.source.dtype.itemsize * (len(request[0]) > 1)
-            work = max(work, (gathered + cols * encoding.torch_bytes_per_element()) / span.row_bytes)
+            each = max(each, (gathered + cols * encoding.torch_bytes_per_element()) / span.row_bytes)
             fixed = max(fixed, encoding.torch_bytes_per_column() * cols)
         if span.reduce is not None:
-            work = max(work, span.source.cols * span.reduce.bytes_per_element / span.row_bytes)
+            each = max(each, span.source.cols * span.reduce.bytes_per_element / span.row_bytes)
             fixed = max(fixed, span.source.cols * span.reduce.bytes_per_column)
-        out = max(out, made / span.row_bytes)
         least = max(least, span.align * span.row_bytes)
-    return Demand(work, out, fixed, least)
+        if whole < _TINY:  # all of it is one tile: a value of 4 bytes may be a whole smoother on the device
+            fixed, small = max(fixed, int(each * whole)), max(small, made * whole // span.row_bytes)
+        else:
+            work, out = max(work, each), max(out, made / span.row_bytes)
+    return Demand(work, out, fixed, least, small)
 
 
 def reserve(free: int) -> int:
@@ -119,7 +127,7 @@ def fit(free: int, budget: int | None, wanted: int, need: Demand) -> Sizes:
 def _terms(slots: int, need: Demand) -> tuple[int, float]:
     """(bytes that do not depend on the chunk, bytes for each byte of it)."""
     lanes = min(LANES, slots)
-    fixed = lanes * (need.fixed + _ROUNDING) + slots * HALVES * (64 * KIB)
+    fixed = lanes * (need.fixed + _ROUNDING) + slots * HALVES * (64 * KIB + need.small)
     return fixed, slots * HALVES * (1 + need.out) + lanes * need.work
 
 

@@ -8,11 +8,15 @@ from pathlib import Path
 import pytest
 
 from streamconv import api, device
+from streamconv.checkpoint.dtypes import BF16, F16
 from streamconv.device import choice, sizing
 from streamconv.device.choice import Work
 from streamconv.errors import UsageError
 from streamconv.memory import GIB, KIB, MIB
 from streamconv.options import Options
+from streamconv.plan import PLAIN_ROWS, Blank, Dest, Matrix, SourceTensor, Span
+from streamconv.quants.smoothing import ColumnMaxima, Smoother
+from streamconv.quants.smoothquant import SmoothValue, SmoothWeight
 from tests import tiny
 
 NEEDS = [device.Demand(28, 0.6, 0, 16 * KIB), device.Demand(16, 1, 0, 2), device.Demand(48, 1, 4 * MIB, 64 * KIB), device.Demand()]
@@ -65,6 +69,25 @@ def test_demand_of_a_plan(tmp_path: Path) -> None:
         assert out <= need.out <= out + 0.05 and need.work >= 12 and need.least >= tiny.HIDDEN * 2
     plan = api.open_and_plan(tmp_path / "int8", Options())[1]
     assert device.demand(plan.spans, plan.matrices) == device.Demand()
+
+
+def test_smoothquant_of_a_wide_model_fits_two_gib() -> None:
+    """A stored smoother comes from a source of 4 bytes; its temporaries are no measure for the rows of a weight."""
+    smoother = Smoother("m", "w", None, "x", 0.5)  # type: ignore[arg-type]
+    weight = SmoothWeight(smoother, F16, None)
+    value = SmoothValue(smoother, "smoother", "smoother", (1, 11264), keep=(0, 11264), inputs=11264)
+    rows, blank = SourceTensor("w", BF16, (4096, 11264), ()), Blank("s")
+    matrices = tuple(Matrix(0, "w", 1, 1, 1, encoding, ()) for encoding in (weight, value))
+    spans = [
+        Span(rows, 0, 4096, PLAIN_ROWS, (), 64, ColumnMaxima("m")),
+        Span(rows, 0, 4096, PLAIN_ROWS, (Dest(0, 0, ((0, 11264),)),), 64),
+        Span(blank, 0, 1, PLAIN_ROWS, (Dest(1, 0, ((0, 1),)),), 1),
+    ]
+    need = device.demand(spans, matrices)
+    assert need.work == 24 and 0.5 < need.out < 0.51 and need.small == 4 * 11264
+    assert 96 * 11264 <= need.fixed <= 97 * 11264
+    sizes = device.fit(140 * GIB, 2 * GIB, 8, need)
+    assert sizes.slots == 8 and sizes.chunk >= 8 * MIB
 
 
 @pytest.mark.parametrize("text", ["gpu", "cuda:", "cuda:x", "cuda:0,cpu", "auto,cuda:0", "", "cuda:0,cuda:0"])
