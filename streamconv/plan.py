@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from math import lcm
 from typing import Protocol
@@ -299,7 +299,7 @@ class Plan:
         return digest.hexdigest()
 
 
-def align_of(encodings: list[Encoding], op: RowOp) -> int:
-    """Source rows that a tile must hold a multiple of."""
-    rows = lcm(*(encoding.row_align for encoding in encodings)) if encodings else 1
+def align_of(row_aligns: Collection[int], op: RowOp) -> int:
+    """Source rows that a tile must hold a multiple of, for encodings with these `row_align`."""
+    rows = lcm(*row_aligns)
     return lcm(op.source_rows(rows), op.block)

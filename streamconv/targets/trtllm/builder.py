@@ -197,8 +197,7 @@ class Builder:
         return ordered
 
     def _cut(self, source: Source, feeds: list[_Feed]) -> list[Span]:
-        cuts = {edge for feed in feeds for edge in (feed.start, feed.stop)}
-        edges = sorted(cuts)
+        edges = sorted({feed.start for feed in feeds} | {feed.stop for feed in feeds})
         spans = []
         for start, stop in itertools.pairwise(edges):
             active = [feed for feed in feeds if feed.start <= start and stop <= feed.stop]
@@ -207,11 +206,12 @@ class Builder:
             op = active[0].op
             if any(feed.op != op for feed in active):
                 raise AssertionError(f"{source.name}: two row operations on the same rows")
-            dests = tuple(Dest(feed.matrix, feed.row + op.out_rows(start - feed.start), feed.cols) for feed in active)
-            align = align_of([self._drafts[dest.matrix].encoding for dest in dests], op)
+            dests = tuple([Dest(feed.matrix, feed.row + op.out_rows(start - feed.start), feed.cols) for feed in active])
+            align = align_of({self._drafts[feed.matrix].encoding.row_align for feed in active}, op)
             spans.append(Span(source, start, stop, op, dests, align))
-        # a matrix is hashed while it is written, so its rows must come in order even where the source's do not
-        spans.sort(key=lambda span: min((dest.matrix, dest.row) for dest in span.dests))
+        if len(spans) > 1:
+            # a matrix is hashed while it is written, so its rows must come in order even where the source's do not
+            spans.sort(key=lambda span: min([(dest.matrix, dest.row) for dest in span.dests]))
         return spans
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import struct
 from collections.abc import Mapping as MappingType
 
@@ -39,8 +40,8 @@ def source_tensors(index: Index) -> dict[str, SourceTensor]:
         return found
     for name, record in index.tensors.items():
         shape = record.shape
-        tensor = SourceTensor(name, record.dtype, shape, ())
-        piece = Piece(record.shard, record.begin, tensor.rows, tensor.cols)
+        cols = shape[-1] if len(shape) > 1 else 1
+        piece = Piece(record.shard, record.begin, math.prod(shape[:-1]) if len(shape) > 1 else math.prod(shape), cols)
         found[name] = SourceTensor(name, record.dtype, shape, (piece,))
     return found
 

@@ -1,0 +1,86 @@
+"""Planning costs what the headers cost: a mixture of experts of 200,000 tensors."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+
+import pytest
+
+from streamconv.api import foresee, open_and_plan
+from streamconv.options import Options, Resources
+
+LAYERS, EXPERTS, HIDDEN, INTER = 64, 1040, 64, 64
+CONFIG = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "hidden_size": HIDDEN,
+    "intermediate_size": INTER,
+    "moe_intermediate_size": INTER,
+    "num_experts": EXPERTS,
+    "num_experts_per_tok": 8,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "norm_topk_prob": True,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 256,
+    "max_position_embeddings": 64,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+
+
+def _shapes() -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (256, HIDDEN), "lm_head.weight": (256, HIDDEN)}
+    shapes["model.norm.weight"] = (HIDDEN,)
+    for layer in range(LAYERS):
+        at = f"model.layers.{layer}."
+        shapes |= {at + "input_layernorm.weight": (HIDDEN,), at + "post_attention_layernorm.weight": (HIDDEN,)}
+        shapes |= {at + "self_attn.q_norm.weight": (16,), at + "self_attn.k_norm.weight": (16,)}
+        for name, rows, cols in (("q", 64, HIDDEN), ("k", 32, HIDDEN), ("v", 32, HIDDEN), ("o", HIDDEN, 64)):
+            shapes[at + f"self_attn.{name}_proj.weight"] = (rows, cols)
+        shapes[at + "mlp.gate.weight"] = (EXPERTS, HIDDEN)
+        for expert in range(EXPERTS):
+            for name, rows, cols in (("gate", INTER, HIDDEN), ("up", INTER, HIDDEN), ("down", HIDDEN, INTER)):
+                shapes[at + f"mlp.experts.{expert}.{name}_proj.weight"] = (rows, cols)
+    return shapes
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("many")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    shapes = list(_shapes().items())
+    where = {}
+    for number in range(8):
+        name, at, header = f"model-{number}.safetensors", 0, {}
+        for tensor, shape in shapes[number::8]:
+            size = math.prod(shape) * 2
+            header[tensor] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, at + size]}
+            at, where[tensor] = at + size, name
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with open(folder / name, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + at)  # holes: no weight is read
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return folder
+
+
+def test_200_000_tensors_are_planned_in_seconds(model: Path) -> None:
+    began = time.process_time()
+    index, plan = open_and_plan(model, Options())
+    foresee(plan, Resources(memory_budget=2 << 30))
+    seconds = time.process_time() - began
+    index.close()
+    assert len(_shapes()) > 200_000
+    assert plan.bytes_read == sum(math.prod(shape) * 2 for shape in _shapes().values())
+    assert seconds < 5
