@@ -9,7 +9,7 @@ STAMP := $(VENV)/.streamconv-installed
 BENCH_DIR ?= benchmarks/work
 BENCH_LIMIT ?= 512MiB
 
-.PHONY: venv test lint demo bench test-gpu bench-gpu clean
+.PHONY: venv test lint demo bench fuzz crash-full test-gpu bench-gpu clean
 
 venv: $(STAMP)
 
@@ -36,6 +36,23 @@ bench: venv
 	  $(BIN)/python benchmarks/cgroup.py --limit $(BENCH_LIMIT) -- $(BIN)/streamconv convert --quiet --force \
 	    --quant $$quant --tp-size $$tp --target-sm 80 --memory-budget $(BENCH_LIMIT) $(BENCH_DIR)/llama $(BENCH_DIR)/out; \
 	done; done
+
+# Coverage-guided, for FUZZ_SECONDS; what it learns stays in FUZZ_DIR/corpus, an input that breaks something in FUZZ_DIR.
+FUZZ_SECONDS ?= 600
+FUZZ_DIR ?= build/fuzz
+fuzz: $(FUZZ_DIR)/venv/.installed
+	mkdir -p $(FUZZ_DIR)/corpus
+	PYTHONPATH=. $(FUZZ_DIR)/venv/bin/python tests/fuzz/coverage_guided.py $(FUZZ_DIR)/corpus \
+	  -max_total_time=$(FUZZ_SECONDS) -artifact_prefix=$(FUZZ_DIR)/
+
+$(FUZZ_DIR)/venv/.installed:
+	$(PYTHON) -m venv $(FUZZ_DIR)/venv
+	$(FUZZ_DIR)/venv/bin/python -m pip install --disable-pip-version-check -q $(PIP_FLAGS) -c tests/constraints.txt atheris==3.0.0 safetensors
+	touch $@
+
+# Every crash, kill and bit flip of every format; CRASH_FLAGS are those of tests/crash/full.py.
+crash-full: venv
+	$(BIN)/python -m tests.crash.full $(CRASH_FLAGS)
 
 # On a machine with a GPU. NO_VENV=1 takes PYTHON and its packages as they are, from a plain checkout.
 ifdef NO_VENV

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 MANY, TOO_MANY = 249_999, 400_000
 _EMPTY = b'{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
@@ -98,13 +98,15 @@ CONFIGS: dict[str, tuple[Callable[[], bytes], str]] = {
 }
 
 
-def torch_file(pickle: bytes, entries: int = 0) -> bytes:
-    """A zip as torch.save makes it: data.pkl and empty storages."""
+def torch_file(pickle: bytes, entries: int = 0, storages: Mapping[str, bytes] | None = None) -> bytes:
+    """A zip as torch.save makes it: data.pkl, empty storages by number, and those given by name."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr("a/data.pkl", pickle)
         for number in range(entries):
             archive.writestr(f"a/data/{number}", b"")
+        for name, content in (storages or {}).items():
+            archive.writestr(f"a/data/{name}", content)
     return file.getvalue()
 
 
@@ -116,7 +118,7 @@ _P = b"\x80\x02"
 _STEPS = "takes more than 700000 steps"
 _SHAPE = b"(" + b"K\1" * 16 + b"tq\1"
 _STORAGE = b"(" + b"X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\0aNK\1tQq\2"
-_TENSOR = _P + b"ctorch._utils\n_rebuild_tensor_v2\nq\0" + _SHAPE + _STORAGE + b"(h\2K\0h\1h\1NNtq\3"
+TENSOR = _P + b"ctorch._utils\n_rebuild_tensor_v2\nq\0" + _SHAPE + _STORAGE + b"(h\2K\0h\1h\1NNtq\3"
 TORCH: dict[str, tuple[Callable[[], bytes], str]] = {
     "16 million opcodes": (lambda: torch_file(_P + b"N0" * 8_000_000), _STEPS),
     "texts": (lambda: torch_file(_P + _text(b"ab") * 2_000_000), _STEPS),
@@ -130,7 +132,7 @@ TORCH: dict[str, tuple[Callable[[], bytes], str]] = {
         "holds no tensors under names",
     ),
     "storage names": (lambda: torch_file(_P + b"ctorch\nFloatStorage\n" * 750_000), _STEPS),
-    "tensors": (lambda: torch_file(_TENSOR + b"h\0h\3R" * 230_000 + b"."), "builds over 60000 objects"),
+    "tensors": (lambda: torch_file(TENSOR + b"h\0h\3R" * 230_000 + b"."), "builds over 60000 objects"),
     "tuples of twice the last": (lambda: torch_file(_P + b")" + b"q\0h\0\x86" * 2_000_000), _STEPS),
     "marks": (lambda: torch_file(_P + b"(" * 5_000_000 + b"t"), _STEPS),
     "memo of everything": (lambda: torch_file(_P + b"N" + b"".join(b"r" + struct.pack("<I", n) for n in range(1_200_000))), _STEPS),
