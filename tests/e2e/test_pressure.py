@@ -1,0 +1,228 @@
+"""Memory that others take while a conversion runs: its workers step back, it ends, and its bytes are the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from benchmarks.cgroup import CgroupError, memory_group
+from streamconv import memory, pool
+from tests.crash.world import World, snapshot, write_model
+
+MIB = 1 << 20
+WORKERS = 4
+
+
+class Watch:
+    """Counts the workers that are at a tile; `seen` holds (time, workers) at the start of each."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, began: Callable[[int], None]) -> None:
+        self.active, self.seen, lock = 0, list[tuple[float, int]](), threading.Lock()
+        do = pool.Pool._do
+
+        def watched(held: pool.Pool, *args: object) -> None:
+            with lock:
+                self.active += 1
+                self.seen.append((time.monotonic(), self.active))
+                began(len(self.seen))
+            time.sleep(0.01)
+            do(held, *args)  # type: ignore[arg-type]
+            with lock:
+                self.active -= 1
+
+        monkeypatch.setattr(pool.Pool, "_do", watched)
+        monkeypatch.setattr(pool, "_LOOK", 0.0)
+
+
+def test_workers_step_back_and_come_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(tmp_path)
+    short = (10, 30)  # tiles, counted as they are begun
+
+    def free() -> int:
+        return pool.FLOOR - 1 if short[0] <= len(watch.seen) < short[1] else pool.FLOOR
+
+    watch = Watch(monkeypatch, lambda tiles: None)
+    monkeypatch.setattr(memory, "available", free)
+    world.run(workers=WORKERS, tile_rows=16)
+    assert world.wrong_end() == ""
+    counts = [active for _, active in watch.seen]
+    assert len(counts) > 40
+    assert max(counts[: short[0]]) > 1
+    # those that had a tile end it, from then on there is one
+    assert counts[short[0] + WORKERS : short[1]] == [1] * (short[1] - short[0] - WORKERS)
+    assert max(counts[short[1] :]) > 1
+
+
+def test_memory_short_from_the_first_to_the_last_tile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(tmp_path)
+    watch = Watch(monkeypatch, lambda tiles: None)
+    monkeypatch.setattr(memory, "available", lambda: 0)
+    world.run(workers=8, tile_rows=16)
+    assert world.wrong_end() == "" and {active for _, active in watch.seen} == {1}
+
+
+def test_an_error_ends_parked_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(tmp_path)
+
+    def began(tiles: int) -> None:
+        if tiles == 12:
+            raise RuntimeError("the disk is on fire")
+
+    Watch(monkeypatch, began)
+    monkeypatch.setattr(memory, "available", lambda: 0)
+    with pytest.raises(RuntimeError, match="on fire"):
+        world.run(workers=WORKERS, tile_rows=16)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("tile-")]
+
+
+def test_a_parked_worker_gives_its_memory_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(tmp_path)
+    given = []
+    take = pool.Pool._take_tiles
+
+    def watched(held: pool.Pool, number: int, arena: object, slot: object, give_back: Callable[[], object]) -> None:
+        take(held, number, arena, slot, lambda: (given.append(number), give_back()))  # type: ignore[arg-type]
+
+    monkeypatch.setattr(pool.Pool, "_take_tiles", watched)
+    Watch(monkeypatch, lambda tiles: None)
+    monkeypatch.setattr(memory, "available", lambda: 0)
+    world.run(workers=WORKERS, tile_rows=16)
+    assert sorted(given) == [1, 2, 3] and world.wrong_end() == ""
+
+
+# ---- a real container
+
+_CONVERT = """
+import json, sys, threading, time
+from streamconv import api, memory, pool
+from streamconv.options import Options, Resources
+
+model, out, log = sys.argv[1:]
+active, seen, lock, do = [0], [], threading.Lock(), pool.Pool._do
+
+def watched(self, *args):
+    with lock:
+        active[0] += 1
+        seen.append((time.monotonic(), active[0]))
+        if len(seen) == 20:
+            print("running", flush=True)
+    time.sleep(0.02)
+    do(self, *args)
+    with lock:
+        active[0] -= 1
+
+pool.Pool._do = watched
+api.convert(model, out, Options(), Resources(memory_budget=160 << 20, workers=4, device="cpu", tile_rows=32))
+open(log, "w").write(json.dumps(seen))
+"""
+
+_EAT = """
+import sys, time
+from streamconv import memory
+
+floor, seconds, held = int(sys.argv[1]), float(sys.argv[2]), []
+def eat():
+    while memory.available() > floor:
+        held.append(b"x" * (2 << 20))
+eat()
+print(time.monotonic(), flush=True)
+until = time.monotonic() + seconds
+while time.monotonic() < until:
+    eat()
+    time.sleep(0.01)
+print(time.monotonic(), flush=True)
+"""
+
+_JOIN = 'echo $$ > "$0/cgroup.procs" && exec "$@"'
+
+
+def _inside(group: Path, program: str, *arguments: str) -> subprocess.Popen[str]:
+    command = ["/bin/sh", "-c", _JOIN, str(group), sys.executable, "-c", program, *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_another_process_eats_the_memory_of_the_container(tmp_path: Path) -> None:
+    model, log = write_model(tmp_path / "model", hidden=512, layers=4, vocab=4096), tmp_path / "log"
+    subprocess.run([sys.executable, "-m", "streamconv", "convert", str(model), str(tmp_path / "alone"), "--quiet"], check=True)
+    try:
+        with memory_group(320 * MIB) as (version, group):
+            convert = _inside(group, _CONVERT, str(model), str(tmp_path / "out"), str(log))
+            assert convert.stdout is not None
+            assert convert.stdout.readline() == "running\n", convert.communicate()
+            eat = _inside(group, _EAT, str(pool.FLOOR // 2), "1.5")
+            told, trouble = eat.communicate(timeout=60)
+            assert eat.returncode == 0, trouble
+            _, trouble = convert.communicate(timeout=60)
+            assert convert.returncode == 0, trouble
+            killed = (group / ("memory.oom_control" if version == 1 else "memory.events")).read_text()
+    except CgroupError as error:
+        pytest.skip(str(error))
+    assert "oom_kill 0" in killed
+    begin, end = map(float, told.split())
+    seen = json.loads(log.read_text())
+    under = [active for at, active in seen if begin + 2 * pool._LOOK < at < end]
+    assert len(under) > 5 and max(under) == 1, under
+    assert max(active for at, active in seen if at < begin) > 1
+    assert max(active for at, active in seen if at > end + 2 * pool._LOOK) > 1
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "alone")
+
+
+# ---- a smaller budget for the rest
+
+_SLOW = """
+import sys, time
+from streamconv import fs, journal
+from streamconv.cli import main
+push = fs.OutputFolder.write
+def slow(self, *args):
+    push(self, *args)
+    time.sleep(0.05)
+fs.OutputFolder.write = slow
+journal.BATCH_SECONDS = 0.05
+sys.argv = ["streamconv", *sys.argv[1:]]
+main.run()
+"""
+
+
+def test_the_budget_can_be_lowered_for_the_rest(tmp_path: Path) -> None:
+    model, place = write_model(tmp_path / "model", hidden=1024, layers=4, vocab=16384), tmp_path / "place"
+    place.mkdir()
+    convert = ["convert", str(model), "--quant", "int8", "--target-sm", "80"]
+    program = [sys.executable, "-m", "streamconv", *convert]
+    fresh = subprocess.run([*program, str(tmp_path / "alone"), "--json", "--memory-budget", "2GiB"], capture_output=True, text=True)
+    assert fresh.returncode == 0, fresh.stderr
+    child = subprocess.Popen(
+        [sys.executable, "-c", _SLOW, *convert, str(place / "out"), "--memory-budget", "2GiB", "--workers", "2"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    journal, until = place / ".out.streamconv-journal", time.monotonic() + 60
+    while not (journal.exists() and journal.read_bytes().count(b"\n") > 5):
+        assert child.poll() is None and time.monotonic() < until, child.communicate()
+        time.sleep(0.02)
+    child.send_signal(signal.SIGTERM)
+    child.communicate(timeout=30)
+    assert child.returncode == 128 + signal.SIGTERM
+
+    again = [*program, str(place / "out"), "--json", "--memory-budget"]
+    refused = subprocess.run([*again, "20MiB"], capture_output=True, text=True)
+    assert refused.returncode == 5
+    assert journal.exists()  # a refusal costs nothing of what is done
+    smallest = json.loads(refused.stdout)["hint"].split()[-1]
+    # the smallest is measured anew in each run: a little more, so that the test does not hang on a page
+    budget = int(smallest.removesuffix("MiB")) + 4
+    done = subprocess.run([*again, f"{budget}MiB"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    told, before = json.loads(done.stdout), json.loads(fresh.stdout)
+    assert told["resumed"] > 0
+    assert told["peak_memory"] <= told["budget"] == budget * MIB < before["budget"], (told["peak_memory"], before["peak_memory"])
+    assert os.listdir(place) == ["out"]
+    assert snapshot(place / "out") == snapshot(tmp_path / "alone")
