@@ -82,7 +82,7 @@ def costs_of(plan: Plan, on_device: bool = False) -> list[TileCost]:
     costs = []
     for span in plan.spans:
         encodings = tuple((dest.cols, plan.matrices[dest.matrix].encoding) for dest in span.dests)
-        key = (span.source.dtype, span.source.cols, span.op, span.align, encodings)
+        key = (span.source.dtype, span.source.cols, span.op, span.align, type(span.reduce), encodings)
         if key not in known:
             known[key] = budget.tile_cost(span, plan.matrices, on_device)
         costs.append(known[key])
@@ -138,17 +138,19 @@ def load_kernels(plan: Plan) -> None:
     from streamconv.quants.base import Findings
     from streamconv.stages.encode import encode, is_copy, requests, row_costs
 
-    seen = set()
+    seen = set[object]()
     for span in plan.spans:
+        reduce = span.reduce.kernel(span.source.dtype) if span.reduce is not None else None
+        if reduce is not None and (type(span.reduce), span.source.dtype) not in seen:
+            seen.add((type(span.reduce), span.source.dtype))
+            reduce(np.zeros(2, span.source.dtype.storage), 1, 2)
         for request in requests(span, plan.matrices):
             key = (type(request[1]), request[1], span.source.dtype)
             if key in seen or is_copy(request, span.source.dtype):
                 continue
             seen.add(key)
-            if request[1].needs:  # it cannot run yet, and has no kernel
-                import torch
-
-                torch.zeros(1, dtype=torch.float16).double().pow(0.5)
+            if request[1].needs:  # it cannot run yet
+                request[1].prepare(span.source.dtype)
                 continue
             rows = request[1].row_align
             block = np.zeros(rows * span.row_bytes, np.uint8)

@@ -55,7 +55,8 @@ def tile_cost(span: Span, matrices: tuple[Matrix, ...], on_device: bool = False)
             fused = request[1].kernel(span.source.dtype) is not None
             kernel, torch = kernel or fused, torch or not fused
     if span.reduce is not None:  # on the CPU, device or not
-        work, torch = span.source.cols * span.reduce.bytes_per_element, True
+        kernel = span.reduce.kernel(span.source.dtype) is not None
+        work, torch = 0 if kernel else span.source.cols * span.reduce.bytes_per_element, not kernel
         fixed = span.source.cols * span.reduce.bytes_per_column
     return TileCost(span.row_bytes + spare_bytes_per_row(span) + out + work, span.align, kernel, torch, fixed)
 

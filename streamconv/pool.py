@@ -312,13 +312,19 @@ class Pool:
 
     def _reduce(self, span: Span, rows: int, block: np.ndarray[Any, Any], slot: Slot | None) -> None:
         """A tile of an earlier pass: it is not in the journal, a resumed run reads it again."""
-        import torch
+        if span.reduce is None:
+            raise AssertionError(f"{span.source.name}: nothing to reduce")
+        kernel = span.reduce.kernel(span.source.dtype)
+        if slot is not None:
+            found = slot.reduce(span, rows, block, self._results).numpy()
+        elif kernel is not None:
+            found = kernel(block.view(span.source.dtype.storage), rows, span.source.cols)
+        else:
+            import torch
 
-        if span.reduce is not None and slot is not None:
-            self._results.add(span.reduce.key, rows, slot.reduce(span, rows, block, self._results))
-        elif span.reduce is not None:
             matrix = torch.from_numpy(block).view(getattr(torch, span.source.dtype.torch)).reshape(rows, span.source.cols)
-            self._results.add(span.reduce.key, rows, span.reduce.tile(matrix, self._results))
+            found = span.reduce.tile(matrix, self._results).numpy()
+        self._results.add(span.reduce.key, rows, found)
 
     def _did(self, tile: Tile, stored: int, written: int, spent: Mapping[str, float]) -> None:
         with self._lock:

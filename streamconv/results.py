@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from streamconv.order import Stop
 from streamconv.plan import Span
 
 if TYPE_CHECKING:
-    import torch
+    import numpy as np
 
 
 class Results:
@@ -25,22 +25,22 @@ class Results:
         for span in spans:
             if span.reduce is not None:
                 self._missing[span.reduce.key] = self._missing.get(span.reduce.key, 0) + span.stop - span.start
-        self._values: dict[str, torch.Tensor] = {}
+        self._values: dict[str, np.ndarray[Any, Any]] = {}
         self._change = threading.Condition()
         self._stopped = False
 
-    def add(self, key: str, rows: int, value: torch.Tensor) -> None:
+    def add(self, key: str, rows: int, value: np.ndarray[Any, Any]) -> None:
         """A tile of `rows` source rows found these maxima."""
-        import torch
+        import numpy as np
 
         with self._change:
             known = self._values.get(key)
-            self._values[key] = value if known is None else torch.maximum(known, value)
+            self._values[key] = value if known is None else np.asarray(np.maximum(known, value))
             self._missing[key] -= rows
             self._change.notify_all()
 
-    def get(self, key: str) -> torch.Tensor:
-        """The result over all rows, on the CPU.
+    def get(self, key: str) -> np.ndarray[Any, Any]:
+        """The result over all rows; always the same object.
 
         Raises:
             Stop: another worker failed.

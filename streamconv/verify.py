@@ -280,7 +280,7 @@ def _compare(
         dtype = getattr(torch, span.source.dtype.torch)
         whole = torch.from_numpy(block).view(dtype).reshape(rows, span.source.cols)
         if span.reduce is not None:
-            results.add(span.reduce.key, rows, span.reduce.tile(whole, results))
+            results.add(span.reduce.key, rows, span.reduce.tile(whole, results).numpy())
         for dest in span.dests:
             encoding = plan.matrices[dest.matrix].encoding.bind(results, span.source.name)
             got = decoded(plan, dest, span.op.out_rows(start - span.start), rows, files, encoding)

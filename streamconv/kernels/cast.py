@@ -11,15 +11,16 @@ from streamconv.quants.base import Findings, Kernel
 
 
 @cache
-def cast_kernel(source: DType, target: DType) -> Kernel:
-    """The kernel that casts `source` to `target` (both of F32, F16, BF16); numba is loaded when it is first called."""
+def cast_kernel(source: DType, target: DType, via: DType | None = None) -> Kernel:
+    """The kernel that casts `source` to `target`, by way of `via` (all of F32, F16, BF16); numba is loaded when it is first called."""
 
     def run(flat: Any, start: int, stride: int, rows: int, cols: int, outs: Sequence[Any]) -> Findings:
         from streamconv.kernels.cast_code import cast_rows
         from streamconv.kernels.rows import CODES
 
         made = outs[0].view(target.storage)
-        lost = cast_rows(flat, start, stride, rows, cols, made, CODES[source.name], CODES[target.name])
+        kinds = (CODES[source.name], CODES[target.name], 0 if via is None else CODES[via.name])
+        lost = cast_rows(flat, start, stride, rows, cols, made, *kinds)
         return Findings(overflow=int(lost))
 
     return run

@@ -1,13 +1,16 @@
-"""FP8 rowwise in one pass over each row."""
+"""FP8 in one pass over each row."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from streamconv.checkpoint.dtypes import DType
-from streamconv.quants.base import Findings, Kernel
+from streamconv.quants.base import Findings, Kernel, ReduceKernel
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @cache
@@ -23,5 +26,40 @@ def fp8_kernel(source: DType, lo: float, hi: float) -> Kernel:
         scales = outs[1].view(np.float32)
         bounds = (np.float32(lo), np.float32(hi))
         return Findings(int(fp8_rows(flat, start, stride, rows, cols, outs[0], scales, CODES[source.name], *bounds)))
+
+    return run
+
+
+def fp8_tensor_kernel(source: DType, scale: float | None) -> Kernel:
+    """The kernel for one source dtype and the scale of the whole matrix."""
+
+    def run(flat: Any, start: int, stride: int, rows: int, cols: int, outs: Sequence[Any]) -> Findings:
+        import numpy as np
+
+        if scale is None:
+            raise AssertionError("encoded before its reduction")
+        from streamconv.kernels.fp8_code import fp8_tensor_rows
+        from streamconv.kernels.rows import CODES
+
+        bad = fp8_tensor_rows(flat, start, stride, rows, cols, outs[0], CODES[source.name], np.float32(scale))
+        return Findings(int(bad))
+
+    return run
+
+
+def weight_maximum(source: DType) -> ReduceKernel:
+    """The kernel of the largest finite magnitude, float32 []."""
+
+    def run(flat: Any, rows: int, cols: int) -> np.ndarray[Any, Any]:
+        import numpy as np
+
+        from streamconv.kernels.fp8_code import finite_maximum
+        from streamconv.kernels.rows import CODES
+
+        kind = CODES[source.name]
+        top = np.array([finite_maximum(flat[: rows * cols], kind)], np.uint32)
+        if kind == 1:
+            return top.astype(np.uint16).view(np.float16).astype(np.float32).reshape(())
+        return (top << np.uint32(16 if kind == 2 else 0)).view(np.float32).reshape(())
 
     return run

@@ -6,25 +6,46 @@ from typing import Any
 
 import numpy as np
 
-from streamconv.kernels.jit import jit
-from streamconv.kernels.rows import load_row
+from streamconv.kernels.jit import bits_of, float_of, jit
+from streamconv.kernels.nearest import load_bits
 
 _Array = np.ndarray[Any, Any]
 
 
 @jit
-def to_e4m3(b: np.uint32) -> np.uint32:
-    """float32 bits of magnitude at most 448 -> e4m3 bits, nearest even, subnormals kept. Selects only: it vectorizes."""
-    a = b & np.uint32(0x7FFFFFFF)
-    sign = (b >> np.uint32(24)) & np.uint32(0x80)
-    normal = (a + np.uint32(0x7FFFF) + ((a >> np.uint32(20)) & np.uint32(1)) - np.uint32(0x3C000000)) >> np.uint32(20)
-    # below 2**-6 the unit is 2**-9
-    exponent = a >> np.uint32(23)
-    shift = np.uint32(141) - min(max(exponent, np.uint32(116)), np.uint32(121))
-    mantissa = (a & np.uint32(0x7FFFFF)) | np.uint32(0x800000)
-    bias = (np.uint32(1) << (shift - np.uint32(1))) - np.uint32(1) + ((mantissa >> shift) & np.uint32(1))
-    small = (mantissa + bias) >> shift if exponent > np.uint32(115) else np.uint32(0)
-    return sign | (small if a < np.uint32(0x3C800000) else normal)
+def to_e4m3(value: np.float32) -> np.uint8:
+    """float32 -> e4m3 bits, nearest even, subnormals kept, at most 448; NaN stays NaN. Selects only: it vectorizes."""
+    b = bits_of(value)
+    a = np.uint32(b & np.uint32(0x7FFFFFFF))
+    nan = a > np.uint32(0x7F800000)
+    a = a if a < np.uint32(0x43E00000) else np.uint32(0x43E00000)
+    odd = np.uint32((a >> np.uint32(20)) & np.uint32(1))
+    normal = np.uint32(np.uint32(a - np.uint32(np.uint32(0x3BF80001) - odd)) >> np.uint32(20))
+    # below 2**-6 the unit is 2**-9, that of float32 at 2**14
+    small = np.uint32(bits_of(np.float32(float_of(a) + np.float32(16384))) & np.uint32(0xFF))
+    made = small if a < np.uint32(0x3C800000) else normal
+    made = np.uint32(0x7F) if nan else made
+    return np.uint8(made | np.uint32(np.uint32(b >> np.uint32(24)) & np.uint32(0x80)))
+
+
+@jit
+def repair(bits: _Array) -> int:
+    """NaN becomes 0, infinity stays; gives how many there were of both."""
+    bad = 0
+    for i in range(bits.size):
+        a = bits[i] & np.uint32(0x7FFFFFFF)
+        if a >= np.uint32(0x7F800000):
+            bad += 1
+            if a > np.uint32(0x7F800000):
+                bits[i] = np.uint32(0)
+    return bad
+
+
+@jit
+def quotients(bits: _Array, scale: np.float32, out: _Array) -> None:
+    """e4m3(value / scale)."""
+    for i in range(bits.size):
+        out[i] = to_e4m3(np.float32(float_of(bits[i]) / scale))
 
 
 @jit
@@ -41,31 +62,48 @@ def fp8_rows(
     hi: np.float32,
 ) -> int:
     """Rows -> e4m3 bytes and float32 scales; gives how many values were NaN or infinite."""
-    values = np.empty(cols, np.float32)
-    bits = values.view(np.uint32)
+    bits = np.empty(cols, np.uint32)
     bad = 0
     floor = np.float32(1.0 / (448.0 * 512.0))
+    least = min(-lo, hi)
     for r in range(rows):
-        load_row(source[start + r * stride : start + r * stride + cols], kind, bits, values)
-        top = np.uint32(0)
-        for i in range(cols):
-            top = max(top, bits[i] & np.uint32(0x7FFFFFFF))
+        top = load_bits(source[start + r * stride : start + r * stride + cols], kind, bits)
         if top >= np.uint32(0x7F800000):
+            bad += repair(bits)
+        if top >= np.uint32(0x7F800000) or float_of(top) > least:
+            top = np.uint32(0)
             for i in range(cols):
-                a = bits[i] & np.uint32(0x7FFFFFFF)
-                if a >= np.uint32(0x7F800000):
-                    bad += 1
-                    if a > np.uint32(0x7F800000):
-                        bits[i] = np.uint32(0)
-        largest = np.float32(0)
-        for i in range(cols):
-            values[i] = min(max(values[i], lo), hi)
-            largest = max(largest, abs(values[i]))
-        scale = max(np.float32(largest / np.float32(448)), floor)
+                value = float_of(bits[i])
+                value = value if value > lo else lo
+                value = value if value < hi else hi
+                bits[i] = bits_of(value)
+                top = max(top, np.uint32(bits[i] & np.uint32(0x7FFFFFFF)))
+        scale = max(np.float32(float_of(top) / np.float32(448)), floor)
         scales[r] = scale
-        for i in range(cols):
-            values[i] = min(max(values[i] / scale, np.float32(-448)), np.float32(448))
-        row = out[r * cols : (r + 1) * cols]
-        for i in range(cols):
-            row[i] = np.uint8(to_e4m3(bits[i]))
+        quotients(bits, scale, out[r * cols : (r + 1) * cols])
     return bad
+
+
+@jit
+def fp8_tensor_rows(source: _Array, start: int, stride: int, rows: int, cols: int, out: _Array, kind: int, scale: np.float32) -> int:
+    """Rows -> e4m3 bytes by one scale; gives how many values were NaN or infinite."""
+    bits = np.empty(cols, np.uint32)
+    bad = 0
+    for r in range(rows):
+        if load_bits(source[start + r * stride : start + r * stride + cols], kind, bits) >= np.uint32(0x7F800000):
+            bad += repair(bits)
+        quotients(bits, scale, out[r * cols : (r + 1) * cols])
+    return bad
+
+
+@jit
+def finite_maximum(source: _Array, kind: int) -> np.uint32:
+    """Bits of type `kind` (0 float32, 1 float16, 2 bfloat16) of the largest finite magnitude."""
+    limit = np.uint32(0x7F800000) if kind == 0 else np.uint32(0x7C00) if kind == 1 else np.uint32(0x7F80)
+    mask = np.uint32(0x7FFFFFFF) if kind == 0 else np.uint32(0x7FFF)
+    top = np.uint32(0)
+    for i in range(source.size):
+        a = np.uint32(np.uint32(source[i]) & mask)
+        a = a if a < limit else np.uint32(0)
+        top = max(top, a)
+    return top

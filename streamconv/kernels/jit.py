@@ -39,6 +39,7 @@ def _prepare() -> bool:
 _CACHED = _prepare()
 
 import numba  # noqa: E402
+from numba.extending import intrinsic  # noqa: E402
 
 
 def jit(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -49,3 +50,19 @@ def jit(function: Callable[..., Any]) -> Callable[..., Any]:
         except RuntimeError:
             pass  # the cache folder went away, or is not usable after all
     return numba.njit(nogil=True, error_model="numpy")(function)
+
+
+def _reinterpret(source: Any, target: Any) -> Any:
+    """A function for kernels that takes a scalar's bits for another type."""
+
+    def made(context: Any, value: Any) -> Any:
+        def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return builder.bitcast(args[0], context.get_value_type(target))
+
+        return target(source), code
+
+    return intrinsic(made)
+
+
+float_of = _reinterpret(numba.types.uint32, numba.types.float32)
+bits_of = _reinterpret(numba.types.float32, numba.types.uint32)

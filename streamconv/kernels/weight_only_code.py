@@ -7,24 +7,21 @@ from typing import Any
 import numpy as np
 
 from streamconv.kernels.jit import jit
-from streamconv.kernels.rows import largest, load_row, round_row, to_bf16, to_f16
+from streamconv.kernels.nearest import load_bits, nonfinite, round_bits
+from streamconv.kernels.rows import to_bf16, to_f16
 
 _Array = np.ndarray[Any, Any]
 
 
 @jit
-def prepare_row(
-    source: _Array, kind: int, target: int, half: _Array, bits: _Array, values: _Array
-) -> tuple[np.uint32, int, int]:
+def prepare_row(source: _Array, kind: int, target: int, bits: _Array) -> tuple[np.uint32, int, int]:
     """Load a row in the model dtype; gives (bits of its largest finite magnitude, non-finite values, overflows)."""
-    load_row(source, kind, bits, values)
+    top = load_bits(source, kind, bits)
     infinite_before: Any = 0
     if kind != target and target != 0:
-        if largest(bits) >= np.uint32(0x477FF000):
-            for i in range(bits.size):
-                infinite_before += np.int64((bits[i] & np.uint32(0x7FFFFFFF)) >= np.uint32(0x7F800000))
-        round_row(target, half, bits, values)
-    top = largest(bits)
+        if top >= np.uint32(0x477FF000):
+            infinite_before = nonfinite(bits)
+        top = round_bits(target, bits)
     if top < np.uint32(0x7F800000):
         return top, 0, 0
     bad = 0
@@ -121,7 +118,6 @@ def int8_rows(
     """Rows -> int8 layout bytes (`out` as uint16) and scales; gives (non-finite, overflow) counts."""
     values = np.empty(cols, np.float32)
     bits = values.view(np.uint32)
-    half_scratch = np.empty(cols, np.uint16)
     q = np.empty(cols, np.uint8)
     woven = np.empty(cols // 8 * 4, np.uint16)
     words = woven.view(np.uint64)
@@ -130,9 +126,7 @@ def int8_rows(
     bad = lost = 0
     bias = np.int32(0) if family == 2 else np.int32(128)
     for r in range(rows):
-        top, b, o = prepare_row(
-            source[start + r * stride : start + r * stride + cols], kind, target, half_scratch, bits, values
-        )
+        top, b, o = prepare_row(source[start + r * stride : start + r * stride + cols], kind, target, bits)
         bad += b
         lost += o
         one_bits[0] = top
@@ -173,7 +167,6 @@ def int4_rows(
     """Rows -> int4 layout bytes (`out` as uint16, four nibbles each) and scales; gives (non-finite, overflow) counts."""
     values = np.empty(cols, np.float32)
     bits = values.view(np.uint32)
-    half_scratch = np.empty(cols, np.uint16)
     q = np.empty(cols, np.uint8)
     woven = np.empty(cols // 16 * 4, np.uint16)
     words = woven.view(np.uint64)
@@ -182,9 +175,7 @@ def int4_rows(
     bad = lost = 0
     bias = np.int32(0) if family == 2 else np.int32(8)
     for r in range(rows):
-        top, b, o = prepare_row(
-            source[start + r * stride : start + r * stride + cols], kind, target, half_scratch, bits, values
-        )
+        top, b, o = prepare_row(source[start + r * stride : start + r * stride + cols], kind, target, bits)
         bad += b
         lost += o
         one_bits[0] = top

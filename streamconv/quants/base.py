@@ -57,7 +57,7 @@ class Findings:
 class Known(Protocol):
     """Finished reductions; `get` waits for one."""
 
-    def get(self, key: str) -> torch.Tensor: ...
+    def get(self, key: str) -> np.ndarray[Any, Any]: ...
 
 
 class Reduction(ABC):
@@ -77,8 +77,15 @@ class Reduction(ABC):
 
     @abstractmethod
     def tile(self, block: torch.Tensor, known: Known) -> torch.Tensor:
-        """Source rows [r, cols] -> their maxima; those of all tiles are merged by an elementwise maximum."""
+        """The definition: source rows [r, cols] -> their maxima; those of all tiles are merged by an elementwise maximum."""
 
+    def kernel(self, source: DType) -> ReduceKernel | None:
+        """The fused CPU kernel for this source dtype, or None to run the torch definition."""
+        return None
+
+
+ReduceKernel = Callable[["np.ndarray[Any, Any]", int, int], "np.ndarray[Any, Any]"]
+"""A fused CPU kernel of a reduction: kernel(flat, rows, cols), `flat` as for `Kernel`, rows side by side; gives the maxima."""
 
 Kernel = Callable[["np.ndarray[Any, Any]", int, int, int, int, "Sequence[np.ndarray[Any, Any]]"], Findings]
 """A fused CPU kernel: kernel(flat, start, stride, rows, cols, outs).
@@ -140,6 +147,12 @@ class Encoding(ABC):
     def kernel(self, source: DType) -> Kernel | None:
         """The fused CPU kernel for this source dtype, or None to run the torch definition."""
         return None
+
+    def prepare(self, source: DType) -> None:
+        """Load and compile what rows of this dtype will need, where that cannot be tried before the reductions are known."""
+        import torch
+
+        torch.zeros(1, dtype=torch.float16).double().pow(0.5)
 
     def torch_bytes_per_element(self) -> int:
         """Working memory of the torch definition, bytes per source element (its peak, inputs and outputs not counted)."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from streamconv.checkpoint.dtypes import F8_E4M3, F32
-from streamconv.quants.base import Encoding, Findings, Known, Part, Reduction
+from streamconv.checkpoint.dtypes import F8_E4M3, F32, DType
+from streamconv.quants.base import Encoding, Findings, Kernel, Known, Part, ReduceKernel, Reduction
 from streamconv.quants.rounding import half_ulp
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 LARGEST = 448.0
@@ -28,14 +29,19 @@ class WeightMaximum(Reduction):
 
         return torch.nan_to_num(block.float(), 0.0, 0.0, 0.0).abs().max()
 
+    def kernel(self, source: DType) -> ReduceKernel | None:
+        if source.name not in ("F32", "F16", "BF16"):
+            return None
+        from streamconv.kernels.fp8 import weight_maximum
 
-def scale_of(largest: torch.Tensor) -> torch.Tensor:
-    """float32 [1]: amax / 448, a true division; a matrix of zeros has the scale 1."""
-    import torch
+        return weight_maximum(source)
 
-    top = largest.float().reshape(1)
-    top = torch.where(top == 0, torch.full_like(top, LARGEST), top)
-    return top / torch.full_like(top, LARGEST)
+
+def scale_of(largest: np.ndarray[Any, Any]) -> float:
+    """amax / 448, a true float32 division; a matrix of zeros has the scale 1."""
+    import numpy as np
+
+    return float(np.float32(largest) / np.float32(LARGEST)) if largest != 0 else 1.0
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ class Fp8Tensor(Encoding):
         return (self.key,)
 
     def bind(self, known: Known, source: str) -> Fp8Tensor:
-        return replace(self, scale=float(scale_of(known.get(self.key))))
+        return replace(self, scale=scale_of(known.get(self.key)))
 
     def parts(self, rows: int, cols: int, experts: int = 0) -> tuple[Part, ...]:
         return (Part("weight", F8_E4M3, (rows, cols), cols),)
@@ -73,6 +79,22 @@ class Fp8Tensor(Encoding):
             values = torch.where(torch.isnan(values), 0.0, values)
         made = (values / torch.full_like(values[:1], self._known())).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
         return (made.contiguous().reshape(-1).view(torch.uint8),)
+
+    def kernel(self, source: DType) -> Kernel | None:
+        if source.name not in ("F32", "F16", "BF16"):
+            return None
+        from streamconv.kernels.fp8 import fp8_tensor_kernel
+
+        return fp8_tensor_kernel(source, self.scale)
+
+    def prepare(self, source: DType) -> None:
+        import numpy as np
+
+        kernel = replace(self, scale=1.0).kernel(source)
+        if kernel is None:
+            super().prepare(source)
+        else:
+            kernel(np.zeros(2, source.storage), 0, 2, 1, 2, [np.empty(2, np.uint8)])
 
     def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:
         import torch
@@ -103,7 +125,7 @@ class Fp8Scale(Encoding):
         return (self.key,)
 
     def bind(self, known: Known, source: str) -> Fp8Scale:
-        return replace(self, scale=float(scale_of(known.get(self.key))))
+        return replace(self, scale=scale_of(known.get(self.key)))
 
     def parts(self, rows: int, cols: int, experts: int = 0) -> tuple[Part, ...]:
         return (Part("weights_scaling_factor", F32, (1,), 4),)
@@ -115,6 +137,16 @@ class Fp8Scale(Encoding):
         import torch
 
         return parts[0].view(torch.float32).reshape(rows, cols)
+
+    def kernel(self, source: DType) -> Kernel | None:
+        def run(flat: Any, start: int, stride: int, rows: int, cols: int, outs: Sequence[Any]) -> Findings:
+            outs[0].view("f4")[:] = self.scale
+            return Findings()
+
+        return run
+
+    def prepare(self, source: DType) -> None:
+        """Nothing to load."""
 
     def values(self, block: torch.Tensor) -> torch.Tensor:
         import torch

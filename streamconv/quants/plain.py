@@ -53,7 +53,7 @@ class Plain(Encoding):
         if self.add_one:
             block = (block.float() if block.dtype == torch.bfloat16 else block) + 1.0
         made = (block.to(torch.float16) if self.via_half else block).to(target)
-        if made.dtype != block.dtype:
+        if made.dtype != block.dtype or self.via_half:
             findings.overflow += int((torch.isinf(made) & ~torch.isinf(block)).sum())
         return (made.contiguous().reshape(-1).view(torch.uint8),)
 
@@ -72,11 +72,11 @@ class Plain(Encoding):
         return bound + half_ulp(moved, F16) if self.via_half or self.add_one else bound
 
     def kernel(self, source: DType) -> Kernel | None:
-        if self.add_one or self.halved(source) or not {source.name, self.dtype.name} <= {"F32", "F16", "BF16"}:
+        if self.add_one or not {source.name, self.dtype.name} <= {"F32", "F16", "BF16"}:
             return None
         from streamconv.kernels.cast import cast_kernel
 
-        return cast_kernel(source, self.dtype)
+        return cast_kernel(source, self.dtype, F16 if self.halved(source) else None)
 
     def torch_bytes_per_element(self) -> int:
         return 16

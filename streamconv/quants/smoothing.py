@@ -1,25 +1,32 @@
 """The smoother of SmoothQuant, the maxima it is made from, and the scales (quantization spec §6.4, §6.5).
 
-Passes over a weight: its column maxima give the smoother; where one scale serves the whole matrix, the largest smoothed weight
-is needed before any integer.
+Each weight is read once for its column maxima. They give the smoother, and, where one scale serves the whole matrix, the
+largest smoothed weight too.
 """
 
 from __future__ import annotations
 
+import threading
+from collections import OrderedDict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
+from streamconv.checkpoint.dtypes import DType
 from streamconv.errors import DataError, printable
-from streamconv.quants.base import Known, Reduction
+from streamconv.quants.base import Known, ReduceKernel, Reduction
 from streamconv.ranges import Ranges
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+
+    Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
 class ColumnMaxima(Reduction):
-    """float16 [cols]: the largest absolute value of each column of the float16 copies; m of §6.4."""
+    """float16 [cols]: the largest absolute value of each column of the float16 copies of one weight; m of §6.4."""
 
     key: str
     bytes_per_element = 16
@@ -30,6 +37,16 @@ class ColumnMaxima(Reduction):
 
         return block.to(torch.float16).abs().amax(0)
 
+    def kernel(self, source: DType) -> ReduceKernel | None:
+        if source.name not in FLOATS:
+            return None
+        from streamconv.kernels.smooth import column_maxima_kernel
+
+        return column_maxima_kernel(source)
+
+
+FLOATS = ("F32", "F16", "BF16")
+"""Source types that have kernels."""
 
 COLUMN_BYTES = 64
 """Working memory that finding a smoother takes for each input channel, whatever the rows are."""
@@ -40,69 +57,77 @@ class Smoother:
     """Finds s [cols] of the weights that share an input.
 
     Attributes:
-        key: of their ColumnMaxima.
+        keys: of the ColumnMaxima of each of them.
         weights: what they are, for errors.
         module: whose input range counts; all of them see the same input.
     """
 
-    key: str
+    keys: tuple[str, ...]
     weights: str
     ranges: Ranges
     module: str
     alpha: float
 
-    def find(self, known: Known) -> torch.Tensor:
-        """float64 [cols], on the CPU.
+    def find(self, known: Known) -> Array:
+        """float64 [cols].
 
         Raises:
             DataError: a column of zeros (its smoother would be infinite), NaN or infinity.
         """
-        import torch
+        import numpy as np
 
-        largest = known.get(self.key)
-        bad = (largest == 0) | ~torch.isfinite(largest)
+        largest = known.get(self.keys[0])
+        for key in self.keys[1:]:
+            largest = np.maximum(largest, known.get(key))
+        bad = (largest == 0) | ~np.isfinite(largest)
         if bool(bad.any()):
-            column = int(bad.nonzero()[0])
+            column = int(bad.argmax())
             what = "holds zeros only in float16" if largest[column] == 0 else "holds NaN or what float16 cannot hold"
             raise DataError(
                 f"{printable(self.weights)}: input channel {column} {what}, SmoothQuant has no smoother for it",
                 hint="use another --quant, for example int8",
             )
-        inputs = self._inputs()
-        return (inputs.pow(self.alpha) / largest.pow(1 - self.alpha)).clamp(min=1e-5)
+        found: Array = np.maximum(power(self._inputs(), self.alpha) / power(largest, 1 - self.alpha), 1e-5)
+        return found
 
-    def activation_scale(self, smoother: torch.Tensor) -> float:
+    def activation_scale(self, smoother: Array) -> float:
         """sx = 127 / the largest smoothed input, float64 (§6.5)."""
         return 127.0 / float((self._inputs() / smoother).max())
 
-    def _inputs(self) -> torch.Tensor:
-        import torch
+    def prepare(self) -> None:
+        """Load what `find` will need."""
+        import numpy as np
 
-        return torch.from_numpy(self.ranges.vector(self.module + ".x")).double()
+        power(np.ones(1), self.alpha)
+
+    def _inputs(self) -> Array:
+        import numpy as np
+
+        return self.ranges.vector(self.module + ".x").astype(np.float64)
 
 
-def smoothed(block: torch.Tensor, smoother: torch.Tensor) -> torch.Tensor:
-    """W * s, one float64 product rounded once to float16."""
+def power(values: Array, exponent: float) -> Array:
+    """values ** exponent as torch computes it, in the dtype of the values."""
     import torch
 
-    return (block.to(torch.float16).double() * smoother.to(block.device)).to(torch.float16)
+    made: Array = torch.from_numpy(values).pow(exponent).numpy()
+    return made
 
 
-@dataclass(frozen=True)
-class SmoothedMaximum(Reduction):
-    """float16 scalar: AW, the largest absolute smoothed weight (§6.5)."""
+def smoothed(block: torch.Tensor, smoother: Array) -> torch.Tensor:
+    """W * s, one float64 product as float16 (torch goes through float32)."""
+    import torch
 
-    key: str
-    smoother: Smoother
-    bytes_per_element = 28
-    bytes_per_column = COLUMN_BYTES
+    return (block.to(torch.float16).double() * torch.from_numpy(smoother).to(block.device)).to(torch.float16)
 
-    @property
-    def needs(self) -> tuple[str, ...]:  # type: ignore[override]
-        return (self.smoother.key,)
 
-    def tile(self, block: torch.Tensor, known: Known) -> torch.Tensor:
-        return smoothed(block, self.smoother.find(known)).abs().max()
+def largest_smoothed(columns: Array, smoother: Array) -> float:
+    """AW (§6.5), the largest absolute smoothed weight, from the weight's column maxima: products and roundings keep the order."""
+    import numpy as np
+
+    products = columns.astype(np.float64) * smoother
+    with np.errstate(over="ignore"):
+        return float(products.astype(np.float32).astype(np.float16).max())
 
 
 def weight_scale(largest: torch.Tensor) -> torch.Tensor:
@@ -114,28 +139,59 @@ def inverse(scale: torch.Tensor) -> torch.Tensor:
     return (1.0 / scale.float()).half()
 
 
-def output_scale(largest: float) -> torch.Tensor:
-    """sy = f(127 * f(1 / ay)), float32 scalar."""
-    import torch
+def output_scale(largest: float) -> float:
+    """sy = f(127 * f(1 / ay)), a float32 value."""
+    import numpy as np
 
-    return 127.0 * (1.0 / torch.tensor(largest, dtype=torch.float32))
+    return float(np.float32(127) * (np.float32(1) / np.float32(largest)))
+
+
+def one_scale(largest: float) -> tuple[float, float]:
+    """The weight scale and its inverse of a matrix with one scale, float16 values: `weight_scale` and `inverse` in numpy."""
+    import numpy as np
+
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        scale = (np.float32(127) * (np.float32(1) / np.float32(largest)).astype(np.float16).astype(np.float32)).astype(np.float16)
+        return float(scale), float((np.float32(1) / scale.astype(np.float32)).astype(np.float16))
 
 
 @dataclass(frozen=True, eq=False)
 class Bound:
     """What one tile's encoding is told: the smoother s, sx, and AW where one scale serves the whole matrix."""
 
-    smoother: torch.Tensor
+    smoother: Array
     activation: float
-    largest: torch.Tensor | None = None
+    largest: float | None = None
 
     def accumulator(self, scale: torch.Tensor, outputs: float) -> torch.Tensor:
         """accum of a vector of scales, all in float32."""
         import torch
 
-        return output_scale(outputs).to(scale.device) / (torch.tensor(self.activation).float().to(scale.device) * scale.float())
+        sy, sx = (torch.tensor(value, device=scale.device) for value in (output_scale(outputs), self.activation))
+        return sy / (sx * scale.float())
+
+
+_recent: WeakKeyDictionary[Ranges, OrderedDict[object, tuple[Array, Bound]]] = WeakKeyDictionary()
+_lock = threading.Lock()
+_RECENT = 8
+"""Bounds that are kept: those of the tiles at work."""
 
 
 def bound_to(smoother: Smoother, known: Known, largest: str | None) -> Bound:
+    """What an encoding needs to know; `largest` is the key of the ColumnMaxima of its own weight, where one scale serves it."""
+    mark = known.get(smoother.keys[0])  # finished maxima are one object: what was found from them before, still holds
+    key = (smoother.keys, smoother.module, smoother.alpha, largest)
+    with _lock:
+        kept, bound = _recent.setdefault(smoother.ranges, OrderedDict()).get(key, (None, None))
+    if bound is not None and kept is mark:
+        return bound
     found = smoother.find(known)
-    return Bound(found, smoother.activation_scale(found), known.get(largest) if largest is not None else None)
+    top = None if largest is None else largest_smoothed(known.get(largest), found)
+    bound = Bound(found, smoother.activation_scale(found), top)
+    with _lock:
+        recent = _recent[smoother.ranges]
+        recent[key] = (mark, bound)
+        recent.move_to_end(key)
+        while len(recent) > _RECENT:
+            recent.popitem(last=False)
+    return bound

@@ -8,27 +8,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from streamconv.checkpoint.dtypes import F16, F32, I8, DType
 from streamconv.options import Options
-from streamconv.quants.base import Encoding, Findings, Known, Part, QuantInfo
+from streamconv.quants.base import Encoding, Findings, Kernel, Known, Part, QuantInfo
 from streamconv.quants.rounding import half_ulp
 from streamconv.quants.smoothing import (
     COLUMN_BYTES,
+    FLOATS,
     Bound,
     Smoother,
     bound_to,
     inverse,
+    one_scale,
     output_scale,
     smoothed,
     weight_scale,
 )
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from streamconv.quants import Module
+
+    Array = np.ndarray[Any, Any]
 
 
 HALF = F16
@@ -42,7 +47,7 @@ class SmoothWeight(Encoding):
     Attributes:
         dtype: what the smoothed weight is cast to before it is quantized: float16 for qkv, else the model dtype.
         outputs: ay, the largest output, None per token.
-        largest: source tensor -> key of its AW; empty per channel.
+        largest: source tensor -> key of its ColumnMaxima, which give AW; empty per channel.
         divide: per tensor, divide by the rounded inverse (qkv of GQA).
         single: per tensor, the product is rounded to `dtype` before it becomes an integer (all but qkv).
         keep: columns to store, None for all.
@@ -66,7 +71,7 @@ class SmoothWeight(Encoding):
 
     @property
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]
-        return (self.smoother.key, *(key for _, key in self.largest))
+        return (*self.smoother.keys, *(key for _, key in self.largest if key not in self.smoother.keys))
 
     def bind(self, known: Known, source: str) -> SmoothWeight:
         return replace(self, bound=bound_to(self.smoother, known, dict(self.largest).get(source)))
@@ -86,7 +91,7 @@ class SmoothWeight(Encoding):
         bound = self._known()
         findings.nonfinite += int((~torch.isfinite(block)).sum())
         weight = smoothed(block, bound.smoother)
-        largest = weight.abs().amax(1) if bound.largest is None else bound.largest.to(block.device).reshape(1)
+        largest = weight.abs().amax(1) if bound.largest is None else torch.tensor([bound.largest], device=block.device).half()
         scale = weight_scale(largest)
         weight = weight.to(getattr(torch, self.dtype.torch))
         if bound.largest is not None and self.divide:
@@ -113,10 +118,10 @@ class SmoothWeight(Encoding):
             if self.outputs is not None:  # accum = sy / (sx * sw)
                 scale = scale * bound.activation / output_scale(self.outputs)
         else:
-            scale = inverse(weight_scale(bound.largest.reshape(1))).float() if bound.largest is not None else torch.ones(1)
+            scale = torch.tensor([one_scale(bound.largest)[1] if bound.largest is not None else 1.0])
         first, last = self.keep or (0, cols)
         values = parts[0].view(torch.int8).reshape(rows, cols).double() * scale.double()[:, None]
-        return (values / bound.smoother[first:last]).float()
+        return (values / torch.from_numpy(bound.smoother[first:last])).float()
 
     def values(self, block: torch.Tensor) -> torch.Tensor:
         half = block.half().float()
@@ -124,13 +129,39 @@ class SmoothWeight(Encoding):
 
     def error(self, block: torch.Tensor) -> torch.Tensor:
         """Half a step of the smoothed weight (§6.5), the roundings of its value before, and those of the scale, undone by 1 / s."""
+        import torch
+
         bound = self._known()
         weight = smoothed(block, bound.smoother).float()
-        largest = weight.abs().amax(1) if bound.largest is None else bound.largest.reshape(1)
+        largest = weight.abs().amax(1) if bound.largest is None else torch.tensor([bound.largest])
         step = inverse(weight_scale(largest)).float()[:, None]
         rounded = half_ulp(weight, HALF) + 2 * half_ulp(weight, self.dtype) + 4 * half_ulp(weight, HALF)
-        error = ((0.5 * step + rounded).double() / bound.smoother).float()
+        error = ((0.5 * step + rounded).double() / torch.from_numpy(bound.smoother)).float()
         return error if self.keep is None else error[:, self.keep[0] : self.keep[1]]
+
+    def kernel(self, source: DType) -> Kernel | None:
+        if source.name not in FLOATS:
+            return None
+        from streamconv.kernels.smooth import smooth_kernel
+
+        bound = self.bound
+        if bound is None:
+            return unbound
+        mode = 0 if bound.largest is None else 1 if self.divide else 2 if self.single else 0
+        outputs = 0.0 if self.outputs is None else output_scale(self.outputs)
+        return smooth_kernel(source, self.dtype, mode, bound.smoother, bound.largest, self.keep, outputs, bound.activation)
+
+    def prepare(self, source: DType) -> None:
+        import numpy as np
+
+        made = replace(self, bound=Bound(np.ones(2), 1.0, 1.0 if self.largest else None), keep=None)
+        outs = [np.empty(part.row_bytes, np.uint8) for part in made.parts(1, 2)]
+        kernel = made.kernel(source)
+        if kernel is None:
+            super().prepare(source)
+        else:
+            kernel(np.zeros(2, source.storage), 0, 2, 1, 2, outs)
+        self.smoother.prepare()
 
     def torch_bytes_per_element(self) -> int:
         return 48
@@ -158,7 +189,7 @@ class SmoothNorm(Encoding):
 
     @property
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]
-        return (self.smoother.key,)
+        return self.smoother.keys
 
     def bind(self, known: Known, source: str) -> SmoothNorm:
         return replace(self, bound=bound_to(self.smoother, known, None))
@@ -184,13 +215,31 @@ class SmoothNorm(Encoding):
     def error(self, block: torch.Tensor) -> torch.Tensor:
         return half_ulp(self.values(block), self.dtype)
 
+    def kernel(self, source: DType) -> Kernel | None:
+        if source.name not in FLOATS:
+            return None
+        from streamconv.kernels.smooth import divided_kernel
+
+        return unbound if self.bound is None else divided_kernel(source, self.dtype, self.bound.smoother)
+
+    def prepare(self, source: DType) -> None:
+        import numpy as np
+
+        kernel = replace(self, bound=Bound(np.ones(2), 1.0)).kernel(source)
+        if kernel is None:
+            super().prepare(source)
+        else:
+            kernel(np.zeros(2, source.storage), 0, 2, 1, 2, [np.empty(2 * self.dtype.itemsize, np.uint8)])
+
     def torch_bytes_per_column(self) -> int:
         return COLUMN_BYTES
 
     def _divided(self, block: torch.Tensor) -> torch.Tensor:
+        import torch
+
         if self.bound is None:
             raise AssertionError(f"{self.smoother.weights}: the norm was encoded before its reductions")
-        return (block.half().double() / self.bound.smoother.to(block.device)).half()
+        return (block.half().double() / torch.from_numpy(self.bound.smoother).to(block.device)).half()
 
 
 @dataclass(frozen=True)
@@ -200,7 +249,7 @@ class SmoothValue(Encoding):
     Attributes:
         what: "activation" (sx), "scale" (accum_t or inv_t of a matrix with one scale) or "smoother".
         outputs: ay, None per token.
-        largest: key of AW.
+        largest: key of the ColumnMaxima that give AW.
         keep: part of the smoother to store.
         inputs: channels of the whole smoother.
     """
@@ -219,7 +268,7 @@ class SmoothValue(Encoding):
 
     @property
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]
-        return (self.smoother.key, *([self.largest] if self.largest else []))
+        return (*self.smoother.keys, *([self.largest] if self.largest and self.largest not in self.smoother.keys else []))
 
     def bind(self, known: Known, source: str) -> SmoothValue:
         return replace(self, bound=bound_to(self.smoother, known, self.largest))
@@ -230,7 +279,7 @@ class SmoothValue(Encoding):
     def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
         import torch
 
-        return (self._value().contiguous().view(torch.uint8).to(block.device),)
+        return (torch.from_numpy(self._value()).view(torch.uint8).to(block.device),)
 
     def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:
         import torch
@@ -238,30 +287,51 @@ class SmoothValue(Encoding):
         return parts[0].view(torch.float32).reshape(rows, cols)
 
     def values(self, block: torch.Tensor) -> torch.Tensor:
-        return self._value().reshape(1, -1)
+        import torch
+
+        return torch.from_numpy(self._value()).reshape(1, -1)
 
     def error(self, block: torch.Tensor) -> torch.Tensor:
         return self.values(block) * 0.0
 
+    def kernel(self, source: DType) -> Kernel | None:
+        def run(flat: Array, start: int, stride: int, rows: int, cols: int, outs: Sequence[Array]) -> Findings:
+            outs[0][:] = self._value().view("u1")
+            return Findings()
+
+        return run
+
+    def prepare(self, source: DType) -> None:
+        self.smoother.prepare()
+
     def torch_bytes_per_element(self) -> int:
         return 32 * (self.keep[1] - self.keep[0]) + COLUMN_BYTES * self.inputs
 
-    def _value(self) -> torch.Tensor:
+    def torch_bytes_per_column(self) -> int:
+        return 0
+
+    def _value(self) -> Array:
         """float32, 1-D."""
-        import torch
+        import numpy as np
 
         bound = self.bound
         if bound is None:
             raise AssertionError(f"{self.smoother.weights}: a value was asked for before its reductions")
         if self.what == "smoother":
-            return bound.smoother[self.keep[0] : self.keep[1]].float()
+            return bound.smoother[self.keep[0] : self.keep[1]].astype(np.float32)
         if self.what == "activation":
-            return torch.tensor([bound.activation], dtype=torch.float64).float()
-        scale = weight_scale(bound.largest) if bound.largest is not None else torch.ones(())
+            return np.array([bound.activation], np.float32)
+        scale, inverted = one_scale(bound.largest) if bound.largest is not None else (1.0, 1.0)
         if self.outputs is None:
-            return inverse(scale).float().reshape(1)
+            return np.array([inverted], np.float32)
         # one scale: the official code computes in float64 with the unrounded sx
-        return (output_scale(self.outputs).double() / (bound.activation * scale.double())).float().reshape(1)
+        with np.errstate(divide="ignore", over="ignore"):
+            return (np.float64(output_scale(self.outputs)) / (np.array([bound.activation]) * scale)).astype(np.float32)
+
+
+def unbound(flat: Array, start: int, stride: int, rows: int, cols: int, outs: Sequence[Array]) -> Findings:
+    """In the place of a kernel while its reductions are not known."""
+    raise AssertionError("encoded before its reductions")
 
 
 class _SmoothQuant:

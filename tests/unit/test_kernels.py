@@ -184,6 +184,16 @@ def test_cast(source: DType, target: DType) -> None:
     check(Plain(target), infinite, source)
 
 
+@pytest.mark.parametrize(("source", "target"), PAIRS, ids=str)
+def test_cast_by_way_of_float16(source: DType, target: DType) -> None:
+    encoding = Plain(target, via_half=True)
+    check(encoding, weights(40, 37, source), source)
+    check(encoding, any_bits(64, 257, source, 1), source, start=3, stride=300)
+    if source != F16:
+        every = from_bits(np.arange(1 << 16), BF16).to(kind(source))
+        check(encoding, every[torch.isfinite(every)].reshape(2, -1), source)
+
+
 @pytest.mark.parametrize("source", [BF16, F16], ids=str)
 @pytest.mark.parametrize("target", FLOATS, ids=str)
 def test_cast_of_every_finite_pattern(source: DType, target: DType) -> None:

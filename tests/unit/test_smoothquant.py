@@ -240,8 +240,8 @@ def test_passes_are_planned_in_order_and_counted(model: Path) -> None:
     linear = sum(w.nbytes for name, w in tiny.tensors(dtype="float32").items() if "_proj" in name)
     once = planned(model, Options()).bytes_read
     channel, tensor = planned(model, ask(model, per_channel=True)), planned(model, ask(model))
-    assert (channel.passes, tensor.passes) == (2, 3)
-    assert (channel.bytes_read, tensor.bytes_read) == (once + linear, once + 2 * linear)
+    assert (channel.passes, tensor.passes) == (2, 2)  # column maxima give the largest of the smoothed matrix too
+    assert channel.bytes_read == tensor.bytes_read == once + linear
     done = set[str]()
     for span in tensor.spans:
         needs = span.reduce.needs if span.reduce else [k for d in span.dests for k in tensor.matrices[d.matrix].encoding.needs]

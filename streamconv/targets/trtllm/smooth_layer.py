@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from streamconv.checkpoint.dtypes import F32
 from streamconv.plan import Blank, Piece, SourceTensor
 from streamconv.quants.base import Encoding
-from streamconv.quants.smoothing import ColumnMaxima, SmoothedMaximum, Smoother
+from streamconv.quants.smoothing import ColumnMaxima, Smoother
 from streamconv.quants.smoothquant import (
     HALF,
     SmoothNorm,
@@ -34,6 +34,11 @@ _ONE = struct.pack("<f", 1.0)
 def module_of(tensor: SourceTensor) -> str:
     """ "model.layers.0.mlp.up_proj" of its weight."""
     return tensor.name.removesuffix(".weight")
+
+
+def _columns(tensor: SourceTensor) -> str:
+    """Key of its column maxima."""
+    return f"columns of {tensor.name}"
 
 
 def int8_kv_factor(ranges: Ranges, outputs: Mapping[str, int]) -> bytes:
@@ -90,18 +95,14 @@ class SmoothLayer:
 
     def _smoother(self, *weights: SourceTensor) -> Smoother:
         names = " and ".join(tensor.name for tensor in weights)
-        smoother = Smoother(f"columns of {names}", names, self.ranges, module_of(weights[0]), self.decoder.options.smoothquant)
-        for tensor in weights:
-            self.decoder.builder.reduce(tensor, ColumnMaxima(smoother.key))
-        return smoother
+        keys = tuple(_columns(tensor) for tensor in weights)
+        for tensor, key in zip(weights, keys, strict=True):
+            self.decoder.builder.reduce(tensor, ColumnMaxima(key))
+        return Smoother(keys, names, self.ranges, module_of(weights[0]), self.decoder.options.smoothquant)
 
-    def _largest(self, smoother: Smoother, tensor: SourceTensor) -> tuple[tuple[str, str], ...]:
-        """(source, key of its AW), where one scale serves the matrix."""
-        if self.decoder.options.per_channel:
-            return ()
-        reduction = SmoothedMaximum(f"largest of {tensor.name}", smoother)
-        self.decoder.builder.reduce(tensor, reduction)
-        return ((tensor.name, reduction.key),)
+    def _largest(self, tensor: SourceTensor) -> tuple[tuple[str, str], ...]:
+        """(source, key of its maxima), where one scale serves the matrix."""
+        return () if self.decoder.options.per_channel else ((tensor.name, _columns(tensor)),)
 
     def _outputs(self, *weights: SourceTensor) -> float | None:
         if self.decoder.options.per_token:
@@ -112,7 +113,7 @@ class SmoothLayer:
         decoder = self.decoder
         smoother, outputs = self._smoother(*weights), self._outputs(*weights)
         self._norm("input_layernorm", norm, smoother)
-        largest = tuple(pair for tensor in weights for pair in self._largest(smoother, tensor))
+        largest = tuple(pair for tensor in weights for pair in self._largest(tensor))
         grouped = decoder.kv != decoder.model.num_attention_heads
         encoding = SmoothWeight(smoother, HALF, outputs, largest, divide=grouped, single=False)
         decoder.decisions.setdefault("attention.qkv", encoding.name)
@@ -127,7 +128,7 @@ class SmoothLayer:
         smoother = self._smoother(*weights)
         self._norm("post_layernorm", norm, smoother)
         for name, tensor in zip(("mlp.fc", "mlp.gate"), weights, strict=True):
-            largest, outputs = self._largest(smoother, tensor), self._outputs(tensor)
+            largest, outputs = self._largest(tensor), self._outputs(tensor)
             encoding = SmoothWeight(smoother, self.decoder.dtype, outputs, largest)
             self.decoder.decisions.setdefault(name, encoding.name)
             for rank in self.ranks:
@@ -141,7 +142,7 @@ class SmoothLayer:
         """A row-parallel layer: whole rows are encoded, each rank keeps its columns."""
         path = f"{owner}.{name}"
         smoother, outputs = self._smoother(tensor), self._outputs(tensor)
-        largest = self._largest(smoother, tensor)
+        largest = self._largest(tensor)
         whole = SmoothWeight(smoother, self.decoder.dtype, outputs, largest)
         self.decoder.decisions.setdefault(path, whole.name)
         for rank in self.ranks:
