@@ -65,6 +65,9 @@ _FACTORS = (
     "attn_logit_softcapping",
 )
 
+# those that are calculated with, and in which range
+_NEVER_NULL = {"rotary_pct": (0.0, 1.0), "attention_multiplier": (0.0, 1e30), "logits_scaling": (1e-30, 1e30)}
+
 # class defaults of transformers that files may rely on (§2.8); dimensions are never guessed
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "": {"rms_norm_eps": 1e-06, "rope_theta": 10000.0, "hidden_act": "silu", "max_position_embeddings": 2048},
@@ -187,8 +190,11 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     model_type = text("model_type")
     switches = {key: switch(key) for key in ("bias", "attention_bias", "mlp_bias", "tie_word_embeddings")}
     for key in _FACTORS:
-        if raw.get(key) is not None:
-            number(key, 1.0)
+        if key in raw and (raw[key] is not None or key in _NEVER_NULL):
+            factor = number(key, 1.0) if raw[key] is not None else -1.0
+            least, most = _NEVER_NULL.get(key, (0.0, 1e30))
+            if not least <= factor <= most:
+                problems.append(f"{key} is {_shown(raw[key])}, not a number from {least:g} to {most:g}")
     if problems:
         raise CheckpointError("config.json: " + "; ".join(problems))
     return ModelConfig(
@@ -294,6 +300,6 @@ def from_meta(params: Mapping[str, Any], vocab_rows: int | None = None) -> Model
         num_experts=0,
         experts_per_token=0,
         moe_intermediate_size=None,
-        raw=dict(params),
+        raw={key: value for key, value in params.items() if key not in _FACTORS},  # Hugging Face words, unchecked here
         source="meta",
     )
