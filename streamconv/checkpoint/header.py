@@ -1,4 +1,4 @@
-"""Strict reader and exact writer of the safetensors header.
+"""Strict reader of the safetensors header; header_build.py writes it.
 
 A file is an 8-byte little-endian length, a JSON object of that length, and the data. The reader is stricter than the
 stock one: whatever it accepts, stock reads the same. It walks the bytes with one bounded regular expression per tensor
@@ -14,12 +14,13 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import NamedTuple, NoReturn
 
 from streamconv.checkpoint.dtypes import DTYPES, DType
+from streamconv.checkpoint.header_build import METADATA
+from streamconv.checkpoint.header_build import build_header as build_header
 from streamconv.checkpoint.limits import (
     MAX_ESCAPED,
     MAX_METADATA,
@@ -34,7 +35,6 @@ from streamconv.errors import CheckpointError, HeaderError, printable
 
 _LIMIT = 1 << 63
 _FIRST_READ = 1 << 16
-_METADATA = "__metadata__"
 _SPLIT = "split the file into several shards"
 
 _WS = rb"[ \t\n\r]{0,256}"  # bounded, so that a hostile run of blanks fails at once
@@ -197,7 +197,7 @@ class _Parser:
                 self.within(self.escaped, MAX_ESCAPED, "names with escapes")
                 name, pos = self.string(self.blank(pos), MAX_NAME)
                 pos = self.blank(self.expect(b":", self.blank(pos)))
-                if name == _METADATA:
+                if name == METADATA:
                     if metadata is not None:
                         self.fail("duplicate key __metadata__", pos)
                     metadata, pos = self.metadata(pos)
@@ -213,7 +213,7 @@ class _Parser:
                     self.fail("bad JSON, ',' or '}' expected", pos)
                 separator, pos = after[1], after.end()
             more = separator == b","
-            if name != _METADATA:
+            if name != METADATA:
                 if name in tensors:
                     self.fail(f"duplicate tensor {printable(name)}")
                 tensors[name] = self.entry(name, dtype, shape, begin, end)
@@ -345,31 +345,3 @@ class _Parser:
     def fail(self, what: str, pos: int | None = None, hint: str | None = None) -> NoReturn:
         at = "" if pos is None else f" (at byte {pos})"
         raise HeaderError(f"{self.where}: {what}{at}", hint=hint)
-
-
-def build_header(
-    entries: Iterable[tuple[str, DType, tuple[int, ...]]],
-) -> tuple[bytes, dict[str, tuple[int, int]]]:
-    """The first bytes of a file as the stock writer writes them without metadata (spec: checkpoint §1.2).
-
-    Returns:
-        The header with its length, and by name where in the file each tensor begins and ends.
-    """
-    ordered = sorted(entries, key=lambda entry: (-entry[1].order, entry[0].encode()))
-    parts, spans, at = [], {}, 0
-    for name, dtype, shape in ordered:
-        if name in spans or name == _METADATA:
-            raise ValueError(f"tensor name {printable(name)} is used twice or reserved")
-        size = dtype.itemsize
-        for dim in shape:
-            size *= dim
-        spans[name] = at, at + size
-        listed = ",".join(map(str, shape))
-        quoted = json.dumps(name, ensure_ascii=False)
-        parts.append(f'{quoted}:{{"dtype":"{dtype.name}","shape":[{listed}],"data_offsets":[{at},{at + size}]}}')
-        at += size
-    text = ("{" + ",".join(parts) + "}").encode()
-    text += b" " * (-len(text) % 8)
-    start = 8 + len(text)
-    places = {name: (start + begin, start + end) for name, (begin, end) in spans.items()}
-    return len(text).to_bytes(8, "little") + text, places

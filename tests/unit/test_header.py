@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize, safe_open
 from safetensors.numpy import save_file
 
+from streamconv.checkpoint import header
 from streamconv.checkpoint.dtypes import DTYPES, F16, F32
 from streamconv.checkpoint.header import MAX_HEADER, Header, build_header, parse_header, read_header
 from streamconv.errors import CheckpointError, HeaderError
@@ -319,3 +320,43 @@ def test_build_refuses_a_name_twice() -> None:
 def test_no_tensors() -> None:
     header, places = build_header([])
     assert places == {} and json.loads(header[8:]) == {} and len(header) == 16
+
+
+LIMITED: dict[str, tuple[dict[str, int], str, str]] = {
+    "tensors": ({"MAX_TENSORS": 2}, '{"a":%s,"b":%s,"c":%s}', "3 tensors, above streamconv's own limit of 2"),
+    "shapes": ({"MAX_SHAPES": 1}, '{"a":%s,"b":{"dtype":"U8","shape":[0,1],"data_offsets":[0,0]}}', "2 different shapes, above"),
+    "escaped names": ({"MAX_ESCAPED": 1}, '{"\\u0061":%s,"\\u0062":%s}', "2 names with escapes, above"),
+    "name": ({"MAX_NAME": 3}, '{"abcd":%s}', "longer than streamconv's own limit of 3 bytes"),
+    "escaped name": ({"MAX_NAME": 3}, '{"\\u0061":%s}', "longer than streamconv's own limit of 3 bytes"),
+    "metadata keys": ({"MAX_METADATA_KEYS": 1}, '{"__metadata__":{"a":"","b":""}}', "2 keys in __metadata__, above"),
+    "metadata": ({"MAX_METADATA": 9}, '{"__metadata__":{"a":"","b":""}}', "bytes of __metadata__, above"),
+    "metadata string": ({"MAX_METADATA": 9}, '{"__metadata__":{"a":"xxxxxxxxxx"}}', "longer than streamconv's own limit of 9 bytes"),
+}
+
+
+@pytest.mark.parametrize("name", LIMITED)
+def test_limits_are_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits, text, says = LIMITED[name]
+    empty = '{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
+    file = pack(text.replace("%s", empty), b"")
+    parse(file)
+    for limit, value in limits.items():
+        monkeypatch.setattr(header, limit, value)
+    with pytest.raises(HeaderError, match=re.escape(says)):
+        parse(file)
+    for limit, value in limits.items():  # at the limit is not above it
+        monkeypatch.setattr(header, limit, value + 30)
+    parse(file)
+
+
+def test_a_long_header_out_of_order_reads_the_same_from_a_file(tmp_path: Path) -> None:
+    texts = [f'"{n}":{{"dtype":"U8","shape":[1],"data_offsets":[{n},{n + 1}]}}' for n in range(5000)]
+    file = pack("{" + ",".join(reversed(texts)) + "}", bytes(n % 256 for n in range(5000)))
+    assert len(file) > 2 << 16
+    (tmp_path / "x").write_bytes(file)
+    read = read_header(tmp_path / "x")
+    assert read == parse(file) and list(read.tensors) == [str(n) for n in range(5000)]
+    _agree(file)
+    os.truncate(tmp_path / "x", 1 << 17)
+    with pytest.raises(HeaderError, match="past the end"):
+        read_header(tmp_path / "x")
