@@ -103,9 +103,11 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def _shown(value: Any) -> str:
-    """A value for a message; of lists and objects only the kind, for they can be of any size and depth."""
+    """A value for a message; of large or nested lists and objects only the kind, for they can be of any size and depth."""
     if isinstance(value, dict | list):
-        return "an object" if isinstance(value, dict) else "a list"
+        held = value.values() if isinstance(value, dict) else value
+        if len(value) > 4 or any(isinstance(item, dict | list) for item in held):
+            return "an object" if isinstance(value, dict) else "a list"
     return printable(repr(value), 40)
 
 
