@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from streamconv.checkpoint import index as index_module
 from streamconv.checkpoint.index import nearest, open_index, read_weight_map
 from streamconv.errors import CheckpointError, HeaderError, TensorError
 
@@ -228,3 +229,17 @@ def test_a_tensor_listed_twice_in_the_index_file_is_refused_by_name(tmp_path: Pa
     listed.write_text(text % f', "a.weight": "{other}"')
     with pytest.raises(TensorError, match=r"index\.json lists '?a\.weight'? twice"):
         read_weight_map(listed)
+
+
+def test_limits_of_the_whole_are_named(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_module, "MAX_TENSORS", 2)
+    with pytest.raises(CheckpointError, match="over 2 tensors, which is streamconv's own limit"):
+        open_index(model)
+    monkeypatch.setattr(index_module, "MAX_FILES", 1)
+    with pytest.raises(CheckpointError, match="names 2 files, above streamconv's own limit of 1"):
+        open_index(model)
+    (model / "model.safetensors.index.json").unlink()
+    with pytest.raises(CheckpointError, match="has 2 weight files, above streamconv's own limit of 1"):
+        open_index(model)
+    monkeypatch.undo()
+    open_index(model).close()
