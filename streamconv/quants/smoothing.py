@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -68,8 +68,11 @@ class Smoother:
     module: str
     alpha: float
 
-    def find(self, known: Known) -> Array:
-        """float64 [cols].
+    def find(self, known: Known, exact: bool = False) -> Bound:
+        """s, and sx = 127 / the largest smoothed input (§6.5).
+
+        Args:
+            exact: torch's powers in any case; else only where they decide a byte of a weight, a norm or a smoother.
 
         Raises:
             DataError: a column of zeros (its smoother would be infinite), NaN or infinity.
@@ -87,27 +90,39 @@ class Smoother:
                 f"{printable(self.weights)}: input channel {column} {what}, SmoothQuant has no smoother for it",
                 hint="use another --quant, for example int8",
             )
-        found: Array = np.maximum(power(self._inputs(), self.alpha) / power(largest, 1 - self.alpha), 1e-5)
-        return found
+        inputs = self.ranges.vector(self.module + ".x").astype(np.float64)
+        roots = power(largest, 1 - self.alpha)
+        if self.alpha == 0.5 and not exact:
+            from streamconv.kernels.root import half_power_smoother
 
-    def activation_scale(self, smoother: Array) -> float:
-        """sx = 127 / the largest smoothed input, float64 (§6.5)."""
-        return 127.0 / float((self._inputs() / smoother).max())
+            found = half_power_smoother(inputs, roots)
+            if found is not None:
+                smoother, top, doubt = found
+                least, greatest = 127.0 / doubt[1], 127.0 / doubt[0]
+                if np.float32(least) == np.float32(greatest):
+                    return Bound(smoother, 127.0 / top, doubt=(least, greatest))
+        smoother = np.maximum(power(inputs, self.alpha) / roots, 1e-5)
+        sx = 127.0 / float((inputs / smoother).max())
+        return Bound(smoother, sx, doubt=(sx, sx))
 
     def prepare(self) -> None:
         """Load what `find` will need."""
         import numpy as np
 
-        power(np.ones(1), self.alpha)
+        if self.alpha == 0.5:
+            from streamconv.kernels.root import half_power_smoother
 
-    def _inputs(self) -> Array:
-        import numpy as np
-
-        return self.ranges.vector(self.module + ".x").astype(np.float64)
+            half_power_smoother(np.ones(1), np.ones(1, np.float16))
+        else:
+            power(np.ones(1), self.alpha)
 
 
 def power(values: Array, exponent: float) -> Array:
     """values ** exponent as torch computes it, in the dtype of the values."""
+    import numpy as np
+
+    if exponent == 0.5 and values.dtype == np.float16:
+        return np.sqrt(values)  # the same for every value
     import torch
 
     made: Array = torch.from_numpy(values).pow(exponent).numpy()
@@ -157,11 +172,18 @@ def one_scale(largest: float) -> tuple[float, float]:
 
 @dataclass(frozen=True, eq=False)
 class Bound:
-    """What one tile's encoding is told: the smoother s, sx, and AW where one scale serves the whole matrix."""
+    """What one tile's encoding is told.
+
+    Attributes:
+        smoother: s, float64 [cols].
+        activation: sx, float64; `doubt`, the bounds of what it would be by torch's powers: the same as float32.
+        largest: AW, where one scale serves the whole matrix.
+    """
 
     smoother: Array
     activation: float
     largest: float | None = None
+    doubt: tuple[float, float] = (1.0, 1.0)
 
     def accumulator(self, scale: torch.Tensor, outputs: float) -> torch.Tensor:
         """accum of a vector of scales, all in float32."""
@@ -177,17 +199,22 @@ _RECENT = 8
 """Bounds that are kept: those of the tiles at work."""
 
 
-def bound_to(smoother: Smoother, known: Known, largest: str | None) -> Bound:
-    """What an encoding needs to know; `largest` is the key of the ColumnMaxima of its own weight, where one scale serves it."""
+def bound_to(smoother: Smoother, known: Known, largest: str | None, exact: bool = False) -> Bound:
+    """What an encoding needs to know.
+
+    Args:
+        largest: key of the ColumnMaxima of its own weight, where one scale serves it.
+        exact: as in `Smoother.find`.
+    """
     mark = known.get(smoother.keys[0])  # finished maxima are one object: what was found from them before, still holds
-    key = (smoother.keys, smoother.module, smoother.alpha, largest)
+    key = (smoother.keys, smoother.module, smoother.alpha, largest, exact)
     with _lock:
         kept, bound = _recent.setdefault(smoother.ranges, OrderedDict()).get(key, (None, None))
     if bound is not None and kept is mark:
         return bound
-    found = smoother.find(known)
-    top = None if largest is None else largest_smoothed(known.get(largest), found)
-    bound = Bound(found, smoother.activation_scale(found), top)
+    bound = smoother.find(known, exact)
+    if largest is not None:
+        bound = replace(bound, largest=largest_smoothed(known.get(largest), bound.smoother))
     with _lock:
         recent = _recent[smoother.ranges]
         recent[key] = (mark, bound)

@@ -271,7 +271,11 @@ class SmoothValue(Encoding):
         return (*self.smoother.keys, *([self.largest] if self.largest and self.largest not in self.smoother.keys else []))
 
     def bind(self, known: Known, source: str) -> SmoothValue:
-        return replace(self, bound=bound_to(self.smoother, known, self.largest))
+        bound = bound_to(self.smoother, known, self.largest)
+        made = [replace(self, bound=replace(bound, activation=sx))._value() for sx in bound.doubt]
+        if made[0].tobytes() != made[1].tobytes():
+            bound = bound_to(self.smoother, known, self.largest, exact=True)
+        return replace(self, bound=bound)
 
     def parts(self, rows: int, cols: int, experts: int = 0) -> tuple[Part, ...]:
         return (Part(self.suffix, F32, self.shape, 4 * (self.keep[1] - self.keep[0])),)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from safetensors.numpy import save_file
 
 from streamconv.checkpoint.dtypes import BF16, F16, F32, DType
+from streamconv.kernels import root_code
 from streamconv.quants.base import Findings, Reduction
 from streamconv.quants.fp8_tensor import Fp8Tensor, WeightMaximum
 from streamconv.quants.smoothing import (
@@ -201,7 +203,7 @@ def test_scales_of_every_float16_value() -> None:
 def test_the_smoother_is_found_once_and_again_for_other_maxima(smoother: Smoother, monkeypatch: pytest.MonkeyPatch) -> None:
     found = list[int]()
     find = Smoother.find
-    monkeypatch.setattr(Smoother, "find", lambda self, known: (found.append(1), find(self, known))[1])
+    monkeypatch.setattr(Smoother, "find", lambda self, known, exact=False: (found.append(1), find(self, known, exact))[1])
     ones, twos = np.ones(129, np.float16), np.full(129, 2, np.float16)
     first = Known(a=ones, b=ones)
     assert bound_to(smoother, first, "a") is bound_to(smoother, first, "a") and len(found) == 1
@@ -220,6 +222,84 @@ def test_powers_are_those_of_torch(exponent: float) -> None:
     numbers = np.concatenate([[0.0], random.uniform(0, 9, 4099), np.exp2(random.uniform(-30, 20, 4099))]).astype(np.float32)
     wide = torch.from_numpy(numbers).double()
     np.testing.assert_array_equal(power(wide.numpy(), exponent), wide.pow(exponent).numpy())
+
+
+def test_the_root_of_torch_is_the_rounded_one_or_its_neighbour_that_is_named() -> None:
+    random = np.random.default_rng(0)
+    numbers = np.concatenate([[0.0, 2.0**-149], random.uniform(0, 64, 200_000), np.exp2(random.uniform(-149, 127, 200_000))])
+    values = numbers.astype(np.float32).astype(np.float64)
+    near = np.sqrt(values)
+    other = np.array([root_code.other_root(value, root) for value, root in zip(values, near, strict=True)])
+    torchs = torch.from_numpy(values).pow(0.5).numpy()
+    assert ((torchs == near) | (torchs == other)).all()
+    assert (near != other).mean() < 0.14  # an eighth
+    assert (np.abs(near.view(np.int64) - other.view(np.int64)) <= 1).all()
+
+
+def exactly(found: Smoother, known: Known) -> tuple[Array, float]:
+    """The definition, all of it by torch."""
+    x = torch.from_numpy(found.ranges.vector("m.x")).double()
+    m = torch.from_numpy(np.maximum(known.get("a"), known.get("b")))
+    s = (x.pow(found.alpha) / m.pow(1 - found.alpha)).clamp(min=1e-5)
+    return s.numpy(), 127.0 / float((x / s).max())
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 0.8, 1.0])
+def test_smoothers_give_the_bytes_of_torch(smoother: Smoother, alpha: float) -> None:
+    random = np.random.default_rng(1)
+    known = Known(a=random.uniform(1e-4, 2, 129).astype(np.float16), b=random.uniform(1e-4, 2, 129).astype(np.float16))
+    found = Smoother(smoother.keys, smoother.weights, smoother.ranges, "m", alpha)
+    s, sx = exactly(found, known)
+    bound, strict = found.find(known), found.find(known, exact=True)
+    assert strict.smoother.tobytes() == s.tobytes() and strict.activation == sx
+    assert bound.doubt[0] <= sx <= bound.doubt[1] and np.float32(bound.activation) == np.float32(sx)
+    every = from_bits(np.arange(0x7C00), F16).reshape(-1, 1).expand(-1, 129)
+    assert torch.equal(smoothed(every, bound.smoother), smoothed(every, s))
+    norms = (SmoothNorm(found, BF16, b).encode(every, Findings())[0] for b in (bound, Bound(s, sx)))
+    assert torch.equal(*norms)
+    np.testing.assert_array_equal(bound.smoother.astype(np.float32), s.astype(np.float32))
+
+
+def test_a_root_that_decides_a_byte_is_asked_of_torch(smoother: Smoother, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = Known(a=np.full(129, 0.37, np.float16), b=np.full(129, 0.1, np.float16))
+    s, sx = exactly(smoother, known)
+    monkeypatch.setattr(root_code, "alike", lambda made, other: False)
+    found = smoother.find(known)
+    assert found.smoother.tobytes() == s.tobytes() and (found.activation, found.doubt) == (sx, (sx, sx))
+
+
+def test_close_calls_are_seen() -> None:
+    far = np.nextafter(1.0, 2.0)
+    assert root_code.alike(np.array([0.3, 1.0]), np.array([0.3, 1.0]))
+    assert root_code.alike(np.array([1.5]), np.array([1.5 * far]))
+    # as float32: the middle between two of them
+    middle = 1 + 2.0**-24
+    assert not root_code.alike(np.array([middle]), np.array([np.nextafter(middle, 2)]))
+    # 1025 * s is the edge between the float32 that is a tie of float16 and the next one
+    edge = (1024.5 + 2.0**-14) / 1025
+    pair = np.array([np.nextafter(edge, 0)]), np.array([np.nextafter(edge, 2)])
+    assert np.float32(pair[0][0]) == np.float32(pair[1][0])
+    halves = [np.float16(np.float32(1025 * side[0])) for side in pair]
+    assert halves[0] != halves[1] and not root_code.alike(*pair)
+    # a float32 that differs and rounds to the same float16 is no close call
+    edge = (1030.25 + 2.0**-14) / 1025
+    pair = np.array([np.nextafter(edge, 0)]), np.array([np.nextafter(edge, 2)])
+    assert np.float32(1025 * pair[0][0]) != np.float32(1025 * pair[1][0]) and root_code.alike(*pair)
+
+
+def test_a_scale_that_depends_on_the_root_is_asked_of_torch(smoother: Smoother, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[bool]()
+    find = Smoother.find
+
+    def doubtful(self: Smoother, known: Known, exact: bool = False) -> Bound:
+        asked.append(exact)
+        bound = find(self, known, exact)
+        return bound if exact else replace(bound, doubt=(bound.activation, bound.activation * 1.001))
+
+    monkeypatch.setattr(Smoother, "find", doubtful)
+    known = Known(a=np.full(129, 0.71, np.float16), b=np.full(129, 0.1, np.float16))
+    value = SmoothValue(smoother, "scale", "x", (1,), 23.7, "a", inputs=129)
+    assert value.bind(known, "").bound == bound_to(smoother, known, "a", exact=True) and asked == [False, True]
 
 
 @pytest.mark.parametrize("source", FLOATS, ids=str)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -194,6 +196,18 @@ def test_whole_matrix_reference(
         assert found["transformer.vocab_embedding.weight"].tobytes() == embedding.tobytes()
     verdict = verify(tmp_path / "out", model)
     assert not verdict.problems
+
+
+@pytest.mark.parametrize("flags", [["--quant", "smoothquant"], ["--quant", "fp8"], ["--kv-cache", "int8"]])
+def test_a_conversion_does_without_torch(model: Path, tmp_path: Path, flags: list[str]) -> None:
+    code = (
+        "import sys; from streamconv.cli.main import main\n"
+        "status = main(sys.argv[1:]); sys.exit(9 if 'torch' in sys.modules else status)"
+    )
+    ranges = str(model.parent / "ranges.safetensors")
+    argv = ["convert", str(model), str(tmp_path / "out"), *flags, "--activation-ranges", ranges, "--device", "cpu"]
+    done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_resumed_after_a_failure(model: Path, tmp_path: Path) -> None:

@@ -1,0 +1,33 @@
+"""The smoother for alpha 1/2 without torch, whose power of float64 is not always the rounded root."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, Any]
+
+
+def half_power_smoother(inputs: Array, maxima: Array) -> tuple[Array, float, tuple[float, float]] | None:
+    """s of quantization spec §6.4 for alpha 1/2.
+
+    Torch gives the rounded square root or, in one of a hundred cases, its neighbour: only where the exact root lies almost in
+    the middle (the farthest seen in twelve million: 0.03 units of it; 0.0625 are allowed for here). Where that may be so, both
+    are tried.
+
+    Args:
+        inputs: float64 [cols], x. maxima: float16 [cols], the rounded roots of the column maxima.
+
+    Returns:
+        s float64 [cols]; the largest x / s; the least and the greatest that it is by torch's roots. None if the bytes of weights,
+        norms or smoothers could depend on which root it is: ask torch.
+    """
+    import numpy as np
+
+    from streamconv.kernels.root_code import alike, half_power
+
+    made, other = np.empty_like(inputs), np.empty_like(inputs)
+    top, least, greatest = half_power(inputs, maxima.astype(np.float64), made, other)
+    return (made, float(top), (float(least), float(greatest))) if alike(made, other) else None

@@ -1,0 +1,81 @@
+"""The compiled part of `root`: the smoother for alpha 1/2, and whether the last bit of a square root could change any byte."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from streamconv.kernels.jit import bits_of, jit
+from streamconv.kernels.nearest import f16_value
+
+_Array = np.ndarray[Any, Any]
+
+
+@jit
+def other_root(value: np.float64, near: np.float64) -> Any:
+    """The neighbour of `near`, the rounded root, if the exact one lies within 1/16 unit of the middle between them; else `near`."""
+    if near == 0.0:
+        return near
+    # value - near**2 to far below a unit: near in two halves whose products are exact
+    c = np.float64(134217729.0) * near
+    high = c - (c - near)
+    low = near - high
+    rest = ((value - high * high) - 2.0 * high * low) - low * low
+    other = np.nextafter(near, np.inf if rest > 0.0 else 0.0)
+    return other if abs(rest) > 0.4375 * 2.0 * near * abs(other - near) else near
+
+
+@jit
+def half_power(inputs: _Array, maxima: _Array, made: _Array, other: _Array) -> Any:
+    """max(sqrt(x) / m, 1e-5) in `made`, and in `other` by the other root.
+
+    Args:
+        inputs: float64, x. maxima: float64, the rounded root of m.
+
+    Returns:
+        The largest x / s by `made`, and the least and the greatest it can be.
+    """
+    top = least = greatest = 0.0
+    for i in range(inputs.size):
+        near = math.sqrt(inputs[i])
+        made[i] = max(near / maxima[i], 1e-5)
+        other[i] = max(other_root(inputs[i], near) / maxima[i], 1e-5)
+        a, b = inputs[i] / made[i], inputs[i] / other[i]
+        top = max(top, a)
+        least = max(least, min(a, b))
+        greatest = max(greatest, max(a, b))
+    return top, least, greatest
+
+
+@jit
+def close_call(s: np.float64, t: np.float64) -> bool:
+    """Some float16 value times s, or divided by it, is another float16 than with t."""
+    for mantissa in range(1024, 2048):
+        for exponent in range(-34, 6):
+            h = math.ldexp(np.float64(mantissa), exponent)
+            if f16_value(bits_of(np.float32(h * s))) != f16_value(bits_of(np.float32(h * t))):
+                return True
+            if f16_value(bits_of(np.float32(h / s))) != f16_value(bits_of(np.float32(h / t))):
+                return True
+    return False
+
+
+@jit
+def alike(made: _Array, other: _Array) -> bool:
+    """Both give the same bytes, as float32 and for every float16 value they are multiplied with or divide."""
+    for i in range(made.size):
+        s, t = made[i], other[i]
+        if s == t:
+            continue
+        if np.float32(s) != np.float32(t):
+            return False
+        differ = 0
+        for mantissa in range(1024, 2048):  # rounded to float32, a mantissa stands for all exponents
+            h = np.float64(mantissa)
+            differ += np.float32(h * s) != np.float32(h * t)
+            differ += np.float32(h / s) != np.float32(h / t)
+        if differ > 0 and close_call(s, t):
+            return False
+    return True
