@@ -96,7 +96,8 @@ def work_of(plan: Plan) -> Work:
         size = (span.stop - span.start) * span.row_bytes
         rows = span.op.out_rows(span.stop - span.start)
         if span.reduce is not None:
-            torch += size
+            fused = span.reduce.kernel(span.source.dtype) is not None
+            kernel, torch = kernel + size * fused, torch + size * (not fused)
         for request in requests(span, plan.matrices):
             encoding, cols = request[1], width(request)
             if is_copy(request, span.source.dtype):
