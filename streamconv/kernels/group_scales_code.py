@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from streamconv.kernels.jit import jit
-from streamconv.kernels.rows import load_row, round_row, to_bf16, to_f16
+from streamconv.kernels.nearest import load_bits, nonfinite, round_bits
+from streamconv.kernels.rows import to_bf16, to_f16
 
 _Array = np.ndarray[Any, Any]
 
@@ -30,7 +31,6 @@ def group_rows(
     """Groups (packed zeros, then scales, as bytes) -> scales and zeros; gives how many finite scales became infinite."""
     values = np.empty(n, np.float32)
     bits = values.view(np.uint32)
-    half = np.empty(n, np.uint16)
     word = np.empty(n, np.uint32)
     lost = np.int64(0)
     for r in range(rows):
@@ -49,14 +49,10 @@ def group_rows(
             for i in range(n):
                 k = at + 2 * i
                 word[i] = np.uint32(data[k]) | (np.uint32(data[k + 1]) << np.uint32(8))
-        load_row(word, kind, bits, values)
-        finite = np.int64(0)
-        for i in range(n):
-            finite += np.int64((bits[i] & np.uint32(0x7FFFFFFF)) < np.uint32(0x7F800000))
-        round_row(target, half, bits, values)
-        for i in range(n):
-            finite -= np.int64((bits[i] & np.uint32(0x7FFFFFFF)) < np.uint32(0x7F800000))
-        lost += finite
+        load_bits(word, kind, bits)
+        lost -= nonfinite(bits)
+        round_bits(target, bits)
+        lost += nonfinite(bits)
         for i in range(n):
             if bits_each == 8:
                 z = np.int32(data[row + i])

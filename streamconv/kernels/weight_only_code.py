@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from streamconv.kernels.jit import jit
+from streamconv.kernels.jit import bits_of, float_of, jit
 from streamconv.kernels.nearest import load_bits, nonfinite, round_bits
 from streamconv.kernels.rows import to_bf16, to_f16
 
@@ -49,13 +49,14 @@ def quantize_row(values: _Array, scale: np.float32, half: np.int32, bias: np.int
         for i in range(q.size):
             q[i] = np.uint8(bias)
         return
+    low, high = np.float32(-half), np.float32(half - np.int32(1))
     for i in range(q.size):
-        y = values[i] / scale
-        t = np.int32(y)
-        r = y - np.float32(t)
-        t = t + np.int32(r >= np.float32(0.5)) - np.int32(r <= np.float32(-0.5))
-        t = max(-half, min(half - np.int32(1), t))
-        q[i] = np.uint8(t + bias)
+        y = np.float32(values[i] / scale)
+        # the float before 1/2, with the sign of y: what is left after cutting is rounded half away from zero
+        y = np.float32(y + float_of(np.uint32(np.uint32(bits_of(y) & np.uint32(0x80000000)) | np.uint32(0x3EFFFFFF))))
+        y = y if y > low else low
+        y = y if y < high else high
+        q[i] = np.uint8(np.int32(y) + bias)
 
 
 @jit

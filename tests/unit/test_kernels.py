@@ -174,6 +174,23 @@ def test_weight_only_comes_back_within_half_a_step(bits: int, family: str, model
     assert ((back - block.float()).abs() <= torch.where(clipped, step, step / 2) * 1.0001).all()
 
 
+def test_weight_only_rounds_half_away_from_zero_right_at_the_half() -> None:
+    """The scale is 1: quotients around every half, and the floats next to it, where a sum in float32 is easily rounded up."""
+    halves = torch.arange(-128, 127) + 0.5
+    sides = [halves]
+    for towards in (-1e9, 1e9):
+        for _ in range(3):
+            sides.append(torch.nextafter(sides[-1] if _ else halves, torch.tensor(towards)))
+    row = torch.cat([*sides, torch.tensor([-128.0]), torch.zeros(6)])
+    check(WeightOnly(8, "A", F32), torch.stack([row, -row]), F32)
+    for made in (row, -row):
+        step = float(made.abs().max()) / 128
+        codes = WeightOnly(8, "C", F32).encode(made[None], Findings())[0].view(torch.int8)
+        exact = made.double() / step
+        wanted = (exact.abs() + 0.5).floor() * exact.sign()
+        assert torch.equal(codes.double(), wanted.clamp(-128, 127))
+
+
 @pytest.mark.parametrize(("source", "target"), PAIRS, ids=str)
 def test_cast(source: DType, target: DType) -> None:
     check(Plain(target), weights(40, 37, source), source)
