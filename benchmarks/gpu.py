@@ -1,7 +1,8 @@
 """GB/s of source on a GPU: whole conversions from the page cache and from the disk, on the GPU and on the CPU; the ring alone, without
 files; against the pinned copy rate and against plain torch (load, quantize on the GPU, .cpu(), save), all in one run.
 
-    python benchmarks/gpu.py [--gb 4] [--folder benchmarks/work] [--out benchmarks/results/gpu.json] [--no-gpu]
+    python benchmarks/gpu.py [--gb 4] [--folder benchmarks/work] [--out benchmarks/results/gpu.json] [--only ring]
+        [--no-gpu]
 
 --no-gpu runs everything that needs none, with a stand-in in the place of the ring's device: for trying the benchmark, its figures
 mean nothing.
@@ -122,7 +123,7 @@ def copy_rates() -> dict[str, float]:
 
 def encodings(job: str, cols: int) -> Any:
     """The encoding of a job's weights, bound to a smoother where it needs one."""
-    import torch
+    import numpy as np
 
     from streamconv.checkpoint.dtypes import F16
     from streamconv.quants.fp8_rowwise import Fp8Rowwise
@@ -132,25 +133,34 @@ def encodings(job: str, cols: int) -> Any:
     from streamconv.quants.weight_only import WeightOnly
 
     if job == "smoothquant":
-        bound = Bound(torch.rand(cols, dtype=torch.float64) + 0.5, 3.0)
+        bound = Bound(np.random.default_rng(1).random(cols) + 0.5, 3.0)
         return SmoothWeight(None, F16, None, bound=bound)  # type: ignore[arg-type]
     return {"int8": WeightOnly(8, "C", F16), "int4": WeightOnly(4, "C", F16), "fp8_rowwise": Fp8Rowwise()}.get(job, Plain(F16))
 
 
-def ring_rate(job: str, backend: Any, seconds: float, cols: int = 4096, arena: int = 16 * MIB) -> dict[str, Any]:
-    """GB/s of source through the ring alone: the same tile over and over in every slot, nothing read or written."""
+def ring_rate(job: str, backend: Any, seconds: float, cols: int = 4096, arena: int = 0, most: int = 0) -> dict[str, Any]:
+    """GB/s of source through the ring alone: the same tile over and over in every slot, nothing read or written.
+
+    Args:
+        arena: pinned bytes of a slot, 0: what a conversion takes.
+        most: slots, 0: as many as a conversion takes.
+    """
     from streamconv import budget, device
     from streamconv.checkpoint.dtypes import BF16
-    from streamconv.device.sizing import Demand
-    from streamconv.plan import PLAIN_ROWS, SourceTensor, Span
+    from streamconv.plan import PLAIN_ROWS, Dest, Matrix, SourceTensor, Span
 
-    encoding = encodings(job, cols)
-    rows = arena // 3 // (2 * cols) // 64 * 64
-    span = Span(SourceTensor("w", BF16, (rows, cols), ()), 0, rows, PLAIN_ROWS, (), 64)
-    out = sum(part.row_bytes for part in encoding.parts(64, cols)) / span.row_bytes
-    need = Demand(encoding.torch_bytes_per_element() / 2, out, encoding.torch_bytes_per_column() * cols, 64 * span.row_bytes)
-    sizes = device.fit(backend.free_memory(), 2 * GIB, device.slots(budget.processors(), 1), need)
+    encoding, arena = encodings(job, cols), arena or device.BEST_ARENA
+    parts = encoding.parts(64, cols)
+    rows = (arena - 65536) // (2 * cols + sum(part.row_bytes for part in parts)) // 64 * 64
+    columns = ((0, cols),)
+    span = Span(SourceTensor("w", BF16, (rows, cols), ()), 0, rows, PLAIN_ROWS, (Dest(0, 0, columns),), 64)
+    need = device.demand([span], (Matrix(0, "w", rows, cols, rows, encoding, ()),), backend.unfused() is None)
+    sizes = device.fit(backend.free_memory(), 2 * GIB, most or device.slots(budget.processors(), 1), need)
     ring, size = device.Ring(backend, sizes), rows * span.row_bytes
+    if backend.name.startswith("cuda"):
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
     moved, errors, stop = [0] * sizes.slots, list[BaseException](), threading.Event()
 
     def work(number: int) -> None:
@@ -158,7 +168,7 @@ def ring_rate(job: str, backend: Any, seconds: float, cols: int = 4096, arena: i
             slot = ring.slot(arena)
             slot.arena[:size] = 0x3C  # bf16 0.0115
             while not stop.is_set():
-                slot.encode([device.Job((((0, cols),), encoding))], span, rows, slot.arena[:size], slot.arena[size:])
+                slot.encode([device.Job((columns, encoding))], span, rows, slot.arena[:size], slot.arena[size:])
                 moved[number] += size
         except BaseException as error:
             errors.append(error)
@@ -167,7 +177,8 @@ def ring_rate(job: str, backend: Any, seconds: float, cols: int = 4096, arena: i
     threads = [threading.Thread(target=work, args=(number,)) for number in range(sizes.slots)]
     for thread in threads:
         thread.start()
-    stop.wait(seconds / 3)
+    while min(moved) < 3 * size and not stop.wait(0.01):  # memory is pinned, kernels are compiled
+        pass
     before, began = sum(moved), time.perf_counter()
     stop.wait(seconds)
     after, ended = sum(moved), time.perf_counter()
@@ -178,7 +189,11 @@ def ring_rate(job: str, backend: Any, seconds: float, cols: int = 4096, arena: i
     if errors:
         return {"error": repr(errors[0])}
     rate = (after - before) / (ended - began) / 1e9
-    return {"GB/s": rate, "slots": sizes.slots, "chunk": sizes.chunk, "pinned bytes": sizes.slots * arena, "halvings": ring.halvings}
+    told = {"GB/s": rate, "slots": sizes.slots, "chunk": sizes.chunk, "pinned bytes": sizes.slots * arena, "halvings": ring.halvings}
+    told["fused"] = ring.unfused or ring.unfused is None
+    if backend.name.startswith("cuda"):
+        told["device bytes"] = torch.cuda.max_memory_reserved()
+    return told
 
 
 def plain(job: str, source: Path, device: str) -> dict[str, float]:
@@ -229,6 +244,10 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=2.0, help="of each ring measurement")
     parser.add_argument("--limit", type=float, default=450, help="seconds after which what is left is skipped")
     parser.add_argument("--no-gpu", action="store_true")
+    parser.add_argument("--only", choices=["ring", "cache", "disk"], action="append", help="measure these (all)")
+    parser.add_argument("--jobs", nargs="+", choices=list(JOBS), default=list(JOBS))
+    parser.add_argument("--arena", type=int, default=0, help="MiB pinned for each slot of the ring measurements (what a conversion takes)")
+    parser.add_argument("--slots", type=int, default=0, help="slots of the ring measurements (as many as a conversion takes)")
     args = parser.parse_args()
     import torch
 
@@ -248,15 +267,16 @@ def main() -> int:
     device, make = ("cpu" if args.no_gpu else "cuda:0"), backends(args.no_gpu)
     if not args.no_gpu:
         measure("pinned copies", copy_rates)
-    for job in JOBS:
-        measure(f"ring, {job}", lambda job=job: ring_rate(job, next(make), args.seconds))
+    only = args.only or ["ring", "cache", "disk"]
+    for job in args.jobs if "ring" in only else []:
+        measure(f"ring, {job}", lambda job=job: ring_rate(job, next(make), args.seconds, 4096, args.arena * MIB, args.slots))
     places = [("page cache", args.memory_folder, False), ("disk", args.folder, True)]
-    for place, folder, cold in places:
+    for place, folder, cold in [place for place in places if place[0].split()[-1] in only]:
         folder.mkdir(parents=True, exist_ok=True)
         work = folder / f"streamconv-gpu-{os.getpid()}"
         try:
             found[f"source bytes, {place}"] = make_source(work / "model", args.gb, args.hidden, args.intermediate)
-            for job in JOBS:
+            for job in args.jobs:
                 for where in dict.fromkeys((device, "cpu")):
                     measure(f"{place}, {job}, {where}", lambda j=job, w=where, s=work / "model", c=cold: convert(j, w, s, c))
                 if not cold:
@@ -265,10 +285,10 @@ def main() -> int:
             shutil.rmtree(work, ignore_errors=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(found, indent=1) + "\n")
-    if not args.no_gpu:
+    if not args.no_gpu and "ring" in only:
         ceiling = found["pinned copies"]["to the device GB/s"]
         print(f"ring over pinned copies ({ceiling:.1f} GB/s):", end=" ")
-        print(", ".join(f"{job} {found[f'ring, {job}'].get('GB/s', 0) / ceiling:.2f}" for job in JOBS))
+        print(", ".join(f"{job} {found[f'ring, {job}'].get('GB/s', 0) / ceiling:.2f}" for job in args.jobs))
     return any("error" in value for value in found.values() if isinstance(value, dict))
 
 

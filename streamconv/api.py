@@ -139,7 +139,7 @@ def _share_devices(
     backends: list[Backend], plan: Plan, shares: Shares, resources: Resources, costs: list[TileCost]
 ) -> tuple[Shares, list[device.Ring]]:
     """Rings that fit the free memory of their devices, and as many workers as they have slots, with pinned arenas."""
-    need = device.demand(plan.spans, plan.matrices)
+    need = device.demand(plan.spans, plan.matrices, all(backend.unfused() is None for backend in backends))
     each = max(1, shares.workers // len(backends))
     sizes = [device.fit(backend.free_memory(), resources.device_memory_budget, each, need) for backend in backends]
     workers = min(shares.workers, len(backends) * min(size.slots for size in sizes))
@@ -235,7 +235,7 @@ def _convert(
 
     began = clock()
     index, plan = open_and_plan(source, options)
-    outcome, where = Outcome(), ""
+    outcome, where, rings = Outcome(), "", list[device.Ring]()
     profile: dict[str, float] = {}
     shares = foresee(plan, resources)  # a budget that is far too small is refused before anything is loaded
     with contextlib.closing(index), Writer(Path(out), index.root, plan, index.shards, force, disk) as writer:
@@ -251,7 +251,6 @@ def _convert(
             base = memory.resident() + hub.memory_of(index) + pinned
             best = device.BEST_ARENA if backends else budget.BEST_ARENA
             shares = budget.share(resources.memory_budget, workers, base, dearest(plan, costs), best)
-            rings: list[device.Ring] = []
             if backends:
                 shares, rings = _share_devices(backends, plan, shares, resources, costs)
             where = ", ".join(choice.devices) or f"cpu ({choice.why})"
@@ -286,6 +285,7 @@ def _convert(
             profile = {"load": loaded - began, "create": started - loaded, **workers_spent}
             profile |= {"tiles": tiled - started, "sync": clock() - tiled}
     warnings = list(plan.warnings)
+    warnings += [f"no fused kernels on the GPU, slower: {ring.unfused}" for ring in rings[:1] if ring.unfused]
     for name, count in outcome.overflow.items():
         warnings.append(f"{name}: {count} values are too large for {plan.dtype.torch} and became infinite")
     for name, count in outcome.nonfinite.items():

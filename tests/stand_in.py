@@ -9,7 +9,7 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -48,6 +48,7 @@ class StandIn:
         delay: seconds of the n-th copy or kernel.
         dies: the n-th kernel (counted from 0) finds the device gone.
         full: whether the n-th kernel finds no memory.
+        unfused: why there are no fused kernels.
     """
 
     def __init__(
@@ -57,7 +58,9 @@ class StandIn:
         dies: int | None = None,
         full: Callable[[int], bool] = lambda n: False,
         name: str = "stand-in",
+        unfused: str | None = "",
     ) -> None:
+        self.why_unfused = unfused
         self.name, self.memory, self.delay, self.dies, self.full = name, memory, delay, dies, full
         self.taken = self.kernels = self.copies = self.relieved = self.pinned = self.most = 0
         self.room: int | None = None
@@ -92,7 +95,11 @@ class StandIn:
     def stream(self) -> Stream:
         return Stream()
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor, stream: Stream) -> None:
+    def copy(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], stream: Stream) -> None:
+        for target, source in pairs:
+            self._copy(target, source, stream)
+
+    def _copy(self, target: torch.Tensor, source: torch.Tensor, stream: Stream) -> None:
         assert target.dtype == source.dtype == torch.uint8 and target.shape == source.shape
         with self._lock:
             number, self.copies = self.copies, self.copies + 1
@@ -150,3 +157,6 @@ class StandIn:
 
     def relieve(self) -> None:
         self.relieved += 1
+
+    def unfused(self) -> str | None:
+        return self.why_unfused

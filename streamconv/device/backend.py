@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from streamconv.device import fused
 from streamconv.device.sizing import NoRoom
 
 if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+_UNTRIED = "not tried"
 
 
 class Backend(Protocol):
@@ -36,8 +38,8 @@ class Backend(Protocol):
     def stream(self) -> Any:
         """A new stream."""
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor, stream: Any) -> None:
-        """Start copying 1-D uint8 tensors of the same size between host and device."""
+    def copy(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], stream: Any) -> None:
+        """Start copying (to, from) between host and device, 1-D uint8 tensors of the same size."""
 
     def run(self, stream: Any, work: Callable[[], T]) -> T:
         """Call `work`; what it computes on the device is put on `stream`."""
@@ -60,6 +62,9 @@ class Backend(Protocol):
     def relieve(self) -> None:
         """Give cached device memory back to other users."""
 
+    def unfused(self) -> str | None:
+        """Why fused kernels cannot run here ("": nobody need know), None if they can."""
+
 
 class Cuda:
     """A CUDA device, `name` as in "cuda:0"."""
@@ -70,6 +75,7 @@ class Cuda:
         self.name = name
         self._torch = torch
         self._device = torch.device(name)
+        self._unfused: str | None = _UNTRIED
         try:
             torch.zeros(1, device=self._device)  # the context exists, and is counted, from here on
         except RuntimeError as error:
@@ -92,9 +98,10 @@ class Cuda:
     def stream(self) -> Any:
         return self._torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor, stream: Any) -> None:
+    def copy(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], stream: Any) -> None:
         with self._torch.cuda.stream(stream):
-            target.copy_(source, non_blocking=True)
+            for target, source in pairs:
+                target.copy_(source, non_blocking=True)
 
     def run(self, stream: Any, work: Callable[[], T]) -> T:
         with self._torch.cuda.stream(stream):
@@ -124,3 +131,8 @@ class Cuda:
 
     def relieve(self) -> None:
         self._torch.cuda.empty_cache()
+
+    def unfused(self) -> str | None:
+        if self._unfused is _UNTRIED:
+            self._unfused = fused.works(self._device)
+        return self._unfused

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from streamconv.device.backend import Backend
+from streamconv.device.fused import Launch, Unfused, abandon, kernel_of
 from streamconv.device.sizing import HALVES, LANES, Sizes
 from streamconv.errors import StreamconvError
 from streamconv.plan import Span
@@ -36,6 +37,9 @@ _PATIENCE = (0.05, 0.1, 0.2, 0.4)
 
 _SMALL = 64 * 1024
 """Source bytes that other tiles' steps are not halved below: what is smaller says nothing about them."""
+
+_NOTES = 4096
+"""Bytes of a slot for findings of fused kernels: int32 [2] for each encoding of a tile."""
 
 _CALM = 64
 """Steps that must succeed before halved ones grow again."""
@@ -72,6 +76,7 @@ class Ring:
     Attributes:
         halvings: how often the device was full and steps were halved.
         uploads: how many copies to the device were started, and of how many bytes.
+        unfused: why the torch definitions run where fused kernels could ("": nobody need know), None if these do.
     """
 
     def __init__(self, backend: Backend, sizes: Sizes) -> None:
@@ -84,6 +89,7 @@ class Ring:
         self._lock = threading.Lock()
         self._arenas: list[torch.Tensor] | None = []
         self._step, self._good = sizes.chunk, 0
+        self.unfused = backend.unfused()
         backend.limit(sizes.room)
 
     def close(self) -> None:
@@ -102,6 +108,7 @@ class Ring:
 
     def lost(self) -> None:
         """The device is gone: torch would ask it before it frees pinned memory, and end the process."""
+        abandon()
         with self._lock:
             for arena in self._arenas or ():
                 _keep_for_ever(arena)
@@ -145,13 +152,16 @@ class Slot:
         self.ring, self._backend = ring, ring.backend
         try:
             self._pinned = self._backend.alloc_pinned(arena)
+            self._notes = self._backend.alloc_pinned(2 * _NOTES).zero_()  # zeros to send, and what comes back
         except Exception as error:
             if self._backend.is_full(error) or self._backend.is_lost(error):
                 raise DeviceLost(f"{self._backend.name}: no pinned host memory: {str(error).splitlines()[0]}") from error
             raise
         ring.pinned(self._pinned)
+        ring.pinned(self._notes)
         self.arena: Bytes = self._pinned.numpy()
         self._buffers: list[torch.Tensor] = []
+        self._counts: torch.Tensor | None = None
 
     def encode(self, jobs: Sequence[Job], span: Span, rows: int, block: Bytes, space: Bytes) -> Bytes:
         """`stages.encode.encode` for all jobs of a tile; the same bytes. When it returns, all of them are in the arena.
@@ -173,23 +183,51 @@ class Slot:
                 job.parts.append(space[:size])
                 space = space[-(-size // 64) * 64 :]
 
+        try:
+            self._encode(jobs, span, rows, block, self.ring.unfused is None)
+        except Unfused as error:
+            self.ring.unfused = str(error)
+            self._encode(jobs, span, rows, block, False)
+        return space
+
+    def _encode(self, jobs: Sequence[Job], span: Span, rows: int, block: Bytes, fuse: bool) -> None:
+        import torch
+
+        launches: list[Launch | None] = [None] * len(jobs)
+        for number, job in enumerate(jobs[: _NOTES // 8] if fuse else ()):
+            launches[number] = kernel_of(job.request[1], span.source.dtype)
+        sizes = [[part.size // rows for part in job.parts] for job in jobs]
+        met = [Findings() for _ in jobs]
+
         def work(matrix: torch.Tensor) -> tuple[list[torch.Tensor], list[Findings]]:
-            made: list[torch.Tensor] = []
-            found = []
-            for job in jobs:
-                met = Findings()
-                made += job.request[1].encode(_columns(matrix, job.request), met)
-                found.append(met)
-            return made, found
+            made: list[Sequence[torch.Tensor]] = []
+            found = [Findings() for _ in jobs]
+            waiting = []
+            for job, launch, each, told in zip(jobs, launches, sizes, found, strict=True):
+                part = _columns(matrix, job.request)
+                if launch is None:
+                    made.append(job.request[1].encode(part, told))
+                    continue
+                made.append([torch.empty(size * matrix.shape[0], dtype=torch.uint8, device=matrix.device) for size in each])
+                waiting.append((len(made) - 1, launch, part))
+            for number, launch, part in waiting:  # at last: a step that finds no memory is done again, and counted once
+                assert self._counts is not None
+                launch(part, made[number], self._counts[8 * number : 8 * number + 8].view(torch.int32))
+            return [out for outs in made for out in outs], found
 
         def keep(first: int, take: int, result: Any) -> Any:
             outs = [part[first * (part.size // rows) :][: take * (part.size // rows)] for job in jobs for part in job.parts]
-            for job, met in zip(jobs, result[1], strict=True):
-                job.findings.add(met)
+            for findings, told in zip(met, result[1], strict=True):
+                findings.add(told)
             return [(self._host(out), made) for out, made in zip(outs, result[0], strict=True)]
 
-        self._each(span, rows, span.op.out_rows(span.align), block, work, keep)
-        return space
+        notes = 8 * len(jobs) if any(launches) else 0
+        self._each(span, rows, span.op.out_rows(span.align), block, work, keep, notes)
+        counted = self._notes[_NOTES:][:notes].view(torch.int32).tolist()
+        for number, (job, findings) in enumerate(zip(jobs, met, strict=True)):
+            if launches[number] is not None:
+                findings.add(Findings(*counted[2 * number : 2 * number + 2]))
+            job.findings = findings
 
     def reduce(self, span: Span, rows: int, block: Bytes, known: Known) -> torch.Tensor:
         """`span.reduce.tile` of a tile, on the CPU. Raises what `encode` does."""
@@ -211,12 +249,17 @@ class Slot:
             largest = torch.maximum(largest, other)
         return largest
 
-    def _each(self, span: Span, rows: int, align: int, block: Bytes, work: Any, keep: Any) -> None:
-        """Copy the rows in, half by half; work on each; copy out what `keep` names; wait for all of it."""
+    def _each(self, span: Span, rows: int, align: int, block: Bytes, work: Any, keep: Any, notes: int = 0) -> None:
+        """Copy the rows in, half by half; work on each; copy out what `keep` names and `notes` bytes of counts; wait for all of it."""
         pending: list[tuple[Any, Any]] = []
         try:
             self._allocate(align * span.row_bytes)
+            if notes:
+                if self._counts is None:
+                    self._counts = self._backend.alloc_device(_NOTES)
+                self._backend.copy([(self._counts[:notes], self._notes[:notes])], self.ring.copy_in)
             whole = max(align, self._buffers[0].numel() // span.row_bytes // align * align)
+            whole = -(-rows // -(-rows // whole) // align) * align  # halves of a kind
             starts = list(range(0, rows, whole))
             ready: list[Any] = [self._send(0, span, block, 0, min(whole, rows)), None]
             busy: list[Any] = [None] * HALVES
@@ -230,6 +273,9 @@ class Slot:
                     after = starts[turn + 1]
                     ready[other] = self._send(other, span, block, after, min(whole, rows - after))
                 busy[half] = self._compute(half, ready[half], span, first, min(whole, rows - first), align, work, keep, pending)
+            if notes and self._counts is not None:  # the copies out before it have waited for every step
+                self._backend.copy([(self._notes[_NOTES:][:notes], self._counts[:notes])], self.ring.copy_out)
+                pending.append((None, self._backend.record(self.ring.copy_out)))
             for _, event in pending:
                 self._backend.wait(event)
         except Exception as error:
@@ -260,7 +306,7 @@ class Slot:
 
     def _send(self, half: int, span: Span, block: Bytes, first: int, take: int) -> Any:
         source = self._host(block[first * span.row_bytes : (first + take) * span.row_bytes])
-        self._backend.copy(self._buffers[half][: source.numel()], source, self.ring.copy_in)
+        self._backend.copy([(self._buffers[half][: source.numel()], source)], self.ring.copy_in)
         self.ring.sent(source.numel())
         return self._backend.record(self.ring.copy_in)
 
@@ -301,8 +347,7 @@ class Slot:
             self.ring.good()
             copies = keep(first + at, take, result)
             self._backend.follow(self.ring.copy_out, done)
-            for out, made in copies:
-                self._backend.copy(out, made, self.ring.copy_out)
+            self._backend.copy(copies, self.ring.copy_out)
             event = self._backend.record(self.ring.copy_out)
             pending.append((copies, event))  # what is copied must live until it is
             del result, copies

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from streamconv.device.fused import has_kernel
 from streamconv.errors import UsageError
 from streamconv.memory import GIB, KIB, MIB
 from streamconv.plan import Matrix, Span
@@ -16,9 +17,10 @@ LANES = 2
 HALVES = 2
 """Buffers of a slot: one is copied in while the other is computed."""
 
-BEST_ARENA = 16 * MIB
+BEST_ARENA = 128 * MIB
 """Pinned host memory of a slot that more would not make faster."""
-_BEST_CHUNK = 8 * MIB
+_BEST_CHUNK = 96 * MIB
+"""A tile of BEST_ARENA in one step: the interpreter then has a millisecond for each, and needs a quarter of it."""
 _LEAST_CHUNK = 256 * KIB
 _TINY = KIB
 """Sources smaller than this are counted as a whole, not by the byte."""
@@ -64,8 +66,8 @@ class Sizes:
     chunk: int
 
 
-def demand(spans: Iterable[Span], matrices: tuple[Matrix, ...]) -> Demand:
-    """The dearest of all spans in each respect."""
+def demand(spans: Iterable[Span], matrices: tuple[Matrix, ...], fused: bool = False) -> Demand:
+    """The dearest of all spans in each respect; `fused`: what has a fused kernel runs it, and takes no temporaries."""
     work, out, fixed, least, small = 0.0, 0.0, 0, 0, 0
     seen = set()
     for span in spans:
@@ -80,7 +82,8 @@ def demand(spans: Iterable[Span], matrices: tuple[Matrix, ...]) -> Demand:
             encoding, cols = request[1], width(request)
             made += sum(part.row_bytes for part in encoding.parts(encoding.row_align, cols))
             gathered = cols * span.source.dtype.itemsize * (len(request[0]) > 1)
-            each = max(each, (gathered + cols * encoding.torch_bytes_per_element()) / span.row_bytes)
+            definition = not (fused and has_kernel(encoding, span.source.dtype))
+            each = max(each, (gathered + definition * cols * encoding.torch_bytes_per_element()) / span.row_bytes)
             fixed = max(fixed, encoding.torch_bytes_per_column() * cols)
         if span.reduce is not None:
             each = max(each, span.source.cols * span.reduce.bytes_per_element / span.row_bytes)
@@ -148,4 +151,4 @@ def pinned_size(arena: int, least: int) -> int:
 
 def slots(cores: int, devices: int) -> int:
     """Workers of each device: enough to read, hash and write while copies and kernels of others run."""
-    return max(3, min(16, cores // max(1, devices)))
+    return max(3, min(6, cores // max(1, devices)))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 _LARGEST = 448.0
-_FLOOR = 1.0 / (448.0 * 512.0)
+FLOOR = 1.0 / (448.0 * 512.0)
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Fp8Rowwise(Encoding):
         values = values.clamp(self.lo, self.hi)
         # both are true divisions: products with reciprocals give other bytes, and CUDA divides by a number that way
         top = values.abs().amax(1, keepdim=True)
-        scale = (top / torch.full_like(top, _LARGEST)).clamp(min=_FLOOR)
+        scale = (top / torch.full_like(top, _LARGEST)).clamp(min=FLOOR)
         made = (values / scale).clamp(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn)
         return made.contiguous().reshape(-1).view(torch.uint8), scale.reshape(-1).view(torch.uint8)
 
@@ -61,7 +61,7 @@ class Fp8Rowwise(Encoding):
     def error(self, block: torch.Tensor) -> torch.Tensor:
         """e4m3's rounding of W / scale (§9), and some of float32's."""
         values = self.values(block)
-        scale = (values.abs().amax(1, keepdim=True) / _LARGEST).clamp(min=_FLOOR)
+        scale = (values.abs().amax(1, keepdim=True) / _LARGEST).clamp(min=FLOOR)
         return half_ulp(values / scale, F8_E4M3) * scale + 4 * half_ulp(values, F32)
 
     def kernel(self, source: DType) -> Kernel | None:

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from streamconv import device
+from streamconv.device import ring
 from streamconv.device.backend import Cuda
+from streamconv.device.fused import Unfused
 from streamconv.errors import UsageError
 from streamconv.memory import GIB, MIB
 from tests.gpu.world import convert, files, somebody, wide
@@ -69,15 +71,18 @@ def test_a_full_device_is_a_clear_error(model: Path, tmp_path: Path) -> None:
 BREAK = """
 import sys, threading, torch
 from pathlib import Path
-from streamconv.quants.weight_only import WeightOnly
+from streamconv.device import ring
 from tests.gpu.world import convert
-real, calls = WeightOnly.encode, []
-def encode(self, block, findings):
-    calls.append(1)
-    if block.is_cuda and len(calls) == 4:
-        torch.zeros(1, device="cuda")[torch.full((1,), 99, device="cuda")].sum().item()  # an assertion in a kernel: sticky
-    return real(self, block, findings)
-WeightOnly.encode = encode
+real, calls = ring.kernel_of, []
+def kernel_of(encoding, source):
+    launch = real(encoding, source)
+    def broken(block, outs, counts):
+        calls.append(1)
+        if len(calls) == 4:
+            torch.zeros(1, device="cuda")[torch.full((1,), 99, device="cuda")].sum().item()  # an assertion in a kernel: sticky
+        launch(block, outs, counts)
+    return launch and broken
+ring.kernel_of = kernel_of
 report = convert(Path(sys.argv[1]), Path(sys.argv[2]), "cuda")
 print(report.device, report.warnings[0])
 """
@@ -95,6 +100,18 @@ def test_the_arena_is_pinned_and_exact() -> None:
     backend = Cuda("cuda:0")
     pinned = backend.alloc_pinned(4 * MIB)
     assert pinned.is_pinned() and pinned[100:200].is_pinned() and pinned.numel() == 4 * MIB
+
+
+def test_a_kernel_that_does_not_compile(model: Path, right: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The torch definitions take over, and the report says so once."""
+
+    def refused(block: torch.Tensor, outs: object, counts: object) -> None:
+        raise Unfused("weight_only: no compiler")
+
+    monkeypatch.setattr(ring, "kernel_of", lambda encoding, source: refused)
+    report = convert(model, tmp_path / "out", "cuda")
+    assert files(tmp_path / "out") == right and report.device == "cuda:0"
+    assert report.warnings == ("no fused kernels on the GPU, slower: weight_only: no compiler",)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

@@ -58,7 +58,7 @@ def test_pinned_memory_is_what_torch_rounds_it_to() -> None:
 
 
 def test_slots_leave_every_device_three() -> None:
-    assert [device.slots(cores, devices) for cores, devices in ((2, 1), (16, 1), (64, 1), (16, 2), (16, 8))] == [3, 16, 16, 8, 3]
+    assert [device.slots(cores, devices) for cores, devices in ((2, 1), (16, 1), (64, 1), (16, 2), (16, 8))] == [3, 6, 6, 6, 3]
 
 
 def test_demand_of_a_plan(tmp_path: Path) -> None:
