@@ -69,7 +69,7 @@ def _decode_span(plan: Plan, span: Span, index: Index, files: list[Shard], resul
     block = torch.from_numpy(read_rows(index.shards, span, span.start, span.stop, *space).copy())
     whole = block.view(getattr(torch, span.source.dtype.torch)).reshape(rows, span.source.cols)
     if span.reduce is not None:
-        results.add(span.reduce.key, rows, span.reduce.tile(whole, results))
+        results.add(span.reduce.key, rows, span.reduce.tile(whole, results).numpy())
     for dest in span.dests:
         matrix = plan.matrices[dest.matrix]
         encoding = matrix.encoding.bind(results, span.source.name)
