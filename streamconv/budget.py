@@ -53,7 +53,7 @@ def tile_cost(span: Span, matrices: tuple[Matrix, ...], on_device: bool = False)
         out, work = out + row_out, max(work, 0 if on_device else row_work)
         if not is_copy(request, span.source.dtype):
             fused = request[1].kernel(span.source.dtype) is not None
-            kernel, torch = kernel or fused, torch or not fused
+            kernel, torch = kernel or fused, torch or not fused or request[1].loads_torch
     if span.reduce is not None:  # on the CPU, device or not
         kernel = span.reduce.kernel(span.source.dtype) is not None
         work, torch = 0 if kernel else span.source.cols * span.reduce.bytes_per_element, not kernel

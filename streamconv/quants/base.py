@@ -111,6 +111,9 @@ class Encoding(ABC):
     needs: tuple[str, ...] = ()
     """Keys of the reductions that must be complete before rows can be encoded."""
 
+    loads_torch: bool = False
+    """Something that comes before the kernel takes torch."""
+
     def bind(self, known: Known, source: str) -> Encoding:
         """This encoding with the results it needs, for rows of the source tensor `source`."""
         return self

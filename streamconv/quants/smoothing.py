@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from streamconv.checkpoint.dtypes import DType
 from streamconv.errors import DataError, printable
-from streamconv.quants.base import Known, ReduceKernel, Reduction
+from streamconv.quants.base import Findings, Known, ReduceKernel, Reduction
 from streamconv.ranges import Ranges
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ class Smoother:
             )
         inputs = self.ranges.vector(self.module + ".x").astype(np.float64)
         roots = power(largest, 1 - self.alpha)
-        if self.alpha == 0.5 and not exact:
+        if not self.loads_torch and not exact:
             from streamconv.kernels.root import half_power_smoother
 
             found = half_power_smoother(inputs, roots)
@@ -105,11 +106,16 @@ class Smoother:
         sx = 127.0 / float((inputs / smoother).max())
         return Bound(smoother, sx, doubt=(sx, sx))
 
+    @property
+    def loads_torch(self) -> bool:
+        """`find` needs torch's powers (for alpha 1/2 only in a case that nobody has met)."""
+        return self.alpha != 0.5
+
     def prepare(self) -> None:
         """Load what `find` will need."""
         import numpy as np
 
-        if self.alpha == 0.5:
+        if not self.loads_torch:
             from streamconv.kernels.root import half_power_smoother
 
             half_power_smoother(np.ones(1), np.ones(1, np.float16))
@@ -222,3 +228,8 @@ def bound_to(smoother: Smoother, known: Known, largest: str | None, exact: bool 
         while len(recent) > _RECENT:
             recent.popitem(last=False)
     return bound
+
+
+def unbound(flat: Array, start: int, stride: int, rows: int, cols: int, outs: Sequence[Array]) -> Findings:
+    """In the place of a kernel while its reductions are not known."""
+    raise AssertionError("encoded before its reductions")

@@ -16,7 +16,8 @@ from streamconv.memory import GIB, KIB, MIB
 from streamconv.options import Options
 from streamconv.plan import PLAIN_ROWS, Blank, Dest, Matrix, SourceTensor, Span
 from streamconv.quants.smoothing import ColumnMaxima, Smoother
-from streamconv.quants.smoothquant import SmoothValue, SmoothWeight
+from streamconv.quants.smooth_values import SmoothValue
+from streamconv.quants.smoothquant import SmoothWeight
 from tests import tiny
 
 NEEDS = [device.Demand(28, 0.6, 0, 16 * KIB), device.Demand(16, 1, 0, 2), device.Demand(48, 1, 4 * MIB, 64 * KIB), device.Demand()]

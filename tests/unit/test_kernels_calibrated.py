@@ -16,6 +16,7 @@ from streamconv.checkpoint.dtypes import BF16, F16, F32, DType
 from streamconv.kernels import root_code
 from streamconv.quants.base import Findings, Reduction
 from streamconv.quants.fp8_tensor import Fp8Tensor, WeightMaximum
+from streamconv.quants.smooth_values import SmoothNorm, SmoothValue
 from streamconv.quants.smoothing import (
     Bound,
     ColumnMaxima,
@@ -28,7 +29,7 @@ from streamconv.quants.smoothing import (
     smoothed,
     weight_scale,
 )
-from streamconv.quants.smoothquant import SmoothNorm, SmoothValue, SmoothWeight
+from streamconv.quants.smoothquant import SmoothWeight
 from streamconv.ranges import Ranges
 from tests.unit.test_kernels import FLOATS, PAIRS, any_bits, check, from_bits, kind, weights
 

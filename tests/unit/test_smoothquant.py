@@ -201,13 +201,17 @@ def test_whole_matrix_reference(
 @pytest.mark.parametrize("flags", [["--quant", "smoothquant"], ["--quant", "fp8"], ["--kv-cache", "int8"]])
 def test_a_conversion_does_without_torch(model: Path, tmp_path: Path, flags: list[str]) -> None:
     code = (
-        "import sys; from streamconv.cli.main import main\n"
-        "status = main(sys.argv[1:]); sys.exit(9 if 'torch' in sys.modules else status)"
+        "import sys; from streamconv.cli.main import main\nstatus = main(sys.argv[1:]); sys.exit(9 if 'torch' in sys.modules else status)"
     )
     ranges = str(model.parent / "ranges.safetensors")
     argv = ["convert", str(model), str(tmp_path / "out"), *flags, "--activation-ranges", ranges, "--device", "cpu"]
     done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_plan_says_whether_torch_is_loaded(model: Path) -> None:
+    bases = [api.foresee(planned(model, ask(model, smoothquant=alpha)), Resources()).base for alpha in (0.5, 0.8)]
+    assert bases[1] - bases[0] == 300 << 20
 
 
 def test_resumed_after_a_failure(model: Path, tmp_path: Path) -> None:

@@ -15,13 +15,9 @@ from typing import TYPE_CHECKING
 from streamconv.checkpoint.dtypes import F32
 from streamconv.plan import Blank, Piece, SourceTensor
 from streamconv.quants.base import Encoding
+from streamconv.quants.smooth_values import SmoothNorm, SmoothValue
 from streamconv.quants.smoothing import ColumnMaxima, Smoother
-from streamconv.quants.smoothquant import (
-    HALF,
-    SmoothNorm,
-    SmoothValue,
-    SmoothWeight,
-)
+from streamconv.quants.smoothquant import HALF, SmoothWeight
 from streamconv.ranges import Ranges
 from streamconv.targets.trtllm.mapping import Rank, even
 
