@@ -30,15 +30,11 @@ def whole(value: np.float32) -> np.uint8:
 
 
 @jit
-def smooth_row(bits: _Array, smoother: _Array) -> np.uint32:
+def smooth_row(bits: _Array, smoother: _Array) -> Any:
     """float16(W * s) in place, the product in float64, rounded as torch does: to float32, then to float16. Gives the largest."""
-    top = np.uint32(0)
     for i in range(bits.size):
-        product = np.float32(np.float64(float_of(bits[i])) * smoother[i])
-        b = f16_value(bits_of(product))
-        bits[i] = b
-        top = max(top, np.uint32(b & np.uint32(0x7FFFFFFF)))
-    return top
+        bits[i] = bits_of(np.float32(np.float64(float_of(bits[i])) * smoother[i]))
+    return round_bits(1, bits)  # a loop of its own: the vectors of float64 are half as wide
 
 
 @jit
