@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from streamconv import memory
 from streamconv.budget import Shares, TileCost
 from streamconv.checkpoint.shard import Shard
-from streamconv.device.ring import Job, Slot
+from streamconv.device.ring import Slot
+from streamconv.device.step import Job
 from streamconv.errors import DataError, printable
 from streamconv.fs import OutputFolder
 from streamconv.journal import Done, Journal, Recorder

@@ -15,16 +15,15 @@ import queue
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from streamconv.device.backend import Backend
-from streamconv.device.fused import Launch, Unfused, abandon, kernel_of
+from streamconv.device.fused import Unfused, abandon
 from streamconv.device.sizing import HALVES, LANES, Sizes
+from streamconv.device.step import NOTE, Batch, Job, lay_out
 from streamconv.errors import StreamconvError
 from streamconv.plan import Span
-from streamconv.quants.base import Findings, Known
-from streamconv.stages.encode import Request, width
+from streamconv.quants.base import Known
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,21 +52,6 @@ class DeviceLost(StreamconvError):
     """
 
     pinned = 0
-
-
-@dataclass(slots=True)
-class Job:
-    """One encoding of a tile.
-
-    Attributes:
-        request: columns and encoding, bound to its reductions.
-        parts: set by `Slot.encode`: one uint8 view of the worker's arena for each part.
-        findings: what was met.
-    """
-
-    request: Request
-    parts: list[Bytes] = field(default_factory=list)
-    findings: Findings = field(default_factory=Findings)
 
 
 class Ring:
@@ -176,58 +160,25 @@ class Slot:
         Raises:
             DeviceLost: the device does not answer any more, or is full even for the smallest step.
         """
-        for job in jobs:
-            encoding = job.request[1]
-            for part in encoding.parts(encoding.row_align, width(job.request)):
-                size = rows * part.row_bytes
-                job.parts.append(space[:size])
-                space = space[-(-size // 64) * 64 :]
-
+        space = lay_out(jobs, rows, space)
         try:
-            self._encode(jobs, span, rows, block, self.ring.unfused is None)
+            self._encode(jobs, span, rows, block, _NOTES // NOTE if self.ring.unfused is None else 0)
         except Unfused as error:
             self.ring.unfused = str(error)
-            self._encode(jobs, span, rows, block, False)
+            self._encode(jobs, span, rows, block, 0)
         return space
 
-    def _encode(self, jobs: Sequence[Job], span: Span, rows: int, block: Bytes, fuse: bool) -> None:
-        import torch
-
-        launches: list[Launch | None] = [None] * len(jobs)
-        for number, job in enumerate(jobs[: _NOTES // 8] if fuse else ()):
-            launches[number] = kernel_of(job.request[1], span.source.dtype)
-        sizes = [[part.size // rows for part in job.parts] for job in jobs]
-        met = [Findings() for _ in jobs]
-
-        def work(matrix: torch.Tensor) -> tuple[list[torch.Tensor], list[Findings]]:
-            made: list[Sequence[torch.Tensor]] = []
-            found = [Findings() for _ in jobs]
-            waiting = []
-            for job, launch, each, told in zip(jobs, launches, sizes, found, strict=True):
-                part = _columns(matrix, job.request)
-                if launch is None:
-                    made.append(job.request[1].encode(part, told))
-                    continue
-                made.append([torch.empty(size * matrix.shape[0], dtype=torch.uint8, device=matrix.device) for size in each])
-                waiting.append((len(made) - 1, launch, part))
-            for number, launch, part in waiting:  # at last: a step that finds no memory is done again, and counted once
-                assert self._counts is not None
-                launch(part, made[number], self._counts[8 * number : 8 * number + 8].view(torch.int32))
-            return [out for outs in made for out in outs], found
+    def _encode(self, jobs: Sequence[Job], span: Span, rows: int, block: Bytes, fusable: int) -> None:
+        batch = Batch(jobs, span, rows, fusable)
 
         def keep(first: int, take: int, result: Any) -> Any:
-            outs = [part[first * (part.size // rows) :][: take * (part.size // rows)] for job in jobs for part in job.parts]
-            for findings, told in zip(met, result[1], strict=True):
-                findings.add(told)
-            return [(self._host(out), made) for out, made in zip(outs, result[0], strict=True)]
+            made, found = result
+            return [(self._host(place), part) for place, part in zip(batch.places(first, take, found), made, strict=True)]
 
-        notes = 8 * len(jobs) if any(launches) else 0
-        self._each(span, rows, span.op.out_rows(span.align), block, work, keep, notes)
-        counted = self._notes[_NOTES:][:notes].view(torch.int32).tolist()
-        for number, (job, findings) in enumerate(zip(jobs, met, strict=True)):
-            if launches[number] is not None:
-                findings.add(Findings(*counted[2 * number : 2 * number + 2]))
-            job.findings = findings
+        align = span.op.out_rows(span.align)
+        self._each(span, rows, align, block, lambda matrix: batch.work(matrix, self._counts), keep, batch.notes)
+        if batch.notes:
+            batch.count(self._notes[_NOTES:][: batch.notes].numpy())
 
     def reduce(self, span: Span, rows: int, block: Bytes, known: Known) -> torch.Tensor:
         """`span.reduce.tile` of a tile, on the CPU. Raises what `encode` does."""
@@ -375,10 +326,3 @@ class Slot:
 
 def _keep_for_ever(tensor: torch.Tensor) -> None:
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(tensor))
-
-
-def _columns(matrix: torch.Tensor, request: Request) -> torch.Tensor:
-    import torch
-
-    pieces = [matrix[:, start:stop] for start, stop in request[0]]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from streamconv import device
-from streamconv.device import ring
+from streamconv.device import fused
 from streamconv.device.backend import Cuda
 from streamconv.device.fused import Unfused
 from streamconv.errors import UsageError
@@ -71,9 +71,9 @@ def test_a_full_device_is_a_clear_error(model: Path, tmp_path: Path) -> None:
 BREAK = """
 import sys, threading, torch
 from pathlib import Path
-from streamconv.device import ring
+from streamconv.device import fused
 from tests.gpu.world import convert
-real, calls = ring.kernel_of, []
+real, calls = fused.kernel_of, []
 def kernel_of(encoding, source):
     launch = real(encoding, source)
     def broken(block, outs, counts):
@@ -82,7 +82,7 @@ def kernel_of(encoding, source):
             torch.zeros(1, device="cuda")[torch.full((1,), 99, device="cuda")].sum().item()  # an assertion in a kernel: sticky
         launch(block, outs, counts)
     return launch and broken
-ring.kernel_of = kernel_of
+fused.kernel_of = kernel_of
 report = convert(Path(sys.argv[1]), Path(sys.argv[2]), "cuda")
 print(report.device, report.warnings[0])
 """
@@ -108,7 +108,7 @@ def test_a_kernel_that_does_not_compile(model: Path, right: dict[str, str], tmp_
     def refused(block: torch.Tensor, outs: object, counts: object) -> None:
         raise Unfused("weight_only: no compiler")
 
-    monkeypatch.setattr(ring, "kernel_of", lambda encoding, source: refused)
+    monkeypatch.setattr(fused, "kernel_of", lambda encoding, source: refused)
     report = convert(model, tmp_path / "out", "cuda")
     assert files(tmp_path / "out") == right and report.device == "cuda:0"
     assert report.warnings == ("no fused kernels on the GPU, slower: weight_only: no compiler",)

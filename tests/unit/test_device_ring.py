@@ -248,3 +248,45 @@ def test_cuda_without_a_gpu_is_a_clear_error(
     assert "--device cuda: no GPU is here" in told and "Traceback" not in told and not list(tmp_path.iterdir())
     assert main(["plan", str(model)]) == 0
     assert "no GPU, using the CPU" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["", "does not compile"])
+@pytest.mark.parametrize("full", [lambda n: False, lambda n: n in (0, 1, 3)], ids=["", "full"])
+def test_findings_of_fused_kernels(fails: bool, full: Callable[[int], bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are counted on the device, once for each row however often a step is done again; launch errors leave the definitions."""
+    import torch
+
+    from streamconv.device import fused
+    from streamconv.quants.base import Encoding, Findings
+
+    span, block, jobs = _tile(3, 512, 256)
+    block[5, 7], block[300, 3], block[301] = float("nan"), float("inf"), 1e30
+    launched = []
+
+    def kernel_of(encoding: Encoding, source: Any) -> Any:
+        def launch(rows: torch.Tensor, outs: Any, counts: torch.Tensor) -> None:
+            launched.append(len(rows))
+            if fails and len(launched) == 5:
+                raise fused.Unfused("no compiler")
+            found = Findings()
+            for out, made in zip(outs, encoding.encode(rows, found), strict=True):
+                out.copy_(made)
+            counts += torch.tensor([found.nonfinite, found.overflow], dtype=torch.int32)
+
+        return launch if encoding.name != "FP8 per channel" else None
+
+    monkeypatch.setattr(fused, "kernel_of", kernel_of)
+    ring, _ = _ring(1 << 24, 3 * 64 * 256 * 2, full=full, unfused=None)
+    slot = ring.slot(4 << 20)
+    data = block.reshape(-1).view(torch.uint8).numpy()
+    slot.arena[: data.size] = data
+    for turn in range(2):  # counts start at zero every time
+        for job in jobs:
+            job.parts.clear()
+        slot.encode(jobs, span, 512, slot.arena[: data.size], slot.arena[data.size :])
+        for job in jobs:
+            found = Findings()
+            wanted = [part.numpy().tobytes() for part in job.request[1].encode(block, found)]
+            assert [part.tobytes() for part in job.parts] == wanted and job.findings == found, turn
+    assert jobs[0].findings.overflow == 256 and jobs[2].findings.nonfinite == 258
+    assert ring.unfused == ("no compiler" if fails else None) and len(launched) >= (5 if fails else 8)

@@ -1,0 +1,104 @@
+"""What a step of a tile computes: every encoding of its rows, by fused kernels where there are some."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from streamconv.device import fused
+from streamconv.plan import Span
+from streamconv.quants.base import Findings
+from streamconv.stages.encode import Request, width
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+
+NOTE = 8
+"""Bytes of the findings of a fused kernel: int32 [2]."""
+
+
+@dataclass(slots=True)
+class Job:
+    """One encoding of a tile.
+
+    Attributes:
+        request: columns and encoding, bound to its reductions.
+        parts: set by `Slot.encode`: one uint8 view of the worker's arena for each part.
+        findings: what was met.
+    """
+
+    request: Request
+    parts: list[Bytes] = field(default_factory=list)
+    findings: Findings = field(default_factory=Findings)
+
+
+def lay_out(jobs: Sequence[Job], rows: int, space: Bytes) -> Bytes:
+    """Give all parts of `rows` rows their places in `space`; what is left of it."""
+    for job in jobs:
+        encoding = job.request[1]
+        for part in encoding.parts(encoding.row_align, width(job.request)):
+            size = rows * part.row_bytes
+            job.parts.append(space[:size])
+            space = space[-(-size // 64) * 64 :]
+    return space
+
+
+class Batch:
+    """The encodings of one tile of `rows` rows.
+
+    Args:
+        fusable: the first so many jobs may run fused kernels.
+
+    Attributes:
+        notes: bytes of the counts that fused kernels add to, 0 if none runs.
+    """
+
+    def __init__(self, jobs: Sequence[Job], span: Span, rows: int, fusable: int) -> None:
+        self.jobs, self._rows = jobs, rows
+        self._launches = [fused.kernel_of(job.request[1], span.source.dtype) if at < fusable else None for at, job in enumerate(jobs)]
+        self._sizes = [[part.size // rows for part in job.parts] for job in jobs]
+        self.notes = NOTE * len(jobs) if any(self._launches) else 0
+        for job in jobs:
+            job.findings = Findings()
+
+    def work(self, matrix: torch.Tensor, counts: torch.Tensor | None) -> tuple[list[torch.Tensor], list[Findings]]:
+        """Encode a step's rows: all parts of all jobs, and what the torch definitions met."""
+        import torch
+
+        made: list[Sequence[torch.Tensor]] = []
+        found, waiting = [Findings() for _ in self.jobs], []
+        for job, launch, each, told in zip(self.jobs, self._launches, self._sizes, found, strict=True):
+            part = _columns(matrix, job.request)
+            if launch is None:
+                made.append(job.request[1].encode(part, told))
+                continue
+            waiting.append((len(made), launch, part))
+            made.append([torch.empty(size * matrix.shape[0], dtype=torch.uint8, device=matrix.device) for size in each])
+        for number, launch, part in waiting:  # at last: a step that finds no memory is done again, and counted once
+            assert counts is not None
+            launch(part, made[number], counts[NOTE * number : NOTE * (number + 1)].view(torch.int32))
+        return [out for outs in made for out in outs], found
+
+    def places(self, first: int, take: int, found: Sequence[Findings]) -> list[Bytes]:
+        """Where the parts of rows [first, first + take) belong; `found` is counted."""
+        for job, told in zip(self.jobs, found, strict=True):
+            job.findings.add(told)
+        each = [(part, part.size // self._rows) for job in self.jobs for part in job.parts]
+        return [part[first * size : (first + take) * size] for part, size in each]
+
+    def count(self, notes: Bytes) -> None:
+        """The counts of all steps, as they came back."""
+        for (nonfinite, overflow), job, launch in zip(notes.view("i4").reshape(-1, 2).tolist(), self.jobs, self._launches, strict=True):
+            if launch is not None:
+                job.findings.add(Findings(nonfinite, overflow))
+
+
+def _columns(matrix: torch.Tensor, request: Request) -> torch.Tensor:
+    import torch
+
+    pieces = [matrix[:, start:stop] for start, stop in request[0]]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
