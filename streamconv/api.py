@@ -249,7 +249,9 @@ def _convert(
             if backends and workers is None:
                 workers = device.slots(budget.processors(), len(backends)) * len(backends)
             base = memory.resident() + hub.memory_of(index) + pinned
-            best = device.BEST_ARENA if backends else budget.BEST_ARENA
+            best = budget.BEST_ARENA
+            if backends and workers:
+                best = device.arena(sum(span.nbytes for span in plan.spans), workers)
             shares = budget.share(resources.memory_budget, workers, base, dearest(plan, costs), best)
             if backends:
                 shares, rings = _share_devices(backends, plan, shares, resources, costs)

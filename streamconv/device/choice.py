@@ -12,13 +12,16 @@ from streamconv.stages.encode import is_copy, requests, width
 HOST_COST = 900 * MIB
 """Host memory that torch and a CUDA context take before the first tile (measured on an H200 node)."""
 
-# Bytes a second. Files and kernels are for one core, copies for a device; measured on an H200 node of 16 cores.
-_START_SECONDS = 4.5
-_FILES = 0.65e9
+# Bytes a second. Files, kernels and definitions are for one core, the others for a device; measured on an H200 node of 16 cores.
+_CPU_START, _GPU_START = 1.5, 3.7
+"""Seconds until the first tile, and for pinned memory."""
+_FILES, _FILES_OF_GPU = 0.4e9, 0.22e9
+"""A device's tiles are larger: they leave the cache between the copy and the file."""
 _KERNEL = 2.0e9
-_TORCH = 0.12e9
+_TORCH = 0.01e9
 _COPY = 50e9
-_COMPUTE = 40e9
+_FUSED = 600e9
+_DEFINITION = 5e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +72,7 @@ class Work:
 
     Attributes:
         files: read and written.
-        kernel, torch: source bytes that the CPU encodes with fused kernels, and with the torch definitions.
+        kernel, torch: source bytes that are encoded by fused kernels, and by the torch definitions.
         back: encoded bytes that a device copies back.
     """
 
@@ -79,13 +82,14 @@ class Work:
     back: int = 0
 
     def cpu_seconds(self, cores: int) -> float:
-        return (self.files / _FILES + self.kernel / _KERNEL + self.torch / _TORCH) / cores
+        return _CPU_START + (self.files / _FILES + self.kernel / _KERNEL + self.torch / _TORCH) / cores
 
     def gpu_seconds(self, cores: int, devices: int = 1) -> float:
         """Starting CUDA, then the slowest of files, copies in, copies out and kernels, which overlap."""
         encoded = self.kernel + self.torch
-        slowest = max(encoded / _COPY, self.back / _COPY, encoded / _COMPUTE) / devices
-        return _START_SECONDS + max(self.files / _FILES / cores, slowest)
+        computed = self.kernel / _FUSED + self.torch / _DEFINITION
+        slowest = max(encoded / _COPY, self.back / _COPY, computed) / devices
+        return _GPU_START + max(self.files / _FILES_OF_GPU / cores, slowest)
 
 
 def work_of(plan: Plan) -> Work:

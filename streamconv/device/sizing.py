@@ -19,6 +19,9 @@ HALVES = 2
 
 BEST_ARENA = 128 * MIB
 """Pinned host memory of a slot that more would not make faster."""
+_LEAST_ARENA = 16 * MIB
+_PLAN_SHARE = 16
+"""All arenas together take at most this fraction of what a plan reads."""
 _BEST_CHUNK = 96 * MIB
 """A tile of BEST_ARENA in one step: the interpreter then has a millisecond for each, and needs a quarter of it."""
 _LEAST_CHUNK = 256 * KIB
@@ -147,6 +150,11 @@ def pinned_size(arena: int, least: int) -> int:
         f"the memory budget leaves {arena // MIB} MiB of pinned memory for each worker, a tile takes {-(-least // MIB)} MiB",
         hint="a larger --memory-budget, fewer --workers, or --device cpu",
     )
+
+
+def arena(size: int, slots: int) -> int:
+    """Pinned bytes of a slot for a plan that reads `size` bytes: pinning takes 0.6 s a GiB, which a small plan does not win back."""
+    return max(_LEAST_ARENA, min(BEST_ARENA, size // _PLAN_SHARE // slots))
 
 
 def slots(cores: int, devices: int) -> int:

@@ -15,8 +15,8 @@ from streamconv.errors import UsageError
 from streamconv.memory import GIB, KIB, MIB
 from streamconv.options import Options
 from streamconv.plan import PLAIN_ROWS, Blank, Dest, Matrix, SourceTensor, Span
-from streamconv.quants.smoothing import ColumnMaxima, Smoother
 from streamconv.quants.smooth_values import SmoothValue
+from streamconv.quants.smoothing import ColumnMaxima, Smoother
 from streamconv.quants.smoothquant import SmoothWeight
 from tests import tiny
 
@@ -56,6 +56,12 @@ def test_pinned_memory_is_what_torch_rounds_it_to() -> None:
     assert device.pinned_size(16 * MIB, 1) == 16 * MIB and device.pinned_size(31 * MIB, 5 * MIB) == 16 * MIB
     with pytest.raises(device.NoRoom, match="a tile takes 20 MiB"):
         device.pinned_size(31 * MIB, 20 * MIB)
+
+
+def test_small_plans_pin_little() -> None:
+    assert [device.arena(size * 10**9, 6) // MIB for size in (0, 1, 4, 8, 16, 700)] == [16, 16, 39, 79, 128, 128]
+    for size in (4, 8, 12):
+        assert 6 * device.arena(size * 10**9, 6) <= size * 10**9 / 16
 
 
 def test_slots_leave_every_device_three() -> None:
@@ -114,3 +120,26 @@ def test_auto_counts_the_start_and_the_copies(tmp_path: Path, monkeypatch: pytes
         choice.choose("cuda:3", plan, 16, 4 * GIB)
     copies = Work(files=10**9, kernel=0, torch=10**9, back=0)
     assert Work(files=10**9, torch=10**9, back=10**13).gpu_seconds(16) > 100 + copies.gpu_seconds(16)
+
+
+MEASURED = {
+    # GB of (files, kernel, torch, back); seconds of whole conversions on the CPU and on the GPU: 4 GB on a node of 16 cores
+    "int8": ((6, 4, 0, 2), 1.97, 6.38),
+    "int4": ((5, 4, 0, 1), 2.97, 3.80),
+    "fp8_rowwise": ((6, 4, 0, 2), 3.16, 5.26),
+    "smoothquant": ((10, 8, 0, 2), 4.74, 7.13),
+    "bf16 to fp16": ((8, 4, 0, 4), 3.78, 6.77),
+    "smoothquant by its definition": ((10, 0, 8, 2), 54.86, 7.13),
+}
+
+
+@pytest.mark.parametrize("job", MEASURED)
+def test_auto_takes_the_faster_of_what_was_measured(job: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, on_cpu, on_gpu = MEASURED[job]
+    work = Work(*(size * 10**9 for size in sizes))
+    for estimate, measured in ((work.cpu_seconds(16), on_cpu), (work.gpu_seconds(16), on_gpu)):
+        assert measured / 1.7 < estimate < measured * 1.7
+    monkeypatch.setattr(choice, "visible", lambda: 1)
+    monkeypatch.setattr(choice, "work_of", lambda plan: work)
+    plan = api.open_and_plan(tiny.write(tmp_path / "model"), Options())[1]
+    assert bool(choice.choose("auto", plan, 16, 4 * GIB).devices) == (on_gpu < on_cpu)
