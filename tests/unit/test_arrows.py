@@ -18,8 +18,8 @@ LEVELS = (
     ("quants", "families", "matching", "kernels", "fs", "ranges"),
     ("plan",),
     ("stages", "targets", "lock", "journal", "order", "resume", "results"),
-    ("budget", "device", "manifest", "calibrate", "writer", "config_only", "tensorrt_llm_reader"),
-    ("pool", "recipe", "hub"),
+    ("budget", "device", "manifest", "writer", "config_only", "tensorrt_llm_reader"),
+    ("pool", "recipe", "hub", "calibrate"),
     ("api", "verify"),
     ("cli", "__main__"),
 )
