@@ -251,7 +251,8 @@ def _convert(
             base = memory.resident() + hub.memory_of(index) + pinned
             best = budget.BEST_ARENA
             if backends and workers:
-                best = device.arena(sum(span.nbytes for span in plan.spans), workers)
+                least = max((cost.smallest() for cost in costs), default=0)
+                best = device.arena(sum(span.nbytes for span in plan.spans), workers, least)
             shares = budget.share(resources.memory_budget, workers, base, dearest(plan, costs), best)
             if backends:
                 shares, rings = _share_devices(backends, plan, shares, resources, costs)

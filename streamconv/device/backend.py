@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
-_UNTRIED = "not tried"
 
 
 class Backend(Protocol):
@@ -75,12 +74,12 @@ class Cuda:
         self.name = name
         self._torch = torch
         self._device = torch.device(name)
-        self._unfused: str | None = _UNTRIED
         try:
             torch.zeros(1, device=self._device)  # the context exists, and is counted, from here on
         except RuntimeError as error:
             hint = "free it, name another device, or use --device cpu"
             raise NoRoom(f"{name} cannot be used: {str(error).splitlines()[0]}", hint=hint) from error
+        self._unfused = fused.works(self._device)  # and what compiling takes of the host's memory is counted too
 
     def alloc_pinned(self, size: int) -> torch.Tensor:
         return self._torch.empty(size, dtype=self._torch.uint8, pin_memory=True)
@@ -133,6 +132,4 @@ class Cuda:
         self._torch.cuda.empty_cache()
 
     def unfused(self) -> str | None:
-        if self._unfused is _UNTRIED:
-            self._unfused = fused.works(self._device)
         return self._unfused

@@ -152,9 +152,13 @@ def pinned_size(arena: int, least: int) -> int:
     )
 
 
-def arena(size: int, slots: int) -> int:
-    """Pinned bytes of a slot for a plan that reads `size` bytes: pinning takes 0.6 s a GiB, which a small plan does not win back."""
-    return max(_LEAST_ARENA, min(BEST_ARENA, size // _PLAN_SHARE // slots))
+def arena(size: int, slots: int, least: int) -> int:
+    """Pinned bytes of a slot for a plan that reads `size` bytes, `least` in its smallest tile.
+
+    Pinning takes 0.6 s a GiB, which a small plan does not win back.
+    """
+    smallest = 1 << (least - 1).bit_length() if least > 1 else 1
+    return max(_LEAST_ARENA, smallest, min(BEST_ARENA, size // _PLAN_SHARE // slots))
 
 
 def slots(cores: int, devices: int) -> int:

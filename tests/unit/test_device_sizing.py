@@ -59,9 +59,14 @@ def test_pinned_memory_is_what_torch_rounds_it_to() -> None:
 
 
 def test_small_plans_pin_little() -> None:
-    assert [device.arena(size * 10**9, 6) // MIB for size in (0, 1, 4, 8, 16, 700)] == [16, 16, 39, 79, 128, 128]
+    assert [device.arena(size * 10**9, 6, 0) // MIB for size in (0, 1, 4, 8, 16, 700)] == [16, 16, 39, 79, 128, 128]
     for size in (4, 8, 12):
-        assert 6 * device.arena(size * 10**9, 6) <= size * 10**9 / 16
+        assert 6 * device.arena(size * 10**9, 6, MIB) <= size * 10**9 / 16
+
+
+@pytest.mark.parametrize("least", [16 * MIB, 16 * MIB + 1, 300 * MIB])
+def test_a_large_row_of_a_small_plan_has_its_arena(least: int) -> None:
+    assert device.pinned_size(device.arena(10**9, 6, least), least) >= least
 
 
 def test_slots_leave_every_device_three() -> None:
