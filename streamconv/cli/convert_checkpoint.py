@@ -129,4 +129,4 @@ def _with_ranges(request: OfficialRequest, source: str) -> Options:
 def run() -> None:
     """The command: `main` for the arguments of this process."""
     with signals.orderly():
-        sys.exit(main())
+        signals.leave(main())

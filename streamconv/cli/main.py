@@ -267,4 +267,4 @@ def main(argv: list[str] | None = None) -> int:
 def run() -> None:
     """The command: `main` for the arguments of this process."""
     with signals.orderly():
-        sys.exit(main())
+        signals.leave(main())
