@@ -114,9 +114,12 @@ def dearest(plan: Plan, costs: list[TileCost]) -> dict[str, TileCost]:
     return {span.source.name: cost}
 
 
-def foresee(plan: Plan, resources: Resources) -> Shares:
-    """Workers, tile memory and peak as a run would choose them, without loading what a run loads."""
-    costs = costs_of(plan)
+def foresee(plan: Plan, resources: Resources, costs: list[TileCost]) -> Shares:
+    """Workers, tile memory and peak as a run would choose them, without loading what a run loads.
+
+    Args:
+        costs: `costs_of` the plan.
+    """
     base = _BASE_NUMPY + 2 * len(plan.spans) * 1024
     if any(cost.kernel for cost in costs):
         base = max(base, _BASE_KERNELS)
@@ -237,14 +240,16 @@ def _convert(
     index, plan = open_and_plan(source, options)
     outcome, where, rings = Outcome(), "", list[device.Ring]()
     profile: dict[str, float] = {}
-    shares = foresee(plan, resources)  # a budget that is far too small is refused before anything is loaded
+    costs = costs_of(plan)
+    shares = foresee(plan, resources, costs)  # a budget that is far too small is refused before anything is loaded
     with contextlib.closing(index), Writer(Path(out), index.root, plan, index.shards, force, disk) as writer:
         if not writer.finished:
             choice = choose_device(plan, resources)
             backends: list[Backend] = [Cuda(name) for name in choice.devices]
-            if not backends:
+            if backends:
+                costs = costs_of(plan, on_device=True)
+            else:
                 load_kernels(plan)
-            costs = costs_of(plan, bool(backends))
             workers = resources.workers
             if backends and workers is None:
                 workers = device.slots(budget.processors(), len(backends)) * len(backends)

@@ -275,6 +275,8 @@ class Plan:
     @property
     def passes(self) -> int:
         """How often the most read source rows are read: 1 unless a format needs maxima over whole matrices first."""
+        if not any(span.reduce for span in self.spans):
+            return 1
         counts: dict[str, set[str]] = {}
         for span in self.spans:
             counts.setdefault(span.source.name, set()).add(span.reduce.key if span.reduce else "")

@@ -154,7 +154,8 @@ def plan(
             given = {"memory_budget": memory_budget, "workers": workers, "device": device, "device_memory_budget": device_memory_budget}
             recipe_option.write(write_config, model, out, made.options, given, index)
         device_why = api.choose_device(made, asked).why
-        plan_view.show(made, api.foresee(made, asked), api.costs_of(made), device_why, out, as_json, cache_need(index))
+        costs = api.costs_of(made)
+        plan_view.show(made, api.foresee(made, asked, costs), costs, device_why, out, as_json, cache_need(index))
     finally:
         index.close()
     return 0
