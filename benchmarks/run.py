@@ -1,10 +1,11 @@
 """All timings in one run and one results file, with the README's two pictures.
 
-    benchmarks/run [--what copy,warm,peers,scale,budget,workers] [--runs 5] [--work FOLDER] [--out benchmarks/results/run.json]
+    benchmarks/run [--what copy,warm,peers,peers-warm,scale,budget,workers] [--runs 5] [--work FOLDER] [--out benchmarks/results/run.json]
 
 copy      every job against `cp -r SRC DST && sync`, cold page cache, budget 512 MiB
 warm      int8 and int4, source in the page cache
-peers     llm-compressor and a transformers re-save beside ours; each installed in an environment of its own under the work folder
+peers     llm-compressor and a transformers re-save beside ours, cold (peers-warm: source in the page cache);
+          each is installed in an environment of its own under the work folder
 scale     1, 2, 4, 8, 16 GB of the same shape
 budget    int8, 256 MiB ... 4 GiB
 workers   int8, 1 ... 8
@@ -115,7 +116,7 @@ def versions_of(python: Path) -> dict[str, str]:
     return {entry["name"]: entry["version"] for entry in json.loads(listed) if entry["name"] in wanted}
 
 
-def peers(work: Path, runs: int) -> list[dict[str, Any]]:
+def peers(work: Path, runs: int, cold: bool = True) -> list[dict[str, Any]]:
     model, lines = model_of(work), []
     quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     compressor, transformers = environment(work, "llmcompressor"), environment(work, "transformers")
@@ -127,7 +128,7 @@ def peers(work: Path, runs: int) -> list[dict[str, Any]]:
     )  # fmt: skip
     for job, flags, name, python, arguments in beside:
         other = Command(name, [str(python), "-c", *arguments], quiet)
-        line = pairs(streamconv(job, model, flags), other, model, work, runs) | {"versions": versions_of(python)}
+        line = pairs(streamconv(job, model, flags), other, model, work, runs, cold) | {"versions": versions_of(python)}
         show(line)
         lines.append(line)
     return lines
@@ -228,6 +229,7 @@ def main() -> None:
         "copy": against_copy,
         "warm": warm,
         "peers": peers,
+        "peers-warm": lambda work, runs: peers(work, runs, cold=False),
         "scale": scale,
         "budget": lambda work, runs: varied(work, runs, "--memory-budget", ["256MiB", "512MiB", "1GiB", "2GiB", "4GiB"]),
         "workers": lambda work, runs: varied(work, runs, "--workers", ["1", "2", "3", "4", "6", "8"]),
