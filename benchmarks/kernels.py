@@ -1,0 +1,99 @@
+"""GB/s of source that the fused CPU kernels make on one core, beside their torch definitions on one thread.
+
+    python -m benchmarks.kernels [--rows 512] [--cols 4096] [--out benchmarks/results/kernels.json]
+
+Best of several tries, processor time, a tile that stays in the cache: the ceiling, not a conversion.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from streamconv.checkpoint.dtypes import BF16, F16, F32, DType
+from streamconv.quants.base import Encoding, Findings
+from streamconv.quants.fp8_rowwise import Fp8Rowwise
+from streamconv.quants.fp8_tensor import Fp8Tensor
+from streamconv.quants.plain import Plain
+from streamconv.quants.smoothing import Bound, ColumnMaxima
+from streamconv.quants.smoothquant import SmoothWeight
+from streamconv.quants.weight_only import WeightOnly
+
+ROOT = Path(__file__).parent.parent
+
+
+def best(work: Callable[[], object], tries: int) -> float:
+    """Seconds of the quickest of `tries`, after one that is not counted."""
+    work()
+    seconds = []
+    for _ in range(tries):
+        began = time.process_time()
+        work()
+        seconds.append(time.process_time() - began)
+    return min(seconds)
+
+
+def encodings(cols: int) -> list[tuple[str, Encoding, DType]]:
+    """Name, encoding and source dtype of everything that is timed."""
+    smoother = np.exp2(np.random.default_rng(0).uniform(-3, 3, cols))
+    channel, tensor = Bound(smoother, 0.37, None), Bound(smoother, 0.37, 3.0)
+    nothing: Any = None  # a smoother's description: these are bound already
+    return [
+        ("int8 BF16 to BF16", WeightOnly(8, "A", BF16), BF16),
+        ("int8 BF16 to FP16", WeightOnly(8, "A", F16), BF16),
+        ("int4 BF16 to BF16", WeightOnly(4, "A", BF16), BF16),
+        ("int4 BF16 to FP16", WeightOnly(4, "A", F16), BF16),
+        ("FP8 per channel, BF16", Fp8Rowwise(), BF16),
+        ("FP8 per tensor, BF16", Fp8Tensor("key", 0.003), BF16),
+        ("SmoothQuant per channel, BF16 to FP16", SmoothWeight(nothing, F16, 2.0, bound=channel), BF16),
+        ("SmoothQuant per channel, FP32 to BF16", SmoothWeight(nothing, BF16, 2.0, bound=channel), F32),
+        ("SmoothQuant per tensor, BF16 to FP16", SmoothWeight(nothing, F16, 2.0, (("w", "key"),), bound=tensor), BF16),
+        ("cast BF16 to FP16", Plain(F16), BF16),
+        ("cast FP32 to BF16", Plain(BF16), F32),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=512)
+    parser.add_argument("--cols", type=int, default=4096)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "kernels.json")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rows, cols = args.rows, args.cols
+    values = torch.randn(rows, cols, generator=torch.Generator().manual_seed(0)) * 0.02
+    results: dict[str, dict[str, float]] = {}
+
+    def note(name: str, size: int, kernel: Callable[[], object], definition: Callable[[], object]) -> None:
+        results[name] = {"kernel GB/s": size / best(kernel, 9) / 1e9, "torch GB/s": size / best(definition, 3) / 1e9}
+        print(f"| {name} | {results[name]['kernel GB/s']:.1f} | {results[name]['torch GB/s']:.2f} |", flush=True)
+
+    def flat(source: DType) -> tuple[torch.Tensor, np.ndarray[Any, Any]]:
+        block = values.to(getattr(torch, source.torch))
+        return block, block.reshape(-1).view(torch.uint8).numpy().view(source.storage)
+
+    for name, encoding, source in encodings(cols):
+        block, stored = flat(source)
+        kernel = encoding.kernel(source)
+        assert kernel is not None, f"{name} has no kernel"
+        outs = [np.empty(rows * part.row_bytes, np.uint8) for part in encoding.parts(rows, cols)]
+        note(
+            name, rows * cols * source.itemsize,
+            lambda k=kernel, s=stored, o=outs: k(s, 0, cols, rows, cols, o),
+            lambda e=encoding, b=block: e.encode(b, Findings()),
+        )  # fmt: skip
+    block, stored = flat(BF16)
+    maxima: Any = ColumnMaxima("key")
+    note("column maxima, BF16", rows * cols * 2, lambda: maxima.kernel(BF16)(stored, rows, cols), lambda: maxima.tile(block, None))
+    args.out.write_text(json.dumps({"rows": rows, "cols": cols, "results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
