@@ -4,6 +4,11 @@
 
 The model is make_model.py's with a word tokenizer beside it. `--whole` runs the other way: the model loaded as NVIDIA's loop loads
 it, hooks on every linear layer; it writes the same ranges file, and both must be equal.
+
+    python -m benchmarks.calibration --work FOLDER --forward cuda:0 [--samples 512] [--length 512] [--out results.json]
+
+measures the calibration, and the command that does it, against the pure forward time on a device: the same samples one by one through
+the loaded model without hooks, everything warm. Rounds alternate.
 """
 
 from __future__ import annotations
@@ -72,6 +77,55 @@ def whole(model_folder: Path, text: Path, length: int, out: Path) -> None:
     print(json.dumps({"seconds": time.monotonic() - began, "peak_memory": peak_resident()}))
 
 
+def forward_seconds(model_folder: Path, text: Path, length: int, device: str, passes: int) -> list[float]:
+    """Seconds of each pass of all samples through the loaded model, after one that does not count."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(str(model_folder))  # type: ignore[no-untyped-call]
+    model: Any = AutoModelForCausalLM.from_pretrained(str(model_folder), dtype=torch.float16)  # type: ignore[no-untyped-call]
+    model = model.to(device).eval()
+    model.config.use_cache = False
+    blocks = [(block + " TL;DR: ").strip() for block in text.read_text().split("\n\n")]
+    samples = [torch.tensor([tokenizer(block, truncation=True, max_length=length)["input_ids"]]) for block in blocks]
+    taken = []
+    with torch.no_grad():
+        for _ in range(passes + 1):
+            began = time.perf_counter()
+            for sample in samples:
+                last = model(sample.to(device))
+            last.logits[0, -1, 0].item()  # all is done
+            taken.append(time.perf_counter() - began)
+    return taken[1:]
+
+
+def against_forward(work: Path, device: str, samples: int, length: int, rounds: int = 3) -> dict[str, Any]:
+    """Calibration over pure forward time; medians of the rounds."""
+    import os
+    import subprocess
+
+    from streamconv.calibrate.run import calibrate
+
+    model, text, out = work / "model", work / "text.txt", work / "ranges.safetensors"
+    work.mkdir(parents=True, exist_ok=True)
+    make(model, text, samples, length)
+    pure, ours, whole_command = [], [], []
+    command = [sys.executable, "-m", "streamconv", "calibrate", str(model), "-o", str(out), "--text", str(text), "--quiet"]
+    command += ["--device", device, "--samples", str(samples), "--max-length", str(length)]
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    for _ in range(rounds):
+        pure += forward_seconds(model, text, length, device, 1)
+        out.unlink(missing_ok=True)
+        ours.append(calibrate(model, out, str(text), samples=samples, max_length=length, device=device)["seconds"])
+        out.unlink()
+        began = time.perf_counter()
+        subprocess.run(command, check=True, env=env, timeout=300)
+        whole_command.append(time.perf_counter() - began)
+    middle = [sorted(times)[rounds // 2] for times in (pure, ours, whole_command)]
+    told = {"device": device, "samples": samples, "max_length": length, "forward seconds": pure, "calibration seconds": ours}
+    return told | {"command seconds": whole_command, "calibration over forward": middle[1] / middle[0]}
+
+
 def equal(ours: Path, theirs: Path) -> bool:
     """Whether every range of the whole model is ours, bit for bit."""
     import torch
@@ -85,11 +139,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--limit", default="1GiB")
-    parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--samples", type=int)
+    parser.add_argument("--length", type=int)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--whole", action="store_true")
+    parser.add_argument("--forward", metavar="DEVICE")
     args = parser.parse_args()
+    args.samples, args.length = args.samples or (512 if args.forward else 32), args.length or (512 if args.forward else 256)
+    if args.forward:
+        told = against_forward(args.work, args.forward, args.samples, args.length)
+        print(json.dumps(told))
+        if args.out:
+            args.out.write_text(json.dumps(told, indent=1) + "\n")
+        return 0
     model, text, theirs = args.work / "model", args.work / "text.txt", args.work / "whole.safetensors"
     if args.whole:
         whole(model, text, args.length, theirs)

@@ -1,5 +1,6 @@
 """GB/s of source on a GPU: whole conversions from the page cache and from the disk, on the GPU and on the CPU; the ring alone, without
-files; against the pinned copy rate and against plain torch (load, quantize on the GPU, .cpu(), save), all in one run.
+files; against the pinned copy rate and against plain torch (load, quantize on the GPU, .cpu(), save), all in one run. And the
+calibration of a 2.2 GB model against the pure forward time.
 
     python benchmarks/gpu.py [--gb 4] [--folder benchmarks/work] [--out benchmarks/results/gpu.json] [--only ring]
         [--no-gpu]
@@ -244,7 +245,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=2.0, help="of each ring measurement")
     parser.add_argument("--limit", type=float, default=450, help="seconds after which what is left is skipped")
     parser.add_argument("--no-gpu", action="store_true")
-    parser.add_argument("--only", choices=["ring", "cache", "disk"], action="append", help="measure these (all)")
+    parser.add_argument("--only", choices=["ring", "cache", "disk", "calibration"], action="append", help="measure these (all)")
     parser.add_argument("--jobs", nargs="+", choices=list(JOBS), default=list(JOBS))
     parser.add_argument("--arena", type=int, default=0, help="MiB pinned for each slot of the ring measurements (what a conversion takes)")
     parser.add_argument("--slots", type=int, default=0, help="slots of the ring measurements (as many as a conversion takes)")
@@ -267,9 +268,17 @@ def main() -> int:
     device, make = ("cpu" if args.no_gpu else "cuda:0"), backends(args.no_gpu)
     if not args.no_gpu:
         measure("pinned copies", copy_rates)
-    only = args.only or ["ring", "cache", "disk"]
+    only = args.only or ["ring", "calibration", "cache", "disk"]
     for job in args.jobs if "ring" in only else []:
         measure(f"ring, {job}", lambda job=job: ring_rate(job, next(make), args.seconds, 4096, args.arena * MIB, args.slots))
+    if "calibration" in only:
+        from benchmarks.calibration import against_forward
+
+        work, (samples, length) = args.memory_folder / f"streamconv-calibration-{os.getpid()}", (8, 16) if args.no_gpu else (512, 512)
+        try:
+            measure("calibration", lambda: against_forward(work, device, samples, length))
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
     places = [("page cache", args.memory_folder, False), ("disk", args.folder, True)]
     for place, folder, cold in [place for place in places if place[0].split()[-1] in only]:
         folder.mkdir(parents=True, exist_ok=True)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from streamconv.calibrate.graphs import Graphs, Shape
+from streamconv.calibrate.maxima import Maxima
 from streamconv.checkpoint.index import Index
 from streamconv.errors import CheckpointError, TensorError, printable
 from streamconv.memory import MIB
 
 _PIECE = 4 * MIB
 """Bytes of a tensor that are read at a time."""
+
+_NEAR = 64 << 10
+"""Bytes between two rows that are read rather than skipped."""
 
 
 def read_tensor(index: Index, name: str, rows: slice | None = None) -> torch.Tensor:
@@ -48,16 +54,21 @@ class OneLayer:
         index: the opened source.
         dtype: computing type.
         device: torch device.
+        uses: how often states of each shape will go through every layer.
+
+    Attributes:
+        layers: how many the model has.
+        maxima: of the layer that is loaded.
     """
 
-    def __init__(self, folder: Path, index: Index, dtype: torch.dtype, device: str) -> None:
+    def __init__(self, folder: Path, index: Index, dtype: torch.dtype, device: str, uses: Counter[Shape]) -> None:
         from transformers import AutoConfig
 
         try:
             self.config: Any = AutoConfig.from_pretrained(str(folder), local_files_only=True)
         except Exception as error:
             raise CheckpointError(f"{printable(str(folder))}: transformers cannot read it: {str(error).splitlines()[0]}") from error
-        self.index, self.dtype, self.device = index, dtype, device
+        self.index, self.dtype, self.device, self.uses = index, dtype, device, uses
         self.layers = int(self.config.num_hidden_layers)
         self._kinds = list(getattr(self.config, "layer_types", None) or [])
         self._states: torch.Tensor | None = None
@@ -87,6 +98,9 @@ class OneLayer:
         self.layer.register_forward_pre_hook(self._enter)
         self.body.rotary_emb = type(self.body.rotary_emb)(self.config).to(self.device)
         self.body.eval()
+        self.maxima = Maxima(self.layer)
+        same = len(set(self._kinds)) <= 1  # else the layer, and its graphs, are built anew time and again
+        self._graphs = Graphs(self.device, Counter({shape: count * (self.layers if same else 1) for shape, count in self.uses.items()}))
 
     def _enter(self, _: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """Some models scale what comes from the embedding inside; past layer 0 the states are what they are."""
@@ -97,6 +111,7 @@ class OneLayer:
         if self._kinds[number : number + 1] != self._built:
             self._build(self._kinds[number : number + 1])
         self.number = number
+        self.maxima.clear()
         with torch.no_grad():
             for name, parameter in self.layer.named_parameters():
                 full = f"model.layers.{number}.{name}"
@@ -109,30 +124,47 @@ class OneLayer:
                 step = max(1, _PIECE // max(1, record.nbytes // rows))
                 for start in range(0, rows, step):  # in pieces: a whole matrix beside the layer would be the peak
                     piece = slice(start, min(start + step, rows))
-                    parameter[piece].copy_(read_tensor(self.index, full, piece))
+                    parameter[piece].copy_(read_tensor(self.index, full, piece).to(self.device))  # converted there
 
-    def linears(self, number: int) -> Iterator[tuple[str, torch.nn.Linear]]:
-        """(full name, module) of the layer's linear modules."""
-        for name, module in self.layer.named_modules():
-            if isinstance(module, torch.nn.Linear):
-                yield f"model.layers.{number}.{name}", module
+    def ranges(self) -> dict[str, torch.Tensor]:
+        """`M.x`, `M.y` and `M.w` of the loaded layer's linear modules, by their full names; float32."""
+        return self.maxima.told(f"model.layers.{self.number}.")
 
-    def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """Embedding of token ids [tokens] -> [tokens, hidden]; only the rows that occur are read from the source."""
+    def embed(self, samples: Sequence[Sequence[int]]) -> Iterator[torch.Tensor]:
+        """The embedding [tokens, hidden] of each sample, on the device; only rows that occur, and those between, are read."""
         record = self.index.tensors.get("model.embed_tokens.weight")
         if record is None:
             raise TensorError("missing tensor model.embed_tokens.weight")
-        unique, places = torch.unique(ids, return_inverse=True)
-        if int(unique.max()) >= record.shape[0]:
+        unique, places = torch.unique(torch.tensor([token for sample in samples for token in sample]), return_inverse=True)
+        if int(unique[-1]) >= record.shape[0]:
             raise CheckpointError("the tokenizer knows more tokens than the embedding has rows")
-        rows = [read_tensor(self.index, "model.embed_tokens.weight", slice(i, i + 1)) for i in unique.tolist()]
-        self._embedding.weight = torch.nn.Parameter(torch.cat(rows).to(self.dtype), requires_grad=False)
-        made: torch.Tensor = self._embedding(places)
-        return made
+        rows = torch.empty(len(unique), record.shape[1], dtype=self.dtype, device=self.device)
+        for begin, end in _runs(unique.tolist(), record.nbytes // record.shape[0]):
+            first, last = int(unique[begin]), int(unique[end - 1])
+            piece = read_tensor(self.index, "model.embed_tokens.weight", slice(first, last + 1)).to(self.device)
+            rows[begin:end] = piece[(unique[begin:end] - first).to(self.device)].to(self.dtype)
+        self._embedding.weight = torch.nn.Parameter(rows, requires_grad=False)
+        for mine in places.to(self.device).split([len(sample) for sample in samples]):
+            made: torch.Tensor = self._embedding(mine)
+            yield made
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
-        """Hidden states [batch, tokens, hidden] through the layer."""
+        """Hidden states [samples, tokens, hidden] through the layer; what comes back is good until the next call."""
+        return self._graphs.run(self._forward, states, self.number == 0)
+
+    def _forward(self, states: torch.Tensor) -> torch.Tensor:
         self._states = states if self.number else None
         out: torch.Tensor = self.body(inputs_embeds=states, use_cache=False).last_hidden_state
         self._states = None
         return out
+
+
+def _runs(rows: list[int], row_bytes: int) -> Iterator[tuple[int, int]]:
+    """Ranges of places in a rising list of rows that are read at once."""
+    near, most, begin = _NEAR // row_bytes, max(1, _PIECE // row_bytes), 0
+    for place in range(1, len(rows)):
+        if rows[place] - rows[place - 1] > max(1, near) or rows[place] - rows[begin] >= most:
+            yield begin, place
+            begin = place
+    if rows:
+        yield begin, len(rows)

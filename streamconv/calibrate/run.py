@@ -6,7 +6,9 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +16,7 @@ from streamconv import __version__, memory
 from streamconv.calibrate.request import DTYPES, Loop
 from streamconv.checkpoint.index import Index, open_index
 from streamconv.checkpoint.model_config import ModelConfig, from_hf
-from streamconv.errors import BudgetError, CheckpointError, UsageError
+from streamconv.errors import BudgetError, CheckpointError, UsageError, printable
 from streamconv.fs import explained
 from streamconv.hub import local_folder
 from streamconv.memory import MIB, show_size
@@ -22,10 +24,16 @@ from streamconv.memory import MIB, show_size
 if TYPE_CHECKING:
     import torch
 
+    from streamconv.calibrate.layers import OneLayer
+    from streamconv.calibrate.scratch import Scratch
+
 Progress = Callable[[int, int, float], None]
 
 _TORCH_BASE = 450 * MIB
 """Resident after torch and transformers are loaded (measured)."""
+
+_GROUP = 32 * MIB
+"""Bytes of embedded samples that are made together."""
 
 
 def _silent(layer: int, layers: int, seconds: float) -> None:
@@ -121,6 +129,8 @@ class _Run:
         began = time.monotonic()
         check_budget(self.index, self.facts, self.budget, self.batch * max_length, self.dtype.itemsize)
         ids = tokenize(self.index.root, load_texts(text, samples), max_length, self.loop)
+        if not ids:
+            raise UsageError(f"--text {printable(text)}: the model's tokenizer makes no tokens of it", hint="is it this model's tokenizer?")
         batches = _batches(ids, self.batch)
         tokens = sum(map(len, ids))
         mark = self._mark(batches)
@@ -128,47 +138,55 @@ class _Run:
         if reuse and (kept := self._kept(mark)):
             return told | {"layers": self.facts.num_hidden_layers, "tensors": kept, "seconds": 0.0, "reused": True}
         scratch = Scratch(self.out, mark, tokens * self.facts.hidden_size * self.dtype.itemsize)
-        layer = OneLayer(self.index.root, self.index, self.dtype, self.device)
-        self._through(layer, scratch, batches, progress)
+        uses = Counter((len(batch), len(batch[0])) for batch in batches)
+        with self._explained():
+            layer = OneLayer(self.index.root, self.index, self.dtype, self.device, uses)
+            self._through(layer, scratch, batches, progress)
         self._write(scratch.ranges, mark, len(ids))
         scratch.remove()
         spent = {"seconds": time.monotonic() - began, "peak_memory": memory.peak_resident()}
         return told | {"layers": layer.layers, "tensors": len(scratch.ranges)} | spent
 
-    def _through(self, layer: Any, scratch: Any, batches: list[list[list[int]]], progress: Progress) -> None:
+    def _through(self, layer: OneLayer, scratch: Scratch, batches: list[list[list[int]]], progress: Progress) -> None:
         """All batches through one layer after the other."""
         import torch
 
-        width, size = self.facts.hidden_size, self.dtype.itemsize
+        from streamconv.calibrate.states import Files, OnDevice, fit_on_device
+
+        width, tokens = self.facts.hidden_size, sum(len(sample) for batch in batches for sample in batch)
+        states: Files | OnDevice
+        if fit_on_device(self.device, tokens * width * self.dtype.itemsize):
+            states = OnDevice(scratch, tokens, width, self.dtype, self.device)
+        else:
+            states = Files(scratch, self.dtype, self.device)
         began, first = time.monotonic(), scratch.done
         with torch.no_grad():
             if first == 0:
-                with explained(scratch.folder, "write"), open(scratch.states(0), "wb") as file:
-                    for batch in batches:
-                        for sample in batch:
-                            file.write(_raw(layer.embed(torch.tensor(sample))))
+                with states.filling():
+                    for group in _groups([sample for batch in batches for sample in batch], width * self.dtype.itemsize):
+                        for sample in layer.embed(group):
+                            states.put(sample)
             for number in range(first, layer.layers):
                 layer.load(number)
-                found: dict[str, torch.Tensor] = {}
-                hooks = [_watch(name, module, found) for name, module in layer.linears(number)]
-                with (
-                    explained(scratch.folder, "write"),
-                    open(scratch.states(number), "rb") as before,
-                    open(scratch.states(number + 1), "wb") as after,
-                ):
+                with states.layer(number):
                     for batch in batches:
-                        shape = (len(batch), len(batch[0]), width)
-                        data = bytearray(before.read(shape[0] * shape[1] * width * size))
-                        states = torch.frombuffer(data, dtype=self.dtype).reshape(shape).to(self.device)
-                        after.write(_raw(layer(states)))
-                    after.flush()
-                    os.fsync(after.fileno())
-                for hook in hooks:
-                    hook.remove()
-                scratch.ranges |= {name: values.float().cpu() for name, values in found.items()}
-                scratch.finished(number)
+                        states.put(layer(states.take((len(batch), len(batch[0]), width))))
+                    scratch.ranges |= layer.ranges()
                 each = (time.monotonic() - began) / (number + 1 - first)
                 progress(number + 1, layer.layers, each * (layer.layers - number - 1))
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """The device's lack of memory is the user's to mend."""
+        import torch
+
+        try:
+            yield
+        except torch.cuda.OutOfMemoryError as error:
+            raise BudgetError(
+                f"{self.device} ran out of memory in the calibration: {str(error).splitlines()[0]}",
+                hint="a smaller --batch-size or --max-length, or --device cpu",
+            ) from error
 
     def _mark(self, batches: list[list[list[int]]]) -> str:
         """Hash of all that decides the numbers; of the source its headers and sizes."""
@@ -235,26 +253,13 @@ def _batches(ids: list[list[int]], size: int) -> list[list[list[int]]]:
     return batches
 
 
-def _raw(tensor: torch.Tensor) -> bytes:
-    import torch
-
-    data: bytes = tensor.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes()
-    return data
-
-
-def _watch(name: str, module: Any, found: dict[str, torch.Tensor]) -> Any:
-    """Keep the running maxima of a linear module's inputs and outputs, in the activation type and on its device."""
-    import torch
-
-    def largest(values: torch.Tensor) -> torch.Tensor:
-        return values.detach().reshape(-1, values.shape[-1]).abs().max(dim=0)[0]
-
-    def keep(key: str, values: torch.Tensor) -> None:
-        found[key] = torch.maximum(found[key], values) if key in found else values
-
-    def hook(_: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        keep(f"{name}.x", largest(inputs[0]))
-        keep(f"{name}.y", largest(output))
-
-    found[f"{name}.w"] = module.weight.detach().abs().max(dim=1)[0].float().clip(min=1e-8)
-    return module.register_forward_hook(hook)
+def _groups(samples: list[list[int]], token_bytes: int) -> Iterator[list[list[int]]]:
+    """Samples whose embeddings are read together, so that rows that they share are read once."""
+    group: list[list[int]] = []
+    for sample in samples:
+        if group and sum(map(len, group), len(sample)) * token_bytes > _GROUP:
+            yield group
+            group = []
+        group.append(sample)
+    if group:
+        yield group

@@ -3,8 +3,6 @@
     .NAME.streamconv-calibrate/state.json           layers done, and of which request
                                states-N             hidden states that go into layer N, sample after sample
                                ranges-N.safetensors ranges of the layers before N
-
-The states are always in a file: while memory is free the page cache holds them, and when it is not the system lets them go.
 """
 
 from __future__ import annotations
@@ -23,6 +21,10 @@ if TYPE_CHECKING:
 
 class Scratch:
     """The folder of an unfinished calibration.
+
+    Attributes:
+        done: layers whose ranges are in `ranges` and whose outcome is in a file.
+        ranges: by name; what is there is saved with the states.
 
     Args:
         out: the ranges file that is being made.
@@ -43,20 +45,21 @@ class Scratch:
         """File of the hidden states that go into layer `number`."""
         return self.folder / f"states-{number}"
 
-    def finished(self, number: int) -> None:
-        """Layer `number` is done, its outputs are synced and its ranges are in `ranges`."""
+    def saved(self, number: int) -> None:
+        """The states that go into layer `number` are synced, and `ranges` holds those of the layers before it."""
         from safetensors.torch import save_file
 
         with explained(self.folder, "write"):
-            new = self._ranges(number + 1)
+            new = self._ranges(number)
             save_file(self.ranges, new)
             _sync(new)
             state = self.folder / "state.json.new"
-            state.write_text(json.dumps({"mark": self.mark, "layers": number + 1}))
+            state.write_text(json.dumps({"mark": self.mark, "layers": number}))
             _sync(state)
             os.replace(state, self.folder / "state.json")
-            self.states(number).unlink(missing_ok=True)
-            self._ranges(number).unlink(missing_ok=True)
+            self.states(self.done).unlink(missing_ok=True)
+            self._ranges(self.done).unlink(missing_ok=True)
+            self.done = number
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)

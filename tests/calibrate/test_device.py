@@ -31,12 +31,6 @@ def compare(model: Path, text: Path, out: Path, device: str) -> dict[str, Any]:
     return told
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_equal_to_hooks_on_the_whole_model_on_a_gpu(model: Path, text: Path, tmp_path: Path) -> None:
-    assert compare(model, text, tmp_path / "r.safetensors", "auto")["device"] == "cuda:0"
-
-
 def test_auto_is_the_cpu_where_there_is_no_gpu(model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert compare(model, text, tmp_path / "r.safetensors", "auto")["device"] == "cpu"

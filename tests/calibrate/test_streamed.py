@@ -85,12 +85,30 @@ def test_equal_to_hooks_on_the_whole_model(model: Path, text: Path, tmp_path: Pa
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-@pytest.mark.parametrize("kind", ["granite", "gemma"])
-def test_models_that_scale_their_embedding(model: Path, text: Path, tmp_path: Path, kind: str) -> None:
+def become(folder: Path, kind: str) -> None:
+    """Turn the tiny model into one that scales its embedding, or whose layers attend in different ways."""
     settings = tiny.config(architectures=[f"{kind.title()}ForCausalLM"], model_type=kind, head_dim=tiny.HIDDEN // tiny.HEADS)
     if kind == "granite":
         settings |= {"embedding_multiplier": 12.0, "residual_multiplier": 0.3, "attention_multiplier": 0.1, "logits_scaling": 4.0}
-    (model / "config.json").write_text(json.dumps(settings))
+    if kind == "qwen2":  # layer 0 attends to all, layer 1 to a window
+        settings |= {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+        weights = tiny.tensors(dtype="float16")
+        for name in [name for name in weights if ".self_attn." in name and ".o_proj" not in name]:
+            weights[name.replace(".weight", ".bias")] = weights[name][:, 0].copy()
+        tiny.write(folder, weights)
+        from tokenizers import Tokenizer, models
+
+        characters = ["<|endoftext|>", "Ġ", *"w0123456789TLDR:;"]  # transformers wants this family's own kind of tokenizer
+        Tokenizer(models.BPE({c: number for number, c in enumerate(characters)}, [])).save(str(folder / "tokenizer.json"))
+    (folder / "config.json").write_text(json.dumps(settings))
+
+
+KINDS = ["granite", "gemma", "qwen2"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_models_that_scale_their_embedding_or_mix_layers(model: Path, text: Path, tmp_path: Path, kind: str) -> None:
+    become(model, kind)
     out = tmp_path / "ranges.safetensors"
     calibrate(model, out, str(text), max_length=16, dtype="float32", device="cpu")
     got = load_file(out)
@@ -100,7 +118,7 @@ def test_models_that_scale_their_embedding(model: Path, text: Path, tmp_path: Pa
 
 def test_resumes_after_a_layer(model: Path, text: Path, tmp_path: Path) -> None:
     whole, out = tmp_path / "whole.safetensors", tmp_path / "out.safetensors"
-    calibrate(model, whole, str(text), max_length=16)
+    calibrate(model, whole, str(text), max_length=16, device="cpu")
 
     class Stopped(Exception):
         pass
@@ -109,12 +127,20 @@ def test_resumes_after_a_layer(model: Path, text: Path, tmp_path: Path) -> None:
         raise Stopped
 
     with pytest.raises(Stopped):
-        calibrate(model, out, str(text), max_length=16, progress=stop)
+        calibrate(model, out, str(text), max_length=16, device="cpu", progress=stop)
     assert not out.exists()
     seen: list[int] = []
-    calibrate(model, out, str(text), max_length=16, progress=lambda layer, layers, left: seen.append(layer))
+    calibrate(model, out, str(text), max_length=16, device="cpu", progress=lambda layer, layers, left: seen.append(layer))
     assert seen == [2]
     assert out.read_bytes() == whole.read_bytes()
+
+
+def test_a_tokenizer_that_makes_no_tokens(model: Path, text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    become(model, "qwen2")
+    text.write_text("ääää")
+    arguments = ["calibrate", str(model), "-o", str(tmp_path / "r.safetensors"), "--text", str(text), "--loop", "modelopt"]
+    assert main(arguments) == 2
+    assert "makes no tokens of it" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,76 @@
+"""A layer's forward as CUDA graphs: launching a layer's kernels one by one from Python takes longer than computing them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+
+import torch
+
+Shape = tuple[int, int]
+"""Samples, tokens."""
+
+_MOST = 64
+"""Shapes that get a graph; every graph holds some device memory."""
+
+_LEAST_USES = 4
+"""Runs of a shape that pay for capturing it."""
+
+
+@dataclass(frozen=True)
+class _Graph:
+    graph: torch.cuda.CUDAGraph
+    input: torch.Tensor
+    output: torch.Tensor
+
+
+class Graphs:
+    """The same forward on one shape after the other, replayed from the third time on; the numbers are those of the plain run.
+
+    A forward that cannot be captured (it looks at values on the host, as some experts' routing does) goes on running as it is.
+
+    Args:
+        device: torch device; anything but a CUDA device runs plainly.
+        uses: how often each shape will come.
+    """
+
+    def __init__(self, device: str, uses: Counter[Shape]) -> None:
+        self._device = torch.device(device)
+        often = [shape for shape, count in uses.most_common(_MOST) if count >= _LEAST_USES]
+        self._worth = frozenset(often) if self._device.type == "cuda" else frozenset[Shape]()
+        self._graphs: dict[Hashable, _Graph | None] = {}
+        self._pool = torch.cuda.graph_pool_handle() if self._worth else None
+
+    def run(self, forward: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor, kind: Hashable) -> torch.Tensor:
+        """`forward(states)`, both [samples, tokens, hidden]; what comes back is good until the next call.
+
+        Args:
+            kind: what else decides which kernels run.
+        """
+        shape = (states.shape[0], states.shape[1])
+        if shape not in self._worth:
+            return forward(states)
+        key = (shape, kind)
+        if key not in self._graphs:  # libraries allocate and load at their first run, which a capture forbids
+            self._graphs[key] = None
+            return forward(states)
+        graph = self._graphs[key]
+        if graph is None:
+            try:
+                graph = self._graphs[key] = self._capture(forward, states)
+            except torch.cuda.OutOfMemoryError:
+                raise
+            except RuntimeError:  # a step that a capture forbids
+                self._worth = frozenset()
+                torch.cuda.synchronize(self._device)
+                return forward(states)
+        graph.input.copy_(states)
+        graph.graph.replay()
+        return graph.output
+
+    def _capture(self, forward: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor) -> _Graph:
+        held, graph = states.clone(), torch.cuda.CUDAGraph()
+        with torch.cuda.device(self._device), torch.cuda.graph(graph, pool=self._pool):
+            made = forward(held)
+        return _Graph(graph, held, made)
