@@ -127,6 +127,13 @@ def uses(recipe: Recipe, role: str, tp: int, *, split_embedding: bool, once: boo
     return tp if role == "router" or role.endswith("norm") else 1
 
 
+def copied_rows(recipe: Recipe, role: str) -> list[bool]:
+    """Of each row of a tensor that holds q, k and v: whether it is of a KV head, which ranks may share."""
+    if role == "qkv":
+        return [False] * (HEADS * SIZE) + [True] * (2 * recipe.kv * SIZE)
+    return ([False] * (HEADS // recipe.kv * SIZE) + [True] * (2 * SIZE)) * recipe.kv
+
+
 def join(recipe: Recipe, name: str, parts: list[Array], *, moe_ep: int, split_embedding: int | None) -> Array:
     """The tensor of all ranks of a stage from those of each, matrices with output channels first.
 

@@ -168,6 +168,8 @@ def check_places(plan: Plan) -> None:
     rows = [np.zeros(matrix.rows, np.int64) for matrix in plan.matrices]
     for span in plan.spans:
         for dest in span.dests:
+            before = rows[dest.matrix][: dest.row]
+            assert before.all(), f"{plan.matrices[dest.matrix].name}: rows from {dest.row} come before the rows above them"
             rows[dest.matrix][dest.row : dest.row + span.op.out_rows(span.stop - span.start)] += 1
     for matrix, filled in zip(plan.matrices, rows, strict=True):
         name = matrix.places[0].tensor

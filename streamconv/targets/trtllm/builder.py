@@ -6,9 +6,10 @@ that every source row is read once and serves every rank that needs it.
 
 from __future__ import annotations
 
+import heapq
 import itertools
 from collections.abc import Container, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from streamconv.checkpoint.dtypes import DType
 from streamconv.checkpoint.header import build_header
@@ -172,7 +173,7 @@ class Builder:
             for draft in self._drafts
         ]
         constants = [Constant(f.file, f.name, places[f.file][f.name][0], f.data) for f in self._fixed]
-        spans = [span for name, feeds in self._feeds.items() for span in self._cut(self._sources[name], feeds)]
+        spans = in_row_order([span for name, feeds in self._feeds.items() for span in self._cut(self._sources[name], feeds)])
         return files, matrices, self._after_reductions(spans), constants
 
     def _after_reductions(self, spans: list[Span]) -> list[Span]:
@@ -209,10 +210,39 @@ class Builder:
             dests = tuple([Dest(feed.matrix, feed.row + op.out_rows(start - feed.start), feed.cols) for feed in active])
             align = align_of({self._drafts[feed.matrix].encoding.row_align for feed in active}, op)
             spans.append(Span(source, start, stop, op, dests, align))
-        if len(spans) > 1:
-            # a matrix is hashed while it is written, so its rows must come in order even where the source's do not
-            spans.sort(key=lambda span: min([(dest.matrix, dest.row) for dest in span.dests]))
         return spans
+
+
+def in_row_order(spans: list[Span]) -> list[Span]:
+    """The spans so ordered that every matrix gets its rows in order, even where the source's do not come so.
+
+    A matrix is hashed while it is written, and a worker waits for the rows before its own: an order that breaks this would wait for
+    ever. Where matrices want the same rows in opposite orders, each gets spans of its own, and those rows are read again.
+    """
+    wanted: dict[int, list[tuple[int, int]]] = {}  # matrix -> (row, number of the span)
+    for number, span in enumerate(spans):
+        for dest in span.dests:
+            wanted.setdefault(dest.matrix, []).append((dest.row, number))
+    if all(one < other and at < then for rows in wanted.values() for (one, at), (other, then) in itertools.pairwise(rows)):
+        return spans
+    before, after = [0] * len(spans), [list[int]() for _ in spans]
+    for rows in wanted.values():
+        for (_, one), (_, other) in itertools.pairwise(sorted(rows)):
+            before[other] += 1
+            after[one].append(other)
+    ready = [number for number, count in enumerate(before) if not count]
+    ordered: list[Span] = []
+    while ready:  # the first in the source's order of those that may come
+        number = heapq.heappop(ready)
+        ordered.append(spans[number])
+        for other in after[number]:
+            before[other] -= 1
+            if not before[other]:
+                heapq.heappush(ready, other)
+    if len(ordered) == len(spans):
+        return ordered
+    single = [replace(span, dests=(dest,)) for span in spans for dest in span.dests]
+    return sorted(single, key=lambda span: (span.dests[0].matrix, span.dests[0].row))
 
 
 def _tensor_name(module: str, suffix: str) -> str:
