@@ -66,7 +66,7 @@ def source_quantization(config: Mapping[str, Any], root: Path) -> SourceQuantiza
 
 
 def _facts(method: str, stated: Mapping[str, Any], name: str) -> SourceQuantization:
-    form = stated.get("checkpoint_format", stated.get("version"))
+    form = stated.get("checkpoint_format", None if method == "gptq" else stated.get("version"))
     bound = stated.get("activation_scale_ub")
     return SourceQuantization(
         method=method,

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 @cache
-def fp8_kernel(source: DType, lo: float, hi: float) -> Kernel:
-    """The kernel for one source dtype; numba is loaded when it is first called."""
+def fp8_kernel(source: DType, model: DType, lo: float, hi: float) -> Kernel:
+    """The kernel for one source dtype, rounded to `model` first; numba is loaded when it is first called."""
 
     def run(flat: Any, start: int, stride: int, rows: int, cols: int, outs: Sequence[Any]) -> Findings:
         import numpy as np
@@ -25,7 +25,8 @@ def fp8_kernel(source: DType, lo: float, hi: float) -> Kernel:
 
         scales = outs[1].view(np.float32)
         bounds = (np.float32(lo), np.float32(hi))
-        return Findings(int(fp8_rows(flat, start, stride, rows, cols, outs[0], scales, CODES[source.name], *bounds)))
+        kinds = (CODES[source.name], CODES[model.name])
+        return Findings(int(fp8_rows(flat, start, stride, rows, cols, outs[0], scales, *kinds, *bounds)))
 
     return run
 

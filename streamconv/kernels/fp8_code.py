@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from streamconv.kernels.jit import bits_of, float_of, jit
-from streamconv.kernels.nearest import load_bits
+from streamconv.kernels.nearest import load_bits, round_bits
 
 _Array = np.ndarray[Any, Any]
 
@@ -58,16 +58,19 @@ def fp8_rows(
     out: _Array,
     scales: _Array,
     kind: int,
+    model: int,
     lo: np.float32,
     hi: np.float32,
 ) -> int:
-    """Rows -> e4m3 bytes and float32 scales; gives how many values were NaN or infinite."""
+    """Rows of type `kind`, rounded to type `model` -> e4m3 bytes and float32 scales; gives how many values were NaN or infinite."""
     bits = np.empty(cols, np.uint32)
     bad = 0
     floor = np.float32(1.0 / (448.0 * 512.0))
     least = min(-lo, hi)
     for r in range(rows):
         top = load_bits(source[start + r * stride : start + r * stride + cols], kind, bits)
+        if model != kind:
+            top = round_bits(model, bits)
         if top >= np.uint32(0x7F800000):
             bad += repair(bits)
         if top >= np.uint32(0x7F800000) or float_of(top) > least:

@@ -27,10 +27,12 @@ class Fp8RowwiseQuant:
     Attributes:
         bound: weights and activations are clamped to [-bound, bound].
         copied: (layer, module) that the source stores in FP8 already (fbgemm): taken over as they are.
+        cast: weights are rounded to the model dtype first: Meta's files (§9: their loader is not the unified one).
     """
 
     bound: float = CLAMP
     copied: frozenset[tuple[int, str]] = frozenset()
+    cast: bool = False
 
     @property
     def info(self) -> QuantInfo:
@@ -49,7 +51,7 @@ class Fp8RowwiseQuant:
             return None
         if (module.layer, module.name) in self.copied:
             return Plain(F8_E4M3)
-        return Fp8Rowwise(-self.bound, self.bound)
+        return Fp8Rowwise(-self.bound, self.bound, dtype if self.cast else None)
 
     def problems(self, module: Module, options: Options, dtype: DType) -> str | None:
         if module.experts:

@@ -19,10 +19,15 @@ FLOOR = 1.0 / (448.0 * 512.0)
 
 @dataclass(frozen=True)
 class Fp8Rowwise(Encoding):
-    """e4m3 weights, quantized straight from the source dtype, clamped to [lo, hi] first."""
+    """e4m3 weights, clamped to [lo, hi] first.
+
+    Attributes:
+        model: what the source is rounded to before anything else, as the loader of Meta's files does; None: nothing (§9).
+    """
 
     lo: float = -1200.0
     hi: float = 1200.0
+    model: DType | None = None
 
     name = "FP8 per channel"
     quantizes = True
@@ -35,7 +40,7 @@ class Fp8Rowwise(Encoding):
         """NaN counts as 0 and infinity as the clamp (the engine stops on both unless told)."""
         import torch
 
-        values = block.to(torch.float32)
+        values = self._rounded(block).to(torch.float32)
         bad = int((~torch.isfinite(values)).sum())
         if bad:
             findings.nonfinite += bad
@@ -56,7 +61,12 @@ class Fp8Rowwise(Encoding):
     def values(self, block: torch.Tensor) -> torch.Tensor:
         import torch
 
-        return block.to(torch.float32).clamp(self.lo, self.hi)
+        return self._rounded(block).to(torch.float32).clamp(self.lo, self.hi)
+
+    def _rounded(self, block: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        return block if self.model is None else block.to(getattr(torch, self.model.torch))
 
     def error(self, block: torch.Tensor) -> torch.Tensor:
         """e4m3's rounding of W / scale (§9), and some of float32's."""
@@ -69,4 +79,4 @@ class Fp8Rowwise(Encoding):
             return None
         from streamconv.kernels.fp8 import fp8_kernel
 
-        return fp8_kernel(source, self.lo, self.hi)
+        return fp8_kernel(source, self.model or source, self.lo, self.hi)

@@ -22,7 +22,7 @@ from tests.unit.test_kernels import any_bits, weights
 FLOATS = (BF16, F16, F32)
 ENCODINGS: list[Encoding] = [WeightOnly(bits, family, model) for bits, family, model in itertools.product((8, 4), "ABCD", FLOATS)]
 ENCODINGS += [Plain(model) for model in FLOATS] + [Plain(F16, add_one=True), Plain(BF16, via_half=True)]
-ENCODINGS += [Fp8Rowwise(), Fp8Rowwise(-0.1, 0.07)]
+ENCODINGS += [Fp8Rowwise(), Fp8Rowwise(-0.1, 0.07), Fp8Rowwise(model=BF16), Fp8Rowwise(model=F16)]
 
 
 @pytest.mark.parametrize("rows", [None, 3])

@@ -24,7 +24,7 @@ FLOATS = (BF16, F16, F32)
 DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 PLAIN: list[Encoding] = [Plain(model, add_one=one, via_half=half) for model, one, half in itertools.product(FLOATS, *[(False, True)] * 2)]
 INTEGERS = [WeightOnly(bits, family, model) for bits, family, model in itertools.product((8, 4), "ABCD", FLOATS)]
-FP8 = [Fp8Rowwise(), Fp8Rowwise(-0.1, 0.07)]
+FP8 = [Fp8Rowwise(), Fp8Rowwise(-0.1, 0.07), Fp8Rowwise(model=BF16), Fp8Rowwise(model=F16)]
 
 
 def smooth(**how: Any) -> SmoothWeight:

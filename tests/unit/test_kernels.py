@@ -257,6 +257,9 @@ def test_fp8_rowwise(source: DType) -> None:
     check(Fp8Rowwise(), weights(48, 129, source), source)
     check(Fp8Rowwise(), any_bits(64, 64, source, 4), source, start=5, stride=70)
     check(Fp8Rowwise(-0.1, 0.07), weights(48, 64, source), source)
+    for model in FLOATS:  # rounded to the model dtype first
+        check(Fp8Rowwise(model=model), weights(48, 129, source), source)
+        check(Fp8Rowwise(model=model), any_bits(64, 64, source, 4), source)
     # one quotient for each binade of e4m3 and far below its subnormals
     ramp = torch.logspace(-30, 0, 4096, base=2.0).reshape(16, 256) * torch.tensor([1.0, -1.0]).repeat(128)
     ramp[:, 0] = 1.75

@@ -327,3 +327,25 @@ def test_errors_are_typed(tmp_path: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(b"PK\x03\x04")
     with pytest.raises(StreamconvError, match=r"pytorch_model\.bin is not a whole zip"):
         api.open_and_plan(folder, Options())
+
+
+@pytest.mark.parametrize("stored", ["float16", "float32", "bfloat16"])
+def test_fp8_rows_are_rounded_to_the_model_dtype_first(tmp_path: Path, stored: str) -> None:
+    """The loader of Meta's files casts every weight before it quantizes (quantization spec §9); the definition, by hand."""
+    state = {name: (value.float() * 1.0009765625).to(getattr(torch, stored)) for name, value in weights().items()}
+    folder = tmp_path / "m"
+    folder.mkdir()
+    (folder / "params.json").write_text(json.dumps(PARAMS | {"hidden_dim": WIDTH, "n_layers": 3}))
+    for name, value in list(state.items()):  # a layer more: the first and the last are not quantized
+        if name.startswith("layers.1."):
+            state[name.replace("layers.1.", "layers.2.")] = value
+    torch.save(state, str(folder / "consolidated.00.pth"))
+    out = tmp_path / "out"
+    api.convert(folder, out, Options(quant="fp8_rowwise", use_meta_fp8_rowwise_recipe=True, dtype="bfloat16"))
+    made = load_file(out / "rank0.safetensors")
+    for ours, theirs in (("fc", "w1"), ("gate", "w3"), ("proj", "w2")):
+        value = state[f"layers.1.feed_forward.{theirs}.weight"].bfloat16().float().clamp(-1200, 1200)
+        scale = (value.abs().amax(1) / 448).clamp(min=1 / (448 * 512))
+        want = (value / scale[:, None]).clamp(-448, 448).to(torch.float8_e4m3fn)
+        assert torch.equal(made[f"transformer.layers.1.mlp.{ours}.per_channel_scale"], scale)
+        assert torch.equal(made[f"transformer.layers.1.mlp.{ours}.weight"].view(torch.uint8), want.view(torch.uint8))

@@ -17,6 +17,7 @@ from streamconv.checkpoint.dtypes import BF16, F16, F32, I8, U8, DType
 from streamconv.cli.convert_checkpoint import main
 from streamconv.errors import RefusedError, StreamconvError, TensorError, UsageError
 from streamconv.options import Options, Resources
+from streamconv.quants import Module, quant_of
 from streamconv.quants.awq import PairedWeight
 from streamconv.quants.base import Findings
 from streamconv.quants.gptq import GroupScales, PackedWeight
@@ -269,6 +270,22 @@ def test_refused_by_name(tmp_path: Path, change: dict[str, Any], said: str) -> N
         convert(model, tmp_path / "out", options)
     assert said in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_gptq_formats_that_nothing_is_known_of(tmp_path: Path) -> None:
+    """What a zero point means depends on the format (§4.3)."""
+    stated = {"quant_method": "gptq", "bits": 4, "group_size": 64, "checkpoint_format": "marlin"}
+    model = write(tmp_path / "in", rest() | packed("v1", 4, linears(4, 64)), stated)
+    with pytest.raises(RefusedError, match="checkpoint_format 'marlin' is not supported, gptq and gptq_v2 are"):
+        convert(model, tmp_path / "out", GPTQ)
+
+
+@pytest.mark.parametrize(("rows", "version", "fine"), [(128, "0.16", False), (129, "0.16", True), (64, "1.2", True)])
+def test_awq_scales_that_a_release_would_turn(rows: int, version: str, fine: bool) -> None:
+    """8192 inputs in groups of 64 are 128 groups; only releases 0.13 to 0.16 guess from the shape (§5.3)."""
+    module = Module("mlp.proj", 0, 1, rows, 8192, rows, 8192, 0, 1)
+    said = quant_of("int4_awq").problems(module, Options(quant="int4_awq", group_size=64, target_version=version), F16)  # type: ignore[arg-type]
+    assert fine == ("read the scales turned" not in (said or ""))
 
 
 def test_act_order_refused(tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ def _e4m3(value):
 
 
 @triton.jit
-def fp8_rowwise(x, out, scales, counts, cols, stride, lo, hi, floor, BLOCK: tl.constexpr):
+def fp8_rowwise(x, out, scales, counts, cols, stride, lo, hi, floor, MODEL: tl.constexpr, BLOCK: tl.constexpr):
     """`Fp8Rowwise`: a program takes a row."""
     row = tl.program_id(0).to(tl.int64)
     x += row * stride
@@ -163,7 +163,7 @@ def fp8_rowwise(x, out, scales, counts, cols, stride, lo, hi, floor, BLOCK: tl.c
     bad = tl.zeros([BLOCK], tl.int32)
     for first in range(0, cols, BLOCK):
         inside = first + at < cols
-        value = _wide(tl.load(x + first + at, mask=inside, other=0))
+        value = _rounded(_wide(tl.load(x + first + at, mask=inside, other=0)), MODEL)
         bad += (((tl.abs(value) < INFINITY) == 0) & inside).to(tl.int32)
         value = tl.minimum(tl.maximum(tl.where(value == value, value, 0.0), lo), hi)
         tops = tl.maximum(tops, tl.where(inside, tl.abs(value), 0.0))
@@ -171,7 +171,7 @@ def fp8_rowwise(x, out, scales, counts, cols, stride, lo, hi, floor, BLOCK: tl.c
     tl.store(scales + row, scale)
     for first in range(0, cols, BLOCK):
         inside = first + at < cols
-        value = _wide(tl.load(x + first + at, mask=inside, other=0))
+        value = _rounded(_wide(tl.load(x + first + at, mask=inside, other=0)), MODEL)
         value = tl.minimum(tl.maximum(tl.where(value == value, value, 0.0), lo), hi)
         ratio = tl.minimum(tl.maximum(tl.div_rn(value, scale), -448.0), 448.0)
         tl.store(out + first + at, _e4m3(ratio), mask=inside)

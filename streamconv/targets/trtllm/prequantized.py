@@ -120,6 +120,10 @@ def _grouped(stored: Stored, name: str, stated: SourceQuantization | None, bits:
     if packing == "awq" and stated is not None and stated.format not in (None, "gemm"):
         stored.problems.append(f"{printable(name)}: AWQ version {stated.format!r} is not supported, only GEMM is")
         return
+    if packing == "gptq" and stated is not None and stated.format not in (None, "gptq", "gptq_v2"):
+        # zero points mean one thing in "gptq" and another in "gptq_v2" (§4.3); of others nothing is known
+        stored.problems.append(f"{printable(name)}: GPTQ checkpoint_format {stated.format!r} is not supported, gptq and gptq_v2 are")
+        return
     _in_order(stored, module, order, k, k // groups, stated, shards)
     _add(stored, module, weight, (n, k), bits, packing, Scales(scales, zeros, None, k // groups))
 

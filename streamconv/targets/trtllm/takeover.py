@@ -9,6 +9,7 @@ from streamconv.checkpoint.dtypes import F8_E4M3
 from streamconv.checkpoint.quantized import SourceQuantization
 from streamconv.errors import RefusedError
 from streamconv.families.base import Family
+from streamconv.families.meta import META
 from streamconv.options import Options
 from streamconv.plan import SourceTensor
 from streamconv.quants import Quant, quant_of
@@ -130,7 +131,7 @@ def quant_for(
     """The quant of --quant, told what the source has done already."""
     quant = quant_of(options.quant)
     bound = stated.activation_bound if stated is not None and stated.activation_bound is not None else CLAMP
-    if options.quant != "fp8_rowwise" or (not stored.scales and bound == CLAMP):
+    if options.quant != "fp8_rowwise" or (not stored.scales and bound == CLAMP and family is not META):
         return quant
     modules = {role: module for module, roles in _MODULES.items() for role in roles}
     copied = {
@@ -138,4 +139,4 @@ def quant_for(
         for (role, layer, _), name in found.items()
         if role in modules and name in stored.scales and tensors[name].dtype == F8_E4M3
     }
-    return Fp8RowwiseQuant(bound, frozenset(copied))
+    return Fp8RowwiseQuant(bound, frozenset(copied), cast=family is META)
