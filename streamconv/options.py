@@ -8,7 +8,7 @@ from typing import Literal
 
 Version = Literal["0.16", "1.2"]
 TARGET_VERSIONS: tuple[Version, ...] = ("0.16", "1.2")
-TARGET_SMS = (75, 80, 86, 87, 89, 90, 100, 103, 120, 121)
+TARGET_SMS = (70, 72, 75, 80, 86, 87, 89, 90, 100, 103, 120, 121)
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,8 +106,15 @@ def family_for(sm: int, version: Version, experts: bool) -> str:
     For SM 100 and above releases of the 1.x line differ; this is the state of the spec's "later" column.
 
     Raises:
-        RefusedError: 0.16 does not know the generation.
+        RefusedError: this release line does not know the generation.
     """
+    if sm < 75:
+        if version != "0.16":
+            raise RefusedError(
+                [f"--target-sm {sm}: TensorRT-LLM {version} begins at SM 75"],
+                hint="--target-version 0.16",
+            )
+        return "B"
     if version == "0.16" and sm > 90:
         raise RefusedError(
             [f"--target-sm {sm}: TensorRT-LLM 0.16 does not know this GPU"],

@@ -172,6 +172,7 @@ def test_parts_have_the_recorded_shapes() -> None:
     ("sm", "version", "dense", "moe"),
     [
         *((sm, version, "A", "A") for sm in (75, 80, 86, 87, 89) for version in ("0.16", "1.2")),
+        *((sm, "0.16", "B", "B") for sm in (70, 72)),
         (90, "0.16", "C", "A"),
         (90, "1.2", "D", "A"),
         *((sm, "1.2", "A", "A") for sm in (100, 103, 120, 121)),
@@ -186,6 +187,12 @@ def test_family_of_a_generation(sm: int, version: Version, dense: str, moe: str)
 def test_an_old_release_and_a_new_generation_are_refused(sm: int, experts: bool) -> None:
     with pytest.raises(RefusedError, match=rf"{sm}.*0\.16.*--target-version 1\.2.*--encoding raw"):
         family_for(sm, "0.16", experts)
+
+
+@pytest.mark.parametrize("sm", [70, 72])
+def test_a_new_release_and_an_old_generation_are_refused(sm: int) -> None:
+    with pytest.raises(RefusedError, match=rf"{sm}.*1\.2 begins at SM 75.*--target-version 0\.16"):
+        family_for(sm, "1.2", False)
 
 
 def test_sizes_that_would_be_padded_are_refused() -> None:
