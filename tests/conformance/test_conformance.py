@@ -7,11 +7,13 @@ where spec says they belong; the same bytes for small tiles; the ranks' slices j
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from streamconv import api, manifest
 from streamconv.errors import RefusedError, TensorError
@@ -29,6 +31,7 @@ FAMILIES = {family.name: family for family in all_families()}
 GROUPED = ("int4_gptq", "int8_gptq", "int4_awq")
 EVERY_RUN = ("llama", "mixtral")
 """Families that show a quant in all its forms; what a form changes is the same for every family."""
+ATTENTION = re.compile(r"\.(q_proj|k_proj|v_proj|qkv_proj|wqkv)\.y$")
 SMOOTHABLE = ("llama", "mistral", "granite", "internlm", "exaone")
 
 CASES = [
@@ -52,8 +55,6 @@ def refused(recipe: Recipe, quant: str, run: Run) -> str | None:
         return "mlp_bias"
     if quant in (*GROUPED, "fp8", "fp8_rowwise") and recipe.experts:
         return "experts|mixture-of-experts"
-    if run.options.get("kv_cache") == "int8" and recipe.family in ("phi3", "internlm2"):
-        return "q, k and v as one tensor"
     return None
 
 
@@ -250,3 +251,22 @@ def _against_single(source: Source, options: Options, single: Decoded, ranks: li
         first += len(layers)
     alone = {"lm_head.weight"} if layout.shared(recipe, Options(target_version=options.target_version)) else set()
     assert seen - alone == set(single.got) and first == LAYERS
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "internlm2"])
+def test_int8_kv_factor(family: str, tmp_path: Path) -> None:
+    """max(y_q, y_k, y_v) / 127 in float32, where the three are one tensor too; the same on every rank (quantization spec §7)."""
+    recipe = next(recipe for recipe in RECIPES if recipe.family == family and not recipe.variant)
+    run = next(run for run in RUNS["none"] if run.options.get("kv_cache") == "int8")
+    source = make(recipe, FAMILIES[family], run, tmp_path / "in")
+    options = source.options("none", run, tp_size=2)
+    api.convert(source.folder, tmp_path / "out", options, Resources(workers=1))
+    assert options.activation_ranges is not None
+    ranges = load_file(options.activation_ranges)
+    for layer in range(LAYERS):
+        held = [top.max() for name, top in ranges.items() if name.endswith(".y") and f".{layer}." in name and ATTENTION.search(name)]
+        assert len(held) == (3 if family == "llama" else 1)
+        want = torch.stack(held).max().float() / 127
+        for rank in range(2):
+            got = load_file(tmp_path / "out" / f"rank{rank}.safetensors")[f"transformer.layers.{layer}.attention.kv_cache_scaling_factor"]
+            assert got.dtype == torch.float32 and got.tolist() == [want.item()]

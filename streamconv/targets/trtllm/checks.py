@@ -70,9 +70,7 @@ def refusals(model: ModelConfig, family: Family, options: Options, kv: int, moe:
 
 def _calibrated(model: ModelConfig, family: Family, options: Options, kv: int) -> list[str]:
     """What SmoothQuant and the INT8 KV cache cannot do (quantization spec §6.6, §7)."""
-    problems = []
-    if options.kv_cache == "int8" and "q" not in family.tensors:
-        problems.append(f"--kv-cache int8: {family.name} stores q, k and v as one tensor, which is not supported")
+    problems: list[str] = []
     if options.quant != "smoothquant":
         return problems
     if not 0 <= options.smoothquant <= 1:

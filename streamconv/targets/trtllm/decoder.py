@@ -155,11 +155,13 @@ class Decoder:
         if self.options.kv_cache == "fp8":
             found.append(("attention.kv_cache_scaling_factor", F32, (1,), self._fp8_kv(layer)))
         if self.options.kv_cache == "int8" and self.ranges is not None:
-            size = self.model.head_size
-            rows = {"q": self.model.num_attention_heads * size, "k": self.model.num_key_value_heads * size}
-            names = {self.roles.found.get((role, layer, -1)): rows.get(role, rows["k"]) for role in ("q", "k", "v")}
+            size, heads, kv = self.model.head_size, self.model.num_attention_heads, self.model.num_key_value_heads
+            rows = {"q": heads * size, "k": kv * size, "v": kv * size}
+            fused = [role for role in ("qkv", "qkv_grouped") if role in self.family.tensors]
+            rows = {fused[0]: (heads + 2 * kv) * size} if fused else rows
+            names = {self.roles.found.get((role, layer, -1)): count for role, count in rows.items()}
             outputs = {name: count for name, count in names.items() if name is not None}
-            if len(outputs) == 3:  # else the roles report it
+            if len(outputs) == len(rows):  # else the roles report it
                 found.append(("attention.kv_cache_scaling_factor", F32, (1,), int8_kv_factor(self.ranges, outputs)))
         return [(prefix + name, dtype, shape, data) for name, dtype, shape, data in found]
 

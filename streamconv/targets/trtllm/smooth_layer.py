@@ -41,7 +41,7 @@ def int8_kv_factor(ranges: Ranges, outputs: Mapping[str, int]) -> bytes:
     """float32 max(y_q, y_k, y_v) / 127: before rotary embedding, the queries' too (quantization spec §7).
 
     Args:
-        outputs: weight name of q, k and v -> its rows.
+        outputs: weight name of q, k and v, or of what holds all three -> its rows.
     """
     wanted = {name.removesuffix(".weight") + ".y": rows for name, rows in outputs.items()}
     ranges.check(wanted)
