@@ -22,6 +22,8 @@ MARGIN = 24 * MIB
 BEST_ARENA = 4 * MIB
 """More makes a CPU slower: the bytes of a tile then leave the cache between read, encode and write."""
 _ROUNDING = 64 * 1024
+MAX_WORKERS = 1024
+"""No machine has use for more threads, and a typing error is no reason to start them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,10 +108,13 @@ def share(
         best: bytes of an arena that more would not make faster.
 
     Raises:
+        UsageError: a number of workers that is none.
         BudgetError: not even one worker with the smallest tile fits; names the tensor and the smallest budget that works.
     """
     if workers is not None and workers < 1:
         raise UsageError("--workers must be at least 1")
+    if workers is not None and workers > MAX_WORKERS:
+        raise UsageError(f"--workers {workers}: at most {MAX_WORKERS}", hint="leave it out: processors and memory decide")
     total = default_budget() if budget is None else budget
     name, need = max(((n, c.smallest()) for n, c in costs.items()), key=lambda item: item[1], default=("", 0))
     least = base + MARGIN + need

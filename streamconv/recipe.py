@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -82,6 +83,8 @@ def read(path: str | Path, kinds: Mapping[str, Kind]) -> Recipe:
     file = Path(path)
     file = file / manifest.NAME if file.is_dir() else file
     name = printable(str(file))
+    if not os.path.lexists(file):
+        raise UsageError(f"--config {name}: No such file or folder")
     if file.suffix.lower() == ".json":
         return _from_manifest(file)
     values: dict[str, Any] = {}

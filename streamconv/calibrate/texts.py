@@ -30,7 +30,7 @@ def load_texts(source: str, count: int) -> list[str]:
         texts = [text for file in files for text in _file(file)]
     elif path.exists():
         texts = _file(path)
-    elif path.suffix or source.startswith((".", "/")):
+    elif path.suffix or source.startswith((".", "/")) or source.count("/") > 1:  # no name of a data set
         raise UsageError(f"--text {printable(source)} does not exist")
     else:
         texts = _hub(source, count)
@@ -62,8 +62,8 @@ def _hub(name: str, count: int) -> list[str]:
         from datasets import load_dataset  # type: ignore[import-not-found,unused-ignore]
     except ImportError:
         raise UsageError(
-            f"--text {printable(name)} is no file here, and data sets of the Hub need the package datasets",
-            hint="pip install datasets, or give a text file",
+            f"there is no file or folder {printable(name)} here to calibrate on, and a data set of the Hub needs the package datasets",
+            hint="a text file works offline: --text FILE.txt (NVIDIA's flag: --calib_dataset FILE.txt); or pip install datasets",
         ) from None
     # the columns and splits of the official converter (spec §16.1)
     split, column, config = "train", "text", None
@@ -74,7 +74,10 @@ def _hub(name: str, count: int) -> list[str]:
     try:
         rows = load_dataset(name, name=config, split=split)
     except Exception as error:
-        raise UsageError(f"--text {printable(name)}: {str(error).splitlines()[0]}") from error
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UsageError(
+            f"there is no file or folder {printable(name)} here to calibrate on, and as a data set of the Hub: {printable(why)}"
+        ) from error
     return [str(row[column]) for _, row in zip(range(count if count >= 0 else len(rows)), rows, strict=False)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import heapq
 import json
@@ -24,6 +25,7 @@ from streamconv.checkpoint.torch_zip import TorchTensor, read_torch
 from streamconv.errors import CheckpointError, TensorError, printable
 
 _CONFIG = "config.json"
+_NO_CONFIG = "a checkpoint folder holds config.json beside its weights"
 WEIGHT_MAP = "model.safetensors.index.json"
 TORCH_WEIGHT_MAP = "pytorch_model.bin.index.json"
 _TORCH = (".bin", ".pth", ".pt")
@@ -94,9 +96,9 @@ def open_index(path: str | os.PathLike[str]) -> Index:
         if not os.path.lexists(folder / _CONFIG):
             if is_meta(folder):
                 return _open_meta(folder)
-            raise CheckpointError(
-                f"missing config.json in {shown}", hint="a checkpoint folder holds config.json beside its weights"
-            )
+            newest = _newest_snapshot(folder)
+            hint = f"this is the Hub's cache of a model, which is in {printable(str(newest))}" if newest else _NO_CONFIG
+            raise CheckpointError(f"missing config.json in {shown}", hint=hint)
         config = read_json(folder / _CONFIG, MAX_CONFIG)
         names = _listed(folder)
         listed = WEIGHT_MAP if not names or names[0].endswith(".safetensors") else TORCH_WEIGHT_MAP
@@ -123,6 +125,14 @@ def open_index(path: str | os.PathLike[str]) -> Index:
             shard.close()
         raise
     return Index(root, config, shards, tensors, digests)
+
+
+def _newest_snapshot(folder: Path) -> Path | None:
+    """The revision that came last into a folder of the Hub's cache (models--org--name), None if it is none."""
+    with contextlib.suppress(OSError):
+        held = [path for path in (folder / "snapshots").iterdir() if (path / _CONFIG).exists()]
+        return max(held, key=lambda path: (path.stat().st_mtime_ns, path.name), default=None)
+    return None
 
 
 def _open_meta(folder: Path) -> Index:

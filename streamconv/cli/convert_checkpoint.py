@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import sys
 
 from streamconv.calibrate.before import with_ranges
 from streamconv.calibrate.request import Samples
-from streamconv.cli import signals, view
+from streamconv.checkpoint.quantized import source_quantization
+from streamconv.cli import output, signals, view
 from streamconv.cli.flags import resources
 from streamconv.cli.main import show_report
 from streamconv.cli.official_flags import OfficialRequest, parse
-from streamconv.errors import StreamconvError, UsageError, printable
+from streamconv.errors import RefusedError, StreamconvError, UsageError, printable
+from streamconv.hub import open_source
 from streamconv.memory import parse_size
 from streamconv.options import Options
 from streamconv.quants.refused import refuse
@@ -23,6 +26,10 @@ TAKEN_OVER = {"int4_gptq", "int8_gptq", "int4_awq"}
 def main(argv: list[str] | None = None) -> int:
     """Run a conversion; gives the exit status."""
     arguments = sys.argv[1:] if argv is None else argv
+    return output.arriving(lambda: _main(arguments))
+
+
+def _main(arguments: list[str]) -> int:
     try:
         request = parse(arguments)
         for note in request.notes:
@@ -31,12 +38,15 @@ def main(argv: list[str] | None = None) -> int:
         if source is None:
             return _fabricate(request)
         refuse(request.options.quant, "the flags for")
+        _refuse_fp8(request, source)
         return _config_only(request, source) if request.save_config_only else _convert(request, source)
     except StreamconvError as error:
         return view.fail(error, False)
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 130
+    except SystemExit as left:  # --help
+        return int(left.code or 0)
 
 
 def _source(request: OfficialRequest) -> str | None:
@@ -52,6 +62,23 @@ def _source(request: OfficialRequest) -> str | None:
             hint="give it as --model_dir, or name the folder that holds params.json alone",
         )
     return source
+
+
+def _refuse_fp8(request: OfficialRequest, source: str) -> None:
+    """NVIDIA's script makes no usable scales from unquantized weights (quantization spec §8), and measures none for this flag.
+
+    Raises:
+        RefusedError: --use_fp8 or --enable_fp8, no activation ranges, and a source that brings none along either.
+    """
+    if request.options.quant != "fp8" or request.options.activation_ranges is not None:
+        return
+    with contextlib.closing(open_source(source)) as index:
+        if source_quantization(index.config, index.root) is not None:
+            return  # planning says what can be done with it
+    raise RefusedError(
+        ["--use_fp8: NVIDIA's script makes no usable scales from a model that is not FP8 already; only other tools make these"],
+        hint="`streamconv convert --quant fp8 --text FILE` measures them and converts; here, --activation_ranges FILE gives measured ones",
+    )
 
 
 def _fabricate(request: OfficialRequest) -> int:

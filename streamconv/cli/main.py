@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from streamconv import __version__
-from streamconv.cli import recipe_option, signals
+from streamconv.cli import effects, output, recipe_option, signals
 from streamconv.cli.flags import CONVERSION, RESOURCES, SAMPLES, options, resources
 from streamconv.errors import StreamconvError, UsageError
 from streamconv.options import Options
@@ -46,7 +46,7 @@ def cli() -> None:
 @click.option("--force", is_flag=True, help="Replace an existing output folder.")
 @recipe_option.option(_recipe_keys)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object at the end.")
-@click.option("--quiet", "-q", is_flag=True)
+@click.option("--quiet", "-q", is_flag=True, help="Print errors and warnings only.")
 def convert(
     model: str,
     out: str,
@@ -81,6 +81,7 @@ def convert(
     asked = dataclasses.replace(
         resources(memory_budget, workers, device, device_memory_budget), hub_keep=hub_keep, on_device_loss=on_device_loss
     )
+    effects.check(click.get_current_context(), model, Options(**values))
     options = with_ranges(
         model,
         out,
@@ -148,6 +149,7 @@ def plan(
     from streamconv.hub import cache_need
 
     asked = resources(memory_budget, workers, device, device_memory_budget)
+    effects.check(click.get_current_context(), model, Options(**values))
     index, made = api.open_and_plan(model, Options(**values))
     try:
         if write_config:
@@ -177,7 +179,7 @@ def inspect(model: str, as_json: bool) -> int:
 @click.option("--source", help="The checkpoint it was made from: decode every tensor and compare.")
 @click.option("--with-tensorrt-llm", is_flag=True, help="TensorRT-LLM's own reader has to accept every rank (streamconv[tensorrt-llm]).")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("--quiet", "-q", is_flag=True)
+@click.option("--quiet", "-q", is_flag=True, help="Print errors and warnings only.")
 def verify(out: str, source: str | None, with_tensorrt_llm: bool, as_json: bool, quiet: bool) -> int:
     """Check a converted folder: structure, every tensor against config.json, hashes and, with --source, the values themselves."""
     from streamconv.cli import verify_view
@@ -209,7 +211,7 @@ def verify(out: str, source: str | None, with_tensorrt_llm: bool, as_json: bool,
 @click.option("--memory-budget", help="Ceiling of this process's memory, e.g. 2GiB.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:0.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("--quiet", "-q", is_flag=True)
+@click.option("--quiet", "-q", is_flag=True, help="Print errors and warnings only.")
 def calibrate(model: str, output: str, text: str | None, memory_budget: str, as_json: bool, quiet: bool, **values: Any) -> int:
     """Measure the activation ranges of MODEL on text, one layer at a time."""
     from streamconv.calibrate.run import calibrate as run_calibration
@@ -244,9 +246,13 @@ def list_(what: str, markdown: bool) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; gives the exit status and never raises for a user's mistake."""
+    arguments = sys.argv[1:] if argv is None else argv
+    return output.arriving(lambda: _main(arguments))
+
+
+def _main(arguments: list[str]) -> int:
     from streamconv.cli import view
 
-    arguments = sys.argv[1:] if argv is None else argv
     try:
         status = cli.main(arguments, prog_name="streamconv", standalone_mode=False)
         return int(status or 0)
@@ -260,9 +266,8 @@ def main(argv: list[str] | None = None) -> int:
     except (KeyboardInterrupt, click.Abort):
         print("error: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    except SystemExit as error:  # click's answer to a closed pipe
+        return int(error.code or 0)
 
 
 def run() -> None:

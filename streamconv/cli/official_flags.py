@@ -50,52 +50,80 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(message, hint="streamconv-convert-checkpoint --help")
 
+    def print_help(self, file: Any = None) -> None:
+        print(self.format_help(), end="", file=file)  # argparse's own swallows a write that fails
+
 
 def _parser() -> _Parser:
     parser = _Parser(prog="streamconv-convert-checkpoint", allow_abbrev=False, description="NVIDIA's flags, streamed.")
 
-    def add(name: str, *others: str, **settings: Any) -> None:
-        parser.add_argument("--" + name, *others, **settings)
+    def add(name: str, what: str, *others: str, **settings: Any) -> None:
+        parser.add_argument("--" + name, *others, help=what, **settings)
 
-    def flag(*names: str) -> None:
-        for name in names:
-            add(name, action="store_true")
+    def flag(name: str, what: str) -> None:
+        add(name, what, action="store_true")
 
     source = parser.add_argument_group("input and output")
-    for name in ("model_dir", "meta_ckpt_dir", "quant_ckpt_path"):
-        source.add_argument("--" + name)
-    source.add_argument("--output_dir", "--output_model_dir", default="tllm_checkpoint")
-    add("ckpt_type", choices=["jax", "keras", "torch", "hf"], default="hf", help="Gemma script; only hf")
-    add("tp_size", "--world_size", type=int, default=1)
-    for name, default in (("pp_size", 1), ("cp_size", 1), ("moe_tp_size", -1), ("moe_ep_size", -1), ("workers", 1)):
-        add(name, type=int, default=default)
-    add("dtype", choices=["auto", "float16", "bfloat16", "float32"], default="auto")
-    flag("use_parallel_embedding", "use_embedding_sharing", "remove_duplicated_kv_heads", "load_by_shard")
-    flag("load_model_on_cpu", "save_config_only", "disable_weight_only_quant_plugin")
-    add("embedding_sharding_dim", type=int, choices=[0, 1], default=0)
-    add("log_level", choices=_LEVELS, type=str.lower, default="info", help="error and warning: no progress")
+    source.add_argument("--model_dir", help="Hugging Face folder, or org/name on the Hub")
+    source.add_argument("--meta_ckpt_dir", help="Meta's folder: consolidated.*.pth and params.json")
+    source.add_argument("--quant_ckpt_path", help="the quantized weights, for int4_gptq, int8_gptq and int4_awq")
+    source.add_argument("--output_dir", "--output_model_dir", default="tllm_checkpoint", help="folder to write (%(default)s)")
+    add("ckpt_type", "Gemma script; only hf", choices=["jax", "keras", "torch", "hf"], default="hf")
+    add("tp_size", "tensor parallel size", "--world_size", type=int, default=1)
+    add("pp_size", "pipeline parallel size", type=int, default=1)
+    add("cp_size", "context parallel size (1.2)", type=int, default=1)
+    add("moe_tp_size", "tensor parallel size inside experts", type=int, default=-1)
+    add("moe_ep_size", "expert parallel size", type=int, default=-1)
+    add("workers", "threads", type=int, default=1)
+    add("dtype", "type of what is not quantized", choices=["auto", "float16", "bfloat16", "float32"], default="auto")
+    flag("use_parallel_embedding", "split the embedding over ranks")
+    add("embedding_sharding_dim", "split the vocabulary (0) or the hidden size (1)", type=int, choices=[0, 1], default=0)
+    flag("use_embedding_sharing", "leave lm_head out where that is legal (0.16)")
+    flag("remove_duplicated_kv_heads", "the source holds every KV head twice: keep one of each pair")
+    flag("load_by_shard", "no effect, weights are always streamed")
+    flag("load_model_on_cpu", "no effect, the model is never loaded")
+    flag("save_config_only", "write config.json and no weights")
+    flag("disable_weight_only_quant_plugin", "recorded in config.json for the engine builder")
+    add("log_level", "error and warning: no progress", choices=_LEVELS, type=str.lower, default="info")
     for size in fields(Sizes):
         kind = str if size.type == "str" else float if str(size.type).startswith("float") else int
-        add(size.name, type=kind, help="only without --model_dir and --meta_ckpt_dir, when config.json is all there is to write")
-    flag("use_weight_only", "per_channel", "per_token", "per_group", "int8_kv_cache", "fp8_kv_cache")
-    add("weight_only_precision", choices=_PRECISIONS, default="int8")
-    add("use_weight_only_with_precision", choices=_PRECISIONS, help="Gemma script")
-    add("group_size", type=int, default=128)
-    add("smoothquant", "-sq", type=float)
-    add("calib_dataset", default="ccdv/cnn_dailymail")
-    add("calib_size", type=int, default=512)
-    add("calib_max_seq_length", type=int, default=512)
-    flag("use_fp8", "enable_fp8", "use_fp8_rowwise", "use_meta_fp8_rowwise_recipe", "use_qserve", "use_nvfp4")
+        add(size.name, "only without --model_dir and --meta_ckpt_dir, when config.json is all there is to write", type=kind)
+    flag("use_weight_only", "quantize weights alone, see --weight_only_precision")
+    add("weight_only_precision", "the format of --use_weight_only", choices=_PRECISIONS, default="int8")
+    add("use_weight_only_with_precision", "Gemma script: both in one", choices=_PRECISIONS)
+    add("group_size", "weights that share a scale (GPTQ, AWQ)", type=int, default=128)
+    add("smoothquant", "SmoothQuant with this alpha", "-sq", type=float)
+    flag("per_channel", "SmoothQuant: a weight scale for each output channel")
+    flag("per_token", "SmoothQuant: activation scales for each token, at run time")
+    flag("per_group", "config.json alone: QServe with scales for groups")
+    flag("int8_kv_cache", "INT8 KV cache; measured on --calib_dataset")
+    flag("fp8_kv_cache", "FP8 KV cache")
+    add(
+        "calib_dataset", "calibration text: a .txt or .jsonl file, a folder of them, or a data set on the Hub", default="ccdv/cnn_dailymail"
+    )
+    add("calib_size", "calibration samples", type=int, default=512)
+    add("calib_max_seq_length", "tokens of a calibration sample", type=int, default=512)
+    flag("use_fp8", "FP8; needs --activation_ranges")
+    flag("enable_fp8", "Gemma script: --use_fp8")
+    flag("use_fp8_rowwise", "FP8, one scale for each output channel and token")
+    flag("use_meta_fp8_rowwise_recipe", "--use_fp8_rowwise: attention and the first and last layer stay unquantized")
+    flag("use_qserve", "config.json alone: DeepCompressor makes the weights")
+    flag("use_nvfp4", "config.json alone: ModelOpt makes the weights")
     ours = parser.add_argument_group("ours")
-    ours.add_argument("--memory_budget")
-    ours.add_argument("--device", default="auto")
-    ours.add_argument("--target_sm", type=int)
-    ours.add_argument("--target_version", default="1.2")
-    ours.add_argument("--activation_ranges")
-    ours.add_argument("--encoding", choices=["processed", "raw"], default="processed")
-    ours.add_argument("--force", action="store_true")
-    ours.add_argument("--rope_tables", action="store_true")
-    ours.add_argument("--allow_nonfinite", action="store_true")
+    ours.add_argument("--memory_budget", help="ceiling of this process's memory, e.g. 2GiB")
+    ours.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:0 or cuda:0,cuda:1")
+    ours.add_argument("--target_sm", type=int, help="GPU generation the bytes are for: 80, 86, 89, 90, ...")
+    ours.add_argument("--target_version", default="1.2", help="TensorRT-LLM line: 0.16 or 1.2")
+    ours.add_argument("--activation_ranges", help="ranges that `streamconv calibrate` measured")
+    ours.add_argument(
+        "--encoding",
+        choices=["processed", "raw"],
+        default="processed",
+        help="int8 and int4: laid out for --target_sm, or left for trtllm-build to quantize",
+    )
+    ours.add_argument("--force", action="store_true", help="replace an existing output folder")
+    ours.add_argument("--rope_tables", action="store_true", help="also write the rotary tables of NVIDIA's script")
+    ours.add_argument("--allow_nonfinite", action="store_true", help="quantize NaN (as 0) and infinity (as the channel's maximum)")
     return parser
 
 

@@ -50,6 +50,6 @@ def orderly() -> Iterator[None]:
 def leave(status: int) -> NoReturn:
     """End the process now: taking an interpreter with a compiler in it apart costs as long as 200 MB of a model."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # None where it was closed from the start
             stream.flush()
     os._exit(status)

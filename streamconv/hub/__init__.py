@@ -23,8 +23,9 @@ from streamconv.checkpoint.index import (
     weight_files,
 )
 from streamconv.checkpoint.meta import PARAMS
-from streamconv.errors import CheckpointError
+from streamconv.errors import CheckpointError, printable
 from streamconv.fs import free_space
+from streamconv.hub.problems import no_folder
 from streamconv.hub.repo import check_content, download, listing, named, note_revision, small_file
 from streamconv.hub.shard import AT_A_TIME, HubShard
 
@@ -62,6 +63,8 @@ def local_folder(source: str | os.PathLike[str]) -> Path:
     """
     hub = named(source)
     if hub is None:
+        if not os.path.lexists(source):  # as a Path ./org/name would look like a model of the Hub
+            raise CheckpointError(f"no such file or folder: {printable(str(Path(source)))}")
         return Path(source)
     with contextlib.closing(open_source(source)) as index:
         weights = {shard.file.name for shard in index.shards if isinstance(shard, HubShard)}
@@ -83,7 +86,8 @@ def open_source(source: str | os.PathLike[str]) -> Index:
         return open_index(source)
     # The Xet client buffers gigabytes outside of any budget; plain HTTP does not. HF_HUB_DISABLE_XET=0 brings it back.
     os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
-    repo, files = listing(*hub)
+    with no_folder(os.fspath(source)):
+        repo, files = listing(*hub)
     if _CONFIG not in files and PARAMS in files:
         raise CheckpointError(
             f"{repo} is in Meta's layout, which is converted from a local folder only",

@@ -45,6 +45,10 @@ def retry_after(error: BaseException | None) -> float | None:
 
 def passing(error: BaseException | None) -> bool:
     """Worth another try."""
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    if isinstance(error, OfflineModeIsEnabled):  # a ConnectionError, but nobody was asked
+        return False
     status = getattr(getattr(error, "response", None), "status_code", None)
     return status in (408, 429, 500, 502, 503, 504) if status is not None else not isinstance(error, (ValueError, TypeError))
 
@@ -58,6 +62,17 @@ def explained(repo: str, revision: str | None, file: str | None = None) -> Itera
         raise
     except Exception as error:
         raise _told(error, repo, revision, file) from error
+
+
+@contextlib.contextmanager
+def no_folder(source: str) -> Iterator[None]:
+    """A source that no `hf://` marks may have been meant as a path: say first that none is there."""
+    try:
+        yield
+    except HubError as error:
+        if not source.startswith("hf://"):
+            error.message = f"there is no folder or file {printable(source)} here, and as a model of the Hub: {error.message}"
+        raise
 
 
 def _told(error: Exception, repo: str, revision: str | None, file: str | None) -> HubError:
@@ -75,7 +90,7 @@ def _told(error: Exception, repo: str, revision: str | None, file: str | None) -
         return HubError(f"{repo} has no revision {printable(revision or 'main')} on the Hub")
     if isinstance(cause, errors.RepositoryNotFoundError):
         return HubError(
-            f"no local folder {repo}, and no such model on the Hub, or it is private (status {status})",
+            f"no such model {repo} on the Hub, or it is private (status {status})",
             hint=f"check the name; for a private model {login}",
         )
     if isinstance(cause, errors.OfflineModeIsEnabled):

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from streamconv.cli import official_flags
 from streamconv.cli.convert_checkpoint import main
@@ -184,6 +186,42 @@ def test_it_is_noted_and_changes_nothing(name: str, tmp_path: Path, capsys: pyte
     model = tiny.write(tmp_path / "model")
     assert main(["--model_dir", str(model), "--output_dir", str(tmp_path / "out"), *what.argv.split()]) == 0
     assert what.words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--use_fp8", "--enable_fp8"])
+@pytest.mark.parametrize("more", [[], ["--save_config_only"]])
+def test_fp8_of_an_unquantized_model_needs_ranges(tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str, more: list[str]) -> None:
+    """NVIDIA's script measures nothing for it and writes scales that are of no use (quantization spec §8)."""
+    model = tiny.write(tmp_path / "model")
+    assert main(["--model_dir", str(model), "--output_dir", str(tmp_path / "out"), flag, *more]) == 4
+    told = capsys.readouterr().err
+    assert "only other tools make these" in told and "--activation_ranges FILE" in told and "--text FILE" in told
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_fp8_with_ranges_is_made(tmp_path: Path) -> None:
+    model, ranges = tiny.write(tmp_path / "model"), tmp_path / "ranges.safetensors"
+    vectors = {}
+    for name, value in tiny.tensors().items():
+        if "_proj" in name:
+            module = name.removesuffix(".weight")
+            vectors |= {f"{module}.x": np.ones(value.shape[1], np.float32), f"{module}.y": np.ones(value.shape[0], np.float32)}
+    save_file(vectors, ranges)
+    out = tmp_path / "out"
+    assert main(["--model_dir", str(model), "--output_dir", str(out), "--use_fp8", "--activation_ranges", str(ranges)]) == 0
+    assert json.loads((out / "config.json").read_text())["quantization"]["quant_algo"] == "FP8"
+
+
+def test_every_flag_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert not [action.option_strings for action in official_flags._parser()._actions if not action.help]
+    assert main(["--help"]) == 0 and "--model_dir" in capsys.readouterr().out
+
+
+def test_without_any_flag_it_is_the_config_of_the_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As NVIDIA's script does, into the folder of that name (checkpoint spec §8)."""
+    monkeypatch.chdir(tmp_path)
+    assert main([]) == 0
+    assert [path.name for path in (tmp_path / "tllm_checkpoint").iterdir()] == ["config.json"]
 
 
 def test_size_flags_never_override_a_source() -> None:

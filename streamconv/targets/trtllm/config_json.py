@@ -50,6 +50,9 @@ def resolve_moe(options: Options) -> tuple[int, int]:
         moe_tp = tp // moe_ep
     elif moe_ep < 1:
         moe_ep = tp // moe_tp
+    if moe_tp * moe_ep != tp and min(options.moe_tp_size, options.moe_ep_size) < 1:  # one was given, the other follows
+        given = f"--moe-tp-size {moe_tp}" if options.moe_ep_size < 1 else f"--moe-ep-size {moe_ep}"
+        raise RefusedError([f"{given} does not divide --tp-size {tp}"])
     if moe_tp * moe_ep != tp:
         raise RefusedError([f"--moe-tp-size {moe_tp} times --moe-ep-size {moe_ep} is not --tp-size {tp}"])
     return moe_tp, moe_ep
