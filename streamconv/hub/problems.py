@@ -90,7 +90,7 @@ def _told(error: Exception, repo: str, revision: str | None, file: str | None) -
         return HubError(f"{repo} has no revision {printable(revision or 'main')} on the Hub")
     if isinstance(cause, errors.RepositoryNotFoundError):
         return HubError(
-            f"no such model {repo} on the Hub, or it is private (status {status})",
+            f"no such model on the Hub, or it is private: {repo} (status {status})",
             hint=f"check the name; for a private model {login}",
         )
     if isinstance(cause, errors.OfflineModeIsEnabled):
