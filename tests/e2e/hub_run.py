@@ -59,14 +59,15 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def on_disk(folder: Path) -> int:
-    """Bytes of all files in it, a link counted as none."""
-    found = 0
+    """Bytes of all files in it, a link counted as none, and a file that is renamed meanwhile once."""
+    found: dict[int, int] = {}
     for place, _, names in os.walk(folder):
         for name in names:
             with contextlib.suppress(FileNotFoundError):
                 told = os.lstat(os.path.join(place, name))
-                found += told.st_size if stat.S_ISREG(told.st_mode) else 0
-    return found
+                if stat.S_ISREG(told.st_mode):
+                    found[told.st_ino] = told.st_size
+    return sum(found.values())
 
 
 def cached(tmp_path: Path) -> list[Path]:
