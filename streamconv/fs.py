@@ -19,6 +19,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import re
 import stat
 import threading
 from collections.abc import Iterable, Iterator
@@ -28,6 +29,8 @@ from streamconv.errors import OutputError, printable
 from streamconv.memory import MIB, show_size
 
 _SYNC_FILE_RANGE_WRITE = 2
+_OURS = re.compile(r"config\.json|streamconv\.json|rank[0-9]+\.safetensors")
+"""What a checkpoint folder holds, NVIDIA's or ours."""
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -131,31 +134,49 @@ def remove_tree(disk: Disk, path: Path) -> None:
     disk.rmdir(path)
 
 
-def check_place(out: Path, source: Path) -> None:
+def check_place(out: Path, source: Path, read: Iterable[Path] = ()) -> None:
     """Refuse places that would destroy something.
 
+    Args:
+        source: the model's folder or file; what its links lead to counts too.
+        read: other files that are read.
+
     Raises:
-        OutputError: out is not a folder, or is the source or inside it, or holds it.
+        OutputError: out is not a folder, or is the source or inside it, or holds it or a file that is read.
     """
     real, real_source = out.resolve(), source.resolve()
-    folder = real_source if real_source.is_dir() else real_source.parent
-    if real == folder or folder in real.parents:
+    if real_source.is_dir() and (real == real_source or real_source in real.parents):
         where = f"output {printable(str(out))}"
         raise OutputError(f"{where} is the source folder or inside it", hint="choose another folder")
-    if real in folder.parents:
-        raise OutputError(f"output {printable(str(out))} holds the source folder", hint="choose another folder")
+    if real in real_source.parents:
+        raise OutputError(f"output {printable(str(out))} holds the source", hint="choose another folder")
+    with explained(source, "read"):
+        links = [path for path in real_source.iterdir() if path.is_symlink()] if real_source.is_dir() else []
+    for path in (*links, *read):
+        if real in path.resolve().parents:
+            where = f"output {printable(str(out))} holds {printable(path.resolve().name)}"
+            raise OutputError(f"{where}, which {printable(str(path))} leads to", hint="choose another folder")
     if os.path.lexists(out) and not out.is_dir():
         raise OutputError(f"output {printable(str(out))} exists and is not a folder", hint="choose another name")
 
 
 def check_free(out: Path, force: bool) -> None:
-    """Refuse to replace a folder that holds something, unless forced.
+    """Refuse to replace a folder that holds something, unless forced; and one that holds more than a checkpoint in any case.
 
     Raises:
         OutputError: it does.
     """
     with explained(out, "read"):
-        if not force and holds_something(out):
+        if not holds_something(out):
+            return
+        foreign = sorted(path.name for path in out.iterdir() if not _OURS.fullmatch(path.name) or path.is_dir())
+        if foreign:
+            names = ", ".join(printable(name) for name in foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
+            raise OutputError(
+                f"output {printable(str(out))} is no checkpoint folder: it holds {names}",
+                hint="choose another folder, or empty it yourself: --force replaces nothing but a checkpoint",
+            )
+        if not force:
             raise OutputError(f"output {printable(str(out))} exists and is not empty", hint="--force replaces it")
 
 

@@ -16,12 +16,14 @@ from streamconv.checkpoint.header import read_header
 from streamconv.checkpoint.shard import Shard
 from streamconv.errors import StreamconvError, VerifyError, printable
 from streamconv.plan import Dest, Plan, Span
-from streamconv.quants.base import Encoding
+from streamconv.quants.base import Encoding, Findings
 from streamconv.results import Results
 from streamconv.targets.trtllm import expected
 
 _LOWEST_SNR = 0.3
 """dB. Zeros in place of the values give 0, unrelated values less; one scale for a whole SmoothQuant matrix may come near."""
+_LOWEST_PLAIN = 40
+"""dB, of what is not quantized."""
 
 _LOADABLE = {"F16", "BF16", "F32", "I8", "I32", "I64", "BOOL", "F8_E4M3"}
 _REQUIRED = ("architecture", "dtype", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "mapping")
@@ -223,6 +225,53 @@ def _replicas(
                 verdict.problems.append(f"{printable(tensor)} differs between the ranks of stage {stage}")
 
 
+@dataclass(slots=True)
+class _Sums:
+    """How a matrix compares with its source; elements that are not finite on either side are left out of all but `odd` and `wrong`.
+
+    Attributes:
+        within: no element is farther off than the encoding says it may be.
+        odd: elements that are not finite; `wrong` of them are not what encoding the source anew gives.
+    """
+
+    largest: float = 0.0
+    noise: float = 0.0
+    signal: float = 0.0
+    peak: float = 0.0
+    within: bool = True
+    odd: int = 0
+    wrong: int = 0
+
+    def add(self, encoding: Encoding, part: Any, got: Any, cols: int) -> None:
+        """Source rows [rows, cols] and what the output, whose matrix has `cols` columns, holds of them in float32."""
+        import torch
+
+        want = encoding.values(part)
+        fine = torch.isfinite(want) & torch.isfinite(got)
+        if not fine.all():
+            parts = [data.reshape(-1).view(torch.uint8) for data in encoding.encode(part, Findings())]
+            made = encoding.decode(parts, len(part), cols)
+            same = (made == got) | (torch.isnan(made) & torch.isnan(got))
+            self.odd += int((~fine).sum())
+            self.wrong += int((~fine & ~same).sum())
+            want, got = torch.where(fine, want, 0.0), torch.where(fine, got, 0.0)
+        gap = (got - want).double()
+        if not gap.numel():
+            return
+        bound = torch.nan_to_num(encoding.error(part).expand(gap.shape).double(), nan=0.0, posinf=0.0)
+        self.within = self.within and bool((gap.abs() <= bound).all())
+        self.largest = max(self.largest, float(gap.abs().max()))
+        self.noise += float((gap * gap).sum())
+        self.signal += float((want.double() ** 2).sum())
+        self.peak = max(self.peak, float(want.abs().max()))
+
+    def snr(self) -> float:
+        """Signal to noise in dB."""
+        if self.noise == 0:
+            return math.inf
+        return 10 * math.log10(self.signal / self.noise) if self.signal else -math.inf
+
+
 def _against_source(
     folder: Path, source: Path, told: manifest.Manifest, verdict: Verdict, progress: Callable[[int], None]
 ) -> None:
@@ -236,7 +285,7 @@ def _against_source(
         if plan.config != (folder / "config.json").read_bytes():
             verdict.problems.append("config.json is not what this source gives")
         files = [Shard(folder / file.name) for file in plan.files]
-        sums: dict[int, list[float]] = {}
+        sums: dict[int, _Sums] = {}
         results = Results(plan.spans)
         try:
             for span in plan.spans:
@@ -244,15 +293,17 @@ def _against_source(
         finally:
             for shard in files:
                 shard.close()
-        for number, (largest, noise, signal, peak) in sums.items():
+        for number, found in sums.items():
             matrix = plan.matrices[number]
-            snr = math.inf if noise == 0 else 10 * math.log10(signal / noise) if signal else -math.inf
-            line = TensorError(
-                plan.files[matrix.file].name, matrix.places[0].tensor, largest, largest / peak if peak else 0.0, snr
-            )
-            verdict.errors.append(line)
-            if math.isnan(largest) or (matrix.encoding.quantizes and snr < _LOWEST_SNR) or (not matrix.encoding.quantizes and snr < 40):
-                verdict.problems.append(f"{line.file}: {printable(line.name)}: values are far from the source's (SNR {snr:.1f} dB)")
+            file, name, snr = plan.files[matrix.file].name, matrix.places[0].tensor, found.snr()
+            verdict.errors.append(TensorError(file, name, found.largest, found.largest / found.peak if found.peak else 0.0, snr))
+            if found.wrong:
+                wrong = f"{found.wrong} values that are not finite, or should not be, are not what the source gives"
+                verdict.problems.append(f"{file}: {printable(name)}: {wrong}")
+            elif not found.within and snr < (_LOWEST_SNR if matrix.encoding.quantizes else _LOWEST_PLAIN):
+                verdict.problems.append(f"{file}: {printable(name)}: values are far from the source's (SNR {snr:.1f} dB)")
+            elif found.odd:
+                verdict.warnings.append(f"{file}: {printable(name)}: {found.odd} values of the source or the output are not finite")
     finally:
         index.close()
 
@@ -262,7 +313,7 @@ def _compare(
     span: Span,
     shards: Any,
     files: list[Shard],
-    sums: dict[int, list[float]],
+    sums: dict[int, _Sums],
     results: Results,
     progress: Callable[[int], None],
 ) -> None:
@@ -284,14 +335,8 @@ def _compare(
         for dest in span.dests:
             encoding = plan.matrices[dest.matrix].encoding.bind(results, span.source.name)
             got = decoded(plan, dest, span.op.out_rows(start - span.start), rows, files, encoding)
-            want = encoding.values(torch.cat([whole[:, a:b] for a, b in dest.cols], 1))
-            gap = (got - want).double()
-            entry = sums.setdefault(dest.matrix, [0.0, 0.0, 0.0, 0.0])
-            if gap.numel():
-                entry[0] = max(entry[0], float(gap.abs().max())) if not torch.isnan(gap).any() else math.nan
-                entry[1] += float((gap * gap).sum())
-                entry[2] += float((want.double() ** 2).sum())
-                entry[3] = max(entry[3], float(want.abs().max()))
+            part = torch.cat([whole[:, a:b] for a, b in dest.cols], 1)
+            sums.setdefault(dest.matrix, _Sums()).add(encoding, part, got, plan.matrices[dest.matrix].cols)
         progress(block.size)
 
 

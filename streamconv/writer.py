@@ -62,7 +62,8 @@ class Writer:
         self.finished = self.abandoned = False
         self._lock = OutputLock(self.folder.out, self.folder.disk)
         self._begun = self._created = False
-        check_place(self.folder.out, source)
+        ranges = plan.options.activation_ranges
+        check_place(self.folder.out, source, [shard.path for shard in shards] + ([Path(ranges)] if ranges else []))
         if not self.journal.path.exists() and not self._lock.path.exists():
             check_free(self.folder.out, force)  # before anything is touched
 

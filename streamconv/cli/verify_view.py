@@ -12,7 +12,7 @@ from streamconv.verify import Verdict
 def show(out: str, verdict: Verdict, as_json: bool, quiet: bool) -> None:
     """Print a verdict: problems and warnings to standard error, the rest to standard output."""
     if as_json:
-        dump(dataclasses.asdict(verdict) | {"ok": not verdict.problems})
+        dump(dataclasses.asdict(verdict) | {"ok": not verdict.problems, "values_checked": bool(verdict.hashed or verdict.errors)})
         return
     for warning in verdict.warnings:
         print(f"warning: {warning}", file=sys.stderr)
@@ -25,6 +25,8 @@ def show(out: str, verdict: Verdict, as_json: bool, quiet: bool) -> None:
     for problem in verdict.problems:
         print(f"error: {problem}", file=sys.stderr)
     if not quiet:
-        state = "good" if not verdict.problems else f"{len(verdict.problems)} problems"
+        checked = verdict.hashed or verdict.errors
+        good = "good" if checked else "structure good, values not checked"
+        state = good if not verdict.problems else f"{len(verdict.problems)} problems"
         reader = f"; {verdict.reader}" if verdict.reader else ""
         print(f"{out}: {state}; {verdict.files} files, {verdict.tensors} tensors, {verdict.hashed} hashes equal{reader}")

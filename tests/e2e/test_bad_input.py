@@ -116,10 +116,12 @@ def test_existing_output_is_kept(tmp_path: Path) -> None:
     out.mkdir()
     (out / "precious").write_text("x")
     assert main(["convert", str(model), str(out)]) == 6
+    assert main(["convert", str(model), str(out), "--force", "--quiet"]) == 6  # it replaces checkpoints, and nothing else
     assert (out / "precious").read_text() == "x"
+    (out / "precious").rename(out / "config.json")
+    assert main(["convert", str(model), str(out)]) == 6
     assert main(["convert", str(model), str(out), "--force", "--quiet"]) == 0
-    assert not (out / "precious").exists()
-    assert (out / "config.json").exists()
+    assert (out / "rank0.safetensors").exists()
 
 
 @pytest.mark.parametrize("name", ["model", "model/out", "."])

@@ -97,7 +97,8 @@ def _fp8_rowwise(encoding: Any) -> Launch:
 
         rows, cols = block.shape
         _run("fp8_rowwise", rows, block, outs[0], outs[1].view(torch.float32), counts, cols, block.stride(0),
-             float(encoding.lo), float(encoding.hi), FLOOR, MODEL=encoding.model.name if encoding.model else "", BLOCK=_ROW_BLOCK)  # fmt: skip
+             float(encoding.lo), float(encoding.hi), FLOOR,
+             MODEL=encoding.model.name if encoding.model else "", BLOCK=_ROW_BLOCK)  # fmt: skip
 
     return launch
 
