@@ -14,11 +14,12 @@ from streamconv.checkpoint.limits import MAX_TENSORS
 from streamconv.checkpoint.meta import output_rows
 from streamconv.checkpoint.model_config import ModelConfig, from_hf, from_meta
 from streamconv.checkpoint.quantized import source_quantization
+from streamconv.checkpoint.shard import Shard
 from streamconv.errors import CheckpointError, RefusedError, UsageError, printable
 from streamconv.families import Family, family_of
 from streamconv.families.meta import META
 from streamconv.options import TARGET_SMS, TARGET_VERSIONS, Options
-from streamconv.plan import Piece, Plan, SourceFile, SourceTensor
+from streamconv.plan import PackedTensor, Piece, Plan, SourceFile, SourceTensor
 from streamconv.quants import quant_of
 from streamconv.ranges import HINT, Ranges
 from streamconv.targets.trtllm import fp8_scales, prequantized, rope, takeover
@@ -28,6 +29,12 @@ from streamconv.targets.trtllm.config_json import build_config, dump, resolve_dt
 from streamconv.targets.trtllm.decoder import Decoder
 from streamconv.targets.trtllm.mapping import Mapping
 from streamconv.targets.trtllm.sources import Roles
+
+_PLACES = 16
+"""Places of two tensors that are compared."""
+
+_CODES = ("F8_E4M3", "F8_E5M2")
+"""Floats whose numbers mean nothing without scales; integers are no weight type at all."""
 
 
 def source_tensors(index: Index) -> dict[str, SourceTensor]:
@@ -102,6 +109,8 @@ def check_options(options: Options) -> None:
     if options.target_sm is not None and options.target_sm not in TARGET_SMS:
         known = ", ".join(str(sm) for sm in TARGET_SMS)
         raise UsageError(f"--target-sm {options.target_sm} is not known", hint=f"one of {known}")
+    if options.max_position_embeddings is not None and options.max_position_embeddings < 1:
+        raise UsageError(f"--max-position-embeddings {options.max_position_embeddings} must be at least 1")
     info = quant_of(options.quant).info
     if info.sm_dependent and options.encoding == "processed" and options.target_sm is None:
         raise UsageError(
@@ -172,6 +181,7 @@ def make_plan(index: Index, options: Options) -> Plan:
     builder = Builder(options.tp_size * options.pp_size)
     decoder = Decoder(model, family, options, dtype, mapping, roles, quant, builder, kv, shared, tied, ranges)
     decoder.describe()
+    decoder.refused += _without_scales(stored, roles)
     roles.leave(prequantized.zero_biases(stored, roles.unused(), index.shards))
     if not roles.problems and not decoder.refused:
         decoder.refused += prequantized.add_scales(builder, stored, dtype, index.shards)
@@ -203,7 +213,7 @@ def make_plan(index: Index, options: Options) -> Plan:
         spans=tuple(spans),
         constants=tuple(constants),
         sources=source_files(index) + _ranges_file(ranges),
-        warnings=tuple(_warnings(model, options, family, roles.found)),
+        warnings=tuple(_warnings(model, options, family, roles.found) + (_tied_warning(index, roles) if tied and has_head else [])),
         decisions=decoder.decisions,
     )
 
@@ -257,12 +267,52 @@ def _same_bytes(index: Index, roles: Roles) -> bool:
     return True
 
 
+def _without_scales(stored: prequantized.Stored, roles: Roles) -> list[str]:
+    """Weights whose stored numbers are not their values, where nothing says what they are times."""
+    odd = [name for name in sorted(roles.found.values()) if name in stored.tensors and name not in stored.scales]
+    odd = [name for name in odd if stored.tensors[name].dtype.name in _CODES and not isinstance(stored.tensors[name], PackedTensor)]
+    if not odd:
+        return []
+    more = f" (and {len(odd) - 1} more)" if len(odd) > 1 else ""
+    told = f"{stored.tensors[odd[0]].dtype} weights need scales, and this checkpoint has none for them"
+    return [f"{printable(odd[0])}{more}: {told}; convert the unquantized model, or a checkpoint that is complete"]
+
+
+def _tied_warning(index: Index, roles: Roles) -> list[str]:
+    """A source that ties lm_head to the embedding and has another one all the same; the embedding is what 1.2 stores (§3.6).
+
+    Places spread over both are compared, not all of them; nothing is fetched from the Hub for it.
+    """
+    names = [roles.found.get((role, -1, -1)) for role in ("embedding", "lm_head")]
+    if index.assembled is not None or any(name not in index.tensors for name in names):
+        return []
+    first, second = (index.tensors[name] for name in names if name is not None)
+    shards = [index.shards[record.shard] for record in (first, second)]
+    if any(type(shard) is not Shard for shard in shards):
+        return []
+    same = (first.dtype, first.shape) == (second.dtype, second.shape)
+    size = min(4096, first.nbytes)
+    for number in range(_PLACES if same else 0):
+        at = (first.nbytes - size) * number // (_PLACES - 1)
+        with shards[0].window(first.begin + at, first.begin + at + size) as a:
+            left = bytes(a)
+        with shards[1].window(second.begin + at, second.begin + at + size) as b:
+            same = same and left == bytes(b)
+    if same:
+        return []
+    told = "is not the embedding, to which config.json ties it (tie_word_embeddings): the embedding is stored, as TensorRT-LLM 1.2 does"
+    return [f"{printable(names[1] or '')} {told}; set tie_word_embeddings to false to keep it"]
+
+
 def _warnings(model: ModelConfig, options: Options, family: Family, found: MappingType[tuple[str, int, int], str]) -> list[str]:
     lines = []
     scaling = model.rope_scaling or {}
     kind = scaling.get("type", scaling.get("rope_type"))
     if kind == "yarn" and options.target_version == "0.16":
         lines.append("rope_scaling type yarn: TensorRT-LLM 0.16 has no yarn mathematics")
+    least = quant_of(options.quant).info.least_sm
+    if least and options.target_sm is not None and options.target_sm < least:
+        lines.append(f"--quant {options.quant}: TensorRT-LLM's kernels for it need SM {least} or later, not {options.target_sm}")
     if options.use_embedding_sharing and options.target_version != "0.16":
         lines.append("--use-embedding-sharing has no effect for 1.2, which decides sharing when the engine is built")
     if options.target_sm and options.target_sm >= 100 and options.encoding == "processed":
