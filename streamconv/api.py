@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,12 +16,13 @@ from streamconv import budget, device, hub, memory
 from streamconv.budget import Shares, TileCost
 from streamconv.checkpoint.index import Index
 from streamconv.device.backend import Backend, Cuda
+from streamconv.errors import OutputError, printable
 from streamconv.fs import Disk
 from streamconv.hub.fetch import Fetch
 from streamconv.options import Options, Resources
 from streamconv.plan import Plan
 from streamconv.targets.trtllm.planner import make_plan
-from streamconv.writer import Writer
+from streamconv.writer import Writer, check_output
 
 _BASE_NUMPY = 64 * memory.MIB
 _BASE_KERNELS = 230 * memory.MIB
@@ -112,6 +114,19 @@ def dearest(plan: Plan, costs: list[TileCost]) -> dict[str, TileCost]:
         return {}
     span, cost = max(zip(plan.spans, costs, strict=True), key=lambda pair: pair[1].smallest())
     return {span.source.name: cost}
+
+
+def output_problem(index: Index, plan: Plan, out: str | Path) -> str | None:
+    """Why `convert` would refuse to write to `out`, as far as that shows without touching anything; None if nothing speaks against it."""
+    place = Path(out).absolute()
+    try:
+        check_output(place, index.root, plan, index.shards, force=False)
+    except OutputError as error:
+        return f"{error.message} ({error.hint})" if error.hint else error.message
+    place = place.parent
+    while not place.exists():
+        place = place.parent
+    return None if os.access(place, os.W_OK | os.X_OK) else f"nothing can be written in {printable(str(place))}"
 
 
 def foresee(plan: Plan, resources: Resources, costs: list[TileCost]) -> Shares:

@@ -37,6 +37,19 @@ from streamconv.plan import Plan
 _LAST = ("config.json", manifest.NAME)
 
 
+def check_output(out: Path, source: Path, plan: Plan, shards: Sequence[Shard], force: bool) -> None:
+    """What can be said of an output's place without touching anything.
+
+    Raises:
+        OutputError: see `fs.check_place` and `fs.check_free`.
+    """
+    ranges = plan.options.activation_ranges
+    check_place(out, source, [shard.path for shard in shards] + ([Path(ranges)] if ranges else []))
+    disk = Disk()
+    if not Journal(out, disk).path.exists() and not OutputLock(out, disk).path.exists():
+        check_free(out, force)  # what an earlier run left is looked at with the lock held
+
+
 class Writer:
     """Context of one conversion's output; on exit decides what of an unfinished one is kept.
 
@@ -62,10 +75,7 @@ class Writer:
         self.finished = self.abandoned = False
         self._lock = OutputLock(self.folder.out, self.folder.disk)
         self._begun = self._created = False
-        ranges = plan.options.activation_ranges
-        check_place(self.folder.out, source, [shard.path for shard in shards] + ([Path(ranges)] if ranges else []))
-        if not self.journal.path.exists() and not self._lock.path.exists():
-            check_free(self.folder.out, force)  # before anything is touched
+        check_output(self.folder.out, source, plan, shards, force)
 
     def __enter__(self) -> Writer:
         try:

@@ -54,6 +54,7 @@ class Index:
             first block, the rest is of the whole tensor.
         digests: for each shard that is no safetensors file, SHA-256 (hex) of what fixes where its tensors lie.
         assembled: for a Meta source, the same tensors with all their blocks; None for Hugging Face.
+        unused: .safetensors files beside those that the index file names.
     """
 
     root: Path
@@ -62,6 +63,7 @@ class Index:
     tensors: dict[str, TensorRecord]
     digests: dict[int, str] = field(default_factory=dict)
     assembled: dict[str, Assembled] | None = None
+    unused: tuple[str, ...] = ()
 
     def close(self) -> None:
         for shard in self.shards:
@@ -91,6 +93,7 @@ def open_index(path: str | os.PathLike[str]) -> Index:
         raise CheckpointError(f"no such file or folder: {shown}") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot open {shown}: {error}") from None
+    unused: tuple[str, ...] = ()
     if stat.S_ISDIR(mode):
         folder, weight_map = root, None
         if not os.path.lexists(folder / _CONFIG):
@@ -106,7 +109,8 @@ def open_index(path: str | os.PathLike[str]) -> Index:
             listed = TORCH_WEIGHT_MAP
         if os.path.lexists(folder / listed):
             weight_map = read_weight_map(folder / listed)
-            names = sorted(set(weight_map.values()))
+            present, names = names, sorted(set(weight_map.values()))
+            unused = tuple(name for name in present if name not in names and name.endswith(".safetensors"))
         if not names:
             raise CheckpointError(f"no .safetensors file in {shown}, nor any pytorch_model*.bin")
     elif root.suffix in (".safetensors", *_TORCH):
@@ -124,7 +128,7 @@ def open_index(path: str | os.PathLike[str]) -> Index:
         for shard in shards:
             shard.close()
         raise
-    return Index(root, config, shards, tensors, digests)
+    return Index(root, config, shards, tensors, digests, unused=unused)
 
 
 def _newest_snapshot(folder: Path) -> Path | None:
@@ -288,7 +292,10 @@ def _check_inside(folder: Path, name: str, index: str) -> None:
         ) from None
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
     if home not in real.parents and real.parent != blobs:
-        raise CheckpointError(f"{shown}, named in {index}, is a link that leads out of the checkpoint folder")
+        raise CheckpointError(
+            f"{shown}, named in {index}, is a link that leads out of the checkpoint folder",
+            hint="a model spread over disks: put the files themselves there (cp, or mount --bind the other folder)",
+        )
 
 
 def _listed(folder: Path) -> list[str]:

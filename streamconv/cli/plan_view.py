@@ -50,13 +50,15 @@ def show(
     out: str | None,
     as_json: bool,
     cache: Mapping[str, int] | None = None,
+    refused: str | None = None,
 ) -> None:
     """Print a plan.
 
     Args:
         cache: see `hub.cache_need`.
+        refused: why `convert` would not write to `out`.
     """
-    told = content(plan, shares, costs, out) | {"device": device}
+    told = content(plan, shares, costs, out) | {"device": device, "output_problem": refused}
     told["disk"]["cache"] = cache
     if as_json:
         dump(told)
@@ -83,5 +85,5 @@ def show(
     if cache is not None:
         more = f"{show_size(cache['all'])} more, with --hub-keep none at most {show_size(cache['none'])}"
         print(f"cache    {show_size(cache['free'])} free, the download needs {more}")
-    for warning in plan.warnings:
+    for warning in (*plan.warnings, *([f"convert would refuse this output: {refused}"] if refused else [])):
         print(f"warning: {warning}")

@@ -92,3 +92,34 @@ def test_one_file_protects_itself_and_not_its_folder(model: Path, monkeypatch: p
     assert run("convert", "model.safetensors", ".", "--force") == 6
     assert run("convert", "model.safetensors", "..", "--force") == 6
     assert Path("model.safetensors").is_file()
+
+
+def planned(capfd: pytest.CaptureFixture[str], *arguments: object) -> str | None:
+    assert run("plan", *arguments) == 0
+    text = capfd.readouterr().out
+    assert run("plan", *arguments, "--json") == 0
+    problem: str | None = json.loads(capfd.readouterr().out)["output_problem"]
+    assert (problem is None) == ("convert would refuse this output" not in text)
+    return problem
+
+
+def test_plan_says_what_convert_would_refuse(model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").touch()
+    assert planned(capfd, model, tmp_path / "free" / "deep") is None
+    for out, said in (("model/out", "inside it"), ("full", "no checkpoint folder"), ("full/x", "not a folder"), (".", "holds the source")):
+        assert said in (planned(capfd, model, tmp_path / out) or "")
+        assert run("convert", model, tmp_path / out) == 6
+        capfd.readouterr()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "model"]
+
+
+def test_weights_that_are_not_used(model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    index = {"weight_map": dict.fromkeys(tiny.tensors(), "a.safetensors")}
+    os.rename(model / "model.safetensors", model / "a.safetensors")
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert run("convert", model, tmp_path / "one", "--quiet") == 0
+    assert "not used" not in capfd.readouterr().err
+    (model / "model.safetensors").write_bytes((model / "a.safetensors").read_bytes())
+    assert run("convert", model, tmp_path / "two", "--quiet") == 0
+    assert "model.safetensors in the source is not used: the index file names 1 other file" in capfd.readouterr().err

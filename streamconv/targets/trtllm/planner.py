@@ -213,7 +213,11 @@ def make_plan(index: Index, options: Options) -> Plan:
         spans=tuple(spans),
         constants=tuple(constants),
         sources=source_files(index) + _ranges_file(ranges),
-        warnings=tuple(_warnings(model, options, family, roles.found) + (_tied_warning(index, roles) if tied and has_head else [])),
+        warnings=tuple(
+            _warnings(model, options, family, roles.found)
+            + (_tied_warning(index, roles) if tied and has_head else [])
+            + _unused_warning(index)
+        ),
         decisions=decoder.decisions,
     )
 
@@ -265,6 +269,14 @@ def _same_bytes(index: Index, roles: Roles) -> bool:
             if left != bytes(b):
                 return False
     return True
+
+
+def _unused_warning(index: Index) -> list[str]:
+    if not index.unused:
+        return []
+    more = f" and {len(index.unused) - 1} more" if len(index.unused) > 1 else ""
+    named = f"the index file names {len(index.shards)} other file{'s' * (len(index.shards) != 1)}, which are read"
+    return [f"{printable(index.unused[0])}{more} in the source is not used: {named}"]
 
 
 def _without_scales(stored: prequantized.Stored, roles: Roles) -> list[str]:
