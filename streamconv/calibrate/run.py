@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ from streamconv import __version__, memory
 from streamconv.calibrate.request import DTYPES, Loop
 from streamconv.checkpoint.index import Index, open_index
 from streamconv.checkpoint.model_config import ModelConfig, from_hf
-from streamconv.errors import BudgetError, CheckpointError, UsageError, printable
+from streamconv.errors import BudgetError, CheckpointError, OutputError, UsageError, printable
 from streamconv.fs import explained
 from streamconv.hub import local_folder
 from streamconv.memory import MIB, show_size
@@ -127,6 +128,7 @@ class _Run:
         from streamconv.calibrate.texts import load_texts, tokenize
 
         began = time.monotonic()
+        self._spare()
         check_budget(self.index, self.facts, self.budget, self.batch * max_length, self.dtype.itemsize)
         ids = tokenize(self.index.root, load_texts(text, samples), max_length, self.loop)
         if not ids:
@@ -195,6 +197,17 @@ class _Run:
         files = [(file.name, file.size, file.header_hash) for file in source_files(self.index)]
         asked = [__version__, self.index.config, files, self.kind, self.device.split(":")[0], batches]
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+    def _spare(self) -> None:
+        """Only ranges are replaced, whoever measured them."""
+        from streamconv.checkpoint.header import read_header
+
+        if not os.path.lexists(self.out):
+            return
+        with contextlib.suppress(OSError, CheckpointError):
+            if all(name.endswith((".x", ".y", ".w")) for name in read_header(self.out).tensors):
+                return
+        raise OutputError(f"{printable(str(self.out))} is there and holds no activation ranges", hint="choose another name, or remove it")
 
     def _kept(self, mark: str) -> int:
         """How many ranges the file holds, if it is there and answers this request; newer than the source, too."""

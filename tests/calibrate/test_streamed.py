@@ -143,6 +143,24 @@ def test_a_tokenizer_that_makes_no_tokens(model: Path, text: Path, tmp_path: Pat
     assert "makes no tokens of it" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("there", ["text", "model", "folder"])
+def test_only_ranges_are_replaced(model: Path, text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], there: str) -> None:
+    out = tmp_path / "r.safetensors"
+    if there == "folder":
+        out.mkdir()
+    else:
+        out.write_bytes(b"mine" if there == "text" else (model / "model.safetensors").read_bytes())
+    arguments = ["calibrate", str(model), "-o", str(out), "--text", str(text), "--max-length", "8", "--device", "cpu", "--quiet"]
+    before = out.read_bytes() if out.is_file() else None
+    assert main(arguments) == 6
+    assert "holds no activation ranges" in capfd.readouterr().err
+    assert before is None or out.read_bytes() == before
+    if before is not None:
+        out.unlink()
+        assert main(arguments) == 0
+        assert main(arguments) == 0  # its own are
+
+
 @pytest.mark.parametrize(
     ("spoil", "status", "says"),
     [("no text", 2, "does not exist"), ("no tokenizer", 3, "no tokenizer"), ("little memory", 5, "calibration takes about")],
