@@ -173,7 +173,7 @@ def check_free(out: Path, force: bool) -> None:
         if foreign:
             names = ", ".join(printable(name) for name in foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
             raise OutputError(
-                f"output {printable(str(out))} is no checkpoint folder: it holds {names}",
+                f"output {printable(str(out))} exists and is not empty, and is no checkpoint folder: it holds {names}",
                 hint="choose another folder, or empty it yourself: --force replaces nothing but a checkpoint",
             )
         if not force:
