@@ -6,8 +6,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-Version = Literal["0.16", "1.2"]
-TARGET_VERSIONS: tuple[Version, ...] = ("0.16", "1.2")
+Version = Literal["0.16", "1.0", "1.2"]
+TARGET_VERSIONS: tuple[Version, ...] = ("0.16", "1.0", "1.2")
+"""Release lines; 1.0 is 1.2 less the keys of config.json that only later readers know."""
 TARGET_SMS = (70, 72, 75, 80, 86, 87, 89, 90, 100, 103, 120, 121)
 
 

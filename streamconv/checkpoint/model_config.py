@@ -21,6 +21,7 @@ class ModelConfig:
         dtype: config.json spelling ("bfloat16"), None if the source states none.
         head_size: rows of one attention head.
         rope_scaling: the source's object in its key order, or None.
+        partial_rotary_factor: part of each head that is rotated; 1 for all of it.
         experts_per_token, num_experts: 0 for a dense model; None if the key is absent where that matters.
         moe_intermediate_size: width of one expert where it differs from intermediate_size.
         raw: the whole source config.
@@ -41,6 +42,7 @@ class ModelConfig:
     norm_eps: float
     rope_theta: float
     rope_scaling: dict[str, Any] | None
+    partial_rotary_factor: float
     attention_bias: bool
     mlp_bias: bool
     tie_word_embeddings: bool
@@ -55,7 +57,6 @@ _DIMENSIONS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "inter
 
 # read from `raw` by the config writers
 _FACTORS = (
-    "rotary_pct",
     "embedding_multiplier",
     "attention_multiplier",
     "residual_multiplier",
@@ -65,8 +66,10 @@ _FACTORS = (
     "attn_logit_softcapping",
 )
 
+_SWITCHES = ("bias", "attention_bias", "mlp_bias", "tie_word_embeddings", "use_logn_attn", "norm_topk_prob")
+
 # those that are calculated with, and in which range
-_NEVER_NULL = {"rotary_pct": (0.0, 1.0), "attention_multiplier": (0.0, 1e30), "logits_scaling": (1e-30, 1e30)}
+_NEVER_NULL = {"attention_multiplier": (0.0, 1e30), "logits_scaling": (1e-30, 1e30)}
 
 # class defaults of transformers that files may rely on (§2.8); dimensions are never guessed
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -89,7 +92,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 8192,
         "tie_word_embeddings": True,
         "head_dim": 256,
-        "hidden_act": None,
+        "hidden_act": "gelu_pytorch_tanh",
     },
     "Gemma2ForCausalLM": {
         "num_key_value_heads": 4,
@@ -180,7 +183,8 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     if not head and raw.get("head_dim") is None and defaults.get("head_dim") is None and sizes["hidden_size"] % heads:
         problems.append(f"hidden_size {sizes['hidden_size']} is not a multiple of num_attention_heads {heads}")
     head = head or whole("head_dim", max(1, sizes["hidden_size"] // heads))
-    theta, scaling = _rope(raw, problems, number)
+    theta, scaling = _rope(raw, architecture, problems, number)
+    rotated = _rotated(raw, problems)
     moe = architecture.startswith("Mixtral") or "Moe" in architecture
     experts = whole("num_local_experts") if moe else count("num_local_experts")
     per_token = whole("num_experts_per_tok") if moe else count("num_experts_per_tok")
@@ -190,7 +194,9 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     act = text("hidden_act")
     dtype = text("torch_dtype" if "torch_dtype" in raw else "dtype")
     model_type = text("model_type")
-    switches = {key: switch(key) for key in ("bias", "attention_bias", "mlp_bias", "tie_word_embeddings")}
+    switches = {key: switch(key) for key in _SWITCHES}
+    count("shared_expert_intermediate_size")
+    _sparse_layers(raw, problems)
     for key in _FACTORS:
         if key in raw and (raw[key] is not None or key in _NEVER_NULL):
             factor = number(key, 1.0) if raw[key] is not None else -1.0
@@ -215,6 +221,7 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
         norm_eps=eps,
         rope_theta=theta,
         rope_scaling=scaling,
+        partial_rotary_factor=rotated,
         attention_bias=bool(switches["bias" if "bias" in raw else "attention_bias"]),
         mlp_bias=bool(switches["mlp_bias"]),
         tie_word_embeddings=bool(switches["tie_word_embeddings"] if "tie_word_embeddings" in raw else defaults.get("tie_word_embeddings")),
@@ -226,7 +233,35 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     )
 
 
-def _rope(raw: dict[str, Any], problems: list[str], number: Any) -> tuple[float, dict[str, Any] | None]:
+def _rotated(raw: Mapping[str, Any], problems: list[str]) -> float:
+    """`partial_rotary_factor`, beside the other keys or (transformers 5) inside `rope_parameters`; its spelling is kept."""
+    new = raw.get("rope_parameters")
+    value = new.get("partial_rotary_factor") if isinstance(new, dict) else None
+    value = raw.get("partial_rotary_factor") if value is None else value
+    if value is None:
+        return 1.0
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        problems.append(f"partial_rotary_factor is {_shown(value)}, not a number above 0 and at most 1")
+        return 1.0
+    return value
+
+
+def _sparse_layers(raw: Mapping[str, Any], problems: list[str]) -> None:
+    """Which layers of a Qwen mixture have experts: `mlp_only_layers` and `decoder_sparse_step`."""
+    dense, step = raw.get("mlp_only_layers"), raw.get("decoder_sparse_step", 1)
+    if dense is not None and not (isinstance(dense, list) and all(type(layer) is int for layer in dense)):
+        problems.append(f"mlp_only_layers is {_shown(dense)}, not a list of layers")
+    if type(step) is not int or step < 1:
+        problems.append(f"decoder_sparse_step is {_shown(step)}, not a positive whole number")
+
+
+_ADDS_ROPE_TYPE = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
+"""Classes of transformers that add `rope_type` to an object with `type` alone while loading; others leave it as it is."""
+
+
+def _rope(
+    raw: dict[str, Any], architecture: str, problems: list[str], number: Any
+) -> tuple[float, dict[str, Any] | None]:
     """(theta, scaling) from either spelling; type "default" means no scaling (§2.6)."""
     new = raw.get("rope_parameters")
     scaling = raw.get("rope_scaling")
@@ -245,8 +280,8 @@ def _rope(raw: dict[str, Any], problems: list[str], number: Any) -> tuple[float,
     if scaling.get("type", scaling.get("rope_type")) == "default":
         return theta, None
     scaling = dict(scaling)
-    if "type" in scaling:
-        scaling["rope_type"] = scaling["type"]  # transformers adds it while loading
+    if "type" in scaling and architecture in _ADDS_ROPE_TYPE:
+        scaling["rope_type"] = scaling["type"]
     return theta, scaling
 
 
@@ -296,6 +331,7 @@ def from_meta(params: Mapping[str, Any], vocab_rows: int | None = None) -> Model
         norm_eps=eps,
         rope_theta=theta,
         rope_scaling=scaling,
+        partial_rotary_factor=1.0,
         attention_bias=False,
         mlp_bias=False,
         tie_word_embeddings=False,

@@ -37,6 +37,7 @@ def _main(arguments: list[str]) -> int:
         source = _source(request)
         if source is None:
             return _fabricate(request)
+        request = _with_default_dtype(request, source)
         refuse(request.options.quant, "the flags for")
         _refuse_fp8(request, source)
         return _config_only(request, source) if request.save_config_only else _convert(request, source)
@@ -62,6 +63,18 @@ def _source(request: OfficialRequest) -> str | None:
             hint="give it as --model_dir, or name the folder that holds params.json alone",
         )
     return source
+
+
+def _with_default_dtype(request: OfficialRequest, source: str) -> OfficialRequest:
+    """InternLM2's script takes float16 where --dtype is not given, the others the source's dtype (checkpoint spec §2.7)."""
+    if request.states_dtype or source == request.meta_ckpt_dir:
+        return request
+    with contextlib.closing(open_source(source)) as index:
+        names = index.config.get("architectures")
+    if not isinstance(names, list) or "InternLM2ForCausalLM" not in names:
+        return request
+    print("note: --dtype float16, the default of NVIDIA's script for InternLM2", file=sys.stderr)
+    return dataclasses.replace(request, options=dataclasses.replace(request.options, dtype="float16"))
 
 
 def _refuse_fp8(request: OfficialRequest, source: str) -> None:

@@ -1,7 +1,6 @@
 """config.json from the size flags of the official command line, when it names no checkpoint (checkpoint spec §8).
 
-NVIDIA's script writes these keys in an order of its own, which the specification does not give: the values are its, the order is that of
-§2.2 with the four further keys at the end. The loader takes keys in any order.
+NVIDIA's script writes fewer keys here than for a checkpoint; its loader has defaults for the others.
 """
 
 from __future__ import annotations
@@ -13,7 +12,8 @@ from streamconv.errors import RefusedError, UsageError
 from streamconv.families import family_of
 from streamconv.options import TARGET_VERSIONS, Options
 from streamconv.targets.trtllm.checks import refusals
-from streamconv.targets.trtllm.config_json import build_config, dump, moe_section, resolve_dtype, resolve_moe
+from streamconv.targets.trtllm.config_json import dump
+from streamconv.targets.trtllm.config_sections import Config, quantization_section, resolve_dtype, resolve_moe
 
 _MADE_ELSEWHERE = {"fp8": "FP8", "nvfp4": "NVFP4", "qserve": "W4A8_QSERVE_PER_CHANNEL"}
 """Formats whose weights only other tools make; a config.json can name them."""
@@ -83,6 +83,7 @@ def fabricated(sizes: Sizes, options: Options, *, per_group: bool, quant_ckpt_pa
         norm_eps=sizes.rms_norm_eps,
         rope_theta=sizes.rotary_base,
         rope_scaling=None,
+        partial_rotary_factor=1.0,
         attention_bias=False,
         mlp_bias=False,
         tie_word_embeddings=False,
@@ -96,21 +97,46 @@ def fabricated(sizes: Sizes, options: Options, *, per_group: bool, quant_ckpt_pa
     problems = refusals(model, family_of(model.architecture), options, max(halved, 1), resolve_moe(options))
     if problems:
         raise RefusedError(problems)
+    quantization = quantization_section(options)
     algo = _MADE_ELSEWHERE.get(options.quant)
-    if algo is not None and per_group:
-        algo = algo.replace("PER_CHANNEL", "PER_GROUP")
-    config = build_config(
-        model,
-        options,
-        dtype=dtype,
-        quantization={"quant_algo": algo} if algo else None,
-        share_embedding_table=options.use_embedding_sharing,
-    )
-    config["moe"] = moe_section(sizes.moe_num_experts, top_k, sizes.moe_renorm_mode)
-    config |= {
-        "multiple_of": sizes.multiple_of,
+    if algo is not None:
+        quantization["quant_algo"] = algo.replace("PER_CHANNEL", "PER_GROUP") if per_group else algo
+    config: Config = {
+        "architecture": model.architecture,
+        "dtype": dtype,
+        "logits_dtype": "float32",
+        "num_hidden_layers": sizes.n_layer,
+        "num_attention_heads": sizes.n_head,
+        "hidden_size": sizes.n_embd,
+        "intermediate_size": sizes.inter_size,
         "ffn_dim_multiplier": sizes.ffn_dim_multiplier,
+        "multiple_of": sizes.multiple_of,
+        "num_key_value_heads": kv,
+        "vocab_size": sizes.vocab_size,
+        "position_embedding_type": "rope_gpt_neox",
+        "max_position_embeddings": sizes.n_positions,
+        "hidden_act": sizes.hidden_act,
+        "rotary_base": sizes.rotary_base,
+        "norm_epsilon": sizes.rms_norm_eps,
+        "moe": {"num_experts": sizes.moe_num_experts, "top_k": top_k, "normalization_mode": sizes.moe_renorm_mode},
+        "mapping": _mapping(options),
+        "quantization": quantization,
+        "use_parallel_embedding": options.use_parallel_embedding,
+        "embedding_sharding_dim": options.embedding_sharding_dim,
+    }
+    if options.target_version == "0.16":
+        config["share_embedding_table"] = options.use_embedding_sharing
+    config |= {
+        "disable_weight_only_quant_plugin": options.disable_weight_only_quant_plugin,
+        "remove_duplicated_kv_heads": options.remove_duplicated_kv_heads,
         "quant_ckpt_path": quant_ckpt_path,
         "load_model_on_cpu": load_model_on_cpu,
     }
     return dump(config)
+
+
+def _mapping(options: Options) -> Config:
+    tp, pp, cp = options.tp_size, options.pp_size, options.cp_size
+    moe_tp, moe_ep = resolve_moe(options)
+    sizes = {"world_size": tp * pp * cp, "tp_size": tp, "pp_size": pp, "moe_tp_size": moe_tp, "moe_ep_size": moe_ep}
+    return sizes if options.target_version == "0.16" else sizes | {"cp_size": cp}

@@ -25,6 +25,7 @@ class OfficialRequest:
         quiet: --log_level asks for warnings at most.
         calibration: arguments for `calibrate`, should ranges be needed and not given.
         sizes: the size flags; used when neither input folder is given.
+        states_dtype: --dtype was given.
         notes: flags that were given and change nothing, each with the reason.
     """
 
@@ -43,6 +44,7 @@ class OfficialRequest:
     quant_ckpt_path: str | None
     calibration: dict[str, Any]
     sizes: Sizes
+    states_dtype: bool
     notes: tuple[str, ...]
 
 
@@ -75,7 +77,7 @@ def _parser() -> _Parser:
     add("moe_tp_size", "tensor parallel size inside experts", type=int, default=-1)
     add("moe_ep_size", "expert parallel size", type=int, default=-1)
     add("workers", "threads", type=int, default=1)
-    add("dtype", "type of what is not quantized", choices=["auto", "float16", "bfloat16", "float32"], default="auto")
+    add("dtype", "type of what is not quantized", choices=["auto", "float16", "bfloat16", "float32"])
     flag("use_parallel_embedding", "split the embedding over ranks")
     add("embedding_sharding_dim", "split the vocabulary (0) or the hidden size (1)", type=int, choices=[0, 1], default=0)
     flag("use_embedding_sharing", "leave lm_head out where that is legal (0.16)")
@@ -153,7 +155,7 @@ def parse(argv: list[str]) -> OfficialRequest:
         cp_size=args.cp_size,
         moe_tp_size=args.moe_tp_size,
         moe_ep_size=args.moe_ep_size,
-        dtype=args.dtype,
+        dtype=args.dtype or "auto",
         quant=_quant(args),
         kv_cache="int8" if args.int8_kv_cache else "fp8" if args.fp8_kv_cache else None,
         group_size=args.group_size,
@@ -190,6 +192,7 @@ def parse(argv: list[str]) -> OfficialRequest:
         quant_ckpt_path=args.quant_ckpt_path,
         calibration={"text": args.calib_dataset, "samples": args.calib_size, "max_length": args.calib_max_seq_length},
         sizes=Sizes(**given),
+        states_dtype=args.dtype is not None,
         notes=tuple(_notes(args, given)),
     )
 

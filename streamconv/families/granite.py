@@ -8,7 +8,7 @@ FAMILIES = (
         ("GraniteForCausalLM",),
         "llama",
         LLAMA_TENSORS,
-        versions=("1.2",),
+        versions=("1.0", "1.2"),
         evidence="specification",
         handles="dense models; the multipliers of embedding, attention, residual and logits",
     ),

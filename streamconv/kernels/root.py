@@ -18,7 +18,7 @@ def half_power_smoother(inputs: Array, maxima: Array) -> tuple[Array, float, tup
     are tried.
 
     Args:
-        inputs: float64 [cols], x. maxima: float16 [cols], the rounded roots of the column maxima.
+        inputs: float64 [cols], x. maxima: [cols], the column maxima; their roots are taken in their type, float16 or float64.
 
     Returns:
         s float64 [cols]; the largest x / s; the least and the greatest that it is by torch's roots. None if the bytes of weights,
@@ -28,6 +28,8 @@ def half_power_smoother(inputs: Array, maxima: Array) -> tuple[Array, float, tup
 
     from streamconv.kernels.root_code import alike, half_power
 
-    made, other = np.empty_like(inputs), np.empty_like(inputs)
-    top, least, greatest = half_power(inputs, maxima.astype(np.float64), made, other)
-    return (made, float(top), (float(least), float(greatest))) if alike(made, other) else None
+    made, low, high = np.empty_like(inputs), np.empty_like(inputs), np.empty_like(inputs)
+    roots = np.sqrt(maxima).astype(np.float64)  # of float16: the same for every value
+    doubtful = maxima if maxima.dtype == np.float64 else roots * roots  # a square's root is in no doubt
+    top, least, greatest = half_power(inputs, doubtful, roots, made, low, high)
+    return (made, float(top), (float(least), float(greatest))) if alike(low, high) else None

@@ -28,24 +28,25 @@ def other_root(value: np.float64, near: np.float64) -> Any:
 
 
 @jit
-def half_power(inputs: _Array, maxima: _Array, made: _Array, other: _Array) -> Any:
-    """max(sqrt(x) / m, 1e-5) in `made`, and in `other` by the other root.
+def half_power(inputs: _Array, maxima: _Array, roots: _Array, made: _Array, low: _Array, high: _Array) -> Any:
+    """max(sqrt(x) / sqrt(m), 1e-5) in `made`, and the least and the greatest that it is by other roots in `low` and `high`.
 
     Args:
-        inputs: float64, x. maxima: float64, the rounded root of m.
+        inputs: float64, x. maxima: float64, m. roots: float64, the rounded roots of m.
 
     Returns:
         The largest x / s by `made`, and the least and the greatest it can be.
     """
     top = least = greatest = 0.0
     for i in range(inputs.size):
-        near = math.sqrt(inputs[i])
-        made[i] = max(near / maxima[i], 1e-5)
-        other[i] = max(other_root(inputs[i], near) / maxima[i], 1e-5)
-        a, b = inputs[i] / made[i], inputs[i] / other[i]
-        top = max(top, a)
-        least = max(least, min(a, b))
-        greatest = max(greatest, max(a, b))
+        near, root = math.sqrt(inputs[i]), roots[i]
+        far, other = other_root(inputs[i], near), other_root(maxima[i], root)
+        made[i] = max(near / root, 1e-5)
+        low[i] = max(min(near, far) / max(root, other), 1e-5)
+        high[i] = max(max(near, far) / min(root, other), 1e-5)
+        top = max(top, inputs[i] / made[i])
+        least = max(least, inputs[i] / high[i])
+        greatest = max(greatest, inputs[i] / low[i])
     return top, least, greatest
 
 
@@ -63,10 +64,10 @@ def close_call(s: np.float64, t: np.float64) -> bool:
 
 
 @jit
-def alike(made: _Array, other: _Array) -> bool:
-    """Both give the same bytes, as float32 and for every float16 value they are multiplied with or divide."""
-    for i in range(made.size):
-        s, t = made[i], other[i]
+def alike(low: _Array, high: _Array) -> bool:
+    """Both, and so all between them, give the same bytes, as float32 and for every float16 value they are multiplied with or divide."""
+    for i in range(low.size):
+        s, t = low[i], high[i]
         if s == t:
             continue
         if np.float32(s) != np.float32(t):

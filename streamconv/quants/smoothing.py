@@ -49,6 +49,9 @@ class ColumnMaxima(Reduction):
 FLOATS = ("F32", "F16", "BF16")
 """Source types that have kernels."""
 
+_LEAST = 1e-5
+"""Of a smoother and, in 1.x, of a weight maximum."""
+
 COLUMN_BYTES = 64
 """Working memory that finding a smoother takes for each input channel, whatever the rows are."""
 
@@ -61,6 +64,7 @@ class Smoother:
         keys: of the ColumnMaxima of each of them.
         weights: what they are, for errors.
         module: whose input range counts; all of them see the same input.
+        wide: the powers of the weight maxima in float64, of at least 1e-5 (TensorRT-LLM 1.x); else in float16 (0.16).
     """
 
     keys: tuple[str, ...]
@@ -68,6 +72,7 @@ class Smoother:
     ranges: Ranges
     module: str
     alpha: float
+    wide: bool
 
     def find(self, known: Known, exact: bool = False) -> Bound:
         """s, and sx = 127 / the largest smoothed input (§6.5).
@@ -76,14 +81,14 @@ class Smoother:
             exact: torch's powers in any case; else only where they decide a byte of a weight, a norm or a smoother.
 
         Raises:
-            DataError: a column of zeros (its smoother would be infinite), NaN or infinity.
+            DataError: NaN or infinity in a column, or (unless `wide`) zeros alone: its smoother would be infinite.
         """
         import numpy as np
 
         largest = known.get(self.keys[0])
         for key in self.keys[1:]:
             largest = np.maximum(largest, known.get(key))
-        bad = (largest == 0) | ~np.isfinite(largest)
+        bad = ~np.isfinite(largest) | ((largest == 0) & (not self.wide))
         if bool(bad.any()):
             column = int(bad.argmax())
             what = "holds zeros only in float16" if largest[column] == 0 else "holds NaN or what float16 cannot hold"
@@ -92,17 +97,18 @@ class Smoother:
                 hint="use another --quant, for example int8",
             )
         inputs = self.ranges.vector(self.module + ".x").astype(np.float64)
-        roots = power(largest, 1 - self.alpha)
+        if self.wide:
+            largest = np.maximum(largest.astype(np.float64), _LEAST)
         if not self.loads_torch and not exact:
             from streamconv.kernels.root import half_power_smoother
 
-            found = half_power_smoother(inputs, roots)
+            found = half_power_smoother(inputs, largest)
             if found is not None:
                 smoother, top, doubt = found
                 least, greatest = 127.0 / doubt[1], 127.0 / doubt[0]
                 if np.float32(least) == np.float32(greatest):
                     return Bound(smoother, 127.0 / top, doubt=(least, greatest))
-        smoother = np.maximum(power(inputs, self.alpha) / roots, 1e-5)
+        smoother = np.maximum(power(inputs, self.alpha) / power(largest, 1 - self.alpha), _LEAST)
         sx = 127.0 / float((inputs / smoother).max())
         return Bound(smoother, sx, doubt=(sx, sx))
 
@@ -118,7 +124,7 @@ class Smoother:
         if not self.loads_torch:
             from streamconv.kernels.root import half_power_smoother
 
-            half_power_smoother(np.ones(1), np.ones(1, np.float16))
+            half_power_smoother(np.ones(1), np.ones(1, np.float64 if self.wide else np.float16))
         else:
             power(np.ones(1), self.alpha)
 
@@ -213,7 +219,7 @@ def bound_to(smoother: Smoother, known: Known, largest: str | None, exact: bool 
         exact: as in `Smoother.find`.
     """
     mark = known.get(smoother.keys[0])  # finished maxima are one object: what was found from them before, still holds
-    key = (smoother.keys, smoother.module, smoother.alpha, largest, exact)
+    key = (smoother.keys, smoother.module, smoother.alpha, smoother.wide, largest, exact)
     with _lock:
         kept, bound = _recent.setdefault(smoother.ranges, OrderedDict()).get(key, (None, None))
     if bound is not None and kept is mark:

@@ -10,7 +10,8 @@ import pytest
 from streamconv.checkpoint.model_config import ModelConfig, from_hf, from_meta
 from streamconv.errors import CheckpointError
 from streamconv.options import Options
-from streamconv.targets.trtllm.config_json import build_config, dump, resolve_dtype
+from streamconv.targets.trtllm.config_json import build_config, dump
+from streamconv.targets.trtllm.config_sections import resolve_dtype
 from tests import tiny
 
 LLAMA3 = {

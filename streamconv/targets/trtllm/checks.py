@@ -33,7 +33,6 @@ def refusals(model: ModelConfig, family: Family, options: Options, kv: int, moe:
         width = model.moe_intermediate_size or model.intermediate_size
         refuse(model.num_experts % moe_ep != 0, f"--moe-ep-size {moe_ep} does not divide {model.num_experts} experts")
         refuse(width % moe_tp != 0, f"--moe-tp-size {moe_tp} does not divide the expert width {width}")
-        refuse(moe_ep > 1 and options.cp_size > 1, "--moe-ep-size needs --cp-size 1")
     else:
         size = model.intermediate_size
         refuse(size % t != 0, f"--tp-size {t} does not divide intermediate_size {size}")
@@ -48,10 +47,7 @@ def refusals(model: ModelConfig, family: Family, options: Options, kv: int, moe:
         f"--pp-size {p} does not divide num_hidden_layers {layers}: 0.16 would lose the last layers"
         " (--target-version 1.2 allows it)",
     )
-    refuse(
-        options.target_version == "0.16" and options.cp_size > 1,
-        "--cp-size needs --target-version 1.2",
-    )
+    problems += _versions(model, family, options) + _context_parallel(model, family, options)
     if options.use_embedding_sharing and options.target_version == "0.16":
         shardable = t == 1 or (options.use_parallel_embedding and options.embedding_sharding_dim == 0)
         refuse(p > 1, "--use-embedding-sharing cannot work with --pp-size > 1")
@@ -68,6 +64,47 @@ def refusals(model: ModelConfig, family: Family, options: Options, kv: int, moe:
     return problems
 
 
+def _versions(model: ModelConfig, family: Family, options: Options) -> list[str]:
+    """What a release cannot say in config.json, so that it would compute something else (§2.5, §6.2 - §6.4)."""
+    problems: list[str] = []
+    old, factor, size = options.target_version == "0.16", model.partial_rotary_factor, model.hidden_size // model.num_attention_heads
+    if family.config_class == "phi3" and factor != 1 and old:
+        problems.append(
+            f"config.json: partial_rotary_factor {factor:g}: TensorRT-LLM 0.16 rotates whole heads of Phi-3; use --target-version 1.2"
+        )
+    if family.config_class == "qwen" and model.raw.get("kv_channels") is None and model.head_size != size and old:
+        problems.append(
+            f"config.json: head_dim {model.head_size} is not hidden_size / num_attention_heads {size}, which TensorRT-LLM 0.16 takes"
+            f" for {family.name}; use --target-version 1.2"
+        )
+    if family.config_class == "qwen" and model.num_experts:
+        dense = [layer for layer in model.raw.get("mlp_only_layers") or [] if 0 <= layer < model.num_hidden_layers]
+        if dense or model.raw.get("decoder_sparse_step", 1) != 1:
+            problems.append(
+                f"config.json: mlp_only_layers and decoder_sparse_step leave some layers of {family.name} without experts,"
+                " which is not supported"
+            )
+    return problems
+
+
+def _context_parallel(model: ModelConfig, family: Family, options: Options) -> list[str]:
+    """Combinations that TensorRT-LLM's converter or loader stops at (§1.1)."""
+    if options.cp_size == 1:
+        return []
+    at = f"--cp-size {options.cp_size}"
+    problems = [f"{at} needs --target-version 1.0 or 1.2"] if options.target_version == "0.16" else []
+    if model.num_experts:
+        problems.append(f"{at}: TensorRT-LLM loads no mixture of experts with context parallelism")
+    if options.quant == "smoothquant" or options.kv_cache == "int8":
+        what = "--quant smoothquant" if options.quant == "smoothquant" else "--kv-cache int8"
+        problems.append(f"{at}: {what} cannot be combined with context parallelism")
+    if family.name == "llama-meta":
+        problems.append(f"{at}: a Meta checkpoint cannot be converted for context parallelism; convert the Hugging Face one")
+    if family.config_class == "internlm2":
+        problems.append(f"{at}: config.json of {family.name} has no place for it")
+    return problems
+
+
 def _calibrated(model: ModelConfig, family: Family, options: Options, kv: int) -> list[str]:
     """What SmoothQuant and the INT8 KV cache cannot do (quantization spec §6.6, §7)."""
     problems: list[str] = []
@@ -75,8 +112,8 @@ def _calibrated(model: ModelConfig, family: Family, options: Options, kv: int) -
         return problems
     if not 0 <= options.smoothquant <= 1:
         problems.append(f"--smoothquant {options.smoothquant:g}: alpha is a number from 0 to 1")
-    if family.config_class != "llama" or not {"q", "gate"} <= set(family.tensors) or "q_norm" in family.tensors:
-        problems.append(f"--quant smoothquant: {family.name} is not supported, only models of the Llama type are")
+    if family.config_class not in ("llama", "qwen") or not {"q", "gate"} <= set(family.tensors) or "q_norm" in family.tensors:
+        problems.append(f"--quant smoothquant: {family.name} is not supported, only models of the Llama type and Qwen2 are")
     if family.name == "llama-meta":
         problems.append("--quant smoothquant: a Meta checkpoint is not supported; convert the Hugging Face one")
     if model.num_experts:

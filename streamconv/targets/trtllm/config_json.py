@@ -1,7 +1,6 @@
-"""config.json, key for key and byte for byte (checkpoint spec §2; quantization spec §1).
+"""config.json, key for key and byte for byte (checkpoint spec §2, §6; quantization spec §1).
 
-Key order is the official one: a family's own attributes come first where its class sets them first. 0.16 rejects unknown keys
-inside `mapping` and `quantization`, so each release gets exactly its own.
+Key order is the official one: a family's own attributes come first where its class sets them first.
 """
 
 from __future__ import annotations
@@ -11,51 +10,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from streamconv.checkpoint.model_config import ModelConfig
-from streamconv.errors import RefusedError, UsageError
 from streamconv.options import Options
-from streamconv.quants import all_quants
-
-Config = dict[str, Any]
-
-_SHORT = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
-
-
-def resolve_dtype(requested: str, source: str | None) -> str:
-    """The checkpoint's dtype (§2.7): auto takes the source's, float16 where that is float32 or unstated.
-
-    Raises:
-        UsageError: not a dtype TensorRT-LLM has.
-    """
-    if requested == "auto":
-        return "float16" if source in (None, "float32") else _known(str(source))
-    return _known(_SHORT.get(requested, requested))
-
-
-def _known(name: str) -> str:
-    if name not in ("float16", "bfloat16", "float32"):
-        raise UsageError(f"dtype {name!r} is not float16, bfloat16 or float32", hint="--dtype float16 or bfloat16")
-    return name
-
-
-def resolve_moe(options: Options) -> tuple[int, int]:
-    """(moe_tp_size, moe_ep_size) as the official command line settles them (§2.3).
-
-    Raises:
-        RefusedError: their product is not tp_size.
-    """
-    tp, moe_tp, moe_ep = options.tp_size, options.moe_tp_size, options.moe_ep_size
-    if moe_tp < 1 and moe_ep < 1:
-        moe_tp, moe_ep = tp, 1
-    elif moe_tp < 1:
-        moe_tp = tp // moe_ep
-    elif moe_ep < 1:
-        moe_ep = tp // moe_tp
-    if moe_tp * moe_ep != tp and min(options.moe_tp_size, options.moe_ep_size) < 1:  # one was given, the other follows
-        given = f"--moe-tp-size {moe_tp}" if options.moe_ep_size < 1 else f"--moe-ep-size {moe_ep}"
-        raise RefusedError([f"{given} does not divide --tp-size {tp}"])
-    if moe_tp * moe_ep != tp:
-        raise RefusedError([f"--moe-tp-size {moe_tp} times --moe-ep-size {moe_ep} is not --tp-size {tp}"])
-    return moe_tp, moe_ep
+from streamconv.targets.trtllm.config_sections import Config, mapping_section, moe_section, quantization_section
 
 
 def build_config(
@@ -74,85 +30,24 @@ def build_config(
         config_class: key of CONFIG_CLASSES (the family table names it).
         dtype: resolved dtype.
         quantization: entries that replace those derived from the options.
-        calibrated: the Llama calibration path appends two bookkeeping keys.
+        calibrated: the calibration path, which leaves the sizes of attention in `mapping` and appends two bookkeeping keys.
         share_embedding_table: lm_head is left out (0.16).
     """
     config = CONFIG_CLASSES[config_class](model, options, dtype, share_embedding_table)
     if quantization:
         config["quantization"].update(quantization)
+    if calibrated and config_class in ("llama", "qwen") and "attn_tp_size" in config["mapping"]:
+        config["mapping"] = mapping_section(options, attention_sizes=True)
     if calibrated and config_class == "llama":
         config |= {"quant_ckpt_path": None, "load_model_on_cpu": False}
+    if calibrated and config_class == "qwen" and options.target_version != "0.16":
+        config |= {"device": "cuda", "load_model_on_cpu": False}
     return config
 
 
 def dump(config: Config) -> bytes:
     """The bytes of config.json (§1.3): four spaces, ASCII, no newline at the end."""
     return json.dumps(config, indent=4).encode()
-
-
-def mapping_section(options: Options) -> Config:
-    moe_tp, moe_ep = resolve_moe(options)
-    tp, pp, cp = options.tp_size, options.pp_size, options.cp_size
-    old = {"world_size": tp * pp * cp, "gpus_per_node": 8, "cp_size": cp, "tp_size": tp, "pp_size": pp}
-    if options.target_version == "0.16":
-        return old | {"moe_tp_size": moe_tp, "moe_ep_size": moe_ep}
-    return old | {
-        "moe_tp_size": moe_tp,
-        "moe_cluster_size": 1,
-        "moe_ep_size": moe_ep,
-        "attn_tp_size": -1,
-        "attn_cp_size": -1,
-        "cp_config": {},
-        "enable_attention_dp": False,
-        "enable_lm_head_tp_in_adp": False,
-    }
-
-
-def quantization_section(options: Options) -> Config:
-    """`quantization` with the keys of the target version, in official order (§2.4; quantization spec §1)."""
-    key = options.quant
-    quant = all_quants().get(key)
-    algo = quant.info.algo if quant is not None else None
-    if key == "smoothquant":
-        algo = smoothquant_algo(options)
-    gptq, awq = key in ("int4_gptq", "int8_gptq"), key == "int4_awq"
-    rowwise = key == "fp8_rowwise"
-    section: Config = {
-        "quant_algo": algo,
-        "kv_cache_quant_algo": options.kv_cache.upper() if options.kv_cache else None,
-        "group_size": options.group_size,
-        "smoothquant_val": options.smoothquant,
-        "clamp_val": [-1200.0, 1200.0] if rowwise else None,
-        "use_meta_recipe": options.use_meta_fp8_rowwise_recipe,
-        "has_zero_point": gptq,
-        "pre_quant_scale": awq,
-        "exclude_modules": None,
-    }
-    if options.target_version != "0.16":
-        section["mamba_ssm_cache_dtype"] = None
-    return section
-
-
-def smoothquant_algo(options: Options) -> str:
-    """One of the four plugin variants (quantization spec §6.1)."""
-    weights = "PER_CHANNEL" if options.per_channel else "PER_TENSOR"
-    if not options.per_channel and not options.per_token:
-        return "W8A8_SQ_PER_TENSOR_PLUGIN"
-    return f"W8A8_SQ_{weights}_{'PER_TOKEN' if options.per_token else 'PER_TENSOR'}_PLUGIN"
-
-
-def moe_section(experts: int, top_k: int, normalization: int | None) -> Config:
-    return {
-        "num_experts": experts,
-        "shared_expert_intermediate_size": 0,
-        "top_k": top_k,
-        "normalization_mode": normalization,
-        "sparse_mixer_epsilon": 0.01,
-        "tp_mode": 0,
-        "device_limited_n_group": 0,
-        "device_limited_topk_group": 0,
-        "device_limited_routed_scaling_factor": 1.0,
-    }
 
 
 def _base(model: ModelConfig, options: Options, dtype: str, shared: bool, **changes: Any) -> Config:
@@ -182,7 +77,7 @@ def _base(model: ModelConfig, options: Options, dtype: str, shared: bool, **chan
         config["share_embedding_table"] = shared
     config["head_size"] = model.head_size
     config["qk_layernorm"] = False
-    config["rotary_embedding_dim"] = int(model.head_size * model.raw.get("rotary_pct", 1.0))
+    config["rotary_embedding_dim"] = model.head_size
     unknown = set(changes) - set(config)
     if unknown:
         raise AssertionError(f"no such keys: {unknown}")
@@ -235,14 +130,18 @@ def _qwen(model: ModelConfig, options: Options, dtype: str, shared: bool) -> Con
     head: Config = {
         "mlp_bias": False,
         "attn_bias": not qwen3,
-        "rotary_base": model.rope_theta if raw.get("rope_theta") is not None else 100000.0,
+        "rotary_base": model.rope_theta,
         "rotary_scaling": model.rope_scaling,
         "disable_weight_only_quant_plugin": options.disable_weight_only_quant_plugin,
         "num_labels": 1,
     }
     if new:
-        head["use_logn_attn"] = False
-    head["moe"] = moe_section(model.num_experts, model.experts_per_token if moe else 0, 0)
+        head["use_logn_attn"] = bool(raw.get("use_logn_attn", False))
+    if options.target_version == "1.2":
+        head |= {"mlp_only_layers": raw.get("mlp_only_layers") or [], "decoder_sparse_step": raw.get("decoder_sparse_step", 1)}
+    # NVIDIA writes 0 for every model, and those with norm_topk_prob then compute wrong weights of experts (§2.5)
+    mode = 1 if moe and raw.get("norm_topk_prob") else 0
+    head["moe"] = moe_section(model.num_experts, model.experts_per_token if moe else 0, mode)
     size = model.head_size
     if not new and raw.get("kv_channels") is None:
         size = model.hidden_size // model.num_attention_heads  # 0.16 does not look at head_dim (§6.2)
@@ -253,14 +152,14 @@ def _qwen(model: ModelConfig, options: Options, dtype: str, shared: bool) -> Con
         shared,
         hidden_act="swiglu" if moe else model.hidden_act,
         head_size=size,
-        rotary_embedding_dim=int(size * raw.get("rotary_pct", 1.0)),
+        rotary_embedding_dim=size,
     )
     if new:
         config["seq_length"] = raw.get("seq_length", 8192)
     return config | {
         "qwen_type": model.model_type,
-        "moe_intermediate_size": model.moe_intermediate_size or 0 if moe else 0,
-        "moe_shared_expert_intermediate_size": 0,
+        "moe_intermediate_size": model.moe_intermediate_size or 0,
+        "moe_shared_expert_intermediate_size": raw.get("shared_expert_intermediate_size") or 0,
         "tie_word_embeddings": model.tie_word_embeddings,
     }
 
@@ -277,8 +176,11 @@ def _phi3(model: ModelConfig, options: Options, dtype: str, shared: bool) -> Con
         hidden_act="swiglu",
         position_embedding_type="long_rope" if long else "rope_gpt_neox",
         head_size=size,
-        rotary_embedding_dim=size,
+        rotary_embedding_dim=int(size * model.partial_rotary_factor),
+        mapping=mapping_section(options, attention_sizes=True),
     )
+    if options.target_version != "0.16":  # rotary_pct: the loader fails without it (§6.4)
+        config |= {"rotary_pct": model.partial_rotary_factor, "tie_word_embeddings": model.tie_word_embeddings}
     if long:
         config |= {
             "original_max_position_embeddings": model.raw.get("original_max_position_embeddings", 4096),
@@ -290,10 +192,11 @@ def _phi3(model: ModelConfig, options: Options, dtype: str, shared: bool) -> Con
 
 def _gemma(model: ModelConfig, options: Options, dtype: str, shared: bool) -> Config:
     second = model.architecture.startswith("Gemma2")
-    config = _base(model, options, dtype, shared, hidden_act=model.raw.get("hidden_act") or "gelu")
+    mapping = mapping_section(options, attention_sizes=True)
+    config = _base(model, options, dtype, shared, hidden_act=model.hidden_act or "gelu", mapping=mapping)
     # quirks of this family's own command line (§6.5)
     config["quantization"]["smoothquant_val"] = None
-    if options.quant == "int8":
+    if options.quant in ("int8", "int4"):
         config["quantization"]["pre_quant_scale"] = True
     config |= {
         "rotary_base": model.rope_theta if options.target_version != "0.16" else 10000.0,
@@ -330,12 +233,14 @@ def _internlm2(model: ModelConfig, options: Options, dtype: str, shared: bool) -
         "hidden_act": model.hidden_act,
         "use_parallel_embedding": options.use_parallel_embedding,
         "embedding_sharding_dim": options.embedding_sharding_dim,
-        "share_embedding_table": shared,
-        "quantization": {"quant_algo": quantization_section(options)["quant_algo"]},
-        "mapping": {"world_size": tp * pp, "tp_size": tp, "pp_size": pp},
-        "attn_bias": model.attention_bias,
-        "rotary_scaling": model.rope_scaling,
     }
+    if options.target_version == "0.16":
+        config["share_embedding_table"] = shared
+    config["quantization"] = {"quant_algo": quantization_section(options)["quant_algo"]}
+    config["mapping"] = {"world_size": tp * pp, "tp_size": tp, "pp_size": pp}
+    if options.target_version != "0.16":
+        config["has_partial_lora_mask"] = False
+    config |= {"attn_bias": model.attention_bias, "rotary_scaling": model.rope_scaling}
     if options.kv_cache:
         config["quantization"]["kv_cache_quant_algo"] = options.kv_cache.upper()
     return config

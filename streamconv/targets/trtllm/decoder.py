@@ -18,8 +18,8 @@ from streamconv.quants import Module, Quant
 from streamconv.quants.base import Encoding
 from streamconv.quants.plain import Plain
 from streamconv.ranges import Ranges
+from streamconv.targets.trtllm import fp8_scales
 from streamconv.targets.trtllm.builder import Builder
-from streamconv.targets.trtllm.fp8_scales import fp8_kv_factor
 from streamconv.targets.trtllm.mapping import Mapping, Rank, even, kv_heads, padded, stage_layers
 from streamconv.targets.trtllm.smooth_layer import SmoothLayer, int8_kv_factor
 from streamconv.targets.trtllm.sources import Roles
@@ -153,7 +153,10 @@ class Decoder:
         extra = getattr(self.quant, "constants", None)
         found = extra(layer, self.model.num_hidden_layers, self.options) if extra else []
         if self.options.kv_cache == "fp8":
-            found.append(("attention.kv_cache_scaling_factor", F32, (1,), self._fp8_kv(layer)))
+            factor = self._fp8_kv(layer)
+            found.append(("attention.kv_cache_scaling_factor", F32, (1,), factor))
+            if self.options.target_version != "0.16":
+                found.append(("attention.kv_cache_rcp_scaling_factor", F32, (1,), fp8_scales.reciprocal(factor)))
         if self.options.kv_cache == "int8" and self.ranges is not None:
             size, heads, kv = self.model.head_size, self.model.num_attention_heads, self.model.num_key_value_heads
             rows = {"q": heads * size, "k": kv * size, "v": kv * size}
@@ -170,7 +173,7 @@ class Decoder:
         if self.ranges is None or None in names:
             return b"\x00\x00\x80\x3f"  # 1.0: without calibration the factor is one (quantization spec §7)
         rows = self.model.num_key_value_heads * self.model.head_size
-        return fp8_kv_factor(self.ranges, {name: rows for name in names if name is not None})
+        return fp8_scales.fp8_kv_factor(self.ranges, {name: rows for name in names if name is not None})
 
     def _has_qkv_bias(self) -> bool:
         return self.family.qkv_bias == "always" or (self.family.qkv_bias == "config" and self.model.attention_bias)

@@ -6,6 +6,7 @@ planner, so that it can tell when the planner is wrong.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,7 +51,7 @@ class RankTensors:
                     yield f"{name} is missing"
                 continue
             dtype, shape = found[name]
-            if want.shape is not None and shape != want.shape:
+            if want.shape is not None and shape != want.shape and (shape or math.prod(want.shape) != 1):  # a number without dimensions
                 yield f"{name}: shape {list(shape)}, config.json means {list(want.shape)}"
             if dtype not in want.dtypes:
                 yield f"{name}: dtype {dtype}, config.json means {' or '.join(want.dtypes)}"

@@ -52,5 +52,10 @@ def fp8_kv_factor(ranges: Ranges, outputs: Mapping[str, int]) -> bytes:
     return struct.pack("<f", max(1.0, ranges.largest(list(wanted)) / _LARGEST))
 
 
+def reciprocal(factor: bytes) -> bytes:
+    """float32 1 / factor: 1.x keeps it beside the factor of an FP8 KV cache."""
+    return struct.pack("<f", 1 / struct.unpack("<f", factor)[0])
+
+
 def _module(weight: str) -> str:
     return weight.removesuffix(".weight")

@@ -25,7 +25,8 @@ from streamconv.ranges import HINT, Ranges
 from streamconv.targets.trtllm import fp8_scales, prequantized, rope, takeover
 from streamconv.targets.trtllm.builder import Builder
 from streamconv.targets.trtllm.checks import embedding_is_shared, refusals
-from streamconv.targets.trtllm.config_json import build_config, dump, resolve_dtype, resolve_moe
+from streamconv.targets.trtllm.config_json import build_config, dump
+from streamconv.targets.trtllm.config_sections import resolve_dtype, resolve_moe
 from streamconv.targets.trtllm.decoder import Decoder
 from streamconv.targets.trtllm.mapping import Mapping
 from streamconv.targets.trtllm.sources import Roles

@@ -94,7 +94,8 @@ class SmoothLayer:
         keys = tuple(_columns(tensor) for tensor in weights)
         for tensor, key in zip(weights, keys, strict=True):
             self.decoder.builder.reduce(tensor, ColumnMaxima(key))
-        return Smoother(keys, names, self.ranges, module_of(weights[0]), self.decoder.options.smoothquant)
+        options = self.decoder.options
+        return Smoother(keys, names, self.ranges, module_of(weights[0]), options.smoothquant, options.target_version != "0.16")
 
     def _largest(self, tensor: SourceTensor) -> tuple[tuple[str, str], ...]:
         """(source, key of its maxima), where one scale serves the matrix."""
@@ -152,11 +153,15 @@ class SmoothLayer:
         self._act_scale(path, outputs)
         self._matrix_scale(path, smoother, outputs, largest)
         if outputs is not None:
-            value = SmoothValue(smoother, "activation", "quantization_scaling_factor", (1,))
+            value = SmoothValue(smoother, "activation", "quantization_scaling_factor", self._number(1))
             for rank in self.ranks:
                 self._value(rank, owner, value)
 
     # ---- small tensors
+
+    def _number(self, *shape: int) -> tuple[int, ...]:
+        """Shape of what is measured for a whole layer: Qwen's converter stores it without dimensions."""
+        return () if self.decoder.family.config_class == "qwen" else shape
 
     def _norm(self, name: str, norm: SourceTensor, smoother: Smoother) -> None:
         """The weight seen as one row: element c is divided by smoother c."""
@@ -168,13 +173,13 @@ class SmoothLayer:
             if self.decoder.options.per_token:
                 builder.constant(rank.file, f"{self.prefix}{name}.scale_to_int", F32, (1,), _ONE)
             else:
-                self._value(rank, name, SmoothValue(smoother, "activation", "scale_to_int", (1,)))
+                self._value(rank, name, SmoothValue(smoother, "activation", "scale_to_int", self._number(1)))
 
     def _act_scale(self, name: str, outputs: float | None) -> None:
         if outputs is not None:
             data = struct.pack("<f", outputs / 127)
             for rank in self.ranks:
-                self.decoder.builder.constant(rank.file, f"{self.prefix}{name}.act_scale", F32, (1, 1), data)
+                self.decoder.builder.constant(rank.file, f"{self.prefix}{name}.act_scale", F32, self._number(1, 1), data)
 
     def _matrix_scale(self, name: str, smoother: Smoother, outputs: float | None, largest: tuple[tuple[str, str], ...]) -> None:
         """The single weight scale of a matrix."""
