@@ -26,7 +26,6 @@ FAMILIES = (
         ignored=(_L + "attn.rotary.inv_freq", "transformer.rotary.inv_freq"),
         qkv_bias="never",
         dense_bias="never",
-        evidence="specification",
         handles="GPT-style tensor names",
     ),
 )

@@ -30,7 +30,6 @@ FAMILIES = (
         dense_bias="never",
         norm_add_one=True,
         rope_tables=False,
-        evidence="specification",
         limits=frozenset({"pp"}),
         handles="as gemma; the norms around the MLP; soft caps",
     ),

@@ -9,7 +9,6 @@ FAMILIES = (
         "llama",
         LLAMA_TENSORS,
         versions=("1.0", "1.2"),
-        evidence="specification",
         handles="dense models; the multipliers of embedding, attention, residual and logits",
     ),
 )

@@ -8,7 +8,6 @@ FAMILIES = (
         ("InternLMForCausalLM",),
         "llama",
         without(LLAMA_TENSORS, *MLP_BIASES),
-        evidence="specification",
         handles="attention biases",
     ),
     Family(
@@ -30,7 +29,6 @@ FAMILIES = (
         qkv_bias="never",
         dense_bias="never",
         rope_tables=False,
-        evidence="specification",
         handles="wqkv grouped by KV head",
     ),
 )

@@ -35,7 +35,6 @@ FAMILIES = (
         qkv_bias="never",
         dense_bias="never",
         versions=("1.0", "1.2"),
-        evidence="specification",
         handles="norms of query and key heads; head size of its own; tied embeddings",
     ),
     Family(
@@ -46,7 +45,6 @@ FAMILIES = (
         qkv_bias="never",
         dense_bias="never",
         versions=("1.0", "1.2"),
-        evidence="specification",
         handles="as qwen3; experts over tensor and expert parallel ranks; float32 router",
     ),
 )

@@ -11,22 +11,22 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save
 
+from streamconv import budget, memory
+from streamconv.budget import Shares, TileCost
 from streamconv.cli.convert_checkpoint import main
-from tests.golden import cases
+from tests.golden import cases, generate
 from tests.golden.cases import ROPE_TABLES, Case
 
 # For what must not depend on budget, workers and tile size: a split, a duplicated head, an odd vocabulary, each format.
 VARIED = ["mha_tp2_pp2", "gqa_tp4_kvdup", "odd_tp2_auto", "mha_int8_tp2", "odd_int8_tp2", "gqa_int4_tp2_sm90"]
 VARIED += ["mha_sq_tensor_tp2", "gqa_sq_tensor_tp2", "mha_sq_channel_token_tp2_kv8", "gqa_int8_kv8_tp2"]
 VARIED += ["meta_gqa_tp4_kvdup", "gptq_tp2", "gptq8_tp2", "gptq_tp1_bf16_sm90", "mha_fp8row_all_tp2", "mha_tp2_fp8kv"]
-BUDGETS = ["512MiB", "1GiB"]
-WORKERS = [1, 2, 8]
-TILE_ROWS = [1, 3, 64]
-EVERY = [case.name for case in cases.supported()]
 
 WITH_ROPE_TABLES = ["mha_tp1", "mistral_tp2", "mha_int8_tp2", "gqa_int4_tp1"]
 
 BY_NAME = cases.load()
+SMALL_TILES = [case for case in cases.every() if case.model and (case.version == "0.16" or case.name not in BY_NAME or "_sq_" in case.name)]
+"""Cases that differ in how they are tiled: the others of 1.2 have the bytes of 0.16."""
 
 
 def convert(case: Case, out: Path, *more: str) -> None:
@@ -52,6 +52,11 @@ def read_tensors(path: Path) -> dict[str, list[Any]]:
     }
 
 
+def same(found: list[Any], wanted: list[Any]) -> bool:
+    """Whether a tensor is the one that is meant; some hashes are stored with fewer digits."""
+    return bool(found[:2] == wanted[:2] and len(wanted[2]) >= 16 and found[2].startswith(wanted[2]))
+
+
 def check_output(case: Case, out: Path, *, rope_tables: bool = False) -> None:
     """Compare everything the case says about its output folder."""
     assert (out / "config.json").read_bytes() == case.config_text.encode()
@@ -60,7 +65,7 @@ def check_output(case: Case, out: Path, *, rope_tables: bool = False) -> None:
         expected = {key: value for key, value in file["tensors"].items() if rope_tables or key not in ROPE_TABLES}
         found = read_tensors(out / name)
         assert sorted(found) == sorted(expected), name
-        wrong = [key for key in expected if found[key] != expected[key] and key not in ROPE_TABLES]
+        wrong = [key for key in expected if not same(found[key], expected[key]) and key not in ROPE_TABLES]
         assert not wrong, f"{name}: {[(key, found[key], expected[key]) for key in wrong[:3]]}"
         # Where nothing is left out, and no math library had a say in the bytes, the whole file is the same.
         if found == file["tensors"] and "sha256" in file:
@@ -76,24 +81,47 @@ def in_golden_folder(golden_inputs: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.chdir(golden_inputs)
 
 
-@pytest.mark.parametrize("case", cases.supported(), ids=str)
+@pytest.mark.parametrize("case", cases.every(), ids=str)
 def test_case(case: Case, tmp_path: Path) -> None:
     convert(case, tmp_path / "out")
     check_output(case, tmp_path / "out")
 
 
-@pytest.mark.parametrize("workers", WORKERS)
-@pytest.mark.parametrize("budget", BUDGETS)
-@pytest.mark.parametrize("name", EVERY)
-def test_same_for_any_budget_and_workers(name: str, budget: str, workers: int, tmp_path: Path) -> None:
-    convert(BY_NAME[name], tmp_path / "out", "--memory_budget", budget, "--workers", str(workers))
-    check_output(BY_NAME[name], tmp_path / "out")
+@pytest.mark.parametrize("case", SMALL_TILES, ids=str)
+def test_same_for_small_tiles_and_many_workers(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STREAMCONV_TILE_ROWS", "3")
+    convert(case, tmp_path / "out", "--workers", "8")
+    check_output(case, tmp_path / "out")
 
 
-@pytest.mark.parametrize(("name", "rows"), [(name, rows) for name in EVERY for rows in TILE_ROWS if rows == 3 or name in VARIED])
+@pytest.mark.parametrize("rows", [1, 64])
+@pytest.mark.parametrize("name", VARIED)
 def test_same_for_any_tile(name: str, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STREAMCONV_TILE_ROWS", str(rows))
     convert(BY_NAME[name], tmp_path / "out", "--workers", "2")
+    check_output(BY_NAME[name], tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", VARIED)
+def test_same_for_the_smallest_budget(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tiles are other ones than those of a budget with room."""
+    seen: list[tuple[Shares, dict[str, TileCost]]] = []
+    share = budget.share
+
+    def spied(total: int | None, workers: int | None, base: int, costs: dict[str, TileCost], *more: int) -> Shares:
+        seen.append((share(total, workers, base, costs, *more), costs))
+        return seen[-1][0]
+
+    monkeypatch.setattr(memory, "resident", lambda: 100 * memory.MIB)
+    monkeypatch.setattr(budget, "share", spied)
+    convert(BY_NAME[name], tmp_path / "roomy", "--memory_budget", "1GiB")
+    roomy, costs = seen[-1]
+    smallest = roomy.base + budget.MARGIN + max(cost.smallest() for cost in costs.values())
+    convert(BY_NAME[name], tmp_path / "out", "--memory_budget", str(smallest))
+    tight, costs = seen[-1]
+    assert tight.budget == smallest
+    assert any(cost.rows(tight.arena, None) * 8 < cost.rows(roomy.arena, None) for cost in costs.values())
+    check_output(BY_NAME[name], tmp_path / "roomy")
     check_output(BY_NAME[name], tmp_path / "out")
 
 
@@ -104,5 +132,5 @@ def test_rope_tables(name: str, tmp_path: Path) -> None:
 
 
 def test_all_cases_are_here() -> None:
-    assert len(BY_NAME) == 107
-    assert set(VARIED) | set(WITH_ROPE_TABLES) <= {case.name for case in cases.supported()}
+    assert {version: len(cases.load(version)) for version in cases.FILES} == {"0.16": 107, "1.2": 182}
+    assert {case.model for case in cases.every() if case.model} == {f"inputs/{spec['name']}" for spec in generate.load_specs()}

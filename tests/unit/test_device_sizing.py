@@ -85,7 +85,7 @@ def test_demand_of_a_plan(tmp_path: Path) -> None:
 
 def test_smoothquant_of_a_wide_model_fits_two_gib() -> None:
     """A stored smoother comes from a source of 4 bytes; its temporaries are no measure for the rows of a weight."""
-    smoother = Smoother("m", "w", None, "x", 0.5)  # type: ignore[arg-type]
+    smoother = Smoother("m", "w", None, "x", 0.5, True)  # type: ignore[arg-type]
     weight = SmoothWeight(smoother, F16, None)
     value = SmoothValue(smoother, "smoother", "smoother", (1, 11264), keep=(0, 11264), inputs=11264)
     rows, blank = SourceTensor("w", BF16, (4096, 11264), ()), Blank("s")

@@ -47,11 +47,11 @@ class Known:
         return self.values[key]
 
 
-@pytest.fixture(scope="module")
-def smoother(tmp_path_factory: pytest.TempPathFactory) -> Smoother:
+@pytest.fixture(scope="module", params=[False, True], ids=["0.16", "1.x"])
+def smoother(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Smoother:
     folder = tmp_path_factory.mktemp("ranges")
     save_file({"m.x": np.linspace(0, 9, 129, dtype=np.float32)}, folder / "ranges.safetensors")
-    return Smoother(("a", "b"), "weights", Ranges(folder / "ranges.safetensors"), "m", 0.5)
+    return Smoother(("a", "b"), "weights", Ranges(folder / "ranges.safetensors"), "m", 0.5, request.param)
 
 
 def columns(cols: int, seed: int = 0) -> Array:
@@ -241,6 +241,7 @@ def exactly(found: Smoother, known: Known) -> tuple[Array, float]:
     """The definition, all of it by torch."""
     x = torch.from_numpy(found.ranges.vector("m.x")).double()
     m = torch.from_numpy(np.maximum(known.get("a"), known.get("b")))
+    m = m.double().clamp(min=1e-5) if found.wide else m
     s = (x.pow(found.alpha) / m.pow(1 - found.alpha)).clamp(min=1e-5)
     return s.numpy(), 127.0 / float((x / s).max())
 
@@ -249,7 +250,7 @@ def exactly(found: Smoother, known: Known) -> tuple[Array, float]:
 def test_smoothers_give_the_bytes_of_torch(smoother: Smoother, alpha: float) -> None:
     random = np.random.default_rng(1)
     known = Known(a=random.uniform(1e-4, 2, 129).astype(np.float16), b=random.uniform(1e-4, 2, 129).astype(np.float16))
-    found = Smoother(smoother.keys, smoother.weights, smoother.ranges, "m", alpha)
+    found = Smoother(smoother.keys, smoother.weights, smoother.ranges, "m", alpha, smoother.wide)
     s, sx = exactly(found, known)
     bound, strict = found.find(known), found.find(known, exact=True)
     assert strict.smoother.tobytes() == s.tobytes() and strict.activation == sx
