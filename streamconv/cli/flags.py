@@ -28,7 +28,7 @@ CONVERSION: tuple[_Decorator, ...] = (
     ),
     click.option("--quant", default="none", show_default=True, help="Weight format; `streamconv list quants` shows all."),
     click.option("--target-sm", type=int, help="GPU generation the bytes are for: 80, 86, 89, 90, ..."),
-    click.option("--target-version", default="1.2", show_default=True, help="TensorRT-LLM line: 0.16 or 1.2."),
+    click.option("--target-version", default="1.2", show_default=True, help="TensorRT-LLM line: 0.16, 1.0 (any 1.x) or 1.2."),
     click.option(
         "--encoding",
         type=click.Choice(["processed", "raw"]),

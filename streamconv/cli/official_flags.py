@@ -115,7 +115,7 @@ def _parser() -> _Parser:
     ours.add_argument("--memory_budget", help="ceiling of this process's memory, e.g. 2GiB")
     ours.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:0 or cuda:0,cuda:1")
     ours.add_argument("--target_sm", type=int, help="GPU generation the bytes are for: 80, 86, 89, 90, ...")
-    ours.add_argument("--target_version", default="1.2", help="TensorRT-LLM line: 0.16 or 1.2")
+    ours.add_argument("--target_version", default="1.2", help="TensorRT-LLM line: 0.16, 1.0 (any 1.x) or 1.2")
     ours.add_argument("--activation_ranges", help="ranges that `streamconv calibrate` measured")
     ours.add_argument(
         "--encoding",

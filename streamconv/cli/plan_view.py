@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from streamconv.budget import Shares, TileCost
 from streamconv.cli.view import dump, table
 from streamconv.memory import show_size
 from streamconv.plan import Plan
+from streamconv.targets.trtllm.config_sections import late_keys
 
 
 def content(plan: Plan, shares: Shares, costs: list[TileCost], out: str | None) -> dict[str, Any]:
@@ -38,8 +40,18 @@ def content(plan: Plan, shares: Shares, costs: list[TileCost], out: str | None) 
         "workers": shares.workers,
         "largest_tile": tile,
         "disk": {"free": free, "need": plan.bytes_written, "enough": free >= plan.bytes_written},
+        "notes": _notes(plan),
         "warnings": list(plan.warnings),
     }
+
+
+def _notes(plan: Plan) -> list[str]:
+    """What is right for the release that was asked for, and not for every one of its line."""
+    late = late_keys(json.loads(plan.config))
+    if late is None:
+        return []
+    told = "which early releases of TensorRT-LLM 1.x do not know and reject"
+    return [f"config.json holds {late}, {told}: --target-version 1.0 leaves them out"]
 
 
 def show(
@@ -85,5 +97,7 @@ def show(
     if cache is not None:
         more = f"{show_size(cache['all'])} more, with --hub-keep none at most {show_size(cache['none'])}"
         print(f"cache    {show_size(cache['free'])} free, the download needs {more}")
+    for note in told["notes"]:
+        print(f"note: {note}")
     for warning in (*plan.warnings, *([f"convert would refuse this output: {refused}"] if refused else [])):
         print(f"warning: {warning}")

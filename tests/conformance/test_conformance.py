@@ -32,7 +32,7 @@ GROUPED = ("int4_gptq", "int8_gptq", "int4_awq")
 EVERY_RUN = ("llama", "mixtral")
 """Families that show a quant in all its forms; what a form changes is the same for every family."""
 ATTENTION = re.compile(r"\.(q_proj|k_proj|v_proj|qkv_proj|wqkv)\.y$")
-SMOOTHABLE = ("llama", "mistral", "granite", "internlm", "exaone")
+SMOOTHABLE = ("llama", "mistral", "granite", "internlm", "exaone", "qwen2")
 
 CASES = [
     pytest.param(recipe, quant, run, id=f"{recipe}-{quant}-{run.name}")

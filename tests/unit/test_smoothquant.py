@@ -67,11 +67,17 @@ def ask(model: Path, **changes: Any) -> Options:
 # ---- the reference: whole matrices, rounding as §6.5 writes it
 
 
-def smooth(group: list[Array], x: Array) -> tuple[Array, list[Array]]:
+def smooth(group: list[Array], x: Array, version: str) -> tuple[Array, list[Array]]:
     half = [weight.astype(F16) for weight in group]
     m = np.abs(np.concatenate(half)).max(0)
-    s = np.maximum(np.sqrt(x.astype(F64)) / np.sqrt(m.astype(F32)).astype(F16).astype(F64), 1e-5)
-    return s, [(weight.astype(F64) * s).astype(F16) for weight in half]
+    roots = np.sqrt(m.astype(F32)).astype(F16).astype(F64) if version == "0.16" else np.sqrt(np.maximum(m.astype(F64), 1e-5))
+    s = np.maximum(np.sqrt(x.astype(F64)) / roots, 1e-5)
+    return s, [half_of(weight.astype(F64) * s) for weight in half]
+
+
+def half_of(value: Array) -> Array:
+    """float64 as float16, by way of float32 as torch has it."""
+    return value.astype(F32).astype(F16)
 
 
 def scales(aw: Array) -> tuple[Array, Array]:
@@ -101,7 +107,9 @@ def clip(value: Array) -> Array:
 
 
 @np.errstate(divide="ignore", invalid="ignore", over="ignore")
-def reference(weights: dict[str, Array], ranges: dict[str, Array], dtype: str, per_channel: bool, per_token: bool) -> dict[str, Array]:
+def reference(
+    weights: dict[str, Array], ranges: dict[str, Array], dtype: str, per_channel: bool, per_token: bool, version: str
+) -> dict[str, Array]:
     """Tensors of one rank, by name, without the plain ones."""
     out: dict[str, Array] = {}
     for layer in range(tiny.LAYERS):
@@ -113,10 +121,10 @@ def reference(weights: dict[str, Array], ranges: dict[str, Array], dtype: str, p
             (("mlp.down",), ("mlp.proj",), None),
         ):
             x = ranges[f"{source}{roles[0]}_proj.x"]
-            s, made = smooth([weights[f"{source}{role}_proj.weight"] for role in roles], x)
+            s, made = smooth([weights[f"{source}{role}_proj.weight"] for role in roles], x, version)
             sx = 127 / (x.astype(F64) / s).max()
             if norm:
-                divided = (weights[f"{source}{norm[0]}.weight"].astype(F16).astype(F64) / s).astype(F16)
+                divided = half_of(weights[f"{source}{norm[0]}.weight"].astype(F16).astype(F64) / s)
                 out[f"{prefix}{norm[1]}.weight"] = rounded(divided, dtype)
                 out[f"{prefix}{norm[1]}.scale_to_int"] = np.array([1 if per_token else sx], F32)
             else:
@@ -175,15 +183,16 @@ def cut(name: str, whole: Array, rank: int) -> Array:
     return whole
 
 
+@pytest.mark.parametrize("version", ["0.16", "1.2"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_whole_matrix_reference(
-    model: Path, weights: dict[str, Array], tmp_path: Path, dtype: str, per_channel: bool, per_token: bool
+    model: Path, weights: dict[str, Array], tmp_path: Path, dtype: str, per_channel: bool, per_token: bool, version: str
 ) -> None:
-    options = ask(model, dtype=dtype, per_channel=per_channel, per_token=per_token, tp_size=2)
+    options = ask(model, dtype=dtype, per_channel=per_channel, per_token=per_token, tp_size=2, target_version=version)
     api.convert(model, tmp_path / "out", options, Resources(tile_rows=5, workers=3))
-    expected = reference(weights, ranges_of(weights), dtype, per_channel, per_token)
+    expected = reference(weights, ranges_of(weights), dtype, per_channel, per_token, version)
     for rank in range(2):
         found = load(tmp_path / "out" / f"rank{rank}.safetensors")
         plain = {"transformer.vocab_embedding.weight", "transformer.ln_f.weight", "lm_head.weight"}
@@ -278,13 +287,18 @@ def test_the_content_of_the_ranges_is_in_the_fingerprint(model: Path, weights: d
     assert planned(model, ask(model)).fingerprint() != before
 
 
-def test_a_column_of_zeros_is_refused(tmp_path: Path, weights: dict[str, Array]) -> None:
+def test_a_column_of_zeros_is_refused_for_0_16(tmp_path: Path, weights: dict[str, Array]) -> None:
+    """1.x takes 1e-5 in the place of its maximum."""
     weights["model.layers.1.self_attn.o_proj.weight"][:, 6] = 0
     save_file(ranges_of(weights), tmp_path / "ranges.safetensors")
     model = tiny.write(tmp_path / "model", weights)
     with pytest.raises(DataError, match=r"layers\.1\.self_attn\.o_proj\.weight: input channel 6"):
-        api.convert(model, tmp_path / "out", ask(model))
+        api.convert(model, tmp_path / "out", ask(model, target_version="0.16"))
     assert not (tmp_path / "out").exists()
+    api.convert(model, tmp_path / "out", ask(model))
+    smoother = load(tmp_path / "out" / "rank0.safetensors")["transformer.layers.1.attention.dense.smoother"]
+    x = ranges_of(weights)["model.layers.1.self_attn.o_proj.x"][6]
+    assert smoother[0, 6] == F32(np.sqrt(F64(x)) / np.sqrt(1e-5))
 
 
 @pytest.mark.parametrize(
@@ -292,7 +306,7 @@ def test_a_column_of_zeros_is_refused(tmp_path: Path, weights: dict[str, Array])
     [
         ({}, {"tp_size": 4}, "num_key_value_heads 2"),
         ({"head_dim": 64}, {}, "is not hidden_size"),
-        ({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}, {}, "Llama type"),
+        ({"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 32}, {}, "Llama type and Qwen2"),
         ({}, {"smoothquant": 1.5}, "alpha"),
     ],
 )

@@ -82,6 +82,12 @@ def mapping_section(options: Options, *, attention_sizes: bool = False) -> Confi
     return new | _late("mapping", options)
 
 
+def late_keys(config: Config) -> str | None:
+    """What an early 1.x reader would not take: "mapping.cp_config, ..."; None if there is nothing."""
+    found = [f"{section}.{key}" for section, keys in LATE_KEYS.items() for key in keys if key in config.get(section, {})]
+    return ", ".join(found) or None
+
+
 def _late(section: str, options: Options) -> Config:
     return LATE_KEYS[section].copy() if options.target_version == "1.2" else {}
 

@@ -327,7 +327,7 @@ def _warnings(model: ModelConfig, options: Options, family: Family, found: Mappi
     if least and options.target_sm is not None and options.target_sm < least:
         lines.append(f"--quant {options.quant}: TensorRT-LLM's kernels for it need SM {least} or later, not {options.target_sm}")
     if options.use_embedding_sharing and options.target_version != "0.16":
-        lines.append("--use-embedding-sharing has no effect for 1.2, which decides sharing when the engine is built")
+        lines.append("--use-embedding-sharing has no effect for 1.x, which decides sharing when the engine is built")
     if options.target_sm and options.target_sm >= 100 and options.encoding == "processed":
         lines.append(
             f"--target-sm {options.target_sm}: releases differ in this layout (spec: unsure); --encoding raw is portable"
@@ -336,6 +336,11 @@ def _warnings(model: ModelConfig, options: Options, family: Family, found: Mappi
         lines.append("sliding_window is not part of a TensorRT-LLM checkpoint; it is dropped, as NVIDIA's converter does")
     if model.mlp_bias and family.config_class == "llama" and "gate_bias" in family.tensors:
         lines.append("mlp_bias: written, though NVIDIA's converter drops these biases")
+    if model.partial_rotary_factor != 1 and family.config_class != "phi3":
+        lines.append(
+            f"config.json: partial_rotary_factor {model.partial_rotary_factor:g} is dropped, as NVIDIA's converter does: TensorRT-LLM"
+            f" rotates whole heads of {family.name}"
+        )
     if model.dtype is None and options.dtype == "auto":
         lines.append(f"config.json states no dtype: float16 is assumed ({printable(model.architecture)})")
     return lines
