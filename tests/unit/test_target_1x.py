@@ -138,7 +138,8 @@ def test_bad_keys_of_a_mixture_are_named(keys: dict[str, Any]) -> None:
 
 
 def test_qwen2_keys_of_1x() -> None:
-    keys: dict[str, Any] = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "use_logn_attn": True, "shared_expert_intermediate_size": 96}
+    keys: dict[str, Any] = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "use_logn_attn": True}
+    keys["shared_expert_intermediate_size"] = 96
     made = config(**keys)
     assert made["use_logn_attn"] is True and made["moe_shared_expert_intermediate_size"] == 96
     assert made["moe"]["shared_expert_intermediate_size"] == 0
