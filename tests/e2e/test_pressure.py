@@ -16,7 +16,7 @@ import pytest
 
 from benchmarks.cgroup import CgroupError, memory_group
 from streamconv import memory, pool
-from tests.crash.world import World, snapshot, write_model
+from tests.crash.world import World, slowly, snapshot, write_model
 
 MIB = 1 << 20
 WORKERS = 4
@@ -178,21 +178,6 @@ def test_another_process_eats_the_memory_of_the_container(tmp_path: Path) -> Non
 
 # ---- a smaller budget for the rest
 
-_SLOW = """
-import sys, time
-from streamconv import fs, journal
-from streamconv.cli import main
-push = fs.OutputFolder.write
-def slow(self, *args):
-    push(self, *args)
-    time.sleep(0.05)
-fs.OutputFolder.write = slow
-journal.BATCH_SECONDS = 0.05
-sys.argv = ["streamconv", *sys.argv[1:]]
-main.run()
-"""
-
-
 def test_the_budget_can_be_lowered_for_the_rest(tmp_path: Path) -> None:
     model, place = write_model(tmp_path / "model", hidden=1024, layers=4, vocab=16384), tmp_path / "place"
     place.mkdir()
@@ -200,16 +185,10 @@ def test_the_budget_can_be_lowered_for_the_rest(tmp_path: Path) -> None:
     program = [sys.executable, "-m", "streamconv", *convert]
     fresh = subprocess.run([*program, str(tmp_path / "alone"), "--json", "--memory-budget", "2GiB"], capture_output=True, text=True)
     assert fresh.returncode == 0, fresh.stderr
-    child = subprocess.Popen(
-        [sys.executable, "-c", _SLOW, *convert, str(place / "out"), "--memory-budget", "2GiB", "--workers", "2"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    journal, until = place / ".out.streamconv-journal", time.monotonic() + 60
-    while not (journal.exists() and journal.read_bytes().count(b"\n") > 5):
-        assert child.poll() is None and time.monotonic() < until, child.communicate()
-        time.sleep(0.02)
+    journal = place / ".out.streamconv-journal"
+    child = slowly([*convert, str(place / "out"), "--memory-budget", "2GiB", "--workers", "2"], journal, seconds=0.05)
     child.send_signal(signal.SIGTERM)
-    child.communicate(timeout=30)
+    child.communicate(timeout=200)
     assert child.returncode == 128 + signal.SIGTERM
 
     again = [*program, str(place / "out"), "--json", "--memory-budget"]

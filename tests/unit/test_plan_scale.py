@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import resource
 import subprocess
 import sys
 from pathlib import Path
-
-import pytest
 
 LAYERS, EXPERTS, HIDDEN, INTER = 64, 1040, 64, 64
 CONFIG = {
@@ -53,9 +50,8 @@ def _shapes() -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("many")
+def write_many(folder: Path) -> Path:
+    """The model, its weights holes."""
     (folder / "config.json").write_text(json.dumps(CONFIG))
     shapes = list(_shapes().items())
     where = {}
@@ -74,12 +70,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_200_000_tensors_are_planned_in_seconds(model: Path) -> None:
-    """The command as a user runs it, its start counted."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+def test_200_000_tensors_are_planned(tmp_path: Path) -> None:
+    """The command as a user runs it; benchmarks/limits.py says in what time."""
+    model = write_many(tmp_path)
     command = [sys.executable, "-m", "streamconv", "plan", str(model), "--json", "--device", "cpu", "--memory-budget", "2GiB"]
     told = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert len(_shapes()) > 200_000
     assert told["bytes_to_read"] == sum(math.prod(shape) * 2 for shape in _shapes().values())
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5
