@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 from streamconv.checkpoint.dtypes import F16  # noqa: E402
 from streamconv.checkpoint.header import build_header  # noqa: E402
-from streamconv.kernels.nearest import nearest  # noqa: E402
+from streamconv.checkpoint.index import nearest  # noqa: E402
 from tests.fuzz import hostile  # noqa: E402
 from tests.unit.test_plan_scale import write_many  # noqa: E402
 
