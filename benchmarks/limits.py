@@ -49,8 +49,9 @@ def header(folder: Path) -> None:
 
 
 def plan(folder: Path) -> None:
+    model = write_many(folder, 64)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [sys.executable, "-m", "streamconv", "plan", str(write_many(folder)), "--json", "--device", "cpu", "--memory-budget", "2GiB"]
+    command = [sys.executable, "-m", "streamconv", "plan", str(model), "--json", "--device", "cpu", "--memory-budget", "2GiB"]
     subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     show(f"streamconv plan: {MANY:,} tensors", after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)

@@ -211,7 +211,7 @@ _headers = st.lists(st.tuples(_names, st.one_of(_nearly_good(), _wild)), max_siz
 )
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=500)  # tests/fuzz/full.py: more
 @given(_headers, st.integers(0, 8), st.sampled_from(["", " ", "\n", "\0", "\v"]))
 def test_accepts_nothing_that_stock_rejects(header: str, size: int, padding: str) -> None:
     ends = [int(end) for end in re.findall(r", (\d)\]", header)]
@@ -229,13 +229,13 @@ def _mutated(draw: st.DrawFn) -> bytes:
     return bytes(file)
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=500)  # tests/fuzz/full.py: more
 @given(_mutated())
 def test_mutated_files(file: bytes) -> None:
     _agree(file)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.dictionaries(
         st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=8).filter(
