@@ -154,16 +154,21 @@ def choose_device(plan: Plan, resources: Resources) -> device.Choice:
 
 
 def _share_devices(
-    backends: list[Backend], plan: Plan, shares: Shares, resources: Resources, costs: list[TileCost]
+    backends: list[Backend], plan: Plan, shares: Shares, resources: Resources, costs: list[TileCost], closing: contextlib.ExitStack
 ) -> tuple[Shares, list[device.Ring]]:
-    """Rings that fit the free memory of their devices, and as many workers as they have slots, with pinned arenas."""
+    """Rings that fit the free memory of their devices, and as many workers as they have slots, with pinned arenas.
+
+    Args:
+        closing: closes the rings.
+    """
     need = device.demand(plan.spans, plan.matrices, all(backend.unfused() is None for backend in backends))
     each = max(1, shares.workers // len(backends))
-    sizes = [device.fit(backend.free_memory(), resources.device_memory_budget, each, need) for backend in backends]
+    budget_of_each = resources.device_memory_budget
+    sizes = [device.fit(backend.free_memory(), budget_of_each, each, need, backend.name) for backend in backends]
     workers = min(shares.workers, len(backends) * min(size.slots for size in sizes))
     least = max((cost.smallest() for cost in costs), default=0)
     shares = dataclasses.replace(shares, workers=workers, arena=device.pinned_size(shares.arena, least))
-    return shares, [device.Ring(backend, size) for backend, size in zip(backends, sizes, strict=True)]
+    return shares, [closing.enter_context(contextlib.closing(device.Ring(*pair))) for pair in zip(backends, sizes, strict=True)]
 
 
 def load_kernels(plan: Plan) -> None:
@@ -221,18 +226,18 @@ def convert(
     """
     resources, watcher = resources or Resources(), watcher or _Silent()
     try:
-        return _convert(source, out, options, resources, force, watcher, clock, disk, 0)
-    except device.NoRoom:
+        return _convert(source, out, options, resources, force, watcher, clock, disk)
+    except device.NoRoom as error:
         if resources.device != "auto":
             raise
         on_cpu = dataclasses.replace(resources, device="cpu")
-        return _convert(source, out, options, on_cpu, force, watcher, clock, disk, 0)
+        return _convert(source, out, options, on_cpu, force, watcher, clock, disk, error.message)
     except device.DeviceLost as error:
         if resources.on_device_loss == "stop":
             error.hint = "what is finished is kept: run the same command again to go on, or with --device cpu"
             raise
         on_cpu = dataclasses.replace(resources, device="cpu")
-        report = _convert(source, out, options, on_cpu, force, watcher, clock, disk, error.pinned)
+        report = _convert(source, out, options, on_cpu, force, watcher, clock, disk, error.message, error.pinned)
         warning = f"{error.message}; the rest was done on the CPU"
         return dataclasses.replace(report, warnings=(warning, *report.warnings))
 
@@ -246,9 +251,15 @@ def _convert(
     watcher: Watcher,
     clock: Callable[[], float],
     disk: Disk | None,
-    pinned: int,
+    instead: str = "",
+    pinned: int = 0,
 ) -> Report:
-    """`convert` on what was chosen; `pinned` bytes of host memory are kept by a device that was lost."""
+    """`convert` on what was chosen.
+
+    Args:
+        instead: why it is the CPU and not the device that was meant.
+        pinned: bytes of host memory that a device which was lost keeps.
+    """
     from streamconv.pool import Outcome, Pool
 
     began = clock()
@@ -257,7 +268,11 @@ def _convert(
     profile: dict[str, float] = {}
     costs = costs_of(plan)
     shares = foresee(plan, resources, costs)  # a budget that is far too small is refused before anything is loaded
-    with contextlib.closing(index), Writer(Path(out), index.root, plan, index.shards, force, disk) as writer:
+    with (
+        contextlib.closing(index),
+        Writer(Path(out), index.root, plan, index.shards, force, disk) as writer,
+        contextlib.ExitStack() as closing,
+    ):
         if not writer.finished:
             choice = choose_device(plan, resources)
             backends: list[Backend] = [Cuda(name) for name in choice.devices]
@@ -275,8 +290,8 @@ def _convert(
                 best = device.arena(sum(span.nbytes for span in plan.spans), workers, least)
             shares = budget.share(resources.memory_budget, workers, base, dearest(plan, costs), best)
             if backends:
-                shares, rings = _share_devices(backends, plan, shares, resources, costs)
-            where = ", ".join(choice.devices) or f"cpu ({choice.why})"
+                shares, rings = _share_devices(backends, plan, shares, resources, costs, closing)
+            where = ", ".join(choice.devices) or f"cpu ({instead or choice.why})"
             watcher.start(plan, shares)
             loaded = clock()
             writer.begin()
@@ -293,10 +308,11 @@ def _convert(
                 outcome = pool.run()
             except device.DeviceLost as error:
                 error.pinned = shares.workers * shares.arena
+                for ring in rings if error.gone else ():  # torch asks all devices before it frees any pinned memory
+                    ring.lost()
                 raise
             finally:
-                for ring in rings:
-                    ring.close()
+                closing.close()
                 fetch.close()
                 writer.abandoned = pool.busy
             tiled = clock()
@@ -308,7 +324,7 @@ def _convert(
             profile = {"load": loaded - began, "create": started - loaded, **workers_spent}
             profile |= {"tiles": tiled - started, "sync": clock() - tiled}
     warnings = list(plan.warnings)
-    warnings += [f"no fused kernels on the GPU, slower: {ring.unfused}" for ring in rings[:1] if ring.unfused]
+    warnings += [f"no fused kernels on {ring.backend.name}, slower: {ring.unfused}" for ring in rings if ring.unfused]
     for name, count in outcome.overflow.items():
         warnings.append(f"{name}: {count} values are too large for {plan.dtype.torch} and became infinite")
     for name, count in outcome.nonfinite.items():

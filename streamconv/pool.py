@@ -211,7 +211,7 @@ class Pool:
         except Stop:
             pass
         except BaseException as error:
-            error.__traceback__ = None  # its frames would keep the arena mapped
+            _forget_frames(error)  # they would keep the arena mapped, and a device's memory taken
             self.fail(error)
 
     def _take_tiles(
@@ -369,3 +369,9 @@ class Pool:
             for counts, found in ((self.outcome.overflow, overflow), (self.outcome.nonfinite, nonfinite)):
                 if found:
                     counts[name] = counts.get(name, 0) + found
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__

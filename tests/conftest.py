@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from pathlib import Path
 
 import pytest
+
+with contextlib.suppress(ImportError):  # the GPU tests do without
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile("anywhere", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # on a busy machine, too
+    settings.load_profile("anywhere")
+
+for _name in list(os.environ):  # what the user keeps for his own work with the Hub and with streamconv
+    if _name.startswith(("HF_", "HUGGING", "TRANSFORMERS_", "STREAMCONV_")):
+        del os.environ[_name]
 
 
 @pytest.fixture(autouse=True)

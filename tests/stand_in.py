@@ -38,6 +38,7 @@ class Stream:
                 work()
             except BaseException as error:
                 self.error = error
+            del work  # and the memory it names
 
 
 class StandIn:
@@ -133,7 +134,10 @@ class StandIn:
         stream.todo.put(kernel)
         made, error = answer.get()
         if error is not None:
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # which names this frame
         return made
 
     def record(self, stream: Stream) -> tuple[threading.Event, Stream]:

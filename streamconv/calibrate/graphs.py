@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -70,7 +72,24 @@ class Graphs:
         return graph.output
 
     def _capture(self, forward: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor) -> _Graph:
-        held, graph = states.clone(), torch.cuda.CUDAGraph()
-        with torch.cuda.device(self._device), torch.cuda.graph(graph, pool=self._pool):
-            made = forward(held)
+        with torch.cuda.device(self._device):
+            held, graph = states.clone(), torch.cuda.CUDAGraph()
+            # torch's own stream for captures lies on the device of the first capture in this process, whichever that was
+            stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream), _no_waiting():
+                made = forward(held)
         return _Graph(graph, held, made)
+
+
+@contextmanager
+def _no_waiting() -> Iterator[None]:
+    """Refuse to wait for the device before CUDA does, which would break the capture: torch's allocator never learns of a broken
+    one's end, and for the rest of the process it gives no cached memory back."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():  # that it is a prototype
+        warnings.simplefilter("ignore")
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import json
 import os
@@ -86,11 +87,13 @@ def calibrate(
         raise UsageError(f"--dtype {dtype} is not one of {', '.join(DTYPES)}")
     if batch_size < 1 or max_length < 1 or samples == 0:
         raise UsageError("--samples, --max-length and --batch-size must be at least 1")
-    index = open_index(local_folder(model))
-    try:
-        return _Run(index, Path(out), batch_size, dtype, loop, device, memory_budget).measure(text, samples, max_length, reuse, progress)
-    finally:
-        index.close()
+    with contextlib.closing(open_index(local_folder(model))) as index:
+        run = _Run(index, Path(out), batch_size, dtype, loop, device, memory_budget)
+        try:
+            return run.measure(text, samples, max_length, reuse, progress)
+        finally:
+            if run.device != "cpu":
+                give_back()
 
 
 def torch_device(name: str) -> str:
@@ -104,12 +107,29 @@ def torch_device(name: str) -> str:
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return "cpu"
     kind, _, number = name.partition(":")
-    if name != "auto" and (kind != "cuda" or (number and not number.isdigit())):
+    if name != "auto" and (kind != "cuda" or (number and not (number.isascii() and number.isdecimal()))):
         raise UsageError(f"--device {name} is not auto, cpu, cuda or cuda:N", hint="calibration runs on one device")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if int(number or 0) >= count:
         raise UsageError(f"--device {name}: this machine has {count or 'no'} CUDA device{'s' * (count != 1)}", hint="--device cpu")
     return f"cuda:{int(number or 0)}"
+
+
+@contextmanager
+def current(device: str) -> Iterator[None]:
+    """The device is this thread's current one: a library's own kernels run there, wherever their tensors lie."""
+    import torch
+
+    with torch.cuda.device(device) if device != "cpu" else contextlib.nullcontext():
+        yield
+
+
+def give_back() -> None:
+    """What a layer held on a device is free again for others in this process; its hooks make cycles of it."""
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 class _Run:
@@ -141,7 +161,7 @@ class _Run:
             return told | {"layers": self.facts.num_hidden_layers, "tensors": kept, "seconds": 0.0, "reused": True}
         scratch = Scratch(self.out, mark, tokens * self.facts.hidden_size * self.dtype.itemsize)
         uses = Counter((len(batch), len(batch[0])) for batch in batches)
-        with self._explained():
+        with self._explained(), current(self.device):
             layer = OneLayer(self.index.root, self.index, self.dtype, self.device, uses)
             self._through(layer, scratch, batches, progress)
         self._write(scratch.ranges, mark, len(ids))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from streamconv.device import fused
@@ -32,7 +33,7 @@ class Backend(Protocol):
         """Bytes of the device that nobody uses now."""
 
     def limit(self, size: int | None) -> None:
-        """From now on this process takes no more than `size` bytes of the device for tensors; None: as much as it likes."""
+        """From now on this process takes no more than `size` bytes of the device for further tensors; None: as much as before."""
 
     def stream(self) -> Any:
         """A new stream."""
@@ -66,7 +67,11 @@ class Backend(Protocol):
 
 
 class Cuda:
-    """A CUDA device, `name` as in "cuda:0"."""
+    """A CUDA device, `name` as in "cuda:0".
+
+    Every thread has a current device, at its start the first one, and whatever does not ask torch (Triton for one) runs there. So
+    all that is made or started here is made with this device as the current one, which afterwards is again what it was.
+    """
 
     def __init__(self, name: str) -> None:
         import torch
@@ -75,48 +80,69 @@ class Cuda:
         self._torch = torch
         self._device = torch.device(name)
         try:
-            torch.zeros(1, device=self._device)  # the context exists, and is counted, from here on
+            with self._current():
+                torch.zeros(1, device=self._device)  # the context exists, and is counted, from here on
         except RuntimeError as error:
             hint = "free it, name another device, or use --device cpu"
             raise NoRoom(f"{name} cannot be used: {str(error).splitlines()[0]}", hint=hint) from error
-        self._unfused = fused.works(self._device)  # and what compiling takes of the host's memory is counted too
+        before = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # torch 2.7
+        self._fraction = float(before(self._device)) if before is not None else 1.0
+        with self._current():
+            self._unfused = fused.works(self._device)  # and what compiling takes of the host's memory is counted too
+
+    def _current(self) -> AbstractContextManager[None]:
+        made: AbstractContextManager[None] = self._torch.cuda.device(self._device)
+        return made
 
     def alloc_pinned(self, size: int) -> torch.Tensor:
-        return self._torch.empty(size, dtype=self._torch.uint8, pin_memory=True)
+        with self._current():
+            return self._torch.empty(size, dtype=self._torch.uint8, pin_memory=True)
 
     def alloc_device(self, size: int) -> torch.Tensor:
-        return self._torch.empty(size, dtype=self._torch.uint8, device=self._device)
+        with self._current():
+            return self._torch.empty(size, dtype=self._torch.uint8, device=self._device)
 
     def free_memory(self) -> int:
-        return int(self._torch.cuda.mem_get_info(self._device)[0])
+        with self._current():
+            self._torch.cuda.empty_cache()  # what torch keeps for itself is free
+            return int(self._torch.cuda.mem_get_info(self._device)[0])
 
     def limit(self, size: int | None) -> None:
-        total = int(self._torch.cuda.mem_get_info(self._device)[1])
-        self._torch.cuda.set_per_process_memory_fraction(1.0 if size is None else min(1.0, size / total), self._device)
+        cuda, fraction = self._torch.cuda, self._fraction
+        with self._current():
+            if size is not None:  # on top of what others in this process hold, which torch counts too
+                cuda.empty_cache()
+                held = int(cuda.memory_reserved(self._device))
+                fraction = min(fraction, (held + size) / int(cuda.mem_get_info(self._device)[1]))
+            cuda.set_per_process_memory_fraction(fraction, self._device)
 
     def stream(self) -> Any:
-        return self._torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        with self._current():
+            return self._torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
 
     def copy(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], stream: Any) -> None:
-        with self._torch.cuda.stream(stream):
+        with self._current(), self._torch.cuda.stream(stream):
             for target, source in pairs:
                 target.copy_(source, non_blocking=True)
 
     def run(self, stream: Any, work: Callable[[], T]) -> T:
-        with self._torch.cuda.stream(stream):
+        with self._current(), self._torch.cuda.stream(stream):
             return work()
 
     def record(self, stream: Any) -> Any:
         # waiting for it sleeps and does not spin: the processor belongs to the workers that read and write
-        event = self._torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        event.record(stream)
-        return event
+        with self._current():
+            event = self._torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            event.record(stream)
+            return event
 
     def follow(self, stream: Any, event: Any) -> None:
-        stream.wait_event(event)
+        with self._current():
+            stream.wait_event(event)
 
     def wait(self, event: Any) -> None:
-        event.synchronize()
+        with self._current():
+            event.synchronize()
 
     def is_full(self, error: BaseException) -> bool:
         text = str(error).lower()
@@ -129,7 +155,8 @@ class Cuda:
         return isinstance(error, RuntimeError) and ("CUDA error" in text or "CUDA driver error" in text) and not self.is_full(error)
 
     def relieve(self) -> None:
-        self._torch.cuda.empty_cache()
+        with self._current():
+            self._torch.cuda.empty_cache()
 
     def unfused(self) -> str | None:
         return self._unfused

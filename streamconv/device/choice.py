@@ -38,7 +38,7 @@ class Choice:
 
 
 def parse(text: str) -> tuple[str, ...]:
-    """ "auto", "cpu", "cuda", "cuda:0,cuda:1" -> names.
+    """ "auto", "cpu", "cuda:0,cuda:1" -> names; "cuda" is "cuda:0".
 
     Raises:
         UsageError: anything else.
@@ -46,13 +46,15 @@ def parse(text: str) -> tuple[str, ...]:
     names = tuple(part.strip() for part in text.split(","))
     if names in (("auto",), ("cpu",)):
         return names
+    found = []
     for name in names:
         kind, _, number = name.partition(":")
-        if kind != "cuda" or (":" in name and not number.isdecimal()):
+        if kind != "cuda" or (":" in name and not (number.isascii() and number.isdecimal())):
             raise UsageError(f"--device {text!r} is not known", hint="auto, cpu, cuda, cuda:0 or cuda:0,cuda:1")
-    if len(set(names)) != len(names):
+        found.append(f"cuda:{int(number or 0)}")
+    if len(set(found)) != len(found):
         raise UsageError(f"--device {text!r} names a device twice")
-    return names
+    return tuple(found)
 
 
 def visible() -> int:
@@ -135,8 +137,7 @@ def choose(asked: str, plan: Plan, cores: int, host_budget: int) -> Choice:
         return Choice(("cuda:0",), f"using the GPU: about {gpu:.1f} s, its start and copies counted, against {cpu:.1f} s on the CPU")
     if not count:
         raise UsageError(f"--device {asked}: no GPU is here", hint="--device cpu, or auto")
-    found = tuple("cuda:0" if name == "cuda" else name for name in names)
-    for name in found:
+    for name in names:
         if int(name.partition(":")[2]) >= count:
             raise UsageError(f"--device {name}: this machine has {count} GPU{'s' * (count != 1)}")
     if host_budget < HOST_COST + 64 * MIB:
@@ -144,4 +145,4 @@ def choose(asked: str, plan: Plan, cores: int, host_budget: int) -> Choice:
             f"--device {asked}: the memory budget is smaller than what CUDA itself takes on the host",
             hint=f"--memory-budget {(HOST_COST + 256 * MIB) // MIB}MiB or more, or --device cpu",
         )
-    return Choice(found, "asked for")
+    return Choice(names, "asked for")

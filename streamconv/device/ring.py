@@ -48,10 +48,13 @@ class DeviceLost(StreamconvError):
     """The device stopped working, or has no memory even for the smallest step. What is finished is kept.
 
     Attributes:
+        gone: it will not answer again in this process.
         pinned: bytes of host memory that the run had pinned.
     """
 
-    pinned = 0
+    def __init__(self, message: str, gone: bool = False) -> None:
+        super().__init__(message)
+        self.gone, self.pinned = gone, 0
 
 
 class Ring:
@@ -78,9 +81,11 @@ class Ring:
 
     def close(self) -> None:
         """Give all memory back; workers must be done. Never an error: the device may be gone."""
-        with contextlib.suppress(Exception):
-            self.backend.relieve()
-            self.backend.limit(None)
+        with self._lock:
+            self._arenas = [] if self._arenas is not None else None
+        for give_back in (self.backend.relieve, lambda: self.backend.limit(None)):
+            with contextlib.suppress(Exception):
+                give_back()
 
     def pinned(self, arena: torch.Tensor) -> None:
         """A slot has this arena."""
@@ -138,9 +143,10 @@ class Slot:
             self._pinned = self._backend.alloc_pinned(arena)
             self._notes = self._backend.alloc_pinned(2 * _NOTES).zero_()  # zeros to send, and what comes back
         except Exception as error:
-            if self._backend.is_full(error) or self._backend.is_lost(error):
-                raise DeviceLost(f"{self._backend.name}: no pinned host memory: {str(error).splitlines()[0]}") from error
-            raise
+            if not self._backend.is_full(error) and not self._backend.is_lost(error):
+                raise
+            told = f"{self._backend.name}: no pinned host memory: {str(error).splitlines()[0]}"
+            raise DeviceLost(told, gone=self._backend.is_lost(error)) from error
         ring.pinned(self._pinned)
         ring.pinned(self._notes)
         self.arena: Bytes = self._pinned.numpy()
@@ -235,7 +241,7 @@ class Slot:
                 raise DeviceLost(f"{self._backend.name} has no memory left for the smallest tile") from error
             if self._backend.is_lost(error):
                 self.ring.lost()
-                raise DeviceLost(f"{self._backend.name} stopped working: {str(error).splitlines()[0]}") from error
+                raise DeviceLost(f"{self._backend.name} stopped working: {str(error).splitlines()[0]}", gone=True) from error
             raise
 
     def _allocate(self, least: int) -> None:

@@ -104,13 +104,14 @@ def reserve(free: int) -> int:
     return max(256 * MIB, free // 16)
 
 
-def fit(free: int, budget: int | None, wanted: int, need: Demand) -> Sizes:
+def fit(free: int, budget: int | None, wanted: int, need: Demand, name: str = "the GPU") -> Sizes:
     """Slots and buffers such that the whole ring stays inside the room; fewer slots before smaller chunks than 256 KiB.
 
     Args:
         free: free device memory, bytes.
         budget: what the user allows, None: at most 2 GiB.
         wanted: slots, at most.
+        name: of the device, for the error.
 
     Raises:
         NoRoom: not even one slot with the smallest tile fits; says how much does.
@@ -125,7 +126,7 @@ def fit(free: int, budget: int | None, wanted: int, need: Demand) -> Sizes:
     fixed, each = _terms(1, need)
     smallest = -(-int(fixed + each * max(least, 1)) // MIB) + 1
     raise NoRoom(
-        f"the GPU has {room // MIB} MiB for us, and the smallest tile takes {smallest} MiB",
+        f"{name} has {room // MIB} MiB for us, and the smallest tile takes {smallest} MiB",
         hint=f"--device-memory-budget {smallest}MiB or more, free memory on the GPU, or --device cpu",
     )
 

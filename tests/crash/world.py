@@ -7,7 +7,10 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -172,3 +175,32 @@ class World:
         if left:
             return f"left behind: {sorted(left)}"
         return "" if snapshot(self.out) == self.right else "other bytes"
+
+
+_SLOWLY = """
+import signal, sys, time
+from streamconv import fs, journal
+from streamconv.cli import main, signals
+for number, means in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+    signal.signal(number, means)  # whoever runs the tests may ignore them: a shell's background job does
+signals.GRACE = 250  # on a busy machine, too
+push, seconds = fs.OutputFolder.write, float(sys.argv[1])
+def slow(self, *args):
+    push(self, *args)
+    time.sleep(seconds)
+fs.OutputFolder.write = slow
+journal.BATCH_SECONDS = 0.05
+sys.argv = ["streamconv", *sys.argv[2:]]
+main.run()
+"""
+
+
+def slowly(arguments: list[str], journal: Path, seconds: float = 0.01, tile_rows: int | None = None) -> subprocess.Popen[str]:
+    """A command whose every write takes `seconds` more, with some tiles in its journal and many to come."""
+    environment = os.environ | ({"STREAMCONV_TILE_ROWS": str(tile_rows)} if tile_rows else {})
+    command = [sys.executable, "-c", _SLOWLY, str(seconds), *arguments]
+    child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    while not (journal.exists() and journal.read_bytes().count(b"\n") > 5):
+        assert child.poll() is None, child.communicate()
+        time.sleep(0.02)
+    return child

@@ -16,7 +16,7 @@ import pytest
 
 from benchmarks.cgroup import CgroupError, memory_group
 from streamconv import memory, pool
-from tests.crash.world import World, snapshot, write_model
+from tests.crash.world import World, slowly, snapshot, write_model
 
 MIB = 1 << 20
 WORKERS = 4
@@ -102,19 +102,17 @@ def test_a_parked_worker_gives_its_memory_back(tmp_path: Path, monkeypatch: pyte
 # ---- a real container
 
 _CONVERT = """
-import json, sys, threading, time
+import sys, threading, time
 from streamconv import api, memory, pool
 from streamconv.options import Options, Resources
 
 model, out, log = sys.argv[1:]
-active, seen, lock, do = [0], [], threading.Lock(), pool.Pool._do
+active, lock, do, log = [0], threading.Lock(), pool.Pool._do, open(log, "w", buffering=1)
 
 def watched(self, *args):
     with lock:
         active[0] += 1
-        seen.append((time.monotonic(), active[0]))
-        if len(seen) == 20:
-            print("running", flush=True)
+        print(time.monotonic(), active[0], file=log)
     time.sleep(0.02)
     do(self, *args)
     with lock:
@@ -122,21 +120,19 @@ def watched(self, *args):
 
 pool.Pool._do = watched
 api.convert(model, out, Options(), Resources(memory_budget=160 << 20, workers=4, device="cpu", tile_rows=32))
-open(log, "w").write(json.dumps(seen))
 """
 
 _EAT = """
-import sys, time
+import os, sys, time
 from streamconv import memory
 
-floor, seconds, held = int(sys.argv[1]), float(sys.argv[2]), []
+floor, held = int(sys.argv[1]), []
 def eat():
     while memory.available() > floor:
         held.append(b"x" * (2 << 20))
 eat()
 print(time.monotonic(), flush=True)
-until = time.monotonic() + seconds
-while time.monotonic() < until:
+while not os.path.exists(sys.argv[2]):
     eat()
     time.sleep(0.01)
 print(time.monotonic(), flush=True)
@@ -150,25 +146,39 @@ def _inside(group: Path, program: str, *arguments: str) -> subprocess.Popen[str]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+def _tiles(log: Path) -> list[tuple[float, int]]:
+    """(time, workers at a tile) at the start of each so far."""
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    return [(float(line.split()[0]), int(line.split()[1])) for line in lines if line.endswith("\n")]
+
+
+def _until(so: Callable[[], bool], running: subprocess.Popen[str]) -> None:
+    while not so():
+        assert running.poll() is None, running.communicate()
+        time.sleep(0.02)
+
+
 def test_another_process_eats_the_memory_of_the_container(tmp_path: Path) -> None:
     model, log = write_model(tmp_path / "model", hidden=512, layers=4, vocab=4096), tmp_path / "log"
     subprocess.run([sys.executable, "-m", "streamconv", "convert", str(model), str(tmp_path / "alone"), "--quiet"], check=True)
     try:
         with memory_group(320 * MIB) as (version, group):
             convert = _inside(group, _CONVERT, str(model), str(tmp_path / "out"), str(log))
-            assert convert.stdout is not None
-            assert convert.stdout.readline() == "running\n", convert.communicate()
-            eat = _inside(group, _EAT, str(pool.FLOOR // 2), "1.5")
-            told, trouble = eat.communicate(timeout=60)
+            _until(lambda: len(_tiles(log)) >= 20, convert)
+            eat = _inside(group, _EAT, str(pool.FLOOR // 2), str(tmp_path / "enough"))
+            assert eat.stdout is not None
+            begin = float(eat.stdout.readline() or "nan")
+            _until(lambda: sum(at > begin + 2 * pool._LOOK for at, _ in _tiles(log)) > 10, convert)
+            (tmp_path / "enough").touch()
+            told, trouble = eat.communicate(timeout=200)
             assert eat.returncode == 0, trouble
-            _, trouble = convert.communicate(timeout=60)
+            _, trouble = convert.communicate(timeout=200)
             assert convert.returncode == 0, trouble
             killed = (group / ("memory.oom_control" if version == 1 else "memory.events")).read_text()
     except CgroupError as error:
         pytest.skip(str(error))
     assert "oom_kill 0" in killed
-    begin, end = map(float, told.split())
-    seen = json.loads(log.read_text())
+    end, seen = float(told), _tiles(log)
     under = [active for at, active in seen if begin + 2 * pool._LOOK < at < end]
     assert len(under) > 5 and max(under) == 1, under
     assert max(active for at, active in seen if at < begin) > 1
@@ -178,21 +188,6 @@ def test_another_process_eats_the_memory_of_the_container(tmp_path: Path) -> Non
 
 # ---- a smaller budget for the rest
 
-_SLOW = """
-import sys, time
-from streamconv import fs, journal
-from streamconv.cli import main
-push = fs.OutputFolder.write
-def slow(self, *args):
-    push(self, *args)
-    time.sleep(0.05)
-fs.OutputFolder.write = slow
-journal.BATCH_SECONDS = 0.05
-sys.argv = ["streamconv", *sys.argv[1:]]
-main.run()
-"""
-
-
 def test_the_budget_can_be_lowered_for_the_rest(tmp_path: Path) -> None:
     model, place = write_model(tmp_path / "model", hidden=1024, layers=4, vocab=16384), tmp_path / "place"
     place.mkdir()
@@ -200,16 +195,10 @@ def test_the_budget_can_be_lowered_for_the_rest(tmp_path: Path) -> None:
     program = [sys.executable, "-m", "streamconv", *convert]
     fresh = subprocess.run([*program, str(tmp_path / "alone"), "--json", "--memory-budget", "2GiB"], capture_output=True, text=True)
     assert fresh.returncode == 0, fresh.stderr
-    child = subprocess.Popen(
-        [sys.executable, "-c", _SLOW, *convert, str(place / "out"), "--memory-budget", "2GiB", "--workers", "2"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    journal, until = place / ".out.streamconv-journal", time.monotonic() + 60
-    while not (journal.exists() and journal.read_bytes().count(b"\n") > 5):
-        assert child.poll() is None and time.monotonic() < until, child.communicate()
-        time.sleep(0.02)
+    journal = place / ".out.streamconv-journal"
+    child = slowly([*convert, str(place / "out"), "--memory-budget", "2GiB", "--workers", "2"], journal, seconds=0.05)
     child.send_signal(signal.SIGTERM)
-    child.communicate(timeout=30)
+    child.communicate(timeout=200)
     assert child.returncode == 128 + signal.SIGTERM
 
     again = [*program, str(place / "out"), "--json", "--memory-budget"]

@@ -6,6 +6,7 @@ import io
 import struct
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 
 MANY, TOO_MANY = 249_999, 400_000
 _EMPTY = b'{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
@@ -147,3 +148,19 @@ TORCH: dict[str, tuple[Callable[[], bytes], str]] = {
     "60,000 storages": (lambda: torch_file(_P + b"}.", 60_000), "for 60001 entries is not accepted"),
     "50,000 storages": (lambda: torch_file(_P + b"}.", 49_999), "holds no tensors"),
 }
+
+CASES: list[tuple[str, str, Callable[[], bytes], str]] = [
+    (kind, name, make, says)
+    for kind, cases in {"header": HEADERS, "index": INDEXES, "config": CONFIGS, "torch": TORCH}.items()
+    for name, (make, says) in cases.items()
+]
+"""(kind, name, content, what is said of it); kinds as in child.py."""
+
+_NAMES = {"header": "x.safetensors", "index": "model.safetensors.index.json", "config": "config.json", "torch": "x.bin"}
+
+
+def write(folder: Path, kind: str, make: Callable[[], bytes]) -> Path:
+    """A file of a case."""
+    path, content = folder / _NAMES[kind], make()
+    path.write_bytes(pack(content) if kind == "header" else content)
+    return path

@@ -34,12 +34,47 @@ def _level(module: str) -> int:
     raise AssertionError(f"{module} has no place in LEVELS")
 
 
-def _imports(path: Path) -> set[str]:
+def _imports(text: str, package: str) -> set[str]:
+    """Modules of streamconv that a module's code imports, however it says so.
+
+    Args:
+        package: the package that the module lies in, which relative imports start from.
+    """
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("streamconv."):
-            found.add(node.module)
-    return found
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            module = ".".join([*above, *filter(None, [node.module])])
+            if module == "streamconv":  # the rooms themselves, or what the package says of itself (__version__)
+                found |= {f"streamconv.{alias.name}" for alias in node.names if _is_room(alias.name) or alias.name == "*"}
+            else:
+                found.add(module)
+    return {name for name in found if name.startswith("streamconv.")}
+
+
+def _is_room(name: str) -> bool:
+    return (ROOT / name).is_dir() or (ROOT / f"{name}.py").is_file()
+
+
+@pytest.mark.parametrize(
+    ("text", "modules"),
+    [
+        ("from streamconv import budget, __version__", {"streamconv.budget"}),
+        ("from streamconv import budget as money", {"streamconv.budget"}),
+        ("from streamconv.device.ring import Ring", {"streamconv.device.ring"}),
+        ("import streamconv.api, os", {"streamconv.api"}),
+        ("def f():\n    import streamconv.api as api", {"streamconv.api"}),
+        ("from . import base", {"streamconv.quants"}),
+        ("from .base import Encoding", {"streamconv.quants.base"}),
+        ("from .. import api", {"streamconv.api"}),
+        ("from ..device.ring import Ring", {"streamconv.device.ring"}),
+        ("import os\nfrom pathlib import Path", set()),
+    ],
+)
+def test_every_spelling_of_an_import_is_seen(text: str, modules: set[str]) -> None:
+    assert _imports(text, "streamconv.quants") == modules
 
 
 def test_imports_point_one_way() -> None:
@@ -48,7 +83,8 @@ def test_imports_point_one_way() -> None:
         if path.name == "__init__.py" and path.parent == ROOT:
             continue
         name = ".".join(("streamconv", *path.relative_to(ROOT).with_suffix("").parts))
-        wrong += [f"{name} imports {other}" for other in _imports(path) if _level(other) > _level(name)]
+        package = ".".join(("streamconv", *path.relative_to(ROOT).parent.parts))
+        wrong += [f"{name} imports {other}" for other in _imports(path.read_text(), package) if _level(other) > _level(name)]
     assert not [line for line in wrong if "stages.read imports streamconv.targets" not in line]
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import gc
 import hashlib
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -95,19 +98,63 @@ def test_memory_that_runs_out_for_a_while(model: Path, right: Any, devices: dict
 def test_a_lost_device_leaves_the_rest_to_the_cpu(
     after: int, model: Path, right: Any, devices: dict[str, StandIn], tmp_path: Path
 ) -> None:
-    devices["cuda:0"] = StandIn(dies=after)
+    devices["cuda:0"] = StandIn(dies=after, name="cuda:0")
     report = convert(model, tmp_path / "out", JOBS["int8 tp2"], device="cuda", tile_rows=64, workers=3)
     assert files(tmp_path / "out") == right["int8 tp2"]
-    assert report.device.startswith("cpu") and "unspecified launch failure; the rest was done on the CPU" in report.warnings[0]
+    assert report.device == "cpu (cuda:0 stopped working: unspecified launch failure)"
+    assert report.warnings[0] == "cuda:0 stopped working: unspecified launch failure; the rest was done on the CPU"
 
 
 def test_a_device_without_memory_leaves_the_rest_to_the_cpu(
-    model: Path, right: Any, devices: dict[str, StandIn], tmp_path: Path
+    model: Path, right: Any, devices: dict[str, StandIn], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    devices["cuda:0"] = StandIn(full=lambda n: n >= 5)
+    stand_in = devices["cuda:0"] = StandIn(full=lambda n: n >= 5)
+    held = []
+    monkeypatch.setattr(api, "load_kernels", lambda plan: held.append(stand_in.taken))  # the CPU begins
     report = convert(model, tmp_path / "out", JOBS["fp8"], device="cuda", tile_rows=64)
     assert files(tmp_path / "out") == right["fp8"]
-    assert "no memory left for the smallest tile" in report.warnings[0]
+    assert "no memory left for the smallest tile" in report.warnings[0] and "no memory left" in report.device
+    assert held == [0]  # nothing lies there any more
+
+
+def test_a_device_among_two_that_dies(model: Path, right: Any, devices: dict[str, StandIn], tmp_path: Path) -> None:
+    """torch asks every device before it frees pinned memory: that of the other ring must stay as well."""
+    devices["cuda:0"] = StandIn(delay=lambda n: 0.01, name="cuda:0")
+    devices["cuda:1"] = StandIn(dies=3, name="cuda:1")
+    kept: list[Any] = []
+    pinned = [devices[name].alloc_pinned for name in devices]
+
+    def alloc(real: Callable[[int], Any], size: int) -> Any:
+        made = real(size)
+        kept.append(weakref.ref(made))
+        return made
+
+    for name, real in zip(devices, pinned, strict=True):
+        devices[name].alloc_pinned = functools.partial(alloc, real)  # type: ignore[method-assign]
+    report = convert(model, tmp_path / "out", JOBS["int8 tp2"], device="cuda:0,cuda:1", tile_rows=16, workers=4)
+    assert files(tmp_path / "out") == right["int8 tp2"]
+    assert report.device == "cpu (cuda:1 stopped working: unspecified launch failure)"
+    gc.collect()
+    assert len(kept) >= 4 and all(ref() is not None for ref in kept)
+
+
+def test_nothing_stays_pinned_after_a_run(model: Path, devices: dict[str, StandIn], tmp_path: Path) -> None:
+    stand_in = devices["cuda:0"] = StandIn()
+    kept: list[Any] = []
+    real = stand_in.alloc_pinned
+
+    def alloc(size: int) -> Any:
+        made = real(size)
+        kept.append(weakref.ref(made))
+        return made
+
+    stand_in.alloc_pinned = alloc  # type: ignore[method-assign]
+    gc.disable()  # cycles are looked for now and then, and a plan's objects count as old
+    try:
+        convert(model, tmp_path / "out", JOBS["int8 tp2"], device="cuda")
+        assert kept and all(ref() is None for ref in kept)
+    finally:
+        gc.enable()
 
 
 def test_a_lost_device_stops_resumably_if_asked(model: Path, right: Any, devices: dict[str, StandIn], tmp_path: Path) -> None:
@@ -137,12 +184,13 @@ def test_nothing_is_taken_beyond_the_room(model: Path, right: Any, devices: dict
 
 
 def test_a_device_that_is_too_small(model: Path, devices: dict[str, StandIn], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    devices["cuda:0"] = StandIn(memory=64 * MIB)  # all of it is left to others
-    with pytest.raises(UsageError, match="the GPU has 0 MiB for us"):
+    devices["cuda:0"] = StandIn(memory=64 * MIB, name="cuda:0")  # all of it is left to others
+    with pytest.raises(UsageError, match="cuda:0 has 0 MiB for us"):
         convert(model, tmp_path / "out", JOBS["fp8"], device="cuda")
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(api, "choose_device", lambda plan, r: choice.Choice(("cuda:0",) if r.device == "auto" else (), "told"))
-    assert convert(model, tmp_path / "out", JOBS["fp8"], device="auto").device.startswith("cpu")
+    told = convert(model, tmp_path / "out", JOBS["fp8"], device="auto").device
+    assert told.startswith("cpu (cuda:0 has 0 MiB for us")
 
 
 def _ring(memory: int, chunk: int, **how: Any) -> tuple[device.Ring, StandIn]:
@@ -214,9 +262,6 @@ def test_full_device_buffers_are_made_smaller() -> None:
 
 def test_arenas_outlive_a_lost_device() -> None:
     """torch asks the device when it frees pinned memory; one that is gone must not be asked."""
-    import gc
-    import weakref
-
     for dies in (None, 0):
         span, _, jobs = _tile(1, 64, 256)
         ring, _ = _ring(1 << 24, 1 << 20, dies=dies)

@@ -8,7 +8,6 @@ import math
 import os
 import re
 import struct
-import time
 from pathlib import Path
 from typing import Any
 
@@ -149,8 +148,7 @@ def test_what_is_legal() -> None:
     assert list(parse(pack('{"\\ud83d\\ude00\\"":%s}' % GOOD)).tensors) == ['😀"']
 
 
-def test_hostile_size_is_refused_at_once() -> None:
-    start = time.perf_counter()
+def test_hostile_size_is_refused() -> None:
     for text in (
         '{"a":{"dtype":"U8","shape":[' + " " * 20_000_000,
         '{"a":{"dtype":"U8","shape":[' + "1," * 10_000_000,
@@ -159,7 +157,6 @@ def test_hostile_size_is_refused_at_once() -> None:
     ):
         with pytest.raises(HeaderError):
             parse(pack(text))
-    assert time.perf_counter() - start < 5
 
 
 def test_not_a_regular_file(tmp_path: Path) -> None:
@@ -167,15 +164,6 @@ def test_not_a_regular_file(tmp_path: Path) -> None:
     for path in (tmp_path / "pipe", tmp_path, tmp_path / "missing"):
         with pytest.raises(CheckpointError):
             read_header(path)
-
-
-def test_speed() -> None:
-    entries = [(f"model.layers.{i // 100}.mlp.experts.{i}.weight", F16, (4, 14)) for i in range(200_000)]
-    data, places = build_header(entries)
-    start = time.perf_counter()
-    header = parse_header(data, max(end for _, end in places.values()))
-    assert time.perf_counter() - start < 4.5  # 0.7 s on an idle machine
-    assert len(header.tensors) == 200_000
 
 
 def _stock(file: bytes) -> dict[str, tuple[str, tuple[int, ...], bytes]] | None:
@@ -223,7 +211,7 @@ _headers = st.lists(st.tuples(_names, st.one_of(_nearly_good(), _wild)), max_siz
 )
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=500)  # tests/fuzz/full.py: more
 @given(_headers, st.integers(0, 8), st.sampled_from(["", " ", "\n", "\0", "\v"]))
 def test_accepts_nothing_that_stock_rejects(header: str, size: int, padding: str) -> None:
     ends = [int(end) for end in re.findall(r", (\d)\]", header)]
@@ -241,13 +229,13 @@ def _mutated(draw: st.DrawFn) -> bytes:
     return bytes(file)
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=500)  # tests/fuzz/full.py: more
 @given(_mutated())
 def test_mutated_files(file: bytes) -> None:
     _agree(file)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.dictionaries(
         st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=8).filter(

@@ -1,17 +1,14 @@
-"""Planning costs what the headers cost: a mixture of experts of 200,000 tensors."""
+"""A mixture of experts of 50,000 tensors is planned; benchmarks/limits.py says in what time, and that of 200,000."""
 
 from __future__ import annotations
 
 import json
 import math
-import resource
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-LAYERS, EXPERTS, HIDDEN, INTER = 64, 1040, 64, 64
+LAYERS, EXPERTS, HIDDEN, INTER = 16, 1040, 64, 64
 CONFIG = {
     "architectures": ["Qwen3MoeForCausalLM"],
     "model_type": "qwen3_moe",
@@ -23,7 +20,6 @@ CONFIG = {
     "decoder_sparse_step": 1,
     "mlp_only_layers": [],
     "norm_topk_prob": True,
-    "num_hidden_layers": LAYERS,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 16,
@@ -37,10 +33,10 @@ CONFIG = {
 }
 
 
-def _shapes() -> dict[str, tuple[int, ...]]:
+def _shapes(layers: int) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (256, HIDDEN), "lm_head.weight": (256, HIDDEN)}
     shapes["model.norm.weight"] = (HIDDEN,)
-    for layer in range(LAYERS):
+    for layer in range(layers):
         at = f"model.layers.{layer}."
         shapes |= {at + "input_layernorm.weight": (HIDDEN,), at + "post_attention_layernorm.weight": (HIDDEN,)}
         shapes |= {at + "self_attn.q_norm.weight": (16,), at + "self_attn.k_norm.weight": (16,)}
@@ -53,11 +49,10 @@ def _shapes() -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("many")
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    shapes = list(_shapes().items())
+def write_many(folder: Path, layers: int = LAYERS) -> Path:
+    """The model, its weights holes; 3,129 tensors a layer."""
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": layers}))
+    shapes = list(_shapes(layers).items())
     where = {}
     for number in range(8):
         name, at, header = f"model-{number}.safetensors", 0, {}
@@ -74,12 +69,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_200_000_tensors_are_planned_in_seconds(model: Path) -> None:
-    """The command as a user runs it, its start counted."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+def test_50_000_tensors_are_planned(tmp_path: Path) -> None:
+    """The command as a user runs it."""
+    model = write_many(tmp_path)
     command = [sys.executable, "-m", "streamconv", "plan", str(model), "--json", "--device", "cpu", "--memory-budget", "2GiB"]
     told = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert len(_shapes()) > 200_000
-    assert told["bytes_to_read"] == sum(math.prod(shape) * 2 for shape in _shapes().values())
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5
+    shapes = _shapes(LAYERS)
+    assert len(shapes) > 50_000 and told["bytes_to_read"] == sum(math.prod(shape) * 2 for shape in shapes.values())

