@@ -39,13 +39,8 @@ def visible(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode("ascii") for c in text)
 
 
-class StreamconvError(Exception):
-    """Base of all errors meant for the user.
-
-    Args:
-        message: what is wrong, naming the file, tensor or flag.
-        hint: what to do about it, if there is something to do.
-    """
+class _Told(BaseException):
+    """What is told to the user: one visible line, and what to do about it."""
 
     exit_status = 1
 
@@ -59,6 +54,15 @@ class StreamconvError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message} ({self.hint})" if self.hint else self.message
+
+
+class StreamconvError(_Told, Exception):
+    """Base of all errors meant for the user.
+
+    Args:
+        message: what is wrong, naming the file, tensor or flag.
+        hint: what to do about it, if there is something to do.
+    """
 
 
 class UsageError(StreamconvError):
@@ -127,18 +131,15 @@ class HubError(StreamconvError):
     exit_status = 9
 
 
-class Interrupted(BaseException):
+class Interrupted(_Told):
     """Stopped by a signal.
 
     Args:
         signum: the signal; the exit status is 128 + signum.
     """
 
-    hint = None
-
-    def __init__(self, message: str, *, signum: int) -> None:
-        super().__init__(message)
-        self.message = message
+    def __init__(self, message: str, *, signum: int, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
         self.exit_status = 128 + signum
 
 
