@@ -81,25 +81,3 @@ def die_with_parent() -> None:
 
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
-
-
-def open_standard_streams() -> None:
-    """Put /dev/null where standard input, output or error is closed: the next file that is opened would take its place."""
-    for number, name, flags in ((0, "stdin", os.O_RDONLY), (1, "stdout", os.O_WRONLY), (2, "stderr", os.O_WRONLY)):
-        try:
-            os.fstat(number)
-        except OSError:
-            null = os.open(os.devnull, flags)
-            if null != number:
-                os.dup2(null, number)
-                os.close(null)
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(number, "w" if flags else "r", closefd=False))  # noqa: SIM115
-        os.set_inheritable(number, True)
-
-
-def ask_nothing() -> None:
-    """Read no standard input: no library may ask a question there and wait for the answer."""
-    null = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(null, 0)
-    os.close(null)

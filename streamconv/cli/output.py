@@ -9,21 +9,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from streamconv.errors import Interrupted, OutputError, StreamconvError, visible
+from streamconv.streams import VisibleStream
 
 CLOSED = 1
 """The status when nobody reads standard output any more (`| head -1`)."""
 
 _PROSE = ("device", "hint", "message", "output_problem", "problem", "problems", "warnings")
 """Keys of JSON whose values are sentences; names are left as they are, JSON escapes them."""
-
-_CURSOR = re.compile(r"(?:\x1b\[A|[\r\n])+")
-"""What a progress bar writes by itself to go from line to line."""
 
 
 def line(text: str = "") -> None:
@@ -84,43 +81,29 @@ class _Unwritable(Exception):
     """Standard output took nothing. No OSError: those of a disk are somebody else's to explain."""
 
 
-class _Stdout:
+class _Stdout(VisibleStream):
     """Standard output, whose failures can be told from those of other files. A closed pipe stays BrokenPipeError."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
 
     def write(self, text: Any) -> Any:
         with _named():
-            return self._stream.write(self._safe(text))
+            return super().write(text)
 
     def flush(self) -> None:
         with _named():
-            self._stream.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def _safe(self, text: Any) -> Any:
-        if not isinstance(text, str) or _CURSOR.fullmatch(text):
-            return text
-        start = "\r" if text.startswith("\r") else ""
-        shown = start + "\n".join(map(visible, text[len(start) :].replace("\t", "    ").split("\n")))
-        encoding = getattr(self._stream, "encoding", None) or "utf-8"
-        return shown.encode(encoding, "backslashreplace").decode(encoding)
+            super().flush()
 
 
-class _Stderr(_Stdout):
+class _Stderr(VisibleStream):
     """Standard error: what it does not take is lost, and the work goes on."""
 
     def write(self, text: Any) -> Any:
         with contextlib.suppress(OSError):
-            return self._stream.write(self._safe(text))
+            return super().write(text)
         return len(text)
 
     def flush(self) -> None:
         with contextlib.suppress(OSError):
-            self._stream.flush()
+            super().flush()
 
 
 @contextlib.contextmanager

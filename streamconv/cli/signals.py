@@ -14,7 +14,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
-from streamconv import process
+from streamconv import process, streams
 from streamconv.cli import output
 from streamconv.errors import Interrupted
 
@@ -30,8 +30,8 @@ def run(command: Callable[[], int]) -> NoReturn:
     The first signal raises Interrupted in the main thread. The status is 128 + signal then, even if something between here
     and there swallowed it.
     """
-    process.open_standard_streams()
-    process.ask_nothing()
+    streams.open_standard_streams()
+    streams.ask_nothing()
     sys.path[:] = process.import_path()
     came: list[int] = []
 
