@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 _PACKAGE = Path(__file__).parent
 
+_FILES = 1 << 16
+"""More open files than a checkpoint has on both sides."""
+
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 _START = """
@@ -73,6 +76,21 @@ def start_thread(target: Callable[..., None], name: str, *arguments: object) -> 
     except RuntimeError:
         return None
     return thread
+
+
+def raise_file_limit() -> bool:
+    """Raise the soft limit of open files to the hard one; False if that changes nothing."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _FILES if hard == resource.RLIM_INFINITY else min(hard, _FILES)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return False
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def die_with_parent() -> None:

@@ -32,6 +32,7 @@ def run(command: Callable[[], int]) -> NoReturn:
     """
     streams.open_standard_streams()
     streams.ask_nothing()
+    process.raise_file_limit()
     sys.path[:] = process.import_path()
     came: list[int] = []
 

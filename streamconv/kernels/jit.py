@@ -16,15 +16,15 @@ _CONFIG = ".numba_config.yaml"
 
 def _import_numba() -> None:
     """Numba takes settings from the current folder, at its import and later, and that may be a downloaded model."""
-    if not os.path.lexists(_CONFIG):
-        return
-    here = os.open(os.curdir, os.O_RDONLY | os.O_DIRECTORY)
+    here = os.open(os.curdir, os.O_RDONLY | os.O_DIRECTORY) if os.path.lexists(_CONFIG) else None
     try:
-        os.chdir(os.sep)
+        if here is not None:
+            os.chdir(os.sep)
         importlib.import_module("numba.core.config").__dict__["_config_fname"] = os.devnull
     finally:
-        os.fchdir(here)
-        os.close(here)
+        if here is not None:
+            os.fchdir(here)
+            os.close(here)
 
 
 _import_numba()

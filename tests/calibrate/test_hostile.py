@@ -23,7 +23,7 @@ __all__ = ["model", "text"]
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SIZES = ["--samples", "4", "--max-length", "16"]
-NAMES = ("json", "numpy", "torch", "transformers", "sitecustomize", "usercustomize", "random", "tokenizers", "safetensors", "streamconv", "psutil")
+NAMES = ("json", "numpy", "torch", "transformers", "sitecustomize", "usercustomize", "random", "tokenizers", "safetensors", "streamconv")
 
 
 @pytest.fixture()
