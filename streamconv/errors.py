@@ -13,10 +13,14 @@
     │   └── ResumeError           unfinished work for something else is in the way
     ├── VerifyError           7   a written checkpoint is not what it should be
     ├── DataError             8   the weights hold values that must not be quantized (NaN, infinity)
-    ├── HubError              9   the Hugging Face Hub did not give what was asked for
+    └── HubError              9   the Hugging Face Hub did not give what was asked for
+
+    BaseException
     └── Interrupted     130/143   SIGINT or SIGTERM; the work done so far is kept for a resume
 
-A message is one line that says what is wrong and where; `hint` says what to do about it.
+Interrupted is no Exception, so that no `except` which judges some work can take a signal for the work's failure.
+
+A message is one line that says what is wrong and where; `hint` says what to do about it. Both are `visible`.
 """
 
 from __future__ import annotations
@@ -24,13 +28,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-class StreamconvError(Exception):
-    """Base of all errors meant for the user.
+def visible(text: str) -> str:
+    """`text` with every character escaped that a terminal would act upon or not show, line ends too; nothing else changes.
 
-    Args:
-        message: what is wrong, naming the file, tensor or flag.
-        hint: what to do about it, if there is something to do.
+    These are control and escape characters, direction marks and other format characters, lone surrogates, and code
+    points without a meaning. What is visible already stays as it is, so a second call changes nothing.
     """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode("ascii") for c in text)
+
+
+class _Told(BaseException):
+    """What is told to the user: one visible line, and what to do about it."""
 
     exit_status = 1
 
@@ -39,8 +49,20 @@ class StreamconvError(Exception):
         self.message = message
         self.hint = hint
 
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, visible(value) if name in ("message", "hint") and isinstance(value, str) else value)
+
     def __str__(self) -> str:
         return f"{self.message} ({self.hint})" if self.hint else self.message
+
+
+class StreamconvError(_Told, Exception):
+    """Base of all errors meant for the user.
+
+    Args:
+        message: what is wrong, naming the file, tensor or flag.
+        hint: what to do about it, if there is something to do.
+    """
 
 
 class UsageError(StreamconvError):
@@ -73,7 +95,7 @@ class RefusedError(StreamconvError):
     exit_status = 4
 
     def __init__(self, problems: Sequence[str], *, hint: str | None = None) -> None:
-        self.problems = tuple(problems)
+        self.problems = tuple(map(visible, problems))
         if len(self.problems) == 1:
             message = self.problems[0]
         else:
@@ -109,7 +131,7 @@ class HubError(StreamconvError):
     exit_status = 9
 
 
-class Interrupted(StreamconvError):
+class Interrupted(_Told):
     """Stopped by a signal.
 
     Args:

@@ -31,6 +31,7 @@ from streamconv.errors import OutputError, printable
 from streamconv.fs import Disk, OutputFolder, explained, hidden, sync_folder, write_all
 from streamconv.memory import MIB
 from streamconv.plan import Plan
+from streamconv.process import start_thread
 
 FORMAT = 1
 BATCH_BYTES = 256 * MIB
@@ -104,7 +105,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     for key in ("streamconv", "format"):
         if old.get(key) != new[key]:
             name = "the version of streamconv" if key == "streamconv" else "the format of the journal"
-            found.append(f"{name} ({old.get(key)}, now {new[key]})")
+            found.append(f"{name} ({printable(str(old.get(key)))}, now {new[key]})")
     for key in ("options", "sources", "times"):
         before: dict[str, Any] = old.get(key, {})
         now: dict[str, Any] = new[key]
@@ -112,7 +113,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
             if before.get(name) == now.get(name):
                 continue
             if key == "options":
-                found.append(f"option {printable(name)} ({before.get(name)}, now {now.get(name)})")
+                found.append(f"option {printable(name)} ({printable(str(before.get(name)))}, now {now.get(name)})")
             elif not any(printable(name) in line for line in found):
                 found.append(f"source file {printable(name)}")
     return found or ["the plan of the output (config.json of the source?)"]
@@ -238,8 +239,7 @@ class Recorder:
 
     def start(self) -> None:
         if THREADED:
-            self._thread = threading.Thread(target=self._work, name="journal", daemon=True)
-            self._thread.start()
+            self._thread = start_thread(self._work, "journal")  # without one the workers record
 
     def add(self, done: Done, files: set[str], size: int) -> None:
         """A tile was written: `size` bytes in `files`."""

@@ -15,11 +15,12 @@ from streamconv.budget import Shares, TileCost
 from streamconv.checkpoint.shard import Shard
 from streamconv.device.ring import Slot
 from streamconv.device.step import Job
-from streamconv.errors import DataError, printable
+from streamconv.errors import BudgetError, DataError, printable
 from streamconv.fs import OutputFolder
 from streamconv.journal import Done, Journal, Recorder
 from streamconv.order import Order, Stop
 from streamconv.plan import Plan, Span
+from streamconv.process import start_thread
 from streamconv.quants.base import Findings
 from streamconv.results import Results
 from streamconv.resume import believe
@@ -133,16 +134,17 @@ class Pool:
             name = self.plan.files[constant.file].name
             self.folder.write(name, constant.offset, constant.data)
             self.outcome.hashes[name, constant.tensor] = xxhash.xxh3_128(constant.data).hexdigest()
-        threads = self._threads = [
-            threading.Thread(target=self._work, args=(n,), name=f"tile-{n}", daemon=True)
-            for n in range(self.shares.workers)
-        ]
         try:
             if self._recorder is not None:
                 self._recorder.start()
-            for thread in threads:
-                thread.start()
-            for thread in threads:
+            for number in range(self.shares.workers):
+                started = start_thread(self._work, f"tile-{number}", number)
+                if started is None:  # fewer give the same bytes
+                    break
+                self._threads.append(started)
+            if not self._threads:
+                raise BudgetError("no thread can be started", hint="raise the limit of processes (ulimit -u, the pids cgroup)")
+            for thread in self._threads:
                 while thread.is_alive():
                     thread.join(0.2)  # in short steps: a signal must reach the main thread
             while self._recorder is not None and not self._recorder.finish(0.2):
@@ -163,8 +165,7 @@ class Pool:
         self.fail(None)
         until = time.monotonic() + 3
         for thread in self._threads:
-            if thread.ident is not None:
-                thread.join(max(0.0, until - 1 - time.monotonic()))
+            thread.join(max(0.0, until - 1 - time.monotonic()))
         self._idle = not any(thread.is_alive() for thread in self._threads)
         if self._recorder is not None:
             self._idle = self._recorder.finish(max(0.0, until - time.monotonic())) and self._idle

@@ -79,7 +79,7 @@ def with_ranges(
         "memory_budget": max(1, memory_budget - memory.resident()) if memory_budget is not None else None,
         "reuse": True,
     }
-    done = calibrate_apart(arguments, progress)
+    done = calibrate_apart(arguments, progress, [out])
     how = "measured before" if done["reused"] else f"measured in {done['seconds']:.1f} s"
     told(f"{ranges}: {done['tensors']} activation ranges from {done['samples']} samples, {how}")
     return dataclasses.replace(options, activation_ranges=str(ranges))

@@ -7,62 +7,60 @@ the error it raised. It dies with its parent.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import signal
-import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from streamconv import errors
-
-_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
+from streamconv import errors, process, streams
 
 
-def calibrate_apart(arguments: dict[str, Any], progress: Callable[[int, int, float], None]) -> dict[str, Any]:
+def calibrate_apart(
+    arguments: dict[str, Any], progress: Callable[[int, int, float], None], kept_out: Sequence[Path] = ()
+) -> dict[str, Any]:
     """`run.calibrate` in a child process.
 
     Args:
         arguments: of `calibrate`, without `progress`; values that JSON has.
+        kept_out: folders that the child imports nothing from, beside the model's and that of the ranges.
 
     Raises:
         StreamconvError: what `calibrate` raised. BudgetError: the child was killed, most likely for memory.
+        Interrupted: SIGTERM ended the child.
     """
-    package = str(Path(__file__).parents[2])
-    path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "streamconv.calibrate.child"]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path}
-    ) as process:
+    with process.start_interpreter(__name__, [Path(arguments["model"]), Path(arguments["out"]).parent, *kept_out]) as child:
         try:
-            assert process.stdin is not None and process.stdout is not None
+            assert child.stdin is not None and child.stdout is not None
             with contextlib.suppress(BrokenPipeError):
-                process.stdin.write(json.dumps(arguments))
-                process.stdin.close()
-            for line in process.stdout:
+                child.stdin.write(json.dumps(arguments))
+                child.stdin.close()
+            for line in child.stdout:
                 answer = json.loads(line)
                 if "told" in answer:
                     told: dict[str, Any] = answer["told"]
                     return told
                 if "error" in answer:
-                    raise getattr(errors, answer["error"])(answer["message"], hint=answer["hint"])
+                    kind: Any = getattr(errors, answer["error"], errors.CheckpointError)
+                    raise kind([answer["message"]] if kind is errors.RefusedError else answer["message"], hint=answer["hint"])
                 progress(*answer["progress"])
         finally:
-            if process.poll() is None and sys.exc_info()[0] is not None:
-                process.kill()
-    if process.returncode == -signal.SIGKILL:
+            if child.poll() is None and sys.exc_info()[0] is not None:
+                child.kill()
+    if child.returncode == -signal.SIGTERM:
+        raise errors.Interrupted("stopped by SIGTERM", signum=signal.SIGTERM)
+    if child.returncode == -signal.SIGKILL:
         raise errors.BudgetError("the calibration was killed, most likely for memory", hint="a smaller --batch-size or --max-length")
-    raise errors.CheckpointError(f"the calibration ended with status {process.returncode}", hint="its own message is above")
+    raise errors.CheckpointError(f"the calibration ended with status {child.returncode}", hint="its own message is above")
 
 
 def main() -> None:
     """The child."""
-    with contextlib.suppress(AttributeError):
-        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is told too, and ends this process
+    process.die_with_parent()
+    streams.open_standard_streams()
+    sys.stderr = cast(Any, streams.VisibleStream(sys.stderr))
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print is no answer
 
@@ -72,6 +70,7 @@ def main() -> None:
     from streamconv.calibrate.run import calibrate
 
     arguments = json.load(sys.stdin)
+    streams.ask_nothing()
     try:
         told = calibrate(**arguments, progress=lambda *values: answer(progress=values))
     except errors.StreamconvError as error:
@@ -79,6 +78,3 @@ def main() -> None:
     else:
         answer(told=told)
 
-
-if __name__ == "__main__":
-    main()

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from streamconv.calibrate import pretrained
 from streamconv.calibrate.graphs import Graphs, Shape
 from streamconv.calibrate.maxima import Maxima
-from streamconv.checkpoint.index import Index
+from streamconv.checkpoint.index import Index, TensorRecord
+from streamconv.checkpoint.model_config import ModelConfig
 from streamconv.errors import CheckpointError, TensorError, printable
 from streamconv.memory import MIB
 
@@ -50,8 +51,8 @@ class OneLayer:
     library's own.
 
     Args:
-        folder: the model folder (config.json).
         index: the opened source.
+        model: what its config.json says.
         dtype: computing type.
         device: torch device.
         uses: how often states of each shape will go through every layer.
@@ -61,32 +62,24 @@ class OneLayer:
         maxima: of the layer that is loaded.
     """
 
-    def __init__(self, folder: Path, index: Index, dtype: torch.dtype, device: str, uses: Counter[Shape]) -> None:
-        from transformers import AutoConfig
-
-        try:
-            self.config: Any = AutoConfig.from_pretrained(str(folder), local_files_only=True)
-        except Exception as error:
-            raise CheckpointError(f"{printable(str(folder))}: transformers cannot read it: {str(error).splitlines()[0]}") from error
+    def __init__(self, index: Index, model: ModelConfig, dtype: torch.dtype, device: str, uses: Counter[Shape]) -> None:
+        self.config = pretrained.read_config(index, model)
         self.index, self.dtype, self.device, self.uses = index, dtype, device, uses
-        self.layers = int(self.config.num_hidden_layers)
-        self._kinds = list(getattr(self.config, "layer_types", None) or [])
+        self.layers = model.num_hidden_layers
+        self._told = f"{printable(str(index.root))}: transformers cannot run this model"
         self._states: torch.Tensor | None = None
-        self._build(self._kinds[:1])
+        with pretrained.told(self._told):
+            self._kinds = list(getattr(self.config, "layer_types", None) or [])
+            self._build(self._kinds[:1])
 
     def _build(self, kinds: list[str]) -> None:
         """The model with one layer of a kind of attention, empty."""
-        from transformers import AutoModelForCausalLM
-
-        build: Any = AutoModelForCausalLM
         self._built = kinds
         self.config.num_hidden_layers = 1
         self.config.use_cache = False
         if kinds:
             self.config.layer_types = kinds
-        with torch.device("meta"):
-            model = build.from_config(self.config, dtype=self.dtype)
-        self.body: Any = model.model
+        self.body: Any = pretrained.empty_model(self.config, self.dtype).model
         self.body.norm = torch.nn.Identity()
         self._embedding: Any = self.body.embed_tokens
         scale = getattr(self._embedding, "scalar_embed_scale", None)
@@ -94,6 +87,8 @@ class OneLayer:
             self._embedding.embed_scale = torch.tensor(scale)
         self.body.embed_tokens = torch.nn.Identity()
         self.layer: Any = self.body.layers[0]
+        for name, parameter in self.layer.named_parameters():  # before there is memory for what config.json says
+            self._record(f"model.layers.0.{name}", parameter)
         self.layer.to_empty(device=self.device)
         self.layer.register_forward_pre_hook(self._enter)
         self.body.rotary_emb = type(self.body.rotary_emb)(self.config).to(self.device)
@@ -109,22 +104,32 @@ class OneLayer:
     def load(self, number: int) -> None:
         """Fill the layer with the weights of layer `number`."""
         if self._kinds[number : number + 1] != self._built:
-            self._build(self._kinds[number : number + 1])
+            with pretrained.told(self._told):
+                self._build(self._kinds[number : number + 1])
         self.number = number
         self.maxima.clear()
         with torch.no_grad():
             for name, parameter in self.layer.named_parameters():
                 full = f"model.layers.{number}.{name}"
-                record = self.index.tensors.get(full)
-                if record is None:
-                    raise TensorError(f"missing tensor {printable(full)}")
-                if record.shape != tuple(parameter.shape):
-                    raise TensorError(f"{printable(full)}: shape {list(record.shape)}, not {list(parameter.shape)}")
+                record = self._record(full, parameter)
                 rows = record.shape[0]
                 step = max(1, _PIECE // max(1, record.nbytes // rows))
                 for start in range(0, rows, step):  # in pieces: a whole matrix beside the layer would be the peak
                     piece = slice(start, min(start + step, rows))
                     parameter[piece].copy_(read_tensor(self.index, full, piece).to(self.device))  # converted there
+
+    def _record(self, name: str, parameter: torch.Tensor) -> TensorRecord:
+        """What the source has for a parameter.
+
+        Raises:
+            TensorError: it is missing, or of another shape.
+        """
+        record = self.index.tensors.get(name)
+        if record is None:
+            raise TensorError(f"missing tensor {printable(name)}")
+        if record.shape != tuple(parameter.shape):
+            raise TensorError(f"{printable(name)}: shape {list(record.shape)}, not {list(parameter.shape)}")
+        return record
 
     def ranges(self) -> dict[str, torch.Tensor]:
         """`M.x`, `M.y` and `M.w` of the loaded layer's linear modules, by their full names; float32."""
@@ -145,12 +150,14 @@ class OneLayer:
             rows[begin:end] = piece[(unique[begin:end] - first).to(self.device)].to(self.dtype)
         self._embedding.weight = torch.nn.Parameter(rows, requires_grad=False)
         for mine in places.to(self.device).split([len(sample) for sample in samples]):
-            made: torch.Tensor = self._embedding(mine)
+            with pretrained.told(self._told):
+                made: torch.Tensor = self._embedding(mine)
             yield made
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
         """Hidden states [samples, tokens, hidden] through the layer; what comes back is good until the next call."""
-        return self._graphs.run(self._forward, states, self.number == 0)
+        with pretrained.told(self._told):
+            return self._graphs.run(self._forward, states, self.number == 0)
 
     def _forward(self, states: torch.Tensor) -> torch.Tensor:
         self._states = states if self.number else None

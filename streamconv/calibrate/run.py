@@ -10,14 +10,14 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamconv import __version__, memory
+from streamconv.calibrate import pretrained
 from streamconv.calibrate.request import DTYPES, Loop
 from streamconv.checkpoint.index import Index, open_index
-from streamconv.checkpoint.model_config import ModelConfig, from_hf
+from streamconv.checkpoint.model_config import ModelConfig
 from streamconv.errors import BudgetError, CheckpointError, OutputError, UsageError, printable
 from streamconv.fs import explained
 from streamconv.hub import local_folder
@@ -136,8 +136,10 @@ class _Run:
     def __init__(self, index: Index, out: Path, batch: int, dtype: str, loop: Loop, device: str, budget: int | None) -> None:
         import torch
 
+        from streamconv.targets.trtllm.planner import model_of
+
         self.index, self.out, self.batch, self.loop, self.budget = index, out, batch, loop, budget
-        self.facts = from_hf(index.config)
+        self.facts = model_of(index)[0]
         self.kind = (self.facts.dtype or "float16") if dtype == "auto" else dtype
         self.dtype: torch.dtype = getattr(torch, self.kind)
         self.device = torch_device(device)
@@ -161,10 +163,16 @@ class _Run:
             return told | {"layers": self.facts.num_hidden_layers, "tensors": kept, "seconds": 0.0, "reused": True}
         scratch = Scratch(self.out, mark, tokens * self.facts.hidden_size * self.dtype.itemsize)
         uses = Counter((len(batch), len(batch[0])) for batch in batches)
-        with self._explained(), current(self.device):
-            layer = OneLayer(self.index.root, self.index, self.dtype, self.device, uses)
-            self._through(layer, scratch, batches, progress)
-        self._write(scratch.ranges, mark, len(ids))
+        try:
+            with current(self.device):
+                layer = OneLayer(self.index, self.facts, self.dtype, self.device, uses)
+                with pretrained.on_device():
+                    self._through(layer, scratch, batches, progress)
+            self._write(scratch.ranges, mark, len(ids))
+        except BaseException as error:
+            if not scratch.done or isinstance(error, CheckpointError):  # there is nothing to go on after
+                scratch.remove()
+            raise
         scratch.remove()
         spent = {"seconds": time.monotonic() - began, "peak_memory": memory.peak_resident()}
         return told | {"layers": layer.layers, "tensors": len(scratch.ranges)} | spent
@@ -196,19 +204,6 @@ class _Run:
                     scratch.ranges |= layer.ranges()
                 each = (time.monotonic() - began) / (number + 1 - first)
                 progress(number + 1, layer.layers, each * (layer.layers - number - 1))
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """The device's lack of memory is the user's to mend."""
-        import torch
-
-        try:
-            yield
-        except torch.cuda.OutOfMemoryError as error:
-            raise BudgetError(
-                f"{self.device} ran out of memory in the calibration: {str(error).splitlines()[0]}",
-                hint="a smaller --batch-size or --max-length, or --device cpu",
-            ) from error
 
     def _mark(self, batches: list[list[list[int]]]) -> str:
         """Hash of all that decides the numbers; of the source its headers and sizes."""

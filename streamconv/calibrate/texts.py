@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
+from streamconv.calibrate.pretrained import read_tokenizer, told
 from streamconv.calibrate.request import Loop
-from streamconv.errors import CheckpointError, UsageError, printable
+from streamconv.errors import UsageError, printable
 
 _COLUMNS = ("article", "text", "content")
 
@@ -72,7 +72,7 @@ def _hub(name: str, count: int) -> list[str]:
     elif "lambada" in name:
         split = "validation"
     try:
-        rows = load_dataset(name, name=config, split=split)
+        rows = load_dataset(name, name=config, split=split, trust_remote_code=False)
     except Exception as error:
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(
@@ -87,17 +87,9 @@ def tokenize(folder: Path, texts: list[str], max_length: int, loop: Loop = "trtl
     Raises:
         CheckpointError: the model folder has no usable tokenizer.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), padding_side="left", local_files_only=True)
-    except Exception as error:
-        raise CheckpointError(
-            f"{printable(str(folder))} has no tokenizer that can be read: {str(error).splitlines()[0]}",
-            hint="calibration needs the tokenizer files beside the model",
-        ) from error
-    ids = []
-    for text in texts:
-        prepared = text if loop == "modelopt" else (text + " TL;DR: ").strip().replace(" n't", "n't")
-        ids.append(list(tokenizer(prepared, truncation=True, max_length=max_length)["input_ids"]))
+    tokenizer, ids = read_tokenizer(folder), list[list[int]]()
+    with told(f"{printable(str(folder))}: the tokenizer fails"):
+        for text in texts:
+            prepared = text if loop == "modelopt" else (text + " TL;DR: ").strip().replace(" n't", "n't")
+            ids.append([int(token) for token in tokenizer(prepared, truncation=True, max_length=max_length)["input_ids"]])
     return [sample for sample in ids if sample]

@@ -12,6 +12,7 @@ import errno
 import os
 import stat
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -19,10 +20,15 @@ from typing import NamedTuple
 
 from streamconv.checkpoint.header import Header, read_header
 from streamconv.errors import CheckpointError, SourceChangedError, printable
+from streamconv.process import raise_file_limit
 
 _ROWS_PER_CALL = 256  # two vectors a row stay below IOV_MAX, which is 1024 on Linux
 _SAMPLE = 16
+_using = threading.Lock()
+"""Held to begin or end a use of any shard's descriptor, and to close the idle ones."""
 _SMALL_GAP = 4096  # reading over a gap up to a page is cheaper than one more call
+
+_shards: weakref.WeakSet[Shard] = weakref.WeakSet()
 
 
 class Identity(NamedTuple):
@@ -35,7 +41,7 @@ class Identity(NamedTuple):
 
 
 def open_regular(path: Path) -> int:
-    """A descriptor of a regular file, for reading.
+    """A descriptor of a regular file, for reading. At the limit of open files it is raised, then idle shards are closed.
 
     Raises:
         CheckpointError: missing, not permitted, or no regular file. Never waits, not even for a FIFO.
@@ -45,7 +51,7 @@ def open_regular(path: Path) -> int:
         # A device is not even opened: that alone may have effects. O_NONBLOCK covers a swap in between.
         mode = os.stat(path).st_mode
         if stat.S_ISREG(mode):
-            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            fd = _open(path)
             mode = os.fstat(fd).st_mode
             if stat.S_ISREG(mode):
                 return fd
@@ -62,10 +68,28 @@ def open_regular(path: Path) -> int:
     raise CheckpointError(f"{shown} is {kinds.get(stat.S_IFMT(mode), 'a device')}, not a regular file")
 
 
+def _open(path: Path) -> int:
+    while True:
+        try:
+            return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno != errno.EMFILE or not (raise_file_limit() or _close_idle()):
+                raise
+
+
+def _close_idle() -> bool:
+    """Close half of the shards that nobody reads right now; they open again by themselves. False if there is none."""
+    with _using:
+        idle = [shard for shard in _shards if shard.idle]
+        for shard in idle[: (len(idle) + 1) // 2]:
+            shard.close()
+    return bool(idle)
+
+
 class Shard:
     """A source file. Safe to read from many threads; close() only when nobody reads any more."""
 
-    __slots__ = ("_cold", "_fd", "_identity", "_lock", "path")
+    __slots__ = ("__weakref__", "_cold", "_fd", "_identity", "_lock", "_users", "path")
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
@@ -73,6 +97,9 @@ class Shard:
         self._cold = False
         self._identity: Identity | None = None
         self._lock = threading.Lock()
+        self._users = 0
+        with _using:
+            _shards.add(self)
 
     def __repr__(self) -> str:
         return f"Shard({str(self.path)!r})"
@@ -107,6 +134,22 @@ class Shard:
             return self._fd
 
     @property
+    def idle(self) -> bool:
+        """It is open, and nobody reads it."""
+        return self._fd >= 0 and not self._users
+
+    @contextlib.contextmanager
+    def _descriptor(self) -> Iterator[int]:
+        """The descriptor, which stays open meanwhile."""
+        with _using:
+            self._users += 1
+        try:
+            yield self.fileno()
+        finally:
+            with _using:
+                self._users -= 1
+
+    @property
     def identity(self) -> Identity:
         """As it was when the file was first opened."""
         if self._identity is None:
@@ -124,7 +167,8 @@ class Shard:
         Raises:
             HeaderError: it breaks a rule of the format.
         """
-        return read_header(self.fileno(), self.path)
+        with self._descriptor() as fd:
+            return read_header(fd, self.path)
 
     def close(self) -> None:
         """Give the descriptor back; a later read opens the file again, and checks that it is the same one."""
@@ -204,7 +248,8 @@ class Shard:
         expected = self.identity
         try:
             by_path = _identity(os.stat(self.path))
-            by_fd = _identity(os.fstat(self.fileno()))
+            with self._descriptor() as fd:
+                by_fd = _identity(os.fstat(fd))
         except FileNotFoundError:
             raise self._changed("is gone") from None
         except OSError as error:
@@ -214,7 +259,10 @@ class Shard:
             raise self._changed(f"changed its size to {by_path.size} bytes" if shrank else "was replaced or changed")
 
     def _fill(self, offset: int, views: list[memoryview]) -> None:
-        fd = self.fileno()
+        with self._descriptor() as fd:
+            self._fill_from(fd, offset, views)
+
+    def _fill_from(self, fd: int, offset: int, views: list[memoryview]) -> None:
         left = sum(map(len, views))
         while left:
             try:

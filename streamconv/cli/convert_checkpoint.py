@@ -10,11 +10,11 @@ import sys
 from streamconv.calibrate.before import with_ranges
 from streamconv.calibrate.request import Samples
 from streamconv.checkpoint.quantized import source_quantization
-from streamconv.cli import output, signals, view
+from streamconv.cli import ending, output, signals, view
 from streamconv.cli.flags import resources
 from streamconv.cli.main import show_report
 from streamconv.cli.official_flags import OfficialRequest, parse
-from streamconv.errors import RefusedError, StreamconvError, UsageError, printable
+from streamconv.errors import RefusedError, UsageError, printable
 from streamconv.hub import open_source
 from streamconv.memory import parse_size
 from streamconv.options import Options
@@ -26,28 +26,20 @@ TAKEN_OVER = {"int4_gptq", "int8_gptq", "int4_awq"}
 def main(argv: list[str] | None = None) -> int:
     """Run a conversion; gives the exit status."""
     arguments = sys.argv[1:] if argv is None else argv
-    return output.arriving(lambda: _main(arguments))
+    return output.arriving(lambda: ending.status_of(lambda: _main(arguments), as_json=False))
 
 
 def _main(arguments: list[str]) -> int:
-    try:
-        request = parse(arguments)
-        for note in request.notes:
-            print(f"note: {note}", file=sys.stderr)
-        source = _source(request)
-        if source is None:
-            return _fabricate(request)
-        request = _with_default_dtype(request, source)
-        refuse(request.options.quant, "the flags for")
-        _refuse_fp8(request, source)
-        return _config_only(request, source) if request.save_config_only else _convert(request, source)
-    except StreamconvError as error:
-        return view.fail(error, False)
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return 130
-    except SystemExit as left:  # --help
-        return int(left.code or 0)
+    request = parse(arguments)
+    for note in request.notes:
+        output.note(f"note: {note}")
+    source = _source(request)
+    if source is None:
+        return _fabricate(request)
+    request = _with_default_dtype(request, source)
+    refuse(request.options.quant, "the flags for")
+    _refuse_fp8(request, source)
+    return _config_only(request, source) if request.save_config_only else _convert(request, source)
 
 
 def _source(request: OfficialRequest) -> str | None:
@@ -108,7 +100,7 @@ def _fabricate(request: OfficialRequest) -> int:
     )
     write_config(request.output_dir, data, force=request.force)
     if not request.quiet:
-        print(f"{request.output_dir}: config.json alone, no weights (neither --model_dir nor --meta_ckpt_dir)")
+        output.line(f"{request.output_dir}: config.json alone, no weights (neither --model_dir nor --meta_ckpt_dir)")
     return 0
 
 
@@ -124,7 +116,7 @@ def _config_only(request: OfficialRequest, source: str) -> int:
     finally:
         index.close()
     if not request.quiet:
-        print(f"{request.output_dir}: config.json alone, no weights (--save_config_only)")
+        output.line(f"{request.output_dir}: config.json alone, no weights (--save_config_only)")
     return 0
 
 
@@ -168,5 +160,4 @@ def _with_ranges(request: OfficialRequest, source: str) -> Options:
 
 def run() -> None:
     """The command: `main` for the arguments of this process."""
-    with signals.orderly():
-        signals.leave(main())
+    signals.run(main)

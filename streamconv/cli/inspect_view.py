@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from streamconv.cli.view import dump, table
+from streamconv.cli import output
+from streamconv.cli.view import table
 from streamconv.errors import StreamconvError, printable
 from streamconv.hub import open_source
 from streamconv.matching import match
@@ -43,7 +44,7 @@ def show(source: str, as_json: bool) -> None:
         index.close()
     total = sum(record.nbytes for record in index.tensors.values())
     if as_json:
-        dump(
+        output.dump(
             {
                 "family": family.name,
                 "architecture": model.architecture,
@@ -55,7 +56,8 @@ def show(source: str, as_json: bool) -> None:
             }
         )
         return
-    print(f"{family.name} ({model.architecture}), {len(tensors)} tensors, {show_size(total)} in {len(index.shards)} files\n")
+    output.line(f"{family.name} ({model.architecture}), {len(tensors)} tensors, {show_size(total)} in {len(index.shards)} files")
+    output.line()
     rows = [
         (
             printable(str(t["name"]), 80),
@@ -66,6 +68,7 @@ def show(source: str, as_json: bool) -> None:
         )
         for t, record in zip(tensors, index.tensors.values(), strict=True)
     ]
-    print(table(rows, ("tensor", "dtype", "shape", "size", "becomes")))
+    output.block(table(rows, ("tensor", "dtype", "shape", "size", "becomes")))
     if problem:
-        print(f"\ncannot be converted as it is: {problem}")
+        output.line()
+        output.line(f"cannot be converted as it is: {problem}")

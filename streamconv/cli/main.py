@@ -9,9 +9,9 @@ from typing import Any
 import click
 
 from streamconv import __version__
-from streamconv.cli import effects, output, recipe_option, signals
+from streamconv.cli import effects, ending, output, recipe_option, signals
 from streamconv.cli.flags import CONVERSION, RESOURCES, SAMPLES, options, resources
-from streamconv.errors import StreamconvError, UsageError
+from streamconv.errors import UsageError
 from streamconv.options import Options
 
 
@@ -103,7 +103,7 @@ def convert(
     show_report(report, as_json, quiet)
     recipe_option.compare(out)
     if as_json:
-        view.dump(dataclasses.asdict(report))
+        output.dump(dataclasses.asdict(report))
     return 0
 
 
@@ -112,17 +112,17 @@ def show_report(report: Any, as_json: bool, quiet: bool) -> None:
     from streamconv.memory import show_size
 
     for warning in report.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        output.note(f"warning: {warning}")
     if quiet or as_json:
         return
-    print(
+    output.line(
         f"{report.out}: {report.files} rank file{'s' * (report.files != 1)}, {report.tensors} tensors, "
         f"{show_size(report.bytes_written)} written, {show_size(report.bytes_read)} read in {report.seconds:.1f} s; "
         f"peak memory {show_size(report.peak_memory)} of {show_size(report.budget)} with {report.workers} workers"
         + (f"; {report.resumed} tiles of an earlier run were kept" if report.resumed else "")
     )
     if report.profile:
-        print("seconds: " + ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in report.profile.items()))
+        output.line("seconds: " + ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in report.profile.items()))
 
 
 @cli.command()
@@ -193,7 +193,7 @@ def verify(out: str, source: str | None, with_tensorrt_llm: bool, as_json: bool,
 
 @cli.command()
 @click.argument("model")
-@click.option("--output", "-o", required=True, help="Ranges file to write (safetensors).")
+@click.option("--output", "-o", "ranges", required=True, help="Ranges file to write (safetensors).")
 @options(SAMPLES)
 @click.option(
     "--dtype",
@@ -213,7 +213,7 @@ def verify(out: str, source: str | None, with_tensorrt_llm: bool, as_json: bool,
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:0.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--quiet", "-q", is_flag=True, help="Print errors and warnings only.")
-def calibrate(model: str, output: str, text: str | None, memory_budget: str, as_json: bool, quiet: bool, **values: Any) -> int:
+def calibrate(model: str, ranges: str, text: str | None, memory_budget: str, as_json: bool, quiet: bool, **values: Any) -> int:
     """Measure the activation ranges of MODEL on text, one layer at a time."""
     from streamconv.calibrate.run import calibrate as run_calibration
     from streamconv.cli import view
@@ -223,12 +223,12 @@ def calibrate(model: str, output: str, text: str | None, memory_budget: str, as_
         raise UsageError("calibrate needs --text", hint="a .txt or .jsonl file, a folder of them, or a data set on the Hub")
     limit = parse_size(memory_budget) if memory_budget else None
     progress = view.layers(quiet or as_json)["progress"]
-    told = run_calibration(model, output, text, memory_budget=limit, progress=progress, **values)
+    told = run_calibration(model, ranges, text, memory_budget=limit, progress=progress, **values)
     if as_json:
-        view.dump(told)
+        output.dump(told)
     elif not quiet:
-        print(
-            f"{output}: {told['tensors']} ranges from {told['samples']} samples ({told['tokens']} tokens) in "
+        output.line(
+            f"{ranges}: {told['tensors']} ranges from {told['samples']} samples ({told['tokens']} tokens) in "
             f"{told['seconds']:.1f} s on {told['device']}; peak memory {show_size(told['peak_memory'])}"
         )
     return 0
@@ -241,37 +241,20 @@ def list_(what: str, markdown: bool) -> int:
     """Print the model families or the weight formats."""
     from streamconv.cli import list_view
 
-    print(list_view.show(what, markdown))
+    output.block(list_view.show(what, markdown))
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; gives the exit status and never raises for a user's mistake."""
     arguments = sys.argv[1:] if argv is None else argv
-    return output.arriving(lambda: _main(arguments))
 
+    def command() -> int:
+        return int(cli.main(arguments, prog_name="streamconv", standalone_mode=False) or 0)
 
-def _main(arguments: list[str]) -> int:
-    from streamconv.cli import view
-
-    try:
-        status = cli.main(arguments, prog_name="streamconv", standalone_mode=False)
-        return int(status or 0)
-    except click.exceptions.NoArgsIsHelpError as error:
-        print(error.format_message())
-        return 0
-    except click.ClickException as error:
-        return view.fail(UsageError(error.format_message()), "--json" in arguments)
-    except StreamconvError as error:
-        return view.fail(error, "--json" in arguments)
-    except (KeyboardInterrupt, click.Abort):
-        print("error: interrupted", file=sys.stderr)
-        return 130
-    except SystemExit as error:  # click's answer to a closed pipe
-        return int(error.code or 0)
+    return output.arriving(lambda: ending.status_of(command, "--json" in arguments))
 
 
 def run() -> None:
     """The command: `main` for the arguments of this process."""
-    with signals.orderly():
-        signals.leave(main())
+    signals.run(main)

@@ -9,6 +9,7 @@ import argparse
 from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
+from streamconv.cli import output
 from streamconv.cli.fabricate import Sizes
 from streamconv.errors import UsageError
 from streamconv.options import Options
@@ -53,7 +54,7 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(message, hint="streamconv-convert-checkpoint --help")
 
     def print_help(self, file: Any = None) -> None:
-        print(self.format_help(), end="", file=file)  # argparse's own swallows a write that fails
+        output.block(self.format_help().rstrip("\n"))  # argparse's own swallows a write that fails
 
 
 def _parser() -> _Parser:

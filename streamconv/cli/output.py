@@ -1,52 +1,109 @@
-"""What a command prints arrives, or its exit status says that it did not."""
+"""What a command prints: the only place that does. It arrives, or the exit status says that it did not, and a terminal shows it as it is.
+
+Every line passes `errors.visible`; the streams themselves do the same for what click and libraries write, and escape what their
+encoding lacks.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
-from streamconv.errors import OutputError
+from streamconv.errors import Interrupted, OutputError, StreamconvError, visible
+from streamconv.streams import VisibleStream
 
 CLOSED = 1
 """The status when nobody reads standard output any more (`| head -1`)."""
+
+_PROSE = ("device", "hint", "message", "output_problem", "problem", "problems", "warnings")
+"""Keys of JSON whose values are sentences; names are left as they are, JSON escapes them."""
+
+
+def line(text: str = "") -> None:
+    """A line on standard output."""
+    print(visible(text))
+
+
+def block(text: str) -> None:
+    """Lines on standard output; what comes from files was made visible before it was put among them."""
+    for each in text.split("\n"):
+        line(each)
+
+
+def note(text: str) -> None:
+    """A line on standard error."""
+    print(visible(text), file=sys.stderr, flush=True)
+
+
+def live(text: str) -> None:
+    """A line on a terminal's standard error that replaces the one before it; a line end if it is empty."""
+    print(f"\r{visible(text)}" if text else "", end="" if text else "\n", file=sys.stderr, flush=True)
+
+
+def is_live() -> bool:
+    """Whether somebody watches standard error."""
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
+def dump(content: Mapping[str, Any]) -> None:
+    """A JSON object on standard output, in ASCII."""
+    print(json.dumps({key: _shown(value) if key in _PROSE else value for key, value in content.items()}))
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [visible(str(each)) for each in value]
+    return visible(value) if isinstance(value, str) else value
+
+
+def fail(error: StreamconvError | Interrupted, as_json: bool) -> int:
+    """Print an error the way the command was asked to; gives the exit status."""
+    problems = getattr(error, "problems", ())
+    if as_json:
+        content = {"error": type(error).__name__, "message": error.message, "hint": error.hint, "status": error.exit_status}
+        dump(content | ({"problems": list(problems)} if problems else {}))
+    if len(problems) > 1:
+        note(f"error: {len(problems)} problems")
+        for problem in problems:
+            note(f"  {problem}")
+        if error.hint:
+            note(f"  hint: {error.hint}")
+    else:
+        note(f"error: {error}")
+    return error.exit_status
 
 
 class _Unwritable(Exception):
     """Standard output took nothing. No OSError: those of a disk are somebody else's to explain."""
 
 
-class _Stdout:
+class _Stdout(VisibleStream):
     """Standard output, whose failures can be told from those of other files. A closed pipe stays BrokenPipeError."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
 
     def write(self, text: Any) -> Any:
         with _named():
-            return self._stream.write(text)
+            return super().write(text)
 
     def flush(self) -> None:
         with _named():
-            self._stream.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+            super().flush()
 
 
-class _Stderr(_Stdout):
+class _Stderr(VisibleStream):
     """Standard error: what it does not take is lost, and the work goes on."""
 
     def write(self, text: Any) -> Any:
         with contextlib.suppress(OSError):
-            return self._stream.write(text)
+            return super().write(text)
         return len(text)
 
     def flush(self) -> None:
         with contextlib.suppress(OSError):
-            self._stream.flush()
+            super().flush()
 
 
 @contextlib.contextmanager
@@ -68,8 +125,6 @@ def arriving(command: Callable[[], int]) -> int:
     Returns:
         its status; 6 if standard output cannot be written, told in one line; `CLOSED`, silently, if it is a closed pipe.
     """
-    from streamconv.cli import view
-
     before = sys.stdout, sys.stderr
     # a stream that was closed from the start is None, and print() knows that
     sys.stdout = cast(Any, before[0] and _Stdout(before[0]))
@@ -84,7 +139,7 @@ def arriving(command: Callable[[], int]) -> int:
         return CLOSED
     except _Unwritable as error:
         _forget(before[0])
-        return view.fail(OutputError(f"standard output cannot be written: {error}"), False)
+        return fail(OutputError(f"standard output cannot be written: {error}"), False)
     finally:
         sys.stdout, sys.stderr = before
 

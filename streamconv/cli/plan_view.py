@@ -9,7 +9,8 @@ from typing import Any
 
 from streamconv import fs
 from streamconv.budget import Shares, TileCost
-from streamconv.cli.view import dump, table
+from streamconv.cli import output
+from streamconv.cli.view import table
 from streamconv.memory import show_size
 from streamconv.plan import Plan
 from streamconv.targets.trtllm.config_sections import late_keys
@@ -73,31 +74,32 @@ def show(
     told = content(plan, shares, costs, out) | {"device": device, "output_problem": refused}
     told["disk"]["cache"] = cache
     if as_json:
-        dump(told)
+        output.dump(told)
         return
     options = plan.options
-    print(f"{plan.family}, {plan.dtype.torch}, TensorRT-LLM {options.target_version}, tp {options.tp_size} x pp {options.pp_size}\n")
+    output.line(f"{plan.family}, {plan.dtype.torch}, TensorRT-LLM {options.target_version}, tp {options.tp_size} x pp {options.pp_size}")
+    output.line()
     files = [(f["name"], show_size(f["size"]), str(f["tensors"] or "")) for f in told["files"]]
     if len(files) > 20:
         files = [*files[:8], ("...", "", ""), *files[-3:]]
-    print(table(files, ("file", "size", "tensors")) + "\n")
-    print(table(list(plan.decisions.items()), ("module", "stored as")) + "\n")
+    output.block(table(files, ("file", "size", "tensors")) + "\n")
+    output.block(table(list(plan.decisions.items()), ("module", "stored as")) + "\n")
     memory, disk = told["memory"], told["disk"]
     passes = f", weights in {plan.passes} passes" if plan.passes > 1 else ""
-    print(f"read     {show_size(plan.bytes_read)}{passes}")
-    print(f"write    {show_size(plan.bytes_written)}")
-    print(
+    output.line(f"read     {show_size(plan.bytes_read)}{passes}")
+    output.line(f"write    {show_size(plan.bytes_written)}")
+    output.line(
         f"memory   peak {show_size(memory['peak'])} of {show_size(memory['budget'])}: {show_size(memory['before_first_tile'])} "
         f"before the first tile, {shares.workers} workers x {show_size(shares.arena)}, {show_size(shares.margin)} margin"
     )
-    print(f"tiles    at most {show_size(told['largest_tile'])} of source each")
-    print(f"device   {device}")
+    output.line(f"tiles    at most {show_size(told['largest_tile'])} of source each")
+    output.line(f"device   {device}")
     enough = "enough" if disk["enough"] else "NOT ENOUGH"
-    print(f"disk     {show_size(disk['free'])} free, {show_size(disk['need'])} needed: {enough}")
+    output.line(f"disk     {show_size(disk['free'])} free, {show_size(disk['need'])} needed: {enough}")
     if cache is not None:
         more = f"{show_size(cache['all'])} more, with --hub-keep none at most {show_size(cache['none'])}"
-        print(f"cache    {show_size(cache['free'])} free, the download needs {more}")
+        output.line(f"cache    {show_size(cache['free'])} free, the download needs {more}")
     for note in told["notes"]:
-        print(f"note: {note}")
+        output.line(f"note: {note}")
     for warning in (*plan.warnings, *([f"convert would refuse this output: {refused}"] if refused else [])):
-        print(f"warning: {warning}")
+        output.line(f"warning: {warning}")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
+from streamconv.cli import output
 from streamconv.options import Options, Resources
 from streamconv.recipe import Kind, Recipe
 
@@ -75,7 +75,7 @@ def compare(out: str) -> None:
     found = click.get_current_context().meta.get(_KEY)
     why = found.differences(Path(out)) if isinstance(found, Recipe) else None
     if why is not None and isinstance(found, Recipe):
-        print(f"warning: {out} is not what {found.path} tells of: {why}", file=sys.stderr)
+        output.note(f"warning: {out} is not what {found.path} tells of: {why}")
 
 
 def write(path: str, model: str, out: str | None, options: Options, others: Mapping[str, object], index: Any) -> None:

@@ -9,47 +9,65 @@ import contextlib
 import os
 import signal
 import sys
-import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
+from streamconv import process, streams
+from streamconv.cli import output
 from streamconv.errors import Interrupted
 
 GRACE = 4.5
 """Seconds after which the process ends, whatever it waits for (a disk that hangs)."""
 
+_CAUGHT = (signal.SIGINT, signal.SIGTERM)
 
-@contextlib.contextmanager
-def orderly() -> Iterator[None]:
-    """Raise Interrupted in the main thread at the first signal; to be used in the main thread."""
-    caught = (signal.SIGINT, signal.SIGTERM)
-    watchdog: list[threading.Timer] = []
+
+def run(command: Callable[[], int]) -> NoReturn:
+    """Run a command in this process and end it with the command's exit status; to be used in the main thread.
+
+    The first signal raises Interrupted in the main thread. The status is 128 + signal then, even if something between here
+    and there swallowed it.
+    """
+    streams.open_standard_streams()
+    streams.ask_nothing()
+    process.raise_file_limit()
+    sys.path[:] = process.import_path()
+    came: list[int] = []
 
     def stop(signum: int, _: FrameType | None) -> None:
-        for number in caught:
+        for number in _CAUGHT:
             signal.signal(number, signal.SIG_DFL)
-        watchdog.append(threading.Timer(GRACE, os._exit, (128 + signum,)))
-        watchdog[0].daemon = True
-        watchdog[0].start()
+        came.append(signum)
+        if process.start_thread(_end_later, "watchdog", 128 + signum) is None:
+            signal.alarm(int(GRACE) + 1)
         raise Interrupted(f"stopped by {signal.Signals(signum).name}", signum=signum)
 
-    # what the parent told us to ignore (nohup, a background job) stays ignored
-    before = {number: signal.getsignal(number) for number in caught}
-    for number in caught:
-        if before[number] is not signal.SIG_IGN:
-            signal.signal(number, stop)
+    status = 1
     try:
-        yield
-    finally:
-        if not watchdog:
-            for number in caught:
-                signal.signal(number, before[number])
+        for number in _CAUGHT:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # what the parent told us to ignore (nohup) stays ignored
+                signal.signal(number, stop)
+        status = command()
+    except Interrupted as error:  # before or after the command's own care
+        interrupted = error
+        output.arriving(lambda: output.fail(interrupted, False))
+    _leave(128 + came[0] if came else status)
 
 
-def leave(status: int) -> NoReturn:
-    """End the process now: taking an interpreter with a compiler in it apart costs as long as 200 MB of a model."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # None where it was closed from the start
-            stream.flush()
+def _end_later(status: int) -> None:
+    time.sleep(GRACE)
     os._exit(status)
+
+
+def _leave(status: int) -> NoReturn:
+    """End the process now: taking an interpreter with a compiler in it apart costs as long as 200 MB of a model."""
+    try:
+        for number in _CAUGHT:
+            signal.signal(number, signal.SIG_IGN)  # the command has ended
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+    finally:
+        os._exit(status)

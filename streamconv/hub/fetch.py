@@ -13,6 +13,7 @@ from streamconv.fs import free_space
 from streamconv.hub.shard import AT_A_TIME, HubShard
 from streamconv.journal import Done
 from streamconv.plan import Plan, SourceTensor
+from streamconv.process import start_thread
 
 
 class Fetch:
@@ -43,7 +44,6 @@ class Fetch:
                 if sum(done.stop - done.start for done in past.get(number, ())) < rows:
                     wanted[shard] = None
         self._order = tuple(wanted)
-        self._thread = threading.Thread(target=self._ahead, name="hub-fetch", daemon=True)
 
     def start(self) -> None:
         """Check the space and begin with the first file.
@@ -63,7 +63,7 @@ class Fetch:
             )
         for shard in self._left:
             shard.fetch = self
-        self._thread.start()
+        start_thread(self._ahead, "hub-fetch")  # without one each file is fetched when it is needed
 
     def reached(self, shard: HubShard) -> None:
         """A worker needs this file now."""

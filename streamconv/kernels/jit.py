@@ -3,53 +3,57 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from streamconv.cache_folder import cache_folder
 
-def _cache_home() -> Path:
-    """A folder of its own for every state of the kernels: numba looks only at the file of the function it compiled, and
-    would go on running old copies of the functions that it calls."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    base = os.environ.get("NUMBA_CACHE_DIR")
-    if not base:
-        home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-        base = os.path.join(home, "streamconv", "numba")
-    name = digest.hexdigest()[:16]
-    return Path(base) if Path(base).name == name else Path(base) / name  # a child process inherits the finished name
+_CONFIG = ".numba_config.yaml"
 
 
-def _prepare() -> bool:
-    """Choose the cache folder before numba is imported; False if there is none to write to."""
-    folder = _cache_home()
+def _import_numba() -> None:
+    """Numba takes settings from the current folder, at its import and later, and that may be a downloaded model."""
+    here = os.open(os.curdir, os.O_RDONLY | os.O_DIRECTORY) if os.path.lexists(_CONFIG) else None
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        usable = os.access(folder, os.W_OK | os.X_OK)
-    except OSError:
-        usable = False
-    if usable:
-        os.environ["NUMBA_CACHE_DIR"] = str(folder)
-    return usable
+        if here is not None:
+            os.chdir(os.sep)
+        importlib.import_module("numba.core.config").__dict__["_config_fname"] = os.devnull
+    finally:
+        if here is not None:
+            os.fchdir(here)
+            os.close(here)
 
 
-_CACHED = _prepare()
+_import_numba()
 
 import numba  # noqa: E402
 from numba.extending import intrinsic  # noqa: E402
 
 
-def jit(function: Callable[..., Any]) -> Callable[..., Any]:
+def _kernel_folder() -> Path | None:
+    """A folder of its own for every state of the kernels: a function is compiled together with those that it calls."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return cache_folder(os.path.join("numba", digest.hexdigest()[:16]), os.environ.get("NUMBA_CACHE_DIR"))
+
+
+_FOLDER = _kernel_folder()
+
+
+def jit(function: Callable[..., Any]) -> Any:
     """Compile on first use, once per argument types; cached on disk where that is possible."""
-    if _CACHED:
+    compiled: Any = numba.njit(nogil=True, error_model="numpy")(function)
+    if _FOLDER is not None:
         try:
-            return numba.njit(nogil=True, cache=True, error_model="numpy")(function)
-        except RuntimeError:
-            pass  # the cache folder went away, or is not usable after all
-    return numba.njit(nogil=True, error_model="numpy")(function)
+            from streamconv.kernels.cache import KernelCache
+        except ImportError:  # a numba that is made otherwise inside
+            return compiled
+        compiled._cache = KernelCache(_FOLDER, function)
+    return compiled
 
 
 def _reinterpret(source: Any, target: Any) -> Any:

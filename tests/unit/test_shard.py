@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 from streamconv.checkpoint.shard import Shard
+from streamconv.cli.main import main
 from streamconv.errors import CheckpointError, SourceChangedError
+from tests import tiny
 
 DATA = bytes(i * 7 % 251 for i in range(100_000))
 
@@ -210,3 +216,28 @@ def test_many_threads_open_once(path: Path) -> None:
         thread.join()
     assert len(set(seen)) == 1
     shard.close()
+
+
+@pytest.mark.parametrize("hard", [20_000, 48])
+def test_more_shards_than_the_limit_of_open_files(hard: int, tmp_path: Path) -> None:
+    """The soft limit is raised; where the hard one is too low, idle shards are closed and open again."""
+    model, files = tmp_path / "model", {}
+    model.mkdir()
+    weights = tiny.tensors()
+    first = [name for name in weights if name.startswith("model.layers.0.")]
+    weights |= {name.replace(".0.", f".{layer}."): weights[name] for layer in range(8) for name in first}
+    for number, (name, value) in enumerate(weights.items()):
+        files[name] = f"model-{number:05d}-of-{len(weights):05d}.safetensors"
+        save_file({name: value}, model / files[name])
+    (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    (model / "config.json").write_text(json.dumps(tiny.config(num_hidden_layers=8)))
+    code = (
+        "import resource, sys; hard = int(sys.argv.pop(1)); resource.setrlimit(resource.RLIMIT_NOFILE, (40, hard))\n"
+        "from streamconv import api; from streamconv.options import Options\n"
+        "api.convert(sys.argv[1], sys.argv[2], Options())"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(hard), str(model), str(tmp_path / "out")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    plain = tiny.write(tmp_path / "plain", weights, tiny.config(num_hidden_layers=8))
+    assert main(["convert", str(plain), str(tmp_path / "right"), "--quiet"]) == 0
+    assert (tmp_path / "out" / "rank0.safetensors").read_bytes() == (tmp_path / "right" / "rank0.safetensors").read_bytes()

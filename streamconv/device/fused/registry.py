@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+from streamconv.cache_folder import cache_folder
 from streamconv.checkpoint.dtypes import F16, DType
 from streamconv.quants.base import Encoding
 from streamconv.quants.fp8_rowwise import FLOOR, Fp8Rowwise
@@ -49,6 +51,8 @@ def works(device: torch.device) -> str | None:
     """Why there are no fused kernels on a device, None if there are: tries one."""
     import torch
 
+    if "TRITON_CACHE_DIR" not in os.environ and (folder := cache_folder("triton")) is not None:
+        os.environ["TRITON_CACHE_DIR"] = str(folder)  # Triton's own is as open as the umask
     try:
         block = torch.tensor([[1.5, -2.25]], dtype=torch.bfloat16, device=device)
         out = torch.empty(4, dtype=torch.uint8, device=device)
