@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from streamconv import memory
 from streamconv.budget import Shares, TileCost
@@ -19,11 +19,12 @@ from streamconv.errors import DataError, printable
 from streamconv.fs import OutputFolder
 from streamconv.journal import Done, Journal, Recorder
 from streamconv.order import Order, Stop
-from streamconv.plan import Plan, Span
+from streamconv.plan import Dest, Plan, Span
+from streamconv.quants import factors
 from streamconv.quants.base import Findings
 from streamconv.results import Results
 from streamconv.resume import believe
-from streamconv.stages.encode import Request, encode, is_copy, requests, row_costs
+from streamconv.stages.encode import Request, encode, is_copy, requests, row_costs, width
 from streamconv.stages.read import give_back, read_rows, spare_bytes_per_row
 
 if TYPE_CHECKING:
@@ -34,6 +35,12 @@ FLOOR = 64 * memory.MIB
 """While less than this is free, only one worker goes on."""
 _LOOK = 0.25
 """Seconds between two looks at the free memory."""
+
+
+class Sink(Protocol):
+    """Takes encoded bytes of a rank file: the output folder, or what holds them against one. Called from worker threads."""
+
+    def write(self, name: str, offset: int, data: bytes | memoryview) -> None: ...
 
 
 PHASES = ("read", "compute", "hash", "write")
@@ -78,7 +85,7 @@ class Pool:
     Args:
         plan: what to do.
         shards: the source files the plan's pieces point into.
-        folder: where the rank files lie, at full size, headers written.
+        folder: takes the bytes; for a conversion the rank files, at full size, headers written.
         shares: workers and arena size.
         costs: tile cost of every span, as in plan.spans.
         tile_rows: bound on a tile's source rows (tests).
@@ -93,7 +100,7 @@ class Pool:
         self,
         plan: Plan,
         shards: Sequence[Shard],
-        folder: OutputFolder,
+        folder: Sink,
         shares: Shares,
         costs: Sequence[TileCost],
         tile_rows: int | None,
@@ -106,10 +113,10 @@ class Pool:
         self.plan, self.shards, self.folder, self.shares = plan, shards, folder, shares
         self.costs, self.tile_rows, self.progress, self.devices = costs, tile_rows, progress, devices
         self.past, self.consumed = past or {}, consumed
-        self._recorder = Recorder(journal, folder, self.fail) if journal is not None else None
+        self._recorder = Recorder(journal, folder, self.fail) if journal is not None and isinstance(folder, OutputFolder) else None
         self.outcome = Outcome()
         self._order = Order(plan.matrices)
-        self._results = Results(plan.spans)
+        self.results = Results(plan.spans)
         self._tiles = self._cut()
         self._lock = threading.Lock()
         self._error: BaseException | None = None
@@ -190,7 +197,7 @@ class Pool:
                 self._error = error
             self._tiles = iter(())
         self._order.stop()
-        self._results.stop()
+        self.results.stop()
 
     def _work(self, number: int) -> None:
         import mmap
@@ -243,7 +250,7 @@ class Pool:
     def _believe(self, tile: Tile, done: Done, arena: np.ndarray[Any, Any]) -> bool:
         """Take a tile of an earlier run as it is, if its bytes are still those that were recorded."""
         span = self.plan.spans[tile.span]
-        if not believe(self.plan, done, self.folder, self._order, arena):
+        if not isinstance(self.folder, OutputFolder) or not believe(self.plan, done, self.folder, self._order, arena):
             return False
         with self._lock:
             self.outcome.resumed += 1
@@ -285,12 +292,12 @@ class Pool:
             if request in made:
                 parts, findings = made[request].parts, made[request].findings
             else:
-                findings, bound = Findings(), (request[0], request[1].bind(self._results, span.source.name))
+                findings, bound = Findings(), (request[0], request[1].bind(self.results, span.source.name))
                 parts = encode(bound, span, rows, block, space, findings)
                 space = space[-(-row_costs(request, span)[0] * rows // 64) * 64 :]
             now = time.monotonic()
             spent["compute"] += now - began
-            self._judge(span, request[1].quantizes, findings)
+            self._judge(span, request, dests[0], findings, parts)
             found.add(findings)
             hashes.append(tuple(xxhash.xxh3_128(part.data).hexdigest() for part in parts))
             for dest in dests:
@@ -317,15 +324,15 @@ class Pool:
             raise AssertionError(f"{span.source.name}: nothing to reduce")
         kernel = span.reduce.kernel(span.source.dtype)
         if slot is not None:
-            found = slot.reduce(span, rows, block, self._results).numpy()
+            found = slot.reduce(span, rows, block, self.results).numpy()
         elif kernel is not None:
             found = kernel(block.view(span.source.dtype.storage), rows, span.source.cols)
         else:
             import torch
 
             matrix = torch.from_numpy(block).view(getattr(torch, span.source.dtype.torch)).reshape(rows, span.source.cols)
-            found = span.reduce.tile(matrix, self._results).numpy()
-        self._results.add(span.reduce.key, rows, found)
+            found = span.reduce.tile(matrix, self.results).numpy()
+        self.results.add(span.reduce.key, rows, found)
 
     def _did(self, tile: Tile, stored: int, written: int, spent: Mapping[str, float]) -> None:
         with self._lock:
@@ -349,19 +356,33 @@ class Pool:
         if slot is None:
             return {}, space
         jobs = {
-            request: Job((request[0], request[1].bind(self._results, span.source.name)))
+            request: Job((request[0], request[1].bind(self.results, span.source.name)))
             for request in wanted
             if not is_copy(request, span.source.dtype)
         }
         return jobs, slot.encode(list(jobs.values()), span, rows, block, space) if jobs else space
 
-    def _judge(self, span: Span, quantizes: bool, findings: Findings) -> None:
-        name = span.source.name
-        if findings.nonfinite and quantizes and not self.plan.options.allow_nonfinite:
+    def _judge(
+        self, span: Span, request: Request, dest: Dest, findings: Findings, parts: Sequence[np.ndarray[Any, Any]]
+    ) -> None:
+        """Stop at what must not be written.
+
+        Raises:
+            DataError: names the tensor, the value and what it follows from.
+        """
+        name, matrix, encoding = span.source.name, self.plan.matrices[dest.matrix], request[1]
+        if findings.nonfinite and encoding.quantizes and not self.plan.options.allow_nonfinite:
             raise DataError(
                 f"{printable(name)}: NaN or infinity in a weight that is to be quantized",
                 hint="--allow-nonfinite goes on: NaN becomes 0, infinity the largest finite value of its channel",
             )
+        if findings.overflow and encoding.computed:
+            told = f"{findings.overflow} values of {printable(name)} become infinite"
+            raise DataError(f"{matrix.places[0].tensor}: {told}", hint=encoding.cause() or None)
+        for place, part, data in zip(matrix.places, encoding.parts(encoding.row_align, width(request)), parts, strict=True):
+            problem = factors.problem(place.tensor, part.dtype, data, matrix.rows == matrix.cols == 1)
+            if problem:
+                raise DataError(f"{problem}, from {printable(name)}", hint=encoding.cause() or None)
         self._count(name, findings.overflow, findings.nonfinite)
 
     def _count(self, name: str, overflow: int, nonfinite: int) -> None:

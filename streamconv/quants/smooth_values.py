@@ -26,6 +26,8 @@ class SmoothNorm(Encoding):
     dtype: DType
     bound: Bound | None = None
 
+    computed = True
+
     @property
     def name(self) -> str:  # type: ignore[override]
         return f"{self.dtype.name}, divided by the smoother"
@@ -37,6 +39,9 @@ class SmoothNorm(Encoding):
     @property
     def loads_torch(self) -> bool:  # type: ignore[override]
         return self.smoother.loads_torch
+
+    def cause(self) -> str:
+        return self.smoother.cause(None)
 
     def bind(self, known: Known, source: str) -> SmoothNorm:
         return replace(self, bound=bound_to(self.smoother, known, None))
@@ -120,6 +125,9 @@ class SmoothValue(Encoding):
     @property
     def loads_torch(self) -> bool:  # type: ignore[override]
         return self.smoother.loads_torch
+
+    def cause(self) -> str:
+        return self.smoother.cause(self.outputs)
 
     def bind(self, known: Known, source: str) -> SmoothValue:
         bound = bound_to(self.smoother, known, self.largest)

@@ -106,6 +106,16 @@ class Smoother:
         sx = 127.0 / float((inputs / smoother).max())
         return Bound(smoother, sx, doubt=(sx, sx))
 
+    def cause(self, outputs: float | None) -> str:
+        """The ranges that its values follow from, for errors.
+
+        Args:
+            outputs: the largest output of the weights, None where it does not count.
+        """
+        inputs = self.ranges.vector(self.module + ".x")
+        told = f"{printable(self.module)}.x in {printable(str(self.ranges.path))} is {inputs.min():g} to {inputs.max():g}"
+        return told + (f", the largest output (.y) {outputs:g}" if outputs is not None else "") + "; measure the ranges again"
+
     @property
     def loads_torch(self) -> bool:
         """`find` needs torch's powers (for alpha 1/2 only in a case that nobody has met)."""
