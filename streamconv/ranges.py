@@ -88,9 +88,8 @@ class Ranges:
         """
         found, name = max((float(self.vector(name).max()), name) for name in names)
         if found < _LEAST:
-            raise DataError(
-                f"{printable(str(self.path))}: {printable(name)}: the largest value is {found:g}, too small for a scale", hint="measure it again"
-            )
+            where = f"{printable(str(self.path))}: {printable(name)}"
+            raise DataError(f"{where}: the largest value is {found:g}, too small for a scale", hint="measure it again")
         return found
 
     def check(self, wanted: dict[str, int]) -> None:
