@@ -15,16 +15,15 @@ from streamconv.budget import Shares, TileCost
 from streamconv.checkpoint.shard import Shard
 from streamconv.device.ring import Slot
 from streamconv.device.step import Job
-from streamconv.errors import DataError, printable
 from streamconv.fs import OutputFolder
 from streamconv.journal import Done, Journal, Recorder
 from streamconv.order import Order, Stop
-from streamconv.plan import Dest, Plan, Span
-from streamconv.quants import factors
+from streamconv.plan import Plan, Span
 from streamconv.quants.base import Findings
 from streamconv.results import Results
 from streamconv.resume import believe
-from streamconv.stages.encode import Request, encode, is_copy, requests, row_costs, width
+from streamconv.stages.encode import Request, encode, is_copy, requests, row_costs
+from streamconv.stages.judge import judge
 from streamconv.stages.read import give_back, read_rows, spare_bytes_per_row
 
 if TYPE_CHECKING:
@@ -297,7 +296,8 @@ class Pool:
                 space = space[-(-row_costs(request, span)[0] * rows // 64) * 64 :]
             now = time.monotonic()
             spent["compute"] += now - began
-            self._judge(span, request, dests[0], findings, parts)
+            judge(self.plan, span, request, dests[0], findings, parts)
+            self._count(span.source.name, findings.overflow, findings.nonfinite)
             found.add(findings)
             hashes.append(tuple(xxhash.xxh3_128(part.data).hexdigest() for part in parts))
             for dest in dests:
@@ -361,29 +361,6 @@ class Pool:
             if not is_copy(request, span.source.dtype)
         }
         return jobs, slot.encode(list(jobs.values()), span, rows, block, space) if jobs else space
-
-    def _judge(
-        self, span: Span, request: Request, dest: Dest, findings: Findings, parts: Sequence[np.ndarray[Any, Any]]
-    ) -> None:
-        """Stop at what must not be written.
-
-        Raises:
-            DataError: names the tensor, the value and what it follows from.
-        """
-        name, matrix, encoding = span.source.name, self.plan.matrices[dest.matrix], request[1]
-        if findings.nonfinite and encoding.quantizes and not self.plan.options.allow_nonfinite:
-            raise DataError(
-                f"{printable(name)}: NaN or infinity in a weight that is to be quantized",
-                hint="--allow-nonfinite goes on: NaN becomes 0, infinity the largest finite value of its channel",
-            )
-        if findings.overflow and encoding.computed:
-            told = f"{findings.overflow} values of {printable(name)} become infinite"
-            raise DataError(f"{matrix.places[0].tensor}: {told}", hint=encoding.cause() or None)
-        for place, part, data in zip(matrix.places, encoding.parts(encoding.row_align, width(request)), parts, strict=True):
-            problem = factors.problem(place.tensor, part.dtype, data, matrix.rows == matrix.cols == 1)
-            if problem:
-                raise DataError(f"{problem}, from {printable(name)}", hint=encoding.cause() or None)
-        self._count(name, findings.overflow, findings.nonfinite)
 
     def _count(self, name: str, overflow: int, nonfinite: int) -> None:
         with self._lock:
