@@ -183,7 +183,8 @@ class SmoothValue(Encoding):
         if self.what == "smoother":
             return bound.smoother[self.keep[0] : self.keep[1]].astype(np.float32)
         if self.what == "activation":
-            return np.array([bound.activation], np.float32)
+            with np.errstate(over="ignore"):  # an infinite one is refused when it is written
+                return np.array([bound.activation]).astype(np.float32)
         scale, inverted = one_scale(bound.largest) if bound.largest is not None else (1.0, 1.0)
         if self.outputs is None:
             return np.array([inverted], np.float32)

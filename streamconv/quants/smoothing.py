@@ -100,7 +100,9 @@ class Smoother:
             if found is not None:
                 smoother, top, doubt = found
                 least, greatest = 127.0 / doubt[1], 127.0 / doubt[0]
-                if np.float32(least) == np.float32(greatest):
+                with np.errstate(over="ignore"):  # an infinite one is refused when it is written
+                    settled = np.float32(least) == np.float32(greatest)
+                if settled:
                     return Bound(smoother, 127.0 / top, doubt=(least, greatest))
         smoother = np.maximum(power(inputs, self.alpha) / roots, 1e-5)
         sx = 127.0 / float((inputs / smoother).max())

@@ -72,7 +72,7 @@ def test_fp8_weights_too_small_for_a_scale(tmp_path: Path) -> None:
     weights[MODULE + ".weight"] = np.full_like(weights[MODULE + ".weight"], 1e-42)
     source = tiny.write(tmp_path / "in", weights, tiny.config(torch_dtype="float32"))
     ranges = _ranges(tmp_path / "ranges.safetensors", {})
-    with pytest.raises(DataError, match=r"layers\.1\.mlp\.proj\.weights_scaling_factor: 0 is too small to divide by"):
+    with pytest.raises(DataError, match=r"layers\.1\.mlp\.proj\.weights_scaling_factor: 2\.8026e-45 is too small to divide by"):
         api.convert(source, tmp_path / "out", Options(quant="fp8", activation_ranges=str(ranges)))
 
 
