@@ -21,9 +21,9 @@ import torch
 
 from streamconv import api, manifest
 from streamconv.checkpoint.shard import Shard
+from streamconv.measured import decoded
 from streamconv.options import Options, Resources
 from streamconv.plan import SourceTensor
-from streamconv.verify import decoded
 
 PROMPT = "The capital of France is"
 

@@ -12,7 +12,7 @@
     │   ├── LockedError           another run holds the output
     │   └── ResumeError           unfinished work for something else is in the way
     ├── VerifyError           7   a written checkpoint is not what it should be
-    ├── DataError             8   the weights hold values that must not be quantized (NaN, infinity)
+    ├── DataError             8   weights or ranges hold values that must not be quantized (NaN, infinity, no finite scale)
     └── HubError              9   the Hugging Face Hub did not give what was asked for
 
     BaseException

@@ -8,14 +8,14 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from streamconv import memory
 from streamconv.budget import Shares, TileCost
 from streamconv.checkpoint.shard import Shard
 from streamconv.device.ring import Slot
 from streamconv.device.step import Job
-from streamconv.errors import BudgetError, DataError, printable
+from streamconv.errors import BudgetError
 from streamconv.fs import OutputFolder
 from streamconv.journal import Done, Journal, Recorder
 from streamconv.order import Order, Stop
@@ -25,6 +25,7 @@ from streamconv.quants.base import Findings
 from streamconv.results import Results
 from streamconv.resume import believe
 from streamconv.stages.encode import Request, encode, is_copy, requests, row_costs
+from streamconv.stages.judge import judge
 from streamconv.stages.read import give_back, read_rows, spare_bytes_per_row
 
 if TYPE_CHECKING:
@@ -35,6 +36,12 @@ FLOOR = 64 * memory.MIB
 """While less than this is free, only one worker goes on."""
 _LOOK = 0.25
 """Seconds between two looks at the free memory."""
+
+
+class Sink(Protocol):
+    """Takes encoded bytes of a rank file: the output folder, or what holds them against one. Called from worker threads."""
+
+    def write(self, name: str, offset: int, data: bytes | memoryview) -> None: ...
 
 
 PHASES = ("read", "compute", "hash", "write")
@@ -79,7 +86,7 @@ class Pool:
     Args:
         plan: what to do.
         shards: the source files the plan's pieces point into.
-        folder: where the rank files lie, at full size, headers written.
+        folder: takes the bytes; for a conversion the rank files, at full size, headers written.
         shares: workers and arena size.
         costs: tile cost of every span, as in plan.spans.
         tile_rows: bound on a tile's source rows (tests).
@@ -94,7 +101,7 @@ class Pool:
         self,
         plan: Plan,
         shards: Sequence[Shard],
-        folder: OutputFolder,
+        folder: Sink,
         shares: Shares,
         costs: Sequence[TileCost],
         tile_rows: int | None,
@@ -107,10 +114,10 @@ class Pool:
         self.plan, self.shards, self.folder, self.shares = plan, shards, folder, shares
         self.costs, self.tile_rows, self.progress, self.devices = costs, tile_rows, progress, devices
         self.past, self.consumed = past or {}, consumed
-        self._recorder = Recorder(journal, folder, self.fail) if journal is not None else None
+        self._recorder = Recorder(journal, folder, self.fail) if journal is not None and isinstance(folder, OutputFolder) else None
         self.outcome = Outcome()
         self._order = Order(plan.matrices)
-        self._results = Results(plan.spans)
+        self.results = Results(plan.spans)
         self._tiles = self._cut()
         self._lock = threading.Lock()
         self._error: BaseException | None = None
@@ -191,7 +198,7 @@ class Pool:
                 self._error = error
             self._tiles = iter(())
         self._order.stop()
-        self._results.stop()
+        self.results.stop()
 
     def _work(self, number: int) -> None:
         import mmap
@@ -244,7 +251,7 @@ class Pool:
     def _believe(self, tile: Tile, done: Done, arena: np.ndarray[Any, Any]) -> bool:
         """Take a tile of an earlier run as it is, if its bytes are still those that were recorded."""
         span = self.plan.spans[tile.span]
-        if not believe(self.plan, done, self.folder, self._order, arena):
+        if not isinstance(self.folder, OutputFolder) or not believe(self.plan, done, self.folder, self._order, arena):
             return False
         with self._lock:
             self.outcome.resumed += 1
@@ -286,12 +293,13 @@ class Pool:
             if request in made:
                 parts, findings = made[request].parts, made[request].findings
             else:
-                findings, bound = Findings(), (request[0], request[1].bind(self._results, span.source.name))
+                findings, bound = Findings(), (request[0], request[1].bind(self.results, span.source.name))
                 parts = encode(bound, span, rows, block, space, findings)
                 space = space[-(-row_costs(request, span)[0] * rows // 64) * 64 :]
             now = time.monotonic()
             spent["compute"] += now - began
-            self._judge(span, request[1].quantizes, findings)
+            judge(self.plan, span, request, dests[0], findings, parts)
+            self._count(span.source.name, findings.overflow, findings.nonfinite)
             found.add(findings)
             hashes.append(tuple(xxhash.xxh3_128(part.data).hexdigest() for part in parts))
             for dest in dests:
@@ -318,15 +326,15 @@ class Pool:
             raise AssertionError(f"{span.source.name}: nothing to reduce")
         kernel = span.reduce.kernel(span.source.dtype)
         if slot is not None:
-            found = slot.reduce(span, rows, block, self._results).numpy()
+            found = slot.reduce(span, rows, block, self.results).numpy()
         elif kernel is not None:
             found = kernel(block.view(span.source.dtype.storage), rows, span.source.cols)
         else:
             import torch
 
             matrix = torch.from_numpy(block).view(getattr(torch, span.source.dtype.torch)).reshape(rows, span.source.cols)
-            found = span.reduce.tile(matrix, self._results).numpy()
-        self._results.add(span.reduce.key, rows, found)
+            found = span.reduce.tile(matrix, self.results).numpy()
+        self.results.add(span.reduce.key, rows, found)
 
     def _did(self, tile: Tile, stored: int, written: int, spent: Mapping[str, float]) -> None:
         with self._lock:
@@ -350,20 +358,11 @@ class Pool:
         if slot is None:
             return {}, space
         jobs = {
-            request: Job((request[0], request[1].bind(self._results, span.source.name)))
+            request: Job((request[0], request[1].bind(self.results, span.source.name)))
             for request in wanted
             if not is_copy(request, span.source.dtype)
         }
         return jobs, slot.encode(list(jobs.values()), span, rows, block, space) if jobs else space
-
-    def _judge(self, span: Span, quantizes: bool, findings: Findings) -> None:
-        name = span.source.name
-        if findings.nonfinite and quantizes and not self.plan.options.allow_nonfinite:
-            raise DataError(
-                f"{printable(name)}: NaN or infinity in a weight that is to be quantized",
-                hint="--allow-nonfinite goes on: NaN becomes 0, infinity the largest finite value of its channel",
-            )
-        self._count(name, findings.overflow, findings.nonfinite)
 
     def _count(self, name: str, overflow: int, nonfinite: int) -> None:
         with self._lock:

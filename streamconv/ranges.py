@@ -14,12 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 from streamconv.checkpoint.header import read_header
 from streamconv.checkpoint.shard import Shard
-from streamconv.errors import TensorError, UsageError, printable
+from streamconv.errors import DataError, TensorError, UsageError, printable
 
 if TYPE_CHECKING:
     import numpy as np
 
 HINT = "run `streamconv calibrate MODEL -o FILE ...` and pass --activation-ranges FILE"
+
+
+_LEAST = 448 * 2.0**-126
+"""A scale is at least a 448th of the range; below the normal numbers of float32 its reciprocal is infinite."""
 
 
 class Ranges:
@@ -77,8 +81,16 @@ class Ranges:
         return values
 
     def largest(self, names: list[str]) -> float:
-        """The maximum over some vectors; a float32 value."""
-        return max(float(self.vector(name).max()) for name in names)
+        """The maximum over some vectors; a float32 value, large enough for a scale that is made from it.
+
+        Raises:
+            DataError: it is so small that its scale could not be divided by.
+        """
+        found, name = max((float(self.vector(name).max()), name) for name in names)
+        if found < _LEAST:
+            where = f"{printable(str(self.path))}: {printable(name)}"
+            raise DataError(f"{where}: the largest value is {found:g}, too small for a scale", hint="measure it again")
+        return found
 
     def check(self, wanted: dict[str, int]) -> None:
         """Check vectors (name -> length).

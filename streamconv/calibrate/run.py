@@ -115,7 +115,7 @@ def torch_device(name: str) -> str:
     return f"cuda:{int(number or 0)}"
 
 
-@contextmanager
+@contextlib.contextmanager
 def current(device: str) -> Iterator[None]:
     """The device is this thread's current one: a library's own kernels run there, wherever their tensors lie."""
     import torch

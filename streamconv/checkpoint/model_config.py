@@ -188,7 +188,7 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     moe = architecture.startswith("Mixtral") or "Moe" in architecture
     experts = whole("num_local_experts") if moe else count("num_local_experts")
     per_token = whole("num_experts_per_tok") if moe else count("num_experts_per_tok")
-    width = count("moe_intermediate_size")
+    width = 0 if architecture.startswith("Mixtral") else count("moe_intermediate_size")  # Mixtral's experts have intermediate_size
     positions = whole("max_position_embeddings")
     eps = number("rms_norm_eps", 1e-06)
     act = text("hidden_act")

@@ -46,6 +46,17 @@ def check(context: click.Context, model: str, options: Options) -> None:
         raise UsageError("; ".join(told), hint="leave it out" if len(told) == 1 else "leave them out")
 
 
+def needs(context: click.Context, other: str, flags: Collection[str]) -> None:
+    """Refuse flags that were typed and have no effect without `other`.
+
+    Raises:
+        UsageError: names every such flag.
+    """
+    told = [f"{_flag(name)} has no effect without {_flag(other)}" for name in flags if name in typed(context)]
+    if told:
+        raise UsageError("; ".join(told), hint="leave it out" if len(told) == 1 else "leave them out")
+
+
 def _without_effect(names: Collection[str], values: dict[str, Any], model: str, options: Options) -> Iterator[str]:
     if not values.get("text"):
         yield from (f"{_flag(name)} has no effect without --text" for name in _SAMPLES if name in names)

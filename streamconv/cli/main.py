@@ -177,16 +177,36 @@ def inspect(model: str, as_json: bool) -> int:
 
 @cli.command()
 @click.argument("out")
-@click.option("--source", help="The checkpoint it was made from: decode every tensor and compare.")
+@click.option("--source", help="The checkpoint it was made from: encode it again and compare every byte.")
+@click.option("--activation-ranges", metavar="FILE", help="--source: where the ranges are, if not where they were.")
+@click.option("--memory-budget", help="--source: ceiling of this process's memory, e.g. 2GiB. Default: from what is free.")
+@click.option("--workers", default="auto", show_default=True, help="--source: worker threads, or auto.")
 @click.option("--with-tensorrt-llm", is_flag=True, help="TensorRT-LLM's own reader has to accept every rank (streamconv[tensorrt-llm]).")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--quiet", "-q", is_flag=True, help="Print errors and warnings only.")
-def verify(out: str, source: str | None, with_tensorrt_llm: bool, as_json: bool, quiet: bool) -> int:
-    """Check a converted folder: structure, every tensor against config.json, hashes and, with --source, the values themselves."""
+def verify(
+    out: str,
+    source: str | None,
+    activation_ranges: str | None,
+    memory_budget: str | None,
+    workers: str,
+    with_tensorrt_llm: bool,
+    as_json: bool,
+    quiet: bool,
+) -> int:
+    """Check a converted folder: structure, every tensor against config.json, hashes and, with --source, every byte against MODEL."""
     from streamconv.cli import verify_view
     from streamconv.verify import verify as check
 
-    verdict = check(out, source, with_tensorrt_llm=with_tensorrt_llm)
+    if source is None:
+        effects.needs(click.get_current_context(), "source", ("activation_ranges", "memory_budget", "workers"))
+    verdict = check(
+        out,
+        source,
+        with_tensorrt_llm=with_tensorrt_llm,
+        activation_ranges=activation_ranges,
+        resources=resources(memory_budget, workers, "cpu"),
+    )
     verify_view.show(out, verdict, as_json, quiet)
     return 7 if verdict.problems else 0
 

@@ -108,6 +108,9 @@ class Encoding(ABC):
     quantizes: bool = False
     """True if NaN and infinity must stop the conversion."""
 
+    computed: bool = False
+    """True if a finite value that becomes infinite must stop the conversion: a factor that was computed is the cause, and no cast."""
+
     needs: tuple[str, ...] = ()
     """Keys of the reductions that must be complete before rows can be encoded."""
 
@@ -117,6 +120,10 @@ class Encoding(ABC):
     def bind(self, known: Known, source: str) -> Encoding:
         """This encoding with the results it needs, for rows of the source tensor `source`."""
         return self
+
+    def cause(self) -> str:
+        """What its scales follow from beside the weights, for errors; empty if nothing."""
+        return ""
 
     @abstractmethod
     def parts(self, rows: int, cols: int, experts: int = 0) -> tuple[Part, ...]:

@@ -26,6 +26,8 @@ class SmoothNorm(Encoding):
     dtype: DType
     bound: Bound | None = None
 
+    computed = True
+
     @property
     def name(self) -> str:  # type: ignore[override]
         return f"{self.dtype.name}, divided by the smoother"
@@ -37,6 +39,9 @@ class SmoothNorm(Encoding):
     @property
     def loads_torch(self) -> bool:  # type: ignore[override]
         return self.smoother.loads_torch
+
+    def cause(self) -> str:
+        return self.smoother.cause(None)
 
     def bind(self, known: Known, source: str) -> SmoothNorm:
         return replace(self, bound=bound_to(self.smoother, known, None))
@@ -121,6 +126,9 @@ class SmoothValue(Encoding):
     def loads_torch(self) -> bool:  # type: ignore[override]
         return self.smoother.loads_torch
 
+    def cause(self) -> str:
+        return self.smoother.cause(self.outputs)
+
     def bind(self, known: Known, source: str) -> SmoothValue:
         bound = bound_to(self.smoother, known, self.largest)
         made = [replace(self, bound=replace(bound, activation=sx))._value() for sx in bound.doubt]
@@ -175,7 +183,8 @@ class SmoothValue(Encoding):
         if self.what == "smoother":
             return bound.smoother[self.keep[0] : self.keep[1]].astype(np.float32)
         if self.what == "activation":
-            return np.array([bound.activation], np.float32)
+            with np.errstate(over="ignore"):  # an infinite one is refused when it is written
+                return np.array([bound.activation]).astype(np.float32)
         scale, inverted = one_scale(bound.largest) if bound.largest is not None else (1.0, 1.0)
         if self.outputs is None:
             return np.array([inverted], np.float32)

@@ -106,11 +106,23 @@ class Smoother:
             if found is not None:
                 smoother, top, doubt = found
                 least, greatest = 127.0 / doubt[1], 127.0 / doubt[0]
-                if np.float32(least) == np.float32(greatest):
+                with np.errstate(over="ignore"):  # an infinite one is refused when it is written
+                    settled = np.float32(least) == np.float32(greatest)
+                if settled:
                     return Bound(smoother, 127.0 / top, doubt=(least, greatest))
         smoother = np.maximum(power(inputs, self.alpha) / power(largest, 1 - self.alpha), _LEAST)
         sx = 127.0 / float((inputs / smoother).max())
         return Bound(smoother, sx, doubt=(sx, sx))
+
+    def cause(self, outputs: float | None) -> str:
+        """The ranges that its values follow from, for errors.
+
+        Args:
+            outputs: the largest output of the weights, None where it does not count.
+        """
+        inputs = self.ranges.vector(self.module + ".x")
+        told = f"{printable(self.module)}.x in {printable(str(self.ranges.path))} is {inputs.min():g} to {inputs.max():g}"
+        return told + (f", the largest output (.y) {outputs:g}" if outputs is not None else "") + "; measure the ranges again"
 
     @property
     def loads_torch(self) -> bool:

@@ -78,6 +78,9 @@ class SmoothWeight(Encoding):
     def loads_torch(self) -> bool:  # type: ignore[override]
         return self.smoother.loads_torch
 
+    def cause(self) -> str:
+        return self.smoother.cause(self.outputs)
+
     def bind(self, known: Known, source: str) -> SmoothWeight:
         return replace(self, bound=bound_to(self.smoother, known, dict(self.largest).get(source)))
 

@@ -142,9 +142,14 @@ def _convert(source: Source, options: Options, out: Path) -> list[Decoded]:
         api.convert(source.folder, out, options, Resources(workers=1))
         if options.tp_size == 2:
             _small_tiles(source, plan, out)
+        tensors = sum(len(file.tensors) for file in plan.files)
+        if options.tp_size == 2:  # every byte of it, against the source
+            verdict = verify(out, source.folder, resources=Resources(workers=2, tile_rows=13))
+            assert (verdict.problems, verdict.warnings, verdict.encoded) == ([], [], tensors)
         (out / manifest.NAME).unlink()  # only config.json says what must be there
-        verdict = verify(out)
+        verdict = verify(out, source.folder if options.tp_size == 2 else None, activation_ranges=options.activation_ranges)
         assert not verdict.problems and len(verdict.warnings) == 1, (verdict.problems, verdict.warnings)
+        assert verdict.encoded == (tensors if options.tp_size == 2 else 0)
         assert json.loads((out / "config.json").read_text())["mapping"]["world_size"] == len(plan.files)
         _every_byte_once(source, plan, index)
         return decode(plan, index, out)

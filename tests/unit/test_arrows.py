@@ -16,11 +16,11 @@ LEVELS = (
     ("errors", "options", "memory", "process", "streams", "cache_folder"),
     ("checkpoint",),
     ("quants", "families", "matching", "kernels", "fs", "ranges"),
-    ("plan",),
-    ("stages", "targets", "lock", "journal", "order", "resume", "results"),
+    ("plan", "verdict"),
+    ("stages", "targets", "lock", "journal", "order", "resume", "results", "compared", "measured"),
     ("budget", "device", "manifest", "writer", "config_only", "tensorrt_llm_reader"),
     ("pool", "recipe", "hub", "calibrate"),
-    ("api", "verify"),
+    ("api", "verify", "against_source"),
     ("cli", "__main__"),
 )
 """Rooms from the bottom up; a room imports from its own level and below (kernels and quants know each other)."""

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 import xxhash
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from streamconv import api, manifest
+from streamconv import api, manifest, measured
 from streamconv.cli.main import main
+from streamconv.errors import UsageError
 from streamconv.options import Options
 from streamconv.verify import Verdict, verify
 from tests import tiny
@@ -39,7 +40,7 @@ def seen(tmp_path: Path, change: dict[tuple[str, int, int], float], **options: A
 def test_a_value_that_overflows(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     verdict = seen(tmp_path, {(WEIGHT, 3, 5): 1e6}, dtype="float16")
     assert not verdict.problems
-    assert [line for line in verdict.warnings if "1 values of the source or the output are not finite" in line]
+    assert [line for line in verdict.warnings if "1 values are not finite" in line]
     assert main(["verify", str(tmp_path / "out"), "--source", str(tmp_path / "in"), "--json"]) == 0
     told = json.loads(capfd.readouterr().out)
     assert told["ok"] and told["values_checked"]
@@ -113,6 +114,161 @@ def test_damage_is_found_beside_an_infinity(tmp_path: Path, change: Any) -> None
 )
 def test_damage_of_a_quantized_weight_is_found(tmp_path: Path, name: str, change: Any) -> None:
     assert damaged(tmp_path, change, name, **INT8).problems
+
+
+FORMATS: dict[str, dict[str, Any]] = {"none": {}, "int8": INT8, "int4": {"quant": "int4", "target_sm": 80}}
+FORMATS["fp8_rowwise"] = {"quant": "fp8_rowwise"}
+SCALE = STORED + ".per_channel_scale"
+
+
+def _ulp(t: torch.Tensor) -> torch.Tensor:
+    """One scale in the middle is the next larger number."""
+    bits = t.clone().view({2: torch.int16, 4: torch.int32}[t.element_size()])
+    bits[len(bits) // 2] += 1
+    return bits.view(t.dtype)
+
+
+def _one(t: torch.Tensor) -> torch.Tensor:
+    made = t.clone()
+    made.view(-1).view(torch.int8)[777] ^= 1
+    return made
+
+
+SPOILT: dict[str, Any] = {
+    "reversed": (SCALE, lambda t: t.flip(0)), "half as large again": (SCALE, lambda t: t * 1.5), "zero": (SCALE, lambda t: t * 0),
+    "an ulp": (SCALE, _ulp), "one integer": (STORED + ".weight", _one),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("quant", ["int8", "int4", "fp8_rowwise"])
+@pytest.mark.parametrize("what", SPOILT)
+def test_every_byte_of_a_quantized_weight_counts(tmp_path: Path, what: str, quant: str) -> None:
+    name, change = SPOILT[what]
+    problems = damaged(tmp_path, change, name, **FORMATS[quant]).problems
+    assert len(problems) == 1 and problems[0].startswith(f"rank0.safetensors: {name}: ") and "SNR" in problems[0], problems
+    if what == "an ulp":
+        assert "1 of" in problems[0] and f"the first in row {tiny.INTER // 2} of {tiny.INTER}" in problems[0]
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "transformer.ln_f.weight", "transformer.layers.1.attention.qkv.weight"])
+def test_every_byte_of_an_unquantized_tensor_counts(tmp_path: Path, name: str) -> None:
+    problems = damaged(tmp_path, lambda t: torch.cat([t[:-1], (t[-1:] * 1.001).to(t.dtype)]), name).problems
+    assert len(problems) == 1 and f"{name}: " in problems[0]
+
+
+def _heads(weights: dict[str, Any], name: str) -> None:
+    size = tiny.HIDDEN // tiny.HEADS
+    weights[name] = np.roll(weights[name], size, 0)
+
+
+def _exchange(weights: dict[str, Any]) -> None:
+    at = "model.layers.0.self_attn."
+    weights[f"{at}k_proj.weight"], weights[f"{at}v_proj.weight"] = weights[f"{at}v_proj.weight"], weights[f"{at}k_proj.weight"]
+
+
+def _tune(weights: dict[str, Any], share: float = 0.6) -> None:
+    random = np.random.default_rng(5)
+    for name, held in weights.items():
+        weights[name] = (held + share * 0.05 * random.normal(size=held.shape)).astype(held.dtype)
+
+
+def _zero(weights: dict[str, Any]) -> None:
+    weights[WEIGHT][9] = 0
+
+
+def _value(weights: dict[str, Any]) -> None:
+    weights["model.layers.1.mlp.down_proj.weight"][-1, -1] *= 2
+
+
+OTHERS: dict[str, Any] = {
+    "K and V exchanged": (_exchange, ["attention.qkv"]),
+    "Q heads exchanged": (lambda w: _heads(w, "model.layers.1.self_attn.q_proj.weight"), ["attention.qkv"]),
+    "a row of zeros": (_zero, ["mlp.gate"]),
+    "fine-tuned": (_tune, ["mlp.fc", "attention.dense", "lm_head", "vocab_embedding", "ln_f"]),
+    "fine-tuned a little": (lambda w: _tune(w, 0.02), ["mlp.fc", "attention.dense", "lm_head"]),
+    "one value": (_value, ["mlp.proj"]),
+}
+
+
+@pytest.mark.parametrize("quant", FORMATS)
+@pytest.mark.parametrize("other", OTHERS)
+def test_another_model_with_equal_headers(tmp_path: Path, other: str, quant: str) -> None:
+    """Of our own checkpoints every difference is found; of another tool's too, where the format does not swallow it."""
+    change, named = OTHERS[other]
+    weights = tiny.tensors()
+    api.convert(tiny.write(tmp_path / "in", weights), tmp_path / "out", Options(tp_size=2, **FORMATS[quant]))
+    change(weights)
+    verdict = verify(tmp_path / "out", tiny.write(tmp_path / "other", weights))
+    swallowed = other == "one value" and quant != "none"  # int4 may round both to one integer
+    assert swallowed or all(any(f"{name}.weight: " in line for line in verdict.problems) for name in named), verdict.problems
+    (tmp_path / "out" / manifest.NAME).unlink()
+    foreign = verify(tmp_path / "out", tmp_path / "other")
+    assert swallowed or all(any(f"{name}.weight: " in line for line in foreign.problems) for name in named), foreign.problems
+
+
+def test_another_tool_may_round_otherwise(tmp_path: Path) -> None:
+    """Scales one unit off: legal in another tool's checkpoint, within the error of the format, and said."""
+    assert damaged(tmp_path, _ulp, SCALE, **INT8).problems
+    (tmp_path / "out" / manifest.NAME).unlink()
+    verdict = verify(tmp_path / "out", tmp_path / "in")
+    assert not verdict.problems and any("1 tensors are other bytes" in line for line in verdict.warnings)
+
+
+@pytest.mark.parametrize("what", ["reversed", "half as large again", "zero"])
+def test_another_tool_may_not_write_other_values(tmp_path: Path, what: str) -> None:
+    name, change = SPOILT[what]
+    damaged(tmp_path, change, name, **INT8)
+    (tmp_path / "out" / manifest.NAME).unlink()
+    assert verify(tmp_path / "out", tmp_path / "in").problems
+
+
+def test_the_same_values_in_other_files_and_folders(tmp_path: Path) -> None:
+    """The bytes decide: a source that moved, in two shards, or pickled."""
+    weights = tiny.tensors()
+    api.convert(tiny.write(tmp_path / "in", weights), tmp_path / "out", Options(**INT8))
+    (tmp_path / "in").rename(tmp_path / "moved")
+    assert verify(tmp_path / "out", tmp_path / "moved").warnings == []
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    torch.save({name: torch.from_numpy(held) for name, held in weights.items()}, pickled / "pytorch_model.bin")
+    (pickled / "config.json").write_text((tmp_path / "moved" / "config.json").read_text())
+    verdict = verify(tmp_path / "out", pickled)
+    assert not verdict.problems and "their bytes decide" in verdict.warnings[0]
+
+
+def test_ranges_that_moved(tmp_path: Path) -> None:
+    weights, asked = tiny.tensors(), tmp_path / "ranges.safetensors"
+    random = np.random.default_rng(2)
+    found = {}
+    for name, held in weights.items():
+        if "_proj" in name:
+            for end, axis in ((".x", 1), (".y", 0)):
+                found[name.removesuffix(".weight") + end] = random.uniform(1, 2, held.shape[axis]).astype(np.float32)
+    save_file({name: torch.from_numpy(held) for name, held in found.items()}, asked)
+    source = tiny.write(tmp_path / "in", weights)
+    (tmp_path / "runs").mkdir()
+    out = tmp_path / "runs" / "out"
+    api.convert(source, out, Options(quant="smoothquant", activation_ranges=str(asked)))
+    assert not verify(out, source).problems
+    asked = asked.rename(tmp_path / "elsewhere.safetensors")
+    with pytest.raises(UsageError, match="are not there"):
+        verify(out, source)
+    assert not verify(out, source, activation_ranges=str(asked)).problems
+    asked.rename(tmp_path / "runs" / "ranges.safetensors")  # beside the output it is found
+    assert not verify(out, source).problems
+
+
+def test_flags_without_a_source(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(tmp_path), "--memory-budget", "1GiB", "--workers", "2"]) == 2
+    assert "--memory-budget has no effect without --source; --workers has no effect without --source" in capfd.readouterr().err
+
+
+def test_a_small_budget_compares_without_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = written(tmp_path / "in", {})
+    api.convert(source, tmp_path / "out", Options(**INT8))
+    monkeypatch.setattr(measured, "smallest", lambda plan: 1 << 40)
+    verdict = verify(tmp_path / "out", source)
+    assert not verdict.problems and verdict.encoded and not verdict.errors and "error and SNR are not shown" in verdict.warnings[0]
 
 
 def test_without_a_manifest_values_are_not_checked(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

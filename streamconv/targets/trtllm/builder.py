@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from streamconv.checkpoint.dtypes import DType
 from streamconv.checkpoint.header import build_header
+from streamconv.errors import DataError
 from streamconv.plan import (
     PLAIN_ROWS,
     Constant,
@@ -26,6 +27,7 @@ from streamconv.plan import (
     Span,
     align_of,
 )
+from streamconv.quants import factors
 from streamconv.quants.base import Encoding, Part, Reduction
 
 
@@ -137,6 +139,14 @@ class Builder:
         return self._drafts[matrix].filled
 
     def constant(self, file: int, name: str, dtype: DType, shape: tuple[int, ...], data: bytes) -> None:
+        """Add a small tensor whose bytes are known.
+
+        Raises:
+            DataError: a factor that is not finite, or zero where an engine divides by it.
+        """
+        wrong = factors.problem(name, dtype, data, len(data) == dtype.itemsize)
+        if wrong:
+            raise DataError(wrong, hint="the source or the activation ranges hold a value that no scale can be made of")
         self._fixed.append(_Fixed(file, name, dtype, shape, data))
 
     def finish(self) -> tuple[list[OutputFile], list[Matrix], list[Span], list[Constant]]:

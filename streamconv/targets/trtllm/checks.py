@@ -60,6 +60,9 @@ def refusals(model: ModelConfig, family: Family, options: Options, kv: int, moe:
     kind = scaling.get("type", scaling.get("rope_type", "none"))
     known = ("none", "linear", "dynamic", "longrope", "llama3", "yarn", "mrope", "su")
     refuse(kind not in known, f"config.json: rope_scaling type {kind!r} is not one TensorRT-LLM has ({', '.join(known[:7])})")
+    biased = model.attention_bias and "never" == family.qkv_bias == family.dense_bias
+    said = "bias" if "bias" in model.raw else "attention_bias"
+    refuse(biased, f"config.json: {said} is true, but {family.name} models with attention biases are not supported")
     problems += takeover.refusals(options, kv) + _calibrated(model, family, options, kv)
     return problems
 

@@ -87,7 +87,7 @@ def _base(model: ModelConfig, options: Options, dtype: str, shared: bool, **chan
 def _llama(model: ModelConfig, options: Options, dtype: str, shared: bool) -> Config:
     new = options.target_version != "0.16"
     raw = model.raw
-    mixtral = model.model_type == "mixtral"
+    mixtral = model.architecture.startswith("Mixtral")  # as the tensors: model_type may be missing, or say something else
     head = {
         "mlp_bias": model.mlp_bias,
         "attn_bias": model.attention_bias,

@@ -7,12 +7,13 @@ planner, so that it can tell when the planner is wrong.
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from streamconv.errors import CheckpointError, VerifyError, printable
 from streamconv.families import family_of
+from streamconv.plan import OutputFile
 from streamconv.targets.trtllm.expected_forms import FORMS, SMOOTH, Facts, Form, Wanted
 from streamconv.targets.trtllm.mapping import Mapping as Grid
 from streamconv.targets.trtllm.mapping import Rank, stage_layers
@@ -260,6 +261,16 @@ _LONG_ROPE = (
     "long_rope_rotary_inv_freq",
     "long_rope_embed_positions_for_gpt_attention",
 )
+
+
+def first_problem(config: Mapping[str, Any], files: Sequence[OutputFile]) -> str | None:
+    """What is wrong with planned files, in rank order, None if nothing is; one file at a time is looked at."""
+    total = sum(len(file.tensors) for file in files)
+    for number, file in enumerate(files):
+        tensors = {tensor.name: (tensor.dtype.name, tensor.shape) for tensor in file.tensors}
+        for problem in expected(config, {number}, total)[number].problems(tensors):
+            return f"{file.name}: {problem}"
+    return None
 
 
 def check(config: Mapping[str, Any], files: Mapping[str, Mapping[str, tuple[str, tuple[int, ...]]]]) -> tuple[list[str], list[str]]:

@@ -22,7 +22,7 @@ from streamconv.options import TARGET_SMS, TARGET_VERSIONS, Options
 from streamconv.plan import PackedTensor, Piece, Plan, SourceFile, SourceTensor
 from streamconv.quants import quant_of
 from streamconv.ranges import HINT, Ranges
-from streamconv.targets.trtllm import fp8_scales, prequantized, rope, takeover
+from streamconv.targets.trtllm import expected, fp8_scales, prequantized, rope, takeover
 from streamconv.targets.trtllm.builder import Builder
 from streamconv.targets.trtllm.checks import embedding_is_shared, refusals
 from streamconv.targets.trtllm.config_json import build_config, dump
@@ -204,6 +204,10 @@ def make_plan(index: Index, options: Options) -> Plan:
         share_embedding_table=shared,
     )
     files, matrices, spans, constants = builder.finish()
+    problem = expected.first_problem(config, files)
+    if problem:  # whatever a source's config says: nothing is written that the loader, or `verify`, would reject
+        told = "is the source's config.json complete, and does it describe these weights?"
+        raise RefusedError([f"TensorRT-LLM would not load it: {problem}"], hint=told)
     return Plan(
         family=family.name,
         options=options,

@@ -91,7 +91,8 @@ class _Shaped(Plain):
 
 def add_tables(builder: Builder, model: ModelConfig, options: Options) -> None:
     """Add the tables to every rank file."""
-    length, dim = model.max_position_embeddings, int(model.head_size * model.raw.get("rotary_pct", 1.0))
+    length = options.max_position_embeddings or model.max_position_embeddings
+    dim = int(model.head_size * model.raw.get("rotary_pct", 1.0))
     if not length:
         return
     scaling = tuple((model.rope_scaling or {}).items())

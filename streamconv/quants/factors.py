@@ -1,0 +1,68 @@
+"""Scales and factors: numbers that an engine multiplies with or divides by, so that one bad value ruins everything after it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from streamconv.checkpoint.dtypes import DType
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_DIVIDED_BY = (
+    "smoother",
+    "act_scale",
+    "scale_to_int",
+    "quantization_scaling_factor",
+    "activation_scaling_factor",
+    "kv_cache_scaling_factor",
+    "clamp_val",
+)
+"""Whose reciprocals are used as well, or that leave nothing of an activation when they are 0."""
+_FACTORS = frozenset({*_DIVIDED_BY, "per_channel_scale", "weights_scaling_factor", "zero", "prequant_scaling_factor"})
+_BITS = {"F16": (0x7FFF, 0x7C00, 0x0400), "BF16": (0x7FFF, 0x7F80, 0x0080), "F32": (0x7FFFFFFF, 0x7F800000, 0x00800000)}
+"""What is not the sign, infinity, and the smallest number whose reciprocal is finite."""
+
+
+def nonfinite(dtype: DType, data: np.ndarray[Any, Any]) -> int:
+    """How many of these values are NaN or infinite; 0 for types that are not F16, BF16 or F32.
+
+    Args:
+        data: uint8, whole values.
+    """
+    if dtype.name not in _BITS or not data.size:
+        return 0
+    import numpy as np
+
+    mask, infinity, _ = _BITS[dtype.name]
+    magnitude = data.view(dtype.storage) & mask
+    return int(np.count_nonzero(magnitude >= infinity)) if magnitude.max() >= infinity else 0
+
+
+def problem(tensor: str, dtype: DType, data: np.ndarray[Any, Any] | bytes, single: bool) -> str | None:
+    """What is wrong with values of a tensor, if it holds factors at all: NaN, infinity, or zero where an engine divides.
+
+    A scale of zero is right for a channel or group of zeros; one scale of a whole matrix is divided by.
+
+    Args:
+        tensor: its name, which tells what it is.
+        data: uint8, whole values.
+        single: the tensor has one value.
+    """
+    suffix = tensor.rsplit(".", 1)[-1]
+    if suffix not in _FACTORS or dtype.name not in _BITS:
+        return None
+    import numpy as np
+
+    mask, infinity, normal = _BITS[dtype.name]
+    words = np.frombuffer(data, dtype.storage)
+    magnitude = words & mask
+    bad = magnitude >= infinity
+    if suffix in _DIVIDED_BY or (suffix == "weights_scaling_factor" and single):
+        bad |= magnitude < normal
+    if not bad.any():
+        return None
+    word = words[int(bad.argmax())]
+    value = float((word.astype("u4") << 16).view("f4") if dtype.name == "BF16" else word.view(f"f{dtype.itemsize}"))
+    told = "too small to divide by" if abs(value) < 1 else "no factor to calculate with"
+    return f"{tensor}: {value:g} is {told}"

@@ -1,0 +1,86 @@
+"""The options that a checkpoint of another tool was made with, as far as its config.json and its tensors tell."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from streamconv.checkpoint.header import TensorEntry
+from streamconv.errors import VerifyError, printable
+from streamconv.options import Options, Version
+from streamconv.quants import all_quants
+from streamconv.targets.trtllm.expected_forms import SMOOTH
+
+_GENERATIONS: dict[Version, tuple[int, ...]] = {"0.16": (80, 90, 70), "1.2": (80, 90)}
+"""A GPU for each weight layout (quantization spec §3.3)."""
+
+
+def options_of(config: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) -> list[Options]:
+    """Options that may have given this checkpoint; more than one where the bytes depend on what config.json does not say.
+
+    Args:
+        config: config.json, which has passed the checks of `verify`.
+        tensors: those of rank 0.
+
+    Raises:
+        VerifyError: a weight format that streamconv does not write.
+    """
+    mapping, quantization = config["mapping"], config.get("quantization") or {}
+    key, more = _quant(quantization.get("quant_algo"))
+    versions = _versions(config, quantization)
+    floats = any(name.endswith("attention.qkv.weight") and entry.dtype.is_float for name, entry in tensors.items())
+    if key in ("int8", "int4") and floats:
+        more["encoding"] = "raw"
+    kv_cache, alpha = quantization.get("kv_cache_quant_algo"), quantization.get("smoothquant_val")
+    options = Options(
+        tp_size=_whole(mapping, "tp_size", 1),
+        pp_size=_whole(mapping, "pp_size", 1),
+        cp_size=_whole(mapping, "cp_size", 1),
+        moe_tp_size=_whole(mapping, "moe_tp_size", -1),
+        moe_ep_size=_whole(mapping, "moe_ep_size", -1),
+        dtype=config["dtype"],
+        quant=key,
+        kv_cache=kv_cache.lower() if kv_cache in ("FP8", "INT8") else None,
+        group_size=_whole(quantization, "group_size", 128),
+        target_version=versions[0],
+        use_parallel_embedding=bool(config.get("use_parallel_embedding")),
+        embedding_sharding_dim=_whole(config, "embedding_sharding_dim", 0),
+        use_embedding_sharing=bool(config.get("share_embedding_table")),
+        remove_duplicated_kv_heads=bool(config.get("remove_duplicated_kv_heads")),
+        disable_weight_only_quant_plugin=bool(config.get("disable_weight_only_quant_plugin")),
+        use_meta_fp8_rowwise_recipe=bool(quantization.get("use_meta_recipe")),
+        smoothquant=alpha if isinstance(alpha, float) else 0.5,
+        rope_tables=any("embed_positions" in name for name in tensors),
+        max_position_embeddings=_whole(config, "max_position_embeddings", 0) or None,
+        **more,
+    )
+    choices = [dataclasses.replace(options, target_version=version) for version in versions]
+    if not all_quants()[key].info.sm_dependent or options.encoding == "raw":
+        return choices
+    return [dataclasses.replace(o, target_sm=sm) for o in choices for sm in _GENERATIONS[o.target_version]]
+
+
+def _whole(where: Mapping[str, Any], key: str, default: int) -> int:
+    value = where.get(key)
+    if value is not None and type(value) is not int:
+        raise VerifyError(f"config.json: {key} is {printable(repr(value), 60)}, not a whole number")
+    return default if value is None else value
+
+
+def _quant(algo: object) -> tuple[str, dict[str, Any]]:
+    if algo in (None, "NO_QUANT"):
+        return "none", {}
+    if algo in SMOOTH:
+        return "smoothquant", {"per_channel": "PER_CHANNEL" in str(algo), "per_token": "PER_TOKEN" in str(algo)}
+    for key, quant in all_quants().items():
+        if quant.info.algo == algo:
+            return key, {}
+    raise VerifyError(f"--source: streamconv does not write quant_algo {printable(str(algo))}, so there is nothing to compare it with")
+
+
+def _versions(config: Mapping[str, Any], quantization: Mapping[str, Any]) -> tuple[Version, ...]:
+    """The release lines that may have written a config.json, from the keys that only one of them has (checkpoint spec §2)."""
+    if "mamba_ssm_cache_dtype" in quantization or "moe_cluster_size" in config["mapping"]:
+        return ("1.2",)
+    return ("1.2", "0.16") if config.get("architecture") == "InternLM2ForCausalLM" else ("0.16",)
