@@ -198,7 +198,7 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
             if not least <= factor <= most:
                 problems.append(f"{key} is {_shown(raw[key])}, not a number from {least:g} to {most:g}")
     if problems:
-        raise CheckpointError("config.json: " + "; ".join(problems))
+        raise CheckpointError([f"config.json: {problem}" for problem in problems])
     return ModelConfig(
         architecture=architecture,
         model_type=model_type or "",

@@ -43,7 +43,7 @@ def check(context: click.Context, model: str, options: Options) -> None:
     """
     told = list(_without_effect(typed(context), context.params, model, options))
     if told:
-        raise UsageError("; ".join(told), hint="leave it out" if len(told) == 1 else "leave them out")
+        raise UsageError(told, hint="leave it out" if len(told) == 1 else "leave them out")
 
 
 def _without_effect(names: Collection[str], values: dict[str, Any], model: str, options: Options) -> Iterator[str]:

@@ -6,6 +6,7 @@ import dataclasses
 import sys
 
 from streamconv.cli.view import dump, table
+from streamconv.errors import shorten
 from streamconv.verify import Verdict
 
 
@@ -22,7 +23,7 @@ def show(out: str, verdict: Verdict, as_json: bool, quiet: bool) -> None:
             for e in verdict.errors
         ]
         print(table(rows, ("file", "tensor", "max error", "relative", "SNR dB")))
-    for problem in verdict.problems:
+    for problem in shorten(verdict.problems):
         print(f"error: {problem}", file=sys.stderr)
     if not quiet:
         checked = verdict.hashed or verdict.errors

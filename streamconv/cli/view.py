@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from streamconv.budget import Shares
-from streamconv.errors import StreamconvError
+from streamconv.errors import RefusedError, StreamconvError, shorten
 from streamconv.memory import peak_resident, resident, show_size
 from streamconv.plan import Plan
 
@@ -31,13 +31,12 @@ def fail(error: StreamconvError, as_json: bool) -> int:
     """Print an error the way the command was asked to; gives the exit status."""
     if as_json:
         content: dict[str, Any] = {"error": type(error).__name__, "message": error.message, "hint": error.hint, "status": error.exit_status}
-        if hasattr(error, "problems"):
+        if len(error.problems) > 1 or isinstance(error, RefusedError):
             content["problems"] = list(error.problems)
         print(json.dumps(content))
-    problems = getattr(error, "problems", ())
-    if len(problems) > 1:
-        print(f"error: {len(problems)} problems", file=sys.stderr)
-        for problem in problems:
+    if len(error.problems) > 1:
+        print(f"error: {len(error.problems)} problems", file=sys.stderr)
+        for problem in shorten(error.problems):
             print(f"  {problem}", file=sys.stderr)
         if error.hint:
             print(f"  hint: {error.hint}", file=sys.stderr)
