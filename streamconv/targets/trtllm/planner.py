@@ -113,10 +113,11 @@ def check_options(options: Options) -> None:
         raise UsageError(f"--max-position-embeddings {options.max_position_embeddings} must be at least 1")
     info = quant_of(options.quant).info
     if info.sm_dependent and options.encoding == "processed" and options.target_sm is None:
+        raw = "; or --encoding raw" if "--encoding" in info.flags else ""
         raise UsageError(
             f"--quant {options.quant} writes bytes laid out for one GPU generation: --target-sm is required"
             " (no GPU is here to ask)",
-            hint="for example --target-sm 80 (A100), 86 (RTX 30), 89 (L4, RTX 40), 90 (H100); or --encoding raw",
+            hint=f"for example --target-sm 80 (A100), 86 (RTX 30), 89 (L4, RTX 40), 90 (H100){raw}",
         )
 
 
@@ -153,7 +154,7 @@ def make_plan(index: Index, options: Options) -> Plan:
     check_options(options)
     model, family = model_of(index)
     stated = source_quantization(index.config, index.root)
-    options = _settled(takeover.take_over(options, stated), family)
+    options = _settled(takeover.take_over(options, stated, model.num_experts), family)
     check_options(options)
     moe = resolve_moe(options)
     kv = _kv_heads(model, options)
@@ -317,7 +318,7 @@ def _tied_warning(index: Index, roles: Roles) -> list[str]:
 
 
 def _warnings(model: ModelConfig, options: Options, family: Family, found: MappingType[tuple[str, int, int], str]) -> list[str]:
-    lines = []
+    lines = list(model.notes)
     scaling = model.rope_scaling or {}
     kind = scaling.get("type", scaling.get("rope_type"))
     if kind == "yarn" and options.target_version == "0.16":

@@ -14,6 +14,7 @@ from streamconv.options import Options
 from streamconv.plan import SourceTensor
 from streamconv.quants import Quant, quant_of
 from streamconv.quants.fp8 import CLAMP, Fp8RowwiseQuant
+from streamconv.quants.gptq import EXPERTS, GROUP_SIZES
 from streamconv.quants.refused import refused
 from streamconv.targets.trtllm.prequantized import Stored
 
@@ -29,8 +30,11 @@ _MODULES = {
 GROUPED = ("int4_gptq", "int8_gptq", "int4_awq")
 
 
-def take_over(options: Options, stated: SourceQuantization | None) -> Options:
+def take_over(options: Options, stated: SourceQuantization | None, experts: int = 0) -> Options:
     """The options with the quantization that the source brings along; the source must be one that can be taken over.
+
+    Args:
+        experts: how many the model has.
 
     Raises:
         RefusedError: it cannot, or --quant asks for something else; says what to do.
@@ -38,11 +42,21 @@ def take_over(options: Options, stated: SourceQuantization | None) -> Options:
     if stated is None:
         return options
     key, group = _key(stated), stated.group_size or options.group_size
+    if key in GROUPED:
+        if experts:
+            raise RefusedError([f"{stated.stated_in}: quantized already ({_title(stated)}); {EXPERTS}"])
+        if group not in GROUP_SIZES:
+            said = "one scale for a whole column (group_size -1)" if group == -1 else f"groups of {group}"
+            raise RefusedError(
+                [f"{stated.stated_in}: {said}; TensorRT-LLM has kernels for groups of 64 and 128 only"],
+                hint="requantize with one of these sizes, or start from the unquantized model",
+            )
     if options.quant == "none":
         if stated.method in ("gptq", "awq") and options.target_version == "0.16":
+            sm = "" if options.target_sm else " --target-sm SM"
             raise RefusedError(
                 [f"{stated.stated_in}: quantized already ({stated.method}); 0.16 does not take that over by itself"],
-                hint=f"add --quant {key} --group-size {group}",
+                hint=f"add --quant {key} --group-size {group}{sm}",
             )
         return dataclasses.replace(options, quant=key, group_size=group if key in GROUPED else options.group_size)
     if options.quant != key:
@@ -92,7 +106,7 @@ def refusals(options: Options, kv: int) -> list[str]:
     if options.quant == "fp8_rowwise" and kv < options.tp_size and not options.use_meta_fp8_rowwise_recipe:
         problems.append(
             f"--quant fp8_rowwise: --tp-size {options.tp_size} is more than num_key_value_heads {kv};"
-            " --use-meta-fp8-rowwise-recipe leaves attention out (§9)"
+            " --use-meta-fp8-rowwise-recipe leaves attention out"
         )
     return problems
 
@@ -101,11 +115,14 @@ def group_problems(options: Options, stored: Stored) -> list[str]:
     """Sources whose groups are not those of --group-size."""
     if options.quant not in GROUPED:
         return []
-    odd = [(name, one.group) for name, one in stored.scales.items() if one.group != options.group_size]
-    if not odd:
+    odd = [(name, one.group) for name, one in stored.scales.items() if one.group not in GROUP_SIZES]
+    other = odd or [(name, one.group) for name, one in stored.scales.items() if one.group != options.group_size]
+    if not other:
         return []
-    name, group = odd[0]
-    more = f" (and {len(odd) - 1} more)" if len(odd) > 1 else ""
+    name, group = other[0]
+    more = f" (and {len(other) - 1} more)" if len(other) > 1 else ""
+    if odd:
+        return [f"{name} has groups of {group}{more}; TensorRT-LLM has kernels for groups of 64 and 128 only"]
     return [f"--group-size {options.group_size}: {name} has groups of {group}{more}; use --group-size {group}"]
 
 
