@@ -12,6 +12,7 @@ import torch
 from streamconv.calibrate.graphs import Graphs, Shape
 from streamconv.calibrate.maxima import Maxima
 from streamconv.checkpoint.index import Index
+from streamconv.checkpoint.model_config import from_hf
 from streamconv.errors import CheckpointError, TensorError, printable
 from streamconv.memory import MIB
 
@@ -65,7 +66,11 @@ class OneLayer:
         from transformers import AutoConfig
 
         try:
-            self.config: Any = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+            made: Any = AutoConfig
+            if index.wrapped or "model_type" not in index.config:
+                self.config: Any = made.for_model(**index.config | {"model_type": from_hf(index.config).model_type})
+            else:
+                self.config = made.from_pretrained(str(folder), local_files_only=True)
         except Exception as error:
             raise CheckpointError(f"{printable(str(folder))}: transformers cannot read it: {str(error).splitlines()[0]}") from error
         self.index, self.dtype, self.device, self.uses = index, dtype, device, uses

@@ -105,14 +105,24 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 # for a config.json that states none, or contradicts its architecture
-_MODEL_TYPES = {
+MODEL_TYPES = {
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "mistral",
     "MixtralForCausalLM": "mixtral",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3MoeForCausalLM": "qwen3_moe",
+    "Phi3ForCausalLM": "phi3",
+    "GemmaForCausalLM": "gemma",
+    "Gemma2ForCausalLM": "gemma2",
+    "GraniteForCausalLM": "granite",
 }
+
+
+def is_tied(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json with a known architecture says that the output projection is the embedding."""
+    defaults = _DEFAULTS.get(config["architectures"][0], {})
+    return bool(config.get("tie_word_embeddings", defaults.get("tie_word_embeddings")))
 
 
 def _shown(value: Any) -> str:
@@ -215,7 +225,7 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
         raise CheckpointError([f"config.json: {problem}" for problem in problems])
     return ModelConfig(
         architecture=architecture,
-        model_type=_MODEL_TYPES.get(architecture, model_type or ""),
+        model_type=MODEL_TYPES.get(architecture, model_type or ""),
         dtype=dtype.removeprefix("torch.") if dtype is not None else None,
         hidden_size=sizes["hidden_size"],
         num_hidden_layers=sizes["num_hidden_layers"],
@@ -231,7 +241,7 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
         rope_scaling=scaling,
         attention_bias=bool(switches["bias" if "bias" in raw else "attention_bias"]),
         mlp_bias=bool(switches["mlp_bias"]),
-        tie_word_embeddings=bool(switches["tie_word_embeddings"] if "tie_word_embeddings" in raw else defaults.get("tie_word_embeddings")),
+        tie_word_embeddings=is_tied(raw),
         num_experts=experts,
         experts_per_token=per_token,
         moe_intermediate_size=width or None,

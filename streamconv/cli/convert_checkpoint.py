@@ -73,7 +73,7 @@ def _refuse_fp8(request: OfficialRequest, source: str) -> None:
     if request.options.quant != "fp8" or request.options.activation_ranges is not None:
         return
     with contextlib.closing(open_source(source)) as index:
-        if source_quantization(index.config, index.root) is not None:
+        if source_quantization(index) is not None:
             return  # planning says what can be done with it
     raise RefusedError(
         ["--use_fp8: NVIDIA's script makes no usable scales from a model that is not FP8 already; only other tools make these"],

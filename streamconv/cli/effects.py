@@ -113,5 +113,5 @@ def _of_model(model: str, options: Options, experts: bool) -> tuple[str, bool]:
     if key != "none" and not experts:
         return key, False
     with contextlib.closing(open_source(model)) as index:
-        key = take_over(options, source_quantization(index.config, index.root)).quant
+        key = take_over(options, source_quantization(index)).quant
         return key, experts and not model_of(index)[0].num_experts

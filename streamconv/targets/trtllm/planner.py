@@ -7,13 +7,14 @@ import hashlib
 import math
 import struct
 from collections.abc import Mapping as MappingType
+from collections.abc import Sequence
 
 from streamconv.checkpoint.dtypes import MODEL_DTYPES
 from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.limits import MAX_TENSORS
 from streamconv.checkpoint.meta import output_rows
 from streamconv.checkpoint.model_config import ModelConfig, from_hf, from_meta
-from streamconv.checkpoint.quantized import source_quantization
+from streamconv.checkpoint.quantized import left_over, source_quantization
 from streamconv.checkpoint.shard import Shard
 from streamconv.errors import CheckpointError, RefusedError, UsageError, printable
 from streamconv.families import Family, family_of
@@ -153,7 +154,7 @@ def make_plan(index: Index, options: Options) -> Plan:
     """
     check_options(options)
     model, family = model_of(index)
-    stated = source_quantization(index.config, index.root)
+    stated = source_quantization(index)
     options = _settled(takeover.take_over(options, stated, model.num_experts), family)
     check_options(options)
     moe = resolve_moe(options)
@@ -184,6 +185,8 @@ def make_plan(index: Index, options: Options) -> Plan:
     decoder.describe()
     decoder.refused += _without_scales(stored, roles)
     roles.leave(prequantized.zero_biases(stored, roles.unused(), index.shards))
+    spare = [name for name in roles.unused() if name in index.unlisted]
+    roles.leave(set(spare))
     if not roles.problems and not decoder.refused:
         decoder.refused += prequantized.add_scales(builder, stored, dtype, index.shards)
     if options.quant == "fp8" and ranges is not None and not roles.problems:
@@ -217,7 +220,9 @@ def make_plan(index: Index, options: Options) -> Plan:
         warnings=tuple(
             _warnings(model, options, family, roles.found)
             + (_tied_warning(index, roles) if tied and has_head else [])
-            + _unused_warning(index)
+            + list(filter(None, [left_over(index)]))
+            + list(index.notes)
+            + _index_warnings(index, spare)
         ),
         decisions=decoder.decisions,
     )
@@ -272,12 +277,19 @@ def _same_bytes(index: Index, roles: Roles) -> bool:
     return True
 
 
-def _unused_warning(index: Index) -> list[str]:
-    if not index.unused:
-        return []
-    more = f" and {len(index.unused) - 1} more" if len(index.unused) > 1 else ""
-    named = f"the index file names {len(index.shards)} other file{'s' * (len(index.shards) != 1)}, which are read"
-    return [f"{printable(index.unused[0])}{more} in the source is not used: {named}"]
+def _index_warnings(index: Index, spare: Sequence[str]) -> list[str]:
+    """Where the index file and the files disagree without harm.
+
+    Args:
+        spare: tensors that the index file does not list and nothing needs.
+    """
+    told = (
+        (index.absent, "is listed in the index file, in no file, and needed by nothing"),
+        (spare, "is not listed in the index file and not needed: left out"),
+    )
+    return [
+        f"{printable(names[0])}{f' (and {len(names) - 1} more)' if len(names) > 1 else ''} {why}" for names, why in told if names
+    ]
 
 
 def _without_scales(stored: prequantized.Stored, roles: Roles) -> list[str]:

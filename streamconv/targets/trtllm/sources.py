@@ -38,7 +38,7 @@ class Roles:
     _unmatched: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.found, self._unmatched = match(self.family, self.tensors, ("", "language_model."))
+        self.found, self._unmatched = match(self.family, self.tensors)
 
     def has(self, role: str, layer: int = -1, expert: int = -1) -> bool:
         return (role, layer, expert) in self.found

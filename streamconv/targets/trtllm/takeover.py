@@ -44,7 +44,7 @@ def take_over(options: Options, stated: SourceQuantization | None, experts: int 
     key, group = _key(stated), stated.group_size or options.group_size
     if key in GROUPED:
         if experts:
-            raise RefusedError([f"{stated.stated_in}: quantized already ({_title(stated)}); {EXPERTS}"])
+            raise RefusedError([f"{stated.stated_in}: quantized already ({stated.title}); {EXPERTS}"])
         if group not in GROUP_SIZES:
             said = "one scale for a whole column (group_size -1)" if group == -1 else f"groups of {group}"
             raise RefusedError(
@@ -61,17 +61,12 @@ def take_over(options: Options, stated: SourceQuantization | None, experts: int 
         return dataclasses.replace(options, quant=key, group_size=group if key in GROUPED else options.group_size)
     if options.quant != key:
         raise RefusedError(
-            [f"{stated.stated_in}: quantized already ({_title(stated)}); --quant {options.quant} cannot start from it"],
+            [f"{stated.stated_in}: quantized already ({stated.title}); --quant {options.quant} cannot start from it"],
             hint=f"use --quant {key}, or start from the unquantized model",
         )
     if key in GROUPED and group != options.group_size:
         raise RefusedError([f"--group-size {options.group_size}: {stated.stated_in} says {group}"], hint=f"use --group-size {group}")
     return options
-
-
-def _title(stated: SourceQuantization) -> str:
-    bits = f", {stated.bits} bits" if stated.bits else ""
-    return f"{stated.method}{' ' + stated.algo if stated.algo else ''}{bits}"
 
 
 def _key(stated: SourceQuantization) -> str:
@@ -87,7 +82,7 @@ def _key(stated: SourceQuantization) -> str:
     known = refused(stated.algo) if stated.algo else None
     why = f": {known[0]}" if known else ""
     raise RefusedError(
-        [f"{stated.stated_in}: already quantized ({_title(stated)}), not in a way that can be taken over{why}"],
+        [f"{stated.stated_in}: already quantized ({stated.title}), not in a way that can be taken over{why}"],
         hint=known[1] if known else "start from the unquantized model",
     )
 
