@@ -285,7 +285,8 @@ def _rope(raw: dict[str, Any], problems: list[str], notes: list[str], number: An
     if not scaling:
         return theta, None
     if new and old and {**new, "type": _kind(new), "rope_type": ""} != {**old, "type": _kind(old), "rope_type": ""}:
-        notes.append(f"config.json: rope_parameters and rope_scaling differ: {'rope_scaling' if scaling is old else 'rope_parameters'} counts")
+        which = "rope_scaling" if scaling is old else "rope_parameters"
+        notes.append(f"config.json: rope_parameters and rope_scaling differ: {which} counts")
     if _kind(scaling) == "default":
         return theta, None
     if "type" in scaling:

@@ -43,7 +43,8 @@ def language_model(config: dict[str, Any], known: Collection[str]) -> tuple[dict
     if outer not in known and outer not in _WRAPPERS:
         raise _refused(outer, architecture, model_type)
     if architecture is None:
-        raise CheckpointError(f"config.json: the language model inside {outer} is {printable(model_type) or 'not named'}, which is not known")
+        kind = printable(model_type) or "not named"
+        raise CheckpointError(f"config.json: the language model inside {outer} is {kind}, which is not known")
     inner = _CLASS_DEFAULTS.get(model_type, {}) | inner
     inherited = ["quantization_config", "tie_word_embeddings"]
     if not any(inner.get(dtype) for dtype in ("torch_dtype", "dtype")):

@@ -139,6 +139,8 @@ def _with_ranges(request: OfficialRequest, source: str) -> Options:
     options = request.options
     if options.activation_ranges is not None or options.needs_ranges() is None:
         return options
+    if options.quant == "fp8" and options.kv_cache != "int8":
+        return options  # `_refuse_fp8` lets only sources pass that are quantized already
     if source == request.meta_ckpt_dir:
         raise UsageError("--smoothquant and --int8_kv_cache need --model_dir: a Meta checkpoint cannot be calibrated")
     return with_ranges(

@@ -14,7 +14,7 @@ from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.limits import MAX_TENSORS
 from streamconv.checkpoint.meta import output_rows
 from streamconv.checkpoint.model_config import ModelConfig, from_hf, from_meta
-from streamconv.checkpoint.quantized import left_over, source_quantization
+from streamconv.checkpoint.quantized import SourceQuantization, left_over, source_quantization
 from streamconv.checkpoint.shard import Shard
 from streamconv.errors import CheckpointError, RefusedError, UsageError, printable
 from streamconv.families import Family, family_of
@@ -135,6 +135,12 @@ def check_request(index: Index, options: Options) -> None:
         CheckpointError, RefusedError: as `make_plan`.
     """
     model, family = model_of(index)
+    stated = source_quantization(index)
+    if stated is not None:
+        takeover.take_over(options, stated, model.num_experts)
+        hint = "leave out --text" if stated.brings_scales else "measure on the unquantized model, and convert that"
+        told = f"--text: {stated.stated_in}: quantized already ({stated.title}); nothing is measured on such a model"
+        raise RefusedError([told], hint=hint)
     problems = refusals(model, family, _settled(options, family), _kv_heads(model, options), resolve_moe(options))
     if problems:
         raise RefusedError(problems)
@@ -162,7 +168,10 @@ def make_plan(index: Index, options: Options) -> Plan:
     problems = refusals(model, family, options, kv, moe)
     if problems:
         raise RefusedError(problems)
-    ranges = _ranges(options)
+    given = stated is not None and stated.brings_scales
+    if given and options.activation_ranges is not None and options.kv_cache is None:
+        raise UsageError("--activation-ranges: the source is FP8 and brings its scales along", hint="leave it out")
+    ranges = _ranges(dataclasses.replace(options, quant="none") if given else options)
     dtype = MODEL_DTYPES[resolve_dtype(options.dtype, model.dtype)]
     mapping = Mapping(options.tp_size, options.pp_size, *moe)
     if family is META:  # Meta quantizes nothing, and its tensors have many pieces
@@ -175,13 +184,16 @@ def make_plan(index: Index, options: Options) -> Plan:
         raise RefusedError(problems)
     roles = Roles(family, stored.tensors, getattr(quant_of(options.quant), "packings", None))
     quant = takeover.quant_for(options, family, stated, stored, roles.found, roles.tensors)
+    problems = takeover.given_problems(options, quant)
+    if problems:
+        raise RefusedError(problems)
     has_head = roles.has("lm_head")
     missing = not has_head or (options.use_embedding_sharing and _same_bytes(index, roles))
     shared = embedding_is_shared(model, options, lm_head_missing=missing, qwen=family.config_class == "qwen")
     shared = shared or (family.config_class == "gemma" and options.target_version == "0.16")
     tied = model.tie_word_embeddings and (not has_head or options.target_version != "0.16")
     builder = Builder(options.tp_size * options.pp_size)
-    decoder = Decoder(model, family, options, dtype, mapping, roles, quant, builder, kv, shared, tied, ranges)
+    decoder = Decoder(model, family, options, dtype, mapping, roles, quant, builder, kv, shared, tied, ranges, stored.kv)
     decoder.describe()
     decoder.refused += _without_scales(stored, roles)
     roles.leave(prequantized.zero_biases(stored, roles.unused(), index.shards))
@@ -189,7 +201,8 @@ def make_plan(index: Index, options: Options) -> Plan:
     roles.leave(set(spare))
     if not roles.problems and not decoder.refused:
         decoder.refused += prequantized.add_scales(builder, stored, dtype, index.shards)
-    if options.quant == "fp8" and ranges is not None and not roles.problems:
+        decoder.refused += fp8_scales.add_given_scales(builder, stored.fp8)
+    if options.quant == "fp8" and not given and ranges is not None and not roles.problems:
         fp8_scales.add_scales(builder, ranges, roles.tensors)
     if options.rope_tables and family.rope_tables and options.kv_cache != "int8" and options.quant != "smoothquant":
         rope.add_tables(builder, model, options)
@@ -221,6 +234,7 @@ def make_plan(index: Index, options: Options) -> Plan:
             _warnings(model, options, family, roles.found)
             + (_tied_warning(index, roles) if tied and has_head else [])
             + list(filter(None, [left_over(index)]))
+            + _kv_warning(stated, options)
             + list(index.notes)
             + _index_warnings(index, spare)
         ),
@@ -277,6 +291,13 @@ def _same_bytes(index: Index, roles: Roles) -> bool:
     return True
 
 
+def _kv_warning(stated: SourceQuantization | None, options: Options) -> list[str]:
+    """A quantized KV cache of the source that is not taken over."""
+    if stated is None or stated.kv_algo in (None, "FP8" if options.kv_cache == "fp8" else None):
+        return []
+    return [f"{stated.stated_in}: the source's KV cache in {stated.kv_algo} is not taken over"]
+
+
 def _index_warnings(index: Index, spare: Sequence[str]) -> list[str]:
     """Where the index file and the files disagree without harm.
 
@@ -294,7 +315,7 @@ def _index_warnings(index: Index, spare: Sequence[str]) -> list[str]:
 
 def _without_scales(stored: prequantized.Stored, roles: Roles) -> list[str]:
     """Weights whose stored numbers are not their values, where nothing says what they are times."""
-    odd = [name for name in sorted(roles.found.values()) if name in stored.tensors and name not in stored.scales]
+    odd = [name for name in sorted(roles.found.values()) if name in stored.tensors and name not in stored.scales and name not in stored.fp8]
     odd = [name for name in odd if stored.tensors[name].dtype.name in _CODES and not isinstance(stored.tensors[name], PackedTensor)]
     if not odd:
         return []

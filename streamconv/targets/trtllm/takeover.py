@@ -14,8 +14,10 @@ from streamconv.options import Options
 from streamconv.plan import SourceTensor
 from streamconv.quants import Quant, quant_of
 from streamconv.quants.fp8 import CLAMP, Fp8RowwiseQuant
+from streamconv.quants.fp8_given import Fp8GivenQuant
 from streamconv.quants.gptq import EXPERTS, GROUP_SIZES
 from streamconv.quants.refused import refused
+from streamconv.targets.trtllm.expected_forms import EXCLUDED
 from streamconv.targets.trtllm.prequantized import Stored
 
 _MODULES = {
@@ -51,6 +53,8 @@ def take_over(options: Options, stated: SourceQuantization | None, experts: int 
                 [f"{stated.stated_in}: {said}; TensorRT-LLM has kernels for groups of 64 and 128 only"],
                 hint="requantize with one of these sizes, or start from the unquantized model",
             )
+    if stated.kv_algo == "FP8" and key == "fp8" and options.kv_cache is None:
+        options = dataclasses.replace(options, kv_cache="fp8")
     if options.quant == "none":
         if stated.method in ("gptq", "awq") and options.target_version == "0.16":
             sm = "" if options.target_sm else " --target-sm SM"
@@ -79,6 +83,8 @@ def _key(stated: SourceQuantization) -> str:
         return "fp8_rowwise"
     if stated.method == "modelopt" and stated.algo == "W4A16_AWQ":
         return "int4_awq"
+    if stated.brings_scales:
+        return "fp8"
     known = refused(stated.algo) if stated.algo else None
     why = f": {known[0]}" if known else ""
     raise RefusedError(
@@ -106,6 +112,17 @@ def refusals(options: Options, kv: int) -> list[str]:
     return problems
 
 
+def given_problems(options: Options, quant: Quant) -> list[str]:
+    """What an FP8 source with some layers left in 16 bits rules out."""
+    if isinstance(quant, Fp8GivenQuant) and quant.left_out and options.pp_size > 1:
+        layer, module = quant.left_out[0]
+        return [
+            f"--pp-size {options.pp_size}: {module} of layer {layer} is not FP8 in the source, and config.json can only say that of"
+            " a layer of all stages alike; use --pp-size 1"
+        ]
+    return []
+
+
 def group_problems(options: Options, stored: Stored) -> list[str]:
     """Sources whose groups are not those of --group-size."""
     if options.quant not in GROUPED:
@@ -126,6 +143,9 @@ def config_entries(options: Options, quant: Quant) -> dict[str, object]:
     if options.quant in GROUPED:
         awq = options.quant == "int4_awq"
         return {"group_size": options.group_size, "has_zero_point": not awq, "pre_quant_scale": awq}
+    if isinstance(quant, Fp8GivenQuant) and quant.left_out:
+        names = [f"transformer.layers.{layer}.{module}" for layer, module in quant.left_out]
+        return {"exclude_modules": [*EXCLUDED, *names]}
     if options.quant == "fp8_rowwise":
         bound = quant.bound if isinstance(quant, Fp8RowwiseQuant) else CLAMP
         return {"clamp_val": [-bound, bound], "use_meta_recipe": options.use_meta_fp8_rowwise_recipe}
@@ -142,10 +162,17 @@ def quant_for(
 ) -> Quant:
     """The quant of --quant, told what the source has done already."""
     quant = quant_of(options.quant)
+    modules = {role: module for module, roles in _MODULES.items() for role in roles}
+    if stated is not None and stated.brings_scales:
+        given: dict[tuple[int, str], list[tuple[str, float]]] = {}
+        for (role, layer, _), name in found.items():
+            if role in modules:
+                given.setdefault((layer, modules[role]), []).extend([(name, stored.fp8[name][0])] if name in stored.fp8 else [])
+        scales = {place: tuple(sources) for place, sources in given.items() if sources}
+        return Fp8GivenQuant(scales, tuple(sorted(place for place in given if place not in scales)))
     bound = stated.activation_bound if stated is not None and stated.activation_bound is not None else CLAMP
     if options.quant != "fp8_rowwise" or (not stored.scales and bound == CLAMP and family is not META):
         return quant
-    modules = {role: module for module, roles in _MODULES.items() for role in roles}
     copied = {
         (layer, modules[role])
         for (role, layer, _), name in found.items()
