@@ -190,4 +190,5 @@ def test_the_table_of_codes_is_the_arithmetic() -> None:
         assert kernel is not None
         kernel(codes.numpy(), 32, 128, 2, 64, [out])
         assert (out.reshape(2, 64) == wanted.reshape(2, 128)[:, 32:96].numpy()).all()
-        assert bool(((encoding.decode([made], 2, 128) - encoding.values(block)).abs() <= encoding.error(block))[block.float().isfinite()].all())
+        gap = (encoding.decode([made], 2, 128) - encoding.values(block)).abs()
+        assert bool((gap <= encoding.error(block))[block.float().isfinite()].all())
