@@ -27,6 +27,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+MOST_SHOWN = 20
+"""Problems that a message lists."""
+
 
 def visible(text: str) -> str:
     """`text` with every character escaped that a terminal would act upon or not show, line ends too; nothing else changes.
@@ -40,14 +43,21 @@ def visible(text: str) -> str:
 
 
 class _Told(BaseException):
-    """What is told to the user: one visible line, and what to do about it."""
+    """What is told to the user: one visible line, and what to do about it.
+
+    Args:
+        message: what is wrong, naming the file, tensor or flag; a sequence for several problems, one line each.
+        hint: what to do about it, if there is something to do.
+    """
 
     exit_status = 1
 
-    def __init__(self, message: str, *, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
+    def __init__(self, message: str | Sequence[str], *, hint: str | None = None) -> None:
+        self.problems = (visible(message),) if isinstance(message, str) else tuple(map(visible, message))
+        shown = shorten(self.problems)
+        self.message = shown[0] if len(self.problems) == 1 else f"{len(self.problems)} problems: " + "; ".join(shown)
         self.hint = hint
+        super().__init__(self.message)
 
     def __setattr__(self, name: str, value: object) -> None:
         super().__setattr__(name, visible(value) if name in ("message", "hint") and isinstance(value, str) else value)
@@ -86,21 +96,9 @@ class TensorError(CheckpointError):
 
 
 class RefusedError(StreamconvError):
-    """The plan found reasons why this request cannot give a correct checkpoint.
-
-    Args:
-        problems: one line each, naming the tensor or flag; all that were found, not only the first.
-    """
+    """The plan found reasons why this request cannot give a correct checkpoint: all of them, not only the first."""
 
     exit_status = 4
-
-    def __init__(self, problems: Sequence[str], *, hint: str | None = None) -> None:
-        self.problems = tuple(map(visible, problems))
-        if len(self.problems) == 1:
-            message = self.problems[0]
-        else:
-            message = f"{len(self.problems)} problems: " + "; ".join(self.problems)
-        super().__init__(message, hint=hint)
 
 
 class BudgetError(StreamconvError):
@@ -141,6 +139,12 @@ class Interrupted(_Told):
     def __init__(self, message: str, *, signum: int, hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
         self.exit_status = 128 + signum
+
+
+def shorten(problems: Sequence[str]) -> list[str]:
+    """The first problems of a long list, and a line that counts the others."""
+    more = len(problems) - MOST_SHOWN
+    return [*problems[:MOST_SHOWN], *([f"and {more} more"] if more > 0 else [])]
 
 
 def printable(name: str, limit: int = 200) -> str:

@@ -142,12 +142,12 @@ def check_place(out: Path, source: Path, read: Iterable[Path] = ()) -> None:
         read: other files that are read.
 
     Raises:
-        OutputError: out is not a folder, or is the source or inside it, or holds it or a file that is read.
+        OutputError: out is not a folder, or is the source, or holds it or a file that is read. A folder in the source is as any other.
     """
     real, real_source = out.resolve(), source.resolve()
-    if real_source.is_dir() and (real == real_source or real_source in real.parents):
+    if real == real_source and real_source.is_dir():
         where = f"output {printable(str(out))}"
-        raise OutputError(f"{where} is the source folder or inside it", hint="choose another folder")
+        raise OutputError(f"{where} is the source folder", hint="choose another folder, a new one in it for example")
     if real in real_source.parents:
         raise OutputError(f"output {printable(str(out))} holds the source", hint="choose another folder")
     with explained(source, "read"):

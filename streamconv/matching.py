@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from streamconv.families.base import Family
 
 Key = tuple[str, int, int]
 """(role, layer, expert); -1 where the role has none."""
+
+
+_ROTARY = re.compile(
+    r"(?:^|\.)(?:rotary_emb|rotary_pos_emb|rotary|rope)\.(?!.*weight$)|(?:^|[._])(?:inv_freq|freqs|freqs_cis|cos_cached|sin_cached|cos_sin_cache)$"
+)
+"""Rotary buffers under the names that releases of transformers and others have given them; they follow from config.json."""
 
 
 def _split(name: str) -> tuple[str, tuple[int, ...]]:
@@ -21,32 +28,31 @@ def _split(name: str) -> tuple[str, tuple[int, ...]]:
     return ".".join(parts), tuple(numbers)
 
 
-def match(family: Family, names: Iterable[str], prefixes: tuple[str, ...] = ("",)) -> tuple[dict[Key, str], list[str]]:
+def match(family: Family, names: Iterable[str]) -> tuple[dict[Key, str], list[str]]:
     """Sort source names into roles.
 
     Args:
         family: the table.
-        names: source tensor names.
-        prefixes: strings that may stand before every pattern (multimodal wrappers).
+        names: source tensor names, as `naming.settle` gives them.
 
     Returns:
         (role, layer, expert) -> name, and the names that nothing matches, in order. A second name for one role counts as
         unmatched.
     """
     table: dict[str, tuple[str, str]] = {}
-    for prefix in prefixes:
-        for role, patterns in family.tensors.items():
-            for pattern in patterns:
-                table[_canonical(prefix + pattern)] = (role, pattern)
-        for pattern in family.ignored:
-            table[_canonical(prefix + pattern)] = ("", pattern)
+    for role, patterns in family.tensors.items():
+        for pattern in patterns:
+            table[_canonical(pattern)] = (role, pattern)
+    for pattern in family.ignored:
+        table[_canonical(pattern)] = ("", pattern)
     found: dict[Key, str] = {}
     unmatched: list[str] = []
     for name in names:
         shape, numbers = _split(name)
         hit = table.get(shape)
         if hit is None:
-            unmatched.append(name)
+            if not _ROTARY.search(name):
+                unmatched.append(name)
             continue
         role, pattern = hit
         if not role:

@@ -96,9 +96,8 @@ class Ranges:
         """Check vectors (name -> length).
 
         Raises:
-            TensorError: some are missing or wrong; the first few are listed.
+            TensorError: some are missing or wrong; all of them are listed.
         """
         wrong = [line for line in (self.problem(name, length) for name, length in wanted.items()) if line]
         if wrong:
-            more = [f"and {len(wrong) - 5} more"] if len(wrong) > 5 else []
-            raise TensorError("; ".join(wrong[:5] + more), hint=HINT)
+            raise TensorError(wrong, hint=HINT)

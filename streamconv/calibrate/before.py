@@ -21,6 +21,15 @@ def ranges_path(out: Path) -> Path:
     return out.with_name(out.name + ".ranges.safetensors")
 
 
+def _brings_scales(source: str | Path) -> bool:
+    from streamconv.checkpoint.quantized import source_quantization
+    from streamconv.hub import open_source
+
+    with contextlib.closing(open_source(source)) as index:
+        stated = source_quantization(index)
+    return stated is not None and stated.brings_scales
+
+
 def with_ranges(
     source: str | Path,
     out: str | Path,
@@ -50,7 +59,7 @@ def with_ranges(
     """
     flag, out = options.needs_ranges(), Path(out)
     if samples is None:
-        if flag is not None and options.activation_ranges is None:
+        if flag is not None and options.activation_ranges is None and not (options.quant == "fp8" and _brings_scales(source)):
             raise UsageError(f"{flag} needs activation ranges", hint=BOTH_WAYS)
         return options
     if not options.uses_ranges():

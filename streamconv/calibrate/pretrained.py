@@ -31,7 +31,7 @@ def read_config(index: Index, model: ModelConfig) -> Any:
     from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    kind, where = index.config.get("model_type"), printable(str(index.root))
+    kind, where = index.config.get("model_type") or model.model_type, printable(str(index.root))
     if not isinstance(kind, str) or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind) != model.architecture:
         raise CheckpointError(
             f"{where}: transformers has no {printable(model.architecture)} of model_type {printable(str(kind))}",

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 from streamconv import __version__, memory
 from streamconv.calibrate import pretrained
 from streamconv.calibrate.request import DTYPES, Loop
-from streamconv.checkpoint.index import Index, open_index
+from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.model_config import ModelConfig
-from streamconv.errors import BudgetError, CheckpointError, OutputError, UsageError, printable
+from streamconv.checkpoint.quantized import source_quantization
+from streamconv.errors import BudgetError, CheckpointError, DataError, OutputError, RefusedError, UsageError, printable
 from streamconv.fs import explained
-from streamconv.hub import local_folder
+from streamconv.hub import local_folder, open_source
 from streamconv.memory import MIB, show_size
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ Progress = Callable[[int, int, float], None]
 
 _TORCH_BASE = 450 * MIB
 """Resident after torch and transformers are loaded (measured)."""
+
+_WEIGHTS = ("F16", "BF16", "F32", "F64")
 
 _GROUP = 32 * MIB
 """Bytes of embedded samples that are made together."""
@@ -87,13 +90,29 @@ def calibrate(
         raise UsageError(f"--dtype {dtype} is not one of {', '.join(DTYPES)}")
     if batch_size < 1 or max_length < 1 or samples == 0:
         raise UsageError("--samples, --max-length and --batch-size must be at least 1")
-    with contextlib.closing(open_index(local_folder(model))) as index:
+    with contextlib.closing(open_source(local_folder(model))) as index:
+        refuse_quantized(index)
         run = _Run(index, Path(out), batch_size, dtype, loop, device, memory_budget)
         try:
             return run.measure(text, samples, max_length, reuse, progress)
         finally:
             if run.device != "cpu":
                 give_back()
+
+
+def refuse_quantized(index: Index) -> None:
+    """Ranges are those of the unquantized model.
+
+    Raises:
+        RefusedError: the source says that it is quantized, or holds weights that are no floats with a value of their own.
+    """
+    stated = source_quantization(index)
+    what = f"{stated.stated_in}: quantized already ({stated.title})" if stated is not None else None
+    odd = next((name for name, record in index.tensors.items() if record.dtype.name not in _WEIGHTS and name.startswith("model.")), None)
+    if what is None and odd is not None:
+        what = f"{printable(odd)} is {index.tensors[odd].dtype}, a quantized weight"
+    if what is not None:
+        raise RefusedError([f"{what}; activation ranges are measured on the unquantized model"], hint="give that one to calibrate")
 
 
 def torch_device(name: str) -> str:
@@ -201,7 +220,7 @@ class _Run:
                 with states.layer(number):
                     for batch in batches:
                         states.put(layer(states.take((len(batch), len(batch[0]), width))))
-                    scratch.ranges |= layer.ranges()
+                    scratch.ranges |= _finite(layer.ranges(), self.kind)
                 each = (time.monotonic() - began) / (number + 1 - first)
                 progress(number + 1, layer.layers, each * (layer.layers - number - 1))
 
@@ -268,6 +287,19 @@ def check_budget(index: Index, facts: ModelConfig, budget: int | None, tokens: i
             f"calibration takes about {show_size(need)} (one layer {show_size(layer)}), and only {show_size(free)} may be used",
             hint=f"--memory-budget {-(-need // MIB)}MiB, or a smaller --batch-size or --max-length",
         )
+
+
+def _finite(ranges: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
+    """The ranges, which must be numbers.
+
+    Raises:
+        DataError: some are NaN or infinite.
+    """
+    odd = [name for name, values in ranges.items() if not bool(values.isfinite().all())]
+    if odd:
+        hint = "computing in another type may help: --dtype bfloat16 or float32" if kind == "float16" else "are the weights sound?"
+        raise DataError(f"{printable(odd[0])} (and {len(odd) - 1} more): the measured range is NaN or infinite", hint=hint)
+    return ranges
 
 
 def _batches(ids: list[list[int]], size: int) -> list[list[list[int]]]:

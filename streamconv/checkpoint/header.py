@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import NamedTuple, NoReturn
 
+from streamconv.checkpoint import lfs
 from streamconv.checkpoint.dtypes import DTYPES, DType
 from streamconv.checkpoint.header_build import METADATA
 from streamconv.checkpoint.header_build import build_header as build_header
@@ -126,6 +127,8 @@ def _read(fd: int, path: str) -> Header:
 
 def _data_start(data: bytes | bytearray | memoryview, file_size: int, path: str) -> int:
     where = printable(path)
+    if lfs.is_pointer(data):
+        raise HeaderError(f"{where} {lfs.POINTER}", hint=lfs.HINT)
     if file_size < 8 or len(data) < 8:
         raise HeaderError(f"{where}: {min(file_size, len(data))} bytes are too short for a safetensors file")
     length = int.from_bytes(data[:8], "little")

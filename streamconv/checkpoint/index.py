@@ -5,22 +5,24 @@ from __future__ import annotations
 import contextlib
 import difflib
 import heapq
-import json
 import math
 import os
 import stat
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
 from streamconv.checkpoint.dtypes import DType
+from streamconv.checkpoint.foreign import ADAPTER_WEIGHTS, foreign
+from streamconv.checkpoint.json_file import read_json as read_json
 from streamconv.checkpoint.limits import MAX_CONFIG as MAX_CONFIG
-from streamconv.checkpoint.limits import MAX_CONTAINERS, MAX_FILES, MAX_TENSORS, MAX_WIDE_JSON
+from streamconv.checkpoint.limits import MAX_FILES, MAX_TENSORS
 from streamconv.checkpoint.limits import MAX_WEIGHT_MAP as MAX_WEIGHT_MAP
+from streamconv.checkpoint.links import links_out
 from streamconv.checkpoint.meta import PARAMS, Assembled, assemble, is_meta, meta_files
-from streamconv.checkpoint.shard import Shard, open_regular
+from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.torch_zip import TorchTensor, read_torch
 from streamconv.errors import CheckpointError, TensorError, printable
 
@@ -28,6 +30,7 @@ _CONFIG = "config.json"
 _NO_CONFIG = "a checkpoint folder holds config.json beside its weights"
 WEIGHT_MAP = "model.safetensors.index.json"
 TORCH_WEIGHT_MAP = "pytorch_model.bin.index.json"
+_WHOLE = {WEIGHT_MAP: "model.safetensors", TORCH_WEIGHT_MAP: "pytorch_model.bin"}
 _TORCH = (".bin", ".pth", ".pt")
 
 
@@ -54,7 +57,10 @@ class Index:
             first block, the rest is of the whole tensor.
         digests: for each shard that is no safetensors file, SHA-256 (hex) of what fixes where its tensors lie.
         assembled: for a Meta source, the same tensors with all their blocks; None for Hugging Face.
-        unused: .safetensors files beside those that the index file names.
+        unlisted: tensors that the index file does not list.
+        absent: tensors that the index file lists and no file holds.
+        wrapped: `config` is that of the language model inside a multimodal model, and not config.json.
+        notes: what the user should know of how the source was read.
     """
 
     root: Path
@@ -63,7 +69,10 @@ class Index:
     tensors: dict[str, TensorRecord]
     digests: dict[int, str] = field(default_factory=dict)
     assembled: dict[str, Assembled] | None = None
-    unused: tuple[str, ...] = ()
+    unlisted: frozenset[str] = frozenset()
+    absent: tuple[str, ...] = ()
+    wrapped: bool = False
+    notes: tuple[str, ...] = ()
 
     def close(self) -> None:
         for shard in self.shards:
@@ -93,42 +102,47 @@ def open_index(path: str | os.PathLike[str]) -> Index:
         raise CheckpointError(f"no such file or folder: {shown}") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot open {shown}: {error}") from None
-    unused: tuple[str, ...] = ()
     if stat.S_ISDIR(mode):
-        folder, weight_map = root, None
+        folder, present = root, _listed(root)
         if not os.path.lexists(folder / _CONFIG):
             if is_meta(folder):
                 return _open_meta(folder)
+            if not weight_files(present) and (known := foreign(shown, present, folder)):
+                raise known
             newest = _newest_snapshot(folder)
             hint = f"this is the Hub's cache of a model, which is in {printable(str(newest))}" if newest else _NO_CONFIG
             raise CheckpointError(f"missing config.json in {shown}", hint=hint)
         config = read_json(folder / _CONFIG, MAX_CONFIG)
-        names = _listed(folder)
-        listed = WEIGHT_MAP if not names or names[0].endswith(".safetensors") else TORCH_WEIGHT_MAP
-        if not names and not os.path.lexists(folder / listed):
-            listed = TORCH_WEIGHT_MAP
-        if os.path.lexists(folder / listed):
-            weight_map = read_weight_map(folder / listed)
-            present, names = names, sorted(set(weight_map.values()))
-            unused = tuple(name for name in present if name not in names and name.endswith(".safetensors"))
-        if not names:
-            raise CheckpointError(f"no .safetensors file in {shown}, nor any pytorch_model*.bin")
+        chosen = choose(present, lambda name: folder / name)
+        if not chosen.names:
+            raise foreign(shown, present, folder) or CheckpointError(f"no .safetensors file in {shown}, nor any pytorch_model*.bin")
     elif root.suffix in (".safetensors", *_TORCH):
-        folder, weight_map, names = root.parent, None, [root.name]
+        folder, chosen = root.parent, Choice([root.name])
+        if root.name.startswith(ADAPTER_WEIGHTS):
+            raise foreign(shown, [root.name]) or CheckpointError(shown)
         if not os.path.lexists(folder / _CONFIG):
             raise CheckpointError(f"missing config.json beside {shown}", hint="put the model's config.json there")
         config = read_json(folder / _CONFIG, MAX_CONFIG)
     else:
-        raise CheckpointError(f"{shown} is neither a folder nor a weight file (.safetensors, .bin, .pth, .pt)")
-    shards = tuple(Shard(folder / name) for name in names)
+        known = foreign(printable(str(root.parent)), [root.name])
+        raise known or CheckpointError(f"{shown} is neither a folder nor a weight file (.safetensors, .bin, .pth, .pt)")
+    shards = tuple(Shard(folder / name) for name in chosen.names)
+    return build_index(root, config, shards, chosen, links_out(folder, chosen.names))
+
+
+def build_index(root: Path, config: dict[str, Any], shards: tuple[Shard, ...], chosen: Choice, notes: Sequence[str] = ()) -> Index:
+    """Read the headers of the chosen files; closes them if one is bad."""
     digests: dict[int, str] = {}
     try:
-        tensors = read_tensors(shards, weight_map, digests)
+        tensors = read_tensors(shards, chosen.weight_map, digests)
     except BaseException:
         for shard in shards:
             shard.close()
         raise
-    return Index(root, config, shards, tensors, digests, unused=unused)
+    listed = chosen.weight_map
+    unlisted = frozenset(name for name in tensors if name not in listed) if listed is not None else frozenset[str]()
+    absent = tuple(name for name in listed if name not in tensors) if listed is not None else ()
+    return Index(root, config, shards, tensors, digests, unlisted=unlisted, absent=absent, notes=(*chosen.notes, *notes))
 
 
 def _newest_snapshot(folder: Path) -> Path | None:
@@ -167,63 +181,8 @@ def _open_meta(folder: Path) -> Index:
         first = whole.blocks[0]
         nbytes = whole.dtype.itemsize * math.prod(whole.shape)
         tensors[name] = TensorRecord(name, whole.dtype, whole.shape, first.shard, first.begin, nbytes)
-    return Index(folder, params, shards, tensors, digests, assembled)
-
-
-def read_json(path: Path, limit: int, *, unique: bool = False) -> dict[str, Any]:
-    """A JSON file that must hold an object.
-
-    Args:
-        unique: refuse an object that has a key twice, where plain JSON reading keeps the last.
-
-    Raises:
-        CheckpointError: not readable, larger than limit bytes or than limits.py allows, or no JSON object.
-        TensorError: with unique, a key is there twice.
-    """
-    shown = printable(str(path))
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        held = dict(pairs)
-        if len(held) != len(pairs):
-            seen: set[str] = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise TensorError(f"{shown} lists {printable(twice)} twice", hint="remove one of the two entries")
-        return held
-
-    fd = open_regular(path)
-    try:
-        size = os.fstat(fd).st_size
-        if size > limit:
-            raise CheckpointError(f"{shown} has {size} bytes; at most {limit} are accepted")
-        with os.fdopen(fd, "rb", closefd=False) as file:
-            raw = file.read(size)
-        _check_counts(raw, shown)
-        text = raw.decode()
-        del raw  # not two copies of a long text while it is parsed
-        value = json.loads(text, object_pairs_hook=once if unique else None)
-    except RecursionError:
-        raise CheckpointError(f"{shown} is nested too deeply") from None
-    except OSError as error:
-        raise CheckpointError(f"cannot read {shown}: {error.strerror}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{shown} is not valid JSON: {printable(str(error))}") from None
-    finally:
-        os.close(fd)
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{shown} must hold a JSON object")
-    return value
-
-
-def _check_counts(raw: bytes, shown: str) -> None:
-    """Nothing is built from a JSON text that could become many times its size."""
-    told = "above streamconv's own limit of"
-    containers, values = raw.count(b"{") + raw.count(b"["), raw.count(b",")
-    if containers > MAX_CONTAINERS:
-        raise CheckpointError(f"{shown} holds {containers} objects and lists, {told} {MAX_CONTAINERS}")
-    if values > MAX_TENSORS + MAX_CONTAINERS:
-        raise CheckpointError(f"{shown} holds {values} values, {told} {MAX_TENSORS} tensors")
-    if len(raw) > MAX_WIDE_JSON and not raw.isascii():
-        raise CheckpointError(f"{shown} has {len(raw)} bytes, {told} {MAX_WIDE_JSON} for a file that is not plain ASCII")
+    notes = links_out(folder, [shard.path.name for shard in shards])
+    return Index(folder, params, shards, tensors, digests, assembled, notes=notes)
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
@@ -246,7 +205,16 @@ def read_weight_map(path: Path, present: Collection[str] | None = None) -> dict[
         CheckpointError: it is no index, or names a file that is not there or not part of this checkpoint.
         TensorError: a tensor is listed twice.
     """
-    folder = path.parent
+    listed, shown = _weight_map(path), printable(str(path))
+    for name in sorted(set(listed.values())):
+        if present is None:
+            _check_there(path.parent, name, shown)
+        elif name not in present:
+            raise CheckpointError(f"missing file {printable(name)}, named in {shown}", hint="is the upload complete?")
+    return listed
+
+
+def _weight_map(path: Path) -> dict[str, str]:
     shown = printable(str(path))
     listed = read_json(path, MAX_WEIGHT_MAP, unique=True).get("weight_map")
     if not isinstance(listed, dict) or not listed:
@@ -258,10 +226,6 @@ def read_weight_map(path: Path, present: Collection[str] | None = None) -> dict[
         raise CheckpointError(f"{shown} names {len(files)} files, above streamconv's own limit of {MAX_FILES}")
     for name in sorted(files):
         _check_plain(name, shown)
-        if present is None:
-            _check_inside(folder, name, shown)
-        elif name not in present:
-            raise CheckpointError(f"missing file {printable(name)}, named in {shown}", hint="is the upload complete?")
     return listed
 
 
@@ -276,31 +240,62 @@ def _check_plain(name: str, index: str) -> None:
         raise CheckpointError(f"{index} names the file {shown}, which is not a {wanted} file")
 
 
-def _check_inside(folder: Path, name: str, index: str) -> None:
-    """It must lead to a file of this checkpoint.
-
-    Links may stay in the folder, or follow the layout of the Hub's cache: snapshots/<revision>/<file> to blobs/<hash>.
-    """
+def _check_there(folder: Path, name: str, index: str) -> None:
+    """It must be there; a link may lead anywhere, to a regular file (see `links_out`)."""
     shown, path = printable(name), folder / name
     if not os.path.lexists(path):
         raise CheckpointError(f"missing file {shown}, named in {index}", hint="is the download complete?")
-    try:
-        home, real = folder.resolve(strict=True), path.resolve(strict=True)
-    except (OSError, RuntimeError):
-        raise CheckpointError(
-            f"{shown}, named in {index}, is a broken link", hint="is the download complete?"
-        ) from None
-    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
-    if home not in real.parents and real.parent != blobs:
-        raise CheckpointError(
-            f"{shown}, named in {index}, is a link that leads out of the checkpoint folder",
-            hint="a model spread over disks: put the files themselves there (cp, or mount --bind the other folder)",
-        )
+    if not path.exists():
+        raise CheckpointError(f"{shown}, named in {index}, is a broken link", hint="is the download complete?")
+
+
+class Choice(NamedTuple):
+    """The weight files of a source.
+
+    Attributes:
+        weight_map: what the index file says, None without one.
+        notes: which files are not read, and why.
+    """
+
+    names: list[str]
+    weight_map: dict[str, str] | None = None
+    notes: tuple[str, ...] = ()
+
+
+def choose(present: Collection[str], path_of: Callable[[str], Path], remote: Collection[str] | None = None) -> Choice:
+    """Which of these files hold the weights: as transformers, model.safetensors before shards and their index file.
+
+    Args:
+        present: names of all files.
+        path_of: gives a small file's path.
+        remote: as `present` of `read_weight_map`.
+
+    Raises:
+        CheckpointError, TensorError: see read_weight_map.
+    """
+    names = weight_files(present)
+    listed = WEIGHT_MAP if not names or names[0].endswith(".safetensors") else TORCH_WEIGHT_MAP
+    if not names and listed not in present:
+        listed = TORCH_WEIGHT_MAP
+    whole = _WHOLE[listed]
+    if listed in present and (whole not in names or whole in _weight_map(path_of(listed)).values()):
+        weight_map = read_weight_map(path_of(listed), remote)
+        read, why = sorted(set(weight_map.values())), "the index file names {} other file{}, which are read"
+    else:
+        weight_map, read, why = None, [whole] if whole in names else names, f"{whole} is read, as transformers does"
+    unused = [name for name in names if name not in read]
+    if weight_map is None and listed in present:
+        unused.append(listed)
+    if not unused:
+        return Choice(read, weight_map)
+    more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
+    because = why.format(len(read), "s" * (len(read) != 1))
+    return Choice(read, weight_map, (f"{printable(unused[0])}{more} in the source is not used: {because}",))
 
 
 def _listed(folder: Path) -> list[str]:
     try:
-        return weight_files(os.listdir(folder))
+        return os.listdir(folder)
     except OSError as error:
         raise CheckpointError(f"cannot list {printable(str(folder))}: {error.strerror}") from None
 
@@ -308,7 +303,8 @@ def _listed(folder: Path) -> list[str]:
 def weight_files(present: Iterable[str]) -> list[str]:
     """The weight files among those of a folder: safetensors, if there are none PyTorch's."""
     names = sorted(present)
-    found = [name for name in names if name.endswith(".safetensors") and not name.startswith(".")]
+    found = [name for name in names if name.endswith(".safetensors") and not name.startswith((".", *ADAPTER_WEIGHTS))]
+    found = [name for name in found if not name.endswith(".ranges.safetensors")]  # of an output below the source
     # Mistral's repositories hold the same weights twice, once under Meta's names in consolidated*.safetensors.
     found = [name for name in found if not name.startswith("consolidated")] or found
     return found or [name for name in names if name.startswith("pytorch_model") and name.endswith(".bin")]
@@ -324,11 +320,8 @@ def read_tensors(
     for number, shard in enumerate(shards):
         file = shard.path.name
         for name, dtype, shape, begin, nbytes in _held(shard, number, digests):
-            if weight_map is not None and weight_map.get(name) != file:
-                other = weight_map.get(name)
-                where = (
-                    f"the index file places it in {printable(other)}" if other else "the index file does not list it"
-                )
+            if weight_map is not None and weight_map.get(name, file) != file:
+                where = f"the index file places it in {printable(weight_map[name])}"
                 raise TensorError(f"tensor {printable(name)} is in {printable(file)}, but {where}")
             if name in found:
                 first = shards[found[name].shard].path.name
@@ -336,10 +329,6 @@ def read_tensors(
             found[name] = TensorRecord(name, dtype, shape, number, begin, nbytes)
         if len(found) > MAX_TENSORS:
             raise CheckpointError(f"the checkpoint has over {MAX_TENSORS} tensors, which is streamconv's own limit")
-    if weight_map is not None and len(found) != len(weight_map):
-        name = next(name for name in weight_map if name not in found)
-        file = weight_map[name]
-        raise TensorError(f"tensor {printable(name)} is not in {printable(file)}, where the index file places it")
     return found
 
 

@@ -25,6 +25,7 @@ class ModelConfig:
         experts_per_token, num_experts: 0 for a dense model; None if the key is absent where that matters.
         moe_intermediate_size: width of one expert where it differs from intermediate_size.
         raw: the whole source config.
+        notes: where the source contradicts itself, and what was believed.
     """
 
     architecture: str
@@ -51,6 +52,7 @@ class ModelConfig:
     moe_intermediate_size: int | None
     raw: Mapping[str, Any]
     source: Literal["hf", "meta"]
+    notes: tuple[str, ...] = ()
 
 
 _DIMENSIONS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
@@ -103,6 +105,27 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "ExaoneForCausalLM": {"rms_norm_eps": 1e-05},
 }
+
+
+# for a config.json that states none, or contradicts its architecture
+MODEL_TYPES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "MixtralForCausalLM": "mixtral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+    "Phi3ForCausalLM": "phi3",
+    "GemmaForCausalLM": "gemma",
+    "Gemma2ForCausalLM": "gemma2",
+    "GraniteForCausalLM": "granite",
+}
+
+
+def is_tied(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json with a known architecture says that the output projection is the embedding."""
+    defaults = _DEFAULTS.get(config["architectures"][0], {})
+    return bool(config.get("tie_word_embeddings", defaults.get("tie_word_embeddings")))
 
 
 def _shown(value: Any) -> str:
@@ -183,7 +206,8 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     if not head and raw.get("head_dim") is None and defaults.get("head_dim") is None and sizes["hidden_size"] % heads:
         problems.append(f"hidden_size {sizes['hidden_size']} is not a multiple of num_attention_heads {heads}")
     head = head or whole("head_dim", max(1, sizes["hidden_size"] // heads))
-    theta, scaling = _rope(raw, architecture, problems, number)
+    notes: list[str] = []
+    theta, scaling = _rope(raw, architecture, problems, notes, number)
     rotated = _rotated(raw, problems)
     moe = architecture.startswith("Mixtral") or "Moe" in architecture
     experts = whole("num_local_experts") if moe else count("num_local_experts")
@@ -204,10 +228,10 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
             if not least <= factor <= most:
                 problems.append(f"{key} is {_shown(raw[key])}, not a number from {least:g} to {most:g}")
     if problems:
-        raise CheckpointError("config.json: " + "; ".join(problems))
+        raise CheckpointError([f"config.json: {problem}" for problem in problems])
     return ModelConfig(
         architecture=architecture,
-        model_type=model_type or "",
+        model_type=MODEL_TYPES.get(architecture, model_type or ""),
         dtype=dtype.removeprefix("torch.") if dtype is not None else None,
         hidden_size=sizes["hidden_size"],
         num_hidden_layers=sizes["num_hidden_layers"],
@@ -224,12 +248,13 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
         partial_rotary_factor=rotated,
         attention_bias=bool(switches["bias" if "bias" in raw else "attention_bias"]),
         mlp_bias=bool(switches["mlp_bias"]),
-        tie_word_embeddings=bool(switches["tie_word_embeddings"] if "tie_word_embeddings" in raw else defaults.get("tie_word_embeddings")),
+        tie_word_embeddings=is_tied(raw),
         num_experts=experts,
         experts_per_token=per_token,
         moe_intermediate_size=width or None,
         raw=raw,
         source="hf",
+        notes=tuple(notes),
     )
 
 
@@ -260,29 +285,53 @@ _ADDS_ROPE_TYPE = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "
 
 
 def _rope(
-    raw: dict[str, Any], architecture: str, problems: list[str], number: Any
+    raw: dict[str, Any], architecture: str, problems: list[str], notes: list[str], number: Any
 ) -> tuple[float, dict[str, Any] | None]:
-    """(theta, scaling) from either spelling; type "default" means no scaling (§2.6)."""
-    new = raw.get("rope_parameters")
-    scaling = raw.get("rope_scaling")
+    """(theta, scaling) from either spelling; type "default" means no scaling (§2.6).
+
+    A base inside an object counts before the one at the top level, where a release that does not know the object writes its
+    default; of two scalings the old key's counts, as in transformers, unless it is "default".
+    """
+    objects = {key: raw.get(key) for key in ("rope_parameters", "rope_scaling")}
+    for key, value in objects.items():
+        if value is not None and not isinstance(value, dict):
+            problems.append(f"{key} is {_shown(value)}, not an object")
+            return number("rope_theta", 10000.0), None
+        if any(isinstance(inner, dict) for inner in (value or {}).values()):
+            problems.append(f"{key} is different for different layers, which TensorRT-LLM does not have")
+            return number("rope_theta", 10000.0), None
+    stated = {f"{key}.rope_theta": (value or {}).get("rope_theta") for key, value in objects.items()}
+    thetas = {key: value for key, value in (stated | {"rope_theta": raw.get("rope_theta")}).items() if value is not None}
+    if thetas:
+        first, raw["rope_theta"] = next(iter(thetas.items()))
+        notes += [
+            f"config.json: {first} is {_shown(thetas[first])} and {key} is {_shown(value)}: {first} counts"
+            for key, value in thetas.items()
+            if value != thetas[first]
+        ]
     theta = number("rope_theta", 10000.0)
-    if isinstance(new, dict):
-        if "rope_theta" in new and raw.get("rope_theta") is None:
-            raw["rope_theta"] = new["rope_theta"]
-            theta = number("rope_theta", 10000.0)
-        if scaling is None:
-            scaling = {key: value for key, value in new.items() if key not in ("rope_theta", "partial_rotary_factor")}
-    if scaling is None or scaling == {}:
+    scalings = {
+        key: {inner: setting for inner, setting in value.items() if inner not in ("rope_theta", "partial_rotary_factor")}
+        for key, value in objects.items()
+        if value
+    }
+    new, old = scalings.get("rope_parameters"), scalings.get("rope_scaling")
+    scaling = old if old and (_kind(old) != "default" or not new) else new
+    if not scaling:
         return theta, None
-    if not isinstance(scaling, dict):
-        problems.append(f"rope_scaling is {_shown(scaling)}, not an object")
-        return theta, None
-    if scaling.get("type", scaling.get("rope_type")) == "default":
+    if new and old and {**new, "type": _kind(new), "rope_type": ""} != {**old, "type": _kind(old), "rope_type": ""}:
+        which = "rope_scaling" if scaling is old else "rope_parameters"
+        notes.append(f"config.json: rope_parameters and rope_scaling differ: {which} counts")
+    if _kind(scaling) == "default":
         return theta, None
     scaling = dict(scaling)
     if "type" in scaling and architecture in _ADDS_ROPE_TYPE:
         scaling["rope_type"] = scaling["type"]
     return theta, scaling
+
+
+def _kind(scaling: Mapping[str, Any]) -> str:
+    return _shown(scaling.get("type", scaling.get("rope_type"))).strip("'")
 
 
 def from_meta(params: Mapping[str, Any], vocab_rows: int | None = None) -> ModelConfig:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from streamconv.checkpoint.index import read_json
+from streamconv.checkpoint.index import Index
+from streamconv.checkpoint.json_file import read_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,7 @@ class SourceQuantization:
         act_order: desc_act of GPTQ.
         activation_bound: activation_scale_ub of fbgemm.
         stated_in: file name, for messages.
+        kv_algo: ModelOpt's kv_cache_quant_algo, upper case.
     """
 
     method: str
@@ -34,20 +37,60 @@ class SourceQuantization:
     act_order: bool = False
     activation_bound: float | None = None
     stated_in: str = "config.json"
+    kv_algo: str | None = None
+
+    @property
+    def title(self) -> str:
+        """For messages: "modelopt FP8", "gptq, 4 bits"."""
+        bits = f", {self.bits} bits" if self.bits else ""
+        return f"{self.method}{' ' + self.algo if self.algo else ''}{bits}"
+
+    @property
+    def brings_scales(self) -> bool:
+        """FP8 with a scale for each matrix and its input: nothing is left to calibrate."""
+        return self.method == "modelopt" and self.algo == "FP8"
 
 
 _MOST = 1 << 20
 
 
-def source_quantization(config: Mapping[str, Any], root: Path) -> SourceQuantization | None:
+_COMPANION = re.compile(r"scale|zero|absmax|quant|packed|g_idx|SCB|amax")
+"""Last parts of the names of what only quantized weights have beside them."""
+_FLOATS = ("F16", "BF16", "F32", "F64")
+_IN_FLOAT = ("bitnet",)
+"""Methods whose weights are stored in a float type and quantized by the model itself."""
+
+
+def source_quantization(index: Index) -> SourceQuantization | None:
     """Facts of the source, or None for an unquantized one (and for a GPTQ file without any statement).
+
+    Raises:
+        CheckpointError: a file is not a JSON object.
+    """
+    stated = stated_quantization(index.config, index.root)
+    return None if stated is not None and _is_left_over(index, stated) else stated
+
+
+def left_over(index: Index) -> str | None:
+    """A warning, if the source says that it is quantized and its tensors that it is not (a merge saved with the old config)."""
+    stated = stated_quantization(index.config, index.root)
+    if stated is None or not _is_left_over(index, stated):
+        return None
+    return f"{stated.stated_in} says {stated.title}, but no tensor is quantized: it is taken for an unquantized model"
+
+
+def _is_left_over(index: Index, stated: SourceQuantization) -> bool:
+    if stated.method in _IN_FLOAT:
+        return False
+    return all(r.dtype.name in _FLOATS and not _COMPANION.search(name.rpartition(".")[2]) for name, r in index.tensors.items())
+
+
+def stated_quantization(config: Mapping[str, Any], root: Path) -> SourceQuantization | None:
+    """What the files beside the weights say.
 
     Args:
         config: config.json.
         root: the source, a folder or a file in it.
-
-    Raises:
-        CheckpointError: a file is not a JSON object.
     """
     folder = root if root.is_dir() else root.parent
     stated = config.get("quantization_config")
@@ -88,6 +131,7 @@ def _modelopt(stated: Mapping[str, Any], name: str) -> SourceQuantization:
         algo=str(algo).upper() if algo else None,
         group_size=_int(inner.get("group_size")),
         stated_in=name,
+        kv_algo="FP8" if isinstance(inner.get("kv_cache_scheme"), dict) else str(inner.get("kv_cache_quant_algo") or "").upper() or None,
     )
 
 

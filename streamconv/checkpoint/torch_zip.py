@@ -10,6 +10,7 @@ import hashlib
 import struct
 from typing import Any, NamedTuple
 
+from streamconv.checkpoint import lfs
 from streamconv.checkpoint.dtypes import DType
 from streamconv.checkpoint.limits import MAX_PICKLE, MAX_PICKLE_STEPS, MAX_ZIP_DIRECTORY, MAX_ZIP_ENTRIES
 from streamconv.checkpoint.pickle_records import read_pickle
@@ -208,8 +209,8 @@ def _not_a_zip(shown: str, head: bytes) -> CheckpointError:
             f"{shown} is in the format of PyTorch before 1.6, which has no directory of its tensors",
             hint="load it with torch.load(weights_only=True) and save it again, better still as .safetensors",
         )
-    if head.startswith(b"version https://git-lfs"):
-        return CheckpointError(f"{shown} is a Git LFS pointer, not the file itself", hint="run git lfs pull")
+    if lfs.is_pointer(head):
+        return CheckpointError(f"{shown} {lfs.POINTER}", hint=lfs.HINT)
     return CheckpointError(f"{shown} is not a PyTorch checkpoint", hint="is the download complete?")
 
 

@@ -78,7 +78,7 @@ def _refuse_fp8(request: OfficialRequest, source: str) -> None:
     if request.options.quant != "fp8" or request.options.activation_ranges is not None:
         return
     with contextlib.closing(open_source(source)) as index:
-        if source_quantization(index.config, index.root) is not None:
+        if source_quantization(index) is not None:
             return  # planning says what can be done with it
     raise RefusedError(
         ["--use_fp8: NVIDIA's script makes no usable scales from a model that is not FP8 already; only other tools make these"],
@@ -144,6 +144,8 @@ def _with_ranges(request: OfficialRequest, source: str) -> Options:
     options = request.options
     if options.activation_ranges is not None or options.needs_ranges() is None:
         return options
+    if options.quant == "fp8" and options.kv_cache != "int8":
+        return options  # `_refuse_fp8` lets only sources pass that are quantized already
     if source == request.meta_ckpt_dir:
         raise UsageError("--smoothquant and --int8_kv_cache need --model_dir: a Meta checkpoint cannot be calibrated")
     return with_ranges(

@@ -43,7 +43,7 @@ def check(context: click.Context, model: str, options: Options) -> None:
     """
     told = list(_without_effect(typed(context), context.params, model, options))
     if told:
-        raise UsageError("; ".join(told), hint="leave it out" if len(told) == 1 else "leave them out")
+        raise UsageError(told, hint="leave it out" if len(told) == 1 else "leave them out")
 
 
 def needs(context: click.Context, other: str, flags: Collection[str]) -> None:
@@ -124,5 +124,5 @@ def _of_model(model: str, options: Options, experts: bool) -> tuple[str, bool]:
     if key != "none" and not experts:
         return key, False
     with contextlib.closing(open_source(model)) as index:
-        key = take_over(options, source_quantization(index.config, index.root)).quant
+        key = take_over(options, source_quantization(index)).quant
         return key, experts and not model_of(index)[0].num_experts

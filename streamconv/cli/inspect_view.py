@@ -17,7 +17,7 @@ def show(source: str, as_json: bool) -> None:
     index = open_source(source)
     try:
         model, family = model_of(index)
-        found, unmatched = match(family, index.tensors, ("", "language_model."))
+        found, unmatched = match(family, index.tensors)
         roles = {name: key[0] for key, name in found.items()}
         becomes: dict[str, list[str]] = {}
         problem = ""

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
-from streamconv.errors import Interrupted, OutputError, StreamconvError, visible
+from streamconv.errors import Interrupted, OutputError, RefusedError, StreamconvError, shorten, visible
 from streamconv.streams import VisibleStream
 
 CLOSED = 1
@@ -62,13 +62,14 @@ def _shown(value: Any) -> Any:
 
 def fail(error: StreamconvError | Interrupted, as_json: bool) -> int:
     """Print an error the way the command was asked to; gives the exit status."""
-    problems = getattr(error, "problems", ())
+    problems = error.problems
     if as_json:
         content = {"error": type(error).__name__, "message": error.message, "hint": error.hint, "status": error.exit_status}
-        dump(content | ({"problems": list(problems)} if problems else {}))
+        listed = len(problems) > 1 or isinstance(error, RefusedError)
+        dump(content | ({"problems": list(problems)} if listed else {}))
     if len(problems) > 1:
         note(f"error: {len(problems)} problems")
-        for problem in problems:
+        for problem in shorten(problems):
             note(f"  {problem}")
         if error.hint:
             note(f"  hint: {error.hint}")

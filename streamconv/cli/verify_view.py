@@ -7,6 +7,7 @@ from math import isinf
 
 from streamconv.cli import output
 from streamconv.cli.view import table
+from streamconv.errors import shorten
 from streamconv.verdict import Verdict
 
 
@@ -23,7 +24,7 @@ def show(out: str, verdict: Verdict, as_json: bool, quiet: bool) -> None:
             for e in verdict.errors
         ]
         output.block(table(rows, ("file", "tensor", "rows", "max error", "relative", "SNR dB")))
-    for problem in verdict.problems:
+    for problem in shorten(verdict.problems):
         output.note(f"error: {problem}")
     if not quiet:
         checked = verdict.hashed or verdict.encoded

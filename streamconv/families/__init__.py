@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import pkgutil
 from functools import cache
@@ -31,5 +32,9 @@ def family_of(architecture: str) -> Family:
     for family in all_families():
         if architecture in family.architectures:
             return family
-    known = ", ".join(sorted(a for family in all_families() for a in family.architectures))
-    raise CheckpointError(f"unknown architecture {printable(architecture)!r} in config.json", hint=f"known: {known}")
+    known = sorted(a for family in all_families() for a in family.architectures)
+    near = max((a for a in known if a in architecture), key=len, default=None)
+    near = near or next(iter(difflib.get_close_matches(architecture[:300], known, n=1)), None)
+    hint = f"known: {', '.join(known)}"
+    hint = f"if it is a {near} under another name, say so in config.json; {hint}" if near else hint
+    raise CheckpointError(f"unknown architecture {printable(architecture)!r} in config.json", hint=hint)

@@ -10,16 +10,15 @@ import contextlib
 import os
 from pathlib import Path
 
+from streamconv.checkpoint.foreign import foreign
 from streamconv.checkpoint.index import (
     MAX_CONFIG,
     MAX_WEIGHT_MAP,
-    TORCH_WEIGHT_MAP,
-    WEIGHT_MAP,
     Index,
+    build_index,
+    choose,
     open_index,
     read_json,
-    read_tensors,
-    read_weight_map,
     weight_files,
 )
 from streamconv.checkpoint.meta import PARAMS
@@ -28,6 +27,7 @@ from streamconv.fs import free_space
 from streamconv.hub.problems import no_folder
 from streamconv.hub.repo import check_content, download, listing, named, note_revision, small_file
 from streamconv.hub.shard import AT_A_TIME, HubShard
+from streamconv.naming import settle
 
 _CONFIG = "config.json"
 MEMORY = 48 << 20
@@ -83,7 +83,7 @@ def open_source(source: str | os.PathLike[str]) -> Index:
     """
     hub = named(source)
     if hub is None:
-        return open_index(source)
+        return settle(open_index(source))
     # The Xet client buffers gigabytes outside of any budget; plain HTTP does not. HF_HUB_DISABLE_XET=0 brings it back.
     os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
     with no_folder(os.fspath(source)):
@@ -94,26 +94,15 @@ def open_source(source: str | os.PathLike[str]) -> Index:
             hint=f"hf download {repo.name} --revision {repo.commit} --local-dir FOLDER, then convert FOLDER",
         )
     if _CONFIG not in files:
-        raise CheckpointError(f"missing config.json in {repo}", hint="is it a transformers model?")
+        held = None if weight_files(files) else foreign(str(repo), files)
+        raise held or CheckpointError(f"missing config.json in {repo}", hint="is it a transformers model?")
     note_revision(repo, hub[1])
     folder = small_file(repo, files[_CONFIG], MAX_CONFIG).parent
     for name in _SMALL[1:]:
         if name in files:
             small_file(repo, files[name], MAX_CONFIG)
-    names, weight_map = weight_files(files), None
-    listed = WEIGHT_MAP if names and names[0].endswith(".safetensors") else TORCH_WEIGHT_MAP
-    listed = WEIGHT_MAP if not names and WEIGHT_MAP in files else listed
-    if listed in files:
-        weight_map = read_weight_map(small_file(repo, files[listed], MAX_WEIGHT_MAP), files)
-        names = sorted(set(weight_map.values()))
-    if not names:
-        raise CheckpointError(f"no .safetensors file in {repo}, nor any pytorch_model*.bin")
-    shards = tuple(HubShard(repo, files[name], folder) for name in names)
-    digests: dict[int, str] = {}
-    try:
-        tensors = read_tensors(shards, weight_map, digests)
-    except BaseException:
-        for shard in shards:
-            shard.close()
-        raise
-    return Index(folder, read_json(folder / _CONFIG, MAX_CONFIG), shards, tensors, digests)
+    chosen = choose(files, lambda name: small_file(repo, files[name], MAX_WEIGHT_MAP), files)
+    if not chosen.names:
+        raise foreign(str(repo), files) or CheckpointError(f"no .safetensors file in {repo}, nor any pytorch_model*.bin")
+    shards = tuple(HubShard(repo, files[name], folder) for name in chosen.names)
+    return settle(build_index(folder, read_json(folder / _CONFIG, MAX_CONFIG), shards, chosen))

@@ -81,7 +81,7 @@ class Awq:
         if options.target_version == "0.16" and module.rows <= module.cols // max(options.group_size, 1):
             where = f"{module.name} [{module.full_rows}, {module.full_cols}]"
             return (
-                f"{where}: with fewer output channels than groups, releases 0.13 to 0.16 read the scales turned (§5.3);"
+                f"{where}: with fewer output channels than groups, releases 0.13 to 0.16 read the scales turned;"
                 " later ones do not: --target-version 1.2"
             )
         return group_problem("int4_awq", module, options.group_size)

@@ -84,7 +84,7 @@ class Fp8Quant:
     info = QuantInfo(
         "fp8",
         "FP8",
-        "FP8 weights and activations, one scale for each matrix; needs activation ranges",
+        "FP8 weights and activations, one scale for each matrix: from activation ranges, or ModelOpt FP8 exports taken over",
         flags=("--activation-ranges",),
         stores="F8_E4M3, F32 scales",
         least_sm=89,

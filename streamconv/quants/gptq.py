@@ -193,10 +193,21 @@ class Gptq:
         return "left as it is"
 
 
+GROUP_SIZES = (64, 128)
+"""Input channels that share a scale, where TensorRT-LLM has kernels."""
+
+EXPERTS = (
+    "experts of a mixture-of-experts model cannot be taken over with group-wise scales (GPTQ, AWQ): convert the unquantized"
+    " model, with --quant int8 or int4 if it is to be small"
+)
+
+
 def group_problem(key: str, module: Module, group: int) -> str | None:
     """Sizes that have no group-wise form (§4.4); sizes are those of the whole layer in the message."""
     if module.experts:
-        return f"--quant {key}: group-wise experts are not supported (§4.4); start from the unquantized model"
+        return EXPERTS
+    if group not in GROUP_SIZES:
+        return f"--group-size {group}: TensorRT-LLM has kernels for groups of 64 and 128 only; requantize with one of these sizes"
     step = max(64, group) * module.tp
     where = f"{module.name} [{module.full_rows}, {module.full_cols}]"
     if module.cols % group:

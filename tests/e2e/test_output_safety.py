@@ -107,7 +107,7 @@ def test_plan_says_what_convert_would_refuse(model: Path, tmp_path: Path, capfd:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
     assert planned(capfd, model, tmp_path / "free" / "deep") is None
-    for out, said in (("model/out", "inside it"), ("full", "no checkpoint folder"), ("full/x", "not a folder"), (".", "holds the source")):
+    for out, said in (("model", "is the source"), ("full", "no checkpoint folder"), ("full/x", "not a folder"), (".", "holds the source")):
         assert said in (planned(capfd, model, tmp_path / out) or "")
         assert run("convert", model, tmp_path / out) == 6
         capfd.readouterr()
@@ -122,4 +122,7 @@ def test_weights_that_are_not_used(model: Path, tmp_path: Path, capfd: pytest.Ca
     assert "not used" not in capfd.readouterr().err
     (model / "model.safetensors").write_bytes((model / "a.safetensors").read_bytes())
     assert run("convert", model, tmp_path / "two", "--quiet") == 0
-    assert "model.safetensors in the source is not used: the index file names 1 other file" in capfd.readouterr().err
+    assert "a.safetensors and 1 more in the source is not used: model.safetensors is read" in capfd.readouterr().err
+    os.rename(model / "model.safetensors", model / "b.safetensors")
+    assert run("convert", model, tmp_path / "three", "--quiet") == 0
+    assert "b.safetensors in the source is not used: the index file names 1 other file" in capfd.readouterr().err

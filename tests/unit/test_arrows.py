@@ -15,7 +15,7 @@ ROOT = Path(streamconv.__file__).parent
 LEVELS = (
     ("errors", "options", "memory", "process", "streams", "cache_folder"),
     ("checkpoint",),
-    ("quants", "families", "matching", "kernels", "fs", "ranges"),
+    ("quants", "families", "matching", "naming", "kernels", "fs", "ranges"),
     ("plan", "verdict"),
     ("stages", "targets", "lock", "journal", "order", "resume", "results", "compared", "measured"),
     ("budget", "device", "manifest", "writer", "config_only", "tensorrt_llm_reader"),

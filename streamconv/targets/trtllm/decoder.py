@@ -6,7 +6,8 @@ Checkpoint spec §3 (dense), §4 (experts), §5.5 (Meta rows), §6 (families). M
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from streamconv.checkpoint.dtypes import F32, DType
@@ -20,7 +21,8 @@ from streamconv.quants.plain import Plain
 from streamconv.ranges import Ranges
 from streamconv.targets.trtllm import fp8_scales
 from streamconv.targets.trtllm.builder import Builder
-from streamconv.targets.trtllm.mapping import Mapping, Rank, even, kv_heads, padded, stage_layers
+from streamconv.targets.trtllm.mapping import Mapping as Grid
+from streamconv.targets.trtllm.mapping import Rank, even, kv_heads, padded, stage_layers
 from streamconv.targets.trtllm.smooth_layer import SmoothLayer, int8_kv_factor
 from streamconv.targets.trtllm.sources import Roles
 
@@ -36,13 +38,14 @@ class Decoder:
         shared: lm_head is left out, the embedding serves (§3.6).
         tied: lm_head is made from the embedding.
         ranges: what a calibration run measured, where a format needs it.
+        kv_scales: layer -> scale of its FP8 KV cache, where the source has it.
     """
 
     model: ModelConfig
     family: Family
     options: Options
     dtype: DType
-    mapping: Mapping
+    mapping: Grid
     roles: Roles
     quant: Quant
     builder: Builder
@@ -50,6 +53,7 @@ class Decoder:
     shared: bool
     tied: bool
     ranges: Ranges | None = None
+    kv_scales: Mapping[int, float] = field(default_factory=dict)
     refused: list[str] = field(default_factory=list)
     decisions: dict[str, str] = field(default_factory=dict)
 
@@ -169,6 +173,8 @@ class Decoder:
         return [(prefix + name, dtype, shape, data) for name, dtype, shape, data in found]
 
     def _fp8_kv(self, layer: int) -> bytes:
+        if layer in self.kv_scales:
+            return struct.pack("<f", self.kv_scales[layer])
         names = [self.roles.found.get((role, layer, -1)) for role in ("k", "v")]
         if self.ranges is None or None in names:
             return b"\x00\x00\x80\x3f"  # 1.0: without calibration the factor is one (quantization spec §7)

@@ -14,7 +14,7 @@ from streamconv.errors import VerifyError, printable
 from streamconv.options import Version
 from streamconv.targets.trtllm.mapping import Mapping as Grid
 
-_EXCLUDED = ("*lm_head", "*router", "*vocab_embedding", "*position_embedding", "*block_embedding", "*shared_expert_gate")
+EXCLUDED = ("*lm_head", "*router", "*vocab_embedding", "*position_embedding", "*block_embedding", "*shared_expert_gate")
 """What `exclude_modules: null` means (quantization spec §1.1)."""
 _BYTES = {"F16": 2, "BF16": 2, "F32": 4}
 
@@ -72,7 +72,7 @@ class Facts:
             return True
         if self.algo == "FP8_PER_CHANNEL_PER_TOKEN" and self.quantization.get("use_meta_recipe"):
             return ".mlp." in module and layer not in (0, self.layers - 1)
-        patterns = self.quantization.get("exclude_modules") or _EXCLUDED
+        patterns = self.quantization.get("exclude_modules") or EXCLUDED
         return not any(fnmatch.fnmatchcase(module, pattern) for pattern in patterns)
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 
-from streamconv.checkpoint.dtypes import F32
+from streamconv.checkpoint.dtypes import F8_E4M3, F32
+from streamconv.errors import printable
 from streamconv.plan import Blank, SourceTensor
+from streamconv.quants.fp8_given import Fp8Shared
 from streamconv.quants.fp8_tensor import Fp8Scale, Fp8Tensor, WeightMaximum
+from streamconv.quants.plain import Plain
 from streamconv.ranges import Ranges
 from streamconv.targets.trtllm.builder import Builder
 
@@ -39,6 +42,25 @@ def add_scales(builder: Builder, ranges: Ranges, tensors: Mapping[str, SourceTen
         builder.feed(scale, Blank(f"weights_scaling_factor, {encoding.key}"), 0, 1)
         largest = ranges.largest([_module(name) + ".x" for name in sources])
         builder.constant(file, f"{path}.activation_scaling_factor", F32, (1,), struct.pack("<f", largest / _LARGEST))
+
+
+def add_given_scales(builder: Builder, fp8: Mapping[str, tuple[float, float]]) -> list[str]:
+    """Describe the scales that the source brings along: for a fused matrix the largest of each kind. Gives what is wrong.
+
+    Args:
+        fp8: weight name -> (its scale, that of its input).
+    """
+    problems = []
+    for matrix, feeds in builder.fed(fp8).items():
+        (file, path), encoding = builder.place(matrix), builder.encoding(matrix)
+        if not (isinstance(encoding, Fp8Shared) or encoding == Plain(F8_E4M3)):
+            problems.append(f"{printable(feeds[0].source.name)} is FP8, but TensorRT-LLM keeps {path} in the model dtype")
+        elif sum(feed.stop - feed.start for feed in feeds) != builder.filled(matrix):
+            problems.append(f"{printable(feeds[0].source.name)} is FP8 and other weights that {path} fuses are not")
+        sources = dict.fromkeys(feed.source.name for feed in feeds)
+        for suffix, kind in (("weights_scaling_factor", 0), ("activation_scaling_factor", 1)):
+            builder.constant(file, f"{path}.{suffix}", F32, (1,), struct.pack("<f", max(fp8[name][kind] for name in sources)))
+    return list(dict.fromkeys(problems))
 
 
 def fp8_kv_factor(ranges: Ranges, outputs: Mapping[str, int]) -> bytes:

@@ -7,13 +7,14 @@ import hashlib
 import math
 import struct
 from collections.abc import Mapping as MappingType
+from collections.abc import Sequence
 
 from streamconv.checkpoint.dtypes import MODEL_DTYPES
 from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.limits import MAX_TENSORS
 from streamconv.checkpoint.meta import output_rows
 from streamconv.checkpoint.model_config import ModelConfig, from_hf, from_meta
-from streamconv.checkpoint.quantized import source_quantization
+from streamconv.checkpoint.quantized import SourceQuantization, left_over, source_quantization
 from streamconv.checkpoint.shard import Shard
 from streamconv.errors import CheckpointError, RefusedError, UsageError, printable
 from streamconv.families import Family, family_of
@@ -114,10 +115,11 @@ def check_options(options: Options) -> None:
         raise UsageError(f"--max-position-embeddings {options.max_position_embeddings} must be at least 1")
     info = quant_of(options.quant).info
     if info.sm_dependent and options.encoding == "processed" and options.target_sm is None:
+        raw = "; or --encoding raw" if "--encoding" in info.flags else ""
         raise UsageError(
             f"--quant {options.quant} writes bytes laid out for one GPU generation: --target-sm is required"
             " (no GPU is here to ask)",
-            hint="for example --target-sm 80 (A100), 86 (RTX 30), 89 (L4, RTX 40), 90 (H100); or --encoding raw",
+            hint=f"for example --target-sm 80 (A100), 86 (RTX 30), 89 (L4, RTX 40), 90 (H100){raw}",
         )
 
 
@@ -134,6 +136,12 @@ def check_request(index: Index, options: Options) -> None:
         CheckpointError, RefusedError: as `make_plan`.
     """
     model, family = model_of(index)
+    stated = source_quantization(index)
+    if stated is not None:
+        takeover.take_over(options, stated, model.num_experts)
+        hint = "leave out --text" if stated.brings_scales else "measure on the unquantized model, and convert that"
+        told = f"--text: {stated.stated_in}: quantized already ({stated.title}); nothing is measured on such a model"
+        raise RefusedError([told], hint=hint)
     problems = refusals(model, family, _settled(options, family), _kv_heads(model, options), resolve_moe(options))
     if problems:
         raise RefusedError(problems)
@@ -153,15 +161,18 @@ def make_plan(index: Index, options: Options) -> Plan:
     """
     check_options(options)
     model, family = model_of(index)
-    stated = source_quantization(index.config, index.root)
-    options = _settled(takeover.take_over(options, stated), family)
+    stated = source_quantization(index)
+    options = _settled(takeover.take_over(options, stated, model.num_experts), family)
     check_options(options)
     moe = resolve_moe(options)
     kv = _kv_heads(model, options)
     problems = refusals(model, family, options, kv, moe)
     if problems:
         raise RefusedError(problems)
-    ranges = _ranges(options)
+    given = stated is not None and stated.brings_scales
+    if given and options.activation_ranges is not None and options.kv_cache is None:
+        raise UsageError("--activation-ranges: the source is FP8 and brings its scales along", hint="leave it out")
+    ranges = _ranges(dataclasses.replace(options, quant="none") if given else options)
     dtype = MODEL_DTYPES[resolve_dtype(options.dtype, model.dtype)]
     mapping = Mapping(options.tp_size, options.pp_size, *moe)
     if family is META:  # Meta quantizes nothing, and its tensors have many pieces
@@ -174,19 +185,25 @@ def make_plan(index: Index, options: Options) -> Plan:
         raise RefusedError(problems)
     roles = Roles(family, stored.tensors, getattr(quant_of(options.quant), "packings", None))
     quant = takeover.quant_for(options, family, stated, stored, roles.found, roles.tensors)
+    problems = takeover.given_problems(options, quant)
+    if problems:
+        raise RefusedError(problems)
     has_head = roles.has("lm_head")
     missing = not has_head or (options.use_embedding_sharing and _same_bytes(index, roles))
     shared = embedding_is_shared(model, options, lm_head_missing=missing, qwen=family.config_class == "qwen")
     shared = shared or (family.config_class == "gemma" and options.target_version == "0.16")
     tied = model.tie_word_embeddings and (not has_head or options.target_version != "0.16")
     builder = Builder(options.tp_size * options.pp_size)
-    decoder = Decoder(model, family, options, dtype, mapping, roles, quant, builder, kv, shared, tied, ranges)
+    decoder = Decoder(model, family, options, dtype, mapping, roles, quant, builder, kv, shared, tied, ranges, stored.kv)
     decoder.describe()
     decoder.refused += _without_scales(stored, roles)
     roles.leave(prequantized.zero_biases(stored, roles.unused(), index.shards))
+    spare = [name for name in roles.unused() if name in index.unlisted]
+    roles.leave(set(spare))
     if not roles.problems and not decoder.refused:
         decoder.refused += prequantized.add_scales(builder, stored, dtype, index.shards)
-    if options.quant == "fp8" and ranges is not None and not roles.problems:
+        decoder.refused += fp8_scales.add_given_scales(builder, stored.fp8)
+    if options.quant == "fp8" and not given and ranges is not None and not roles.problems:
         fp8_scales.add_scales(builder, ranges, roles.tensors)
     if options.rope_tables and family.rope_tables and options.kv_cache != "int8" and options.quant != "smoothquant":
         rope.add_tables(builder, model, options)
@@ -221,7 +238,10 @@ def make_plan(index: Index, options: Options) -> Plan:
         warnings=tuple(
             _warnings(model, options, family, roles.found)
             + (_tied_warning(index, roles) if tied and has_head else [])
-            + _unused_warning(index)
+            + list(filter(None, [left_over(index)]))
+            + _kv_warning(stated, options)
+            + list(index.notes)
+            + _index_warnings(index, spare)
         ),
         decisions=decoder.decisions,
     )
@@ -276,17 +296,31 @@ def _same_bytes(index: Index, roles: Roles) -> bool:
     return True
 
 
-def _unused_warning(index: Index) -> list[str]:
-    if not index.unused:
+def _kv_warning(stated: SourceQuantization | None, options: Options) -> list[str]:
+    """A quantized KV cache of the source that is not taken over."""
+    if stated is None or stated.kv_algo in (None, "FP8" if options.kv_cache == "fp8" else None):
         return []
-    more = f" and {len(index.unused) - 1} more" if len(index.unused) > 1 else ""
-    named = f"the index file names {len(index.shards)} other file{'s' * (len(index.shards) != 1)}, which are read"
-    return [f"{printable(index.unused[0])}{more} in the source is not used: {named}"]
+    return [f"{stated.stated_in}: the source's KV cache in {stated.kv_algo} is not taken over"]
+
+
+def _index_warnings(index: Index, spare: Sequence[str]) -> list[str]:
+    """Where the index file and the files disagree without harm.
+
+    Args:
+        spare: tensors that the index file does not list and nothing needs.
+    """
+    told = (
+        (index.absent, "is listed in the index file, in no file, and needed by nothing"),
+        (spare, "is not listed in the index file and not needed: left out"),
+    )
+    return [
+        f"{printable(names[0])}{f' (and {len(names) - 1} more)' if len(names) > 1 else ''} {why}" for names, why in told if names
+    ]
 
 
 def _without_scales(stored: prequantized.Stored, roles: Roles) -> list[str]:
     """Weights whose stored numbers are not their values, where nothing says what they are times."""
-    odd = [name for name in sorted(roles.found.values()) if name in stored.tensors and name not in stored.scales]
+    odd = [name for name in sorted(roles.found.values()) if name in stored.tensors and name not in stored.scales and name not in stored.fp8]
     odd = [name for name in odd if stored.tensors[name].dtype.name in _CODES and not isinstance(stored.tensors[name], PackedTensor)]
     if not odd:
         return []
@@ -322,7 +356,7 @@ def _tied_warning(index: Index, roles: Roles) -> list[str]:
 
 
 def _warnings(model: ModelConfig, options: Options, family: Family, found: MappingType[tuple[str, int, int], str]) -> list[str]:
-    lines = []
+    lines = list(model.notes)
     scaling = model.rope_scaling or {}
     kind = scaling.get("type", scaling.get("rope_type"))
     if kind == "yarn" and options.target_version == "0.16":

@@ -6,6 +6,7 @@ follow afterwards: wherever rows and columns of a weight went, the scales of tho
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,9 @@ from streamconv.plan import PackedTensor, Piece, SourceTensor
 from streamconv.quants.gptq import GroupScales
 from streamconv.quants.plain import Plain
 from streamconv.targets.trtllm.builder import Builder, Fed
+from streamconv.targets.trtllm.scalars import is_scale, read_scalars
 
+_KV = re.compile(r"\.([0-9]{1,9})\.[^0-9]*\.[kv]_scale$")
 _SCALES = (F16, BF16, F32)
 _PREQUANT = (".pre_quant_scale", ".input_quantizer._pre_quant_scale")
 
@@ -49,12 +52,16 @@ class Stored:
         scales: weight name -> what belongs to it.
         v1: GPTQ zeros are stored less one.
         problems: what does not fit together, one line each.
+        fp8: weight name -> (its scale, that of its input), of a ModelOpt FP8 export.
+        kv: layer -> scale of its FP8 KV cache there, the larger of both.
     """
 
     tensors: dict[str, SourceTensor]
     scales: dict[str, Scales] = field(default_factory=dict)
     v1: bool = True
     problems: list[str] = field(default_factory=list)
+    fp8: dict[str, tuple[float, float]] = field(default_factory=dict)
+    kv: dict[int, float] = field(default_factory=dict)
 
     def take(self, name: str, shape_of: str, dtypes: Sequence[DType]) -> SourceTensor | None:
         """Remove and return a tensor that `shape_of` needs."""
@@ -81,6 +88,9 @@ def assemble(tensors: Mapping[str, SourceTensor], stated: SourceQuantization | N
     for name in tensors:
         if name.endswith(".qweight"):
             _grouped(stored, name, stated, bits, shards)
+    if stated is not None and stated.brings_scales:
+        read_fp8(stored, shards)
+        return stored
     for name, tensor in tensors.items():
         if name.endswith(".weight") and name[:-7] + ".weight_scale" in tensors:
             if tensor.dtype == F8_E4M3:
@@ -181,6 +191,29 @@ def _fbgemm(stored: Stored, name: str) -> None:
         stored.problems.append(f"{printable(scales.name)}: {list(scales.shape)} is not one scale for each output channel")
         return
     stored.scales[name] = Scales(scales, None, None, 0)
+
+
+def read_fp8(stored: Stored, shards: Sequence[Shard]) -> None:
+    """ModelOpt FP8: a scale for each weight and for its input, and of the KV cache (quantization spec §7, §8)."""
+    owners: dict[str, list[SourceTensor]] = {}
+    for name in [name for name, tensor in stored.tensors.items() if name.endswith(".weight") and tensor.dtype == F8_E4M3]:
+        module = name.removesuffix(".weight")
+        taken = [stored.take(module + suffix, name, _SCALES) for suffix in (".weight_scale", ".input_scale")]
+        owners[name] = [tensor for tensor in taken if tensor is not None]
+    caches = {name: stored.tensors.pop(name) for name in list(stored.tensors) if _KV.search(name)}
+    found = read_scalars([tensor for held in (*owners.values(), caches.values()) for tensor in held], shards)
+    for name, value in found.items():
+        if not is_scale(value):
+            shown = "more than one number" if value is None else f"{value:g}"
+            stored.problems.append(f"{printable(name)} is {shown}, not the scale of a whole matrix")
+    if stored.problems:
+        return
+    stored.fp8 = {name: (found[weight.name] or 0.0, found[fed.name] or 0.0) for name, (weight, fed) in owners.items()}
+    for name in caches:
+        match = _KV.search(name)
+        assert match is not None
+        layer = int(match[1])
+        stored.kv[layer] = max(stored.kv.get(layer, 0.0), found[name] or 0.0)
 
 
 def _add(stored: Stored, module: str, weight: SourceTensor, shape: tuple[int, int], bits: int, packing: str, scales: Scales) -> None:

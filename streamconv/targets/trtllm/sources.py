@@ -11,7 +11,6 @@ from streamconv.families.base import Family
 from streamconv.matching import Key, example, match
 from streamconv.plan import PackedTensor, Piece, SourceTensor
 
-_SHOWN = 20
 _NEAREST = 10
 """Missing tensors for which a similar name is looked for, which takes a while."""
 _ENOUGH = 1000
@@ -39,7 +38,7 @@ class Roles:
     _unmatched: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.found, self._unmatched = match(self.family, self.tensors, ("", "language_model."))
+        self.found, self._unmatched = match(self.family, self.tensors)
 
     def has(self, role: str, layer: int = -1, expert: int = -1) -> bool:
         return (role, layer, expert) in self.found
@@ -52,7 +51,7 @@ class Roles:
             near = nearest(wanted, self._unmatched[:2000]) if len(self.problems) < _NEAREST else None
             self.problems.append(f"missing tensor {wanted}" + (f" (nearest name: {printable(near)})" if near else ""))
             if len(self.problems) > _ENOUGH:  # another model than the config's: no need to go through all of it
-                raise TensorError("; ".join([*self.problems[: 2 * _SHOWN], "and many more"]))
+                raise TensorError(self.problems)
             return None
         tensor = self.tensors[name]
         self.used.add(name)
@@ -95,16 +94,9 @@ class Roles:
         Raises:
             TensorError: anything is missing, unexpected or of the wrong shape; all of it is listed.
         """
-        extra = self.unused()
-        for name in extra[:_SHOWN]:
-            self.problems.append(f"unexpected tensor {printable(name)}: {self.family.name} has no place for it")
-        if len(extra) > _SHOWN:
-            self.problems.append(f"and {len(extra) - _SHOWN} more unexpected tensors")
+        self.problems += [f"unexpected tensor {printable(name)}: {self.family.name} has no place for it" for name in self.unused()]
         if self.problems:
-            shown = self.problems[: 2 * _SHOWN]
-            if len(self.problems) > len(shown):
-                shown.append(f"and {len(self.problems) - len(shown)} more")
-            raise TensorError("; ".join(shown))
+            raise TensorError(list(dict.fromkeys(self.problems)))
 
 
 def hstack(name: str, tensors: list[SourceTensor]) -> SourceTensor:

@@ -1,0 +1,151 @@
+"""A source under the names that the family tables know: without prefixes of wrappers, of a multimodal model its language model alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+
+from streamconv.checkpoint.foreign import MERGE, unmerged
+from streamconv.checkpoint.index import Index, TensorRecord
+from streamconv.checkpoint.model_config import is_tied
+from streamconv.checkpoint.wrapper import language_model
+from streamconv.errors import TensorError, printable
+from streamconv.families import Family, all_families
+
+_MARKERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
+"""What torch.compile, FSDP, activation checkpointing and Lightning put into names, at any depth; no model has such a module."""
+
+_INSIDE = (
+    ("model.language_model.model.", "model."),
+    ("model.language_model.lm_head.", "lm_head."),
+    ("model.language_model.", "model."),
+    ("language_model.model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+    ("language_model.", "model."),
+    ("lm_head.", "lm_head."),
+    ("model.lm_head.", "lm_head."),
+)
+"""Where the releases of transformers put the language model of a multimodal one, and its output projection."""
+
+_OUTSIDE = ("module.", "base_model.model.", "base_model.")
+"""Prefixes around a whole multimodal model."""
+
+
+def settle(index: Index) -> Index:
+    """The source with the names and the config of the language model alone; notes say what was changed.
+
+    Raises:
+        CheckpointError: a multimodal model of a kind that is not converted.
+        TensorError: the names are behind a prefix that cannot be taken off safely, or a LoRA adapter is not merged.
+    """
+    if index.assembled is not None:
+        return index
+    config, notes = language_model(index.config, {a for family in all_families() for a in family.architectures})
+    wrapped = config is not index.config
+    names = config.get("architectures")
+    named = names[0] if isinstance(names, list) and names else None
+    family = next((family for family in all_families() if named in family.architectures), None)
+    if family is None:
+        return index
+    lora = unmerged(index.tensors)
+    if lora is not None:
+        raise TensorError(f"{printable(lora)}: a LoRA adapter lies beside the weights and is not merged into them", hint=MERGE)
+    new = {name: _MARKERS.sub("", name) for name in index.tensors} if any(map(_MARKERS.search, index.tensors)) else {}
+    if new:
+        count = sum(old != name for old, name in new.items())
+        notes.append(f"the names of {count} tensors hold wrappers such as _orig_mod., which are left out")
+    names = list(new.values()) or list(index.tensors)
+    moved, more = _inside(names) if wrapped else _behind(names, family)
+    if moved is not None:
+        new = {old: moved[name] for old, name in zip(index.tensors, names, strict=True) if name in moved}
+    tensors = _renamed(index, new) if new else index.tensors
+    alias = _tied(config, family, tensors)
+    if alias is not None:
+        tensors, told = alias
+        more = [*more, told]
+    unlisted = frozenset(new.get(name, name) for name in index.unlisted)
+    return dataclasses.replace(
+        index, config=config, tensors=tensors, wrapped=wrapped, unlisted=unlisted, notes=(*index.notes, *notes, *more)
+    )
+
+
+def _renamed(index: Index, new: Mapping[str, str]) -> dict[str, TensorRecord]:
+    made: dict[str, TensorRecord] = {}
+    for old, name in new.items():
+        if name in made:
+            told = f"{printable(old)} and another tensor are both {printable(name)} without their wrappers"
+            raise TensorError(told, hint="remove one of them")
+        made[name] = index.tensors[old]._replace(name=name)
+    return made
+
+
+def _inside(names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Names of the language model of a multimodal model -> its own names; the others are left out."""
+    notes = []
+    common = next((prefix for prefix in _OUTSIDE if all(name.startswith(prefix) for name in names)), "")
+    if common:
+        notes.append(f"all tensor names begin with {common}, which is left out")
+    moved = {}
+    for name in names:
+        bare = name.removeprefix(common)
+        for prefix, own in _INSIDE:
+            if bare.startswith(prefix):
+                moved[name] = own + bare.removeprefix(prefix)
+                break
+    if len(moved) < len(names):
+        notes.append(f"{len(names) - len(moved)} tensors outside of the language model are left out")
+    return moved, notes
+
+
+def _behind(names: Sequence[str], family: Family) -> tuple[dict[str, str] | None, list[str]]:
+    """Names behind a common prefix -> the names that the family knows; None if there is nothing to do."""
+    held = set(names)
+    if any(pattern in held for role in ("embedding", "final_norm") for pattern in family.tensors.get(role, ())):
+        return None, []
+    heads = {pattern.split("{")[0] for patterns in family.tensors.values() for pattern in patterns}
+    found = Counter(prefix for name in names if (prefix := _before(name, heads)))
+    if found:
+        own = ""
+    else:  # the inner model alone: no "model." before the layers
+        own = "model."
+        inner = {head.removeprefix(own) for head in heads if head.startswith(own)}
+        found = Counter(prefix for name in names if (prefix := _before(name, inner)) is not None)
+    if not found:
+        return None, []
+    prefix = max(found, key=lambda text: found[text])
+    outside = [name for name in names if not name.startswith(prefix)]
+    if own and prefix == "":
+        moved = {name: name if name.startswith("lm_head.") else own + name for name in names}
+        return moved, ["the tensor names lack the model. of a causal language model, which is added"]
+    if outside:
+        raise TensorError(
+            f"the model's tensors are behind the prefix {printable(prefix)}, but {len(outside)} of {len(names)} tensors are not,"
+            f" for example {printable(outside[0])}",
+            hint="take the prefix off, and remove what is not part of the model",
+        )
+    moved = {name: own + name.removeprefix(prefix) for name in names}
+    return moved, [f"all tensor names begin with {printable(prefix)}, which is left out"]
+
+
+def _before(name: str, heads: Collection[str]) -> str | None:
+    """What stands before the first of these beginnings in a name, None if the name holds none of them."""
+    for head in heads:
+        if name.startswith(head):
+            return ""
+        at = name.find("." + head)
+        if at >= 0:
+            return name[: at + 1]
+    return None
+
+
+def _tied(config: Mapping[str, object], family: Family, tensors: Mapping[str, TensorRecord]) -> tuple[dict[str, TensorRecord], str] | None:
+    """A tied model that stores its one matrix as lm_head: it is the embedding. None for any other."""
+    embedding = family.tensors.get("embedding", ("",))
+    heads = [name for name in family.tensors.get("lm_head", ()) if name in tensors]
+    if not heads or not is_tied(config) or any(name in tensors for name in embedding):
+        return None
+    made = {name: record for name, record in tensors.items() if name != heads[0]}
+    made[embedding[0]] = tensors[heads[0]]._replace(name=embedding[0])
+    return made, f"{heads[0]} is the embedding, to which config.json ties it (tie_word_embeddings)"

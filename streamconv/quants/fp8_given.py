@@ -1,0 +1,134 @@
+"""FP8 weights and scales that a ModelOpt export brings along, taken over: FP8 per tensor (quantization spec §8)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from streamconv.checkpoint.dtypes import F8_E4M3, F32, DType
+from streamconv.options import Options
+from streamconv.quants.base import Encoding, Findings, Kernel, Known, Part, QuantInfo
+from streamconv.quants.fp8 import Fp8Quant
+from streamconv.quants.plain import Plain
+from streamconv.quants.rounding import half_ulp
+
+if TYPE_CHECKING:
+    import torch
+
+    from streamconv.quants import Module
+
+Scales = tuple[tuple[str, float], ...]
+"""(source tensor, its scale) of all sources of a fused matrix."""
+
+
+@cache
+def _codes(own: float, shared: float) -> bytes:
+    """e4m3 code -> the code of round(value * own / shared), product and quotient in float32, ties to even; NaN stays NaN."""
+    import numpy as np
+
+    code = np.arange(127, dtype=np.uint8)
+    exponent, mantissa = code >> 3, (code & 7).astype(np.float64)
+    values = np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent.astype(np.float64) - 10))
+    wanted = (values.astype(np.float32) * np.float32(own) / np.float32(shared)).astype(np.float64)
+    middles = (values[1:] + values[:-1]) / 2
+    low = np.searchsorted(middles, wanted, "left")
+    tie = np.isin(wanted, middles)
+    made = np.where(tie & (low % 2 == 1), low + 1, low).astype(np.uint8)
+    half = bytes(made) + b"\x7f"
+    return half + bytes(value | 0x80 for value in half)
+
+
+@dataclass(frozen=True)
+class Fp8Shared(Encoding):
+    """e4m3 codes of parts with scales of their own, under the largest of them.
+
+    Attributes:
+        scales: of each part.
+        own: the scale of the rows at hand, None until `bind`.
+    """
+
+    scales: Scales
+    own: float | None = None
+
+    name = "FP8 per tensor, as it is under one scale"
+
+    @property
+    def shared(self) -> float:
+        return max(scale for _, scale in self.scales)
+
+    def bind(self, known: Known, source: str) -> Fp8Shared:
+        return replace(self, own=dict(self.scales)[source])
+
+    def parts(self, rows: int, cols: int, experts: int = 0) -> tuple[Part, ...]:
+        return (Part("weight", F8_E4M3, (rows, cols), cols),)
+
+    def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
+        import torch
+
+        table = torch.frombuffer(bytearray(self._table()), dtype=torch.uint8).to(block.device)
+        return (table[block.contiguous().view(torch.uint8).long().reshape(-1)],)
+
+    def kernel(self, source: DType) -> Kernel | None:
+        if source != F8_E4M3:
+            return None
+        table = self._table()
+
+        def run(flat: Any, start: int, stride: int, rows: int, cols: int, outs: Sequence[Any]) -> Findings:
+            import numpy as np
+
+            made = outs[0].reshape(rows, cols)
+            for row in range(rows):
+                at = start + row * stride
+                made[row] = np.frombuffer(flat[at : at + cols].tobytes().translate(table), np.uint8)
+            return Findings()
+
+        return run
+
+    def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:
+        import torch
+
+        return parts[0].view(torch.float8_e4m3fn).float().reshape(rows, cols) * self.shared
+
+    def values(self, block: torch.Tensor) -> torch.Tensor:
+        return block.float() * (self.own or self.shared)
+
+    def error(self, block: torch.Tensor) -> torch.Tensor:
+        """One rounding to e4m3, and some of float32's."""
+        values = self.values(block)
+        return half_ulp(values / self.shared, F8_E4M3) * self.shared + 4 * half_ulp(values, F32)
+
+    def _table(self) -> bytes:
+        return _codes(self.own or self.shared, self.shared)
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8GivenQuant:
+    """--quant fp8 from a source that is FP8 already.
+
+    Attributes:
+        scales: (layer, module) -> the scales of its sources; a module that is not named is not FP8 in the source either.
+        left_out: (layer, module) of those.
+    """
+
+    scales: Mapping[tuple[int, str], Scales] = field(default_factory=dict)
+    left_out: tuple[tuple[int, str], ...] = ()
+
+    @property
+    def info(self) -> QuantInfo:
+        return Fp8Quant.info
+
+    def encoding(self, module: Module, options: Options, dtype: DType) -> Encoding | None:
+        given = self.scales.get((module.layer, module.name))
+        if given is None:
+            return None
+        return Plain(F8_E4M3) if len({scale for _, scale in given}) == 1 else Fp8Shared(given)
+
+    def problems(self, module: Module, options: Options, dtype: DType) -> str | None:
+        if module.experts:
+            return "FP8 experts of a mixture-of-experts model cannot be taken over; convert the unquantized model"
+        return None
+
+    def reason(self, module: Module, options: Options) -> str:
+        return "not quantized in the source"
