@@ -19,7 +19,7 @@ from streamconv.errors import DataError, printable
 from streamconv.fs import OutputFolder
 from streamconv.journal import Done, Journal, Recorder
 from streamconv.order import Order, Stop
-from streamconv.plan import Plan, Span
+from streamconv.plan import Matrix, Plan, Span
 from streamconv.quants.base import Findings
 from streamconv.results import Results
 from streamconv.resume import believe
@@ -133,6 +133,8 @@ class Pool:
             name = self.plan.files[constant.file].name
             self.folder.write(name, constant.offset, constant.data)
             self.outcome.hashes[name, constant.tensor] = xxhash.xxh3_128(constant.data).hexdigest()
+        for matrix in self.plan.matrices:
+            self._pad(matrix)
         threads = self._threads = [
             threading.Thread(target=self._work, args=(n,), name=f"tile-{n}", daemon=True)
             for n in range(self.shares.workers)
@@ -157,6 +159,13 @@ class Pool:
             for place, digest in zip(matrix.places, self._order.digests[number], strict=True):
                 self.outcome.hashes[self.plan.files[matrix.file].name, place.tensor] = digest.hexdigest()
         return self.outcome
+
+    def _pad(self, matrix: Matrix) -> None:
+        """Write the zero rows at the end of a matrix: no tile covers them, and an earlier run may have left other bytes there."""
+        for place in matrix.places:
+            begin, end = (place.offset + rows * place.row_bytes for rows in (matrix.filled, matrix.rows))
+            for at in range(begin, end, memory.MIB):
+                self.folder.write(self.plan.files[matrix.file].name, at, bytes(min(memory.MIB, end - at)))
 
     def _abandon(self) -> None:
         """Interrupted: let the workers end their tiles and the journal note them, but only for so long."""
@@ -209,7 +218,7 @@ class Pool:
             give_back = functools.partial(mapped.madvise, mmap.MADV_DONTNEED)
             self._take_tiles(number, np.frombuffer(mapped, np.uint8), None, give_back)
         except Stop:
-            pass
+            self._pad(matrix)
         except BaseException as error:
             error.__traceback__ = None  # its frames would keep the arena mapped
             self.fail(error)
