@@ -218,7 +218,7 @@ class Pool:
             give_back = functools.partial(mapped.madvise, mmap.MADV_DONTNEED)
             self._take_tiles(number, np.frombuffer(mapped, np.uint8), None, give_back)
         except Stop:
-            self._pad(matrix)
+            pass
         except BaseException as error:
             error.__traceback__ = None  # its frames would keep the arena mapped
             self.fail(error)

@@ -99,7 +99,7 @@ class Shard:
         with self._lock:
             if self._fd < 0:
                 fd = open_regular(self.path)
-                now = _identity(os.fstat(fd))
+                now = identity_of(os.fstat(fd))
                 if self._identity not in (None, now):
                     os.close(fd)
                     raise self._changed("was replaced or changed")
@@ -219,10 +219,10 @@ class Shard:
         Raises:
             SourceChangedError: it was replaced, changed, or is gone.
         """
-        expected = self.identity
+        expected = self._identity or self.identity
         try:
-            by_path = _identity(os.stat(self.path))
-            by_fd = _identity(os.fstat(self.fileno()))
+            by_path = identity_of(os.stat(self.path))
+            by_fd = identity_of(os.fstat(self.fileno()))
         except FileNotFoundError:
             raise self._changed("is gone") from None
         except OSError as error:
@@ -271,5 +271,5 @@ def _mostly_cached(fd: int, size: int) -> bool:
     return 2 * here >= _SAMPLE
 
 
-def _identity(status: os.stat_result) -> Identity:
+def identity_of(status: os.stat_result) -> Identity:
     return Identity(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev)
