@@ -276,7 +276,9 @@ def test_every_value_of_the_listing(hub: Hub, tmp_path: Path) -> None:
     many(hub, tmp_path, 1, "plan", REPO)
     (tmp_path / "mine").mkdir()
     before = outside(tmp_path)
-    cases = [(path, value) for path in leaves(told[0]) for value in (*VALUES, leaves) if path or value is not leaves]
+    aside = ("id", "modelId", "private", "tags", "downloads")  # never read: every fifth value is enough
+    cases = [(path, value) for path in leaves(told[0]) for value in VALUES[:: 5 if path[:1] and path[0] in aside else 1]]
+    cases += [(path, leaves) for path in leaves(told[0]) if path]
     turn = iter(cases)
 
     def listing(info: dict[str, Any]) -> tuple[bytes, dict[str, str]]:
@@ -284,7 +286,7 @@ def test_every_value_of_the_listing(hub: Hub, tmp_path: Path) -> None:
 
     hub.listing = listing
     found = many(hub, tmp_path, len(cases), "plan", REPO)
-    assert len(found) == len(cases) > 300
+    assert len(found) == len(cases) > 200
     for (path, value), (status, text) in zip(cases, found, strict=True):
         assert status in (0, 3, 9), (path, value, status)
         assert text.replace("\n", "").isprintable() and (status == 0 or text.startswith("error: ")), (path, value, text)
