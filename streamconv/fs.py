@@ -234,13 +234,16 @@ class OutputFolder:
         """Make the hidden folder and every (name, size, header) at its full size.
 
         Args:
-            fresh: remove what an earlier run left; otherwise keep the bytes that are there.
+            fresh: remove what an earlier run left; otherwise keep the bytes that are there, and no other file.
         """
         with explained(self.work, "create"):
             if fresh:
                 remove_tree(self.disk, self.work)
             if not self.work.is_dir():
                 self.disk.mkdir(self.work)
+            for entry in list(os.scandir(self.work)):
+                if entry.name not in {name for name, _, _ in files}:
+                    remove_tree(self.disk, Path(entry.path)) if entry.is_dir(follow_symlinks=False) else self.disk.unlink(Path(entry.path))
         self._check_room(files)
         for name, size, header in files:
             with explained(self.work / name, "write"):

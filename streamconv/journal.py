@@ -22,6 +22,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from streamconv.memory import MIB
 from streamconv.plan import Plan
 from streamconv.process import start_thread
 
-FORMAT = 1
+FORMAT = 2
 BATCH_BYTES = 256 * MIB
 """Written bytes after which files are synced."""
 BATCH_SECONDS = 2.0
@@ -92,9 +93,15 @@ def identity(plan: Plan, shards: Sequence[Shard]) -> dict[str, Any]:
         "streamconv": __version__,
         "fingerprint": plan.fingerprint(),
         "options": plan.options.to_json(),
-        "sources": {source.name: [source.size, source.header_hash] for source in plan.sources},
-        "times": {shard.path.name: shard.identity.mtime_ns for shard in shards},
+        "sources": [
+            [source.name, source.size, source.header_hash, *(shard.evidence() if shard is not None else ())]
+            for source, shard in zip_longest(plan.sources, shards)  # the activation ranges have a hash of all, and no shard
+        ],
     }
+
+
+_FACTS = ("name", "size", "header", "modification time", "change time", "inode", "content")
+"""What an entry of "sources" holds."""
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -106,16 +113,18 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         if old.get(key) != new[key]:
             name = "the version of streamconv" if key == "streamconv" else "the format of the journal"
             found.append(f"{name} ({printable(str(old.get(key)))}, now {new[key]})")
-    for key in ("options", "sources", "times"):
-        before: dict[str, Any] = old.get(key, {})
-        now: dict[str, Any] = new[key]
-        for name in sorted({*before, *now}):
-            if before.get(name) == now.get(name):
-                continue
-            if key == "options":
-                found.append(f"option {printable(name)} ({printable(str(before.get(name)))}, now {now.get(name)})")
-            elif not any(printable(name) in line for line in found):
-                found.append(f"source file {printable(name)}")
+    if found:
+        return found
+    before, now = old["options"], new["options"]
+    for name in sorted({*before, *now}):
+        if before.get(name) != now.get(name):
+            found.append(f"option {printable(name)} ({printable(str(before.get(name)))}, now {now.get(name)})")
+    was, are = ({entry[0]: entry for entry in run["sources"]} for run in (old, new))
+    for name in sorted({*was, *are}):
+        pairs = zip(_FACTS, was.get(name, ()), are.get(name, ()), strict=False)
+        if was.get(name) != are.get(name):
+            changed = ", ".join(fact for fact, one, other in pairs if one != other)
+            found.append(f"source file {printable(name)} ({changed or 'was not there, or is gone'})")
     return found or ["the plan of the output (config.json of the source?)"]
 
 

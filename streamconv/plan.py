@@ -239,7 +239,12 @@ class Constant:
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """Identity of a source file: what a resume and a verify compare."""
+    """Identity of a source file: what a resume and a verify compare.
+
+    Attributes:
+        name: its path in the checkpoint.
+        header_hash: SHA-256 (hex) of what fixes where its tensors lie.
+    """
 
     name: str
     size: int

@@ -19,7 +19,7 @@ from streamconv.errors import BudgetError
 from streamconv.fs import OutputFolder
 from streamconv.journal import Done, Journal, Recorder
 from streamconv.order import Order, Stop
-from streamconv.plan import Plan, Span
+from streamconv.plan import Matrix, Plan, Span
 from streamconv.process import start_thread
 from streamconv.quants.base import Findings
 from streamconv.results import Results
@@ -141,6 +141,8 @@ class Pool:
             name = self.plan.files[constant.file].name
             self.folder.write(name, constant.offset, constant.data)
             self.outcome.hashes[name, constant.tensor] = xxhash.xxh3_128(constant.data).hexdigest()
+        for matrix in self.plan.matrices:
+            self._pad(matrix)
         try:
             if self._recorder is not None:
                 self._recorder.start()
@@ -166,6 +168,13 @@ class Pool:
             for place, digest in zip(matrix.places, self._order.digests[number], strict=True):
                 self.outcome.hashes[self.plan.files[matrix.file].name, place.tensor] = digest.hexdigest()
         return self.outcome
+
+    def _pad(self, matrix: Matrix) -> None:
+        """Write the zero rows at the end of a matrix: no tile covers them, and an earlier run may have left other bytes there."""
+        for place in matrix.places:
+            begin, end = (place.offset + rows * place.row_bytes for rows in (matrix.filled, matrix.rows))
+            for at in range(begin, end, memory.MIB):
+                self.folder.write(self.plan.files[matrix.file].name, at, bytes(min(memory.MIB, end - at)))
 
     def _abandon(self) -> None:
         """Interrupted: let the workers end their tiles and the journal note them, but only for so long."""

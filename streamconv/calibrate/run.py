@@ -180,13 +180,16 @@ class _Run:
         told = {"out": str(self.out), "samples": len(ids), "tokens": tokens, "device": self.device, "reused": False}
         if reuse and (kept := self._kept(mark)):
             return told | {"layers": self.facts.num_hidden_layers, "tensors": kept, "seconds": 0.0, "reused": True}
-        scratch = Scratch(self.out, mark, tokens * self.facts.hidden_size * self.dtype.itemsize)
+        resumable = self._mark(batches, [shard.evidence() for shard in self.index.shards])
+        scratch = Scratch(self.out, resumable, tokens * self.facts.hidden_size * self.dtype.itemsize)
         uses = Counter((len(batch), len(batch[0])) for batch in batches)
         try:
             with current(self.device):
                 layer = OneLayer(self.index, self.facts, self.dtype, self.device, uses)
                 with pretrained.on_device():
                     self._through(layer, scratch, batches, progress)
+            for shard in self.index.shards:
+                shard.check_unchanged()
             self._write(scratch.ranges, mark, len(ids))
         except BaseException as error:
             if not scratch.done or isinstance(error, CheckpointError):  # there is nothing to go on after
@@ -224,12 +227,13 @@ class _Run:
                 each = (time.monotonic() - began) / (number + 1 - first)
                 progress(number + 1, layer.layers, each * (layer.layers - number - 1))
 
-    def _mark(self, batches: list[list[list[int]]]) -> str:
-        """Hash of all that decides the numbers; of the source its headers and sizes."""
+    def _mark(self, batches: list[list[list[int]]], evidence: list[list[int | str]] | None = None) -> str:
+        """Hash of all that decides the numbers; of the source its sizes, headers and samples, and for a resume its times."""
         from streamconv.targets.trtllm.planner import source_files
 
         files = [(file.name, file.size, file.header_hash) for file in source_files(self.index)]
-        asked = [__version__, self.index.config, files, self.kind, self.device.split(":")[0], batches]
+        looks = evidence or [[shard.sample()] for shard in self.index.shards]
+        asked = [__version__, self.index.config, files, looks, self.kind, self.device.split(":")[0], batches]
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
     def _spare(self) -> None:
@@ -249,7 +253,7 @@ class _Run:
 
         try:
             header = read_header(self.out)
-            newest = max(shard.path.stat().st_mtime_ns for shard in self.index.shards)
+            newest = max(max(shard.identity.mtime_ns, shard.identity.ctime_ns) for shard in self.index.shards)
             fits = json.loads(header.metadata.get("calibration", "{}")).get("request") == mark
             return len(header.tensors) if fits and self.out.stat().st_mtime_ns >= newest else 0
         except (OSError, ValueError, AttributeError, CheckpointError):

@@ -74,6 +74,11 @@ class Index:
     wrapped: bool = False
     notes: tuple[str, ...] = ()
 
+    def name_of(self, shard: Shard) -> str:
+        """The file's path in the checkpoint, with "/": two files never share it, wherever the checkpoint lies."""
+        folder = self.root.parent if shard.path == self.root else self.root
+        return shard.path.relative_to(folder).as_posix()
+
     def close(self) -> None:
         for shard in self.shards:
             shard.close()

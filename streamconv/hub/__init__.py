@@ -25,7 +25,7 @@ from streamconv.checkpoint.meta import PARAMS
 from streamconv.errors import CheckpointError, printable
 from streamconv.fs import free_space
 from streamconv.hub.problems import no_folder
-from streamconv.hub.repo import check_content, download, listing, named, note_revision, small_file
+from streamconv.hub.repo import download, listing, named, note_revision, small_file
 from streamconv.hub.shard import AT_A_TIME, HubShard
 from streamconv.naming import settle
 
@@ -71,7 +71,7 @@ def local_folder(source: str | os.PathLike[str]) -> Path:
         repo, files = listing(hub[0], index.root.name)
         for name, file in files.items():
             if name in weights or name.endswith(_BESIDE):
-                check_content(repo, file, download(repo, file, shown=name in weights))
+                download(repo, file, shown=name in weights)
         return index.root
 
 
@@ -96,8 +96,8 @@ def open_source(source: str | os.PathLike[str]) -> Index:
     if _CONFIG not in files:
         held = None if weight_files(files) else foreign(str(repo), files)
         raise held or CheckpointError(f"missing config.json in {repo}", hint="is it a transformers model?")
-    note_revision(repo, hub[1])
     folder = small_file(repo, files[_CONFIG], MAX_CONFIG).parent
+    note_revision(repo, hub[1])
     for name in _SMALL[1:]:
         if name in files:
             small_file(repo, files[name], MAX_CONFIG)

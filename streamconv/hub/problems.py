@@ -14,6 +14,8 @@ Result = TypeVar("Result")
 _TRIES = 3
 _WAIT = 1.0
 """Seconds before the second try; doubled before the third. A server that says Retry-After is obeyed."""
+_NOT_PASSING = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
+"""An answer of another form than huggingface_hub expects."""
 _LONGEST = 60.0
 """A longer Retry-After is the user's to wait for."""
 
@@ -47,10 +49,10 @@ def passing(error: BaseException | None) -> bool:
     """Worth another try."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 
-    if isinstance(error, OfflineModeIsEnabled):  # a ConnectionError, but nobody was asked
+    if error is None or isinstance(error, OfflineModeIsEnabled):  # a refusal of ours; a ConnectionError, but nobody was asked
         return False
     status = getattr(getattr(error, "response", None), "status_code", None)
-    return status in (408, 429, 500, 502, 503, 504) if status is not None else not isinstance(error, (ValueError, TypeError))
+    return status in (408, 429, 500, 502, 503, 504) if status is not None else not isinstance(error, _NOT_PASSING)
 
 
 @contextlib.contextmanager
@@ -78,7 +80,7 @@ def no_folder(source: str) -> Iterator[None]:
 def _told(error: Exception, repo: str, revision: str | None, file: str | None) -> HubError:
     from huggingface_hub import errors
 
-    what = f"hf://{repo}" + (f"@{revision[:12]}" if revision else "") + (f"/{file}" if file else "")
+    what = f"hf://{repo}" + (f"@{printable(revision[:12])}" if revision else "") + (f"/{printable(file)}" if file else "")
     cause: BaseException = error
     if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
         cause = error.__cause__
@@ -110,8 +112,10 @@ def _told(error: Exception, repo: str, revision: str | None, file: str | None) -
         return HubError(f"{what}: {first}")
     if "Consistency check failed" in first:
         return HubError(f"{what} came truncated", hint="run again; the download goes on where it stopped")
-    if isinstance(cause, ValueError):
+    if isinstance(cause, ValueError) and "too large" in first:
         return HubError(f"{what}: {first}", hint="HF_HUB_DISABLE_XET=0 may help with files above 50 GB")
+    if isinstance(cause, _NOT_PASSING):
+        return HubError(f"the Hub answers {what} with something that is no answer: {first}", hint="check HF_ENDPOINT")
     if isinstance(cause, OSError) and cause.errno:
         return HubError(f"cannot download {what}: {os.strerror(cause.errno)}", hint="is there space in the cache (HF_HOME)?")
     return HubError(f"the connection to the Hub failed for {what}: {first}", hint="check the network, then run again")

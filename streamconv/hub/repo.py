@@ -10,16 +10,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from streamconv.errors import CheckpointError, HubError, SourceChangedError, printable
+from streamconv.errors import CheckpointError, HubError, StreamconvError, printable
+from streamconv.hub.answers import at_most, watch
+from streamconv.hub.cache import Brought, blobs, brought, check_content, remove
 from streamconv.hub.problems import explained, patiently
 
-_NAME = re.compile(r"(?:hf://)?([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w][\w./-]*))?")
+_NAME = re.compile(r"(?:hf://)?([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?!.*\.\.)([\w][\w./-]*))?")
 _CONFIG = "config.json"
-_SHA256 = re.compile("[0-9a-f]{64}")
+_HASH = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
+"""Git's SHA-1 of a small file, SHA-256 of a large one (in LFS or Xet)."""
+_COMMIT = re.compile("[0-9a-f]{40}")
 
 
 class RepoFile(NamedTuple):
-    """A file of a repository; `oid` names its content."""
+    """A file of a repository; `oid` is the hash of its content (see `cache.check_content`)."""
 
     name: str
     size: int
@@ -50,9 +54,11 @@ def named(source: str | os.PathLike[str]) -> tuple[str, str | None] | None:
 
 
 def listing(name: str, revision: str | None) -> tuple[Repo, dict[str, RepoFile]]:
-    """The files at the top of a repository, at the commit that the revision means now."""
+    """The files at the top of a repository, at the commit that the revision means now; all that the listing says is checked here."""
     import huggingface_hub
     from huggingface_hub.errors import OfflineModeIsEnabled
+
+    watch()
 
     def ask() -> huggingface_hub.ModelInfo:
         with explained(name, revision):
@@ -64,16 +70,24 @@ def listing(name: str, revision: str | None) -> tuple[Repo, dict[str, RepoFile]]
         if isinstance(error.__cause__, OfflineModeIsEnabled):
             return _cached(name, revision)
         raise
+    if type(info.sha) is not str or not _COMMIT.fullmatch(info.sha):
+        raise HubError(f"the Hub does not say which commit of {name} is meant", hint="check HF_ENDPOINT")
     files = {}
     for found in info.siblings or ():
-        lfs = found.lfs
-        oid = lfs.sha256 if lfs is not None else found.blob_id
-        size = lfs.size if lfs is not None and found.size is None else found.size
-        if "/" not in found.rfilename and size is not None:
-            files[found.rfilename] = RepoFile(found.rfilename, size, oid or "")
-    if info.sha is None:
-        raise HubError(f"the Hub does not say which commit of {name} is meant", hint="check HF_ENDPOINT")
+        file, lfs = found.rfilename, found.lfs
+        if type(file) is str and (not plain(file)):
+            continue  # in a folder, or under a name that is never read
+        size, oid = (found.size, found.blob_id) if lfs is None else (lfs.size, lfs.sha256)
+        if type(file) is not str or type(size) is not int or not 0 <= size < 1 << 63 or type(oid) is not str or not _HASH.fullmatch(oid):
+            raise HubError(f"the Hub lists {name}/{printable(str(file))} without a size or a hash", hint="check HF_ENDPOINT")
+        files[file] = RepoFile(file, size, oid)
     return Repo(name, info.sha), files
+
+
+def plain(name: str) -> bool:
+    """A name that leads nowhere else and can be shown."""
+    fits = 0 < len(name.encode(errors="replace")) <= 255 and name not in (".", "..")
+    return fits and name.isprintable() and not any(mark in name for mark in "/\\:")
 
 
 def _cached(name: str, revision: str | None) -> tuple[Repo, dict[str, RepoFile]]:
@@ -87,8 +101,9 @@ def _cached(name: str, revision: str | None) -> tuple[Repo, dict[str, RepoFile]]
     folder = Path(config).parent
     files = {}
     for path in folder.iterdir():
-        if path.is_file():
-            files[path.name] = RepoFile(path.name, path.stat().st_size, path.resolve().name)
+        if path.is_file() and plain(path.name):
+            oid = path.resolve().name  # without links the cache does not say what a file must hold
+            files[path.name] = RepoFile(path.name, path.stat().st_size, oid if _HASH.fullmatch(oid) else "")
     return Repo(name, folder.name), files
 
 
@@ -121,34 +136,47 @@ def _quiet(hide: bool) -> Iterator[None]:
 def small_file(repo: Repo, file: RepoFile, limit: int) -> Path:
     if file.size > limit:
         raise CheckpointError(f"{repo}/{printable(file.name)} has {file.size} bytes; at most {limit} are accepted")
-    return download(repo, file, shown=False)
+    return download(repo, file, shown=False)[0]
 
 
-def download(repo: Repo, file: RepoFile, shown: bool) -> Path:
-    """The file in the cache, where it is downloaded to if it is not there; a cut connection is taken up again."""
+def download(repo: Repo, file: RepoFile, shown: bool) -> tuple[Path, Brought | None, os.stat_result]:
+    """The file in the cache, where it is downloaded to if it is not there; a cut connection is taken up again.
+
+    Returns:
+        where it is, what of it was not there before, and what the system says of it. Its content has been hashed, whoever brought it.
+
+    Raises:
+        HubError: the Hub did not give it. SourceChangedError: it holds something else than the Hub lists; what came is removed.
+    """
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
+    told, ours = f"{repo}/{printable(file.name)}", None
     there = try_to_load_from_cache(repo.name, file.name, revision=repo.commit)
     if isinstance(there, str):
         path = Path(there)
     else:
-        with _quiet(not (shown and sys.stderr.isatty())), explained(repo.name, repo.commit, file.name):
+        held = blobs(cached_folder(repo))
+        with _quiet(not (shown and sys.stderr.isatty())), explained(repo.name, repo.commit, file.name), at_most(file.size):
             path = Path(hf_hub_download(repo.name, file.name, revision=repo.commit))
-    size = path.stat().st_size
-    if size != file.size:
-        raise HubError(
-            f"{repo}/{file.name} is truncated: {size} of {file.size} bytes in {printable(str(path))}",
-            hint="remove that file and run again",
-        )
-    return path
+        if path.parent != cached_folder(repo):
+            raise HubError(f"{told} came as a file of another commit", hint="check HF_ENDPOINT")
+        ours = brought(path, held)
+    try:
+        size = path.stat().st_size
+        if size != file.size:
+            raise HubError(
+                f"{told} is truncated: {size} of {file.size} bytes in {printable(str(path))}", hint="remove that file and run again"
+            )
+        hashed = check_content(path, file.oid, told)
+    except StreamconvError:
+        if ours is not None:
+            remove(path, ours)
+        raise
+    return path, ours, hashed
 
 
-def check_content(repo: Repo, file: RepoFile, path: Path) -> None:
-    """A file of the cache must be the one that was listed: there it bears its ETag, for a large file the SHA-256 of the listing.
+def cached_folder(repo: Repo) -> Path:
+    """The snapshot's folder in the cache, whether it is there or not."""
+    from huggingface_hub import constants
 
-    Raises:
-        SourceChangedError: it is another one.
-    """
-    held = path.resolve().name
-    if _SHA256.fullmatch(file.oid) and _SHA256.fullmatch(held) and held != file.oid:
-        raise SourceChangedError(f"{repo}/{printable(file.name)}: its content has changed since the Hub listed it", hint="run again")
+    return Path(constants.HF_HUB_CACHE, "models--" + repo.name.replace("/", "--"), "snapshots", repo.commit)

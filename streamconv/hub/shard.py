@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamconv.checkpoint.header import MAX_HEADER, Header, parse_header
-from streamconv.checkpoint.shard import Identity, Shard
+from streamconv.checkpoint.shard import Identity, Shard, identity_of
 from streamconv.errors import HubError, SourceChangedError, StreamconvError, printable
+from streamconv.hub.cache import Brought, remove
 from streamconv.hub.problems import explained, patiently
-from streamconv.hub.repo import Repo, RepoFile, check_content, download
+from streamconv.hub.repo import Repo, RepoFile, download
 
 if TYPE_CHECKING:
     from streamconv.hub.fetch import Fetch
@@ -29,15 +31,16 @@ class HubShard(Shard):
         folder: the snapshot's folder in the cache, where the file will appear.
     """
 
-    __slots__ = ("_downloading", "_failed", "_head", "_remote", "fetch", "file", "ours", "repo")
+    __slots__ = ("_believed", "_checked", "_downloading", "_failed", "_head", "_ours", "_remote", "fetch", "file", "repo")
 
     def __init__(self, repo: Repo, file: RepoFile, folder: Path) -> None:
         super().__init__(folder / file.name)
         self.repo, self.file = repo, file
         self.fetch: Fetch | None = None
-        self.ours = False  # downloaded by this run, so that it may remove it
-        digest = hashlib.sha256(file.oid.encode()).digest()[:7]
-        self._remote = Identity(file.size, int.from_bytes(digest, "little"), 0, 0)  # a new content is a new time
+        self._ours: Brought | None = None  # downloaded by this run, so that it may remove it
+        self._checked = False
+        self._believed: list[tuple[int, int, bytes]] = []  # what the plan was made from: begin, end, SHA-256
+        self._remote = Identity(file.size, 0, 0, 0, 0)
         self._head = b""
         self._failed: StreamconvError | None = None
         self._downloading = threading.Lock()
@@ -47,8 +50,12 @@ class HubShard(Shard):
         """What the Hub says of the file: the same before and after the download."""
         return self._remote
 
+    def sample(self) -> str:
+        """The hash that the Hub lists says more than any sample."""
+        return self.file.oid
+
     def fileno(self) -> int:
-        if self._fd < 0:
+        if not self._checked and (self.fetch is not None or not self._there()):
             if self.fetch is not None:
                 self.fetch.reached(self)
             self.download()
@@ -56,7 +63,7 @@ class HubShard(Shard):
         return super().fileno()
 
     def download(self, ahead: bool = False) -> None:
-        """Bring the file into the cache; others who need it wait.
+        """Bring the file into the cache and hash it, if it was there as well; others who need it wait.
 
         Args:
             ahead: nobody needs it yet, so a failure is not final.
@@ -64,32 +71,37 @@ class HubShard(Shard):
         with self._downloading:
             if self._failed is not None:
                 raise self._failed  # once is enough for all workers
+            if self._checked:
+                return
             try:
-                if not self._there():
-                    download(self.repo, self.file, shown=True)
-                    self.ours = True
-                check_content(self.repo, self.file, self.path)
+                _, ours, hashed = download(self.repo, self.file, shown=True)
+                self._ours = self._ours or ours
+                fd = super().fileno()
+                if self._identity != identity_of(hashed):
+                    raise self._changed("was replaced or changed")
+                for begin, end, digest in self._believed:
+                    if hashlib.sha256(os.pread(fd, end - begin, begin)).digest() != digest:
+                        raise self._changed("was served with other bytes while planning")
+                self._believed, self._checked = [], True
             except StreamconvError as error:
                 self._failed = None if ahead else error
                 raise
 
     def free(self) -> None:
         """Remove the file, if this run downloaded it; a later read asks for ranges again."""
+        self.check_unchanged()
         with self._downloading:
             self.fetch = None
             self.close()
-            self._identity = None
-            if self.ours:
-                blob = self.path.resolve()
-                for path in dict.fromkeys((self.path, blob)):
-                    with contextlib.suppress(OSError):
-                        path.unlink()
-                self.ours = False
+            self._identity, self._checked = None, False
+            if self._ours is not None:
+                remove(self.path, self._ours)
+                self._ours = None
 
     def header(self) -> Header:
         if self._local():
             return super().header()
-        shown = f"{self.repo}/{self.file.name}"
+        shown = f"{self.repo}/{printable(self.file.name)}"
         self._head = self.read_range(0, min(self.file.size, _HEAD))
         stop = 8 + int.from_bytes(self._head[:8], "little")
         if len(self._head) < stop <= min(self.file.size, MAX_HEADER + 8) and self._head[8:9] == b"{":
@@ -98,8 +110,8 @@ class HubShard(Shard):
 
     def check_unchanged(self) -> None:
         """A commit does not change; the copy in the cache could."""
-        if self._identity is not None and not self._there():
-            raise self._changed("changed or is gone")
+        if self._checked:
+            super().check_unchanged()
 
     def read_range(self, begin: int, end: int) -> bytes:
         """Bytes [begin, end) of the file, from the Hub.
@@ -116,7 +128,9 @@ class HubShard(Shard):
             with explained(self.repo.name, self.repo.commit, self.file.name):
                 return self._request(begin, end)
 
-        return patiently(once)
+        data = patiently(once)
+        self._believed.append((begin, end, hashlib.sha256(data).digest()))
+        return data
 
     def _request(self, begin: int, end: int) -> bytes:
         import huggingface_hub.utils

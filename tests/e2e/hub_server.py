@@ -17,6 +17,11 @@ LARGE = (".safetensors", ".bin", ".pth")
 """Kept apart and found by a redirect."""
 
 
+def git_hash(data: bytes) -> str:
+    """What git calls a file of these bytes."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
 class Hub:
     """Serves a folder as `org/tiny` at one commit; `blobs` are behind a redirect, as the Hub's large files are.
 
@@ -29,6 +34,10 @@ class Hub:
         fail: path piece -> (status, X-Error-Code) answered for it.
         begun: told of each whole transfer before its first byte.
         cuts: file name -> after how many bytes the next whole transfer is cut.
+        listing: what the listing becomes on its way: (bytes, headers).
+        etags: file name -> the ETag it gets.
+        headers: of all answers about files.
+        sent: (file name, bytes, range asked for) -> what goes out in their place.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -43,6 +52,10 @@ class Hub:
         self.moods: list[tuple[str, int, dict[str, str]]] = []
         self.gets = 0
         self.begun: Callable[[str], object] = lambda name: None
+        self.listing: Callable[[dict[str, Any]], tuple[bytes, dict[str, str]]] = lambda info: (json.dumps(info).encode(), {})
+        self.etags: dict[str, str] = {}
+        self.headers: dict[str, str] = {}
+        self.sent: Callable[[str, bytes, str | None], bytes] = lambda name, data, asked: data
         hub = self
 
         class Handler(_Handler):
@@ -102,7 +115,8 @@ class _Handler(BaseHTTPRequestHandler):
         if model:
             if model[1] not in (None, "main", SHA):
                 return self._error(404, "RevisionNotFound")
-            return self._send(200, {"Content-Type": "application/json"}, json.dumps(self._info()).encode())
+            info, encoding = self.hub.listing(self._info())
+            return self._send(200, {"Content-Type": "application/json"} | encoding, info)
         found = re.fullmatch(rf"/{REPO}/resolve/([^/]+)/(.+)", path)
         if found and (self.hub.folder / found[2]).is_file():
             return self._file(found[2])
@@ -115,7 +129,7 @@ class _Handler(BaseHTTPRequestHandler):
         siblings = []
         for file in sorted(self.hub.folder.iterdir()):
             data = file.read_bytes()
-            told: dict[str, Any] = {"rfilename": file.name, "size": len(data), "blobId": hashlib.sha1(data).hexdigest()}
+            told: dict[str, Any] = {"rfilename": file.name, "size": len(data), "blobId": git_hash(data)}
             if file.suffix in LARGE:
                 told["lfs"] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
             siblings.append(told)
@@ -124,17 +138,18 @@ class _Handler(BaseHTTPRequestHandler):
     def _file(self, name: str) -> None:
         data = (self.hub.folder / name).read_bytes()
         large = name.endswith(LARGE)
-        etag = (hashlib.sha256 if large else hashlib.sha1)(data).hexdigest()
-        headers = {"X-Repo-Commit": SHA, "ETag": f'"{etag}"'}
+        etag = self.hub.etags.get(name) or (hashlib.sha256(data).hexdigest() if large else git_hash(data))
+        headers = {"X-Repo-Commit": SHA, "ETag": f'"{etag}"'} | self.hub.headers
         if large:
             told = {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(len(data)), "Location": f"{self.hub.cdn}/blobs/{name}"}
             return self._send(302, headers | told, b"")
         return self._body(name, data, headers)
 
     def _blob(self, name: str) -> None:
-        self._body(name, (self.hub.folder / name).read_bytes(), {})
+        self._body(name, (self.hub.folder / name).read_bytes(), dict(self.hub.headers))
 
     def _body(self, name: str, data: bytes, headers: dict[str, str]) -> None:
+        data = self.hub.sent(name, data, self.headers.get("Range"))
         total, status, asked = len(data), 200, self.headers.get("Range")
         if asked:
             first, _, last = asked.removeprefix("bytes=").partition("-")

@@ -93,7 +93,7 @@ def test_content_that_changes_meanwhile(hub: Hub, tmp_path: Path) -> None:
 
     hub.begun = begun
     done = run(hub, tmp_path, "convert", REPO, "out", "--quiet")
-    assert done.returncode == 3 and "content has changed" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert done.returncode == 3 and "its content is not what the Hub lists" in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert not (tmp_path / "out").exists()
     hub.begun = lambda name: None
     done = run(hub, tmp_path, "convert", REPO, "out", "--quiet")

@@ -60,13 +60,13 @@ def source_files(index: Index) -> tuple[SourceFile, ...]:
     files = []
     for number, shard in enumerate(index.shards):
         if number in index.digests:
-            files.append(SourceFile(shard.path.name, shard.size, index.digests[number]))
+            files.append(SourceFile(index.name_of(shard), shard.size, index.digests[number]))
             continue
         with shard.window(0, 8) as length:
             size = 8 + int(struct.unpack("<Q", bytes(length[:8]))[0])
         with shard.window(0, size) as header:
             digest = hashlib.sha256(header).hexdigest()
-        files.append(SourceFile(shard.path.name, shard.size, digest))
+        files.append(SourceFile(index.name_of(shard), shard.size, digest))
     return tuple(files)
 
 
