@@ -43,7 +43,8 @@ def smooth_kernel(
         scales = outs[1].view(np.float32) if len(outs) > 1 else np.empty(0, np.float32)
         kinds = (CODES[source.name], CODES[model.name])
         top = np.float32(-1 if largest is None else largest)
-        numbers = (np.float32(outputs), np.float32(activation))
+        with np.errstate(over="ignore"):  # an infinite one is refused when it is written
+            numbers = (np.float32(outputs), np.float32(activation))
         args = (flat, start, stride, rows, *kinds, smoother, mode, top, *(keep or (0, cols)), outs[0], scales, *numbers)
         return Findings(int(smooth_rows(*args)))
 
