@@ -17,12 +17,13 @@ from streamconv.budget import Shares, TileCost
 from streamconv.checkpoint.index import Index
 from streamconv.device.backend import Backend, Cuda
 from streamconv.errors import OutputError, printable
-from streamconv.fs import Disk
+from streamconv.fs import Disk, named
 from streamconv.hub.fetch import Fetch
 from streamconv.options import Options, Resources
+from streamconv.place import choose
 from streamconv.plan import Plan
 from streamconv.targets.trtllm.planner import make_plan
-from streamconv.writer import Writer, check_output
+from streamconv.writer import Writer, check_plan
 
 _BASE_NUMPY = 64 * memory.MIB
 _BASE_KERNELS = 230 * memory.MIB
@@ -118,12 +119,11 @@ def dearest(plan: Plan, costs: list[TileCost]) -> dict[str, TileCost]:
 
 def output_problem(index: Index, plan: Plan, out: str | Path) -> str | None:
     """Why `convert` would refuse to write to `out`, as far as that shows without touching anything; None if nothing speaks against it."""
-    place = Path(out).absolute()
     try:
-        check_output(place, index.root, plan, index.shards, force=False)
+        check_plan(named(out), index.root, plan, index.shards, force=False)
     except OutputError as error:
         return f"{error.message} ({error.hint})" if error.hint else error.message
-    place = place.parent
+    place = choose(Path(os.path.realpath(out)), Disk()).top
     while not place.exists():
         place = place.parent
     return None if os.access(place, os.W_OK | os.X_OK) else f"nothing can be written in {printable(str(place))}"
@@ -219,7 +219,7 @@ def convert(
         StreamconvError: see streamconv.errors. After a mistake or a bad source nothing is left behind; after a full
             disk, a signal or a crash the same call goes on where this one stopped.
     """
-    resources, watcher = resources or Resources(), watcher or _Silent()
+    resources, watcher, out = resources or Resources(), watcher or _Silent(), named(out)
     try:
         return _convert(source, out, options, resources, force, watcher, clock, disk, 0)
     except device.NoRoom:
@@ -257,7 +257,9 @@ def _convert(
     profile: dict[str, float] = {}
     costs = costs_of(plan)
     shares = foresee(plan, resources, costs)  # a budget that is far too small is refused before anything is loaded
-    with contextlib.closing(index), Writer(Path(out), index.root, plan, index.shards, force, disk) as writer:
+    with contextlib.closing(index), Writer(
+        Path(out), index.root, plan, index.shards, force, disk, resources.no_lock
+    ) as writer:
         if not writer.finished:
             choice = choose_device(plan, resources)
             backends: list[Backend] = [Cuda(name) for name in choice.devices]

@@ -16,9 +16,9 @@ from streamconv.checkpoint.shard import Shard
 from streamconv.device.ring import Slot
 from streamconv.device.step import Job
 from streamconv.errors import DataError, printable
-from streamconv.fs import OutputFolder
 from streamconv.journal import Done, Journal, Recorder
 from streamconv.order import Order, Stop
+from streamconv.output_folder import OutputFolder
 from streamconv.plan import Plan, Span
 from streamconv.quants.base import Findings
 from streamconv.results import Results

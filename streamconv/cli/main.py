@@ -44,6 +44,7 @@ def cli() -> None:
     help="A GPU that fails: finish on the CPU, or stop so that the same command goes on later.",
 )
 @click.option("--force", is_flag=True, help="Replace an existing output folder.")
+@click.option("--no-lock", is_flag=True, help="Go on where the file system cannot lock a file or sync a folder; see that nobody else writes there.")
 @recipe_option.option(_recipe_keys)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object at the end.")
 @click.option("--quiet", "-q", is_flag=True, help="Print errors and warnings only.")
@@ -56,6 +57,7 @@ def convert(
     device_memory_budget: str,
     hub_keep: str,
     on_device_loss: Any,
+    no_lock: bool,
     force: bool,
     as_json: bool,
     quiet: bool,
@@ -79,7 +81,10 @@ def convert(
         raise UsageError("--hub-keep none and --text exclude each other: calibration reads the model before the conversion does")
 
     asked = dataclasses.replace(
-        resources(memory_budget, workers, device, device_memory_budget), hub_keep=hub_keep, on_device_loss=on_device_loss
+        resources(memory_budget, workers, device, device_memory_budget),
+        hub_keep=hub_keep,
+        on_device_loss=on_device_loss,
+        no_lock=no_lock,
     )
     effects.check(click.get_current_context(), model, Options(**values))
     options = with_ranges(

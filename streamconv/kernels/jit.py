@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,11 @@ def _prepare() -> bool:
     """Choose the cache folder before numba is imported; False if there is none to write to."""
     folder = _cache_home()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        usable = os.access(folder, os.W_OK | os.X_OK)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)  # numba keeps pickles there: nobody else may write them, whatever the umask
+        status = folder.lstat()
+        private = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022
+        usable = private and os.access(folder, os.W_OK | os.X_OK)
     except OSError:
         usable = False
     if usable:

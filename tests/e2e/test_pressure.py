@@ -180,13 +180,13 @@ def test_another_process_eats_the_memory_of_the_container(tmp_path: Path) -> Non
 
 _SLOW = """
 import sys, time
-from streamconv import fs, journal
+from streamconv import journal, output_folder
 from streamconv.cli import main
-push = fs.OutputFolder.write
+push = output_folder.OutputFolder.write
 def slow(self, *args):
     push(self, *args)
     time.sleep(0.05)
-fs.OutputFolder.write = slow
+output_folder.OutputFolder.write = slow
 journal.BATCH_SECONDS = 0.05
 sys.argv = ["streamconv", *sys.argv[1:]]
 main.run()
