@@ -20,7 +20,6 @@ from streamconv.errors import OutputError, printable
 from streamconv.fs import Disk, named
 from streamconv.hub.fetch import Fetch
 from streamconv.options import Options, Resources
-from streamconv.place import choose
 from streamconv.plan import Plan
 from streamconv.targets.trtllm.planner import make_plan
 from streamconv.writer import Writer, check_plan
@@ -120,10 +119,9 @@ def dearest(plan: Plan, costs: list[TileCost]) -> dict[str, TileCost]:
 def output_problem(index: Index, plan: Plan, out: str | Path) -> str | None:
     """Why `convert` would refuse to write to `out`, as far as that shows without touching anything; None if nothing speaks against it."""
     try:
-        check_plan(named(out), index.root, plan, index.shards, force=False)
+        place = check_plan(named(out), index.root, plan, index.shards, force=False).top
     except OutputError as error:
         return f"{error.message} ({error.hint})" if error.hint else error.message
-    place = choose(Path(os.path.realpath(out)), Disk()).top
     while not place.exists():
         place = place.parent
     return None if os.access(place, os.W_OK | os.X_OK) else f"nothing can be written in {printable(str(place))}"

@@ -98,8 +98,11 @@ def check_free(place: Place, force: bool) -> Found:
     return found
 
 
-def check_output(out: Path, source: Path, read: Iterable[Path], force: bool) -> Place:
+def check_output(out: Path, source: Path, read: Iterable[Path], force: bool, disk: Disk | None = None) -> Place:
     """What can be said of an output without touching anything.
+
+    Args:
+        disk: the operations to use (tests).
 
     Returns:
         where it will be built, not opened.
@@ -107,7 +110,7 @@ def check_output(out: Path, source: Path, read: Iterable[Path], force: bool) -> 
     Raises:
         OutputError: see `check_place` and `check_free`.
     """
-    place = choose(Path(os.path.realpath(out)), Disk())
+    place = choose(Path(os.path.realpath(out)), disk or Disk())
     check_place(place, source, read)
     # what an earlier run left is looked at with the lock held
     if os.path.isdir(place.top) and not any(os.path.lexists(place.top / place.hidden(what)) for what in ("journal", "lock")):

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from streamconv.errors import OutputError, printable
-from streamconv.fs import Disk, explained, free_space, write_all
+from streamconv.fs import Disk, Mark, explained, free_space, write_all
 from streamconv.memory import MIB, show_size
 from streamconv.place import CONFIG, Found, choose
 
@@ -182,5 +182,6 @@ class OutputFolder:
     def discard(self) -> None:
         """Remove the work."""
         with contextlib.suppress(OSError, OutputError):
+            marks = {name: Mark.of(os.fstat(fd)) for name, fd in self._fds.items()}
             self.close()
-            self.place.discard()
+            self.place.discard(marks)

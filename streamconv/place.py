@@ -76,17 +76,25 @@ class Part:
         looks = [(name, self.look(name)) for name in self.names()]
         return {name: Mark.of(status) for name, status in looks if status is not None}
 
-    def empty(self) -> None:
+    def empty(self, known: dict[str, Mark] | None = None) -> None:
         """Remove the files of a checkpoint.
+
+        Args:
+            known: what they are, if this run has looked at them before.
 
         Raises:
             OutputError: something else is there; nothing was removed.
         """
         marks = self.marks()
         for name, mark in marks.items():
-            if mark.kind == stat.S_IFDIR or not OURS.fullmatch(name):
+            if mark.kind == stat.S_IFDIR or not OURS.fullmatch(name) or (known is not None and known.get(name) != mark):
                 shown = printable(str(self.path(name)))
                 raise OutputError(f"{shown} is not what a run leaves there", hint="move it away; nothing was removed")
+        for name, mark in marks.items():
+            self.folder.disk.unlink(self.folder, self.prefix + name, mark)
+
+    def remove(self, marks: dict[str, Mark]) -> None:
+        """Remove these files."""
         for name, mark in marks.items():
             self.folder.disk.unlink(self.folder, self.prefix + name, mark)
 
@@ -113,6 +121,7 @@ class Place:
         self._made: list[tuple[Folder, str]] = []
         self._open: list[Folder] = []
         self._begun = False
+        self._aside: dict[str, Mark] | None = None
 
     @property
     def top(self) -> Path:
@@ -223,8 +232,12 @@ class Place:
     def remove_old(self) -> None:
         raise NotImplementedError
 
-    def discard(self) -> None:
-        """Remove the work."""
+    def discard(self, marks: dict[str, Mark]) -> None:
+        """Remove the work.
+
+        Args:
+            marks: its files; anything else stays, and the folder with it.
+        """
         raise NotImplementedError
 
 
@@ -273,6 +286,7 @@ class Beside(Place):
     def publish(self, found: Found, names: Sequence[str]) -> None:
         old, mine = self.hidden("old"), self.work.folder.mark()
         self._expect(found)
+        self._aside = found.files
         if found.folder is not None:
             self.disk.rename(self.base, self.out.name, old, found.folder)
             self.base.sync()
@@ -284,15 +298,18 @@ class Beside(Place):
             if self._remove(self.hidden("old"), ours=False):
                 self.base.sync()
 
-    def discard(self) -> None:
-        self._remove(self.hidden("partial"))
+    def discard(self, marks: dict[str, Mark]) -> None:
+        if self._begun:
+            self.work.remove(marks)
+            self.base.expect(self.hidden("partial"), self.work.folder.mark())
+            self.disk.rmdir(self.base, self.hidden("partial"))
 
     def _remove(self, name: str, ours: bool = True) -> bool:
         if self.base.made(name, stat.S_IFDIR, ours) is None:
             return False
         folder = self.base.enter(name)
         try:
-            Part(folder).empty()
+            Part(folder).empty(None if ours else self._aside)
             self.base.expect(name, folder.mark())
         finally:
             folder.close()
@@ -350,12 +367,13 @@ class Inside(Place):
             self.base.sync()
 
     def begin(self, fresh: bool) -> None:
-        self.work = self._part("partial")
+        self.work, self._begun = self._part("partial"), True
         if fresh:
             self.work.empty()
 
     def publish(self, found: Found, names: Sequence[str]) -> None:
         self._expect(found)
+        self._aside = found.files
         old = self._part("old").prefix
         aside = sorted(found.files, key=lambda name: name != CONFIG)
         for number, name in enumerate(aside):
@@ -367,11 +385,12 @@ class Inside(Place):
     def remove_old(self) -> None:
         with explained(self.out, "remove"):
             if self.has_old():
-                self._part("old").empty()
+                self._part("old").empty(self._aside)
                 self.base.sync()
 
-    def discard(self) -> None:
-        self._part("partial").empty()
+    def discard(self, marks: dict[str, Mark]) -> None:
+        if self._begun:
+            self.work.remove(marks)
 
 
 def _passed_over(name: str) -> bool:

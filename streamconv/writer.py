@@ -41,10 +41,10 @@ from streamconv.plan import Plan
 _LAST = ("config.json", manifest.NAME)
 
 
-def check_plan(out: Path, source: Path, plan: Plan, shards: Sequence[Shard], force: bool) -> Place:
+def check_plan(out: Path, source: Path, plan: Plan, shards: Sequence[Shard], force: bool, disk: Disk | None = None) -> Place:
     """See `output_checks.check_output`."""
     ranges = plan.options.activation_ranges
-    return check_output(out, source, [shard.path for shard in shards] + ([Path(ranges)] if ranges else []), force)
+    return check_output(out, source, [shard.path for shard in shards] + ([Path(ranges)] if ranges else []), force, disk)
 
 
 class Writer:
@@ -75,7 +75,7 @@ class Writer:
         self._lock = OutputLock(self.place)
         self._found = Found()
         self._begun = self._created = False
-        check_plan(self.folder.out, source, plan, shards, force)
+        check_plan(self.folder.out, source, plan, shards, force, disk)
 
     def __enter__(self) -> Writer:
         try:

@@ -44,7 +44,7 @@ def cli() -> None:
     help="A GPU that fails: finish on the CPU, or stop so that the same command goes on later.",
 )
 @click.option("--force", is_flag=True, help="Replace an existing output folder.")
-@click.option("--no-lock", is_flag=True, help="Go on where the file system cannot lock a file or sync a folder; see that nobody else writes there.")
+@click.option("--no-lock", is_flag=True, help="Go on where the file system cannot lock a file or sync a folder.")
 @recipe_option.option(_recipe_keys)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object at the end.")
 @click.option("--quiet", "-q", is_flag=True, help="Print errors and warnings only.")

@@ -52,7 +52,7 @@ def in_worlds(what: str, job: Callable[[World], Count]) -> int:
     """Every format x layout, and one that replaces an older output."""
     wrong = 0
     cases: list[dict[str, object]] = [{"quant": quant, "tp": tp} for quant in FORMATS for tp in LAYOUTS]
-    for settings in [*cases, {"replaced": True}]:
+    for settings in [*cases, {"replaced": True}, {"mounted": True}, {"mounted": True, "replaced": True}]:
         began = time.monotonic()
         with world(**settings) as place:
             wrong += show(f"{what} {settings}", job(place), began)

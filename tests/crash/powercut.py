@@ -192,7 +192,7 @@ def cuts(world: World, wanted: int, seed: int = 1) -> Count:
             except Exception as error:
                 problem = f"{type(error).__name__}: {error}"
             count.note(f"{number} operations, names {names}, data {data}", problem)
-            if any("partial/" in name for name in state):
+            if any("partial/" in name or "partial." in name for name in state):
                 resumable.append(state)
         # next round: the power goes again while a resume is at work
         begin = rng.choice(resumable) if resumable and rng.random() < 0.7 else world.start

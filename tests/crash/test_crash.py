@@ -15,6 +15,13 @@ from tests.crash.world import World, fast_folder
 MakeWorld = Callable[..., World]
 
 
+KINDS = pytest.mark.parametrize(
+    "settings",
+    [{}, {"replaced": True}, {"mounted": True}, {"mounted": True, "replaced": True}],
+    ids=["new", "replaced", "mounted", "mounted, replaced"],
+)
+
+
 @pytest.fixture
 def make() -> Iterator[Callable[..., Any]]:
     """Makes a World (or what `kind` is) in a folder that goes with the test."""
@@ -34,7 +41,7 @@ def good(count: Count, least: int) -> None:
     assert count.cases >= least, count
 
 
-@pytest.mark.parametrize("settings", [{}, {"replaced": True}], ids=["new", "replaced"])
+@KINDS
 def test_killed_at_every_operation_any_number_of_times(make: MakeWorld, settings: dict[str, Any]) -> None:
     count = kills.every_state(make(**settings))
     good(count, 200)
@@ -56,12 +63,12 @@ def test_sigkill_at_random_moments(make: MakeWorld) -> None:
     assert count.facts["journals"] >= 5, count
 
 
-@pytest.mark.parametrize("settings", [{}, {"replaced": True}], ids=["new", "replaced"])
+@KINDS
 def test_every_operation_fails(make: MakeWorld, settings: dict[str, Any]) -> None:
     good(faults.every_operation(make(**settings), step=2), 700)
 
 
-@pytest.mark.parametrize("settings", [{}, {"replaced": True}], ids=["new", "replaced"])
+@KINDS
 def test_power_cuts(make: MakeWorld, settings: dict[str, Any]) -> None:
     count = powercut.cuts(make(**settings), 500)
     good(count, 500)
