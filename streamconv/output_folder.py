@@ -12,7 +12,7 @@ from pathlib import Path
 from streamconv.errors import OutputError, printable
 from streamconv.fs import Disk, Mark, explained, free_space, write_all
 from streamconv.memory import MIB, show_size
-from streamconv.place import CONFIG, Found, choose
+from streamconv.place import CONFIG, Found, Part, choose
 
 
 class OutputFolder:
@@ -142,17 +142,16 @@ class OutputFolder:
         """The files, in the order in which they appear."""
         return sorted(self._fds, key=lambda name: (name == CONFIG, name))
 
-    def _check(self) -> None:
-        """What is about to be published is what this run wrote, and nothing else."""
-        work = self.place.work
+    def _check(self) -> dict[str, tuple[int, int]]:
+        """What is about to be published is what this run wrote, and nothing else; gives inode and size of each file."""
+        work, written = self.place.work, dict[str, tuple[int, int]]()
         if foreign := [name for name in work.names() if name not in self._fds]:
             raise OutputError(f"{printable(str(work.path(foreign[0])))} is not of this run", hint="move it away; nothing was published")
         for name, fd in self._fds.items():
-            there, ours = work.look(name), os.fstat(fd)
-            if there is None or (there.st_dev, there.st_ino) != (ours.st_dev, ours.st_ino):
-                what = "is gone" if there is None else "was replaced"
-                raise OutputError(f"{printable(str(work.path(name)))} {what} while the run was at work", hint="nothing was published")
-            self._check_size(name)
+            written[name] = os.fstat(fd).st_ino, self._sizes[name]
+            if problem := _differs(work, name, written[name]):
+                raise OutputError(problem, hint="nothing was published")
+        return written
 
     def publish(self, found: Found) -> None:
         """Make the folder appear under its name; what it replaces waits aside until `Place.remove_old`.
@@ -161,9 +160,8 @@ class OutputFolder:
             found: what the run has checked under the output's name.
         """
         with explained(self.out, "publish"):
-            self._check()
-            names = self.names()
-            self.close()
+            written, names = self._check(), self.names()
+            self.close()  # some servers rename no folder with open files
             try:
                 self.place.publish(found, names)
             except OSError as error:
@@ -173,6 +171,12 @@ class OutputFolder:
                     f"something appeared at {printable(str(self.out))} while the run was at work; nothing in it was touched",
                     hint=f"the finished checkpoint waits in {printable(str(self._path('')))}: move away what is in its place",
                 ) from error
+            shown = self.place.shown()
+            for name, wanted in written.items():  # between the look and the rename, too
+                if problem := _differs(shown, name, wanted):
+                    if not _differs(shown, CONFIG, written[CONFIG]):
+                        shown.unlink(CONFIG)
+                    raise OutputError(problem, hint=f"{printable(str(self.out))} is no checkpoint: remove it, then run again")
         self.place.keep_parents()
 
     def close(self) -> None:
@@ -185,3 +189,12 @@ class OutputFolder:
             marks = {name: Mark.of(os.fstat(fd)) for name, fd in self._fds.items()}
             self.close()
             self.place.discard(marks)
+
+
+def _differs(part: Part, name: str, wanted: tuple[int, int]) -> str:
+    """What has become of a file of this inode and size; empty if it is there as it was written."""
+    there = part.look(name)
+    if there is not None and (there.st_ino, there.st_size) == wanted:
+        return ""
+    what = "is gone" if there is None else "was replaced" if there.st_ino != wanted[0] else f"was changed to {there.st_size} bytes"
+    return f"{printable(str(part.path(name)))} {what} while the run was at work"

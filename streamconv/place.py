@@ -229,6 +229,10 @@ class Place:
         """
         raise NotImplementedError
 
+    def shown(self) -> Part:
+        """After a publication: the output's files."""
+        return self.work
+
     def remove_old(self) -> None:
         raise NotImplementedError
 
@@ -381,6 +385,9 @@ class Inside(Place):
             if number in (0, len(aside) - 1):
                 self.base.sync()
         self._rename(names, self.work.prefix, "")
+
+    def shown(self) -> Part:
+        return Part(self.base)
 
     def remove_old(self) -> None:
         with explained(self.out, "remove"):

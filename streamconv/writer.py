@@ -97,7 +97,7 @@ class Writer:
         self._past = journal.read(self.place)
         self.place.restore(self._past.ready if self._past is not None else ())
         self._run = journal.identity(self.plan, self.shards)
-        if self._past is not None and self._past.ready and not self.place.has_work():
+        if self._past is not None and self._past.ready and self.place.found().files.keys() >= {*self._past.ready}:
             with contextlib.suppress(VerifyError):
                 told = manifest.load(self.folder.out)
                 if told is not None and told.fingerprint == self._past.run.get("fingerprint"):

@@ -137,6 +137,19 @@ class Watched(Tapped):
         return do(*args)
 
 
+class Intruding(Tapped):
+    """Calls `intrude` before operation k: somebody else is at work on the same names."""
+
+    def __init__(self, k: int, intrude: Callable[[], None]) -> None:
+        super().__init__()
+        self.k, self.intrude = k, intrude
+
+    def act(self, name: str, do: Callable[..., Any], *args: Any) -> Any:
+        if self.number == self.k:
+            self.intrude()
+        return do(*args)
+
+
 class Failing(Tapped):
     """Operation k fails, once or from then on."""
 

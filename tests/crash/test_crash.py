@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.crash import faults, flips, kills, powercut, processes
+from tests.crash import faults, flips, intruders, kills, powercut, processes
 from tests.crash.kills import Count
 from tests.crash.world import World, fast_folder
 
@@ -17,7 +17,7 @@ MakeWorld = Callable[..., World]
 
 KINDS = pytest.mark.parametrize(
     "settings",
-    [{}, {"replaced": True}, {"mounted": True}, {"mounted": True, "replaced": True}],
+    [{}, {"replaced": True}, {"mounted": True, "tile_rows": 1000}, {"mounted": True, "replaced": True, "tile_rows": 1000}],
     ids=["new", "replaced", "mounted", "mounted, replaced"],
 )
 
@@ -65,7 +65,12 @@ def test_sigkill_at_random_moments(make: MakeWorld) -> None:
 
 @KINDS
 def test_every_operation_fails(make: MakeWorld, settings: dict[str, Any]) -> None:
-    good(faults.every_operation(make(**settings), step=2), 700)
+    good(faults.every_operation(make(**settings), step=2), 500)
+
+
+@KINDS
+def test_intruders_between_any_two_operations(make: MakeWorld, settings: dict[str, Any]) -> None:
+    good(intruders.every_operation(make(**settings | {"tile_rows": 1000}), step=5), 350)
 
 
 @KINDS
