@@ -46,8 +46,8 @@ def write_config(
                 f"an unfinished conversion to {printable(str(out))} is kept",
                 hint="run its command again to finish it, or give it up with --force",
             )
-        journal.Journal(place).remove()
         folder.create([], fresh=True)
+        journal.Journal(place).remove(past)
         folder.complete([(NAME, data)])
         folder.publish(found)
         place.remove_old()

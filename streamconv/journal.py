@@ -69,12 +69,14 @@ class Past:
         tiles: span -> finished row ranges, ascending, disjoint.
         ready: the files that are to be published, if that is the last thing written.
         size: bytes of the file to go on after: what can be trusted, without a last "ready".
+        mark: the file.
     """
 
     run: dict[str, Any]
     tiles: dict[int, list[Done]] = field(default_factory=dict)
     ready: tuple[str, ...] = ()
     size: int = 0
+    mark: Mark | None = None
 
     def add(self, done: Done) -> None:
         """A later line replaces earlier ones that it overlaps."""
@@ -135,6 +137,7 @@ def read(place: Place) -> Past | None:
         except FileNotFoundError:
             return None
         try:
+            mark = Mark.of(os.fstat(fd))
             with open(fd, "rb", closefd=False) as file:
                 data = file.read()
         finally:
@@ -152,7 +155,7 @@ def read(place: Place) -> Past | None:
         if past is None:
             if "run" not in record:
                 break
-            past = Past(record["run"])
+            past = Past(record["run"], mark=mark)
         elif "tile" in record:
             (span, start, stop), (overflow, nonfinite) = record["tile"], record["found"]
             past.add(Done(span, start, stop, tuple(tuple(part) for part in record["hash"]), overflow, nonfinite))
@@ -204,19 +207,28 @@ class Journal:
             self._append(b"".join(lines))
 
     def ready(self, names: Sequence[str]) -> None:
-        """All is on the disk, and these files are to be published; the last one makes the folder a checkpoint."""
+        """All is on the disk, and these files are to be published; the last one makes the folder a checkpoint.
+
+        Raises:
+            OutputError: the journal is not under its name any more, so a run that is killed now could not be finished.
+        """
         with explained(self.path, "write"):
+            self.place.base.expect(self.path.name, Mark.of(os.fstat(self._fd)))
             self._append(_line({"ready": names}))
 
-    def remove(self) -> None:
-        """The work is published or given up."""
+    def remove(self, past: Past | None = None) -> None:
+        """The work is published or given up.
+
+        Args:
+            past: the journal of an earlier run, if this run has none.
+        """
         base, name = self.place.base, self.path.name
-        mark = Mark.of(os.fstat(self._fd)) if self._fd >= 0 else None
+        mark = Mark.of(os.fstat(self._fd)) if self._fd >= 0 else past.mark if past is not None else None
         self.close()
         with explained(self.path, "remove"):
-            there = base.made(name)
-            if there is not None:
-                self.disk.unlink(base, name, mark or Mark.of(there))
+            there = base.look(name)
+            if there is not None and Mark.of(there) == mark:  # else somebody has put something else there
+                self.disk.unlink(base, name, mark)
                 base.sync()
 
     def close(self) -> None:

@@ -48,6 +48,11 @@ class OutputLock:
                         f"{printable(str(self.place.out))} is being written by {holder}",
                         hint="wait for it, or choose another output folder",
                     ) from None
+                except OutputError:  # no locks here
+                    if os.fstat(fd).st_size == 0:
+                        self.disk.unlink(base, name, Mark.of(os.fstat(fd)))
+                    self._close(fd)
+                    raise
                 except BaseException:
                     self._close(fd)
                     raise

@@ -122,6 +122,7 @@ class Place:
         self._open: list[Folder] = []
         self._begun = False
         self._aside: dict[str, Mark] | None = None
+        self._left: dict[str, Mark] | None = None
 
     @property
     def top(self) -> Path:
@@ -200,6 +201,7 @@ class Place:
         raise NotImplementedError
 
     def has_work(self) -> bool:
+        """Work of an earlier run is there; `begin` removes nothing but what was seen here."""
         raise NotImplementedError
 
     def has_old(self) -> bool:
@@ -262,7 +264,15 @@ class Beside(Place):
             folder.close()
 
     def has_work(self) -> bool:
-        return self.base.made(self.hidden("partial"), stat.S_IFDIR) is not None
+        if self.base.made(self.hidden("partial"), stat.S_IFDIR) is None:
+            self._left = {}
+            return False
+        folder = self.base.enter(self.hidden("partial"))
+        try:
+            self._left = Part(folder).marks()
+        finally:
+            folder.close()
+        return True
 
     def has_old(self) -> bool:
         return self.base.look(self.hidden("old")) is not None
@@ -313,7 +323,7 @@ class Beside(Place):
             return False
         folder = self.base.enter(name)
         try:
-            Part(folder).empty(None if ours else self._aside)
+            Part(folder).empty(self._left if ours else self._aside)
             self.base.expect(name, folder.mark())
         finally:
             folder.close()
@@ -343,7 +353,8 @@ class Inside(Place):
         return Found(self.base.mark() if files else None, files)
 
     def has_work(self) -> bool:
-        return bool(self._part("partial").names())
+        self._left = self._part("partial").marks()
+        return bool(self._left)
 
     def has_old(self) -> bool:
         return bool(self._part("old").names())
@@ -373,7 +384,7 @@ class Inside(Place):
     def begin(self, fresh: bool) -> None:
         self.work, self._begun = self._part("partial"), True
         if fresh:
-            self.work.empty()
+            self.work.empty(self._left)
 
     def publish(self, found: Found, names: Sequence[str]) -> None:
         self._expect(found)

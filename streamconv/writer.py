@@ -101,7 +101,8 @@ class Writer:
             with contextlib.suppress(VerifyError):
                 told = manifest.load(self.folder.out)
                 if told is not None and told.fingerprint == self._past.run.get("fingerprint"):
-                    self._tidy()
+                    self.place.remove_old()
+                    self.journal.remove(self._past)
                     self.finished = self._past.run == self._run
                     if self.finished:
                         return
@@ -111,6 +112,11 @@ class Writer:
             raise OutputError(
                 f"{printable(str(self.place.top / self.place.hidden('old')))} holds an output that was being replaced",
                 hint="move it away, or remove it",
+            )
+        if self.place.has_work() and self.place.base.look(self.place.hidden("journal")) is None:
+            raise OutputError(
+                f"{printable(str(self.place.top / self.place.hidden('partial')))} is there without a journal: no run leaves it so",
+                hint="look at it, then move it away or remove it",
             )
         changed = journal.differences(self._past.run, self._run) if self._past is not None else []
         if changed and not self.force:
@@ -140,12 +146,9 @@ class Writer:
         self.folder.complete([(name, last[name]) for name in reversed(_LAST)])
         self.journal.ready(self.folder.names())
         self.folder.publish(self._found)
-        self._tidy()
-        self.place.check_name()
-
-    def _tidy(self) -> None:
         self.place.remove_old()
         self.journal.remove()
+        self.place.check_name()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if error is None or not self._begun:
@@ -154,9 +157,9 @@ class Writer:
         # the source is wrong, or there was no room to begin with: nothing of it is worth keeping
         wrong = isinstance(error, (CheckpointError, DataError, UsageError)) and not isinstance(error, UnreadableError)
         if wrong or (self._past is None and not self._created):
-            with contextlib.suppress(StreamconvError, OSError):
-                self.journal.remove()
             self.folder.discard()
+            with contextlib.suppress(StreamconvError, OSError):
+                self.journal.remove()  # last: work without a journal is nobody's
             self._leave()
             return
         if isinstance(error, (OutputError, Interrupted, UnreadableError)):

@@ -37,9 +37,8 @@ class Scratch:
         self.folder, self.mark = hidden(out, "calibrate"), mark
         self.ranges: dict[str, torch.Tensor] = {}
         if os.path.lexists(self.folder) and (self.folder.is_symlink() or self.folder.lstat().st_uid != os.geteuid()):
-            raise OutputError(
-                f"{printable(str(self.folder))} is not what a calibration of yours leaves there", hint="look at it, then move it away or remove it"
-            )
+            shown = printable(str(self.folder))
+            raise OutputError(f"{shown} is not what a calibration of yours leaves there", hint="look at it, then move it away or remove it")
         self.done = self._resume(size)
         if not self.done:
             with explained(self.folder, "write"):

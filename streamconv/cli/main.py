@@ -162,7 +162,7 @@ def plan(
             recipe_option.write(write_config, model, out, made.options, given, index)
         device_why = api.choose_device(made, asked).why
         costs = api.costs_of(made)
-        refused = api.output_problem(index, made, out) if out else None
+        refused = api.output_problem(index, made, out) if out is not None else None
         plan_view.show(made, api.foresee(made, asked, costs), costs, device_why, out, as_json, cache_need(index), refused)
     finally:
         index.close()

@@ -13,8 +13,8 @@ from pathlib import Path
 from streamconv.errors import StreamconvError
 from streamconv.fs import Disk
 from streamconv.place import Beside, Inside
-from tests.crash.disks import Intruding
-from tests.crash.kills import Count, operations
+from tests.crash.disks import Counting, Intruding
+from tests.crash.kills import Count
 from tests.crash.world import State, World, snapshot
 
 THEIRS = b"somebody's only copy"
@@ -96,8 +96,12 @@ def held(root: Path) -> list[bytes]:
     return found
 
 
-def one(stage: Stage, k: int, intrude: Intrusion) -> str:
-    """Run with an intrusion before operation k; gives what is wrong."""
+def one(stage: Stage, k: int, intrude: Intrusion, replaceable: bool) -> str:
+    """Run with an intrusion before operation k; gives what is wrong.
+
+    Args:
+        replaceable: it comes before the run looks at the output, and --force replaces it: a file of a checkpoint.
+    """
     world = stage.world
     stage.reset()
     victim, theirs, late = snapshot(stage.victim), list[bytes](), False
@@ -125,15 +129,16 @@ def one(stage: Stage, k: int, intrude: Intrusion) -> str:
     if snapshot(stage.victim) != victim:
         return "the victim's folder changed"
     here = held(world.root)
-    if here.count(THEIRS) < len(theirs):
+    if here.count(THEIRS) < len(theirs) and not (ended and replaceable):
         return f"something of theirs is lost ({said or 'done'})"
     old: State = {name: data for name, data in world.start.items() if data is not None}
-    if not ended and any(data not in here for data in old.values()):
+    if not late and any(data not in here for data in old.values()) and any(data not in here for data in world.right.values()):
         return f"the old output is lost ({said})"
     shown = {name: (world.out / name).read_bytes() if (world.out / name).is_file() else None for name in world.right}
     if ended and not late and shown != world.right:
         return "the run said it is done, and is not"
-    if shown["config.json"] == world.right["config.json"] and shown != world.right and not late:
+    before = {name: world.start.get(f"out/{name}") for name in world.right}
+    if shown["config.json"] == world.right["config.json"] and shown not in (world.right, before) and not late:
         return "a folder that looks finished is not"
     return ""
 
@@ -141,10 +146,15 @@ def one(stage: Stage, k: int, intrude: Intrusion) -> str:
 def every_operation(world: World, step: int = 1) -> Count:
     """All k x intrusions; `step` > 1 takes only that part of the cases, all k among them."""
     count, stage = Count(), Stage(world)
-    last = operations(world)
+    world.reset()
+    counting = Counting()
+    world.run(counting)
+    last = counting.count
+    looked = [number for number, name in enumerate(counting.names) if name == "open"][2]  # lock, journal of an earlier run, new journal
     for k in range(last):
         for number, (what, intrude) in enumerate(stage.intrusions()):
             if (number + k) % step == 0:
-                count.note(f"k={k} of {last}, {what}", one(stage, k, intrude))
+                replaceable = k < looked and world.force and what.endswith("in the output")
+                count.note(f"k={k} of {last}, {what}", one(stage, k, intrude, replaceable))
     stage.reset()
     return count
