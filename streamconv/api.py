@@ -17,12 +17,12 @@ from streamconv.budget import Shares, TileCost
 from streamconv.checkpoint.index import Index
 from streamconv.device.backend import Backend, Cuda
 from streamconv.errors import OutputError, printable
-from streamconv.fs import Disk
+from streamconv.fs import Disk, named
 from streamconv.hub.fetch import Fetch
 from streamconv.options import Options, Resources
 from streamconv.plan import Plan
 from streamconv.targets.trtllm.planner import make_plan
-from streamconv.writer import Writer, check_output
+from streamconv.writer import Writer, check_plan
 
 _BASE_NUMPY = 64 * memory.MIB
 _BASE_KERNELS = 230 * memory.MIB
@@ -118,12 +118,10 @@ def dearest(plan: Plan, costs: list[TileCost]) -> dict[str, TileCost]:
 
 def output_problem(index: Index, plan: Plan, out: str | Path) -> str | None:
     """Why `convert` would refuse to write to `out`, as far as that shows without touching anything; None if nothing speaks against it."""
-    place = Path(out).absolute()
     try:
-        check_output(place, index.root, plan, index.shards, force=False)
+        place = check_plan(named(out), index.root, plan, index.shards, force=False).top
     except OutputError as error:
         return f"{error.message} ({error.hint})" if error.hint else error.message
-    place = place.parent
     while not place.exists():
         place = place.parent
     return None if os.access(place, os.W_OK | os.X_OK) else f"nothing can be written in {printable(str(place))}"
@@ -224,7 +222,7 @@ def convert(
         StreamconvError: see streamconv.errors. After a mistake or a bad source nothing is left behind; after a full
             disk, a signal or a crash the same call goes on where this one stopped.
     """
-    resources, watcher = resources or Resources(), watcher or _Silent()
+    resources, watcher, out = resources or Resources(), watcher or _Silent(), named(out)
     try:
         return _convert(source, out, options, resources, force, watcher, clock, disk)
     except device.NoRoom as error:
@@ -270,7 +268,7 @@ def _convert(
     shares = foresee(plan, resources, costs)  # a budget that is far too small is refused before anything is loaded
     with (
         contextlib.closing(index),
-        Writer(Path(out), index.root, plan, index.shards, force, disk) as writer,
+        Writer(Path(out), index.root, plan, index.shards, force, disk, resources.no_lock) as writer,
         contextlib.ExitStack() as closing,
     ):
         if not writer.finished:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
+from streamconv import journal
 from streamconv.errors import OutputError, printable
-from streamconv.fs import Disk, OutputFolder, check_free, check_place
+from streamconv.fs import Disk, named
 from streamconv.lock import OutputLock
+from streamconv.output_checks import check_free, check_place
+from streamconv.output_folder import OutputFolder
 
 NAME = "config.json"
 
 
-def write_config(out: str | Path, data: bytes, *, source: Path | None = None, force: bool = False, disk: Disk | None = None) -> None:
+def write_config(
+    out: str | Path, data: bytes, *, source: Path | None = None, force: bool = False, no_lock: bool = False, disk: Disk | None = None
+) -> None:
     """Write a folder that holds config.json and nothing else. It appears when it is complete.
 
     Args:
@@ -20,35 +24,37 @@ def write_config(out: str | Path, data: bytes, *, source: Path | None = None, fo
         data: the file's bytes.
         source: the checkpoint it is about; `out` must not be it.
         force: replace a folder that holds something.
+        no_lock: go on where the file system has no locks, or cannot sync a folder.
         disk: the operations to use (tests).
 
     Raises:
         OutputError: the folder holds something, an unfinished conversion to it is kept, or it cannot be written.
         LockedError: another run is writing to it.
     """
-    folder = OutputFolder(Path(out), disk)
-    if source is not None:
-        check_place(folder.out, source)
-    elif os.path.lexists(folder.out) and not folder.out.is_dir():
-        raise OutputError(f"output {printable(str(out))} exists and is not a folder", hint="choose another name")
-    folder.make_parents()
-    lock = OutputLock(folder.out, folder.disk)
+    folder = OutputFolder(named(out), disk, no_lock)
+    place = folder.place
+    check_place(place, source)
+    lock = OutputLock(place)
     try:
+        place.open()
         lock.acquire()
-        folder.restore()
-        check_free(folder.out, force)
-        if folder.work.exists() and not force:
+        past = journal.read(place)
+        place.restore(past.ready if past is not None else ())
+        found = check_free(place, force)
+        if place.has_work() and not force:
             raise OutputError(
                 f"an unfinished conversion to {printable(str(out))} is kept",
                 hint="run its command again to finish it, or give it up with --force",
             )
         folder.create([], fresh=True)
+        journal.Journal(place).remove(past)
         folder.complete([(NAME, data)])
-        folder.publish()
-        folder.remove_old()
+        folder.publish(found)
+        place.remove_old()
     except BaseException:
         folder.close()
-        folder.remove_parents()
+        place.remove_parents()
         raise
     finally:
         lock.release()
+        place.close()

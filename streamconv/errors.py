@@ -5,6 +5,7 @@
     ├── CheckpointError       3   the source is not a checkpoint we can read
     │   ├── HeaderError           a safetensors header breaks a rule of the format
     │   ├── SourceChangedError    a source file shrank, vanished or changed while we ran
+    │   ├── UnreadableError       a source file cannot be read now; it may be again
     │   └── TensorError           a tensor is missing, unexpected, or of the wrong shape or dtype
     ├── RefusedError          4   the request cannot give a correct checkpoint (all reasons are listed)
     ├── BudgetError           5   the memory budget cannot work; names the smallest one that does
@@ -89,6 +90,10 @@ class HeaderError(CheckpointError):
 
 class SourceChangedError(CheckpointError):
     """A source file shrank, vanished or was replaced while it was being read."""
+
+
+class UnreadableError(CheckpointError):
+    """A source file cannot be read at the moment: a stale handle, a disk that fails, no memory. What is finished stays good."""
 
 
 class TensorError(CheckpointError):

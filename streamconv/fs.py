@@ -1,15 +1,10 @@
 """The only module that creates, writes, renames, syncs, locks or removes a file of the output.
 
-An output folder is built as a hidden sibling (same file system, so the final rename is atomic) and appears under its
-name only when it is complete and synced. Free space is compared with the need before the work starts.
-
-    .NAME.streamconv-lock      held while a run is at work
-    .NAME.streamconv-journal   which tiles are safely on disk (journal.py)
-    .NAME.streamconv-partial   the folder being built
-    .NAME.streamconv-old       with --force: the folder being replaced, while the new one takes its name
+`Folder` is a directory that is held open: every operation is on a name in it, so it stays in that directory, whatever is
+swapped on the way to it, and no link is followed. What a run did not make, or did not check, it does not touch.
 
 `Disk` is the seam: every change of the file system is one call of one of its methods, so a test can count them, fail
-them, stop at any of them or replay what a power cut leaves of them.
+them, stop at any of them, change the folder between any two, or replay what a power cut leaves of them.
 """
 
 from __future__ import annotations
@@ -18,27 +13,54 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import hashlib
 import os
-import re
 import stat
-import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-from streamconv.errors import OutputError, printable
-from streamconv.memory import MIB, show_size
+from streamconv import mounts
+from streamconv.errors import OutputError, UsageError, printable
 
 _SYNC_FILE_RANGE_WRITE = 2
-_OURS = re.compile(r"config\.json|streamconv\.json|rank[0-9]+\.safetensors")
-"""What a checkpoint folder holds, NVIDIA's or ours."""
+_RENAME_NOREPLACE = 1
+_UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+_LONGEST_NAME = 143
+"""Bytes of a file name that every file system takes (eCryptfs has the least)."""
 _libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Mark(NamedTuple):
+    """What tells one file or folder from another that has its name. Of a folder size and time are 0: they change with its content."""
+
+    device: int
+    inode: int
+    kind: int
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> Mark:
+        kind = stat.S_IFMT(status.st_mode)
+        changing = (0, 0) if kind == stat.S_IFDIR else (status.st_size, status.st_mtime_ns)
+        return cls(status.st_dev, status.st_ino, kind, *changing)
 
 
 class Disk:
     """The primitive operations on the file system. Each raises OSError as the system call does."""
 
-    def open(self, path: Path, flags: int) -> int:
-        return os.open(path, flags | os.O_CLOEXEC, 0o666)
+    def why_inside(self, out: Path, begun: bool) -> str | None:
+        """See `mounts.why_inside`."""
+        return mounts.why_inside(out, begun)
+
+    def enter(self, path: Path, folder: Folder | None = None) -> int:
+        """A descriptor of a folder: of the name of `path` in `folder` if that is given."""
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        return os.open(path.name, flags, dir_fd=folder.fd) if folder is not None else os.open(path, flags)
+
+    def open(self, folder: Folder, name: str, flags: int, mode: int = 0o666) -> int:
+        return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, mode, dir_fd=folder.fd)
 
     def close(self, fd: int) -> None:
         os.close(fd)
@@ -63,17 +85,30 @@ class Disk:
         """Take the exclusive lock of an open file, or raise BlockingIOError at once; it ends with the process."""
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
-    def rename(self, old: Path, new: Path) -> None:
-        os.rename(old, new)
+    def rename(self, folder: Folder, old: str, new: str, known: Mark) -> None:
+        """Give what has this mark another name. Nothing is replaced but an empty folder, by a folder.
 
-    def mkdir(self, path: Path) -> None:
-        os.mkdir(path)
+        Raises:
+            OutputError: something else has the name.
+        """
+        folder.expect(old, known)
+        if known.kind == stat.S_IFDIR or not _rename_file(folder.fd, old, new):
+            os.rename(old, new, src_dir_fd=folder.fd, dst_dir_fd=folder.fd)  # of a folder: it spares files, links, and full folders
 
-    def unlink(self, path: Path) -> None:
-        os.unlink(path)
+    def mkdir(self, folder: Folder, name: str) -> None:
+        os.mkdir(name, dir_fd=folder.fd)
 
-    def rmdir(self, path: Path) -> None:
-        os.rmdir(path)
+    def unlink(self, folder: Folder, name: str, known: Mark) -> None:
+        """Remove the file that has this mark. (No system call does both, so the look is right before.)
+
+        Raises:
+            OutputError: something else has the name.
+        """
+        folder.expect(name, known)
+        os.unlink(name, dir_fd=folder.fd)
+
+    def rmdir(self, folder: Folder, name: str) -> None:
+        os.rmdir(name, dir_fd=folder.fd)
 
 
 @contextlib.contextmanager
@@ -95,11 +130,6 @@ def explained(path: Path, doing: str) -> Iterator[None]:
         ) from error
 
 
-def hidden(out: Path, what: str) -> Path:
-    """The hidden sibling of an output for "lock", "journal", "partial" or "old"."""
-    return out.parent / f".{out.name}.streamconv-{what}"
-
-
 def write_all(disk: Disk, fd: int, data: bytes | bytearray | memoryview, offset: int) -> None:
     """pwrite until everything is written."""
     view = memoryview(data).cast("B")
@@ -111,250 +141,197 @@ def write_all(disk: Disk, fd: int, data: bytes | bytearray | memoryview, offset:
         view = view[done:]
 
 
-def sync_folder(disk: Disk, path: Path) -> None:
-    """Make the names in a folder durable."""
-    fd = disk.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        disk.sync(fd)
-    finally:
-        disk.close(fd)
+def _rename_file(fd: int, old: str, new: str) -> bool:
+    """Rename without replacing; False if neither the kernel nor the file system offers that, and nothing has the name."""
+    renameat2 = getattr(_libc, "renameat2", None)
+    if renameat2 is not None:
+        if renameat2(fd, os.fsencode(old), fd, os.fsencode(new), _RENAME_NOREPLACE) == 0:
+            return True
+        code = ctypes.get_errno()
+        if code not in _UNSUPPORTED:
+            raise OSError(code, os.strerror(code), new)
+    with contextlib.suppress(FileNotFoundError):
+        os.lstat(new, dir_fd=fd)
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), new)
+    return False
 
 
-def remove_tree(disk: Disk, path: Path) -> None:
-    """Remove a folder and all in it; a missing one is fine."""
-    try:
-        entries = list(os.scandir(path))
-    except FileNotFoundError:
-        return
-    for entry in entries:
-        if entry.is_dir(follow_symlinks=False):
-            remove_tree(disk, Path(entry.path))
-        else:
-            disk.unlink(Path(entry.path))
-    disk.rmdir(path)
-
-
-def check_place(out: Path, source: Path, read: Iterable[Path] = ()) -> None:
-    """Refuse places that would destroy something.
+class Folder:
+    """A directory held open. Names are those of its entries; `path` is where it was when it was opened, for messages.
 
     Args:
-        source: the model's folder or file; what its links lead to counts too.
-        read: other files that are read.
+        fd: see `Disk.enter`; closed by `close`.
+        lenient: go on where the file system cannot sync a directory.
 
-    Raises:
-        OutputError: out is not a folder, or is the source, or holds it or a file that is read. A folder in the source is as any other.
-    """
-    real, real_source = out.resolve(), source.resolve()
-    if real == real_source and real_source.is_dir():
-        where = f"output {printable(str(out))}"
-        raise OutputError(f"{where} is the source folder", hint="choose another folder, a new one in it for example")
-    if real in real_source.parents:
-        raise OutputError(f"output {printable(str(out))} holds the source", hint="choose another folder")
-    with explained(source, "read"):
-        links = [path for path in real_source.iterdir() if path.is_symlink()] if real_source.is_dir() else []
-    for path in (*links, *read):
-        if real in path.resolve().parents:
-            where = f"output {printable(str(out))} holds {printable(path.resolve().name)}"
-            raise OutputError(f"{where}, which {printable(str(path))} leads to", hint="choose another folder")
-    if os.path.lexists(out) and not out.is_dir():
-        raise OutputError(f"output {printable(str(out))} exists and is not a folder", hint="choose another name")
-
-
-def check_free(out: Path, force: bool) -> None:
-    """Refuse to replace a folder that holds something, unless forced; and one that holds more than a checkpoint in any case.
-
-    Raises:
-        OutputError: it does.
-    """
-    with explained(out, "read"):
-        if not holds_something(out):
-            return
-        foreign = sorted(path.name for path in out.iterdir() if not _OURS.fullmatch(path.name) or path.is_dir())
-        if foreign:
-            names = ", ".join(printable(name) for name in foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
-            raise OutputError(
-                f"output {printable(str(out))} exists and is not empty, and is no checkpoint folder: it holds {names}",
-                hint="choose another folder, or empty it yourself: --force replaces nothing but a checkpoint",
-            )
-        if not force:
-            raise OutputError(f"output {printable(str(out))} exists and is not empty", hint="--force replaces it")
-
-
-def holds_something(folder: Path) -> bool:
-    """A folder is there, and not empty."""
-    return folder.is_dir() and any(folder.iterdir())
-
-
-def free_space(path: Path) -> int:
-    """Bytes free for us on the file system that holds (or will hold) `path`."""
-    place = path.absolute()
-    while not place.exists():
-        place = place.parent
-    status = os.statvfs(place)
-    return status.f_bavail * status.f_frsize
-
-
-class OutputFolder:
-    """Writes one output folder. `write`, `read` and `sync` may be called from any thread.
-
-    Args:
-        out: where the folder will appear.
-        disk: the operations to use (tests).
+    Attributes:
+        owner: user that new files get here; differs from ours where a server maps users.
     """
 
-    def __init__(self, out: Path, disk: Disk | None = None) -> None:
-        self.out = Path(os.path.realpath(out))
-        self.work = hidden(self.out, "partial")
-        self.old = hidden(self.out, "old")
-        self.disk = disk or Disk()
-        self._fds: dict[str, int] = {}
-        self._turns: dict[str, threading.Lock] = {}
-        self._made: list[Path] = []
+    def __init__(self, disk: Disk, path: Path, fd: int, lenient: bool = False) -> None:
+        self.disk, self.path, self.fd, self.lenient = disk, path, fd, lenient
+        self.owner = os.geteuid()
 
-    def make_parents(self) -> None:
-        """Make the folders above the output; `remove_parents` takes back those that were made."""
-        with explained(self.out.parent, "create"):
-            self._make(self.out.parent)
+    @classmethod
+    def at(cls, disk: Disk, path: Path, lenient: bool = False) -> Folder:
+        return cls(disk, path, disk.enter(path), lenient)
 
-    def remove_parents(self) -> None:
-        for folder in reversed(self._made):
-            with contextlib.suppress(OSError):
-                self.disk.rmdir(folder)
-        self._made.clear()
-
-    def restore(self) -> None:
-        """Give a replaced folder its name back, if a run was stopped before it could publish the new one."""
-        if not os.path.lexists(self.old) or holds_something(self.out):
-            return
-        with explained(self.old, "restore"):
-            self.disk.rename(self.old, self.out)  # an empty folder of that name goes
-            sync_folder(self.disk, self.out.parent)
-
-    def create(self, files: list[tuple[str, int, bytes]], fresh: bool) -> None:
-        """Make the hidden folder and every (name, size, header) at its full size.
-
-        Args:
-            fresh: remove what an earlier run left; otherwise keep the bytes that are there, and no other file.
-        """
-        with explained(self.work, "create"):
-            if fresh:
-                remove_tree(self.disk, self.work)
-            if not self.work.is_dir():
-                self.disk.mkdir(self.work)
-            for entry in list(os.scandir(self.work)):
-                if entry.name not in {name for name, _, _ in files}:
-                    remove_tree(self.disk, Path(entry.path)) if entry.is_dir(follow_symlinks=False) else self.disk.unlink(Path(entry.path))
-        self._check_room(files)
-        for name, size, header in files:
-            with explained(self.work / name, "write"):
-                fd = self._fds[name] = self.disk.open(self.work / name, os.O_RDWR | os.O_CREAT)
-                if os.fstat(fd).st_size != size:
-                    self.disk.truncate(fd, size)
-            self._turns[name] = threading.Lock()
-            self.write(name, 0, header)
-        with explained(self.work, "sync"):
-            # the names are durable before the journal speaks of what is in the files
-            sync_folder(self.disk, self.work)
-            sync_folder(self.disk, self.out.parent)
-
-    def _check_room(self, files: list[tuple[str, int, bytes]]) -> None:
-        """A disk that is too full says so before the work starts. (Preallocated extents would be written at three quarters
-        of the speed: ext4 converts them one by one.)"""
-        missing = 0
-        for name, size, _ in files:
-            with contextlib.suppress(FileNotFoundError):
-                size -= min(size, os.stat(self.work / name).st_blocks * 512)
-            missing += size
-        if missing > free_space(self.work):
-            need = sum(size for _, size, _ in files)
-            raise OutputError(
-                f"no space for the output in {printable(str(self.out.parent))}: {show_size(missing)} of {show_size(need)}"
-                f" are to be written, {show_size(free_space(self.work))} are free",
-                hint="free some space or choose another output folder",
-            )
-
-    def write(self, name: str, offset: int, data: bytes | bytearray | memoryview) -> None:
-        """Write all of `data` at `offset` and start pushing it to the disk."""
-        size = memoryview(data).nbytes
-        with explained(self.work / name, "write"), self._turns[name]:  # the kernel lets one in; waiting here costs no spinning
-            write_all(self.disk, self._fds[name], data, offset)
-        if size >= MIB:
-            with contextlib.suppress(OSError):
-                self.disk.push(self._fds[name], offset, size)
-
-    def read_into(self, name: str, offset: int, buffer: memoryview) -> int:
-        """Read bytes already written; fewer than asked for only where the file ends."""
-        done = 0
-        with explained(self.work / name, "read"):
-            while done < len(buffer):
-                got = os.preadv(self._fds[name], [buffer[done:]], offset + done)
-                if got == 0:
-                    break
-                done += got
-        return done
-
-    def sync(self, names: Iterable[str]) -> None:
-        """Wait until what was written to these files is on the disk; then its pages need not be kept in memory."""
-        for name in names:
-            with explained(self.work / name, "sync"):
-                self.disk.sync_data(self._fds[name])
-            with contextlib.suppress(OSError):
-                os.posix_fadvise(self._fds[name], 0, 0, os.POSIX_FADV_DONTNEED)
-
-    def remove_last(self, names: Iterable[str]) -> None:
-        """Take back what `complete` wrote: a folder being worked on must not look like a checkpoint."""
-        for name in names:
-            with explained(self.work / name, "remove"), contextlib.suppress(FileNotFoundError):
-                self.disk.unlink(self.work / name)
-
-    def complete(self, last: list[tuple[str, bytes]]) -> None:
-        """Sync everything, then write and sync `last` (the manifest and config.json)."""
-        for name, fd in self._fds.items():
-            with explained(self.work / name, "sync"):
-                self.disk.sync(fd)
-        for name, data in last:
-            with explained(self.work / name, "write"):
-                fd = self._fds[name] = self.disk.open(self.work / name, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-                write_all(self.disk, fd, data, 0)
-                self.disk.sync(fd)
-        with explained(self.work, "sync"):
-            sync_folder(self.disk, self.work)
-
-    def publish(self) -> None:
-        """Make the folder appear under its name; what it replaces waits aside until `remove_old`."""
-        with explained(self.out, "publish"):
-            self.close()
-            if holds_something(self.out):
-                self.disk.rename(self.out, self.old)
-                sync_folder(self.disk, self.out.parent)
-            self.disk.rename(self.work, self.out)
-            sync_folder(self.disk, self.out.parent)
-        self._made.clear()
-
-    def remove_old(self) -> None:
-        """After a publication: the folder that was replaced goes."""
-        if os.path.lexists(self.old):
-            with explained(self.old, "remove"):
-                remove_tree(self.disk, self.old)
-                sync_folder(self.disk, self.out.parent)
+    def enter(self, name: str) -> Folder:
+        """A folder in this one, no link followed."""
+        inner = Folder(self.disk, self.path / name, self.disk.enter(self.path / name, self), self.lenient)
+        inner.owner = self.owner
+        return inner
 
     def close(self) -> None:
-        while self._fds:
-            self.disk.close(self._fds.popitem()[1])
+        if self.fd >= 0:
+            fd, self.fd = self.fd, -1
+            self.disk.close(fd)
 
-    def discard(self) -> None:
-        """Remove the hidden folder."""
-        with contextlib.suppress(OSError):
-            self.close()
-            remove_tree(self.disk, self.work)
+    def mark(self) -> Mark:
+        return Mark.of(os.fstat(self.fd))
 
-    def _make(self, folder: Path) -> None:
-        if folder.exists():
-            if not stat.S_ISDIR(folder.stat().st_mode):
-                raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-            return
-        self._make(folder.parent)
-        with contextlib.suppress(FileExistsError):
-            self.disk.mkdir(folder)
-            self._made.append(folder)
-            sync_folder(self.disk, folder.parent)
+    def look(self, name: str) -> os.stat_result | None:
+        """What has the name, no link followed; None if nothing has."""
+        try:
+            return os.lstat(name, dir_fd=self.fd)
+        except FileNotFoundError:
+            return None
+
+    def names(self) -> list[str]:
+        return sorted(os.listdir(self.fd))
+
+    def expect(self, name: str, known: Mark) -> None:
+        """Raises OutputError unless `name` is what was looked at."""
+        there = self.look(name)
+        if there is None or Mark.of(there) != known:
+            gone = "is gone" if there is None else "was replaced or changed"
+            raise OutputError(f"{printable(str(self.path / name))} {gone} while the run was at work", hint="nothing of it was touched")
+
+    def made(self, name: str, kind: int = stat.S_IFREG, ours: bool = True) -> os.stat_result | None:
+        """As `look`, for what only a run makes.
+
+        Args:
+            ours: a run of this user.
+
+        Raises:
+            OutputError: it is something else: a link, a pipe, a file with a second name, a thing of another user.
+        """
+        there = self.look(name)
+        if there is not None and (problem := self._problem(there, kind, ours)):
+            raise _foreign(self.path / name, problem)
+        return there
+
+    def open(self, name: str, make: bool = True, fresh: bool = False, private: bool = False, ours: bool = True) -> int:
+        """Open a file that a run made, or make it. Nothing is cut: the content may be looked at first.
+
+        Args:
+            make: make it if it is not there.
+            fresh: it must not be there.
+            private: for nobody but its owner.
+            ours: see `made`.
+
+        Raises:
+            OutputError: see `made`. FileExistsError: it came up meanwhile.
+        """
+        new = fresh or (self.made(name, ours=ours) is None and make)
+        fd = self.disk.open(self, name, os.O_RDWR | (os.O_CREAT | os.O_EXCL if new else 0), 0o600 if private else 0o666)
+        if new:
+            self.owner = os.fstat(fd).st_uid
+        if problem := self._problem(os.fstat(fd), stat.S_IFREG, ours):
+            self.disk.close(fd)
+            raise _foreign(self.path / name, problem)
+        return fd
+
+    def rename(self, old: str, new: str) -> None:
+        there = self.look(old)
+        if there is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), old)
+        self.disk.rename(self, old, new, Mark.of(there))
+
+    def unlink(self, name: str) -> None:
+        """Remove a file that a run made; a missing one is fine."""
+        if (there := self.made(name)) is not None:
+            self.disk.unlink(self, name, Mark.of(there))
+
+    def sync(self) -> None:
+        """Make the names in the folder durable."""
+        try:
+            self.disk.sync(self.fd)
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
+            if not self.lenient:
+                raise unsupported(self.path, "sync a folder") from error
+
+    def lock(self, fd: int) -> None:
+        """Lock an open file.
+
+        Raises:
+            BlockingIOError: another process holds it.
+            OutputError: the file system has no locks.
+        """
+        try:
+            self.disk.lock(fd)
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
+            if not self.lenient:
+                raise unsupported(self.path, "lock a file") from error
+
+    def _problem(self, status: os.stat_result, kind: int, ours: bool) -> str:
+        """Why a run cannot have made it; empty if it may have."""
+        found = stat.S_IFMT(status.st_mode)
+        if found != kind:
+            names = {stat.S_IFLNK: "a link", stat.S_IFDIR: "a folder", stat.S_IFREG: "a file", stat.S_IFIFO: "a FIFO"}
+            return f"is {names.get(found, 'a device or a socket')}"
+        if kind == stat.S_IFREG and status.st_nlink > 1:
+            return "has another name too (a hard link)"
+        return f"belongs to user {status.st_uid}" if ours and status.st_uid not in (os.geteuid(), self.owner) else ""
+
+
+def _foreign(path: Path, problem: str) -> OutputError:
+    return OutputError(
+        f"{printable(str(path))} {problem}: it is not what a run leaves there",
+        hint="look at it, then move it away or remove it; it was not touched",
+    )
+
+
+def unsupported(path: Path, what: str) -> OutputError:
+    return OutputError(
+        f"the file system of {printable(str(path))} cannot {what}",
+        hint="choose an output on another file system, or go on with --no-lock: see to it yourself that no second run writes there",
+    )
+
+
+def named(path: str | Path) -> Path:
+    """A path that the user gave.
+
+    Raises:
+        UsageError: it is empty, or no path can be so.
+    """
+    if not str(path) or "\0" in str(path):
+        raise UsageError("the name of the output is empty" if not str(path) else "the name of the output holds a NUL character")
+    return Path(path)
+
+
+def beside(out: Path, before: str, after: str) -> Path:
+    """A sibling of `out` that has its name in its own; a long name is cut, and its hash tells it from others."""
+    raw, room = os.fsencode(out.name), _LONGEST_NAME - len(before + after)
+    if len(raw) > room:
+        digest = hashlib.sha256(raw).hexdigest()[:16]
+        raw = raw[: room - 17].decode(errors="ignore").encode() + b"-" + digest.encode()
+    return out.parent / f"{before}{os.fsdecode(raw)}{after}"
+
+
+def hidden(out: Path, what: str) -> Path:
+    """The hidden sibling of an output for "lock", "journal", "partial", "old" or "calibrate"."""
+    return beside(out, ".", f".streamconv-{what}")
+
+
+def free_space(path: Path) -> int | None:
+    """Bytes free for us on the file system that holds (or will hold) `path`; None if it does not say (ramfs)."""
+    place = path.absolute()
+    with explained(path, "look at"):
+        while not os.path.exists(place):
+            place = place.parent
+        status = os.statvfs(place)
+    return status.f_bavail * status.f_frsize if status.f_blocks else None

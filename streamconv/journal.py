@@ -7,7 +7,7 @@ reading stops at the first line that does not match, so a torn tail is as if it 
     {"tile": [span, start, stop],     source rows of a span (row ranges, so budget and workers may change at resume)
      "hash": [[...], ...],            XXH3-128 of the bytes of every part, for every distinct request of the span
      "found": [overflow, nonfinite]}
-    {"ready": true}                   everything is on the disk; the folder is about to get its name
+    {"ready": [...]}                  everything is on the disk; these files are about to get their names
 
 A tile's line is written after fdatasync of the files that hold its bytes, and believed only if these still have its
 hash.
@@ -29,8 +29,10 @@ from typing import Any
 from streamconv import __version__
 from streamconv.checkpoint.shard import Shard
 from streamconv.errors import OutputError, printable
-from streamconv.fs import Disk, OutputFolder, explained, hidden, sync_folder, write_all
+from streamconv.fs import Mark, explained, write_all
 from streamconv.memory import MIB
+from streamconv.output_folder import OutputFolder
+from streamconv.place import Place
 from streamconv.plan import Plan
 from streamconv.process import start_thread
 
@@ -67,14 +69,16 @@ class Past:
     Attributes:
         run: its first record.
         tiles: span -> finished row ranges, ascending, disjoint.
-        ready: the last thing written is that the folder may be published.
+        ready: the files that are to be published, if that is the last thing written.
         size: bytes of the file to go on after: what can be trusted, without a last "ready".
+        mark: the file.
     """
 
     run: dict[str, Any]
     tiles: dict[int, list[Done]] = field(default_factory=dict)
-    ready: bool = False
+    ready: tuple[str, ...] = ()
     size: int = 0
+    mark: Mark | None = None
 
     def add(self, done: Done) -> None:
         """A later line replaces earlier ones that it overlaps."""
@@ -128,21 +132,29 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return found or ["the plan of the output (config.json of the source?)"]
 
 
-def read(path: Path) -> Past | None:
-    """What the journal at `path` says, None if there is none with a whole first line.
+def read(place: Place) -> Past | None:
+    """What the journal of an output says, None if there is none with a whole first line.
 
     Raises:
-        OutputError: it cannot be read.
+        OutputError: it cannot be read, or something else has its name.
     """
     import xxhash
 
-    try:
-        with explained(path, "read"):
-            data = path.read_bytes()
-    except OutputError as error:
-        if isinstance(error.__cause__, FileNotFoundError):
+    base, name = place.base, place.hidden("journal")
+    with explained(base.path / name, "read"):
+        try:
+            fd = base.open(name, make=False)
+        except FileNotFoundError:
             return None
-        raise
+        try:
+            mark = Mark.of(os.fstat(fd))
+            with open(fd, "rb", closefd=False) as file:
+                data = file.read()
+        finally:
+            place.disk.close(fd)
+    if data[:16].strip(b"0123456789abcdef\0"):
+        shown = printable(str(base.path / name))
+        raise OutputError(f"{shown} holds something else than a journal", hint="move it away; it was not touched")
     past, at = None, 0
     while (end := data.find(b"\n", at)) >= 0:
         line = data[at:end]
@@ -153,11 +165,11 @@ def read(path: Path) -> Past | None:
         if past is None:
             if "run" not in record:
                 break
-            past = Past(record["run"])
+            past = Past(record["run"], mark=mark)
         elif "tile" in record:
             (span, start, stop), (overflow, nonfinite) = record["tile"], record["found"]
             past.add(Done(span, start, stop, tuple(tuple(part) for part in record["hash"]), overflow, nonfinite))
-        past.ready = "ready" in record
+        past.ready = tuple(record.get("ready", ()))
         if not past.ready:
             past.size = at
     return past
@@ -167,24 +179,30 @@ class Journal:
     """The open journal of a run; the output's lock is held.
 
     Args:
-        out: the output folder, resolved.
+        place: of the output.
     """
 
-    def __init__(self, out: Path, disk: Disk) -> None:
-        self.path, self.disk = hidden(out, "journal"), disk
+    def __init__(self, place: Place) -> None:
+        self.place, self.disk = place, place.disk
         self._fd, self._size = -1, 0
+
+    @property
+    def path(self) -> Path:
+        return self.place.top / self.place.hidden("journal")
 
     def start(self, run: dict[str, Any]) -> None:
         """Begin an empty journal."""
         with explained(self.path, "write"):
-            self._fd, self._size = self.disk.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), 0
+            self._fd, self._size = self.place.base.open(self.path.name, private=True), 0
+            if os.fstat(self._fd).st_size:
+                self.disk.truncate(self._fd, 0)
             self._append(_line({"run": run}))
-            sync_folder(self.disk, self.path.parent)
+            self.place.base.sync()
 
     def resume(self, past: Past) -> None:
         """Go on after the last line that can be trusted."""
         with explained(self.path, "write"):
-            self._fd, self._size = self.disk.open(self.path, os.O_RDWR), past.size
+            self._fd, self._size = self.place.base.open(self.path.name, make=False), past.size
             if os.fstat(self._fd).st_size != past.size:
                 self.disk.truncate(self._fd, past.size)
                 self.disk.sync_data(self._fd)
@@ -198,20 +216,30 @@ class Journal:
         with explained(self.path, "write"):
             self._append(b"".join(lines))
 
-    def ready(self) -> None:
-        """All is on the disk."""
-        with explained(self.path, "write"):
-            self._append(_line({"ready": True}))
+    def ready(self, names: Sequence[str]) -> None:
+        """All is on the disk, and these files are to be published; the last one makes the folder a checkpoint.
 
-    def remove(self) -> None:
-        """The work is published or given up."""
+        Raises:
+            OutputError: the journal is not under its name any more, so a run that is killed now could not be finished.
+        """
+        with explained(self.path, "write"):
+            self.place.base.expect(self.path.name, Mark.of(os.fstat(self._fd)))
+            self._append(_line({"ready": names}))
+
+    def remove(self, past: Past | None = None) -> None:
+        """The work is published or given up.
+
+        Args:
+            past: the journal of an earlier run, if this run has none.
+        """
+        base, name = self.place.base, self.path.name
+        mark = Mark.of(os.fstat(self._fd)) if self._fd >= 0 else past.mark if past is not None else None
         self.close()
         with explained(self.path, "remove"):
-            try:
-                self.disk.unlink(self.path)
-            except FileNotFoundError:
-                return
-            sync_folder(self.disk, self.path.parent)
+            there = base.look(name)
+            if there is not None and Mark.of(there) == mark:  # else somebody has put something else there
+                self.disk.unlink(base, name, mark)
+                base.sync()
 
     def close(self) -> None:
         if self._fd >= 0:

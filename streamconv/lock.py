@@ -6,21 +6,21 @@ import contextlib
 import os
 import socket
 import time
-from pathlib import Path
 
 from streamconv.errors import LockedError, OutputError, printable
-from streamconv.fs import Disk, explained, hidden, write_all
+from streamconv.fs import Mark, explained, write_all
+from streamconv.place import Place
 
 
 class OutputLock:
     """The right to write an output.
 
     Args:
-        out: the output folder, resolved; its parent exists.
+        place: of the output, opened.
     """
 
-    def __init__(self, out: Path, disk: Disk) -> None:
-        self.out, self.path, self.disk = out, hidden(out, "lock"), disk
+    def __init__(self, place: Place) -> None:
+        self.place, self.disk = place, place.disk
         self._fd = -1
 
     def acquire(self) -> None:
@@ -28,45 +28,60 @@ class OutputLock:
 
         Raises:
             LockedError: a living run holds it; names its process and host.
-            OutputError: the file cannot be made.
+            OutputError: the file cannot be made, or something else has its name; or the file system has no locks.
         """
+        base, name = self.place.base, self.place.hidden("lock")
         for _ in range(1000):
-            with explained(self.path, "lock"):
-                fd = self.disk.open(self.path, os.O_RDWR | os.O_CREAT)
+            with explained(base.path / name, "lock"):
                 try:
-                    self.disk.lock(fd)
+                    fd = base.open(name, ours=False)
+                except (FileExistsError, FileNotFoundError):
+                    continue  # another run made or removed it between our look and our open
+                try:
+                    base.lock(fd)
                 except BlockingIOError:
                     holder = _holder(fd)
                     self._close(fd)
                     if holder is None:
                         continue  # it has finished since
                     raise LockedError(
-                        f"{printable(str(self.out))} is being written by {holder}",
+                        f"{printable(str(self.place.out))} is being written by {holder}",
                         hint="wait for it, or choose another output folder",
                     ) from None
+                except OutputError:  # no locks here
+                    if os.fstat(fd).st_size == 0:
+                        self.disk.unlink(base, name, Mark.of(os.fstat(fd)))
+                    self._close(fd)
+                    raise
                 except BaseException:
                     self._close(fd)
                     raise
-                if not _same(fd, self.path):
+                there = base.look(name)
+                if there is None or Mark.of(there) != Mark.of(os.fstat(fd)):
                     self._close(fd)  # its last holder removed the file between our open and our lock
                     continue
                 self._fd = fd
                 try:
+                    if not _ours(os.pread(fd, 100, 0)):
+                        raise OutputError(
+                            f"{printable(str(base.path / name))} holds something else than a lock", hint="move it away; it was not touched"
+                        )
                     self.disk.truncate(fd, 0)
                     write_all(self.disk, fd, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-                except OSError:
+                except (OSError, OutputError):
                     self.release()
                     raise
                 return
-        raise OutputError(f"{printable(str(self.path))} changes all the time", hint="try again")
+        raise OutputError(f"{printable(str(base.path / name))} changes all the time", hint="try again")
 
     def release(self) -> None:
         """Remove the file and give the lock up. Never fails: a file left behind locks nobody out."""
         if self._fd < 0:
             return
         fd, self._fd = self._fd, -1
-        with contextlib.suppress(OSError):
-            self.disk.unlink(self.path)  # before the lock goes, so that nobody's file is removed but ours
+        with contextlib.suppress(OSError, OutputError):
+            if _ours(os.pread(fd, 100, 0)):  # before the lock goes, so that nobody's file is removed but ours
+                self.disk.unlink(self.place.base, self.place.hidden("lock"), Mark.of(os.fstat(fd)))
         self._close(fd)
 
     def _close(self, fd: int) -> None:
@@ -74,13 +89,9 @@ class OutputLock:
             self.disk.close(fd)
 
 
-def _same(fd: int, path: Path) -> bool:
-    try:
-        there = os.stat(path)
-    except FileNotFoundError:
-        return False
-    ours = os.fstat(fd)
-    return (there.st_ino, there.st_dev) == (ours.st_ino, ours.st_dev)
+def _ours(text: bytes) -> bool:
+    """What a lock file begins with; a power cut may leave less of it, or zeros."""
+    return not text.strip(b"\0") or b"process "[: len(text)] == text[:8]
 
 
 def _holder(fd: int) -> str | None:

@@ -16,11 +16,15 @@ NAME = "streamconv.json"
 FORMAT = 1
 
 
-def build(plan: Plan, hashes: dict[tuple[str, str], str]) -> bytes:
-    """The manifest's bytes; the same for the same output."""
+def build(plan: Plan, hashes: dict[tuple[str, str], str], no_lock: bool = False) -> bytes:
+    """The manifest's bytes; the same for the same output.
+
+    Args:
+        no_lock: the run was allowed to go on without a lock, and without syncing folders.
+    """
     import xxhash
 
-    content = {
+    content: dict[str, Any] = {
         "format": FORMAT,
         "streamconv": __version__,
         "target": {"tool": "tensorrt-llm", "version": plan.options.target_version},
@@ -42,7 +46,7 @@ def build(plan: Plan, hashes: dict[tuple[str, str], str]) -> bytes:
             for file in plan.files
         },
     }
-    return _render(content)
+    return _render(content | ({"no_lock": True} if no_lock else {}))
 
 
 def _render(content: dict[str, Any]) -> bytes:

@@ -84,6 +84,7 @@ class Resources:
         on_device_loss: "cpu" finishes on the CPU when a device is lost; "stop" stops, and the same call goes on later.
         tile_rows: upper bound on the source rows of a tile (tests force small tiles with it).
         disk_reserve: bytes of free disk to leave untouched.
+        no_lock: go on where the output's file system has no locks, or cannot sync a folder; the manifest says so (one entry more).
         hub_keep: "all" keeps the shards of a Hub model in the cache; "none" removes each that was downloaded once it was read.
     """
 
@@ -95,3 +96,4 @@ class Resources:
     tile_rows: int | None = None
     disk_reserve: int = 0
     hub_keep: str = "all"
+    no_lock: bool = False

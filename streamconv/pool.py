@@ -16,9 +16,9 @@ from streamconv.checkpoint.shard import Shard
 from streamconv.device.ring import Slot
 from streamconv.device.step import Job
 from streamconv.errors import BudgetError
-from streamconv.fs import OutputFolder
 from streamconv.journal import Done, Journal, Recorder
 from streamconv.order import Order, Stop
+from streamconv.output_folder import OutputFolder
 from streamconv.plan import Matrix, Plan, Span
 from streamconv.process import start_thread
 from streamconv.quants.base import Findings

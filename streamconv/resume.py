@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from streamconv.fs import OutputFolder
 from streamconv.journal import Done
 from streamconv.order import Order
+from streamconv.output_folder import OutputFolder
 from streamconv.plan import Dest, Plan
 from streamconv.stages.encode import requests
 

@@ -25,29 +25,26 @@ from streamconv.errors import (
     OutputError,
     ResumeError,
     StreamconvError,
+    UnreadableError,
     UsageError,
     VerifyError,
     printable,
 )
-from streamconv.fs import Disk, OutputFolder, check_free, check_place
+from streamconv.fs import Disk
 from streamconv.journal import Done, Journal
 from streamconv.lock import OutputLock
+from streamconv.output_checks import check_free, check_output
+from streamconv.output_folder import OutputFolder
+from streamconv.place import Found, Place
 from streamconv.plan import Plan
 
 _LAST = ("config.json", manifest.NAME)
 
 
-def check_output(out: Path, source: Path, plan: Plan, shards: Sequence[Shard], force: bool) -> None:
-    """What can be said of an output's place without touching anything.
-
-    Raises:
-        OutputError: see `fs.check_place` and `fs.check_free`.
-    """
+def check_plan(out: Path, source: Path, plan: Plan, shards: Sequence[Shard], force: bool, disk: Disk | None = None) -> Place:
+    """See `output_checks.check_output`."""
     ranges = plan.options.activation_ranges
-    check_place(out, source, [shard.path for shard in shards] + ([Path(ranges)] if ranges else []))
-    disk = Disk()
-    if not Journal(out, disk).path.exists() and not OutputLock(out, disk).path.exists():
-        check_free(out, force)  # what an earlier run left is looked at with the lock held
+    return check_output(out, source, [shard.path for shard in shards] + ([Path(ranges)] if ranges else []), force, disk)
 
 
 class Writer:
@@ -58,6 +55,7 @@ class Writer:
         source: the folder that is read.
         force: replace an existing folder, give up unfinished work for something else.
         disk: the operations to use (tests).
+        no_lock: go on where the file system has no locks, or cannot sync a folder; the manifest says so.
 
     Attributes:
         folder: where to write.
@@ -66,47 +64,59 @@ class Writer:
     """
 
     def __init__(
-        self, out: Path, source: Path, plan: Plan, shards: Sequence[Shard], force: bool, disk: Disk | None
+        self, out: Path, source: Path, plan: Plan, shards: Sequence[Shard], force: bool, disk: Disk | None, no_lock: bool = False
     ) -> None:
-        self.plan, self.shards, self.force = plan, shards, force
-        self.folder = OutputFolder(out, disk)
-        self.journal = Journal(self.folder.out, self.folder.disk)
+        self.plan, self.shards, self.force, self.no_lock = plan, shards, force, no_lock
+        self.folder = OutputFolder(out, disk, no_lock)
+        self.place = self.folder.place
+        self.journal = Journal(self.place)
         self.past: Mapping[int, Sequence[Done]] = {}
         self.finished = self.abandoned = False
-        self._lock = OutputLock(self.folder.out, self.folder.disk)
+        self._lock = OutputLock(self.place)
+        self._found = Found()
         self._begun = self._created = False
-        check_output(self.folder.out, source, plan, shards, force)
+        check_plan(self.folder.out, source, plan, shards, force, disk)
 
     def __enter__(self) -> Writer:
         try:
-            self.folder.make_parents()
+            self.place.open()
             self._lock.acquire()
             self._look()
         except BaseException:
-            self._lock.release()
-            self.folder.remove_parents()
+            self._leave()
             raise
         return self
 
+    def _leave(self) -> None:
+        self._lock.release()
+        self.place.remove_parents()
+        self.place.close()
+
     def _look(self) -> None:
         """Find out where an earlier run stopped."""
-        self.folder.restore()
-        self._past = journal.read(self.journal.path)
+        self._past = journal.read(self.place)
+        self.place.restore(self._past.ready if self._past is not None else ())
         self._run = journal.identity(self.plan, self.shards)
-        if self._past is not None and self._past.ready and not self.folder.work.is_dir():
+        if self._past is not None and self._past.ready and self.place.found().files.keys() >= {*self._past.ready}:
             with contextlib.suppress(VerifyError):
                 told = manifest.load(self.folder.out)
                 if told is not None and told.fingerprint == self._past.run.get("fingerprint"):
-                    self._tidy()
+                    self.place.remove_old()
+                    self.journal.remove(self._past)
                     self.finished = self._past.run == self._run
                     if self.finished:
                         return
             self._past = None
-        check_free(self.folder.out, self.force)
-        if self.folder.old.exists():
+        self._found = check_free(self.place, self.force)
+        if self.place.has_old():
             raise OutputError(
-                f"{printable(str(self.folder.old))} holds an output that was being replaced",
+                f"{printable(str(self.place.top / self.place.hidden('old')))} holds an output that was being replaced",
                 hint="move it away, or remove it",
+            )
+        if self.place.has_work() and self.place.base.look(self.place.hidden("journal")) is None:
+            raise OutputError(
+                f"{printable(str(self.place.top / self.place.hidden('partial')))} is there without a journal: no run leaves it so",
+                hint="look at it, then move it away or remove it",
             )
         changed = journal.differences(self._past.run, self._run) if self._past is not None else []
         if changed and not self.force:
@@ -114,7 +124,7 @@ class Writer:
                 f"{printable(str(self.folder.out))} was begun with something else: {', '.join(changed)}",
                 hint="run the first command again to finish it, or start over with --force",
             )
-        if changed or not self.folder.work.is_dir():
+        if changed or not self.place.has_work():
             self._past = None
 
     def begin(self) -> None:
@@ -132,33 +142,27 @@ class Writer:
 
     def publish(self, hashes: dict[tuple[str, str], str]) -> None:
         """All tiles are written: sync, write config.json and the manifest, give the folder its name."""
-        last = {"config.json": self.plan.config, manifest.NAME: manifest.build(self.plan, hashes)}
+        last = {"config.json": self.plan.config, manifest.NAME: manifest.build(self.plan, hashes, self.no_lock)}
         self.folder.complete([(name, last[name]) for name in reversed(_LAST)])
-        self.journal.ready()
-        self.folder.publish()
-        self._tidy()
-
-    def _tidy(self) -> None:
-        self.folder.remove_old()
+        self.journal.ready(self.folder.names())
+        self.folder.publish(self._found)
+        self.place.remove_old()
         self.journal.remove()
+        self.place.check_name()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if error is None:
-            self._lock.release()
-            return
-        if not self._begun:
-            self._lock.release()
-            self.folder.remove_parents()
+        if error is None or not self._begun:
+            self._leave()
             return
         # the source is wrong, or there was no room to begin with: nothing of it is worth keeping
-        if isinstance(error, (CheckpointError, DataError, UsageError)) or (self._past is None and not self._created):
-            with contextlib.suppress(StreamconvError, OSError):
-                self.journal.remove()
+        wrong = isinstance(error, (CheckpointError, DataError, UsageError)) and not isinstance(error, UnreadableError)
+        if wrong or (self._past is None and not self._created):
             self.folder.discard()
-            self._lock.release()
-            self.folder.remove_parents()
+            with contextlib.suppress(StreamconvError, OSError):
+                self.journal.remove()  # last: work without a journal is nobody's
+            self._leave()
             return
-        if isinstance(error, (OutputError, Interrupted)):
+        if isinstance(error, (OutputError, Interrupted, UnreadableError)):
             also = "what is finished is kept: run the same command again to go on"
             error.hint = f"{error.hint}; {also}" if error.hint else also
         if self.abandoned:
@@ -166,4 +170,5 @@ class Writer:
         with contextlib.suppress(OSError):
             self.folder.close()
             self.journal.close()
-        self._lock.release()
+        self.place.keep_parents()
+        self._leave()

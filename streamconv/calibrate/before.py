@@ -10,6 +10,7 @@ from pathlib import Path
 from streamconv import memory
 from streamconv.calibrate.request import Samples, measured_in
 from streamconv.errors import UsageError
+from streamconv.fs import beside, named
 from streamconv.options import Options
 from streamconv.ranges import HINT
 
@@ -18,7 +19,7 @@ BOTH_WAYS = "--text FILE measures them now; or " + HINT
 
 def ranges_path(out: Path) -> Path:
     """Where the ranges of an output are kept: `OUT.ranges.safetensors`."""
-    return out.with_name(out.name + ".ranges.safetensors")
+    return beside(out, "", ".ranges.safetensors")
 
 
 def _brings_scales(source: str | Path) -> bool:
@@ -57,7 +58,7 @@ def with_ranges(
         CheckpointError, RefusedError: what planning would say; said before anything is measured.
         OutputError: the output cannot be written.
     """
-    flag, out = options.needs_ranges(), Path(out)
+    flag, out = options.needs_ranges(), named(out)
     if samples is None:
         if flag is not None and options.activation_ranges is None and not (options.quant == "fp8" and _brings_scales(source)):
             raise UsageError(f"{flag} needs activation ranges", hint=BOTH_WAYS)
@@ -67,15 +68,14 @@ def with_ranges(
     if options.activation_ranges is not None:
         raise UsageError("--activation-ranges and --text exclude each other: ranges that are given are not measured again")
     from streamconv.calibrate.child import calibrate_apart
-    from streamconv.fs import check_free, check_place
     from streamconv.hub import local_folder, open_source
+    from streamconv.output_checks import check_output
     from streamconv.targets.trtllm.planner import check_options, check_request
 
     check_options(options)
     with contextlib.closing(open_source(source)) as index:
         check_request(index, options)
-    check_place(out, Path(source))
-    check_free(out, force)  # before hours of work
+    check_output(out, Path(source), [], force)  # before hours of work
     ranges = ranges_path(out)
     dtype, loop = measured_in(options)
     arguments = {

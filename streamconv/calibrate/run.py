@@ -20,7 +20,7 @@ from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.model_config import ModelConfig
 from streamconv.checkpoint.quantized import source_quantization
 from streamconv.errors import BudgetError, CheckpointError, DataError, OutputError, RefusedError, UsageError, printable
-from streamconv.fs import explained
+from streamconv.fs import beside, explained, named
 from streamconv.hub import local_folder, open_source
 from streamconv.memory import MIB, show_size
 
@@ -90,9 +90,10 @@ def calibrate(
         raise UsageError(f"--dtype {dtype} is not one of {', '.join(DTYPES)}")
     if batch_size < 1 or max_length < 1 or samples == 0:
         raise UsageError("--samples, --max-length and --batch-size must be at least 1")
+    out = named(out)
     with contextlib.closing(open_source(local_folder(model))) as index:
         refuse_quantized(index)
-        run = _Run(index, Path(out), batch_size, dtype, loop, device, memory_budget)
+        run = _Run(index, out, batch_size, dtype, loop, device, memory_budget)
         try:
             return run.measure(text, samples, max_length, reuse, progress)
         finally:
@@ -240,6 +241,9 @@ class _Run:
         """Only ranges are replaced, whoever measured them."""
         from streamconv.checkpoint.header import read_header
 
+        real, root = Path(os.path.realpath(self.out)), Path(os.path.realpath(self.index.root))
+        if root.is_dir() and root in real.parents:  # later conversions would take it for weights
+            raise OutputError(f"{printable(str(self.out))} is in the model's folder", hint="choose another folder")
         if not os.path.lexists(self.out):
             return
         with contextlib.suppress(OSError, CheckpointError):
@@ -264,8 +268,9 @@ class _Run:
 
         # one entry: the stock writer leaves the order of several to chance
         facts = {"dtype": self.kind, "loop": self.loop, "request": mark, "samples": samples}
-        new = self.out.with_name(f".{self.out.name}.new")
+        new = beside(self.out, ".", ".new")
         with explained(self.out, "write"):
+            new.unlink(missing_ok=True)  # of a run that was killed; of a link the name alone
             save_file({name: ranges[name] for name in sorted(ranges)}, new, metadata={"calibration": json.dumps(facts)})
             with open(new, "rb") as file:
                 os.fsync(file.fileno())

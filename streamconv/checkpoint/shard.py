@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import NamedTuple
 
 from streamconv.checkpoint.header import Header, read_header
-from streamconv.errors import CheckpointError, SourceChangedError, printable
+from streamconv.errors import CheckpointError, SourceChangedError, UnreadableError, printable
 from streamconv.process import raise_file_limit
 
 _ROWS_PER_CALL = 256  # two vectors a row stay below IOV_MAX, which is 1024 on Linux
@@ -46,7 +46,8 @@ def open_regular(path: Path) -> int:
     """A descriptor of a regular file, for reading. At the limit of open files it is raised, then idle shards are closed.
 
     Raises:
-        CheckpointError: missing, not permitted, or no regular file. Never waits, not even for a FIFO.
+        CheckpointError: missing, or no regular file. Never waits, not even for a FIFO.
+        UnreadableError: the system refuses.
     """
     shown = printable(str(path))
     try:
@@ -65,7 +66,7 @@ def open_regular(path: Path) -> int:
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
             hint = "raise the limit of open files (ulimit -n)"
         reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
-        raise CheckpointError(f"cannot open {shown}: {reason}", hint=hint) from None
+        raise UnreadableError(f"cannot open {shown}: {reason}", hint=hint) from None
     kinds = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
     raise CheckpointError(f"{shown} is {kinds.get(stat.S_IFMT(mode), 'a device')}, not a regular file")
 
@@ -199,7 +200,8 @@ class Shard:
         """Fill the buffer from the file.
 
         Raises:
-            SourceChangedError: the file ends before the buffer is full, or cannot be read any more.
+            SourceChangedError: the file ends before the buffer is full.
+            UnreadableError: the system refuses.
         """
         self._fill(offset, [memoryview(buffer).cast("B")])
 
@@ -271,7 +273,7 @@ class Shard:
         except FileNotFoundError:
             raise self._changed("is gone") from None
         except OSError as error:
-            raise self._changed(f"cannot be read any more: {error.strerror}") from error
+            raise self._unreadable(f"cannot be looked at: {error.strerror}") from error
         if by_path != expected or by_fd != expected:
             shrank = by_path.size != expected.size
             raise self._changed(f"changed its size to {by_path.size} bytes" if shrank else "was replaced or changed")
@@ -288,7 +290,7 @@ class Shard:
             except BlockingIOError:
                 continue  # O_NONBLOCK means nothing for regular files, but some FUSE servers pass it on
             except OSError as error:
-                raise self._changed(f"cannot be read at byte {offset}: {os.strerror(error.errno or 0)}") from error
+                raise self._unreadable(f"cannot be read at byte {offset}: {os.strerror(error.errno or 0)}") from error
             if got <= 0:
                 raise self._changed(f"ends at byte {offset}, {left} bytes early")
             left -= got
@@ -298,6 +300,9 @@ class Shard:
                     got -= len(views[0])
                     views = views[1:]
                 views = [views[0][got:], *views[1:]]
+
+    def _unreadable(self, what: str) -> UnreadableError:
+        return UnreadableError(f"source file {printable(str(self.path))} {what}", hint="check the disk or the network")
 
     def _changed(self, what: str) -> SourceChangedError:
         return SourceChangedError(

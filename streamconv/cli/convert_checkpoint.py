@@ -98,7 +98,7 @@ def _fabricate(request: OfficialRequest) -> int:
         quant_ckpt_path=request.quant_ckpt_path,
         load_model_on_cpu=request.load_model_on_cpu,
     )
-    write_config(request.output_dir, data, force=request.force)
+    write_config(request.output_dir, data, force=request.force, no_lock=request.no_lock)
     if not request.quiet:
         output.line(f"{request.output_dir}: config.json alone, no weights (neither --model_dir nor --meta_ckpt_dir)")
     return 0
@@ -112,7 +112,7 @@ def _config_only(request: OfficialRequest, source: str) -> int:
     sm = request.options.target_sm or 80  # decides bytes of weights, none of config.json
     index, plan = api.open_and_plan(source, dataclasses.replace(request.options, target_sm=sm))
     try:
-        write_config(request.output_dir, plan.config, source=index.root, force=request.force)
+        write_config(request.output_dir, plan.config, source=index.root, force=request.force, no_lock=request.no_lock)
     finally:
         index.close()
     if not request.quiet:
@@ -128,7 +128,7 @@ def _convert(request: OfficialRequest, source: str) -> int:
         source,
         request.output_dir,
         options,
-        resources(request.memory_budget, request.workers, request.device),
+        dataclasses.replace(resources(request.memory_budget, request.workers, request.device), no_lock=request.no_lock),
         force=request.force,
         watcher=view.Progress(request.quiet),
     )

@@ -44,6 +44,7 @@ def cli() -> None:
     help="A GPU that fails: finish on the CPU, or stop so that the same command goes on later.",
 )
 @click.option("--force", is_flag=True, help="Replace an existing output folder.")
+@click.option("--no-lock", is_flag=True, help="Go on where the file system cannot lock a file or sync a folder.")
 @recipe_option.option(_recipe_keys)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object at the end.")
 @click.option("--quiet", "-q", is_flag=True, help="Print errors and warnings only.")
@@ -56,6 +57,7 @@ def convert(
     device_memory_budget: str,
     hub_keep: str,
     on_device_loss: Any,
+    no_lock: bool,
     force: bool,
     as_json: bool,
     quiet: bool,
@@ -79,7 +81,10 @@ def convert(
         raise UsageError("--hub-keep none and --text exclude each other: calibration reads the model before the conversion does")
 
     asked = dataclasses.replace(
-        resources(memory_budget, workers, device, device_memory_budget), hub_keep=hub_keep, on_device_loss=on_device_loss
+        resources(memory_budget, workers, device, device_memory_budget),
+        hub_keep=hub_keep,
+        on_device_loss=on_device_loss,
+        no_lock=no_lock,
     )
     effects.check(click.get_current_context(), model, Options(**values))
     options = with_ranges(
@@ -157,7 +162,7 @@ def plan(
             recipe_option.write(write_config, model, out, made.options, given, index)
         device_why = api.choose_device(made, asked).why
         costs = api.costs_of(made)
-        refused = api.output_problem(index, made, out) if out else None
+        refused = api.output_problem(index, made, out) if out is not None else None
         plan_view.show(made, api.foresee(made, asked, costs), costs, device_why, out, as_json, cache_need(index), refused)
     finally:
         index.close()

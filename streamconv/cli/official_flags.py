@@ -38,6 +38,7 @@ class OfficialRequest:
     workers: int
     device: str
     force: bool
+    no_lock: bool
     quiet: bool
     save_config_only: bool
     load_model_on_cpu: bool
@@ -125,6 +126,7 @@ def _parser() -> _Parser:
         help="int8 and int4: laid out for --target_sm, or left for trtllm-build to quantize",
     )
     ours.add_argument("--force", action="store_true", help="replace an existing output folder")
+    ours.add_argument("--no_lock", action="store_true", help="go on where the file system cannot lock a file or sync a folder")
     ours.add_argument("--rope_tables", action="store_true", help="also write the rotary tables of NVIDIA's script")
     ours.add_argument("--allow_nonfinite", action="store_true", help="quantize NaN (as 0) and infinity (as the channel's maximum)")
     return parser
@@ -186,6 +188,7 @@ def parse(argv: list[str]) -> OfficialRequest:
         workers=args.workers,
         device=args.device,
         force=args.force,
+        no_lock=args.no_lock,
         quiet=_LEVELS.index(args.log_level) <= _LEVELS.index("warning"),
         save_config_only=args.save_config_only,
         load_model_on_cpu=args.load_model_on_cpu,

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from streamconv import fs
+from streamconv import fs, mounts, place
 from streamconv.budget import Shares, TileCost
 from streamconv.cli import output
 from streamconv.cli.view import table
+from streamconv.errors import printable
 from streamconv.memory import show_size
 from streamconv.plan import Plan
 from streamconv.targets.trtllm.config_sections import late_keys
@@ -20,6 +22,12 @@ def content(plan: Plan, shares: Shares, costs: list[TileCost], out: str | None) 
     """The plan for programs; sizes in bytes."""
     tile = max((cost.rows(shares.arena, None) * span.row_bytes for span, cost in zip(plan.spans, costs, strict=True)), default=0)
     free = fs.free_space(Path(out or "."))
+    warnings = list(plan.warnings)
+    if out is not None and mounts.in_memory(Path(out)):
+        warnings.append(
+            f"{printable(out)} is on a file system in memory: the output's {show_size(plan.bytes_written)} are memory too, beside"
+            f" --memory-budget, and a container's limit counts them"
+        )
     return {
         "family": plan.family,
         "dtype": plan.dtype.torch,
@@ -40,9 +48,9 @@ def content(plan: Plan, shares: Shares, costs: list[TileCost], out: str | None) 
         },
         "workers": shares.workers,
         "largest_tile": tile,
-        "disk": {"free": free, "need": plan.bytes_written, "enough": free >= plan.bytes_written},
+        "disk": {"free": free, "need": plan.bytes_written, "enough": free is None or free >= plan.bytes_written},
         "notes": _notes(plan),
-        "warnings": list(plan.warnings),
+        "warnings": warnings,
     }
 
 
@@ -62,7 +70,7 @@ def show(
     device: str,
     out: str | None,
     as_json: bool,
-    cache: Mapping[str, int] | None = None,
+    cache: Mapping[str, int | None] | None = None,
     refused: str | None = None,
 ) -> None:
     """Print a plan.
@@ -71,7 +79,8 @@ def show(
         cache: see `hub.cache_need`.
         refused: why `convert` would not write to `out`.
     """
-    told = content(plan, shares, costs, out) | {"device": device, "output_problem": refused}
+    inside = place.choose(Path(os.path.realpath(out)), fs.Disk()).inside if out else None
+    told = content(plan, shares, costs, out) | {"device": device, "output_problem": refused, "work_inside_output": inside}
     told["disk"]["cache"] = cache
     if as_json:
         output.dump(told)
@@ -94,12 +103,18 @@ def show(
     )
     output.line(f"tiles    at most {show_size(told['largest_tile'])} of source each")
     output.line(f"device   {device}")
-    enough = "enough" if disk["enough"] else "NOT ENOUGH"
-    output.line(f"disk     {show_size(disk['free'])} free, {show_size(disk['need'])} needed: {enough}")
+    enough = "the file system does not say" if disk["free"] is None else "enough" if disk["enough"] else "NOT ENOUGH"
+    output.line(f"disk     {_free(disk['free'])} free, {show_size(disk['need'])} needed: {enough}")
+    if inside:
+        output.line(f"place    {printable(str(out))} {inside}: the work is done in hidden files inside it, config.json comes last")
     if cache is not None:
-        more = f"{show_size(cache['all'])} more, with --hub-keep none at most {show_size(cache['none'])}"
-        output.line(f"cache    {show_size(cache['free'])} free, the download needs {more}")
+        more = f"{_free(cache['all'])} more, with --hub-keep none at most {_free(cache['none'])}"
+        output.line(f"cache    {_free(cache['free'])} free, the download needs {more}")
     for note in told["notes"]:
         output.line(f"note: {note}")
-    for warning in (*plan.warnings, *([f"convert would refuse this output: {refused}"] if refused else [])):
+    for warning in (*told["warnings"], *([f"convert would refuse this output: {refused}"] if refused else [])):
         output.line(f"warning: {warning}")
+
+
+def _free(size: int | None) -> str:
+    return "?" if size is None else show_size(size)

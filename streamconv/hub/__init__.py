@@ -42,11 +42,11 @@ def memory_of(index: Index) -> int:
     return MEMORY if any(isinstance(shard, HubShard) for shard in index.shards) else 0
 
 
-def cache_need(index: Index) -> dict[str, int] | None:
+def cache_need(index: Index) -> dict[str, int | None] | None:
     """Disk that a conversion takes in the cache beside its output, bytes; None for a local source.
 
     Returns:
-        "all" and "none": what the cache gets at most, by --hub-keep; "free": what is free there.
+        "all" and "none": what the cache gets at most, by --hub-keep; "free": what is free there, None if unknown.
     """
     remote = [shard for shard in index.shards if isinstance(shard, HubShard)]
     if not remote:

@@ -55,9 +55,10 @@ class Fetch:
             return
         missing = sorted((shard.file.size for shard in self._order if not shard.path.exists()), reverse=True)
         need, folder = sum(missing if self.keep == "all" else missing[:AT_A_TIME]), self._order[0].path.parent
-        if need > free_space(folder):
+        free = free_space(folder)
+        if free is not None and need > free:
             raise HubError(
-                f"no space for the download: {memory.show_size(need)} needed, {memory.show_size(free_space(folder))} free"
+                f"no space for the download: {memory.show_size(need)} needed, {memory.show_size(free)} free"
                 f" in the cache {printable(str(folder))}",
                 hint="free some space, set HF_HOME" + (", or use --hub-keep none" if self.keep == "all" else ""),
             )

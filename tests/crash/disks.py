@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from streamconv.fs import Disk
+from streamconv.fs import Disk, Folder, Mark
 
 FAULTS = {
     name: getattr(errno, name) for name in ("ENOSPC", "EIO", "EDQUOT", "EACCES", "EROFS", "EINTR")
@@ -20,7 +20,13 @@ class Killed(BaseException):
 
 
 class Tapped(Disk):
-    """Every operation but `close` goes through `act`, numbered from 0."""
+    """Every operation but `close` goes through `act`, numbered from 0.
+
+    Attributes:
+        mounted: every output is taken for a mount point, or none is.
+    """
+
+    mounted = False
 
     def __init__(self) -> None:
         self.count = 0
@@ -34,14 +40,22 @@ class Tapped(Disk):
         self.number = number
         return self.act(name, do, *args)
 
-    def open(self, path: Path, flags: int) -> int:
-        fd: int = self._tap("open", super().open, path, flags)
+    def enter(self, path: Path, folder: Folder | None = None) -> int:
+        fd: int = self._tap("enter", super().enter, path, folder)
+        self.fds.add(fd)
+        return fd
+
+    def open(self, folder: Folder, name: str, flags: int, mode: int = 0o666) -> int:
+        fd: int = self._tap("open", super().open, folder, name, flags, mode)
         self.fds.add(fd)
         return fd
 
     def close(self, fd: int) -> None:
         self.fds.discard(fd)
         super().close(fd)
+
+    def why_inside(self, out: Path, begun: bool) -> str | None:
+        return "is said to be a mount point" if self.mounted else None
 
     def bury(self) -> None:
         """What the system does for a dead process: close its files, and with them give up its lock."""
@@ -67,17 +81,17 @@ class Tapped(Disk):
     def lock(self, fd: int) -> None:
         self._tap("lock", super().lock, fd)
 
-    def rename(self, old: Path, new: Path) -> None:
-        self._tap("rename", super().rename, old, new)
+    def rename(self, folder: Folder, old: str, new: str, known: Mark) -> None:
+        self._tap("rename", super().rename, folder, old, new, known)
 
-    def mkdir(self, path: Path) -> None:
-        self._tap("mkdir", super().mkdir, path)
+    def mkdir(self, folder: Folder, name: str) -> None:
+        self._tap("mkdir", super().mkdir, folder, name)
 
-    def unlink(self, path: Path) -> None:
-        self._tap("unlink", super().unlink, path)
+    def unlink(self, folder: Folder, name: str, known: Mark) -> None:
+        self._tap("unlink", super().unlink, folder, name, known)
 
-    def rmdir(self, path: Path) -> None:
-        self._tap("rmdir", super().rmdir, path)
+    def rmdir(self, folder: Folder, name: str) -> None:
+        self._tap("rmdir", super().rmdir, folder, name)
 
 
 class Counting(Tapped):
@@ -114,12 +128,25 @@ class Watched(Tapped):
         self.look = look
 
     def act(self, name: str, do: Callable[..., Any], *args: Any) -> Any:
-        if name not in ("sync", "sync_data", "push", "lock"):  # these change nothing that a killed process leaves
+        if name not in ("enter", "sync", "sync_data", "push", "lock"):  # these change nothing that a killed process leaves
             self.look()
         if name == "pwrite" and len(args[1]) > 1:
             fd, data, offset = args
             os.pwrite(fd, data[: len(data) // 2], offset)
             self.look()
+        return do(*args)
+
+
+class Intruding(Tapped):
+    """Calls `intrude` before operation k: somebody else is at work on the same names."""
+
+    def __init__(self, k: int, intrude: Callable[[], None]) -> None:
+        super().__init__()
+        self.k, self.intrude = k, intrude
+
+    def act(self, name: str, do: Callable[..., Any], *args: Any) -> Any:
+        if self.number == self.k:
+            self.intrude()
         return do(*args)
 
 
@@ -149,18 +176,19 @@ class Recording(Tapped):
     def __init__(self) -> None:
         super().__init__()
         self.log: list[tuple[Any, ...]] = []
-        self._paths: dict[int, Path] = {}
 
     def act(self, name: str, do: Callable[..., Any], *args: Any) -> Any:
         result = do(*args)
-        if name == "open":
-            self._paths[result] = args[0]
-            if args[1] & os.O_CREAT:
-                self.log.append(("open", result, args[0], bool(args[1] & os.O_TRUNC)))
-            else:
-                self.log.append(("open", result, args[0], False))
+        if name == "enter":
+            self.log.append(("enter", result, args[0]))
+        elif name == "open":
+            self.log.append(("open", result, args[0].path / args[1]))
         elif name == "pwrite":
             self.log.append(("pwrite", args[0], args[2], bytes(args[1][:result])))
+        elif name == "rename":
+            self.log.append(("rename", args[0].path / args[1], args[0].path / args[2]))
+        elif name in ("mkdir", "unlink", "rmdir"):
+            self.log.append((name, args[0].path / args[1]))
         elif name not in ("push", "lock"):
             self.log.append((name, *args))
         return result

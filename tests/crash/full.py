@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tests.crash import faults, flips, kills, powercut, processes
+from tests.crash import faults, flips, intruders, kills, powercut, processes
 from tests.crash.kills import Count
 from tests.crash.world import World, fast_folder
 
@@ -52,7 +52,7 @@ def in_worlds(what: str, job: Callable[[World], Count]) -> int:
     """Every format x layout, and one that replaces an older output."""
     wrong = 0
     cases: list[dict[str, object]] = [{"quant": quant, "tp": tp} for quant in FORMATS for tp in LAYOUTS]
-    for settings in [*cases, {"replaced": True}]:
+    for settings in [*cases, {"replaced": True}, {"mounted": True}, {"mounted": True, "replaced": True}]:
         began = time.monotonic()
         with world(**settings) as place:
             wrong += show(f"{what} {settings}", job(place), began)
@@ -64,6 +64,7 @@ def main() -> int:
         "kills": lambda share: in_worlds("every kill, any depth", kills.every_state),
         "sigkill": lambda share: in_worlds("SIGKILL, 3 in a row", lambda w: kills.real_kills(w, 3, step=int(1 / share))),
         "faults": lambda share: in_worlds("faults", lambda w: faults.every_operation(w, step=int(1 / share))),
+        "intruders": lambda share: in_worlds("intruders", lambda w: intruders.every_operation(w, step=int(1 / share))),
         "power": lambda share: in_worlds("power cuts", lambda w: powercut.cuts(w, int(50_000 * share / 7) + 1)),
         "matrix": lambda share: in_worlds("workers x budget x interruptions", flips.matrix),
         "flips": lambda share: in_worlds("flipped bits", lambda w: flips.flips(w, int(10_000 * share / 7) + 1)),

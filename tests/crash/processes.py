@@ -15,7 +15,7 @@ from pathlib import Path
 
 from streamconv import api, journal
 from streamconv.errors import LockedError, OutputError
-from streamconv.fs import Disk
+from streamconv.fs import Disk, Folder, Mark
 from streamconv.options import Options, Resources
 from tests.crash.kills import Count
 from tests.crash.world import snapshot, write_model
@@ -100,9 +100,9 @@ class Slow(Disk):
         time.sleep(0.02)
         super().truncate(fd, size)
 
-    def rename(self, old: Path, new: Path) -> None:
+    def rename(self, folder: Folder, old: str, new: str, known: Mark) -> None:
         os.unlink(self.marker)
-        super().rename(old, new)
+        super().rename(folder, old, new, known)
 
 
 def lock_races(runs: Runs, rounds: int, crowd: int = 5, seed: int = 1) -> Count:

@@ -8,11 +8,18 @@ from typing import Any
 
 import pytest
 
-from tests.crash import faults, flips, kills, powercut, processes
+from tests.crash import faults, flips, intruders, kills, powercut, processes
 from tests.crash.kills import Count
 from tests.crash.world import World, fast_folder
 
 MakeWorld = Callable[..., World]
+
+
+KINDS = pytest.mark.parametrize(
+    "settings",
+    [{}, {"replaced": True}, {"mounted": True, "tile_rows": 1000}, {"mounted": True, "replaced": True, "tile_rows": 1000}],
+    ids=["new", "replaced", "mounted", "mounted, replaced"],
+)
 
 
 @pytest.fixture
@@ -34,7 +41,7 @@ def good(count: Count, least: int) -> None:
     assert count.cases >= least, count
 
 
-@pytest.mark.parametrize("settings", [{}, {"replaced": True}], ids=["new", "replaced"])
+@KINDS
 def test_killed_at_every_operation_any_number_of_times(make: MakeWorld, settings: dict[str, Any]) -> None:
     count = kills.every_state(make(**settings))
     good(count, 200)
@@ -56,12 +63,17 @@ def test_sigkill_at_random_moments(make: MakeWorld) -> None:
     assert count.facts["journals"] >= 2, count
 
 
-@pytest.mark.parametrize("settings", [{}, {"replaced": True}], ids=["new", "replaced"])
+@KINDS
 def test_every_operation_fails(make: MakeWorld, settings: dict[str, Any]) -> None:
-    good(faults.every_operation(make(**settings), step=2), 700)
+    good(faults.every_operation(make(**settings), step=2), 500)
 
 
-@pytest.mark.parametrize("settings", [{}, {"replaced": True}], ids=["new", "replaced"])
+@KINDS
+def test_intruders_between_any_two_operations(make: MakeWorld, settings: dict[str, Any]) -> None:
+    good(intruders.every_operation(make(**settings | {"tile_rows": 1000}), step=5), 350)
+
+
+@KINDS
 def test_power_cuts(make: MakeWorld, settings: dict[str, Any]) -> None:
     count = powercut.cuts(make(**settings), 500)
     good(count, 500)

@@ -18,9 +18,11 @@ from safetensors.numpy import load_file, save_file
 from streamconv import api, memory, pool
 from streamconv.errors import DataError, LockedError, ResumeError
 from streamconv.fs import Disk, hidden
-from streamconv.journal import Done, Past, read
+from streamconv.journal import Done, Past
+from streamconv.journal import read as read_journal
 from streamconv.lock import OutputLock
 from streamconv.options import Options, Resources
+from streamconv.place import Beside
 from tests.crash.kills import operations, raised
 from tests.crash.world import World, slowly, snapshot, write_model
 
@@ -28,6 +30,16 @@ from tests.crash.world import World, slowly, snapshot, write_model
 @pytest.fixture
 def world(tmp_path: Path) -> World:
     return World(tmp_path)
+
+
+def place_of(out: Path, disk: Disk | None = None) -> Beside:
+    place = Beside(out, disk or Disk())
+    place.open()
+    return place
+
+
+def read(journal: Path) -> Past | None:
+    return read_journal(place_of(journal.parent / "out"))
 
 
 @pytest.fixture
@@ -127,7 +139,7 @@ def test_bad_weights_leave_nothing_behind(tmp_path: Path) -> None:
 
 
 def test_the_second_run_names_the_first(world: World) -> None:
-    lock = OutputLock(world.out, Disk())
+    lock = OutputLock(place_of(world.out))
     lock.acquire()
     try:
         with pytest.raises(LockedError, match=f"process {os.getpid()} on "):
@@ -145,7 +157,7 @@ def test_a_dead_holders_lock_is_no_obstacle(world: World) -> None:
 
 
 def test_a_lock_on_a_removed_file_is_none(world: World) -> None:
-    first, path = OutputLock(world.out, Disk()), hidden(world.out, "lock")
+    first, path = OutputLock(place_of(world.out)), hidden(world.out, "lock")
 
     class Late(Disk):
         """Between its open and its lock, the holder ends, and another run takes the lock."""
@@ -159,7 +171,7 @@ def test_a_lock_on_a_removed_file_is_none(world: World) -> None:
 
     first_taken: list[bool] = []
     with pytest.raises(LockedError):
-        OutputLock(world.out, Late()).acquire()
+        OutputLock(place_of(world.out, Late())).acquire()
     first.release()
     assert not path.exists()
 

@@ -21,7 +21,9 @@ from streamconv import api, journal
 from streamconv.errors import OutputError
 from streamconv.fs import Disk, hidden
 from streamconv.options import Options, Resources
+from tests.crash.disks import Counting, Tapped
 
+HIDDEN = ".streamconv-old."
 State = dict[str, bytes | None]
 """Relative path -> bytes of a file, None for a folder."""
 
@@ -117,21 +119,25 @@ class World:
     Args:
         root: a folder of its own.
         replaced: an older output of other weights is in the way, and --force is given.
+        mounted: the output is taken for a mount point.
     """
 
-    def __init__(self, root: Path, quant: str = "none", tp: int = 1, replaced: bool = False, tile_rows: int = 32) -> None:
+    def __init__(
+        self, root: Path, quant: str = "none", tp: int = 1, replaced: bool = False, tile_rows: int = 32, mounted: bool = False
+    ) -> None:
+        self.mounted = mounted
         self.root, self.options, self.tile_rows = root, Options(quant=quant, tp_size=tp, target_sm=80), tile_rows
         self.place, self.force, self.batch = root / "place", replaced, 0
         self.out = self.place / "out"
         self.model = write_model(root / "model", hidden=64 * tp)
-        self.start: State = {}
-        self.place.mkdir()
+        self.start: State = {"out": None} if mounted else {}
+        restore(self.place, self.start)
         if replaced:
             self.model, model = write_model(root / "older", seed=2, hidden=64 * tp), self.model
             self.run()
             self.start = snapshot(self.place)
             self.model = model
-            restore(self.place, {})
+            restore(self.place, {"out": None} if mounted else {})
         self.run()
         self.right = snapshot(self.out)
         self.reset(self.start)
@@ -143,20 +149,27 @@ class World:
         asked = Resources(memory_budget=4 << 30, workers=1, device="cpu", tile_rows=self.tile_rows)
         if resources:
             asked = Resources(**({"memory_budget": 4 << 30, "workers": 1, "device": "cpu"} | resources))  # type: ignore[arg-type]
+        disk = disk or Counting()
+        if isinstance(disk, Tapped):
+            disk.mounted = self.mounted
         with no_thread(self.batch):
             return api.convert(self.model, self.out, self.options, asked, force=self.force, disk=disk)
 
     def wrong_now(self) -> str:
         """What must not be at any moment: something that looks like a checkpoint and is none, or the old output lost."""
-        here = snapshot(self.out) if self.out.exists() else {}
+        everything = snapshot(self.out) if self.out.exists() else {}
+        here = {name: data for name, data in everything.items() if not name.startswith(".streamconv-")}
         old = {name[4:]: data for name, data in self.start.items() if name.startswith("out/")}
         if here == self.right:
             return ""
         if "config.json" in here and here != old:
             return f"a folder that looks finished is not: {sorted(here)}"
         aside = hidden(self.out, "old")
+        kept = snapshot(aside) if aside.exists() else {}
+        if self.mounted:
+            kept = here | {name[len(HIDDEN) :]: data for name, data in everything.items() if name.startswith(HIDDEN)}
         # (a run after one that was through replaces the right output by itself)
-        if old and here != old and not (aside.exists() and snapshot(aside) in (old, self.right)):
+        if old and here != old and not any({name: kept.get(name) for name in wanted} == wanted for wanted in (old, self.right)):
             return "the old output is lost, and the new one is not there"
         return ""
 
@@ -179,16 +192,16 @@ class World:
 
 _SLOWLY = """
 import signal, sys, time
-from streamconv import fs, journal
+from streamconv import journal, output_folder
 from streamconv.cli import main, signals
 for number, means in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
     signal.signal(number, means)  # whoever runs the tests may ignore them: a shell's background job does
 signals.GRACE = 250  # on a busy machine, too
-push, seconds = fs.OutputFolder.write, float(sys.argv[1])
+push, seconds = output_folder.OutputFolder.write, float(sys.argv[1])
 def slow(self, *args):
     push(self, *args)
     time.sleep(seconds)
-fs.OutputFolder.write = slow
+output_folder.OutputFolder.write = slow
 journal.BATCH_SECONDS = 0.05
 sys.argv = ["streamconv", *sys.argv[2:]]
 main.run()

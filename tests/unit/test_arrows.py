@@ -13,9 +13,9 @@ import streamconv
 
 ROOT = Path(streamconv.__file__).parent
 LEVELS = (
-    ("errors", "options", "memory", "process", "streams", "cache_folder"),
+    ("errors", "options", "memory", "process", "streams", "cache_folder", "mounts"),
     ("checkpoint",),
-    ("quants", "families", "matching", "naming", "kernels", "fs", "ranges"),
+    ("quants", "families", "matching", "naming", "kernels", "fs", "place", "output_checks", "output_folder", "ranges"),
     ("plan", "verdict"),
     ("stages", "targets", "lock", "journal", "order", "resume", "results", "compared", "measured"),
     ("budget", "device", "manifest", "writer", "config_only", "tensorrt_llm_reader"),
