@@ -26,11 +26,13 @@ from pathlib import Path
 from typing import Any
 
 from streamconv import __version__
+from streamconv.checkpoint.limits import MAX_JOURNAL, MAX_JOURNAL_LINE
 from streamconv.checkpoint.shard import Shard
 from streamconv.errors import OutputError, printable
 from streamconv.fs import Disk, OutputFolder, explained, hidden, sync_folder, write_all
 from streamconv.memory import MIB
 from streamconv.plan import Plan
+from streamconv.untrusted import open_regular, parse_json
 
 FORMAT = 1
 BATCH_BYTES = 256 * MIB
@@ -121,36 +123,67 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 def read(path: Path) -> Past | None:
     """What the journal at `path` says, None if there is none with a whole first line.
 
-    Raises:
-        OutputError: it cannot be read.
-    """
-    import xxhash
+    Reading ends at the first line that is torn, or is none of ours. What a tile's line says is held against the plan later (`resume.fits`).
 
+    Raises:
+        OutputError: it cannot be read, or is no regular file.
+    """
     try:
-        with explained(path, "read"):
-            data = path.read_bytes()
+        fd = open_regular(path, OutputError, hint=None)
     except OutputError as error:
         if isinstance(error.__cause__, FileNotFoundError):
             return None
         raise
     past, at = None, 0
-    while (end := data.find(b"\n", at)) >= 0:
-        line = data[at:end]
-        if line[:17] != xxhash.xxh3_64(line[17:]).hexdigest().encode() + b" ":
-            break
-        record = json.loads(line[17:])
-        at = end + 1
-        if past is None:
-            if "run" not in record:
+    with explained(path, "read"), os.fdopen(fd, "rb") as file:
+        while at < MAX_JOURNAL and (line := file.readline(MAX_JOURNAL_LINE)).endswith(b"\n"):
+            record = _record(line[:-1])
+            if record is None or (past is None) != ("run" in record):
                 break
-            past = Past(record["run"])
-        elif "tile" in record:
-            (span, start, stop), (overflow, nonfinite) = record["tile"], record["found"]
-            past.add(Done(span, start, stop, tuple(tuple(part) for part in record["hash"]), overflow, nonfinite))
-        past.ready = "ready" in record
-        if not past.ready:
-            past.size = at
+            at += len(line)
+            if past is None:
+                past = Past(record["run"])
+            elif "tile" in record:
+                past.add(_done(record))
+            past.ready = "ready" in record
+            if not past.ready:
+                past.size = at
     return past
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """What a line says, None if it is torn or no line of a journal."""
+    import xxhash
+
+    if line[:17] != xxhash.xxh3_64(line[17:]).hexdigest().encode() + b" ":
+        return None
+    try:
+        record = parse_json(line[17:], "the journal", OutputError)
+    except OutputError:
+        return None
+    if not isinstance(record, dict) or len(record.keys() & {"run", "tile", "ready"}) != 1:
+        return None
+    if "run" in record:
+        run = record["run"]
+        sound = isinstance(run, dict) and all(isinstance(run.get(key, {}), dict) for key in ("options", "sources", "times"))
+    else:
+        sound = "tile" not in record or _is_tile(record)
+    return record if sound else None
+
+
+def _is_tile(record: dict[str, Any]) -> bool:
+    tile, found, hashes = (record.get(key) for key in ("tile", "found", "hash"))
+    if not all(isinstance(value, list) for value in (tile, found, hashes)):
+        return False
+    numbers = [*tile, *found]  # type: ignore[misc]
+    sound = len(tile) == 3 and len(found) == 2 and all(type(number) is int and 0 <= number < 1 << 62 for number in numbers)  # type: ignore[arg-type]
+    sound = sound and tile[1] < tile[2] and all(isinstance(parts, list) for parts in hashes)  # type: ignore[index,union-attr]
+    return sound and all(isinstance(part, str) for parts in hashes for part in parts)  # type: ignore[union-attr]
+
+
+def _done(record: dict[str, Any]) -> Done:
+    (span, start, stop), (overflow, nonfinite) = record["tile"], record["found"]
+    return Done(span, start, stop, tuple(tuple(parts) for parts in record["hash"]), overflow, nonfinite)
 
 
 class Journal:

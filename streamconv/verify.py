@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -13,12 +12,14 @@ from typing import Any
 
 from streamconv import hub, manifest
 from streamconv.checkpoint.header import read_header
+from streamconv.checkpoint.limits import MAX_CONFIG, check_counts
 from streamconv.checkpoint.shard import Shard
 from streamconv.errors import StreamconvError, VerifyError, printable
 from streamconv.plan import Dest, Plan, Span
 from streamconv.quants.base import Encoding, Findings
 from streamconv.results import Results
 from streamconv.targets.trtllm import expected
+from streamconv.untrusted import parse_json, read_file
 
 _LOWEST_SNR = 0.3
 """dB. Zeros in place of the values give 0, unrelated values less; one scale for a whole SmoothQuant matrix may come near."""
@@ -79,12 +80,12 @@ def verify(
     import xxhash
 
     folder, verdict = Path(out), Verdict()
-    config = _config(folder, verdict)
+    config, config_bytes = _config(folder, verdict)
     world = _world(config, verdict)
     told = manifest.load(folder)
     if told is None:
         verdict.warnings.append(f"no {manifest.NAME}: another tool wrote this; hashes cannot be checked")
-    elif xxhash.xxh3_128((folder / "config.json").read_bytes()).hexdigest() != told.config:
+    elif xxhash.xxh3_128(config_bytes).hexdigest() != told.config:
         verdict.problems.append("config.json: the bytes are not those that were written")
     present = {name for name in os.listdir(folder) if re.fullmatch(r"rank\d+\.safetensors", name)}
     wanted = {f"rank{number}.safetensors" for number in range(world)}
@@ -103,13 +104,13 @@ def verify(
     verdict.warnings += warnings
     _replicas(config, shapes, hashes, verdict)
     if told is not None:
-        for file, tensor in told.hashes:
-            if file in shapes and tensor not in shapes[file]:
-                verdict.problems.append(f"{file}: {printable(tensor)} is missing")
+        for file, held in told.hashes.items():
+            missing = [tensor for tensor in held if file in shapes and tensor not in shapes[file]]
+            verdict.problems += [f"{file}: {printable(tensor)} is missing" for tensor in missing]
     if source is not None and not verdict.problems:
         if told is None:
             raise VerifyError(f"--source needs {manifest.NAME}, which says how the checkpoint was made")
-        _against_source(folder, hub.local_folder(source), told, verdict, progress)
+        _against_source(folder, hub.local_folder(source), told, config_bytes, verdict, progress)
     if with_tensorrt_llm:
         from streamconv.tensorrt_llm_reader import read_ranks
 
@@ -119,23 +120,22 @@ def verify(
     return verdict
 
 
-def _config(folder: Path, verdict: Verdict) -> dict[str, Any]:
+def _config(folder: Path, verdict: Verdict) -> tuple[dict[str, Any], bytes]:
     path = folder / "config.json"
     if not folder.is_dir():
         raise VerifyError(f"{printable(str(folder))} is not a folder")
-    try:
-        config = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise VerifyError(f"{printable(str(path))} is missing: this is no finished checkpoint") from None
-    except (OSError, ValueError) as error:
-        raise VerifyError(f"{printable(str(path))}: {error}") from error
+    if not os.path.lexists(path):
+        raise VerifyError(f"{printable(str(path))} is missing: this is no finished checkpoint")
+    data = read_file(path, MAX_CONFIG, VerifyError)
+    check_counts(data, printable(str(path)), VerifyError)
+    config = parse_json(data, printable(str(path)), VerifyError)
     if not isinstance(config, dict):
         raise VerifyError(f"{printable(str(path))} is not a JSON object")
     verdict.problems += [f"config.json: {key} is missing" for key in _REQUIRED if config.get(key) is None]
     for key in ("quant_mode", "quant_algo", "kv_dtype"):
         if key in config:
             verdict.problems.append(f"config.json: top-level {key} makes the loader fail")
-    return config
+    return config, data
 
 
 def _world(config: dict[str, Any], verdict: Verdict) -> int:
@@ -187,7 +187,7 @@ def _rank_file(
             verdict.tensors += 1
             if told is None:
                 continue
-            wanted = told.hashes.get((path.name, tensor.name))
+            wanted = told.hashes.get(path.name, {}).get(tensor.name)
             if wanted is None:
                 verdict.problems.append(f"{path.name}: {printable(tensor.name)} is not in the manifest")
             elif wanted != found:
@@ -273,7 +273,7 @@ class _Sums:
 
 
 def _against_source(
-    folder: Path, source: Path, told: manifest.Manifest, verdict: Verdict, progress: Callable[[int], None]
+    folder: Path, source: Path, told: manifest.Manifest, config: bytes, verdict: Verdict, progress: Callable[[int], None]
 ) -> None:
     from streamconv.api import open_and_plan
 
@@ -282,7 +282,7 @@ def _against_source(
         if plan.sources != told.sources:
             verdict.problems.append(f"{printable(str(source))} is not the source the manifest names")
             return
-        if plan.config != (folder / "config.json").read_bytes():
+        if plan.config != config:
             verdict.problems.append("config.json is not what this source gives")
         files = [Shard(folder / file.name) for file in plan.files]
         sums: dict[int, _Sums] = {}

@@ -33,6 +33,7 @@ from streamconv.fs import Disk, OutputFolder, check_free, check_place
 from streamconv.journal import Done, Journal
 from streamconv.lock import OutputLock
 from streamconv.plan import Plan
+from streamconv.resume import fits
 
 _LAST = ("config.json", manifest.NAME)
 
@@ -125,7 +126,7 @@ class Writer:
         else:
             self.journal.resume(self._past)
             self.folder.remove_last(_LAST)
-            self.past = self._past.tiles
+            self.past = {span: [done for done in tiles if fits(self.plan, done)] for span, tiles in self._past.tiles.items()}
         files = [(file.name, file.size, file.header) for file in self.plan.files]
         self.folder.create(files, fresh=self._past is None)
         self._created = True

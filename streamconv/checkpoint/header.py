@@ -16,6 +16,7 @@ import re
 import stat
 from dataclasses import dataclass
 from operator import attrgetter
+from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from streamconv.checkpoint.dtypes import DTYPES, DType
@@ -32,6 +33,7 @@ from streamconv.checkpoint.limits import (
 )
 from streamconv.checkpoint.limits import MAX_HEADER as MAX_HEADER
 from streamconv.errors import CheckpointError, HeaderError, printable
+from streamconv.untrusted import open_regular
 
 _LIMIT = 1 << 63
 _FIRST_READ = 1 << 16
@@ -98,7 +100,7 @@ def read_header(source: str | os.PathLike[str] | int, path: str | os.PathLike[st
     try:
         if isinstance(source, int):
             return _read(source, shown)
-        fd = os.open(source, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO must not make us wait
+        fd = open_regular(Path(source))
         try:
             return _read(fd, shown)
         finally:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import heapq
-import json
 import math
 import os
 import stat
@@ -17,12 +16,13 @@ from typing import Any, NamedTuple
 
 from streamconv.checkpoint.dtypes import DType
 from streamconv.checkpoint.limits import MAX_CONFIG as MAX_CONFIG
-from streamconv.checkpoint.limits import MAX_CONTAINERS, MAX_FILES, MAX_TENSORS, MAX_WIDE_JSON
+from streamconv.checkpoint.limits import MAX_FILES, MAX_TENSORS, check_counts
 from streamconv.checkpoint.limits import MAX_WEIGHT_MAP as MAX_WEIGHT_MAP
 from streamconv.checkpoint.meta import PARAMS, Assembled, assemble, is_meta, meta_files
-from streamconv.checkpoint.shard import Shard, open_regular
+from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.torch_zip import TorchTensor, read_torch
 from streamconv.errors import CheckpointError, TensorError, printable
+from streamconv.untrusted import parse_json, read_file
 
 _CONFIG = "config.json"
 _NO_CONFIG = "a checkpoint folder holds config.json beside its weights"
@@ -181,49 +181,12 @@ def read_json(path: Path, limit: int, *, unique: bool = False) -> dict[str, Any]
         TensorError: with unique, a key is there twice.
     """
     shown = printable(str(path))
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        held = dict(pairs)
-        if len(held) != len(pairs):
-            seen: set[str] = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise TensorError(f"{shown} lists {printable(twice)} twice", hint="remove one of the two entries")
-        return held
-
-    fd = open_regular(path)
-    try:
-        size = os.fstat(fd).st_size
-        if size > limit:
-            raise CheckpointError(f"{shown} has {size} bytes; at most {limit} are accepted")
-        with os.fdopen(fd, "rb", closefd=False) as file:
-            raw = file.read(size)
-        _check_counts(raw, shown)
-        text = raw.decode()
-        del raw  # not two copies of a long text while it is parsed
-        value = json.loads(text, object_pairs_hook=once if unique else None)
-    except RecursionError:
-        raise CheckpointError(f"{shown} is nested too deeply") from None
-    except OSError as error:
-        raise CheckpointError(f"cannot read {shown}: {error.strerror}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{shown} is not valid JSON: {printable(str(error))}") from None
-    finally:
-        os.close(fd)
+    raw = read_file(path, limit)
+    check_counts(raw, shown)
+    value = parse_json(raw, shown, twice=TensorError if unique else None)
     if not isinstance(value, dict):
         raise CheckpointError(f"{shown} must hold a JSON object")
     return value
-
-
-def _check_counts(raw: bytes, shown: str) -> None:
-    """Nothing is built from a JSON text that could become many times its size."""
-    told = "above streamconv's own limit of"
-    containers, values = raw.count(b"{") + raw.count(b"["), raw.count(b",")
-    if containers > MAX_CONTAINERS:
-        raise CheckpointError(f"{shown} holds {containers} objects and lists, {told} {MAX_CONTAINERS}")
-    if values > MAX_TENSORS + MAX_CONTAINERS:
-        raise CheckpointError(f"{shown} holds {values} values, {told} {MAX_TENSORS} tensors")
-    if len(raw) > MAX_WIDE_JSON and not raw.isascii():
-        raise CheckpointError(f"{shown} has {len(raw)} bytes, {told} {MAX_WIDE_JSON} for a file that is not plain ASCII")
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from streamconv.errors import CheckpointError, printable
+from streamconv.untrusted import shown_value
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,8 @@ _FACTORS = (
 # those that are calculated with, and in which range
 _NEVER_NULL = {"rotary_pct": (0.0, 1.0), "attention_multiplier": (0.0, 1e30), "logits_scaling": (1e-30, 1e30)}
 
+_LLAMA3 = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
 # class defaults of transformers that files may rely on (§2.8); dimensions are never guessed
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "": {"rms_norm_eps": 1e-06, "rope_theta": 10000.0, "hidden_act": "silu", "max_position_embeddings": 2048},
@@ -100,15 +103,6 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "ExaoneForCausalLM": {"rms_norm_eps": 1e-05},
 }
-
-
-def _shown(value: Any) -> str:
-    """A value for a message; of large or nested lists and objects only the kind, for they can be of any size and depth."""
-    if isinstance(value, dict | list):
-        held = value.values() if isinstance(value, dict) else value
-        if len(value) > 4 or any(isinstance(item, dict | list) for item in held):
-            return "an object" if isinstance(value, dict) else "a list"
-    return printable(repr(value), 40)
 
 
 def from_hf(config: Mapping[str, Any]) -> ModelConfig:
@@ -144,7 +138,7 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
             problems.append(f"{key} is missing")
             return 1
         if type(value) is not int or not 0 < value < 1 << 40:
-            problems.append(f"{key} is {_shown(value)}, not a positive whole number")
+            problems.append(f"{key} is {shown_value(value)}, not a positive whole number")
             return 1
         return value
 
@@ -152,7 +146,7 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
         value = raw.get(key)
         value = defaults.get(key, fallback) if value is None else value
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= sys.float_info.max:
-            problems.append(f"{key} is {_shown(value)}, not a number")
+            problems.append(f"{key} is {shown_value(value)}, not a number")
             return fallback
         return value
 
@@ -162,14 +156,14 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     def switch(key: str) -> bool | None:
         value = raw.get(key)
         if value is not None and not isinstance(value, bool):
-            problems.append(f"{key} is {_shown(value)}, not true or false")
+            problems.append(f"{key} is {shown_value(value)}, not true or false")
             return None
         return value
 
     def text(key: str) -> str | None:
         value = raw[key] if key in raw else defaults.get(key)
         if value is not None and not isinstance(value, str):
-            problems.append(f"{key} is {_shown(value)}, not a name")
+            problems.append(f"{key} is {shown_value(value)}, not a name")
             return None
         return value
 
@@ -196,7 +190,7 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
             factor = number(key, 1.0) if raw[key] is not None else -1.0
             least, most = _NEVER_NULL.get(key, (0.0, 1e30))
             if not least <= factor <= most:
-                problems.append(f"{key} is {_shown(raw[key])}, not a number from {least:g} to {most:g}")
+                problems.append(f"{key} is {shown_value(raw[key])}, not a number from {least:g} to {most:g}")
     if problems:
         raise CheckpointError("config.json: " + "; ".join(problems))
     return ModelConfig(
@@ -240,14 +234,29 @@ def _rope(raw: dict[str, Any], problems: list[str], number: Any) -> tuple[float,
     if scaling is None or scaling == {}:
         return theta, None
     if not isinstance(scaling, dict):
-        problems.append(f"rope_scaling is {_shown(scaling)}, not an object")
+        problems.append(f"rope_scaling is {shown_value(scaling)}, not an object")
         return theta, None
     if scaling.get("type", scaling.get("rope_type")) == "default":
         return theta, None
     scaling = dict(scaling)
+    problems += _rope_problems(scaling)
     if "type" in scaling:
         scaling["rope_type"] = scaling["type"]  # transformers adds it while loading
     return theta, scaling
+
+
+def _rope_problems(scaling: Mapping[str, Any]) -> list[str]:
+    """Factors that are calculated with and are no numbers, or would be divided by."""
+    kind, problems = scaling.get("type", scaling.get("rope_type")), []
+    if not isinstance(kind, str | None):
+        problems.append(f"rope_scaling.type is {shown_value(kind)}, not a name")
+    for key in ("factor", *(_LLAMA3 if kind == "llama3" else ())):
+        value = scaling.get(key, 1.0)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 1e-30 <= value <= 1e30:
+            problems.append(f"rope_scaling.{key} is {shown_value(value)}, not a positive number")
+    if not problems and kind == "llama3" and scaling.get("low_freq_factor", 1.0) >= scaling.get("high_freq_factor", 4.0):
+        problems.append("rope_scaling.low_freq_factor is not below high_freq_factor")
+    return problems
 
 
 def from_meta(params: Mapping[str, Any], vocab_rows: int | None = None) -> ModelConfig:
@@ -276,9 +285,12 @@ def from_meta(params: Mapping[str, Any], vocab_rows: int | None = None) -> Model
     theta, stated = params.get("rope_theta", 10000), params.get("rope_scaling")
     for key, value in (("norm_eps", eps), ("rope_theta", theta)):
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= sys.float_info.max:
-            raise CheckpointError(f"params.json: {key} is {_shown(value)}, not a number")
+            raise CheckpointError(f"params.json: {key} is {shown_value(value)}, not a number")
     if stated is not None and not isinstance(stated, dict):
-        raise CheckpointError(f"params.json: rope_scaling is {_shown(stated)}, not an object")
+        raise CheckpointError(f"params.json: rope_scaling is {shown_value(stated)}, not an object")
+    problems = _rope_problems(stated or {})
+    if problems:
+        raise CheckpointError("params.json: " + "; ".join(problems))
     scaling = {"type": "llama3"} if params.get("use_scaled_rope") else stated
     return ModelConfig(
         architecture="LlamaForCausalLM",

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from streamconv.checkpoint.index import read_json
+from streamconv.errors import CheckpointError
+from streamconv.untrusted import shown_value
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,7 @@ def source_quantization(config: Mapping[str, Any], root: Path) -> SourceQuantiza
         root: the source, a folder or a file in it.
 
     Raises:
-        CheckpointError: a file is not a JSON object.
+        CheckpointError: a file is not a JSON object, or states a bound that is no number.
     """
     folder = root if root.is_dir() else root.parent
     stated = config.get("quantization_config")
@@ -74,7 +77,7 @@ def _facts(method: str, stated: Mapping[str, Any], name: str) -> SourceQuantizat
         group_size=_int(stated.get("group_size", stated.get("q_group_size"))),
         format=str(form).lower() if form is not None else None,
         act_order=bool(stated.get("desc_act", False)),
-        activation_bound=float(bound) if isinstance(bound, (int, float)) else None,
+        activation_bound=_bound(bound, name),
         stated_in=name,
     )
 
@@ -89,6 +92,14 @@ def _modelopt(stated: Mapping[str, Any], name: str) -> SourceQuantization:
         group_size=_int(inner.get("group_size")),
         stated_in=name,
     )
+
+
+def _bound(value: object, name: str) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
+        raise CheckpointError(f"{name}: activation_scale_ub is {shown_value(value)}, not a positive number")
+    return float(value)
 
 
 def _int(value: object) -> int | None:

@@ -8,9 +8,7 @@ at several times the speed of a disk, and works the same on network file systems
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
-import stat
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +16,8 @@ from types import TracebackType
 from typing import NamedTuple
 
 from streamconv.checkpoint.header import Header, read_header
-from streamconv.errors import CheckpointError, SourceChangedError, printable
+from streamconv.errors import SourceChangedError, printable
+from streamconv.untrusted import open_regular
 
 _ROWS_PER_CALL = 256  # two vectors a row stay below IOV_MAX, which is 1024 on Linux
 _SAMPLE = 16
@@ -32,34 +31,6 @@ class Identity(NamedTuple):
     mtime_ns: int
     inode: int
     device: int
-
-
-def open_regular(path: Path) -> int:
-    """A descriptor of a regular file, for reading.
-
-    Raises:
-        CheckpointError: missing, not permitted, or no regular file. Never waits, not even for a FIFO.
-    """
-    shown = printable(str(path))
-    try:
-        # A device is not even opened: that alone may have effects. O_NONBLOCK covers a swap in between.
-        mode = os.stat(path).st_mode
-        if stat.S_ISREG(mode):
-            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            mode = os.fstat(fd).st_mode
-            if stat.S_ISREG(mode):
-                return fd
-            os.close(fd)
-    except FileNotFoundError:
-        raise CheckpointError(f"missing file {shown}", hint="is the download complete?") from None
-    except (OSError, ValueError) as error:
-        hint = None
-        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-            hint = "raise the limit of open files (ulimit -n)"
-        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
-        raise CheckpointError(f"cannot open {shown}: {reason}", hint=hint) from None
-    kinds = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
-    raise CheckpointError(f"{shown} is {kinds.get(stat.S_IFMT(mode), 'a device')}, not a regular file")
 
 
 class Shard:

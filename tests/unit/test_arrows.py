@@ -13,7 +13,7 @@ import streamconv
 
 ROOT = Path(streamconv.__file__).parent
 LEVELS = (
-    ("errors", "options", "memory"),
+    ("errors", "options", "memory", "untrusted"),
     ("checkpoint",),
     ("quants", "families", "matching", "kernels", "fs", "ranges"),
     ("plan",),
