@@ -316,7 +316,7 @@ def _convert(
     return Report(
         out=str(out),
         files=len(plan.files),
-        tensors=sum(len(file.tensors) for file in plan.files),
+        tensors=sum(file.tensors for file in plan.files),
         bytes_read=outcome.bytes_read,
         bytes_written=plan.bytes_written,
         seconds=clock() - began,

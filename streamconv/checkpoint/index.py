@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import difflib
 import heapq
-import math
 import os
 import stat
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 from streamconv.checkpoint.dtypes import DType
 from streamconv.checkpoint.limits import MAX_CONFIG as MAX_CONFIG
@@ -20,6 +19,7 @@ from streamconv.checkpoint.limits import MAX_FILES, MAX_TENSORS, check_counts
 from streamconv.checkpoint.limits import MAX_WEIGHT_MAP as MAX_WEIGHT_MAP
 from streamconv.checkpoint.meta import PARAMS, Assembled, assemble, is_meta, meta_files
 from streamconv.checkpoint.shard import Shard
+from streamconv.checkpoint.tensor_table import TensorTable
 from streamconv.checkpoint.torch_zip import TorchTensor, read_torch
 from streamconv.errors import CheckpointError, TensorError, printable
 from streamconv.untrusted import parse_json, read_file
@@ -29,17 +29,6 @@ _NO_CONFIG = "a checkpoint folder holds config.json beside its weights"
 WEIGHT_MAP = "model.safetensors.index.json"
 TORCH_WEIGHT_MAP = "pytorch_model.bin.index.json"
 _TORCH = (".bin", ".pth", ".pt")
-
-
-class TensorRecord(NamedTuple):
-    """One tensor of the source; begin is an offset in the file of shard number `shard`."""
-
-    name: str
-    dtype: DType
-    shape: tuple[int, ...]
-    shard: int
-    begin: int
-    nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +49,7 @@ class Index:
     root: Path
     config: dict[str, Any]
     shards: tuple[Shard, ...]
-    tensors: dict[str, TensorRecord]
+    tensors: TensorTable
     digests: dict[int, str] = field(default_factory=dict)
     assembled: dict[str, Assembled] | None = None
     unused: tuple[str, ...] = ()
@@ -162,11 +151,10 @@ def _open_meta(folder: Path) -> Index:
         for shard in shards:
             shard.close()
         raise
-    tensors = {}
+    tensors = TensorTable()
     for name, whole in assembled.items():
         first = whole.blocks[0]
-        nbytes = whole.dtype.itemsize * math.prod(whole.shape)
-        tensors[name] = TensorRecord(name, whole.dtype, whole.shape, first.shard, first.begin, nbytes)
+        tensors.add(name, whole.dtype, whole.shape, first.shard, first.begin)
     return Index(folder, params, shards, tensors, digests, assembled)
 
 
@@ -225,7 +213,8 @@ def read_weight_map(path: Path, present: Collection[str] | None = None) -> dict[
             _check_inside(folder, name, shown)
         elif name not in present:
             raise CheckpointError(f"missing file {printable(name)}, named in {shown}", hint="is the upload complete?")
-    return listed
+    shared = {name: name for name in files}
+    return {tensor: shared[file] for tensor, file in listed.items()}  # one string for each file, not for each tensor
 
 
 def _check_plain(name: str, index: str) -> None:
@@ -279,38 +268,34 @@ def weight_files(present: Iterable[str]) -> list[str]:
 
 def read_tensors(
     shards: Sequence[Shard], weight_map: dict[str, str] | None, digests: dict[int, str]
-) -> dict[str, TensorRecord]:
-    """What the headers of the files say, checked against the index file if there is one."""
-    found: dict[str, TensorRecord] = {}
+) -> TensorTable:
+    """What the headers of the files say, checked against the index file if there is one, whose names are taken out of `weight_map`."""
+    found = TensorTable()
     if len(shards) > MAX_FILES:
         raise CheckpointError(f"the checkpoint has {len(shards)} weight files, above streamconv's own limit of {MAX_FILES}")
     for number, shard in enumerate(shards):
         file = shard.path.name
-        for name, dtype, shape, begin, nbytes in _held(shard, number, digests):
-            if weight_map is not None and weight_map.get(name) != file:
-                other = weight_map.get(name)
-                where = (
-                    f"the index file places it in {printable(other)}" if other else "the index file does not list it"
-                )
+        for name, dtype, shape, begin in _held(shard, number, digests):
+            other = weight_map.pop(name, None) if weight_map is not None else file  # the name is kept once
+            if other != file and name not in found:
+                where = f"the index file places it in {printable(other)}" if other else "the index file does not list it"
                 raise TensorError(f"tensor {printable(name)} is in {printable(file)}, but {where}")
             if name in found:
                 first = shards[found[name].shard].path.name
                 raise TensorError(f"tensor {printable(name)} is in two files, {printable(first)} and {printable(file)}")
-            found[name] = TensorRecord(name, dtype, shape, number, begin, nbytes)
+            found.add(name, dtype, shape, number, begin)
         if len(found) > MAX_TENSORS:
             raise CheckpointError(f"the checkpoint has over {MAX_TENSORS} tensors, which is streamconv's own limit")
-    if weight_map is not None and len(found) != len(weight_map):
-        name = next(name for name in weight_map if name not in found)
-        file = weight_map[name]
+    for name, file in (weight_map or {}).items():
         raise TensorError(f"tensor {printable(name)} is not in {printable(file)}, where the index file places it")
     return found
 
 
-def _held(shard: Shard, number: int, digests: dict[int, str]) -> list[TorchTensor]:
-    """The tensors of one file, whatever its format."""
+def _held(shard: Shard, number: int, digests: dict[int, str]) -> Iterator[tuple[str, DType, tuple[int, ...], int]]:
+    """Name, dtype, shape and place of the tensors of one file, whatever its format."""
     if shard.path.suffix in _TORCH:
         content = read_torch(shard)
         digests[number] = content.digest
-        return list(content.tensors.values())
-    header = shard.header()
-    return [TorchTensor(t.name, t.dtype, t.shape, t.begin, t.end - t.begin) for t in header.tensors.values()]
+        yield from ((name, dtype, shape, begin) for name, dtype, shape, begin, _ in content.tensors.values())
+        return
+    yield from ((name, dtype, shape, begin) for name, dtype, shape, begin, _ in shard.header().tensors.values())

@@ -22,7 +22,7 @@ def content(plan: Plan, shares: Shares, costs: list[TileCost], out: str | None) 
         "dtype": plan.dtype.torch,
         "options": plan.options.to_json(),
         "fingerprint": plan.fingerprint(),
-        "files": [{"name": f.name, "size": f.size, "tensors": len(f.tensors)} for f in plan.files]
+        "files": [{"name": f.name, "size": f.size, "tensors": f.tensors} for f in plan.files]
         + [{"name": "config.json", "size": len(plan.config), "tensors": 0}],
         "stored_as": dict(plan.decisions),
         "bytes_to_read": plan.bytes_read,

@@ -16,7 +16,7 @@ LEVELS = (
     ("errors", "options", "memory", "untrusted"),
     ("checkpoint",),
     ("quants", "families", "matching", "kernels", "fs", "ranges"),
-    ("plan",),
+    ("plan", "tables"),
     ("stages", "targets", "lock", "journal", "order", "resume", "results"),
     ("budget", "device", "manifest", "writer", "config_only", "tensorrt_llm_reader"),
     ("pool", "recipe", "hub", "calibrate"),

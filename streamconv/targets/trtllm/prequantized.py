@@ -7,7 +7,7 @@ follow afterwards: wherever rows and columns of a weight went, the scales of tho
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 
 from streamconv.checkpoint.dtypes import BF16, F8_E4M3, F16, F32, I8, I32, U8, DType
@@ -18,6 +18,7 @@ from streamconv.plan import PackedTensor, Piece, SourceTensor
 from streamconv.quants.gptq import GroupScales
 from streamconv.quants.plain import Plain
 from streamconv.targets.trtllm.builder import Builder, Fed
+from streamconv.targets.trtllm.source_tensors import Changed
 
 _SCALES = (F16, BF16, F32)
 _PREQUANT = (".pre_quant_scale", ".input_quantizer._pre_quant_scale")
@@ -51,7 +52,7 @@ class Stored:
         problems: what does not fit together, one line each.
     """
 
-    tensors: dict[str, SourceTensor]
+    tensors: MutableMapping[str, SourceTensor]
     scales: dict[str, Scales] = field(default_factory=dict)
     v1: bool = True
     problems: list[str] = field(default_factory=list)
@@ -77,12 +78,13 @@ def assemble(tensors: Mapping[str, SourceTensor], stated: SourceQuantization | N
         bits: 4 or 8, bits of a weight where the source states none.
         shards: for g_idx, the only content that is read.
     """
-    stored = Stored(dict(tensors), v1=stated is None or stated.format != "gptq_v2")
+    stored = Stored(Changed(tensors), v1=stated is None or stated.format != "gptq_v2")
     for name in tensors:
         if name.endswith(".qweight"):
             _grouped(stored, name, stated, bits, shards)
-    for name, tensor in tensors.items():
+    for name in tensors:
         if name.endswith(".weight") and name[:-7] + ".weight_scale" in tensors:
+            tensor = tensors[name]
             if tensor.dtype == F8_E4M3:
                 _fbgemm(stored, name)
             elif tensor.dtype in (U8, I8):
