@@ -99,12 +99,11 @@ def costs_of(plan: Plan, on_device: bool = False) -> list[TileCost]:
     """Tile cost of every span of a plan; equal spans are worked out once."""
     known: dict[object, TileCost] = {}
     costs = []
-    for span in plan.spans:
-        encodings = tuple((dest.cols, plan.matrices[dest.matrix].encoding) for dest in span.dests)
-        key = (span.source.dtype, span.source.cols, span.op, span.align, type(span.reduce), encodings)
-        if key not in known:
-            known[key] = budget.tile_cost(span, plan.matrices, on_device)
-        costs.append(known[key])
+    for number in range(len(plan.spans)):
+        kind = plan.spans.kind(number, plan.matrices.encoding_number)
+        if kind not in known:
+            known[kind] = budget.tile_cost(plan.spans[number], plan.matrices, on_device)
+        costs.append(known[kind])
     return costs
 
 
@@ -112,8 +111,8 @@ def dearest(plan: Plan, costs: list[TileCost]) -> dict[str, TileCost]:
     """The span that needs the largest smallest tile, by source name."""
     if not costs:
         return {}
-    span, cost = max(zip(plan.spans, costs, strict=True), key=lambda pair: pair[1].smallest())
-    return {span.source.name: cost}
+    number = max(range(len(costs)), key=lambda at: costs[at].smallest())
+    return {plan.spans[number].source.name: costs[number]}
 
 
 def output_problem(index: Index, plan: Plan, out: str | Path) -> str | None:
@@ -174,7 +173,8 @@ def load_kernels(plan: Plan) -> None:
     from streamconv.stages.encode import encode, is_copy, requests, row_costs
 
     seen = set[object]()
-    for span in plan.spans:
+    kinds = {plan.spans.kind(number, plan.matrices.encoding_number): number for number in range(len(plan.spans))}
+    for span in map(plan.spans.__getitem__, sorted(kinds.values())):
         reduce = span.reduce.kernel(span.source.dtype) if span.reduce is not None else None
         if reduce is not None and (type(span.reduce), span.source.dtype) not in seen:
             seen.add((type(span.reduce), span.source.dtype))
@@ -272,7 +272,7 @@ def _convert(
             best = budget.BEST_ARENA
             if backends and workers:
                 least = max((cost.smallest() for cost in costs), default=0)
-                best = device.arena(sum(span.nbytes for span in plan.spans), workers, least)
+                best = device.arena(plan.bytes_read, workers, least)
             shares = budget.share(resources.memory_budget, workers, base, dearest(plan, costs), best)
             if backends:
                 shares, rings = _share_devices(backends, plan, shares, resources, costs)
@@ -303,7 +303,7 @@ def _convert(
             for shard in index.shards:
                 shard.check_unchanged()
             watcher.stage("syncing")
-            writer.publish(outcome.hashes)
+            writer.publish(pool.hashes)
             workers_spent = {phase: seconds / shares.workers for phase, seconds in outcome.seconds.items()}
             profile = {"load": loaded - began, "create": started - loaded, **workers_spent}
             profile |= {"tiles": tiled - started, "sync": clock() - tiled}

@@ -8,6 +8,7 @@ to write. A tile is never larger than its worker's arena.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from streamconv.errors import BudgetError, UsageError, printable
@@ -28,8 +29,9 @@ MAX_WORKERS = 1024
 
 @dataclass(frozen=True, slots=True)
 class TileCost:
-    """Memory of a tile of a span: `fixed` plus `per_row` for each source row; tiles hold a multiple of `align` rows."""
+    """Memory of a tile of a span: `fixed` plus `per_row` for each source row, `source` of it as read; tiles hold a multiple of `align` rows."""
 
+    source: int
     per_row: int
     align: int
     kernel: bool
@@ -45,7 +47,7 @@ class TileCost:
         return rows if cap is None else max(self.align, min(rows, cap // self.align * self.align))
 
 
-def tile_cost(span: Span, matrices: tuple[Matrix, ...], on_device: bool = False) -> TileCost:
+def tile_cost(span: Span, matrices: Sequence[Matrix], on_device: bool = False) -> TileCost:
     """What one source row of a span costs in host memory from read to write; a device has its own working memory."""
     out = work = fixed = 0
     kernel = torch = False
@@ -60,7 +62,7 @@ def tile_cost(span: Span, matrices: tuple[Matrix, ...], on_device: bool = False)
         kernel = span.reduce.kernel(span.source.dtype) is not None
         work, torch = 0 if kernel else span.source.cols * span.reduce.bytes_per_element, not kernel
         fixed = span.source.cols * span.reduce.bytes_per_column
-    return TileCost(span.row_bytes + spare_bytes_per_row(span) + out + work, span.align, kernel, torch, fixed)
+    return TileCost(span.row_bytes, span.row_bytes + spare_bytes_per_row(span) + out + work, span.align, kernel, torch, fixed)
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,7 +43,7 @@ def write_config(out: str | Path, data: bytes, *, source: Path | None = None, fo
                 hint="run its command again to finish it, or give it up with --force",
             )
         folder.create([], fresh=True)
-        folder.complete([(NAME, data)])
+        folder.complete([(NAME, [data])])
         folder.publish()
         folder.remove_old()
     except BaseException:

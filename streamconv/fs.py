@@ -22,7 +22,7 @@ import os
 import re
 import stat
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from streamconv.errors import OutputError, printable
@@ -304,15 +304,18 @@ class OutputFolder:
             with explained(self.work / name, "remove"), contextlib.suppress(FileNotFoundError):
                 self.disk.unlink(self.work / name)
 
-    def complete(self, last: list[tuple[str, bytes]]) -> None:
-        """Sync everything, then write and sync `last` (the manifest and config.json)."""
+    def complete(self, last: Sequence[tuple[str, Iterable[bytes]]]) -> None:
+        """Sync everything, then write and sync `last` (the manifest and config.json), each in pieces."""
         for name, fd in self._fds.items():
             with explained(self.work / name, "sync"):
                 self.disk.sync(fd)
-        for name, data in last:
+        for name, pieces in last:
             with explained(self.work / name, "write"):
                 fd = self._fds[name] = self.disk.open(self.work / name, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-                write_all(self.disk, fd, data, 0)
+                at = 0
+                for piece in pieces:
+                    write_all(self.disk, fd, piece, at)
+                    at += len(piece)
                 self.disk.sync(fd)
         with explained(self.work, "sync"):
             sync_folder(self.disk, self.work)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from streamconv.families.base import Family
@@ -10,15 +11,13 @@ Key = tuple[str, int, int]
 """(role, layer, expert); -1 where the role has none."""
 
 
+_NUMBER = re.compile(r"(?<![^.])(?:0|[1-9][0-9]{0,8})(?![^.])")
+
+
 def _split(name: str) -> tuple[str, tuple[int, ...]]:
     """ "a.3.b" -> ("a.#.b", (3,)); only plain decimal components count as numbers."""
-    numbers: list[int] = []
-    parts = name.split(".")
-    for i, part in enumerate(parts):
-        if part.isdecimal() and part.isascii() and (part == "0" or part[0] != "0") and len(part) < 10:
-            numbers.append(int(part))
-            parts[i] = "#"
-    return ".".join(parts), tuple(numbers)
+    numbers = _NUMBER.findall(name)
+    return _NUMBER.sub("#", name) if numbers else name, tuple(map(int, numbers))
 
 
 def match(family: Family, names: Iterable[str], prefixes: tuple[str, ...] = ("",)) -> tuple[dict[Key, str], list[str]]:

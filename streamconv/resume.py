@@ -55,7 +55,7 @@ def believe(plan: Plan, done: Done, folder: OutputFolder, order: Order, buffer: 
                     return False
     for dest in (dest for dests in groups for dest in dests):
         order.wait(dest.matrix, dest.row + skipped)
-        for part, digest in enumerate(order.digests[dest.matrix]):
+        for part, digest in enumerate(order.digests(dest.matrix)):
             _reread(plan, folder, dest, part, dest.row + skipped, rows, buffer, digest.update)
         order.passed(dest.matrix, dest.row + skipped, rows)
     return True

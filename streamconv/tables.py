@@ -133,10 +133,8 @@ class SpanTable(Table[Span]):
     def __init__(self, sources: Sources) -> None:
         super().__init__()
         self.sources, self.reductions, self.nbytes = sources, array("I"), 0
-        self._source, self._start, self._stop = array("I"), array("Q"), array("Q")
-        self._op, self._align, self._reduce = array("H"), array("Q"), array("i")
-        self._first = array("I", [0])
-        self._matrix, self._row, self._cols = array("I"), array("Q"), array("I")
+        self._short, self._long = array("I"), array("Q")  # source, op, reduction + 1, first destination; start, stop, align
+        self._dests, self._row = array("I"), array("Q")  # matrix, cols
         self._ops, self._spreads = Pool[RowOp](), Pool[Cols]()
         self._reductions: list[Reduction] = []
 
@@ -151,20 +149,19 @@ class SpanTable(Table[Span]):
             self.reductions.append(len(self))
             self._reductions.append(reduce)
         self.nbytes += (stop - start) * self.sources.stored_row_bytes(source)
-        self._source.append(source)
-        self._start.append(start)
-        self._stop.append(stop)
-        self._op.append(self._ops.number(op))
-        self._align.append(align)
-        self._reduce.append(-1 if reduce is None else len(self._reductions) - 1)
-        self._first.append(len(self._matrix))
+        reduction = 0 if reduce is None else len(self._reductions)
+        self._short.extend((source, self._ops.number(op), reduction, len(self._row)))
+        self._long.extend((start, stop, align))
 
     def add_dest(self, matrix: int, row: int, cols: Cols) -> None:
         """Another matrix that takes the rows of the last span."""
-        self._matrix.append(matrix)
+        self._dests.extend((matrix, self._spreads.number(cols)))
         self._row.append(row)
-        self._cols.append(self._spreads.number(cols))
-        self._first[-1] += 1
+
+    def _of(self, number: int) -> range:
+        """Where the destinations of a span are."""
+        after = 4 * number + 7
+        return range(self._short[4 * number + 3], self._short[after] if after < len(self._short) else len(self._row))
 
     def kind(self, number: int, encoding: Callable[[int], int]) -> Hashable:
         """Spans of one kind cost the same.
@@ -172,38 +169,37 @@ class SpanTable(Table[Span]):
         Args:
             encoding: number of a matrix's encoding.
         """
-        first, end = self._first[number : number + 2]
-        reduce = None if self._reduce[number] < 0 else type(self._reductions[self._reduce[number]])
-        wanted = tuple((self._cols[at], encoding(self._matrix[at])) for at in range(first, end))
-        source = self.sources.kind(self._source[number])
-        return (source, self._op[number], self._align[number], reduce, wanted)
+        source, op, reduction = self._short[4 * number : 4 * number + 3]
+        reduce = type(self._reductions[reduction - 1]) if reduction else None
+        wanted = tuple([(self._dests[2 * at + 1], encoding(self._dests[2 * at])) for at in self._of(number)])
+        return (self.sources.kind(source), op, self._long[3 * number + 2], reduce, wanted)
 
-    def rows(self, number: int) -> int:
-        """Source rows of a span."""
-        return self._stop[number] - self._start[number]
+    def reducing(self) -> Iterator[Span]:
+        """The spans that reduce."""
+        return map(self._make, self.reductions)
 
     def in_row_order(self) -> bool:
         """Every matrix gets its rows one below the other."""
-        next_row = array("Q", bytes(8 * (max(self._matrix, default=-1) + 1)))
+        following = array("Q", bytes(8 * (max(self._dests[::2], default=-1) + 1)))
         for number in range(len(self)):
-            before = -1
-            for at in range(self._first[number], self._first[number + 1]):
-                matrix, row = self._matrix[at], self._row[at]
-                if row < next_row[matrix] or matrix == before:
+            seen = -1
+            for at in self._of(number):
+                matrix, row = self._dests[2 * at], self._row[at]
+                if row < following[matrix] or matrix == seen:
                     return False
-                before, next_row[matrix] = matrix, row + 1
+                seen, following[matrix] = matrix, row + 1
         return True
 
     def __len__(self) -> int:
-        return len(self._source)
+        return len(self._short) // 4
 
     def _make(self, number: int) -> Span:
-        first, end = self._first[number : number + 2]
-        dests = tuple([Dest(self._matrix[at], self._row[at], self._spreads.values[self._cols[at]]) for at in range(first, end)])
-        op, reduce = self._ops.values[self._op[number]], self._reduce[number]
-        source = self.sources[self._source[number]]
-        reduction = None if reduce < 0 else self._reductions[reduce]
-        return Span(source, self._start[number], self._stop[number], op, dests, self._align[number], reduction)
+        source, op, reduction = self._short[4 * number : 4 * number + 3]
+        start, stop, align = self._long[3 * number : 3 * number + 3]
+        spreads = self._spreads.values
+        dests = tuple([Dest(self._dests[2 * at], self._row[at], spreads[self._dests[2 * at + 1]]) for at in self._of(number)])
+        reduce = self._reductions[reduction - 1] if reduction else None
+        return Span(self.sources[source], start, stop, self._ops.values[op], dests, align, reduce)
 
 
 class MatrixTable(Table[Matrix]):

@@ -73,7 +73,9 @@ def read_file(path: Path, limit: int, error: type[StreamconvError] = CheckpointE
         os.close(fd)
 
 
-def parse_json(data: bytes, shown: str, error: type[StreamconvError] = CheckpointError, *, twice: type[StreamconvError] | None = None) -> Any:
+def parse_json(
+    data: bytes, shown: str, error: type[StreamconvError] = CheckpointError, *, twice: type[StreamconvError] | None = None
+) -> Any:
     """What a JSON text holds. Bound its size, and `count` what it holds, before.
 
     Args:
@@ -125,9 +127,8 @@ def _held(value: dict[Any, Any] | list[Any]) -> Iterable[Any]:
 
 def shown_value(value: object) -> str:
     """A value for a message; of large or nested lists and objects only the kind, for they can be of any size and depth."""
-    if isinstance(value, dict | list):
-        if len(value) > 4 or any(isinstance(item, dict | list) for item in _held(value)):
-            return "an object" if isinstance(value, dict) else "a list"
+    if isinstance(value, dict | list) and (len(value) > 4 or any(isinstance(item, dict | list) for item in _held(value))):
+        return "an object" if isinstance(value, dict) else "a list"
     try:
         return printable(repr(value), 60)
     except ValueError:  # Python spells no integer of more than 4300 digits

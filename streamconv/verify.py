@@ -286,7 +286,7 @@ def _against_source(
             verdict.problems.append("config.json is not what this source gives")
         files = [Shard(folder / file.name) for file in plan.files]
         sums: dict[int, _Sums] = {}
-        results = Results(plan.spans)
+        results = Results(plan.spans.reducing())
         try:
             for span in plan.spans:
                 _compare(plan, span, index.shards, files, sums, results, progress)

@@ -32,6 +32,7 @@ from streamconv.errors import (
 from streamconv.fs import Disk, OutputFolder, check_free, check_place
 from streamconv.journal import Done, Journal
 from streamconv.lock import OutputLock
+from streamconv.order import Hashes
 from streamconv.plan import Plan
 from streamconv.resume import fits
 
@@ -96,8 +97,7 @@ class Writer:
         self._run = journal.identity(self.plan, self.shards)
         if self._past is not None and self._past.ready and not self.folder.work.is_dir():
             with contextlib.suppress(VerifyError):
-                told = manifest.load(self.folder.out)
-                if told is not None and told.fingerprint == self._past.run.get("fingerprint"):
+                if manifest.read_head(self.folder.out / manifest.NAME).fingerprint == self._past.run.get("fingerprint"):
                     self._tidy()
                     self.finished = self._past.run == self._run
                     if self.finished:
@@ -131,9 +131,9 @@ class Writer:
         self.folder.create(files, fresh=self._past is None)
         self._created = True
 
-    def publish(self, hashes: dict[tuple[str, str], str]) -> None:
+    def publish(self, hashes: Hashes) -> None:
         """All tiles are written: sync, write config.json and the manifest, give the folder its name."""
-        last = {"config.json": self.plan.config, manifest.NAME: manifest.build(self.plan, hashes)}
+        last = {"config.json": [self.plan.config], manifest.NAME: manifest.build(self.plan, hashes.of_files())}
         self.folder.complete([(name, last[name]) for name in reversed(_LAST)])
         self.journal.ready()
         self.folder.publish()

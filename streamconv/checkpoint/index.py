@@ -276,12 +276,12 @@ def read_tensors(
     for number, shard in enumerate(shards):
         file = shard.path.name
         for name, dtype, shape, begin in _held(shard, number, digests):
-            other = weight_map.pop(name, None) if weight_map is not None else file  # the name is kept once
-            if other != file and name not in found:
+            first = shards[found[name].shard].path.name if name in found else None
+            other = file if weight_map is None else first or weight_map.pop(name, None)  # taken out: each name is kept once
+            if other != file:
                 where = f"the index file places it in {printable(other)}" if other else "the index file does not list it"
                 raise TensorError(f"tensor {printable(name)} is in {printable(file)}, but {where}")
-            if name in found:
-                first = shards[found[name].shard].path.name
+            if first is not None:
                 raise TensorError(f"tensor {printable(name)} is in two files, {printable(first)} and {printable(file)}")
             found.add(name, dtype, shape, number, begin)
         if len(found) > MAX_TENSORS:

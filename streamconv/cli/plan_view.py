@@ -15,7 +15,7 @@ from streamconv.plan import Plan
 
 def content(plan: Plan, shares: Shares, costs: list[TileCost], out: str | None) -> dict[str, Any]:
     """The plan for programs; sizes in bytes."""
-    tile = max((cost.rows(shares.arena, None) * span.row_bytes for span, cost in zip(plan.spans, costs, strict=True)), default=0)
+    tile = max((cost.rows(shares.arena, None) * cost.source for cost in set(costs)), default=0)
     free = fs.free_space(Path(out or "."))
     return {
         "family": plan.family,

@@ -12,7 +12,7 @@ import struct
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import NamedTuple, cast
 
 from streamconv.checkpoint.dtypes import DType
 from streamconv.checkpoint.header_build import HeaderBuilder
@@ -23,8 +23,7 @@ from streamconv.quants.base import Encoding, Reduction
 from streamconv.tables import Cols, MatrixTable, Pool, Sources, SpanTable, Stored, tensor_name
 
 
-@dataclass(frozen=True, slots=True)
-class _Feed:
+class _Feed(NamedTuple):
     start: int
     stop: int
     op: RowOp
@@ -63,12 +62,11 @@ class _Feeds:
         self.sources = sources
         self.order = array("I")  # sources, in the order of their first feeds
         self._head, self._tail = array("I"), array("I")  # by source
-        self._next, self._matrix = array("I"), array("I")
-        self._start, self._stop, self._row, self._op, self._cols = array("Q"), array("Q"), array("Q"), array("H"), array("I")
+        self._short, self._long = array("I"), array("Q")  # next, matrix, op, cols; start, stop, row
         self._ops, self._spreads = Pool[RowOp](), Pool[Cols]()
 
-    def add(self, source: Source, feed: _Feed) -> None:
-        number, at = self.sources.number(source), len(self._next)
+    def add(self, source: Source, start: int, stop: int, op: RowOp, matrix: int, row: int, cols: Cols) -> None:
+        number, at = self.sources.number(source), len(self._short) // 4
         if number >= len(self._head):
             more = [_END] * (number + 1 + number // 4 - len(self._head))
             self._head.extend(more)
@@ -77,23 +75,19 @@ class _Feeds:
             self._head[number] = at
             self.order.append(number)
         else:
-            self._next[self._tail[number]] = at
+            self._short[4 * self._tail[number]] = at
         self._tail[number] = at
-        self._next.append(_END)
-        self._matrix.append(feed.matrix)
-        self._start.append(feed.start)
-        self._stop.append(feed.stop)
-        self._row.append(feed.row)
-        self._op.append(self._ops.number(feed.op))
-        self._cols.append(self._spreads.number(feed.cols))
+        self._short.extend((_END, matrix, self._ops.number(op), self._spreads.number(cols)))
+        self._long.extend((start, stop, row))
 
     def of(self, source: int) -> Iterator[_Feed]:
         """The feeds of a source, by its number."""
         at = self._head[source] if source < len(self._head) else _END
         while at != _END:
-            op, cols = self._ops.values[self._op[at]], self._spreads.values[self._cols[at]]
-            yield _Feed(self._start[at], self._stop[at], op, self._matrix[at], self._row[at], cols)
-            at = self._next[at]
+            following, matrix, op, cols = self._short[4 * at : 4 * at + 4]
+            start, stop, row = self._long[3 * at : 3 * at + 3]
+            yield _Feed(start, stop, self._ops.values[op], matrix, row, self._spreads.values[cols])
+            at = following
 
 
 class Builder:
@@ -132,7 +126,7 @@ class Builder:
         if source is None or start >= stop:
             return
         row = self._matrices.fill(matrix, op.out_rows(stop - start))
-        self._feeds.add(source, _Feed(start, stop, op, matrix, row, tuple(cols or ((0, source.cols),))))
+        self._feeds.add(source, start, stop, op, matrix, row, tuple(cols or ((0, source.cols),)))
 
     def reduce(self, source: Source | None, reduction: Reduction) -> None:
         """All rows of the source contribute to a reduction, before anything that needs it."""
@@ -210,6 +204,12 @@ class Builder:
 
     def _cut(self, spans: SpanTable, source: int, feeds: list[_Feed]) -> None:
         """The spans of a source, by its number."""
+        if len(feeds) == 1:
+            feed = feeds[0]
+            align = align_of((self._matrices.encoding(feed.matrix).row_align,), feed.op)
+            spans.add(source, feed.start, feed.stop, feed.op, align)
+            spans.add_dest(feed.matrix, feed.row, feed.cols)
+            return
         edges = sorted({feed.start for feed in feeds} | {feed.stop for feed in feeds})
         for start, stop in itertools.pairwise(edges):
             active = [feed for feed in feeds if feed.start <= start and stop <= feed.stop]

@@ -19,6 +19,7 @@ class SourceTensors(Mapping[str, SourceTensor]):
 
     def __init__(self, index: Index) -> None:
         self._table, self._assembled = index.tensors, index.assembled
+        self._last: tuple[int, SourceTensor | None] = -1, None
 
     def place(self, name: str) -> int | None:
         """Number of a tensor, None if there is none of that name."""
@@ -26,6 +27,13 @@ class SourceTensors(Mapping[str, SourceTensor]):
 
     def at(self, place: int) -> SourceTensor:
         """The tensor with a number."""
+        known, made = self._last
+        if known != place or made is None:  # whoever plans asks for a tensor several times in a row
+            made = self._make(place)
+            self._last = place, made
+        return made
+
+    def _make(self, place: int) -> SourceTensor:
         name, dtype, shape, shard, begin, _ = self._table.at(place)
         if self._assembled is not None:
             whole = self._assembled[name]
@@ -83,7 +91,7 @@ class Changed(MutableMapping[str, SourceTensor]):
 
     def __contains__(self, name: object) -> bool:
         if name in self._changes:
-            return self._changes[name] is not None  # type: ignore[index]
+            return self._changes[name] is not None
         return name in self._tensors
 
     def __iter__(self) -> Iterator[str]:
