@@ -80,7 +80,8 @@ def _file_lines(files: Iterable[_File]) -> Iterator[bytes]:
     yield _FILES
     comma = ""
     for name, size, header, tensors in files:
-        yield f'{comma}\n  {json.dumps(name)}: {{\n   "size": {json.dumps(size)},\n   "header": {json.dumps(header)},\n   "tensors": {{'.encode()
+        entry = f'{comma}\n  {json.dumps(name)}: {{\n   "size": {json.dumps(size)},\n   "header": {json.dumps(header)},\n   "tensors": {{'
+        yield entry.encode()
         first = True
         for tensor, digest in tensors:
             yield f"{'' if first else ','}\n    {json.dumps(tensor)}: {json.dumps(digest)}".encode()

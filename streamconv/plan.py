@@ -264,6 +264,7 @@ class Plan:
         config: bytes of config.json.
         warnings: things the user should know, one line each.
         decisions: module suffix -> how it is stored and why, for the plan's table.
+        peak: largest resident set that planning took, 0 if it took no more than what came before it; no part of what is planned.
     """
 
     family: str
@@ -277,6 +278,7 @@ class Plan:
     sources: tuple[SourceFile, ...]
     warnings: tuple[str, ...] = ()
     decisions: Mapping[str, str] = field(default_factory=dict)
+    peak: int = field(default=0, compare=False)
 
     @property
     def bytes_read(self) -> int:
@@ -308,7 +310,8 @@ class Plan:
             digest.update(f"{source.name}\0{source.size}\0{source.header_hash}\n".encode())
         digest.update(self.config)
         for file in self.files:
-            digest.update(file.name.encode() + file.header)
+            digest.update(file.name.encode())
+            digest.update(file.header)
         return digest.hexdigest()
 
 

@@ -16,7 +16,7 @@ from streamconv.quants.base import Encoding, Part, Reduction
 
 _T = TypeVar("_T")
 _H = TypeVar("_H", bound=Hashable)
-_KEPT = 4096
+_KEPT = 512
 """Objects that are kept after they were made: workers ask for the same ones again and again."""
 
 Cols = tuple[tuple[int, int], ...]

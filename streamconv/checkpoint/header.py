@@ -33,10 +33,13 @@ from streamconv.checkpoint.limits import (
 )
 from streamconv.checkpoint.limits import MAX_HEADER as MAX_HEADER
 from streamconv.errors import CheckpointError, HeaderError, printable
+from streamconv.memory import check_room
 from streamconv.untrusted import open_regular
 
 _LIMIT = 1 << 63
 _FIRST_READ = 1 << 16
+_TAKES = 5
+"""Bytes of memory that a byte of a long header takes while it is read."""
 _SPLIT = "split the file into several shards"
 
 _WS = rb"[ \t\n\r]{0,256}"  # bounded, so that a hostile run of blanks fails at once
@@ -117,6 +120,7 @@ def _read(fd: int, path: str) -> Header:
     stop = _data_start(first, status.st_size, path)  # refuses what is no header before the rest is read
     if len(first) >= stop:
         return parse_header(first, status.st_size, path)
+    check_room(_TAKES * stop, f"reading the header of {printable(path)}")
     data, at = bytearray(stop), 0  # read into its place: never two copies of a long header
     while at < stop:
         got = os.preadv(fd, [memoryview(data)[at : at + (1 << 24)]], at)

@@ -15,19 +15,22 @@ from typing import Any
 
 from streamconv.checkpoint.dtypes import DType
 from streamconv.checkpoint.limits import MAX_CONFIG as MAX_CONFIG
-from streamconv.checkpoint.limits import MAX_FILES, MAX_TENSORS, check_counts
+from streamconv.checkpoint.limits import MAX_FILES, MAX_HEADER, MAX_TENSORS, check_counts
 from streamconv.checkpoint.limits import MAX_WEIGHT_MAP as MAX_WEIGHT_MAP
 from streamconv.checkpoint.meta import PARAMS, Assembled, assemble, is_meta, meta_files
 from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.tensor_table import TensorTable
 from streamconv.checkpoint.torch_zip import TorchTensor, read_torch
 from streamconv.errors import CheckpointError, TensorError, printable
-from streamconv.untrusted import parse_json, read_file
+from streamconv.memory import check_room
+from streamconv.untrusted import open_regular, parse_json, read_file
 
 _CONFIG = "config.json"
 _NO_CONFIG = "a checkpoint folder holds config.json beside its weights"
 WEIGHT_MAP = "model.safetensors.index.json"
 TORCH_WEIGHT_MAP = "pytorch_model.bin.index.json"
+_JSON_TAKES = 5
+"""Bytes of memory that a byte of a long index file takes while it is read."""
 _TORCH = (".bin", ".pth", ".pt")
 
 
@@ -158,6 +161,25 @@ def _open_meta(folder: Path) -> Index:
     return Index(folder, params, shards, tensors, digests, assembled)
 
 
+def _size(path: Path) -> int:
+    with contextlib.suppress(OSError):
+        return os.stat(path).st_size
+    return 0
+
+
+def description_size(root: Path) -> int:
+    """Bytes of the index file and of all headers of a folder, as far as they can be read."""
+    total = _size(root / WEIGHT_MAP)
+    for path in root.glob("*.safetensors") if root.is_dir() else [root]:
+        with contextlib.suppress(OSError, CheckpointError):
+            fd = open_regular(path)
+            try:
+                total += min(int.from_bytes(os.pread(fd, 8, 0), "little"), MAX_HEADER)
+            finally:
+                os.close(fd)
+    return total
+
+
 def read_json(path: Path, limit: int, *, unique: bool = False) -> dict[str, Any]:
     """A JSON file that must hold an object.
 
@@ -169,6 +191,7 @@ def read_json(path: Path, limit: int, *, unique: bool = False) -> dict[str, Any]
         TensorError: with unique, a key is there twice.
     """
     shown = printable(str(path))
+    check_room(_JSON_TAKES * _size(path), f"reading {shown}")
     raw = read_file(path, limit)
     check_counts(raw, shown)
     value = parse_json(raw, shown, twice=TensorError if unique else None)

@@ -57,7 +57,9 @@ MAX_JOURNAL = 1 << 30
 MAX_JOURNAL_LINE = 8 << 20
 
 
-def check_counts(raw: bytes, shown: str, error: type[StreamconvError] = CheckpointError, values: int = MAX_TENSORS + MAX_CONTAINERS) -> None:
+def check_counts(
+    raw: bytes, shown: str, error: type[StreamconvError] = CheckpointError, values: int = MAX_TENSORS + MAX_CONTAINERS
+) -> None:
     """Nothing is built from a JSON text that could become many times its size.
 
     Args:

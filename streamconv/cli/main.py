@@ -150,7 +150,7 @@ def plan(
 
     asked = resources(memory_budget, workers, device, device_memory_budget)
     effects.check(click.get_current_context(), model, Options(**values))
-    index, made = api.open_and_plan(model, Options(**values))
+    index, made = api.open_and_plan(model, Options(**values), asked.memory_budget)
     try:
         if write_config:
             given = {"memory_budget": memory_budget, "workers": workers, "device": device, "device_memory_budget": device_memory_budget}

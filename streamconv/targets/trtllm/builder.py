@@ -18,6 +18,7 @@ from streamconv.checkpoint.dtypes import DType
 from streamconv.checkpoint.header_build import HeaderBuilder
 from streamconv.checkpoint.limits import MAX_HEADER, MAX_OUTPUT_TENSORS, MAX_TENSORS
 from streamconv.errors import RefusedError
+from streamconv.memory import check_room
 from streamconv.plan import PLAIN_ROWS, Constant, OutputFile, RowOp, Source, Span, align_of
 from streamconv.quants.base import Encoding, Reduction
 from streamconv.tables import Cols, MatrixTable, Pool, Sources, SpanTable, Stored, tensor_name
@@ -51,6 +52,8 @@ class _Fixed:
     data: bytes
 
 
+_LAYOUT_TAKES = 450
+"""Bytes of memory for each matrix: its names to be sorted, its entry in a header, twice at the end."""
 _END = 0xFFFFFFFF
 """No further feed of a source."""
 
@@ -165,6 +168,7 @@ class Builder:
         Raises:
             RefusedError: a rank file would hold more than a reader takes.
         """
+        check_room(_LAYOUT_TAKES * len(self._matrices), "laying out the rank files")
         self._matrices.complete()
         files, constants = layout(self.files, self._matrices, self._fixed)
         spans = SpanTable(self._sources)
