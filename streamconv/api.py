@@ -86,7 +86,7 @@ def open_and_plan(source: str | Path, options: Options, budget: int | None = Non
         BudgetError: the headers alone do not fit.
     """
     before = memory.peak_resident()
-    with _without_collection(), _bounded(source, options, budget):
+    with without_collection(), _bounded(source, options, budget):
         index = hub.open_source(source)
         try:
             plan = make_plan(index, options)
@@ -111,7 +111,7 @@ def _bounded(source: str | Path, options: Options, budget: int | None) -> Iterat
 
 
 @contextlib.contextmanager
-def _without_collection() -> Iterator[None]:
+def without_collection() -> Iterator[None]:
     """A plan is a million small objects and no cycles: looking for some takes a third of the time."""
     if not gc.isenabled():
         yield

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +39,8 @@ class SourceQuantization:
 
 
 _MOST = 1 << 20
+_LARGEST = 3.4028234e38
+"""Of float32, in which a checkpoint states the bound."""
 
 
 def source_quantization(config: Mapping[str, Any], root: Path) -> SourceQuantization | None:
@@ -97,8 +98,8 @@ def _modelopt(stated: Mapping[str, Any], name: str) -> SourceQuantization:
 def _bound(value: object, name: str) -> float | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
-        raise CheckpointError(f"{name}: activation_scale_ub is {shown_value(value)}, not a positive number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _LARGEST:
+        raise CheckpointError(f"{name}: activation_scale_ub is {shown_value(value)}, not a positive float32")
     return float(value)
 
 

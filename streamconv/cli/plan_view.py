@@ -68,8 +68,8 @@ def show(
     files = [(f["name"], show_size(f["size"]), str(f["tensors"] or "")) for f in told["files"]]
     if len(files) > 20:
         files = [*files[:8], ("...", "", ""), *files[-3:]]
-    print(table(files, ("file", "size", "tensors")) + "\n")
-    print(table(list(plan.decisions.items()), ("module", "stored as")) + "\n")
+    print("\n".join(table(files, ("file", "size", "tensors"))) + "\n")
+    print("\n".join(table(list(plan.decisions.items()), ("module", "stored as"))) + "\n")
     memory, disk = told["memory"], told["disk"]
     passes = f", weights in {plan.passes} passes" if plan.passes > 1 else ""
     print(f"read     {show_size(plan.bytes_read)}{passes}")

@@ -21,7 +21,7 @@ def show(out: str, verdict: Verdict, as_json: bool, quiet: bool) -> None:
             (e.file, e.name, f"{e.largest:.3g}", f"{e.relative:.3g}", "exact" if e.snr_db == float("inf") else f"{e.snr_db:.1f}")
             for e in verdict.errors
         ]
-        print(table(rows, ("file", "tensor", "max error", "relative", "SNR dB")))
+        print("\n".join(table(rows, ("file", "tensor", "max error", "relative", "SNR dB"))))
     for problem in verdict.problems:
         print(f"error: {problem}", file=sys.stderr)
     if not quiet:
