@@ -23,6 +23,8 @@ MARGIN = 24 * MIB
 BEST_ARENA = 4 * MIB
 """More makes a CPU slower: the bytes of a tile then leave the cache between read, encode and write."""
 _ROUNDING = 64 * 1024
+_JITTER = 2
+"""MiB by which the resident set of equal runs differs; what a hint names must work when it is used."""
 MAX_WORKERS = 1024
 """No machine has use for more threads, and a typing error is no reason to start them."""
 
@@ -141,7 +143,7 @@ def share(
         why = f"{where}{show_size(base)} are in use before the first tile" if tiles >= least else f"planning takes {show_size(least)}"
         raise BudgetError(
             f"--memory-budget {show_size(total)} cannot work: {why}",
-            hint=f"the smallest budget that works here is {-(-max(tiles, least) // MIB)}MiB",
+            hint=f"the smallest budget that works here is {-(-max(tiles, least) // MIB) + _JITTER}MiB",
         )
     room = total - base - margin
     wanted = workers if workers is not None else min(8, 2 * processors())
