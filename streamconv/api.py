@@ -29,6 +29,8 @@ _LOADS = {"numpy": 30 * memory.MIB, "numba": 166 * memory.MIB, "torch": 300 * me
 """Bytes that loading a library takes, compiled kernels and what comes with it included (measured, rounded up); a run measures its own."""
 _LITTLE = 64 * memory.MIB
 """Bytes that planning may take whatever the budget is; Python and the headers of nearly every model take less together."""
+_UNSEEN = 16 * memory.MIB
+"""What planning may take without being counted apart: tiles have more beside them."""
 SPARE = 8 * memory.MIB
 """How much a run may differ from what was foreseen and still keep within the budget that a plan accepted."""
 
@@ -94,7 +96,7 @@ def open_and_plan(source: str | Path, options: Options, budget: int | None = Non
             index.close()
             raise
     peak = memory.peak_resident()
-    return index, dataclasses.replace(plan, peak=peak if peak > before else 0)
+    return index, dataclasses.replace(plan, peak=peak if peak - before > _UNSEEN else 0)  # less is within the margin
 
 
 @contextlib.contextmanager

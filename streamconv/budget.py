@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from streamconv.errors import BudgetError, UsageError, printable
-from streamconv.memory import GIB, MIB, available, show_size
+from streamconv.memory import GIB, MIB, available, resident, show_size
 from streamconv.plan import Matrix, Span
 from streamconv.stages.encode import is_copy, requests, row_costs, width
 from streamconv.stages.read import spare_bytes_per_row
@@ -96,8 +96,8 @@ class Shares:
 
 
 def default_budget() -> int:
-    """Four fifths of what is free now, at most 4 GiB: more does not make it faster."""
-    return min(4 * GIB, available() * 4 // 5)
+    """What is in use and four fifths of what is free now, at most 4 GiB: more does not make it faster."""
+    return min(4 * GIB, resident() + available() * 4 // 5)
 
 
 def processors() -> int:
