@@ -29,7 +29,9 @@ _LOADS = {"numpy": 30 * memory.MIB, "numba": 166 * memory.MIB, "torch": 300 * me
 """Bytes that loading a library takes, compiled kernels and what comes with it included (measured, rounded up); a run measures its own."""
 _LITTLE = 64 * memory.MIB
 """Bytes that planning may take whatever the budget is; Python and the headers of nearly every model take less together."""
-_SPARE = 8 * memory.MIB
+_UNSEEN = 16 * memory.MIB
+"""What planning may take without being counted apart: tiles have more beside them."""
+SPARE = 8 * memory.MIB
 """How much a run may differ from what was foreseen and still keep within the budget that a plan accepted."""
 
 
@@ -94,7 +96,7 @@ def open_and_plan(source: str | Path, options: Options, budget: int | None = Non
             index.close()
             raise
     peak = memory.peak_resident()
-    return index, dataclasses.replace(plan, peak=peak if peak > before else 0)
+    return index, dataclasses.replace(plan, peak=peak if peak - before > _UNSEEN else 0)  # less is within the margin
 
 
 @contextlib.contextmanager
@@ -156,17 +158,18 @@ def output_problem(index: Index, plan: Plan, out: str | Path) -> str | None:
     return None if os.access(place, os.W_OK | os.X_OK) else f"nothing can be written in {printable(str(place))}"
 
 
-def foresee(plan: Plan, resources: Resources, costs: list[TileCost]) -> Shares:
+def foresee(plan: Plan, resources: Resources, costs: list[TileCost], spare: int = SPARE) -> Shares:
     """Workers, tile memory and peak as a run would choose them, without loading what a run loads.
 
     Args:
         costs: `costs_of` the plan.
+        spare: bytes that a run may differ; 0 in the run itself.
     """
     loads = {"numpy": True, "numba": any(cost.kernel for cost in costs), "torch": any(cost.torch for cost in costs)}
     base = memory.resident() + growth(plan)
     base += sum(_LOADS[name] for name, needed in loads.items() if needed and name not in sys.modules)
-    least = plan.peak + plan.peak // 32 + _SPARE if plan.peak else 0
-    return budget.share(resources.memory_budget, resources.workers, base, dearest(plan, costs), spare=_SPARE, least=least)
+    least = plan.peak + (plan.peak // 32 + spare if plan.peak and spare else 0)
+    return budget.share(resources.memory_budget, resources.workers, base, dearest(plan, costs), spare=spare, least=least)
 
 
 def growth(plan: Plan) -> int:
@@ -299,7 +302,7 @@ def _convert(
     outcome, where, rings = Outcome(), "", list[device.Ring]()
     profile: dict[str, float] = {}
     costs = costs_of(plan)
-    shares = foresee(plan, resources, costs)  # a budget that is far too small is refused before anything is loaded
+    shares = foresee(plan, resources, costs, 0)  # a budget that is far too small is refused before anything is loaded
     with (
         contextlib.closing(index),
         Writer(Path(out), index.root, plan, index.shards, force, disk, resources.no_lock) as writer,

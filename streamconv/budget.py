@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from streamconv.errors import BudgetError, UsageError, printable
-from streamconv.memory import GIB, MIB, available, show_size
+from streamconv.memory import GIB, MIB, available, resident, show_size
 from streamconv.plan import Matrix, Span
 from streamconv.stages.encode import is_copy, requests, row_costs, width
 from streamconv.stages.read import spare_bytes_per_row
@@ -23,6 +23,8 @@ MARGIN = 24 * MIB
 BEST_ARENA = 4 * MIB
 """More makes a CPU slower: the bytes of a tile then leave the cache between read, encode and write."""
 _ROUNDING = 64 * 1024
+_JITTER = 2
+"""MiB by which the resident set of equal runs differs; what a hint names must work when it is used."""
 MAX_WORKERS = 1024
 """No machine has use for more threads, and a typing error is no reason to start them."""
 
@@ -94,8 +96,8 @@ class Shares:
 
 
 def default_budget() -> int:
-    """Four fifths of what is free now, at most 4 GiB: more does not make it faster."""
-    return min(4 * GIB, available() * 4 // 5)
+    """What is in use and four fifths of what is free now, at most 4 GiB: more does not make it faster."""
+    return min(4 * GIB, resident() + available() * 4 // 5)
 
 
 def processors() -> int:
@@ -141,7 +143,7 @@ def share(
         why = f"{where}{show_size(base)} are in use before the first tile" if tiles >= least else f"planning takes {show_size(least)}"
         raise BudgetError(
             f"--memory-budget {show_size(total)} cannot work: {why}",
-            hint=f"the smallest budget that works here is {-(-max(tiles, least) // MIB)}MiB",
+            hint=f"the smallest budget that works here is {-(-max(tiles, least) // MIB) + _JITTER}MiB",
         )
     room = total - base - margin
     wanted = workers if workers is not None else min(8, 2 * processors())

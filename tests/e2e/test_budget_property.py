@@ -75,13 +75,13 @@ def llama(folder: Path, layers: int, hidden: int, inter: int, heads: int, vocab:
 GRID: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
     "tiny": (lambda at: llama(at, 2, 128, 256, 4), []),
     "tiny, int8, tp 4": (lambda at: llama(at, 2, 256, 512, 4), [*INT8, "--tp-size", "4"]),
-    "many tensors": (lambda at: llama(at, 3000, 64, 64, 4), []),
-    "many tensors, tp 4": (lambda at: llama(at, 1000, 64, 64, 4), ["--tp-size", "4"]),
-    "tp 64": (lambda at: llama(at, 40, 1024, 1024, 64), ["--tp-size", "64"]),
-    "many tensors, fp8": (lambda at: llama(at, 1000, 64, 64, 4), ["--quant", "fp8_rowwise"]),
-    "rows of 6 million columns, cast": (lambda at: llama(at, 1, 64, 6_000_000, 1), ["--dtype", "bfloat16"]),
-    "rows of 6 million columns, float32": (lambda at: llama(at, 1, 64, 6_000_000, 1, dtype="F32", size=4), []),
-    "rows of 2 million columns, int8": (lambda at: llama(at, 1, 64, 2_000_000, 1), INT8),
+    "many tensors": (lambda at: llama(at, 1500, 64, 64, 4), []),
+    "many tensors, tp 4": (lambda at: llama(at, 300, 64, 64, 4), ["--tp-size", "4"]),
+    "tp 64": (lambda at: llama(at, 8, 1024, 1024, 64), ["--tp-size", "64"]),
+    "many tensors, fp8": (lambda at: llama(at, 300, 64, 64, 4), ["--quant", "fp8_rowwise"]),
+    "rows of 6 million columns, cast": (lambda at: llama(at, 1, 4, 6_000_000, 1), ["--dtype", "bfloat16"]),
+    "rows of 6 million columns, float32": (lambda at: llama(at, 1, 4, 6_000_000, 1, dtype="F32", size=4), []),
+    "rows of half a million columns, int8": (lambda at: llama(at, 1, 64, 500_032, 1), INT8),
 }
 
 
