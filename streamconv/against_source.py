@@ -11,6 +11,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,36 +35,42 @@ _SLACK = 0.5
 """dB by which another tool's values may be worse than ours, within the error of the format."""
 
 
-def check(
-    folder: Path,
-    source: str | Path,
-    ranges: str | None,
-    resources: Resources,
-    verdict: Verdict,
-    progress: Callable[[int], None],
-) -> None:
-    """Add what the source says of an output to a verdict.
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What is checked.
 
-    Args:
+    Attributes:
+        config: bytes of its config.json.
+        told: its manifest, None for another tool's.
         ranges: the activation ranges file, where it is not the one that the manifest names.
+    """
+
+    folder: Path
+    config: bytes
+    told: manifest.Manifest | None
+    ranges: str | None
+
+
+def check(output: Output, source: str | Path, resources: Resources, verdict: Verdict, progress: Callable[[int], None]) -> None:
+    """Add what the source says of an output to a verdict.
 
     Raises:
         StreamconvError: the source cannot be opened or planned, its ranges are not there, or the budget is too small.
     """
-    told = manifest.load(folder)
+    folder, told = output.folder, output.told
     place = hub.local_folder(source)
-    config: dict[str, Any] = json.loads((folder / "config.json").read_bytes())
+    config: dict[str, Any] = json.loads(output.config)
     headers = [Shard(path).header() for path in _ranks(folder)]
     choices = [told.options] if told is not None else options_of(config, headers[0].tensors)
-    choices = [_with_ranges(folder, options, ranges) for options in choices]
+    choices = [_with_ranges(folder, options, output.ranges) for options in choices]
     files = [Shard(path) for path in _ranks(folder)]
     with contextlib.ExitStack() as stack:
         for file in files:
             stack.callback(file.close)
-        index, plan = _planned(place, choices, headers, files, stack, told is None)
+        index, plan = _planned(place, choices, headers, files, stack, told is None, resources.memory_budget)
         if told is not None and plan.sources != told.sources:
             verdict.warnings.append(f"{printable(str(source))} is not made of the files that the manifest names; their bytes decide")
-        if told is not None and plan.config != (folder / "config.json").read_bytes():
+        if told is not None and plan.config != output.config:
             verdict.problems.append("config.json is not what this source gives")
         elif told is None:
             verdict.warnings += _other_config(plan, config)
@@ -71,7 +78,7 @@ def check(
         plan, problems = placed(plan, headers)
         verdict.problems += problems + [f"{name}: the header is not what this source gives" for name in odd]
         if not problems:
-            _compare(plan, index, files, resources, verdict, progress, told is None)
+            _compare(plan, index, files, headers, resources, verdict, progress, told is None)
 
 
 def _ranks(folder: Path) -> list[Path]:
@@ -98,17 +105,23 @@ def _with_ranges(folder: Path, options: Options, ranges: str | None) -> Options:
 
 
 def _planned(
-    source: Path, choices: Sequence[Options], headers: Sequence[Header], files: Sequence[Shard], stack: contextlib.ExitStack, foreign: bool
+    source: Path,
+    choices: Sequence[Options],
+    headers: Sequence[Header],
+    files: Sequence[Shard],
+    stack: contextlib.ExitStack,
+    foreign: bool,
+    budget: int | None,
 ) -> tuple[Index, Plan]:
     """The plan of the output; where config.json leaves the GPU generation open, the one whose layout decodes best."""
     if not foreign:
-        index, plan = api.open_and_plan(source, choices[0])
+        index, plan = api.open_and_plan(source, choices[0], budget)
         return stack.enter_context(contextlib.closing(index)), plan
     made: list[tuple[float, Index, Plan]] = []
     refused: StreamconvError | None = None
     for options in choices:
         try:
-            index, plan = api.open_and_plan(source, options)
+            index, plan = api.open_and_plan(source, options, budget)
         except RefusedError as error:  # a generation that this release does not know, or a source for something else
             refused = error
             continue
@@ -158,38 +171,29 @@ def placed(plan: Plan, headers: Sequence[Header]) -> tuple[Plan, list[str]]:
     problems: list[str] = []
     if len(headers) != len(plan.files):
         return plan, [f"{len(headers)} rank files, this source gives {len(plan.files)}"]
-    files = []
     for file, header in zip(plan.files, headers, strict=True):
-        tensors = []
-        for tensor in file.tensors:
-            held = header.tensors.get(tensor.name)
+        names = set[str]()
+        for name, dtype, shape in file.tensors_of():
+            names.add(name)
+            held = header.tensors.get(name)
             if held is None:
-                problems.append(f"{file.name}: {tensor.name} is missing, this source gives it")
-            elif (held.dtype, held.shape) != (tensor.dtype, tensor.shape):
-                there, given = f"{held.dtype} {list(held.shape)}", f"{tensor.dtype} {list(tensor.shape)}"
-                problems.append(f"{file.name}: {tensor.name}: {there}, this source gives {given}")
-            else:
-                tensors.append(dataclasses.replace(tensor, begin=held.begin, end=held.end))
-        names = {tensor.name for tensor in file.tensors}
+                problems.append(f"{file.name}: {name} is missing, this source gives it")
+            elif (held.dtype.name, held.shape) != (dtype, shape):
+                there, given = f"{held.dtype} {list(held.shape)}", f"{dtype} {list(shape)}"
+                problems.append(f"{file.name}: {name}: {there}, this source gives {given}")
         problems += [f"{file.name}: {printable(name)} is not what this source gives" for name in header.tensors if name not in names]
-        files.append(dataclasses.replace(file, tensors=tuple(tensors)))
     if problems:
         return plan, problems
-    at = [{tensor.name: tensor.begin for tensor in file.tensors} for file in files]
-    matrices = tuple(
-        dataclasses.replace(
-            matrix, places=tuple(dataclasses.replace(place, offset=at[matrix.file][place.tensor]) for place in matrix.places)
-        )
-        for matrix in plan.matrices
-    )
-    constants = tuple(dataclasses.replace(held, offset=at[held.file][held.tensor]) for held in plan.constants)
-    return dataclasses.replace(plan, files=tuple(files), matrices=matrices, constants=constants), []
+    matrices = plan.matrices.moved(lambda file, tensor: headers[file].tensors[tensor].begin)
+    constants = tuple(dataclasses.replace(held, offset=headers[held.file].tensors[held.tensor].begin) for held in plan.constants)
+    return dataclasses.replace(plan, matrices=matrices, constants=constants), []
 
 
 def _compare(
     plan: Plan,
     index: Index,
     files: Sequence[Shard],
+    headers: Sequence[Header],
     resources: Resources,
     verdict: Verdict,
     progress: Callable[[int], None],
@@ -201,7 +205,7 @@ def _compare(
     api.foresee(plan, resources, costs)  # a budget that is far too small is refused before anything is loaded
     api.load_kernels(plan)
     shares = budget.share(resources.memory_budget, resources.workers, memory.resident(), api.dearest(plan, costs))
-    sink = Compared(plan, files)
+    sink = Compared(plan, files, headers)
     pool = Pool(plan, index.shards, sink, shares, costs, resources.tile_rows, lambda read, _: progress(read))
     try:
         pool.run()
@@ -211,7 +215,7 @@ def _compare(
     sink.padding()
     for shard in (*index.shards, *files):
         shard.check_unchanged()
-    verdict.encoded = sum(len(file.tensors) for file in plan.files) - len(sink.differences)
+    verdict.encoded = sum(file.tensors for file in plan.files) - len(sink.differences)
     room = shares.budget - memory.resident() - budget.MARGIN - (0 if "torch" in sys.modules else _TORCH)
     errors: dict[int, measured.Error] = {}
     if room >= measured.smallest(plan):
@@ -225,7 +229,7 @@ def _compare(
         matrix = plan.matrices[number]
         file, name = plan.files[matrix.file].name, matrix.places[0].tensor
         verdict.errors.append(TensorError(file, name, error.rows, error.largest, error.relative(), error.snr()))
-    _judge(plan, sink, errors, verdict, foreign)
+    _judge(plan, headers, sink, errors, verdict, foreign)
 
 
 def _rows(found: Difference, row_bytes: int) -> list[tuple[int, int]]:
@@ -265,8 +269,11 @@ def _merged(rows: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return made
 
 
-def _judge(plan: Plan, sink: Compared, errors: Mapping[int, measured.Error], verdict: Verdict, foreign: bool) -> None:
-    sizes = {(file.name, tensor.name): tensor.end - tensor.begin for file in plan.files for tensor in file.tensors}
+def _judge(
+    plan: Plan, headers: Sequence[Header], sink: Compared, errors: Mapping[int, measured.Error], verdict: Verdict, foreign: bool
+) -> None:
+    held = {file.name: header.tensors for file, header in zip(plan.files, headers, strict=True)}
+    sizes = {key: held[key[0]][key[1]].end - held[key[0]][key[1]].begin for key in sink.differences}
     left = dict(sink.differences)
     as_good = 0
     for number, matrix in enumerate(plan.matrices):

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import gc
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,9 +15,9 @@ from typing import Protocol
 
 from streamconv import budget, device, hub, memory
 from streamconv.budget import Shares, TileCost
-from streamconv.checkpoint.index import Index
+from streamconv.checkpoint.index import Index, description_size
 from streamconv.device.backend import Backend, Cuda
-from streamconv.errors import OutputError, printable
+from streamconv.errors import BudgetError, OutputError, printable
 from streamconv.fs import Disk, named
 from streamconv.hub.fetch import Fetch
 from streamconv.options import Options, Resources
@@ -24,10 +25,14 @@ from streamconv.plan import Plan
 from streamconv.targets.trtllm.planner import make_plan
 from streamconv.writer import Writer, check_plan
 
-_BASE_NUMPY = 64 * memory.MIB
-_BASE_KERNELS = 230 * memory.MIB
-_BASE_TORCH = 300 * memory.MIB
-"""Resident before the first tile, for a plan that loads none of it; a run measures its own."""
+_LOADS = {"numpy": 30 * memory.MIB, "numba": 166 * memory.MIB, "torch": 300 * memory.MIB}
+"""Bytes that loading a library takes, compiled kernels and what comes with it included (measured, rounded up); a run measures its own."""
+_LITTLE = 64 * memory.MIB
+"""Bytes that planning may take whatever the budget is; Python and the headers of nearly every model take less together."""
+_UNSEEN = 16 * memory.MIB
+"""What planning may take without being counted apart: tiles have more beside them."""
+SPARE = 8 * memory.MIB
+"""How much a run may differ from what was foreseen and still keep within the budget that a plan accepted."""
 
 
 class Watcher(Protocol):
@@ -73,15 +78,42 @@ class Report:
     warnings: tuple[str, ...]
 
 
-def open_and_plan(source: str | Path, options: Options) -> tuple[Index, Plan]:
-    """Read the headers of a source and plan its conversion. No weight is read."""
-    with _without_collection():
+def open_and_plan(source: str | Path, options: Options, budget: int | None = None) -> tuple[Index, Plan]:
+    """Read the headers of a source and plan its conversion. No weight is read.
+
+    Args:
+        budget: bytes that the process may take; planning itself stops before it takes more.
+
+    Raises:
+        BudgetError: the headers alone do not fit.
+    """
+    before = memory.peak_resident()
+    with without_collection(), _bounded(source, options, budget):
         index = hub.open_source(source)
-        return index, make_plan(index, options)
+        try:
+            plan = make_plan(index, options)
+        except BaseException:
+            index.close()
+            raise
+    peak = memory.peak_resident()
+    return index, dataclasses.replace(plan, peak=peak if peak - before > _UNSEEN else 0)  # less is within the margin
 
 
 @contextlib.contextmanager
-def _without_collection() -> Iterator[None]:
+def _bounded(source: str | Path, options: Options, budget: int | None) -> Iterator[None]:
+    """Planning stops before it breaks the budget, unless it takes little anyway: the plan then tells the smallest budget there is."""
+    told = description_size(Path(source)) if budget is not None else 0
+    enough = memory.resident() + (3 + 3 * options.tp_size * options.pp_size) * told
+    with memory.bounded(None if budget is None or enough <= max(budget, memory.resident() + _LITTLE) else budget):
+        try:
+            yield
+        except BudgetError as error:
+            error.hint = f"a budget of {-(-(enough + sum(_LOADS.values())) // memory.MIB)}MiB is enough to plan it and to begin"
+            raise
+
+
+@contextlib.contextmanager
+def without_collection() -> Iterator[None]:
     """A plan is a million small objects and no cycles: looking for some takes a third of the time."""
     if not gc.isenabled():
         yield
@@ -99,12 +131,11 @@ def costs_of(plan: Plan, on_device: bool = False) -> list[TileCost]:
     """Tile cost of every span of a plan; equal spans are worked out once."""
     known: dict[object, TileCost] = {}
     costs = []
-    for span in plan.spans:
-        encodings = tuple((dest.cols, plan.matrices[dest.matrix].encoding) for dest in span.dests)
-        key = (span.source.dtype, span.source.cols, span.op, span.align, type(span.reduce), encodings)
-        if key not in known:
-            known[key] = budget.tile_cost(span, plan.matrices, on_device)
-        costs.append(known[key])
+    for number in range(len(plan.spans)):
+        kind = plan.spans.kind(number, plan.matrices.encoding_number)
+        if kind not in known:
+            known[kind] = budget.tile_cost(plan.spans[number], plan.matrices, on_device)
+        costs.append(known[kind])
     return costs
 
 
@@ -112,8 +143,8 @@ def dearest(plan: Plan, costs: list[TileCost]) -> dict[str, TileCost]:
     """The span that needs the largest smallest tile, by source name."""
     if not costs:
         return {}
-    span, cost = max(zip(plan.spans, costs, strict=True), key=lambda pair: pair[1].smallest())
-    return {span.source.name: cost}
+    number = max(range(len(costs)), key=lambda at: costs[at].smallest())
+    return {plan.spans[number].source.name: costs[number]}
 
 
 def output_problem(index: Index, plan: Plan, out: str | Path) -> str | None:
@@ -127,18 +158,23 @@ def output_problem(index: Index, plan: Plan, out: str | Path) -> str | None:
     return None if os.access(place, os.W_OK | os.X_OK) else f"nothing can be written in {printable(str(place))}"
 
 
-def foresee(plan: Plan, resources: Resources, costs: list[TileCost]) -> Shares:
+def foresee(plan: Plan, resources: Resources, costs: list[TileCost], spare: int = SPARE) -> Shares:
     """Workers, tile memory and peak as a run would choose them, without loading what a run loads.
 
     Args:
         costs: `costs_of` the plan.
+        spare: bytes that a run may differ; 0 in the run itself.
     """
-    base = _BASE_NUMPY + 2 * len(plan.spans) * 1024
-    if any(cost.kernel for cost in costs):
-        base = max(base, _BASE_KERNELS)
-    if any(cost.torch for cost in costs):
-        base += _BASE_TORCH
-    return budget.share(resources.memory_budget, resources.workers, base, dearest(plan, costs))
+    loads = {"numpy": True, "numba": any(cost.kernel for cost in costs), "torch": any(cost.torch for cost in costs)}
+    base = memory.resident() + growth(plan)
+    base += sum(_LOADS[name] for name, needed in loads.items() if needed and name not in sys.modules)
+    least = plan.peak + (plan.peak // 32 + spare if plan.peak and spare else 0)
+    return budget.share(resources.memory_budget, resources.workers, base, dearest(plan, costs), spare=spare, least=least)
+
+
+def growth(plan: Plan) -> int:
+    """Bytes that a run adds to the plan, tiles apart: hashes of all tensors and those under way, lines for the journal, the manifest."""
+    return 16 * sum(file.tensors for file in plan.files) + 8 * len(plan.matrices) + 8 * memory.MIB
 
 
 def choose_device(plan: Plan, resources: Resources) -> device.Choice:
@@ -177,7 +213,8 @@ def load_kernels(plan: Plan) -> None:
     from streamconv.stages.encode import encode, is_copy, requests, row_costs
 
     seen = set[object]()
-    for span in plan.spans:
+    kinds = {plan.spans.kind(number, plan.matrices.encoding_number): number for number in range(len(plan.spans))}
+    for span in map(plan.spans.__getitem__, sorted(kinds.values())):
         reduce = span.reduce.kernel(span.source.dtype) if span.reduce is not None else None
         if reduce is not None and (type(span.reduce), span.source.dtype) not in seen:
             seen.add((type(span.reduce), span.source.dtype))
@@ -261,11 +298,11 @@ def _convert(
     from streamconv.pool import Outcome, Pool
 
     began = clock()
-    index, plan = open_and_plan(source, options)
+    index, plan = open_and_plan(source, options, resources.memory_budget)
     outcome, where, rings = Outcome(), "", list[device.Ring]()
     profile: dict[str, float] = {}
     costs = costs_of(plan)
-    shares = foresee(plan, resources, costs)  # a budget that is far too small is refused before anything is loaded
+    shares = foresee(plan, resources, costs, 0)  # a budget that is far too small is refused before anything is loaded
     with (
         contextlib.closing(index),
         Writer(Path(out), index.root, plan, index.shards, force, disk, resources.no_lock) as writer,
@@ -281,11 +318,11 @@ def _convert(
             workers = resources.workers
             if backends and workers is None:
                 workers = device.slots(budget.processors(), len(backends)) * len(backends)
-            base = memory.resident() + hub.memory_of(index) + pinned
+            base = memory.resident() + hub.memory_of(index) + pinned + growth(plan)
             best = budget.BEST_ARENA
             if backends and workers:
                 least = max((cost.smallest() for cost in costs), default=0)
-                best = device.arena(sum(span.nbytes for span in plan.spans), workers, least)
+                best = device.arena(plan.bytes_read, workers, least)
             shares = budget.share(resources.memory_budget, workers, base, dearest(plan, costs), best)
             if backends:
                 shares, rings = _share_devices(backends, plan, shares, resources, costs, closing)
@@ -317,7 +354,7 @@ def _convert(
             for shard in index.shards:
                 shard.check_unchanged()
             watcher.stage("syncing")
-            writer.publish(outcome.hashes)
+            writer.publish(pool.hashes)
             workers_spent = {phase: seconds / shares.workers for phase, seconds in outcome.seconds.items()}
             profile = {"load": loaded - began, "create": started - loaded, **workers_spent}
             profile |= {"tiles": tiled - started, "sync": clock() - tiled}
@@ -330,7 +367,7 @@ def _convert(
     return Report(
         out=str(out),
         files=len(plan.files),
-        tensors=sum(len(file.tensors) for file in plan.files),
+        tensors=sum(file.tensors for file in plan.files),
         bytes_read=outcome.bytes_read,
         bytes_written=plan.bytes_written,
         seconds=clock() - began,

@@ -8,10 +8,11 @@ to write. A tile is never larger than its worker's arena.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from streamconv.errors import BudgetError, UsageError, printable
-from streamconv.memory import GIB, MIB, available, show_size
+from streamconv.memory import GIB, MIB, available, resident, show_size
 from streamconv.plan import Matrix, Span
 from streamconv.stages.encode import is_copy, requests, row_costs, width
 from streamconv.stages.read import spare_bytes_per_row
@@ -22,14 +23,20 @@ MARGIN = 24 * MIB
 BEST_ARENA = 4 * MIB
 """More makes a CPU slower: the bytes of a tile then leave the cache between read, encode and write."""
 _ROUNDING = 64 * 1024
+_JITTER = 2
+"""MiB by which the resident set of equal runs differs; what a hint names must work when it is used."""
 MAX_WORKERS = 1024
 """No machine has use for more threads, and a typing error is no reason to start them."""
 
 
 @dataclass(frozen=True, slots=True)
 class TileCost:
-    """Memory of a tile of a span: `fixed` plus `per_row` for each source row; tiles hold a multiple of `align` rows."""
+    """Memory of a tile of a span: `fixed` plus `per_row` for each source row, `source` of it as read.
 
+    Tiles hold a multiple of `align` rows.
+    """
+
+    source: int
     per_row: int
     align: int
     kernel: bool
@@ -45,13 +52,15 @@ class TileCost:
         return rows if cap is None else max(self.align, min(rows, cap // self.align * self.align))
 
 
-def tile_cost(span: Span, matrices: tuple[Matrix, ...], on_device: bool = False) -> TileCost:
+def tile_cost(span: Span, matrices: Sequence[Matrix], on_device: bool = False) -> TileCost:
     """What one source row of a span costs in host memory from read to write; a device has its own working memory."""
     out = work = fixed = 0
     kernel = torch = False
     for request in requests(span, matrices):
         row_out, row_work = row_costs(request, span)
-        fixed = max(fixed, request[1].torch_bytes_per_column() * width(request))
+        fused = request[1].kernel(span.source.dtype) is not None and not on_device
+        per_column = max(request[1].torch_bytes_per_column(), request[1].kernel_bytes_per_column() if fused else 0)
+        fixed = max(fixed, 0 if is_copy(request, span.source.dtype) else per_column * width(request))
         out, work = out + row_out, max(work, 0 if on_device else row_work)
         if not is_copy(request, span.source.dtype):
             fused = request[1].kernel(span.source.dtype) is not None
@@ -60,7 +69,7 @@ def tile_cost(span: Span, matrices: tuple[Matrix, ...], on_device: bool = False)
         kernel = span.reduce.kernel(span.source.dtype) is not None
         work, torch = 0 if kernel else span.source.cols * span.reduce.bytes_per_element, not kernel
         fixed = span.source.cols * span.reduce.bytes_per_column
-    return TileCost(span.row_bytes + spare_bytes_per_row(span) + out + work, span.align, kernel, torch, fixed)
+    return TileCost(span.row_bytes, span.row_bytes + spare_bytes_per_row(span) + out + work, span.align, kernel, torch, fixed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +96,8 @@ class Shares:
 
 
 def default_budget() -> int:
-    """Four fifths of what is free now, at most 4 GiB: more does not make it faster."""
-    return min(4 * GIB, available() * 4 // 5)
+    """What is in use and four fifths of what is free now, at most 4 GiB: more does not make it faster."""
+    return min(4 * GIB, resident() + available() * 4 // 5)
 
 
 def processors() -> int:
@@ -96,7 +105,15 @@ def processors() -> int:
 
 
 def share(
-    budget: int | None, workers: int | None, base: int, costs: dict[str, TileCost], best: int = BEST_ARENA
+    budget: int | None,
+    workers: int | None,
+    base: int,
+    costs: dict[str, TileCost],
+    best: int = BEST_ARENA,
+    *,
+    margin: int = MARGIN,
+    spare: int = 0,
+    least: int = 0,
 ) -> Shares:
     """Divide a budget.
 
@@ -106,6 +123,9 @@ def share(
         base: bytes resident before the first tile.
         costs: source name -> the cost of its dearest span.
         best: bytes of an arena that more would not make faster.
+        margin: bytes left free.
+        spare: bytes that the base may turn out to be larger.
+        least: bytes that were resident at a time before the first tile.
 
     Raises:
         UsageError: a number of workers that is none.
@@ -117,16 +137,16 @@ def share(
         raise UsageError(f"--workers {workers}: at most {MAX_WORKERS}", hint="leave it out: processors and memory decide")
     total = default_budget() if budget is None else budget
     name, need = max(((n, c.smallest()) for n, c in costs.items()), key=lambda item: item[1], default=("", 0))
-    least = base + MARGIN + need
-    if total < least:
-        smallest = -(-least // MIB) * MIB
+    tiles = base + margin + spare + need
+    if total < max(tiles, least):
         where = f"one tile of {printable(name)} takes {show_size(need)}; " if name else ""
+        why = f"{where}{show_size(base)} are in use before the first tile" if tiles >= least else f"planning takes {show_size(least)}"
         raise BudgetError(
-            f"--memory-budget {show_size(total)} cannot work: {where}{show_size(base)} are in use before the first tile",
-            hint=f"the smallest budget that works here is {-(-smallest // MIB)}MiB",
+            f"--memory-budget {show_size(total)} cannot work: {why}",
+            hint=f"the smallest budget that works here is {-(-max(tiles, least) // MIB) + _JITTER}MiB",
         )
-    room = total - base - MARGIN
+    room = total - base - margin
     wanted = workers if workers is not None else min(8, 2 * processors())
     count = max(1, min(wanted, room // max(need, 1), room // (2 * MIB) or 1))
     best = max(best, need)
-    return Shares(total, base, MARGIN, count, min(best, room // count))
+    return Shares(total, base, margin, count, min(best, room // count))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from streamconv.checkpoint.dtypes import DType
+from streamconv.checkpoint.header import Header
 from streamconv.checkpoint.shard import Shard
 from streamconv.plan import Plan
 from streamconv.quants.factors import nonfinite
@@ -48,13 +49,14 @@ class Compared:
 
     Args:
         files: of the plan, in its order.
+        headers: theirs.
 
     Attributes:
         differences: (file, tensor) -> where it differs.
         odd: (file, tensor) -> values of the output that are NaN or infinite, where they mean themselves.
     """
 
-    def __init__(self, plan: Plan, files: Sequence[Shard]) -> None:
+    def __init__(self, plan: Plan, files: Sequence[Shard], headers: Sequence[Header]) -> None:
         self.plan = plan
         self.differences: dict[tuple[str, str], Difference] = {}
         self.odd: dict[tuple[str, str], int] = {}
@@ -63,10 +65,10 @@ class Compared:
         packed = {p.tensor for m in plan.matrices if isinstance(m.encoding, PackedWeight) for p in m.places}
         self._tensors = {
             file.name: sorted(
-                (_Tensor(t.begin, t.end, t.name, None if t.name in packed else t.dtype) for t in file.tensors),
+                (_Tensor(t.begin, t.end, t.name, None if t.name in packed else t.dtype) for t in header.tensors.values()),
                 key=lambda tensor: (tensor.begin, tensor.end),
             )
-            for file in plan.files
+            for file, header in zip(plan.files, headers, strict=True)
         }
 
     def write(self, name: str, offset: int, data: bytes | memoryview) -> None:
@@ -110,7 +112,7 @@ class Compared:
     def padding(self) -> None:
         """Hold the rows that no source fills against zeros."""
         zeros = memoryview(bytes(BUFFER))
-        for matrix in self.plan.matrices:
+        for matrix in self.plan.matrices.unfilled():
             for place in matrix.places:
                 begin, end = (place.offset + rows * place.row_bytes for rows in (matrix.filled, matrix.rows))
                 for at in range(begin, end, BUFFER):

@@ -48,7 +48,7 @@ def write_config(
             )
         folder.create([], fresh=True)
         journal.Journal(place).remove(past)
-        folder.complete([(NAME, data)])
+        folder.complete([(NAME, [data])])
         folder.publish(found)
         place.remove_old()
     except BaseException:

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from streamconv import __version__
+from streamconv.checkpoint.limits import MAX_JOURNAL, MAX_JOURNAL_LINE
 from streamconv.checkpoint.shard import Shard
 from streamconv.errors import OutputError, printable
 from streamconv.fs import Mark, explained, write_all
@@ -35,6 +36,7 @@ from streamconv.output_folder import OutputFolder
 from streamconv.place import Place
 from streamconv.plan import Plan
 from streamconv.process import start_thread
+from streamconv.untrusted import parse_json
 
 FORMAT = 2
 BATCH_BYTES = 256 * MIB
@@ -135,11 +137,11 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 def read(place: Place) -> Past | None:
     """What the journal of an output says, None if there is none with a whole first line.
 
+    Reading ends at the first line that is torn, or is none of ours. What a tile's line says is held against the plan later (`resume.fits`).
+
     Raises:
         OutputError: it cannot be read, or something else has its name.
     """
-    import xxhash
-
     base, name = place.base, place.hidden("journal")
     with explained(base.path / name, "read"):
         try:
@@ -147,32 +149,76 @@ def read(place: Place) -> Past | None:
         except FileNotFoundError:
             return None
         try:
-            mark = Mark.of(os.fstat(fd))
-            with open(fd, "rb", closefd=False) as file:
-                data = file.read()
+            return _read(fd, base.path / name)
         finally:
             place.disk.close(fd)
-    if data[:16].strip(b"0123456789abcdef\0"):
-        shown = printable(str(base.path / name))
-        raise OutputError(f"{shown} holds something else than a journal", hint="move it away; it was not touched")
+
+
+def _read(fd: int, path: Path) -> Past | None:
     past, at = None, 0
-    while (end := data.find(b"\n", at)) >= 0:
-        line = data[at:end]
-        if line[:17] != xxhash.xxh3_64(line[17:]).hexdigest().encode() + b" ":
-            break
-        record = json.loads(line[17:])
-        at = end + 1
-        if past is None:
-            if "run" not in record:
+    with os.fdopen(fd, "rb", closefd=False) as file:
+        if file.peek(16)[:16].strip(b"0123456789abcdef\0"):
+            raise OutputError(f"{printable(str(path))} holds something else than a journal", hint="move it away; it was not touched")
+        while at < MAX_JOURNAL and (line := file.readline(MAX_JOURNAL_LINE)).endswith(b"\n"):
+            record = _record(line[:-1])
+            if record is None or (past is None) != ("run" in record):
                 break
-            past = Past(record["run"], mark=mark)
-        elif "tile" in record:
-            (span, start, stop), (overflow, nonfinite) = record["tile"], record["found"]
-            past.add(Done(span, start, stop, tuple(tuple(part) for part in record["hash"]), overflow, nonfinite))
-        past.ready = tuple(record.get("ready", ()))
-        if not past.ready:
-            past.size = at
+            at += len(line)
+            if past is None:
+                past = Past(record["run"], mark=Mark.of(os.fstat(fd)))
+            elif "tile" in record:
+                past.add(_done(record))
+            past.ready = tuple(record.get("ready", ()))
+            if not past.ready:
+                past.size = at
     return past
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """What a line says, None if it is torn or no line of a journal."""
+    import xxhash
+
+    if line[:17] != xxhash.xxh3_64(line[17:]).hexdigest().encode() + b" ":
+        return None
+    try:
+        record = parse_json(line[17:], "the journal", OutputError)
+    except OutputError:
+        return None
+    if not isinstance(record, dict) or len(record.keys() & {"run", "tile", "ready"}) != 1:
+        return None
+    if "run" in record:
+        sound = _is_run(record["run"])
+    elif "ready" in record:
+        sound = isinstance(record["ready"], list) and all(isinstance(name, str) for name in record["ready"])
+    else:
+        sound = _is_tile(record)
+    return record if sound else None
+
+
+def _is_run(run: object) -> bool:
+    """What `differences` takes; of another format, or another version's, it looks at nothing more."""
+    if not isinstance(run, dict):
+        return False
+    if run.get("format") != FORMAT or run.get("streamconv") != __version__:
+        return True
+    options, sources = run.get("options"), run.get("sources")
+    told = isinstance(sources, list) and all(isinstance(entry, list) and entry and isinstance(entry[0], str) for entry in sources)
+    return told and isinstance(options, dict)
+
+
+def _is_tile(record: dict[str, Any]) -> bool:
+    tile, found, hashes = (record.get(key) for key in ("tile", "found", "hash"))
+    if not all(isinstance(value, list) for value in (tile, found, hashes)):
+        return False
+    numbers = [*tile, *found]  # type: ignore[misc]
+    sound = len(tile) == 3 and len(found) == 2 and all(type(number) is int and 0 <= number < 1 << 62 for number in numbers)  # type: ignore[arg-type]
+    sound = sound and tile[1] < tile[2] and all(isinstance(parts, list) for parts in hashes)  # type: ignore[index,union-attr]
+    return sound and all(isinstance(part, str) for parts in hashes for part in parts)  # type: ignore[union-attr]
+
+
+def _done(record: dict[str, Any]) -> Done:
+    (span, start, stop), (overflow, nonfinite) = record["tile"], record["found"]
+    return Done(span, start, stop, tuple(tuple(parts) for parts in record["hash"]), overflow, nonfinite)
 
 
 class Journal:

@@ -15,17 +15,13 @@ _ROTARY = re.compile(
     r"(?:^|\.)(?:rotary_emb|rotary_pos_emb|rotary|rope)\.(?!.*weight$)|(?:^|[._])(?:inv_freq|freqs|freqs_cis|cos_cached|sin_cached|cos_sin_cache)$"
 )
 """Rotary buffers under the names that releases of transformers and others have given them; they follow from config.json."""
+_NUMBER = re.compile(r"(?<![^.])(?:0|[1-9][0-9]{0,8})(?![^.])")
 
 
 def _split(name: str) -> tuple[str, tuple[int, ...]]:
     """ "a.3.b" -> ("a.#.b", (3,)); only plain decimal components count as numbers."""
-    numbers: list[int] = []
-    parts = name.split(".")
-    for i, part in enumerate(parts):
-        if part.isdecimal() and part.isascii() and (part == "0" or part[0] != "0") and len(part) < 10:
-            numbers.append(int(part))
-            parts[i] = "#"
-    return ".".join(parts), tuple(numbers)
+    numbers = _NUMBER.findall(name)
+    return _NUMBER.sub("#", name) if numbers else name, tuple(map(int, numbers))
 
 
 def match(family: Family, names: Iterable[str]) -> tuple[dict[Key, str], list[str]]:

@@ -5,11 +5,14 @@ Free memory is what the container has free, not what the host reports: cgroup v1
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
-from streamconv.errors import UsageError
+from streamconv.errors import BudgetError, UsageError
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 _UNITS = {"": 1, "b": 1, "k": KIB, "kib": KIB, "m": MIB, "mib": MIB, "g": GIB, "gib": GIB, "t": 1 << 40, "tib": 1 << 40}
@@ -51,6 +54,35 @@ def peak_resident() -> int:
             if line.startswith(b"VmHWM:"):
                 return int(line.split()[1]) * KIB
     return resident()
+
+
+_ceiling: contextvars.ContextVar[int | None] = contextvars.ContextVar("ceiling", default=None)
+
+
+@contextlib.contextmanager
+def bounded(budget: int | None) -> Iterator[None]:
+    """A context in which `check_room` knows the ceiling of the process's resident set; None sets none."""
+    token = _ceiling.set(budget)
+    try:
+        yield
+    finally:
+        _ceiling.reset(token)
+
+
+def check_room(more: int, what: str) -> None:
+    """Refuse before memory is taken that the budget does not hold; does nothing outside `bounded`.
+
+    Args:
+        more: bytes that are about to be taken.
+        what: for, in words.
+
+    Raises:
+        BudgetError: they would not fit. It has no hint.
+    """
+    ceiling = _ceiling.get()
+    if ceiling is not None and (taken := resident()) + more > ceiling:
+        told = f"{show_size(taken)} are in use, and {what} takes {show_size(more)}"
+        raise BudgetError(f"--memory-budget {show_size(ceiling)} cannot work: {told}")
 
 
 def available() -> int:

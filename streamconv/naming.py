@@ -8,8 +8,9 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
 from streamconv.checkpoint.foreign import MERGE, unmerged
-from streamconv.checkpoint.index import Index, TensorRecord
+from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.model_config import is_tied
+from streamconv.checkpoint.tensor_table import TensorTable
 from streamconv.checkpoint.wrapper import language_model
 from streamconv.errors import TensorError, printable
 from streamconv.families import Family, all_families
@@ -71,13 +72,13 @@ def settle(index: Index) -> Index:
     )
 
 
-def _renamed(index: Index, new: Mapping[str, str]) -> dict[str, TensorRecord]:
-    made: dict[str, TensorRecord] = {}
+def _renamed(index: Index, new: Mapping[str, str]) -> TensorTable:
+    made = TensorTable()
     for old, name in new.items():
         if name in made:
             told = f"{printable(old)} and another tensor are both {printable(name)} without their wrappers"
             raise TensorError(told, hint="remove one of them")
-        made[name] = index.tensors[old]._replace(name=name)
+        made.take(index.tensors[old], name)
     return made
 
 
@@ -140,12 +141,13 @@ def _before(name: str, heads: Collection[str]) -> str | None:
     return None
 
 
-def _tied(config: Mapping[str, object], family: Family, tensors: Mapping[str, TensorRecord]) -> tuple[dict[str, TensorRecord], str] | None:
+def _tied(config: Mapping[str, object], family: Family, tensors: TensorTable) -> tuple[TensorTable, str] | None:
     """A tied model that stores its one matrix as lm_head: it is the embedding. None for any other."""
     embedding = family.tensors.get("embedding", ("",))
     heads = [name for name in family.tensors.get("lm_head", ()) if name in tensors]
     if not heads or not is_tied(config) or any(name in tensors for name in embedding):
         return None
-    made = {name: record for name, record in tensors.items() if name != heads[0]}
-    made[embedding[0]] = tensors[heads[0]]._replace(name=embedding[0])
+    made = TensorTable()
+    for name, record in tensors.items():
+        made.take(record, embedding[0] if name == heads[0] else name)
     return made, f"{heads[0]} is the embedding, to which config.json ties it (tie_word_embeddings)"

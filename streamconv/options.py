@@ -6,9 +6,20 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
+from streamconv.errors import UsageError
+from streamconv.untrusted import shown_value
+
 Version = Literal["0.16", "1.0", "1.2"]
 TARGET_VERSIONS: tuple[Version, ...] = ("0.16", "1.0", "1.2")
 """Release lines; 1.0 is 1.2 less the keys of config.json that only later readers know."""
+_KINDS = {"int": int, "float": float, "bool": bool, "str": str, "None": type(None)}
+_CHOICES: dict[str, tuple[object, ...]] = {
+    "kv_cache": (None, "int8", "fp8"),
+    "encoding": ("processed", "raw"),
+    "embedding_sharding_dim": (0, 1),
+    "target_version": TARGET_VERSIONS,
+}
+"""What a manifest may hold; flags are held against the same words by the command line."""
 TARGET_SMS = (70, 72, 75, 80, 86, 87, 89, 90, 100, 103, 120, 121)
 
 
@@ -67,6 +78,24 @@ class Options:
     def uses_ranges(self) -> bool:
         """Whether ranges change the output: the FP8 KV cache can do without (its factors are then 1)."""
         return self.needs_ranges() is not None or self.kv_cache == "fp8"
+
+    @classmethod
+    def from_json(cls, values: object) -> Options:
+        """What `to_json` gave, read back.
+
+        Raises:
+            UsageError: a key is unknown or missing, or holds what no option can.
+        """
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        if not isinstance(values, dict) or set(values) != set(fields):
+            raise UsageError("the options are not those of this version of streamconv")
+        for name, value in values.items():
+            kinds = tuple(_KINDS[word] for word in str(fields[name].type).split(" | ") if word in _KINDS) or (str,)
+            right = isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds)
+            right = right and (not isinstance(value, str) or len(value) <= 4096) and value in _CHOICES.get(name, (value,))
+            if not right or (isinstance(value, int | float) and not abs(value) < 1 << 40):  # infinity and NaN are not below it either
+                raise UsageError(f"option {name} holds {shown_value(value)}")
+        return cls(**values)
 
     def to_json(self) -> dict[str, object]:
         return dataclasses.asdict(self)

@@ -6,7 +6,7 @@ import contextlib
 import errno
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from streamconv.errors import OutputError, printable
@@ -120,8 +120,8 @@ class OutputFolder:
             for name in names:
                 self.place.work.unlink(name)
 
-    def complete(self, last: list[tuple[str, bytes]]) -> None:
-        """Sync everything, then write and sync `last` (the manifest and config.json).
+    def complete(self, last: Sequence[tuple[str, Iterable[bytes]]]) -> None:
+        """Sync everything, then write and sync `last` (the manifest and config.json), each in pieces.
 
         Raises:
             OutputError: a file is not what was written; it is not published.
@@ -129,11 +129,13 @@ class OutputFolder:
         for name, fd in self._fds.items():
             with explained(self._path(name), "sync"):
                 self.disk.sync(fd)
-        for name, data in last:
+        for name, pieces in last:
             with explained(self._path(name), "write"):
                 fd = self._fds[name] = self.place.work.open(name, fresh=True)
-                self._sizes[name] = len(data)
-                write_all(self.disk, fd, data, 0)
+                self._sizes[name] = 0
+                for piece in pieces:
+                    write_all(self.disk, fd, piece, self._sizes[name])
+                    self._sizes[name] += len(piece)
                 self.disk.sync(fd)
         with explained(self.place.work.folder.path, "sync"):
             self.place.work.folder.sync()

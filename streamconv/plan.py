@@ -12,42 +12,55 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import lcm
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from streamconv.checkpoint.dtypes import F32, DType
+from streamconv.checkpoint.header_build import header_entries
 from streamconv.options import Options
 from streamconv.quants.base import Encoding, Reduction
 
-
-@dataclass(frozen=True, slots=True)
-class OutputTensor:
-    """A tensor of a rank file; `begin` and `end` are absolute byte offsets in the file."""
-
-    name: str
-    dtype: DType
-    shape: tuple[int, ...]
-    begin: int
-    end: int
+if TYPE_CHECKING:
+    from streamconv.tables import MatrixTable, SpanTable
 
 
 @dataclass(frozen=True, slots=True)
 class OutputFile:
+    """A rank file.
+
+    Attributes:
+        header: its first bytes, which say where every tensor lies.
+        tensors: how many there are.
+    """
+
     name: str
     size: int
     header: bytes
-    tensors: tuple[OutputTensor, ...]
+    tensors: int
+
+    def names(self) -> Iterator[str]:
+        """The tensors, in the order of their data."""
+        return (name for name, _, _ in self.tensors_of())
+
+    def tensors_of(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+        """Name, dtype and shape of the tensors, in the order of their data."""
+        return header_entries(self.header)
 
 
 @dataclass(frozen=True, slots=True)
 class PartPlace:
-    """Where a part of a matrix lies: bytes [offset + n*row_bytes, ...) of the file hold output row n."""
+    """Where a part of a matrix lies: bytes [offset + n*row_bytes, ...) of the file hold output row n.
+
+    Attributes:
+        position: of the tensor in the order of the file's data.
+    """
 
     tensor: str
     offset: int
     row_bytes: int
+    position: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,12 +242,13 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Constant:
-    """A small tensor known at plan time."""
+    """A small tensor known at plan time; `position` as in PartPlace."""
 
     file: int
     tensor: str
     offset: int
     data: bytes
+    position: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,6 +273,7 @@ class Plan:
         config: bytes of config.json.
         warnings: things the user should know, one line each.
         decisions: module suffix -> how it is stored and why, for the plan's table.
+        peak: largest resident set that planning took, 0 if it took no more than what came before it; no part of what is planned.
     """
 
     family: str
@@ -266,21 +281,23 @@ class Plan:
     dtype: DType
     config: bytes
     files: tuple[OutputFile, ...]
-    matrices: tuple[Matrix, ...]
-    spans: tuple[Span, ...]
+    matrices: MatrixTable
+    spans: SpanTable
     constants: tuple[Constant, ...]
     sources: tuple[SourceFile, ...]
     warnings: tuple[str, ...] = ()
     decisions: Mapping[str, str] = field(default_factory=dict)
+    peak: int = field(default=0, compare=False)
 
     @property
     def bytes_read(self) -> int:
-        return sum(span.nbytes for span in self.spans if isinstance(span.source, SourceTensor))
+        """From the checkpoint, all passes together."""
+        return self.spans.nbytes
 
     @property
     def passes(self) -> int:
         """How often the most read source rows are read: 1 unless a format needs maxima over whole matrices first."""
-        if not any(span.reduce for span in self.spans):
+        if not self.spans.reductions:
             return 1
         counts: dict[str, set[str]] = {}
         for span in self.spans:
@@ -302,7 +319,8 @@ class Plan:
             digest.update(f"{source.name}\0{source.size}\0{source.header_hash}\n".encode())
         digest.update(self.config)
         for file in self.files:
-            digest.update(file.name.encode() + file.header)
+            digest.update(file.name.encode())
+            digest.update(file.header)
         return digest.hexdigest()
 
 

@@ -17,7 +17,7 @@ from streamconv.device.ring import Slot
 from streamconv.device.step import Job
 from streamconv.errors import BudgetError
 from streamconv.journal import Done, Journal, Recorder
-from streamconv.order import Order, Stop
+from streamconv.order import Hashes, Order, Stop
 from streamconv.output_folder import OutputFolder
 from streamconv.plan import Matrix, Plan, Span
 from streamconv.process import start_thread
@@ -63,14 +63,12 @@ class Outcome:
     """What a run did.
 
     Attributes:
-        hashes: (file name, tensor name) -> XXH3-128 of the tensor's bytes, hex.
         overflow: source tensor -> finite values that became infinite in the model dtype.
         nonfinite: source tensor -> NaN or infinite values that were quantized all the same.
         resumed: tiles of an earlier run that were believed, after a look at their bytes.
         seconds: worker seconds spent in each of PHASES, over all workers.
     """
 
-    hashes: dict[tuple[str, str], str] = field(default_factory=dict)
     overflow: dict[str, int] = field(default_factory=dict)
     nonfinite: dict[str, int] = field(default_factory=dict)
     bytes_read: int = 0
@@ -95,6 +93,9 @@ class Pool:
         journal: told of every tile that is safely on the disk.
         past: span -> finished row ranges of an earlier run, ascending.
         consumed: called with (span, source rows) when these rows will not be read again.
+
+    Attributes:
+        hashes: of every tensor, once `run` is done.
     """
 
     def __init__(
@@ -116,8 +117,9 @@ class Pool:
         self.past, self.consumed = past or {}, consumed
         self._recorder = Recorder(journal, folder, self.fail) if journal is not None and isinstance(folder, OutputFolder) else None
         self.outcome = Outcome()
-        self._order = Order(plan.matrices)
-        self.results = Results(plan.spans)
+        self.hashes = Hashes(plan.files)
+        self._order = Order(plan.matrices, self.hashes)
+        self.results = Results(plan.spans.reducing())
         self._tiles = self._cut()
         self._lock = threading.Lock()
         self._error: BaseException | None = None
@@ -140,8 +142,8 @@ class Pool:
         for constant in self.plan.constants:
             name = self.plan.files[constant.file].name
             self.folder.write(name, constant.offset, constant.data)
-            self.outcome.hashes[name, constant.tensor] = xxhash.xxh3_128(constant.data).hexdigest()
-        for matrix in self.plan.matrices:
+            self.hashes.put(constant.file, constant.position, xxhash.xxh3_128(constant.data).digest())
+        for matrix in self.plan.matrices.unfilled():
             self._pad(matrix)
         try:
             if self._recorder is not None:
@@ -163,10 +165,7 @@ class Pool:
             raise
         if self._error is not None:
             raise self._error
-        for number, matrix in enumerate(self.plan.matrices):
-            self._order.pad(number, matrix)
-            for place, digest in zip(matrix.places, self._order.digests[number], strict=True):
-                self.outcome.hashes[self.plan.files[matrix.file].name, place.tensor] = digest.hexdigest()
+        self._order.close()
         return self.outcome
 
     def _pad(self, matrix: Matrix) -> None:

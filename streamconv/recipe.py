@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from streamconv import manifest
+from streamconv.checkpoint.limits import MAX_RECIPE
 from streamconv.errors import OutputError, UsageError, VerifyError, printable
 from streamconv.options import Options
+from streamconv.untrusted import read_file, shown_value
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-_MAX_BYTES = 64 << 20  # the manifest of a large checkpoint has a line for every tensor of every rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,8 @@ class Kind:
 
     def accepts(self, value: object) -> bool:
         right = isinstance(value, self.types) and (not isinstance(value, bool) or bool in self.types)
+        if isinstance(value, int | float) and not abs(value) < 1 << 63:  # no flag takes more; infinity and NaN are not below it either
+            return False
         return right and (not self.choices or value in self.choices)
 
 
@@ -60,8 +63,10 @@ class Recipe:
 
     def differences(self, folder: Path) -> str | None:
         """Why an output folder is not the one the manifest tells of; None if it is, or if this is no manifest."""
-        now = manifest.load(folder) if self.made is not None else None
-        if now is None or self.made is None or now == self.made:
+        if self.made is None:
+            return None
+        now = manifest.read_head(folder / manifest.NAME)
+        if now.check == self.made.check:
             return None
         if now.sources != self.made.sources:
             return "the source is another one"
@@ -100,7 +105,7 @@ def read(path: str | Path, kinds: Mapping[str, Kind]) -> Recipe:
         if plain in values:
             raise UsageError(f"{name}: {printable(str(key))!r} is there twice")
         if value is not None and not kinds[plain].accepts(value):
-            raise UsageError(f"{name}: {printable(str(key))} is {printable(repr(value), 60)}, not {kinds[plain].what}")
+            raise UsageError(f"{name}: {printable(str(key))} is {shown_value(value)}, not {kinds[plain].what}")
         values[plain] = value
     return Recipe(file, {key: value for key, value in values.items() if value is not None})
 
@@ -109,22 +114,16 @@ def _parse(file: Path) -> dict[Any, Any]:
     name = printable(str(file))
     if file.suffix.lower() not in (".toml", ".yaml", ".yml"):
         raise UsageError(f"{name} ends in none of .toml, .yaml, .yml and .json", hint="--config takes a recipe or a manifest")
+    data = read_file(file, MAX_RECIPE, UsageError)
     try:
-        if file.stat().st_size > _MAX_BYTES:
-            raise UsageError(f"{name} is too large for a recipe")
-        text = file.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{name}: {getattr(error, 'strerror', None) or error}") from None
-    if file.suffix.lower() == ".toml":
-        try:
-            return tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise UsageError(f"{name}: {error}") from None
-    import yaml
-
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{name}: {error}") from None
     try:
-        found = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        found = tomllib.loads(text) if file.suffix.lower() == ".toml" else _yaml(text)
+    except RecursionError:
+        raise UsageError(f"{name} is nested too deeply: a recipe has one line for each flag") from None
+    except (ValueError, ArithmeticError, TypeError, LookupError, AttributeError) as error:  # what parsers make of odd numbers and dates
         raise UsageError(f"{name}: {printable(' '.join(str(error).split()), 300)}") from None
     if found is None:
         return {}
@@ -133,9 +132,25 @@ def _parse(file: Path) -> dict[Any, Any]:
     return found
 
 
+def _yaml(text: str) -> Any:
+    """What a YAML text holds.
+
+    Raises:
+        ValueError: it is no YAML, or holds an alias, by which a few lines stand for billions.
+    """
+    import yaml
+
+    try:
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, yaml.SafeLoader)):
+            raise ValueError("aliases (*name) have no place in a recipe")
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from None
+
+
 def _from_manifest(file: Path) -> Recipe:
     try:
-        made = manifest.read(file)
+        made = manifest.read_head(file)
     except VerifyError as error:
         raise UsageError(f"--config: {error.message}", hint="it takes the manifest of a conversion as it was written") from None
     given = {key: value for key, value in made.options.to_json().items() if value is not None}

@@ -15,6 +15,19 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+def fits(plan: Plan, done: Done) -> bool:
+    """Whether a journal's line can be one of this plan: rows of a span that writes, cut where tiles are cut.
+
+    A line that nobody wrote for this plan could make a worker wait for ever, or cut a tile where its layout does not allow it.
+    """
+    if done.span >= len(plan.spans):
+        return False
+    span = plan.spans[done.span]
+    inside = span.reduce is None and span.start <= done.start < done.stop <= span.stop
+    whole = not (done.start - span.start) % span.align and (done.stop == span.stop or not (done.stop - span.start) % span.align)
+    return inside and whole
+
+
 def believe(plan: Plan, done: Done, folder: OutputFolder, order: Order, buffer: np.ndarray[Any, Any]) -> bool:
     """Hash a tile's bytes in the output files and compare; if all are right, feed them to the whole-tensor hashes.
 
@@ -42,7 +55,7 @@ def believe(plan: Plan, done: Done, folder: OutputFolder, order: Order, buffer: 
                     return False
     for dest in (dest for dests in groups for dest in dests):
         order.wait(dest.matrix, dest.row + skipped)
-        for part, digest in enumerate(order.digests[dest.matrix]):
+        for part, digest in enumerate(order.digests(dest.matrix)):
             _reread(plan, folder, dest, part, dest.row + skipped, rows, buffer, digest.update)
         order.passed(dest.matrix, dest.row + skipped, rows)
     return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable
@@ -11,10 +10,12 @@ from typing import Any
 
 from streamconv import against_source, manifest
 from streamconv.checkpoint.header import read_header
+from streamconv.checkpoint.limits import MAX_CONFIG, check_counts
 from streamconv.checkpoint.shard import Shard
 from streamconv.errors import StreamconvError, VerifyError, printable
 from streamconv.options import Resources
 from streamconv.targets.trtllm import expected
+from streamconv.untrusted import parse_json, read_file
 from streamconv.verdict import Verdict
 
 _LOADABLE = {"F16", "BF16", "F32", "I8", "I32", "I64", "BOOL", "F8_E4M3"}
@@ -52,12 +53,12 @@ def verify(
     import xxhash
 
     folder, verdict = Path(out), Verdict()
-    config = _config(folder, verdict)
+    config, config_bytes = _config(folder, verdict)
     world = _world(config, verdict)
     told = manifest.load(folder)
     if told is None:
         verdict.warnings.append(f"no {manifest.NAME}: another tool wrote this; hashes cannot be checked")
-    elif xxhash.xxh3_128((folder / "config.json").read_bytes()).hexdigest() != told.config:
+    elif xxhash.xxh3_128(config_bytes).hexdigest() != told.config:
         verdict.problems.append("config.json: the bytes are not those that were written")
     present = {name for name in os.listdir(folder) if re.fullmatch(r"rank\d+\.safetensors", name)}
     wanted = {f"rank{number}.safetensors" for number in range(world)}
@@ -76,11 +77,12 @@ def verify(
     verdict.warnings += warnings
     _replicas(config, shapes, hashes, verdict)
     if told is not None:
-        for file, tensor in told.hashes:
-            if file in shapes and tensor not in shapes[file]:
-                verdict.problems.append(f"{file}: {printable(tensor)} is missing")
+        for file, held in told.hashes.items():
+            missing = [tensor for tensor in held if file in shapes and tensor not in shapes[file]]
+            verdict.problems += [f"{file}: {printable(tensor)} is missing" for tensor in missing]
     if source is not None and not verdict.problems:
-        against_source.check(folder, source, activation_ranges, resources or Resources(), verdict, progress)
+        output = against_source.Output(folder, config_bytes, told, activation_ranges)
+        against_source.check(output, source, resources or Resources(), verdict, progress)
     if with_tensorrt_llm:
         from streamconv.tensorrt_llm_reader import read_ranks
 
@@ -90,23 +92,22 @@ def verify(
     return verdict
 
 
-def _config(folder: Path, verdict: Verdict) -> dict[str, Any]:
+def _config(folder: Path, verdict: Verdict) -> tuple[dict[str, Any], bytes]:
     path = folder / "config.json"
     if not folder.is_dir():
         raise VerifyError(f"{printable(str(folder))} is not a folder")
-    try:
-        config = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise VerifyError(f"{printable(str(path))} is missing: this is no finished checkpoint") from None
-    except (OSError, ValueError) as error:
-        raise VerifyError(f"{printable(str(path))}: {error}") from error
+    if not os.path.lexists(path):
+        raise VerifyError(f"{printable(str(path))} is missing: this is no finished checkpoint")
+    data = read_file(path, MAX_CONFIG, VerifyError)
+    check_counts(data, printable(str(path)), VerifyError)
+    config = parse_json(data, printable(str(path)), VerifyError)
     if not isinstance(config, dict):
         raise VerifyError(f"{printable(str(path))} is not a JSON object")
     verdict.problems += [f"config.json: {key} is missing" for key in _REQUIRED if config.get(key) is None]
     for key in ("quant_mode", "quant_algo", "kv_dtype"):
         if key in config:
             verdict.problems.append(f"config.json: top-level {key} makes the loader fail")
-    return config
+    return config, data
 
 
 def _world(config: dict[str, Any], verdict: Verdict) -> int:
@@ -158,7 +159,7 @@ def _rank_file(
             verdict.tensors += 1
             if told is None:
                 continue
-            wanted = told.hashes.get((path.name, tensor.name))
+            wanted = told.hashes.get(path.name, {}).get(tensor.name)
             if wanted is None:
                 verdict.problems.append(f"{path.name}: {printable(tensor.name)} is not in the manifest")
             elif wanted != found:

@@ -33,10 +33,12 @@ from streamconv.errors import (
 from streamconv.fs import Disk
 from streamconv.journal import Done, Journal
 from streamconv.lock import OutputLock
+from streamconv.order import Hashes
 from streamconv.output_checks import check_free, check_output
 from streamconv.output_folder import OutputFolder
 from streamconv.place import Found, Place
 from streamconv.plan import Plan
+from streamconv.resume import fits
 
 _LAST = ("config.json", manifest.NAME)
 
@@ -99,8 +101,7 @@ class Writer:
         self._run = journal.identity(self.plan, self.shards)
         if self._past is not None and self._past.ready and self.place.found().files.keys() >= {*self._past.ready}:
             with contextlib.suppress(VerifyError):
-                told = manifest.load(self.folder.out)
-                if told is not None and told.fingerprint == self._past.run.get("fingerprint"):
+                if manifest.read_head(self.folder.out / manifest.NAME).fingerprint == self._past.run.get("fingerprint"):
                     self.place.remove_old()
                     self.journal.remove(self._past)
                     self.finished = self._past.run == self._run
@@ -135,14 +136,14 @@ class Writer:
         else:
             self.journal.resume(self._past)
             self.folder.remove_last(_LAST)
-            self.past = self._past.tiles
+            self.past = {span: [done for done in tiles if fits(self.plan, done)] for span, tiles in self._past.tiles.items()}
         files = [(file.name, file.size, file.header) for file in self.plan.files]
         self.folder.create(files, fresh=self._past is None)
         self._created = True
 
-    def publish(self, hashes: dict[tuple[str, str], str]) -> None:
+    def publish(self, hashes: Hashes) -> None:
         """All tiles are written: sync, write config.json and the manifest, give the folder its name."""
-        last = {"config.json": self.plan.config, manifest.NAME: manifest.build(self.plan, hashes, self.no_lock)}
+        last = {"config.json": [self.plan.config], manifest.NAME: manifest.build(self.plan, hashes.of_files(), self.no_lock)}
         self.folder.complete([(name, last[name]) for name in reversed(_LAST)])
         self.journal.ready(self.folder.names())
         self.folder.publish(self._found)

@@ -11,8 +11,9 @@ import torch
 from streamconv.calibrate import pretrained
 from streamconv.calibrate.graphs import Graphs, Shape
 from streamconv.calibrate.maxima import Maxima
-from streamconv.checkpoint.index import Index, TensorRecord
+from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.model_config import ModelConfig
+from streamconv.checkpoint.tensor_table import TensorRecord
 from streamconv.errors import CheckpointError, TensorError, printable
 from streamconv.memory import MIB
 

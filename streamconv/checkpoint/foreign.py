@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Collection
 from pathlib import Path
 
+from streamconv.checkpoint.json_file import read_json
+from streamconv.checkpoint.limits import MAX_CONFIG
 from streamconv.errors import CheckpointError, printable
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -45,9 +46,9 @@ def foreign(shown: str, present: Collection[str], folder: Path | None = None) ->
 
 def _base(folder: Path | None) -> str:
     """ " for ORG/NAME", if the adapter says so."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
+    with contextlib.suppress(CheckpointError):
         if folder is not None:
-            base = json.loads((folder / ADAPTER_CONFIG).read_bytes()[: 1 << 20]).get("base_model_name_or_path")
+            base = read_json(folder / ADAPTER_CONFIG, MAX_CONFIG).get("base_model_name_or_path")
             return f" for {printable(base)}" if isinstance(base, str) and base else ""
     return ""
 

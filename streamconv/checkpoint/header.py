@@ -16,6 +16,7 @@ import re
 import stat
 from dataclasses import dataclass
 from operator import attrgetter
+from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from streamconv.checkpoint import lfs
@@ -33,9 +34,13 @@ from streamconv.checkpoint.limits import (
 )
 from streamconv.checkpoint.limits import MAX_HEADER as MAX_HEADER
 from streamconv.errors import CheckpointError, HeaderError, printable
+from streamconv.memory import check_room
+from streamconv.untrusted import open_regular
 
 _LIMIT = 1 << 63
 _FIRST_READ = 1 << 16
+_TAKES = 5
+"""Bytes of memory that a byte of a long header takes while it is read."""
 _SPLIT = "split the file into several shards"
 
 _WS = rb"[ \t\n\r]{0,256}"  # bounded, so that a hostile run of blanks fails at once
@@ -99,7 +104,7 @@ def read_header(source: str | os.PathLike[str] | int, path: str | os.PathLike[st
     try:
         if isinstance(source, int):
             return _read(source, shown)
-        fd = os.open(source, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO must not make us wait
+        fd = open_regular(Path(source))
         try:
             return _read(fd, shown)
         finally:
@@ -116,6 +121,7 @@ def _read(fd: int, path: str) -> Header:
     stop = _data_start(first, status.st_size, path)  # refuses what is no header before the rest is read
     if len(first) >= stop:
         return parse_header(first, status.st_size, path)
+    check_room(_TAKES * stop, f"reading the header of {printable(path)}")
     data, at = bytearray(stop), 0  # read into its place: never two copies of a long header
     while at < stop:
         got = os.preadv(fd, [memoryview(data)[at : at + (1 << 24)]], at)

@@ -3,12 +3,50 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 
 from streamconv.checkpoint.dtypes import DType
 from streamconv.errors import printable
 
 METADATA = "__metadata__"
+_ENTRY = re.compile(rb'[{,]("(?:[^"\\]|\\.)*"):\{"dtype":"(\w+)","shape":\[([0-9,]*)\]')
+
+
+class HeaderBuilder:
+    """A header that grows tensor by tensor, which come in `file_order`."""
+
+    def __init__(self) -> None:
+        self._text, self._at, self._last = bytearray(b"\0" * 8 + b"{"), 0, ""
+        self.count = 0
+
+    def add(self, name: str, dtype: DType, shape: tuple[int, ...]) -> int:
+        """Append a tensor; gives where it begins, counted from the first data byte."""
+        if name == METADATA or (name == self._last and self.count):
+            raise ValueError(f"tensor name {printable(name)} is used twice or reserved")
+        begin, size = self._at, dtype.itemsize
+        for dim in shape:
+            size *= dim
+        self._at += size
+        comma, listed = "," if self.count else "", ",".join(map(str, shape))
+        quoted = json.dumps(name, ensure_ascii=False)
+        self._text += f'{comma}{quoted}:{{"dtype":"{dtype.name}","shape":[{listed}],"data_offsets":[{begin},{self._at}]}}'.encode()
+        self._last, self.count = name, self.count + 1
+        return begin
+
+    def finish(self) -> tuple[bytes, int]:
+        """The first bytes of the file, and the size of all of it."""
+        self._text += b"}"
+        self._text += b" " * (-(len(self._text) - 8) % 8)
+        self._text[:8] = (len(self._text) - 8).to_bytes(8, "little")
+        made = bytes(self._text)
+        self._text.clear()
+        return made, len(made) + self._at
+
+
+def file_order(dtype: DType, name: str) -> tuple[int, bytes]:
+    """Sorts tensors as the stock writer does."""
+    return -dtype.order, name.encode()
 
 
 def build_header(
@@ -19,21 +57,22 @@ def build_header(
     Returns:
         The header with its length, and by name where in the file each tensor begins and ends.
     """
-    ordered = sorted(entries, key=lambda entry: (-entry[1].order, entry[0].encode()))
-    parts, spans, at = [], {}, 0
-    for name, dtype, shape in ordered:
-        if name in spans or name == METADATA:
+    builder, spans = HeaderBuilder(), dict[str, tuple[int, int]]()
+    for name, dtype, shape in sorted(entries, key=lambda entry: file_order(entry[1], entry[0])):
+        if name in spans:
             raise ValueError(f"tensor name {printable(name)} is used twice or reserved")
+        begin = builder.add(name, dtype, shape)
         size = dtype.itemsize
         for dim in shape:
             size *= dim
-        spans[name] = at, at + size
-        listed = ",".join(map(str, shape))
-        quoted = json.dumps(name, ensure_ascii=False)
-        parts.append(f'{quoted}:{{"dtype":"{dtype.name}","shape":[{listed}],"data_offsets":[{at},{at + size}]}}')
-        at += size
-    text = ("{" + ",".join(parts) + "}").encode()
-    text += b" " * (-len(text) % 8)
-    start = 8 + len(text)
-    places = {name: (start + begin, start + end) for name, (begin, end) in spans.items()}
-    return len(text).to_bytes(8, "little") + text, places
+        spans[name] = begin, begin + size
+    header, _ = builder.finish()
+    return header, {name: (len(header) + begin, len(header) + end) for name, (begin, end) in spans.items()}
+
+
+def header_entries(header: bytes) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """Name, dtype and shape of the tensors in a header that was built here, in order."""
+    at = 8
+    while found := _ENTRY.match(header, at):
+        yield json.loads(found[1]), found[2].decode(), tuple(map(int, found[3].split(b","))) if found[3] else ()
+        at = header.index(b"}", found.end()) + 1  # an entry holds neither texts with braces nor objects

@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import difflib
 import heapq
-import math
 import os
 import stat
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -16,15 +15,18 @@ from typing import Any, NamedTuple
 
 from streamconv.checkpoint.dtypes import DType
 from streamconv.checkpoint.foreign import ADAPTER_WEIGHTS, foreign
+from streamconv.checkpoint.json_file import file_size
 from streamconv.checkpoint.json_file import read_json as read_json
 from streamconv.checkpoint.limits import MAX_CONFIG as MAX_CONFIG
-from streamconv.checkpoint.limits import MAX_FILES, MAX_TENSORS
+from streamconv.checkpoint.limits import MAX_FILES, MAX_HEADER, MAX_TENSORS
 from streamconv.checkpoint.limits import MAX_WEIGHT_MAP as MAX_WEIGHT_MAP
 from streamconv.checkpoint.links import links_out
 from streamconv.checkpoint.meta import PARAMS, Assembled, assemble, is_meta, meta_files
 from streamconv.checkpoint.shard import Shard
+from streamconv.checkpoint.tensor_table import TensorTable
 from streamconv.checkpoint.torch_zip import TorchTensor, read_torch
 from streamconv.errors import CheckpointError, TensorError, printable
+from streamconv.untrusted import open_regular
 
 _CONFIG = "config.json"
 _NO_CONFIG = "a checkpoint folder holds config.json beside its weights"
@@ -32,17 +34,6 @@ WEIGHT_MAP = "model.safetensors.index.json"
 TORCH_WEIGHT_MAP = "pytorch_model.bin.index.json"
 _WHOLE = {WEIGHT_MAP: "model.safetensors", TORCH_WEIGHT_MAP: "pytorch_model.bin"}
 _TORCH = (".bin", ".pth", ".pt")
-
-
-class TensorRecord(NamedTuple):
-    """One tensor of the source; begin is an offset in the file of shard number `shard`."""
-
-    name: str
-    dtype: DType
-    shape: tuple[int, ...]
-    shard: int
-    begin: int
-    nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +57,7 @@ class Index:
     root: Path
     config: dict[str, Any]
     shards: tuple[Shard, ...]
-    tensors: dict[str, TensorRecord]
+    tensors: TensorTable
     digests: dict[int, str] = field(default_factory=dict)
     assembled: dict[str, Assembled] | None = None
     unlisted: frozenset[str] = frozenset()
@@ -139,14 +130,12 @@ def build_index(root: Path, config: dict[str, Any], shards: tuple[Shard, ...], c
     """Read the headers of the chosen files; closes them if one is bad."""
     digests: dict[int, str] = {}
     try:
-        tensors = read_tensors(shards, chosen.weight_map, digests)
+        tensors, unlisted = read_tensors(shards, chosen.weight_map, digests)
     except BaseException:
         for shard in shards:
             shard.close()
         raise
-    listed = chosen.weight_map
-    unlisted = frozenset(name for name in tensors if name not in listed) if listed is not None else frozenset[str]()
-    absent = tuple(name for name in listed if name not in tensors) if listed is not None else ()
+    absent = tuple(chosen.weight_map or ())
     return Index(root, config, shards, tensors, digests, unlisted=unlisted, absent=absent, notes=(*chosen.notes, *notes))
 
 
@@ -181,13 +170,25 @@ def _open_meta(folder: Path) -> Index:
         for shard in shards:
             shard.close()
         raise
-    tensors = {}
+    tensors = TensorTable()
     for name, whole in assembled.items():
         first = whole.blocks[0]
-        nbytes = whole.dtype.itemsize * math.prod(whole.shape)
-        tensors[name] = TensorRecord(name, whole.dtype, whole.shape, first.shard, first.begin, nbytes)
+        tensors.add(name, whole.dtype, whole.shape, first.shard, first.begin)
     notes = links_out(folder, [shard.path.name for shard in shards])
     return Index(folder, params, shards, tensors, digests, assembled, notes=notes)
+
+
+def description_size(root: Path) -> int:
+    """Bytes of the index file and of all headers of a folder, as far as they can be read."""
+    total = file_size(root / WEIGHT_MAP)
+    for path in root.glob("*.safetensors") if root.is_dir() else [root]:
+        with contextlib.suppress(OSError, CheckpointError):
+            fd = open_regular(path)
+            try:
+                total += min(int.from_bytes(os.pread(fd, 8, 0), "little"), MAX_HEADER)
+            finally:
+                os.close(fd)
+    return total
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
@@ -231,7 +232,8 @@ def _weight_map(path: Path) -> dict[str, str]:
         raise CheckpointError(f"{shown} names {len(files)} files, above streamconv's own limit of {MAX_FILES}")
     for name in sorted(files):
         _check_plain(name, shown)
-    return listed
+    shared = {name: name for name in files}
+    return {tensor: shared[file] for tensor, file in listed.items()}  # one string for each file, not for each tensor
 
 
 def _check_plain(name: str, index: str) -> None:
@@ -317,31 +319,42 @@ def weight_files(present: Iterable[str]) -> list[str]:
 
 def read_tensors(
     shards: Sequence[Shard], weight_map: dict[str, str] | None, digests: dict[int, str]
-) -> dict[str, TensorRecord]:
-    """What the headers of the files say, checked against the index file if there is one."""
-    found: dict[str, TensorRecord] = {}
+) -> tuple[TensorTable, frozenset[str]]:
+    """What the headers of the files say, checked against the index file if there is one.
+
+    Args:
+        weight_map: what the index file says; the names of the tensors that were found are taken out.
+
+    Returns:
+        the tensors, and the names that the index file does not list.
+    """
+    found, unlisted = TensorTable(), set[str]()
     if len(shards) > MAX_FILES:
         raise CheckpointError(f"the checkpoint has {len(shards)} weight files, above streamconv's own limit of {MAX_FILES}")
     for number, shard in enumerate(shards):
         file = shard.path.name
-        for name, dtype, shape, begin, nbytes in _held(shard, number, digests):
-            if weight_map is not None and weight_map.get(name, file) != file:
-                where = f"the index file places it in {printable(weight_map[name])}"
+        for name, dtype, shape, begin in _held(shard, number, digests):
+            first = shards[found[name].shard].path.name if name in found else None
+            placed = None if weight_map is None else weight_map.pop(name, None)  # taken out: each name is kept once
+            if weight_map is not None and first is None and placed is None:
+                unlisted.add(name)
+            other = first if weight_map is not None and name not in unlisted and first is not None else placed
+            if other not in (None, file):
+                where = f"the index file places it in {printable(str(other))}"
                 raise TensorError(f"tensor {printable(name)} is in {printable(file)}, but {where}")
-            if name in found:
-                first = shards[found[name].shard].path.name
+            if first is not None:
                 raise TensorError(f"tensor {printable(name)} is in two files, {printable(first)} and {printable(file)}")
-            found[name] = TensorRecord(name, dtype, shape, number, begin, nbytes)
+            found.add(name, dtype, shape, number, begin)
         if len(found) > MAX_TENSORS:
             raise CheckpointError(f"the checkpoint has over {MAX_TENSORS} tensors, which is streamconv's own limit")
-    return found
+    return found, frozenset(unlisted)
 
 
-def _held(shard: Shard, number: int, digests: dict[int, str]) -> list[TorchTensor]:
-    """The tensors of one file, whatever its format."""
+def _held(shard: Shard, number: int, digests: dict[int, str]) -> Iterator[tuple[str, DType, tuple[int, ...], int]]:
+    """Name, dtype, shape and place of the tensors of one file, whatever its format."""
     if shard.path.suffix in _TORCH:
         content = read_torch(shard)
         digests[number] = content.digest
-        return list(content.tensors.values())
-    header = shard.header()
-    return [TorchTensor(t.name, t.dtype, t.shape, t.begin, t.end - t.begin) for t in header.tensors.values()]
+        yield from ((name, dtype, shape, begin) for name, dtype, shape, begin, _ in content.tensors.values())
+        return
+    yield from ((name, dtype, shape, begin) for name, dtype, shape, begin, _ in shard.header().tensors.values())

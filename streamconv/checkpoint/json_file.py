@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
 
 from streamconv.checkpoint import lfs
-from streamconv.checkpoint.limits import MAX_CONTAINERS, MAX_TENSORS, MAX_WIDE_JSON
-from streamconv.checkpoint.shard import open_regular
+from streamconv.checkpoint.limits import check_counts
 from streamconv.errors import CheckpointError, TensorError, printable
+from streamconv.memory import check_room
+from streamconv.untrusted import parse_json, read_file
+
+_JSON_TAKES = 5
+"""Bytes of memory that a byte of a long index file takes while it is read."""
 
 
 def read_json(path: Path, limit: int, *, unique: bool = False) -> dict[str, Any]:
@@ -22,50 +26,22 @@ def read_json(path: Path, limit: int, *, unique: bool = False) -> dict[str, Any]
     Raises:
         CheckpointError: not readable, larger than limit bytes or than limits.py allows, or no JSON object.
         TensorError: with unique, a key is there twice.
+        BudgetError: it does not fit into the memory budget.
     """
     shown = printable(str(path))
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        held = dict(pairs)
-        if len(held) != len(pairs):
-            seen: set[str] = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise TensorError(f"{shown} lists {printable(twice)} twice", hint="remove one of the two entries")
-        return held
-
-    fd = open_regular(path)
-    try:
-        size = os.fstat(fd).st_size
-        if size > limit:
-            raise CheckpointError(f"{shown} has {size} bytes; at most {limit} are accepted")
-        with os.fdopen(fd, "rb", closefd=False) as file:
-            raw = file.read(size)
-        if lfs.is_pointer(raw):
-            raise CheckpointError(f"{shown} {lfs.POINTER}", hint=lfs.HINT)
-        _check_counts(raw, shown)
-        text = raw.decode()
-        del raw  # not two copies of a long text while it is parsed
-        value = json.loads(text, object_pairs_hook=once if unique else None)
-    except RecursionError:
-        raise CheckpointError(f"{shown} is nested too deeply") from None
-    except OSError as error:
-        raise CheckpointError(f"cannot read {shown}: {error.strerror}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{shown} is not valid JSON: {printable(str(error))}") from None
-    finally:
-        os.close(fd)
+    check_room(_JSON_TAKES * file_size(path), f"reading {shown}")
+    raw = read_file(path, limit)
+    if lfs.is_pointer(raw):
+        raise CheckpointError(f"{shown} {lfs.POINTER}", hint=lfs.HINT)
+    check_counts(raw, shown)
+    value = parse_json(raw, shown, twice=TensorError if unique else None)
     if not isinstance(value, dict):
         raise CheckpointError(f"{shown} must hold a JSON object")
     return value
 
 
-def _check_counts(raw: bytes, shown: str) -> None:
-    """Nothing is built from a JSON text that could become many times its size."""
-    told = "above streamconv's own limit of"
-    containers, values = raw.count(b"{") + raw.count(b"["), raw.count(b",")
-    if containers > MAX_CONTAINERS:
-        raise CheckpointError(f"{shown} holds {containers} objects and lists, {told} {MAX_CONTAINERS}")
-    if values > MAX_TENSORS + MAX_CONTAINERS:
-        raise CheckpointError(f"{shown} holds {values} values, {told} {MAX_TENSORS} tensors")
-    if len(raw) > MAX_WIDE_JSON and not raw.isascii():
-        raise CheckpointError(f"{shown} has {len(raw)} bytes, {told} {MAX_WIDE_JSON} for a file that is not plain ASCII")
+def file_size(path: Path) -> int:
+    """Bytes of a file, 0 if that is not known."""
+    with contextlib.suppress(OSError, ValueError):
+        return os.stat(path).st_size
+    return 0

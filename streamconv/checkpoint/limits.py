@@ -7,6 +7,8 @@ bytes, before anything is built from them.
 
 from __future__ import annotations
 
+from streamconv.errors import CheckpointError, StreamconvError
+
 STOCK_MAX_HEADER = 100_000_000
 """What the stock safetensors reader takes, bytes."""
 MAX_HEADER = 32 << 20
@@ -43,3 +45,36 @@ MAX_PICKLE_CALLS = 60_000
 MAX_ZIP_ENTRIES = 50_000
 MAX_ZIP_DIRECTORY = 16 << 20
 """Bytes of a PyTorch file's zip directory."""
+
+MAX_OUTPUT_TENSORS = 1_000_000
+"""Tensors of all rank files together; a model of 405B over 64 ranks has 73,000."""
+MAX_MANIFEST = 192 << 20
+"""Bytes of streamconv.json, which has a line of 190 bytes at most for each of them."""
+MAX_RECIPE = 64 << 10
+"""Bytes of a TOML or YAML recipe, which has some dozens of lines."""
+MAX_JOURNAL = 1 << 30
+"""Bytes of a journal: some 200 for each tile of 4 MiB."""
+MAX_JOURNAL_LINE = 8 << 20
+
+
+def check_counts(
+    raw: bytes, shown: str, error: type[StreamconvError] = CheckpointError, values: int = MAX_TENSORS + MAX_CONTAINERS
+) -> None:
+    """Nothing is built from a JSON text that could become many times its size.
+
+    Args:
+        shown: what messages call it.
+        error: what to raise.
+        values: how many it may hold.
+
+    Raises:
+        `error`: too many objects and lists, too many values, or a long text that is not plain ASCII.
+    """
+    told = "above streamconv's own limit of"
+    containers, found = raw.count(b"{") + raw.count(b"["), raw.count(b",")
+    if containers > MAX_CONTAINERS:
+        raise error(f"{shown} holds {containers} objects and lists, {told} {MAX_CONTAINERS}")
+    if found > values:
+        raise error(f"{shown} holds {found} values, {told} {values - MAX_CONTAINERS} tensors")
+    if len(raw) > MAX_WIDE_JSON and not raw.isascii():
+        raise error(f"{shown} has {len(raw)} bytes, {told} {MAX_WIDE_JSON} for a file that is not plain ASCII")

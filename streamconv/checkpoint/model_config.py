@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from streamconv.errors import CheckpointError, printable
+from streamconv.untrusted import shown_value
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,8 @@ _SWITCHES = ("bias", "attention_bias", "mlp_bias", "tie_word_embeddings", "use_l
 # those that are calculated with, and in which range
 _NEVER_NULL = {"attention_multiplier": (0.0, 1e30), "logits_scaling": (1e-30, 1e30)}
 
+_LLAMA3 = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
 # class defaults of transformers that files may rely on (§2.8); dimensions are never guessed
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "": {"rms_norm_eps": 1e-06, "rope_theta": 10000.0, "hidden_act": "silu", "max_position_embeddings": 2048},
@@ -128,15 +131,6 @@ def is_tied(config: Mapping[str, Any]) -> bool:
     return bool(config.get("tie_word_embeddings", defaults.get("tie_word_embeddings")))
 
 
-def _shown(value: Any) -> str:
-    """A value for a message; of large or nested lists and objects only the kind, for they can be of any size and depth."""
-    if isinstance(value, dict | list):
-        held = value.values() if isinstance(value, dict) else value
-        if len(value) > 4 or any(isinstance(item, dict | list) for item in held):
-            return "an object" if isinstance(value, dict) else "a list"
-    return printable(repr(value), 40)
-
-
 def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     """Read a Hugging Face config.json.
 
@@ -170,7 +164,7 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
             problems.append(f"{key} is missing")
             return 1
         if type(value) is not int or not 0 < value < 1 << 40:
-            problems.append(f"{key} is {_shown(value)}, not a positive whole number")
+            problems.append(f"{key} is {shown_value(value)}, not a positive whole number")
             return 1
         return value
 
@@ -178,7 +172,7 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
         value = raw.get(key)
         value = defaults.get(key, fallback) if value is None else value
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= sys.float_info.max:
-            problems.append(f"{key} is {_shown(value)}, not a number")
+            problems.append(f"{key} is {shown_value(value)}, not a number")
             return fallback
         return value
 
@@ -188,14 +182,14 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     def switch(key: str) -> bool | None:
         value = raw.get(key)
         if value is not None and not isinstance(value, bool):
-            problems.append(f"{key} is {_shown(value)}, not true or false")
+            problems.append(f"{key} is {shown_value(value)}, not true or false")
             return None
         return value
 
     def text(key: str) -> str | None:
         value = raw[key] if key in raw else defaults.get(key)
         if value is not None and not isinstance(value, str):
-            problems.append(f"{key} is {_shown(value)}, not a name")
+            problems.append(f"{key} is {shown_value(value)}, not a name")
             return None
         return value
 
@@ -226,7 +220,7 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
             factor = number(key, 1.0) if raw[key] is not None else -1.0
             least, most = _NEVER_NULL.get(key, (0.0, 1e30))
             if not least <= factor <= most:
-                problems.append(f"{key} is {_shown(raw[key])}, not a number from {least:g} to {most:g}")
+                problems.append(f"{key} is {shown_value(raw[key])}, not a number from {least:g} to {most:g}")
     if problems:
         raise CheckpointError([f"config.json: {problem}" for problem in problems])
     return ModelConfig(
@@ -266,7 +260,7 @@ def _rotated(raw: Mapping[str, Any], problems: list[str]) -> float:
     if value is None:
         return 1.0
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-        problems.append(f"partial_rotary_factor is {_shown(value)}, not a number above 0 and at most 1")
+        problems.append(f"partial_rotary_factor is {shown_value(value)}, not a number above 0 and at most 1")
         return 1.0
     return value
 
@@ -275,9 +269,9 @@ def _sparse_layers(raw: Mapping[str, Any], problems: list[str]) -> None:
     """Which layers of a Qwen mixture have experts: `mlp_only_layers` and `decoder_sparse_step`."""
     dense, step = raw.get("mlp_only_layers"), raw.get("decoder_sparse_step", 1)
     if dense is not None and not (isinstance(dense, list) and all(type(layer) is int for layer in dense)):
-        problems.append(f"mlp_only_layers is {_shown(dense)}, not a list of layers")
+        problems.append(f"mlp_only_layers is {shown_value(dense)}, not a list of layers")
     if type(step) is not int or step < 1:
-        problems.append(f"decoder_sparse_step is {_shown(step)}, not a positive whole number")
+        problems.append(f"decoder_sparse_step is {shown_value(step)}, not a positive whole number")
 
 
 _ADDS_ROPE_TYPE = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
@@ -295,7 +289,7 @@ def _rope(
     objects = {key: raw.get(key) for key in ("rope_parameters", "rope_scaling")}
     for key, value in objects.items():
         if value is not None and not isinstance(value, dict):
-            problems.append(f"{key} is {_shown(value)}, not an object")
+            problems.append(f"{key} is {shown_value(value)}, not an object")
             return number("rope_theta", 10000.0), None
         if any(isinstance(inner, dict) for inner in (value or {}).values()):
             problems.append(f"{key} is different for different layers, which TensorRT-LLM does not have")
@@ -305,7 +299,7 @@ def _rope(
     if thetas:
         first, raw["rope_theta"] = next(iter(thetas.items()))
         notes += [
-            f"config.json: {first} is {_shown(thetas[first])} and {key} is {_shown(value)}: {first} counts"
+            f"config.json: {first} is {shown_value(thetas[first])} and {key} is {shown_value(value)}: {first} counts"
             for key, value in thetas.items()
             if value != thetas[first]
         ]
@@ -325,13 +319,28 @@ def _rope(
     if _kind(scaling) == "default":
         return theta, None
     scaling = dict(scaling)
+    problems += _rope_problems(scaling)
     if "type" in scaling and architecture in _ADDS_ROPE_TYPE:
         scaling["rope_type"] = scaling["type"]
     return theta, scaling
 
 
 def _kind(scaling: Mapping[str, Any]) -> str:
-    return _shown(scaling.get("type", scaling.get("rope_type"))).strip("'")
+    return shown_value(scaling.get("type", scaling.get("rope_type"))).strip("'")
+
+
+def _rope_problems(scaling: Mapping[str, Any]) -> list[str]:
+    """Factors that are calculated with and are no numbers, or would be divided by."""
+    kind, problems = scaling.get("type", scaling.get("rope_type")), []
+    if not isinstance(kind, str | None):
+        problems.append(f"rope_scaling.type is {shown_value(kind)}, not a name")
+    for key in ("factor", *(_LLAMA3 if kind == "llama3" else ())):
+        value = scaling.get(key, 1.0)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 1e-30 <= value <= 1e30:
+            problems.append(f"rope_scaling.{key} is {shown_value(value)}, not a positive number")
+    if not problems and kind == "llama3" and scaling.get("low_freq_factor", 1.0) >= scaling.get("high_freq_factor", 4.0):
+        problems.append("rope_scaling.low_freq_factor is not below high_freq_factor")
+    return problems
 
 
 def from_meta(params: Mapping[str, Any], vocab_rows: int | None = None) -> ModelConfig:
@@ -360,9 +369,12 @@ def from_meta(params: Mapping[str, Any], vocab_rows: int | None = None) -> Model
     theta, stated = params.get("rope_theta", 10000), params.get("rope_scaling")
     for key, value in (("norm_eps", eps), ("rope_theta", theta)):
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= sys.float_info.max:
-            raise CheckpointError(f"params.json: {key} is {_shown(value)}, not a number")
+            raise CheckpointError(f"params.json: {key} is {shown_value(value)}, not a number")
     if stated is not None and not isinstance(stated, dict):
-        raise CheckpointError(f"params.json: rope_scaling is {_shown(stated)}, not an object")
+        raise CheckpointError(f"params.json: rope_scaling is {shown_value(stated)}, not an object")
+    problems = _rope_problems(stated or {})
+    if problems:
+        raise CheckpointError([f"params.json: {problem}" for problem in problems])
     scaling = {"type": "llama3"} if params.get("use_scaled_rope") else stated
     return ModelConfig(
         architecture="LlamaForCausalLM",

@@ -11,6 +11,8 @@ from typing import Any
 
 from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.json_file import read_json
+from streamconv.errors import CheckpointError
+from streamconv.untrusted import shown_value
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,8 @@ class SourceQuantization:
 
 
 _MOST = 1 << 20
+_LARGEST = 3.4028234e38
+"""Of float32, in which a checkpoint states the bound."""
 
 
 _COMPANION = re.compile(r"scale|zero|absmax|quant|packed|g_idx|SCB|amax")
@@ -91,6 +95,9 @@ def stated_quantization(config: Mapping[str, Any], root: Path) -> SourceQuantiza
     Args:
         config: config.json.
         root: the source, a folder or a file in it.
+
+    Raises:
+        CheckpointError: a file is not a JSON object, or states a bound that is no number.
     """
     folder = root if root.is_dir() else root.parent
     stated = config.get("quantization_config")
@@ -117,7 +124,7 @@ def _facts(method: str, stated: Mapping[str, Any], name: str) -> SourceQuantizat
         group_size=_int(stated.get("group_size", stated.get("q_group_size"))),
         format=str(form).lower() if form is not None else None,
         act_order=bool(stated.get("desc_act", False)),
-        activation_bound=float(bound) if isinstance(bound, (int, float)) else None,
+        activation_bound=_bound(bound, name),
         stated_in=name,
     )
 
@@ -133,6 +140,14 @@ def _modelopt(stated: Mapping[str, Any], name: str) -> SourceQuantization:
         stated_in=name,
         kv_algo="FP8" if isinstance(inner.get("kv_cache_scheme"), dict) else str(inner.get("kv_cache_quant_algo") or "").upper() or None,
     )
+
+
+def _bound(value: object, name: str) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _LARGEST:
+        raise CheckpointError(f"{name}: activation_scale_ub is {shown_value(value)}, not a positive float32")
+    return float(value)
 
 
 def _int(value: object) -> int | None:

@@ -8,9 +8,7 @@ at several times the speed of a disk, and works the same on network file systems
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
-import stat
 import threading
 import weakref
 from collections.abc import Iterator
@@ -19,8 +17,8 @@ from types import TracebackType
 from typing import NamedTuple
 
 from streamconv.checkpoint.header import Header, read_header
-from streamconv.errors import CheckpointError, SourceChangedError, UnreadableError, printable
-from streamconv.process import raise_file_limit
+from streamconv.errors import SourceChangedError, UnreadableError, printable
+from streamconv.untrusted import frees_descriptors, open_regular
 
 _ROWS_PER_CALL = 256  # two vectors a row stay below IOV_MAX, which is 1024 on Linux
 _SAMPLE = 16
@@ -42,44 +40,6 @@ class Identity(NamedTuple):
     device: int
 
 
-def open_regular(path: Path) -> int:
-    """A descriptor of a regular file, for reading. At the limit of open files it is raised, then idle shards are closed.
-
-    Raises:
-        CheckpointError: missing, or no regular file. Never waits, not even for a FIFO.
-        UnreadableError: the system refuses.
-    """
-    shown = printable(str(path))
-    try:
-        # A device is not even opened: that alone may have effects. O_NONBLOCK covers a swap in between.
-        mode = os.stat(path).st_mode
-        if stat.S_ISREG(mode):
-            fd = _open(path)
-            mode = os.fstat(fd).st_mode
-            if stat.S_ISREG(mode):
-                return fd
-            os.close(fd)
-    except FileNotFoundError:
-        raise CheckpointError(f"missing file {shown}", hint="is the download complete?") from None
-    except (OSError, ValueError) as error:
-        hint = None
-        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-            hint = "raise the limit of open files (ulimit -n)"
-        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
-        raise UnreadableError(f"cannot open {shown}: {reason}", hint=hint) from None
-    kinds = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
-    raise CheckpointError(f"{shown} is {kinds.get(stat.S_IFMT(mode), 'a device')}, not a regular file")
-
-
-def _open(path: Path) -> int:
-    while True:
-        try:
-            return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError as error:
-            if error.errno != errno.EMFILE or not (raise_file_limit() or _close_idle()):
-                raise
-
-
 def _close_idle() -> bool:
     """Close half of the shards that nobody reads right now; they open again by themselves. False if there is none."""
     with _using:
@@ -87,6 +47,9 @@ def _close_idle() -> bool:
         for shard in idle[: (len(idle) + 1) // 2]:
             shard.close()
     return bool(idle)
+
+
+frees_descriptors.append(_close_idle)
 
 
 class Shard:

@@ -26,7 +26,7 @@ def status_of(command: Callable[[], int], as_json: bool) -> int:
     try:
         return command()
     except click.exceptions.NoArgsIsHelpError as error:
-        output.block(error.format_message())
+        output.block(error.format_message().split("\n"))
         return 0
     except click.ClickException as error:
         return output.fail(UsageError(error.format_message()), as_json)

@@ -58,7 +58,7 @@ def show(what: str, markdown: bool) -> str:
     """
     header, rows = families() if what == "families" else quants()
     if not markdown:
-        return table(rows, header)
+        return "\n".join(table(rows, header))
     code = {"family", "architectures", "quant", "quant_algo", "flags"}
     lines = [header, tuple("---" for _ in header)]
     for row in rows:

@@ -155,7 +155,7 @@ def plan(
 
     asked = resources(memory_budget, workers, device, device_memory_budget)
     effects.check(click.get_current_context(), model, Options(**values))
-    index, made = api.open_and_plan(model, Options(**values))
+    index, made = api.open_and_plan(model, Options(**values), asked.memory_budget)
     try:
         if write_config:
             given = {"memory_budget": memory_budget, "workers": workers, "device": device, "device_memory_budget": device_memory_budget}
@@ -266,7 +266,7 @@ def list_(what: str, markdown: bool) -> int:
     """Print the model families or the weight formats."""
     from streamconv.cli import list_view
 
-    output.block(list_view.show(what, markdown))
+    output.block(list_view.show(what, markdown).split("\n"))
     return 0
 
 

@@ -55,7 +55,7 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(message, hint="streamconv-convert-checkpoint --help")
 
     def print_help(self, file: Any = None) -> None:
-        output.block(self.format_help().rstrip("\n"))  # argparse's own swallows a write that fails
+        output.block(self.format_help().rstrip("\n").split("\n"))  # argparse's own swallows a write that fails
 
 
 def _parser() -> _Parser:

@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 from streamconv.errors import Interrupted, OutputError, RefusedError, StreamconvError, shorten, visible
@@ -28,9 +28,9 @@ def line(text: str = "") -> None:
     print(visible(text))
 
 
-def block(text: str) -> None:
+def block(lines: Iterable[str]) -> None:
     """Lines on standard output; what comes from files was made visible before it was put among them."""
-    for each in text.split("\n"):
+    for each in lines:
         line(each)
 
 
@@ -51,7 +51,25 @@ def is_live() -> bool:
 
 def dump(content: Mapping[str, Any]) -> None:
     """A JSON object on standard output, in ASCII."""
-    print(json.dumps({key: _shown(value) if key in _PROSE else value for key, value in content.items()}))
+    print(_object(content))
+
+
+def dump_long(content: Mapping[str, Any], name: str, items: Iterable[object], last: Mapping[str, Any]) -> None:
+    """As `dump`, with a list that is never held whole.
+
+    Args:
+        content: what comes before it.
+        name: its key.
+        last: what comes after it, read when the items have come.
+    """
+    print(_object(content)[:-1], end=f', "{name}": [')
+    for number, item in enumerate(items):
+        print(", " if number else "", json.dumps(item), sep="", end="")
+    print("], " + _object(last)[1:])
+
+
+def _object(content: Mapping[str, Any]) -> str:
+    return json.dumps({key: _shown(value) if key in _PROSE else value for key, value in content.items()})
 
 
 def _shown(value: Any) -> Any:

@@ -20,7 +20,7 @@ from streamconv.targets.trtllm.config_sections import late_keys
 
 def content(plan: Plan, shares: Shares, costs: list[TileCost], out: str | None) -> dict[str, Any]:
     """The plan for programs; sizes in bytes."""
-    tile = max((cost.rows(shares.arena, None) * span.row_bytes for span, cost in zip(plan.spans, costs, strict=True)), default=0)
+    tile = max((cost.rows(shares.arena, None) * cost.source for cost in set(costs)), default=0)
     free = fs.free_space(Path(out or "."))
     warnings = list(plan.warnings)
     if out is not None and mounts.in_memory(Path(out)):
@@ -33,7 +33,7 @@ def content(plan: Plan, shares: Shares, costs: list[TileCost], out: str | None) 
         "dtype": plan.dtype.torch,
         "options": plan.options.to_json(),
         "fingerprint": plan.fingerprint(),
-        "files": [{"name": f.name, "size": f.size, "tensors": len(f.tensors)} for f in plan.files]
+        "files": [{"name": f.name, "size": f.size, "tensors": f.tensors} for f in plan.files]
         + [{"name": "config.json", "size": len(plan.config), "tensors": 0}],
         "stored_as": dict(plan.decisions),
         "bytes_to_read": plan.bytes_read,
@@ -91,8 +91,8 @@ def show(
     files = [(f["name"], show_size(f["size"]), str(f["tensors"] or "")) for f in told["files"]]
     if len(files) > 20:
         files = [*files[:8], ("...", "", ""), *files[-3:]]
-    output.block(table(files, ("file", "size", "tensors")) + "\n")
-    output.block(table(list(plan.decisions.items()), ("module", "stored as")) + "\n")
+    output.block([*table(files, ("file", "size", "tensors")), ""])
+    output.block([*table(list(plan.decisions.items()), ("module", "stored as")), ""])
     memory, disk = told["memory"], told["disk"]
     passes = f", weights in {plan.passes} passes" if plan.passes > 1 else ""
     output.line(f"read     {show_size(plan.bytes_read)}{passes}")

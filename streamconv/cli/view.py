@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from streamconv.budget import Shares
 from streamconv.cli import output
@@ -13,16 +13,14 @@ from streamconv.memory import peak_resident, resident, show_size
 from streamconv.plan import Plan
 
 
-def table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...] | None = None) -> str:
-    """Columns aligned with spaces; every cell is made visible."""
-    every = [tuple(map(visible, row)) for row in (*([header] if header else []), *rows)]
-    if not every:
-        return ""
-    widths = [max(len(row[i]) for row in every) for i in range(len(every[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in every]
-    if header:
-        lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
+def table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...] | None = None) -> Iterator[str]:
+    """Lines with columns aligned by spaces; every cell is made visible."""
+    every = [*([header] if header else []), *rows]
+    widths = [max(len(visible(row[i])) for row in every) for i in range(len(every[0]) if every else 0)]
+    for number, row in enumerate(every):
+        yield "  ".join(visible(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        if header and not number:
+            yield "  ".join("-" * width for width in widths)
 
 
 class Progress:

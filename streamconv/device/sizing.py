@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from streamconv.device.fused import has_kernel
@@ -69,7 +69,7 @@ class Sizes:
     chunk: int
 
 
-def demand(spans: Iterable[Span], matrices: tuple[Matrix, ...], fused: bool = False) -> Demand:
+def demand(spans: Iterable[Span], matrices: Sequence[Matrix], fused: bool = False) -> Demand:
     """The dearest of all spans in each respect; `fused`: what has a fused kernel runs it, and takes no temporaries."""
     work, out, fixed, least, small = 0.0, 0.0, 0, 0, 0
     seen = set()

@@ -33,7 +33,8 @@ class Fetch:
         self._left: dict[HubShard, int] = {}
         self._uses: list[tuple[HubShard, ...]] = []
         wanted: dict[HubShard, None] = {}
-        for number, span in enumerate(plan.spans):
+        remote_at_all = any(isinstance(shard, HubShard) for shard in shards)
+        for number, span in enumerate(plan.spans if remote_at_all else ()):
             pieces = span.source.pieces if isinstance(span.source, SourceTensor) else ()
             remote = (shards[piece.shard] for piece in pieces)
             uses = tuple(dict.fromkeys(shard for shard in remote if isinstance(shard, HubShard)))
@@ -75,7 +76,7 @@ class Fetch:
 
     def consumed(self, span: int, rows: int) -> None:
         """These rows of a span will not be read again."""
-        for shard in self._uses[span]:
+        for shard in self._uses[span] if self._uses else ():
             with self._turn:
                 self._left[shard] -= rows
                 over = self._left[shard] <= 0 and self.keep == "none"

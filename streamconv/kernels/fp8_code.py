@@ -8,6 +8,7 @@ import numpy as np
 
 from streamconv.kernels.jit import bits_of, float_of, jit
 from streamconv.kernels.nearest import load_bits, round_bits
+from streamconv.kernels.rows import BLOCK
 
 _Array = np.ndarray[Any, Any]
 
@@ -90,12 +91,15 @@ def fp8_rows(
 @jit
 def fp8_tensor_rows(source: _Array, start: int, stride: int, rows: int, cols: int, out: _Array, kind: int, scale: np.float32) -> int:
     """Rows -> e4m3 bytes by one scale; gives how many values were NaN or infinite."""
-    bits = np.empty(cols, np.uint32)
+    bits = np.empty(min(cols, BLOCK), np.uint32)
     bad = 0
     for r in range(rows):
-        if load_bits(source[start + r * stride : start + r * stride + cols], kind, bits) >= np.uint32(0x7F800000):
-            bad += repair(bits)
-        quotients(bits, scale, out[r * cols : (r + 1) * cols])
+        for c in range(0, cols, BLOCK):
+            part = bits[: min(BLOCK, cols - c)]
+            at, to = start + r * stride + c, r * cols + c
+            if load_bits(source[at : at + part.size], kind, part) >= np.uint32(0x7F800000):
+                bad += repair(part)
+            quotients(part, scale, out[to : to + part.size])
     return bad
 
 

@@ -13,6 +13,8 @@ import numpy as np
 from streamconv.kernels.jit import bits_of, float_of, jit
 
 CODES = {"F32": 0, "F16": 1, "BF16": 2}
+BLOCK = 1 << 16
+"""Columns that are worked on at a time where nothing depends on the whole row; a row may be longer than the memory budget."""
 
 _Array = np.ndarray[Any, Any]
 

@@ -172,6 +172,10 @@ class Encoding(ABC):
         """Working memory for each source column, however many rows a tile has."""
         return 0
 
+    def kernel_bytes_per_column(self) -> int:
+        """The same of the fused kernel, which holds a row in float32 and, for packing, once more in bytes; 0 if it works in blocks."""
+        return 16
+
 
 @dataclass(frozen=True, slots=True)
 class QuantInfo:

@@ -80,6 +80,9 @@ class Fp8Tensor(Encoding):
         made = (values / torch.full_like(values[:1], self._known())).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
         return (made.contiguous().reshape(-1).view(torch.uint8),)
 
+    def kernel_bytes_per_column(self) -> int:
+        return 0
+
     def kernel(self, source: DType) -> Kernel | None:
         if source.name not in ("F32", "F16", "BF16"):
             return None

@@ -81,6 +81,9 @@ class Plain(Encoding):
     def torch_bytes_per_element(self) -> int:
         return 16
 
+    def kernel_bytes_per_column(self) -> int:
+        return 0
+
 
 class _Unquantized:
     info = QuantInfo("none", None, "weights in the model dtype", flags=("--dtype",), stores="model dtype")

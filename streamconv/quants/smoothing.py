@@ -31,7 +31,7 @@ class ColumnMaxima(Reduction):
 
     key: str
     bytes_per_element = 16
-    bytes_per_column = 8
+    bytes_per_column = 12
 
     def tile(self, block: torch.Tensor, known: Known) -> torch.Tensor:
         import torch

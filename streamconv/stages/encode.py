@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from streamconv.checkpoint.dtypes import DType
@@ -18,7 +19,7 @@ Request = tuple[tuple[tuple[int, int], ...], Encoding]
 """(columns, encoding): two destinations with the same request get the same bytes."""
 
 
-def requests(span: Span, matrices: tuple[Matrix, ...]) -> dict[Request, list[Dest]]:
+def requests(span: Span, matrices: Sequence[Matrix]) -> dict[Request, list[Dest]]:
     """The span's destinations grouped by what they need, in order."""
     found: dict[Request, list[Dest]] = {}
     for dest in span.dests:

@@ -176,7 +176,7 @@ def test_a_hidden_file_that_changes_is_not_published(tmp_path: Path, monkeypatch
         write(self, name, offset, data)
 
     monkeypatch.setattr(OutputFolder, "write", meddled)
-    with pytest.raises(OutputError, match="rank0.safetensors"):
+    with pytest.raises(OutputError, match=r"rank0\.safetensors"):
         world.run()
     assert not world.out.exists()
     assert not world.finish()

@@ -13,10 +13,10 @@ import streamconv
 
 ROOT = Path(streamconv.__file__).parent
 LEVELS = (
-    ("errors", "options", "memory", "process", "streams", "cache_folder", "mounts"),
+    ("errors", "options", "memory", "process", "streams", "cache_folder", "mounts", "untrusted"),
     ("checkpoint",),
     ("quants", "families", "matching", "naming", "kernels", "fs", "place", "output_checks", "output_folder", "ranges"),
-    ("plan", "verdict"),
+    ("plan", "tables", "verdict"),
     ("stages", "targets", "lock", "journal", "order", "resume", "results", "compared", "measured"),
     ("budget", "device", "manifest", "writer", "config_only", "tensorrt_llm_reader"),
     ("pool", "recipe", "hub", "calibrate"),

@@ -94,7 +94,7 @@ def test_scales_taken_over(tmp_path: Path, value: float) -> None:
 @pytest.mark.parametrize("bound", [float("inf"), 0.0])
 def test_a_clamp_that_is_none(tmp_path: Path, bound: float) -> None:
     told = tiny.config(quantization_config={"quant_method": "fbgemm_fp8", "activation_scale_ub": bound})
-    with pytest.raises(StreamconvError, match="clamp_val"):
+    with pytest.raises(StreamconvError, match="activation_scale_ub"):
         api.open_and_plan(tiny.write(tmp_path / "in", settings=told), Options())
 
 

@@ -18,7 +18,8 @@ from streamconv.errors import CheckpointError, StreamconvError, TensorError
 from streamconv.options import Options, Resources
 from streamconv.plan import PLAIN_ROWS, Span
 from streamconv.stages.read import read_rows
-from streamconv.targets.trtllm.planner import make_plan, source_tensors
+from streamconv.targets.trtllm.planner import make_plan
+from streamconv.targets.trtllm.source_tensors import SourceTensors
 from tests import tiny
 
 H, WIDTH, HEADS, KV, V, LAYERS = 64, 128, 4, 2, 80, 2
@@ -71,7 +72,7 @@ def whole(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor as the reader assembles it, read in odd tiles."""
     found = {}
     with open_index(folder) as index:
-        for name, source in source_tensors(index).items():
+        for name, source in SourceTensors(index).items():
             row = source.cols * source.dtype.itemsize
             span = Span(source, 0, source.rows, PLAIN_ROWS, (), 1)
             out = bytearray()

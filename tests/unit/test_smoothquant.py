@@ -220,8 +220,7 @@ def test_a_conversion_does_without_torch(model: Path, tmp_path: Path, flags: lis
 
 def test_the_plan_says_whether_torch_is_loaded(model: Path) -> None:
     plans = [planned(model, ask(model, smoothquant=alpha)) for alpha in (0.5, 0.8)]
-    bases = [api.foresee(plan, Resources(), api.costs_of(plan)).base for plan in plans]
-    assert bases[1] - bases[0] == 300 << 20
+    assert [any(cost.torch for cost in api.costs_of(plan)) for plan in plans] == [False, True]
 
 
 def test_resumed_after_a_failure(model: Path, tmp_path: Path) -> None:

@@ -83,8 +83,8 @@ def damaged(tmp_path: Path, change: Any, name: str, **options: Any) -> Verdict:
     assert told is not None
     index, plan = api.open_and_plan(source, told.options)
     with index:
-        hashes = told.hashes | {(file.name, name): xxhash.xxh3_128(new).hexdigest()}
-        (out / manifest.NAME).write_bytes(manifest.build(plan, hashes))
+        told.hashes[file.name][name] = xxhash.xxh3_128(new).hexdigest()
+        (out / manifest.NAME).write_bytes(b"".join(manifest.build(plan, [told.hashes[held.name].values() for held in plan.files])))
     return verify(out, source)
 
 

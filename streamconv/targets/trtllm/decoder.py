@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from streamconv.checkpoint.dtypes import F32, DType
 from streamconv.checkpoint.model_config import ModelConfig
 from streamconv.families.base import Family
+from streamconv.memory import MIB, check_room
 from streamconv.options import Options
 from streamconv.plan import PLAIN_ROWS, RowOp, SourceTensor
 from streamconv.quants import Module, Quant
@@ -62,6 +63,7 @@ class Decoder:
         self._embedding(self.mapping.stage(0))
         for pp, layers in enumerate(stages):
             for layer in layers:
+                check_room(MIB, "planning")
                 self._layer(self.mapping.stage(pp), layer, f"transformer.layers.{layer - layers.start}.")
         last = self.mapping.stage(self.mapping.pp_size - 1)
         self._norm(last, "transformer.ln_f", "final_norm", -1, self.model.hidden_size)

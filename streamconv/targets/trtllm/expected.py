@@ -13,12 +13,15 @@ from typing import Any
 
 from streamconv.errors import CheckpointError, VerifyError, printable
 from streamconv.families import family_of
+from streamconv.memory import check_room
 from streamconv.plan import OutputFile
 from streamconv.targets.trtllm.expected_forms import FORMS, SMOOTH, Facts, Form, Wanted
 from streamconv.targets.trtllm.mapping import Mapping as Grid
 from streamconv.targets.trtllm.mapping import Rank, stage_layers
 
 MOST_RANKS = 4096
+_TAKES = 1500
+"""Bytes of memory for each tensor of a rank file: what is there, and what is wanted."""
 _DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 
 
@@ -265,9 +268,11 @@ _LONG_ROPE = (
 
 def first_problem(config: Mapping[str, Any], files: Sequence[OutputFile]) -> str | None:
     """What is wrong with planned files, in rank order, None if nothing is; one file at a time is looked at."""
-    total = sum(len(file.tensors) for file in files)
+    total = sum(file.tensors for file in files)
     for number, file in enumerate(files):
-        tensors = {tensor.name: (tensor.dtype.name, tensor.shape) for tensor in file.tensors}
+        check_room(_TAKES * file.tensors, "checking the rank files")
+        kinds: dict[tuple[str, tuple[int, ...]], tuple[str, tuple[int, ...]]] = {}  # each once: there are few
+        tensors = {name: kinds.setdefault((dtype, shape), (dtype, shape)) for name, dtype, shape in file.tensors_of()}
         for problem in expected(config, {number}, total)[number].problems(tensors):
             return f"{file.name}: {problem}"
     return None

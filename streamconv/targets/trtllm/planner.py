@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 import struct
 from collections.abc import Mapping as MappingType
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from streamconv.errors import CheckpointError, RefusedError, UsageError, printab
 from streamconv.families import Family, family_of
 from streamconv.families.meta import META
 from streamconv.options import TARGET_SMS, TARGET_VERSIONS, Options
-from streamconv.plan import PackedTensor, Piece, Plan, SourceFile, SourceTensor
+from streamconv.plan import PackedTensor, Plan, SourceFile
 from streamconv.quants import quant_of
 from streamconv.ranges import HINT, Ranges
 from streamconv.targets.trtllm import expected, fp8_scales, prequantized, rope, takeover
@@ -30,6 +29,7 @@ from streamconv.targets.trtllm.config_json import build_config, dump
 from streamconv.targets.trtllm.config_sections import resolve_dtype, resolve_moe
 from streamconv.targets.trtllm.decoder import Decoder
 from streamconv.targets.trtllm.mapping import Mapping
+from streamconv.targets.trtllm.source_tensors import Changed, SourceTensors
 from streamconv.targets.trtllm.sources import Roles
 
 _PLACES = 16
@@ -37,22 +37,6 @@ _PLACES = 16
 
 _CODES = ("F8_E4M3", "F8_E5M2")
 """Floats whose numbers mean nothing without scales; integers are no weight type at all."""
-
-
-def source_tensors(index: Index) -> dict[str, SourceTensor]:
-    """The index's tensors as matrices to read rows from."""
-    found = {}
-    for name, whole in (index.assembled or {}).items():
-        pieces = tuple(Piece(*block) for block in whole.blocks)
-        found[name] = SourceTensor(name, whole.dtype, whole.shape, pieces, whole.axis)
-    if index.assembled is not None:
-        return found
-    for name, record in index.tensors.items():
-        shape = record.shape
-        cols = shape[-1] if len(shape) > 1 else 1
-        piece = Piece(record.shard, record.begin, math.prod(shape[:-1]) if len(shape) > 1 else math.prod(shape), cols)
-        found[name] = SourceTensor(name, record.dtype, shape, (piece,))
-    return found
 
 
 def source_files(index: Index) -> tuple[SourceFile, ...]:
@@ -85,7 +69,7 @@ def model_of(index: Index) -> tuple[ModelConfig, Family]:
         raise CheckpointError(
             f"the config says {model.num_hidden_layers} layers, but the source holds only {len(index.tensors)} tensors"
         )
-    stacked = max((t.shape[0] for t in index.tensors.values() if len(t.shape) == 3), default=0)
+    stacked = max((shape[0] for _, shape in index.tensors.kinds() if len(shape) == 3), default=0)
     experts = model.num_experts * model.num_hidden_layers
     if experts > MAX_TENSORS or (experts > len(index.tensors) and model.num_experts > stacked):
         raise CheckpointError(
@@ -175,11 +159,12 @@ def make_plan(index: Index, options: Options) -> Plan:
     ranges = _ranges(dataclasses.replace(options, quant="none") if given else options)
     dtype = MODEL_DTYPES[resolve_dtype(options.dtype, model.dtype)]
     mapping = Mapping(options.tp_size, options.pp_size, *moe)
+    tensors = SourceTensors(index)
     if family is META:  # Meta quantizes nothing, and its tensors have many pieces
-        stored = prequantized.Stored(source_tensors(index))
+        stored = prequantized.Stored(Changed(tensors))
     else:
         bits = 8 if options.quant == "int8_gptq" else 4
-        stored = prequantized.assemble(source_tensors(index), stated, bits, index.shards)
+        stored = prequantized.assemble(tensors, stated, bits, index.shards)
     problems = stored.problems + takeover.group_problems(options, stored)
     if problems:
         raise RefusedError(problems)
@@ -193,10 +178,10 @@ def make_plan(index: Index, options: Options) -> Plan:
     shared = embedding_is_shared(model, options, lm_head_missing=missing, qwen=family.config_class == "qwen")
     shared = shared or (family.config_class == "gemma" and options.target_version == "0.16")
     tied = model.tie_word_embeddings and (not has_head or options.target_version != "0.16")
-    builder = Builder(options.tp_size * options.pp_size)
+    builder = Builder(options.tp_size * options.pp_size, tensors)
     decoder = Decoder(model, family, options, dtype, mapping, roles, quant, builder, kv, shared, tied, ranges, stored.kv)
     decoder.describe()
-    decoder.refused += _without_scales(stored, roles)
+    decoder.refused += _without_scales(index, stored, roles)
     roles.leave(prequantized.zero_biases(stored, roles.unused(), index.shards))
     spare = [name for name in roles.unused() if name in index.unlisted]
     roles.leave(set(spare))
@@ -231,8 +216,8 @@ def make_plan(index: Index, options: Options) -> Plan:
         dtype=dtype,
         config=dump(config),
         files=tuple(files),
-        matrices=tuple(matrices),
-        spans=tuple(spans),
+        matrices=matrices,
+        spans=spans,
         constants=tuple(constants),
         sources=source_files(index) + _ranges_file(ranges),
         warnings=tuple(
@@ -318,8 +303,10 @@ def _index_warnings(index: Index, spare: Sequence[str]) -> list[str]:
     ]
 
 
-def _without_scales(stored: prequantized.Stored, roles: Roles) -> list[str]:
+def _without_scales(index: Index, stored: prequantized.Stored, roles: Roles) -> list[str]:
     """Weights whose stored numbers are not their values, where nothing says what they are times."""
+    if not any(dtype.name in _CODES for dtype, _ in index.tensors.kinds()):
+        return []
     odd = [name for name in sorted(roles.found.values()) if name in stored.tensors and name not in stored.scales and name not in stored.fp8]
     odd = [name for name in odd if stored.tensors[name].dtype.name in _CODES and not isinstance(stored.tensors[name], PackedTensor)]
     if not odd:

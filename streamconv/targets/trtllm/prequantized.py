@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 
 from streamconv.checkpoint.dtypes import BF16, F8_E4M3, F16, F32, I8, I32, U8, DType
@@ -20,6 +20,7 @@ from streamconv.quants.gptq import GroupScales
 from streamconv.quants.plain import Plain
 from streamconv.targets.trtllm.builder import Builder, Fed
 from streamconv.targets.trtllm.scalars import is_scale, read_scalars
+from streamconv.targets.trtllm.source_tensors import Changed
 
 _KV = re.compile(r"\.([0-9]{1,9})\.[^0-9]*\.[kv]_scale$")
 _SCALES = (F16, BF16, F32)
@@ -56,7 +57,7 @@ class Stored:
         kv: layer -> scale of its FP8 KV cache there, the larger of both.
     """
 
-    tensors: dict[str, SourceTensor]
+    tensors: MutableMapping[str, SourceTensor]
     scales: dict[str, Scales] = field(default_factory=dict)
     v1: bool = True
     problems: list[str] = field(default_factory=list)
@@ -84,15 +85,16 @@ def assemble(tensors: Mapping[str, SourceTensor], stated: SourceQuantization | N
         bits: 4 or 8, bits of a weight where the source states none.
         shards: for g_idx, the only content that is read.
     """
-    stored = Stored(dict(tensors), v1=stated is None or stated.format != "gptq_v2")
+    stored = Stored(Changed(tensors), v1=stated is None or stated.format != "gptq_v2")
     for name in tensors:
         if name.endswith(".qweight"):
             _grouped(stored, name, stated, bits, shards)
     if stated is not None and stated.brings_scales:
         read_fp8(stored, shards)
         return stored
-    for name, tensor in tensors.items():
+    for name in tensors:
         if name.endswith(".weight") and name[:-7] + ".weight_scale" in tensors:
+            tensor = tensors[name]
             if tensor.dtype == F8_E4M3:
                 _fbgemm(stored, name)
             elif tensor.dtype in (U8, I8):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from streamconv.checkpoint.index import nearest
@@ -30,7 +30,7 @@ class Roles:
     """
 
     family: Family
-    tensors: dict[str, SourceTensor]
+    tensors: Mapping[str, SourceTensor]
     packing: tuple[str, ...] | None = None
     found: dict[Key, str] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)

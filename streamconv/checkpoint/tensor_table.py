@@ -1,0 +1,77 @@
+"""The tensors of a source, kept small: a quarter of a million of them are a few numbers each, and records are made when asked for."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from streamconv.checkpoint.dtypes import DType
+
+
+class TensorRecord(NamedTuple):
+    """One tensor of the source; begin is an offset in the file of shard number `shard`."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    shard: int
+    begin: int
+    nbytes: int
+
+
+class TensorTable(Mapping[str, TensorRecord]):
+    """Records by name, in the order in which they were added."""
+
+    def __init__(self) -> None:
+        self._places: dict[str, int] = {}
+        self._names: list[str] = []
+        self._kinds: list[tuple[DType, tuple[int, ...], int]] = []
+        self._numbers: dict[tuple[DType, tuple[int, ...]], int] = {}
+        self._kind, self._shard, self._begin = array("I"), array("H"), array("Q")
+
+    def add(self, name: str, dtype: DType, shape: tuple[int, ...], shard: int, begin: int) -> None:
+        """A tensor whose name is new."""
+        kind = self._numbers.get((dtype, shape))
+        if kind is None:
+            kind = self._numbers[dtype, shape] = len(self._kinds)
+            self._kinds.append((dtype, shape, dtype.itemsize * math.prod(shape)))
+        self._places[name] = len(self._names)
+        self._names.append(name)
+        self._kind.append(kind)
+        self._shard.append(shard)
+        self._begin.append(begin)
+
+    def take(self, record: TensorRecord, name: str) -> None:
+        """A tensor of another table, under a name that is new."""
+        self.add(name, record.dtype, record.shape, record.shard, record.begin)
+
+    def place(self, name: str) -> int | None:
+        """Number of a tensor, None if there is none of that name."""
+        return self._places.get(name)
+
+    def at(self, place: int) -> TensorRecord:
+        """The tensor with a number."""
+        dtype, shape, nbytes = self._kinds[self._kind[place]]
+        return TensorRecord(self._names[place], dtype, shape, self._shard[place], self._begin[place], nbytes)
+
+    def kinds(self) -> list[tuple[DType, tuple[int, ...]]]:
+        """What dtypes and shapes there are."""
+        return list(self._numbers)
+
+    def kind(self, place: int) -> tuple[DType, tuple[int, ...]]:
+        """Dtype and shape of a tensor by its number."""
+        return self._kinds[self._kind[place]][:2]
+
+    def __getitem__(self, name: str) -> TensorRecord:
+        return self.at(self._places[name])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
