@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 
-from streamconv import api, manifest
+from streamconv import api
 from streamconv.checkpoint.shard import Shard
-from streamconv.measured import decoded
 from streamconv.options import Options, Resources
-from streamconv.plan import SourceTensor
+from streamconv.planning.plan import SourceTensor
+from streamconv.run import manifest
+from streamconv.verification.measured import decoded
 
 PROMPT = "The capital of France is"
 
@@ -109,7 +110,7 @@ def variants(alpha: float, all_four: bool) -> dict[str, dict[str, Any]]:
 
 def ranges_of(model: Path, tokenizer: Any, ids: list[int], work: Path, samples: int, length: int) -> Path:
     """Ranges measured on the text that comes after the tokens that are measured."""
-    from streamconv.calibrate.run import calibrate
+    from streamconv.calibration.run import calibrate
 
     texts = [tokenizer.decode(ids[at : at + length]) for at in range(0, min(len(ids), samples * length), length)]
     work.mkdir(parents=True, exist_ok=True)

@@ -13,17 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from streamconv import budget, device, hub, memory
-from streamconv.budget import Shares, TileCost
+from streamconv import device, hub, memory
 from streamconv.checkpoint.index import Index, description_size
 from streamconv.device.backend import Backend, Cuda
 from streamconv.errors import BudgetError, OutputError, printable
-from streamconv.fs import Disk, named
 from streamconv.hub.fetch import Fetch
 from streamconv.options import Options, Resources
-from streamconv.plan import Plan
-from streamconv.targets.trtllm.planner import make_plan
-from streamconv.writer import Writer, check_plan
+from streamconv.planning import memory_plan
+from streamconv.planning.memory_plan import Shares, TileCost
+from streamconv.planning.plan import Plan
+from streamconv.run.fs import Disk, named
+from streamconv.run.writer import Writer, check_plan
+from streamconv.targets.trtllm.target import make_plan
 
 _LOADS = {"numpy": 30 * memory.MIB, "numba": 166 * memory.MIB, "torch": 300 * memory.MIB}
 """Bytes that loading a library takes, compiled kernels and what comes with it included (measured, rounded up); a run measures its own."""
@@ -134,7 +135,7 @@ def costs_of(plan: Plan, on_device: bool = False) -> list[TileCost]:
     for number in range(len(plan.spans)):
         kind = plan.spans.kind(number, plan.matrices.encoding_number)
         if kind not in known:
-            known[kind] = budget.tile_cost(plan.spans[number], plan.matrices, on_device)
+            known[kind] = memory_plan.tile_cost(plan.spans[number], plan.matrices, on_device)
         costs.append(known[kind])
     return costs
 
@@ -169,7 +170,7 @@ def foresee(plan: Plan, resources: Resources, costs: list[TileCost], spare: int 
     base = memory.resident() + growth(plan)
     base += sum(_LOADS[name] for name, needed in loads.items() if needed and name not in sys.modules)
     least = plan.peak + (plan.peak // 32 + spare if plan.peak and spare else 0)
-    return budget.share(resources.memory_budget, resources.workers, base, dearest(plan, costs), spare=spare, least=least)
+    return memory_plan.share(resources.memory_budget, resources.workers, base, dearest(plan, costs), spare=spare, least=least)
 
 
 def growth(plan: Plan) -> int:
@@ -183,8 +184,8 @@ def choose_device(plan: Plan, resources: Resources) -> device.Choice:
     Raises:
         UsageError: a device that is not here was asked for.
     """
-    total = resources.memory_budget or budget.default_budget()
-    return device.choose(resources.device, plan, budget.processors(), total)
+    total = resources.memory_budget or memory_plan.default_budget()
+    return device.choose(resources.device, plan, memory_plan.processors(), total)
 
 
 def _share_devices(
@@ -210,7 +211,7 @@ def load_kernels(plan: Plan) -> None:
     import numpy as np
 
     from streamconv.quants.base import Findings
-    from streamconv.stages.encode import encode, is_copy, requests, row_costs
+    from streamconv.run.encode import encode, is_copy, requests, row_costs
 
     seen = set[object]()
     kinds = {plan.spans.kind(number, plan.matrices.encoding_number): number for number in range(len(plan.spans))}
@@ -295,7 +296,7 @@ def _convert(
         instead: why it is the CPU and not the device that was meant.
         pinned: bytes of host memory that a device which was lost keeps.
     """
-    from streamconv.pool import Outcome, Pool
+    from streamconv.run.pool import Outcome, Pool
 
     began = clock()
     index, plan = open_and_plan(source, options, resources.memory_budget)
@@ -317,13 +318,13 @@ def _convert(
                 load_kernels(plan)
             workers = resources.workers
             if backends and workers is None:
-                workers = device.slots(budget.processors(), len(backends)) * len(backends)
+                workers = device.slots(memory_plan.processors(), len(backends)) * len(backends)
             base = memory.resident() + hub.memory_of(index) + pinned + growth(plan)
-            best = budget.BEST_ARENA
+            best = memory_plan.BEST_ARENA
             if backends and workers:
                 least = max((cost.smallest() for cost in costs), default=0)
                 best = device.arena(plan.bytes_read, workers, least)
-            shares = budget.share(resources.memory_budget, workers, base, dearest(plan, costs), best)
+            shares = memory_plan.share(resources.memory_budget, workers, base, dearest(plan, costs), best)
             if backends:
                 shares, rings = _share_devices(backends, plan, shares, resources, costs, closing)
             where = ", ".join(choice.devices) or f"cpu ({instead or choice.why})"

@@ -6,8 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
+from streamconv.checkpoint.untrusted import shown_value
 from streamconv.errors import UsageError
-from streamconv.untrusted import shown_value
 
 Version = Literal["0.16", "1.0", "1.2"]
 TARGET_VERSIONS: tuple[Version, ...] = ("0.16", "1.0", "1.2")

@@ -33,9 +33,9 @@ from streamconv.checkpoint.limits import (
     STOCK_MAX_HEADER,
 )
 from streamconv.checkpoint.limits import MAX_HEADER as MAX_HEADER
+from streamconv.checkpoint.untrusted import open_regular
 from streamconv.errors import CheckpointError, HeaderError, printable
 from streamconv.memory import check_room
-from streamconv.untrusted import open_regular
 
 _LIMIT = 1 << 63
 _FIRST_READ = 1 << 16

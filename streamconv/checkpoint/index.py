@@ -25,8 +25,8 @@ from streamconv.checkpoint.meta import PARAMS, Assembled, assemble, is_meta, met
 from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.tensor_table import TensorTable
 from streamconv.checkpoint.torch_zip import TorchTensor, read_torch
+from streamconv.checkpoint.untrusted import open_regular
 from streamconv.errors import CheckpointError, TensorError, printable
-from streamconv.untrusted import open_regular
 
 _CONFIG = "config.json"
 _NO_CONFIG = "a checkpoint folder holds config.json beside its weights"

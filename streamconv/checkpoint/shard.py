@@ -17,8 +17,8 @@ from types import TracebackType
 from typing import NamedTuple
 
 from streamconv.checkpoint.header import Header, read_header
+from streamconv.checkpoint.untrusted import frees_descriptors, open_regular
 from streamconv.errors import SourceChangedError, UnreadableError, printable
-from streamconv.untrusted import frees_descriptors, open_regular
 
 _ROWS_PER_CALL = 256  # two vectors a row stay below IOV_MAX, which is 1024 on Linux
 _SAMPLE = 16

@@ -117,8 +117,8 @@ def _of_model(model: str, options: Options, experts: bool) -> tuple[str, bool]:
     from streamconv.checkpoint.quantized import source_quantization
     from streamconv.hub import open_source
     from streamconv.quants import quant_of
-    from streamconv.targets.trtllm.planner import model_of
-    from streamconv.targets.trtllm.takeover import take_over
+    from streamconv.targets.trtllm.import_rules import take_over
+    from streamconv.targets.trtllm.target import model_of
 
     key = quant_of(options.quant).info.key  # an unknown one is told as such
     if key != "none" and not experts:

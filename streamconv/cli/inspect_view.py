@@ -11,12 +11,12 @@ from streamconv.cli import output
 from streamconv.cli.view import table
 from streamconv.errors import StreamconvError, printable
 from streamconv.families import Family
+from streamconv.families.matching import match
 from streamconv.hub import open_source
-from streamconv.matching import match
 from streamconv.memory import show_size
 from streamconv.options import Options
-from streamconv.plan import Plan
-from streamconv.targets.trtllm.planner import make_plan, model_of
+from streamconv.planning.plan import Plan
+from streamconv.targets.trtllm.target import make_plan, model_of
 
 
 def show(source: str, as_json: bool) -> None:

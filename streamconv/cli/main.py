@@ -71,8 +71,8 @@ def convert(
     import dataclasses
 
     from streamconv import api
-    from streamconv.calibrate.before import with_ranges
-    from streamconv.calibrate.request import Samples
+    from streamconv.calibration.before import with_ranges
+    from streamconv.calibration.request import Samples
     from streamconv.cli import view
 
     if quiet or as_json:
@@ -201,7 +201,7 @@ def verify(
 ) -> int:
     """Check a converted folder: structure, every tensor against config.json, hashes and, with --source, every byte against MODEL."""
     from streamconv.cli import verify_view
-    from streamconv.verify import verify as check
+    from streamconv.verification.check import verify as check
 
     if source is None:
         effects.needs(click.get_current_context(), "source", ("activation_ranges", "memory_budget", "workers"))
@@ -240,7 +240,7 @@ def verify(
 @click.option("--quiet", "-q", is_flag=True, help="Print errors and warnings only.")
 def calibrate(model: str, ranges: str, text: str | None, memory_budget: str, as_json: bool, quiet: bool, **values: Any) -> int:
     """Measure the activation ranges of MODEL on text, one layer at a time."""
-    from streamconv.calibrate.run import calibrate as run_calibration
+    from streamconv.calibration.run import calibrate as run_calibration
     from streamconv.cli import view
     from streamconv.memory import parse_size, show_size
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
 from streamconv.cli import output
-from streamconv.cli.fabricate import Sizes
+from streamconv.cli.config_from_flags import Sizes
 from streamconv.errors import UsageError
 from streamconv.options import Options
 

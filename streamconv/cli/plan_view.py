@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from streamconv import fs, mounts, place
-from streamconv.budget import Shares, TileCost
 from streamconv.cli import output
 from streamconv.cli.view import table
 from streamconv.errors import printable
 from streamconv.memory import show_size
-from streamconv.plan import Plan
+from streamconv.planning.memory_plan import Shares, TileCost
+from streamconv.planning.plan import Plan
+from streamconv.run import fs, mounts, place
 from streamconv.targets.trtllm.config_sections import late_keys
 
 

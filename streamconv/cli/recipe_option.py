@@ -9,10 +9,10 @@ from typing import Any
 import click
 
 from streamconv.cli import output
+from streamconv.cli.recipe import Kind, Recipe
 from streamconv.options import Options, Resources
-from streamconv.recipe import Kind, Recipe
 
-_KEY = "streamconv.recipe"
+_KEY = "streamconv.cli.recipe"
 _OWN = ("config", "write_config", "as_json", "quiet")
 """What a command says, and recipes themselves, are no part of one."""
 _NUMBERS_TOO = ("workers",)
@@ -54,7 +54,7 @@ def option(known: Callable[[], dict[str, Kind]]) -> Callable[[Callable[..., Any]
     def take(context: click.Context, _: click.Parameter, value: str | None) -> None:
         if value is None:
             return
-        from streamconv import recipe
+        from streamconv.cli import recipe
 
         found = recipe.read(value, known())
         context.meta[_KEY] = found
@@ -84,7 +84,7 @@ def write(path: str, model: str, out: str | None, options: Options, others: Mapp
     Args:
         index: the opened source.
     """
-    from streamconv import recipe
+    from streamconv.cli import recipe
     from streamconv.hub.shard import HubShard
 
     for shard in index.shards:

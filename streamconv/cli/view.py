@@ -6,11 +6,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from streamconv.budget import Shares
 from streamconv.cli import output
 from streamconv.errors import visible
 from streamconv.memory import peak_resident, resident, show_size
-from streamconv.plan import Plan
+from streamconv.planning.memory_plan import Shares
+from streamconv.planning.plan import Plan
 
 
 def table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...] | None = None) -> Iterator[str]:

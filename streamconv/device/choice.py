@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from streamconv.errors import UsageError
 from streamconv.memory import MIB
-from streamconv.plan import Plan
-from streamconv.stages.encode import is_copy, requests, width
+from streamconv.planning.plan import Plan
+from streamconv.run.encode import is_copy, requests, width
 
 HOST_COST = 900 * MIB
 """Host memory that torch and a CUDA context take before the first tile (measured on an H200 node)."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from streamconv.device.fused import has_kernel
+from streamconv.device.triton_launch import has_kernel
 from streamconv.errors import UsageError
 from streamconv.memory import GIB, KIB, MIB
-from streamconv.plan import Matrix, Span
-from streamconv.stages.encode import is_copy, requests, width
+from streamconv.planning.plan import Matrix, Span
+from streamconv.run.encode import is_copy, requests, width
 
 LANES = 2
 """Tiles computed at the same time: one waits for the host between kernels while the other runs."""

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from streamconv.device import fused
-from streamconv.plan import Span
+from streamconv.device import triton_launch as fused
+from streamconv.planning.plan import Span
 from streamconv.quants.base import Findings
-from streamconv.stages.encode import Request, width
+from streamconv.run.encode import Request, width
 
 if TYPE_CHECKING:
     import numpy as np

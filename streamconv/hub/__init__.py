@@ -23,11 +23,11 @@ from streamconv.checkpoint.index import (
 )
 from streamconv.checkpoint.meta import PARAMS
 from streamconv.errors import CheckpointError, printable
-from streamconv.fs import free_space
+from streamconv.families.naming import settle
 from streamconv.hub.problems import no_folder
 from streamconv.hub.repo import download, listing, named, note_revision, small_file
 from streamconv.hub.shard import AT_A_TIME, HubShard
-from streamconv.naming import settle
+from streamconv.run.fs import free_space
 
 _CONFIG = "config.json"
 MEMORY = 48 << 20

@@ -15,7 +15,7 @@ from streamconv.checkpoint.dtypes import DType
 from streamconv.errors import UsageError
 from streamconv.options import Options
 from streamconv.quants.base import Encoding, QuantInfo
-from streamconv.quants.refused import refuse
+from streamconv.targets.trtllm.unsupported import refuse
 
 __all__ = ["Module", "Quant", "all_quants", "quant_of"]
 

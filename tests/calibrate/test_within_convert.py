@@ -10,8 +10,8 @@ pytest.importorskip("transformers")
 
 import psutil
 
-from streamconv.calibrate.child import calibrate_apart
-from streamconv.calibrate.run import calibrate
+from streamconv.calibration.child import calibrate_apart
+from streamconv.calibration.run import calibrate
 from streamconv.cli.main import main
 from tests.calibrate.test_streamed import model, text
 

@@ -12,11 +12,11 @@ import torch
 
 from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.shard import Shard
-from streamconv.measured import decoded
-from streamconv.plan import Blank, PackedTensor, Piece, Plan, SourceTensor, Span
+from streamconv.planning.plan import Blank, PackedTensor, Piece, Plan, SourceTensor, Span
 from streamconv.quants.gptq import GroupScales
-from streamconv.results import Results
-from streamconv.stages.read import read_rows, spare_bytes_per_row
+from streamconv.run.read import read_rows, spare_bytes_per_row
+from streamconv.run.results import Results
+from streamconv.verification.measured import decoded
 
 Counts = np.ndarray[Any, np.dtype[np.int64]]
 

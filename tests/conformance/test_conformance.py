@@ -15,13 +15,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from streamconv import api, manifest
+from streamconv import api
 from streamconv.errors import RefusedError, TensorError
 from streamconv.families import all_families
 from streamconv.options import Options, Resources
-from streamconv.plan import Plan
+from streamconv.planning.plan import Plan
 from streamconv.quants import all_quants
-from streamconv.verify import verify
+from streamconv.run import manifest
+from streamconv.verification.check import verify
 from tests.conformance import layout
 from tests.conformance.output import Decoded, bytes_read, check_places, decode, elements_used
 from tests.conformance.recipes import LAYERS, RECIPES, Recipe, names, values, write

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from streamconv.errors import StreamconvError
-from streamconv.fs import Disk
-from streamconv.place import Beside, Inside
+from streamconv.run.fs import Disk
+from streamconv.run.place import Beside, Inside
 from tests.crash.disks import Counting, Intruding
 from tests.crash.kills import Count
 from tests.crash.world import State, World, snapshot

@@ -13,10 +13,11 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from streamconv import api, journal
+from streamconv import api
 from streamconv.errors import LockedError, OutputError
-from streamconv.fs import Disk, Folder, Mark
 from streamconv.options import Options, Resources
+from streamconv.run import journal
+from streamconv.run.fs import Disk, Folder, Mark
 from tests.crash.kills import Count
 from tests.crash.world import snapshot, write_model
 

@@ -15,14 +15,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from streamconv import api, memory, pool
+from streamconv import api, memory
 from streamconv.errors import DataError, LockedError, ResumeError
-from streamconv.fs import Disk, hidden
-from streamconv.journal import Done, Past
-from streamconv.journal import read as read_journal
-from streamconv.lock import OutputLock
 from streamconv.options import Options, Resources
-from streamconv.place import Beside
+from streamconv.run import pool
+from streamconv.run.fs import Disk, hidden
+from streamconv.run.journal import Done, Past
+from streamconv.run.journal import read as read_journal
+from streamconv.run.lock import OutputLock
+from streamconv.run.place import Beside
 from tests.crash.kills import operations, raised
 from tests.crash.world import World, slowly, snapshot, write_model
 
@@ -122,7 +123,7 @@ def test_starting_over_keeps_no_file_of_the_work_given_up(tmp_path: Path) -> Non
 
 def test_another_version_is_named(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     assert raised(world, 90)
-    monkeypatch.setattr("streamconv.journal.__version__", "99")
+    monkeypatch.setattr("streamconv.run.journal.__version__", "99")
     with pytest.raises(ResumeError, match="the version of streamconv"):
         world.run()
 

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from streamconv import api, journal
+from streamconv import api
 from streamconv.checkpoint.shard import Identity, Shard
 from streamconv.errors import ResumeError, SourceChangedError
-from streamconv.fs import Disk, hidden
 from streamconv.options import Options, Resources
+from streamconv.run import journal
+from streamconv.run.fs import Disk, hidden
 from tests import tiny
 from tests.crash.kills import raised
 from tests.crash.world import World, snapshot

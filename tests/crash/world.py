@@ -17,10 +17,11 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from streamconv import api, journal
+from streamconv import api
 from streamconv.errors import OutputError
-from streamconv.fs import Disk, hidden
 from streamconv.options import Options, Resources
+from streamconv.run import journal
+from streamconv.run.fs import Disk, hidden
 from tests.crash.disks import Counting, Tapped
 
 HIDDEN = ".streamconv-old."
@@ -192,7 +193,8 @@ class World:
 
 _SLOWLY = """
 import signal, sys, time
-from streamconv import journal, output_folder
+from streamconv.run import journal
+from streamconv.run import output_folder
 from streamconv.cli import main, signals
 for number, means in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
     signal.signal(number, means)  # whoever runs the tests may ignore them: a shell's background job does

@@ -14,13 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from streamconv import api, mounts
+from streamconv import api
 from streamconv.checkpoint import shard as shards
 from streamconv.cli.main import main
 from streamconv.errors import OutputError, UnreadableError, UsageError
-from streamconv.fs import Disk, free_space, hidden
 from streamconv.options import Options, Resources
-from streamconv.output_folder import OutputFolder
+from streamconv.run import mounts
+from streamconv.run.fs import Disk, free_space, hidden
+from streamconv.run.output_folder import OutputFolder
 from tests import tiny
 from tests.crash.kills import operations, raised
 from tests.crash.world import World, snapshot

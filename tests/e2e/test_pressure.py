@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.cgroup import CgroupError, memory_group
-from streamconv import memory, pool
+from streamconv import memory
+from streamconv.run import pool
 from tests.crash.world import World, slowly, snapshot, write_model
 
 MIB = 1 << 20
@@ -103,7 +104,8 @@ def test_a_parked_worker_gives_its_memory_back(tmp_path: Path, monkeypatch: pyte
 
 _CONVERT = """
 import sys, threading, time
-from streamconv import api, memory, pool
+from streamconv import api, memory
+from streamconv.run import pool
 from streamconv.options import Options, Resources
 
 model, out, log = sys.argv[1:]

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from streamconv import api, manifest
+from streamconv import api
 from streamconv.errors import StreamconvError
 from streamconv.families import Family, all_families
 from streamconv.options import Options, Resources
 from streamconv.quants import all_quants
-from streamconv.verify import verify
+from streamconv.run import manifest
+from streamconv.verification.check import verify
 
 Tensors = dict[str, torch.Tensor]
 _QUANTS = [key for key in all_quants() if "gptq" not in key and "awq" not in key]

@@ -26,16 +26,18 @@ import numpy as np
 import xxhash
 from safetensors.numpy import save_file
 
-from streamconv import api, journal, manifest, recipe
+from streamconv import api
 from streamconv.checkpoint import index, meta, model_config
+from streamconv.checkpoint.activation_ranges import Ranges
+from streamconv.cli import recipe
 from streamconv.cli.main import convert as convert_command
 from streamconv.cli.main import plan as plan_command
 from streamconv.cli.recipe_option import kinds
 from streamconv.errors import StreamconvError
-from streamconv.fs import hidden
 from streamconv.options import Options, Resources
-from streamconv.ranges import Ranges
-from streamconv.verify import verify
+from streamconv.run import journal, manifest
+from streamconv.run.fs import hidden
+from streamconv.verification.check import verify
 from tests import tiny
 
 _DEEP: Any = []

@@ -14,7 +14,7 @@ from streamconv import api
 from streamconv.errors import RefusedError
 from streamconv.families import all_families
 from streamconv.options import Options
-from streamconv.verify import verify
+from streamconv.verification.check import verify
 from tests.conformance.recipes import RECIPES, config, names, values, write
 from tests.fuzz import accepted
 

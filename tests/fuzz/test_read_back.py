@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 import xxhash
 
-from streamconv import api, journal, manifest, recipe
+from streamconv import api
 from streamconv.checkpoint.limits import MAX_CONFIG
+from streamconv.cli import recipe
 from streamconv.errors import CheckpointError, OutputError, StreamconvError, UsageError, VerifyError
-from streamconv.fs import hidden
 from streamconv.options import Options, Resources
-from streamconv.verify import verify
+from streamconv.run import journal, manifest
+from streamconv.run.fs import hidden
+from streamconv.verification.check import verify
 from tests import tiny
 from tests.fuzz.read_back import KINDS, run
 

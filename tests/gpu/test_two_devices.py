@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from streamconv.calibrate.graphs import Graphs
-from streamconv.calibrate.run import calibrate
-from streamconv.device import fused
+from streamconv.calibration.graphs import Graphs
+from streamconv.calibration.run import calibrate
+from streamconv.device import triton_launch as fused
 from tests.calibrate.test_streamed import model as small
 from tests.calibrate.test_streamed import text
 from tests.golden import cases

@@ -61,8 +61,8 @@ def _is_room(name: str) -> bool:
 @pytest.mark.parametrize(
     ("text", "modules"),
     [
-        ("from streamconv import budget, __version__", {"streamconv.budget"}),
-        ("from streamconv import budget as money", {"streamconv.budget"}),
+        ("from streamconv import budget, __version__", {"streamconv.planning.memory_plan"}),
+        ("from streamconv import budget as money", {"streamconv.planning.memory_plan"}),
         ("from streamconv.device.ring import Ring", {"streamconv.device.ring"}),
         ("import streamconv.api, os", {"streamconv.api"}),
         ("def f():\n    import streamconv.api as api", {"streamconv.api"}),

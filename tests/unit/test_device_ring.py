@@ -202,7 +202,7 @@ def _tile(job_count: int, rows: int, cols: int) -> Any:
     import torch
 
     from streamconv.checkpoint.dtypes import BF16, F16
-    from streamconv.plan import PLAIN_ROWS, SourceTensor, Span
+    from streamconv.planning.plan import PLAIN_ROWS, SourceTensor, Span
     from streamconv.quants.fp8_rowwise import Fp8Rowwise
     from streamconv.quants.plain import Plain
     from streamconv.quants.weight_only import WeightOnly
@@ -302,7 +302,7 @@ def test_findings_of_fused_kernels(fails: bool, full: Callable[[int], bool], mon
     """They are counted on the device, once for each row however often a step is done again; launch errors leave the definitions."""
     import torch
 
-    from streamconv.device import fused
+    from streamconv.device import triton_launch as fused
     from streamconv.quants.base import Encoding, Findings
 
     span, block, jobs = _tile(3, 512, 256)

@@ -14,7 +14,7 @@ from streamconv.device.choice import Work
 from streamconv.errors import UsageError
 from streamconv.memory import GIB, KIB, MIB
 from streamconv.options import Options
-from streamconv.plan import PLAIN_ROWS, Blank, Dest, Matrix, SourceTensor, Span
+from streamconv.planning.plan import PLAIN_ROWS, Blank, Dest, Matrix, SourceTensor, Span
 from streamconv.quants.smooth_values import SmoothValue
 from streamconv.quants.smoothing import ColumnMaxima, Smoother
 from streamconv.quants.smoothquant import SmoothWeight

@@ -16,7 +16,7 @@ from streamconv.checkpoint.dtypes import BF16, F16, F32
 from streamconv.errors import DataError, StreamconvError
 from streamconv.options import Options
 from streamconv.quants.factors import nonfinite, problem
-from streamconv.verify import verify
+from streamconv.verification.check import verify
 from tests import tiny
 
 MODULE = "model.layers.1.mlp.down_proj"

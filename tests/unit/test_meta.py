@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 
 from streamconv import api
 from streamconv.checkpoint.index import open_index
+from streamconv.checkpoint.source_tensors import SourceTensors
 from streamconv.cli.convert_checkpoint import main
 from streamconv.errors import CheckpointError, StreamconvError, TensorError
 from streamconv.options import Options, Resources
-from streamconv.plan import PLAIN_ROWS, Span
-from streamconv.stages.read import read_rows
-from streamconv.targets.trtllm.planner import make_plan
-from streamconv.targets.trtllm.source_tensors import SourceTensors
+from streamconv.planning.plan import PLAIN_ROWS, Span
+from streamconv.run.read import read_rows
+from streamconv.targets.trtllm.target import make_plan
 from tests import tiny
 
 H, WIDTH, HEADS, KV, V, LAYERS = 64, 128, 4, 2, 80, 2

@@ -22,7 +22,7 @@ from streamconv.quants.awq import PairedWeight
 from streamconv.quants.base import Findings
 from streamconv.quants.gptq import GroupScales, PackedWeight
 from streamconv.quants.layout import Layout
-from streamconv.verify import verify
+from streamconv.verification.check import verify
 
 HIDDEN, HEADS, KV, SIZE, WIDTH, VOCAB = 256, 8, 4, 32, 512, 64
 SHAPES = {

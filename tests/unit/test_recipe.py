@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
-from streamconv import recipe
-from streamconv.cli import recipe_option
+from streamconv.cli import recipe, recipe_option
 from streamconv.cli.main import convert, plan
 from streamconv.errors import OutputError, UsageError
 from streamconv.options import Options

@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from streamconv import api
 from streamconv.errors import DataError, RefusedError, StreamconvError, TensorError, UsageError
 from streamconv.options import Options, Resources
-from streamconv.order import Stop
-from streamconv.plan import Plan
-from streamconv.results import Results
-from streamconv.verify import verify
+from streamconv.planning.plan import Plan
+from streamconv.run.order import Stop
+from streamconv.run.results import Results
+from streamconv.verification.check import verify
 from tests import tiny
 
 F16, F32, F64 = np.float16, np.float32, np.float64

@@ -21,7 +21,7 @@ from streamconv.options import Options
 from streamconv.targets.trtllm.checks import refusals
 from streamconv.targets.trtllm.config_json import build_config
 from streamconv.targets.trtllm.config_sections import resolve_moe
-from streamconv.verify import verify
+from streamconv.verification.check import verify
 from tests import tiny
 from tests.golden import generate
 

@@ -12,11 +12,13 @@ import torch
 import xxhash
 from safetensors.torch import load_file, save_file
 
-from streamconv import api, manifest, measured
+from streamconv import api
 from streamconv.cli.main import main
 from streamconv.errors import UsageError
 from streamconv.options import Options
-from streamconv.verify import Verdict, verify
+from streamconv.run import manifest
+from streamconv.verification import measured
+from streamconv.verification.check import Verdict, verify
 from tests import tiny
 
 WEIGHT = "model.layers.0.mlp.up_proj.weight"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from streamconv.checkpoint.model_config import ModelConfig
 from streamconv.families.base import Family
 from streamconv.options import Options
-from streamconv.targets.trtllm import takeover
+from streamconv.targets.trtllm import import_rules
 
 
 def refusals(model: ModelConfig, family: Family, options: Options, kv: int, moe: tuple[int, int]) -> list[str]:
@@ -63,7 +63,7 @@ def refusals(model: ModelConfig, family: Family, options: Options, kv: int, moe:
     biased = model.attention_bias and "never" == family.qkv_bias == family.dense_bias
     said = "bias" if "bias" in model.raw else "attention_bias"
     refuse(biased, f"config.json: {said} is true, but {family.name} models with attention biases are not supported")
-    problems += takeover.refusals(options, kv) + _calibrated(model, family, options, kv)
+    problems += import_rules.refusals(options, kv) + _calibrated(model, family, options, kv)
     return problems
 
 

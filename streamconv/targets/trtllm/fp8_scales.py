@@ -5,14 +5,14 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 
+from streamconv.checkpoint.activation_ranges import Ranges
 from streamconv.checkpoint.dtypes import F8_E4M3, F32
 from streamconv.errors import printable
-from streamconv.plan import Blank, SourceTensor
+from streamconv.planning.draft import Builder
+from streamconv.planning.plan import Blank, SourceTensor
 from streamconv.quants.fp8_given import Fp8Shared
 from streamconv.quants.fp8_tensor import Fp8Scale, Fp8Tensor, WeightMaximum
 from streamconv.quants.plain import Plain
-from streamconv.ranges import Ranges
-from streamconv.targets.trtllm.builder import Builder
 
 _LARGEST = 448.0
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from streamconv.checkpoint.dtypes import F32, DType
 from streamconv.checkpoint.model_config import ModelConfig
 from streamconv.options import Options
+from streamconv.planning.draft import Builder
 from streamconv.quants.plain import Plain
-from streamconv.targets.trtllm.builder import Builder
 
 if TYPE_CHECKING:
     import numpy as np

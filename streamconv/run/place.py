@@ -1,0 +1,427 @@
+"""Where an output is built, and how it gets its name: beside it, or, where it cannot be renamed, inside it.
+
+Beside it (the rule): a hidden sibling folder, renamed when it is complete. What it replaces is moved aside first.
+
+    .NAME.streamconv-lock      held while a run is at work
+    .NAME.streamconv-journal   which tiles are safely on disk (journal.py)
+    .NAME.streamconv-partial   the folder being built
+    .NAME.streamconv-old       with --force: the folder being replaced, while the new one takes its name
+
+Inside it (a mount point): hidden files, each renamed when all are complete, config.json last.
+
+    OUT/.streamconv-lock, OUT/.streamconv-journal
+    OUT/.streamconv-partial.rank0.safetensors ...
+    OUT/.streamconv-old.rank0.safetensors ...
+
+A replaced output is looked at once, under the lock; nothing that is not exactly that is ever moved or removed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from streamconv.errors import OutputError, printable
+from streamconv.run.fs import Disk, Folder, Mark, explained, hidden
+
+OURS = re.compile(r"config\.json|streamconv\.json|rank[0-9]+\.safetensors")
+"""What a checkpoint folder holds, NVIDIA's or ours."""
+CONFIG = "config.json"
+"""Without it a folder is no checkpoint: the first to go, and the last to come."""
+_HIDDEN = ".streamconv-"
+_WHATS = ("lock", "journal", "partial", "old")
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What lay under the output's name when a run looked.
+
+    Attributes:
+        folder: the folder itself, None if there is none, or an empty one.
+        files: its entries.
+    """
+
+    folder: Mark | None = None
+    files: dict[str, Mark] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The files of a folder whose names begin with `prefix`; their names here are without it."""
+
+    folder: Folder
+    prefix: str = ""
+
+    def names(self) -> list[str]:
+        size = len(self.prefix)
+        return [name[size:] for name in self.folder.names() if name.startswith(self.prefix)]
+
+    def path(self, name: str) -> Path:
+        return self.folder.path / (self.prefix + name)
+
+    def look(self, name: str) -> os.stat_result | None:
+        return self.folder.look(self.prefix + name)
+
+    def open(self, name: str, fresh: bool = False) -> int:
+        return self.folder.open(self.prefix + name, fresh=fresh)
+
+    def unlink(self, name: str) -> None:
+        self.folder.unlink(self.prefix + name)
+
+    def marks(self) -> dict[str, Mark]:
+        looks = [(name, self.look(name)) for name in self.names()]
+        return {name: Mark.of(status) for name, status in looks if status is not None}
+
+    def empty(self, known: dict[str, Mark] | None = None) -> None:
+        """Remove the files of a checkpoint.
+
+        Args:
+            known: what they are, if this run has looked at them before.
+
+        Raises:
+            OutputError: something else is there; nothing was removed.
+        """
+        marks = self.marks()
+        for name, mark in marks.items():
+            if mark.kind == stat.S_IFDIR or not OURS.fullmatch(name) or (known is not None and known.get(name) != mark):
+                shown = printable(str(self.path(name)))
+                raise OutputError(f"{shown} is not what a run leaves there", hint="move it away; nothing was removed")
+        for name, mark in marks.items():
+            self.folder.disk.unlink(self.folder, self.prefix + name, mark)
+
+    def remove(self, marks: dict[str, Mark]) -> None:
+        """Remove these files."""
+        for name, mark in marks.items():
+            self.folder.disk.unlink(self.folder, self.prefix + name, mark)
+
+
+class Place:
+    """The folder in which all names of one output lie: its own, and the hidden ones.
+
+    Args:
+        out: the output, resolved.
+        lenient: see `Folder`.
+
+    Attributes:
+        base: that folder, once it is open.
+        inside: why the work is done inside the output; None if beside it.
+        work: the files being built, once they were begun.
+    """
+
+    inside: str | None = None
+    base: Folder
+    work: Part
+
+    def __init__(self, out: Path, disk: Disk, lenient: bool = False) -> None:
+        self.out, self.disk, self.lenient = out, disk, lenient
+        self._made: list[tuple[Folder, str]] = []
+        self._open: list[Folder] = []
+        self._begun = False
+        self._aside: dict[str, Mark] | None = None
+        self._left: dict[str, Mark] | None = None
+
+    @property
+    def top(self) -> Path:
+        return self.out.parent
+
+    def hidden(self, what: str) -> str:
+        return hidden(self.out, what).name
+
+    def hidden_paths(self) -> list[Path]:
+        return [self.top / self.hidden(what) for what in _WHATS]
+
+    def open(self) -> None:
+        """Open the base, and make it and the folders above it; `remove_parents` takes back those that were made."""
+        missing, place = list[str](), self.top
+        with explained(self.top, "create"):
+            while not os.path.lexists(place):
+                missing.append(place.name)
+                place = place.parent
+            folder = self._entered(Folder.at(self.disk, place, self.lenient))
+            for name in reversed(missing):
+                try:
+                    self.disk.mkdir(folder, name)
+                except FileExistsError:
+                    pass
+                else:
+                    self._made.append((folder, name))
+                    folder.sync()
+                folder = self._entered(folder.enter(name))
+        self.base = folder
+
+    def _entered(self, folder: Folder) -> Folder:
+        self._open.append(folder)
+        return folder
+
+    def keep_parents(self) -> None:
+        self._made.clear()
+
+    def remove_parents(self) -> None:
+        for folder, name in reversed(self._made):
+            try:
+                self.disk.rmdir(folder, name)
+            except OSError:
+                break  # somebody uses it
+        self._made.clear()
+
+    def close(self) -> None:
+        for folder in self._open:
+            folder.close()
+        self._open.clear()
+
+    def check_name(self) -> None:
+        """After a publication: the output's path leads to it.
+
+        Raises:
+            OutputError: a folder above it was moved or replaced while the run was at work.
+        """
+        there = self.base.look(self.out.name) if self.inside is None else os.fstat(self.base.fd)
+        if there is None or not os.path.exists(self.out) or not os.path.samestat(there, os.stat(self.out)):
+            lies = Path(os.readlink(f"/proc/self/fd/{self.base.fd}"), "" if self.inside else self.out.name)
+            raise OutputError(
+                f"a folder above {printable(str(self.out))} was moved while the run was at work",
+                hint=f"the output is complete: {printable(str(lies))}",
+            )
+
+    def _expect(self, found: Found) -> None:
+        """What is under the output's name must be what the run has checked."""
+        now = self.found()
+        if now != found:
+            what = "appeared" if found.folder is None else "is gone" if now.folder is None else "was changed"
+            raise OutputError(
+                f"{printable(str(self.out))} {what} while the run was at work; nothing in it was touched",
+                hint=f"the finished checkpoint waits in {printable(str(self.work.path('')))}: move away what is in its place",
+            )
+
+    def found(self) -> Found:
+        raise NotImplementedError
+
+    def has_work(self) -> bool:
+        """Work of an earlier run is there; `begin` removes nothing but what was seen here."""
+        raise NotImplementedError
+
+    def has_old(self) -> bool:
+        raise NotImplementedError
+
+    def restore(self, ready: Sequence[str]) -> None:
+        """Give a replaced output its name back, if a run was stopped before it could publish the new one.
+
+        Args:
+            ready: files of that run, if it was publishing.
+        """
+        raise NotImplementedError
+
+    def begin(self, fresh: bool) -> None:
+        """Make `work` usable.
+
+        Args:
+            fresh: remove what an earlier run left; otherwise keep the files that are there.
+        """
+        raise NotImplementedError
+
+    def publish(self, found: Found, names: Sequence[str]) -> None:
+        """Make these files of `work` appear; what they replace waits aside until `remove_old`.
+
+        Raises:
+            OutputError: what is there is not what was `found`; nothing of it is lost, and the work is kept.
+        """
+        raise NotImplementedError
+
+    def shown(self) -> Part:
+        """After a publication: the output's files."""
+        return self.work
+
+    def remove_old(self) -> None:
+        raise NotImplementedError
+
+    def discard(self, marks: dict[str, Mark]) -> None:
+        """Remove the work.
+
+        Args:
+            marks: its files; anything else stays, and the folder with it.
+        """
+        raise NotImplementedError
+
+
+class Beside(Place):
+    """A hidden folder beside the output."""
+
+    def found(self) -> Found:
+        there = self.base.look(self.out.name)
+        if there is None:
+            return Found()
+        if not stat.S_ISDIR(there.st_mode):
+            raise OutputError(f"output {printable(str(self.out))} exists and is not a folder", hint="choose another name")
+        folder = self.base.enter(self.out.name)
+        try:
+            files = Part(folder).marks()
+            return Found(folder.mark() if files else None, files)
+        finally:
+            folder.close()
+
+    def has_work(self) -> bool:
+        if self.base.made(self.hidden("partial"), stat.S_IFDIR) is None:
+            self._left = {}
+            return False
+        folder = self.base.enter(self.hidden("partial"))
+        try:
+            self._left = Part(folder).marks()
+        finally:
+            folder.close()
+        return True
+
+    def has_old(self) -> bool:
+        return self.base.look(self.hidden("old")) is not None
+
+    def restore(self, ready: Sequence[str]) -> None:
+        old = self.hidden("old")
+        if self.base.made(old, stat.S_IFDIR, ours=False) is None or self.found().folder is not None:
+            return
+        with explained(self.base.path / old, "restore"):
+            self.base.rename(old, self.out.name)  # an empty folder of that name goes
+            self.base.sync()
+
+    def begin(self, fresh: bool) -> None:
+        name = self.hidden("partial")
+        if fresh:
+            self._remove(name)
+        elif self._begun:
+            return
+        if self.base.made(name, stat.S_IFDIR) is None:
+            self.disk.mkdir(self.base, name)
+        self.work, self._begun = Part(self._entered(self.base.enter(name))), True
+        self.base.made(name, stat.S_IFDIR)  # what was entered is ours
+        self.base.expect(name, self.work.folder.mark())
+
+    def publish(self, found: Found, names: Sequence[str]) -> None:
+        old, mine = self.hidden("old"), self.work.folder.mark()
+        self._expect(found)
+        self._aside = found.files
+        if found.folder is not None:
+            self.disk.rename(self.base, self.out.name, old, found.folder)
+            self.base.sync()
+        self.disk.rename(self.base, self.hidden("partial"), self.out.name, mine)
+        self.base.sync()
+
+    def remove_old(self) -> None:
+        with explained(self.base.path / self.hidden("old"), "remove"):
+            if self._remove(self.hidden("old"), ours=False):
+                self.base.sync()
+
+    def discard(self, marks: dict[str, Mark]) -> None:
+        if self._begun:
+            self.work.remove(marks)
+            self.base.expect(self.hidden("partial"), self.work.folder.mark())
+            self.disk.rmdir(self.base, self.hidden("partial"))
+
+    def _remove(self, name: str, ours: bool = True) -> bool:
+        if self.base.made(name, stat.S_IFDIR, ours) is None:
+            return False
+        folder = self.base.enter(name)
+        try:
+            Part(folder).empty(self._left if ours else self._aside)
+            self.base.expect(name, folder.mark())
+        finally:
+            folder.close()
+        self.disk.rmdir(self.base, name)
+        return True
+
+
+class Inside(Place):
+    """Hidden files in the output's own folder."""
+
+    def __init__(self, out: Path, disk: Disk, lenient: bool = False, why: str = "") -> None:
+        super().__init__(out, disk, lenient)
+        self.inside = why
+
+    @property
+    def top(self) -> Path:
+        return self.out
+
+    def hidden(self, what: str) -> str:
+        return _HIDDEN + what
+
+    def _part(self, what: str) -> Part:
+        return Part(self.base, f"{_HIDDEN}{what}.")
+
+    def found(self) -> Found:
+        files = {name: mark for name, mark in Part(self.base).marks().items() if not _passed_over(name)}
+        return Found(self.base.mark() if files else None, files)
+
+    def has_work(self) -> bool:
+        self._left = self._part("partial").marks()
+        return bool(self._left)
+
+    def has_old(self) -> bool:
+        return bool(self._part("old").names())
+
+    def restore(self, ready: Sequence[str]) -> None:
+        work, old = self._part("partial"), self._part("old")
+        with explained(self.out, "restore"):
+            if self.has_work():  # else the new output is all there
+                # a file that is ready and not among the work has been renamed already
+                moved = [name for name in reversed(ready) if work.look(name) is None and self.base.look(name) is not None]
+                self._rename(moved, "", work.prefix, CONFIG)
+            if self.has_work() or not self.base.look(CONFIG):
+                kept = [name for name in old.names() if self.base.look(name) is None]
+                self._rename([*(name for name in kept if name != CONFIG), *(name for name in kept if name == CONFIG)], old.prefix, "")
+
+    def _rename(self, names: Sequence[str], before: str, after: str, alone: str = "") -> None:
+        """Rename files in order; config.json is apart from the others on the disk, too."""
+        for number, name in enumerate(names):
+            if name == CONFIG and number:
+                self.base.sync()
+            self.base.rename(before + name, after + name)
+            if name == CONFIG and number + 1 < len(names):
+                self.base.sync()
+        if names:
+            self.base.sync()
+
+    def begin(self, fresh: bool) -> None:
+        self.work, self._begun = self._part("partial"), True
+        if fresh:
+            self.work.empty(self._left)
+
+    def publish(self, found: Found, names: Sequence[str]) -> None:
+        self._expect(found)
+        self._aside = found.files
+        old = self._part("old").prefix
+        aside = sorted(found.files, key=lambda name: name != CONFIG)
+        for number, name in enumerate(aside):
+            self.disk.rename(self.base, name, old + name, found.files[name])
+            if number in (0, len(aside) - 1):
+                self.base.sync()
+        self._rename(names, self.work.prefix, "")
+
+    def shown(self) -> Part:
+        return Part(self.base)
+
+    def remove_old(self) -> None:
+        with explained(self.out, "remove"):
+            if self.has_old():
+                self._part("old").empty(self._aside)
+                self.base.sync()
+
+    def discard(self, marks: dict[str, Mark]) -> None:
+        if self._begun:
+            self.work.remove(marks)
+
+
+def _passed_over(name: str) -> bool:
+    """Entries of a mount point that are no content: our hidden names, and what ext4 puts into its root."""
+    return name == "lost+found" or name in {_HIDDEN + what for what in _WHATS} or name.startswith((f"{_HIDDEN}partial.", f"{_HIDDEN}old."))
+
+
+def choose(out: Path, disk: Disk, lenient: bool = False) -> Place:
+    """The place for an output.
+
+    Args:
+        out: resolved.
+    """
+    with explained(out, "look at"):
+        why = disk.why_inside(out, os.path.lexists(hidden(out, "journal")))
+    return Beside(out, disk, lenient) if why is None else Inside(out, disk, lenient, why)
