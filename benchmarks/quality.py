@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 from streamconv import api
+from streamconv.checkpoint.rows import SourceTensor
 from streamconv.checkpoint.shard import Shard
 from streamconv.options import Options, Resources
-from streamconv.planning.plan import SourceTensor
 from streamconv.run import manifest
 from streamconv.verification.measured import decoded
 

@@ -6,11 +6,9 @@ source row (quantization spec §3.5, §4.2, §5.2). ModelOpt packs two neighbour
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from streamconv.checkpoint.shard import Shard
-from streamconv.planning.plan import PackedTensor
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,37 +22,36 @@ _LOW = [AWQ_POSITION.index(2 * byte) for byte in range(4)]
 _HIGH = [AWQ_POSITION.index(2 * byte + 1) for byte in range(4)]
 
 
-def channels_per_word(tensor: PackedTensor) -> int:
-    """Channels that share bytes: rows are read in multiples of it."""
-    return {"awq": 8, "modelopt": 2}.get(tensor.packing, 1)
-
-
 def read_channels(
-    shards: Sequence[Shard], tensor: PackedTensor, start: int, stop: int, buffer: Bytes, spare: Bytes
-) -> Bytes:
-    """Channels [start, stop), multiples of `channels_per_word`.
+    shard: Shard,
+    at: tuple[int, int, int],
+    packing: str,
+    bits: int,
+    k: int,
+    start: int,
+    stop: int,
+    out: Bytes,
+    scratch: Bytes,
+) -> None:
+    """Channels [start, stop), multiples of the channels that share bytes: 8 for awq, 2 for modelopt.
 
     Args:
-        buffer: uint8, (stop-start) * K bytes or more.
-        spare: uint8, as large as `buffer`.
-
-    Returns:
-        uint8 view of `buffer` that holds int8 [stop-start, K], row-major; signed values around zero.
+        at: (offset in the file, rows and columns as they are stored).
+        k: input features.
+        out: uint8, (stop-start) * k bytes; then int8 [stop-start, k], row-major, signed values around zero.
+        scratch: uint8, as large as `out`.
     """
-    count, k = stop - start, tensor.cols
-    stored = count * tensor.stored_row_bytes
-    packed, temp = spare[:stored], spare[stored : 2 * stored]
-    piece = tensor.pieces[0]
-    shard, target = shards[piece.shard], packed.data
-    if tensor.packing == "modelopt":
-        shard.read_into(piece.begin + start // 2 * k, target)
+    begin, rows, cols = at
+    count = stop - start
+    stored = count * k * bits // 8
+    packed, temp = scratch[:stored], scratch[stored : 2 * stored]
+    if packing == "modelopt":
+        shard.read_into(begin + start // 2 * k, packed.data)
     else:
-        width = 4 * (count if tensor.packing == "gptq" else count // 8)
-        first = 4 * (start if tensor.packing == "gptq" else start // 8)
-        shard.read_rows_into(piece.begin + first, 4 * piece.cols, width, piece.rows, target, width)
-    out = buffer[: count * k]
-    unpack(tensor.packing, tensor.bits, k, packed, temp, out)
-    return out
+        width = 4 * (count if packing == "gptq" else count // 8)
+        first = 4 * (start if packing == "gptq" else start // 8)
+        shard.read_rows_into(begin + first, 4 * cols, width, rows, packed.data, width)
+    unpack(packing, bits, k, packed, temp, out)
 
 
 def unpack(packing: str, bits: int, k: int, packed: Bytes, temp: Bytes, out: Bytes) -> None:

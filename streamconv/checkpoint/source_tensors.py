@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, MutableMapping
 
 from streamconv.checkpoint.dtypes import DType
 from streamconv.checkpoint.index import Index
-from streamconv.planning.plan import Piece, SourceTensor
+from streamconv.checkpoint.rows import Piece, SourceTensor
 
 
 class SourceTensors(Mapping[str, SourceTensor]):

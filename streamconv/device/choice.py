@@ -111,7 +111,7 @@ def work_of(plan: Plan) -> Work:
             share = size * cols // span.source.cols
             fused = encoding.kernel(span.source.dtype) is not None
             kernel, torch = kernel + share * fused, torch + share * (not fused)
-            back += rows * sum(part.row_bytes for part in encoding.parts(encoding.row_align, cols))
+            back += sum(part.nbytes(rows) for part in encoding.parts(encoding.row_align, cols))
     return Work(read + sum(file.size for file in plan.files), kernel, torch, back)
 
 

@@ -83,7 +83,8 @@ def demand(spans: Iterable[Span], matrices: Sequence[Matrix], fused: bool = Fals
         made, each = 0, 0.0
         for request in wanted:
             encoding, cols = request[1], width(request)
-            made += sum(part.row_bytes for part in encoding.parts(encoding.row_align, cols))
+            align = encoding.row_align
+            made += -(-sum(part.nbytes(align) for part in encoding.parts(align, cols)) // align)
             gathered = cols * span.source.dtype.itemsize * (len(request[0]) > 1)
             definition = not (fused and has_kernel(encoding, span.source.dtype))
             each = max(each, (gathered + definition * cols * encoding.torch_bytes_per_element()) / span.row_bytes)

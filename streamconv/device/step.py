@@ -41,7 +41,7 @@ def lay_out(jobs: Sequence[Job], rows: int, space: Bytes) -> Bytes:
     for job in jobs:
         encoding = job.request[1]
         for part in encoding.parts(encoding.row_align, width(job.request)):
-            size = rows * part.row_bytes
+            size = part.nbytes(rows)
             job.parts.append(space[:size])
             space = space[-(-size // 64) * 64 :]
     return space

@@ -10,17 +10,19 @@ import heapq
 import itertools
 import struct
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import NamedTuple, cast
 
 from streamconv.checkpoint.dtypes import DType
 from streamconv.checkpoint.header_build import HeaderBuilder
 from streamconv.checkpoint.limits import MAX_HEADER, MAX_OUTPUT_TENSORS, MAX_TENSORS
+from streamconv.checkpoint.rows import RowSource
 from streamconv.errors import DataError, RefusedError
 from streamconv.memory import check_room
-from streamconv.planning.plan import PLAIN_ROWS, Constant, OutputFile, RowOp, Source, Span, align_of
-from streamconv.planning.tables import Cols, MatrixTable, Pool, Sources, SpanTable, Stored, tensor_name
+from streamconv.planning.plan import PLAIN_ROWS, Constant, OutputFile, RowOp, SideFile, Span, align_of
+from streamconv.planning.tables import BY_ROLE, Cols, MatrixTable, Pool, Sources, SpanTable, Spelling, Stored
 from streamconv.quants import factors
 from streamconv.quants.base import Encoding, Reduction
 
@@ -38,7 +40,7 @@ class _Feed(NamedTuple):
 class Fed:
     """Rows [start, stop) and columns of a source that a matrix was given."""
 
-    source: Source
+    source: RowSource
     start: int
     stop: int
     cols: Cols
@@ -69,7 +71,7 @@ class _Feeds:
         self._short, self._long = array("I"), array("Q")  # next, matrix, op, cols; start, stop, row
         self._ops, self._spreads = Pool[RowOp](), Pool[Cols]()
 
-    def add(self, source: Source, start: int, stop: int, op: RowOp, matrix: int, row: int, cols: Cols) -> None:
+    def add(self, source: RowSource, start: int, stop: int, op: RowOp, matrix: int, row: int, cols: Cols) -> None:
         number, at = self.sources.number(source), len(self._short) // 4
         if number >= len(self._head):
             more = [_END] * (number + 1 + number // 4 - len(self._head))
@@ -94,32 +96,62 @@ class _Feeds:
             at = following
 
 
-class Builder:
-    """Mutable while a target describes its checkpoint; `finish` freezes it.
+class Draft:
+    """Mutable while a target describes its output; `finish` freezes it.
 
     Args:
-        files: how many rank files there are.
         stored: the tensors of the source.
+
+    Attributes:
+        side_files: everything of the output that is no tensor file; the last one makes it a checkpoint.
+        warnings: things the user should know, one line each.
+        decisions: module -> how it is stored and why, for the plan's table.
     """
 
-    def __init__(self, files: int, stored: Stored) -> None:
-        self.files = files
+    def __init__(self, stored: Stored) -> None:
+        self.side_files: list[SideFile] = []
+        self.warnings: list[str] = []
+        self.decisions: dict[str, str] = {}
+        self._files: list[tuple[str, Mapping[str, str] | None]] = []
         self._sources = Sources(stored)
         self._matrices = MatrixTable()
         self._feeds = _Feeds(self._sources)
         self._fixed: list[_Fixed] = []
-        self._reductions: dict[str, list[tuple[Source, Reduction]]] = {}
+        self._reductions: dict[str, list[tuple[RowSource, Reduction]]] = {}
+
+    def file(self, name: str, metadata: Mapping[str, str] | None = None) -> int:
+        """Add a safetensors file; gives its number."""
+        self._files.append((name, metadata))
+        return len(self._files) - 1
 
     def matrix(
-        self, file: int, name: str, rows: int, cols: int, encoding: Encoding, *, experts: int = 0, note: str = ""
+        self,
+        file: int,
+        name: str,
+        rows: int,
+        cols: int,
+        encoding: Encoding,
+        *,
+        experts: int = 0,
+        note: str = "",
+        spelling: Spelling = BY_ROLE,
     ) -> int:
         """Add a matrix [rows, cols], or [experts, rows, cols]; gives its number."""
-        return self._matrices.add(file, name, rows, cols, encoding, experts, note)
+        return self._matrices.add(file, name, rows, cols, encoding, experts, note, spelling)
+
+    def tensors(self, matrix: int) -> list[str]:
+        """Names of the tensors of a matrix."""
+        return [self._matrices.tensor(matrix, at) for at in range(len(self._matrices.parts(matrix)))]
+
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensors described so far."""
+        parts = (part for number in range(len(self._matrices)) for part in self._matrices.parts(number))
+        return sum(part.dtype.itemsize * prod(part.shape) for part in parts) + sum(len(fixed.data) for fixed in self._fixed)
 
     def feed(
         self,
         matrix: int,
-        source: Source | None,
+        source: RowSource | None,
         start: int,
         stop: int,
         *,
@@ -132,7 +164,7 @@ class Builder:
         row = self._matrices.fill(matrix, op.out_rows(stop - start))
         self._feeds.add(source, start, stop, op, matrix, row, tuple(cols or ((0, source.cols),)))
 
-    def reduce(self, source: Source | None, reduction: Reduction) -> None:
+    def reduce(self, source: RowSource | None, reduction: Reduction) -> None:
         """All rows of the source contribute to a reduction, before anything that needs it."""
         if source is not None:
             self._reductions.setdefault(reduction.key, []).append((source, reduction))
@@ -177,9 +209,9 @@ class Builder:
         Raises:
             RefusedError: a rank file would hold more than a reader takes.
         """
-        check_room(_LAYOUT_TAKES * len(self._matrices), "laying out the rank files")
+        check_room(_LAYOUT_TAKES * len(self._matrices), "laying out the files")
         self._matrices.complete()
-        files, constants = layout(self.files, self._matrices, self._fixed)
+        files, constants = layout(self._files, self._matrices, self._fixed)
         spans = SpanTable(self._sources)
         for source in self._feeds.order:
             self._cut(spans, source, list(self._feeds.of(source)))
@@ -237,40 +269,42 @@ class Builder:
                 spans.add_dest(feed.matrix, feed.row + op.out_rows(start - feed.start), feed.cols)
 
 
-def layout(count: int, matrices: MatrixTable, fixed: Sequence[_Fixed]) -> tuple[list[OutputFile], list[Constant]]:
+def layout(
+    named: Sequence[tuple[str, Mapping[str, str] | None]], matrices: MatrixTable, fixed: Sequence[_Fixed]
+) -> tuple[list[OutputFile], list[Constant]]:
     """Place every tensor, and build the headers that say where.
 
     Args:
-        count: how many files there are.
+        named: name and metadata of each file.
         fixed: the tensors whose bytes are known.
 
     Raises:
         RefusedError: a file would hold more than a reader takes.
     """
-    keys: list[list[bytes]] = [[] for _ in range(count)]  # all that sorting needs, in one string each: a tuple takes three times as much
+    keys: list[list[bytes]] = [[] for _ in named]  # all that sorting needs, in one string each: a tuple takes three times as much
     total = 0
     for number in range(len(matrices)):
         for at, part in enumerate(matrices.parts(number)):
-            keys[matrices.file(number)].append(_key(part.dtype, tensor_name(matrices.name(number), part.suffix), number, at))
+            keys[matrices.file(number)].append(_key(part.dtype, matrices.tensor(number, at), number, at))
             total += 1
     for number, one in enumerate(fixed):
         keys[one.file].append(_key(one.dtype, one.name, number, _CONSTANT))
     most = max(map(len, keys), default=0)
     if most > MAX_TENSORS or total + len(fixed) > MAX_OUTPUT_TENSORS:
-        what = f"{most} tensors in one rank file" if most > MAX_TENSORS else f"{total + len(fixed)} tensors in all rank files together"
+        what = f"{most} tensors in one file" if most > MAX_TENSORS else f"{total + len(fixed)} tensors in all files together"
         limit = MAX_TENSORS if most > MAX_TENSORS else MAX_OUTPUT_TENSORS
         raise RefusedError([f"the output would have {what}, above streamconv's own limit of {limit}"])
     files, constants = [], list[Constant]()
     for file, listed in enumerate(keys):
         listed.sort()
-        header, begins = HeaderBuilder(), array("Q")
+        header, begins = HeaderBuilder(named[file][1]), array("Q")
         for key in listed:
             name, number, at = key[1:-6].decode(), *_OWNER.unpack(key[-5:])
             part = fixed[number] if at == _CONSTANT else matrices.parts(number)[at]
             begins.append(header.add(name, part.dtype, part.shape))
         text, size = header.finish()
         if len(text) > MAX_HEADER:
-            told = f"rank{file}.safetensors would have a header of {len(text)} bytes, above streamconv's own limit of {MAX_HEADER}"
+            told = f"{named[file][0]} would have a header of {len(text)} bytes, above streamconv's own limit of {MAX_HEADER}"
             raise RefusedError([told])
         for position, (key, begin) in enumerate(zip(listed, begins, strict=True)):
             number, at = _OWNER.unpack(key[-5:])
@@ -278,7 +312,7 @@ def layout(count: int, matrices: MatrixTable, fixed: Sequence[_Fixed]) -> tuple[
                 constants.append(Constant(file, fixed[number].name, len(text) + begin, fixed[number].data, position))
             else:
                 matrices.put(number, at, len(text) + begin, position)
-        files.append(OutputFile(f"rank{file}.safetensors", size, text, len(listed)))
+        files.append(OutputFile(named[file][0], size, text, len(listed)))
         listed.clear()
     return files, constants
 

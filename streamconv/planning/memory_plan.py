@@ -15,7 +15,7 @@ from streamconv.errors import BudgetError, UsageError, printable
 from streamconv.memory import GIB, MIB, available, resident, show_size
 from streamconv.planning.plan import Matrix, Span
 from streamconv.run.encode import is_copy, requests, row_costs, width
-from streamconv.run.read import spare_bytes_per_row
+from streamconv.run.read import scratch_bytes_per_row
 
 MARGIN = 24 * MIB
 """Left free for thread stacks, allocator slack and Python objects of tiles in flight."""
@@ -69,7 +69,7 @@ def tile_cost(span: Span, matrices: Sequence[Matrix], on_device: bool = False) -
         kernel = span.reduce.kernel(span.source.dtype) is not None
         work, torch = 0 if kernel else span.source.cols * span.reduce.bytes_per_element, not kernel
         fixed = span.source.cols * span.reduce.bytes_per_column
-    return TileCost(span.row_bytes, span.row_bytes + spare_bytes_per_row(span) + out + work, span.align, kernel, torch, fixed)
+    return TileCost(span.row_bytes, span.row_bytes + scratch_bytes_per_row(span) + out + work, span.align, kernel, torch, fixed)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,10 +15,12 @@ import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import lcm
-from typing import TYPE_CHECKING, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from streamconv.checkpoint.dtypes import F32, DType
+from streamconv.checkpoint.dtypes import DType
 from streamconv.checkpoint.header_build import header_entries
+from streamconv.checkpoint.rows import RowSource, SourceFile
 from streamconv.options import Options
 from streamconv.quants.base import Encoding, Reduction
 
@@ -51,7 +53,7 @@ class OutputFile:
 
 @dataclass(frozen=True, slots=True)
 class PartPlace:
-    """Where a part of a matrix lies: bytes [offset + n*row_bytes, ...) of the file hold output row n.
+    """Where a part of a matrix lies in its file: record i (see `quants.base.Part`) begins at offset + i * record_bytes.
 
     Attributes:
         position: of the tensor in the order of the file's data.
@@ -59,8 +61,18 @@ class PartPlace:
 
     tensor: str
     offset: int
-    row_bytes: int
+    record_bytes: int
     position: int = 0
+    record_rows: int = 1
+
+    def extent(self, row: int, rows: int) -> tuple[int, int]:
+        """File bytes [begin, end) of output rows [row, row + rows), where `row` begins a record."""
+        first, last = row // self.record_rows, -(-(row + rows) // self.record_rows)
+        return self.offset + first * self.record_bytes, self.offset + last * self.record_bytes
+
+    def rows(self, begin: int, end: int) -> tuple[int, int]:
+        """Output rows [first, last) that bytes [begin, end) of the tensor belong to."""
+        return begin // self.record_bytes * self.record_rows, -(-end // self.record_bytes) * self.record_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,91 +97,6 @@ class Matrix:
     encoding: Encoding
     places: tuple[PartPlace, ...]
     note: str = ""
-
-
-class Source(Protocol):
-    """Something rows can be read from: a tensor of the checkpoint, or a generated table."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def dtype(self) -> DType: ...
-    @property
-    def rows(self) -> int: ...
-    @property
-    def cols(self) -> int: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A contiguous row-major block [rows, cols] in a source file; `begin` is an absolute offset."""
-
-    shard: int
-    begin: int
-    rows: int
-    cols: int
-
-
-@dataclass(frozen=True, slots=True)
-class SourceTensor:
-    """A tensor of the checkpoint seen as a matrix: a vector is a column, leading dimensions are flattened into rows.
-
-    Attributes:
-        axis: 0 if `pieces` lie one above the other, 1 if side by side.
-    """
-
-    name: str
-    dtype: DType
-    shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
-    axis: int = 0
-
-    @property
-    def rows(self) -> int:
-        rows = 1
-        for size in self.shape[:-1]:
-            rows *= size
-        return rows if len(self.shape) > 1 else (self.shape[0] if self.shape else 1)
-
-    @property
-    def cols(self) -> int:
-        return self.shape[-1] if len(self.shape) > 1 else 1
-
-    @property
-    def nbytes(self) -> int:
-        return self.rows * self.cols * self.dtype.itemsize
-
-
-@dataclass(frozen=True, slots=True)
-class Blank:
-    """One zero in the place of a source: the encoding gives the stored values from reductions alone."""
-
-    name: str
-    dtype: DType = F32
-    rows: int = 1
-    cols: int = 1
-
-
-@dataclass(frozen=True, slots=True)
-class PackedTensor(SourceTensor):
-    """An integer weight [N, K] that the source stores packed; reading it gives signed int8, one row per output channel.
-
-    Attributes:
-        shape: (N, K); `dtype` is I8; the one piece covers the stored bytes (its rows and cols are those of the file).
-        bits: 4 or 8.
-        packing: how the file stores it (quantization spec §4.2, §5.2, §5.3): "gptq", int32 [K*bits/32, N] along K;
-            "awq", int32 [K, N/8] along shuffled channels; "modelopt", one byte for two neighbouring channels [N/2, K].
-        module: name without the last component, e.g. "model.layers.0.mlp.up_proj".
-    """
-
-    bits: int = 4
-    packing: str = "gptq"
-    module: str = ""
-
-    @property
-    def stored_row_bytes(self) -> int:
-        """Bytes that a channel has in the file."""
-        return self.cols * self.bits // 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +145,7 @@ class Span:
         reduce: nothing is written; the rows contribute to this reduction (an earlier pass over them).
     """
 
-    source: Source
+    source: RowSource
     start: int
     stop: int
     op: RowOp
@@ -232,8 +159,8 @@ class Span:
 
     @property
     def stored_row_bytes(self) -> int:
-        """Bytes of the file that a row is read from."""
-        return self.source.stored_row_bytes if isinstance(self.source, PackedTensor) else self.row_bytes
+        """Bytes of the files that a row is read from."""
+        return self.source.stored_row_bytes
 
     @property
     def nbytes(self) -> int:
@@ -252,17 +179,20 @@ class Constant:
 
 
 @dataclass(frozen=True, slots=True)
-class SourceFile:
-    """Identity of a source file: what a resume and a verify compare.
+class SideFile:
+    """A file of the output that holds no tensors: bytes that the plan made, or a copy of a file of the source.
 
     Attributes:
-        name: its path in the checkpoint.
-        header_hash: SHA-256 (hex) of what fixes where its tensors lie.
+        name: path below the output folder, with "/".
+        size: bytes.
+        data: its bytes; None for a copy.
+        source: the file that is copied.
     """
 
     name: str
     size: int
-    header_hash: str
+    data: bytes | None = None
+    source: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)

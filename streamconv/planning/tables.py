@@ -8,11 +8,13 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from copy import copy
+from dataclasses import replace
 from functools import lru_cache
 from typing import Generic, Protocol, TypeVar, overload
 
 from streamconv.checkpoint.dtypes import DType
-from streamconv.planning.plan import Dest, Matrix, PackedTensor, PartPlace, RowOp, Source, SourceTensor, Span
+from streamconv.checkpoint.rows import RowSource, SourceTensor
+from streamconv.planning.plan import Dest, Matrix, PartPlace, RowOp, Span
 from streamconv.quants.base import Encoding, Part, Reduction
 
 _T = TypeVar("_T")
@@ -80,17 +82,17 @@ class Sources:
 
     def __init__(self, stored: Stored) -> None:
         self._stored = stored
-        self._others: dict[int, Source] = {}
+        self._others: dict[int, RowSource] = {}
         self._numbers: dict[str, int] = {}
-        self._last: tuple[Source | None, int] = None, 0
+        self._last: tuple[RowSource | None, int] = None, 0
 
-    def number(self, source: Source) -> int:
+    def number(self, source: RowSource) -> int:
         """Its number; sources of one name are one."""
         if self._last[0] is not source:
             self._last = source, self._find(source)
         return self._last[1]
 
-    def _find(self, source: Source) -> int:
+    def _find(self, source: RowSource) -> int:
         known = self._numbers.get(source.name)
         if known is not None:
             return known
@@ -106,7 +108,7 @@ class Sources:
         known = self._numbers.get(name)
         return self._stored.place(name) if known is None else known
 
-    def __getitem__(self, number: int) -> Source:
+    def __getitem__(self, number: int) -> RowSource:
         return self._others[number] if number in self._others else self._stored.at(number)
 
     def kind(self, number: int) -> tuple[DType, int]:
@@ -117,10 +119,10 @@ class Sources:
     def stored_row_bytes(self, number: int) -> int:
         """Bytes of the checkpoint that a row is read from; 0 for what is computed."""
         other = self._others.get(number)
-        if isinstance(other, PackedTensor):
+        if other is not None:
             return other.stored_row_bytes
         dtype, cols = self.kind(number)
-        return cols * dtype.itemsize if other is None or isinstance(other, SourceTensor) else 0
+        return cols * dtype.itemsize
 
 
 class SpanTable(Table[Span]):
@@ -203,6 +205,29 @@ class SpanTable(Table[Span]):
         return Span(self.sources[source], start, stop, self._ops.values[op], dests, align, reduce)
 
 
+class Spelling(Hashable, Protocol):
+    """What a target calls the tensors of a matrix, and the shapes that it records; hashable."""
+
+    def name(self, module: str, role: str) -> str:
+        """The tensor of a part with this role."""
+
+    def shape(self, part: Part, rows: int, cols: int) -> tuple[int, ...]:
+        """The recorded shape of a part of a matrix [rows, cols]."""
+
+
+class ByRole:
+    """The module's name and the role, the part's own shape."""
+
+    def name(self, module: str, role: str) -> str:
+        return f"{module}.{role}" if role else module
+
+    def shape(self, part: Part, rows: int, cols: int) -> tuple[int, ...]:
+        return part.shape
+
+
+BY_ROLE = ByRole()
+
+
 class MatrixTable(Table[Matrix]):
     """Matrices by number. Once `complete`, their tensors have their places in the files."""
 
@@ -213,10 +238,14 @@ class MatrixTable(Table[Matrix]):
         self._names, self._first = array("I"), array("I", [0])
         self._modules, self._encodings, self._notes = Pool[str](), Pool[Encoding](), Pool[str]()
         self._offset, self._position = array("Q"), array("I")
-        self._known: dict[tuple[int, int, int, int], tuple[Part, ...]] = {}
+        self._spelling, self._spellings = array("I"), Pool[Spelling]()
+        self._known: dict[tuple[int, int, int, int, int], tuple[Part, ...]] = {}
 
-    def add(self, file: int, name: str, rows: int, cols: int, encoding: Encoding, experts: int, note: str) -> int:
+    def add(
+        self, file: int, name: str, rows: int, cols: int, encoding: Encoding, experts: int, note: str, spelling: Spelling = BY_ROLE
+    ) -> int:
         """A matrix [rows, cols], or [experts, rows, cols]; gives its number."""
+        self._spelling.append(self._spellings.number(spelling))
         self._file.append(file)
         self._names.append(self._modules.number(name))
         self._rows.append(rows * max(experts, 1))
@@ -245,10 +274,16 @@ class MatrixTable(Table[Matrix]):
 
     def parts(self, number: int) -> tuple[Part, ...]:
         """The tensors of a matrix."""
-        key = self._encoding[number], self._rows[number], self._cols[number], self._experts[number]
+        key = self._encoding[number], self._rows[number], self._cols[number], self._experts[number], self._spelling[number]
         if key not in self._known:
-            self._known[key] = self.encoding(number).parts(key[1] // max(key[3], 1), key[2], key[3])
+            rows, cols, spelling = key[1] // max(key[3], 1), key[2], self._spellings.values[key[4]]
+            parts = self.encoding(number).parts(rows, cols, key[3])
+            self._known[key] = tuple([replace(part, shape=spelling.shape(part, rows, cols)) for part in parts])
         return self._known[key]
+
+    def tensor(self, number: int, part: int) -> str:
+        """The name of a part's tensor."""
+        return self._spellings.values[self._spelling[number]].name(self.name(number), self.parts(number)[part].role)
 
     def name(self, number: int) -> str:
         return self._modules.values[self._names[number]]
@@ -268,8 +303,8 @@ class MatrixTable(Table[Matrix]):
         made = copy(self)
         made._made, made._offset = lru_cache(_KEPT)(made._make), array("Q", self._offset)
         for number in range(len(self)):
-            for at, part in enumerate(self.parts(number)):
-                made._offset[self._first[number] + at] = begin(self._file[number], tensor_name(self.name(number), part.suffix))
+            for at in range(len(self.parts(number))):
+                made._offset[self._first[number] + at] = begin(self._file[number], self.tensor(number, at))
         return made
 
     def unfilled(self) -> Iterator[Matrix]:
@@ -287,15 +322,12 @@ class MatrixTable(Table[Matrix]):
         return len(self._note)
 
     def _make(self, number: int) -> Matrix:
-        name, first = self.name(number), self._first[number]
+        name, first, spelling = self.name(number), self._first[number], self._spellings.values[self._spelling[number]]
         places = tuple(
-            PartPlace(tensor_name(name, part.suffix), self._offset[first + at], part.row_bytes, self._position[first + at])
+            PartPlace(
+                spelling.name(name, part.role), self._offset[first + at], part.record_bytes, self._position[first + at], part.record_rows
+            )
             for at, part in enumerate(self.parts(number))
         )
         rows, cols, filled = self._rows[number], self._cols[number], self._filled[number]
         return Matrix(self._file[number], name, rows, cols, filled, self.encoding(number), places, self._notes.values[self._note[number]])
-
-
-def tensor_name(module: str, suffix: str) -> str:
-    """The name of a part's tensor."""
-    return f"{module}.{suffix}" if suffix else module

@@ -163,7 +163,7 @@ class SmoothWeight(Encoding):
         import numpy as np
 
         made = replace(self, bound=Bound(np.ones(2), 1.0, 1.0 if self.largest else None), keep=None)
-        outs = [np.empty(part.row_bytes, np.uint8) for part in made.parts(1, 2)]
+        outs = [np.empty(part.nbytes(1), np.uint8) for part in made.parts(1, 2)]
         kernel = made.kernel(source)
         if kernel is None:
             super().prepare(source)

@@ -114,6 +114,6 @@ class Compared:
         zeros = memoryview(bytes(BUFFER))
         for matrix in self.plan.matrices.unfilled():
             for place in matrix.places:
-                begin, end = (place.offset + rows * place.row_bytes for rows in (matrix.filled, matrix.rows))
+                begin, end = place.extent(matrix.filled, matrix.rows - matrix.filled)
                 for at in range(begin, end, BUFFER):
                     self.write(self.plan.files[matrix.file].name, at, zeros[: min(BUFFER, end - at)])

@@ -47,7 +47,8 @@ def row_costs(request: Request, span: Span) -> tuple[int, int]:
     if is_whole_copy(request, span):
         return 0, 0
     encoding, columns = request[1], width(request)
-    out = sum(part.row_bytes for part in encoding.parts(encoding.row_align, columns))
+    align = encoding.row_align
+    out = -(-sum(part.nbytes(align) for part in encoding.parts(align, columns)) // align)
     if is_copy(request, span.source.dtype):
         return out, 0
     gathered = columns * span.source.dtype.itemsize if len(request[0]) > 1 else 0
@@ -81,7 +82,7 @@ def encode(request: Request, span: Span, rows: int, block: Bytes, space: Bytes, 
         start, stride, cols = columns[0][0], total, columns[0][1] - columns[0][0]
     outs = []
     for part in encoding.parts(encoding.row_align, cols):
-        size = rows * part.row_bytes
+        size = part.nbytes(rows)
         outs.append(space[:size])
         space = space[-(-size // 64) * 64 :]
     kernel = encoding.kernel(dtype)

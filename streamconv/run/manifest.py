@@ -16,10 +16,11 @@ from typing import Any
 
 from streamconv import __version__
 from streamconv.checkpoint.limits import MAX_CONTAINERS, MAX_MANIFEST, MAX_OUTPUT_TENSORS, check_counts
+from streamconv.checkpoint.rows import SourceFile
 from streamconv.checkpoint.untrusted import parse_json, read_file, shown_value
 from streamconv.errors import StreamconvError, VerifyError, printable
 from streamconv.options import Options
-from streamconv.planning.plan import Plan, SourceFile
+from streamconv.planning.plan import Plan
 
 NAME = "streamconv.json"
 FORMAT = 1

@@ -109,7 +109,8 @@ class Order:
         matrix, digests = self._matrices[number], self.digests(number)
         del self._begun[number]
         for digest, place in zip(digests, matrix.places, strict=True):
-            left = (matrix.rows - matrix.filled) * place.row_bytes
+            begin, end = place.extent(matrix.filled, matrix.rows - matrix.filled)
+            left = end - begin
             while left:
                 digest.update(bytes(min(left, 1 << 20)))
                 left -= min(left, 1 << 20)

@@ -24,7 +24,7 @@ from streamconv.run.journal import Done, Journal, Recorder
 from streamconv.run.judge import judge
 from streamconv.run.order import Hashes, Order, Stop
 from streamconv.run.output_folder import OutputFolder
-from streamconv.run.read import give_back, read_rows, spare_bytes_per_row
+from streamconv.run.read import read_rows, scratch_bytes_per_row
 from streamconv.run.results import Results
 from streamconv.run.resume import believe
 
@@ -171,7 +171,7 @@ class Pool:
     def _pad(self, matrix: Matrix) -> None:
         """Write the zero rows at the end of a matrix: no tile covers them, and an earlier run may have left other bytes there."""
         for place in matrix.places:
-            begin, end = (place.offset + rows * place.row_bytes for rows in (matrix.filled, matrix.rows))
+            begin, end = place.extent(matrix.filled, matrix.rows - matrix.filled)
             for at in range(begin, end, memory.MIB):
                 self.folder.write(self.plan.files[matrix.file].name, at, bytes(min(memory.MIB, end - at)))
 
@@ -274,14 +274,14 @@ class Pool:
         span = self.plan.spans[tile.span]
         source_rows = tile.stop - tile.start
         size, stored = source_rows * span.row_bytes, source_rows * span.stored_row_bytes
-        spare = source_rows * spare_bytes_per_row(span)
+        spare = source_rows * scratch_bytes_per_row(span)
         spent = dict.fromkeys(PHASES, 0.0)
         began = time.monotonic()
         block = read_rows(self.shards, span, tile.start, tile.stop, arena, arena[size : size + spare])
         now = time.monotonic()
         spent["read"] = now - began
         if span.reduce is None:  # else a later pass reads them again
-            give_back(self.shards, span, tile.start, tile.stop)
+            span.source.drop_page_cache(self.shards, tile.start, tile.stop)
         self.consumed(tile.span, source_rows)
         if span.reduce is not None:
             self._reduce(span, source_rows, block, slot)
@@ -319,7 +319,7 @@ class Pool:
                 spent["hash"] += now - began
                 for place, part in zip(matrix.places, parts, strict=True):
                     name = self.plan.files[matrix.file].name
-                    self.folder.write(name, place.offset + row * place.row_bytes, part.data)
+                    self.folder.write(name, place.extent(row, rows)[0], part.data)
                     files.add(name)
                     written += part.size
                 spent["write"] += time.monotonic() - now

@@ -74,7 +74,7 @@ def _reread(
     """Give `take` the bytes of a part of a matrix's output rows, as the file holds them."""
     matrix = plan.matrices[dest.matrix]
     place = matrix.places[part]
-    begin, end = place.offset + row * place.row_bytes, place.offset + (row + rows) * place.row_bytes
+    begin, end = place.extent(row, rows)
     for at in range(begin, end, buffer.size):
         view = buffer.data[: min(buffer.size, end - at)]
         take(view[: folder.read_into(plan.files[matrix.file].name, at, view)])

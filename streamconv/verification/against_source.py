@@ -22,7 +22,7 @@ from streamconv.checkpoint.shard import Shard
 from streamconv.errors import BudgetError, DataError, RefusedError, StreamconvError, UsageError, VerifyError, printable
 from streamconv.options import Options, Resources
 from streamconv.planning import memory_plan
-from streamconv.planning.plan import OutputFile, Plan
+from streamconv.planning.plan import OutputFile, PartPlace, Plan
 from streamconv.quants.base import Encoding
 from streamconv.run import manifest
 from streamconv.run.compared import BUFFER, Compared, Difference
@@ -235,11 +235,11 @@ def _compare(
     _judge(plan, headers, sink, errors, verdict, foreign)
 
 
-def _rows(found: Difference, row_bytes: int) -> list[tuple[int, int]]:
+def _rows(found: Difference, place: PartPlace) -> list[tuple[int, int]]:
     """Rows of a tensor with differences in them, ascending."""
     rows: list[tuple[int, int]] = []
     for begin, end in sorted(found.places):
-        first, last = begin // row_bytes, -(-end // row_bytes)
+        first, last = place.rows(begin, end)
         if rows and first <= rows[-1][1]:
             rows[-1] = (rows[-1][0], max(last, rows[-1][1]))
         else:
@@ -256,7 +256,7 @@ def _chosen(plan: Plan, sink: Compared, foreign: bool) -> dict[int, list[tuple[i
         for place in matrix.places:
             found = sink.differences.get((plan.files[matrix.file].name, place.tensor))
             if found is not None:
-                differ = _rows(found, place.row_bytes)
+                differ = _rows(found, place)
                 rows += differ if foreign else [(differ[0][0], min(differ[0][0] + sample, matrix.filled))]
         chosen[number] = _merged(rows)
     return chosen
@@ -286,11 +286,11 @@ def _judge(
             if found is None:
                 continue
             error = errors.get(number)
-            padded = any(last > matrix.filled for _, last in _rows(found, place.row_bytes))
+            padded = any(last > matrix.filled for _, last in _rows(found, place))
             if foreign and error is not None and not padded and _as_good(matrix.encoding, error):
                 as_good += 1
                 continue
-            row = found.first // place.row_bytes
+            row = place.rows(found.first, found.first + 1)[0]
             where = f"the first in row {row} of {matrix.rows}" if matrix.rows > 1 else f"the first is byte {found.first}"
             by = f"; largest error {error.largest:.3g}, SNR {error.snr():.1f} dB" if error is not None else ""
             verdict.problems.append(_told(key, found, sizes[key], where) + by)

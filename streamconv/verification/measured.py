@@ -138,9 +138,9 @@ def _block(
     import numpy as np
     import torch
 
-    from streamconv.run.read import read_rows, spare_bytes_per_row
+    from streamconv.run.read import read_rows, scratch_bytes_per_row
 
-    buffer, spare = (np.empty((stop - start) * size, np.uint8) for size in (span.row_bytes, spare_bytes_per_row(span)))
+    buffer, spare = (np.empty((stop - start) * size, np.uint8) for size in (span.row_bytes, scratch_bytes_per_row(span)))
     block = read_rows(shards, span, start, stop, buffer, spare)
     rows = span.op.out_rows(stop - start)
     whole = torch.from_numpy(block).view(getattr(torch, span.source.dtype.torch)).reshape(rows, span.source.cols)
@@ -165,7 +165,8 @@ def decoded(
     matrix = plan.matrices[dest.matrix]
     parts = []
     for place in matrix.places:
-        data = np.empty(rows * place.row_bytes, np.uint8)
-        files[matrix.file].read_into(place.offset + (dest.row + skipped) * place.row_bytes, data.data)
+        begin, end = place.extent(dest.row + skipped, rows)
+        data = np.empty(end - begin, np.uint8)
+        files[matrix.file].read_into(begin, data.data)
         parts.append(torch.from_numpy(data))
     return (encoding or matrix.encoding).decode(parts, rows, matrix.cols)

@@ -197,7 +197,7 @@ def test_forged_lines_with_right_hashes_of_wrong_rows_change_no_byte(quant: str,
         first, end = span.start, span.stop
         for start, stop in ((first + 1, end), (first, end - 1), (first + 1, end - 1), (end, end + 2)):
             if span.align > 1 and stop > start:
-                sizes = [place.row_bytes * (stop - start) for place in plan.matrices[dest.matrix].places]
+                sizes = [place.record_bytes * (stop - start) for place in plan.matrices[dest.matrix].places]
                 hashes = [[xxhash.xxh3_128(bytes(size)).hexdigest() for size in sizes]]
                 records.append({"tile": [span_number, start, stop], "hash": hashes, "found": [0, 0]})
     records += [{"tile": [len(plan.spans) + 7, 0, 1], "hash": [], "found": [0, 0]}, {"tile": [0, 5, 5], "hash": [], "found": [0, 0]}]

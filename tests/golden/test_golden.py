@@ -114,7 +114,7 @@ def test_same_for_the_smallest_budget(name: str, tmp_path: Path, monkeypatch: py
         return seen[-1][0]
 
     monkeypatch.setattr(memory, "resident", lambda: 100 * memory.MIB)
-    monkeypatch.setattr(budget, "share", spied)
+    monkeypatch.setattr(memory_plan, "share", spied)
     convert(BY_NAME[name], tmp_path / "roomy", "--memory_budget", "1GiB")
     roomy, costs = seen[-1]
     smallest = roomy.base + memory_plan.MARGIN + max(cost.smallest() for cost in costs.values())

@@ -202,7 +202,8 @@ def _tile(job_count: int, rows: int, cols: int) -> Any:
     import torch
 
     from streamconv.checkpoint.dtypes import BF16, F16
-    from streamconv.planning.plan import PLAIN_ROWS, SourceTensor, Span
+    from streamconv.checkpoint.rows import SourceTensor
+    from streamconv.planning.plan import PLAIN_ROWS, Span
     from streamconv.quants.fp8_rowwise import Fp8Rowwise
     from streamconv.quants.plain import Plain
     from streamconv.quants.weight_only import WeightOnly

@@ -9,12 +9,13 @@ import pytest
 
 from streamconv import api, device
 from streamconv.checkpoint.dtypes import BF16, F16
+from streamconv.checkpoint.rows import Blank, SourceTensor
 from streamconv.device import choice, sizing
 from streamconv.device.choice import Work
 from streamconv.errors import UsageError
 from streamconv.memory import GIB, KIB, MIB
 from streamconv.options import Options
-from streamconv.planning.plan import PLAIN_ROWS, Blank, Dest, Matrix, SourceTensor, Span
+from streamconv.planning.plan import PLAIN_ROWS, Dest, Matrix, Span
 from streamconv.quants.smooth_values import SmoothValue
 from streamconv.quants.smoothing import ColumnMaxima, Smoother
 from streamconv.quants.smoothquant import SmoothWeight

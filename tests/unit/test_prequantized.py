@@ -515,7 +515,7 @@ def test_group_scales_kernel_is_its_definition(stored: DType, dtype: DType, bits
     encoding = GroupScales(dtype, stored, bits, shuffled, middle)
     kernel, findings, wanted_findings = encoding.kernel(U8), Findings(), Findings()
     assert kernel is not None
-    outs = [np.zeros(rows * part.row_bytes, np.uint8) for part in encoding.parts(rows, cols)]
+    outs = [np.zeros(part.nbytes(rows), np.uint8) for part in encoding.parts(rows, cols)]
     findings.add(kernel(block.reshape(-1).numpy(), 0, block.shape[1], rows, cols, outs))
     wanted = encoding.encode(block[:, :cols], wanted_findings)
     assert [bytes(out) for out in outs] == [bytes(one.numpy()) for one in wanted]

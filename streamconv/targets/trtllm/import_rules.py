@@ -7,11 +7,11 @@ from collections.abc import Mapping
 
 from streamconv.checkpoint.dtypes import F8_E4M3
 from streamconv.checkpoint.quantized import SourceQuantization
+from streamconv.checkpoint.rows import SourceTensor
 from streamconv.errors import RefusedError
 from streamconv.families.base import Family
 from streamconv.families.meta import META
 from streamconv.options import Options
-from streamconv.planning.plan import SourceTensor
 from streamconv.quants import Quant, quant_of
 from streamconv.quants.fp8 import CLAMP, Fp8RowwiseQuant
 from streamconv.quants.fp8_given import Fp8GivenQuant

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 
 from streamconv.checkpoint.dtypes import BF16, F8_E4M3, F16, F32, I8, I32, U8, DType
 from streamconv.checkpoint.quantized import SourceQuantization
+from streamconv.checkpoint.rows import PackedTensor, Piece, SourceTensor
 from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.source_tensors import Changed
 from streamconv.errors import printable
-from streamconv.planning.draft import Builder, Fed
-from streamconv.planning.plan import PackedTensor, Piece, SourceTensor
+from streamconv.planning.draft import Draft, Fed
 from streamconv.quants.gptq import GroupScales
 from streamconv.quants.plain import Plain
 from streamconv.targets.trtllm.scalars import is_scale, read_scalars
@@ -244,7 +244,7 @@ def _read(tensor: SourceTensor, shards: Sequence[Shard]) -> bytes:
 # ---- after the weights: their scales
 
 
-def add_scales(builder: Builder, stored: Stored, dtype: DType, shards: Sequence[Shard]) -> list[str]:
+def add_scales(builder: Draft, stored: Stored, dtype: DType, shards: Sequence[Shard]) -> list[str]:
     """Describe the scale tensors of every weight that was fed from a packed or FP8 source; gives what is wrong."""
     problems: dict[str, None] = dict.fromkeys(_misfits(builder, stored))
     checked: set[tuple[str, ...]] = set()
@@ -276,7 +276,7 @@ def add_scales(builder: Builder, stored: Stored, dtype: DType, shards: Sequence[
     return list(problems)
 
 
-def _misfits(builder: Builder, stored: Stored) -> list[str]:
+def _misfits(builder: Draft, stored: Stored) -> list[str]:
     """FP8 weights that are not copied whole, and packed ones cut inside a word."""
     found = []
     for matrix, feeds in builder.fed(stored.scales).items():
@@ -296,7 +296,7 @@ def _prequant(tensor: SourceTensor | None, shards: Sequence[Shard]) -> bytes:
     return b"" if tensor is None else _read(tensor, shards)
 
 
-def _group_scales(builder: Builder, file: int, name: str, feeds: Sequence[Fed], stored: Stored, dtype: DType) -> str | None:
+def _group_scales(builder: Draft, file: int, name: str, feeds: Sequence[Fed], stored: Stored, dtype: DType) -> str | None:
     """`weights_scaling_factor` and `zero`: groups are rows; zeros and scales of all channels side by side (§4.1)."""
     sources = {feed.source.name: feed.source for feed in feeds}
     owned = [stored.scales[source] for source in sources]
@@ -351,7 +351,7 @@ def _joined(cols: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     return out
 
 
-def _modelopt_scales(builder: Builder, file: int, name: str, feeds: Sequence[Fed], stored: Stored, dtype: DType) -> None:
+def _modelopt_scales(builder: Draft, file: int, name: str, feeds: Sequence[Fed], stored: Stored, dtype: DType) -> None:
     owned = stored.scales[feeds[0].source.name]
     low, high = feeds[0].cols[0]
     rows = sum(feed.stop - feed.start for feed in feeds)

@@ -6,10 +6,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from streamconv.checkpoint.index import nearest
+from streamconv.checkpoint.rows import PackedTensor, Piece, SourceTensor
 from streamconv.errors import TensorError, printable
 from streamconv.families.base import Family
 from streamconv.families.matching import Key, example, match
-from streamconv.planning.plan import PackedTensor, Piece, SourceTensor
 
 _NEAREST = 10
 """Missing tensors for which a similar name is looked for, which takes a while."""

@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from streamconv.checkpoint.activation_ranges import Ranges
 from streamconv.checkpoint.dtypes import F32, DType
 from streamconv.checkpoint.model_config import ModelConfig
+from streamconv.checkpoint.rows import SourceTensor
 from streamconv.families.base import Family
 from streamconv.memory import MIB, check_room
 from streamconv.options import Options
-from streamconv.planning.draft import Builder
-from streamconv.planning.plan import PLAIN_ROWS, RowOp, SourceTensor
+from streamconv.planning.draft import Draft
+from streamconv.planning.plan import PLAIN_ROWS, RowOp
 from streamconv.quants import Module, Quant
 from streamconv.quants.base import Encoding
 from streamconv.quants.plain import Plain
@@ -32,7 +33,7 @@ _Rows = tuple[int, int]
 
 @dataclass(slots=True)
 class Decoder:
-    """Describes one checkpoint to a Builder.
+    """Describes one checkpoint to a Draft.
 
     Attributes:
         kv: KV heads written (after removing duplicates).
@@ -49,7 +50,7 @@ class Decoder:
     mapping: Grid
     roles: Roles
     quant: Quant
-    builder: Builder
+    builder: Draft
     kv: int
     shared: bool
     tied: bool

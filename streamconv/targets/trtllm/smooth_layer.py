@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from streamconv.checkpoint.activation_ranges import Ranges
 from streamconv.checkpoint.dtypes import F32
-from streamconv.planning.plan import Blank, Piece, SourceTensor
+from streamconv.checkpoint.rows import Blank, Piece, SourceTensor
 from streamconv.quants.base import Encoding
 from streamconv.quants.smooth_values import SmoothNorm, SmoothValue
 from streamconv.quants.smoothing import ColumnMaxima, Smoother

@@ -15,14 +15,15 @@ from streamconv.checkpoint.limits import MAX_TENSORS
 from streamconv.checkpoint.meta import output_rows
 from streamconv.checkpoint.model_config import ModelConfig, from_hf, from_meta
 from streamconv.checkpoint.quantized import SourceQuantization, left_over, source_quantization
+from streamconv.checkpoint.rows import PackedTensor, SourceFile
 from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.source_tensors import Changed, SourceTensors
 from streamconv.errors import CheckpointError, RefusedError, UsageError, printable
 from streamconv.families import Family, family_of
 from streamconv.families.meta import META
 from streamconv.options import TARGET_SMS, TARGET_VERSIONS, Options
-from streamconv.planning.draft import Builder
-from streamconv.planning.plan import PackedTensor, Plan, SourceFile
+from streamconv.planning.draft import Draft
+from streamconv.planning.plan import Plan
 from streamconv.quants import quant_of
 from streamconv.targets.trtllm import expected, fp8_scales, import_rules, import_scales, rope
 from streamconv.targets.trtllm.checks import embedding_is_shared, refusals
@@ -178,7 +179,9 @@ def make_plan(index: Index, options: Options) -> Plan:
     shared = embedding_is_shared(model, options, lm_head_missing=missing, qwen=family.config_class == "qwen")
     shared = shared or (family.config_class == "gemma" and options.target_version == "0.16")
     tied = model.tie_word_embeddings and (not has_head or options.target_version != "0.16")
-    builder = Builder(options.tp_size * options.pp_size, tensors)
+    builder = Draft(tensors)
+    for number in range(options.tp_size * options.pp_size):
+        builder.file(f"rank{number}.safetensors")
     decoder = Decoder(model, family, options, dtype, mapping, roles, quant, builder, kv, shared, tied, ranges, stored.kv)
     decoder.describe()
     decoder.refused += _without_scales(index, stored, roles)
