@@ -22,8 +22,9 @@ import torch
 from streamconv import api
 from streamconv.checkpoint.rows import SourceTensor
 from streamconv.checkpoint.shard import Shard
-from streamconv.options import Options, Resources
+from streamconv.options import Resources
 from streamconv.run import manifest
+from streamconv.targets.trtllm.options import TensorRTLLM
 from streamconv.verification.measured import decoded
 
 PROMPT = "The capital of France is"
@@ -176,7 +177,7 @@ def main() -> None:
         smooth = settings.get("quant") == "smoothquant"
         if settings:
             out = args.work / "converted"
-            options = Options(**settings, activation_ranges=str(ranges) if smooth else None)
+            options = TensorRTLLM(**settings, activation_ranges=str(ranges) if smooth else None)
             api.convert(args.model, out, options, Resources(), force=True)
         model = load(args.model, None if smooth or not settings else decode(out, args.model))
         if smooth:

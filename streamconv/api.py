@@ -18,13 +18,13 @@ from streamconv.checkpoint.index import Index, description_size
 from streamconv.device.backend import Backend, Cuda
 from streamconv.errors import BudgetError, OutputError, printable
 from streamconv.hub.fetch import Fetch
-from streamconv.options import Options, Resources
+from streamconv.options import Resources
 from streamconv.planning import memory_plan
 from streamconv.planning.memory_plan import Shares, TileCost
 from streamconv.planning.plan import Plan
 from streamconv.run.fs import Disk, named
 from streamconv.run.writer import Writer, check_plan
-from streamconv.targets.trtllm.target import make_plan
+from streamconv.targets.base import Target
 
 _LOADS = {"numpy": 30 * memory.MIB, "numba": 166 * memory.MIB, "torch": 300 * memory.MIB}
 """Bytes that loading a library takes, compiled kernels and what comes with it included (measured, rounded up); a run measures its own."""
@@ -79,7 +79,7 @@ class Report:
     warnings: tuple[str, ...]
 
 
-def open_and_plan(source: str | Path, options: Options, budget: int | None = None) -> tuple[Index, Plan]:
+def open_and_plan(source: str | Path, options: Target, budget: int | None = None) -> tuple[Index, Plan]:
     """Read the headers of a source and plan its conversion. No weight is read.
 
     Args:
@@ -90,9 +90,9 @@ def open_and_plan(source: str | Path, options: Options, budget: int | None = Non
     """
     before = memory.peak_resident()
     with without_collection(), _bounded(source, options, budget):
-        index = hub.open_source(source)
+        index = hub.open_source(source, raw=options.raw_names)
         try:
-            plan = make_plan(index, options)
+            plan = options.plan(index)
         except BaseException:
             index.close()
             raise
@@ -101,10 +101,10 @@ def open_and_plan(source: str | Path, options: Options, budget: int | None = Non
 
 
 @contextlib.contextmanager
-def _bounded(source: str | Path, options: Options, budget: int | None) -> Iterator[None]:
+def _bounded(source: str | Path, options: Target, budget: int | None) -> Iterator[None]:
     """Planning stops before it breaks the budget, unless it takes little anyway: the plan then tells the smallest budget there is."""
     told = description_size(Path(source)) if budget is not None else 0
-    enough = memory.resident() + (3 + 3 * options.tp_size * options.pp_size) * told
+    enough = memory.resident() + (3 + 3 * getattr(options, "tp_size", 1) * getattr(options, "pp_size", 1)) * told
     with memory.bounded(None if budget is None or enough <= max(budget, memory.resident() + _LITTLE) else budget):
         try:
             yield
@@ -237,7 +237,7 @@ def load_kernels(plan: Plan) -> None:
 def convert(
     source: str | Path,
     out: str | Path,
-    options: Options,
+    options: Target,
     resources: Resources | None = None,
     *,
     force: bool = False,
@@ -281,7 +281,7 @@ def convert(
 def _convert(
     source: str | Path,
     out: str | Path,
-    options: Options,
+    options: Target,
     resources: Resources,
     force: bool,
     watcher: Watcher,

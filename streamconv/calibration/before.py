@@ -11,8 +11,8 @@ from streamconv import memory
 from streamconv.calibration.request import Samples, measured_in
 from streamconv.checkpoint.activation_ranges import HINT
 from streamconv.errors import UsageError
-from streamconv.options import Options
 from streamconv.run.fs import beside, named
+from streamconv.targets.trtllm.options import TensorRTLLM
 
 BOTH_WAYS = "--text FILE measures them now; or " + HINT
 
@@ -34,7 +34,7 @@ def _brings_scales(source: str | Path) -> bool:
 def with_ranges(
     source: str | Path,
     out: str | Path,
-    options: Options,
+    options: TensorRTLLM,
     samples: Samples | None,
     *,
     memory_budget: int | None = None,
@@ -42,7 +42,7 @@ def with_ranges(
     force: bool = False,
     progress: Callable[[int, int, float], None] = lambda layer, layers, seconds: None,
     told: Callable[[str], None] = lambda line: None,
-) -> Options:
+) -> TensorRTLLM:
     """The options with activation ranges in them, measured if a format needs them and none are given.
 
     An interrupted measurement goes on after its last layer; a finished one of the same model, text and sizes is used again.

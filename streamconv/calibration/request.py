@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from streamconv.options import Options
+from streamconv.targets.trtllm.options import TensorRTLLM
 
 Loop = Literal["trtllm", "modelopt"]
 DTYPES = ("float16", "bfloat16", "float32", "auto")
@@ -28,7 +28,7 @@ class Samples:
     batch_size: int = 1
 
 
-def measured_in(options: Options) -> tuple[str, Loop]:
+def measured_in(options: TensorRTLLM) -> tuple[str, Loop]:
     """Computing type and loop that NVIDIA's tools measure this format with (quantization spec §16).
 
     SmoothQuant loads the model as float16, the INT8 KV cache alone in its own type; FP8 is ModelOpt's, whose samples have no suffix.

@@ -230,7 +230,7 @@ class _Run:
 
     def _mark(self, batches: list[list[list[int]]], evidence: list[list[int | str]] | None = None) -> str:
         """Hash of all that decides the numbers; of the source its sizes, headers and samples, and for a resume its times."""
-        from streamconv.targets.trtllm.target import source_files
+        from streamconv.checkpoint.source_files import source_files
 
         files = [(file.name, file.size, file.header_hash) for file in source_files(self.index)]
         looks = evidence or [[shard.sample()] for shard in self.index.shards]

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from streamconv.checkpoint.model_config import ModelConfig
 from streamconv.errors import RefusedError, UsageError
 from streamconv.families import family_of
-from streamconv.options import TARGET_VERSIONS, Options
+from streamconv.options import TARGET_VERSIONS
 from streamconv.targets.trtllm.checks import refusals
 from streamconv.targets.trtllm.config_json import dump
 from streamconv.targets.trtllm.config_sections import Config, quantization_section, resolve_dtype, resolve_moe
+from streamconv.targets.trtllm.options import TensorRTLLM
 
 _MADE_ELSEWHERE = {"fp8": "FP8", "nvfp4": "NVFP4", "qserve": "W4A8_QSERVE_PER_CHANNEL"}
 """Formats whose weights only other tools make; a config.json can name them."""
@@ -40,7 +41,7 @@ class Sizes:
     moe_renorm_mode: int = 1
 
 
-def fabricated(sizes: Sizes, options: Options, *, per_group: bool, quant_ckpt_path: str | None, load_model_on_cpu: bool) -> bytes:
+def fabricated(sizes: Sizes, options: TensorRTLLM, *, per_group: bool, quant_ckpt_path: str | None, load_model_on_cpu: bool) -> bytes:
     """The bytes of config.json.
 
     Args:
@@ -135,7 +136,7 @@ def fabricated(sizes: Sizes, options: Options, *, per_group: bool, quant_ckpt_pa
     return dump(config)
 
 
-def _mapping(options: Options) -> Config:
+def _mapping(options: TensorRTLLM) -> Config:
     tp, pp, cp = options.tp_size, options.pp_size, options.cp_size
     moe_tp, moe_ep = resolve_moe(options)
     sizes = {"world_size": tp * pp * cp, "tp_size": tp, "pp_size": pp, "moe_tp_size": moe_tp, "moe_ep_size": moe_ep}

@@ -17,7 +17,7 @@ from streamconv.cli.official_flags import OfficialRequest, parse
 from streamconv.errors import RefusedError, UsageError, printable
 from streamconv.hub import open_source
 from streamconv.memory import parse_size
-from streamconv.options import Options
+from streamconv.targets.trtllm.options import TensorRTLLM
 from streamconv.targets.trtllm.unsupported import refuse
 
 TAKEN_OVER = {"int4_gptq", "int8_gptq", "int4_awq"}
@@ -136,7 +136,7 @@ def _convert(request: OfficialRequest, source: str) -> int:
     return 0
 
 
-def _with_ranges(request: OfficialRequest, source: str) -> Options:
+def _with_ranges(request: OfficialRequest, source: str) -> TensorRTLLM:
     """The options; where activation ranges are needed and none are given they are measured, as NVIDIA's script does.
 
     They are kept beside the output, in `OUTPUT.ranges.safetensors`.

@@ -14,8 +14,8 @@ from streamconv.families import Family
 from streamconv.families.matching import match
 from streamconv.hub import open_source
 from streamconv.memory import show_size
-from streamconv.options import Options
 from streamconv.planning.plan import Plan
+from streamconv.targets.trtllm.options import TensorRTLLM
 from streamconv.targets.trtllm.target import make_plan, model_of
 
 
@@ -27,7 +27,7 @@ def show(source: str, as_json: bool) -> None:
             model, family = model_of(index)
             plan, problem = None, None
             try:
-                plan = make_plan(index, Options())
+                plan = make_plan(index, TensorRTLLM())
             except StreamconvError as error:
                 problem = str(error)
             facts = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,6 @@ from streamconv.memory import show_size
 from streamconv.planning.memory_plan import Shares, TileCost
 from streamconv.planning.plan import Plan
 from streamconv.run import fs, mounts, place
-from streamconv.targets.trtllm.config_sections import late_keys
 
 
 def content(plan: Plan, shares: Shares, costs: list[TileCost], out: str | None) -> dict[str, Any]:
@@ -31,10 +29,11 @@ def content(plan: Plan, shares: Shares, costs: list[TileCost], out: str | None) 
     return {
         "family": plan.family,
         "dtype": plan.dtype.torch,
-        "options": plan.options.to_json(),
+        "target": plan.target.key,
+        "options": plan.target.to_json(),
         "fingerprint": plan.fingerprint(),
         "files": [{"name": f.name, "size": f.size, "tensors": f.tensors} for f in plan.files]
-        + [{"name": "config.json", "size": len(plan.config), "tensors": 0}],
+        + [{"name": side.name, "size": side.size, "tensors": 0} for side in plan.side_files],
         "stored_as": dict(plan.decisions),
         "bytes_to_read": plan.bytes_read,
         "passes": plan.passes,
@@ -49,18 +48,9 @@ def content(plan: Plan, shares: Shares, costs: list[TileCost], out: str | None) 
         "workers": shares.workers,
         "largest_tile": tile,
         "disk": {"free": free, "need": plan.bytes_written, "enough": free is None or free >= plan.bytes_written},
-        "notes": _notes(plan),
+        "notes": list(plan.notes),
         "warnings": warnings,
     }
-
-
-def _notes(plan: Plan) -> list[str]:
-    """What is right for the release that was asked for, and not for every one of its line."""
-    late = late_keys(json.loads(plan.config))
-    if late is None:
-        return []
-    told = "which early releases of TensorRT-LLM 1.x do not know and reject"
-    return [f"config.json holds {late}, {told}: --target-version 1.0 leaves them out"]
 
 
 def show(
@@ -85,8 +75,7 @@ def show(
     if as_json:
         output.dump(told)
         return
-    options = plan.options
-    output.line(f"{plan.family}, {plan.dtype.torch}, TensorRT-LLM {options.target_version}, tp {options.tp_size} x pp {options.pp_size}")
+    output.line(f"{plan.family}, {plan.dtype.torch}, {plan.target.headline}")
     output.line()
     files = [(f["name"], show_size(f["size"]), str(f["tensors"] or "")) for f in told["files"]]
     if len(files) > 20:

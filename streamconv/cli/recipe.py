@@ -17,8 +17,9 @@ from typing import Any
 from streamconv.checkpoint.limits import MAX_RECIPE
 from streamconv.checkpoint.untrusted import read_file, shown_value
 from streamconv.errors import OutputError, UsageError, VerifyError, printable
-from streamconv.options import Options
+from streamconv.planning.plan import PlannedTarget
 from streamconv.run import manifest
+from streamconv.targets import target_from_json
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -70,7 +71,7 @@ class Recipe:
             return None
         if now.sources != self.made.sources:
             return "the source is another one"
-        if now.options != self.made.options:
+        if (now.target, now.asked) != (self.made.target, self.made.asked):
             return "other flags were given"
         return "this version of streamconv writes other bytes"
 
@@ -153,11 +154,15 @@ def _from_manifest(file: Path) -> Recipe:
         made = manifest.read_head(file)
     except VerifyError as error:
         raise UsageError(f"--config: {error.message}", hint="it takes the manifest of a conversion as it was written") from None
-    given = {key: value for key, value in made.options.to_json().items() if value is not None}
-    return Recipe(file, given, made)
+    try:
+        target_from_json(made.target, made.asked)
+    except UsageError as error:
+        raise UsageError(f"--config: {printable(str(file))} is not a streamconv manifest: {error.message}") from None
+    given = {key: value for key, value in made.asked.items() if value is not None and value != []}
+    return Recipe(file, {"to": made.target, **given}, made)
 
 
-def render(model: str, out: str | None, options: Options, others: Mapping[str, object]) -> str:
+def render(model: str, out: str | None, options: PlannedTarget, others: Mapping[str, object]) -> str:
     """TOML that gives this conversion again: every option is written, so that no default can change it.
 
     Args:
@@ -172,8 +177,9 @@ def render(model: str, out: str | None, options: Options, others: Mapping[str, o
         *([f"out = {_toml(out)}"] if out else []),
         "",
         "# what decides the bytes",
+        f"to = {_toml(options.key)}",
     ]
-    lines += [f"{key.replace('_', '-')} = {_toml(value)}" for key, value in options.to_json().items() if value is not None]
+    lines += [f"{key.replace('_', '-')} = {_toml(value)}" for key, value in options.to_json().items() if value not in (None, ())]
     given = [f"{key.replace('_', '-')} = {_toml(value)}" for key, value in others.items() if value is not None]
     return "\n".join([*lines, *(["", "# what does not", *given] if given else [])]) + "\n"
 
@@ -202,4 +208,6 @@ def _toml(value: object) -> str:
         return str(value).lower()
     if isinstance(value, int | float):
         return repr(value)
+    if isinstance(value, tuple | list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
     return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -75,15 +75,18 @@ def local_folder(source: str | os.PathLike[str]) -> Path:
         return index.root
 
 
-def open_source(source: str | os.PathLike[str]) -> Index:
+def open_source(source: str | os.PathLike[str], raw: bool = False) -> Index:
     """Open a local checkpoint or one of the Hub; reads config files and headers, downloads no weight.
+
+    Args:
+        raw: leave names and config as they are, where a family table would see the language model of a larger model alone.
 
     Raises:
         HubError: the Hub did not give what was asked for; else as open_index.
     """
     hub = named(source)
     if hub is None:
-        return settle(open_index(source))
+        return open_index(source) if raw else settle(open_index(source))
     # The Xet client buffers gigabytes outside of any budget; plain HTTP does not. HF_HUB_DISABLE_XET=0 brings it back.
     os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
     with no_folder(os.fspath(source)):
@@ -105,4 +108,5 @@ def open_source(source: str | os.PathLike[str]) -> Index:
     if not chosen.names:
         raise foreign(str(repo), files) or CheckpointError(f"no .safetensors file in {repo}, nor any pytorch_model*.bin")
     shards = tuple(HubShard(repo, files[name], folder) for name in chosen.names)
-    return settle(build_index(folder, read_json(folder / _CONFIG, MAX_CONFIG), shards, chosen))
+    index = build_index(folder, read_json(folder / _CONFIG, MAX_CONFIG), shards, chosen)
+    return index if raw else settle(index)

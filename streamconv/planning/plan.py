@@ -16,12 +16,11 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import lcm
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from streamconv.checkpoint.dtypes import DType
 from streamconv.checkpoint.header_build import header_entries
 from streamconv.checkpoint.rows import RowSource, SourceFile
-from streamconv.options import Options
 from streamconv.quants.base import Encoding, Reduction
 
 if TYPE_CHECKING:
@@ -195,21 +194,51 @@ class SideFile:
     source: Path | None = None
 
 
+class PlannedTarget(Protocol):
+    """What a plan knows of its target: enough to tell two outputs apart, and to say what was asked for."""
+
+    @property
+    def key(self) -> str:
+        """What the user calls it: `--to KEY`."""
+
+    @property
+    def allow_nonfinite(self) -> bool:
+        """Weights that hold NaN or infinity are quantized all the same."""
+
+    @property
+    def files_read(self) -> tuple[Path, ...]:
+        """Files beside the source that decide the output."""
+
+    @property
+    def headline(self) -> str:
+        """What is made, for people, in a few words."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The options, for the manifest."""
+
+    def fingerprint(self) -> Mapping[str, Any]:
+        """The options that decide bytes; files count by their content and not by their place."""
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """Everything that decides the output, fixed.
 
     Attributes:
-        config: bytes of config.json.
+        family: what the model is, for people: the family, or the architecture where none is asked for.
+        target: with everything settled that was left to the source.
+        dtype: of the tensors that are not quantized.
+        side_files: what is no tensor file; the last one, config.json, makes the folder a checkpoint.
         warnings: things the user should know, one line each.
+        notes: what is right, and worth a line in the plan.
         decisions: module suffix -> how it is stored and why, for the plan's table.
         peak: largest resident set that planning took, 0 if it took no more than what came before it; no part of what is planned.
     """
 
     family: str
-    options: Options
+    target: PlannedTarget
     dtype: DType
-    config: bytes
+    side_files: tuple[SideFile, ...]
     files: tuple[OutputFile, ...]
     matrices: MatrixTable
     spans: SpanTable
@@ -217,7 +246,18 @@ class Plan:
     sources: tuple[SourceFile, ...]
     warnings: tuple[str, ...] = ()
     decisions: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     peak: int = field(default=0, compare=False)
+
+    @property
+    def config(self) -> bytes:
+        """config.json."""
+        return self.side_files[-1].data or b""
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Every file of the output, the manifest apart."""
+        return frozenset([file.name for file in self.files] + [file.name for file in self.side_files])
 
     @property
     def bytes_read(self) -> int:
@@ -236,18 +276,17 @@ class Plan:
 
     @property
     def bytes_written(self) -> int:
-        return sum(file.size for file in self.files) + len(self.config)
+        return sum(file.size for file in self.files) + sum(file.size for file in self.side_files)
 
     def fingerprint(self) -> str:
-        """SHA-256 over everything that decides the output: options, sources, config.json and all headers."""
+        """SHA-256 over everything that decides the output: target, options, sources, side files and all headers."""
         digest = hashlib.sha256()
-        options = self.options.to_json()
-        del options["activation_ranges"]  # its content counts, in `sources`, and not its place
-        asked = {"options": options, "family": self.family, "dtype": self.dtype.name}
+        asked = {"target": self.target.key, "options": self.target.fingerprint(), "family": self.family, "dtype": self.dtype.name}
         digest.update(json.dumps(asked, sort_keys=True).encode())
         for source in self.sources:
             digest.update(f"{source.name}\0{source.size}\0{source.header_hash}\n".encode())
-        digest.update(self.config)
+        for side in self.side_files:
+            digest.update(f"{side.name}\0{side.size}\n".encode() + (side.data or b""))
         for file in self.files:
             digest.update(file.name.encode())
             digest.update(file.header)

@@ -98,7 +98,8 @@ def identity(plan: Plan, shards: Sequence[Shard]) -> dict[str, Any]:
         "format": FORMAT,
         "streamconv": __version__,
         "fingerprint": plan.fingerprint(),
-        "options": plan.options.to_json(),
+        "options": {"target": plan.target.key, **plan.target.to_json()},
+        "files": sorted(plan.names),
         "sources": [
             [source.name, source.size, source.header_hash, *(shard.evidence() if shard is not None else ())]
             for source, shard in zip_longest(plan.sources, shards)  # the activation ranges have a hash of all, and no shard

@@ -26,7 +26,7 @@ def judge(plan: Plan, span: Span, request: Request, dest: Dest, findings: Findin
         DataError: names the tensor, the value and what it follows from.
     """
     name, matrix, encoding = printable(span.source.name), plan.matrices[dest.matrix], request[1]
-    if findings.nonfinite and encoding.quantizes and not plan.options.allow_nonfinite:
+    if findings.nonfinite and encoding.quantizes and not plan.target.allow_nonfinite:
         raise DataError(
             f"{name}: NaN or infinity in a weight that is to be quantized",
             hint="--allow-nonfinite goes on: NaN becomes 0, infinity the largest finite value of its channel",

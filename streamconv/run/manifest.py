@@ -18,12 +18,12 @@ from streamconv import __version__
 from streamconv.checkpoint.limits import MAX_CONTAINERS, MAX_MANIFEST, MAX_OUTPUT_TENSORS, check_counts
 from streamconv.checkpoint.rows import SourceFile
 from streamconv.checkpoint.untrusted import parse_json, read_file, shown_value
-from streamconv.errors import StreamconvError, VerifyError, printable
-from streamconv.options import Options
+from streamconv.errors import VerifyError, printable
 from streamconv.planning.plan import Plan
 
 NAME = "streamconv.json"
-FORMAT = 1
+FORMAT = 2
+_READ = (1, 2)
 _BREAK = re.compile(rb"(,?)\n *")
 _FILES = b'\n "files": {'
 _CHECK = re.compile(rb',\n "check": "([0-9a-f]{32})"\n}\n\Z')
@@ -33,10 +33,13 @@ _File = tuple[str, int, str, Iterable[tuple[str, str]]]
 """Name, size, hash of the header, and (tensor, hash) in the order of the data."""
 
 
-def build(plan: Plan, hashes: Sequence[Iterable[str]], no_lock: bool = False) -> Iterator[bytes]:
+def build(
+    plan: Plan, hashes: Sequence[Iterable[str]], no_lock: bool = False, side: Iterable[tuple[str, int, str]] = ()
+) -> Iterator[bytes]:
     """The manifest's bytes, in pieces; the same for the same output.
 
     Args:
+        side: name, bytes and XXH3-128 (hex) of every other file but config.json; asked for when the first piece is.
         hashes: for each file of the plan, XXH3-128 (hex) of its tensors in the order of the data.
         no_lock: the run was allowed to go on without a lock, and without syncing folders.
     """
@@ -45,16 +48,17 @@ def build(plan: Plan, hashes: Sequence[Iterable[str]], no_lock: bool = False) ->
     head: dict[str, Any] = {
         "format": FORMAT,
         "streamconv": __version__,
-        "target": {"tool": "tensorrt-llm", "version": plan.options.target_version},
+        "target": plan.target.key,
         "family": plan.family,
         "dtype": plan.dtype.torch,
         "fingerprint": plan.fingerprint(),
-        "options": plan.options.to_json(),
+        "options": plan.target.to_json(),
         "source": [
             {"file": source.name, "size": source.size, "header_sha256": source.header_hash} for source in plan.sources
         ],
         "hash": "xxh3_128",
         "config": xxhash.xxh3_128(plan.config).hexdigest(),
+        "side": {name: [size, digest] for name, size, digest in side},
     }
     if no_lock:
         head["no_lock"] = True
@@ -108,14 +112,18 @@ class Manifest:
         sizes: file -> bytes.
         hashes: file -> tensor -> XXH3-128 hex; empty if only the head was read.
         headers: file -> XXH3-128 hex of everything before its first tensor.
+        target: key of the target; `asked` are its options, as they were written.
         config: XXH3-128 hex of config.json.
+        side: other files -> bytes and XXH3-128 hex.
         check: XXH3-128 hex of all of it.
     """
 
-    options: Options
+    target: str
+    asked: dict[str, Any]
     fingerprint: str
     sources: tuple[SourceFile, ...]
     config: str
+    side: dict[str, tuple[int, str]]
     check: str
     sizes: dict[str, int]
     headers: dict[str, str]
@@ -213,14 +221,21 @@ class _Checked:
         return value
 
 
-def _head(content: object, shown: str) -> tuple[Options, str, tuple[SourceFile, ...], str, str]:
+_Head = tuple[str, dict[str, Any], str, tuple[SourceFile, ...], str, dict[str, tuple[int, str]], str]
+
+
+def _head(content: object, shown: str) -> _Head:
     top = _Checked(content, shown)
-    if top.get("format", int) != FORMAT:
-        raise VerifyError(f"{shown}: format {shown_value(top.value['format'])} is not {FORMAT}")
-    try:
-        options = Options.from_json(top.value.get("options"))
-    except StreamconvError as error:
-        raise VerifyError(f"{shown} is not a streamconv manifest: {error.message}") from None
+    form = top.get("format", int)
+    if form not in _READ:
+        raise VerifyError(f"{shown}: format {shown_value(form)} is not {FORMAT}")
+    target = "trtllm" if form == 1 else top.get("target", str)  # format 1 is older than the second target
+    side = {}
+    for name, entry in top.get("side", dict).items() if form > 1 else ():
+        if not isinstance(entry, list) or len(entry) != 2 or type(entry[0]) is not int or not isinstance(entry[1], str):
+            raise VerifyError(f"{shown} is not a streamconv manifest: side file {printable(name)} is {shown_value(entry)}")
+        side[name] = entry[0], entry[1]
     listed = [_Checked(source, shown) for source in top.get("source", list)]
     sources = tuple(SourceFile(s.get("file", str), s.get("size", int), s.get("header_sha256", str)) for s in listed)
-    return options, top.get("fingerprint", str), sources, top.get("config", str), top.get("check", str)
+    texts = [top.get(key, str) for key in ("fingerprint", "config", "check")]
+    return target, top.get("options", dict), texts[0], sources, texts[1], side, texts[2]

@@ -87,7 +87,7 @@ def check_free(place: Place, force: bool) -> Found:
     shown = printable(str(place.out))
     with explained(place.out, "read"):
         found = place.found()
-    foreign = [name for name, mark in found.files.items() if mark.kind == stat.S_IFDIR or not OURS.fullmatch(name)]
+    foreign = [name for name, mark in found.files.items() if mark.kind == stat.S_IFDIR or not (name in place.ours or OURS.fullmatch(name))]
     if foreign:
         names = ", ".join(printable(name) for name in foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
         raise OutputError(
@@ -99,11 +99,14 @@ def check_free(place: Place, force: bool) -> Found:
     return found
 
 
-def check_output(out: Path, source: Path, read: Iterable[Path], force: bool, disk: Disk | None = None) -> Place:
+def check_output(
+    out: Path, source: Path, read: Iterable[Path], force: bool, disk: Disk | None = None, ours: Iterable[str] = ()
+) -> Place:
     """What can be said of an output without touching anything.
 
     Args:
         disk: the operations to use (tests).
+        ours: names of files that such an output has.
 
     Returns:
         where it will be built, not opened.
@@ -112,6 +115,7 @@ def check_output(out: Path, source: Path, read: Iterable[Path], force: bool, dis
         OutputError: see `check_place` and `check_free`.
     """
     place = choose(Path(os.path.realpath(out)), disk or Disk())
+    place.ours.update(ours)
     check_place(place, source, read)
     # what an earlier run left is looked at with the lock held
     if os.path.isdir(place.top) and not any(os.path.lexists(place.top / place.hidden(what)) for what in ("journal", "lock")):

@@ -21,7 +21,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from streamconv.errors import OutputError, printable
 from streamconv.run.fs import Disk, Folder, Mark, explained, hidden
 
 OURS = re.compile(r"config\.json|streamconv\.json|rank[0-9]+\.safetensors")
-"""What a checkpoint folder holds, NVIDIA's or ours."""
+"""What every checkpoint folder may hold; an output's own names are `Place.ours`."""
 CONFIG = "config.json"
 """Without it a folder is no checkpoint: the first to go, and the last to come."""
 _HIDDEN = ".streamconv-"
@@ -76,10 +76,11 @@ class Part:
         looks = [(name, self.look(name)) for name in self.names()]
         return {name: Mark.of(status) for name, status in looks if status is not None}
 
-    def empty(self, known: dict[str, Mark] | None = None) -> None:
+    def empty(self, ours: Collection[str], known: dict[str, Mark] | None = None) -> None:
         """Remove the files of a checkpoint.
 
         Args:
+            ours: names that it may have.
             known: what they are, if this run has looked at them before.
 
         Raises:
@@ -87,7 +88,7 @@ class Part:
         """
         marks = self.marks()
         for name, mark in marks.items():
-            if mark.kind == stat.S_IFDIR or not OURS.fullmatch(name) or (known is not None and known.get(name) != mark):
+            if mark.kind == stat.S_IFDIR or not (name in ours or OURS.fullmatch(name)) or (known is not None and known.get(name) != mark):
                 shown = printable(str(self.path(name)))
                 raise OutputError(f"{shown} is not what a run leaves there", hint="move it away; nothing was removed")
         for name, mark in marks.items():
@@ -110,6 +111,7 @@ class Place:
         base: that folder, once it is open.
         inside: why the work is done inside the output; None if beside it.
         work: the files being built, once they were begun.
+        ours: names of files that an output of this kind has.
     """
 
     inside: str | None = None
@@ -118,6 +120,7 @@ class Place:
 
     def __init__(self, out: Path, disk: Disk, lenient: bool = False) -> None:
         self.out, self.disk, self.lenient = out, disk, lenient
+        self.ours: set[str] = set()
         self._made: list[tuple[Folder, str]] = []
         self._open: list[Folder] = []
         self._begun = False
@@ -323,7 +326,7 @@ class Beside(Place):
             return False
         folder = self.base.enter(name)
         try:
-            Part(folder).empty(self._left if ours else self._aside)
+            Part(folder).empty(self.ours, self._left if ours else self._aside)
             self.base.expect(name, folder.mark())
         finally:
             folder.close()
@@ -384,7 +387,7 @@ class Inside(Place):
     def begin(self, fresh: bool) -> None:
         self.work, self._begun = self._part("partial"), True
         if fresh:
-            self.work.empty(self._left)
+            self.work.empty(self.ours, self._left)
 
     def publish(self, found: Found, names: Sequence[str]) -> None:
         self._expect(found)
@@ -403,7 +406,7 @@ class Inside(Place):
     def remove_old(self) -> None:
         with explained(self.out, "remove"):
             if self.has_old():
-                self._part("old").empty(self._aside)
+                self._part("old").empty(self.ours, self._aside)
                 self.base.sync()
 
     def discard(self, marks: dict[str, Mark]) -> None:

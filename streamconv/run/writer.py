@@ -12,24 +12,26 @@ Every step may be the last one of this process. What the next run finds, and doe
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
 from streamconv.checkpoint.shard import Shard
+from streamconv.checkpoint.untrusted import open_regular
 from streamconv.errors import (
     CheckpointError,
     DataError,
     Interrupted,
     OutputError,
     ResumeError,
+    SourceChangedError,
     StreamconvError,
     UnreadableError,
     UsageError,
     VerifyError,
     printable,
 )
-from streamconv.planning.plan import Plan
+from streamconv.planning.plan import Plan, SideFile
 from streamconv.run import journal, manifest
 from streamconv.run.fs import Disk
 from streamconv.run.journal import Done, Journal
@@ -40,13 +42,35 @@ from streamconv.run.output_folder import OutputFolder
 from streamconv.run.place import Found, Place
 from streamconv.run.resume import fits
 
-_LAST = ("config.json", manifest.NAME)
-
 
 def check_plan(out: Path, source: Path, plan: Plan, shards: Sequence[Shard], force: bool, disk: Disk | None = None) -> Place:
     """See `output_checks.check_output`."""
-    ranges = plan.options.activation_ranges
-    return check_output(out, source, [shard.path for shard in shards] + ([Path(ranges)] if ranges else []), force, disk)
+    read = [shard.path for shard in shards] + [*plan.target.files_read]
+    return check_output(out, source, read, force, disk, plan.names)
+
+
+def _pieces(side: SideFile, made: list[tuple[str, int, str]]) -> Iterator[bytes]:
+    """The bytes of a side file; afterwards `made` has its name, size and hash.
+
+    Raises:
+        SourceChangedError: a copied file is not what it was when it was planned.
+    """
+    import xxhash
+
+    digest, size = xxhash.xxh3_128(), 0
+    for piece in [side.data] if side.data is not None else _copied(side):
+        digest.update(piece)
+        size += len(piece)
+        yield piece
+    if size != side.size:
+        raise SourceChangedError(f"{printable(str(side.source))} has {size} bytes, and had {side.size} when it was planned")
+    made.append((side.name, size, digest.hexdigest()))
+
+
+def _copied(side: SideFile) -> Iterator[bytes]:
+    assert side.source is not None
+    with open(open_regular(side.source), "rb") as file:
+        yield from iter(lambda: file.read(1 << 20), b"")
 
 
 class Writer:
@@ -71,6 +95,7 @@ class Writer:
         self.plan, self.shards, self.force, self.no_lock = plan, shards, force, no_lock
         self.folder = OutputFolder(out, disk, no_lock)
         self.place = self.folder.place
+        self.place.ours |= plan.names
         self.journal = Journal(self.place)
         self.past: Mapping[int, Sequence[Done]] = {}
         self.finished = self.abandoned = False
@@ -135,7 +160,7 @@ class Writer:
             self.journal.start(self._run)
         else:
             self.journal.resume(self._past)
-            self.folder.remove_last(_LAST)
+            self.folder.remove_last([side.name for side in self.plan.side_files] + [manifest.NAME])
             self.past = {span: [done for done in tiles if fits(self.plan, done)] for span, tiles in self._past.tiles.items()}
         files = [(file.name, file.size, file.header) for file in self.plan.files]
         self.folder.create(files, fresh=self._past is None)
@@ -143,8 +168,11 @@ class Writer:
 
     def publish(self, hashes: Hashes) -> None:
         """All tiles are written: sync, write config.json and the manifest, give the folder its name."""
-        last = {"config.json": [self.plan.config], manifest.NAME: manifest.build(self.plan, hashes.of_files(), self.no_lock)}
-        self.folder.complete([(name, last[name]) for name in reversed(_LAST)])
+        *others, config = self.plan.side_files
+        made: list[tuple[str, int, str]] = []
+        last = [(side.name, _pieces(side, made)) for side in others]
+        last.append((manifest.NAME, manifest.build(self.plan, hashes.of_files(), self.no_lock, made)))
+        self.folder.complete([*last, (config.name, [self.plan.config])])
         self.journal.ready(self.folder.names())
         self.folder.publish(self._found)
         self.place.remove_old()

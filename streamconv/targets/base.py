@@ -7,13 +7,19 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from streamconv.checkpoint.index import Index
-from streamconv.planning.draft import Draft
+from streamconv.checkpoint.untrusted import shown_value
+from streamconv.errors import UsageError
+from streamconv.planning.plan import Plan
+
+_T = TypeVar("_T", bound="Target")
+_LONGEST = 4096
+"""Letters of a text, and entries of a list."""
 
 
 def option(
@@ -38,33 +44,26 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-@dataclass(frozen=True, slots=True)
-class Check:
-    """What `verify` found in a folder without a source; `problems` empty means good."""
-
-    problems: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Target(ABC):
     """A kind of output.
 
     Attributes:
         key: what the user calls it: `--to KEY`.
         summary: a line of `streamconv list targets`.
-        loader: what reads such an output, for messages.
+        raw_names: plan from the names that the source has, not from those of its language model alone.
+        allow_nonfinite: quantize weights that hold NaN or infinity instead of stopping.
     """
 
     key: ClassVar[str]
     summary: ClassVar[str]
+    raw_names: ClassVar[bool] = False
+
+    allow_nonfinite: bool = option(False, "quantize weights that hold NaN or infinity")
 
     @abstractmethod
-    def describe(self, index: Index, draft: Draft) -> Target:
-        """Fix every output byte: files, tensors, side files, warnings, into `draft`.
-
-        Returns:
-            The target with everything settled that was left to the source.
+    def plan(self, index: Index) -> Plan:
+        """Fix every output byte; reads headers only. The plan's target has everything settled that was left to the source.
 
         Raises:
             UsageError: an option no model makes right. CheckpointError: the source lacks something.
@@ -76,10 +75,49 @@ class Target(ABC):
         """Files beside the source that decide the output."""
         return ()
 
+    @property
+    def headline(self) -> str:
+        """What is made, for people, in a few words."""
+        return self.summary
+
     def to_json(self) -> dict[str, Any]:
         """The options, for the manifest."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
-    def fingerprint(self) -> Mapping[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """The options that decide bytes; files count by their content and not by their place."""
-        return {key: value for key, value in self.to_json().items() if key != "activation_ranges"}
+        return self.to_json()
+
+    @classmethod
+    def from_json(cls: type[_T], values: object) -> _T:
+        """What `to_json` gave, read back.
+
+        Raises:
+            UsageError: a key is unknown or missing, or holds what no option can.
+        """
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        if not isinstance(values, dict) or set(values) != set(fields):
+            raise UsageError("the options are not those of this version of streamconv")
+        made: dict[str, Any] = {}
+        for name, value in values.items():
+            made[name] = tuple(value) if isinstance(value, list) else value
+            if not _possible(made[name], fields[name]):
+                raise UsageError(f"option {name} holds {shown_value(value)}")
+        return cls(**made)
+
+
+def _possible(value: object, field: dataclasses.Field[Any]) -> bool:
+    """Whether an option can hold a value that was read from a file."""
+    if value is None:
+        return field.default is None
+    kind: type = field.metadata["type"]
+    if kind is tuple:
+        return isinstance(value, tuple) and len(value) <= _LONGEST and all(isinstance(v, str) and len(v) <= _LONGEST for v in value)
+    if kind is float and type(value) is int:
+        kind = int
+    if type(value) is not kind or (isinstance(value, str) and len(value) > _LONGEST):
+        return False
+    if isinstance(value, int | float) and not abs(value) < 1 << 50:  # infinity and NaN are not below it either
+        return False
+    choices = field.metadata["choices"]
+    return choices is None or value in choices

@@ -20,12 +20,15 @@ from streamconv.checkpoint.header import Header
 from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.shard import Shard
 from streamconv.errors import BudgetError, DataError, RefusedError, StreamconvError, UsageError, VerifyError, printable
-from streamconv.options import Options, Resources
+from streamconv.options import Resources
 from streamconv.planning import memory_plan
 from streamconv.planning.plan import OutputFile, PartPlace, Plan
 from streamconv.quants.base import Encoding
 from streamconv.run import manifest
 from streamconv.run.compared import BUFFER, Compared, Difference
+from streamconv.targets import target_from_json
+from streamconv.targets.base import Target
+from streamconv.targets.trtllm.options import TensorRTLLM
 from streamconv.targets.trtllm.stated import options_of
 from streamconv.verification import measured
 from streamconv.verification.verdict import TensorError, Verdict
@@ -63,10 +66,11 @@ def check(output: Output, source: str | Path, resources: Resources, verdict: Ver
     folder, told = output.folder, output.told
     place = hub.local_folder(source)
     config: dict[str, Any] = json.loads(output.config)
-    headers = [Shard(path).header() for path in _ranks(folder)]
-    choices = [told.options] if told is not None else options_of(config, headers[0].tensors)
-    choices = [_with_ranges(folder, options, output.ranges) for options in choices]
-    files = [Shard(path) for path in _ranks(folder)]
+    paths = [folder / name for name in told.sizes] if told is not None else _ranks(folder)
+    headers = [Shard(path).header() for path in paths]
+    choices: Sequence[Target] = [_asked(told, folder)] if told is not None else options_of(config, headers[0].tensors)
+    choices = [_with_ranges(folder, options, output.ranges) if isinstance(options, TensorRTLLM) else options for options in choices]
+    files = [Shard(path) for path in paths]
     with contextlib.ExitStack() as stack:
         for file in files:
             stack.callback(file.close)
@@ -84,11 +88,19 @@ def check(output: Output, source: str | Path, resources: Resources, verdict: Ver
             _compare(plan, index, files, headers, resources, verdict, progress, told is None)
 
 
+def _asked(told: manifest.Manifest, folder: Path) -> Target:
+    """The options that a manifest tells of."""
+    try:
+        return target_from_json(told.target, told.asked)
+    except UsageError as error:
+        raise VerifyError(f"{printable(str(folder / manifest.NAME))} is not a streamconv manifest: {error.message}") from None
+
+
 def _ranks(folder: Path) -> list[Path]:
     return sorted(folder.glob("rank*.safetensors"), key=lambda path: int(path.name[4:-12]))
 
 
-def _with_ranges(folder: Path, options: Options, ranges: str | None) -> Options:
+def _with_ranges(folder: Path, options: TensorRTLLM, ranges: str | None) -> TensorRTLLM:
     """The options with a ranges file that is there: the one that is named, or of the same name beside the output."""
     if ranges is not None:
         if not options.uses_ranges():
@@ -109,7 +121,7 @@ def _with_ranges(folder: Path, options: Options, ranges: str | None) -> Options:
 
 def _planned(
     source: Path,
-    choices: Sequence[Options],
+    choices: Sequence[Target],
     headers: Sequence[Header],
     files: Sequence[Shard],
     stack: contextlib.ExitStack,

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,10 @@ from streamconv.checkpoint.untrusted import parse_json, read_file
 from streamconv.errors import StreamconvError, VerifyError, printable
 from streamconv.options import Resources
 from streamconv.run import manifest
-from streamconv.targets.trtllm import expected
+from streamconv.targets.hf import check as hf
+from streamconv.targets.trtllm import check as trtllm
 from streamconv.verification import against_source
 from streamconv.verification.verdict import Verdict
-
-_LOADABLE = {"F16", "BF16", "F32", "I8", "I32", "I64", "BOOL", "F8_E4M3"}
-_REQUIRED = ("architecture", "dtype", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "mapping")
-_STRICT = {
-    "mapping": {"0.16": 7, "1.2": 13},
-    "quantization": {"0.16": 9, "1.2": 10},
-}
 
 
 def verify(
@@ -55,32 +48,33 @@ def verify(
 
     folder, verdict = Path(out), Verdict()
     config, config_bytes = _config(folder, verdict)
-    world = _world(config, verdict)
     told = manifest.load(folder)
+    key = told.target if told is not None else "trtllm" if "mapping" in config else "hf"
     if told is None:
         verdict.warnings.append(f"no {manifest.NAME}: another tool wrote this; hashes cannot be checked")
     elif xxhash.xxh3_128(config_bytes).hexdigest() != told.config:
         verdict.problems.append("config.json: the bytes are not those that were written")
-    present = {name for name in os.listdir(folder) if re.fullmatch(r"rank\d+\.safetensors", name)}
-    wanted = {f"rank{number}.safetensors" for number in range(world)}
-    verdict.problems += [f"{name} is missing" for name in sorted(wanted - present)]
-    verdict.problems += [f"{name} belongs to no rank of config.json" for name in sorted(present - wanted)]
+    names = hf.tensor_files(folder, verdict.problems) if key == "hf" else trtllm.tensor_files(folder, config, verdict.problems)
     shapes: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
     hashes: dict[tuple[str, str], str] = {}
-    for name in sorted(wanted & present, key=lambda text: int(text[4:-12])):
+    for name in names:
         try:
-            shapes[name] = _rank_file(folder / name, told, verdict, hashes, progress)
+            loadable = hf.LOADABLE if key == "hf" else trtllm.LOADABLE
+            shapes[name] = _tensor_file(folder / name, told, verdict, hashes, progress, loadable)
         except StreamconvError as error:
             verdict.problems.append(str(error))
         verdict.files += 1
-    problems, warnings = expected.check(config, shapes)
+    problems, warnings = hf.check(folder, config, shapes) if key == "hf" else trtllm.check(config, shapes, hashes)
     verdict.problems += problems
     verdict.warnings += warnings
-    _replicas(config, shapes, hashes, verdict)
     if told is not None:
         for file, held in told.hashes.items():
             missing = [tensor for tensor in held if file in shapes and tensor not in shapes[file]]
             verdict.problems += [f"{file}: {printable(tensor)} is missing" for tensor in missing]
+            if file not in shapes and not (folder / file).exists():
+                verdict.problems.append(f"{file} is missing")
+        for side, (size, digest) in told.side.items():
+            verdict.problems += _side_file(folder / side, side, size, digest)
     if source is not None and not verdict.problems:
         output = against_source.Output(folder, config_bytes, told, activation_ranges)
         against_source.check(output, source, resources or Resources(), verdict, progress)
@@ -104,36 +98,16 @@ def _config(folder: Path, verdict: Verdict) -> tuple[dict[str, Any], bytes]:
     config = parse_json(data, printable(str(path)), VerifyError)
     if not isinstance(config, dict):
         raise VerifyError(f"{printable(str(path))} is not a JSON object")
-    verdict.problems += [f"config.json: {key} is missing" for key in _REQUIRED if config.get(key) is None]
-    for key in ("quant_mode", "quant_algo", "kv_dtype"):
-        if key in config:
-            verdict.problems.append(f"config.json: top-level {key} makes the loader fail")
     return config, data
 
 
-def _world(config: dict[str, Any], verdict: Verdict) -> int:
-    mapping = config.get("mapping")
-    if not isinstance(mapping, dict):
-        raise VerifyError("config.json: mapping is not an object")
-    try:
-        tp, pp, cp = (int(mapping.get(key, 1)) for key in ("tp_size", "pp_size", "cp_size"))
-        if tp * pp * cp != int(mapping.get("world_size", 1)):
-            verdict.problems.append("config.json: mapping.world_size is not tp_size * pp_size * cp_size")
-        if int(mapping.get("moe_tp_size", tp)) * int(mapping.get("moe_ep_size", 1)) not in (tp, 1, -1, -tp):
-            verdict.problems.append("config.json: moe_tp_size * moe_ep_size is not tp_size")
-    except (TypeError, ValueError, OverflowError) as error:
-        raise VerifyError(f"config.json: mapping: {error}") from error
-    if tp < 1 or pp < 1 or tp * pp > expected.MOST_RANKS:
-        raise VerifyError(f"config.json: mapping: tp_size {tp} and pp_size {pp} cannot be")
-    return tp * pp
-
-
-def _rank_file(
+def _tensor_file(
     path: Path,
     told: manifest.Manifest | None,
     verdict: Verdict,
     hashes: dict[tuple[str, str], str],
     progress: Callable[[int], None],
+    loadable: Collection[str],
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     import xxhash
 
@@ -148,7 +122,7 @@ def _rank_file(
                 verdict.problems.append(f"{path.name}: the header's bytes are not those that were written")
         for tensor in header.tensors.values():
             shapes[tensor.name] = (tensor.dtype.name, tensor.shape)
-            if tensor.dtype.name not in _LOADABLE:
+            if tensor.dtype.name not in loadable:
                 verdict.problems.append(f"{path.name}: {printable(tensor.name)}: dtype {tensor.dtype} cannot be loaded")
             digest = xxhash.xxh3_128()
             for at in range(tensor.begin, tensor.end, 8 << 20):
@@ -172,27 +146,14 @@ def _rank_file(
     return shapes
 
 
-def _replicas(
-    config: dict[str, Any],
-    shapes: dict[str, dict[str, tuple[str, tuple[int, ...]]]],
-    hashes: dict[tuple[str, str], str],
-    verdict: Verdict,
-) -> None:
-    """Tensors that every tensor parallel rank must hold alike."""
-    mapping = config["mapping"]
-    tp, pp = int(mapping.get("tp_size", 1)), int(mapping.get("pp_size", 1))
-    for stage in range(pp):
-        names = [f"rank{stage * tp + rank}.safetensors" for rank in range(tp)]
-        if not all(name in shapes for name in names):
-            continue
-        first = shapes[names[0]]
-        for name in names[1:]:
-            if set(first) != set(shapes[name]):
-                odd = sorted(set(first) ^ set(shapes[name]))[0]
-                verdict.problems.append(f"{names[0]} and {name} hold different tensors, for example {printable(odd)}")
-        for tensor in first:
-            whole = tensor.endswith(("norm.weight", "ln_f.weight", "router.weight", "scaling_factor")) and (
-                "prequant" not in tensor and "weights_scaling" not in tensor
-            )
-            if whole and len({hashes.get((name, tensor)) for name in names}) > 1:
-                verdict.problems.append(f"{printable(tensor)} differs between the ranks of stage {stage}")
+def _side_file(path: Path, name: str, size: int, digest: str) -> list[str]:
+    """What is wrong with a file that holds no tensors."""
+    import xxhash
+
+    shown = printable(name)
+    if not os.path.lexists(path):
+        return [f"{shown} is missing"]
+    data = read_file(path, max(size, 1), VerifyError)
+    if len(data) != size or xxhash.xxh3_128(data).hexdigest() != digest:
+        return [f"{shown}: the bytes are not those that were written"]
+    return []

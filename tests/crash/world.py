@@ -19,9 +19,10 @@ from safetensors.numpy import save_file
 
 from streamconv import api
 from streamconv.errors import OutputError
-from streamconv.options import Options, Resources
+from streamconv.options import Resources
 from streamconv.run import journal
 from streamconv.run.fs import Disk, hidden
+from streamconv.targets.trtllm.options import TensorRTLLM
 from tests.crash.disks import Counting, Tapped
 
 HIDDEN = ".streamconv-old."
@@ -127,7 +128,7 @@ class World:
         self, root: Path, quant: str = "none", tp: int = 1, replaced: bool = False, tile_rows: int = 32, mounted: bool = False
     ) -> None:
         self.mounted = mounted
-        self.root, self.options, self.tile_rows = root, Options(quant=quant, tp_size=tp, target_sm=80), tile_rows
+        self.root, self.options, self.tile_rows = root, TensorRTLLM(quant=quant, tp_size=tp, target_sm=80), tile_rows
         self.place, self.force, self.batch = root / "place", replaced, 0
         self.out = self.place / "out"
         self.model = write_model(root / "model", hidden=64 * tp)

@@ -106,7 +106,8 @@ _CONVERT = """
 import sys, threading, time
 from streamconv import api, memory
 from streamconv.run import pool
-from streamconv.options import Options, Resources
+from streamconv.options import Resources
+from streamconv.targets.trtllm.options import TensorRTLLM
 
 model, out, log = sys.argv[1:]
 active, lock, do, log = [0], threading.Lock(), pool.Pool._do, open(log, "w", buffering=1)
@@ -121,7 +122,7 @@ def watched(self, *args):
         active[0] -= 1
 
 pool.Pool._do = watched
-api.convert(model, out, Options(), Resources(memory_budget=160 << 20, workers=4, device="cpu", tile_rows=32))
+api.convert(model, out, TensorRTLLM(), Resources(memory_budget=160 << 20, workers=4, device="cpu", tile_rows=32))
 """
 
 _EAT = """

@@ -34,9 +34,10 @@ from streamconv.cli.main import convert as convert_command
 from streamconv.cli.main import plan as plan_command
 from streamconv.cli.recipe_option import kinds
 from streamconv.errors import StreamconvError
-from streamconv.options import Options, Resources
+from streamconv.options import Resources
 from streamconv.run import journal, manifest
 from streamconv.run.fs import hidden
+from streamconv.targets.trtllm.options import TensorRTLLM
 from streamconv.verification.check import verify
 from tests import tiny
 
@@ -114,15 +115,15 @@ class World:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.model, self.out = folder, tiny.write(folder / "model"), folder / "out"
-        api.convert(self.model, self.out, Options())
+        api.convert(self.model, self.out, TensorRTLLM())
         self.manifest = json.loads((self.out / manifest.NAME).read_bytes())
         self.config = json.loads((self.out / "config.json").read_bytes())
         self.rank = (self.out / "rank0.safetensors").read_bytes()
         self.kinds = kinds(convert_command, plan_command)
         save_file({"a.x": np.ones(4, np.float32), "a.y": np.ones(4, np.float32)}, folder / "ranges.safetensors")
         self.ranges = (folder / "ranges.safetensors").read_bytes()
-        with api.open_and_plan(self.model, Options())[0] as opened:
-            made = api.open_and_plan(self.model, Options())[1]
+        with api.open_and_plan(self.model, TensorRTLLM())[0] as opened:
+            made = api.open_and_plan(self.model, TensorRTLLM())[1]
             self.run = journal.identity(made, opened.shards)
             self.spans = [(span.start, span.stop) for span in made.spans]
         self.lines = self._lines()
@@ -137,7 +138,7 @@ class World:
         stated = {"quantization_config": QUANTIZED} if random.random() < 0.3 else {}
         (self.model / "config.json").write_bytes(dumped(spoil(MODEL | stated, random)))
         try:
-            opened, _ = api.open_and_plan(self.model, Options(rope_tables=random.random() < 0.5))
+            opened, _ = api.open_and_plan(self.model, TensorRTLLM(rope_tables=random.random() < 0.5))
             opened.close()
         finally:
             (self.model / "config.json").write_text(json.dumps(tiny.config()))
@@ -199,7 +200,7 @@ class World:
         work.mkdir(exist_ok=True)
         (work / "rank0.safetensors").write_bytes(bytes(len(self.rank)))
         try:
-            api.convert(self.model, out, Options(), Resources(workers=2, tile_rows=16))
+            api.convert(self.model, out, TensorRTLLM(), Resources(workers=2, tile_rows=16))
             assert (out / "rank0.safetensors").read_bytes() == self.rank
         finally:
             for path in (out, work):

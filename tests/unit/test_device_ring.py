@@ -18,16 +18,17 @@ from streamconv.cli.main import main
 from streamconv.device import choice
 from streamconv.errors import UsageError
 from streamconv.memory import MIB
-from streamconv.options import Options, Resources
+from streamconv.options import Resources
+from streamconv.targets.trtllm.options import TensorRTLLM
 from tests import tiny
 from tests.stand_in import StandIn
 
 JOBS = {
-    "int8 tp2": Options(quant="int8", target_sm=80, tp_size=2),
-    "int4": Options(quant="int4", target_sm=90, target_version="0.16"),
-    "bf16": Options(dtype="bfloat16", tp_size=2),
-    "fp8": Options(quant="fp8_rowwise"),
-    "none": Options(),
+    "int8 tp2": TensorRTLLM(quant="int8", target_sm=80, tp_size=2),
+    "int4": TensorRTLLM(quant="int4", target_sm=90, target_version="0.16"),
+    "bf16": TensorRTLLM(dtype="bfloat16", tp_size=2),
+    "fp8": TensorRTLLM(quant="fp8_rowwise"),
+    "none": TensorRTLLM(),
 }
 DELAYS: dict[str, Callable[[int], float]] = {
     "no": lambda n: 0.0,
@@ -54,7 +55,7 @@ def files(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir() if path.name != "streamconv.json"}
 
 
-def convert(model: Path, out: Path, options: Options, **resources: Any) -> api.Report:
+def convert(model: Path, out: Path, options: TensorRTLLM, **resources: Any) -> api.Report:
     budget = memory.resident() + 1024 * MIB  # this process has run other tests
     return api.convert(model, out, options, Resources(memory_budget=budget, **resources))
 

@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 
 from streamconv import api
 from streamconv.errors import DataError, RefusedError, StreamconvError, TensorError, UsageError
-from streamconv.options import Options, Resources
+from streamconv.options import Resources
 from streamconv.planning.plan import Plan
 from streamconv.run.order import Stop
 from streamconv.run.results import Results
+from streamconv.targets.trtllm.options import TensorRTLLM
 from streamconv.verification.check import verify
 from tests import tiny
 
@@ -59,9 +60,9 @@ def model(tmp_path: Path, weights: dict[str, Array]) -> Path:
     return tiny.write(tmp_path / "model", weights)
 
 
-def ask(model: Path, **changes: Any) -> Options:
+def ask(model: Path, **changes: Any) -> TensorRTLLM:
     settings: dict[str, Any] = {"quant": "smoothquant", "activation_ranges": str(model.parent / "ranges.safetensors")}
-    return Options(**(settings | changes))
+    return TensorRTLLM(**(settings | changes))
 
 
 # ---- the reference: whole matrices, rounding as §6.5 writes it
@@ -257,7 +258,7 @@ def test_kv_cache_factor(model: Path, weights: dict[str, Array], tmp_path: Path)
             assert factor.shape == (1,) and factor[0] == F32(top) / F32(127)
 
 
-def planned(model: Path, options: Options) -> Plan:
+def planned(model: Path, options: TensorRTLLM) -> Plan:
     index, plan = api.open_and_plan(model, options)
     index.close()
     return plan
@@ -265,7 +266,7 @@ def planned(model: Path, options: Options) -> Plan:
 
 def test_passes_are_planned_in_order_and_counted(model: Path) -> None:
     linear = sum(w.nbytes for name, w in tiny.tensors(dtype="float32").items() if "_proj" in name)
-    once = planned(model, Options()).bytes_read
+    once = planned(model, TensorRTLLM()).bytes_read
     channel, tensor = planned(model, ask(model, per_channel=True)), planned(model, ask(model))
     assert (channel.passes, tensor.passes) == (2, 2)  # column maxima give the largest of the smoothed matrix too
     assert channel.bytes_read == tensor.bytes_read == once + linear
@@ -316,7 +317,7 @@ def test_refusals(model: Path, settings: dict[str, Any], options: dict[str, Any]
 
 
 def test_ranges_are_asked_for(model: Path) -> None:
-    for options in (Options(quant="smoothquant"), Options(kv_cache="int8")):
+    for options in (TensorRTLLM(quant="smoothquant"), TensorRTLLM(kv_cache="int8")):
         with pytest.raises(UsageError, match="needs activation ranges") as told:
             planned(model, options)
         assert "streamconv calibrate" in str(told.value.hint)

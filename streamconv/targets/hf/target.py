@@ -8,8 +8,11 @@ from typing import ClassVar
 
 from streamconv.checkpoint.dtypes import BY_TORCH_NAME, MODEL_DTYPES, DType
 from streamconv.checkpoint.index import Index
-from streamconv.errors import CheckpointError, RefusedError, UsageError
+from streamconv.checkpoint.source_files import source_files
+from streamconv.checkpoint.source_tensors import SourceTensors
+from streamconv.errors import CheckpointError, RefusedError, UsageError, printable
 from streamconv.planning.draft import Draft
+from streamconv.planning.plan import Plan
 from streamconv.targets.base import Target, option
 from streamconv.targets.hf.layout import Layout
 from streamconv.targets.hf.recipes import ARITHMETICS, CONTAINERS, QUANTS, RECIPES, Recipe, recipe_of
@@ -23,6 +26,7 @@ class HuggingFace(Target):
     """Options of a quantized Hugging Face directory; every field decides bytes."""
 
     key: ClassVar[str] = "hf"
+    raw_names: ClassVar[bool] = True
     summary: ClassVar[str] = "a quantized Hugging Face directory (vLLM, SGLang, transformers, TensorRT-LLM's PyTorch backend)"
 
     quant: str = option(NOTHING, "how linear layers are stored; none re-saves, and decodes a quantized source", choices=(NOTHING, *QUANTS))
@@ -37,20 +41,38 @@ class HuggingFace(Target):
     ignore: tuple[str, ...] = option((), "modules left as they are: full names, globs, or re: and a regular expression")
     only: tuple[str, ...] = option((), "the modules to quantize, and no others: full names, globs, or re:")
     max_shard_size: int | None = option(None, "split the output anew, not as the source is", size=True, typed=int, least=1 << 20)
-    allow_nonfinite: bool = option(False, "quantize weights that hold NaN or infinity")
 
-    def describe(self, index: Index, draft: Draft) -> HuggingFace:
+    @property
+    def headline(self) -> str:
+        container = f" in the container of {self.format}" if self.format else ""
+        return f"Hugging Face directory, {self.quant}{container}, arithmetic {self.arithmetic}"
+
+    def plan(self, index: Index) -> Plan:
         check_patterns(self.ignore, "--ignore")
         check_patterns(self.only, "--only")
         if index.assembled is not None:
             raise CheckpointError("a checkpoint in Meta's layout has no Hugging Face names", hint="convert it with transformers first")
         recipe = self._recipe()
         settled = dataclasses.replace(self, format=recipe.container if recipe else None)
+        draft = Draft(SourceTensors(index))
         layout = Layout(index, settled, recipe, draft, self._model_dtype(index))
         layout.describe()
         if layout.refused:
             raise RefusedError(layout.refused)
-        return settled
+        files, matrices, spans, constants = draft.finish()
+        return Plan(
+            family=_architecture(index),
+            target=settled,
+            dtype=layout.into,
+            side_files=tuple(draft.side_files),
+            files=tuple(files),
+            matrices=matrices,
+            spans=spans,
+            constants=tuple(constants),
+            sources=source_files(index),
+            warnings=(*draft.warnings, *index.notes),
+            decisions=draft.decisions,
+        )
 
     def _recipe(self) -> Recipe | None:
         if self.quant == NOTHING:
@@ -73,3 +95,9 @@ class HuggingFace(Target):
                 if isinstance(stated, str) and stated in MODEL_DTYPES:
                     return MODEL_DTYPES[stated]
         return BY_TORCH_NAME["bfloat16"]
+
+
+def _architecture(index: Index) -> str:
+    """What config.json calls the model."""
+    names = index.config.get("architectures")
+    return printable(names[0]) if isinstance(names, list) and names and isinstance(names[0], str) else "model"

@@ -11,13 +11,13 @@ from streamconv.checkpoint.rows import SourceTensor
 from streamconv.errors import RefusedError
 from streamconv.families.base import Family
 from streamconv.families.meta import META
-from streamconv.options import Options
 from streamconv.quants import Quant, quant_of
 from streamconv.quants.fp8 import CLAMP, Fp8RowwiseQuant
 from streamconv.quants.fp8_given import Fp8GivenQuant
 from streamconv.quants.gptq import EXPERTS, GROUP_SIZES
 from streamconv.targets.trtllm.expected_forms import EXCLUDED
 from streamconv.targets.trtllm.import_scales import Stored
+from streamconv.targets.trtllm.options import TensorRTLLM
 from streamconv.targets.trtllm.unsupported import refused
 
 _MODULES = {
@@ -32,7 +32,7 @@ _MODULES = {
 GROUPED = ("int4_gptq", "int8_gptq", "int4_awq")
 
 
-def take_over(options: Options, stated: SourceQuantization | None, experts: int = 0) -> Options:
+def take_over(options: TensorRTLLM, stated: SourceQuantization | None, experts: int = 0) -> TensorRTLLM:
     """The options with the quantization that the source brings along; the source must be one that can be taken over.
 
     Args:
@@ -93,7 +93,7 @@ def _key(stated: SourceQuantization) -> str:
     )
 
 
-def refusals(options: Options, kv: int) -> list[str]:
+def refusals(options: TensorRTLLM, kv: int) -> list[str]:
     """What group-wise formats rule out (quantization spec §4.4)."""
     problems = []
     if options.quant in GROUPED:
@@ -112,7 +112,7 @@ def refusals(options: Options, kv: int) -> list[str]:
     return problems
 
 
-def given_problems(options: Options, quant: Quant) -> list[str]:
+def given_problems(options: TensorRTLLM, quant: Quant) -> list[str]:
     """What an FP8 source with some layers left in 16 bits rules out."""
     if isinstance(quant, Fp8GivenQuant) and quant.left_out and options.pp_size > 1:
         layer, module = quant.left_out[0]
@@ -123,7 +123,7 @@ def given_problems(options: Options, quant: Quant) -> list[str]:
     return []
 
 
-def group_problems(options: Options, stored: Stored) -> list[str]:
+def group_problems(options: TensorRTLLM, stored: Stored) -> list[str]:
     """Sources whose groups are not those of --group-size."""
     if options.quant not in GROUPED:
         return []
@@ -138,7 +138,7 @@ def group_problems(options: Options, stored: Stored) -> list[str]:
     return [f"--group-size {options.group_size}: {name} has groups of {group}{more}; use --group-size {group}"]
 
 
-def config_entries(options: Options, quant: Quant) -> dict[str, object]:
+def config_entries(options: TensorRTLLM, quant: Quant) -> dict[str, object]:
     """What config.json must say of the quantization, whatever the family writes (quantization spec §1, §4.5)."""
     if options.quant in GROUPED:
         awq = options.quant == "int4_awq"
@@ -153,7 +153,7 @@ def config_entries(options: Options, quant: Quant) -> dict[str, object]:
 
 
 def quant_for(
-    options: Options,
+    options: TensorRTLLM,
     family: Family,
     stated: SourceQuantization | None,
     stored: Stored,

@@ -16,7 +16,6 @@ from streamconv.checkpoint.model_config import ModelConfig
 from streamconv.checkpoint.rows import SourceTensor
 from streamconv.families.base import Family
 from streamconv.memory import MIB, check_room
-from streamconv.options import Options
 from streamconv.planning.draft import Draft
 from streamconv.planning.plan import PLAIN_ROWS, RowOp
 from streamconv.quants import Module, Quant
@@ -24,6 +23,7 @@ from streamconv.quants.base import Encoding
 from streamconv.quants.plain import Plain
 from streamconv.targets.trtllm import fp8_scales
 from streamconv.targets.trtllm.lookup import Roles
+from streamconv.targets.trtllm.options import TensorRTLLM
 from streamconv.targets.trtllm.parallel import Mapping as Grid
 from streamconv.targets.trtllm.parallel import Rank, even, kv_heads, padded, stage_layers
 from streamconv.targets.trtllm.smooth_layer import SmoothLayer, int8_kv_factor
@@ -45,7 +45,7 @@ class Decoder:
 
     model: ModelConfig
     family: Family
-    options: Options
+    options: TensorRTLLM
     dtype: DType
     mapping: Grid
     roles: Roles
@@ -156,7 +156,7 @@ class Decoder:
                 self.builder.constant(rank.file, *constant)
 
     def _constants(self, layer: int, prefix: str) -> list[tuple[str, DType, tuple[int, ...], bytes]]:
-        extra: Callable[[int, int, Options], list[tuple[str, DType, tuple[int, ...], bytes]]] | None
+        extra: Callable[[int, int, TensorRTLLM], list[tuple[str, DType, tuple[int, ...], bytes]]] | None
         extra = getattr(self.quant, "constants", None)
         found = extra(layer, self.model.num_hidden_layers, self.options) if extra else []
         if self.options.kv_cache == "fp8":

@@ -14,9 +14,9 @@ from streamconv.checkpoint.dtypes import F32, DType
 from streamconv.checkpoint.model_config import ModelConfig
 from streamconv.checkpoint.rows import Piece
 from streamconv.checkpoint.shard import Shard
-from streamconv.options import Options
 from streamconv.planning.draft import Draft
 from streamconv.quants.plain import Plain
+from streamconv.targets.trtllm.options import TensorRTLLM
 
 if TYPE_CHECKING:
     import numpy as np
@@ -114,7 +114,7 @@ class _Shaped(Plain):
         return (type(part)("", part.dtype, shape, part.record_bytes),)
 
 
-def add_tables(builder: Draft, model: ModelConfig, options: Options) -> None:
+def add_tables(builder: Draft, model: ModelConfig, options: TensorRTLLM) -> None:
     """Add the tables to every rank file."""
     length = options.max_position_embeddings or model.max_position_embeddings
     dim = int(model.head_size * model.raw.get("rotary_pct", 1.0))

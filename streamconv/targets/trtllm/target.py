@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import struct
 from collections.abc import Mapping as MappingType
 from collections.abc import Sequence
+from typing import Any
 
 from streamconv.checkpoint.activation_ranges import HINT, Ranges
 from streamconv.checkpoint.dtypes import MODEL_DTYPES
@@ -17,19 +16,21 @@ from streamconv.checkpoint.model_config import ModelConfig, from_hf, from_meta
 from streamconv.checkpoint.quantized import SourceQuantization, left_over, source_quantization
 from streamconv.checkpoint.rows import PackedTensor, SourceFile
 from streamconv.checkpoint.shard import Shard
+from streamconv.checkpoint.source_files import source_files
 from streamconv.checkpoint.source_tensors import Changed, SourceTensors
 from streamconv.errors import CheckpointError, RefusedError, UsageError, printable
 from streamconv.families import Family, family_of
 from streamconv.families.meta import META
-from streamconv.options import TARGET_SMS, TARGET_VERSIONS, Options
+from streamconv.options import TARGET_SMS, TARGET_VERSIONS
 from streamconv.planning.draft import Draft
-from streamconv.planning.plan import Plan
+from streamconv.planning.plan import Plan, SideFile
 from streamconv.quants import quant_of
 from streamconv.targets.trtllm import expected, fp8_scales, import_rules, import_scales, rope
 from streamconv.targets.trtllm.checks import embedding_is_shared, refusals
 from streamconv.targets.trtllm.config_json import build_config, dump
-from streamconv.targets.trtllm.config_sections import resolve_dtype, resolve_moe
+from streamconv.targets.trtllm.config_sections import late_keys, resolve_dtype, resolve_moe
 from streamconv.targets.trtllm.lookup import Roles
+from streamconv.targets.trtllm.options import TensorRTLLM
 from streamconv.targets.trtllm.parallel import Mapping
 from streamconv.targets.trtllm.rank_layout import Decoder
 
@@ -38,21 +39,6 @@ _PLACES = 16
 
 _CODES = ("F8_E4M3", "F8_E5M2")
 """Floats whose numbers mean nothing without scales; integers are no weight type at all."""
-
-
-def source_files(index: Index) -> tuple[SourceFile, ...]:
-    """Identity of every shard: its size and a hash of its header, which fixes where every tensor lies."""
-    files = []
-    for number, shard in enumerate(index.shards):
-        if number in index.digests:
-            files.append(SourceFile(index.name_of(shard), shard.size, index.digests[number]))
-            continue
-        with shard.window(0, 8) as length:
-            size = 8 + int(struct.unpack("<Q", bytes(length[:8]))[0])
-        with shard.window(0, size) as header:
-            digest = hashlib.sha256(header).hexdigest()
-        files.append(SourceFile(index.name_of(shard), shard.size, digest))
-    return tuple(files)
 
 
 def model_of(index: Index) -> tuple[ModelConfig, Family]:
@@ -80,7 +66,7 @@ def model_of(index: Index) -> tuple[ModelConfig, Family]:
     return model, family
 
 
-def check_options(options: Options) -> None:
+def check_options(options: TensorRTLLM) -> None:
     """Values that no model makes right.
 
     Raises:
@@ -108,13 +94,13 @@ def check_options(options: Options) -> None:
         )
 
 
-def _settled(options: Options, family: Family) -> Options:
+def _settled(options: TensorRTLLM, family: Family) -> TensorRTLLM:
     if family.config_class == "gemma":
         return dataclasses.replace(options, use_parallel_embedding=options.tp_size > 1, embedding_sharding_dim=0)
     return options
 
 
-def check_request(index: Index, options: Options) -> None:
+def check_request(index: Index, options: TensorRTLLM) -> None:
     """What planning would refuse because of the model's sizes; asked before hours of calibration.
 
     Raises:
@@ -132,7 +118,7 @@ def check_request(index: Index, options: Options) -> None:
         raise RefusedError(problems)
 
 
-def make_plan(index: Index, options: Options) -> Plan:
+def make_plan(index: Index, options: TensorRTLLM) -> Plan:
     """Fix every output byte.
 
     Args:
@@ -208,6 +194,7 @@ def make_plan(index: Index, options: Options) -> Plan:
         calibrated=calibrated,
         share_embedding_table=shared,
     )
+    written = dump(config)
     files, matrices, spans, constants = builder.finish()
     problem = expected.first_problem(config, files)
     if problem:  # whatever a source's config says: nothing is written that the loader, or `verify`, would reject
@@ -215,9 +202,9 @@ def make_plan(index: Index, options: Options) -> Plan:
         raise RefusedError([f"TensorRT-LLM would not load it: {problem}"], hint=told)
     return Plan(
         family=family.name,
-        options=options,
+        target=options,
         dtype=dtype,
-        config=dump(config),
+        side_files=(SideFile("config.json", len(written), written),),
         files=tuple(files),
         matrices=matrices,
         spans=spans,
@@ -232,10 +219,11 @@ def make_plan(index: Index, options: Options) -> Plan:
             + _index_warnings(index, spare)
         ),
         decisions=decoder.decisions,
+        notes=_notes(config),
     )
 
 
-def _ranges(options: Options) -> Ranges | None:
+def _ranges(options: TensorRTLLM) -> Ranges | None:
     """The activation ranges, where a format needs them.
 
     Raises:
@@ -256,7 +244,7 @@ def _ranges_file(ranges: Ranges | None) -> tuple[SourceFile, ...]:
     return () if ranges is None else (SourceFile(ranges.path.name, ranges.size, ranges.digest()),)
 
 
-def _kv_heads(model: ModelConfig, options: Options) -> int:
+def _kv_heads(model: ModelConfig, options: TensorRTLLM) -> int:
     kv = model.num_key_value_heads
     if not options.remove_duplicated_kv_heads:
         return kv
@@ -284,7 +272,7 @@ def _same_bytes(index: Index, roles: Roles) -> bool:
     return True
 
 
-def _kv_warning(stated: SourceQuantization | None, options: Options) -> list[str]:
+def _kv_warning(stated: SourceQuantization | None, options: TensorRTLLM) -> list[str]:
     """A quantized KV cache of the source that is not taken over."""
     if stated is None or stated.kv_algo in (None, "FP8" if options.kv_cache == "fp8" else None):
         return []
@@ -345,7 +333,7 @@ def _tied_warning(index: Index, roles: Roles) -> list[str]:
     return [f"{printable(names[1] or '')} {told}; set tie_word_embeddings to false to keep it"]
 
 
-def _warnings(model: ModelConfig, options: Options, family: Family, found: MappingType[tuple[str, int, int], str]) -> list[str]:
+def _warnings(model: ModelConfig, options: TensorRTLLM, family: Family, found: MappingType[tuple[str, int, int], str]) -> list[str]:
     lines = list(model.notes)
     scaling = model.rope_scaling or {}
     kind = scaling.get("type", scaling.get("rope_type"))
@@ -372,3 +360,12 @@ def _warnings(model: ModelConfig, options: Options, family: Family, found: Mappi
     if model.dtype is None and options.dtype == "auto":
         lines.append(f"config.json states no dtype: float16 is assumed ({printable(model.architecture)})")
     return lines
+
+
+def _notes(config: dict[str, Any]) -> tuple[str, ...]:
+    """What is right for the release that was asked for, and not for every one of its line."""
+    late = late_keys(config)
+    if late is None:
+        return ()
+    told = "which early releases of TensorRT-LLM 1.x do not know and reject"
+    return (f"config.json holds {late}, {told}: --target-version 1.0 leaves them out",)
