@@ -9,7 +9,8 @@ from pathlib import Path
 
 from streamconv.errors import OutputError, printable
 from streamconv.fs import Disk, explained
-from streamconv.place import OURS, Found, Place, choose
+from streamconv.inside import choose
+from streamconv.place import OURS, Found, Place
 
 _ELSEWHERE = "choose another folder"
 

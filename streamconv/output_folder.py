@@ -11,8 +11,9 @@ from pathlib import Path
 
 from streamconv.errors import OutputError, printable
 from streamconv.fs import Disk, Mark, explained, free_space, write_all
+from streamconv.inside import choose
 from streamconv.memory import MIB, show_size
-from streamconv.place import CONFIG, Found, Part, choose
+from streamconv.place import CONFIG, Found, Part
 
 
 class OutputFolder:
@@ -184,11 +185,14 @@ class OutputFolder:
             self.disk.close(self._fds.popitem()[1])
 
     def discard(self) -> None:
-        """Remove the work."""
-        with contextlib.suppress(OSError, OutputError):
-            marks = {name: Mark.of(os.fstat(fd)) for name, fd in self._fds.items()}
-            self.close()
-            self.place.discard(marks)
+        """Remove the work.
+
+        Raises:
+            OSError, OutputError: not all of it could be removed.
+        """
+        marks = {name: Mark.of(os.fstat(fd)) for name, fd in self._fds.items()}
+        self.close()
+        self.place.discard(marks)
 
 
 def _differs(part: Part, name: str, wanted: tuple[int, int]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from streamconv import fs, mounts, place
+from streamconv import fs, inside, mounts
 from streamconv.budget import Shares, TileCost
 from streamconv.cli.view import dump, table
 from streamconv.errors import printable
@@ -66,8 +66,8 @@ def show(
         cache: see `hub.cache_need`.
         refused: why `convert` would not write to `out`.
     """
-    inside = place.choose(Path(os.path.realpath(out)), fs.Disk()).inside if out else None
-    told = content(plan, shares, costs, out) | {"device": device, "output_problem": refused, "work_inside_output": inside}
+    why = inside.choose(Path(os.path.realpath(out)), fs.Disk()).inside if out else None
+    told = content(plan, shares, costs, out) | {"device": device, "output_problem": refused, "work_inside_output": why}
     told["disk"]["cache"] = cache
     if as_json:
         dump(told)
@@ -91,8 +91,8 @@ def show(
     print(f"device   {device}")
     enough = "the file system does not say" if disk["free"] is None else "enough" if disk["enough"] else "NOT ENOUGH"
     print(f"disk     {_free(disk['free'])} free, {show_size(disk['need'])} needed: {enough}")
-    if inside:
-        print(f"place    {printable(str(out))} {inside}: the work is done in hidden files inside it, config.json comes last")
+    if why:
+        print(f"place    {printable(str(out))} {why}: the work is done in hidden files inside it, config.json comes last")
     if cache is not None:
         more = f"{_free(cache['all'])} more, with --hub-keep none at most {_free(cache['none'])}"
         print(f"cache    {_free(cache['free'])} free, the download needs {more}")

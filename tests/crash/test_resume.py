@@ -16,13 +16,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from streamconv import api, memory, pool
+from streamconv.beside import Beside
 from streamconv.errors import DataError, LockedError, ResumeError
 from streamconv.fs import Disk, hidden
 from streamconv.journal import Done, Past
 from streamconv.journal import read as read_journal
 from streamconv.lock import OutputLock
 from streamconv.options import Options, Resources
-from streamconv.place import Beside
 from tests.crash.kills import operations, raised
 from tests.crash.world import World, snapshot, write_model
 

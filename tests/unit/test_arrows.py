@@ -15,7 +15,7 @@ ROOT = Path(streamconv.__file__).parent
 LEVELS = (
     ("errors", "options", "memory", "mounts"),
     ("checkpoint",),
-    ("quants", "families", "matching", "kernels", "fs", "place", "output_checks", "output_folder", "ranges"),
+    ("quants", "families", "matching", "kernels", "fs", "place", "beside", "inside", "output_checks", "output_folder", "ranges"),
     ("plan",),
     ("stages", "targets", "lock", "journal", "order", "resume", "results"),
     ("budget", "device", "manifest", "writer", "config_only", "tensorrt_llm_reader"),
