@@ -13,7 +13,7 @@ from streamconv.errors import printable
 from streamconv.memory import show_size
 from streamconv.planning.memory_plan import Shares, TileCost
 from streamconv.planning.plan import Plan
-from streamconv.run import fs, mounts, place
+from streamconv.run import fs, inside, mounts
 
 
 def content(plan: Plan, shares: Shares, costs: list[TileCost], out: str | None) -> dict[str, Any]:
@@ -69,8 +69,8 @@ def show(
         cache: see `hub.cache_need`.
         refused: why `convert` would not write to `out`.
     """
-    inside = place.choose(Path(os.path.realpath(out)), fs.Disk()).inside if out else None
-    told = content(plan, shares, costs, out) | {"device": device, "output_problem": refused, "work_inside_output": inside}
+    why = inside.choose(Path(os.path.realpath(out)), fs.Disk()).inside if out else None
+    told = content(plan, shares, costs, out) | {"device": device, "output_problem": refused, "work_inside_output": why}
     told["disk"]["cache"] = cache
     if as_json:
         output.dump(told)
@@ -94,8 +94,8 @@ def show(
     output.line(f"device   {device}")
     enough = "the file system does not say" if disk["free"] is None else "enough" if disk["enough"] else "NOT ENOUGH"
     output.line(f"disk     {_free(disk['free'])} free, {show_size(disk['need'])} needed: {enough}")
-    if inside:
-        output.line(f"place    {printable(str(out))} {inside}: the work is done in hidden files inside it, config.json comes last")
+    if why:
+        output.line(f"place    {printable(str(out))} {why}: the work is done in hidden files inside it, config.json comes last")
     if cache is not None:
         more = f"{_free(cache['all'])} more, with --hub-keep none at most {_free(cache['none'])}"
         output.line(f"cache    {_free(cache['free'])} free, the download needs {more}")

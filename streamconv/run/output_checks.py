@@ -9,7 +9,8 @@ from pathlib import Path
 
 from streamconv.errors import OutputError, printable
 from streamconv.run.fs import Disk, explained
-from streamconv.run.place import OURS, Found, Place, choose
+from streamconv.run.inside import choose
+from streamconv.run.place import OURS, Found, Place
 
 _ELSEWHERE = "choose another folder"
 

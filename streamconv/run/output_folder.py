@@ -12,7 +12,8 @@ from pathlib import Path
 from streamconv.errors import OutputError, printable
 from streamconv.memory import MIB, show_size
 from streamconv.run.fs import Disk, Mark, explained, free_space, write_all
-from streamconv.run.place import CONFIG, Found, Part, choose
+from streamconv.run.inside import choose
+from streamconv.run.place import CONFIG, Found, Part
 
 
 class OutputFolder:
@@ -186,11 +187,14 @@ class OutputFolder:
             self.disk.close(self._fds.popitem()[1])
 
     def discard(self) -> None:
-        """Remove the work."""
-        with contextlib.suppress(OSError, OutputError):
-            marks = {name: Mark.of(os.fstat(fd)) for name, fd in self._fds.items()}
-            self.close()
-            self.place.discard(marks)
+        """Remove the work.
+
+        Raises:
+            OSError, OutputError: not all of it could be removed.
+        """
+        marks = {name: Mark.of(os.fstat(fd)) for name, fd in self._fds.items()}
+        self.close()
+        self.place.discard(marks)
 
 
 def _differs(part: Part, name: str, wanted: tuple[int, int]) -> str:

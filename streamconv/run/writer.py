@@ -124,7 +124,8 @@ class Writer:
         self._past = journal.read(self.place)
         self.place.restore(self._past.ready if self._past is not None else ())
         self._run = journal.identity(self.plan, self.shards)
-        if self._past is not None and self._past.ready and self.place.found().files.keys() >= {*self._past.ready}:
+        ready = {*self._past.ready} if self._past is not None else set()
+        if self._past is not None and ready and not self.place.has_work() and self.place.found().files.keys() >= ready:
             with contextlib.suppress(VerifyError):
                 if manifest.read_head(self.folder.out / manifest.NAME).fingerprint == self._past.run.get("fingerprint"):
                     self.place.remove_old()
@@ -150,7 +151,7 @@ class Writer:
                 f"{printable(str(self.folder.out))} was begun with something else: {', '.join(changed)}",
                 hint="run the first command again to finish it, or start over with --force",
             )
-        if changed or not self.place.has_work():
+        if changed or not self.place.has_work() or (self._past is not None and not self._past.tiles):
             self._past = None
 
     def begin(self) -> None:
@@ -186,9 +187,12 @@ class Writer:
         # the source is wrong, or there was no room to begin with: nothing of it is worth keeping
         wrong = isinstance(error, (CheckpointError, DataError, UsageError)) and not isinstance(error, UnreadableError)
         if wrong or (self._past is None and not self._created):
-            self.folder.discard()
             with contextlib.suppress(StreamconvError, OSError):
-                self.journal.remove()  # last: work without a journal is nobody's
+                self.folder.discard()
+                if not self.place.has_work():  # work without a journal is nobody's
+                    self.journal.remove()
+            with contextlib.suppress(OSError):
+                self.journal.close()
             self._leave()
             return
         if isinstance(error, (OutputError, Interrupted, UnreadableError)):

@@ -19,11 +19,11 @@ from streamconv import api, memory
 from streamconv.errors import DataError, LockedError, ResumeError
 from streamconv.options import Resources
 from streamconv.run import pool
+from streamconv.run.beside import Beside
 from streamconv.run.fs import Disk, hidden
 from streamconv.run.journal import Done, Past
 from streamconv.run.journal import read as read_journal
 from streamconv.run.lock import OutputLock
-from streamconv.run.place import Beside
 from streamconv.targets.trtllm.options import TensorRTLLM
 from tests.crash.kills import operations, raised
 from tests.crash.world import World, slowly, snapshot, write_model

@@ -242,3 +242,27 @@ def test_mount_tables_are_read(tmp_path: Path) -> None:
     table.write_text("36 35 98:0 /mnt1 /a\\040b rw,noatime master:1 - ext3 /dev/root rw\nbroken\n37 35 0:5 / /t rw - tmpfs tmpfs rw\n")
     assert mounts.mounted(table) == {Path("/a b"): "ext3", Path("/t"): "tmpfs"}
     assert mounts.mounted(tmp_path / "none") == {}
+
+
+def test_ranges_do_not_go_into_the_model(model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    (tmp_path / "text.txt").write_text("some words\n")
+    before = snapshot(model)
+    (tmp_path / "link").symlink_to(model)
+    for where in (model / "x.safetensors", tmp_path / "link" / "deep" / "x.safetensors"):
+        assert run("calibrate", model, "-o", where, "--text", tmp_path / "text.txt") == 6
+        assert "is in the model's folder" in capfd.readouterr().err
+    assert run("calibrate", model, "-o", "", "--text", tmp_path / "text.txt") == 2
+    assert snapshot(model) == before
+
+
+def test_scratch_follows_no_link(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    from streamconv.calibrate.scratch import Scratch
+
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "victim" / "states-0").write_text("mine")
+    hidden(tmp_path / "r.safetensors", "calibrate").symlink_to(tmp_path / "victim")
+    with pytest.raises(OutputError, match="not what a calibration"):
+        Scratch(tmp_path / "r.safetensors", "mark", 4)
+    assert os.listdir(tmp_path / "victim") == ["states-0"]
