@@ -203,7 +203,11 @@ class SpanTable(Table[Span]):
 
 
 class MatrixTable(Table[Matrix]):
-    """Matrices by number. Once `complete`, their tensors have their places in the files."""
+    """Matrices by number. Once `complete`, their tensors get their places in the files.
+
+    Attributes:
+        data_starts: for each file the offset of its first data byte.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -212,6 +216,7 @@ class MatrixTable(Table[Matrix]):
         self._names, self._first = array("I"), array("I", [0])
         self._modules, self._encodings, self._notes = Pool[str](), Pool[Encoding](), Pool[str]()
         self._offset, self._position = array("Q"), array("I")
+        self.data_starts: list[int] = []
         self._known: dict[tuple[int, int, int, int], tuple[Part, ...]] = {}
 
     def add(self, file: int, name: str, rows: int, cols: int, encoding: Encoding, experts: int, note: str) -> int:
@@ -239,7 +244,7 @@ class MatrixTable(Table[Matrix]):
         self._modules.close()
 
     def put(self, number: int, part: int, offset: int, position: int) -> None:
-        """Where a part lies: byte of the file, and its place in the order of the file's data."""
+        """Where a part lies: byte of the file's data, and its place in the order of them."""
         self._offset[self._first[number] + part], self._position[self._first[number] + part] = offset, position
 
     def parts(self, number: int) -> tuple[Part, ...]:
@@ -269,9 +274,9 @@ class MatrixTable(Table[Matrix]):
         return len(self._note)
 
     def _make(self, number: int) -> Matrix:
-        name, first = self.name(number), self._first[number]
+        name, first, start = self.name(number), self._first[number], self.data_starts[self._file[number]]
         places = tuple(
-            PartPlace(tensor_name(name, part.suffix), self._offset[first + at], part.row_bytes, self._position[first + at])
+            PartPlace(tensor_name(name, part.suffix), start + self._offset[first + at], part.row_bytes, self._position[first + at])
             for at, part in enumerate(self.parts(number))
         )
         rows, cols, filled = self._rows[number], self._cols[number], self._filled[number]

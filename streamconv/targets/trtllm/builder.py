@@ -254,23 +254,24 @@ def layout(count: int, matrices: MatrixTable, fixed: Sequence[_Fixed]) -> tuple[
     files, constants = [], list[Constant]()
     for file, listed in enumerate(keys):
         listed.sort()
-        header, begins = HeaderBuilder(), array("Q")
-        for key in listed:
+        header, own = HeaderBuilder(), list[tuple[int, int, int]]()
+        for position, key in enumerate(listed):
             name, number, at = key[1:-6].decode(), *_OWNER.unpack(key[-5:])
             part = fixed[number] if at == _CONSTANT else matrices.parts(number)[at]
-            begins.append(header.add(name, part.dtype, part.shape))
+            begin = header.add(name, part.dtype, part.shape)
+            if at == _CONSTANT:
+                own.append((number, begin, position))
+            else:
+                matrices.put(number, at, begin, position)
+        count = len(listed)
+        listed.clear()  # before the header is copied: both are as large as the names
         text, size = header.finish()
         if len(text) > MAX_HEADER:
             told = f"rank{file}.safetensors would have a header of {len(text)} bytes, above streamconv's own limit of {MAX_HEADER}"
             raise RefusedError([told])
-        for position, (key, begin) in enumerate(zip(listed, begins, strict=True)):
-            number, at = _OWNER.unpack(key[-5:])
-            if at == _CONSTANT:
-                constants.append(Constant(file, fixed[number].name, len(text) + begin, fixed[number].data, position))
-            else:
-                matrices.put(number, at, len(text) + begin, position)
-        files.append(OutputFile(f"rank{file}.safetensors", size, text, len(listed)))
-        listed.clear()
+        matrices.data_starts.append(len(text))
+        constants += [Constant(file, fixed[n].name, len(text) + begin, fixed[n].data, position) for n, begin, position in own]
+        files.append(OutputFile(f"rank{file}.safetensors", size, text, count))
     return files, constants
 
 
