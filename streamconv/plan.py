@@ -15,7 +15,7 @@ import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import lcm
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from streamconv.checkpoint.dtypes import F32, DType
 from streamconv.checkpoint.header_build import header_names
@@ -96,8 +96,7 @@ class Source(Protocol):
     def cols(self) -> int: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """A contiguous row-major block [rows, cols] in a source file; `begin` is an absolute offset."""
 
     shard: int

@@ -28,12 +28,16 @@ class Pool(Generic[_H]):
     def __init__(self) -> None:
         self.values: list[_H] = []
         self._numbers: dict[_H, int] = {}
+        self._last: tuple[_H | None, int] = None, 0
 
     def number(self, value: _H) -> int:
+        if value is self._last[0]:  # hashing a value takes longer
+            return self._last[1]
         found = self._numbers.get(value)
         if found is None:
             found = self._numbers[value] = len(self.values)
             self.values.append(value)
+        self._last = value, found
         return found
 
     def close(self) -> None:
@@ -71,6 +75,7 @@ class Stored(Protocol):
     def place(self, name: str) -> int | None: ...
     def at(self, place: int) -> SourceTensor: ...
     def kind(self, place: int) -> tuple[DType, int]: ...
+    def row_bytes(self, place: int) -> int: ...
     def __len__(self) -> int: ...
 
 
@@ -90,12 +95,14 @@ class Sources:
         return self._last[1]
 
     def _find(self, source: Source) -> int:
-        known = self._numbers.get(source.name)
+        known = self._numbers.get(source.name) if self._numbers else None
         if known is not None:
             return known
         place = self._stored.place(source.name)
-        if place is not None and type(source) is SourceTensor and source == self._stored.at(place):
-            return place
+        if place is not None and type(source) is SourceTensor:
+            stored = self._stored.at(place)
+            if source is stored or source == stored:
+                return place
         known = self._numbers[source.name] = len(self._stored) + len(self._others)
         self._others[known] = source
         return known
@@ -106,20 +113,22 @@ class Sources:
         return self._stored.place(name) if known is None else known
 
     def __getitem__(self, number: int) -> Source:
-        return self._others[number] if number in self._others else self._stored.at(number)
+        return self._stored.at(number) if number < len(self._stored) else self._others[number]
 
     def kind(self, number: int) -> tuple[DType, int]:
         """Dtype and columns."""
-        other = self._others.get(number)
-        return (other.dtype, other.cols) if other is not None else self._stored.kind(number)
+        if number < len(self._stored):
+            return self._stored.kind(number)
+        return self._others[number].dtype, self._others[number].cols
 
     def stored_row_bytes(self, number: int) -> int:
         """Bytes of the checkpoint that a row is read from; 0 for what is computed."""
-        other = self._others.get(number)
+        if number < len(self._stored):
+            return self._stored.row_bytes(number)
+        other = self._others[number]
         if isinstance(other, PackedTensor):
             return other.stored_row_bytes
-        dtype, cols = self.kind(number)
-        return cols * dtype.itemsize if other is None or isinstance(other, SourceTensor) else 0
+        return other.cols * other.dtype.itemsize if isinstance(other, SourceTensor) else 0
 
 
 class SpanTable(Table[Span]):

@@ -12,6 +12,7 @@ import struct
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import NamedTuple, cast
 
 from streamconv.checkpoint.dtypes import DType
@@ -210,7 +211,7 @@ class Builder:
         """The spans of a source, by its number."""
         if len(feeds) == 1:
             feed = feeds[0]
-            align = align_of((self._matrices.encoding(feed.matrix).row_align,), feed.op)
+            align = _align_of(self._matrices.encoding(feed.matrix).row_align, feed.op)
             spans.add(source, feed.start, feed.stop, feed.op, align)
             spans.add_dest(feed.matrix, feed.row, feed.cols)
             return
@@ -226,6 +227,11 @@ class Builder:
             spans.add(source, start, stop, op, align)
             for feed in active:
                 spans.add_dest(feed.matrix, feed.row + op.out_rows(start - feed.start), feed.cols)
+
+
+@cache
+def _align_of(row_align: int, op: RowOp) -> int:
+    return align_of((row_align,), op)
 
 
 def layout(count: int, matrices: MatrixTable, fixed: Sequence[_Fixed]) -> tuple[list[OutputFile], list[Constant]]:
