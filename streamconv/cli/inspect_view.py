@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from streamconv.api import without_collection
 from streamconv.checkpoint.index import Index
 from streamconv.cli.view import table
 from streamconv.errors import StreamconvError, printable
@@ -16,6 +15,7 @@ from streamconv.matching import match
 from streamconv.memory import show_size
 from streamconv.options import Options
 from streamconv.plan import Plan
+from streamconv.planning import without_collection
 from streamconv.targets.trtllm.planner import make_plan, model_of
 
 

@@ -20,6 +20,7 @@ LEVELS = (
     ("stages", "targets", "lock", "journal", "order", "resume", "results"),
     ("budget", "device", "manifest", "writer", "config_only", "tensorrt_llm_reader"),
     ("pool", "recipe", "hub", "calibrate"),
+    ("planning",),
     ("api", "verify"),
     ("cli", "__main__"),
 )

@@ -10,7 +10,6 @@ from streamconv.checkpoint.dtypes import DType
 from streamconv.checkpoint.index import Index
 from streamconv.plan import Piece, SourceTensor
 
-
 _KEPT = 64
 """Tensors that are kept after they were made: whoever plans asks for one several times."""
 
