@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from streamconv import device, hub, memory
-from streamconv.checkpoint.index import Index, description_size
+from streamconv.checkpoint.index import Index
 from streamconv.device.backend import Backend, Cuda
-from streamconv.errors import BudgetError, OutputError, printable
+from streamconv.errors import OutputError, printable
 from streamconv.hub.fetch import Fetch
+from streamconv.open_plan import LOADS
+from streamconv.open_plan import open_and_plan as open_and_plan
 from streamconv.options import Resources
 from streamconv.planning import memory_plan
 from streamconv.planning.memory_plan import Shares, TileCost
@@ -26,12 +27,6 @@ from streamconv.run.fs import Disk, named
 from streamconv.run.writer import Writer, check_plan
 from streamconv.targets.base import Target
 
-_LOADS = {"numpy": 30 * memory.MIB, "numba": 166 * memory.MIB, "torch": 300 * memory.MIB}
-"""Bytes that loading a library takes, compiled kernels and what comes with it included (measured, rounded up); a run measures its own."""
-_LITTLE = 64 * memory.MIB
-"""Bytes that planning may take whatever the budget is; Python and the headers of nearly every model take less together."""
-_UNSEEN = 16 * memory.MIB
-"""What planning may take without being counted apart: tiles have more beside them."""
 SPARE = 8 * memory.MIB
 """How much a run may differ from what was foreseen and still keep within the budget that a plan accepted."""
 
@@ -79,55 +74,6 @@ class Report:
     warnings: tuple[str, ...]
 
 
-def open_and_plan(source: str | Path, options: Target, budget: int | None = None) -> tuple[Index, Plan]:
-    """Read the headers of a source and plan its conversion. No weight is read.
-
-    Args:
-        budget: bytes that the process may take; planning itself stops before it takes more.
-
-    Raises:
-        BudgetError: the headers alone do not fit.
-    """
-    before = memory.peak_resident()
-    with without_collection(), _bounded(source, options, budget):
-        index = hub.open_source(source, raw=options.raw_names)
-        try:
-            plan = options.plan(index)
-        except BaseException:
-            index.close()
-            raise
-    peak = memory.peak_resident()
-    return index, dataclasses.replace(plan, peak=peak if peak - before > _UNSEEN else 0)  # less is within the margin
-
-
-@contextlib.contextmanager
-def _bounded(source: str | Path, options: Target, budget: int | None) -> Iterator[None]:
-    """Planning stops before it breaks the budget, unless it takes little anyway: the plan then tells the smallest budget there is."""
-    told = description_size(Path(source)) if budget is not None else 0
-    enough = memory.resident() + (3 + 3 * getattr(options, "tp_size", 1) * getattr(options, "pp_size", 1)) * told
-    with memory.bounded(None if budget is None or enough <= max(budget, memory.resident() + _LITTLE) else budget):
-        try:
-            yield
-        except BudgetError as error:
-            error.hint = f"a budget of {-(-(enough + sum(_LOADS.values())) // memory.MIB)}MiB is enough to plan it and to begin"
-            raise
-
-
-@contextlib.contextmanager
-def without_collection() -> Iterator[None]:
-    """A plan is a million small objects and no cycles: looking for some takes a third of the time."""
-    if not gc.isenabled():
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.unfreeze()  # both together: what was made is old now, and is not looked at again at once
-        gc.enable()
-
-
 def costs_of(plan: Plan, on_device: bool = False) -> list[TileCost]:
     """Tile cost of every span of a plan; equal spans are worked out once."""
     known: dict[object, TileCost] = {}
@@ -168,7 +114,7 @@ def foresee(plan: Plan, resources: Resources, costs: list[TileCost], spare: int 
     """
     loads = {"numpy": True, "numba": any(cost.kernel for cost in costs), "torch": any(cost.torch for cost in costs)}
     base = memory.resident() + growth(plan)
-    base += sum(_LOADS[name] for name, needed in loads.items() if needed and name not in sys.modules)
+    base += sum(LOADS[name] for name, needed in loads.items() if needed and name not in sys.modules)
     least = plan.peak + (plan.peak // 32 + spare if plan.peak and spare else 0)
     return memory_plan.share(resources.memory_budget, resources.workers, base, dearest(plan, costs), spare=spare, least=least)
 

@@ -258,7 +258,7 @@ def test_ranges_do_not_go_into_the_model(model: Path, tmp_path: Path, capfd: pyt
 
 def test_scratch_follows_no_link(tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    from streamconv.calibrate.scratch import Scratch
+    from streamconv.calibration.scratch import Scratch
 
     (tmp_path / "victim").mkdir()
     (tmp_path / "victim" / "states-0").write_text("mine")
