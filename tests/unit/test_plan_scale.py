@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 LAYERS, EXPERTS, HIDDEN, INTER = 64, 1299, 64, 64
 CONFIG = {
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -21,6 +23,7 @@ CONFIG = {
     "decoder_sparse_step": 1,
     "mlp_only_layers": [],
     "norm_topk_prob": True,
+    "num_hidden_layers": LAYERS,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 16,
@@ -34,10 +37,10 @@ CONFIG = {
 }
 
 
-def _shapes(layers: int) -> dict[str, tuple[int, ...]]:
+def _shapes() -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (256, HIDDEN), "lm_head.weight": (256, HIDDEN)}
     shapes["model.norm.weight"] = (HIDDEN,)
-    for layer in range(layers):
+    for layer in range(LAYERS):
         at = f"model.layers.{layer}."
         shapes |= {at + "input_layernorm.weight": (HIDDEN,), at + "post_attention_layernorm.weight": (HIDDEN,)}
         shapes |= {at + "self_attn.q_norm.weight": (16,), at + "self_attn.k_norm.weight": (16,)}
@@ -50,10 +53,11 @@ def _shapes(layers: int) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def write_many(folder: Path, layers: int = LAYERS) -> Path:
-    """The model, its weights holes; 3,129 tensors a layer."""
-    (folder / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": layers}))
-    shapes = list(_shapes(layers).items())
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("many")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    shapes = list(_shapes().items())
     where = {}
     for number in range(8):
         name, at, header = f"model-{number}.safetensors", 0, {}
