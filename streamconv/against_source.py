@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from streamconv.compared import BUFFER, Compared, Difference
 from streamconv.errors import BudgetError, DataError, RefusedError, StreamconvError, UsageError, VerifyError, printable
 from streamconv.options import Options, Resources
 from streamconv.plan import OutputFile, Plan
+from streamconv.progress import Meter
 from streamconv.quants.base import Encoding
 from streamconv.targets.trtllm.stated import options_of
 from streamconv.verdict import TensorError, Verdict
@@ -40,7 +41,7 @@ def check(
     ranges: str | None,
     resources: Resources,
     verdict: Verdict,
-    progress: Callable[[int], None],
+    meter: Meter,
 ) -> None:
     """Add what the source says of an output to a verdict.
 
@@ -71,7 +72,7 @@ def check(
         plan, problems = placed(plan, headers)
         verdict.problems += problems + [f"{name}: the header is not what this source gives" for name in odd]
         if not problems:
-            _compare(plan, index, files, resources, verdict, progress, told is None)
+            _compare(plan, index, files, resources, verdict, meter, told is None)
 
 
 def _ranks(folder: Path) -> list[Path]:
@@ -192,7 +193,7 @@ def _compare(
     files: Sequence[Shard],
     resources: Resources,
     verdict: Verdict,
-    progress: Callable[[int], None],
+    meter: Meter,
     foreign: bool,
 ) -> None:
     from streamconv.pool import Pool
@@ -202,7 +203,8 @@ def _compare(
     api.load_kernels(plan)
     shares = budget.share(resources.memory_budget, resources.workers, memory.resident(), api.dearest(plan, costs))
     sink = Compared(plan, files)
-    pool = Pool(plan, index.shards, sink, shares, costs, resources.tile_rows, lambda read, _: progress(read))
+    pool = Pool(plan, index.shards, sink, shares, costs, resources.tile_rows, meter.tile)
+    meter.begin("comparing", plan.bytes_read, memory_budget=shares.budget)
     try:
         pool.run()
     except DataError as refused:

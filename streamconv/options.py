@@ -72,6 +72,10 @@ class Options:
         return dataclasses.asdict(self)
 
 
+TensorRTLLM = Options
+"""The public name."""
+
+
 @dataclass(frozen=True, slots=True)
 class Resources:
     """Choices that never change a byte of the output.

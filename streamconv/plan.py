@@ -256,6 +256,8 @@ class Plan:
     """Everything that decides the output, fixed.
 
     Attributes:
+        files: the rank files; each has `name`, `size` in bytes, and `tensors` with their `name`, `dtype`, `shape` and byte range.
+        bytes_read, bytes_written: of the source, and of all files with config.json.
         config: bytes of config.json.
         warnings: things the user should know, one line each.
         decisions: module suffix -> how it is stored and why, for the plan's table.

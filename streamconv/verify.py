@@ -14,6 +14,7 @@ from streamconv.checkpoint.header import read_header
 from streamconv.checkpoint.shard import Shard
 from streamconv.errors import StreamconvError, VerifyError, printable
 from streamconv.options import Resources
+from streamconv.progress import Meter, unwatched
 from streamconv.targets.trtllm import expected
 from streamconv.verdict import Verdict
 
@@ -28,21 +29,21 @@ _STRICT = {
 def verify(
     out: str | Path,
     source: str | Path | None = None,
-    progress: Callable[[int], None] = lambda _: None,
     *,
     with_tensorrt_llm: bool = False,
     activation_ranges: str | None = None,
     resources: Resources | None = None,
+    meter: Meter | None = None,
 ) -> Verdict:
     """Check an output folder.
 
     Args:
         out: the folder.
         source: the checkpoint it was made from; it is encoded again, and the bytes are compared. A model of the Hub is downloaded.
-        progress: called with bytes done.
         with_tensorrt_llm: its own reader has to accept every rank too; `reader` in the verdict then says what it did.
         activation_ranges: where the ranges are now that the output was made with; None if they did not move.
         resources: memory, workers and tiles for `source`; the CPU encodes.
+        meter: told about progress: the bytes of the rank files, then those read of the source.
 
     Raises:
         UsageError: TensorRT-LLM is not installed, or the activation ranges are not where they were.
@@ -51,7 +52,7 @@ def verify(
     """
     import xxhash
 
-    folder, verdict = Path(out), Verdict()
+    folder, verdict, meter = Path(out), Verdict(), meter or Meter(unwatched)
     config = _config(folder, verdict)
     world = _world(config, verdict)
     told = manifest.load(folder)
@@ -65,9 +66,10 @@ def verify(
     verdict.problems += [f"{name} belongs to no rank of config.json" for name in sorted(present - wanted)]
     shapes: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
     hashes: dict[tuple[str, str], str] = {}
+    meter.begin("checking", sum((folder / name).stat().st_size for name in wanted & present))
     for name in sorted(wanted & present, key=lambda text: int(text[4:-12])):
         try:
-            shapes[name] = _rank_file(folder / name, told, verdict, hashes, progress)
+            shapes[name] = _rank_file(folder / name, told, verdict, hashes, meter.add)
         except StreamconvError as error:
             verdict.problems.append(str(error))
         verdict.files += 1
@@ -80,13 +82,14 @@ def verify(
             if file in shapes and tensor not in shapes[file]:
                 verdict.problems.append(f"{file}: {printable(tensor)} is missing")
     if source is not None and not verdict.problems:
-        against_source.check(folder, source, activation_ranges, resources or Resources(), verdict, progress)
+        against_source.check(folder, source, activation_ranges, resources or Resources(), verdict, meter)
     if with_tensorrt_llm:
         from streamconv.tensorrt_llm_reader import read_ranks
 
         version, accepted, refused = read_ranks(folder)
         verdict.problems += refused
         verdict.reader = f"TensorRT-LLM {version} accepted {accepted} ranks, refused {len(refused)}"
+    meter.end()
     return verdict
 
 

@@ -65,7 +65,7 @@ def _with_default_dtype(request: OfficialRequest, source: str) -> OfficialReques
         names = index.config.get("architectures")
     if not isinstance(names, list) or "InternLM2ForCausalLM" not in names:
         return request
-    print("note: --dtype float16, the default of NVIDIA's script for InternLM2", file=sys.stderr)
+    output.note("note: --dtype float16, the default of NVIDIA's script for InternLM2")
     return dataclasses.replace(request, options=dataclasses.replace(request.options, dtype="float16"))
 
 
@@ -130,7 +130,7 @@ def _convert(request: OfficialRequest, source: str) -> int:
         options,
         dataclasses.replace(resources(request.memory_budget, request.workers, request.device), no_lock=request.no_lock),
         force=request.force,
-        watcher=view.Progress(request.quiet),
+        meter=view.meter(request.quiet),
     )
     show_report(report, False, request.quiet)
     return 0

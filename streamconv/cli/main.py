@@ -103,7 +103,7 @@ def convert(
         options,
         asked,
         force=force,
-        watcher=view.Progress(quiet or as_json),
+        meter=view.meter(quiet or as_json),
     )
     show_report(report, as_json, quiet)
     recipe_option.compare(out)

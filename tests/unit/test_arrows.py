@@ -13,7 +13,7 @@ import streamconv
 
 ROOT = Path(streamconv.__file__).parent
 LEVELS = (
-    ("errors", "options", "memory", "process", "streams", "cache_folder", "mounts"),
+    ("errors", "options", "memory", "progress", "progress_bar", "arguments", "process", "streams", "cache_folder", "mounts"),
     ("checkpoint",),
     ("quants", "families", "matching", "naming", "kernels", "fs", "place", "output_checks", "output_folder", "ranges"),
     ("plan", "verdict"),
@@ -21,6 +21,7 @@ LEVELS = (
     ("budget", "device", "manifest", "writer", "config_only", "tensorrt_llm_reader"),
     ("pool", "recipe", "hub", "calibrate"),
     ("api", "verify", "against_source"),
+    ("verbs", "opening"),
     ("cli", "__main__"),
 )
 """Rooms from the bottom up; a room imports from its own level and below (kernels and quants know each other)."""
