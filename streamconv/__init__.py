@@ -9,8 +9,7 @@ What is public stands in `__all__`; every module behind it may change. A name is
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+TYPE_CHECKING = False  # type checkers take the name for true; importing typing would take most of the time
 
 if TYPE_CHECKING:
     from streamconv.api import Report as Report
@@ -82,10 +81,11 @@ _MODULES = {
 
 __all__ = [*_MODULES]
 
-
 if not TYPE_CHECKING:  # a type checker would take every name for public
 
-    def __getattr__(name: str) -> Any:
+    def __getattr__(name: str) -> object:
+        import importlib
+
         if name not in _MODULES:
             raise AttributeError(f"module 'streamconv' has no attribute {name!r}")
         found = globals()[name] = getattr(importlib.import_module(_MODULES[name]), name)

@@ -105,7 +105,12 @@ def test_records_grow_and_come_one_at_a_time() -> None:
 
     meter = Meter(watch, every=0)
     meter.begin("converting", 4000)
-    threads = [threading.Thread(target=lambda: [meter.add(1) for _ in range(1000)]) for _ in range(4)]
+
+    def work() -> None:
+        for _ in range(1000):
+            meter.add(1)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
