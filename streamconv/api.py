@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from streamconv import device, hub, memory
 from streamconv.checkpoint.index import Index
@@ -23,31 +22,13 @@ from streamconv.options import Resources
 from streamconv.planning import memory_plan
 from streamconv.planning.memory_plan import Shares, TileCost
 from streamconv.planning.plan import Plan
+from streamconv.progress import Meter, unwatched
 from streamconv.run.fs import Disk, named
 from streamconv.run.writer import Writer, check_plan
 from streamconv.targets.base import Target
 
 SPARE = 8 * memory.MIB
 """How much a run may differ from what was foreseen and still keep within the budget that a plan accepted."""
-
-
-class Watcher(Protocol):
-    """Told how a run gets on; called from worker threads."""
-
-    def start(self, plan: Plan, shares: Shares) -> None: ...
-    def tile(self, read: int, written: int) -> None: ...
-    def stage(self, name: str) -> None: ...
-
-
-class _Silent:
-    def start(self, plan: Plan, shares: Shares) -> None:
-        pass
-
-    def tile(self, read: int, written: int) -> None:
-        pass
-
-    def stage(self, name: str) -> None:
-        pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +168,7 @@ def convert(
     resources: Resources | None = None,
     *,
     force: bool = False,
-    watcher: Watcher | None = None,
+    meter: Meter | None = None,
     clock: Callable[[], float] = time.monotonic,
     disk: Disk | None = None,
 ) -> Report:
@@ -199,27 +180,27 @@ def convert(
         options: what decides the bytes.
         resources: what does not.
         force: replace an existing output.
-        watcher: told about progress.
+        meter: told about progress.
         disk: the file system operations to use (tests).
 
     Raises:
         StreamconvError: see streamconv.errors. After a mistake or a bad source nothing is left behind; after a full
             disk, a signal or a crash the same call goes on where this one stopped.
     """
-    resources, watcher, out = resources or Resources(), watcher or _Silent(), named(out)
+    resources, meter, out = resources or Resources(), meter or Meter(unwatched), named(out)
     try:
-        return _convert(source, out, options, resources, force, watcher, clock, disk)
+        return _convert(source, out, options, resources, force, meter, clock, disk)
     except device.NoRoom as error:
         if resources.device != "auto":
             raise
         on_cpu = dataclasses.replace(resources, device="cpu")
-        return _convert(source, out, options, on_cpu, force, watcher, clock, disk, error.message)
+        return _convert(source, out, options, on_cpu, force, meter, clock, disk, error.message)
     except device.DeviceLost as error:
         if resources.on_device_loss == "stop":
             error.hint = "what is finished is kept: run the same command again to go on, or with --device cpu"
             raise
         on_cpu = dataclasses.replace(resources, device="cpu")
-        report = _convert(source, out, options, on_cpu, force, watcher, clock, disk, error.message, error.pinned)
+        report = _convert(source, out, options, on_cpu, force, meter, clock, disk, error.message, error.pinned)
         warning = f"{error.message}; the rest was done on the CPU"
         return dataclasses.replace(report, warnings=(warning, *report.warnings))
 
@@ -230,7 +211,7 @@ def _convert(
     options: Target,
     resources: Resources,
     force: bool,
-    watcher: Watcher,
+    meter: Meter,
     clock: Callable[[], float],
     disk: Disk | None,
     instead: str = "",
@@ -274,16 +255,15 @@ def _convert(
             if backends:
                 shares, rings = _share_devices(backends, plan, shares, resources, costs, closing)
             where = ", ".join(choice.devices) or f"cpu ({instead or choice.why})"
-            watcher.start(plan, shares)
+            meter.begin("converting", plan.bytes_read, memory_budget=shares.budget)
             loaded = clock()
             writer.begin()
             started = clock()
             rows, journal = resources.tile_rows, writer.journal
             fetch = Fetch(plan, index.shards, writer.past, resources.hub_keep)
-            tile = watcher.tile
             devices = (lambda worker, arena: rings[worker % len(rings)].slot(arena)) if rings else None
             pool = Pool(
-                plan, index.shards, writer.folder, shares, costs, rows, tile, devices, journal, writer.past, fetch.consumed
+                plan, index.shards, writer.folder, shares, costs, rows, meter.tile, devices, journal, writer.past, fetch.consumed
             )
             try:
                 fetch.start()
@@ -300,11 +280,12 @@ def _convert(
             tiled = clock()
             for shard in index.shards:
                 shard.check_unchanged()
-            watcher.stage("syncing")
+            meter.phase("syncing")
             writer.publish(pool.hashes)
             workers_spent = {phase: seconds / shares.workers for phase, seconds in outcome.seconds.items()}
             profile = {"load": loaded - began, "create": started - loaded, **workers_spent}
             profile |= {"tiles": tiled - started, "sync": clock() - tiled}
+    meter.end()
     warnings = list(plan.warnings)
     warnings += [f"no fused kernels on {ring.backend.name}, slower: {ring.unfused}" for ring in rings if ring.unfused]
     for name, count in outcome.overflow.items():

@@ -130,7 +130,7 @@ def convert(
         wanted,
         asked,
         force=force,
-        watcher=view.Progress(quiet or as_json),
+        meter=view.meter(quiet or as_json),
     )
     show_report(report, as_json, quiet)
     recipe_option.compare(out)

@@ -265,7 +265,7 @@ class Pool:
             self.outcome.resumed += 1
         self._count(span.source.name, done.overflow, done.nonfinite)
         self.consumed(tile.span, tile.stop - tile.start)
-        self.progress((tile.stop - tile.start) * span.row_bytes, 0)
+        self.progress((tile.stop - tile.start) * span.stored_row_bytes, 0)
         return True
 
     def _do(self, tile: Tile, arena: np.ndarray[Any, Any], slot: Slot | None) -> None:

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from streamconv.errors import BudgetError, DataError, RefusedError, StreamconvEr
 from streamconv.options import Resources
 from streamconv.planning import memory_plan
 from streamconv.planning.plan import OutputFile, PartPlace, Plan
+from streamconv.progress import Meter
 from streamconv.quants.base import Encoding
 from streamconv.run import manifest
 from streamconv.run.compared import BUFFER, Compared, Difference
@@ -57,7 +58,7 @@ class Output:
     ranges: str | None
 
 
-def check(output: Output, source: str | Path, resources: Resources, verdict: Verdict, progress: Callable[[int], None]) -> None:
+def check(output: Output, source: str | Path, resources: Resources, verdict: Verdict, meter: Meter) -> None:
     """Add what the source says of an output to a verdict.
 
     Raises:
@@ -85,7 +86,7 @@ def check(output: Output, source: str | Path, resources: Resources, verdict: Ver
         plan, problems = placed(plan, headers)
         verdict.problems += problems + [f"{name}: the header is not what this source gives" for name in odd]
         if not problems:
-            _compare(plan, index, files, headers, resources, verdict, progress, told is None)
+            _compare(plan, index, files, headers, resources, verdict, meter, told is None)
 
 
 def _asked(told: manifest.Manifest, folder: Path) -> Target:
@@ -211,7 +212,7 @@ def _compare(
     headers: Sequence[Header],
     resources: Resources,
     verdict: Verdict,
-    progress: Callable[[int], None],
+    meter: Meter,
     foreign: bool,
 ) -> None:
     from streamconv.run.pool import Pool
@@ -221,7 +222,8 @@ def _compare(
     api.load_kernels(plan)
     shares = memory_plan.share(resources.memory_budget, resources.workers, memory.resident(), api.dearest(plan, costs))
     sink = Compared(plan, files, headers)
-    pool = Pool(plan, index.shards, sink, shares, costs, resources.tile_rows, lambda read, _: progress(read))
+    pool = Pool(plan, index.shards, sink, shares, costs, resources.tile_rows, meter.tile)
+    meter.begin("comparing", plan.bytes_read, memory_budget=shares.budget)
     try:
         pool.run()
     except DataError as refused:
