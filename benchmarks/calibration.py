@@ -104,7 +104,7 @@ def against_forward(work: Path, device: str, samples: int, length: int, rounds: 
     import os
     import subprocess
 
-    from streamconv.calibrate.run import calibrate
+    from streamconv.calibration.run import calibrate
 
     model, text, out = work / "model", work / "text.txt", work / "ranges.safetensors"
     work.mkdir(parents=True, exist_ok=True)

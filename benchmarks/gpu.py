@@ -151,17 +151,19 @@ def ring_rate(job: str, backend: Any, seconds: float, cols: int = 4096, arena: i
         arena: pinned bytes of a slot, 0: what a conversion takes.
         most: slots, 0: as many as a conversion takes.
     """
-    from streamconv import budget, device
+    from streamconv import device
     from streamconv.checkpoint.dtypes import BF16
-    from streamconv.plan import PLAIN_ROWS, Dest, Matrix, SourceTensor, Span
+    from streamconv.checkpoint.rows import SourceTensor
+    from streamconv.planning import memory_plan
+    from streamconv.planning.plan import PLAIN_ROWS, Dest, Matrix, Span
 
     encoding, arena = encodings(job, cols), arena or device.BEST_ARENA
     parts = encoding.parts(64, cols)
-    rows = (arena - 65536) // (2 * cols + sum(part.row_bytes for part in parts)) // 64 * 64
+    rows = (arena - 65536) // (2 * cols + sum(part.record_bytes for part in parts)) // 64 * 64
     columns = ((0, cols),)
     span = Span(SourceTensor("w", BF16, (rows, cols), ()), 0, rows, PLAIN_ROWS, (Dest(0, 0, columns),), 64)
     need = device.demand([span], (Matrix(0, "w", rows, cols, rows, encoding, ()),), backend.unfused() is None)
-    sizes = device.fit(backend.free_memory(), 2 * GIB, most or device.slots(budget.processors(), 1), need)
+    sizes = device.fit(backend.free_memory(), 2 * GIB, most or device.slots(memory_plan.processors(), 1), need)
     ring, size = device.Ring(backend, sizes), rows * span.row_bytes
     if backend.name.startswith("cuda"):
         import torch

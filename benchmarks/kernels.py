@@ -83,7 +83,7 @@ def main() -> None:
         block, stored = flat(source)
         kernel = encoding.kernel(source)
         assert kernel is not None, f"{name} has no kernel"
-        outs = [np.empty(rows * part.row_bytes, np.uint8) for part in encoding.parts(rows, cols)]
+        outs = [np.empty(part.nbytes(rows), np.uint8) for part in encoding.parts(rows, cols)]
         note(
             name, rows * cols * source.itemsize,
             lambda k=kernel, s=stored, o=outs: k(s, 0, cols, rows, cols, o),

@@ -19,11 +19,13 @@ from typing import Any
 
 import torch
 
-from streamconv import api, manifest
+from streamconv import api
+from streamconv.checkpoint.rows import SourceTensor
 from streamconv.checkpoint.shard import Shard
-from streamconv.measured import decoded
-from streamconv.options import Options, Resources
-from streamconv.plan import SourceTensor
+from streamconv.options import Resources
+from streamconv.run import manifest
+from streamconv.targets.trtllm.options import TensorRTLLM
+from streamconv.verification.measured import decoded
 
 PROMPT = "The capital of France is"
 
@@ -109,7 +111,7 @@ def variants(alpha: float, all_four: bool) -> dict[str, dict[str, Any]]:
 
 def ranges_of(model: Path, tokenizer: Any, ids: list[int], work: Path, samples: int, length: int) -> Path:
     """Ranges measured on the text that comes after the tokens that are measured."""
-    from streamconv.calibrate.run import calibrate
+    from streamconv.calibration.run import calibrate
 
     texts = [tokenizer.decode(ids[at : at + length]) for at in range(0, min(len(ids), samples * length), length)]
     work.mkdir(parents=True, exist_ok=True)
@@ -175,7 +177,7 @@ def main() -> None:
         smooth = settings.get("quant") == "smoothquant"
         if settings:
             out = args.work / "converted"
-            options = Options(**settings, activation_ranges=str(ranges) if smooth else None)
+            options = TensorRTLLM(**settings, activation_ranges=str(ranges) if smooth else None)
             api.convert(args.model, out, options, Resources(), force=True)
         model = load(args.model, None if smooth or not settings else decode(out, args.model))
         if smooth:

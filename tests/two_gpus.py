@@ -134,7 +134,7 @@ def _tensors(values: Any) -> Iterator[torch.Tensor]:
 
 def install(patch: Callable[..., None], machine: Machine) -> None:
     """Put the machine in place of torch.cuda's functions and of the fused kernels (monkeypatch.setattr is `patch`)."""
-    from streamconv.device.fused import registry
+    from streamconv.device import triton_launch as registry
 
     class Stream:
         def __init__(self, device: Any = None) -> None:
@@ -230,9 +230,9 @@ def install(patch: Callable[..., None], machine: Machine) -> None:
             start(thread)
 
     patch(threading.Thread, "run", run)
-    fake = types.ModuleType("streamconv.device.fused.kernels")
+    fake = types.ModuleType("streamconv.device.triton_kernels")
     fake.cast = _Kernel(machine)  # type: ignore[attr-defined]
-    patch(sys.modules["streamconv.device.fused"], "kernels", fake, raising=False)
+    patch(sys.modules["streamconv.device.triton_launch"], "kernels", fake, raising=False)
     for kind in list(registry._KERNELS):
         patch(registry, "_KERNELS", registry._KERNELS | {kind: _definition})
 
@@ -265,7 +265,7 @@ class _Kernel:
 
 def _definition(encoding: Any) -> Any:
     """A fused kernel of which the torch definition is the code."""
-    from streamconv.device.fused import registry
+    from streamconv.device import triton_launch as registry
 
     def launch(block: torch.Tensor, outs: Any, counts: torch.Tensor) -> None:
         registry._run("cast", 1, block, counts, *outs, encoding=encoding, dtype=block.dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from streamconv.checkpoint.dtypes import DType
 from streamconv.errors import printable
@@ -14,10 +14,18 @@ _ENTRY = re.compile(rb'[{,]("(?:[^"\\]|\\.)*"):\{"dtype":"(\w+)","shape":\[([0-9
 
 
 class HeaderBuilder:
-    """A header that grows tensor by tensor, which come in `file_order`."""
+    """A header that grows tensor by tensor, which come in `file_order`.
 
-    def __init__(self) -> None:
+    Args:
+        metadata: what `__metadata__` says; it comes first, as the stock writer puts it.
+    """
+
+    def __init__(self, metadata: Mapping[str, str] | None = None) -> None:
         self._text, self._at, self._last = bytearray(b"\0" * 8 + b"{"), 0, ""
+        self._comma = ""
+        if metadata:
+            self._text += f'"{METADATA}":{json.dumps(metadata, ensure_ascii=False, separators=(",", ":"))}'.encode()
+            self._comma = ","
         self.count = 0
 
     def add(self, name: str, dtype: DType, shape: tuple[int, ...]) -> int:
@@ -28,7 +36,8 @@ class HeaderBuilder:
         for dim in shape:
             size *= dim
         self._at += size
-        comma, listed = "," if self.count else "", ",".join(map(str, shape))
+        comma, listed = self._comma, ",".join(map(str, shape))
+        self._comma = ","
         quoted = json.dumps(name, ensure_ascii=False)
         self._text += f'{comma}{quoted}:{{"dtype":"{dtype.name}","shape":[{listed}],"data_offsets":[{begin},{self._at}]}}'.encode()
         self._last, self.count = name, self.count + 1
@@ -73,6 +82,8 @@ def build_header(
 def header_entries(header: bytes) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """Name, dtype and shape of the tensors in a header that was built here, in order."""
     at = 8
+    if header[at + 1 :].startswith(f'"{METADATA}"'.encode()):
+        at = header.index(b"}", at) + 1
     while found := _ENTRY.match(header, at):
         yield json.loads(found[1]), found[2].decode(), tuple(map(int, found[3].split(b","))) if found[3] else ()
         at = header.index(b"}", found.end()) + 1  # an entry holds neither texts with braces nor objects

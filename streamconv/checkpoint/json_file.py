@@ -9,9 +9,9 @@ from typing import Any
 
 from streamconv.checkpoint import lfs
 from streamconv.checkpoint.limits import check_counts
+from streamconv.checkpoint.untrusted import parse_json, read_file
 from streamconv.errors import CheckpointError, TensorError, printable
 from streamconv.memory import check_room
-from streamconv.untrusted import parse_json, read_file
 
 _JSON_TAKES = 5
 """Bytes of memory that a byte of a long index file takes while it is read."""

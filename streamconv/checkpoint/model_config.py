@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from streamconv.checkpoint.untrusted import shown_value
 from streamconv.errors import CheckpointError, printable
-from streamconv.untrusted import shown_value
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ from typing import Any
 
 from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.json_file import read_json
+from streamconv.checkpoint.untrusted import shown_value
 from streamconv.errors import CheckpointError
-from streamconv.untrusted import shown_value
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ at several times the speed of a disk, and works the same on network file systems
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import threading
 import weakref
@@ -17,8 +18,9 @@ from types import TracebackType
 from typing import NamedTuple
 
 from streamconv.checkpoint.header import Header, read_header
+from streamconv.checkpoint.private_mapping import private_mapping
+from streamconv.checkpoint.untrusted import frees_descriptors, open_regular
 from streamconv.errors import SourceChangedError, UnreadableError, printable
-from streamconv.untrusted import frees_descriptors, open_regular
 
 _ROWS_PER_CALL = 256  # two vectors a row stay below IOV_MAX, which is 1024 on Linux
 _SAMPLE = 16
@@ -55,7 +57,7 @@ frees_descriptors.append(_close_idle)
 class Shard:
     """A source file. Safe to read from many threads; close() only when nobody reads any more."""
 
-    __slots__ = ("__weakref__", "_cold", "_fd", "_identity", "_lock", "_users", "path")
+    __slots__ = ("__weakref__", "_cold", "_fd", "_identity", "_lock", "_mapping", "_users", "path")
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
@@ -63,6 +65,7 @@ class Shard:
         self._cold = False
         self._identity: Identity | None = None
         self._lock = threading.Lock()
+        self._mapping: mmap.mmap | None = None
         self._users = 0
         with _using:
             _shards.add(self)
@@ -155,7 +158,7 @@ class Shard:
     def close(self) -> None:
         """Give the descriptor back; a later read opens the file again, and checks that it is the same one."""
         with self._lock:
-            fd, self._fd = self._fd, -1
+            fd, self._fd, self._mapping = self._fd, -1, None  # views that are still in use keep the mapping
         if fd >= 0:
             os.close(fd)
 
@@ -212,6 +215,24 @@ class Shard:
         buffer = bytearray(max(0, end - begin))
         self.read_into(begin, buffer)
         yield memoryview(buffer).toreadonly()
+
+    def view(self, begin: int, end: int) -> memoryview:
+        """The bytes [begin, end) of the file without a copy, for those who accept a mapping's risk; valid as long as it is kept.
+
+        Raises:
+            SourceChangedError: the file is shorter than it was.
+            UnreadableError: the system does not map it.
+        """
+        if begin >= end:
+            return memoryview(b"")
+        with self._descriptor() as fd, self._lock:
+            if os.fstat(fd).st_size < max(end, self.size):  # touching a page that is gone would end the process
+                raise self._changed("ends early")
+            try:
+                self._mapping = self._mapping or private_mapping(fd, self.size)
+            except OSError as error:
+                raise self._unreadable(f"cannot be mapped: {os.strerror(error.errno or 0)}") from error
+            return memoryview(self._mapping)[begin:end]
 
     def give_back(self, begin: int, end: int) -> None:
         """These bytes are not needed again: out of the page cache with them, if it was us who brought them in.

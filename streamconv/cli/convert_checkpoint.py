@@ -7,8 +7,8 @@ import dataclasses
 import os
 import sys
 
-from streamconv.calibrate.before import with_ranges
-from streamconv.calibrate.request import Samples
+from streamconv.calibration.before import with_ranges
+from streamconv.calibration.request import Samples
 from streamconv.checkpoint.quantized import source_quantization
 from streamconv.cli import ending, output, signals, view
 from streamconv.cli.flags import resources
@@ -17,8 +17,8 @@ from streamconv.cli.official_flags import OfficialRequest, parse
 from streamconv.errors import RefusedError, UsageError, printable
 from streamconv.hub import open_source
 from streamconv.memory import parse_size
-from streamconv.options import Options
-from streamconv.quants.refused import refuse
+from streamconv.targets.trtllm.options import TensorRTLLM
+from streamconv.targets.trtllm.unsupported import refuse
 
 TAKEN_OVER = {"int4_gptq", "int8_gptq", "int4_awq"}
 
@@ -88,8 +88,8 @@ def _refuse_fp8(request: OfficialRequest, source: str) -> None:
 
 def _fabricate(request: OfficialRequest) -> int:
     """Neither --model_dir nor --meta_ckpt_dir: config.json from the size flags, and nothing else."""
-    from streamconv.cli.fabricate import fabricated
-    from streamconv.config_only import write_config
+    from streamconv.cli.config_from_flags import fabricated
+    from streamconv.targets.trtllm.config_only import write_config
 
     data = fabricated(
         request.sizes,
@@ -107,7 +107,7 @@ def _fabricate(request: OfficialRequest) -> int:
 def _config_only(request: OfficialRequest, source: str) -> int:
     """--save_config_only: the config.json of the conversion, which is planned and not done."""
     from streamconv import api
-    from streamconv.config_only import write_config
+    from streamconv.targets.trtllm.config_only import write_config
 
     sm = request.options.target_sm or 80  # decides bytes of weights, none of config.json
     index, plan = api.open_and_plan(source, dataclasses.replace(request.options, target_sm=sm))
@@ -130,13 +130,13 @@ def _convert(request: OfficialRequest, source: str) -> int:
         options,
         dataclasses.replace(resources(request.memory_budget, request.workers, request.device), no_lock=request.no_lock),
         force=request.force,
-        watcher=view.Progress(request.quiet),
+        meter=view.meter(request.quiet),
     )
     show_report(report, False, request.quiet)
     return 0
 
 
-def _with_ranges(request: OfficialRequest, source: str) -> Options:
+def _with_ranges(request: OfficialRequest, source: str) -> TensorRTLLM:
     """The options; where activation ranges are needed and none are given they are measured, as NVIDIA's script does.
 
     They are kept beside the output, in `OUTPUT.ranges.safetensors`.

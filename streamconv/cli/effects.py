@@ -14,7 +14,7 @@ import click
 from click.core import ParameterSource
 
 from streamconv.errors import UsageError
-from streamconv.options import Options
+from streamconv.targets.trtllm.options import TensorRTLLM
 
 _SAMPLES = ("samples", "max_length", "batch_size")
 _DEVICE = ("device_memory_budget", "on_device_loss")
@@ -30,7 +30,7 @@ def typed(context: click.Context) -> set[str]:
     return {name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
 
 
-def check(context: click.Context, model: str, options: Options) -> None:
+def check(context: click.Context, model: str, options: TensorRTLLM) -> None:
     """Refuse flags of `convert` and `plan` that have no effect in this call.
 
     Args:
@@ -57,7 +57,7 @@ def needs(context: click.Context, other: str, flags: Collection[str]) -> None:
         raise UsageError("; ".join(told), hint="leave it out" if len(told) == 1 else "leave them out")
 
 
-def _without_effect(names: Collection[str], values: dict[str, Any], model: str, options: Options) -> Iterator[str]:
+def _without_effect(names: Collection[str], values: dict[str, Any], model: str, options: TensorRTLLM) -> Iterator[str]:
     if not values.get("text"):
         yield from (f"{_flag(name)} has no effect without --text" for name in _SAMPLES if name in names)
     if "hub_keep" in names and os.path.lexists(model):
@@ -108,7 +108,7 @@ def _no_device(asked: str) -> str | None:
     return "on a machine without a GPU" if names == ("auto",) and not device.visible() else None
 
 
-def _of_model(model: str, options: Options, experts: bool) -> tuple[str, bool]:
+def _of_model(model: str, options: TensorRTLLM, experts: bool) -> tuple[str, bool]:
     """(the format that the conversion will have, whether the model is dense); reads the source if that is needed to know.
 
     Args:
@@ -117,8 +117,8 @@ def _of_model(model: str, options: Options, experts: bool) -> tuple[str, bool]:
     from streamconv.checkpoint.quantized import source_quantization
     from streamconv.hub import open_source
     from streamconv.quants import quant_of
-    from streamconv.targets.trtllm.planner import model_of
-    from streamconv.targets.trtllm.takeover import take_over
+    from streamconv.targets.trtllm.import_rules import take_over
+    from streamconv.targets.trtllm.target import model_of
 
     key = quant_of(options.quant).info.key  # an unknown one is told as such
     if key != "none" and not experts:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import click
 
 from streamconv.errors import UsageError
 from streamconv.options import Resources
+from streamconv.targets import DEFAULT, TARGETS
+from streamconv.targets.hf.target import HuggingFace
+from streamconv.targets.trtllm.options import TensorRTLLM
 
 _Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -64,6 +68,55 @@ CONVERSION: tuple[_Decorator, ...] = (
     click.option("--allow-nonfinite", is_flag=True, help="Quantize NaN (as 0) and infinity (as the channel's maximum)."),
     click.option("--max-position-embeddings", type=int, help="Override the source's value."),
 )
+TO: tuple[_Decorator, ...] = (
+    click.option("--to", type=click.Choice([*TARGETS]), default=DEFAULT, show_default=True, help="What to write."),
+)
+_KNOWN = ("quant", "dtype", "group_size", "allow_nonfinite")
+"""Options of both targets, whose flags stand above."""
+
+
+def _hf_flag(field: dataclasses.Field[Any]) -> _Decorator:
+    """The flag of an option that only Hugging Face directories have; what it holds if it is not typed is the option's own default."""
+    name, facts = "--" + field.name.replace("_", "-"), field.metadata
+    text = f"--to hf: {facts['help']}."
+    if facts["type"] is tuple:
+        return click.option(name, multiple=True, metavar="MODULE", help=f"{text} May be repeated, and takes several.")
+    if facts["choices"]:
+        default = field.default
+        return click.option(name, type=click.Choice([*facts["choices"]]), default=default, show_default=default is not None, help=text)
+    return click.option(name, metavar="SIZE" if facts["size"] else None, help=text)
+
+
+HF: tuple[_Decorator, ...] = tuple(_hf_flag(field) for field in dataclasses.fields(HuggingFace) if field.name not in _KNOWN)
+
+
+def target(to: str, values: dict[str, Any], typed: Collection[str]) -> TensorRTLLM | HuggingFace:
+    """The target that flags ask for.
+
+    Args:
+        values: every flag of every target.
+        typed: names of those on the command line, or in a recipe.
+
+    Raises:
+        UsageError: flags of another target were typed, or a value is none.
+    """
+    from streamconv.memory import parse_size
+
+    own = {field.name: field for field in dataclasses.fields(HuggingFace if to == "hf" else TensorRTLLM)}
+    other = [name for name in values if name in typed and name not in own]
+    if other:
+        flags = ", ".join("--" + name.replace("_", "-") for name in other)
+        raise UsageError(f"{flags}: not for --to {to}", hint=f"`streamconv list targets` says what each target is, --to {to} is asked for")
+    held = {name: value for name, value in values.items() if name in own}
+    if to == "trtllm":
+        return TensorRTLLM(**held)
+    if isinstance(held.get("max_shard_size"), str):
+        held["max_shard_size"] = parse_size(held["max_shard_size"])
+    for name in ("ignore", "only"):
+        held[name] = tuple(held[name])
+    return HuggingFace(**held)
+
+
 RESOURCES: tuple[_Decorator, ...] = (
     click.option("--memory-budget", help="Ceiling of this process's memory, e.g. 2GiB. Default: from what is free."),
     click.option("--workers", default="auto", show_default=True, help="Worker threads, or auto."),

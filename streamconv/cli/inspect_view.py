@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from streamconv.api import without_collection
 from streamconv.checkpoint.index import Index
 from streamconv.cli import output
 from streamconv.cli.view import table
 from streamconv.errors import StreamconvError, printable
 from streamconv.families import Family
+from streamconv.families.matching import match
 from streamconv.hub import open_source
-from streamconv.matching import match
 from streamconv.memory import show_size
-from streamconv.options import Options
-from streamconv.plan import Plan
-from streamconv.targets.trtllm.planner import make_plan, model_of
+from streamconv.open_plan import without_collection
+from streamconv.planning.plan import Plan
+from streamconv.targets.trtllm.options import TensorRTLLM
+from streamconv.targets.trtllm.target import make_plan, model_of
 
 
 def show(source: str, as_json: bool) -> None:
@@ -27,7 +27,7 @@ def show(source: str, as_json: bool) -> None:
             model, family = model_of(index)
             plan, problem = None, None
             try:
-                plan = make_plan(index, Options())
+                plan = make_plan(index, TensorRTLLM())
             except StreamconvError as error:
                 problem = str(error)
             facts = {

@@ -10,9 +10,10 @@ import click
 
 from streamconv import __version__
 from streamconv.cli import effects, ending, output, recipe_option, signals
-from streamconv.cli.flags import CONVERSION, RESOURCES, SAMPLES, options, resources
+from streamconv.cli.flags import CONVERSION, HF, RESOURCES, SAMPLES, TO, options, resources, target
 from streamconv.errors import UsageError
-from streamconv.options import Options
+from streamconv.targets.hf.target import HuggingFace
+from streamconv.targets.trtllm.options import TensorRTLLM
 
 
 def _recipe_keys() -> dict[str, Any]:
@@ -22,13 +23,30 @@ def _recipe_keys() -> dict[str, Any]:
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="streamconv")
 def cli() -> None:
-    """Convert an LLM checkpoint to TensorRT-LLM in less memory than the model takes."""
+    """Convert an LLM checkpoint in less memory than the model takes: to TensorRT-LLM, or to a quantized Hugging Face directory."""
+
+
+def asked_target(to: str, values: dict[str, Any], more: tuple[str, ...]) -> TensorRTLLM | HuggingFace:
+    """The target that this command asks for.
+
+    Args:
+        more: words after MODEL and OUT: further modules of --ignore or --only, of which the shell made words.
+    """
+    context = click.get_current_context()
+    given = effects.typed(context) | set(context.default_map or ())
+    lists = [name for name in ("ignore", "only") if name in effects.typed(context)]
+    if more and len(lists) != 1:
+        raise UsageError(f"one word too many: {more[0]}", hint="quote it, or repeat --ignore or --only for each module")
+    if more:
+        values = values | {lists[0]: (*values[lists[0]], *more)}
+    return target(to, values, given)
 
 
 @cli.command()
 @click.argument("model")
 @click.argument("out")
-@options(CONVERSION, SAMPLES, RESOURCES)
+@click.argument("more", nargs=-1)
+@options(TO, CONVERSION, HF, SAMPLES, RESOURCES)
 @click.option(
     "--hub-keep",
     type=click.Choice(["all", "none"]),
@@ -65,14 +83,19 @@ def convert(
     samples: int,
     max_length: int,
     batch_size: int,
+    to: str,
+    more: tuple[str, ...],
     **values: Any,
 ) -> int:
-    """Convert MODEL (a Hugging Face or Meta folder, or org/name[@revision] on the Hub) into the TensorRT-LLM checkpoint folder OUT."""
+    """Convert MODEL (a Hugging Face or Meta folder, or org/name[@revision] on the Hub) into the folder OUT.
+
+    What OUT is, --to says: a TensorRT-LLM checkpoint, or a quantized Hugging Face directory.
+    """
     import dataclasses
 
     from streamconv import api
-    from streamconv.calibrate.before import with_ranges
-    from streamconv.calibrate.request import Samples
+    from streamconv.calibration.before import with_ranges
+    from streamconv.calibration.request import Samples
     from streamconv.cli import view
 
     if quiet or as_json:
@@ -86,24 +109,28 @@ def convert(
         on_device_loss=on_device_loss,
         no_lock=no_lock,
     )
-    effects.check(click.get_current_context(), model, Options(**values))
-    options = with_ranges(
-        model,
-        out,
-        Options(**values),
-        Samples(text, samples, max_length, batch_size) if text else None,
-        memory_budget=asked.memory_budget,
-        device=asked.device,
-        force=force,
-        **view.layers(quiet or as_json),
-    )
+    wanted = asked_target(to, values, more)
+    if isinstance(wanted, TensorRTLLM):
+        effects.check(click.get_current_context(), model, wanted)
+        wanted = with_ranges(
+            model,
+            out,
+            wanted,
+            Samples(text, samples, max_length, batch_size) if text else None,
+            memory_budget=asked.memory_budget,
+            device=asked.device,
+            force=force,
+            **view.layers(quiet or as_json),
+        )
+    elif text:
+        raise UsageError("--text: activation ranges are for --to trtllm so far", hint="leave it out")
     report = api.convert(
         model,
         out,
-        options,
+        wanted,
         asked,
         force=force,
-        watcher=view.Progress(quiet or as_json),
+        meter=view.meter(quiet or as_json),
     )
     show_report(report, as_json, quiet)
     recipe_option.compare(out)
@@ -121,7 +148,7 @@ def show_report(report: Any, as_json: bool, quiet: bool) -> None:
     if quiet or as_json:
         return
     output.line(
-        f"{report.out}: {report.files} rank file{'s' * (report.files != 1)}, {report.tensors} tensors, "
+        f"{report.out}: {report.files} file{'s' * (report.files != 1)}, {report.tensors} tensors, "
         f"{show_size(report.bytes_written)} written, {show_size(report.bytes_read)} read in {report.seconds:.1f} s; "
         f"peak memory {show_size(report.peak_memory)} of {show_size(report.budget)} with {report.workers} workers"
         + (f"; {report.resumed} tiles of an earlier run were kept" if report.resumed else "")
@@ -133,7 +160,8 @@ def show_report(report: Any, as_json: bool, quiet: bool) -> None:
 @cli.command()
 @click.argument("model")
 @click.argument("out", required=False)
-@options(CONVERSION, RESOURCES)
+@click.argument("more", nargs=-1)
+@options(TO, CONVERSION, HF, RESOURCES)
 @recipe_option.option(_recipe_keys)
 @click.option("--write-config", metavar="FILE", help="Write a recipe (TOML) that gives exactly this conversion.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -146,6 +174,8 @@ def plan(
     device_memory_budget: str,
     write_config: str | None,
     as_json: bool,
+    to: str,
+    more: tuple[str, ...],
     **values: Any,
 ) -> int:
     """Show what convert would do, from the headers alone."""
@@ -154,12 +184,14 @@ def plan(
     from streamconv.hub import cache_need
 
     asked = resources(memory_budget, workers, device, device_memory_budget)
-    effects.check(click.get_current_context(), model, Options(**values))
-    index, made = api.open_and_plan(model, Options(**values), asked.memory_budget)
+    wanted = asked_target(to, values, more)
+    if isinstance(wanted, TensorRTLLM):
+        effects.check(click.get_current_context(), model, wanted)
+    index, made = api.open_and_plan(model, wanted, asked.memory_budget)
     try:
         if write_config:
             given = {"memory_budget": memory_budget, "workers": workers, "device": device, "device_memory_budget": device_memory_budget}
-            recipe_option.write(write_config, model, out, made.options, given, index)
+            recipe_option.write(write_config, model, out, made.target, given, index)
         device_why = api.choose_device(made, asked).why
         costs = api.costs_of(made)
         refused = api.output_problem(index, made, out) if out is not None else None
@@ -201,7 +233,7 @@ def verify(
 ) -> int:
     """Check a converted folder: structure, every tensor against config.json, hashes and, with --source, every byte against MODEL."""
     from streamconv.cli import verify_view
-    from streamconv.verify import verify as check
+    from streamconv.verification.check import verify as check
 
     if source is None:
         effects.needs(click.get_current_context(), "source", ("activation_ranges", "memory_budget", "workers"))
@@ -240,7 +272,7 @@ def verify(
 @click.option("--quiet", "-q", is_flag=True, help="Print errors and warnings only.")
 def calibrate(model: str, ranges: str, text: str | None, memory_budget: str, as_json: bool, quiet: bool, **values: Any) -> int:
     """Measure the activation ranges of MODEL on text, one layer at a time."""
-    from streamconv.calibrate.run import calibrate as run_calibration
+    from streamconv.calibration.run import calibrate as run_calibration
     from streamconv.cli import view
     from streamconv.memory import parse_size, show_size
 

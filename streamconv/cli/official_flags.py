@@ -10,9 +10,9 @@ from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
 from streamconv.cli import output
-from streamconv.cli.fabricate import Sizes
+from streamconv.cli.config_from_flags import Sizes
 from streamconv.errors import UsageError
-from streamconv.options import Options
+from streamconv.targets.trtllm.options import TensorRTLLM
 
 _LEVELS = ("internal_error", "error", "warning", "info", "verbose", "debug", "trace")
 _PRECISIONS = ("int8", "int4", "int8_gptq", "int4_gptq", "int4_awq")
@@ -33,7 +33,7 @@ class OfficialRequest:
     model_dir: str | None
     meta_ckpt_dir: str | None
     output_dir: str
-    options: Options
+    options: TensorRTLLM
     memory_budget: str | None
     workers: int
     device: str
@@ -152,7 +152,7 @@ def parse(argv: list[str]) -> OfficialRequest:
         raise UsageError(f"--ckpt_type {args.ckpt_type} is not supported", hint="only Hugging Face checkpoints are")
     if args.int8_kv_cache and args.fp8_kv_cache:
         raise UsageError("--int8_kv_cache and --fp8_kv_cache exclude each other")
-    options = Options(
+    options = TensorRTLLM(
         tp_size=args.tp_size,
         pp_size=args.pp_size,
         cp_size=args.cp_size,

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from streamconv import fs, mounts, place
-from streamconv.budget import Shares, TileCost
 from streamconv.cli import output
 from streamconv.cli.view import table
 from streamconv.errors import printable
 from streamconv.memory import show_size
-from streamconv.plan import Plan
-from streamconv.targets.trtllm.config_sections import late_keys
+from streamconv.planning.memory_plan import Shares, TileCost
+from streamconv.planning.plan import Plan
+from streamconv.run import fs, inside, mounts
 
 
 def content(plan: Plan, shares: Shares, costs: list[TileCost], out: str | None) -> dict[str, Any]:
@@ -31,10 +29,11 @@ def content(plan: Plan, shares: Shares, costs: list[TileCost], out: str | None) 
     return {
         "family": plan.family,
         "dtype": plan.dtype.torch,
-        "options": plan.options.to_json(),
+        "target": plan.target.key,
+        "options": plan.target.to_json(),
         "fingerprint": plan.fingerprint(),
         "files": [{"name": f.name, "size": f.size, "tensors": f.tensors} for f in plan.files]
-        + [{"name": "config.json", "size": len(plan.config), "tensors": 0}],
+        + [{"name": side.name, "size": side.size, "tensors": 0} for side in plan.side_files],
         "stored_as": dict(plan.decisions),
         "bytes_to_read": plan.bytes_read,
         "passes": plan.passes,
@@ -49,18 +48,9 @@ def content(plan: Plan, shares: Shares, costs: list[TileCost], out: str | None) 
         "workers": shares.workers,
         "largest_tile": tile,
         "disk": {"free": free, "need": plan.bytes_written, "enough": free is None or free >= plan.bytes_written},
-        "notes": _notes(plan),
+        "notes": list(plan.notes),
         "warnings": warnings,
     }
-
-
-def _notes(plan: Plan) -> list[str]:
-    """What is right for the release that was asked for, and not for every one of its line."""
-    late = late_keys(json.loads(plan.config))
-    if late is None:
-        return []
-    told = "which early releases of TensorRT-LLM 1.x do not know and reject"
-    return [f"config.json holds {late}, {told}: --target-version 1.0 leaves them out"]
 
 
 def show(
@@ -79,14 +69,13 @@ def show(
         cache: see `hub.cache_need`.
         refused: why `convert` would not write to `out`.
     """
-    inside = place.choose(Path(os.path.realpath(out)), fs.Disk()).inside if out else None
-    told = content(plan, shares, costs, out) | {"device": device, "output_problem": refused, "work_inside_output": inside}
+    why = inside.choose(Path(os.path.realpath(out)), fs.Disk()).inside if out else None
+    told = content(plan, shares, costs, out) | {"device": device, "output_problem": refused, "work_inside_output": why}
     told["disk"]["cache"] = cache
     if as_json:
         output.dump(told)
         return
-    options = plan.options
-    output.line(f"{plan.family}, {plan.dtype.torch}, TensorRT-LLM {options.target_version}, tp {options.tp_size} x pp {options.pp_size}")
+    output.line(f"{plan.family}, {plan.dtype.torch}, {plan.target.headline}")
     output.line()
     files = [(f["name"], show_size(f["size"]), str(f["tensors"] or "")) for f in told["files"]]
     if len(files) > 20:
@@ -105,8 +94,8 @@ def show(
     output.line(f"device   {device}")
     enough = "the file system does not say" if disk["free"] is None else "enough" if disk["enough"] else "NOT ENOUGH"
     output.line(f"disk     {_free(disk['free'])} free, {show_size(disk['need'])} needed: {enough}")
-    if inside:
-        output.line(f"place    {printable(str(out))} {inside}: the work is done in hidden files inside it, config.json comes last")
+    if why:
+        output.line(f"place    {printable(str(out))} {why}: the work is done in hidden files inside it, config.json comes last")
     if cache is not None:
         more = f"{_free(cache['all'])} more, with --hub-keep none at most {_free(cache['none'])}"
         output.line(f"cache    {_free(cache['free'])} free, the download needs {more}")

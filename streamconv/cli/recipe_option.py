@@ -9,11 +9,12 @@ from typing import Any
 import click
 
 from streamconv.cli import output
-from streamconv.options import Options, Resources
-from streamconv.recipe import Kind, Recipe
+from streamconv.cli.recipe import Kind, Recipe
+from streamconv.options import Resources
+from streamconv.planning.plan import PlannedTarget
 
-_KEY = "streamconv.recipe"
-_OWN = ("config", "write_config", "as_json", "quiet")
+_KEY = "streamconv.cli.recipe"
+_OWN = ("config", "write_config", "as_json", "quiet", "more")
 """What a command says, and recipes themselves, are no part of one."""
 _NUMBERS_TOO = ("workers",)
 """Flags whose text may be a number, so that it need not be quoted."""
@@ -30,6 +31,8 @@ def kinds(*commands: click.Command) -> dict[str, Kind]:
 
 
 def _kind(param: click.Parameter) -> Kind:
+    if isinstance(param, click.Option) and param.multiple:
+        return Kind((list,), "a list of texts in quotes")
     if isinstance(param, click.Option) and param.is_flag:
         return Kind((bool,), "true or false")
     if isinstance(param.type, click.Choice):
@@ -54,7 +57,7 @@ def option(known: Callable[[], dict[str, Kind]]) -> Callable[[Callable[..., Any]
     def take(context: click.Context, _: click.Parameter, value: str | None) -> None:
         if value is None:
             return
-        from streamconv import recipe
+        from streamconv.cli import recipe
 
         found = recipe.read(value, known())
         context.meta[_KEY] = found
@@ -78,13 +81,13 @@ def compare(out: str) -> None:
         output.note(f"warning: {out} is not what {found.path} tells of: {why}")
 
 
-def write(path: str, model: str, out: str | None, options: Options, others: Mapping[str, object], index: Any) -> None:
+def write(path: str, model: str, out: str | None, options: PlannedTarget, others: Mapping[str, object], index: Any) -> None:
     """Write the recipe of a plan; a model of the Hub is named by its commit.
 
     Args:
         index: the opened source.
     """
-    from streamconv import recipe
+    from streamconv.cli import recipe
     from streamconv.hub.shard import HubShard
 
     for shard in index.shards:

@@ -8,7 +8,7 @@ from math import isinf
 from streamconv.cli import output
 from streamconv.cli.view import table
 from streamconv.errors import shorten
-from streamconv.verdict import Verdict
+from streamconv.verification.verdict import Verdict
 
 
 def show(out: str, verdict: Verdict, as_json: bool, quiet: bool) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from streamconv.device import fused
+from streamconv.device import triton_launch as fused
 from streamconv.device.sizing import NoRoom
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from streamconv.errors import UsageError
 from streamconv.memory import MIB
-from streamconv.plan import Plan
-from streamconv.stages.encode import is_copy, requests, width
+from streamconv.planning.plan import Plan
+from streamconv.run.encode import is_copy, requests, width
 
 HOST_COST = 900 * MIB
 """Host memory that torch and a CUDA context take before the first tile (measured on an H200 node)."""
@@ -111,7 +111,7 @@ def work_of(plan: Plan) -> Work:
             share = size * cols // span.source.cols
             fused = encoding.kernel(span.source.dtype) is not None
             kernel, torch = kernel + share * fused, torch + share * (not fused)
-            back += rows * sum(part.row_bytes for part in encoding.parts(encoding.row_align, cols))
+            back += sum(part.nbytes(rows) for part in encoding.parts(encoding.row_align, cols))
     return Work(read + sum(file.size for file in plan.files), kernel, torch, back)
 
 

@@ -18,11 +18,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from streamconv.device.backend import Backend
-from streamconv.device.fused import Unfused, abandon
 from streamconv.device.sizing import HALVES, LANES, Sizes
 from streamconv.device.step import NOTE, Batch, Job, lay_out
+from streamconv.device.triton_launch import Unfused, abandon
 from streamconv.errors import StreamconvError
-from streamconv.plan import Span
+from streamconv.planning.plan import Span
 from streamconv.quants.base import Known
 
 if TYPE_CHECKING:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from streamconv.device.fused import has_kernel
+from streamconv.device.triton_launch import has_kernel
 from streamconv.errors import UsageError
 from streamconv.memory import GIB, KIB, MIB
-from streamconv.plan import Matrix, Span
-from streamconv.stages.encode import is_copy, requests, width
+from streamconv.planning.plan import Matrix, Span
+from streamconv.run.encode import is_copy, requests, width
 
 LANES = 2
 """Tiles computed at the same time: one waits for the host between kernels while the other runs."""
@@ -83,7 +83,8 @@ def demand(spans: Iterable[Span], matrices: Sequence[Matrix], fused: bool = Fals
         made, each = 0, 0.0
         for request in wanted:
             encoding, cols = request[1], width(request)
-            made += sum(part.row_bytes for part in encoding.parts(encoding.row_align, cols))
+            align = encoding.row_align
+            made += -(-sum(part.nbytes(align) for part in encoding.parts(align, cols)) // align)
             gathered = cols * span.source.dtype.itemsize * (len(request[0]) > 1)
             definition = not (fused and has_kernel(encoding, span.source.dtype))
             each = max(each, (gathered + definition * cols * encoding.torch_bytes_per_element()) / span.row_bytes)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from streamconv.device import fused
-from streamconv.plan import Span
+from streamconv.device import triton_launch as fused
+from streamconv.planning.plan import Span
 from streamconv.quants.base import Findings
-from streamconv.stages.encode import Request, width
+from streamconv.run.encode import Request, width
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,7 +41,7 @@ def lay_out(jobs: Sequence[Job], rows: int, space: Bytes) -> Bytes:
     for job in jobs:
         encoding = job.request[1]
         for part in encoding.parts(encoding.row_align, width(job.request)):
-            size = rows * part.row_bytes
+            size = part.nbytes(rows)
             job.parts.append(space[:size])
             space = space[-(-size // 64) * 64 :]
     return space

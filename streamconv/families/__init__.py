@@ -19,7 +19,7 @@ def all_families() -> tuple[Family, ...]:
     found: list[Family] = []
     for module in pkgutil.iter_modules(__path__):
         if module.name != "base":
-            found.extend(importlib.import_module(f"{__name__}.{module.name}").FAMILIES)
+            found.extend(getattr(importlib.import_module(f"{__name__}.{module.name}"), "FAMILIES", ()))
     return tuple(sorted(found, key=lambda family: family.name))
 
 

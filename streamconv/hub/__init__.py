@@ -23,11 +23,11 @@ from streamconv.checkpoint.index import (
 )
 from streamconv.checkpoint.meta import PARAMS
 from streamconv.errors import CheckpointError, printable
-from streamconv.fs import free_space
+from streamconv.families.naming import settle
 from streamconv.hub.problems import no_folder
 from streamconv.hub.repo import download, listing, named, note_revision, small_file
 from streamconv.hub.shard import AT_A_TIME, HubShard
-from streamconv.naming import settle
+from streamconv.run.fs import free_space
 
 _CONFIG = "config.json"
 MEMORY = 48 << 20
@@ -75,15 +75,30 @@ def local_folder(source: str | os.PathLike[str]) -> Path:
         return index.root
 
 
-def open_source(source: str | os.PathLike[str]) -> Index:
+def open_source(source: str | os.PathLike[str], raw: bool = False) -> Index:
+    """`open_stored` under the names that the family tables know.
+
+    Args:
+        raw: leave names and config as they are stored.
+
+    Raises:
+        HubError: the Hub did not give what was asked for; else as open_index and settle.
+    """
+    return open_stored(source) if raw else settle(open_stored(source))
+
+
+def open_stored(source: str | os.PathLike[str], tensors_only: bool = False) -> Index:
     """Open a local checkpoint or one of the Hub; reads config files and headers, downloads no weight.
+
+    Args:
+        tensors_only: as of open_index.
 
     Raises:
         HubError: the Hub did not give what was asked for; else as open_index.
     """
     hub = named(source)
     if hub is None:
-        return settle(open_index(source))
+        return open_index(source, tensors_only)
     # The Xet client buffers gigabytes outside of any budget; plain HTTP does not. HF_HUB_DISABLE_XET=0 brings it back.
     os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
     with no_folder(os.fspath(source)):
@@ -105,4 +120,4 @@ def open_source(source: str | os.PathLike[str]) -> Index:
     if not chosen.names:
         raise foreign(str(repo), files) or CheckpointError(f"no .safetensors file in {repo}, nor any pytorch_model*.bin")
     shards = tuple(HubShard(repo, files[name], folder) for name in chosen.names)
-    return settle(build_index(folder, read_json(folder / _CONFIG, MAX_CONFIG), shards, chosen))
+    return build_index(folder, read_json(folder / _CONFIG, MAX_CONFIG), shards, chosen)

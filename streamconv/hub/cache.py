@@ -9,8 +9,8 @@ import stat
 from pathlib import Path
 from typing import NamedTuple
 
+from streamconv.checkpoint.untrusted import open_regular
 from streamconv.errors import SourceChangedError, printable
-from streamconv.untrusted import open_regular
 
 _PIECE = 1 << 20
 

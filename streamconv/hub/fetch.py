@@ -7,13 +7,14 @@ import threading
 from collections.abc import Mapping, Sequence
 
 from streamconv import memory
+from streamconv.checkpoint.rows import SourceTensor
 from streamconv.checkpoint.shard import Shard
 from streamconv.errors import HubError, printable
-from streamconv.fs import free_space
 from streamconv.hub.shard import AT_A_TIME, HubShard
-from streamconv.journal import Done
-from streamconv.plan import Plan, SourceTensor
+from streamconv.planning.plan import Plan
 from streamconv.process import start_thread
+from streamconv.run.fs import free_space
+from streamconv.run.journal import Done
 
 
 class Fetch:

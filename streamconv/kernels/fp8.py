@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 
 @cache
-def fp8_kernel(source: DType, model: DType, lo: float, hi: float) -> Kernel:
+def fp8_kernel(
+    source: DType, model: DType, lo: float, hi: float, floor: float, zero: float, scale: DType, quotient: DType
+) -> Kernel:
     """The kernel for one source dtype, rounded to `model` first; numba is loaded when it is first called."""
 
     def run(flat: Any, start: int, stride: int, rows: int, cols: int, outs: Sequence[Any]) -> Findings:
@@ -23,9 +25,9 @@ def fp8_kernel(source: DType, model: DType, lo: float, hi: float) -> Kernel:
         from streamconv.kernels.fp8_code import fp8_rows
         from streamconv.kernels.rows import CODES
 
-        scales = outs[1].view(np.float32)
-        bounds = (np.float32(lo), np.float32(hi))
-        kinds = (CODES[source.name], CODES[model.name])
+        scales = outs[1].view(scale.storage)
+        bounds = (np.float32(lo), np.float32(hi), np.float32(floor), np.float32(zero))
+        kinds = (CODES[source.name], CODES[model.name], CODES[scale.name], CODES[quotient.name])
         return Findings(int(fp8_rows(flat, start, stride, rows, cols, outs[0], scales, *kinds, *bounds)))
 
     return run

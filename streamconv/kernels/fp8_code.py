@@ -9,6 +9,7 @@ import numpy as np
 from streamconv.kernels.jit import bits_of, float_of, jit
 from streamconv.kernels.nearest import load_bits, round_bits
 from streamconv.kernels.rows import BLOCK
+from streamconv.kernels.scale_code import divide, scale_from, store_scale
 
 _Array = np.ndarray[Any, Any]
 
@@ -50,6 +51,22 @@ def quotients(bits: _Array, scale: np.float32, out: _Array) -> None:
 
 
 @jit
+def e4m3_row(values: _Array, out: _Array) -> None:
+    for i in range(values.size):
+        out[i] = to_e4m3(values[i])
+
+
+@jit
+def finite_top(bits: _Array) -> np.uint32:
+    """Largest finite magnitude."""
+    top = np.uint32(0)
+    for i in range(bits.size):
+        a = np.uint32(bits[i] & np.uint32(0x7FFFFFFF))
+        top = max(top, a if a < np.uint32(0x7F800000) else np.uint32(0))
+    return top
+
+
+@jit
 def fp8_rows(
     source: _Array,
     start: int,
@@ -60,13 +77,17 @@ def fp8_rows(
     scales: _Array,
     kind: int,
     model: int,
+    scale_kind: int,
+    quotient: int,
     lo: np.float32,
     hi: np.float32,
+    floor: np.float32,
+    zero: np.float32,
 ) -> int:
-    """Rows of type `kind`, rounded to type `model` -> e4m3 bytes and float32 scales; gives how many values were NaN or infinite."""
+    """Rows of type `kind`, rounded to type `model` -> e4m3 bytes and scales; gives how many values were NaN or infinite."""
     bits = np.empty(cols, np.uint32)
     bad = 0
-    floor = np.float32(1.0 / (448.0 * 512.0))
+    values = np.empty(cols, np.float32)
     least = min(-lo, hi)
     for r in range(rows):
         top = load_bits(source[start + r * stride : start + r * stride + cols], kind, bits)
@@ -75,16 +96,25 @@ def fp8_rows(
         if top >= np.uint32(0x7F800000):
             bad += repair(bits)
         if top >= np.uint32(0x7F800000) or float_of(top) > least:
+            low, high = lo, hi
+            if hi == np.float32(np.inf):  # nothing is clamped: infinity becomes the largest finite value
+                high = float_of(finite_top(bits))
+                low = np.float32(-high)
             top = np.uint32(0)
             for i in range(cols):
                 value = float_of(bits[i])
-                value = value if value > lo else lo
-                value = value if value < hi else hi
+                value = value if value > low else low
+                value = value if value < high else high
                 bits[i] = bits_of(value)
                 top = max(top, np.uint32(bits[i] & np.uint32(0x7FFFFFFF)))
-        scale = max(np.float32(float_of(top) / np.float32(448)), floor)
-        scales[r] = scale
-        quotients(bits, scale, out[r * cols : (r + 1) * cols])
+        scale = scale_from(top, np.float32(448), scale_kind, zero, floor)
+        store_scale(scale_kind, scale, scales, r)
+        to = out[r * cols : (r + 1) * cols]
+        if quotient == 0:
+            quotients(bits, scale, to)
+        else:
+            divide(bits, scale, quotient, values)
+            e4m3_row(values, to)
     return bad
 
 

@@ -9,13 +9,15 @@ import importlib
 import pkgutil
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from streamconv.checkpoint.dtypes import DType
 from streamconv.errors import UsageError
-from streamconv.options import Options
 from streamconv.quants.base import Encoding, QuantInfo
-from streamconv.quants.refused import refuse
+from streamconv.targets.trtllm.unsupported import refuse
+
+if TYPE_CHECKING:
+    from streamconv.targets.trtllm.options import TensorRTLLM
 
 __all__ = ["Module", "Quant", "all_quants", "quant_of"]
 
@@ -50,13 +52,13 @@ class Quant(Protocol):
     @property
     def info(self) -> QuantInfo: ...
 
-    def encoding(self, module: Module, options: Options, dtype: DType) -> Encoding | None:
+    def encoding(self, module: Module, options: TensorRTLLM, dtype: DType) -> Encoding | None:
         """How this module is stored, or None to leave it in the model dtype."""
 
-    def problems(self, module: Module, options: Options, dtype: DType) -> str | None:
+    def problems(self, module: Module, options: TensorRTLLM, dtype: DType) -> str | None:
         """Why this module cannot be stored so, naming sizes; None if it can."""
 
-    def reason(self, module: Module, options: Options) -> str:
+    def reason(self, module: Module, options: TensorRTLLM) -> str:
         """Why a module is left unquantized."""
 
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from streamconv.checkpoint.dtypes import I8, DType
-from streamconv.options import Options
 from streamconv.quants.base import Encoding, Findings, Kernel, Part, QuantInfo
 from streamconv.quants.gptq import group_problem
 
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from streamconv.quants import Module
+    from streamconv.targets.trtllm.options import TensorRTLLM
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +72,10 @@ class Awq:
             evidence="specification",
         )
 
-    def encoding(self, module: Module, options: Options, dtype: DType) -> Encoding | None:
+    def encoding(self, module: Module, options: TensorRTLLM, dtype: DType) -> Encoding | None:
         return PairedWeight()
 
-    def problems(self, module: Module, options: Options, dtype: DType) -> str | None:
+    def problems(self, module: Module, options: TensorRTLLM, dtype: DType) -> str | None:
         if dtype.itemsize != 2:
             return f"--quant int4_awq: group-wise weights need --dtype float16 or bfloat16, not {dtype.torch}"
         if options.target_version == "0.16" and module.rows <= module.cols // max(options.group_size, 1):
@@ -86,7 +86,7 @@ class Awq:
             )
         return group_problem("int4_awq", module, options.group_size)
 
-    def reason(self, module: Module, options: Options) -> str:
+    def reason(self, module: Module, options: TensorRTLLM) -> str:
         return "left as it is"
 
 

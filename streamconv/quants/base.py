@@ -1,8 +1,8 @@
 """What a quantization is: how rows of a weight matrix become the tensors of a checkpoint, and back.
 
 A format is one file in this folder. It registers a `Quant`, which, for one set of options, gives an `Encoding` per kind of
-module. An encoding is row-streaming: output row n of a matrix decides bytes [n*row_bytes, (n+1)*row_bytes) of each of
-its tensors and no others, so tiles may be cut at any multiple of `row_align` rows.
+module. An encoding is row-streaming: each part stores a record of bytes for every so many output rows, decided by these rows
+alone, so tiles may be cut at any multiple of `row_align` rows.
 """
 
 from __future__ import annotations
@@ -25,16 +25,23 @@ class Part:
     """One stored tensor of an encoded matrix.
 
     Attributes:
-        suffix: last component of the tensor's name, e.g. "weight" or "per_channel_scale".
+        role: what it is to the codec, e.g. "weight" or "scale"; targets spell tensor names from it.
         dtype: stored type.
         shape: recorded shape.
-        row_bytes: bytes that one output row of the matrix contributes.
+        record_bytes: bytes of a record.
+        record_rows: output rows of a record: rows [i * record_rows, (i + 1) * record_rows) are bytes [i * record_bytes,
+            (i + 1) * record_bytes). The last record of a matrix may have fewer rows, and has as many bytes.
     """
 
-    suffix: str
+    role: str
     dtype: DType
     shape: tuple[int, ...]
-    row_bytes: int
+    record_bytes: int
+    record_rows: int = 1
+
+    def nbytes(self, rows: int) -> int:
+        """Bytes of `rows` output rows from the start of a record."""
+        return -(-rows // self.record_rows) * self.record_bytes
 
 
 @dataclass(slots=True)
@@ -91,7 +98,7 @@ Kernel = Callable[["np.ndarray[Any, Any]", int, int, int, int, "Sequence[np.ndar
 """A fused CPU kernel: kernel(flat, start, stride, rows, cols, outs).
 
 `flat` is a 1-D contiguous array of the source storage type (u2 for BF16/F16, u4 for F32, u1 for one-byte types);
-element (r, c) of the block is flat[start + r*stride + c]. `outs` are 1-D uint8 arrays of exactly rows*row_bytes bytes, one
+element (r, c) of the block is flat[start + r*stride + c]. `outs` are 1-D uint8 arrays of exactly `Part.nbytes(rows)` bytes, one
 for each part. It must release the interpreter lock while it works.
 """
 
@@ -103,7 +110,10 @@ class Encoding(ABC):
     """What a plan prints for it, e.g. "int8 (layout A)"."""
 
     row_align: int = 1
-    """Tiles hold a multiple of this many output rows (the matrix itself too)."""
+    """Tiles hold a multiple of this many output rows; so does the matrix, unless `partial`."""
+
+    partial: bool = False
+    """The last tile of a matrix may hold fewer rows than `row_align`."""
 
     quantizes: bool = False
     """True if NaN and infinity must stop the conversion."""

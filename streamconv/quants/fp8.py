@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from streamconv.checkpoint.dtypes import F8_E4M3, F32, DType
-from streamconv.options import Options
 from streamconv.quants.base import Encoding, QuantInfo
 from streamconv.quants.fp8_rowwise import Fp8Rowwise
 from streamconv.quants.fp8_tensor import Fp8Tensor
@@ -15,6 +14,7 @@ from streamconv.quants.plain import Plain
 
 if TYPE_CHECKING:
     from streamconv.quants import Module
+    from streamconv.targets.trtllm.options import TensorRTLLM
 
 CLAMP = 1200.0
 """The bound where the source states none."""
@@ -46,24 +46,24 @@ class Fp8RowwiseQuant:
             least_sm=89,
         )
 
-    def encoding(self, module: Module, options: Options, dtype: DType) -> Encoding | None:
+    def encoding(self, module: Module, options: TensorRTLLM, dtype: DType) -> Encoding | None:
         if self._left_out(module, options):
             return None
         if (module.layer, module.name) in self.copied:
             return Plain(F8_E4M3)
         return Fp8Rowwise(-self.bound, self.bound, dtype if self.cast else None)
 
-    def problems(self, module: Module, options: Options, dtype: DType) -> str | None:
+    def problems(self, module: Module, options: TensorRTLLM, dtype: DType) -> str | None:
         if module.experts:
             return "--quant fp8_rowwise: TensorRT-LLM rejects it for mixture-of-experts; use --quant int8 or int4"
         return None
 
-    def reason(self, module: Module, options: Options) -> str:
+    def reason(self, module: Module, options: TensorRTLLM) -> str:
         if module.layer in (0, module.layers - 1):
             return "Meta's recipe leaves the first and the last layer out"
         return "Meta's recipe leaves attention out"
 
-    def constants(self, layer: int, layers: int, options: Options) -> list[tuple[str, DType, tuple[int, ...], bytes]]:
+    def constants(self, layer: int, layers: int, options: TensorRTLLM) -> list[tuple[str, DType, tuple[int, ...], bytes]]:
         """The activation clamps of a layer: (name inside the layer, dtype, shape, bytes)."""
         if not options.use_meta_fp8_rowwise_recipe:
             owners = ["input_layernorm", "post_layernorm", "attention", "mlp"]
@@ -71,7 +71,7 @@ class Fp8RowwiseQuant:
             owners = [] if layer in (0, layers - 1) else ["post_layernorm", "mlp"]
         return [(f"{owner}.clamp_val", F32, (2,), struct.pack("<2f", -self.bound, self.bound)) for owner in owners]
 
-    def _left_out(self, module: Module, options: Options) -> bool:
+    def _left_out(self, module: Module, options: TensorRTLLM) -> bool:
         if not options.use_meta_fp8_rowwise_recipe:
             return False
         return module.layer in (0, module.layers - 1) or module.name.startswith("attention")
@@ -91,15 +91,15 @@ class Fp8Quant:
         evidence="specification",
     )
 
-    def encoding(self, module: Module, options: Options, dtype: DType) -> Encoding | None:
+    def encoding(self, module: Module, options: TensorRTLLM, dtype: DType) -> Encoding | None:
         return Fp8Tensor(f"largest weight of layer {module.layer} {module.name}")
 
-    def problems(self, module: Module, options: Options, dtype: DType) -> str | None:
+    def problems(self, module: Module, options: TensorRTLLM, dtype: DType) -> str | None:
         if module.experts:
             return "--quant fp8: mixture-of-experts weights are not supported; use --quant int8 or int4"
         return None
 
-    def reason(self, module: Module, options: Options) -> str:
+    def reason(self, module: Module, options: TensorRTLLM) -> str:
         return "not quantized"
 
 

@@ -8,7 +8,6 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from streamconv.checkpoint.dtypes import F8_E4M3, F32, DType
-from streamconv.options import Options
 from streamconv.quants.base import Encoding, Findings, Kernel, Known, Part, QuantInfo
 from streamconv.quants.fp8 import Fp8Quant
 from streamconv.quants.plain import Plain
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from streamconv.quants import Module
+    from streamconv.targets.trtllm.options import TensorRTLLM
 
 Scales = tuple[tuple[str, float], ...]
 """(source tensor, its scale) of all sources of a fused matrix."""
@@ -119,16 +119,16 @@ class Fp8GivenQuant:
     def info(self) -> QuantInfo:
         return Fp8Quant.info
 
-    def encoding(self, module: Module, options: Options, dtype: DType) -> Encoding | None:
+    def encoding(self, module: Module, options: TensorRTLLM, dtype: DType) -> Encoding | None:
         given = self.scales.get((module.layer, module.name))
         if given is None:
             return None
         return Plain(F8_E4M3) if len({scale for _, scale in given}) == 1 else Fp8Shared(given)
 
-    def problems(self, module: Module, options: Options, dtype: DType) -> str | None:
+    def problems(self, module: Module, options: TensorRTLLM, dtype: DType) -> str | None:
         if module.experts:
             return "FP8 experts of a mixture-of-experts model cannot be taken over; convert the unquantized model"
         return None
 
-    def reason(self, module: Module, options: Options) -> str:
+    def reason(self, module: Module, options: TensorRTLLM) -> str:
         return "not quantized in the source"

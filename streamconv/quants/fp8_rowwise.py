@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from streamconv.checkpoint.dtypes import F8_E4M3, F32, DType
 from streamconv.quants.base import Encoding, Findings, Kernel, Part
-from streamconv.quants.rounding import half_ulp
+from streamconv.quants.rounding import divided, half_ulp, rounded
 
 if TYPE_CHECKING:
     import torch
@@ -23,18 +24,27 @@ class Fp8Rowwise(Encoding):
 
     Attributes:
         model: what the source is rounded to before anything else, as the loader of Meta's files does; None: nothing (§9).
+        floor: the smallest scale.
+        zero: the scale of a row whose scale would be 0; the floor applies to it too.
+        scale: type that scales are rounded to and stored in.
+        quotient: type that weight / scale is rounded to before it becomes e4m3.
     """
 
     lo: float = -1200.0
     hi: float = 1200.0
     model: DType | None = None
+    floor: float = FLOOR
+    zero: float = 0.0
+    scale: DType = F32
+    quotient: DType = F32
 
     name = "FP8 per channel"
     quantizes = True
 
     def parts(self, rows: int, cols: int, experts: int = 0) -> tuple[Part, ...]:
         lead = (experts,) if experts else ()
-        return (Part("weight", F8_E4M3, (*lead, rows, cols), cols), Part("per_channel_scale", F32, (*lead, rows), 4))
+        scale = Part("per_channel_scale", self.scale, (*lead, rows), self.scale.itemsize)
+        return (Part("weight", F8_E4M3, (*lead, rows, cols), cols), scale)
 
     def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
         """NaN counts as 0 and infinity as the clamp (the engine stops on both unless told)."""
@@ -45,17 +55,21 @@ class Fp8Rowwise(Encoding):
         if bad:
             findings.nonfinite += bad
             values = torch.where(torch.isnan(values), 0.0, values)
+        if self.hi == math.inf and bad:
+            finite = torch.where(torch.isfinite(values), values, 0.0).abs().amax(1, keepdim=True)
+            values = torch.maximum(torch.minimum(values, finite), -finite)
         values = values.clamp(self.lo, self.hi)
-        # both are true divisions: products with reciprocals give other bytes, and CUDA divides by a number that way
         top = values.abs().amax(1, keepdim=True)
-        scale = (top / torch.full_like(top, _LARGEST)).clamp(min=FLOOR)
-        made = (values / scale).clamp(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn)
-        return made.contiguous().reshape(-1).view(torch.uint8), scale.reshape(-1).view(torch.uint8)
+        scale = rounded(divided(top, _LARGEST), self.scale)
+        scale = torch.where(scale == 0, self.zero, scale).clamp(min=self.floor)
+        made = rounded(values / scale, self.quotient).clamp(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn)
+        stored = scale.to(getattr(torch, self.scale.torch)).reshape(-1)
+        return made.contiguous().reshape(-1).view(torch.uint8), stored.view(torch.uint8)
 
     def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:
         import torch
 
-        scale = parts[1].view(torch.float32)
+        scale = parts[1].view(getattr(torch, self.scale.torch)).float()
         return parts[0].view(torch.float8_e4m3fn).to(torch.float32).reshape(rows, cols) * scale[:, None]
 
     def values(self, block: torch.Tensor) -> torch.Tensor:
@@ -69,14 +83,16 @@ class Fp8Rowwise(Encoding):
         return block if self.model is None else block.to(getattr(torch, self.model.torch))
 
     def error(self, block: torch.Tensor) -> torch.Tensor:
-        """e4m3's rounding of W / scale (§9), and some of float32's."""
+        """e4m3's rounding of W / scale, the quotient's own, and what a rounded scale cuts off at 448."""
         values = self.values(block)
-        scale = (values.abs().amax(1, keepdim=True) / _LARGEST).clamp(min=FLOOR)
-        return half_ulp(values / scale, F8_E4M3) * scale + 4 * half_ulp(values, F32)
+        scale = (values.abs().amax(1, keepdim=True) / _LARGEST).clamp(min=max(self.floor, 1e-38))
+        ratio = values / scale
+        return (half_ulp(ratio, F8_E4M3) + 2 * half_ulp(ratio, self.quotient)) * scale + 450 * half_ulp(scale, self.scale)
 
     def kernel(self, source: DType) -> Kernel | None:
         if source.name not in ("F32", "F16", "BF16"):
             return None
         from streamconv.kernels.fp8 import fp8_kernel
 
-        return fp8_kernel(source, self.model or source, self.lo, self.hi)
+        rules = (self.lo, self.hi, self.floor, self.zero)
+        return fp8_kernel(source, self.model or source, *rules, self.scale, self.quotient)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from streamconv.checkpoint.dtypes import I8, DType
-from streamconv.options import Options
 from streamconv.quants.base import Encoding, Findings, Kernel, Part, QuantInfo
 from streamconv.quants.layout import Layout, family_for
 from streamconv.quants.rounding import half_ulp
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from streamconv.quants import Module
+    from streamconv.targets.trtllm.options import TensorRTLLM
 
 AWQ_POSITION = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where AutoAWQ keeps channel j of eight: the number of its nibble, counted from the least significant (§5.2)."""
@@ -177,19 +177,19 @@ class Gptq:
             stores=f"{self.bits} bits in the model dtype; scales and zeros in it",
         )
 
-    def encoding(self, module: Module, options: Options, dtype: DType) -> Encoding | None:
+    def encoding(self, module: Module, options: TensorRTLLM, dtype: DType) -> Encoding | None:
         assert options.target_sm is not None
         family = family_for(options.target_sm, options.target_version, experts=False)
         return PackedWeight(dtype, Layout(family, self.bits))
 
-    def problems(self, module: Module, options: Options, dtype: DType) -> str | None:
+    def problems(self, module: Module, options: TensorRTLLM, dtype: DType) -> str | None:
         if options.encoding == "raw":
             return f"--quant {self.info.key}: these weights are always stored processed; leave out --encoding raw"
         if dtype.itemsize != 2:
             return f"--quant {self.info.key}: group-wise weights need --dtype float16 or bfloat16, not {dtype.torch}"
         return group_problem(self.info.key, module, options.group_size)
 
-    def reason(self, module: Module, options: Options) -> str:
+    def reason(self, module: Module, options: TensorRTLLM) -> str:
         return "left as it is"
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from streamconv.checkpoint.dtypes import F16, DType
-from streamconv.options import Options
 from streamconv.quants.base import Encoding, Findings, Kernel, Part, QuantInfo
 from streamconv.quants.rounding import half_ulp
 
@@ -15,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from streamconv.quants import Module
+    from streamconv.targets.trtllm.options import TensorRTLLM
 
 
 @dataclass(frozen=True)
@@ -88,13 +88,13 @@ class Plain(Encoding):
 class _Unquantized:
     info = QuantInfo("none", None, "weights in the model dtype", flags=("--dtype",), stores="model dtype")
 
-    def encoding(self, module: Module, options: Options, dtype: DType) -> Encoding | None:
+    def encoding(self, module: Module, options: TensorRTLLM, dtype: DType) -> Encoding | None:
         return None
 
-    def problems(self, module: Module, options: Options, dtype: DType) -> str | None:
+    def problems(self, module: Module, options: TensorRTLLM, dtype: DType) -> str | None:
         return None
 
-    def reason(self, module: Module, options: Options) -> str:
+    def reason(self, module: Module, options: TensorRTLLM) -> str:
         return "no quantization asked for"
 
 

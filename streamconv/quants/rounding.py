@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from streamconv.checkpoint.dtypes import DType
+from streamconv.quants.base import Findings
 
 if TYPE_CHECKING:
     import torch
@@ -17,3 +18,35 @@ def half_ulp(values: torch.Tensor, dtype: DType) -> torch.Tensor:
     """The largest rounding error of these values to nearest in `dtype`, float32, as long as none overflows."""
     relative, least = _HALF_ULP[dtype.name]
     return (values.float().abs() * relative).clamp(min=least)
+
+
+FLOATS = ("F32", "F16", "BF16")
+"""What weights are stored in before they are quantized."""
+
+
+def rounded(values: torch.Tensor, dtype: DType) -> torch.Tensor:
+    """float32 values rounded to `dtype` and back."""
+    import torch
+
+    return values if dtype.name == "F32" else values.to(getattr(torch, dtype.torch)).float()
+
+
+def divided(values: torch.Tensor, number: float) -> torch.Tensor:
+    """A true float32 division: CUDA divides by a Python number through its reciprocal, which gives other bits."""
+    import torch
+
+    return values / torch.full_like(values, number)
+
+
+def finite_rows(block: torch.Tensor, findings: Findings) -> torch.Tensor:
+    """float32 rows in which NaN is 0 and infinity the largest finite value of its row (the engine stops on both unless told)."""
+    import torch
+
+    values = block.float()
+    finite = torch.isfinite(values)
+    bad = int((~finite).sum())
+    if not bad:
+        return values
+    findings.nonfinite += bad
+    top = torch.where(finite, values, 0.0).abs().amax(1, keepdim=True)
+    return torch.where(torch.isnan(values), 0.0, torch.maximum(torch.minimum(values, top), -top))

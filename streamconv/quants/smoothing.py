@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from streamconv.checkpoint.activation_ranges import Ranges
 from streamconv.checkpoint.dtypes import DType
 from streamconv.errors import DataError, printable
 from streamconv.quants.base import Findings, Known, ReduceKernel, Reduction
-from streamconv.ranges import Ranges
 
 if TYPE_CHECKING:
     import numpy as np

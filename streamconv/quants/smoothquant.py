@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from streamconv.checkpoint.dtypes import F16, F32, I8, DType
-from streamconv.options import Options
 from streamconv.quants.base import Encoding, Findings, Kernel, Known, Part, QuantInfo
 from streamconv.quants.rounding import half_ulp
 from streamconv.quants.smoothing import (
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     import torch
 
     from streamconv.quants import Module
+    from streamconv.targets.trtllm.options import TensorRTLLM
 
     Array = np.ndarray[Any, Any]
 
@@ -163,7 +163,7 @@ class SmoothWeight(Encoding):
         import numpy as np
 
         made = replace(self, bound=Bound(np.ones(2), 1.0, 1.0 if self.largest else None), keep=None)
-        outs = [np.empty(part.row_bytes, np.uint8) for part in made.parts(1, 2)]
+        outs = [np.empty(part.nbytes(1), np.uint8) for part in made.parts(1, 2)]
         kernel = made.kernel(source)
         if kernel is None:
             super().prepare(source)
@@ -192,15 +192,15 @@ class _SmoothQuant:
         stores="I8; F32 scales and smoothers",
     )
 
-    def encoding(self, module: Module, options: Options, dtype: DType) -> Encoding | None:
+    def encoding(self, module: Module, options: TensorRTLLM, dtype: DType) -> Encoding | None:
         return None  # a layer is smoothed as a whole: targets/trtllm/smooth_layer.py
 
-    def problems(self, module: Module, options: Options, dtype: DType) -> str | None:
+    def problems(self, module: Module, options: TensorRTLLM, dtype: DType) -> str | None:
         if module.experts:
             return "--quant smoothquant: mixture-of-experts weights are not SmoothQuantized; use --quant int8 or int4"
         return None
 
-    def reason(self, module: Module, options: Options) -> str:
+    def reason(self, module: Module, options: TensorRTLLM) -> str:
         return "not smoothed"
 
 

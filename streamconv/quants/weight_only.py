@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from streamconv.checkpoint.dtypes import I8, DType
-from streamconv.options import Options
 from streamconv.quants.base import Encoding, Findings, Kernel, Part, QuantInfo
 from streamconv.quants.layout import Layout, family_for
 from streamconv.quants.rounding import half_ulp
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from streamconv.quants import Module
+    from streamconv.targets.trtllm.options import TensorRTLLM
 
 
 @dataclass(frozen=True)
@@ -116,16 +116,16 @@ class _WeightOnlyQuant:
     bits: int
     info: QuantInfo
 
-    def encoding(self, module: Module, options: Options, dtype: DType) -> Encoding | None:
+    def encoding(self, module: Module, options: TensorRTLLM, dtype: DType) -> Encoding | None:
         if options.encoding == "raw":
             return None
         assert options.target_sm is not None
         return WeightOnly(self.bits, family_for(options.target_sm, options.target_version, module.experts > 0), dtype)
 
-    def problems(self, module: Module, options: Options, dtype: DType) -> str | None:
+    def problems(self, module: Module, options: TensorRTLLM, dtype: DType) -> str | None:
         return size_problem(module.name, module.full_rows, module.full_cols, module.tp)
 
-    def reason(self, module: Module, options: Options) -> str:
+    def reason(self, module: Module, options: TensorRTLLM) -> str:
         return "--encoding raw: trtllm-build quantizes it when it loads"
 
 

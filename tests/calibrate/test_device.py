@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 
 from safetensors.torch import load_file  # noqa: E402
 
-from streamconv.calibrate.run import calibrate, torch_device  # noqa: E402
+from streamconv.calibration.run import calibrate, torch_device  # noqa: E402
 from streamconv.errors import UsageError  # noqa: E402
 from tests.calibrate.test_streamed import model, text, whole  # noqa: E402
 

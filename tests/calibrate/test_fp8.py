@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from streamconv.cli.main import main
-from streamconv.verify import verify
+from streamconv.verification.check import verify
 from tests import tiny
 
 torch = pytest.importorskip("torch")

@@ -15,7 +15,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from streamconv.calibrate.run import calibrate
+from streamconv.calibration.run import calibrate
 from streamconv.errors import StreamconvError
 from tests.calibrate.test_streamed import model, text
 

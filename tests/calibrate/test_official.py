@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from streamconv.calibrate.run import calibrate
+from streamconv.calibration.run import calibrate
 from streamconv.cli.convert_checkpoint import main
 from tests.calibrate.test_streamed import model, text
 

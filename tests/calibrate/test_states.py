@@ -11,10 +11,10 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from streamconv.calibrate import states  # noqa: E402
-from streamconv.calibrate.layers import _runs  # noqa: E402
-from streamconv.calibrate.run import calibrate  # noqa: E402
-from streamconv.calibrate.scratch import Scratch  # noqa: E402
+from streamconv.calibration import states  # noqa: E402
+from streamconv.calibration.layers import _runs  # noqa: E402
+from streamconv.calibration.run import calibrate  # noqa: E402
+from streamconv.calibration.scratch import Scratch  # noqa: E402
 from streamconv.errors import OutputError, SourceChangedError  # noqa: E402
 from tests.calibrate.test_streamed import model, text  # noqa: E402
 
@@ -83,7 +83,7 @@ def test_not_saved_before_it_is_due(model: Path, text: Path, tmp_path: Path, on_
 
 
 def test_a_full_device_is_explained(model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from streamconv.calibrate.layers import OneLayer
+    from streamconv.calibration.layers import OneLayer
     from streamconv.errors import BudgetError
 
     def full(*_: object) -> None:

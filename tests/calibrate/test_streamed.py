@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 
 from safetensors.torch import load_file  # noqa: E402
 
-from streamconv.calibrate.run import calibrate  # noqa: E402
+from streamconv.calibration.run import calibrate  # noqa: E402
 from streamconv.cli.main import main  # noqa: E402
 from tests import tiny  # noqa: E402
 

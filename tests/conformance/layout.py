@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from streamconv.options import Options
+from streamconv.targets.trtllm.options import TensorRTLLM
 from tests.conformance.recipes import EXPERTS, HEADS, LAYERS, SIZE, Key, Recipe
 
 Array = torch.Tensor
@@ -96,7 +96,7 @@ def plain(recipe: Recipe, held: Mapping[Key, Array]) -> dict[str, Array]:
     return found
 
 
-def shared(recipe: Recipe, options: Options) -> bool:
+def shared(recipe: Recipe, options: TensorRTLLM) -> bool:
     """Whether 0.16 finds lm_head in the embedding, so that it is not stored (spec §3.6, §6.2, §6.5)."""
     if options.target_version != "0.16" or options.pp_size > 1 or not recipe.tied:
         return False

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 
 from streamconv.checkpoint.index import Index
+from streamconv.checkpoint.rows import Blank, PackedTensor, Piece, SourceTensor
 from streamconv.checkpoint.shard import Shard
-from streamconv.measured import decoded
-from streamconv.plan import Blank, PackedTensor, Piece, Plan, SourceTensor, Span
+from streamconv.planning.plan import Plan, Span
 from streamconv.quants.gptq import GroupScales
-from streamconv.results import Results
-from streamconv.stages.read import read_rows, spare_bytes_per_row
+from streamconv.run.read import read_rows, scratch_bytes_per_row
+from streamconv.run.results import Results
+from streamconv.verification.measured import decoded
 
 Counts = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -64,7 +65,7 @@ def decode(plan: Plan, index: Index, folder: Path) -> list[Decoded]:
 
 def _decode_span(plan: Plan, span: Span, index: Index, files: list[Shard], results: Results, made: list[Decoded]) -> None:
     count = span.stop - span.start
-    space = [np.empty(count * size, np.uint8) for size in (span.row_bytes, spare_bytes_per_row(span))]
+    space = [np.empty(count * size, np.uint8) for size in (span.row_bytes, scratch_bytes_per_row(span))]
     rows = span.op.out_rows(count)
     block = torch.from_numpy(read_rows(index.shards, span, span.start, span.stop, *space).copy())
     whole = block.view(getattr(torch, span.source.dtype.torch)).reshape(rows, span.source.cols)
@@ -91,8 +92,9 @@ def _decode_span(plan: Plan, span: Span, index: Index, files: list[Shard], resul
 def _check_padding(plan: Plan, number: int, files: list[Shard]) -> None:
     matrix = plan.matrices[number]
     for place in matrix.places:
-        rest = np.empty((matrix.rows - matrix.filled) * place.row_bytes, np.uint8)
-        files[matrix.file].read_into(place.offset + matrix.filled * place.row_bytes, rest.data)
+        begin, end = place.extent(matrix.filled, matrix.rows - matrix.filled)
+        rest = np.empty(end - begin, np.uint8)
+        files[matrix.file].read_into(begin, rest.data)
         assert not rest.any(), f"{place.tensor}: padding rows are not zero"
 
 
@@ -159,7 +161,7 @@ def check_places(plan: Plan) -> None:
         owned += [(c.offset, c.offset + len(c.data), c.tensor) for c in plan.constants if c.file == number]
         for matrix in plan.matrices:
             if matrix.file == number:
-                owned += [(p.offset, p.offset + matrix.rows * p.row_bytes, p.tensor) for p in matrix.places]
+                owned += [(*p.extent(0, matrix.rows), p.tensor) for p in matrix.places]
         at = 0
         for begin, end, name in sorted(owned):
             assert begin == at, f"{file.name}: {name} begins at {begin}, the bytes before it end at {at}"

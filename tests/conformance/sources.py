@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from streamconv.families import Family
-from streamconv.options import Options
+from streamconv.targets.trtllm.options import TensorRTLLM
 from tests.conformance.recipes import GROUP, LINEAR, Key, Recipe, Tensors, ignored, names, values, write
 
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -88,9 +88,9 @@ class Source:
     inputs: dict[Key, torch.Tensor]
     unread: set[str]
 
-    def options(self, quant: str, run: Run, **more: Any) -> Options:
+    def options(self, quant: str, run: Run, **more: Any) -> TensorRTLLM:
         ranges = {"activation_ranges": str(self.ranges)} if run.ranges else {}
-        return Options(quant=quant, **(run.options | ranges | more))
+        return TensorRTLLM(quant=quant, **(run.options | ranges | more))
 
 
 def make(recipe: Recipe, family: Family, run: Run, folder: Path) -> Source:

@@ -15,13 +15,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from streamconv import api, manifest
+from streamconv import api
 from streamconv.errors import RefusedError, TensorError
 from streamconv.families import all_families
-from streamconv.options import Options, Resources
-from streamconv.plan import Plan
+from streamconv.options import Resources
+from streamconv.planning.plan import Plan
 from streamconv.quants import all_quants
-from streamconv.verify import verify
+from streamconv.run import manifest
+from streamconv.targets.trtllm.options import TensorRTLLM
+from streamconv.verification.check import verify
 from tests.conformance import layout
 from tests.conformance.output import Decoded, bytes_read, check_places, decode, elements_used
 from tests.conformance.recipes import LAYERS, RECIPES, Recipe, names, values, write
@@ -58,7 +60,7 @@ def refused(recipe: Recipe, quant: str, run: Run) -> str | None:
     return None
 
 
-def cut_refused(recipe: Recipe, quant: str, options: Options) -> str | None:
+def cut_refused(recipe: Recipe, quant: str, options: TensorRTLLM) -> str | None:
     """The same for a split."""
     if options.pp_size > 1 and recipe.family in ("phi3", "gemma", "gemma2"):
         return "pipeline parallelism is not supported"
@@ -98,7 +100,7 @@ def test_no_tensor_is_left_out_silently(recipe: Recipe, tmp_path: Path) -> None:
     held = {names(recipe, family)[key]: value for key, value in values(recipe, family).items()}
     write(recipe, family, tmp_path / "in", held | {name: torch.zeros(2, 2)})
     with pytest.raises(TensorError, match=f"unexpected tensor {name}"):
-        api.open_and_plan(tmp_path / "in", Options())
+        api.open_and_plan(tmp_path / "in", TensorRTLLM())
 
 
 @pytest.mark.parametrize(("recipe", "quant", "run"), CASES)
@@ -134,7 +136,7 @@ def test_family_with_quant(recipe: Recipe, quant: str, run: Run, tmp_path: Path)
         _against_single(source, options, single[0], ranks)
 
 
-def _convert(source: Source, options: Options, out: Path) -> list[Decoded]:
+def _convert(source: Source, options: TensorRTLLM, out: Path) -> list[Decoded]:
     """Convert, with large tiles and with small ones; check everything that one output says; gives its values."""
     index, plan = api.open_and_plan(source.folder, options)
     with index:
@@ -196,7 +198,7 @@ def _every_byte_once(source: Source, plan: Plan, index: api.Index) -> None:
         assert (found == wanted).all(), f"{name}: elements are stored {found.min()} to {found.max()} times, not {wanted}"
 
 
-def _against_reference(source: Source, options: Options, made: Decoded) -> None:
+def _against_reference(source: Source, options: TensorRTLLM, made: Decoded) -> None:
     """One rank against the modules put together here; names in `made` that nobody knows are an error too."""
     recipe = source.recipe
     wanted = {f"{module}.weight": array.float() for module, array in layout.modules(recipe, source.held).items()}
@@ -222,7 +224,7 @@ def _against_reference(source: Source, options: Options, made: Decoded) -> None:
     assert not left, f"{left[0]} is not in the checkpoint"
 
 
-def _against_single(source: Source, options: Options, single: Decoded, ranks: list[Decoded]) -> None:
+def _against_single(source: Source, options: TensorRTLLM, single: Decoded, ranks: list[Decoded]) -> None:
     """Slices of every tensor, put together, are the tensor of one rank: bit for bit unless a slice has a scale of its own."""
     recipe, seen, first = source.recipe, set(), 0
     split = options.embedding_sharding_dim if options.use_parallel_embedding else None
@@ -254,7 +256,7 @@ def _against_single(source: Source, options: Options, single: Decoded, ranks: li
                 assert torch.equal(joined, single.got[whole]), f"{whole}: the joined slices of {len(held)} ranks are not the whole"
             seen.add(whole)
         first += len(layers)
-    alone = {"lm_head.weight"} if layout.shared(recipe, Options(target_version=options.target_version)) else set()
+    alone = {"lm_head.weight"} if layout.shared(recipe, TensorRTLLM(target_version=options.target_version)) else set()
     assert seen - alone == set(single.got) and first == LAYERS
 
 

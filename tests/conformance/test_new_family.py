@@ -8,7 +8,7 @@ import pytest
 
 from streamconv import api, families
 from streamconv.errors import CheckpointError
-from streamconv.options import Options
+from streamconv.targets.trtllm.options import TensorRTLLM
 from tests import tiny
 
 TABLE = """
@@ -30,8 +30,8 @@ def test_a_file_in_the_folder_is_a_family(tmp_path: Path, monkeypatch: pytest.Mo
         with monkeypatch.context() as patch:
             patch.setattr(families, "__path__", [*families.__path__, str(tmp_path / "tables")])
             families.all_families.cache_clear()
-            api.convert(llama, tmp_path / "one", Options())
-            api.convert(novel, tmp_path / "two", Options())
+            api.convert(llama, tmp_path / "one", TensorRTLLM())
+            api.convert(novel, tmp_path / "two", TensorRTLLM())
     finally:
         families.all_families.cache_clear()
     one, two = ((tmp_path / name / "rank0.safetensors").read_bytes() for name in ("one", "two"))

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from streamconv.fs import Disk, Folder, Mark
+from streamconv.run.fs import Disk, Folder, Mark
 
 FAULTS = {
     name: getattr(errno, name) for name in ("ENOSPC", "EIO", "EDQUOT", "EACCES", "EROFS", "EINTR")

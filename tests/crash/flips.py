@@ -6,7 +6,7 @@ import itertools
 import random
 
 from streamconv.errors import StreamconvError
-from streamconv.verify import verify
+from streamconv.verification.check import verify
 from tests.crash.kills import Count, raised
 from tests.crash.world import World
 

@@ -10,9 +10,11 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from streamconv.beside import Beside
+
 from streamconv.errors import StreamconvError
-from streamconv.fs import Disk
-from streamconv.place import Beside, Inside
+from streamconv.run.fs import Disk
+from streamconv.run.inside import Inside
 from tests.crash.disks import Counting, Intruding
 from tests.crash.kills import Count
 from tests.crash.world import State, World, snapshot

@@ -13,10 +13,12 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from streamconv import api, journal
+from streamconv import api
 from streamconv.errors import LockedError, OutputError
-from streamconv.fs import Disk, Folder, Mark
-from streamconv.options import Options, Resources
+from streamconv.options import Resources
+from streamconv.run import journal
+from streamconv.run.fs import Disk, Folder, Mark
+from streamconv.targets.trtllm.options import TensorRTLLM
 from tests.crash.kills import Count
 from tests.crash.world import snapshot, write_model
 
@@ -43,7 +45,7 @@ class Runs:
     """Conversions of one model by real workers and the journal's thread, in children."""
 
     def __init__(self, root: Path, quant: str = "none", megabytes: int = 64) -> None:
-        self.root, self.options = root, Options(quant=quant, target_sm=80)
+        self.root, self.options = root, TensorRTLLM(quant=quant, target_sm=80)
         self.place, self.out = root / "place", root / "place" / "out"
         self.place.mkdir(parents=True)
         hidden = 512

@@ -15,14 +15,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from streamconv import api, memory, pool
+from streamconv import api, memory
 from streamconv.errors import DataError, LockedError, ResumeError
-from streamconv.fs import Disk, hidden
-from streamconv.journal import Done, Past
-from streamconv.journal import read as read_journal
-from streamconv.lock import OutputLock
-from streamconv.options import Options, Resources
-from streamconv.place import Beside
+from streamconv.options import Resources
+from streamconv.run import pool
+from streamconv.run.beside import Beside
+from streamconv.run.fs import Disk, hidden
+from streamconv.run.journal import Done, Past
+from streamconv.run.journal import read as read_journal
+from streamconv.run.lock import OutputLock
+from streamconv.targets.trtllm.options import TensorRTLLM
 from tests.crash.kills import operations, raised
 from tests.crash.world import World, slowly, snapshot, write_model
 
@@ -95,7 +97,7 @@ def test_changed_work_is_named_and_starts_over_only_with_force(world: World, wha
     assert raised(world, 90)
     shard = world.model / "model.safetensors"
     if what == "option":
-        world.options = Options(quant="int8", target_sm=80)
+        world.options = TensorRTLLM(quant="int8", target_sm=80)
     elif what == "source":
         data = bytearray(shard.read_bytes())
         data[-1] ^= 1
@@ -115,14 +117,14 @@ def test_changed_work_is_named_and_starts_over_only_with_force(world: World, wha
 def test_starting_over_keeps_no_file_of_the_work_given_up(tmp_path: Path) -> None:
     world = World(tmp_path, tp=2)
     assert raised(world, 90)
-    world.options, world.force = Options(), True
+    world.options, world.force = TensorRTLLM(), True
     world.run()
     assert sorted(os.listdir(world.out)) == ["config.json", "rank0.safetensors", "streamconv.json"]
 
 
 def test_another_version_is_named(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     assert raised(world, 90)
-    monkeypatch.setattr("streamconv.journal.__version__", "99")
+    monkeypatch.setattr("streamconv.run.journal.__version__", "99")
     with pytest.raises(ResumeError, match="the version of streamconv"):
         world.run()
 
@@ -134,7 +136,7 @@ def test_bad_weights_leave_nothing_behind(tmp_path: Path) -> None:
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     out = tmp_path / "deep" / "er" / "out"
     with pytest.raises(DataError):
-        api.convert(model, out, Options(quant="int8", target_sm=80), Resources(memory_budget=4 << 30, workers=2))
+        api.convert(model, out, TensorRTLLM(quant="int8", target_sm=80), Resources(memory_budget=4 << 30, workers=2))
     assert not (tmp_path / "deep").exists()
 
 

@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from streamconv import api, journal
+from streamconv import api
 from streamconv.checkpoint.shard import Identity, Shard
 from streamconv.errors import ResumeError, SourceChangedError
-from streamconv.fs import Disk, hidden
-from streamconv.options import Options, Resources
+from streamconv.options import Resources
+from streamconv.run import journal
+from streamconv.run.fs import Disk, hidden
+from streamconv.targets.trtllm.options import TensorRTLLM
 from tests import tiny
 from tests.crash.kills import raised
 from tests.crash.world import World, snapshot
@@ -139,28 +141,28 @@ def split_meta(folder: Path) -> Path:
 @pytest.mark.parametrize("number", [0, 1])
 def test_files_of_one_name_in_two_folders(tmp_path: Path, number: int) -> None:
     model, out = split_meta(tmp_path / "model"), tmp_path / "out"
-    index, plan = api.open_and_plan(model, Options())
+    index, plan = api.open_and_plan(model, TensorRTLLM())
     with index:
         names = [source.name for source in plan.sources]
         assert names == [f"consolidated.{part:02d}/consolidated-00.pth" for part in range(2)]
         before = journal.identity(plan, index.shards)
     flip(model / names[number], -(model / names[number]).stat().st_size // 2)
-    index, plan = api.open_and_plan(model, Options())
+    index, plan = api.open_and_plan(model, TensorRTLLM())
     with index:
         told = journal.differences(before, journal.identity(plan, index.shards))
     assert len(told) == 1 and f"source file {names[number]} (" in told[0]
-    api.convert(model, out, Options(), Resources(memory_budget=4 << 30))
+    api.convert(model, out, TensorRTLLM(), Resources(memory_budget=4 << 30))
 
 
 # ---- the hidden work
 
 
-def cut_vocabulary(root: Path) -> tuple[Path, Options]:
+def cut_vocabulary(root: Path) -> tuple[Path, TensorRTLLM]:
     """A model whose vocabulary does not divide over the ranks, so that rows of padding follow it."""
     random = tiny.tensors()
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         random[name] = random[name][:-3]
-    return tiny.write(root, random, tiny.config(vocab_size=len(random["lm_head.weight"]))), Options(tp_size=2, quant="none")
+    return tiny.write(root, random, tiny.config(vocab_size=len(random["lm_head.weight"]))), TensorRTLLM(tp_size=2, quant="none")
 
 
 def test_padding_is_written_again(tmp_path: Path) -> None:
@@ -180,7 +182,7 @@ def test_padding_is_written_again(tmp_path: Path) -> None:
     for matrix in padded:
         for place in matrix.places:
             with open(work / plan.files[matrix.file].name, "r+b") as file:
-                file.seek(place.offset + matrix.rows * place.row_bytes - 1)
+                file.seek(place.extent(0, matrix.rows)[1] - 1)
                 file.write(b"\1")
     (work / "stray.safetensors").write_bytes(b"stray")
     (work / "folder").mkdir()

@@ -17,10 +17,12 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from streamconv import api, journal
+from streamconv import api
 from streamconv.errors import OutputError
-from streamconv.fs import Disk, hidden
-from streamconv.options import Options, Resources
+from streamconv.options import Resources
+from streamconv.run import journal
+from streamconv.run.fs import Disk, hidden
+from streamconv.targets.trtllm.options import TensorRTLLM
 from tests.crash.disks import Counting, Tapped
 
 HIDDEN = ".streamconv-old."
@@ -126,7 +128,7 @@ class World:
         self, root: Path, quant: str = "none", tp: int = 1, replaced: bool = False, tile_rows: int = 32, mounted: bool = False
     ) -> None:
         self.mounted = mounted
-        self.root, self.options, self.tile_rows = root, Options(quant=quant, tp_size=tp, target_sm=80), tile_rows
+        self.root, self.options, self.tile_rows = root, TensorRTLLM(quant=quant, tp_size=tp, target_sm=80), tile_rows
         self.place, self.force, self.batch = root / "place", replaced, 0
         self.out = self.place / "out"
         self.model = write_model(root / "model", hidden=64 * tp)
@@ -192,7 +194,8 @@ class World:
 
 _SLOWLY = """
 import signal, sys, time
-from streamconv import journal, output_folder
+from streamconv.run import journal
+from streamconv.run import output_folder
 from streamconv.cli import main, signals
 for number, means in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
     signal.signal(number, means)  # whoever runs the tests may ignore them: a shell's background job does

@@ -14,13 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from streamconv import api, mounts
+from streamconv import api
 from streamconv.checkpoint import shard as shards
 from streamconv.cli.main import main
 from streamconv.errors import OutputError, UnreadableError, UsageError
-from streamconv.fs import Disk, free_space, hidden
-from streamconv.options import Options, Resources
-from streamconv.output_folder import OutputFolder
+from streamconv.options import Resources
+from streamconv.run import mounts
+from streamconv.run.fs import Disk, free_space, hidden
+from streamconv.run.output_folder import OutputFolder
+from streamconv.targets.trtllm.options import TensorRTLLM
 from tests import tiny
 from tests.crash.kills import operations, raised
 from tests.crash.world import World, snapshot
@@ -100,9 +102,9 @@ class Poor(Disk):
 def test_no_locks_are_refused_and_can_be_done_without(model: Path, tmp_path: Path, lacks: str) -> None:
     out = tmp_path / "out"
     with pytest.raises(OutputError, match="--no-lock"):
-        api.convert(model, out, Options(), Resources(device="cpu"), disk=Poor(lacks))
+        api.convert(model, out, TensorRTLLM(), Resources(device="cpu"), disk=Poor(lacks))
     assert sorted(os.listdir(tmp_path)) == ["model"]
-    api.convert(model, out, Options(), Resources(device="cpu", no_lock=True), disk=Poor(lacks))
+    api.convert(model, out, TensorRTLLM(), Resources(device="cpu", no_lock=True), disk=Poor(lacks))
     assert json.loads((out / "streamconv.json").read_text())["no_lock"] is True
     assert run("verify", out, "--quiet") == 0
     assert run("convert", model, tmp_path / "flag", "--no-lock", "--quiet") == 0
@@ -135,7 +137,7 @@ def test_names_that_are_none(model: Path, tmp_path: Path, monkeypatch: pytest.Mo
         assert "Traceback" not in capfd.readouterr().err
     assert run("convert", model, "x" * 300) == 6
     with pytest.raises(UsageError):
-        api.convert(model, "", Options())
+        api.convert(model, "", TensorRTLLM())
     assert os.listdir(".") == []
 
 
@@ -221,7 +223,7 @@ def test_a_nested_output_is_not_swept_away(model: Path, tmp_path: Path, monkeypa
 
     monkeypatch.setattr(OutputFolder, "complete", late)
     with pytest.raises(OutputError, match="appeared while the run was at work") as told:
-        api.convert(model, tmp_path / "p" / "out", Options(), Resources(device="cpu"))
+        api.convert(model, tmp_path / "p" / "out", TensorRTLLM(), Resources(device="cpu"))
     assert ".out.streamconv-partial" in (told.value.hint or "")
     assert run("verify", tmp_path / "p" / "out" / "int8", "--quiet") == 0
     os.rename(tmp_path / "p" / "out", tmp_path / "int8")
@@ -240,3 +242,27 @@ def test_mount_tables_are_read(tmp_path: Path) -> None:
     table.write_text("36 35 98:0 /mnt1 /a\\040b rw,noatime master:1 - ext3 /dev/root rw\nbroken\n37 35 0:5 / /t rw - tmpfs tmpfs rw\n")
     assert mounts.mounted(table) == {Path("/a b"): "ext3", Path("/t"): "tmpfs"}
     assert mounts.mounted(tmp_path / "none") == {}
+
+
+def test_ranges_do_not_go_into_the_model(model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    (tmp_path / "text.txt").write_text("some words\n")
+    before = snapshot(model)
+    (tmp_path / "link").symlink_to(model)
+    for where in (model / "x.safetensors", tmp_path / "link" / "deep" / "x.safetensors"):
+        assert run("calibrate", model, "-o", where, "--text", tmp_path / "text.txt") == 6
+        assert "is in the model's folder" in capfd.readouterr().err
+    assert run("calibrate", model, "-o", "", "--text", tmp_path / "text.txt") == 2
+    assert snapshot(model) == before
+
+
+def test_scratch_follows_no_link(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    from streamconv.calibration.scratch import Scratch
+
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "victim" / "states-0").write_text("mine")
+    hidden(tmp_path / "r.safetensors", "calibrate").symlink_to(tmp_path / "victim")
+    with pytest.raises(OutputError, match="not what a calibration"):
+        Scratch(tmp_path / "r.safetensors", "mark", 4)
+    assert os.listdir(tmp_path / "victim") == ["states-0"]

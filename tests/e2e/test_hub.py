@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from streamconv import api
-from streamconv.options import Options
+from streamconv.targets.trtllm.options import TensorRTLLM
 from tests import tiny
 from tests.e2e.hub_run import PARTS, cached, content, hub, on_disk, run, weights
 from tests.e2e.hub_server import REPO, Hub
@@ -40,7 +40,7 @@ def test_headers_by_ranges(hub: Hub, tmp_path: Path, command: str) -> None:
 
 @pytest.mark.parametrize("keep", ["all", "none"])
 def test_convert_equals_local(hub: Hub, tmp_path: Path, keep: str) -> None:
-    api.convert(hub.folder, tmp_path / "local", Options(tp_size=2))
+    api.convert(hub.folder, tmp_path / "local", TensorRTLLM(tp_size=2))
     done = run(hub, tmp_path, "convert", REPO, "out", "--tp-size", "2", "--hub-keep", keep, STREAMCONV_TILE_ROWS="64")
     assert done.returncode == 0, done.stderr
     assert content(tmp_path / "out") == content(tmp_path / "local")
@@ -125,7 +125,7 @@ def test_cut_download_is_resumed(hub: Hub, tmp_path: Path) -> None:
     # the client writes 10 MiB at a time, so two of them were safe
     assert hub.whole.count("model.safetensors") == 1
     assert ("model.safetensors", f"bytes={20 << 20}-") in hub.ranges
-    api.convert(hub.folder, tmp_path / "local", Options())
+    api.convert(hub.folder, tmp_path / "local", TensorRTLLM())
     assert content(tmp_path / "out") == content(tmp_path / "local")
 
 

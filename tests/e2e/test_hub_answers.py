@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from streamconv import api
-from streamconv.options import Options
+from streamconv.targets.trtllm.options import TensorRTLLM
 from tests.e2e.hub_run import PARTS, content, hub, run
 from tests.e2e.hub_server import REPO, SHA, Hub
 
@@ -51,7 +51,7 @@ def test_download_tries_again(hub: Hub, tmp_path: Path, answer: tuple[int, dict[
     hub.begun = lambda name: hub.moods.append(("blobs/model-00003", *answer)) if "00002" in name and not hub.moods else None
     done = run(hub, tmp_path, "convert", REPO, "out", "--quiet")
     assert done.returncode == 0 and not hub.moods, done.stderr
-    api.convert(hub.folder, tmp_path / "local", Options())
+    api.convert(hub.folder, tmp_path / "local", TensorRTLLM())
     assert content(tmp_path / "out") == content(tmp_path / "local")
 
 
@@ -98,7 +98,7 @@ def test_content_that_changes_meanwhile(hub: Hub, tmp_path: Path) -> None:
     hub.begun = lambda name: None
     done = run(hub, tmp_path, "convert", REPO, "out", "--quiet")
     assert done.returncode == 0, done.stderr
-    api.convert(hub.folder, tmp_path / "local", Options())
+    api.convert(hub.folder, tmp_path / "local", TensorRTLLM())
     assert content(tmp_path / "out") == content(tmp_path / "local")
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from streamconv import api
 from streamconv.hub import cache
-from streamconv.options import Options
+from streamconv.targets.trtllm.options import TensorRTLLM
 from tests.e2e.hub_run import ROOT, cached, content, hub, run
 from tests.e2e.hub_server import REPO, SHA, Hub
 
@@ -33,7 +33,7 @@ def fails(done: subprocess.CompletedProcess[str], status: int, says: str) -> Non
 def works(hub: Hub, tmp_path: Path) -> None:
     done = run(hub, tmp_path, "convert", REPO, "out", "--quiet")
     assert done.returncode == 0, done.stderr
-    api.convert(hub.folder, tmp_path / "local", Options())
+    api.convert(hub.folder, tmp_path / "local", TensorRTLLM())
     assert content(tmp_path / "out") == content(tmp_path / "local")
 
 

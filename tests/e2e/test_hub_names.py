@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from streamconv.calibrate import texts
+from streamconv.calibration import texts
 from streamconv.checkpoint.index import open_index
 from streamconv.cli.main import main
 from streamconv.errors import CheckpointError, UsageError

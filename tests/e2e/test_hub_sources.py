@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from streamconv import api
-from streamconv.options import Options
+from streamconv.targets.trtllm.options import TensorRTLLM
 from tests import tiny
 from tests.e2e.hub_run import PARTS, cached, content, hub, run, weights
 from tests.e2e.hub_server import REPO, Hub
@@ -51,7 +51,7 @@ def test_torch_files(hub: Hub, tmp_path: Path, parts: int) -> None:
     done = run(hub, tmp_path, "convert", REPO, "out", "--tp-size", "2", "--hub-keep", "none")
     assert done.returncode == 0, done.stderr
     assert sorted(weights(hub.whole)) == sorted(path.name for path in hub.folder.glob("*.bin")) and not cached(tmp_path)
-    api.convert(hub.folder, tmp_path / "local", Options(tp_size=2))
+    api.convert(hub.folder, tmp_path / "local", TensorRTLLM(tp_size=2))
     assert content(tmp_path / "out") == content(tmp_path / "local")
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.cgroup import CgroupError, memory_group
-from streamconv import memory, pool
+from streamconv import memory
+from streamconv.run import pool
 from tests.crash.world import World, slowly, snapshot, write_model
 
 MIB = 1 << 20
@@ -103,8 +104,10 @@ def test_a_parked_worker_gives_its_memory_back(tmp_path: Path, monkeypatch: pyte
 
 _CONVERT = """
 import sys, threading, time
-from streamconv import api, memory, pool
-from streamconv.options import Options, Resources
+from streamconv import api, memory
+from streamconv.run import pool
+from streamconv.options import Resources
+from streamconv.targets.trtllm.options import TensorRTLLM
 
 model, out, log = sys.argv[1:]
 active, lock, do, log = [0], threading.Lock(), pool.Pool._do, open(log, "w", buffering=1)
@@ -119,7 +122,7 @@ def watched(self, *args):
         active[0] -= 1
 
 pool.Pool._do = watched
-api.convert(model, out, Options(), Resources(memory_budget=160 << 20, workers=4, device="cpu", tile_rows=32))
+api.convert(model, out, TensorRTLLM(), Resources(memory_budget=160 << 20, workers=4, device="cpu", tile_rows=32))
 """
 
 _EAT = """

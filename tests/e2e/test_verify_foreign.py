@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from streamconv.cli.main import main
 from streamconv.families import Family, all_families
-from streamconv.verify import verify
+from streamconv.verification.check import verify
 from tests import tiny
 
 FLAGS: dict[str, list[str]] = {

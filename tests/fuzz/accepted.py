@@ -18,12 +18,14 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from streamconv import api, manifest
+from streamconv import api
 from streamconv.errors import StreamconvError
 from streamconv.families import Family, all_families
-from streamconv.options import Options, Resources
+from streamconv.options import Resources
 from streamconv.quants import all_quants
-from streamconv.verify import verify
+from streamconv.run import manifest
+from streamconv.targets.trtllm.options import TensorRTLLM
+from streamconv.verification.check import verify
 
 Tensors = dict[str, torch.Tensor]
 _QUANTS = [key for key in all_quants() if "gptq" not in key and "awq" not in key]
@@ -136,10 +138,10 @@ def tensors_of(random: Random, family: Family, sizes: Sizes, told: dict[str, Any
     return made, ranges
 
 
-def _options(random: Random, ranges: Path) -> Options:
+def _options(random: Random, ranges: Path) -> TensorRTLLM:
     tp = random.choice((1, 1, 1, 2, 2, 4))
     quant = random.choice(("none", "none", "none", *_QUANTS))
-    options = Options(
+    options = TensorRTLLM(
         tp_size=tp,
         pp_size=random.choice((1, 1, 1, 1, 2)),
         cp_size=random.choice((1,) * 15 + (2,)),
@@ -161,7 +163,7 @@ def _options(random: Random, ranges: Path) -> Options:
         max_position_embeddings=random.choice((None, None, None, 48)),
     )
     asked = options.needs_ranges() is not None or (options.kv_cache == "fp8" and random.random() < 0.5)
-    return Options(**(options.to_json() | {"activation_ranges": str(ranges) if asked else None}))  # type: ignore[arg-type]
+    return TensorRTLLM(**(options.to_json() | {"activation_ranges": str(ranges) if asked else None}))  # type: ignore[arg-type]
 
 
 def one(random: Random, folder: Path) -> tuple[str, str | None]:

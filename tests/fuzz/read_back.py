@@ -26,16 +26,19 @@ import numpy as np
 import xxhash
 from safetensors.numpy import save_file
 
-from streamconv import api, journal, manifest, recipe
+from streamconv import api
 from streamconv.checkpoint import index, meta, model_config
+from streamconv.checkpoint.activation_ranges import Ranges
+from streamconv.cli import recipe
 from streamconv.cli.main import convert as convert_command
 from streamconv.cli.main import plan as plan_command
 from streamconv.cli.recipe_option import kinds
 from streamconv.errors import StreamconvError
-from streamconv.fs import hidden
-from streamconv.options import Options, Resources
-from streamconv.ranges import Ranges
-from streamconv.verify import verify
+from streamconv.options import Resources
+from streamconv.run import journal, manifest
+from streamconv.run.fs import hidden
+from streamconv.targets.trtllm.options import TensorRTLLM
+from streamconv.verification.check import verify
 from tests import tiny
 
 _DEEP: Any = []
@@ -45,6 +48,8 @@ ODD: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2**31, 2**63, 10**99, 10**400, 0.0, -1.5, 1e308, float("inf"), float("nan"), "", "x", "\x1b[31m", "\ud800",
     "a" * 5000, [], [1], ["x", None], {}, {"a": 1}, {"type": "llama3"}, {"factor": None}, {"factor": 0}, _DEEP,
 )  # fmt: skip
+_BYTES = (b"\0", b"{", b"[" * 200, b"9" * 5000, b"\xff", b"\n", b'"', b"*a", b"&a ", b"'''", b"1e999", b"0x" + b"f" * 5000)
+_WORDS = ("10" * 3000, "0x" + "f" * 5000, "nan", "inf", "1e999", "[" * 5000, "{a: &x [1], b: [*x, *x]}", "2020-01-01", "99999-01-01")
 MODEL: dict[str, Any] = tiny.config(rope_scaling={"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0})
 PARAMS: dict[str, Any] = {"dim": 128, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "norm_eps": 1e-5, "multiple_of": 4, "vocab_size": 160}
 PARAMS |= {"rope_theta": 1e4, "ffn_dim_multiplier": 1.3, "rope_scaling": {"type": "linear", "factor": 2.0}}
@@ -94,7 +99,7 @@ def spoil_bytes(data: bytes, random: Random) -> bytes:
         if action < 0.3:
             made[at : at + random.randint(1, 40)] = b""
         elif action < 0.6:
-            made[at:at] = random.choice((b"\0", b"{", b"[" * 200, b"9" * 5000, b"\xff", b"\n", b'"', b"*a", b"&a ", b"'''", b"1e999", b"0x" + b"f" * 5000))
+            made[at:at] = random.choice(_BYTES)
         elif at < len(made):
             made[at] = random.randrange(256)
     return bytes(made)
@@ -112,15 +117,15 @@ class World:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.model, self.out = folder, tiny.write(folder / "model"), folder / "out"
-        api.convert(self.model, self.out, Options())
+        api.convert(self.model, self.out, TensorRTLLM())
         self.manifest = json.loads((self.out / manifest.NAME).read_bytes())
         self.config = json.loads((self.out / "config.json").read_bytes())
         self.rank = (self.out / "rank0.safetensors").read_bytes()
         self.kinds = kinds(convert_command, plan_command)
         save_file({"a.x": np.ones(4, np.float32), "a.y": np.ones(4, np.float32)}, folder / "ranges.safetensors")
         self.ranges = (folder / "ranges.safetensors").read_bytes()
-        with api.open_and_plan(self.model, Options())[0] as opened:
-            made = api.open_and_plan(self.model, Options())[1]
+        with api.open_and_plan(self.model, TensorRTLLM())[0] as opened:
+            made = api.open_and_plan(self.model, TensorRTLLM())[1]
             self.run = journal.identity(made, opened.shards)
             self.spans = [(span.start, span.stop) for span in made.spans]
         self.lines = self._lines()
@@ -135,7 +140,7 @@ class World:
         stated = {"quantization_config": QUANTIZED} if random.random() < 0.3 else {}
         (self.model / "config.json").write_bytes(dumped(spoil(MODEL | stated, random)))
         try:
-            opened, _ = api.open_and_plan(self.model, Options(rope_tables=random.random() < 0.5))
+            opened, _ = api.open_and_plan(self.model, TensorRTLLM(rope_tables=random.random() < 0.5))
             opened.close()
         finally:
             (self.model / "config.json").write_text(json.dumps(tiny.config()))
@@ -180,9 +185,8 @@ class World:
         yaml = random.random() < 0.5
         path = self.folder / ("recipe.yaml" if yaml else "recipe.toml")
         mark = ": " if yaml else " = "
-        odd = ("10" * 3000, "0x" + "f" * 5000, "nan", "inf", "1e999", "[" * 100, "[" * 5000, "{a: &x [1], b: [*x, *x]}", "'x'", "2020-01-01", "99999-01-01")
         values = {"model": '"m"', "tp-size": "2", "quant": '"int8"', "smoothquant": "0.5"}
-        values[random.choice((*values, "workers", "extra", "a.b.c"))] = random.choice(odd)
+        values[random.choice((*values, "workers", "extra", "a.b.c"))] = random.choice(_WORDS)
         text = "\n".join(f"{key}{mark}{value}" for key, value in values.items()).encode()
         path.write_bytes(spoil_bytes(text, random) if random.random() < 0.5 else text)
         recipe.read(path, self.kinds)
@@ -197,7 +201,7 @@ class World:
         work.mkdir(exist_ok=True)
         (work / "rank0.safetensors").write_bytes(bytes(len(self.rank)))
         try:
-            api.convert(self.model, out, Options(), Resources(workers=2, tile_rows=16))
+            api.convert(self.model, out, TensorRTLLM(), Resources(workers=2, tile_rows=16))
             assert (out / "rank0.safetensors").read_bytes() == self.rank
         finally:
             for path in (out, work):
@@ -209,7 +213,8 @@ class World:
         lines = copy.deepcopy(self.lines)
         for line in random.sample(lines[1:], 2):
             number, start, stop = line["tile"]
-            line["tile"] = [random.choice((number, 0, 10**9)), random.choice((start, start + 1, stop)), random.choice((stop, stop - 1, start, 10**9))]
+            first, last = random.choice((start, start + 1, stop)), random.choice((stop, stop - 1, start, 10**9))
+            line["tile"] = [random.choice((number, 0, 10**9)), first, last]
             line["hash"] = random.choice((line["hash"], [], [[]], [["0" * 32]] * 2, [[5]], "x", [[xxhash.xxh3_128(b"").hexdigest()]]))
         return lines if random.random() < 0.5 else [lines[0], *(spoil(line, random) for line in lines[1:])]
 

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from streamconv import api
 from streamconv.errors import RefusedError
 from streamconv.families import all_families
-from streamconv.options import Options
-from streamconv.verify import verify
+from streamconv.targets.trtllm.options import TensorRTLLM
+from streamconv.verification.check import verify
 from tests.conformance.recipes import RECIPES, config, names, values, write
 from tests.fuzz import accepted
 
@@ -43,7 +43,7 @@ def test_mixtral_by_its_class_alone(tmp_path: Path, model_type: str | None) -> N
     """model_type says nothing that the class does not: the output is the same."""
     usual, other = _model(tmp_path / "usual", "mixtral"), _model(tmp_path / "other", "mixtral", model_type=model_type)
     for source, out in ((usual, "a"), (other, "b")):
-        api.convert(source, tmp_path / out, Options(tp_size=2))
+        api.convert(source, tmp_path / out, TensorRTLLM(tp_size=2))
         assert verify(tmp_path / out, source).problems == []
     for file in ("config.json", "rank1.safetensors"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
@@ -52,7 +52,7 @@ def test_mixtral_by_its_class_alone(tmp_path: Path, model_type: str | None) -> N
 def test_mixtral_has_one_width(tmp_path: Path) -> None:
     """moe_intermediate_size is no key of it: intermediate_size is the width of its experts."""
     source = _model(tmp_path / "in", "mixtral", moe_intermediate_size=64)
-    api.convert(source, tmp_path / "out", Options())
+    api.convert(source, tmp_path / "out", TensorRTLLM())
     assert verify(tmp_path / "out").problems == []
 
 
@@ -62,12 +62,12 @@ def test_biases_that_no_tensor_has(tmp_path: Path, name: str, key: str) -> None:
     absent = {} if key == "bias" else {"bias": None}  # it would win
     source = _model(tmp_path / "in", name, **{key: True}, **absent)
     with pytest.raises(RefusedError, match=f"{key} is true, but {name} models"):
-        api.open_and_plan(source, Options())
+        api.open_and_plan(source, TensorRTLLM())
 
 
 def test_tables_follow_the_longer_context(tmp_path: Path) -> None:
     source = _model(tmp_path / "in", "llama")
-    api.convert(source, tmp_path / "out", Options(rope_tables=True, max_position_embeddings=96))
+    api.convert(source, tmp_path / "out", TensorRTLLM(rope_tables=True, max_position_embeddings=96))
     assert verify(tmp_path / "out", source).problems == []
 
 
@@ -81,4 +81,4 @@ def test_head_sizes_that_config_json_cannot_say(tmp_path: Path, name: str, versi
     (tmp_path / "config.json").write_text(json.dumps(told))
     save_file(made, tmp_path / "model.safetensors")
     with pytest.raises(RefusedError, match=r"would not load it: rank0\.safetensors: transformer\.layers\.0\.attention\.qkv"):
-        api.open_and_plan(tmp_path, Options(target_version=version))
+        api.open_and_plan(tmp_path, TensorRTLLM(target_version=version))

@@ -11,7 +11,7 @@ import pytest
 
 from streamconv import api
 from streamconv.errors import StreamconvError
-from streamconv.options import Options
+from streamconv.targets.trtllm.options import TensorRTLLM
 from tests import tiny
 
 _VALUES: tuple[Any, ...] = (
@@ -34,10 +34,10 @@ _CLASSES = (
     *("Phi3ForCausalLM", "GemmaForCausalLM", "Gemma2ForCausalLM", "ExaoneForCausalLM", "GraniteForCausalLM", "InternLM2ForCausalLM"),
 )
 _OPTIONS = (
-    Options(),
-    Options(tp_size=2, quant="int8", target_sm=80, rope_tables=True),
-    Options(quant="int4_awq", target_sm=80),
-    Options(target_version="0.16", pp_size=2),
+    TensorRTLLM(),
+    TensorRTLLM(tp_size=2, quant="int8", target_sm=80, rope_tables=True),
+    TensorRTLLM(quant="int4_awq", target_sm=80),
+    TensorRTLLM(target_version="0.16", pp_size=2),
 )
 
 

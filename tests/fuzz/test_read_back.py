@@ -14,12 +14,15 @@ from typing import Any
 import pytest
 import xxhash
 
-from streamconv import api, journal, manifest, recipe
+from streamconv import api
 from streamconv.checkpoint.limits import MAX_CONFIG
+from streamconv.cli import recipe
 from streamconv.errors import CheckpointError, OutputError, StreamconvError, UsageError, VerifyError
-from streamconv.fs import hidden
-from streamconv.options import Options, Resources
-from streamconv.verify import verify
+from streamconv.options import Resources
+from streamconv.run import journal, manifest
+from streamconv.run.fs import hidden
+from streamconv.targets.trtllm.options import TensorRTLLM
+from streamconv.verification.check import verify
 from tests import tiny
 from tests.fuzz.read_back import KINDS, run
 
@@ -89,7 +92,7 @@ def _source_config(path: Path, make: Callable[[Path], None]) -> None:
     tiny.write(path)
     (path / "config.json").unlink()
     make(path / "config.json")
-    api.open_and_plan(path, Options())
+    api.open_and_plan(path, TensorRTLLM())
 
 
 READERS: dict[str, tuple[Callable[[Path, Callable[[Path], None]], None], type[StreamconvError]]] = {
@@ -126,8 +129,8 @@ def test_a_journal_of_3_gib_of_zeros_is_none_and_takes_no_memory(tmp_path: Path)
     assert int(done.stdout) < 100 << 20
 
 
-YAML_TWICE = ", ".join(f"{b}: &{b} [*{a}, *{a}]" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
-YAML_LAUGHS = "model: m\nquant: {a: &a [x, x], " + YAML_TWICE + "}"
+_MORE = ", ".join(f"{b}: &{b} [*{a}, *{a}]" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
+YAML_LAUGHS = "model: m\nquant: {a: &a [x, x], " + _MORE + "}"
 
 
 @pytest.mark.parametrize(
@@ -168,7 +171,7 @@ def test_hostile_recipes(name: str, text: str, says: str, tmp_path: Path) -> Non
 def test_numbers_that_would_be_divided_by_or_overflow(changes: dict[str, Any], says: str, tmp_path: Path) -> None:
     model = tiny.write(tmp_path / "model", settings=tiny.config(**changes))
     with pytest.raises(CheckpointError, match=re.escape(says)):
-        api.open_and_plan(model, Options(rope_tables=True))
+        api.open_and_plan(model, TensorRTLLM(rope_tables=True))
 
 
 def lines_of(path: Path, records: list[dict[str, Any]]) -> None:
@@ -180,7 +183,7 @@ def lines_of(path: Path, records: list[dict[str, Any]]) -> None:
 def test_forged_lines_with_right_hashes_of_wrong_rows_change_no_byte(quant: str, tmp_path: Path) -> None:
     """Rows cut where the layout cannot be cut, spans that only reduce, spans that are not there; all bytes they name hash as they say."""
     model = tiny.write(tmp_path / "model")
-    options = Options(quant="int8", target_sm=80) if quant == "int8" else Options()
+    options = TensorRTLLM(quant="int8", target_sm=80) if quant == "int8" else TensorRTLLM()
     api.convert(model, tmp_path / "right", options)
     right = (tmp_path / "right" / "rank0.safetensors").read_bytes()
     opened, plan = api.open_and_plan(model, options)
@@ -192,10 +195,10 @@ def test_forged_lines_with_right_hashes_of_wrong_rows_change_no_byte(quant: str,
     (work / "rank0.safetensors").write_bytes(bytes(len(right)))
     for span_number, span in enumerate(plan.spans):
         (dest,) = span.dests[:1]
-        first, end = span.start, span.stop
-        for start, stop in ((first + 1, end), (first, end - 1), (first + 1, end - 1), (end, end + 2)):
+        first, last = span.start, span.stop
+        for start, stop in ((first + 1, last), (first, last - 1), (first + 1, last - 1), (last, last + 2)):
             if span.align > 1 and stop > start:
-                sizes = [place.row_bytes * (stop - start) for place in plan.matrices[dest.matrix].places]
+                sizes = [place.record_bytes * (stop - start) for place in plan.matrices[dest.matrix].places]
                 hashes = [[xxhash.xxh3_128(bytes(size)).hexdigest() for size in sizes]]
                 records.append({"tile": [span_number, start, stop], "hash": hashes, "found": [0, 0]})
     records += [{"tile": [len(plan.spans) + 7, 0, 1], "hash": [], "found": [0, 0]}, {"tile": [0, 5, 5], "hash": [], "found": [0, 0]}]
@@ -209,7 +212,7 @@ def test_a_config_of_just_the_limit_is_read(tmp_path: Path) -> None:
     model = tiny.write(tmp_path / "model")
     text = json.dumps(tiny.config()).encode()
     (model / "config.json").write_bytes(text + b" " * (MAX_CONFIG - len(text)))
-    api.open_and_plan(model, Options())[0].close()
+    api.open_and_plan(model, TensorRTLLM())[0].close()
     (model / "config.json").write_bytes(text + b" " * (MAX_CONFIG - len(text) + 1))
     with pytest.raises(CheckpointError, match="at most"):
-        api.open_and_plan(model, Options())
+        api.open_and_plan(model, TensorRTLLM())

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save
 
-from streamconv import budget, memory
-from streamconv.budget import Shares, TileCost
+from streamconv import memory
 from streamconv.cli.convert_checkpoint import main
+from streamconv.planning import memory_plan
+from streamconv.planning.memory_plan import Shares, TileCost
 from tests.golden import cases, generate
 from tests.golden.cases import ROPE_TABLES, Case
 
@@ -106,17 +107,17 @@ def test_same_for_any_tile(name: str, rows: int, tmp_path: Path, monkeypatch: py
 def test_same_for_the_smallest_budget(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its tiles are other ones than those of a budget with room."""
     seen: list[tuple[Shares, dict[str, TileCost]]] = []
-    share = budget.share
+    share = memory_plan.share
 
     def spied(total: int | None, workers: int | None, base: int, costs: dict[str, TileCost], *more: int) -> Shares:
         seen.append((share(total, workers, base, costs, *more), costs))
         return seen[-1][0]
 
     monkeypatch.setattr(memory, "resident", lambda: 100 * memory.MIB)
-    monkeypatch.setattr(budget, "share", spied)
+    monkeypatch.setattr(memory_plan, "share", spied)
     convert(BY_NAME[name], tmp_path / "roomy", "--memory_budget", "1GiB")
     roomy, costs = seen[-1]
-    smallest = roomy.base + budget.MARGIN + max(cost.smallest() for cost in costs.values())
+    smallest = roomy.base + memory_plan.MARGIN + max(cost.smallest() for cost in costs.values())
     convert(BY_NAME[name], tmp_path / "out", "--memory_budget", str(smallest))
     tight, costs = seen[-1]
     assert tight.budget == smallest

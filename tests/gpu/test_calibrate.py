@@ -13,10 +13,10 @@ pytest.importorskip("transformers")
 
 from safetensors.torch import load_file  # noqa: E402
 
-from streamconv.calibrate import states  # noqa: E402
-from streamconv.calibrate.graphs import Graphs  # noqa: E402
-from streamconv.calibrate.maxima import Maxima  # noqa: E402
-from streamconv.calibrate.run import calibrate  # noqa: E402
+from streamconv.calibration import states  # noqa: E402
+from streamconv.calibration.graphs import Graphs  # noqa: E402
+from streamconv.calibration.maxima import Maxima  # noqa: E402
+from streamconv.calibration.run import calibrate  # noqa: E402
 from streamconv.cli.main import main  # noqa: E402
 from streamconv.errors import BudgetError  # noqa: E402
 from tests.calibrate.test_device import compare  # noqa: E402

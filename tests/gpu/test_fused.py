@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from streamconv.checkpoint.dtypes import BF16, F16, F32, DType
-from streamconv.device.fused import has_kernel, kernel_of, works
+from streamconv.device.triton_launch import has_kernel, kernel_of, works
 from streamconv.quants.base import Encoding, Findings
 from streamconv.quants.fp8_rowwise import Fp8Rowwise
 from streamconv.quants.fp8_tensor import Fp8Tensor

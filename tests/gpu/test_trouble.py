@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from streamconv import device
-from streamconv.calibrate.graphs import Graphs
-from streamconv.device import fused
+from streamconv.calibration.graphs import Graphs
+from streamconv.device import triton_launch as fused
 from streamconv.device.backend import Cuda
-from streamconv.device.fused import Unfused
+from streamconv.device.triton_launch import Unfused
 from streamconv.errors import UsageError
 from streamconv.memory import GIB, MIB
 from tests.gpu.world import convert, files, somebody, wide
@@ -73,7 +73,7 @@ def test_a_full_device_is_a_clear_error(model: Path, tmp_path: Path) -> None:
 BREAK = """
 import sys, threading, torch
 from pathlib import Path
-from streamconv.device import fused
+from streamconv.device import triton_launch as fused
 from tests.gpu.world import convert
 real, calls = fused.kernel_of, []
 def kernel_of(encoding, source):

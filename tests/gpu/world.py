@@ -14,9 +14,10 @@ from safetensors.numpy import save_file
 
 from streamconv import api
 from streamconv.memory import GIB
-from streamconv.options import Options, Resources
+from streamconv.options import Resources
+from streamconv.targets.trtllm.options import TensorRTLLM
 
-INT8 = Options(quant="int8", target_sm=80, tp_size=2)
+INT8 = TensorRTLLM(quant="int8", target_sm=80, tp_size=2)
 
 HOLDER = """
 import sys, time, torch
@@ -45,7 +46,7 @@ def wide(folder: Path, hidden: int = 2048, inter: int = 4096) -> Path:
     return folder
 
 
-def convert(model: Path, out: Path, device: str, options: Options = INT8, **more: object) -> api.Report:
+def convert(model: Path, out: Path, device: str, options: TensorRTLLM = INT8, **more: object) -> api.Report:
     return api.convert(model, out, options, Resources(memory_budget=3 * GIB, device=device, **more))  # type: ignore[arg-type]
 
 

@@ -21,6 +21,7 @@ LEVELS = (
     ("budget", "device", "manifest", "writer", "config_only", "tensorrt_llm_reader"),
     ("pool", "recipe", "hub", "calibrate"),
     ("api", "verify", "against_source"),
+    ("verbs", "opening"),
     ("cli", "__main__"),
 )
 """Rooms from the bottom up; a room imports from its own level and below (kernels and quants know each other)."""
@@ -61,8 +62,8 @@ def _is_room(name: str) -> bool:
 @pytest.mark.parametrize(
     ("text", "modules"),
     [
-        ("from streamconv import budget, __version__", {"streamconv.budget"}),
-        ("from streamconv import budget as money", {"streamconv.budget"}),
+        ("from streamconv import budget, __version__", {"streamconv.planning.memory_plan"}),
+        ("from streamconv import budget as money", {"streamconv.planning.memory_plan"}),
         ("from streamconv.device.ring import Ring", {"streamconv.device.ring"}),
         ("import streamconv.api, os", {"streamconv.api"}),
         ("def f():\n    import streamconv.api as api", {"streamconv.api"}),

@@ -9,9 +9,9 @@ import pytest
 
 from streamconv.checkpoint.model_config import ModelConfig, from_hf, from_meta
 from streamconv.errors import CheckpointError
-from streamconv.options import Options
 from streamconv.targets.trtllm.config_json import build_config, dump
 from streamconv.targets.trtllm.config_sections import resolve_dtype
+from streamconv.targets.trtllm.options import TensorRTLLM
 from tests import tiny
 
 LLAMA3 = {
@@ -168,7 +168,7 @@ EXAMPLE_MIXTRAL = EXAMPLE_016 | {
 }
 
 
-def _written(source: dict[str, Any], options: Options) -> bytes:
+def _written(source: dict[str, Any], options: TensorRTLLM) -> bytes:
     model = from_hf(source)
     return dump(build_config(model, options, dtype=resolve_dtype(options.dtype, model.dtype)))
 
@@ -176,17 +176,17 @@ def _written(source: dict[str, Any], options: Options) -> bytes:
 @pytest.mark.parametrize(
     ("source", "options", "wanted"),
     [
-        pytest.param(LLAMA_8B, Options(tp_size=2, pp_size=2, dtype="float16", target_version="0.16"), EXAMPLE_016, id="2.12"),
-        pytest.param(LLAMA_8B, Options(tp_size=2, pp_size=2, dtype="float16"), _example_12(), id="2.13"),
-        pytest.param(MIXTRAL, Options(tp_size=2, target_version="0.16"), EXAMPLE_MIXTRAL, id="2.14"),
+        pytest.param(LLAMA_8B, TensorRTLLM(tp_size=2, pp_size=2, dtype="float16", target_version="0.16"), EXAMPLE_016, id="2.12"),
+        pytest.param(LLAMA_8B, TensorRTLLM(tp_size=2, pp_size=2, dtype="float16"), _example_12(), id="2.13"),
+        pytest.param(MIXTRAL, TensorRTLLM(tp_size=2, target_version="0.16"), EXAMPLE_MIXTRAL, id="2.14"),
     ],
 )
-def test_worked_examples(source: dict[str, Any], options: Options, wanted: dict[str, Any]) -> None:
+def test_worked_examples(source: dict[str, Any], options: TensorRTLLM, wanted: dict[str, Any]) -> None:
     assert _written(source, options) == json.dumps(wanted, indent=4).encode()
 
 
 def test_expert_parallelism_is_the_only_difference() -> None:
-    made = json.loads(_written(MIXTRAL, Options(tp_size=2, moe_ep_size=2, target_version="0.16")))
+    made = json.loads(_written(MIXTRAL, TensorRTLLM(tp_size=2, moe_ep_size=2, target_version="0.16")))
     assert made == EXAMPLE_MIXTRAL | {"mapping": EXAMPLE_MIXTRAL["mapping"] | {"moe_tp_size": 1, "moe_ep_size": 2}}
 
 
@@ -205,7 +205,7 @@ SCALINGS: dict[str, tuple[dict[str, Any], Any]] = {
 
 @pytest.mark.parametrize(("keys", "wanted"), SCALINGS.values(), ids=SCALINGS)
 def test_rope_scaling(keys: dict[str, Any], wanted: Any) -> None:
-    made = json.loads(_written(tiny.config(**keys), Options()))["rotary_scaling"]
+    made = json.loads(_written(tiny.config(**keys), TensorRTLLM()))["rotary_scaling"]
     assert made == wanted and json.dumps(made) == json.dumps(wanted)  # the order too
 
 
@@ -213,13 +213,13 @@ def test_the_two_spellings_of_transformers_give_the_same_bytes() -> None:
     new = {key: value for key, value in LLAMA_8B.items() if key not in ("rope_theta", "rope_scaling", "torch_dtype")}
     new |= {"dtype": "bfloat16", "rope_parameters": {**LLAMA3, "rope_theta": 500000.0}}
     for version in ("0.16", "1.2"):
-        options = Options(target_version=version)  # type: ignore[arg-type]
+        options = TensorRTLLM(target_version=version)  # type: ignore[arg-type]
         assert _written(new, options) == _written(LLAMA_8B, options)
 
 
 def test_torch_dtype_is_preferred_and_number_spelling_is_kept() -> None:
     mixed = tiny.config(torch_dtype="bfloat16", dtype="float32", rope_theta=1000000)
-    text = _written(mixed, Options())
+    text = _written(mixed, TensorRTLLM())
     assert b'"dtype": "bfloat16"' in text and b'"rotary_base": 1000000,' in text
 
 
@@ -273,7 +273,7 @@ def test_meta_params() -> None:
     model = from_meta(params | {"norm_eps": 1e-05, "vocab_size": -1, "use_scaled_rope": True})
     assert (model.intermediate_size, model.vocab_size, model.max_position_embeddings) == (14336, 32000, 2048)
     assert from_meta({"dim": 128, "n_layers": 1, "n_heads": 4, "multiple_of": 64, "norm_eps": 1e-06}).intermediate_size == 384
-    text = dump(build_config(model, Options(target_version="0.16"), dtype="bfloat16"))
+    text = dump(build_config(model, TensorRTLLM(target_version="0.16"), dtype="bfloat16"))
     assert b'"rotary_base": 10000,' in text and b"tie_word" not in text
     made = json.loads(text)
     assert made["rotary_scaling"] == {"type": "llama3"} and made["moe"]["normalization_mode"] == 1

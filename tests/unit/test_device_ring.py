@@ -18,16 +18,17 @@ from streamconv.cli.main import main
 from streamconv.device import choice
 from streamconv.errors import UsageError
 from streamconv.memory import MIB
-from streamconv.options import Options, Resources
+from streamconv.options import Resources
+from streamconv.targets.trtllm.options import TensorRTLLM
 from tests import tiny
 from tests.stand_in import StandIn
 
 JOBS = {
-    "int8 tp2": Options(quant="int8", target_sm=80, tp_size=2),
-    "int4": Options(quant="int4", target_sm=90, target_version="0.16"),
-    "bf16": Options(dtype="bfloat16", tp_size=2),
-    "fp8": Options(quant="fp8_rowwise"),
-    "none": Options(),
+    "int8 tp2": TensorRTLLM(quant="int8", target_sm=80, tp_size=2),
+    "int4": TensorRTLLM(quant="int4", target_sm=90, target_version="0.16"),
+    "bf16": TensorRTLLM(dtype="bfloat16", tp_size=2),
+    "fp8": TensorRTLLM(quant="fp8_rowwise"),
+    "none": TensorRTLLM(),
 }
 DELAYS: dict[str, Callable[[int], float]] = {
     "no": lambda n: 0.0,
@@ -54,7 +55,7 @@ def files(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir() if path.name != "streamconv.json"}
 
 
-def convert(model: Path, out: Path, options: Options, **resources: Any) -> api.Report:
+def convert(model: Path, out: Path, options: TensorRTLLM, **resources: Any) -> api.Report:
     budget = memory.resident() + 1024 * MIB  # this process has run other tests
     return api.convert(model, out, options, Resources(memory_budget=budget, **resources))
 
@@ -202,7 +203,8 @@ def _tile(job_count: int, rows: int, cols: int) -> Any:
     import torch
 
     from streamconv.checkpoint.dtypes import BF16, F16
-    from streamconv.plan import PLAIN_ROWS, SourceTensor, Span
+    from streamconv.checkpoint.rows import SourceTensor
+    from streamconv.planning.plan import PLAIN_ROWS, Span
     from streamconv.quants.fp8_rowwise import Fp8Rowwise
     from streamconv.quants.plain import Plain
     from streamconv.quants.weight_only import WeightOnly
@@ -302,7 +304,7 @@ def test_findings_of_fused_kernels(fails: bool, full: Callable[[int], bool], mon
     """They are counted on the device, once for each row however often a step is done again; launch errors leave the definitions."""
     import torch
 
-    from streamconv.device import fused
+    from streamconv.device import triton_launch as fused
     from streamconv.quants.base import Encoding, Findings
 
     span, block, jobs = _tile(3, 512, 256)

@@ -9,15 +9,16 @@ import pytest
 
 from streamconv import api, device
 from streamconv.checkpoint.dtypes import BF16, F16
+from streamconv.checkpoint.rows import Blank, SourceTensor
 from streamconv.device import choice, sizing
 from streamconv.device.choice import Work
 from streamconv.errors import UsageError
 from streamconv.memory import GIB, KIB, MIB
-from streamconv.options import Options
-from streamconv.plan import PLAIN_ROWS, Blank, Dest, Matrix, SourceTensor, Span
+from streamconv.planning.plan import PLAIN_ROWS, Dest, Matrix, Span
 from streamconv.quants.smooth_values import SmoothValue
 from streamconv.quants.smoothing import ColumnMaxima, Smoother
 from streamconv.quants.smoothquant import SmoothWeight
+from streamconv.targets.trtllm.options import TensorRTLLM
 from tests import tiny
 
 NEEDS = [device.Demand(28, 0.6, 0, 16 * KIB), device.Demand(16, 1, 0, 2), device.Demand(48, 1, 4 * MIB, 64 * KIB), device.Demand()]
@@ -75,11 +76,11 @@ def test_slots_leave_every_device_three() -> None:
 
 def test_demand_of_a_plan(tmp_path: Path) -> None:
     for quant, out in (("int8", 0.5), ("int4", 0.25), ("fp8_rowwise", 0.5)):
-        options = Options(quant=quant, target_sm=None if quant.startswith("fp8") else 80)
+        options = TensorRTLLM(quant=quant, target_sm=None if quant.startswith("fp8") else 80)
         plan = api.open_and_plan(tiny.write(tmp_path / quant), options)[1]
         need = device.demand(plan.spans, plan.matrices)
         assert out <= need.out <= out + 0.05 and need.work >= 12 and need.least >= tiny.HIDDEN * 2
-    plan = api.open_and_plan(tmp_path / "int8", Options())[1]
+    plan = api.open_and_plan(tmp_path / "int8", TensorRTLLM())[1]
     assert device.demand(plan.spans, plan.matrices) == device.Demand()
 
 
@@ -110,7 +111,7 @@ def test_devices_that_are_none(text: str) -> None:
 
 def test_auto_counts_the_start_and_the_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "visible", lambda: 1)
-    plan = api.open_and_plan(tiny.write(tmp_path / "model"), Options(quant="int8", target_sm=80))[1]
+    plan = api.open_and_plan(tiny.write(tmp_path / "model"), TensorRTLLM(quant="int8", target_sm=80))[1]
     work = choice.work_of(plan)
     assert work.kernel > 0 and work.torch == 0 and 0 < work.back < work.kernel and work.files > work.kernel
     small = choice.choose("auto", plan, 16, 4 * GIB)
@@ -146,5 +147,5 @@ def test_auto_takes_the_faster_of_what_was_measured(job: str, tmp_path: Path, mo
         assert measured / 1.7 < estimate < measured * 1.7
     monkeypatch.setattr(choice, "visible", lambda: 1)
     monkeypatch.setattr(choice, "work_of", lambda plan: work)
-    plan = api.open_and_plan(tiny.write(tmp_path / "model"), Options())[1]
+    plan = api.open_and_plan(tiny.write(tmp_path / "model"), TensorRTLLM())[1]
     assert bool(choice.choose("auto", plan, 16, 4 * GIB).devices) == (on_gpu < on_cpu)

@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from streamconv import api
 from streamconv.checkpoint.dtypes import BF16, F16, F32
 from streamconv.errors import DataError, StreamconvError
-from streamconv.options import Options
 from streamconv.quants.factors import nonfinite, problem
-from streamconv.verify import verify
+from streamconv.targets.trtllm.options import TensorRTLLM
+from streamconv.verification.check import verify
 from tests import tiny
 
 MODULE = "model.layers.1.mlp.down_proj"
@@ -52,7 +52,7 @@ def test_extreme_ranges(tmp_path: Path, kind: str, end: str, value: float) -> No
     ranges = _ranges(tmp_path / "ranges.safetensors", {module + end: value for module in modules})
     source = tiny.write(tmp_path / "in")
     try:
-        api.convert(source, tmp_path / "out", Options(activation_ranges=str(ranges), **FORMATS[kind]))
+        api.convert(source, tmp_path / "out", TensorRTLLM(activation_ranges=str(ranges), **FORMATS[kind]))
     except DataError as error:
         assert re.search(r"layers\.1\.(mlp\.down_proj|self_attn\.[qk]_proj)", str(error)) and f"{np.float32(value):g}"[:3] in str(error)
         assert not (tmp_path / "out").exists()
@@ -64,7 +64,7 @@ def test_extreme_ranges(tmp_path: Path, kind: str, end: str, value: float) -> No
 def test_ordinary_ranges_pass(tmp_path: Path) -> None:
     ranges, source = _ranges(tmp_path / "ranges.safetensors", {}), tiny.write(tmp_path / "in")
     for number, options in enumerate(FORMATS.values()):
-        api.convert(source, tmp_path / str(number), Options(activation_ranges=str(ranges), **options))
+        api.convert(source, tmp_path / str(number), TensorRTLLM(activation_ranges=str(ranges), **options))
 
 
 def test_fp8_weights_too_small_for_a_scale(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_fp8_weights_too_small_for_a_scale(tmp_path: Path) -> None:
     source = tiny.write(tmp_path / "in", weights, tiny.config(torch_dtype="float32"))
     ranges = _ranges(tmp_path / "ranges.safetensors", {})
     with pytest.raises(DataError, match=r"layers\.1\.mlp\.proj\.weights_scaling_factor: 2\.8026e-45 is too small to divide by"):
-        api.convert(source, tmp_path / "out", Options(quant="fp8", activation_ranges=str(ranges)))
+        api.convert(source, tmp_path / "out", TensorRTLLM(quant="fp8", activation_ranges=str(ranges)))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -88,14 +88,14 @@ def test_scales_taken_over(tmp_path: Path, value: float) -> None:
     tiny.write(folder, settings=tiny.config(quantization_config={"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}))
     save_file(weights, folder / "model.safetensors")
     with pytest.raises(DataError, match=rf"layers\.1\.mlp\.proj\.per_channel_scale: {value:g} .* from {re.escape(MODULE)}\.weight_scale"):
-        api.convert(folder, tmp_path / "out", Options())
+        api.convert(folder, tmp_path / "out", TensorRTLLM())
 
 
 @pytest.mark.parametrize("bound", [float("inf"), 0.0])
 def test_a_clamp_that_is_none(tmp_path: Path, bound: float) -> None:
     told = tiny.config(quantization_config={"quant_method": "fbgemm_fp8", "activation_scale_ub": bound})
     with pytest.raises(StreamconvError, match="activation_scale_ub"):
-        api.open_and_plan(tiny.write(tmp_path / "in", settings=told), Options())
+        api.open_and_plan(tiny.write(tmp_path / "in", settings=told), TensorRTLLM())
 
 
 def test_which_values_are_wrong() -> None:

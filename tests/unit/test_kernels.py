@@ -79,7 +79,7 @@ def fused(encoding: Encoding, block: torch.Tensor, source: DType, start: int = 0
     data = block.contiguous().reshape(-1).view(torch.uint8).numpy().view(source.storage).reshape(rows, cols)
     for r in range(rows):
         flat[start + r * stride : start + r * stride + cols] = data[r]
-    sizes = [rows * part.row_bytes for part in encoding.parts(rows, cols)]
+    sizes = [part.nbytes(rows) for part in encoding.parts(rows, cols)]
     spaces = [np.full(64 + size + 64, GUARD, np.uint8) for size in sizes]
     outs = [space[64 : 64 + size] for space, size in zip(spaces, sizes, strict=True)]
     findings = kernel(flat, start, stride, rows, cols, outs)
@@ -99,7 +99,7 @@ def check(encoding: Encoding, block: torch.Tensor, source: DType, **place: int) 
     for part, left, right in zip(encoding.parts(*block.shape), got, want, strict=True):
         if left != right:
             wrong = np.flatnonzero(np.frombuffer(left, np.uint8) != np.frombuffer(right, np.uint8))
-            raise AssertionError(f"{part.suffix}: {wrong.size} of {len(left)} bytes differ, rows {set(wrong // part.row_bytes)}")
+            raise AssertionError(f"{part.role}: {wrong.size} of {len(left)} bytes differ, rows {set(wrong // part.record_bytes)}")
     assert found == wanted
     return found
 
@@ -249,7 +249,7 @@ def test_plain_shapes() -> None:
     assert Plain(BF16).parts(6, 4)[0].shape == (6, 4)
     assert Plain(BF16).parts(6, 4, experts=2)[0].shape == (2, 6, 4)
     part = Plain(F32, vector=True, suffix="bias").parts(6, 1)[0]
-    assert (part.suffix, part.shape, part.row_bytes) == ("bias", (6,), 4)
+    assert (part.role, part.shape, part.record_bytes) == ("bias", (6,), 4)
 
 
 @pytest.mark.parametrize("source", FLOATS, ids=str)

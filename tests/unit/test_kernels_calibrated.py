@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
+from streamconv.checkpoint.activation_ranges import Ranges
 from streamconv.checkpoint.dtypes import BF16, F16, F32, DType
 from streamconv.kernels import root_code
 from streamconv.quants.base import Findings, Reduction
@@ -30,7 +31,6 @@ from streamconv.quants.smoothing import (
     weight_scale,
 )
 from streamconv.quants.smoothquant import SmoothWeight
-from streamconv.ranges import Ranges
 from tests.unit.test_kernels import FLOATS, PAIRS, any_bits, check, from_bits, kind, weights
 
 Array = np.ndarray[Any, Any]

@@ -162,10 +162,10 @@ def test_symmetric_quantization_with_many_ties(bits: int, dtype: DType) -> None:
 def test_parts_have_the_recorded_shapes() -> None:
     for bits, packed_rows in ((8, 128), (4, 64)):
         weight, scale = WeightOnly(bits, "A", F16).parts(128, 256)
-        assert (weight.suffix, weight.dtype, weight.shape, weight.row_bytes) == ("weight", I8, (256, packed_rows), 256 * bits // 8)
-        assert (scale.suffix, scale.dtype, scale.shape, scale.row_bytes) == ("per_channel_scale", F16, (128,), 2)
+        assert (weight.role, weight.dtype, weight.shape, weight.record_bytes) == ("weight", I8, (256, packed_rows), 256 * bits // 8)
+        assert (scale.role, scale.dtype, scale.shape, scale.record_bytes) == ("per_channel_scale", F16, (128,), 2)
         weight, scale = WeightOnly(bits, "A", F32).parts(128, 256, experts=3)
-        assert (weight.shape, scale.shape, scale.row_bytes) == ((3, 256, packed_rows), (3, 128), 4)
+        assert (weight.shape, scale.shape, scale.record_bytes) == ((3, 256, packed_rows), (3, 128), 4)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from streamconv.targets.trtllm.mapping import Mapping, even, kv_heads, padded, stage_layers
+from streamconv.targets.trtllm.parallel import Mapping, even, kv_heads, padded, stage_layers
 
 
 def test_tensor_parallel_is_the_fastest_index() -> None:

@@ -13,13 +13,14 @@ from safetensors.torch import load_file, save_file
 
 from streamconv import api
 from streamconv.checkpoint.index import open_index
+from streamconv.checkpoint.source_tensors import SourceTensors
 from streamconv.cli.convert_checkpoint import main
 from streamconv.errors import CheckpointError, StreamconvError, TensorError
-from streamconv.options import Options, Resources
-from streamconv.plan import PLAIN_ROWS, Span
-from streamconv.stages.read import read_rows
-from streamconv.targets.trtllm.planner import make_plan
-from streamconv.targets.trtllm.source_tensors import SourceTensors
+from streamconv.options import Resources
+from streamconv.planning.plan import PLAIN_ROWS, Span
+from streamconv.run.read import read_rows
+from streamconv.targets.trtllm.options import TensorRTLLM
+from streamconv.targets.trtllm.target import make_plan
 from tests import tiny
 
 H, WIDTH, HEADS, KV, V, LAYERS = 64, 128, 4, 2, 80, 2
@@ -86,7 +87,7 @@ def whole(folder: Path) -> dict[str, torch.Tensor]:
 
 def converted(source: Path, out: Path, **options: Any) -> dict[str, Any]:
     rows = options.pop("tile_rows", None)
-    api.convert(source, out, Options(**options), Resources(tile_rows=rows))
+    api.convert(source, out, TensorRTLLM(**options), Resources(tile_rows=rows))
     return {path.name: path.read_bytes() for path in sorted(out.iterdir()) if path.suffix == ".safetensors"} | {
         "config": (out / "config.json").read_bytes()
     }
@@ -207,7 +208,7 @@ def test_unknown_and_missing_tensors_are_named(tmp_path: Path) -> None:
     state["layers.0.attention.wq.qweight"] = torch.ones(4, H).int()
     del state["layers.1.attention.wo.weight"]
     with open_index(write(tmp_path / "m", state=state)) as index, pytest.raises(TensorError) as error:
-        make_plan(index, Options())
+        make_plan(index, TensorRTLLM())
     for part in ("layers.0.feed_forward.gate.weight", "wq.qweight", "missing tensor layers.1.attention.wo.weight"):
         assert part in str(error.value)
 
@@ -220,7 +221,7 @@ def test_missing_files(tmp_path: Path) -> None:
     (folder / "params.json").write_text("{}")
     (folder / "consolidated.03.pth").unlink()
     with pytest.raises(CheckpointError, match=r"params\.json: 'dim' is missing"):
-        api.open_and_plan(folder, Options())
+        api.open_and_plan(folder, TensorRTLLM())
 
 
 @pytest.mark.parametrize(
@@ -238,7 +239,7 @@ def test_missing_files(tmp_path: Path) -> None:
 )
 def test_bad_params(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
-        api.open_and_plan(write(tmp_path / "m", **change), Options())
+        api.open_and_plan(write(tmp_path / "m", **change), TensorRTLLM())
 
 
 def test_safetensors_of_that_name_are_not_meta(tmp_path: Path) -> None:
@@ -314,11 +315,11 @@ def test_bin_shards_are_held_to_the_index_file(tmp_path: Path) -> None:
 def test_a_changed_pickle_is_another_source(tmp_path: Path) -> None:
     """The fingerprint that a resume compares covers the directory and the pickle."""
     folder = hf_bin(tmp_path / "m", 1)
-    _, plan = api.open_and_plan(folder, Options())
+    _, plan = api.open_and_plan(folder, TensorRTLLM())
     file = folder / "pytorch_model.bin"
     state = torch.load(str(file), weights_only=True)
     torch.save(dict(reversed(state.items())), str(file))
-    _, other = api.open_and_plan(folder, Options())
+    _, other = api.open_and_plan(folder, TensorRTLLM())
     assert plan.fingerprint() != other.fingerprint()
     assert [source.name for source in plan.sources] == ["pytorch_model.bin"]
 
@@ -327,7 +328,7 @@ def test_errors_are_typed(tmp_path: Path) -> None:
     folder = hf_bin(tmp_path / "m", 1)
     (folder / "pytorch_model.bin").write_bytes(b"PK\x03\x04")
     with pytest.raises(StreamconvError, match=r"pytorch_model\.bin is not a whole zip"):
-        api.open_and_plan(folder, Options())
+        api.open_and_plan(folder, TensorRTLLM())
 
 
 @pytest.mark.parametrize("stored", ["float16", "float32", "bfloat16"])
@@ -342,7 +343,7 @@ def test_fp8_rows_are_rounded_to_the_model_dtype_first(tmp_path: Path, stored: s
             state[name.replace("layers.1.", "layers.2.")] = value
     torch.save(state, str(folder / "consolidated.00.pth"))
     out = tmp_path / "out"
-    api.convert(folder, out, Options(quant="fp8_rowwise", use_meta_fp8_rowwise_recipe=True, dtype="bfloat16"))
+    api.convert(folder, out, TensorRTLLM(quant="fp8_rowwise", use_meta_fp8_rowwise_recipe=True, dtype="bfloat16"))
     made = load_file(out / "rank0.safetensors")
     for ours, theirs in (("fc", "w1"), ("gate", "w3"), ("proj", "w2")):
         value = state[f"layers.1.feed_forward.{theirs}.weight"].bfloat16().float().clamp(-1200, 1200)

@@ -16,13 +16,14 @@ from streamconv.api import convert
 from streamconv.checkpoint.dtypes import BF16, F16, F32, I8, U8, DType
 from streamconv.cli.convert_checkpoint import main
 from streamconv.errors import RefusedError, StreamconvError, TensorError, UsageError
-from streamconv.options import Options, Resources
+from streamconv.options import Resources
 from streamconv.quants import Module, quant_of
 from streamconv.quants.awq import PairedWeight
 from streamconv.quants.base import Findings
 from streamconv.quants.gptq import GroupScales, PackedWeight
 from streamconv.quants.layout import Layout
-from streamconv.verify import verify
+from streamconv.targets.trtllm.options import TensorRTLLM
+from streamconv.verification.check import verify
 
 HIDDEN, HEADS, KV, SIZE, WIDTH, VOCAB = 256, 8, 4, 32, 512, 64
 SHAPES = {
@@ -35,7 +36,7 @@ SHAPES = {
     "mlp.down_proj": (HIDDEN, WIDTH),
 }
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-GPTQ = Options(quant="int4_gptq", group_size=64, target_sm=80)
+GPTQ = TensorRTLLM(quant="int4_gptq", group_size=64, target_sm=80)
 Tensors = dict[str, torch.Tensor]
 
 
@@ -200,7 +201,7 @@ def test_against_whole_matrices(
 ) -> None:
     made = linears(bits, group)
     model = source(tmp_path / "in", kind, bits, group, made)
-    options = Options(tp_size=tp, quant=f"int{bits}_gptq", group_size=group, dtype=dtype, target_sm=sm)
+    options = TensorRTLLM(tp_size=tp, quant=f"int{bits}_gptq", group_size=group, dtype=dtype, target_sm=sm)
     convert(model, tmp_path / "out", options, Resources(workers=2, tile_rows=tile_rows))
     config = json.loads((tmp_path / "out/config.json").read_text())["quantization"]
     assert (config["quant_algo"], config["group_size"]) == (f"W{bits}A16_GPTQ", group)
@@ -220,7 +221,7 @@ def test_against_whole_matrices(
 
 def test_c_layout_of_0_16_on_hopper(tmp_path: Path) -> None:
     made = linears(4, 64)
-    options = Options(quant="int4_gptq", group_size=64, target_sm=90, target_version="0.16")
+    options = TensorRTLLM(quant="int4_gptq", group_size=64, target_sm=90, target_version="0.16")
     convert(source(tmp_path / "in", "v1", 4, 64, made), tmp_path / "out", options)
     got = load_file(tmp_path / "out/rank0.safetensors")
     for name, (weight, _, _) in expected(made, 4, 1, torch.float16, "C")[0].items():
@@ -241,13 +242,13 @@ def test_verify_against_source(tmp_path: Path, kind: str) -> None:
 
 def test_imported_by_itself_for_1_2_only(tmp_path: Path) -> None:
     model = source(tmp_path / "in", "v1", 4, 64, linears(4, 64))
-    convert(model, tmp_path / "out", Options(target_sm=80))
+    convert(model, tmp_path / "out", TensorRTLLM(target_sm=80))
     quantization = json.loads((tmp_path / "out/config.json").read_text())["quantization"]
     assert (quantization["quant_algo"], quantization["group_size"]) == ("W4A16_GPTQ", 64)
     with pytest.raises(RefusedError, match="--quant int4_gptq --group-size 64"):
-        convert(model, tmp_path / "old", Options(target_sm=80, target_version="0.16"))
+        convert(model, tmp_path / "old", TensorRTLLM(target_sm=80, target_version="0.16"))
     with pytest.raises(UsageError, match="--target-sm is required"):
-        convert(model, tmp_path / "none", Options())
+        convert(model, tmp_path / "none", TensorRTLLM())
 
 
 @pytest.mark.parametrize(
@@ -284,7 +285,7 @@ def test_gptq_formats_that_nothing_is_known_of(tmp_path: Path) -> None:
 def test_awq_scales_that_a_release_would_turn(rows: int, version: str, fine: bool) -> None:
     """8192 inputs in groups of 64 are 128 groups; only releases 0.13 to 0.16 guess from the shape (§5.3)."""
     module = Module("mlp.proj", 0, 1, rows, 8192, rows, 8192, 0, 1)
-    said = quant_of("int4_awq").problems(module, Options(quant="int4_awq", group_size=64, target_version=version), F16)  # type: ignore[arg-type]
+    said = quant_of("int4_awq").problems(module, TensorRTLLM(quant="int4_awq", group_size=64, target_version=version), F16)  # type: ignore[arg-type]
     assert fine == ("read the scales turned" not in (said or ""))
 
 
@@ -300,7 +301,7 @@ def test_act_order_refused(tmp_path: Path) -> None:
 def test_bits_that_do_not_fit(tmp_path: Path) -> None:
     model = write(tmp_path / "in", rest() | packed("v1", 4, linears(4, 64)), None)
     with pytest.raises(RefusedError, match="do not fit together at 8 bits"):
-        convert(model, tmp_path / "out", Options(quant="int8_gptq", group_size=64, target_sm=80))
+        convert(model, tmp_path / "out", TensorRTLLM(quant="int8_gptq", group_size=64, target_sm=80))
 
 
 @pytest.mark.parametrize("missing", ["qzeros", "scales", "qweight"])
@@ -326,7 +327,7 @@ def test_row_bias_only_on_the_first_rank(tmp_path: Path) -> None:
         rows = SHAPES[f"self_attn.{name}_proj"][0]
         tensors[f"model.layers.0.self_attn.{name}_proj.bias"] = torch.randn(rows).to(torch.float16)
     model = write(tmp_path / "in", tensors, None, attention_bias=True)
-    convert(model, tmp_path / "out", Options(tp_size=2, quant="int4_gptq", group_size=64, target_sm=80))
+    convert(model, tmp_path / "out", TensorRTLLM(tp_size=2, quant="int4_gptq", group_size=64, target_sm=80))
     ranks = [load_file(tmp_path / f"out/rank{rank}.safetensors") for rank in range(2)]
     name = "transformer.layers.0.attention.dense.bias"
     assert torch.equal(ranks[0][name], tensors["model.layers.0.self_attn.o_proj.bias"])
@@ -384,7 +385,7 @@ def test_modelopt_awq(tmp_path: Path, inputs: bool, tile_rows: int | None) -> No
     model = write(tmp_path / "in", tensors, None)
     hf = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "W4A16_AWQ", "group_size": 64}}
     (model / "hf_quant_config.json").write_text(json.dumps(hf))
-    options = Options(tp_size=2, quant="int4_awq", group_size=64, dtype="bfloat16")
+    options = TensorRTLLM(tp_size=2, quant="int4_awq", group_size=64, dtype="bfloat16")
     convert(model, tmp_path / "out", options, Resources(tile_rows=tile_rows))
     quantization = json.loads((tmp_path / "out/config.json").read_text())["quantization"]
     assert quantization["quant_algo"] == "W4A16_AWQ"
@@ -411,7 +412,7 @@ def test_modelopt_prequant_must_be_shared(tmp_path: Path) -> None:
     tensors = rest() | modelopt(linears(4, 64), 64, True)
     tensors["model.layers.0.self_attn.k_proj.pre_quant_scale"][5] += 1
     with pytest.raises(RefusedError, match="pre_quant_scale differs"):
-        convert(write(tmp_path / "in", tensors, None), tmp_path / "out", Options(quant="int4_awq", group_size=64))
+        convert(write(tmp_path / "in", tensors, None), tmp_path / "out", TensorRTLLM(quant="int4_awq", group_size=64))
 
 
 @pytest.mark.parametrize("algo", ["NVFP4", "FP8", "W4A8_AWQ", "MIXED_PRECISION"])
@@ -419,7 +420,7 @@ def test_other_modelopt_exports_refused(tmp_path: Path, algo: str) -> None:
     model = write(tmp_path / "in", rest(), None)
     (model / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": algo}}))
     with pytest.raises(RefusedError, match=f"modelopt {algo}"):
-        convert(model, tmp_path / "out", Options())
+        convert(model, tmp_path / "out", TensorRTLLM())
 
 
 def fbgemm(layers: int = 3) -> Tensors:
@@ -444,7 +445,7 @@ def test_fbgemm(tmp_path: Path, recipe: bool) -> None:
     tensors = fbgemm()
     stated = {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1000.0}
     model = write(tmp_path / "in", tensors, stated, num_hidden_layers=3)
-    options = Options(tp_size=2, quant="fp8_rowwise", use_meta_fp8_rowwise_recipe=recipe)
+    options = TensorRTLLM(tp_size=2, quant="fp8_rowwise", use_meta_fp8_rowwise_recipe=recipe)
     convert(model, tmp_path / "out", options, Resources(tile_rows=5))
     quantization = json.loads((tmp_path / "out/config.json").read_text())["quantization"]
     assert quantization["quant_algo"] == "FP8_PER_CHANNEL_PER_TOKEN" and quantization["clamp_val"] == [-1000.0, 1000.0]
@@ -472,14 +473,14 @@ def test_fbgemm_weight_the_recipe_leaves_out(tmp_path: Path) -> None:
     tensors["model.layers.0.mlp.up_proj.weight_scale"] = torch.rand(WIDTH, 1)
     model = write(tmp_path / "in", tensors, {"quant_method": "fbgemm_fp8"}, num_hidden_layers=2)
     with pytest.raises(RefusedError, match=r"up_proj\.weight is FP8 already"):
-        convert(model, tmp_path / "out", Options(quant="fp8_rowwise", use_meta_fp8_rowwise_recipe=True))
+        convert(model, tmp_path / "out", TensorRTLLM(quant="fp8_rowwise", use_meta_fp8_rowwise_recipe=True))
 
 
 def test_hostile_statements(tmp_path: Path) -> None:
     model = write(tmp_path / "in", rest(), None)
     (model / "quantize_config.json").write_text("[1, 2")
     with pytest.raises(StreamconvError, match=r"quantize_config\.json"):
-        convert(model, tmp_path / "out", Options())
+        convert(model, tmp_path / "out", TensorRTLLM())
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -515,7 +516,7 @@ def test_group_scales_kernel_is_its_definition(stored: DType, dtype: DType, bits
     encoding = GroupScales(dtype, stored, bits, shuffled, middle)
     kernel, findings, wanted_findings = encoding.kernel(U8), Findings(), Findings()
     assert kernel is not None
-    outs = [np.zeros(rows * part.row_bytes, np.uint8) for part in encoding.parts(rows, cols)]
+    outs = [np.zeros(part.nbytes(rows), np.uint8) for part in encoding.parts(rows, cols)]
     findings.add(kernel(block.reshape(-1).numpy(), 0, block.shape[1], rows, cols, outs))
     wanted = encoding.encode(block[:, :cols], wanted_findings)
     assert [bytes(out) for out in outs] == [bytes(one.numpy()) for one in wanted]

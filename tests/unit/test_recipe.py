@@ -9,11 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
-from streamconv import recipe
-from streamconv.cli import recipe_option
+from streamconv.cli import recipe, recipe_option
 from streamconv.cli.main import convert, plan
 from streamconv.errors import OutputError, UsageError
-from streamconv.options import Options
+from streamconv.targets.trtllm.options import TensorRTLLM
 
 KINDS = recipe_option.kinds(convert, plan)
 
@@ -26,7 +25,7 @@ def _file(folder: Path, text: str, name: str = "recipe.toml") -> Path:
 
 def test_every_option_has_a_key() -> None:
     """A manifest and a written recipe hold all of them."""
-    assert {field.name for field in dataclasses.fields(Options)} <= set(KINDS)
+    assert {field.name for field in dataclasses.fields(TensorRTLLM)} <= set(KINDS)
 
 
 @pytest.mark.parametrize(
@@ -92,19 +91,19 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
-    options = Options(tp_size=2, quant="int4", target_sm=90, activation_ranges='odd "name"\n\x7f\té\\.safetensors', rope_tables=True)
+    options = TensorRTLLM(tp_size=2, quant="int4", target_sm=90, activation_ranges='odd "name"\n\x7f\té\\.safetensors', rope_tables=True)
     path = tmp_path / "r.toml"
     recipe.write(path, recipe.render("a model", "out", options, {"memory_budget": "1GiB", "device_memory_budget": None}))
     values = recipe.read(path, KINDS).values
     assert values.pop("model") == "a model" and values.pop("out") == "out" and values.pop("memory_budget") == "1GiB"
-    assert Options(**values) == options
+    assert TensorRTLLM(**values) == options
     assert path.read_text().startswith("# ")
     with pytest.raises(OutputError, match="exists already"):
         recipe.write(path, "")
 
 
 def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
-    text = recipe.render("model\udcff", None, Options(), {})
+    text = recipe.render("model\udcff", None, TensorRTLLM(), {})
     with pytest.raises(OutputError, match=r"r\.toml"):
         recipe.write(tmp_path / "r.toml", text)
     with pytest.raises(OutputError, match="cannot be written"):
@@ -118,8 +117,8 @@ _NAMES = some.text(some.characters(exclude_categories=["Cs"]))
 @settings(deadline=None)
 @given(model=_NAMES, out=_NAMES.filter(bool), path=_NAMES, alpha=some.floats(0, 1), tp=some.integers(1, 1 << 40), on=some.booleans())
 def test_any_value_survives(model: str, out: str, path: str, alpha: float, tp: int, on: bool) -> None:
-    options = Options(tp_size=tp, smoothquant=alpha, activation_ranges=path, per_token=on)
+    options = TensorRTLLM(tp_size=tp, smoothquant=alpha, activation_ranges=path, per_token=on)
     text = recipe.render(model, out, options, {"memory_budget": path})
     values = recipe.tomllib.loads(text)
     assert (values.pop("model"), values.pop("out"), values.pop("memory-budget")) == (model, out, path)
-    assert Options(**{key.replace("-", "_"): value for key, value in values.items()}) == options
+    assert TensorRTLLM(**{key.replace("-", "_"): value for key, value in values.items()}) == options

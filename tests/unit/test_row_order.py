@@ -8,8 +8,9 @@ import random
 import pytest
 
 from streamconv.checkpoint.dtypes import F16
-from streamconv.plan import PLAIN_ROWS, Dest, SourceTensor, Span
-from streamconv.targets.trtllm.builder import in_row_order
+from streamconv.checkpoint.rows import SourceTensor
+from streamconv.planning.draft import in_row_order
+from streamconv.planning.plan import PLAIN_ROWS, Dest, Span
 
 COLS = ((0, 8),)
 

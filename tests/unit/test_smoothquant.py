@@ -16,11 +16,13 @@ from safetensors.torch import load_file
 
 from streamconv import api
 from streamconv.errors import DataError, RefusedError, StreamconvError, TensorError, UsageError
-from streamconv.options import Options, Resources
-from streamconv.order import Stop
-from streamconv.plan import Plan
-from streamconv.results import Results
-from streamconv.verify import verify
+from streamconv.options import Resources
+from streamconv.planning.plan import Plan
+from streamconv.progress import Meter, Progress
+from streamconv.run.order import Stop
+from streamconv.run.results import Results
+from streamconv.targets.trtllm.options import TensorRTLLM
+from streamconv.verification.check import verify
 from tests import tiny
 
 F16, F32, F64 = np.float16, np.float32, np.float64
@@ -59,9 +61,9 @@ def model(tmp_path: Path, weights: dict[str, Array]) -> Path:
     return tiny.write(tmp_path / "model", weights)
 
 
-def ask(model: Path, **changes: Any) -> Options:
+def ask(model: Path, **changes: Any) -> TensorRTLLM:
     settings: dict[str, Any] = {"quant": "smoothquant", "activation_ranges": str(model.parent / "ranges.safetensors")}
-    return Options(**(settings | changes))
+    return TensorRTLLM(**(settings | changes))
 
 
 # ---- the reference: whole matrices, rounding as §6.5 writes it
@@ -226,20 +228,14 @@ def test_the_plan_says_whether_torch_is_loaded(model: Path) -> None:
 def test_resumed_after_a_failure(model: Path, tmp_path: Path) -> None:
     """The earlier passes run again, tiles that were written are kept, and the bytes are the same."""
     few = Resources(tile_rows=16, workers=1)
-    whole = api.convert(model, tmp_path / "whole", ask(model), few)
+    api.convert(model, tmp_path / "whole", ask(model), few)
 
-    class StopLate:
-        done = 0
-
-        def start(self, plan: Any, shares: Any) -> None: ...
-        def stage(self, name: str) -> None: ...
-        def tile(self, read: int, written: int) -> None:
-            self.done += 1
-            if self.done == whole.tiles * 3 // 4:
-                raise KeyboardInterrupt
+    def stop_late(now: Progress) -> None:
+        if now.done >= now.total * 3 // 4:
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        api.convert(model, tmp_path / "out", ask(model), few, watcher=StopLate())
+        api.convert(model, tmp_path / "out", ask(model), few, meter=Meter(stop_late, every=0))
     again = api.convert(model, tmp_path / "out", ask(model), few)
     assert again.resumed > 0
     for path in (tmp_path / "whole").glob("rank*"):
@@ -257,7 +253,7 @@ def test_kv_cache_factor(model: Path, weights: dict[str, Array], tmp_path: Path)
             assert factor.shape == (1,) and factor[0] == F32(top) / F32(127)
 
 
-def planned(model: Path, options: Options) -> Plan:
+def planned(model: Path, options: TensorRTLLM) -> Plan:
     index, plan = api.open_and_plan(model, options)
     index.close()
     return plan
@@ -265,7 +261,7 @@ def planned(model: Path, options: Options) -> Plan:
 
 def test_passes_are_planned_in_order_and_counted(model: Path) -> None:
     linear = sum(w.nbytes for name, w in tiny.tensors(dtype="float32").items() if "_proj" in name)
-    once = planned(model, Options()).bytes_read
+    once = planned(model, TensorRTLLM()).bytes_read
     channel, tensor = planned(model, ask(model, per_channel=True)), planned(model, ask(model))
     assert (channel.passes, tensor.passes) == (2, 2)  # column maxima give the largest of the smoothed matrix too
     assert channel.bytes_read == tensor.bytes_read == once + linear
@@ -316,7 +312,7 @@ def test_refusals(model: Path, settings: dict[str, Any], options: dict[str, Any]
 
 
 def test_ranges_are_asked_for(model: Path) -> None:
-    for options in (Options(quant="smoothquant"), Options(kv_cache="int8")):
+    for options in (TensorRTLLM(quant="smoothquant"), TensorRTLLM(kv_cache="int8")):
         with pytest.raises(UsageError, match="needs activation ranges") as told:
             planned(model, options)
         assert "streamconv calibrate" in str(told.value.hint)

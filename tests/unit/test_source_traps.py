@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from streamconv import api
 from streamconv.cli.main import main
 from streamconv.errors import RefusedError
-from streamconv.options import Options
+from streamconv.targets.trtllm.options import TensorRTLLM
 from tests import tiny
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -35,7 +35,7 @@ def test_a_tied_model_with_another_head(tmp_path: Path, capfd: pytest.CaptureFix
     assert ("lm_head.weight is not the embedding, to which config.json ties it" in capfd.readouterr().err) == warned
     made = load_file(tmp_path / "out" / "rank0.safetensors")
     assert torch.equal(made["lm_head.weight"], made["transformer.vocab_embedding.weight"])
-    index, plan = api.open_and_plan(model, Options(target_version="0.16"))
+    index, plan = api.open_and_plan(model, TensorRTLLM(target_version="0.16"))
     with index:
         assert not [line for line in plan.warnings if "lm_head" in line]  # that version takes the file's
 
@@ -49,7 +49,7 @@ def test_codes_without_scales(tmp_path: Path, dtype: torch.dtype, quant: dict[st
         held[name] = (held[name] * 50).to(dtype)
     save_file(held, folder / "model.safetensors")
     with pytest.raises(RefusedError, match=r"model\.layers\.0\.mlp\.down_proj\.weight \(and 5 more\): .* weights need scales"):
-        api.open_and_plan(folder, Options(**quant))[0].close()  # type: ignore[arg-type]
+        api.open_and_plan(folder, TensorRTLLM(**quant))[0].close()  # type: ignore[arg-type]
 
 
 def test_a_gpu_without_the_kernels(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -17,11 +17,11 @@ from streamconv.cli.convert_checkpoint import main as official
 from streamconv.cli.main import main
 from streamconv.errors import CheckpointError, RefusedError
 from streamconv.families import family_of
-from streamconv.options import Options
 from streamconv.targets.trtllm.checks import refusals
 from streamconv.targets.trtllm.config_json import build_config
 from streamconv.targets.trtllm.config_sections import resolve_moe
-from streamconv.verify import verify
+from streamconv.targets.trtllm.options import TensorRTLLM
+from streamconv.verification.check import verify
 from tests import tiny
 from tests.golden import generate
 
@@ -37,15 +37,15 @@ LONG: dict[str, Any] = {"max_position_embeddings": 131072, "original_max_positio
 LATE = {"cp_config", "enable_attention_dp", "enable_lm_head_tp_in_adp"}
 
 
-def config(options: Options | None = None, *, calibrated: bool = False, **keys: Any) -> dict[str, Any]:
+def config(options: TensorRTLLM | None = None, *, calibrated: bool = False, **keys: Any) -> dict[str, Any]:
     model = from_hf(tiny.config(**keys))
-    chosen = options or Options()
+    chosen = options or TensorRTLLM()
     return build_config(
         model, chosen, config_class=family_of(model.architecture).config_class, dtype="bfloat16", calibrated=calibrated
     )
 
 
-def refused(options: Options, **keys: Any) -> list[str]:
+def refused(options: TensorRTLLM, **keys: Any) -> list[str]:
     model = from_hf(tiny.config(**keys))
     return refusals(model, family_of(model.architecture), options, model.num_key_value_heads, resolve_moe(options))
 
@@ -70,23 +70,23 @@ def test_part_of_each_head_of_phi3_is_rotated(keys: dict[str, Any]) -> None:
     assert (made["rotary_pct"], made["rotary_embedding_dim"], made["head_size"]) == (0.75, 24, 32)
     order = list(made)
     assert order[order.index("rotary_embedding_dim") + 1 :][:3] == ["rotary_pct", "tie_word_embeddings", "original_max_position_embeddings"]
-    assert any("partial_rotary_factor 0.75" in problem for problem in refused(Options(target_version="0.16"), **PHI3, **keys))
-    assert not refused(Options(), **PHI3, **keys)
+    assert any("partial_rotary_factor 0.75" in problem for problem in refused(TensorRTLLM(target_version="0.16"), **PHI3, **keys))
+    assert not refused(TensorRTLLM(), **PHI3, **keys)
 
 
 @pytest.mark.parametrize("version", ["1.0", "1.2"])
 def test_every_phi3_has_the_keys_the_loader_fails_without(version: Any) -> None:
-    made = config(Options(target_version=version), **PHI3)
+    made = config(TensorRTLLM(target_version=version), **PHI3)
     assert made["rotary_pct"] == 1.0 and made["tie_word_embeddings"] is False
-    assert "rotary_pct" not in config(Options(target_version="0.16"), **PHI3)
+    assert "rotary_pct" not in config(TensorRTLLM(target_version="0.16"), **PHI3)
 
 
 def test_phi4_mini_converts_and_verifies(tmp_path: Path) -> None:
     model = golden("phi4_mini", tmp_path)
-    api.convert(model, tmp_path / "out", Options(tp_size=2))
+    api.convert(model, tmp_path / "out", TensorRTLLM(tp_size=2))
     assert not verify(tmp_path / "out", model).problems
     with pytest.raises(RefusedError, match=r"rotates whole heads of Phi-3; use --target-version 1\.2"):
-        api.convert(model, tmp_path / "old", Options(target_version="0.16"))
+        api.convert(model, tmp_path / "old", TensorRTLLM(target_version="0.16"))
 
 
 @pytest.mark.parametrize("value", [0, 1.5, -0.5, "0.75", True])
@@ -103,7 +103,7 @@ def test_other_families_rotate_whole_heads(architecture: str) -> None:
 
 def test_a_rotary_factor_that_is_dropped_is_told_of(tmp_path: Path) -> None:
     model = tiny.write(tmp_path / "model", settings=tiny.config(partial_rotary_factor=0.5))
-    index, plan = api.open_and_plan(model, Options())
+    index, plan = api.open_and_plan(model, TensorRTLLM())
     index.close()
     assert any("partial_rotary_factor 0.5 is dropped" in line for line in plan.warnings)
 
@@ -124,7 +124,7 @@ def test_a_dense_model_has_no_normalization() -> None:
     ("keys", "fine"), [({"mlp_only_layers": [1]}, False), ({"decoder_sparse_step": 2}, False), ({"mlp_only_layers": [9]}, True)]
 )
 def test_layers_without_experts_are_refused(keys: dict[str, Any], fine: bool) -> None:
-    assert fine == (not any("without experts" in problem for problem in refused(Options(), **QWEN_MOE, **keys)))
+    assert fine == (not any("without experts" in problem for problem in refused(TensorRTLLM(), **QWEN_MOE, **keys)))
     made = config(**QWEN_MOE, **keys)
     assert (made["mlp_only_layers"], made["decoder_sparse_step"]) == (keys.get("mlp_only_layers", []), keys.get("decoder_sparse_step", 1))
 
@@ -145,22 +145,22 @@ def test_qwen2_keys_of_1x() -> None:
     assert made["moe"]["shared_expert_intermediate_size"] == 0
     order = list(made)
     assert order[5:10] == ["num_labels", "use_logn_attn", "mlp_only_layers", "decoder_sparse_step", "moe"]
-    assert "mlp_only_layers" not in config(Options(target_version="1.0"), **keys)
-    assert "use_logn_attn" not in config(Options(target_version="0.16"), **keys)
+    assert "mlp_only_layers" not in config(TensorRTLLM(target_version="1.0"), **keys)
+    assert "use_logn_attn" not in config(TensorRTLLM(target_version="0.16"), **keys)
 
 
 def test_the_base_of_qwen_is_its_class_default() -> None:
     keys = tiny.config(architectures=["Qwen2ForCausalLM"])
     del keys["rope_theta"]
     model = from_hf(keys)
-    assert build_config(model, Options(), config_class="qwen", dtype="float16")["rotary_base"] == 10000.0
+    assert build_config(model, TensorRTLLM(), config_class="qwen", dtype="float16")["rotary_base"] == 10000.0
 
 
 def test_a_head_size_that_0_16_does_not_see_is_refused() -> None:
     keys: dict[str, Any] = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "head_dim": 64}
-    assert any("head_dim 64 is not" in problem for problem in refused(Options(target_version="0.16"), **keys))
-    assert not refused(Options(), **keys) and config(**keys)["head_size"] == 64
-    assert not refused(Options(target_version="0.16"), **(keys | {"head_dim": 32}))
+    assert any("head_dim 64 is not" in problem for problem in refused(TensorRTLLM(target_version="0.16"), **keys))
+    assert not refused(TensorRTLLM(), **keys) and config(**keys)["head_size"] == 64
+    assert not refused(TensorRTLLM(target_version="0.16"), **(keys | {"head_dim": 32}))
 
 
 # ---- rope_type, activation, group size, sizes of attention
@@ -182,14 +182,14 @@ def test_rope_type_is_added_where_transformers_adds_it(architecture: str, added:
 def test_the_activation_of_gemma_where_none_is_stated(architecture: str, act: str, version: Any) -> None:
     keys = tiny.config(architectures=[architecture], head_dim=32)
     del keys["hidden_act"]
-    made = build_config(from_hf(keys), Options(target_version=version, quant="int4", target_sm=80), config_class="gemma", dtype="float16")
+    made = build_config(from_hf(keys), TensorRTLLM(target_version=version, quant="int4", target_sm=80), config_class="gemma", dtype="float16")
     assert made["hidden_act"] == act and made["quantization"]["pre_quant_scale"] is True
 
 
 @pytest.mark.parametrize("version", ["0.16", "1.2"])
 @pytest.mark.parametrize(("quant", "group"), [("int8", 128), ("int4", 128), ("fp8_rowwise", 128), ("none", 128), ("int4_gptq", 64)])
 def test_the_group_size_is_told_of_formats_with_groups(quant: str, group: int, version: Any) -> None:
-    made = config(Options(quant=quant, group_size=64, target_version=version))
+    made = config(TensorRTLLM(quant=quant, group_size=64, target_version=version))
     assert made["quantization"]["group_size"] == group
 
 
@@ -198,16 +198,16 @@ def test_the_group_size_is_told_of_formats_with_groups(quant: str, group: int, v
     ({"architectures": ["GemmaForCausalLM"]}, False, (2, 1)), ({"architectures": ["Qwen2ForCausalLM"]}, True, (2, 1)),
 ])  # fmt: skip
 def test_sizes_of_attention(keys: dict[str, Any], calibrated: bool, sizes: tuple[int, int]) -> None:
-    made = config(Options(tp_size=2), calibrated=calibrated, **keys)["mapping"]
+    made = config(TensorRTLLM(tp_size=2), calibrated=calibrated, **keys)["mapping"]
     assert (made["attn_tp_size"], made["attn_cp_size"]) == sizes
-    assert "attn_tp_size" not in config(Options(tp_size=2, target_version="0.16"), calibrated=calibrated, **keys)["mapping"]
+    assert "attn_tp_size" not in config(TensorRTLLM(tp_size=2, target_version="0.16"), calibrated=calibrated, **keys)["mapping"]
 
 
 # ---- early and late 1.x
 
 
 def test_an_early_release_gets_what_it_knows() -> None:
-    late, early = config(), config(Options(target_version="1.0"))
+    late, early = config(), config(TensorRTLLM(target_version="1.0"))
     assert set(late["mapping"]) - set(early["mapping"]) == LATE
     assert set(late["quantization"]) - set(early["quantization"]) == {"mamba_ssm_cache_dtype"}
     assert {**late, "mapping": 0, "quantization": 0} == {**early, "mapping": 0, "quantization": 0}
@@ -218,7 +218,7 @@ def test_both_have_the_same_weights(tmp_path: Path) -> None:
     model = tiny.write(tmp_path / "model")
     versions: tuple[Any, ...] = ("1.0", "1.2")
     for version in versions:
-        options = Options(target_version=version, quant="int4", target_sm=90)
+        options = TensorRTLLM(target_version=version, quant="int4", target_sm=90)
         api.convert(model, tmp_path / version, options)
         assert not verify(tmp_path / version, model).problems
     assert len({(tmp_path / version / "rank0.safetensors").read_bytes() for version in versions}) == 1
@@ -241,7 +241,7 @@ def test_the_plan_says_which_keys_an_early_release_rejects(tmp_path: Path, capsy
 @pytest.mark.parametrize(("version", "held"), [("0.16", False), ("1.0", True), ("1.2", True)])
 def test_the_reciprocal_factor(tmp_path: Path, version: Any, held: bool) -> None:
     model = tiny.write(tmp_path / "model")
-    index, plan = api.open_and_plan(model, Options(kv_cache="fp8", target_version=version))
+    index, plan = api.open_and_plan(model, TensorRTLLM(kv_cache="fp8", target_version=version))
     index.close()
     names = {name for name in plan.files[0].names() if "scaling_factor" in name}
     assert len(names) == len(plan.constants) == tiny.LAYERS * (2 if held else 1)
@@ -254,7 +254,7 @@ def test_the_reciprocal_of_a_measured_factor(tmp_path: Path) -> None:
         for side in "kv":
             ranges[f"model.layers.{layer}.self_attn.{side}_proj.y"] = np.full(tiny.KV * 32, 448.0 * 3, np.float32)
     save_file(ranges, tmp_path / "ranges.safetensors")
-    api.convert(model, tmp_path / "out", Options(kv_cache="fp8", activation_ranges=str(tmp_path / "ranges.safetensors")))
+    api.convert(model, tmp_path / "out", TensorRTLLM(kv_cache="fp8", activation_ranges=str(tmp_path / "ranges.safetensors")))
     made = load_file(tmp_path / "out" / "rank0.safetensors")
     assert made["transformer.layers.1.attention.kv_cache_scaling_factor"] == np.float32(3)
     assert made["transformer.layers.1.attention.kv_cache_rcp_scaling_factor"] == np.float32(1) / np.float32(3)
@@ -273,14 +273,14 @@ def test_the_reciprocal_of_a_measured_factor(tmp_path: Path) -> None:
     ({}, {"architectures": ["InternLM2ForCausalLM"]}, "no place for it"),
 ])  # fmt: skip
 def test_context_parallelism_is_refused(options: dict[str, Any], keys: dict[str, Any], words: str) -> None:
-    assert any(words in problem for problem in refused(Options(cp_size=2, **options), **keys))
-    assert not any(words in problem for problem in refused(Options(**options), **keys))
+    assert any(words in problem for problem in refused(TensorRTLLM(cp_size=2, **options), **keys))
+    assert not any(words in problem for problem in refused(TensorRTLLM(**options), **keys))
 
 
 def test_a_meta_checkpoint_has_no_context_parallelism(tmp_path: Path) -> None:
     model = golden_meta(tmp_path)
     with pytest.raises(RefusedError, match="Meta checkpoint cannot be converted for context parallelism"):
-        api.convert(model, tmp_path / "out", Options(cp_size=2))
+        api.convert(model, tmp_path / "out", TensorRTLLM(cp_size=2))
 
 
 def golden_meta(out: Path) -> Path:

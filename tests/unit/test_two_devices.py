@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from streamconv.calibrate.graphs import Graphs
+from streamconv.calibration.graphs import Graphs
 from streamconv.device import backend, choice
+from streamconv.device import triton_launch as registry
 from streamconv.device.backend import Cuda
-from streamconv.device.fused import registry
 from streamconv.errors import OutputError, UsageError
-from streamconv.writer import Writer
+from streamconv.run.writer import Writer
 from tests import tiny
 from tests.two_gpus import GIB, Machine, install
 from tests.unit.test_device_ring import JOBS, convert, files

@@ -12,7 +12,7 @@ import pytest
 
 from streamconv.cli.main import main
 from streamconv.errors import UsageError, VerifyError
-from streamconv.verify import verify
+from streamconv.verification.check import verify
 from tests import tiny
 
 NAMES = ("tensorrt_llm", "tensorrt_llm.models", "tensorrt_llm.models.modeling_utils")

@@ -12,11 +12,13 @@ import torch
 import xxhash
 from safetensors.torch import load_file, save_file
 
-from streamconv import api, manifest, measured
+from streamconv import api
 from streamconv.cli.main import main
 from streamconv.errors import UsageError
-from streamconv.options import Options
-from streamconv.verify import Verdict, verify
+from streamconv.run import manifest
+from streamconv.targets.trtllm.options import TensorRTLLM
+from streamconv.verification import measured
+from streamconv.verification.check import Verdict, verify
 from tests import tiny
 
 WEIGHT = "model.layers.0.mlp.up_proj.weight"
@@ -33,7 +35,7 @@ def written(folder: Path, change: dict[tuple[str, int, int], float], dtype: str 
 
 def seen(tmp_path: Path, change: dict[tuple[str, int, int], float], **options: Any) -> Verdict:
     source = written(tmp_path / "in", change)
-    api.convert(source, tmp_path / "out", Options(**options))
+    api.convert(source, tmp_path / "out", TensorRTLLM(**options))
     return verify(tmp_path / "out", source)
 
 
@@ -70,7 +72,7 @@ def damaged(tmp_path: Path, change: Any, name: str, **options: Any) -> Verdict:
     """The output with a tensor changed, and a manifest that agrees: only the values tell."""
     source = written(tmp_path / "in", {(WEIGHT, 3, 5): float("inf")} if "quant" not in options else {})
     out = tmp_path / "out"
-    api.convert(source, out, Options(**options))
+    api.convert(source, out, TensorRTLLM(**options))
     file = out / "rank0.safetensors"
     held, data = load_file(file), bytearray(file.read_bytes())
     new = change(held[name]).to(held[name].dtype).contiguous().view(torch.uint8).numpy().tobytes()
@@ -196,7 +198,7 @@ def test_another_model_with_equal_headers(tmp_path: Path, other: str, quant: str
     """Of our own checkpoints every difference is found; of another tool's too, where the format does not swallow it."""
     change, named = OTHERS[other]
     weights = tiny.tensors()
-    api.convert(tiny.write(tmp_path / "in", weights), tmp_path / "out", Options(tp_size=2, **FORMATS[quant]))
+    api.convert(tiny.write(tmp_path / "in", weights), tmp_path / "out", TensorRTLLM(tp_size=2, **FORMATS[quant]))
     change(weights)
     verdict = verify(tmp_path / "out", tiny.write(tmp_path / "other", weights))
     swallowed = other == "one value" and quant != "none"  # int4 may round both to one integer
@@ -225,7 +227,7 @@ def test_another_tool_may_not_write_other_values(tmp_path: Path, what: str) -> N
 def test_the_same_values_in_other_files_and_folders(tmp_path: Path) -> None:
     """The bytes decide: a source that moved, in two shards, or pickled."""
     weights = tiny.tensors()
-    api.convert(tiny.write(tmp_path / "in", weights), tmp_path / "out", Options(**INT8))
+    api.convert(tiny.write(tmp_path / "in", weights), tmp_path / "out", TensorRTLLM(**INT8))
     (tmp_path / "in").rename(tmp_path / "moved")
     assert verify(tmp_path / "out", tmp_path / "moved").warnings == []
     pickled = tmp_path / "pickled"
@@ -248,7 +250,7 @@ def test_ranges_that_moved(tmp_path: Path) -> None:
     source = tiny.write(tmp_path / "in", weights)
     (tmp_path / "runs").mkdir()
     out = tmp_path / "runs" / "out"
-    api.convert(source, out, Options(quant="smoothquant", activation_ranges=str(asked)))
+    api.convert(source, out, TensorRTLLM(quant="smoothquant", activation_ranges=str(asked)))
     assert not verify(out, source).problems
     asked = asked.rename(tmp_path / "elsewhere.safetensors")
     with pytest.raises(UsageError, match="are not there"):
@@ -265,7 +267,7 @@ def test_flags_without_a_source(tmp_path: Path, capfd: pytest.CaptureFixture[str
 
 def test_a_small_budget_compares_without_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = written(tmp_path / "in", {})
-    api.convert(source, tmp_path / "out", Options(**INT8))
+    api.convert(source, tmp_path / "out", TensorRTLLM(**INT8))
     monkeypatch.setattr(measured, "smallest", lambda plan: 1 << 40)
     verdict = verify(tmp_path / "out", source)
     assert not verdict.problems and verdict.encoded and not verdict.errors and "error and SNR are not shown" in verdict.warnings[0]
@@ -273,7 +275,7 @@ def test_a_small_budget_compares_without_decoding(tmp_path: Path, monkeypatch: p
 
 def test_without_a_manifest_values_are_not_checked(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     source = written(tmp_path / "in", {})
-    api.convert(source, tmp_path / "out", Options(tp_size=2))
+    api.convert(source, tmp_path / "out", TensorRTLLM(tp_size=2))
     (tmp_path / "out" / manifest.NAME).unlink()
     assert main(["verify", str(tmp_path / "out")]) == 0
     assert "structure good, values not checked" in capfd.readouterr().out

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from streamconv.checkpoint.model_config import ModelConfig
 from streamconv.families.base import Family
-from streamconv.options import Options
-from streamconv.targets.trtllm import takeover
+from streamconv.targets.trtllm import import_rules
+from streamconv.targets.trtllm.options import TensorRTLLM
 
 
-def refusals(model: ModelConfig, family: Family, options: Options, kv: int, moe: tuple[int, int]) -> list[str]:
+def refusals(model: ModelConfig, family: Family, options: TensorRTLLM, kv: int, moe: tuple[int, int]) -> list[str]:
     """Reasons why this model cannot be cut as asked (checkpoint spec §1.5, §2.1, §3.3, §3.6, §4, §6).
 
     Args:
@@ -63,11 +63,11 @@ def refusals(model: ModelConfig, family: Family, options: Options, kv: int, moe:
     biased = model.attention_bias and "never" == family.qkv_bias == family.dense_bias
     said = "bias" if "bias" in model.raw else "attention_bias"
     refuse(biased, f"config.json: {said} is true, but {family.name} models with attention biases are not supported")
-    problems += takeover.refusals(options, kv) + _calibrated(model, family, options, kv)
+    problems += import_rules.refusals(options, kv) + _calibrated(model, family, options, kv)
     return problems
 
 
-def _versions(model: ModelConfig, family: Family, options: Options) -> list[str]:
+def _versions(model: ModelConfig, family: Family, options: TensorRTLLM) -> list[str]:
     """What a release cannot say in config.json, so that it would compute something else (§2.5, §6.2 - §6.4)."""
     problems: list[str] = []
     old, factor, size = options.target_version == "0.16", model.partial_rotary_factor, model.hidden_size // model.num_attention_heads
@@ -90,7 +90,7 @@ def _versions(model: ModelConfig, family: Family, options: Options) -> list[str]
     return problems
 
 
-def _context_parallel(model: ModelConfig, family: Family, options: Options) -> list[str]:
+def _context_parallel(model: ModelConfig, family: Family, options: TensorRTLLM) -> list[str]:
     """Combinations that TensorRT-LLM's converter or loader stops at (§1.1)."""
     if options.cp_size == 1:
         return []
@@ -108,7 +108,7 @@ def _context_parallel(model: ModelConfig, family: Family, options: Options) -> l
     return problems
 
 
-def _calibrated(model: ModelConfig, family: Family, options: Options, kv: int) -> list[str]:
+def _calibrated(model: ModelConfig, family: Family, options: TensorRTLLM, kv: int) -> list[str]:
     """What SmoothQuant and the INT8 KV cache cannot do (quantization spec §6.6, §7)."""
     problems: list[str] = []
     if options.quant != "smoothquant":
@@ -135,7 +135,7 @@ def _calibrated(model: ModelConfig, family: Family, options: Options, kv: int) -
     return problems
 
 
-def embedding_is_shared(model: ModelConfig, options: Options, *, lm_head_missing: bool, qwen: bool) -> bool:
+def embedding_is_shared(model: ModelConfig, options: TensorRTLLM, *, lm_head_missing: bool, qwen: bool) -> bool:
     """Whether `lm_head.weight` is left out and shared with the embedding (checkpoint spec §3.6); 0.16 only.
 
     Llama shares when asked to; Qwen shares tied models by itself wherever the loader accepts the result.

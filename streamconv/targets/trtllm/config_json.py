@@ -10,13 +10,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from streamconv.checkpoint.model_config import ModelConfig
-from streamconv.options import Options
 from streamconv.targets.trtllm.config_sections import Config, mapping_section, moe_section, quantization_section
+from streamconv.targets.trtllm.options import TensorRTLLM
 
 
 def build_config(
     model: ModelConfig,
-    options: Options,
+    options: TensorRTLLM,
     *,
     config_class: str = "llama",
     dtype: str,
@@ -50,7 +50,7 @@ def dump(config: Config) -> bytes:
     return json.dumps(config, indent=4).encode()
 
 
-def _base(model: ModelConfig, options: Options, dtype: str, shared: bool, **changes: Any) -> Config:
+def _base(model: ModelConfig, options: TensorRTLLM, dtype: str, shared: bool, **changes: Any) -> Config:
     """Keys #13 - #34 of §2.2."""
     kv = model.num_key_value_heads // (2 if options.remove_duplicated_kv_heads else 1)
     config = {
@@ -84,7 +84,7 @@ def _base(model: ModelConfig, options: Options, dtype: str, shared: bool, **chan
     return config | changes
 
 
-def _llama(model: ModelConfig, options: Options, dtype: str, shared: bool) -> Config:
+def _llama(model: ModelConfig, options: TensorRTLLM, dtype: str, shared: bool) -> Config:
     new = options.target_version != "0.16"
     raw = model.raw
     mixtral = model.architecture.startswith("Mixtral")  # as the tensors: model_type may be missing, or say something else
@@ -122,7 +122,7 @@ def _llama(model: ModelConfig, options: Options, dtype: str, shared: bool) -> Co
     return config
 
 
-def _qwen(model: ModelConfig, options: Options, dtype: str, shared: bool) -> Config:
+def _qwen(model: ModelConfig, options: TensorRTLLM, dtype: str, shared: bool) -> Config:
     new = options.target_version != "0.16"
     raw = model.raw
     moe = model.num_experts > 0
@@ -164,7 +164,7 @@ def _qwen(model: ModelConfig, options: Options, dtype: str, shared: bool) -> Con
     }
 
 
-def _phi3(model: ModelConfig, options: Options, dtype: str, shared: bool) -> Config:
+def _phi3(model: ModelConfig, options: TensorRTLLM, dtype: str, shared: bool) -> Config:
     long = (model.max_position_embeddings or 0) >= 128000
     scaling = model.rope_scaling or {}
     size = model.hidden_size // model.num_attention_heads
@@ -190,7 +190,7 @@ def _phi3(model: ModelConfig, options: Options, dtype: str, shared: bool) -> Con
     return config
 
 
-def _gemma(model: ModelConfig, options: Options, dtype: str, shared: bool) -> Config:
+def _gemma(model: ModelConfig, options: TensorRTLLM, dtype: str, shared: bool) -> Config:
     second = model.architecture.startswith("Gemma2")
     mapping = mapping_section(options, attention_sizes=True)
     config = _base(model, options, dtype, shared, hidden_act=model.hidden_act or "gelu", mapping=mapping)
@@ -214,7 +214,7 @@ def _gemma(model: ModelConfig, options: Options, dtype: str, shared: bool) -> Co
     return config
 
 
-def _internlm2(model: ModelConfig, options: Options, dtype: str, shared: bool) -> Config:
+def _internlm2(model: ModelConfig, options: TensorRTLLM, dtype: str, shared: bool) -> Config:
     tp, pp = options.tp_size, options.pp_size
     config: Config = {
         "architecture": model.architecture,
@@ -246,7 +246,7 @@ def _internlm2(model: ModelConfig, options: Options, dtype: str, shared: bool) -
     return config
 
 
-CONFIG_CLASSES: dict[str, Callable[[ModelConfig, Options, str, bool], Config]] = {
+CONFIG_CLASSES: dict[str, Callable[[ModelConfig, TensorRTLLM, str, bool], Config]] = {
     "llama": _llama,
     "qwen": _qwen,
     "phi3": _phi3,

@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from streamconv.errors import RefusedError, UsageError
-from streamconv.options import Options
 from streamconv.quants import all_quants
+from streamconv.targets.trtllm.options import TensorRTLLM
 
 Config = dict[str, Any]
 
@@ -33,7 +33,7 @@ def _known(name: str) -> str:
     return name
 
 
-def resolve_moe(options: Options) -> tuple[int, int]:
+def resolve_moe(options: TensorRTLLM) -> tuple[int, int]:
     """(moe_tp_size, moe_ep_size) as the official command line settles them (§2.3).
 
     Raises:
@@ -61,7 +61,7 @@ LATE_KEYS: dict[str, Config] = {
 """Keys of the late 1.x releases, with what they always hold here; an early 1.x reader rejects them (§2.3, §2.4)."""
 
 
-def mapping_section(options: Options, *, attention_sizes: bool = False) -> Config:
+def mapping_section(options: TensorRTLLM, *, attention_sizes: bool = False) -> Config:
     """`mapping` (§2.3).
 
     Args:
@@ -88,11 +88,11 @@ def late_keys(config: Config) -> str | None:
     return ", ".join(found) or None
 
 
-def _late(section: str, options: Options) -> Config:
+def _late(section: str, options: TensorRTLLM) -> Config:
     return LATE_KEYS[section].copy() if options.target_version == "1.2" else {}
 
 
-def quantization_section(options: Options) -> Config:
+def quantization_section(options: TensorRTLLM) -> Config:
     """`quantization` with the keys of the target version, in official order (§2.4; quantization spec §1).
 
     --group-size counts for formats with groups only.
@@ -118,7 +118,7 @@ def quantization_section(options: Options) -> Config:
     return section | _late("quantization", options)
 
 
-def smoothquant_algo(options: Options) -> str:
+def smoothquant_algo(options: TensorRTLLM) -> str:
     """One of the four plugin variants (quantization spec §6.1)."""
     weights = "PER_CHANNEL" if options.per_channel else "PER_TENSOR"
     if not options.per_channel and not options.per_token:

@@ -14,10 +14,10 @@ from typing import Any
 from streamconv.errors import CheckpointError, VerifyError, printable
 from streamconv.families import family_of
 from streamconv.memory import check_room
-from streamconv.plan import OutputFile
+from streamconv.planning.plan import OutputFile
 from streamconv.targets.trtllm.expected_forms import FORMS, SMOOTH, Facts, Form, Wanted
-from streamconv.targets.trtllm.mapping import Mapping as Grid
-from streamconv.targets.trtllm.mapping import Rank, stage_layers
+from streamconv.targets.trtllm.parallel import Mapping as Grid
+from streamconv.targets.trtllm.parallel import Rank, stage_layers
 
 MOST_RANKS = 4096
 _TAKES = 1500

@@ -12,7 +12,7 @@ from typing import Any
 
 from streamconv.errors import VerifyError, printable
 from streamconv.options import Version
-from streamconv.targets.trtllm.mapping import Mapping as Grid
+from streamconv.targets.trtllm.parallel import Mapping as Grid
 
 EXCLUDED = ("*lm_head", "*router", "*vocab_embedding", "*position_embedding", "*block_embedding", "*shared_expert_gate")
 """What `exclude_modules: null` means (quantization spec §1.1)."""

@@ -5,19 +5,19 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 
+from streamconv.checkpoint.activation_ranges import Ranges
 from streamconv.checkpoint.dtypes import F8_E4M3, F32
+from streamconv.checkpoint.rows import Blank, SourceTensor
 from streamconv.errors import printable
-from streamconv.plan import Blank, SourceTensor
+from streamconv.planning.draft import Draft
 from streamconv.quants.fp8_given import Fp8Shared
 from streamconv.quants.fp8_tensor import Fp8Scale, Fp8Tensor, WeightMaximum
 from streamconv.quants.plain import Plain
-from streamconv.ranges import Ranges
-from streamconv.targets.trtllm.builder import Builder
 
 _LARGEST = 448.0
 
 
-def add_scales(builder: Builder, ranges: Ranges, tensors: Mapping[str, SourceTensor]) -> None:
+def add_scales(builder: Draft, ranges: Ranges, tensors: Mapping[str, SourceTensor]) -> None:
     """Describe both scales of every FP8 matrix that was fed: one for the fused matrix, the same on all ranks.
 
     The largest weight is taken over the whole sources, the input over all of them (q, k and v see the same one).
@@ -44,7 +44,7 @@ def add_scales(builder: Builder, ranges: Ranges, tensors: Mapping[str, SourceTen
         builder.constant(file, f"{path}.activation_scaling_factor", F32, (1,), struct.pack("<f", largest / _LARGEST))
 
 
-def add_given_scales(builder: Builder, fp8: Mapping[str, tuple[float, float]]) -> list[str]:
+def add_given_scales(builder: Draft, fp8: Mapping[str, tuple[float, float]]) -> list[str]:
     """Describe the scales that the source brings along: for a fused matrix the largest of each kind. Gives what is wrong.
 
     Args:

@@ -6,17 +6,22 @@ The loader recomputes them, and the last bit depends on the math library, so the
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from streamconv.checkpoint.dtypes import F32, DType
 from streamconv.checkpoint.model_config import ModelConfig
-from streamconv.options import Options
+from streamconv.checkpoint.rows import Piece
+from streamconv.checkpoint.shard import Shard
+from streamconv.planning.draft import Draft
 from streamconv.quants.plain import Plain
-from streamconv.targets.trtllm.builder import Builder
+from streamconv.targets.trtllm.options import TensorRTLLM
 
 if TYPE_CHECKING:
     import numpy as np
+
+    Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +38,26 @@ class RopeTable:
     @property
     def dtype(self) -> DType:
         return F32
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        return ()
+
+    @property
+    def stored_row_bytes(self) -> int:
+        return 0
+
+    @property
+    def scratch_row_bytes(self) -> int:
+        return 0
+
+    def read(self, shards: Sequence[Shard], start: int, stop: int, out: Bytes, scratch: Bytes) -> None:
+        import numpy as np
+
+        out[:] = np.ascontiguousarray(self.fill(start, stop)).reshape(-1).view(np.uint8)
+
+    def drop_page_cache(self, shards: Sequence[Shard], start: int, stop: int) -> None:
+        """Nothing was read."""
 
     def fill(self, start: int, stop: int) -> np.ndarray[Any, Any]:
         """Rows [start, stop) as float32."""
@@ -86,10 +111,10 @@ class _Shaped(Plain):
         (part,) = Plain.parts(self, rows, cols, experts)
         shapes = {"embed_positions": (1, rows, cols), "rotary_inv_freq": (rows,)}
         shape = shapes.get(self.suffix, (1, rows * cols))
-        return (type(part)("", part.dtype, shape, part.row_bytes),)
+        return (type(part)("", part.dtype, shape, part.record_bytes),)
 
 
-def add_tables(builder: Builder, model: ModelConfig, options: Options) -> None:
+def add_tables(builder: Draft, model: ModelConfig, options: TensorRTLLM) -> None:
     """Add the tables to every rank file."""
     length = options.max_position_embeddings or model.max_position_embeddings
     dim = int(model.head_size * model.raw.get("rotary_pct", 1.0))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from streamconv.checkpoint.rows import SourceTensor
 from streamconv.checkpoint.shard import Shard
-from streamconv.plan import SourceTensor
 
 _GAP = 1 << 16
 """Bytes between two of them that are read rather than skipped: for a model of the Hub each read is a request."""

@@ -12,17 +12,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from streamconv.checkpoint.activation_ranges import Ranges
 from streamconv.checkpoint.dtypes import F32
-from streamconv.plan import Blank, Piece, SourceTensor
+from streamconv.checkpoint.rows import Blank, Piece, SourceTensor
 from streamconv.quants.base import Encoding
 from streamconv.quants.smooth_values import SmoothNorm, SmoothValue
 from streamconv.quants.smoothing import ColumnMaxima, Smoother
 from streamconv.quants.smoothquant import HALF, SmoothWeight
-from streamconv.ranges import Ranges
-from streamconv.targets.trtllm.mapping import Rank, even
+from streamconv.targets.trtllm.parallel import Rank, even
 
 if TYPE_CHECKING:
-    from streamconv.targets.trtllm.decoder import Decoder
+    from streamconv.targets.trtllm.rank_layout import Decoder
 
 _ONE = struct.pack("<f", 1.0)
 

@@ -8,15 +8,16 @@ from typing import Any
 
 from streamconv.checkpoint.header import TensorEntry
 from streamconv.errors import VerifyError, printable
-from streamconv.options import Options, Version
+from streamconv.options import Version
 from streamconv.quants import all_quants
 from streamconv.targets.trtllm.expected_forms import SMOOTH
+from streamconv.targets.trtllm.options import TensorRTLLM
 
 _GENERATIONS: dict[Version, tuple[int, ...]] = {"0.16": (80, 90, 70), "1.2": (80, 90)}
 """A GPU for each weight layout (quantization spec §3.3)."""
 
 
-def options_of(config: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) -> list[Options]:
+def options_of(config: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) -> list[TensorRTLLM]:
     """Options that may have given this checkpoint; more than one where the bytes depend on what config.json does not say.
 
     Args:
@@ -33,7 +34,7 @@ def options_of(config: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) ->
     if key in ("int8", "int4") and floats:
         more["encoding"] = "raw"
     kv_cache, alpha = quantization.get("kv_cache_quant_algo"), quantization.get("smoothquant_val")
-    options = Options(
+    options = TensorRTLLM(
         tp_size=_whole(mapping, "tp_size", 1),
         pp_size=_whole(mapping, "pp_size", 1),
         cp_size=_whole(mapping, "cp_size", 1),

@@ -1,0 +1,265 @@
+"""Where rows come from: every source of rows is a small class that reads them into a worker's buffer.
+
+A tensor of a shard or of several Meta files is a `SourceTensor`; packed integers are a `PackedTensor`; codes that are decoded on
+the way are a `DecodedTensor`. Whoever reads rows does not know which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from streamconv.checkpoint.dtypes import F32, DType
+from streamconv.checkpoint.packed_rows import read_channels
+from streamconv.checkpoint.shard import Shard
+from streamconv.checkpoint.stored_codes import NIBBLES, Code, as_float, values
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+class RowSource(Protocol):
+    """Something rows can be read from."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def dtype(self) -> DType: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def cols(self) -> int: ...
+
+    @property
+    def stored_row_bytes(self) -> int:
+        """Bytes of the files that a row is read from."""
+
+    @property
+    def scratch_row_bytes(self) -> int:
+        """Bytes of scratch that reading takes for each row."""
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """Blocks of the source files that rows are read from."""
+
+    def read(self, shards: Sequence[Shard], start: int, stop: int, out: Bytes, scratch: Bytes) -> None:
+        """Rows [start, stop), row-major in `dtype`, into `out`.
+
+        Raises:
+            SourceChangedError: the file ended early.
+        """
+
+    def drop_page_cache(self, shards: Sequence[Shard], start: int, stop: int) -> None:
+        """Take rows [start, stop) out of the page cache, unless they were there before this run."""
+
+
+class Piece(NamedTuple):
+    """A contiguous row-major block [rows, cols] in a source file; `begin` is an absolute offset."""
+
+    shard: int
+    begin: int
+    rows: int
+    cols: int
+
+
+@dataclass(frozen=True, slots=True)
+class SourceTensor:
+    """A tensor of the checkpoint seen as a matrix: a vector is a column, leading dimensions are flattened into rows.
+
+    Attributes:
+        axis: 0 if `pieces` lie one above the other, 1 if side by side.
+    """
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+    axis: int = 0
+
+    @property
+    def rows(self) -> int:
+        rows = 1
+        for size in self.shape[:-1]:
+            rows *= size
+        return rows if len(self.shape) > 1 else (self.shape[0] if self.shape else 1)
+
+    @property
+    def cols(self) -> int:
+        return self.shape[-1] if len(self.shape) > 1 else 1
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows * self.cols * self.dtype.itemsize
+
+    @property
+    def stored_row_bytes(self) -> int:
+        return self.cols * self.dtype.itemsize
+
+    @property
+    def scratch_row_bytes(self) -> int:
+        return 0
+
+    def read(self, shards: Sequence[Shard], start: int, stop: int, out: Bytes, scratch: Bytes) -> None:
+        row, itemsize = self.cols * self.dtype.itemsize, self.dtype.itemsize
+        if self.axis == 0:
+            first = 0  # row of the tensor where the piece begins; a tile may reach over several (a head cut in two)
+            for piece in self.pieces:
+                low, high = max(start, first), min(stop, first + piece.rows)
+                if low < high:
+                    shards[piece.shard].read_into(piece.begin + (low - first) * row, out.data[(low - start) * row : (high - start) * row])
+                first += piece.rows
+            return
+        column = 0
+        for piece in self.pieces:
+            width = piece.cols * itemsize
+            begin = piece.begin + start * width
+            shards[piece.shard].read_rows_into(begin, width, width, stop - start, out.data[column:], row)
+            column += width
+
+    def drop_page_cache(self, shards: Sequence[Shard], start: int, stop: int) -> None:
+        first, itemsize = 0, self.dtype.itemsize
+        for piece in self.pieces:
+            low, high, row = max(start, first), min(stop, first + piece.rows), self.cols * itemsize
+            if self.axis == 1:
+                low, high, first, row = start, stop, 0, piece.cols * itemsize
+            if low < high:
+                shards[piece.shard].give_back(piece.begin + (low - first) * row, piece.begin + (high - first) * row)
+            first += piece.rows
+
+
+@dataclass(frozen=True, slots=True)
+class PackedTensor(SourceTensor):
+    """An integer weight [N, K] that the source stores packed; reading it gives signed int8, one row per output channel.
+
+    Attributes:
+        shape: (N, K); `dtype` is I8; the one piece covers the stored bytes (its rows and cols are those of the file).
+        bits: 4 or 8.
+        packing: how the file stores it (quantization spec §4.2, §5.2, §5.3): "gptq", int32 [K*bits/32, N] along K;
+            "awq", int32 [K, N/8] along shuffled channels; "modelopt", one byte for two neighbouring channels [N/2, K].
+        module: name without the last component, e.g. "model.layers.0.mlp.up_proj".
+    """
+
+    bits: int = 4
+    packing: str = "gptq"
+    module: str = ""
+
+    @property
+    def stored_row_bytes(self) -> int:
+        return self.cols * self.bits // 8
+
+    @property
+    def scratch_row_bytes(self) -> int:
+        return self.cols
+
+    def read(self, shards: Sequence[Shard], start: int, stop: int, out: Bytes, scratch: Bytes) -> None:
+        piece = self.pieces[0]
+        at = (piece.begin, piece.rows, piece.cols)
+        read_channels(shards[piece.shard], at, self.packing, self.bits, self.cols, start, stop, out, scratch)
+
+    def drop_page_cache(self, shards: Sequence[Shard], start: int, stop: int) -> None:
+        """Nothing: the pages of a stripe of channels hold parts of the next stripes."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedTensor:
+    """Codes [N, K] of a quantized source, multiplied with their scales and rounded once to a float type on the way.
+
+    Attributes:
+        dtype: F32, F16 or BF16.
+        shape: of the weight, (N, K) or with leading dimensions.
+        codes: the stored codes; a row of it is a row of the weight.
+        code: how a code is read.
+        scales: the stored scales as a matrix; None for codes that are values.
+        per_row, per_col: rows and columns of the weight that share a scale.
+        factor: what every scale is multiplied by; the exact inverse is taken first where `divide`.
+    """
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    codes: SourceTensor
+    code: Code
+    scales: SourceTensor
+    per_row: int
+    per_col: int
+    factor: float = 1.0
+    divide: bool = False
+
+    @property
+    def rows(self) -> int:
+        return self.codes.rows
+
+    @property
+    def cols(self) -> int:
+        return self.shape[-1]
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        return (*self.codes.pieces, *self.scales.pieces)
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows * self.cols * self.dtype.itemsize
+
+    @property
+    def stored_row_bytes(self) -> int:
+        return self.codes.stored_row_bytes
+
+    @property
+    def scratch_row_bytes(self) -> int:
+        stored, scale = self.codes.stored_row_bytes, self.scales.stored_row_bytes
+        return stored + -(-(scale + 8 * self.scales.cols) // self.per_row)
+
+    def read(self, shards: Sequence[Shard], start: int, stop: int, out: Bytes, scratch: Bytes) -> None:
+        import numpy as np
+
+        from streamconv.kernels.decode_code import decode_rows
+        from streamconv.kernels.rows import CODES
+
+        stored = scratch[: (stop - start) * self.codes.stored_row_bytes]
+        self.codes.read(shards, start, stop, stored, scratch[stored.size :])
+        first, last = start // self.per_row, -(-stop // self.per_row)
+        raw = np.empty((last - first) * self.scales.stored_row_bytes, np.uint8)
+        self.scales.read(shards, first, last, raw, scratch[:0])
+        scales = as_float(raw, self.scales.dtype.name).reshape(last - first, -1)
+        if self.factor != 1.0 or self.divide:
+            factor = np.float32(self.factor)
+            scales = scales / factor if self.divide else scales * factor
+        decode_rows(
+            stored, self.code in NIBBLES, values(self.code), scales, start - first * self.per_row, self.per_row, self.per_col,
+            stop - start, self.cols, CODES[self.dtype.name], out.view(self.dtype.storage),
+        )  # fmt: skip
+
+    def drop_page_cache(self, shards: Sequence[Shard], start: int, stop: int) -> None:
+        self.codes.drop_page_cache(shards, start, stop)
+
+
+@dataclass(frozen=True, slots=True)
+class Blank:
+    """One zero in the place of a source: the encoding gives the stored values from reductions alone."""
+
+    name: str
+    dtype: DType = F32
+    rows: int = 1
+    cols: int = 1
+    pieces: tuple[Piece, ...] = ()
+    stored_row_bytes: int = 0
+    scratch_row_bytes: int = 0
+
+    def read(self, shards: Sequence[Shard], start: int, stop: int, out: Bytes, scratch: Bytes) -> None:
+        out[:] = 0
+
+    def drop_page_cache(self, shards: Sequence[Shard], start: int, stop: int) -> None:
+        """Nothing was read."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """Identity of a source file: what a resume and a verify compare."""
+
+    name: str
+    size: int
+    header_hash: str

@@ -1,0 +1,104 @@
+"""The tensors of a source as matrices to read rows from, made when they are asked for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from functools import lru_cache
+
+from streamconv.checkpoint.dtypes import DType
+from streamconv.checkpoint.index import Index
+from streamconv.checkpoint.rows import Piece, SourceTensor
+
+_KEPT = 64
+"""Tensors that are kept after they were made: whoever plans asks for one several times."""
+
+
+class SourceTensors(Mapping[str, SourceTensor]):
+    """By name, and by number as in the index.
+
+    Args:
+        index: the opened source.
+    """
+
+    def __init__(self, index: Index) -> None:
+        self._table, self._assembled = index.tensors, index.assembled
+        self.at: Callable[[int], SourceTensor] = lru_cache(_KEPT)(self._make)
+
+    def place(self, name: str) -> int | None:
+        """Number of a tensor, None if there is none of that name."""
+        return self._table.place(name)
+
+    def _make(self, place: int) -> SourceTensor:
+        """The tensor with a number."""
+        name, dtype, shape, shard, begin, _ = self._table.at(place)
+        if self._assembled is not None:
+            whole = self._assembled[name]
+            return SourceTensor(name, dtype, shape, tuple(Piece(*block) for block in whole.blocks), whole.axis)
+        wide = len(shape) > 1
+        piece = Piece(shard, begin, math.prod(shape[:-1] if wide else shape), shape[-1] if wide else 1)
+        return SourceTensor(name, dtype, shape, (piece,))
+
+    def kind(self, place: int) -> tuple[DType, int]:
+        """Dtype and columns of a tensor by its number."""
+        dtype, shape = self._table.kind(place)
+        return dtype, shape[-1] if len(shape) > 1 else 1
+
+    def row_bytes(self, place: int) -> int:
+        """Bytes of a row of a tensor by its number."""
+        dtype, shape = self._table.kind(place)
+        return dtype.itemsize * shape[-1] if len(shape) > 1 else dtype.itemsize
+
+    def __getitem__(self, name: str) -> SourceTensor:
+        place = self._table.place(name)
+        if place is None:
+            raise KeyError(name)
+        return self.at(place)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._table
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._table)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+
+class Changed(MutableMapping[str, SourceTensor]):
+    """Tensors of which some are taken away and others put in; only these are kept."""
+
+    def __init__(self, tensors: Mapping[str, SourceTensor]) -> None:
+        self._tensors = tensors
+        self._changes: dict[str, SourceTensor | None] = {}
+        self._count = len(tensors)
+
+    def __getitem__(self, name: str) -> SourceTensor:
+        if not self._changes or name not in self._changes:
+            return self._tensors[name]
+        found = self._changes[name]
+        if found is None:
+            raise KeyError(name)
+        return found
+
+    def __setitem__(self, name: str, tensor: SourceTensor) -> None:
+        self._count += name not in self
+        self._changes[name] = tensor
+
+    def __delitem__(self, name: str) -> None:
+        if name not in self:
+            raise KeyError(name)
+        self._count -= 1
+        self._changes[name] = None
+
+    def __contains__(self, name: object) -> bool:
+        if name in self._changes:
+            return self._changes[name] is not None
+        return name in self._tensors
+
+    def __iter__(self) -> Iterator[str]:
+        yield from (name for name in self._tensors if self._changes.get(name, self) is not None)
+        yield from (name for name, tensor in self._changes.items() if tensor is not None and name not in self._tensors)
+
+    def __len__(self) -> int:
+        return self._count

@@ -1,0 +1,143 @@
+"""config.json from the size flags of the official command line, when it names no checkpoint (checkpoint spec §8).
+
+NVIDIA's script writes fewer keys here than for a checkpoint; its loader has defaults for the others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from streamconv.checkpoint.model_config import ModelConfig
+from streamconv.errors import RefusedError, UsageError
+from streamconv.families import family_of
+from streamconv.options import TARGET_VERSIONS
+from streamconv.targets.trtllm.checks import refusals
+from streamconv.targets.trtllm.config_json import dump
+from streamconv.targets.trtllm.config_sections import Config, quantization_section, resolve_dtype, resolve_moe
+from streamconv.targets.trtllm.options import TensorRTLLM
+
+_MADE_ELSEWHERE = {"fp8": "FP8", "nvfp4": "NVFP4", "qserve": "W4A8_QSERVE_PER_CHANNEL"}
+"""Formats whose weights only other tools make; a config.json can name them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """The size flags: each names a field of config.json, with the official default."""
+
+    vocab_size: int = 32000
+    n_positions: int = 2048
+    n_layer: int = 32
+    n_head: int = 32
+    n_kv_head: int | None = None
+    n_embd: int = 4096
+    inter_size: int = 11008
+    multiple_of: int | None = None
+    ffn_dim_multiplier: float | None = None
+    rms_norm_eps: float = 1e-06
+    hidden_act: str = "silu"
+    rotary_base: float = 10000.0
+    moe_num_experts: int = 0
+    moe_top_k: int = 0
+    moe_renorm_mode: int = 1
+
+
+def fabricated(sizes: Sizes, options: TensorRTLLM, *, per_group: bool, quant_ckpt_path: str | None, load_model_on_cpu: bool) -> bytes:
+    """The bytes of config.json.
+
+    Args:
+        per_group: QServe with scales for groups.
+        quant_ckpt_path, load_model_on_cpu: recorded as they were given.
+
+    Raises:
+        UsageError: a size that is none.
+        RefusedError: sizes that cannot be split as asked; all reasons are listed.
+    """
+    if options.target_version not in TARGET_VERSIONS:
+        raise UsageError(f"--target_version {options.target_version} is not known", hint=f"one of {', '.join(TARGET_VERSIONS)}")
+    for name in ("tp_size", "pp_size", "cp_size"):
+        if getattr(options, name) < 1:
+            raise UsageError(f"--{name} must be at least 1")
+    for name in ("vocab_size", "n_positions", "n_layer", "n_head", "n_kv_head", "n_embd", "inter_size"):
+        value = getattr(sizes, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} {value} is not a positive number")
+    if sizes.n_embd % sizes.n_head:
+        raise UsageError(f"--n_embd {sizes.n_embd} is not a multiple of --n_head {sizes.n_head}")
+    if sizes.moe_num_experts < 0 or sizes.moe_top_k < 0 or (sizes.moe_top_k and not sizes.moe_num_experts):
+        raise UsageError("--moe_top_k goes with --moe_num_experts, and neither is negative")
+    dtype = resolve_dtype(options.dtype, None)
+    kv = sizes.n_kv_head or sizes.n_head
+    top_k = (sizes.moe_top_k or 1) if sizes.moe_num_experts else 0
+    model = ModelConfig(
+        architecture="LlamaForCausalLM",
+        model_type="llama",
+        dtype=None,
+        hidden_size=sizes.n_embd,
+        num_hidden_layers=sizes.n_layer,
+        num_attention_heads=sizes.n_head,
+        num_key_value_heads=kv,
+        head_size=sizes.n_embd // sizes.n_head,
+        intermediate_size=sizes.inter_size,
+        vocab_size=sizes.vocab_size,
+        max_position_embeddings=sizes.n_positions,
+        hidden_act=sizes.hidden_act,
+        norm_eps=sizes.rms_norm_eps,
+        rope_theta=sizes.rotary_base,
+        rope_scaling=None,
+        partial_rotary_factor=1.0,
+        attention_bias=False,
+        mlp_bias=False,
+        tie_word_embeddings=False,
+        num_experts=sizes.moe_num_experts,
+        experts_per_token=top_k,
+        moe_intermediate_size=None,
+        raw={},
+        source="meta",
+    )
+    halved = kv // 2 if options.remove_duplicated_kv_heads else kv
+    problems = refusals(model, family_of(model.architecture), options, max(halved, 1), resolve_moe(options))
+    if problems:
+        raise RefusedError(problems)
+    quantization = quantization_section(options)
+    algo = _MADE_ELSEWHERE.get(options.quant)
+    if algo is not None:
+        quantization["quant_algo"] = algo.replace("PER_CHANNEL", "PER_GROUP") if per_group else algo
+    config: Config = {
+        "architecture": model.architecture,
+        "dtype": dtype,
+        "logits_dtype": "float32",
+        "num_hidden_layers": sizes.n_layer,
+        "num_attention_heads": sizes.n_head,
+        "hidden_size": sizes.n_embd,
+        "intermediate_size": sizes.inter_size,
+        "ffn_dim_multiplier": sizes.ffn_dim_multiplier,
+        "multiple_of": sizes.multiple_of,
+        "num_key_value_heads": kv,
+        "vocab_size": sizes.vocab_size,
+        "position_embedding_type": "rope_gpt_neox",
+        "max_position_embeddings": sizes.n_positions,
+        "hidden_act": sizes.hidden_act,
+        "rotary_base": sizes.rotary_base,
+        "norm_epsilon": sizes.rms_norm_eps,
+        "moe": {"num_experts": sizes.moe_num_experts, "top_k": top_k, "normalization_mode": sizes.moe_renorm_mode},
+        "mapping": _mapping(options),
+        "quantization": quantization,
+        "use_parallel_embedding": options.use_parallel_embedding,
+        "embedding_sharding_dim": options.embedding_sharding_dim,
+    }
+    if options.target_version == "0.16":
+        config["share_embedding_table"] = options.use_embedding_sharing
+    config |= {
+        "disable_weight_only_quant_plugin": options.disable_weight_only_quant_plugin,
+        "remove_duplicated_kv_heads": options.remove_duplicated_kv_heads,
+        "quant_ckpt_path": quant_ckpt_path,
+        "load_model_on_cpu": load_model_on_cpu,
+    }
+    return dump(config)
+
+
+def _mapping(options: TensorRTLLM) -> Config:
+    tp, pp, cp = options.tp_size, options.pp_size, options.cp_size
+    moe_tp, moe_ep = resolve_moe(options)
+    sizes = {"world_size": tp * pp * cp, "tp_size": tp, "pp_size": pp, "moe_tp_size": moe_tp, "moe_ep_size": moe_ep}
+    return sizes if options.target_version == "0.16" else sizes | {"cp_size": cp}

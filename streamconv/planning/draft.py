@@ -1,0 +1,365 @@
+"""Collects matrices and what feeds them, then fixes offsets and turns feeds into spans.
+
+A feed says: rows of a source become rows of a matrix. Feeds of one source are cut where the set of matrices changes, so
+that every source row is read once and serves every rank that needs it.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import struct
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from math import prod
+from typing import NamedTuple, cast
+
+from streamconv.checkpoint.dtypes import DType
+from streamconv.checkpoint.header_build import HeaderBuilder
+from streamconv.checkpoint.limits import MAX_HEADER, MAX_OUTPUT_TENSORS, MAX_TENSORS
+from streamconv.checkpoint.rows import RowSource
+from streamconv.errors import DataError, RefusedError
+from streamconv.memory import check_room
+from streamconv.planning.plan import PLAIN_ROWS, Constant, OutputFile, RowOp, SideFile, Span, align_of
+from streamconv.planning.tables import BY_ROLE, Cols, MatrixTable, Pool, Sources, SpanTable, Spelling, Stored
+from streamconv.quants import factors
+from streamconv.quants.base import Encoding, Reduction
+
+
+class _Feed(NamedTuple):
+    start: int
+    stop: int
+    op: RowOp
+    matrix: int
+    row: int
+    cols: Cols
+
+
+@dataclass(frozen=True, slots=True)
+class Fed:
+    """Rows [start, stop) and columns of a source that a matrix was given."""
+
+    source: RowSource
+    start: int
+    stop: int
+    cols: Cols
+
+
+@dataclass(slots=True)
+class _Fixed:
+    file: int
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    data: bytes
+
+
+_LAYOUT_TAKES = 450
+"""Bytes of memory for each matrix: its names to be sorted, its entry in a header, twice at the end."""
+_END = 0xFFFFFFFF
+"""No further feed of a source."""
+
+
+class _Feeds:
+    """Feeds in the order in which they come, chained by source; some numbers each."""
+
+    def __init__(self, sources: Sources) -> None:
+        self.sources = sources
+        self.order = array("I")  # sources, in the order of their first feeds
+        self._head, self._tail = array("I"), array("I")  # by source
+        self._short, self._long = array("I"), array("Q")  # next, matrix, op, cols; start, stop, row
+        self._ops, self._spreads = Pool[RowOp](), Pool[Cols]()
+
+    def add(self, source: RowSource, start: int, stop: int, op: RowOp, matrix: int, row: int, cols: Cols) -> None:
+        number, at = self.sources.number(source), len(self._short) // 4
+        if number >= len(self._head):
+            more = [_END] * (number + 1 + number // 4 - len(self._head))
+            self._head.extend(more)
+            self._tail.extend(more)
+        if self._head[number] == _END:
+            self._head[number] = at
+            self.order.append(number)
+        else:
+            self._short[4 * self._tail[number]] = at
+        self._tail[number] = at
+        self._short.extend((_END, matrix, self._ops.number(op), self._spreads.number(cols)))
+        self._long.extend((start, stop, row))
+
+    def of(self, source: int) -> Iterator[_Feed]:
+        """The feeds of a source, by its number."""
+        at = self._head[source] if source < len(self._head) else _END
+        while at != _END:
+            following, matrix, op, cols = self._short[4 * at : 4 * at + 4]
+            start, stop, row = self._long[3 * at : 3 * at + 3]
+            yield _Feed(start, stop, self._ops.values[op], matrix, row, self._spreads.values[cols])
+            at = following
+
+
+class Draft:
+    """Mutable while a target describes its output; `finish` freezes it.
+
+    Args:
+        stored: the tensors of the source.
+
+    Attributes:
+        side_files: everything of the output that is no tensor file; the last one makes it a checkpoint.
+        warnings: things the user should know, one line each.
+        decisions: module -> how it is stored and why, for the plan's table.
+    """
+
+    def __init__(self, stored: Stored) -> None:
+        self.side_files: list[SideFile] = []
+        self.warnings: list[str] = []
+        self.decisions: dict[str, str] = {}
+        self._files: list[tuple[str, Mapping[str, str] | None]] = []
+        self._sources = Sources(stored)
+        self._matrices = MatrixTable()
+        self._feeds = _Feeds(self._sources)
+        self._fixed: list[_Fixed] = []
+        self._reductions: dict[str, list[tuple[RowSource, Reduction]]] = {}
+
+    def file(self, name: str, metadata: Mapping[str, str] | None = None) -> int:
+        """Add a safetensors file; gives its number."""
+        self._files.append((name, metadata))
+        return len(self._files) - 1
+
+    def matrix(
+        self,
+        file: int,
+        name: str,
+        rows: int,
+        cols: int,
+        encoding: Encoding,
+        *,
+        experts: int = 0,
+        note: str = "",
+        spelling: Spelling = BY_ROLE,
+    ) -> int:
+        """Add a matrix [rows, cols], or [experts, rows, cols]; gives its number."""
+        return self._matrices.add(file, name, rows, cols, encoding, experts, note, spelling)
+
+    def tensors(self, matrix: int) -> list[str]:
+        """Names of the tensors of a matrix."""
+        return [self._matrices.tensor(matrix, at) for at in range(len(self._matrices.parts(matrix)))]
+
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensors described so far."""
+        parts = (part for number in range(len(self._matrices)) for part in self._matrices.parts(number))
+        return sum(part.dtype.itemsize * prod(part.shape) for part in parts) + sum(len(fixed.data) for fixed in self._fixed)
+
+    def feed(
+        self,
+        matrix: int,
+        source: RowSource | None,
+        start: int,
+        stop: int,
+        *,
+        cols: Sequence[tuple[int, int]] | None = None,
+        op: RowOp = PLAIN_ROWS,
+    ) -> None:
+        """Source rows [start, stop) become the next rows of the matrix. A missing source was reported already."""
+        if source is None or start >= stop:
+            return
+        row = self._matrices.fill(matrix, op.out_rows(stop - start))
+        self._feeds.add(source, start, stop, op, matrix, row, tuple(cols or ((0, source.cols),)))
+
+    def reduce(self, source: RowSource | None, reduction: Reduction) -> None:
+        """All rows of the source contribute to a reduction, before anything that needs it."""
+        if source is not None:
+            self._reductions.setdefault(reduction.key, []).append((source, reduction))
+
+    def fed(self, sources: Iterable[str]) -> dict[int, list[Fed]]:
+        """Matrix -> what it was given so far from these sources (by name), in the order of its rows."""
+        found: dict[int, list[tuple[int, Fed]]] = {}
+        for name in sources:
+            number = self._sources.known(name)
+            for feed in self._feeds.of(number) if number is not None else ():
+                taken = Fed(self._sources[cast(int, number)], feed.start, feed.stop, feed.cols)
+                found.setdefault(feed.matrix, []).append((feed.row, taken))
+        return {
+            matrix: [fed for _, fed in sorted(found[matrix], key=lambda pair: pair[0])] for matrix in sorted(found)
+        }
+
+    def place(self, matrix: int) -> tuple[int, str]:
+        """File and name of a matrix."""
+        return self._matrices.file(matrix), self._matrices.name(matrix)
+
+    def encoding(self, matrix: int) -> Encoding:
+        return self._matrices.encoding(matrix)
+
+    def filled(self, matrix: int) -> int:
+        """Rows given so far."""
+        return self._matrices.filled(matrix)
+
+    def constant(self, file: int, name: str, dtype: DType, shape: tuple[int, ...], data: bytes) -> None:
+        """Add a small tensor whose bytes are known.
+
+        Raises:
+            DataError: a factor that is not finite, or zero where an engine divides by it.
+        """
+        wrong = factors.problem(name, dtype, data, len(data) == dtype.itemsize)
+        if wrong:
+            raise DataError(wrong, hint="the source or the activation ranges hold a value that no scale can be made of")
+        self._fixed.append(_Fixed(file, name, dtype, shape, data))
+
+    def finish(self) -> tuple[list[OutputFile], MatrixTable, SpanTable, list[Constant]]:
+        """The plan's parts.
+
+        Raises:
+            RefusedError: a rank file would hold more than a reader takes.
+        """
+        check_room(_LAYOUT_TAKES * len(self._matrices), "laying out the files")
+        self._matrices.complete()
+        files, constants = layout(self._files, self._matrices, self._fixed)
+        spans = SpanTable(self._sources)
+        for source in self._feeds.order:
+            self._cut(spans, source, list(self._feeds.of(source)))
+        if not spans.in_row_order():
+            spans = self._table(in_row_order(list(spans)))
+        return files, self._matrices, self._after_reductions(spans), constants
+
+    def _table(self, spans: Iterable[Span]) -> SpanTable:
+        made = SpanTable(self._sources)
+        for span in spans:
+            made.append(span)
+        return made
+
+    def _after_reductions(self, spans: SpanTable) -> SpanTable:
+        """The spans, each reduction right before the first of them that needs it."""
+        if not self._reductions:
+            return spans
+        done: set[str] = set()
+
+        def before(keys: tuple[str, ...]) -> Iterator[Span]:
+            for key in keys:
+                if key not in done:
+                    done.add(key)
+                    for source, reduction in self._reductions[key]:
+                        yield from before(reduction.needs)
+                        yield Span(source, 0, source.rows, PLAIN_ROWS, (), 1, reduction)
+
+        def all_of() -> Iterator[Span]:
+            for span in spans:
+                for dest in span.dests:
+                    yield from before(self._matrices.encoding(dest.matrix).needs)
+                yield span
+
+        return self._table(all_of())
+
+    def _cut(self, spans: SpanTable, source: int, feeds: list[_Feed]) -> None:
+        """The spans of a source, by its number."""
+        if len(feeds) == 1:
+            feed = feeds[0]
+            align = _align_of(self._matrices.encoding(feed.matrix).row_align, feed.op)
+            spans.add(source, feed.start, feed.stop, feed.op, align)
+            spans.add_dest(feed.matrix, feed.row, feed.cols)
+            return
+        edges = sorted({feed.start for feed in feeds} | {feed.stop for feed in feeds})
+        for start, stop in itertools.pairwise(edges):
+            active = [feed for feed in feeds if feed.start <= start and stop <= feed.stop]
+            if not active:
+                continue
+            op = active[0].op
+            if any(feed.op != op for feed in active):
+                raise AssertionError(f"{self._sources[source].name}: two row operations on the same rows")
+            align = align_of({self._matrices.encoding(feed.matrix).row_align for feed in active}, op)
+            spans.add(source, start, stop, op, align)
+            for feed in active:
+                spans.add_dest(feed.matrix, feed.row + op.out_rows(start - feed.start), feed.cols)
+
+
+@cache
+def _align_of(row_align: int, op: RowOp) -> int:
+    return align_of((row_align,), op)
+
+
+def layout(
+    named: Sequence[tuple[str, Mapping[str, str] | None]], matrices: MatrixTable, fixed: Sequence[_Fixed]
+) -> tuple[list[OutputFile], list[Constant]]:
+    """Place every tensor, and build the headers that say where.
+
+    Args:
+        named: name and metadata of each file.
+        fixed: the tensors whose bytes are known.
+
+    Raises:
+        RefusedError: a file would hold more than a reader takes.
+    """
+    keys: list[list[bytes]] = [[] for _ in named]  # all that sorting needs, in one string each: a tuple takes three times as much
+    total = 0
+    for number in range(len(matrices)):
+        for at, part in enumerate(matrices.parts(number)):
+            keys[matrices.file(number)].append(_key(part.dtype, matrices.tensor(number, at), number, at))
+            total += 1
+    for number, one in enumerate(fixed):
+        keys[one.file].append(_key(one.dtype, one.name, number, _CONSTANT))
+    most = max(map(len, keys), default=0)
+    if most > MAX_TENSORS or total + len(fixed) > MAX_OUTPUT_TENSORS:
+        what = f"{most} tensors in one file" if most > MAX_TENSORS else f"{total + len(fixed)} tensors in all files together"
+        limit = MAX_TENSORS if most > MAX_TENSORS else MAX_OUTPUT_TENSORS
+        raise RefusedError([f"the output would have {what}, above streamconv's own limit of {limit}"])
+    files, constants = [], list[Constant]()
+    for file, listed in enumerate(keys):
+        listed.sort()
+        header, own = HeaderBuilder(named[file][1]), list[tuple[int, int, int]]()
+        for position, key in enumerate(listed):
+            name, number, at = key[1:-6].decode(), *_OWNER.unpack(key[-5:])
+            part = fixed[number] if at == _CONSTANT else matrices.parts(number)[at]
+            begin = header.add(name, part.dtype, part.shape)
+            if at == _CONSTANT:
+                own.append((number, begin, position))
+            else:
+                matrices.put(number, at, begin, position)
+        count = len(listed)
+        listed.clear()  # before the header is copied: both are as large as the names
+        text, size = header.finish()
+        if len(text) > MAX_HEADER:
+            told = f"{named[file][0]} would have a header of {len(text)} bytes, above streamconv's own limit of {MAX_HEADER}"
+            raise RefusedError([told])
+        matrices.data_starts.append(len(text))
+        constants += [Constant(file, fixed[n].name, len(text) + begin, fixed[n].data, position) for n, begin, position in own]
+        files.append(OutputFile(named[file][0], size, text, count))
+    return files, constants
+
+
+_CONSTANT = 255
+_OWNER = struct.Struct(">IB")
+
+
+def _key(dtype: DType, name: str, number: int, part: int) -> bytes:
+    """Sorts as the stock writer does: by dtype, then by name; ends with the matrix (or constant) and the part that the tensor is."""
+    return bytes([255 - dtype.order]) + name.encode() + b"\0" + _OWNER.pack(number, part)
+
+
+def in_row_order(spans: list[Span]) -> list[Span]:
+    """The spans so ordered that every matrix gets its rows in order, even where the source's do not come so.
+
+    A matrix is hashed while it is written, and a worker waits for the rows before its own: an order that breaks this would wait for
+    ever. Where matrices want the same rows in opposite orders, each gets spans of its own, and those rows are read again.
+    """
+    wanted: dict[int, list[tuple[int, int]]] = {}  # matrix -> (row, number of the span)
+    for number, span in enumerate(spans):
+        for dest in span.dests:
+            wanted.setdefault(dest.matrix, []).append((dest.row, number))
+    if all(one < other and at < then for rows in wanted.values() for (one, at), (other, then) in itertools.pairwise(rows)):
+        return spans
+    before, after = [0] * len(spans), [list[int]() for _ in spans]
+    for rows in wanted.values():
+        for (_, one), (_, other) in itertools.pairwise(sorted(rows)):
+            before[other] += 1
+            after[one].append(other)
+    ready = [number for number, count in enumerate(before) if not count]
+    ordered: list[Span] = []
+    while ready:  # the first in the source's order of those that may come
+        number = heapq.heappop(ready)
+        ordered.append(spans[number])
+        for other in after[number]:
+            before[other] -= 1
+            if not before[other]:
+                heapq.heappush(ready, other)
+    if len(ordered) == len(spans):
+        return ordered
+    single = [replace(span, dests=(dest,)) for span in spans for dest in span.dests]
+    return sorted(single, key=lambda span: (span.dests[0].matrix, span.dests[0].row))

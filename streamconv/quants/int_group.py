@@ -1,0 +1,130 @@
+"""Integers of 4 or 8 bits with one scale for each group of K, or for each output channel; symmetric, round to nearest (RTN)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from streamconv.checkpoint.dtypes import I8, I32, U8, DType
+from streamconv.quants.base import Encoding, Findings, Kernel, Part
+from streamconv.quants.rounding import FLOATS, divided, finite_rows, half_ulp, rounded
+
+if TYPE_CHECKING:
+    import torch
+
+Packing = Literal["bytes", "words", "pairs"]
+"""How codes are stored: "bytes", one int8 each [N, K]; "words", int32 [N, K * bits / 32], offset by half, the lowest column in the lowest
+bits; "pairs", uint8 [N / 2, K], two's complement nibbles of two neighbouring channels, the first in the low one."""
+
+
+@dataclass(frozen=True)
+class IntGroup(Encoding):
+    """q = RNE(clamp(W / s)) with s = amax / divisor.
+
+    Attributes:
+        bits: 4 or 8.
+        group: columns that share a scale; 0 for a whole channel.
+        divisor: what amax is divided by: (2^bits - 1) / 2 in compressed-tensors, 2^(bits - 1) - 1 in ModelOpt.
+        zero: the scale of a group whose scale would be 0.
+        floor: the smallest scale.
+        scale: type that scales are rounded to and stored in.
+        quotient: type that weight / scale is rounded to.
+    """
+
+    bits: int
+    group: int
+    divisor: float
+    zero: float
+    scale: DType
+    quotient: DType
+    packing: Packing
+    floor: float = 0.0
+
+    quantizes = True
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return f"INT{self.bits} " + (f"in groups of {self.group}" if self.group else "per channel")
+
+    @property
+    def row_align(self) -> int:  # type: ignore[override]
+        return 2 if self.packing == "pairs" else 1
+
+    @property
+    def _half(self) -> int:
+        return 1 << (self.bits - 1)
+
+    def parts(self, rows: int, cols: int, experts: int = 0) -> tuple[Part, ...]:
+        groups = cols // self.group if self.group else 1
+        scale = Part("scale", self.scale, (rows, groups), groups * self.scale.itemsize)
+        if self.packing == "bytes":
+            return (Part("codes", I8, (rows, cols), cols), scale)
+        if self.packing == "pairs":
+            return (Part("codes", U8, (rows // 2, cols), cols, 2), scale)
+        words = -(-cols * self.bits // 32)
+        return (Part("codes", I32, (rows, words), 4 * words), scale)
+
+    def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
+        import torch
+
+        values = finite_rows(block, findings)
+        rows, cols = values.shape
+        grouped = values.reshape(rows, -1, self.group or cols)
+        stored = rounded(divided(grouped.abs().amax(2, keepdim=True), self.divisor), self.scale)
+        stored = torch.where(stored == 0, self.zero, stored).clamp(min=self.floor)
+        q = rounded(grouped / stored, self.quotient).clamp(-self._half, self._half - 1).round().to(torch.int32).reshape(rows, cols)
+        scales = stored.to(getattr(torch, self.scale.torch)).contiguous().reshape(-1).view(torch.uint8)
+        return self._packed(q), scales
+
+    def _packed(self, q: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        if self.packing == "bytes":
+            return q.to(torch.int8).reshape(-1).view(torch.uint8)
+        if self.packing == "pairs":
+            return ((q[0::2] & 15) | ((q[1::2] & 15) << 4)).to(torch.uint8).reshape(-1)
+        codes = (q + self._half).to(torch.uint8)
+        codes = torch.nn.functional.pad(codes, (0, -codes.shape[1] % (32 // self.bits)))
+        return (codes if self.bits == 8 else codes[:, 0::2] | (codes[:, 1::2] << 4)).reshape(-1)
+
+    def _unpacked(self, stored: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
+        import torch
+
+        if self.packing == "bytes":
+            return stored.view(torch.int8).reshape(rows, cols)
+        if self.packing == "pairs":
+            pairs = stored.reshape(rows // 2, 1, cols)
+            nibbles = torch.cat([pairs & 15, pairs >> 4], 1).reshape(rows, cols).to(torch.int8)
+            return torch.where(nibbles > 7, nibbles - 16, nibbles)
+        wide = stored.reshape(rows, -1)
+        if self.bits == 4:
+            wide = torch.stack([wide & 15, wide >> 4], 2).reshape(rows, -1)
+        return wide[:, :cols].to(torch.int16) - self._half
+
+    def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:
+        import torch
+
+        scales = parts[1].view(getattr(torch, self.scale.torch)).float().reshape(rows, -1, 1)
+        q = self._unpacked(parts[0], rows, cols).float()
+        return (q.reshape(rows, scales.shape[1], -1) * scales).reshape(rows, cols)
+
+    def error(self, block: torch.Tensor) -> torch.Tensor:
+        """Half a step, and a whole one at an end that has no integer; the roundings of quotient and scale come on top."""
+        import torch
+
+        values = block.float()
+        rows, cols = values.shape
+        grouped = values.reshape(rows, -1, self.group or cols)
+        step = divided(grouped.abs().amax(2, keepdim=True), self.divisor).clamp(min=self.floor)
+        over = (grouped.abs() - (self._half - 1) * step).clamp(min=0)
+        bound = torch.maximum(over, 0.5 * step) + 2 * half_ulp(grouped, self.quotient) + 2 * self._half * half_ulp(step, self.scale)
+        return bound.reshape(rows, cols)
+
+    def kernel(self, source: DType) -> Kernel | None:
+        if source.name not in FLOATS:
+            return None
+        from streamconv.kernels.scaled import int_group_kernel
+
+        fixed = (self.bits, self.group, self.divisor, self.zero, self.floor)
+        return int_group_kernel(source, *fixed, self.scale, self.quotient, self.packing)

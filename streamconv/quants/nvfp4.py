@@ -1,0 +1,194 @@
+"""NVFP4: e2m1 codes, an e4m3 scale for each 16 columns, and one float32 scale that partners (q, k, v; gate, up) share.
+
+The shared scale comes from the largest weight of all partners, so their rows are read once before any of them is encoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from streamconv.checkpoint.dtypes import F8_E4M3, F32, U8, DType
+from streamconv.quants.base import Encoding, Findings, Kernel, Known, Part
+from streamconv.quants.e2m1 import e2m1_codes, e2m1_values, pack_nibbles, unpack_nibbles
+from streamconv.quants.rounding import FLOATS, divided, finite_rows, half_ulp, rounded
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+GROUP = 16
+Rule = Literal["divisor", "multiplier"]
+"""How the shared scale is stored: "divisor", (1 / amax) * 2688 (compressed-tensors); "multiplier", amax / 2688 (ModelOpt)."""
+
+_LEAST_NORMAL = {"F32": 2.0**-126, "F16": 2.0**-14, "BF16": 2.0**-126}
+
+
+def shared_scale(amax: float, rule: Rule, kind: DType) -> float:
+    """The shared scale as it is stored, a float32 value; 1 for weights that are all zero.
+
+    Args:
+        amax: largest weight of all partners.
+        kind: type that a divisor is rounded to on the way.
+    """
+    import numpy as np
+
+    if rule == "multiplier":
+        return float(np.float32(amax) / np.float32(2688.0)) if amax else 1.0
+    # what torch makes of 2688 / amax: the reciprocal, rounded, times 2688, rounded
+    with np.errstate(over="ignore"):
+        inverse = _rounded(np.float32(1.0) / np.float32(max(amax, _LEAST_NORMAL[kind.name])), kind)
+        value = _rounded(inverse * np.float32(2688.0), kind)
+    return float(value) if np.isfinite(value) and amax else 1.0
+
+
+def _rounded(value: np.float32, kind: DType) -> np.float32:
+    """A float32 number rounded to a type, nearest even."""
+    import numpy as np
+
+    if kind.name == "F16":
+        return np.float32(np.float16(value))
+    if kind.name == "BF16" and np.isfinite(value):
+        bits = int(value.view(np.uint32))
+        return np.uint32((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).view(np.float32)
+    return value
+
+
+@dataclass(frozen=True)
+class NvFp4(Encoding):
+    """Codes [N, K / 2] and block scales [N, K / 16]; the shared scale is a tensor of its own (`SharedScale`).
+
+    Attributes:
+        key: of the `WeightMaximum` of all partners.
+        kind: type that the shared scale and amax / 6 of a block are rounded to ("divisor" only).
+        shared: the shared scale, once it is known.
+    """
+
+    key: str
+    rule: Rule
+    kind: DType = F32
+    shared: float | None = None
+
+    name = "NVFP4"
+    quantizes = True
+
+    @property
+    def needs(self) -> tuple[str, ...]:  # type: ignore[override]
+        return (self.key,)
+
+    def bind(self, known: Known, source: str) -> NvFp4:
+        return replace(self, shared=shared_scale(float(known.get(self.key)), self.rule, self.kind))
+
+    def parts(self, rows: int, cols: int, experts: int = 0) -> tuple[Part, ...]:
+        return (Part("codes", U8, (rows, cols // 2), cols // 2), Part("scale", F8_E4M3, (rows, cols // GROUP), cols // GROUP))
+
+    def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
+        import torch
+
+        values = finite_rows(block, findings)
+        rows, cols = values.shape
+        grouped = values.reshape(rows, -1, GROUP)
+        top, shared = grouped.abs().amax(2, keepdim=True), self._known()
+        if self.rule == "divisor":
+            sixth = rounded(divided(top, 6.0), self.kind)
+            stored = (sixth * torch.full_like(sixth, shared)).clamp(max=448.0).to(torch.float8_e4m3fn)
+            scale = torch.where(stored.float() == 0, 0.125, stored.float())
+            step = divided(scale, shared)
+        else:
+            ratio = top / (6.0 * torch.full_like(top, shared))
+            ratio = torch.where(ratio == 0, 1.0, ratio)
+            scale = ratio.clamp(2.0**-9, 448.0).to(torch.float8_e4m3fn).float()
+            step = scale * torch.full_like(scale, shared)
+        codes = e2m1_codes((grouped / step).reshape(rows, cols))
+        return pack_nibbles(codes), scale.to(torch.float8_e4m3fn).contiguous().reshape(-1).view(torch.uint8)
+
+    def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:
+        import torch
+
+        values = e2m1_values(unpack_nibbles(parts[0], rows, cols)).reshape(rows, -1, GROUP)
+        scale = parts[1].view(torch.float8_e4m3fn).float().reshape(rows, -1, 1)
+        step = divided(scale, self._known()) if self.rule == "divisor" else scale * self._known()
+        return (values * step).reshape(rows, cols)
+
+    def error(self, block: torch.Tensor) -> torch.Tensor:
+        """Half the distance of neighbouring values, in steps of a block scale that is itself rounded to e4m3."""
+        values = block.float()
+        rows, cols = values.shape
+        top = values.reshape(rows, -1, GROUP).abs().amax(2, keepdim=True)
+        unit = 1.0 / self._known() if self.rule == "divisor" else self._known()
+        step = (top / 6.0) + half_ulp(top / 6.0 / unit, F8_E4M3) * unit + 0.125 * unit
+        return (step * 1.02).expand(rows, cols // GROUP, GROUP).reshape(rows, cols) + 0.07 * values.abs()
+
+    def kernel(self, source: DType) -> Kernel | None:
+        if source.name not in FLOATS:
+            return None
+        from streamconv.kernels.scaled import nvfp4_kernel
+
+        return nvfp4_kernel(source, self.rule, self.kind, self.shared)
+
+    def prepare(self, source: DType) -> None:
+        import numpy as np
+
+        kernel = replace(self, shared=1.0).kernel(source)
+        if kernel is None:
+            super().prepare(source)
+        else:
+            kernel(np.zeros(GROUP, source.storage), 0, GROUP, 1, GROUP, [np.empty(GROUP // 2, np.uint8), np.empty(1, np.uint8)])
+
+    def _known(self) -> float:
+        if self.shared is None:
+            raise AssertionError(f"{self.key}: encoded before its reduction")
+        return self.shared
+
+
+@dataclass(frozen=True)
+class SharedScale(Encoding):
+    """The shared scale of NVFP4 partners, one float32; the source is a `Blank`."""
+
+    key: str
+    rule: Rule
+    kind: DType = F32
+    shared: float | None = None
+
+    name = "F32"
+
+    @property
+    def needs(self) -> tuple[str, ...]:  # type: ignore[override]
+        return (self.key,)
+
+    def bind(self, known: Known, source: str) -> SharedScale:
+        return replace(self, shared=shared_scale(float(known.get(self.key)), self.rule, self.kind))
+
+    def parts(self, rows: int, cols: int, experts: int = 0) -> tuple[Part, ...]:
+        return (Part("shared_scale", F32, (1,) if self.rule == "divisor" else (), 4),)
+
+    def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
+        import torch
+
+        return (self.values(block).reshape(-1).contiguous().view(torch.uint8).to(block.device),)
+
+    def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:
+        import torch
+
+        return parts[0].view(torch.float32).reshape(rows, cols)
+
+    def kernel(self, source: DType) -> Kernel | None:
+        def run(flat: Any, start: int, stride: int, rows: int, cols: int, outs: Sequence[Any]) -> Findings:
+            outs[0].view("f4")[:] = self.shared
+            return Findings()
+
+        return run
+
+    def prepare(self, source: DType) -> None:
+        """Nothing to load."""
+
+    def values(self, block: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        if self.shared is None:
+            raise AssertionError(f"{self.key}: asked for before its reduction")
+        return torch.tensor([[self.shared]], dtype=torch.float32)
+
+    def error(self, block: torch.Tensor) -> torch.Tensor:
+        return self.values(block) * 0.0

@@ -1,0 +1,119 @@
+"""In the place of an output folder: what a conversion would write is held against the files that are there, byte for byte."""
+
+from __future__ import annotations
+
+import bisect
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from streamconv.checkpoint.dtypes import DType
+from streamconv.checkpoint.header import Header
+from streamconv.checkpoint.shard import Shard
+from streamconv.planning.plan import Plan
+from streamconv.quants.factors import nonfinite
+from streamconv.quants.gptq import PackedWeight
+
+if TYPE_CHECKING:
+    import numpy as np
+
+BUFFER = 128 << 10
+"""Bytes of a file that a worker holds beside its tile."""
+
+
+@dataclass(slots=True)
+class Difference:
+    """Where a tensor is not what it should be.
+
+    Attributes:
+        bytes: how many bytes differ; `first` is the lowest of them, counted from the tensor's start.
+        places: byte ranges of the tensor with differences in them, as they were met.
+    """
+
+    bytes: int = 0
+    first: int = 1 << 62
+    places: list[tuple[int, int]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    begin: int
+    end: int
+    name: str
+    dtype: DType | None
+
+
+class Compared:
+    """The sink of a pool whose plan has the places of these files.
+
+    Args:
+        files: of the plan, in its order.
+        headers: theirs.
+
+    Attributes:
+        differences: (file, tensor) -> where it differs.
+        odd: (file, tensor) -> values of the output that are NaN or infinite, where they mean themselves.
+    """
+
+    def __init__(self, plan: Plan, files: Sequence[Shard], headers: Sequence[Header]) -> None:
+        self.plan = plan
+        self.differences: dict[tuple[str, str], Difference] = {}
+        self.odd: dict[tuple[str, str], int] = {}
+        self._lock, self._local = threading.Lock(), threading.local()
+        self._files = {file.name: shard for file, shard in zip(plan.files, files, strict=True)}
+        packed = {p.tensor for m in plan.matrices if isinstance(m.encoding, PackedWeight) for p in m.places}
+        self._tensors = {
+            file.name: sorted(
+                (_Tensor(t.begin, t.end, t.name, None if t.name in packed else t.dtype) for t in header.tensors.values()),
+                key=lambda tensor: (tensor.begin, tensor.end),
+            )
+            for file, header in zip(plan.files, headers, strict=True)
+        }
+
+    def write(self, name: str, offset: int, data: bytes | memoryview) -> None:
+        """Hold `data` against the bytes of a file from `offset` on; all of them belong to one tensor."""
+        import numpy as np
+
+        tensors = self._tensors[name]
+        tensor = tensors[bisect.bisect_right(tensors, (offset, 1 << 62), key=lambda held: (held.begin, held.end)) - 1]
+        made = np.frombuffer(data, np.uint8)
+        if not hasattr(self._local, "buffer"):
+            self._local.buffer = np.empty(BUFFER, np.uint8)
+        for at in range(0, made.size, BUFFER):
+            want = made[at : at + BUFFER]
+            held = self._local.buffer[: want.size]
+            self._files[name].read_into(offset + at, held.data)
+            self._hold((name, tensor.name), tensor, offset + at - tensor.begin, want, held)
+
+    def _hold(
+        self, key: tuple[str, str], tensor: _Tensor, at: int, want: np.ndarray[Any, Any], held: np.ndarray[Any, Any]
+    ) -> None:
+        import numpy as np
+
+        odd = nonfinite(tensor.dtype, held) if tensor.dtype is not None else 0
+        same = np.array_equal(want, held)
+        if same and not odd:
+            return
+        with self._lock:
+            if odd:
+                self.odd[key] = self.odd.get(key, 0) + odd
+            if same:
+                return
+            where = np.flatnonzero(want != held)
+            found = self.differences.setdefault(key, Difference())
+            found.bytes += where.size
+            found.first = min(found.first, at + int(where[0]))
+            begin, end = at + int(where[0]), at + int(where[-1]) + 1
+            if found.places and found.places[-1][1] == at:  # goes on
+                begin = found.places.pop()[0]
+            found.places.append((begin, end))
+
+    def padding(self) -> None:
+        """Hold the rows that no source fills against zeros."""
+        zeros = memoryview(bytes(BUFFER))
+        for matrix in self.plan.matrices.unfilled():
+            for place in matrix.places:
+                begin, end = place.extent(matrix.filled, matrix.rows - matrix.filled)
+                for at in range(begin, end, BUFFER):
+                    self.write(self.plan.files[matrix.file].name, at, zeros[: min(BUFFER, end - at)])

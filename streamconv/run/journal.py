@@ -1,0 +1,380 @@
+"""The journal: which tiles are safely on the disk. It makes a resume exact.
+
+A hidden file beside the output, append-only. Each line is the XXH3-64 of a JSON record, a blank, and the record;
+reading stops at the first line that does not match, so a torn tail is as if it had never been written.
+
+    {"run": ...}                      first line: what this work is for (see `identity`)
+    {"tile": [span, start, stop],     source rows of a span (row ranges, so budget and workers may change at resume)
+     "hash": [[...], ...],            XXH3-128 of the bytes of every part, for every distinct request of the span
+     "found": [overflow, nonfinite]}
+    {"ready": [...]}                  everything is on the disk; these files are about to get their names
+
+A tile's line is written after fdatasync of the files that hold its bytes, and believed only if these still have its
+hash.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from streamconv import __version__
+from streamconv.checkpoint.limits import MAX_JOURNAL, MAX_JOURNAL_LINE
+from streamconv.checkpoint.shard import Shard
+from streamconv.checkpoint.untrusted import parse_json
+from streamconv.errors import OutputError, printable
+from streamconv.memory import MIB
+from streamconv.planning.plan import Plan
+from streamconv.process import start_thread
+from streamconv.run.fs import Mark, explained, write_all
+from streamconv.run.output_folder import OutputFolder
+from streamconv.run.place import Place
+
+FORMAT = 2
+BATCH_BYTES = 256 * MIB
+"""Written bytes after which files are synced."""
+BATCH_SECONDS = 2.0
+"""Longest time that a finished tile waits for its line in the journal."""
+THREADED = True
+"""False syncs in the worker that wrote the last byte of a batch: runs repeat exactly (tests)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """Source rows [start, stop) of a span that are on the disk.
+
+    Attributes:
+        hashes: for every request of the span, XXH3-128 (hex) of each part's bytes.
+        overflow, nonfinite: what encoding them found.
+    """
+
+    span: int
+    start: int
+    stop: int
+    hashes: tuple[tuple[str, ...], ...]
+    overflow: int = 0
+    nonfinite: int = 0
+
+
+@dataclass(slots=True)
+class Past:
+    """What a journal says.
+
+    Attributes:
+        run: its first record.
+        tiles: span -> finished row ranges, ascending, disjoint.
+        ready: the files that are to be published, if that is the last thing written.
+        size: bytes of the file to go on after: what can be trusted, without a last "ready".
+        mark: the file.
+    """
+
+    run: dict[str, Any]
+    tiles: dict[int, list[Done]] = field(default_factory=dict)
+    ready: tuple[str, ...] = ()
+    size: int = 0
+    mark: Mark | None = None
+
+    def add(self, done: Done) -> None:
+        """A later line replaces earlier ones that it overlaps."""
+        ranges = self.tiles.setdefault(done.span, [])
+        at = bisect_left(ranges, done.start, key=lambda other: other.stop - 1)
+        end = at
+        while end < len(ranges) and ranges[end].start < done.stop:
+            end += 1
+        ranges[at:end] = [done]
+
+
+def identity(plan: Plan, shards: Sequence[Shard]) -> dict[str, Any]:
+    """What the work is for; a journal of any other identity is not resumed."""
+    return {
+        "format": FORMAT,
+        "streamconv": __version__,
+        "fingerprint": plan.fingerprint(),
+        "options": {"target": plan.target.key, **plan.target.to_json()},
+        "files": sorted(plan.names),
+        "sources": [
+            [source.name, source.size, source.header_hash, *(shard.evidence() if shard is not None else ())]
+            for source, shard in zip_longest(plan.sources, shards)  # the activation ranges have a hash of all, and no shard
+        ],
+    }
+
+
+_FACTS = ("name", "size", "header", "modification time", "change time", "inode", "content")
+"""What an entry of "sources" holds."""
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What changed between two identities, for people; empty if nothing that matters did."""
+    if old == new:
+        return []
+    found = []
+    for key in ("streamconv", "format"):
+        if old.get(key) != new[key]:
+            name = "the version of streamconv" if key == "streamconv" else "the format of the journal"
+            found.append(f"{name} ({printable(str(old.get(key)))}, now {new[key]})")
+    if found:
+        return found
+    before, now = old["options"], new["options"]
+    for name in sorted({*before, *now}):
+        if before.get(name) != now.get(name):
+            found.append(f"option {printable(name)} ({printable(str(before.get(name)))}, now {now.get(name)})")
+    was, are = ({entry[0]: entry for entry in run["sources"]} for run in (old, new))
+    for name in sorted({*was, *are}):
+        pairs = zip(_FACTS, was.get(name, ()), are.get(name, ()), strict=False)
+        if was.get(name) != are.get(name):
+            changed = ", ".join(fact for fact, one, other in pairs if one != other)
+            found.append(f"source file {printable(name)} ({changed or 'was not there, or is gone'})")
+    return found or ["the plan of the output (config.json of the source?)"]
+
+
+def read(place: Place) -> Past | None:
+    """What the journal of an output says, None if there is none with a whole first line.
+
+    Reading ends at the first line that is torn, or is none of ours. What a tile's line says is held against the plan later (`resume.fits`).
+
+    Raises:
+        OutputError: it cannot be read, or something else has its name.
+    """
+    base, name = place.base, place.hidden("journal")
+    with explained(base.path / name, "read"):
+        try:
+            fd = base.open(name, make=False)
+        except FileNotFoundError:
+            return None
+        try:
+            return _read(fd, base.path / name)
+        finally:
+            place.disk.close(fd)
+
+
+def _read(fd: int, path: Path) -> Past | None:
+    past, at = None, 0
+    with os.fdopen(fd, "rb", closefd=False) as file:
+        if file.peek(16)[:16].strip(b"0123456789abcdef\0"):
+            raise OutputError(f"{printable(str(path))} holds something else than a journal", hint="move it away; it was not touched")
+        while at < MAX_JOURNAL and (line := file.readline(MAX_JOURNAL_LINE)).endswith(b"\n"):
+            record = _record(line[:-1])
+            if record is None or (past is None) != ("run" in record):
+                break
+            at += len(line)
+            if past is None:
+                past = Past(record["run"], mark=Mark.of(os.fstat(fd)))
+            elif "tile" in record:
+                past.add(_done(record))
+            past.ready = tuple(record.get("ready", ()))
+            if not past.ready:
+                past.size = at
+    return past
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """What a line says, None if it is torn or no line of a journal."""
+    import xxhash
+
+    if line[:17] != xxhash.xxh3_64(line[17:]).hexdigest().encode() + b" ":
+        return None
+    try:
+        record = parse_json(line[17:], "the journal", OutputError)
+    except OutputError:
+        return None
+    if not isinstance(record, dict) or len(record.keys() & {"run", "tile", "ready"}) != 1:
+        return None
+    if "run" in record:
+        sound = _is_run(record["run"])
+    elif "ready" in record:
+        sound = isinstance(record["ready"], list) and all(isinstance(name, str) for name in record["ready"])
+    else:
+        sound = _is_tile(record)
+    return record if sound else None
+
+
+def _is_run(run: object) -> bool:
+    """What `differences` takes; of another format, or another version's, it looks at nothing more."""
+    if not isinstance(run, dict):
+        return False
+    if run.get("format") != FORMAT or run.get("streamconv") != __version__:
+        return True
+    options, sources = run.get("options"), run.get("sources")
+    told = isinstance(sources, list) and all(isinstance(entry, list) and entry and isinstance(entry[0], str) for entry in sources)
+    return told and isinstance(options, dict)
+
+
+def _is_tile(record: dict[str, Any]) -> bool:
+    tile, found, hashes = (record.get(key) for key in ("tile", "found", "hash"))
+    if not all(isinstance(value, list) for value in (tile, found, hashes)):
+        return False
+    numbers = [*tile, *found]  # type: ignore[misc]
+    sound = len(tile) == 3 and len(found) == 2 and all(type(number) is int and 0 <= number < 1 << 62 for number in numbers)  # type: ignore[arg-type]
+    sound = sound and tile[1] < tile[2] and all(isinstance(parts, list) for parts in hashes)  # type: ignore[index,union-attr]
+    return sound and all(isinstance(part, str) for parts in hashes for part in parts)  # type: ignore[union-attr]
+
+
+def _done(record: dict[str, Any]) -> Done:
+    (span, start, stop), (overflow, nonfinite) = record["tile"], record["found"]
+    return Done(span, start, stop, tuple(tuple(parts) for parts in record["hash"]), overflow, nonfinite)
+
+
+class Journal:
+    """The open journal of a run; the output's lock is held.
+
+    Args:
+        place: of the output.
+    """
+
+    def __init__(self, place: Place) -> None:
+        self.place, self.disk = place, place.disk
+        self._fd, self._size = -1, 0
+
+    @property
+    def path(self) -> Path:
+        return self.place.top / self.place.hidden("journal")
+
+    def start(self, run: dict[str, Any]) -> None:
+        """Begin an empty journal."""
+        with explained(self.path, "write"):
+            self._fd, self._size = self.place.base.open(self.path.name, private=True), 0
+            if os.fstat(self._fd).st_size:
+                self.disk.truncate(self._fd, 0)
+            self._append(_line({"run": run}))
+            self.place.base.sync()
+
+    def resume(self, past: Past) -> None:
+        """Go on after the last line that can be trusted."""
+        with explained(self.path, "write"):
+            self._fd, self._size = self.place.base.open(self.path.name, make=False), past.size
+            if os.fstat(self._fd).st_size != past.size:
+                self.disk.truncate(self._fd, past.size)
+                self.disk.sync_data(self._fd)
+
+    def add(self, tiles: Sequence[Done]) -> None:
+        """These tiles are on the disk."""
+        lines = []
+        for done in tiles:
+            found = [done.overflow, done.nonfinite]
+            lines.append(_line({"tile": [done.span, done.start, done.stop], "hash": done.hashes, "found": found}))
+        with explained(self.path, "write"):
+            self._append(b"".join(lines))
+
+    def ready(self, names: Sequence[str]) -> None:
+        """All is on the disk, and these files are to be published; the last one makes the folder a checkpoint.
+
+        Raises:
+            OutputError: the journal is not under its name any more, so a run that is killed now could not be finished.
+        """
+        with explained(self.path, "write"):
+            self.place.base.expect(self.path.name, Mark.of(os.fstat(self._fd)))
+            self._append(_line({"ready": names}))
+
+    def remove(self, past: Past | None = None) -> None:
+        """The work is published or given up.
+
+        Args:
+            past: the journal of an earlier run, if this run has none.
+        """
+        base, name = self.place.base, self.path.name
+        mark = Mark.of(os.fstat(self._fd)) if self._fd >= 0 else past.mark if past is not None else None
+        self.close()
+        with explained(self.path, "remove"):
+            there = base.look(name)
+            if there is not None and Mark.of(there) == mark:  # else somebody has put something else there
+                self.disk.unlink(base, name, mark)
+                base.sync()
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            self.disk.close(fd)
+
+    def _append(self, data: bytes) -> None:
+        write_all(self.disk, self._fd, data, self._size)
+        self.disk.sync_data(self._fd)
+        self._size += len(data)
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    import xxhash
+
+    text = json.dumps(record, separators=(",", ":")).encode()
+    return xxhash.xxh3_64(text).hexdigest().encode() + b" " + text + b"\n"
+
+
+class Recorder:
+    """Syncs what the workers wrote, in batches, and tells the journal; one thread of its own.
+
+    Args:
+        failed: told if the disk fails; the run must then stop.
+    """
+
+    def __init__(self, journal: Journal, folder: OutputFolder, failed: Callable[[BaseException], None]) -> None:
+        self.journal, self.folder, self.failed = journal, folder, failed
+        self._state = threading.Condition()
+        self._tiles: list[Done] = []
+        self._files: set[str] = set()
+        self._bytes, self._since, self._ending, self._broken = 0, 0.0, False, False
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        if THREADED:
+            self._thread = start_thread(self._work, "journal")  # without one the workers record
+
+    def add(self, done: Done, files: set[str], size: int) -> None:
+        """A tile was written: `size` bytes in `files`."""
+        with self._state:
+            if not self._tiles:
+                self._since = time.monotonic()
+            self._tiles.append(done)
+            self._files |= files
+            self._bytes += size
+            if self._thread is None and self._bytes >= BATCH_BYTES:
+                self._flush(*self._taken())  # inside the lock: one at a time
+            elif self._bytes >= BATCH_BYTES or len(self._tiles) == 1:
+                self._state.notify()
+
+    def finish(self, seconds: float | None = None) -> bool:
+        """Record what is pending. False if that took longer than `seconds`."""
+        with self._state:
+            self._ending = True
+            self._state.notify()
+        if self._thread is not None:
+            self._thread.join(seconds)
+            return not self._thread.is_alive()
+        self._flush(*self._taken())
+        return True
+
+    def _taken(self) -> tuple[list[Done], set[str]]:
+        taken = self._tiles, self._files
+        self._tiles, self._files, self._bytes = [], set(), 0
+        return taken
+
+    def _flush(self, tiles: list[Done], files: set[str]) -> None:
+        if tiles and not self._broken:
+            try:
+                self.folder.sync(sorted(files))
+                self.journal.add(tiles)
+            except BaseException:
+                self._broken = True  # after a failed fsync nothing says what is on the disk
+                raise
+
+    def _work(self) -> None:
+        try:
+            while True:
+                with self._state:
+                    while not self._ending and self._bytes < BATCH_BYTES:
+                        left = self._since + BATCH_SECONDS - time.monotonic() if self._tiles else None
+                        if left is not None and left <= 0:
+                            break
+                        self._state.wait(left)
+                    ending, taken = self._ending, self._taken()
+                self._flush(*taken)
+                if ending:
+                    return
+        except BaseException as error:
+            self.failed(error)

@@ -1,0 +1,241 @@
+"""streamconv.json: what was asked, from what, and the hash of everything written, itself too. No times, no host names.
+
+It has a line for every tensor of every rank, so it is written in pieces and never held whole, and whoever needs only what was asked
+(`read_head`) builds nothing from these lines.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from streamconv import __version__
+from streamconv.checkpoint.limits import MAX_CONTAINERS, MAX_MANIFEST, MAX_OUTPUT_TENSORS, check_counts
+from streamconv.checkpoint.rows import SourceFile
+from streamconv.checkpoint.untrusted import parse_json, read_file, shown_value
+from streamconv.errors import VerifyError, printable
+from streamconv.planning.plan import Plan
+
+NAME = "streamconv.json"
+FORMAT = 2
+_READ = (1, 2)
+_BREAK = re.compile(rb"(,?)\n *")
+_FILES = b'\n "files": {'
+_CHECK = re.compile(rb',\n "check": "([0-9a-f]{32})"\n}\n\Z')
+_PIECE = 1 << 20
+
+_File = tuple[str, int, str, Iterable[tuple[str, str]]]
+"""Name, size, hash of the header, and (tensor, hash) in the order of the data."""
+
+
+def build(
+    plan: Plan, hashes: Sequence[Iterable[str]], no_lock: bool = False, side: Iterable[tuple[str, int, str]] = ()
+) -> Iterator[bytes]:
+    """The manifest's bytes, in pieces; the same for the same output.
+
+    Args:
+        side: name, bytes and XXH3-128 (hex) of every other file but config.json; asked for when the first piece is.
+        hashes: for each file of the plan, XXH3-128 (hex) of its tensors in the order of the data.
+        no_lock: the run was allowed to go on without a lock, and without syncing folders.
+    """
+    import xxhash
+
+    head: dict[str, Any] = {
+        "format": FORMAT,
+        "streamconv": __version__,
+        "target": plan.target.key,
+        "family": plan.family,
+        "dtype": plan.dtype.torch,
+        "fingerprint": plan.fingerprint(),
+        "options": plan.target.to_json(),
+        "source": [
+            {"file": source.name, "size": source.size, "header_sha256": source.header_hash} for source in plan.sources
+        ],
+        "hash": "xxh3_128",
+        "config": xxhash.xxh3_128(plan.config).hexdigest(),
+        "side": {name: [size, digest] for name, size, digest in side},
+    }
+    if no_lock:
+        head["no_lock"] = True
+    pairs = zip(plan.files, hashes, strict=True)
+    return _render(head, ((f.name, f.size, xxhash.xxh3_128(f.header).hexdigest(), zip(f.names(), held, strict=True)) for f, held in pairs))
+
+
+def _render(head: Mapping[str, Any], files: Iterable[_File]) -> Iterator[bytes]:
+    """JSON with an indent of one, whose last entry is the hash of the rest on one line."""
+    import xxhash
+
+    check = xxhash.xxh3_128()
+    piece = bytearray(json.dumps(head, indent=1)[:-2].encode())  # without "\n}"
+    for lines in _file_lines(files):
+        piece += lines
+        if len(piece) >= _PIECE:
+            check.update(_on_one_line(piece))
+            yield bytes(piece)
+            piece.clear()
+    check.update(_on_one_line(piece + b"\n}"))
+    yield bytes(piece) + f',\n "check": "{check.hexdigest()}"\n}}\n'.encode()
+
+
+def _file_lines(files: Iterable[_File]) -> Iterator[bytes]:
+    """The entry "files": pieces that begin before a line break."""
+    yield b","
+    yield _FILES
+    comma = ""
+    for name, size, header, tensors in files:
+        entry = f'{comma}\n  {json.dumps(name)}: {{\n   "size": {json.dumps(size)},\n   "header": {json.dumps(header)},\n   "tensors": {{'
+        yield entry.encode()
+        first = True
+        for tensor, digest in tensors:
+            yield f"{'' if first else ','}\n    {json.dumps(tensor)}: {json.dumps(digest)}".encode()
+            first = False
+        yield b"}\n  }" if first else b"\n   }\n  }"
+        comma = ","
+    yield b"\n }" if comma else b"}"
+
+
+def _on_one_line(piece: bytes | bytearray) -> bytes:
+    """Strings hold no line break, so each one is the layout's."""
+    return _BREAK.sub(lambda found: b", " if found[1] else b"", piece)
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A manifest read back.
+
+    Attributes:
+        sizes: file -> bytes.
+        hashes: file -> tensor -> XXH3-128 hex; empty if only the head was read.
+        headers: file -> XXH3-128 hex of everything before its first tensor.
+        target: key of the target; `asked` are its options, as they were written.
+        config: XXH3-128 hex of config.json.
+        side: other files -> bytes and XXH3-128 hex.
+        check: XXH3-128 hex of all of it.
+    """
+
+    target: str
+    asked: dict[str, Any]
+    fingerprint: str
+    sources: tuple[SourceFile, ...]
+    config: str
+    side: dict[str, tuple[int, str]]
+    check: str
+    sizes: dict[str, int]
+    headers: dict[str, str]
+    hashes: dict[str, dict[str, str]]
+
+
+def load(folder: Path) -> Manifest | None:
+    """The manifest of an output folder, None if it has none (another tool wrote it).
+
+    Raises:
+        VerifyError: it is not a manifest this version reads.
+    """
+    path = folder / NAME
+    return read(path) if os.path.lexists(path) else None
+
+
+def read(path: Path) -> Manifest:
+    """Read a manifest.
+
+    Raises:
+        VerifyError: it is not a manifest this version reads.
+    """
+    shown = printable(str(path))
+    data = read_file(path, MAX_MANIFEST, VerifyError)
+    check_counts(data, shown, VerifyError, MAX_OUTPUT_TENSORS + MAX_CONTAINERS)
+    content = parse_json(data, shown, VerifyError)
+    head = _head(content, shown)
+    files = _Checked(content, shown).get("files", dict)
+    sizes, headers, hashes = {}, {}, {}
+    for name, value in files.items():
+        file = _Checked(value, shown)
+        sizes[name], headers[name], hashes[name] = file.get("size", int), file.get("header", str), file.get("tensors", dict)
+        if not all(isinstance(digest, str) for digest in hashes[name].values()):
+            raise VerifyError(f"{shown} is not a streamconv manifest: a hash of {printable(name)} is no text")
+    plain = {key: value for key, value in content.items() if key not in ("files", "check")}
+    at = 0
+    for piece in _render(plain, ((name, sizes[name], headers[name], hashes[name].items()) for name in files)):
+        if data[at : at + len(piece)] != piece:
+            raise _changed(shown)
+        at += len(piece)
+    if at != len(data):
+        raise _changed(shown)
+    return Manifest(*head, sizes, headers, hashes)
+
+
+def read_head(path: Path) -> Manifest:
+    """A manifest without what it says of each file.
+
+    Raises:
+        VerifyError: it is not a manifest this version reads.
+    """
+    import xxhash
+
+    shown = printable(str(path))
+    data = read_file(path, MAX_MANIFEST, VerifyError)
+    end, tail = data.find(_FILES), _CHECK.search(data, max(0, len(data) - 64))
+    if end < 0 or tail is None:  # not ours, or of another version: let JSON reading say what is wrong
+        check_counts(data, shown, VerifyError)
+        _head(parse_json(data, shown, VerifyError), shown)
+        raise _changed(shown)
+    head = bytes(data[: end - 1]) + b"\n}"
+    check_counts(head, shown, VerifyError)
+    facts = _head(parse_json(head, shown, VerifyError) | {"check": tail[1].decode()}, shown)
+    check, at = xxhash.xxh3_128(), 0
+    while at < tail.start():
+        stop = data.find(b"\n", min(at + _PIECE, tail.start()), tail.start())
+        stop = tail.start() if stop < 0 else stop
+        # a comma belongs to the break after it
+        stop -= stop < tail.start() and data[stop - 1 : stop] == b","
+        check.update(_on_one_line(data[at:stop]))
+        at = stop
+    check.update(b"}")
+    if check.hexdigest() != tail[1].decode():
+        raise _changed(shown)
+    return Manifest(*facts, {}, {}, {})
+
+
+def _changed(shown: str) -> VerifyError:
+    return VerifyError(f"{shown}: the bytes are not those that were written")
+
+
+class _Checked:
+    """An object of a manifest whose entries are taken with their types."""
+
+    def __init__(self, value: object, shown: str) -> None:
+        self.shown = shown
+        if not isinstance(value, dict):
+            raise VerifyError(f"{shown} is not a streamconv manifest: {shown_value(value)} is no object")
+        self.value = value
+
+    def get(self, key: str, kind: type[Any]) -> Any:
+        value = self.value.get(key)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise VerifyError(f"{self.shown} is not a streamconv manifest: {key} is {shown_value(value)}")
+        return value
+
+
+_Head = tuple[str, dict[str, Any], str, tuple[SourceFile, ...], str, dict[str, tuple[int, str]], str]
+
+
+def _head(content: object, shown: str) -> _Head:
+    top = _Checked(content, shown)
+    form = top.get("format", int)
+    if form not in _READ:
+        raise VerifyError(f"{shown}: format {shown_value(form)} is not {FORMAT}")
+    target = "trtllm" if form == 1 else top.get("target", str)  # format 1 is older than the second target
+    side = {}
+    for name, entry in top.get("side", dict).items() if form > 1 else ():
+        if not isinstance(entry, list) or len(entry) != 2 or type(entry[0]) is not int or not isinstance(entry[1], str):
+            raise VerifyError(f"{shown} is not a streamconv manifest: side file {printable(name)} is {shown_value(entry)}")
+        side[name] = entry[0], entry[1]
+    listed = [_Checked(source, shown) for source in top.get("source", list)]
+    sources = tuple(SourceFile(s.get("file", str), s.get("size", int), s.get("header_sha256", str)) for s in listed)
+    texts = [top.get(key, str) for key in ("fingerprint", "config", "check")]
+    return target, top.get("options", dict), texts[0], sources, texts[1], side, texts[2]

@@ -1,0 +1,117 @@
+"""Whole-tensor hashes while tiles are worked on out of order."""
+
+from __future__ import annotations
+
+import threading
+from array import array
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from streamconv.planning.plan import Matrix, OutputFile
+
+if TYPE_CHECKING:
+    import numpy as np
+    import xxhash
+
+
+class Stop(Exception):
+    """Another worker failed."""
+
+
+class Hashes:
+    """XXH3-128 of every tensor of the output, 16 bytes each.
+
+    Args:
+        files: those of the plan.
+    """
+
+    SIZE = 16
+
+    def __init__(self, files: Sequence[OutputFile]) -> None:
+        self._files = [bytearray(self.SIZE * file.tensors) for file in files]
+
+    def put(self, file: int, position: int, digest: bytes) -> None:
+        """The hash of the tensor at a position in the order of the file's data."""
+        self._files[file][position * self.SIZE : (position + 1) * self.SIZE] = digest
+
+    def of_files(self) -> list[Iterator[str]]:
+        """For each file the hashes of its tensors, hex, in the order of the data."""
+        return [self._hex(data) for data in self._files]
+
+    def _hex(self, data: bytearray) -> Iterator[str]:
+        for at in range(0, len(data), self.SIZE):
+            yield data[at : at + self.SIZE].hex()
+
+
+class Order:
+    """Each matrix is hashed front to back: a worker waits until the rows before its own are hashed.
+
+    Tiles are handed out in plan order and every matrix's rows ascend in it, so whoever is waited for is always at work. A hash has a
+    state of half a KiB for as long as its matrix is begun and not finished; few are at a time.
+    """
+
+    def __init__(self, matrices: Sequence[Matrix], hashes: Hashes) -> None:
+        self._matrices, self._hashes = matrices, hashes
+        self._next = array("Q", bytes(8 * len(matrices)))
+        self._turn = threading.Condition()
+        self._begun: dict[int, list[xxhash.xxh3_128]] = {}
+        self.stopped = False
+
+    def digests(self, matrix: int) -> list[xxhash.xxh3_128]:
+        """The hashes of a matrix's parts so far; whose turn it is may update them."""
+        import xxhash
+
+        if matrix not in self._begun:
+            self._begun[matrix] = [xxhash.xxh3_128() for _ in self._matrices[matrix].places]
+        return self._begun[matrix]
+
+    def take(self, matrix: int, row: int, rows: int, parts: Sequence[np.ndarray[Any, Any]]) -> None:
+        self.wait(matrix, row)
+        for digest, part in zip(self.digests(matrix), parts, strict=True):
+            digest.update(part.data)
+        self.passed(matrix, row, rows)
+
+    def wait(self, matrix: int, row: int) -> None:
+        """Until it is the turn of `row`."""
+        with self._turn:
+            while self._next[matrix] != row and not self.stopped:
+                self._turn.wait()
+            if self.stopped:
+                raise Stop
+
+    def passed(self, matrix: int, row: int, rows: int) -> None:
+        """These rows are hashed; with the last one the matrix is finished."""
+        if row + rows == self._matrices[matrix].filled:
+            self._finish(matrix)
+        with self._turn:
+            self._next[matrix] = row + rows
+            self._turn.notify_all()
+
+    def stop(self) -> None:
+        with self._turn:
+            self.stopped = True
+            self._turn.notify_all()
+
+    def close(self) -> None:
+        """All tiles are done: finish what got no row at all.
+
+        Raises:
+            AssertionError: rows of a matrix were not written.
+        """
+        for number, matrix in enumerate(self._matrices):
+            if self._next[number] != matrix.filled:
+                raise AssertionError(f"{matrix.name}: {self._next[number]} of {matrix.filled} rows were written")
+            if not matrix.filled:
+                self._finish(number)
+
+    def _finish(self, number: int) -> None:
+        """Hash the zero rows at the end of a matrix, and note its hashes."""
+        matrix, digests = self._matrices[number], self.digests(number)
+        del self._begun[number]
+        for digest, place in zip(digests, matrix.places, strict=True):
+            begin, end = place.extent(matrix.filled, matrix.rows - matrix.filled)
+            left = end - begin
+            while left:
+                digest.update(bytes(min(left, 1 << 20)))
+                left -= min(left, 1 << 20)
+            self._hashes.put(matrix.file, place.position, digest.digest())

@@ -1,0 +1,128 @@
+"""Places that an output must not have, said before anything is touched."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from streamconv.errors import OutputError, printable
+from streamconv.run.fs import Disk, explained
+from streamconv.run.inside import choose
+from streamconv.run.place import OURS, Found, Place
+
+_ELSEWHERE = "choose another folder"
+
+
+def check_place(place: Place, source: Path | None, read: Iterable[Path] = ()) -> None:
+    """Refuse places that would destroy something.
+
+    Args:
+        source: the model's folder or file, if there is one; what its links lead to counts too.
+        read: other files that are read.
+
+    Raises:
+        OutputError: the output is not a folder, or is the source, or it, or a hidden name of it, holds the source or
+            a file that is read; or something else than a run's has such a hidden name.
+    """
+    out, used = place.out, list(_used(source, read))
+    if source is not None:
+        real_source = Path(os.path.realpath(source))
+        if real_source.is_dir() and out == real_source:
+            hint = "choose another folder, a new one in it for example"
+            raise OutputError(f"output {printable(str(out))} is the source folder", hint=hint)
+        if out in real_source.parents:
+            raise OutputError(f"output {printable(str(out))} holds the source", hint=_ELSEWHERE)
+    for path, real in used:
+        if out in real.parents:
+            where = f"output {printable(str(out))} holds {printable(real.name)}"
+            raise OutputError(f"{where}, which {printable(str(path))} leads to", hint=_ELSEWHERE)
+    for kept in place.hidden_paths():
+        for path, real in used:
+            if kept == real or kept in real.parents:
+                where = f"{printable(str(kept))} is where work for the output is kept"
+                raise OutputError(f"{printable(str(path))} is read, and {where}", hint=_ELSEWHERE)
+        _check_hidden(kept)
+    with explained(out, "look at"):
+        if os.path.lexists(out) and not out.is_dir():
+            raise OutputError(f"output {printable(str(out))} exists and is not a folder", hint="choose another name")
+
+
+def _used(source: Path | None, read: Iterable[Path]) -> Iterator[tuple[Path, Path]]:
+    """Everything that is read, and what it leads to."""
+    paths = [*read]
+    if source is not None:
+        with explained(source, "read"):
+            paths += [source, *(source.iterdir() if source.is_dir() else [])]
+    for path in paths:
+        yield path, Path(os.path.realpath(path))
+
+
+def _check_hidden(path: Path) -> None:
+    """A hidden name that leads away, or makes us wait."""
+    with explained(path, "look at"):
+        try:
+            mode = os.lstat(path).st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            return
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        kind = "a link" if stat.S_ISLNK(mode) else "not a file"
+        raise OutputError(
+            f"{printable(str(path))} is {kind}: it is not what a run leaves there", hint="look at it, then move it away or remove it"
+        )
+
+
+def check_free(place: Place, force: bool) -> Found:
+    """Refuse to replace a folder that holds something, unless forced; and one that holds more than a checkpoint in any case.
+
+    Args:
+        place: opened.
+
+    Returns:
+        what may be replaced.
+
+    Raises:
+        OutputError: it does.
+    """
+    shown = printable(str(place.out))
+    with explained(place.out, "read"):
+        found = place.found()
+    foreign = [name for name, mark in found.files.items() if mark.kind == stat.S_IFDIR or not (name in place.ours or OURS.fullmatch(name))]
+    if foreign:
+        names = ", ".join(printable(name) for name in foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
+        raise OutputError(
+            f"output {shown} exists and is not empty, and is no checkpoint folder: it holds {names}",
+            hint="choose another folder, or empty it yourself: --force replaces nothing but a checkpoint",
+        )
+    if found.files and not force:
+        raise OutputError(f"output {shown} exists and is not empty", hint="--force replaces it")
+    return found
+
+
+def check_output(
+    out: Path, source: Path, read: Iterable[Path], force: bool, disk: Disk | None = None, ours: Iterable[str] = ()
+) -> Place:
+    """What can be said of an output without touching anything.
+
+    Args:
+        disk: the operations to use (tests).
+        ours: names of files that such an output has.
+
+    Returns:
+        where it will be built, not opened.
+
+    Raises:
+        OutputError: see `check_place` and `check_free`.
+    """
+    place = choose(Path(os.path.realpath(out)), disk or Disk())
+    place.ours.update(ours)
+    check_place(place, source, read)
+    # what an earlier run left is looked at with the lock held
+    if os.path.isdir(place.top) and not any(os.path.lexists(place.top / place.hidden(what)) for what in ("journal", "lock")):
+        try:
+            place.open()
+            check_free(place, force)
+        finally:
+            place.close()
+    return place

@@ -1,0 +1,206 @@
+"""The files of one output while they are written."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import threading
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from streamconv.errors import OutputError, printable
+from streamconv.memory import MIB, show_size
+from streamconv.run.fs import Disk, Mark, explained, free_space, write_all
+from streamconv.run.inside import choose
+from streamconv.run.place import CONFIG, Found, Part
+
+
+class OutputFolder:
+    """Writes one output folder. `write`, `read_into` and `sync` may be called from any thread.
+
+    Args:
+        out: where the folder will appear.
+        disk: the operations to use (tests).
+        lenient: see `fs.Folder`.
+
+    Attributes:
+        place: where it is built.
+    """
+
+    def __init__(self, out: Path, disk: Disk | None = None, lenient: bool = False) -> None:
+        self.out = Path(os.path.realpath(out))
+        self.disk = disk or Disk()
+        self.place = choose(self.out, self.disk, lenient)
+        self._fds: dict[str, int] = {}
+        self._sizes: dict[str, int] = {}
+        self._turns: dict[str, threading.Lock] = {}
+
+    def create(self, files: list[tuple[str, int, bytes]], fresh: bool) -> None:
+        """Make every (name, size, header) at its full size.
+
+        Args:
+            fresh: remove what an earlier run left; otherwise keep the bytes that are there.
+        """
+        with explained(self.place.top / self.place.hidden("partial"), "create"):
+            self.place.begin(fresh)
+        self._check_room(files)
+        for name, size, header in files:
+            with explained(self._path(name), "write"):
+                fd = self._fds[name] = self.place.work.open(name, fresh)
+                if os.fstat(fd).st_size != size:
+                    self.disk.truncate(fd, size)
+            self._sizes[name] = size
+            self._turns[name] = threading.Lock()
+            self.write(name, 0, header)
+        with explained(self.place.work.folder.path, "sync"):
+            # the names are durable before the journal speaks of what is in the files
+            self.place.work.folder.sync()
+            if self.place.work.folder is not self.place.base:
+                self.place.base.sync()
+
+    def _path(self, name: str) -> Path:
+        return self.place.work.path(name)
+
+    def _check_room(self, files: list[tuple[str, int, bytes]]) -> None:
+        """A disk that is too full says so before the work starts. (Preallocated extents would be written at three quarters
+        of the speed: ext4 converts them one by one.)"""
+        missing = 0
+        for name, size, _ in files:
+            there = self.place.work.look(name)
+            missing += size - min(size, there.st_blocks * 512 if there is not None else 0)
+        free = free_space(self.place.top)
+        if free is not None and missing > free:
+            need = sum(size for _, size, _ in files)
+            raise OutputError(
+                f"no space for the output in {printable(str(self.place.top))}: {show_size(missing)} of {show_size(need)}"
+                f" are to be written, {show_size(free)} are free",
+                hint="free some space or choose another output folder",
+            )
+
+    def write(self, name: str, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Write all of `data` at `offset` and start pushing it to the disk."""
+        size = memoryview(data).nbytes
+        with explained(self._path(name), "write"), self._turns[name]:  # the kernel lets one in; waiting here costs no spinning
+            self._check_size(name)  # each time: writing on would hide a hole that somebody cut
+            write_all(self.disk, self._fds[name], data, offset)
+        if size >= MIB:
+            with contextlib.suppress(OSError):
+                self.disk.push(self._fds[name], offset, size)
+
+    def _check_size(self, name: str) -> None:
+        size = os.fstat(self._fds[name]).st_size
+        if size != self._sizes[name]:
+            raise OutputError(
+                f"{printable(str(self._path(name)))} was changed to {size} bytes while the run was at work", hint="nothing was published"
+            )
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> int:
+        """Read bytes already written; fewer than asked for only where the file ends."""
+        done = 0
+        with explained(self._path(name), "read"):
+            while done < len(buffer):
+                got = os.preadv(self._fds[name], [buffer[done:]], offset + done)
+                if got == 0:
+                    break
+                done += got
+        return done
+
+    def sync(self, names: Iterable[str]) -> None:
+        """Wait until what was written to these files is on the disk; then its pages need not be kept in memory."""
+        for name in names:
+            with explained(self._path(name), "sync"):
+                self.disk.sync_data(self._fds[name])
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(self._fds[name], 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def remove_last(self, names: Iterable[str]) -> None:
+        """Take back what `complete` wrote: a folder being worked on must not look like a checkpoint."""
+        with explained(self.place.top / self.place.hidden("partial"), "remove"):
+            self.place.begin(fresh=False)
+            for name in names:
+                self.place.work.unlink(name)
+
+    def complete(self, last: Sequence[tuple[str, Iterable[bytes]]]) -> None:
+        """Sync everything, then write and sync `last` (the manifest and config.json), each in pieces.
+
+        Raises:
+            OutputError: a file is not what was written; it is not published.
+        """
+        for name, fd in self._fds.items():
+            with explained(self._path(name), "sync"):
+                self.disk.sync(fd)
+        for name, pieces in last:
+            with explained(self._path(name), "write"):
+                fd = self._fds[name] = self.place.work.open(name, fresh=True)
+                self._sizes[name] = 0
+                for piece in pieces:
+                    write_all(self.disk, fd, piece, self._sizes[name])
+                    self._sizes[name] += len(piece)
+                self.disk.sync(fd)
+        with explained(self.place.work.folder.path, "sync"):
+            self.place.work.folder.sync()
+
+    def names(self) -> list[str]:
+        """The files, in the order in which they appear."""
+        return sorted(self._fds, key=lambda name: (name == CONFIG, name))
+
+    def _check(self) -> dict[str, tuple[int, int]]:
+        """What is about to be published is what this run wrote, and nothing else; gives inode and size of each file."""
+        work, written = self.place.work, dict[str, tuple[int, int]]()
+        if foreign := [name for name in work.names() if name not in self._fds]:
+            raise OutputError(f"{printable(str(work.path(foreign[0])))} is not of this run", hint="move it away; nothing was published")
+        for name, fd in self._fds.items():
+            written[name] = os.fstat(fd).st_ino, self._sizes[name]
+            if problem := _differs(work, name, written[name]):
+                raise OutputError(problem, hint="nothing was published")
+        return written
+
+    def publish(self, found: Found) -> None:
+        """Make the folder appear under its name; what it replaces waits aside until `Place.remove_old`.
+
+        Args:
+            found: what the run has checked under the output's name.
+        """
+        with explained(self.out, "publish"):
+            written, names = self._check(), self.names()
+            self.close()  # some servers rename no folder with open files
+            try:
+                self.place.publish(found, names)
+            except OSError as error:
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                    raise
+                raise OutputError(
+                    f"something appeared at {printable(str(self.out))} while the run was at work; nothing in it was touched",
+                    hint=f"the finished checkpoint waits in {printable(str(self._path('')))}: move away what is in its place",
+                ) from error
+            shown = self.place.shown()
+            for name, wanted in written.items():  # between the look and the rename, too
+                if problem := _differs(shown, name, wanted):
+                    if not _differs(shown, CONFIG, written[CONFIG]):
+                        shown.unlink(CONFIG)
+                    raise OutputError(problem, hint=f"{printable(str(self.out))} is no checkpoint: remove it, then run again")
+        self.place.keep_parents()
+
+    def close(self) -> None:
+        while self._fds:
+            self.disk.close(self._fds.popitem()[1])
+
+    def discard(self) -> None:
+        """Remove the work.
+
+        Raises:
+            OSError, OutputError: not all of it could be removed.
+        """
+        marks = {name: Mark.of(os.fstat(fd)) for name, fd in self._fds.items()}
+        self.close()
+        self.place.discard(marks)
+
+
+def _differs(part: Part, name: str, wanted: tuple[int, int]) -> str:
+    """What has become of a file of this inode and size; empty if it is there as it was written."""
+    there = part.look(name)
+    if there is not None and (there.st_ino, there.st_size) == wanted:
+        return ""
+    what = "is gone" if there is None else "was replaced" if there.st_ino != wanted[0] else f"was changed to {there.st_size} bytes"
+    return f"{printable(str(part.path(name)))} {what} while the run was at work"

@@ -1,0 +1,249 @@
+"""Where an output is built, and how it gets its name: beside it, or, where it cannot be renamed, inside it.
+
+Beside it (the rule): a hidden sibling folder, renamed when it is complete. What it replaces is moved aside first.
+
+    .NAME.streamconv-lock      held while a run is at work
+    .NAME.streamconv-journal   which tiles are safely on disk (journal.py)
+    .NAME.streamconv-partial   the folder being built
+    .NAME.streamconv-old       with --force: the folder being replaced, while the new one takes its name
+
+Inside it (a mount point): hidden files, each renamed when all are complete, config.json last.
+
+    OUT/.streamconv-lock, OUT/.streamconv-journal
+    OUT/.streamconv-partial.rank0.safetensors ...
+    OUT/.streamconv-old.rank0.safetensors ...
+
+A replaced output is looked at once, under the lock; nothing that is not exactly that is ever moved or removed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from streamconv.errors import OutputError, printable
+from streamconv.run.fs import Disk, Folder, Mark, explained, hidden
+
+OURS = re.compile(r"config\.json|streamconv\.json|rank[0-9]+\.safetensors")
+"""What every checkpoint folder may hold; an output's own names are `Place.ours`."""
+CONFIG = "config.json"
+"""Without it a folder is no checkpoint: the first to go, and the last to come."""
+WHATS = ("lock", "journal", "partial", "old")
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What lay under the output's name when a run looked.
+
+    Attributes:
+        folder: the folder itself, None if there is none, or an empty one.
+        files: its entries.
+    """
+
+    folder: Mark | None = None
+    files: dict[str, Mark] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The files of a folder whose names begin with `prefix`; their names here are without it."""
+
+    folder: Folder
+    prefix: str = ""
+
+    def names(self) -> list[str]:
+        size = len(self.prefix)
+        return [name[size:] for name in self.folder.names() if name.startswith(self.prefix)]
+
+    def path(self, name: str) -> Path:
+        return self.folder.path / (self.prefix + name)
+
+    def look(self, name: str) -> os.stat_result | None:
+        return self.folder.look(self.prefix + name)
+
+    def open(self, name: str, fresh: bool = False) -> int:
+        return self.folder.open(self.prefix + name, fresh=fresh)
+
+    def unlink(self, name: str) -> None:
+        self.folder.unlink(self.prefix + name)
+
+    def marks(self) -> dict[str, Mark]:
+        looks = [(name, self.look(name)) for name in self.names()]
+        return {name: Mark.of(status) for name, status in looks if status is not None}
+
+    def empty(self, ours: Collection[str], known: dict[str, Mark] | None = None) -> None:
+        """Remove the files of a checkpoint.
+
+        Args:
+            ours: names that it may have.
+            known: what they are, if this run has looked at them before.
+
+        Raises:
+            OutputError: something else is there; nothing was removed.
+        """
+        marks = self.marks()
+        for name, mark in marks.items():
+            if mark.kind == stat.S_IFDIR or not (name in ours or OURS.fullmatch(name)) or (known is not None and known.get(name) != mark):
+                shown = printable(str(self.path(name)))
+                raise OutputError(f"{shown} is not what a run leaves there", hint="move it away; nothing was removed")
+        for name, mark in marks.items():
+            self.folder.disk.unlink(self.folder, self.prefix + name, mark)
+
+    def remove(self, marks: dict[str, Mark]) -> None:
+        """Remove these files."""
+        for name, mark in marks.items():
+            self.folder.disk.unlink(self.folder, self.prefix + name, mark)
+
+
+class Place:
+    """The folder in which all names of one output lie: its own, and the hidden ones.
+
+    Args:
+        out: the output, resolved.
+        lenient: see `Folder`.
+
+    Attributes:
+        base: that folder, once it is open.
+        inside: why the work is done inside the output; None if beside it.
+        work: the files being built, once they were begun.
+        ours: names of files that an output of this kind has.
+    """
+
+    inside: str | None = None
+    base: Folder
+    work: Part
+
+    def __init__(self, out: Path, disk: Disk, lenient: bool = False) -> None:
+        self.out, self.disk, self.lenient = out, disk, lenient
+        self.ours: set[str] = set()
+        self._made: list[tuple[Folder, str]] = []
+        self._open: list[Folder] = []
+        self._begun = False
+        self._aside: dict[str, Mark] | None = None
+        self._left: dict[str, Mark] | None = None
+
+    @property
+    def top(self) -> Path:
+        return self.out.parent
+
+    def hidden(self, what: str) -> str:
+        return hidden(self.out, what).name
+
+    def hidden_paths(self) -> list[Path]:
+        return [self.top / self.hidden(what) for what in WHATS]
+
+    def open(self) -> None:
+        """Open the base, and make it and the folders above it; `remove_parents` takes back those that were made."""
+        missing, place = list[str](), self.top
+        with explained(self.top, "create"):
+            while not os.path.lexists(place):
+                missing.append(place.name)
+                place = place.parent
+            folder = self._entered(Folder.at(self.disk, place, self.lenient))
+            for name in reversed(missing):
+                try:
+                    self.disk.mkdir(folder, name)
+                except FileExistsError:
+                    pass
+                else:
+                    self._made.append((folder, name))
+                    folder.sync()
+                folder = self._entered(folder.enter(name))
+        self.base = folder
+
+    def _entered(self, folder: Folder) -> Folder:
+        self._open.append(folder)
+        return folder
+
+    def keep_parents(self) -> None:
+        self._made.clear()
+
+    def remove_parents(self) -> None:
+        for folder, name in reversed(self._made):
+            try:
+                self.disk.rmdir(folder, name)
+            except OSError:
+                break  # somebody uses it
+        self._made.clear()
+
+    def close(self) -> None:
+        for folder in self._open:
+            folder.close()
+        self._open.clear()
+
+    def check_name(self) -> None:
+        """After a publication: the output's path leads to it.
+
+        Raises:
+            OutputError: a folder above it was moved or replaced while the run was at work.
+        """
+        there = self.base.look(self.out.name) if self.inside is None else os.fstat(self.base.fd)
+        if there is None or not os.path.exists(self.out) or not os.path.samestat(there, os.stat(self.out)):
+            lies = Path(os.readlink(f"/proc/self/fd/{self.base.fd}"), "" if self.inside else self.out.name)
+            raise OutputError(
+                f"a folder above {printable(str(self.out))} was moved while the run was at work",
+                hint=f"the output is complete: {printable(str(lies))}",
+            )
+
+    def _expect(self, found: Found) -> None:
+        """What is under the output's name must be what the run has checked."""
+        now = self.found()
+        if now != found:
+            what = "appeared" if found.folder is None else "is gone" if now.folder is None else "was changed"
+            raise OutputError(
+                f"{printable(str(self.out))} {what} while the run was at work; nothing in it was touched",
+                hint=f"the finished checkpoint waits in {printable(str(self.work.path('')))}: move away what is in its place",
+            )
+
+    def found(self) -> Found:
+        raise NotImplementedError
+
+    def has_work(self) -> bool:
+        """Work of an earlier run is there; `begin` removes nothing but what was seen here."""
+        raise NotImplementedError
+
+    def has_old(self) -> bool:
+        raise NotImplementedError
+
+    def restore(self, ready: Sequence[str]) -> None:
+        """Give a replaced output its name back, if a run was stopped before it could publish the new one.
+
+        Args:
+            ready: files of that run, if it was publishing.
+        """
+        raise NotImplementedError
+
+    def begin(self, fresh: bool) -> None:
+        """Make `work` usable.
+
+        Args:
+            fresh: remove what an earlier run left; otherwise keep the files that are there.
+        """
+        raise NotImplementedError
+
+    def publish(self, found: Found, names: Sequence[str]) -> None:
+        """Make these files of `work` appear; what they replace waits aside until `remove_old`.
+
+        Raises:
+            OutputError: what is there is not what was `found`; nothing of it is lost, and the work is kept.
+        """
+        raise NotImplementedError
+
+    def shown(self) -> Part:
+        """After a publication: the output's files."""
+        return self.work
+
+    def remove_old(self) -> None:
+        raise NotImplementedError
+
+    def discard(self, marks: dict[str, Mark]) -> None:
+        """Remove the work.
+
+        Args:
+            marks: its files; anything else stays, and the folder with it.
+        """
+        raise NotImplementedError

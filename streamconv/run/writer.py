@@ -1,0 +1,207 @@
+"""An output from the moment it is claimed until it has its name: lock, journal, data, sync, rename, sync of the folder.
+
+Every step may be the last one of this process. What the next run finds, and does:
+
+    no journal, or one that ends before its first line        nothing was finished: start over
+    a journal for other work                                   say what differs; start over with --force
+    a journal for this work and the hidden folder              resume
+    a journal that ends with "ready", the hidden folder gone   the output has its name: tidy up, done
+    a replaced folder aside and nothing under its name         give it its name back first
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from streamconv.checkpoint.shard import Shard
+from streamconv.checkpoint.untrusted import open_regular
+from streamconv.errors import (
+    CheckpointError,
+    DataError,
+    Interrupted,
+    OutputError,
+    ResumeError,
+    SourceChangedError,
+    StreamconvError,
+    UnreadableError,
+    UsageError,
+    VerifyError,
+    printable,
+)
+from streamconv.planning.plan import Plan, SideFile
+from streamconv.run import journal, manifest
+from streamconv.run.fs import Disk
+from streamconv.run.journal import Done, Journal
+from streamconv.run.lock import OutputLock
+from streamconv.run.order import Hashes
+from streamconv.run.output_checks import check_free, check_output
+from streamconv.run.output_folder import OutputFolder
+from streamconv.run.place import Found, Place
+from streamconv.run.resume import fits
+
+
+def check_plan(out: Path, source: Path, plan: Plan, shards: Sequence[Shard], force: bool, disk: Disk | None = None) -> Place:
+    """See `output_checks.check_output`."""
+    read = [shard.path for shard in shards] + [*plan.target.files_read]
+    return check_output(out, source, read, force, disk, plan.names)
+
+
+def _pieces(side: SideFile, made: list[tuple[str, int, str]]) -> Iterator[bytes]:
+    """The bytes of a side file; afterwards `made` has its name, size and hash.
+
+    Raises:
+        SourceChangedError: a copied file is not what it was when it was planned.
+    """
+    import xxhash
+
+    digest, size = xxhash.xxh3_128(), 0
+    for piece in [side.data] if side.data is not None else _copied(side):
+        digest.update(piece)
+        size += len(piece)
+        yield piece
+    if size != side.size:
+        raise SourceChangedError(f"{printable(str(side.source))} has {size} bytes, and had {side.size} when it was planned")
+    made.append((side.name, size, digest.hexdigest()))
+
+
+def _copied(side: SideFile) -> Iterator[bytes]:
+    assert side.source is not None
+    with open(open_regular(side.source), "rb") as file:
+        yield from iter(lambda: file.read(1 << 20), b"")
+
+
+class Writer:
+    """Context of one conversion's output; on exit decides what of an unfinished one is kept.
+
+    Args:
+        out: where the folder will appear.
+        source: the folder that is read.
+        force: replace an existing folder, give up unfinished work for something else.
+        disk: the operations to use (tests).
+        no_lock: go on where the file system has no locks, or cannot sync a folder; the manifest says so.
+
+    Attributes:
+        folder: where to write.
+        past: span -> row ranges that an earlier run finished.
+        finished: an earlier run did everything; nothing is left to do.
+    """
+
+    def __init__(
+        self, out: Path, source: Path, plan: Plan, shards: Sequence[Shard], force: bool, disk: Disk | None, no_lock: bool = False
+    ) -> None:
+        self.plan, self.shards, self.force, self.no_lock = plan, shards, force, no_lock
+        self.folder = OutputFolder(out, disk, no_lock)
+        self.place = self.folder.place
+        self.place.ours |= plan.names
+        self.journal = Journal(self.place)
+        self.past: Mapping[int, Sequence[Done]] = {}
+        self.finished = self.abandoned = False
+        self._lock = OutputLock(self.place)
+        self._found = Found()
+        self._begun = self._created = False
+        check_plan(self.folder.out, source, plan, shards, force, disk)
+
+    def __enter__(self) -> Writer:
+        try:
+            self.place.open()
+            self._lock.acquire()
+            self._look()
+        except BaseException:
+            self._leave()
+            raise
+        return self
+
+    def _leave(self) -> None:
+        self._lock.release()
+        self.place.remove_parents()
+        self.place.close()
+
+    def _look(self) -> None:
+        """Find out where an earlier run stopped."""
+        self._past = journal.read(self.place)
+        self.place.restore(self._past.ready if self._past is not None else ())
+        self._run = journal.identity(self.plan, self.shards)
+        ready = {*self._past.ready} if self._past is not None else set()
+        if self._past is not None and ready and not self.place.has_work() and self.place.found().files.keys() >= ready:
+            with contextlib.suppress(VerifyError):
+                if manifest.read_head(self.folder.out / manifest.NAME).fingerprint == self._past.run.get("fingerprint"):
+                    self.place.remove_old()
+                    self.journal.remove(self._past)
+                    self.finished = self._past.run == self._run
+                    if self.finished:
+                        return
+            self._past = None
+        self._found = check_free(self.place, self.force)
+        if self.place.has_old():
+            raise OutputError(
+                f"{printable(str(self.place.top / self.place.hidden('old')))} holds an output that was being replaced",
+                hint="move it away, or remove it",
+            )
+        if self.place.has_work() and self.place.base.look(self.place.hidden("journal")) is None:
+            raise OutputError(
+                f"{printable(str(self.place.top / self.place.hidden('partial')))} is there without a journal: no run leaves it so",
+                hint="look at it, then move it away or remove it",
+            )
+        changed = journal.differences(self._past.run, self._run) if self._past is not None else []
+        if changed and not self.force:
+            raise ResumeError(
+                f"{printable(str(self.folder.out))} was begun with something else: {', '.join(changed)}",
+                hint="run the first command again to finish it, or start over with --force",
+            )
+        if changed or not self.place.has_work() or (self._past is not None and not self._past.tiles):
+            self._past = None
+
+    def begin(self) -> None:
+        """Open the journal and make the files."""
+        self._begun = True
+        if self._past is None:
+            self.journal.start(self._run)
+        else:
+            self.journal.resume(self._past)
+            self.folder.remove_last([side.name for side in self.plan.side_files] + [manifest.NAME])
+            self.past = {span: [done for done in tiles if fits(self.plan, done)] for span, tiles in self._past.tiles.items()}
+        files = [(file.name, file.size, file.header) for file in self.plan.files]
+        self.folder.create(files, fresh=self._past is None)
+        self._created = True
+
+    def publish(self, hashes: Hashes) -> None:
+        """All tiles are written: sync, write config.json and the manifest, give the folder its name."""
+        *others, config = self.plan.side_files
+        made: list[tuple[str, int, str]] = []
+        last = [(side.name, _pieces(side, made)) for side in others]
+        last.append((manifest.NAME, manifest.build(self.plan, hashes.of_files(), self.no_lock, made)))
+        self.folder.complete([*last, (config.name, [self.plan.config])])
+        self.journal.ready(self.folder.names())
+        self.folder.publish(self._found)
+        self.place.remove_old()
+        self.journal.remove()
+        self.place.check_name()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if error is None or not self._begun:
+            self._leave()
+            return
+        # the source is wrong, or there was no room to begin with: nothing of it is worth keeping
+        wrong = isinstance(error, (CheckpointError, DataError, UsageError)) and not isinstance(error, UnreadableError)
+        if wrong or (self._past is None and not self._created):
+            with contextlib.suppress(StreamconvError, OSError):
+                self.folder.discard()
+                if not self.place.has_work():  # work without a journal is nobody's
+                    self.journal.remove()
+            with contextlib.suppress(OSError):
+                self.journal.close()
+            self._leave()
+            return
+        if isinstance(error, (OutputError, Interrupted, UnreadableError)):
+            also = "what is finished is kept: run the same command again to go on"
+            error.hint = f"{error.hint}; {also}" if error.hint else also
+        if self.abandoned:
+            return  # a thread may still write: the process is about to end, and closes everything
+        with contextlib.suppress(OSError):
+            self.folder.close()
+            self.journal.close()
+        self.place.keep_parents()
+        self._leave()

@@ -1,0 +1,123 @@
+"""What a target is: a frozen dataclass whose fields are the options that decide its bytes, and what it makes of a source.
+
+The fields are the only list of a target's options: flags, recipe keys, `--help` and the manifest come from them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from streamconv.checkpoint.index import Index
+from streamconv.checkpoint.untrusted import shown_value
+from streamconv.errors import UsageError
+from streamconv.planning.plan import Plan
+
+_T = TypeVar("_T", bound="Target")
+_LONGEST = 4096
+"""Letters of a text, and entries of a list."""
+
+
+def option(
+    default: Any,
+    text: str,
+    *,
+    choices: Sequence[Any] | None = None,
+    least: int | None = None,
+    size: bool = False,
+    typed: type | None = None,
+) -> Any:
+    """A field of a target.
+
+    Args:
+        text: what `--help` says.
+        choices: the values that it takes; None: any of the type.
+        least: the smallest number.
+        size: the number is one of bytes, and may be typed with a unit.
+        typed: the type of a value whose default is None.
+    """
+    metadata = {"help": text, "choices": choices, "least": least, "size": size, "type": typed or type(default)}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target(ABC):
+    """A kind of output.
+
+    Attributes:
+        key: what the user calls it: `--to KEY`.
+        summary: a line of `streamconv list targets`.
+        raw_names: plan from the names that the source has, not from those of its language model alone.
+        allow_nonfinite: quantize weights that hold NaN or infinity instead of stopping.
+    """
+
+    key: ClassVar[str]
+    summary: ClassVar[str]
+    raw_names: ClassVar[bool] = False
+
+    allow_nonfinite: bool = option(False, "quantize weights that hold NaN or infinity")
+
+    @abstractmethod
+    def plan(self, index: Index) -> Plan:
+        """Fix every output byte; reads headers only. The plan's target has everything settled that was left to the source.
+
+        Raises:
+            UsageError: an option no model makes right. CheckpointError: the source lacks something.
+            RefusedError: the request cannot give a correct output; every reason is listed.
+        """
+
+    @property
+    def files_read(self) -> tuple[Path, ...]:
+        """Files beside the source that decide the output."""
+        return ()
+
+    @property
+    def headline(self) -> str:
+        """What is made, for people, in a few words."""
+        return self.summary
+
+    def to_json(self) -> dict[str, Any]:
+        """The options, for the manifest."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The options that decide bytes; files count by their content and not by their place."""
+        return self.to_json()
+
+    @classmethod
+    def from_json(cls: type[_T], values: object) -> _T:
+        """What `to_json` gave, read back.
+
+        Raises:
+            UsageError: a key is unknown or missing, or holds what no option can.
+        """
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        if not isinstance(values, dict) or set(values) != set(fields):
+            raise UsageError("the options are not those of this version of streamconv")
+        made: dict[str, Any] = {}
+        for name, value in values.items():
+            made[name] = tuple(value) if isinstance(value, list) else value
+            if not _possible(made[name], fields[name]):
+                raise UsageError(f"option {name} holds {shown_value(value)}")
+        return cls(**made)
+
+
+def _possible(value: object, field: dataclasses.Field[Any]) -> bool:
+    """Whether an option can hold a value that was read from a file."""
+    if value is None:
+        return field.default is None
+    kind: type = field.metadata["type"]
+    if kind is tuple:
+        return isinstance(value, tuple) and len(value) <= _LONGEST and all(isinstance(v, str) and len(v) <= _LONGEST for v in value)
+    if kind is float and type(value) is int:
+        kind = int
+    if type(value) is not kind or (isinstance(value, str) and len(value) > _LONGEST):
+        return False
+    if isinstance(value, int | float) and not abs(value) < 1 << 50:  # infinity and NaN are not below it either
+        return False
+    choices = field.metadata["choices"]
+    return choices is None or value in choices

@@ -1,0 +1,99 @@
+"""config.json of the output: the source's own, with `quantization_config` added, replaced or taken out; and ModelOpt's second file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from streamconv import __version__
+from streamconv.targets.hf.recipes import Recipe
+
+
+def quantization_config(recipe: Recipe, ignore: Sequence[str], group: int, kv_cache: bool = False) -> dict[str, Any]:
+    """What config.json says of the weights.
+
+    Args:
+        ignore: full names of every linear-like module that is left as it is.
+        group: --group-size.
+        kv_cache: FP8 scales of the KV cache are stored.
+    """
+    if recipe.container == "hf":
+        found: dict[str, Any] = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128], "fmt": "e4m3"}
+        return found | {"modules_to_not_convert": list(ignore)}
+    if recipe.container == "modelopt":
+        found = {"quant_method": "modelopt", "quant_algo": recipe.algo, "ignore": list(ignore)}
+        found["producer"] = {"name": "modelopt", "version": f"streamconv {__version__}"}
+        groups = _modelopt_group(recipe)
+        return found | ({"config_groups": {"group_0": groups}} if groups else {})
+    weights = recipe.weights | ({"group_size": group} if recipe.grouped else {})
+    scheme = {"targets": ["Linear"], "weights": weights, "input_activations": recipe.inputs, "format": recipe.form}
+    found = {
+        "quant_method": "compressed-tensors",
+        "format": recipe.form,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {key: value for key, value in scheme.items() if value is not None}},
+        "ignore": list(ignore),
+    }
+    if kv_cache:
+        found["kv_cache_scheme"] = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
+    return found
+
+
+def _modelopt_group(recipe: Recipe) -> dict[str, Any] | None:
+    """`config_groups` as ModelOpt writes it, for the algorithms for which it does."""
+    weights: dict[str, Any]
+    if recipe.algo == "FP8":
+        weights = {"dynamic": False, "num_bits": 8, "type": "float"}
+    elif recipe.algo in ("NVFP4", "W4A16_NVFP4"):
+        weights = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
+    else:
+        return None
+    inputs = {"input_activations": dict(weights)} if recipe.algo != "W4A16_NVFP4" else {}
+    return inputs | {"weights": weights, "targets": ["Linear"]}
+
+
+def hf_quant_config(recipe: Recipe, ignore: Sequence[str], group: int, kv_cache: bool = False) -> bytes:
+    """ModelOpt's hf_quant_config.json, which TensorRT-LLM reads first."""
+    quantization: dict[str, Any] = {"quant_algo": recipe.algo, "kv_cache_quant_algo": "FP8" if kv_cache else None}
+    quantization |= {"group_size": group} if recipe.grouped else {}
+    quantization |= recipe.extra | {"exclude_modules": list(ignore)}
+    producer = {"name": "modelopt", "version": f"streamconv {__version__}"}
+    return dump({"producer": producer, "quantization": quantization})
+
+
+def output_config(source: Mapping[str, Any], quantization: Mapping[str, Any] | None, dtype: str | None) -> bytes:
+    """config.json.
+
+    Args:
+        source: the source's.
+        quantization: `quantization_config`; None takes the source's out.
+        dtype: what the float tensors now are, if that changed.
+    """
+    config = {key: value for key, value in source.items() if key != "quantization_config"}
+    if dtype is not None:
+        config = _typed(config, dtype)
+    if quantization is not None:
+        config["quantization_config"] = dict(quantization)
+    return dump(config)
+
+
+def _typed(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """The same with its dtype changed, in the configs of its parts too; under the key that the source uses."""
+    found = {key: dtype if key in ("torch_dtype", "dtype") and isinstance(value, str) else value for key, value in config.items()}
+    for part in ("text_config", "llm_config", "language_config"):
+        inner = found.get(part)
+        if isinstance(inner, dict):
+            found[part] = _typed(inner, dtype)
+    if not any(key in config for key in ("torch_dtype", "dtype")):
+        found["torch_dtype"] = dtype
+    return found
+
+
+def dump(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def index_json(weight_map: Mapping[str, str], total: int) -> bytes:
+    """model.safetensors.index.json: every tensor of every file, and the sum of their bytes."""
+    return (json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}, indent=2) + "\n").encode()

@@ -1,0 +1,228 @@
+"""The formats of this target: quantization and container -> codec, tensor names, what the config says. One row each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from streamconv.checkpoint.dtypes import F32, DType
+from streamconv.quants.base import Encoding
+from streamconv.quants.fp8_block import Fp8Block
+from streamconv.quants.fp8_rowwise import Fp8Rowwise
+from streamconv.quants.fp8_tensor import Fp8Tensor
+from streamconv.quants.int_group import IntGroup, Packing
+from streamconv.quants.mx import Mx
+from streamconv.quants.nvfp4 import NvFp4, SharedScale
+
+Container = Literal["compressed-tensors", "modelopt", "hf"]
+CONTAINERS: tuple[Container, ...] = ("compressed-tensors", "modelopt", "hf")
+ARITHMETICS = ("float32", "llm-compressor", "llm-compressor-cpu")
+BLOCK = 128
+
+_EPS = {"F32": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7}
+"""What compressed-tensors puts in the place of a scale of 0: the type's epsilon."""
+_LEAST_NORMAL = {"F32": 2.0**-126, "F16": 2.0**-14, "BF16": 2.0**-126}
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a codec is made from.
+
+    Attributes:
+        kind: the weight's dtype, that of the checkpoint.
+        group: --group-size.
+        arithmetic: one of ARITHMETICS.
+        key: of the shared maximum of a weight and its partners.
+    """
+
+    kind: DType
+    group: int
+    arithmetic: str
+    key: str
+
+    @property
+    def scale(self) -> DType:
+        """The type that scales are rounded to."""
+        return F32 if self.arithmetic == "float32" else self.kind
+
+    @property
+    def quotient(self) -> DType:
+        """The type that weight / scale is rounded to."""
+        return self.kind if self.arithmetic == "llm-compressor-cpu" else F32
+
+
+Shape = Callable[[int, int], tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Recipe:
+    """One format.
+
+    Attributes:
+        quant, container: what the user asks for.
+        codec: the codec of a weight [N, K].
+        tensors: role of a part -> last name of its tensor.
+        shapes: role -> the recorded shape of a weight [rows, cols], where it is not the codec's own.
+        unit: K must be a multiple of it; 0 for the group size.
+        whole: N must be a multiple of it.
+        tiles: both sizes should be multiples of 128: why a weight is left as it is otherwise, "" if it is not.
+        shared: how the scale that partners share is stored: its last name, its codec.
+        weights, inputs: the args of compressed-tensors' `config_groups`.
+        form: compressed-tensors' `format`.
+        algo: ModelOpt's `quant_algo`.
+        extra: further keys of ModelOpt's config.
+        weight_shape: the shape is a tensor of its own.
+        summary: one line for people.
+        ranges: activation ranges are needed; the input's scale is stored under this name.
+    """
+
+    quant: str
+    container: Container
+    summary: str
+    codec: Callable[[Request], Encoding]
+    tensors: dict[str, str]
+    shapes: dict[str, Shape] = field(default_factory=dict)
+    unit: int = 1
+    whole: int = 1
+    tiles: bool = False
+    shared: tuple[str, Callable[[Request], Encoding]] | None = None
+    weights: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, Any] | None = None
+    form: str = ""
+    algo: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
+    weight_shape: bool = False
+    input_scale: tuple[str, Callable[[float], float], tuple[int, ...]] | None = None
+    grouped: bool = False
+
+
+_INF = math.inf
+_PLAIN = {"weight": "weight", "per_channel_scale": "weight_scale"}
+_CODES = {"codes": "weight", "scale": "weight_scale"}
+_PACKED = {"codes": "weight_packed", "scale": "weight_scale"}
+
+
+def _column(rows: int, cols: int) -> tuple[int, ...]:
+    return (rows, 1)
+
+
+def _vector(rows: int, cols: int) -> tuple[int, ...]:
+    return (rows,)
+
+
+def _tiles4(rows: int, cols: int) -> tuple[int, ...]:
+    return (-(-rows // BLOCK), 1, -(-cols // BLOCK), 1)
+
+
+def _fp8_channel(r: Request) -> Encoding:
+    return Fp8Rowwise(-_INF, _INF, None, 0.0, _EPS[r.scale.name], r.scale, r.quotient)
+
+
+def _fp8_channel_modelopt(r: Request) -> Encoding:
+    return Fp8Rowwise(-_INF, _INF, None, _LEAST_NORMAL[r.kind.name] / 448.0, 1.0)
+
+
+def _fp8_tiles(r: Request) -> Encoding:
+    return Fp8Block(BLOCK, _EPS[r.scale.name], 0.0, r.scale, r.quotient)
+
+
+def _int(bits: int, packing: Packing, stored_kind: bool, whole_channel: bool = False) -> Callable[[Request], Encoding]:
+    def made(r: Request) -> Encoding:
+        scale = r.kind if stored_kind else r.scale
+        divisor = (2**bits - 1) / 2
+        return IntGroup(bits, 0 if whole_channel else r.group, divisor, _EPS[scale.name], scale, r.quotient, packing)
+
+    return made
+
+
+def _int_modelopt(bits: int, packing: Packing) -> Callable[[Request], Encoding]:
+    def made(r: Request) -> Encoding:
+        largest = float(2 ** (bits - 1) - 1)
+        least = _LEAST_NORMAL[r.kind.name if bits == 8 else "F32"]
+        return IntGroup(bits, 0 if bits == 8 else r.group, largest, 1.0, F32, F32, packing, least / largest)
+
+    return made
+
+
+def _mx(element: Literal["fp4", "fp8"]) -> Callable[[Request], Encoding]:
+    return lambda r: Mx(element, "rounded", r.scale)
+
+
+def _float(bits: int, strategy: str, **more: Any) -> dict[str, Any]:
+    return {"num_bits": bits, "type": "float", "symmetric": True, "dynamic": False, "strategy": strategy, **more}
+
+
+def _integer(bits: int, strategy: str, **more: Any) -> dict[str, Any]:
+    return {"num_bits": bits, "type": "int", "symmetric": True, "dynamic": False, "strategy": strategy, **more}
+
+
+_DYNAMIC_TOKEN = {"dynamic": True, "strategy": "token"}
+_FP4 = {"group_size": 16, "scale_dtype": "torch.float8_e4m3fn"}
+_MX = {"group_size": 32, "scale_dtype": "torch.uint8"}
+_MX_IN = {**_MX, "dynamic": True}
+_INPUT_FP8 = ("input_scale", lambda amax: amax / 448.0)
+
+RECIPES: tuple[Recipe, ...] = (
+    Recipe("fp8_dynamic", "compressed-tensors", "FP8 weights per channel, activations per token at run time", _fp8_channel,
+           _PLAIN, {"per_channel_scale": _column}, form="float-quantized",
+           weights=_float(8, "channel"), inputs=_float(8, "token") | _DYNAMIC_TOKEN),
+    Recipe("fp8_dynamic", "modelopt", "the same numbers for TensorRT-LLM first", _fp8_channel_modelopt,
+           _PLAIN, {"per_channel_scale": _vector}, algo="FP8_PER_CHANNEL_PER_TOKEN"),
+    Recipe("fp8_block", "hf", "FP8 weights in tiles of 128 x 128, DeepSeek's container",
+           lambda r: Fp8Block(BLOCK, multiply=True), {"codes": "weight", "scale": "weight_scale_inv"}, tiles=True),
+    Recipe("fp8_block", "compressed-tensors", "FP8 weights in tiles of 128 x 128", _fp8_tiles, _CODES, tiles=True,
+           form="float-quantized", weights=_float(8, "block", block_structure=[BLOCK, BLOCK]),
+           inputs=_float(8, "group", group_size=BLOCK) | {"dynamic": True}),
+    Recipe("fp8_block", "modelopt", "FP8 weights in tiles of 128 x 128",
+           lambda r: Fp8Block(BLOCK, 1.0, _LEAST_NORMAL[r.kind.name] / 448.0), _CODES, {"scale": _tiles4}, tiles=True, algo="fp8_pb_wo"),
+    Recipe("int8_dynamic", "compressed-tensors", "INT8 weights per channel, activations per token at run time",
+           _int(8, "bytes", False, True), _CODES, {"scale": _column}, form="int-quantized",
+           weights=_integer(8, "channel"), inputs=_integer(8, "token") | _DYNAMIC_TOKEN),
+    Recipe("w4a16", "compressed-tensors", "INT4 weights in groups", _int(4, "words", True), _PACKED, unit=0,
+           form="pack-quantized", weights=_integer(4, "group"), weight_shape=True, grouped=True),
+    Recipe("w4a16", "modelopt", "INT4 weights in groups, pre-scales of 1 (TensorRT-LLM's W4A16_AWQ)", _int_modelopt(4, "pairs"),
+           _CODES, unit=0, whole=2, algo="W4A16_AWQ", extra={"has_zero_point": False, "pre_quant_scale": True}, grouped=True),
+    Recipe("w8a16", "compressed-tensors", "INT8 weights in groups", _int(8, "words", True), _PACKED, unit=0,
+           form="pack-quantized", weights=_integer(8, "group"), weight_shape=True, grouped=True),
+    Recipe("w8a16", "modelopt", "INT8 weights per channel", _int_modelopt(8, "bytes"), _CODES, {"scale": _vector}, algo="W8A16"),
+    Recipe("nvfp4a16", "compressed-tensors", "NVFP4 weights", lambda r: NvFp4(r.key, "divisor", r.scale), _PACKED, unit=16,
+           form="nvfp4-pack-quantized", weights=_float(4, "tensor_group", **_FP4),
+           shared=("weight_global_scale", lambda r: SharedScale(r.key, "divisor", r.scale))),
+    Recipe("nvfp4a16", "modelopt", "NVFP4 weights", lambda r: NvFp4(r.key, "multiplier"), _CODES, unit=16, algo="W4A16_NVFP4",
+           shared=("weight_scale_2", lambda r: SharedScale(r.key, "multiplier")), extra={"group_size": 16}),
+    Recipe("nvfp4", "compressed-tensors", "NVFP4 weights and activations; needs activation ranges",
+           lambda r: NvFp4(r.key, "divisor", r.scale), _PACKED, unit=16, form="nvfp4-pack-quantized",
+           weights=_float(4, "tensor_group", **_FP4), inputs=_float(4, "tensor_group", **_FP4) | {"dynamic": "local"},
+           shared=("weight_global_scale", lambda r: SharedScale(r.key, "divisor", r.scale)),
+           input_scale=("input_global_scale", lambda amax: 2688.0 / amax, (1,))),
+    Recipe("nvfp4", "modelopt", "NVFP4 weights and activations; needs activation ranges",
+           lambda r: NvFp4(r.key, "multiplier"), _CODES, unit=16, algo="NVFP4",
+           shared=("weight_scale_2", lambda r: SharedScale(r.key, "multiplier")), extra={"group_size": 16},
+           input_scale=("input_scale", lambda amax: amax / 2688.0, ())),
+    Recipe("mxfp4", "compressed-tensors", "MXFP4 weights and activations", _mx("fp4"), _PACKED, unit=32,
+           form="mxfp4-pack-quantized", weights=_float(4, "group", **_MX), inputs=_float(4, "group", **_MX_IN)),
+    Recipe("mxfp4a16", "compressed-tensors", "MXFP4 weights", _mx("fp4"), _PACKED, unit=32,
+           form="mxfp4-pack-quantized", weights=_float(4, "group", **_MX)),
+    Recipe("mxfp8", "compressed-tensors", "MXFP8 weights and activations", _mx("fp8"), _CODES, unit=32,
+           form="mxfp8-quantized", weights=_float(8, "group", **_MX), inputs=_float(8, "group", **_MX_IN)),
+    Recipe("mxfp8", "modelopt", "MXFP8 weights and activations", lambda r: Mx("fp8", "ceiling"), _CODES, unit=32,
+           algo="MXFP8", extra={"group_size": 32}),
+    Recipe("mxfp8a16", "compressed-tensors", "MXFP8 weights", _mx("fp8"), _CODES, unit=32,
+           form="mxfp8-quantized", weights=_float(8, "group", **_MX)),
+    Recipe("fp8_static", "modelopt", "FP8 weights and activations, one scale each; needs activation ranges",
+           lambda r: Fp8Tensor(r.key), {"weight": "weight"}, algo="FP8",
+           input_scale=("input_scale", lambda amax: amax / 448.0, ())),
+    Recipe("fp8_static", "compressed-tensors", "FP8 weights and activations, one scale each; needs activation ranges",
+           lambda r: Fp8Tensor(r.key), {"weight": "weight"}, form="float-quantized",
+           weights=_float(8, "tensor"), inputs=_float(8, "tensor"), input_scale=("input_scale", lambda amax: amax / 448.0, (1,))),
+)  # fmt: skip
+"""In the order of a quantization's containers: the first is its default."""
+
+QUANTS = tuple(dict.fromkeys(recipe.quant for recipe in RECIPES))
+
+
+def recipe_of(quant: str, container: str | None) -> Recipe | None:
+    """The row for a quantization in a container, in its default one if None."""
+    return next((r for r in RECIPES if r.quant == quant and container in (None, r.container)), None)

@@ -1,0 +1,205 @@
+"""The weights of a source, whatever they are stored as: plain tensors, or codes with scales that are decoded on the way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from streamconv.checkpoint.dtypes import DType
+from streamconv.checkpoint.index import Index
+from streamconv.checkpoint.rows import DecodedTensor, Piece, SourceTensor
+from streamconv.checkpoint.stored_codes import Code
+from streamconv.errors import CheckpointError, printable
+
+Weight = SourceTensor | DecodedTensor
+
+_SCALES = ("weight_scale_inv", "weight_scale", "weight_scale_2", "weight_global_scale", "weight_shape")
+_BESIDE = ("input_scale", "input_global_scale", "k_scale", "v_scale", "weight_zero_point", "output_scale")
+"""What stands beside codes and says nothing of a float weight."""
+
+
+@dataclass(slots=True)
+class Stored:
+    """What a source holds.
+
+    Attributes:
+        weights: tensor name -> where its rows come from; codes appear under the name of the weight they stand for.
+        shapes: the recorded shape of each.
+        files: number of the shard that holds each, or its codes.
+        decoded: names of the weights that are decoded.
+        dropped: names of the tensors that are left out: scales of what is decoded.
+    """
+
+    weights: dict[str, Weight] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    files: dict[str, int] = field(default_factory=dict)
+    decoded: set[str] = field(default_factory=set)
+    dropped: set[str] = field(default_factory=set)
+
+
+def plain_tensors(index: Index) -> dict[str, SourceTensor]:
+    """The index's tensors as matrices to read rows from."""
+    found = {}
+    for name, whole in (index.assembled or {}).items():
+        pieces = tuple(Piece(*block) for block in whole.blocks)
+        found[name] = SourceTensor(name, whole.dtype, whole.shape, pieces, whole.axis)
+    if index.assembled is not None:
+        return found
+    for name, record in index.tensors.items():
+        shape = record.shape
+        cols = shape[-1] if len(shape) > 1 else 1
+        rows = math.prod(shape[:-1]) if len(shape) > 1 else math.prod(shape)
+        found[name] = SourceTensor(name, record.dtype, shape, (Piece(record.shard, record.begin, rows, cols),))
+    return found
+
+
+def stored_weights(index: Index, into: DType) -> Stored:
+    """Every tensor of the source; codes of quantized weights as floats of type `into`.
+
+    Raises:
+        CheckpointError: codes without scales, or in a form that is not read.
+    """
+    tensors, stored = plain_tensors(index), Stored()
+    stated = index.config.get("quantization_config")
+    facts: Mapping[str, Any] = stated if isinstance(stated, dict) else {}
+    for name, tensor in tensors.items():
+        module, _, leaf = name.rpartition(".")
+        if leaf in _SCALES + _BESIDE and _has_codes(tensors, module):
+            stored.dropped.add(name)
+            continue
+        made: Weight = tensor
+        shown = name
+        if leaf in ("weight", "weight_packed") and tensor.dtype.name in ("F8_E4M3", "I8", "U8", "I32"):
+            made, shown = _decoded(index, tensors, module, tensor, facts, into), f"{module}.weight"
+            stored.decoded.add(shown)
+        elif leaf in ("qweight", "qzeros"):
+            raise CheckpointError(
+                f"{printable(name)} is a GPTQ or AWQ weight, which is not decoded here",
+                hint="--quant keep --format compressed-tensors takes AWQ codes over as they are",
+            )
+        stored.weights[shown] = made
+        stored.shapes[shown] = made.shape
+        stored.files[shown] = tensor.pieces[0].shard
+    return stored
+
+
+def _has_codes(tensors: Mapping[str, SourceTensor], module: str) -> bool:
+    if f"{module}.weight_packed" in tensors:
+        return True
+    weight = tensors.get(f"{module}.weight")
+    if weight is not None:
+        return weight.dtype.name in ("F8_E4M3", "I8", "U8")
+    return any(f"{module}.{part}.weight" in tensors or f"{module}.{part}.weight_packed" in tensors for part in ("k_proj", "v_proj"))
+
+
+def _decoded(
+    index: Index, tensors: Mapping[str, SourceTensor], module: str, codes: SourceTensor, facts: Mapping[str, Any], into: DType
+) -> DecodedTensor:
+    name, packed = f"{module}.weight", codes.name.endswith("_packed")
+    scale = tensors.get(f"{module}.weight_scale_inv") or tensors.get(f"{module}.weight_scale")
+    if scale is None:
+        raise CheckpointError(
+            f"{printable(codes.name)} holds {codes.dtype} codes, and this checkpoint has no scales for them",
+            hint="convert the unquantized model, or a checkpoint that is complete",
+        )
+    if f"{module}.weight_zero_point" in tensors:
+        raise CheckpointError(f"{printable(name)} has zero points, which are not decoded here", hint="convert the unquantized model")
+    code, shape = _code(index, tensors, module, codes, scale, facts, packed)
+    rows, cols = shape[-2], shape[-1]
+    factor, divide = 1.0, False
+    if f"{module}.weight_scale_2" in tensors:
+        factor = _number(index, tensors[f"{module}.weight_scale_2"])
+    elif f"{module}.weight_global_scale" in tensors:
+        factor, divide = _number(index, tensors[f"{module}.weight_global_scale"]), True
+    per_row, per_col, scale = _grid(scale, rows, cols, facts)
+    return DecodedTensor(name, into, shape, codes, code, scale, per_row, per_col, factor, divide)
+
+
+def _code(
+    index: Index,
+    tensors: Mapping[str, SourceTensor],
+    module: str,
+    codes: SourceTensor,
+    scale: SourceTensor,
+    facts: Mapping[str, Any],
+    packed: bool,
+) -> tuple[Code, tuple[int, ...]]:
+    """How codes are read, and the shape of the weight."""
+    if codes.dtype.name == "F8_E4M3":
+        return "e4m3", codes.shape
+    if codes.dtype.name == "I8":
+        return "int8", codes.shape
+    if codes.dtype.name == "U8":
+        if scale.dtype.name == "F32":
+            told = f"{printable(codes.name)}: ModelOpt's INT4 weights are not decoded here"
+            raise CheckpointError(told, hint="convert the unquantized model")
+        return "e2m1", (*codes.shape[:-1], 2 * codes.shape[-1])
+    if not packed or len(codes.shape) != 2:
+        raise CheckpointError(f"{printable(codes.name)}: int32 weights of this form are not read")
+    bits = _bits(facts)
+    shape = tensors.get(f"{module}.weight_shape")
+    cols = _integers(index, shape)[1] if shape is not None else codes.shape[1] * 32 // bits
+    if bits not in (4, 8) or cols * bits != codes.shape[1] * 32:
+        raise CheckpointError(f"{printable(codes.name)}: {bits} bits and {cols} columns do not fill its {codes.shape[1]} words")
+    return ("uint4" if bits == 4 else "uint8"), (codes.shape[0], cols)
+
+
+def _bits(facts: Mapping[str, Any]) -> int:
+    groups = facts.get("config_groups")
+    for group in groups.values() if isinstance(groups, dict) else ():
+        weights = group.get("weights") if isinstance(group, dict) else None
+        if isinstance(weights, dict) and isinstance(weights.get("num_bits"), int):
+            return int(weights["num_bits"])
+    return 4
+
+
+def _grid(scale: SourceTensor, rows: int, cols: int, facts: Mapping[str, Any]) -> tuple[int, int, SourceTensor]:
+    """Rows and columns that share a scale, and the scales as a matrix."""
+    shape = tuple(size for size in scale.shape)
+    if len(shape) == 4 and shape[1] == shape[3] == 1:
+        shape = (shape[0], shape[2])
+    if math.prod(shape) == 1:
+        return rows, cols, _as_matrix(scale, 1, 1)
+    if shape in ((rows,), (rows, 1)):
+        return 1, cols, _as_matrix(scale, rows, 1)
+    if len(shape) == 2 and shape[0] == rows and cols % shape[1] == 0:
+        return 1, cols // shape[1], scale
+    block = facts.get("weight_block_size")
+    down, across = block if isinstance(block, list) and len(block) == 2 and all(isinstance(b, int) and b > 0 for b in block) else (128, 128)
+    if len(shape) == 2 and shape == (-(-rows // down), -(-cols // across)):
+        return down, across, _as_matrix(scale, *shape)
+    raise CheckpointError(
+        f"{printable(scale.name)} has shape {list(scale.shape)}, which is no grid of scales for a weight [{rows}, {cols}]"
+    )
+
+
+def _as_matrix(scale: SourceTensor, rows: int, cols: int) -> SourceTensor:
+    piece = scale.pieces[0]._replace(rows=rows, cols=cols)
+    return replace(scale, shape=(rows, cols), pieces=(piece,))
+
+
+def _read(index: Index, tensor: SourceTensor) -> bytes:
+    piece = tensor.pieces[0]
+    with index.shards[piece.shard].window(piece.begin, piece.begin + tensor.nbytes) as data:
+        return bytes(data)
+
+
+def _number(index: Index, tensor: SourceTensor) -> float:
+    import struct
+
+    if tensor.nbytes != 4 or tensor.dtype.name != "F32":
+        raise CheckpointError(f"{printable(tensor.name)} must be one float32 number, and is {tensor.dtype} {list(tensor.shape)}")
+    value = float(struct.unpack("<f", _read(index, tensor))[0])
+    if not math.isfinite(value) or value <= 0:
+        raise CheckpointError(f"{printable(tensor.name)} is {value}, which is no scale")
+    return value
+
+
+def _integers(index: Index, tensor: SourceTensor) -> tuple[int, ...]:
+    import struct
+
+    if tensor.dtype.name != "I64" or tensor.nbytes != 16:
+        raise CheckpointError(f"{printable(tensor.name)} must be two int64 numbers, and is {tensor.dtype} {list(tensor.shape)}")
+    return struct.unpack("<2q", _read(index, tensor))

@@ -1,0 +1,181 @@
+"""Which quantized sources may be taken over by which --quant, decided before any tensor is looked at."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from streamconv.checkpoint.dtypes import F8_E4M3
+from streamconv.checkpoint.quantized import SourceQuantization
+from streamconv.checkpoint.rows import SourceTensor
+from streamconv.errors import RefusedError
+from streamconv.families.base import Family
+from streamconv.families.meta import META
+from streamconv.quants import Quant, quant_of
+from streamconv.quants.fp8 import CLAMP, Fp8RowwiseQuant
+from streamconv.quants.fp8_given import Fp8GivenQuant
+from streamconv.quants.gptq import EXPERTS, GROUP_SIZES
+from streamconv.targets.trtllm.expected_forms import EXCLUDED
+from streamconv.targets.trtllm.import_scales import Stored
+from streamconv.targets.trtllm.options import TensorRTLLM
+from streamconv.targets.trtllm.unsupported import refused
+
+_MODULES = {
+    "attention.qkv": ("q", "k", "v", "qkv", "qkv_grouped"),
+    "attention.dense": ("o",),
+    "mlp.fc": ("gate", "gate_up"),
+    "mlp.gate": ("up",),
+    "mlp.proj": ("down",),
+}
+"""Module of a layer -> the roles that fill it."""
+
+GROUPED = ("int4_gptq", "int8_gptq", "int4_awq")
+
+
+def take_over(options: TensorRTLLM, stated: SourceQuantization | None, experts: int = 0) -> TensorRTLLM:
+    """The options with the quantization that the source brings along; the source must be one that can be taken over.
+
+    Args:
+        experts: how many the model has.
+
+    Raises:
+        RefusedError: it cannot, or --quant asks for something else; says what to do.
+    """
+    if stated is None:
+        return options
+    key, group = _key(stated), stated.group_size or options.group_size
+    if key in GROUPED:
+        if experts:
+            raise RefusedError([f"{stated.stated_in}: quantized already ({stated.title}); {EXPERTS}"])
+        if group not in GROUP_SIZES:
+            said = "one scale for a whole column (group_size -1)" if group == -1 else f"groups of {group}"
+            raise RefusedError(
+                [f"{stated.stated_in}: {said}; TensorRT-LLM has kernels for groups of 64 and 128 only"],
+                hint="requantize with one of these sizes, or start from the unquantized model",
+            )
+    if stated.kv_algo == "FP8" and key == "fp8" and options.kv_cache is None:
+        options = dataclasses.replace(options, kv_cache="fp8")
+    if options.quant == "none":
+        if stated.method in ("gptq", "awq") and options.target_version == "0.16":
+            sm = "" if options.target_sm else " --target-sm SM"
+            raise RefusedError(
+                [f"{stated.stated_in}: quantized already ({stated.method}); 0.16 does not take that over by itself"],
+                hint=f"add --quant {key} --group-size {group}{sm}",
+            )
+        return dataclasses.replace(options, quant=key, group_size=group if key in GROUPED else options.group_size)
+    if options.quant != key:
+        raise RefusedError(
+            [f"{stated.stated_in}: quantized already ({stated.title}); --quant {options.quant} cannot start from it"],
+            hint=f"use --quant {key}, or start from the unquantized model",
+        )
+    if key in GROUPED and group != options.group_size:
+        raise RefusedError([f"--group-size {options.group_size}: {stated.stated_in} says {group}"], hint=f"use --group-size {group}")
+    return options
+
+
+def _key(stated: SourceQuantization) -> str:
+    """The --quant that takes this source over."""
+    if stated.method == "gptq" and stated.bits in (4, 8, None):
+        return f"int{stated.bits or 4}_gptq"
+    if stated.method == "awq" and stated.bits in (4, None):
+        return "int4_gptq"
+    if stated.method == "fbgemm_fp8":
+        return "fp8_rowwise"
+    if stated.method == "modelopt" and stated.algo == "W4A16_AWQ":
+        return "int4_awq"
+    if stated.brings_scales:
+        return "fp8"
+    known = refused(stated.algo) if stated.algo else None
+    why = f": {known[0]}" if known else ""
+    raise RefusedError(
+        [f"{stated.stated_in}: already quantized ({stated.title}), not in a way that can be taken over{why}"],
+        hint=known[1] if known else "start from the unquantized model",
+    )
+
+
+def refusals(options: TensorRTLLM, kv: int) -> list[str]:
+    """What group-wise formats rule out (quantization spec §4.4)."""
+    problems = []
+    if options.quant in GROUPED:
+        if kv < options.tp_size:
+            problems.append(
+                f"--quant {options.quant}: --tp-size {options.tp_size} is more than num_key_value_heads {kv};"
+                " TensorRT-LLM does not handle that for group-wise weights"
+            )
+        if options.remove_duplicated_kv_heads:
+            problems.append(f"--quant {options.quant}: --remove-duplicated-kv-heads works on unquantized weights only")
+    if options.quant == "fp8_rowwise" and kv < options.tp_size and not options.use_meta_fp8_rowwise_recipe:
+        problems.append(
+            f"--quant fp8_rowwise: --tp-size {options.tp_size} is more than num_key_value_heads {kv};"
+            " --use-meta-fp8-rowwise-recipe leaves attention out"
+        )
+    return problems
+
+
+def given_problems(options: TensorRTLLM, quant: Quant) -> list[str]:
+    """What an FP8 source with some layers left in 16 bits rules out."""
+    if isinstance(quant, Fp8GivenQuant) and quant.left_out and options.pp_size > 1:
+        layer, module = quant.left_out[0]
+        return [
+            f"--pp-size {options.pp_size}: {module} of layer {layer} is not FP8 in the source, and config.json can only say that of"
+            " a layer of all stages alike; use --pp-size 1"
+        ]
+    return []
+
+
+def group_problems(options: TensorRTLLM, stored: Stored) -> list[str]:
+    """Sources whose groups are not those of --group-size."""
+    if options.quant not in GROUPED:
+        return []
+    odd = [(name, one.group) for name, one in stored.scales.items() if one.group not in GROUP_SIZES]
+    other = odd or [(name, one.group) for name, one in stored.scales.items() if one.group != options.group_size]
+    if not other:
+        return []
+    name, group = other[0]
+    more = f" (and {len(other) - 1} more)" if len(other) > 1 else ""
+    if odd:
+        return [f"{name} has groups of {group}{more}; TensorRT-LLM has kernels for groups of 64 and 128 only"]
+    return [f"--group-size {options.group_size}: {name} has groups of {group}{more}; use --group-size {group}"]
+
+
+def config_entries(options: TensorRTLLM, quant: Quant) -> dict[str, object]:
+    """What config.json must say of the quantization, whatever the family writes (quantization spec §1, §4.5)."""
+    if options.quant in GROUPED:
+        awq = options.quant == "int4_awq"
+        return {"group_size": options.group_size, "has_zero_point": not awq, "pre_quant_scale": awq}
+    if isinstance(quant, Fp8GivenQuant) and quant.left_out:
+        names = [f"transformer.layers.{layer}.{module}" for layer, module in quant.left_out]
+        return {"exclude_modules": [*EXCLUDED, *names]}
+    if options.quant == "fp8_rowwise":
+        bound = quant.bound if isinstance(quant, Fp8RowwiseQuant) else CLAMP
+        return {"clamp_val": [-bound, bound], "use_meta_recipe": options.use_meta_fp8_rowwise_recipe}
+    return {}
+
+
+def quant_for(
+    options: TensorRTLLM,
+    family: Family,
+    stated: SourceQuantization | None,
+    stored: Stored,
+    found: Mapping[tuple[str, int, int], str],
+    tensors: Mapping[str, SourceTensor],
+) -> Quant:
+    """The quant of --quant, told what the source has done already."""
+    quant = quant_of(options.quant)
+    modules = {role: module for module, roles in _MODULES.items() for role in roles}
+    if stated is not None and stated.brings_scales:
+        given: dict[tuple[int, str], list[tuple[str, float]]] = {}
+        for (role, layer, _), name in found.items():
+            if role in modules:
+                given.setdefault((layer, modules[role]), []).extend([(name, stored.fp8[name][0])] if name in stored.fp8 else [])
+        scales = {place: tuple(sources) for place, sources in given.items() if sources}
+        return Fp8GivenQuant(scales, tuple(sorted(place for place in given if place not in scales)))
+    bound = stated.activation_bound if stated is not None and stated.activation_bound is not None else CLAMP
+    if options.quant != "fp8_rowwise" or (not stored.scales and bound == CLAMP and family is not META):
+        return quant
+    copied = {
+        (layer, modules[role])
+        for (role, layer, _), name in found.items()
+        if role in modules and name in stored.scales and tensors[name].dtype == F8_E4M3
+    }
+    return Fp8RowwiseQuant(bound, frozenset(copied), cast=family is META)

@@ -1,0 +1,370 @@
+"""Sources quantized already: which tensors belong together, and where their scales go (quantization spec §4, §5, §9).
+
+A packed weight takes part in a plan under the name `<module>.weight`, so that the family tables serve it; its scales
+follow afterwards: wherever rows and columns of a weight went, the scales of those rows and columns go too.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
+
+from streamconv.checkpoint.dtypes import BF16, F8_E4M3, F16, F32, I8, I32, U8, DType
+from streamconv.checkpoint.quantized import SourceQuantization
+from streamconv.checkpoint.rows import PackedTensor, Piece, SourceTensor
+from streamconv.checkpoint.shard import Shard
+from streamconv.checkpoint.source_tensors import Changed
+from streamconv.errors import printable
+from streamconv.planning.draft import Draft, Fed
+from streamconv.quants.gptq import GroupScales
+from streamconv.quants.plain import Plain
+from streamconv.targets.trtllm.scalars import is_scale, read_scalars
+
+_KV = re.compile(r"\.([0-9]{1,9})\.[^0-9]*\.[kv]_scale$")
+_SCALES = (F16, BF16, F32)
+_PREQUANT = (".pre_quant_scale", ".input_quantizer._pre_quant_scale")
+
+
+@dataclass(frozen=True, slots=True)
+class Scales:
+    """What belongs to one stored weight.
+
+    Attributes:
+        scales: float [K/g, N] (GPTQ, AutoAWQ), [N, K/g] (ModelOpt) or [N, 1] (fbgemm).
+        zeros: qzeros, int32 [K/g, N*bits/32]; None for symmetric formats.
+        inputs: multiplier of each input channel [K] (ModelOpt), None for ones.
+        group: input channels that share a scale, 0 for all of them.
+    """
+
+    scales: SourceTensor
+    zeros: SourceTensor | None
+    inputs: SourceTensor | None
+    group: int
+
+
+@dataclass(slots=True)
+class Stored:
+    """The tensors of a source, with packed weights put together.
+
+    Attributes:
+        tensors: name -> tensor; a packed weight stands under "<module>.weight".
+        scales: weight name -> what belongs to it.
+        v1: GPTQ zeros are stored less one.
+        problems: what does not fit together, one line each.
+        fp8: weight name -> (its scale, that of its input), of a ModelOpt FP8 export.
+        kv: layer -> scale of its FP8 KV cache there, the larger of both.
+    """
+
+    tensors: MutableMapping[str, SourceTensor]
+    scales: dict[str, Scales] = field(default_factory=dict)
+    v1: bool = True
+    problems: list[str] = field(default_factory=list)
+    fp8: dict[str, tuple[float, float]] = field(default_factory=dict)
+    kv: dict[int, float] = field(default_factory=dict)
+
+    def take(self, name: str, shape_of: str, dtypes: Sequence[DType]) -> SourceTensor | None:
+        """Remove and return a tensor that `shape_of` needs."""
+        tensor = self.tensors.pop(name, None)
+        if tensor is None:
+            self.problems.append(f"missing tensor {printable(name)}, which {printable(shape_of)} needs")
+        elif tensor.dtype not in dtypes or len(tensor.shape) > 2:
+            wanted = " or ".join(str(dtype) for dtype in dtypes)
+            self.problems.append(f"{printable(name)}: {tensor.dtype} {list(tensor.shape)} is not a {wanted} matrix")
+            return None
+        return tensor
+
+
+def assemble(tensors: Mapping[str, SourceTensor], stated: SourceQuantization | None, bits: int, shards: Sequence[Shard]) -> Stored:
+    """Put the packed weights of a source together.
+
+    Args:
+        tensors: the source's tensors by name.
+        stated: what the source says about itself.
+        bits: 4 or 8, bits of a weight where the source states none.
+        shards: for g_idx, the only content that is read.
+    """
+    stored = Stored(Changed(tensors), v1=stated is None or stated.format != "gptq_v2")
+    for name in tensors:
+        if name.endswith(".qweight"):
+            _grouped(stored, name, stated, bits, shards)
+    if stated is not None and stated.brings_scales:
+        read_fp8(stored, shards)
+        return stored
+    for name in tensors:
+        if name.endswith(".weight") and name[:-7] + ".weight_scale" in tensors:
+            tensor = tensors[name]
+            if tensor.dtype == F8_E4M3:
+                _fbgemm(stored, name)
+            elif tensor.dtype in (U8, I8):
+                _modelopt(stored, name)
+    return stored
+
+
+def _grouped(stored: Stored, name: str, stated: SourceQuantization | None, bits: int, shards: Sequence[Shard]) -> None:
+    """GPTQ (§4.2) and AutoAWQ (§5.2); the shapes tell which."""
+    module = name[: -len(".qweight")]
+    weight = stored.take(name, name, (I32,))
+    zeros = stored.take(module + ".qzeros", name, (I32,))
+    scales = stored.take(module + ".scales", name, _SCALES)
+    order = stored.tensors.pop(module + ".g_idx", None)
+    if weight is None or zeros is None or scales is None:
+        return
+    bits = stated.bits if stated is not None and stated.bits else bits
+    if bits not in (4, 8):
+        stored.problems.append(f"{printable(name)}: {bits}-bit weights have no place in TensorRT-LLM; 4 or 8 have")
+        return
+    groups, n = scales.rows, scales.cols
+    packing = "gptq" if weight.cols == n else "awq"
+    k = weight.rows * (32 // bits if packing == "gptq" else 1)
+    fits = zeros.shape == (groups, n * bits // 32) and groups and k % groups == 0
+    if packing == "awq":
+        fits = fits and bits == 4 and weight.cols * 8 == n
+    if not fits:
+        shapes = ", ".join(str(list(tensor.shape)) for tensor in (weight, zeros, scales))
+        stored.problems.append(f"{printable(module)}: qweight, qzeros, scales {shapes} do not fit together at {bits} bits")
+        return
+    if stated is not None and stated.method in ("gptq", "awq") and stated.method != packing:
+        said = f"{stated.stated_in} says {stated.method}, the shapes say {packing}"
+        stored.problems.append(f"{printable(name)}: {said}")
+        return
+    if packing == "awq" and stated is not None and stated.format not in (None, "gemm"):
+        stored.problems.append(f"{printable(name)}: AWQ version {stated.format!r} is not supported, only GEMM is")
+        return
+    if packing == "gptq" and stated is not None and stated.format not in (None, "gptq", "gptq_v2"):
+        # zero points mean one thing in "gptq" and another in "gptq_v2" (§4.3); of others nothing is known
+        stored.problems.append(f"{printable(name)}: GPTQ checkpoint_format {stated.format!r} is not supported, gptq and gptq_v2 are")
+        return
+    _in_order(stored, module, order, k, k // groups, stated, shards)
+    _add(stored, module, weight, (n, k), bits, packing, Scales(scales, zeros, None, k // groups))
+
+
+def _in_order(
+    stored: Stored,
+    module: str,
+    order: SourceTensor | None,
+    k: int,
+    group: int,
+    stated: SourceQuantization | None,
+    shards: Sequence[Shard],
+) -> None:
+    """g_idx[k] must be k // g: act-order has no representation (§4.2)."""
+    if order is None:
+        in_order = stated is None or not stated.act_order
+    elif order.dtype != I32 or order.shape != (k,):
+        stored.problems.append(f"{printable(order.name)}: {order.dtype} {list(order.shape)} is not I32 [{k}]")
+        return
+    else:
+        in_order = _read(order, shards) == b"".join(struct.pack("<i", at) * group for at in range(k // group))
+    if not in_order:
+        stored.problems.append(
+            f"{printable(module)}.g_idx: act-order (desc_act) weights have no place in TensorRT-LLM;"
+            " use a checkpoint made with desc_act false"
+        )
+
+
+def _modelopt(stored: Stored, name: str) -> None:
+    """ModelOpt AWQ: two channels in a byte, F32 scales [N, K/g] (§5.3)."""
+    module = name[: -len(".weight")]
+    weight = stored.take(name, name, (U8, I8))
+    scales = stored.take(module + ".weight_scale", name, _SCALES)
+    found = [stored.tensors.pop(module + suffix) for suffix in _PREQUANT if module + suffix in stored.tensors]
+    if weight is None or scales is None:
+        return
+    n, k, groups = 2 * weight.rows, weight.cols, scales.cols
+    inputs = found[0] if found else None
+    if scales.rows != n or k % groups or len(scales.shape) != 2 or (inputs is not None and inputs.shape != (k,)):
+        shapes = ", ".join(str(list(tensor.shape)) for tensor in (weight, scales, *found))
+        stored.problems.append(f"{printable(module)}: weight, weight_scale, pre_quant_scale {shapes} are not ModelOpt AWQ's")
+        return
+    _add(stored, module, weight, (n, k), 4, "modelopt", Scales(scales, None, inputs, k // groups))
+
+
+def _fbgemm(stored: Stored, name: str) -> None:
+    """FP8 weight with one scale for each output channel (§9)."""
+    module = name[: -len(".weight")]
+    weight = stored.tensors[name]
+    scales = stored.take(module + ".weight_scale", name, (F32,))
+    stored.tensors.pop(module + ".input_scale_ub", None)
+    if scales is None:
+        return
+    if scales.shape not in ((weight.rows, 1), (weight.rows,)):
+        stored.problems.append(f"{printable(scales.name)}: {list(scales.shape)} is not one scale for each output channel")
+        return
+    stored.scales[name] = Scales(scales, None, None, 0)
+
+
+def read_fp8(stored: Stored, shards: Sequence[Shard]) -> None:
+    """ModelOpt FP8: a scale for each weight and for its input, and of the KV cache (quantization spec §7, §8)."""
+    owners: dict[str, list[SourceTensor]] = {}
+    for name in [name for name, tensor in stored.tensors.items() if name.endswith(".weight") and tensor.dtype == F8_E4M3]:
+        module = name.removesuffix(".weight")
+        taken = [stored.take(module + suffix, name, _SCALES) for suffix in (".weight_scale", ".input_scale")]
+        owners[name] = [tensor for tensor in taken if tensor is not None]
+    caches = {name: stored.tensors.pop(name) for name in list(stored.tensors) if _KV.search(name)}
+    found = read_scalars([tensor for held in (*owners.values(), caches.values()) for tensor in held], shards)
+    for name, value in found.items():
+        if not is_scale(value):
+            shown = "more than one number" if value is None else f"{value:g}"
+            stored.problems.append(f"{printable(name)} is {shown}, not the scale of a whole matrix")
+    if stored.problems:
+        return
+    stored.fp8 = {name: (found[weight.name] or 0.0, found[fed.name] or 0.0) for name, (weight, fed) in owners.items()}
+    for name in caches:
+        match = _KV.search(name)
+        assert match is not None
+        layer = int(match[1])
+        stored.kv[layer] = max(stored.kv.get(layer, 0.0), found[name] or 0.0)
+
+
+def _add(stored: Stored, module: str, weight: SourceTensor, shape: tuple[int, int], bits: int, packing: str, scales: Scales) -> None:
+    name = module + ".weight"
+    if name in stored.tensors:
+        stored.problems.append(f"{printable(name)} is there next to {printable(weight.name)}")
+        return
+    stored.tensors[name] = PackedTensor(weight.name, I8, shape, weight.pieces, 0, bits, packing, module)
+    stored.scales[weight.name] = scales
+
+
+def zero_biases(stored: Stored, unused: Sequence[str], shards: Sequence[Shard]) -> list[str]:
+    """Unused biases of packed weights that hold only zeros: early AutoGPTQ writes one for every layer."""
+    if not unused:
+        return []
+    modules = {
+        tensor.module + ".bias" for tensor in stored.tensors.values() if isinstance(tensor, PackedTensor) and tensor.packing == "gptq"
+    }
+    return [name for name in unused if name in modules and not any(_read(stored.tensors[name], shards))]
+
+
+def _read(tensor: SourceTensor, shards: Sequence[Shard]) -> bytes:
+    piece = tensor.pieces[0]
+    with shards[piece.shard].window(piece.begin, piece.begin + tensor.nbytes) as window:
+        return bytes(window[: tensor.nbytes])
+
+
+# ---- after the weights: their scales
+
+
+def add_scales(builder: Draft, stored: Stored, dtype: DType, shards: Sequence[Shard]) -> list[str]:
+    """Describe the scale tensors of every weight that was fed from a packed or FP8 source; gives what is wrong."""
+    problems: dict[str, None] = dict.fromkeys(_misfits(builder, stored))
+    checked: set[tuple[str, ...]] = set()
+    if problems:
+        return list(problems)
+    for matrix, feeds in builder.fed(stored.scales).items():
+        file, name = builder.place(matrix)
+        first = stored.scales[feeds[0].source.name]
+        if isinstance(feeds[0].source, PackedTensor) and first.zeros is not None:
+            problem = _group_scales(builder, file, name, feeds, stored, dtype)
+            if problem:
+                problems[problem] = None
+            continue
+        if not first.group:
+            vector = Plain(F32, vector=True, suffix="per_channel_scale")
+            made = builder.matrix(file, name, sum(feed.stop - feed.start for feed in feeds), 1, vector)
+            for feed in feeds:
+                builder.feed(made, stored.scales[feed.source.name].scales, feed.start, feed.stop)
+            continue
+        key = tuple(dict.fromkeys(feed.source.name for feed in feeds))
+        if key not in checked:
+            checked.add(key)
+            if len({_prequant(stored.scales[source].inputs, shards) for source in key}) > 1:
+                problems[
+                    f"{printable(key[0])}: pre_quant_scale differs among the weights that {name} fuses;"
+                    " export with a ModelOpt that shares it"
+                ] = None
+        _modelopt_scales(builder, file, name, feeds, stored, dtype)
+    return list(problems)
+
+
+def _misfits(builder: Draft, stored: Stored) -> list[str]:
+    """FP8 weights that are not copied whole, and packed ones cut inside a word."""
+    found = []
+    for matrix, feeds in builder.fed(stored.scales).items():
+        source, name = feeds[0].source, builder.place(matrix)[1]
+        if isinstance(source, PackedTensor):
+            step = 32 // source.bits
+            if any(feed.start % step or feed.stop % step for feed in feeds):
+                found.append(f"{printable(source.name)}: heads of {name} are no multiple of {step} channels, a word")
+        elif builder.encoding(matrix) != Plain(F8_E4M3):
+            found.append(f"{printable(source.name)} is FP8 already, but --quant leaves {name} out of FP8")
+        elif sum(feed.stop - feed.start for feed in feeds) != builder.filled(matrix):
+            found.append(f"{printable(source.name)} is FP8 and other weights that {name} fuses are not")
+    return found
+
+
+def _prequant(tensor: SourceTensor | None, shards: Sequence[Shard]) -> bytes:
+    return b"" if tensor is None else _read(tensor, shards)
+
+
+def _group_scales(builder: Draft, file: int, name: str, feeds: Sequence[Fed], stored: Stored, dtype: DType) -> str | None:
+    """`weights_scaling_factor` and `zero`: groups are rows; zeros and scales of all channels side by side (§4.1)."""
+    sources = {feed.source.name: feed.source for feed in feeds}
+    owned = [stored.scales[source] for source in sources]
+    kind = owned[0].scales.dtype
+    if len({(one.scales.dtype, one.scales.rows) for one in owned}) > 1:
+        return f"{printable(owned[0].scales.name)}: dtype or groups differ among the weights that {name} fuses"
+    zeros_at: dict[str, int] = {}
+    scales_at: dict[str, int] = {}
+    pieces, at = [], 0
+    for starts, tensors in (
+        (zeros_at, [one.zeros for one in owned]),
+        (scales_at, [one.scales for one in owned]),
+    ):
+        for source, tensor in zip(sources, tensors, strict=True):
+            if tensor is None:
+                return f"{printable(source)}: no zeros"
+            width = tensor.cols * tensor.dtype.itemsize
+            starts[source] = at
+            pieces.append(Piece(tensor.pieces[0].shard, tensor.pieces[0].begin, tensor.rows, width))
+            at += width
+    title = " + ".join(one.scales.name for one in owned)
+    joined = SourceTensor(title, U8, (owned[0].scales.rows, at), tuple(pieces), 1)
+    packed = feeds[0].source
+    assert isinstance(packed, PackedTensor)
+    bits, size = packed.bits, kind.itemsize
+    cols = []
+    for feed in feeds:
+        start = zeros_at[feed.source.name]
+        cols.append((start + feed.start * bits // 8, start + feed.stop * bits // 8))
+    for feed in feeds:
+        start = scales_at[feed.source.name]
+        cols.append((start + feed.start * size, start + feed.stop * size))
+    middle = 1 << (bits - 1)
+    if packed.packing == "gptq" and stored.v1:
+        middle -= 1
+    encoding = GroupScales(dtype, kind, bits, packed.packing == "awq", middle)
+    low, high = feeds[0].cols[0]
+    first, last = low // owned[0].group, high // owned[0].group
+    made = builder.matrix(file, name, last - first, sum(b - a for a, b in cols), encoding)
+    builder.feed(made, joined, first, last, cols=_joined(cols))
+    return None
+
+
+def _joined(cols: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Neighbouring ranges made one."""
+    out: list[tuple[int, int]] = []
+    for start, stop in cols:
+        if out and out[-1][1] == start:
+            out[-1] = (out[-1][0], stop)
+        else:
+            out.append((start, stop))
+    return out
+
+
+def _modelopt_scales(builder: Draft, file: int, name: str, feeds: Sequence[Fed], stored: Stored, dtype: DType) -> None:
+    owned = stored.scales[feeds[0].source.name]
+    low, high = feeds[0].cols[0]
+    rows = sum(feed.stop - feed.start for feed in feeds)
+    encoding = Plain(F32, suffix="weights_scaling_factor")
+    made = builder.matrix(file, name, rows, (high - low) // owned.group, encoding)
+    for feed in feeds:
+        scales = stored.scales[feed.source.name]
+        builder.feed(made, scales.scales, feed.start, feed.stop, cols=[(low // scales.group, high // scales.group)])
+    if owned.inputs is None:
+        one = {"F16": b"\x00\x3c", "BF16": b"\x80\x3f"}[dtype.name]
+        builder.constant(file, f"{name}.prequant_scaling_factor", dtype, (high - low,), one * (high - low))
+        return
+    vector = Plain(dtype, vector=True, suffix="prequant_scaling_factor")
+    builder.feed(builder.matrix(file, name, high - low, 1, vector), owned.inputs, low, high)

@@ -1,0 +1,394 @@
+"""The tensors of a decoder model: which rows and columns of which source make up each module of each rank.
+
+Checkpoint spec §3 (dense), §4 (experts), §5.5 (Meta rows), §6 (families). Module names follow TensorRT-LLM: in a dense MLP
+`fc` is the activated projection (gate_proj) and `gate` the linear one (up_proj), §3.2.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from streamconv.checkpoint.activation_ranges import Ranges
+from streamconv.checkpoint.dtypes import F32, DType
+from streamconv.checkpoint.model_config import ModelConfig
+from streamconv.checkpoint.rows import SourceTensor
+from streamconv.families.base import Family
+from streamconv.memory import MIB, check_room
+from streamconv.planning.draft import Draft
+from streamconv.planning.plan import PLAIN_ROWS, RowOp
+from streamconv.quants import Module, Quant
+from streamconv.quants.base import Encoding
+from streamconv.quants.plain import Plain
+from streamconv.targets.trtllm import fp8_scales
+from streamconv.targets.trtllm.lookup import Roles
+from streamconv.targets.trtllm.options import TensorRTLLM
+from streamconv.targets.trtllm.parallel import Mapping as Grid
+from streamconv.targets.trtllm.parallel import Rank, even, kv_heads, padded, stage_layers
+from streamconv.targets.trtllm.smooth_layer import SmoothLayer, int8_kv_factor
+
+_Rows = tuple[int, int]
+
+
+@dataclass(slots=True)
+class Decoder:
+    """Describes one checkpoint to a Draft.
+
+    Attributes:
+        kv: KV heads written (after removing duplicates).
+        shared: lm_head is left out, the embedding serves (§3.6).
+        tied: lm_head is made from the embedding.
+        ranges: what a calibration run measured, where a format needs it.
+        kv_scales: layer -> scale of its FP8 KV cache, where the source has it.
+    """
+
+    model: ModelConfig
+    family: Family
+    options: TensorRTLLM
+    dtype: DType
+    mapping: Grid
+    roles: Roles
+    quant: Quant
+    builder: Draft
+    kv: int
+    shared: bool
+    tied: bool
+    ranges: Ranges | None = None
+    kv_scales: Mapping[int, float] = field(default_factory=dict)
+    refused: list[str] = field(default_factory=list)
+    decisions: dict[str, str] = field(default_factory=dict)
+
+    def describe(self) -> None:
+        stages = stage_layers(self.model.num_hidden_layers, self.mapping.pp_size, self.options.target_version)
+        self._embedding(self.mapping.stage(0))
+        for pp, layers in enumerate(stages):
+            for layer in layers:
+                check_room(MIB, "planning")
+                self._layer(self.mapping.stage(pp), layer, f"transformer.layers.{layer - layers.start}.")
+        last = self.mapping.stage(self.mapping.pp_size - 1)
+        self._norm(last, "transformer.ln_f", "final_norm", -1, self.model.hidden_size)
+        self._lm_head(last)
+        for note in dict.fromkeys(self._left_out()):
+            self.decisions.setdefault(*note)
+
+    # ---- outside the layers
+
+    def _embedding(self, ranks: list[Rank]) -> None:
+        vocab, hidden, tp = self.model.vocab_size, self.model.hidden_size, self.mapping.tp_size
+        source = self.roles.need("embedding", (vocab, hidden))
+        parallel = self.options.use_parallel_embedding and tp > 1
+        for rank in ranks:
+            if parallel and self.options.embedding_sharding_dim == 0:
+                rows, cols, (start, stop) = -(-vocab // tp), (0, hidden), padded(vocab, tp, rank.tp)
+            elif parallel:
+                rows, cols, (start, stop) = vocab, even(hidden, tp, rank.tp), (0, vocab)
+            else:
+                rows, cols, (start, stop) = vocab, (0, hidden), (0, vocab)
+            matrix = self.builder.matrix(
+                rank.file, "transformer.vocab_embedding", rows, cols[1] - cols[0], self._plain()
+            )
+            self.builder.feed(matrix, source, start, stop, cols=[cols])
+
+    def _lm_head(self, ranks: list[Rank]) -> None:
+        if self.shared:
+            self.roles.skip("lm_head")
+            return
+        vocab, hidden, tp = self.model.vocab_size, self.model.hidden_size, self.mapping.tp_size
+        role = "embedding" if self.tied else "lm_head"
+        if self.tied:
+            self.roles.skip("lm_head")
+        source = self.roles.need(role, (vocab, hidden))
+        for rank in ranks:
+            matrix = self.builder.matrix(rank.file, "lm_head", -(-vocab // tp), hidden, self._plain())
+            self.builder.feed(matrix, source, *padded(vocab, tp, rank.tp))
+
+    def _norm(self, ranks: list[Rank], name: str, role: str, layer: int, size: int) -> None:
+        source = self.roles.need(role, (size,), layer)
+        encoding = self._plain(vector=True, add_one=self.family.norm_add_one)
+        for rank in ranks:
+            self.builder.feed(self.builder.matrix(rank.file, name, size, 1, encoding), source, 0, size)
+
+    # ---- one layer
+
+    def _layer(self, ranks: list[Rank], layer: int, prefix: str) -> None:
+        hidden, size = self.model.hidden_size, self.model.head_size
+        if self.options.quant == "smoothquant" and self.ranges is not None:
+            self._smooth_layer(self.ranges, ranks, layer, prefix)
+            return
+        self._norm(ranks, prefix + "input_layernorm", "input_norm", layer, hidden)
+        self._qkv(ranks, layer, prefix)
+        self._row_parallel(ranks, layer, prefix, "attention.dense", "o", self.model.num_attention_heads * size)
+        self._full_bias(ranks, layer, prefix + "attention.dense", "o_bias", self._has_dense_bias())
+        for side in ("q", "k"):
+            if f"{side}_norm" in self.family.tensors:
+                self._norm(ranks, f"{prefix}attention.{side}_layernorm", f"{side}_norm", layer, size)
+        self._norm(ranks, prefix + "post_layernorm", "post_norm", layer, hidden)
+        for role, name in (("pre_ffn_norm", "pre_feedforward"), ("post_ffn_norm", "post_feedforward")):
+            if role in self.family.tensors:
+                self._norm(ranks, f"{prefix}{name}_layernorm", role, layer, hidden)
+        if self.model.num_experts:
+            self._experts(ranks, layer, prefix)
+        elif self.family.fused_mlp:
+            self._fused_mlp(ranks, layer, prefix)
+        else:
+            self._dense_mlp(ranks, layer, prefix)
+        self._add_constants(ranks, layer, prefix)
+
+    def _smooth_layer(self, ranges: Ranges, ranks: list[Rank], layer: int, prefix: str) -> None:
+        SmoothLayer(self, ranges, ranks, layer, prefix).describe()
+        if self._has_qkv_bias():
+            size, heads = self.model.head_size, self.model.num_attention_heads
+            each = (heads + 2 * self.kv) // self.mapping.tp_size * size
+            vector = self._plain(vector=True, suffix="bias")
+            made = [self.builder.matrix(rank.file, prefix + "attention.qkv", each, 1, vector) for rank in ranks]
+            self._feed_qkv(ranks, made, layer, 1, "_bias")
+        self._full_bias(ranks, layer, prefix + "attention.dense", "o_bias", self._has_dense_bias())
+        self._add_constants(ranks, layer, prefix)
+
+    def _plain(self, *, vector: bool = False, add_one: bool = False, suffix: str = "weight") -> Plain:
+        return Plain(self.dtype, add_one, vector, suffix, via_half=self.options.quant == "smoothquant")
+
+    def _add_constants(self, ranks: list[Rank], layer: int, prefix: str) -> None:
+        constants = self._constants(layer, prefix)
+        for rank in ranks:
+            for constant in constants:
+                self.builder.constant(rank.file, *constant)
+
+    def _constants(self, layer: int, prefix: str) -> list[tuple[str, DType, tuple[int, ...], bytes]]:
+        extra: Callable[[int, int, TensorRTLLM], list[tuple[str, DType, tuple[int, ...], bytes]]] | None
+        extra = getattr(self.quant, "constants", None)
+        found = extra(layer, self.model.num_hidden_layers, self.options) if extra else []
+        if self.options.kv_cache == "fp8":
+            factor = self._fp8_kv(layer)
+            found.append(("attention.kv_cache_scaling_factor", F32, (1,), factor))
+            if self.options.target_version != "0.16":
+                found.append(("attention.kv_cache_rcp_scaling_factor", F32, (1,), fp8_scales.reciprocal(factor)))
+        if self.options.kv_cache == "int8" and self.ranges is not None:
+            size, heads, kv = self.model.head_size, self.model.num_attention_heads, self.model.num_key_value_heads
+            rows = {"q": heads * size, "k": kv * size, "v": kv * size}
+            fused = [role for role in ("qkv", "qkv_grouped") if role in self.family.tensors]
+            rows = {fused[0]: (heads + 2 * kv) * size} if fused else rows
+            names = {self.roles.found.get((role, layer, -1)): count for role, count in rows.items()}
+            outputs = {name: count for name, count in names.items() if name is not None}
+            if len(outputs) == len(rows):  # else the roles report it
+                found.append(("attention.kv_cache_scaling_factor", F32, (1,), int8_kv_factor(self.ranges, outputs)))
+        return [(prefix + name, dtype, shape, data) for name, dtype, shape, data in found]
+
+    def _fp8_kv(self, layer: int) -> bytes:
+        if layer in self.kv_scales:
+            return struct.pack("<f", self.kv_scales[layer])
+        names = [self.roles.found.get((role, layer, -1)) for role in ("k", "v")]
+        if self.ranges is None or None in names:
+            return b"\x00\x00\x80\x3f"  # 1.0: without calibration the factor is one (quantization spec §7)
+        rows = self.model.num_key_value_heads * self.model.head_size
+        return fp8_scales.fp8_kv_factor(self.ranges, {name: rows for name in names if name is not None})
+
+    def _has_qkv_bias(self) -> bool:
+        return self.family.qkv_bias == "always" or (self.family.qkv_bias == "config" and self.model.attention_bias)
+
+    def _has_dense_bias(self) -> bool:
+        return self.family.dense_bias == "config" and self.model.attention_bias
+
+    def _qkv(self, ranks: list[Rank], layer: int, prefix: str) -> None:
+        size, heads, tp = self.model.head_size, self.model.num_attention_heads, self.mapping.tp_size
+        each = heads // tp + 2 * max(self.kv // tp, 1)
+        full = (heads + 2 * max(self.kv, tp)) * size
+        encoding, note = self._encoding("attention.qkv", layer, each * size, self.model.hidden_size, full, None)
+        name = prefix + "attention.qkv"
+        made = [
+            self.builder.matrix(rank.file, name, each * size, self.model.hidden_size, encoding, note=note) for rank in ranks
+        ]
+        self._feed_qkv(ranks, made, layer, self.model.hidden_size, "")
+        if self._has_qkv_bias():
+            vector = self._plain(vector=True, suffix="bias")
+            made = [self.builder.matrix(rank.file, name, each * size, 1, vector) for rank in ranks]
+            self._feed_qkv(ranks, made, layer, 1, "_bias")
+
+    def _feed_qkv(self, ranks: list[Rank], made: list[int], layer: int, cols: int, suffix: str) -> None:
+        """Rows of a rank: its query heads, its key heads, its value heads (§3.3)."""
+        size, heads, tp = self.model.head_size, self.model.num_attention_heads, self.mapping.tp_size
+        wide = 2 if self.options.remove_duplicated_kv_heads else 1
+        source_kv = self.kv * wide
+
+        def shape(rows: int) -> tuple[int, ...]:
+            return (rows * size, cols) if not suffix else (rows * size,)
+
+        if not suffix and "qkv" in self.family.tensors:
+            fused = self.roles.need("qkv", shape(heads + 2 * source_kv), layer)
+            starts = {"q": 0, "k": heads * size, "v": (heads + source_kv) * size}
+            parts = {role: (fused, start) for role, start in starts.items()}
+        elif not suffix and "qkv_grouped" in self.family.tensors:
+            self._feed_grouped(ranks, made, self.roles.need("qkv_grouped", shape(heads + 2 * source_kv), layer))
+            return
+        else:
+            counts = {"q": heads, "k": source_kv, "v": source_kv}
+            parts = {r: (self.roles.need(r + suffix, shape(n), layer), 0) for r, n in counts.items()}
+        for role, (source, base) in parts.items():
+            op = RowOp("rope", size) if role != "v" and self.model.source == "meta" else PLAIN_ROWS
+            if wide == 2 and role != "q":
+                op = RowOp("dedup", 2 * size)
+            for rank, matrix in zip(ranks, made, strict=True):
+                first, last = even(heads, tp, rank.tp) if role == "q" else kv_heads(self.kv, tp, rank.tp)
+                scale = size * (wide if role != "q" else 1)
+                self.builder.feed(matrix, source, base + first * scale, base + last * scale, op=op)
+
+    def _feed_grouped(self, ranks: list[Rank], made: list[int], source: SourceTensor | None) -> None:
+        """InternLM2: each KV head's group holds its query heads, its key head and its value head (§6.6)."""
+        size, tp, kv = self.model.head_size, self.mapping.tp_size, self.kv
+        heads = self.model.num_attention_heads
+        per = heads // kv
+        group = (per + 2) * size
+        for rank, matrix in zip(ranks, made, strict=True):
+            for head in range(*even(heads, tp, rank.tp)):
+                start = head // per * group + head % per * size
+                self.builder.feed(matrix, source, start, start + size)
+            for place in (per, per + 1):
+                for head in range(*kv_heads(kv, tp, rank.tp)):
+                    start = head * group + place * size
+                    self.builder.feed(matrix, source, start, start + size)
+
+    def _row_parallel(self, ranks: list[Rank], layer: int, prefix: str, name: str, role: str, width: int) -> None:
+        hidden, tp = self.model.hidden_size, self.mapping.tp_size
+        source = self.roles.need(role, (hidden, width), layer)
+        encoding, note = self._encoding(name, layer, hidden, width // tp, hidden, width)
+        for rank in ranks:
+            matrix = self.builder.matrix(rank.file, prefix + name, hidden, width // tp, encoding, note=note)
+            self.builder.feed(matrix, source, 0, hidden, cols=[even(width, tp, rank.tp)])
+
+    def _column_parallel(self, ranks: list[Rank], layer: int, prefix: str, name: str, role: str) -> None:
+        width, hidden, tp = self.model.intermediate_size, self.model.hidden_size, self.mapping.tp_size
+        source = self.roles.need(role, (width, hidden), layer)
+        encoding, note = self._encoding(name, layer, width // tp, hidden, width, None)
+        for rank in ranks:
+            matrix = self.builder.matrix(rank.file, prefix + name, width // tp, hidden, encoding, note=note)
+            self.builder.feed(matrix, source, *even(width, tp, rank.tp))
+
+    def _full_bias(self, ranks: list[Rank], layer: int, name: str, role: str, wanted: bool) -> None:
+        """A row-parallel bias is added once after the all-reduce: every rank keeps all of it (§3.7)."""
+        if not wanted:
+            return
+        source = self.roles.need(role, (self.model.hidden_size,), layer)
+        for number, rank in enumerate(ranks):
+            vector = self._plain(vector=True, suffix="bias")
+            matrix = self.builder.matrix(rank.file, name, self.model.hidden_size, 1, vector)
+            if number and getattr(self.quant, "row_bias_once", False):
+                continue  # left zero: the group-wise kernel adds it before the all-reduce (quantization spec §4.4)
+            self.builder.feed(matrix, source, 0, self.model.hidden_size)
+
+    # ---- MLPs
+
+    def _dense_mlp(self, ranks: list[Rank], layer: int, prefix: str) -> None:
+        self._column_parallel(ranks, layer, prefix, "mlp.fc", "gate")
+        self._column_parallel(ranks, layer, prefix, "mlp.gate", "up")
+        self._row_parallel(ranks, layer, prefix, "mlp.proj", "down", self.model.intermediate_size)
+        if self.model.mlp_bias:
+            width, tp = self.model.intermediate_size, self.mapping.tp_size
+            for name, role in (("mlp.fc", "gate_bias"), ("mlp.gate", "up_bias")):
+                source = self.roles.need(role, (width,), layer)
+                vector = self._plain(vector=True, suffix="bias")
+                for rank in ranks:
+                    matrix = self.builder.matrix(rank.file, prefix + name, width // tp, 1, vector)
+                    self.builder.feed(matrix, source, *even(width, tp, rank.tp))
+            self._full_bias(ranks, layer, prefix + "mlp.proj", "down_bias", True)
+
+    def _fused_mlp(self, ranks: list[Rank], layer: int, prefix: str) -> None:
+        """Phi-3: gate over up becomes, on each rank, its up rows over its gate rows (§6.4)."""
+        width, hidden, tp = self.model.intermediate_size, self.model.hidden_size, self.mapping.tp_size
+        source = self.roles.need("gate_up", (2 * width, hidden), layer)
+        encoding, note = self._encoding("mlp.fc", layer, 2 * width // tp, hidden, 2 * width, None)
+        for rank in ranks:
+            matrix = self.builder.matrix(rank.file, prefix + "mlp.fc", 2 * width // tp, hidden, encoding, note=note)
+            start, stop = even(width, tp, rank.tp)
+            self.builder.feed(matrix, source, width + start, width + stop)
+            self.builder.feed(matrix, source, start, stop)
+        self._row_parallel(ranks, layer, prefix, "mlp.proj", "down", width)
+
+    def _experts(self, ranks: list[Rank], layer: int, prefix: str) -> None:
+        """Experts of a rank, ascending; in each, this rank's up rows over its gate rows (§4)."""
+        model, hidden = self.model, self.model.hidden_size
+        total, width = model.num_experts, model.moe_intermediate_size or model.intermediate_size
+        local, cut = total // self.mapping.moe_ep_size, width // self.mapping.moe_tp_size
+        router = self.roles.need("router", (total, hidden), layer)
+        tp = self.mapping.moe_tp_size
+        fc_enc, fc_note = self._encoding("mlp.fc", layer, 2 * cut, hidden, 2 * width, None, local, tp)
+        proj_enc, proj_note = self._encoding("mlp.proj", layer, hidden, cut, hidden, width, local, tp)
+        fcs, projs = [], []
+        for rank in ranks:
+            matrix = self.builder.matrix(rank.file, prefix + "mlp.router", total, hidden, Plain(F32))
+            self.builder.feed(matrix, router, 0, total)
+            name = prefix + "mlp."
+            fcs.append(self.builder.matrix(rank.file, name + "fc", 2 * cut, hidden, fc_enc, experts=local, note=fc_note))
+            projs.append(
+                self.builder.matrix(rank.file, name + "proj", hidden, cut, proj_enc, experts=local, note=proj_note)
+            )
+        stacked = self.roles.has("experts_gate_up", layer)
+        if stacked:
+            gate_up = self.roles.need("experts_gate_up", (total, 2 * width, hidden), layer)
+            down_all = self.roles.need("experts_down", (total, hidden, width), layer)
+        for expert in range(total):
+            if stacked:
+                base = expert * 2 * width
+                up_gate = ((gate_up, base + width), (gate_up, base))
+                down, down_base = down_all, expert * hidden
+            else:
+                up_gate = (
+                    (self.roles.need("expert_up", (width, hidden), layer, expert), 0),
+                    (self.roles.need("expert_gate", (width, hidden), layer, expert), 0),
+                )
+                down, down_base = self.roles.need("expert_down", (hidden, width), layer, expert), 0
+            here = [(r, f, p) for r, f, p in zip(ranks, fcs, projs, strict=True) if expert // local == r.moe_ep]
+            for source, row in up_gate:
+                for rank, fc, _ in here:
+                    start, stop = even(width, tp, rank.moe_tp)
+                    self.builder.feed(fc, source, row + start, row + stop)
+            for rank, _, proj in here:
+                self.builder.feed(proj, down, down_base, down_base + hidden, cols=[even(width, tp, rank.moe_tp)])
+
+    # ---- how a matrix is stored
+
+    def _encoding(
+        self,
+        name: str,
+        layer: int,
+        rows: int,
+        cols: int,
+        full_rows: int,
+        full_cols: int | None,
+        experts: int = 0,
+        tp: int | None = None,
+    ) -> tuple[Encoding, str]:
+        module = Module(
+            name,
+            layer,
+            self.model.num_hidden_layers,
+            rows,
+            cols,
+            full_rows,
+            cols if full_cols is None else full_cols,
+            experts,
+            tp or self.mapping.tp_size,
+        )
+        problem = self.quant.problems(module, self.options, self.dtype)
+        encoding = None if problem else self.quant.encoding(module, self.options, self.dtype)
+        if problem and problem not in self.refused:
+            self.refused.append(problem)
+        if encoding is None:
+            note = self.quant.reason(module, self.options)
+            self.decisions.setdefault(name, f"{self.dtype.name}: {note}")
+            return self._plain(), note
+        self.decisions.setdefault(name, encoding.name)
+        return encoding, ""
+
+    def _left_out(self) -> list[tuple[str, str]]:
+        kind = self.dtype.name
+        lines = [("vocab_embedding", f"{kind}: embeddings are never quantized")]
+        if self.shared:
+            lines.append(("lm_head", "not written: shared with the embedding"))
+        else:
+            lines.append(("lm_head", f"{kind}: the output projection is never quantized"))
+        smooth = self.options.quant == "smoothquant"
+        lines.append(("norms and biases", f"{kind}: " + ("layer norms divided by the smoother" if smooth else "never quantized")))
+        if self.model.num_experts:
+            lines.append(("mlp.router", "F32: routers are never quantized and always float32"))
+        return lines

@@ -1,0 +1,371 @@
+"""Source, options -> Plan for a TensorRT-LLM checkpoint. Reads headers only."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping as MappingType
+from collections.abc import Sequence
+from typing import Any
+
+from streamconv.checkpoint.activation_ranges import HINT, Ranges
+from streamconv.checkpoint.dtypes import MODEL_DTYPES
+from streamconv.checkpoint.index import Index
+from streamconv.checkpoint.limits import MAX_TENSORS
+from streamconv.checkpoint.meta import output_rows
+from streamconv.checkpoint.model_config import ModelConfig, from_hf, from_meta
+from streamconv.checkpoint.quantized import SourceQuantization, left_over, source_quantization
+from streamconv.checkpoint.rows import PackedTensor, SourceFile
+from streamconv.checkpoint.shard import Shard
+from streamconv.checkpoint.source_files import source_files
+from streamconv.checkpoint.source_tensors import Changed, SourceTensors
+from streamconv.errors import CheckpointError, RefusedError, UsageError, printable
+from streamconv.families import Family, family_of
+from streamconv.families.meta import META
+from streamconv.options import TARGET_SMS, TARGET_VERSIONS
+from streamconv.planning.draft import Draft
+from streamconv.planning.plan import Plan, SideFile
+from streamconv.quants import quant_of
+from streamconv.targets.trtllm import expected, fp8_scales, import_rules, import_scales, rope
+from streamconv.targets.trtllm.checks import embedding_is_shared, refusals
+from streamconv.targets.trtllm.config_json import build_config, dump
+from streamconv.targets.trtllm.config_sections import late_keys, resolve_dtype, resolve_moe
+from streamconv.targets.trtllm.lookup import Roles
+from streamconv.targets.trtllm.options import TensorRTLLM
+from streamconv.targets.trtllm.parallel import Mapping
+from streamconv.targets.trtllm.rank_layout import Decoder
+
+_PLACES = 16
+"""Places of two tensors that are compared."""
+
+_CODES = ("F8_E4M3", "F8_E5M2")
+"""Floats whose numbers mean nothing without scales; integers are no weight type at all."""
+
+
+def model_of(index: Index) -> tuple[ModelConfig, Family]:
+    """What the source says of its model, and the names that its tensors have.
+
+    Raises:
+        CheckpointError: the config lacks something, or its architecture is unknown.
+    """
+    if index.assembled is not None:
+        model, family = from_meta(index.config, output_rows(index.assembled)), META
+    else:
+        model = from_hf(index.config)
+        family = family_of(model.architecture)
+    if model.num_hidden_layers > len(index.tensors):  # looking for every tensor of a million layers takes minutes
+        raise CheckpointError(
+            f"the config says {model.num_hidden_layers} layers, but the source holds only {len(index.tensors)} tensors"
+        )
+    stacked = max((shape[0] for _, shape in index.tensors.kinds() if len(shape) == 3), default=0)
+    experts = model.num_experts * model.num_hidden_layers
+    if experts > MAX_TENSORS or (experts > len(index.tensors) and model.num_experts > stacked):
+        raise CheckpointError(
+            f"the config says {model.num_experts} experts in each of {model.num_hidden_layers} layers, but the source holds"
+            f" only {len(index.tensors)} tensors"
+        )
+    return model, family
+
+
+def check_options(options: TensorRTLLM) -> None:
+    """Values that no model makes right.
+
+    Raises:
+        UsageError: names the flag.
+    """
+    for name in ("tp_size", "pp_size", "cp_size"):
+        if getattr(options, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
+    if options.target_version not in TARGET_VERSIONS:
+        raise UsageError(
+            f"--target-version {options.target_version} is not known", hint=f"one of {', '.join(TARGET_VERSIONS)}"
+        )
+    if options.target_sm is not None and options.target_sm not in TARGET_SMS:
+        known = ", ".join(str(sm) for sm in TARGET_SMS)
+        raise UsageError(f"--target-sm {options.target_sm} is not known", hint=f"one of {known}")
+    if options.max_position_embeddings is not None and options.max_position_embeddings < 1:
+        raise UsageError(f"--max-position-embeddings {options.max_position_embeddings} must be at least 1")
+    info = quant_of(options.quant).info
+    if info.sm_dependent and options.encoding == "processed" and options.target_sm is None:
+        raw = "; or --encoding raw" if "--encoding" in info.flags else ""
+        raise UsageError(
+            f"--quant {options.quant} writes bytes laid out for one GPU generation: --target-sm is required"
+            " (no GPU is here to ask)",
+            hint=f"for example --target-sm 80 (A100), 86 (RTX 30), 89 (L4, RTX 40), 90 (H100){raw}",
+        )
+
+
+def _settled(options: TensorRTLLM, family: Family) -> TensorRTLLM:
+    if family.config_class == "gemma":
+        return dataclasses.replace(options, use_parallel_embedding=options.tp_size > 1, embedding_sharding_dim=0)
+    return options
+
+
+def check_request(index: Index, options: TensorRTLLM) -> None:
+    """What planning would refuse because of the model's sizes; asked before hours of calibration.
+
+    Raises:
+        CheckpointError, RefusedError: as `make_plan`.
+    """
+    model, family = model_of(index)
+    stated = source_quantization(index)
+    if stated is not None:
+        import_rules.take_over(options, stated, model.num_experts)
+        hint = "leave out --text" if stated.brings_scales else "measure on the unquantized model, and convert that"
+        told = f"--text: {stated.stated_in}: quantized already ({stated.title}); nothing is measured on such a model"
+        raise RefusedError([told], hint=hint)
+    problems = refusals(model, family, _settled(options, family), _kv_heads(model, options), resolve_moe(options))
+    if problems:
+        raise RefusedError(problems)
+
+
+def make_plan(index: Index, options: TensorRTLLM) -> Plan:
+    """Fix every output byte.
+
+    Args:
+        index: the opened source.
+        options: what is asked for.
+
+    Raises:
+        UsageError: an option no model makes right.
+        CheckpointError: the source lacks something, or has something nobody asked for.
+        RefusedError: the request cannot give a correct checkpoint; every reason is listed.
+    """
+    check_options(options)
+    model, family = model_of(index)
+    stated = source_quantization(index)
+    options = _settled(import_rules.take_over(options, stated, model.num_experts), family)
+    check_options(options)
+    moe = resolve_moe(options)
+    kv = _kv_heads(model, options)
+    problems = refusals(model, family, options, kv, moe)
+    if problems:
+        raise RefusedError(problems)
+    given = stated is not None and stated.brings_scales
+    if given and options.activation_ranges is not None and options.kv_cache is None:
+        raise UsageError("--activation-ranges: the source is FP8 and brings its scales along", hint="leave it out")
+    ranges = _ranges(dataclasses.replace(options, quant="none") if given else options)
+    dtype = MODEL_DTYPES[resolve_dtype(options.dtype, model.dtype)]
+    mapping = Mapping(options.tp_size, options.pp_size, *moe)
+    tensors = SourceTensors(index)
+    if family is META:  # Meta quantizes nothing, and its tensors have many pieces
+        stored = import_scales.Stored(Changed(tensors))
+    else:
+        bits = 8 if options.quant == "int8_gptq" else 4
+        stored = import_scales.assemble(tensors, stated, bits, index.shards)
+    problems = stored.problems + import_rules.group_problems(options, stored)
+    if problems:
+        raise RefusedError(problems)
+    roles = Roles(family, stored.tensors, getattr(quant_of(options.quant), "packings", None))
+    quant = import_rules.quant_for(options, family, stated, stored, roles.found, roles.tensors)
+    problems = import_rules.given_problems(options, quant)
+    if problems:
+        raise RefusedError(problems)
+    has_head = roles.has("lm_head")
+    missing = not has_head or (options.use_embedding_sharing and _same_bytes(index, roles))
+    shared = embedding_is_shared(model, options, lm_head_missing=missing, qwen=family.config_class == "qwen")
+    shared = shared or (family.config_class == "gemma" and options.target_version == "0.16")
+    tied = model.tie_word_embeddings and (not has_head or options.target_version != "0.16")
+    builder = Draft(tensors)
+    for number in range(options.tp_size * options.pp_size):
+        builder.file(f"rank{number}.safetensors")
+    decoder = Decoder(model, family, options, dtype, mapping, roles, quant, builder, kv, shared, tied, ranges, stored.kv)
+    decoder.describe()
+    decoder.refused += _without_scales(index, stored, roles)
+    roles.leave(import_scales.zero_biases(stored, roles.unused(), index.shards))
+    spare = [name for name in roles.unused() if name in index.unlisted]
+    roles.leave(set(spare))
+    if not roles.problems and not decoder.refused:
+        decoder.refused += import_scales.add_scales(builder, stored, dtype, index.shards)
+        decoder.refused += fp8_scales.add_given_scales(builder, stored.fp8)
+    if options.quant == "fp8" and not given and ranges is not None and not roles.problems:
+        fp8_scales.add_scales(builder, ranges, roles.tensors)
+    if options.rope_tables and family.rope_tables and options.kv_cache != "int8" and options.quant != "smoothquant":
+        rope.add_tables(builder, model, options)
+    roles.finish()
+    if decoder.refused:
+        raise RefusedError(decoder.refused)
+    calibrated = options.kv_cache == "int8" or options.quant == "smoothquant"
+    config = build_config(
+        model,
+        options,
+        config_class=family.config_class,
+        dtype=dtype.torch,
+        quantization=import_rules.config_entries(options, quant),
+        calibrated=calibrated,
+        share_embedding_table=shared,
+    )
+    written = dump(config)
+    files, matrices, spans, constants = builder.finish()
+    problem = expected.first_problem(config, files)
+    if problem:  # whatever a source's config says: nothing is written that the loader, or `verify`, would reject
+        told = "is the source's config.json complete, and does it describe these weights?"
+        raise RefusedError([f"TensorRT-LLM would not load it: {problem}"], hint=told)
+    return Plan(
+        family=family.name,
+        target=options,
+        dtype=dtype,
+        side_files=(SideFile("config.json", len(written), written),),
+        files=tuple(files),
+        matrices=matrices,
+        spans=spans,
+        constants=tuple(constants),
+        sources=source_files(index) + _ranges_file(ranges),
+        warnings=tuple(
+            _warnings(model, options, family, roles.found)
+            + (_tied_warning(index, roles) if tied and has_head else [])
+            + list(filter(None, [left_over(index)]))
+            + _kv_warning(stated, options)
+            + list(index.notes)
+            + _index_warnings(index, spare)
+        ),
+        decisions=decoder.decisions,
+        notes=_notes(config),
+    )
+
+
+def _ranges(options: TensorRTLLM) -> Ranges | None:
+    """The activation ranges, where a format needs them.
+
+    Raises:
+        UsageError: they are needed and not given, or the other way round, or no file.
+    """
+    flag, given = options.needs_ranges(), options.activation_ranges is not None
+    if given and not options.uses_ranges():
+        raise UsageError("--activation-ranges is for --quant smoothquant and fp8 and for --kv-cache int8 and fp8 only")
+    if flag is not None and not given:
+        raise UsageError(f"{flag} needs activation ranges", hint=HINT)
+    if options.activation_ranges is None:
+        return None
+    return Ranges(options.activation_ranges)
+
+
+def _ranges_file(ranges: Ranges | None) -> tuple[SourceFile, ...]:
+    """Here the hash is that of the content."""
+    return () if ranges is None else (SourceFile(ranges.path.name, ranges.size, ranges.digest()),)
+
+
+def _kv_heads(model: ModelConfig, options: TensorRTLLM) -> int:
+    kv = model.num_key_value_heads
+    if not options.remove_duplicated_kv_heads:
+        return kv
+    if kv % 2:
+        raise RefusedError([f"--remove-duplicated-kv-heads: num_key_value_heads {kv} is odd, so no pairs were stored"])
+    return kv // 2
+
+
+def _same_bytes(index: Index, roles: Roles) -> bool:
+    """Whether lm_head is a bit-identical copy of the embedding (only asked with --use-embedding-sharing, §3.6)."""
+    names = [roles.found.get((role, -1, -1)) for role in ("embedding", "lm_head")]
+    if index.assembled is not None or any(name not in index.tensors for name in names):
+        return False  # Meta's path never shares (§5.7)
+    first, second = (index.tensors[name] for name in names if name is not None)
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    step = 4 << 20
+    for at in range(0, first.nbytes, step):
+        size = min(step, first.nbytes - at)
+        with index.shards[first.shard].window(first.begin + at, first.begin + at + size) as a:
+            left = bytes(a)
+        with index.shards[second.shard].window(second.begin + at, second.begin + at + size) as b:
+            if left != bytes(b):
+                return False
+    return True
+
+
+def _kv_warning(stated: SourceQuantization | None, options: TensorRTLLM) -> list[str]:
+    """A quantized KV cache of the source that is not taken over."""
+    if stated is None or stated.kv_algo in (None, "FP8" if options.kv_cache == "fp8" else None):
+        return []
+    return [f"{stated.stated_in}: the source's KV cache in {stated.kv_algo} is not taken over"]
+
+
+def _index_warnings(index: Index, spare: Sequence[str]) -> list[str]:
+    """Where the index file and the files disagree without harm.
+
+    Args:
+        spare: tensors that the index file does not list and nothing needs.
+    """
+    told = (
+        (index.absent, "is listed in the index file, in no file, and needed by nothing"),
+        (spare, "is not listed in the index file and not needed: left out"),
+    )
+    return [
+        f"{printable(names[0])}{f' (and {len(names) - 1} more)' if len(names) > 1 else ''} {why}" for names, why in told if names
+    ]
+
+
+def _without_scales(index: Index, stored: import_scales.Stored, roles: Roles) -> list[str]:
+    """Weights whose stored numbers are not their values, where nothing says what they are times."""
+    if not any(dtype.name in _CODES for dtype, _ in index.tensors.kinds()):
+        return []
+    odd = [name for name in sorted(roles.found.values()) if name in stored.tensors and name not in stored.scales and name not in stored.fp8]
+    odd = [name for name in odd if stored.tensors[name].dtype.name in _CODES and not isinstance(stored.tensors[name], PackedTensor)]
+    if not odd:
+        return []
+    more = f" (and {len(odd) - 1} more)" if len(odd) > 1 else ""
+    told = f"{stored.tensors[odd[0]].dtype} weights need scales, and this checkpoint has none for them"
+    return [f"{printable(odd[0])}{more}: {told}; convert the unquantized model, or a checkpoint that is complete"]
+
+
+def _tied_warning(index: Index, roles: Roles) -> list[str]:
+    """A source that ties lm_head to the embedding and has another one all the same; the embedding is what 1.2 stores (§3.6).
+
+    Places spread over both are compared, not all of them; nothing is fetched from the Hub for it.
+    """
+    names = [roles.found.get((role, -1, -1)) for role in ("embedding", "lm_head")]
+    if index.assembled is not None or any(name not in index.tensors for name in names):
+        return []
+    first, second = (index.tensors[name] for name in names if name is not None)
+    shards = [index.shards[record.shard] for record in (first, second)]
+    if any(type(shard) is not Shard for shard in shards):
+        return []
+    same = (first.dtype, first.shape) == (second.dtype, second.shape)
+    size = min(4096, first.nbytes)
+    for number in range(_PLACES if same else 0):
+        at = (first.nbytes - size) * number // (_PLACES - 1)
+        with shards[0].window(first.begin + at, first.begin + at + size) as a:
+            left = bytes(a)
+        with shards[1].window(second.begin + at, second.begin + at + size) as b:
+            same = same and left == bytes(b)
+    if same:
+        return []
+    told = "is not the embedding, to which config.json ties it (tie_word_embeddings): the embedding is stored, as TensorRT-LLM 1.2 does"
+    return [f"{printable(names[1] or '')} {told}; set tie_word_embeddings to false to keep it"]
+
+
+def _warnings(model: ModelConfig, options: TensorRTLLM, family: Family, found: MappingType[tuple[str, int, int], str]) -> list[str]:
+    lines = list(model.notes)
+    scaling = model.rope_scaling or {}
+    kind = scaling.get("type", scaling.get("rope_type"))
+    if kind == "yarn" and options.target_version == "0.16":
+        lines.append("rope_scaling type yarn: TensorRT-LLM 0.16 has no yarn mathematics")
+    least = quant_of(options.quant).info.least_sm
+    if least and options.target_sm is not None and options.target_sm < least:
+        lines.append(f"--quant {options.quant}: TensorRT-LLM's kernels for it need SM {least} or later, not {options.target_sm}")
+    if options.use_embedding_sharing and options.target_version != "0.16":
+        lines.append("--use-embedding-sharing has no effect for 1.x, which decides sharing when the engine is built")
+    if options.target_sm and options.target_sm >= 100 and options.encoding == "processed":
+        lines.append(
+            f"--target-sm {options.target_sm}: releases differ in this layout (spec: unsure); --encoding raw is portable"
+        )
+    if model.raw.get("sliding_window") and family.config_class == "llama":
+        lines.append("sliding_window is not part of a TensorRT-LLM checkpoint; it is dropped, as NVIDIA's converter does")
+    if model.mlp_bias and family.config_class == "llama" and "gate_bias" in family.tensors:
+        lines.append("mlp_bias: written, though NVIDIA's converter drops these biases")
+    if model.partial_rotary_factor != 1 and family.config_class != "phi3":
+        lines.append(
+            f"config.json: partial_rotary_factor {model.partial_rotary_factor:g} is dropped, as NVIDIA's converter does: TensorRT-LLM"
+            f" rotates whole heads of {family.name}"
+        )
+    if model.dtype is None and options.dtype == "auto":
+        lines.append(f"config.json states no dtype: float16 is assumed ({printable(model.architecture)})")
+    return lines
+
+
+def _notes(config: dict[str, Any]) -> tuple[str, ...]:
+    """What is right for the release that was asked for, and not for every one of its line."""
+    late = late_keys(config)
+    if late is None:
+        return ()
+    told = "which early releases of TensorRT-LLM 1.x do not know and reject"
+    return (f"config.json holds {late}, {told}: --target-version 1.0 leaves them out",)

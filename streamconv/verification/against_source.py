@@ -1,0 +1,329 @@
+"""`verify --source`: the source is encoded again, by the machinery of a conversion, and its bytes are compared with the output's.
+
+Encoding is deterministic, so a checkpoint of ours holds exactly these bytes. Of another tool's, other bytes may be as good: there every
+row that differs is decoded, and the error that its format may make decides, and what our own encoding of the same rows reaches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from streamconv import api, hub, memory
+from streamconv.checkpoint.header import Header
+from streamconv.checkpoint.index import Index
+from streamconv.checkpoint.shard import Shard
+from streamconv.errors import BudgetError, DataError, RefusedError, StreamconvError, UsageError, VerifyError, printable
+from streamconv.options import Resources
+from streamconv.planning import memory_plan
+from streamconv.planning.plan import OutputFile, PartPlace, Plan
+from streamconv.progress import Meter
+from streamconv.quants.base import Encoding
+from streamconv.run import manifest
+from streamconv.run.compared import BUFFER, Compared, Difference
+from streamconv.targets import target_from_json
+from streamconv.targets.base import Target
+from streamconv.targets.trtllm.options import TensorRTLLM
+from streamconv.targets.trtllm.stated import options_of
+from streamconv.verification import measured
+from streamconv.verification.verdict import TensorError, Verdict
+
+_TORCH = 300 * memory.MIB
+"""What decoding loads."""
+_SAMPLE = 128 << 10
+"""Elements of a matrix that are decoded to show its error, where nothing differs."""
+_SLACK = 0.5
+"""dB by which another tool's values may be worse than ours, within the error of the format."""
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What is checked.
+
+    Attributes:
+        config: bytes of its config.json.
+        told: its manifest, None for another tool's.
+        ranges: the activation ranges file, where it is not the one that the manifest names.
+    """
+
+    folder: Path
+    config: bytes
+    told: manifest.Manifest | None
+    ranges: str | None
+
+
+def check(output: Output, source: str | Path, resources: Resources, verdict: Verdict, meter: Meter) -> None:
+    """Add what the source says of an output to a verdict.
+
+    Raises:
+        StreamconvError: the source cannot be opened or planned, its ranges are not there, or the budget is too small.
+    """
+    folder, told = output.folder, output.told
+    place = hub.local_folder(source)
+    config: dict[str, Any] = json.loads(output.config)
+    paths = [folder / name for name in told.sizes] if told is not None else _ranks(folder)
+    headers = [Shard(path).header() for path in paths]
+    choices: Sequence[Target] = [_asked(told, folder)] if told is not None else options_of(config, headers[0].tensors)
+    choices = [_with_ranges(folder, options, output.ranges) if isinstance(options, TensorRTLLM) else options for options in choices]
+    files = [Shard(path) for path in paths]
+    with contextlib.ExitStack() as stack:
+        for file in files:
+            stack.callback(file.close)
+        index, plan = _planned(place, choices, headers, files, stack, told is None, resources.memory_budget)
+        if told is not None and plan.sources != told.sources:
+            verdict.warnings.append(f"{printable(str(source))} is not made of the files that the manifest names; their bytes decide")
+        if told is not None and plan.config != output.config:
+            verdict.problems.append("config.json is not what this source gives")
+        elif told is None:
+            verdict.warnings += _other_config(plan, config)
+        odd = [file.name for file in plan.files if told is not None and not _begins(file, files)]
+        plan, problems = placed(plan, headers)
+        verdict.problems += problems + [f"{name}: the header is not what this source gives" for name in odd]
+        if not problems:
+            _compare(plan, index, files, headers, resources, verdict, meter, told is None)
+
+
+def _asked(told: manifest.Manifest, folder: Path) -> Target:
+    """The options that a manifest tells of."""
+    try:
+        return target_from_json(told.target, told.asked)
+    except UsageError as error:
+        raise VerifyError(f"{printable(str(folder / manifest.NAME))} is not a streamconv manifest: {error.message}") from None
+
+
+def _ranks(folder: Path) -> list[Path]:
+    return sorted(folder.glob("rank*.safetensors"), key=lambda path: int(path.name[4:-12]))
+
+
+def _with_ranges(folder: Path, options: TensorRTLLM, ranges: str | None) -> TensorRTLLM:
+    """The options with a ranges file that is there: the one that is named, or of the same name beside the output."""
+    if ranges is not None:
+        if not options.uses_ranges():
+            raise UsageError("--activation-ranges: this checkpoint was made without any")
+        return dataclasses.replace(options, activation_ranges=ranges)
+    if options.activation_ranges is None:
+        if options.needs_ranges():
+            raise UsageError("--source: this checkpoint was made with activation ranges", hint="name their file: --activation-ranges FILE")
+        return options
+    known = Path(options.activation_ranges)
+    places = [known, folder.absolute().parent / known.name, folder.absolute().parent / f"{folder.absolute().name}.ranges.safetensors"]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        shown = printable(str(known))
+        raise UsageError(f"the activation ranges {shown} are not there", hint="say where they are: --activation-ranges FILE")
+    return dataclasses.replace(options, activation_ranges=str(found))
+
+
+def _planned(
+    source: Path,
+    choices: Sequence[Target],
+    headers: Sequence[Header],
+    files: Sequence[Shard],
+    stack: contextlib.ExitStack,
+    foreign: bool,
+    budget: int | None,
+) -> tuple[Index, Plan]:
+    """The plan of the output; where config.json leaves the GPU generation open, the one whose layout decodes best."""
+    if not foreign:
+        index, plan = api.open_and_plan(source, choices[0], budget)
+        return stack.enter_context(contextlib.closing(index)), plan
+    made: list[tuple[float, Index, Plan]] = []
+    refused: StreamconvError | None = None
+    for options in choices:
+        try:
+            index, plan = api.open_and_plan(source, options, budget)
+        except RefusedError as error:  # a generation that this release does not know, or a source for something else
+            refused = error
+            continue
+        stack.enter_context(contextlib.closing(index))
+        made.append((_likeness(index, plan, headers, files) if len(choices) > 1 else 0.0, index, plan))
+    if not made:
+        told = refused.message if refused is not None else "config.json says too little"
+        raise VerifyError(f"--source: no conversion of this source gives this checkpoint: {told}")
+    _, index, plan = max(made, key=lambda choice: choice[0])
+    return index, plan
+
+
+def _likeness(index: Index, plan: Plan, headers: Sequence[Header], files: Sequence[Shard]) -> float:
+    """SNR of the first rows of the first matrix whose bytes depend on the layout, dB."""
+    plan, problems = placed(plan, headers)
+    laid_out = [number for number, matrix in enumerate(plan.matrices) if getattr(matrix.encoding, "layout", None) is not None]
+    if problems or not laid_out:
+        return -1e9
+    from streamconv.run.results import Results
+
+    rows = {laid_out[0]: [(0, 8)]}
+    return measured.measure(plan, index.shards, files, Results(()), rows, 1)[laid_out[0]].snr()
+
+
+def _other_config(plan: Plan, config: Mapping[str, Any]) -> list[str]:
+    ours: dict[str, Any] = json.loads(plan.config)
+    odd = [key for key in ours if key in config and config[key] != ours[key]]
+    shown = [f"{key} is {printable(json.dumps(config[key]), 60)}, this source gives {printable(json.dumps(ours[key]), 60)}" for key in odd]
+    return [f"config.json: {line}" for line in shown]
+
+
+def _begins(file: OutputFile, files: Sequence[Shard]) -> bool:
+    """A rank file begins with this header."""
+    shard = next((shard for shard in files if shard.path.name == file.name), None)
+    if shard is None or shard.size < len(file.header):
+        return False
+    with shard.window(0, len(file.header)) as held:
+        return bytes(held) == file.header
+
+
+def placed(plan: Plan, headers: Sequence[Header]) -> tuple[Plan, list[str]]:
+    """The plan with the places that the tensors have in these files, and what is there that it does not mean.
+
+    Args:
+        headers: of the rank files, in the plan's order.
+    """
+    problems: list[str] = []
+    if len(headers) != len(plan.files):
+        return plan, [f"{len(headers)} rank files, this source gives {len(plan.files)}"]
+    for file, header in zip(plan.files, headers, strict=True):
+        names = set[str]()
+        for name, dtype, shape in file.tensors_of():
+            names.add(name)
+            held = header.tensors.get(name)
+            if held is None:
+                problems.append(f"{file.name}: {name} is missing, this source gives it")
+            elif (held.dtype.name, held.shape) != (dtype, shape):
+                there, given = f"{held.dtype} {list(held.shape)}", f"{dtype} {list(shape)}"
+                problems.append(f"{file.name}: {name}: {there}, this source gives {given}")
+        problems += [f"{file.name}: {printable(name)} is not what this source gives" for name in header.tensors if name not in names]
+    if problems:
+        return plan, problems
+    matrices = plan.matrices.moved(lambda file, tensor: headers[file].tensors[tensor].begin)
+    constants = tuple(dataclasses.replace(held, offset=headers[held.file].tensors[held.tensor].begin) for held in plan.constants)
+    return dataclasses.replace(plan, matrices=matrices, constants=constants), []
+
+
+def _compare(
+    plan: Plan,
+    index: Index,
+    files: Sequence[Shard],
+    headers: Sequence[Header],
+    resources: Resources,
+    verdict: Verdict,
+    meter: Meter,
+    foreign: bool,
+) -> None:
+    from streamconv.run.pool import Pool
+
+    costs = [dataclasses.replace(cost, fixed=cost.fixed + BUFFER) for cost in api.costs_of(plan)]
+    api.foresee(plan, resources, costs)  # a budget that is far too small is refused before anything is loaded
+    api.load_kernels(plan)
+    shares = memory_plan.share(resources.memory_budget, resources.workers, memory.resident(), api.dearest(plan, costs))
+    sink = Compared(plan, files, headers)
+    pool = Pool(plan, index.shards, sink, shares, costs, resources.tile_rows, meter.tile)
+    meter.begin("comparing", plan.bytes_read, memory_budget=shares.budget)
+    try:
+        pool.run()
+    except DataError as refused:
+        verdict.problems.append(f"this source gives no checkpoint: {refused}")
+        return
+    sink.padding()
+    for shard in (*index.shards, *files):
+        shard.check_unchanged()
+    verdict.encoded = sum(file.tensors for file in plan.files) - len(sink.differences)
+    room = shares.budget - memory.resident() - memory_plan.MARGIN - (0 if "torch" in sys.modules else _TORCH)
+    errors: dict[int, measured.Error] = {}
+    if room >= measured.smallest(plan):
+        errors = measured.measure(plan, index.shards, files, pool.results, _chosen(plan, sink, foreign), min(room, 64 * memory.MIB))
+    else:
+        need = -(-(shares.budget - room + measured.smallest(plan)) // memory.MIB)
+        if foreign and sink.differences:
+            raise BudgetError(f"decoding what differs takes a memory budget of {need}MiB", hint=f"--memory-budget {need}MiB")
+        verdict.warnings.append(f"error and SNR are not shown: decoding takes a memory budget of {need}MiB")
+    for number, error in errors.items():
+        matrix = plan.matrices[number]
+        file, name = plan.files[matrix.file].name, matrix.places[0].tensor
+        verdict.errors.append(TensorError(file, name, error.rows, error.largest, error.relative(), error.snr()))
+    _judge(plan, headers, sink, errors, verdict, foreign)
+
+
+def _rows(found: Difference, place: PartPlace) -> list[tuple[int, int]]:
+    """Rows of a tensor with differences in them, ascending."""
+    rows: list[tuple[int, int]] = []
+    for begin, end in sorted(found.places):
+        first, last = place.rows(begin, end)
+        if rows and first <= rows[-1][1]:
+            rows[-1] = (rows[-1][0], max(last, rows[-1][1]))
+        else:
+            rows.append((first, last))
+    return rows
+
+
+def _chosen(plan: Plan, sink: Compared, foreign: bool) -> dict[int, list[tuple[int, int]]]:
+    """Matrix -> rows to decode: the first ones, and what differs (of our own checkpoints the first of it, which shows by how much)."""
+    chosen = {}
+    for number, matrix in enumerate(plan.matrices):
+        sample = max(matrix.encoding.row_align, _SAMPLE // max(matrix.cols, 1))
+        rows = [(0, min(sample, matrix.filled))]
+        for place in matrix.places:
+            found = sink.differences.get((plan.files[matrix.file].name, place.tensor))
+            if found is not None:
+                differ = _rows(found, place)
+                rows += differ if foreign else [(differ[0][0], min(differ[0][0] + sample, matrix.filled))]
+        chosen[number] = _merged(rows)
+    return chosen
+
+
+def _merged(rows: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    made: list[tuple[int, int]] = []
+    for first, last in sorted(rows):
+        if made and first <= made[-1][1]:
+            made[-1] = (made[-1][0], max(last, made[-1][1]))
+        else:
+            made.append((first, last))
+    return made
+
+
+def _judge(
+    plan: Plan, headers: Sequence[Header], sink: Compared, errors: Mapping[int, measured.Error], verdict: Verdict, foreign: bool
+) -> None:
+    held = {file.name: header.tensors for file, header in zip(plan.files, headers, strict=True)}
+    sizes = {key: held[key[0]][key[1]].end - held[key[0]][key[1]].begin for key in sink.differences}
+    left = dict(sink.differences)
+    as_good = 0
+    for number, matrix in enumerate(plan.matrices):
+        for place in matrix.places:
+            key = (plan.files[matrix.file].name, place.tensor)
+            found = left.pop(key, None)
+            if found is None:
+                continue
+            error = errors.get(number)
+            padded = any(last > matrix.filled for _, last in _rows(found, place))
+            if foreign and error is not None and not padded and _as_good(matrix.encoding, error):
+                as_good += 1
+                continue
+            row = place.rows(found.first, found.first + 1)[0]
+            where = f"the first in row {row} of {matrix.rows}" if matrix.rows > 1 else f"the first is byte {found.first}"
+            by = f"; largest error {error.largest:.3g}, SNR {error.snr():.1f} dB" if error is not None else ""
+            verdict.problems.append(_told(key, found, sizes[key], where) + by)
+    for key, found in left.items():
+        verdict.problems.append(_told(key, found, sizes[key], f"the first is byte {found.first}"))
+    if as_good:
+        verdict.warnings.append(f"{as_good} tensors are other bytes than streamconv writes, as close to the source as its format allows")
+    for (file, name), count in sink.odd.items():
+        verdict.warnings.append(f"{file}: {name}: {count} values are not finite")
+
+
+def _as_good(encoding: Encoding, error: measured.Error) -> bool:
+    """Another tool's values: within the error of the format and, where that is large, about as near as ours; or nearer than ours."""
+    if error.wrong:
+        return False
+    if error.within and (not encoding.quantizes or error.snr() >= error.best() - _SLACK):
+        return True
+    return encoding.quantizes and error.snr() >= error.best()
+
+
+def _told(key: tuple[str, str], found: Difference, size: int, where: str) -> str:
+    return f"{key[0]}: {key[1]}: {found.bytes} of {size} bytes are not what this source gives, {where}"

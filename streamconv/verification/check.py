@@ -1,0 +1,162 @@
+"""Prove a written checkpoint: the acceptance list of checkpoint spec §7, the manifest's hashes, and the source."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+from streamconv.checkpoint.header import read_header
+from streamconv.checkpoint.limits import MAX_CONFIG, check_counts
+from streamconv.checkpoint.shard import Shard
+from streamconv.checkpoint.untrusted import parse_json, read_file
+from streamconv.errors import StreamconvError, VerifyError, printable
+from streamconv.options import Resources
+from streamconv.progress import Meter, unwatched
+from streamconv.run import manifest
+from streamconv.targets.hf import check as hf
+from streamconv.targets.trtllm import check as trtllm
+from streamconv.verification import against_source
+from streamconv.verification.verdict import Verdict
+
+
+def verify(
+    out: str | Path,
+    source: str | Path | None = None,
+    *,
+    with_tensorrt_llm: bool = False,
+    activation_ranges: str | None = None,
+    resources: Resources | None = None,
+    meter: Meter | None = None,
+) -> Verdict:
+    """Check an output folder.
+
+    Args:
+        out: the folder.
+        source: the checkpoint it was made from; it is encoded again, and the bytes are compared. A model of the Hub is downloaded.
+        with_tensorrt_llm: its own reader has to accept every rank too; `reader` in the verdict then says what it did.
+        activation_ranges: where the ranges are now that the output was made with; None if they did not move.
+        resources: memory, workers and tiles for `source`; the CPU encodes.
+        meter: told about progress: the bytes of the rank files, then those read of the source.
+
+    Raises:
+        UsageError: TensorRT-LLM is not installed, or the activation ranges are not where they were.
+        StreamconvError: the source cannot be read or planned, or the memory budget is too small.
+        VerifyError: the folder is not a checkpoint at all. Everything else is collected in the verdict.
+    """
+    import xxhash
+
+    folder, verdict, meter = Path(out), Verdict(), meter or Meter(unwatched)
+    config, config_bytes = _config(folder, verdict)
+    told = manifest.load(folder)
+    key = told.target if told is not None else "trtllm" if "mapping" in config else "hf"
+    if told is None:
+        verdict.warnings.append(f"no {manifest.NAME}: another tool wrote this; hashes cannot be checked")
+    elif xxhash.xxh3_128(config_bytes).hexdigest() != told.config:
+        verdict.problems.append("config.json: the bytes are not those that were written")
+    names = hf.tensor_files(folder, verdict.problems) if key == "hf" else trtllm.tensor_files(folder, config, verdict.problems)
+    shapes: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
+    hashes: dict[tuple[str, str], str] = {}
+    meter.begin("checking", sum((folder / name).stat().st_size for name in names))
+    for name in names:
+        try:
+            loadable = hf.LOADABLE if key == "hf" else trtllm.LOADABLE
+            shapes[name] = _tensor_file(folder / name, told, verdict, hashes, meter.add, loadable)
+        except StreamconvError as error:
+            verdict.problems.append(str(error))
+        verdict.files += 1
+    problems, warnings = hf.check(folder, config, shapes) if key == "hf" else trtllm.check(config, shapes, hashes)
+    verdict.problems += problems
+    verdict.warnings += warnings
+    if told is not None:
+        for file, held in told.hashes.items():
+            missing = [tensor for tensor in held if file in shapes and tensor not in shapes[file]]
+            verdict.problems += [f"{file}: {printable(tensor)} is missing" for tensor in missing]
+            if file not in shapes and not (folder / file).exists():
+                verdict.problems.append(f"{file} is missing")
+        for side, (size, digest) in told.side.items():
+            verdict.problems += _side_file(folder / side, side, size, digest)
+    if source is not None and not verdict.problems:
+        output = against_source.Output(folder, config_bytes, told, activation_ranges)
+        against_source.check(output, source, resources or Resources(), verdict, meter)
+    if with_tensorrt_llm:
+        from streamconv.targets.trtllm.official_reader import read_ranks
+
+        version, accepted, refused = read_ranks(folder)
+        verdict.problems += refused
+        verdict.reader = f"TensorRT-LLM {version} accepted {accepted} ranks, refused {len(refused)}"
+    meter.end()
+    return verdict
+
+
+def _config(folder: Path, verdict: Verdict) -> tuple[dict[str, Any], bytes]:
+    path = folder / "config.json"
+    if not folder.is_dir():
+        raise VerifyError(f"{printable(str(folder))} is not a folder")
+    if not os.path.lexists(path):
+        raise VerifyError(f"{printable(str(path))} is missing: this is no finished checkpoint")
+    data = read_file(path, MAX_CONFIG, VerifyError)
+    check_counts(data, printable(str(path)), VerifyError)
+    config = parse_json(data, printable(str(path)), VerifyError)
+    if not isinstance(config, dict):
+        raise VerifyError(f"{printable(str(path))} is not a JSON object")
+    return config, data
+
+
+def _tensor_file(
+    path: Path,
+    told: manifest.Manifest | None,
+    verdict: Verdict,
+    hashes: dict[tuple[str, str], str],
+    progress: Callable[[int], None],
+    loadable: Collection[str],
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    import xxhash
+
+    header = read_header(path)
+    shapes = {}
+    if told is not None and path.name in told.sizes and path.stat().st_size != told.sizes[path.name]:
+        verdict.problems.append(f"{path.name}: {path.stat().st_size} bytes, the manifest says {told.sizes[path.name]}")
+    shard = Shard(path)
+    try:
+        with shard.window(0, header.data_start) as window:
+            if told is not None and xxhash.xxh3_128(window).hexdigest() != told.headers.get(path.name):
+                verdict.problems.append(f"{path.name}: the header's bytes are not those that were written")
+        for tensor in header.tensors.values():
+            shapes[tensor.name] = (tensor.dtype.name, tensor.shape)
+            if tensor.dtype.name not in loadable:
+                verdict.problems.append(f"{path.name}: {printable(tensor.name)}: dtype {tensor.dtype} cannot be loaded")
+            digest = xxhash.xxh3_128()
+            for at in range(tensor.begin, tensor.end, 8 << 20):
+                stop = min(at + (8 << 20), tensor.end)
+                with shard.window(at, stop) as window:
+                    digest.update(window)
+                progress(stop - at)
+            found = hashes[path.name, tensor.name] = digest.hexdigest()
+            verdict.tensors += 1
+            if told is None:
+                continue
+            wanted = told.hashes.get(path.name, {}).get(tensor.name)
+            if wanted is None:
+                verdict.problems.append(f"{path.name}: {printable(tensor.name)} is not in the manifest")
+            elif wanted != found:
+                verdict.problems.append(f"{path.name}: {printable(tensor.name)}: the bytes are not those that were written")
+            else:
+                verdict.hashed += 1
+    finally:
+        shard.close()
+    return shapes
+
+
+def _side_file(path: Path, name: str, size: int, digest: str) -> list[str]:
+    """What is wrong with a file that holds no tensors."""
+    import xxhash
+
+    shown = printable(name)
+    if not os.path.lexists(path):
+        return [f"{shown} is missing"]
+    data = read_file(path, max(size, 1), VerifyError)
+    if len(data) != size or xxhash.xxh3_128(data).hexdigest() != digest:
+        return [f"{shown}: the bytes are not those that were written"]
+    return []

@@ -1,0 +1,172 @@
+"""How far decoded values of an output are from the source's, for chosen rows of its matrices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from streamconv.checkpoint.shard import Shard
+from streamconv.planning.plan import Dest, Plan, Span
+from streamconv.quants.base import Encoding, Findings
+from streamconv.run.results import Results
+
+ELEMENT = 96
+"""Working memory for each source element of a block that is measured, bytes."""
+
+
+@dataclass(slots=True)
+class Error:
+    """How rows of a matrix compare with their source; elements that are not finite on either side count in `odd` and `wrong` only.
+
+    Attributes:
+        rows: how many were compared.
+        within: no element is farther off than the encoding says it may be.
+        wrong: elements that are not finite, on either side, and not what encoding the source gives.
+        reached: the noise of our own encoding of the same rows.
+    """
+
+    rows: int = 0
+    largest: float = 0.0
+    noise: float = 0.0
+    signal: float = 0.0
+    peak: float = 0.0
+    within: bool = True
+    wrong: int = 0
+    reached: float = 0.0
+
+    def add(self, encoding: Encoding, part: Any, got: Any, cols: int) -> None:
+        """Source rows [rows, cols] and what the output, whose matrix has `cols` columns, holds of them in float32."""
+        import torch
+
+        self.rows += len(part)
+        want = encoding.values(part)
+        parts = [data.reshape(-1).view(torch.uint8) for data in encoding.encode(part, Findings())]
+        made = encoding.decode(parts, len(part), cols)
+        fine = torch.isfinite(want) & torch.isfinite(got) & torch.isfinite(made)
+        same = (made == got) | (torch.isnan(made) & torch.isnan(got))
+        self.wrong += int((~fine & ~same).sum())
+        want, got, made = (torch.where(fine, values, 0.0).double() for values in (want, got, made))
+        gap = got - want
+        if not gap.numel():
+            return
+        bound = torch.nan_to_num(encoding.error(part).expand(gap.shape).double(), nan=0.0, posinf=0.0)
+        self.within = self.within and bool((gap.abs() <= bound).all())
+        self.largest = max(self.largest, float(gap.abs().max()))
+        self.noise += float((gap * gap).sum())
+        self.reached += float(((made - want) ** 2).sum())
+        self.signal += float((want**2).sum())
+        self.peak = max(self.peak, float(want.abs().max()))
+
+    def snr(self) -> float:
+        """Signal to noise in dB."""
+        return self._snr(self.noise)
+
+    def best(self) -> float:
+        """What our own encoding reaches on the same rows, dB."""
+        return self._snr(self.reached)
+
+    def relative(self) -> float:
+        return self.largest / self.peak if self.peak else 0.0
+
+    def _snr(self, noise: float) -> float:
+        if noise == 0:
+            return math.inf
+        return 10 * math.log10(self.signal / noise) if self.signal else -math.inf
+
+
+def smallest(plan: Plan) -> int:
+    """Working memory of the smallest block that can be measured of every matrix."""
+    return max((span.align * span.source.cols * ELEMENT for span in plan.spans if span.dests), default=0)
+
+
+def measure(
+    plan: Plan,
+    shards: Sequence[Shard],
+    files: Sequence[Shard],
+    results: Results,
+    rows: Mapping[int, Sequence[tuple[int, int]]],
+    memory: int,
+) -> dict[int, Error]:
+    """Decode rows of matrices and compare.
+
+    Args:
+        files: of the plan, with its places.
+        results: finished reductions.
+        rows: matrix -> ranges of its rows, ascending; more is done where rows belong together.
+        memory: working memory to use.
+    """
+    errors: dict[int, Error] = {}
+    for span in plan.spans:
+        step = max(span.align, memory // (span.source.cols * ELEMENT) // span.align * span.align)
+        for dest in span.dests:
+            for start, stop in _source_rows(span, dest, rows.get(dest.matrix, ())):
+                for at in range(start, stop, step):
+                    _block(plan, span, dest, at, min(at + step, stop), shards, files, results, errors)
+    return errors
+
+
+def _source_rows(span: Span, dest: Dest, rows: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Row ranges of a matrix as source rows of a span, whole blocks of rows."""
+    found: list[tuple[int, int]] = []
+    count = span.op.out_rows(span.stop - span.start)
+    for first, last in rows:
+        low, high = max(first - dest.row, 0), min(last - dest.row, count)
+        if low >= high:
+            continue
+        low, high = span.op.source_rows(low) // span.align, -(-span.op.source_rows(high) // span.align)
+        start, stop = span.start + low * span.align, min(span.start + high * span.align, span.stop)
+        if found and start < found[-1][1]:
+            start = found[-1][1]
+        if start < stop:
+            found.append((start, stop))
+    return found
+
+
+def _block(
+    plan: Plan,
+    span: Span,
+    dest: Dest,
+    start: int,
+    stop: int,
+    shards: Sequence[Shard],
+    files: Sequence[Shard],
+    results: Results,
+    errors: dict[int, Error],
+) -> None:
+    import numpy as np
+    import torch
+
+    from streamconv.run.read import read_rows, scratch_bytes_per_row
+
+    buffer, spare = (np.empty((stop - start) * size, np.uint8) for size in (span.row_bytes, scratch_bytes_per_row(span)))
+    block = read_rows(shards, span, start, stop, buffer, spare)
+    rows = span.op.out_rows(stop - start)
+    whole = torch.from_numpy(block).view(getattr(torch, span.source.dtype.torch)).reshape(rows, span.source.cols)
+    encoding = plan.matrices[dest.matrix].encoding.bind(results, span.source.name)
+    got = decoded(plan, dest, span.op.out_rows(start - span.start), rows, files, encoding)
+    part = torch.cat([whole[:, a:b] for a, b in dest.cols], 1)
+    errors.setdefault(dest.matrix, Error()).add(encoding, part, got, plan.matrices[dest.matrix].cols)
+
+
+def decoded(
+    plan: Plan, dest: Dest, skipped: int, rows: int, files: Sequence[Shard], encoding: Encoding | None = None
+) -> Any:
+    """float32 [rows, cols] of a matrix, from the bytes of the output.
+
+    Args:
+        skipped: rows of the span's part of the matrix that come before.
+        encoding: bound to its reductions, where it has some.
+    """
+    import numpy as np
+    import torch
+
+    matrix = plan.matrices[dest.matrix]
+    parts = []
+    for place in matrix.places:
+        begin, end = place.extent(dest.row + skipped, rows)
+        data = np.empty(end - begin, np.uint8)
+        files[matrix.file].read_into(begin, data.data)
+        parts.append(torch.from_numpy(data))
+    return (encoding or matrix.encoding).decode(parts, rows, matrix.cols)

@@ -1,0 +1,70 @@
+"""Kernels of the Hugging Face formats against their torch definitions, bit for bit; decoding within the stated bounds."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from streamconv.checkpoint.dtypes import BF16, F16, F32, DType
+from streamconv.quants.base import Encoding, Findings
+from streamconv.quants.fp8_block import Fp8Block
+from streamconv.quants.fp8_rowwise import Fp8Rowwise
+from streamconv.quants.int_group import IntGroup
+from streamconv.quants.mx import Mx
+from streamconv.quants.nvfp4 import NvFp4, shared_scale
+from tests.unit.test_kernels import any_bits, check, weights
+
+EPS = {F32: 2.0**-23, F16: 2.0**-10, BF16: 2.0**-7}
+INF = float("inf")
+
+
+def codecs(kind: DType) -> list[Encoding]:
+    """Every codec in its three arithmetics: float32, scales in `kind`, quotients in `kind` too; and in ModelOpt's."""
+    made: list[Encoding] = []
+    for scale, quotient in ((F32, F32), (kind, F32), (kind, kind)):
+        zero = EPS[scale]
+        made += [Fp8Rowwise(-INF, INF, None, 0.0, zero, scale, quotient), Fp8Block(128, zero, 0.0, scale, quotient)]
+        made += [IntGroup(8, 0, 127.5, zero, scale, quotient, "bytes"), IntGroup(8, 32, 127.5, zero, scale, quotient, "words")]
+        made += [IntGroup(4, 32, 7.5, zero, scale, quotient, "words"), IntGroup(4, 64, 8.0, zero, scale, quotient, "words")]
+    made += [Fp8Block(multiply=True), IntGroup(4, 64, 7.0, 1.0, F32, F32, "pairs"), Mx("fp8", "ceiling")]
+    made += [Mx(element, "rounded", read) for element in ("fp4", "fp8") for read in (F32, kind)]  # type: ignore[arg-type]
+    return made
+
+
+def shared(block: torch.Tensor, kind: DType) -> list[Encoding]:
+    top = float(torch.nan_to_num(block.float(), 0.0, 0.0, 0.0).abs().max())
+    rules = (("divisor", F32), ("divisor", kind), ("multiplier", F32))
+    return [NvFp4("key", rule, rounding, shared_scale(top, rule, rounding)) for rule, rounding in rules]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("source", [F32, F16, BF16], ids=str)
+def test_kernels_give_the_bytes_of_the_definitions(source: DType) -> None:
+    for block in (weights(130, 192, source), any_bits(34, 64, source, 4)):
+        for codec in codecs(source) + shared(block, source):
+            check(codec, block, source)
+    block = weights(66, 64, source)
+    for codec in codecs(source) + shared(block, source):
+        check(codec, block, source, start=7, stride=100)
+
+
+@pytest.mark.parametrize("source", [F32, F16, BF16], ids=str)
+def test_what_is_decoded_lies_within_the_bound(source: DType) -> None:
+    block = weights(130, 192, source)
+    block = torch.where(block.float().abs() > 1e30, 0.0, block)  # the bounds are those of rows that overflow nothing
+    for codec in codecs(source) + shared(block, source):
+        parts = [part.clone() for part in codec.encode(block, Findings())]
+        gap = (codec.decode(parts, *block.shape) - codec.values(block)).abs()
+        over = gap - codec.error(block)
+        assert bool((over <= 0).all()), f"{codec}: {float(over.max())} in row {int(over.amax(1).argmax())}"
+
+
+def test_edges_of_two_tiles_do_not_meet() -> None:
+    block = torch.randn(200, 300, generator=torch.Generator().manual_seed(1))
+    codes, scales = Fp8Block().encode(block, Findings())
+    grid = scales.view(torch.float32).reshape(2, 3)
+    for i in range(2):
+        for j in range(3):
+            tile = block[128 * i : 128 * (i + 1), 128 * j : 128 * (j + 1)]
+            assert float(grid[i, j]) == float(np.float32(tile.abs().max().numpy()) / np.float32(448))
+    assert codes.numel() == 200 * 300
