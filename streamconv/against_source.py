@@ -23,6 +23,7 @@ from streamconv.errors import BudgetError, DataError, RefusedError, StreamconvEr
 from streamconv.options import Options, Resources
 from streamconv.plan import OutputFile, Plan
 from streamconv.quants.base import Encoding
+from streamconv.stages.mapped import mapped
 from streamconv.targets.trtllm.stated import options_of
 from streamconv.verdict import TensorError, Verdict
 
@@ -200,11 +201,12 @@ def _compare(
     costs = [dataclasses.replace(cost, fixed=cost.fixed + BUFFER) for cost in api.costs_of(plan)]
     api.foresee(plan, resources, costs)  # a budget that is far too small is refused before anything is loaded
     api.load_kernels(plan)
-    shares = budget.share(resources.memory_budget, resources.workers, memory.resident(), api.dearest(plan, costs))
     sink = Compared(plan, files)
-    pool = Pool(plan, index.shards, sink, shares, costs, resources.tile_rows, lambda read, _: progress(read))
     try:
-        pool.run()
+        with mapped(resources.read, plan, any(cost.kernel for cost in costs)) as windows:
+            shares = budget.share(resources.memory_budget, resources.workers, memory.resident(), api.dearest(plan, costs))
+            pool = Pool(plan, index.shards, sink, shares, costs, resources.tile_rows, lambda read, _: progress(read), mapped=windows)
+            pool.run()
     except DataError as refused:
         verdict.problems.append(f"this source gives no checkpoint: {refused}")
         return

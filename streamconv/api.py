@@ -21,6 +21,7 @@ from streamconv.fs import Disk, named
 from streamconv.hub.fetch import Fetch
 from streamconv.options import Options, Resources
 from streamconv.plan import Plan
+from streamconv.stages.mapped import mapped
 from streamconv.targets.trtllm.planner import make_plan
 from streamconv.writer import Writer, check_plan
 
@@ -54,13 +55,14 @@ class Report:
     """What a conversion did: bytes, seconds, peak memory, and everything the user should know.
 
     `profile` says where the time went, in seconds: loading, creating the files, an average worker's share of each phase, all tiles
-    together, and the final sync.
+    together, and the final sync. Of `bytes_read`, `bytes_mapped` were encoded from a mapping of the source, without a copy.
     """
 
     out: str
     files: int
     tensors: int
     bytes_read: int
+    bytes_mapped: int
     bytes_written: int
     seconds: float
     peak_memory: int
@@ -281,6 +283,7 @@ def _convert(
             workers = resources.workers
             if backends and workers is None:
                 workers = device.slots(budget.processors(), len(backends)) * len(backends)
+            windows = closing.enter_context(mapped("pread" if backends else resources.read, plan, any(cost.kernel for cost in costs)))
             base = memory.resident() + hub.memory_of(index) + pinned
             best = budget.BEST_ARENA
             if backends and workers:
@@ -298,9 +301,8 @@ def _convert(
             fetch = Fetch(plan, index.shards, writer.past, resources.hub_keep)
             tile = watcher.tile
             devices = (lambda worker, arena: rings[worker % len(rings)].slot(arena)) if rings else None
-            pool = Pool(
-                plan, index.shards, writer.folder, shares, costs, rows, tile, devices, journal, writer.past, fetch.consumed
-            )
+            folder, past = writer.folder, writer.past
+            pool = Pool(plan, index.shards, folder, shares, costs, rows, tile, devices, journal, past, fetch.consumed, windows)
             try:
                 fetch.start()
                 outcome = pool.run()
@@ -332,6 +334,7 @@ def _convert(
         files=len(plan.files),
         tensors=sum(len(file.tensors) for file in plan.files),
         bytes_read=outcome.bytes_read,
+        bytes_mapped=outcome.bytes_mapped,
         bytes_written=plan.bytes_written,
         seconds=clock() - began,
         peak_memory=memory.peak_resident(),

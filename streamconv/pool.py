@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import mmap
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from streamconv import memory
 from streamconv.budget import Shares, TileCost
+from streamconv.checkpoint.mapping import Window
 from streamconv.checkpoint.shard import Shard
 from streamconv.device.ring import Slot
 from streamconv.device.step import Job
@@ -26,7 +28,9 @@ from streamconv.results import Results
 from streamconv.resume import believe
 from streamconv.stages.encode import Request, encode, is_copy, requests, row_costs
 from streamconv.stages.judge import judge
-from streamconv.stages.read import give_back, read_rows, spare_bytes_per_row
+from streamconv.stages.mapped import Mapped
+from streamconv.stages.read import give_back as give_back_rows
+from streamconv.stages.read import read_rows, spare_bytes_per_row
 
 if TYPE_CHECKING:
     import numpy as np
@@ -66,6 +70,7 @@ class Outcome:
         hashes: (file name, tensor name) -> XXH3-128 of the tensor's bytes, hex.
         overflow: source tensor -> finite values that became infinite in the model dtype.
         nonfinite: source tensor -> NaN or infinite values that were quantized all the same.
+        bytes_mapped: of bytes_read, those that were encoded where the page cache holds them.
         resumed: tiles of an earlier run that were believed, after a look at their bytes.
         seconds: worker seconds spent in each of PHASES, over all workers.
     """
@@ -74,6 +79,7 @@ class Outcome:
     overflow: dict[str, int] = field(default_factory=dict)
     nonfinite: dict[str, int] = field(default_factory=dict)
     bytes_read: int = 0
+    bytes_mapped: int = 0
     bytes_written: int = 0
     tiles: int = 0
     resumed: int = 0
@@ -95,6 +101,7 @@ class Pool:
         journal: told of every tile that is safely on the disk.
         past: span -> finished row ranges of an earlier run, ascending.
         consumed: called with (span, source rows) when these rows will not be read again.
+        mapped: maps tiles that need not be read; not for devices, which copy from pinned memory.
     """
 
     def __init__(
@@ -110,10 +117,11 @@ class Pool:
         journal: Journal | None = None,
         past: Mapping[int, Sequence[Done]] | None = None,
         consumed: Callable[[int, int], None] = lambda span, rows: None,
+        mapped: Mapped | None = None,
     ) -> None:
         self.plan, self.shards, self.folder, self.shares = plan, shards, folder, shares
         self.costs, self.tile_rows, self.progress, self.devices = costs, tile_rows, progress, devices
-        self.past, self.consumed = past or {}, consumed
+        self.past, self.consumed, self.mapped = past or {}, consumed, mapped
         self._recorder = Recorder(journal, folder, self.fail) if journal is not None and isinstance(folder, OutputFolder) else None
         self.outcome = Outcome()
         self._order = Order(plan.matrices)
@@ -210,14 +218,12 @@ class Pool:
         self.results.stop()
 
     def _work(self, number: int) -> None:
-        import mmap
-
         import numpy as np
 
         try:
             if self.devices is not None:
                 slot = self.devices(number, self.shares.arena)
-                self._take_tiles(number, slot.arena, slot, lambda: None)
+                self._take_tiles(number, slot.arena, slot, lambda *_: None)
                 return
             # mapped and not allocated: all of it goes back to the system as soon as nothing refers to it
             mapped = mmap.mmap(-1, max(self.shares.arena, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -232,7 +238,7 @@ class Pool:
             self.fail(error)
 
     def _take_tiles(
-        self, number: int, arena: np.ndarray[Any, Any], slot: Slot | None, give_back: Callable[[], object]
+        self, number: int, arena: np.ndarray[Any, Any], slot: Slot | None, give_back: Callable[..., object]
     ) -> None:
         while True:
             if number and self._pressed():
@@ -244,10 +250,10 @@ class Pool:
             if tile is None:
                 return
             if tile.done is None:
-                self._do(tile, arena, slot)
+                self._do(tile, arena, slot, give_back)
             elif not self._believe(tile, tile.done, arena):
                 for piece in self._pieces(tile.span, tile.start, tile.stop):
-                    self._do(piece, arena, slot)
+                    self._do(piece, arena, slot, give_back)
 
     def _pressed(self) -> bool:
         """Memory is short and there is work: all workers but the first wait."""
@@ -269,7 +275,26 @@ class Pool:
         self.progress((tile.stop - tile.start) * span.row_bytes, 0)
         return True
 
-    def _do(self, tile: Tile, arena: np.ndarray[Any, Any], slot: Slot | None) -> None:
+    def _do(self, tile: Tile, arena: np.ndarray[Any, Any], slot: Slot | None, give_back: Callable[..., object]) -> None:
+        """Do a tile, read or mapped.
+
+        Args:
+            give_back: gives the memory of the arena back, or (first byte, bytes) of it.
+        """
+        span, began = self.plan.spans[tile.span], time.monotonic()
+        window = self.mapped.window(self.shards, span, tile.start, tile.stop) if self.mapped is not None and slot is None else None
+        if window is None:
+            self._encode(tile, arena, slot, None, began)
+            return
+        # what is mapped takes the place of as much of the arena
+        size = -(-window.data.size // mmap.PAGESIZE) * mmap.PAGESIZE
+        give_back(max(arena.size // mmap.PAGESIZE * mmap.PAGESIZE - size, 0), size)
+        with window:
+            self._encode(tile, arena, slot, window, began)
+        if span.reduce is None:
+            give_back_rows(self.shards, span, tile.start, tile.stop)
+
+    def _encode(self, tile: Tile, arena: np.ndarray[Any, Any], slot: Slot | None, window: Window | None, began: float) -> None:
         import xxhash
 
         span = self.plan.spans[tile.span]
@@ -277,20 +302,22 @@ class Pool:
         size, stored = source_rows * span.row_bytes, source_rows * span.stored_row_bytes
         spare = source_rows * spare_bytes_per_row(span)
         spent = dict.fromkeys(PHASES, 0.0)
-        began = time.monotonic()
-        block = read_rows(self.shards, span, tile.start, tile.stop, arena, arena[size : size + spare])
+        if window is None:
+            block = read_rows(self.shards, span, tile.start, tile.stop, arena, arena[size : size + spare])
+            space = arena[-(-(size + spare) // 64) * 64 :]
+        else:
+            block, space = window.data, arena
         now = time.monotonic()
         spent["read"] = now - began
-        if span.reduce is None:  # else a later pass reads them again
-            give_back(self.shards, span, tile.start, tile.stop)
+        if span.reduce is None and window is None:  # else a later pass reads them again
+            give_back_rows(self.shards, span, tile.start, tile.stop)
         self.consumed(tile.span, source_rows)
         if span.reduce is not None:
-            self._reduce(span, source_rows, block, slot)
+            self._reduce(span, source_rows, block, slot, window)
             spent["compute"] = time.monotonic() - now
-            self._did(tile, stored, 0, spent)
+            self._did(tile, stored, 0, spent, window)
             return
         rows = span.op.out_rows(source_rows)
-        space = arena[-(-(size + spare) // 64) * 64 :]
         skipped = span.op.out_rows(tile.start - span.start)
         written, files, hashes, found = 0, set[str](), [], Findings()
         wanted = requests(span, self.plan.matrices)
@@ -324,12 +351,14 @@ class Pool:
                     files.add(name)
                     written += part.size
                 spent["write"] += time.monotonic() - now
+        if window is not None:
+            window.check()
         if self._recorder is not None:
             done = Done(tile.span, tile.start, tile.stop, tuple(hashes), found.overflow, found.nonfinite)
             self._recorder.add(done, files, written)
-        self._did(tile, stored, written, spent)
+        self._did(tile, stored, written, spent, window)
 
-    def _reduce(self, span: Span, rows: int, block: np.ndarray[Any, Any], slot: Slot | None) -> None:
+    def _reduce(self, span: Span, rows: int, block: np.ndarray[Any, Any], slot: Slot | None, window: Window | None) -> None:
         """A tile of an earlier pass: it is not in the journal, a resumed run reads it again."""
         if span.reduce is None:
             raise AssertionError(f"{span.source.name}: nothing to reduce")
@@ -343,10 +372,13 @@ class Pool:
 
             matrix = torch.from_numpy(block).view(getattr(torch, span.source.dtype.torch)).reshape(rows, span.source.cols)
             found = span.reduce.tile(matrix, self.results).numpy()
+        if window is not None:
+            window.check()
         self.results.add(span.reduce.key, rows, found)
 
-    def _did(self, tile: Tile, stored: int, written: int, spent: Mapping[str, float]) -> None:
+    def _did(self, tile: Tile, stored: int, written: int, spent: Mapping[str, float], window: Window | None) -> None:
         with self._lock:
+            self.outcome.bytes_mapped += stored if window is not None else 0
             self.outcome.bytes_read += stored
             self.outcome.bytes_written += written
             self.outcome.tiles += 1

@@ -1,8 +1,7 @@
 """One source file: opened lazily, read with positioned reads only, and noticed when it changes under us.
 
-Windows are copies, not memory maps: a mapped page of a file that someone truncates kills the process with SIGBUS, even
-when it was populated before (truncation takes pages out of the page tables again). A copy costs one pass over memory,
-at several times the speed of a disk, and works the same on network file systems.
+What is read is copied: that works for cold files and on every file system. Mappings (mapping.py) save the copy of what is in the
+page cache; a mapped page of a file that someone cuts off gives SIGBUS, even when it was populated before, so they are guarded.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from types import TracebackType
 from typing import NamedTuple
 
 from streamconv.checkpoint.header import Header, read_header
+from streamconv.checkpoint.mapping import whole_view
 from streamconv.errors import CheckpointError, SourceChangedError, UnreadableError, printable
 from streamconv.process import raise_file_limit
 
@@ -132,7 +132,7 @@ class Shard:
                     os.close(fd)
                     raise self._changed("was replaced or changed")
                 if self._identity is None:
-                    self._cold = not _mostly_cached(fd, now.size)
+                    self._cold = 2 * _cached_places(fd, 0, now.size, _SAMPLE) < _SAMPLE
                 self._identity, self._fd = now, fd
             return self._fd
 
@@ -142,7 +142,7 @@ class Shard:
         return self._fd >= 0 and not self._users
 
     @contextlib.contextmanager
-    def _descriptor(self) -> Iterator[int]:
+    def descriptor(self) -> Iterator[int]:
         """The descriptor, which stays open meanwhile."""
         with _using:
             self._users += 1
@@ -186,7 +186,7 @@ class Shard:
         Raises:
             HeaderError: it breaks a rule of the format.
         """
-        with self._descriptor() as fd:
+        with self.descriptor() as fd:
             return read_header(fd, self.path)
 
     def close(self) -> None:
@@ -250,6 +250,26 @@ class Shard:
         self.read_into(begin, buffer)
         yield memoryview(buffer).toreadonly()
 
+    def view(self, begin: int, end: int) -> memoryview:
+        """The bytes [begin, end) of the file, read-only, for as long as anybody keeps them; see `whole_view`."""
+        return whole_view(self, begin, end)
+
+    def cached(self, begin: int, end: int) -> bool:
+        """Most of the file was in the page cache before we read any of it, and all of this range seems to be."""
+        with self.descriptor() as fd:
+            return not self._cold and _cached_places(fd, begin, end, _SAMPLE) == _SAMPLE
+
+    def lost(self, end: int) -> CheckpointError:
+        """The error for bytes up to `end` that could not be had."""
+        try:
+            with self.descriptor() as fd:
+                now = identity_of(os.fstat(fd))
+        except CheckpointError as error:
+            return error
+        if now.size < end:
+            return self._changed(f"ends at byte {now.size}, {end - now.size} bytes early")
+        return self._unreadable("cannot be read") if now == self._identity else self._changed("was replaced or changed")
+
     def give_back(self, begin: int, end: int) -> None:
         """These bytes are not needed again: out of the page cache with them, if it was us who brought them in.
 
@@ -268,7 +288,7 @@ class Shard:
         expected = self._identity or self.identity
         try:
             by_path = identity_of(os.stat(self.path))
-            with self._descriptor() as fd:
+            with self.descriptor() as fd:
                 by_fd = identity_of(os.fstat(fd))
         except FileNotFoundError:
             raise self._changed("is gone") from None
@@ -279,7 +299,7 @@ class Shard:
             raise self._changed(f"changed its size to {by_path.size} bytes" if shrank else "was replaced or changed")
 
     def _fill(self, offset: int, views: list[memoryview]) -> None:
-        with self._descriptor() as fd:
+        with self.descriptor() as fd:
             self._fill_from(fd, offset, views)
 
     def _fill_from(self, fd: int, offset: int, views: list[memoryview]) -> None:
@@ -311,17 +331,17 @@ class Shard:
         )
 
 
-def _mostly_cached(fd: int, size: int) -> bool:
-    """Whether most of a file is in the page cache, by a sample; True where the system does not tell."""
+def _cached_places(fd: int, begin: int, end: int, places: int) -> int:
+    """How many of some places between two offsets are in the page cache; all of them where the system does not tell."""
     here = 0
-    for place in range(_SAMPLE):
+    for place in range(places):
         try:
-            here += os.preadv(fd, [bytearray(1)], size * (2 * place + 1) // (2 * _SAMPLE), os.RWF_NOWAIT)
+            here += os.preadv(fd, [bytearray(1)], begin + (end - begin) * (2 * place + 1) // (2 * places), os.RWF_NOWAIT)
         except BlockingIOError:
             pass
         except (OSError, AttributeError):
-            return True
-    return 2 * here >= _SAMPLE
+            return places
+    return here
 
 
 def identity_of(status: os.stat_result) -> Identity:

@@ -108,6 +108,9 @@ class HubShard(Shard):
             self._head += self.read_range(len(self._head), stop)
         return parse_header(self._head, self.file.size, shown)
 
+    def view(self, begin: int, end: int) -> memoryview:
+        return super().view(begin, end) if self._local() else memoryview(self.read_range(begin, end))
+
     def check_unchanged(self) -> None:
         """A commit does not change; the copy in the cache could."""
         if self._checked:
