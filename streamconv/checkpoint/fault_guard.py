@@ -43,19 +43,22 @@ class Table(ctypes.Structure):
 
     Attributes:
         mmap, sigaction, throw: addresses of the C library's mmap, sigaction and raise.
-        old: the handler that was there before, or SIG_DFL (0) or SIG_IGN (1); old_action: address of its struct sigaction.
+        old: the handler that was there before, or SIG_DFL (0) or SIG_IGN (1).
+        default: address of a struct sigaction that means SIG_DFL.
+        once: the old handler may come back to ours: after its first call the system is next.
         page: bytes of a page.
     """
 
     _fields_ = (
-        *((name, ctypes.c_uint64) for name in ("mmap", "sigaction", "throw", "old", "old_action", "page")),
+        *((name, ctypes.c_uint64) for name in ("mmap", "sigaction", "throw", "old", "default", "once", "page")),
         ("slots", Slot * MOST),
     )
     mmap: int
     sigaction: int
     throw: int
     old: int
-    old_action: int
+    default: int
+    once: int
     page: int
     slots: ctypes.Array[Slot]
 
@@ -63,9 +66,12 @@ class Table(ctypes.Structure):
 _libc = ctypes.CDLL(None, use_errno=True)
 _lock = threading.Lock()
 _guards = 0
+_linked = False
+"""A handler that came later could not be asked to forget ours."""
 _taken: set[int] = set()
 _old = ctypes.create_string_buffer(_ACTION.size)
-"""The action before ours; never freed, as the table points to it."""
+"""The action before ours."""
+_default = ctypes.create_string_buffer(_ACTION.size)
 
 
 def known_platform() -> bool:
@@ -120,15 +126,21 @@ class FaultGuard:
 
     def _leave(self) -> None:
         """Put the old handler back once nobody needs ours; where another came later, it goes on to ours, and ours to the old one."""
-        if not _guards and not _taken and _current() == self._handler:
+        global _linked
+        if _guards or _taken:
+            return
+        if _current() == self._handler:
             _set(_old)
+        else:
+            _linked = True
 
     def _install(self) -> None:
         if _current() == self._handler:
             return
         _check(_libc.sigaction(signal.SIGBUS, None, _old))
         table = self._table
-        table.old, table.old_action, table.page = _ACTION.unpack(_old)[0] or 0, ctypes.addressof(_old), mmap.PAGESIZE
+        table.old, table.default, table.page = _ACTION.unpack(_old)[0] or 0, ctypes.addressof(_default), mmap.PAGESIZE
+        table.once = int(_linked)
         for name, function in (("mmap", _libc.mmap), ("sigaction", _libc.sigaction), ("throw", _libc["raise"])):
             setattr(table, name, ctypes.cast(function, ctypes.c_void_p).value)
         ours = ctypes.create_string_buffer(_ACTION.pack(self._handler, b"", _SIGINFO | _ONSTACK, 0), _ACTION.size)

@@ -7,6 +7,7 @@ table of machine words of its own; `on_fault` with signal number 0 gives that ta
 from __future__ import annotations
 
 import ctypes
+import threading
 from functools import cache
 from typing import Any
 
@@ -17,8 +18,8 @@ from numba.extending import intrinsic
 from streamconv.checkpoint.fault_guard import MOST, Slot, Table
 from streamconv.kernels.jit import callback
 
-_MMAP, _SIGACTION, _THROW, _OLD, _OLD_ACTION, _PAGE, _SLOTS = (
-    getattr(Table, name).offset for name in ("mmap", "sigaction", "throw", "old", "old_action", "page", "slots")
+_MMAP, _SIGACTION, _THROW, _OLD, _DEFAULT, _ONCE, _PAGE, _SLOTS = (
+    getattr(Table, name).offset for name in ("mmap", "sigaction", "throw", "old", "default", "once", "page", "slots")
 )
 _BEGIN, _END, _HIT, _SLOT = Slot.begin.offset, Slot.end.offset, Slot.hit.offset, ctypes.sizeof(Slot)  # type: ignore[attr-defined]
 _ACCESS, _KIND = 0x1 | 0x2, 0x02 | 0x10 | 0x20
@@ -89,17 +90,27 @@ def _on_fault(number: int, info: int, context: int) -> None:
                 return
     old = _load(table, _OLD)
     if old > types.uint64(1):
-        _store(table, _OLD, types.uint64(0))  # should it call us again, the system is next
+        if _load(table, _ONCE):
+            _store(table, _OLD, types.uint64(0))
         _call(old, number, info, context, 0, 0, 0)
-        _store(table, _OLD, old)
         return
-    _call(_load(table, _SIGACTION), number, _load(table, _OLD_ACTION), 0, 0, 0, 0)
+    if sent and old == types.uint64(1):
+        return
+    _call(_load(table, _SIGACTION), number, _load(table, _DEFAULT), 0, 0, 0, 0)
     _call(_load(table, _THROW), number, 0, 0, 0, 0, 0)  # waits until we return
 
 
-@cache
+_lock = threading.Lock()
+
+
 def handler() -> tuple[int, int]:
-    """(address of the handler, address of its table); compiled at the first call."""
+    """(address of the handler, address of its table), the same at each call; compiled at the first."""
+    with _lock:
+        return _compiled()
+
+
+@cache
+def _compiled() -> tuple[int, int]:
     address = callback(types.void(types.int32, types.uint64, types.uint64), _on_fault)
     told = ctypes.c_uint64()
     ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)(address)(0, ctypes.addressof(told), None)
