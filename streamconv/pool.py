@@ -228,7 +228,8 @@ class Pool:
             # mapped and not allocated: all of it goes back to the system as soon as nothing refers to it
             mapped = mmap.mmap(-1, max(self.shares.arena, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             with contextlib.suppress(OSError, AttributeError):  # a kernel without huge pages
-                mapped.madvise(mmap.MADV_HUGEPAGE)
+                # beside a window, huge pages would bring more of the arena back than is used
+                mapped.madvise(mmap.MADV_HUGEPAGE if self.mapped is None else mmap.MADV_NOHUGEPAGE)
             give_back = functools.partial(mapped.madvise, mmap.MADV_DONTNEED)
             self._take_tiles(number, np.frombuffer(mapped, np.uint8), None, give_back)
         except Stop:
