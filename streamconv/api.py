@@ -24,6 +24,7 @@ from streamconv.planning.memory_plan import Shares, TileCost
 from streamconv.planning.plan import Plan
 from streamconv.progress import Meter, unwatched
 from streamconv.run.fs import Disk, named
+from streamconv.run.mapped import mapped
 from streamconv.run.writer import Writer, check_plan
 from streamconv.targets.base import Target
 
@@ -36,13 +37,14 @@ class Report:
     """What a conversion did: bytes, seconds, peak memory, and everything the user should know.
 
     `profile` says where the time went, in seconds: loading, creating the files, an average worker's share of each phase, all tiles
-    together, and the final sync.
+    together, and the final sync. Of `bytes_read`, `bytes_mapped` were encoded from a mapping of the source, without a copy.
     """
 
     out: str
     files: int
     tensors: int
     bytes_read: int
+    bytes_mapped: int
     bytes_written: int
     seconds: float
     peak_memory: int
@@ -246,6 +248,7 @@ def _convert(
             workers = resources.workers
             if backends and workers is None:
                 workers = device.slots(memory_plan.processors(), len(backends)) * len(backends)
+            windows = closing.enter_context(mapped("pread" if backends else resources.read, plan, any(cost.kernel for cost in costs)))
             base = memory.resident() + hub.memory_of(index) + pinned + growth(plan)
             best = memory_plan.BEST_ARENA
             if backends and workers:
@@ -262,9 +265,8 @@ def _convert(
             rows, journal = resources.tile_rows, writer.journal
             fetch = Fetch(plan, index.shards, writer.past, resources.hub_keep)
             devices = (lambda worker, arena: rings[worker % len(rings)].slot(arena)) if rings else None
-            pool = Pool(
-                plan, index.shards, writer.folder, shares, costs, rows, meter.tile, devices, journal, writer.past, fetch.consumed
-            )
+            folder, past = writer.folder, writer.past
+            pool = Pool(plan, index.shards, folder, shares, costs, rows, meter.tile, devices, journal, past, fetch.consumed, windows)
             try:
                 fetch.start()
                 outcome = pool.run()
@@ -297,6 +299,7 @@ def _convert(
         files=len(plan.files),
         tensors=sum(file.tensors for file in plan.files),
         bytes_read=outcome.bytes_read,
+        bytes_mapped=outcome.bytes_mapped,
         bytes_written=plan.bytes_written,
         seconds=clock() - began,
         peak_memory=memory.peak_resident(),

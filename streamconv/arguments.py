@@ -79,5 +79,6 @@ def _hint(field: str, value: object) -> str | None:
         return None
 
 
-def _a(value: object) -> str:  # a class counts as one, whatever made it
-    return "None" if value is None else f"a value of type {type(value).__name__}"
+def _a(value: object) -> str:
+    kind = "type" if isinstance(value, type) else type(value).__name__  # a class is one, whatever made it
+    return "None" if value is None else f"a value of type {kind}"

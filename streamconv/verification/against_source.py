@@ -27,6 +27,7 @@ from streamconv.progress import Meter
 from streamconv.quants.base import Encoding
 from streamconv.run import manifest
 from streamconv.run.compared import BUFFER, Compared, Difference
+from streamconv.run.mapped import mapped
 from streamconv.targets import target_from_json
 from streamconv.targets.base import Target
 from streamconv.targets.trtllm.options import TensorRTLLM
@@ -220,12 +221,13 @@ def _compare(
     costs = [dataclasses.replace(cost, fixed=cost.fixed + BUFFER) for cost in api.costs_of(plan)]
     api.foresee(plan, resources, costs)  # a budget that is far too small is refused before anything is loaded
     api.load_kernels(plan)
-    shares = memory_plan.share(resources.memory_budget, resources.workers, memory.resident(), api.dearest(plan, costs))
     sink = Compared(plan, files, headers)
-    pool = Pool(plan, index.shards, sink, shares, costs, resources.tile_rows, meter.tile)
-    meter.begin("comparing", plan.bytes_read, memory_budget=shares.budget)
     try:
-        pool.run()
+        with mapped(resources.read, plan, any(cost.kernel for cost in costs)) as windows:
+            shares = memory_plan.share(resources.memory_budget, resources.workers, memory.resident(), api.dearest(plan, costs))
+            meter.begin("comparing", plan.bytes_read, memory_budget=shares.budget)
+            pool = Pool(plan, index.shards, sink, shares, costs, resources.tile_rows, meter.tile, mapped=windows)
+            pool.run()
     except DataError as refused:
         verdict.problems.append(f"this source gives no checkpoint: {refused}")
         return

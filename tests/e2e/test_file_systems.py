@@ -14,12 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from streamconv import api
+from streamconv import api, mounts
 from streamconv.checkpoint import shard as shards
 from streamconv.cli.main import main
 from streamconv.errors import OutputError, UnreadableError, UsageError
 from streamconv.options import Resources
-from streamconv.run import mounts
 from streamconv.run.fs import Disk, free_space, hidden
 from streamconv.run.output_folder import OutputFolder
 from streamconv.targets.trtllm.options import TensorRTLLM
