@@ -109,8 +109,6 @@ def _with_ranges(folder: Path, options: TensorRTLLM, ranges: str | None) -> Tens
             raise UsageError("--activation-ranges: this checkpoint was made without any")
         return dataclasses.replace(options, activation_ranges=ranges)
     if options.activation_ranges is None:
-        if options.needs_ranges():
-            raise UsageError("--source: this checkpoint was made with activation ranges", hint="name their file: --activation-ranges FILE")
         return options
     known = Path(options.activation_ranges)
     places = [known, folder.absolute().parent / known.name, folder.absolute().parent / f"{folder.absolute().name}.ranges.safetensors"]
@@ -142,6 +140,11 @@ def _planned(
         except RefusedError as error:  # a generation that this release does not know, or a source for something else
             refused = error
             continue
+        except UsageError:
+            if options.activation_ranges is not None or not options.needs_ranges():
+                raise
+            hint = "name their file: --activation-ranges FILE"
+            raise UsageError("--source: this checkpoint was made with activation ranges", hint=hint) from None
         stack.enter_context(contextlib.closing(index))
         made.append((_likeness(index, plan, headers, files) if len(choices) > 1 else 0.0, index, plan))
     if not made:

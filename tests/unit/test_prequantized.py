@@ -415,9 +415,9 @@ def test_modelopt_prequant_must_be_shared(tmp_path: Path) -> None:
         convert(write(tmp_path / "in", tensors, None), tmp_path / "out", TensorRTLLM(quant="int4_awq", group_size=64))
 
 
-@pytest.mark.parametrize("algo", ["NVFP4", "FP8", "W4A8_AWQ", "MIXED_PRECISION"])
+@pytest.mark.parametrize("algo", ["NVFP4", "W4A8_AWQ", "MIXED_PRECISION"])
 def test_other_modelopt_exports_refused(tmp_path: Path, algo: str) -> None:
-    model = write(tmp_path / "in", rest(), None)
+    model = write(tmp_path / "in", rest() | modelopt(linears(4, 64), 64, False), None)
     (model / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": algo}}))
     with pytest.raises(RefusedError, match=f"modelopt {algo}"):
         convert(model, tmp_path / "out", TensorRTLLM())
