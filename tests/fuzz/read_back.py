@@ -97,7 +97,8 @@ def spoil_bytes(data: bytes, random: Random) -> bytes:
         if action < 0.3:
             made[at : at + random.randint(1, 40)] = b""
         elif action < 0.6:
-            made[at:at] = random.choice((b"\0", b"{", b"[" * 200, b"9" * 5000, b"\xff", b"\n", b'"', b"*a", b"&a ", b"'''", b"1e999", b"0x" + b"f" * 5000))
+            odd = (b"\0", b"{", b"[" * 200, b"9" * 5000, b"\xff", b"\n", b'"', b"*a", b"&a ", b"'''", b"1e999", b"0x" + b"f" * 5000)
+            made[at:at] = random.choice(odd)
         elif at < len(made):
             made[at] = random.randrange(256)
     return bytes(made)
@@ -183,7 +184,8 @@ class World:
         yaml = random.random() < 0.5
         path = self.folder / ("recipe.yaml" if yaml else "recipe.toml")
         mark = ": " if yaml else " = "
-        odd = ("10" * 3000, "0x" + "f" * 5000, "nan", "inf", "1e999", "[" * 100, "[" * 5000, "{a: &x [1], b: [*x, *x]}", "'x'", "2020-01-01", "99999-01-01")
+        odd = ("10" * 3000, "0x" + "f" * 5000, "nan", "inf", "1e999", "[" * 100, "[" * 5000, "{a: &x [1], b: [*x, *x]}", "'x'",
+               "2020-01-01", "99999-01-01")  # fmt: skip
         values = {"model": '"m"', "tp-size": "2", "quant": '"int8"', "smoothquant": "0.5"}
         values[random.choice((*values, "workers", "extra", "a.b.c"))] = random.choice(odd)
         text = "\n".join(f"{key}{mark}{value}" for key, value in values.items()).encode()
@@ -212,7 +214,8 @@ class World:
         lines = copy.deepcopy(self.lines)
         for line in random.sample(lines[1:], 2):
             number, start, stop = line["tile"]
-            line["tile"] = [random.choice((number, 0, 10**9)), random.choice((start, start + 1, stop)), random.choice((stop, stop - 1, start, 10**9))]
+            edges = ((number, 0, 10**9), (start, start + 1, stop), (stop, stop - 1, start, 10**9))
+            line["tile"] = [random.choice(edge) for edge in edges]
             line["hash"] = random.choice((line["hash"], [], [[]], [["0" * 32]] * 2, [[5]], "x", [[xxhash.xxh3_128(b"").hexdigest()]]))
         return lines if random.random() < 0.5 else [lines[0], *(spoil(line, random) for line in lines[1:])]
 
