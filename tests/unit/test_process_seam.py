@@ -98,7 +98,7 @@ def test_no_library_is_asked_to_run_the_code_of_a_model() -> None:
                 trust = {word.arg: getattr(word.value, "value", None) for word in node.keywords}
                 assert trust.get("trust_remote_code") is False, (path, node.lineno)
             if isinstance(node, ast.ImportFrom | ast.Import) and "transformers" in _names_of(node):
-                assert path.name in ("pretrained.py", "run.py"), f"{path}: transformers has one door, calibrate/pretrained.py"
+                assert path.name in ("pretrained.py", "run.py"), f"{path}: transformers has one door, calibration/pretrained.py"
 
 
 def _names_of(node: ast.Import | ast.ImportFrom) -> set[str]:
