@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from streamconv.beside import Beside
+from streamconv.run.beside import Beside
 
 from streamconv.errors import StreamconvError
 from streamconv.run.fs import Disk
