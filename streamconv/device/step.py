@@ -28,26 +28,27 @@ class Job:
     Attributes:
         request: columns and encoding, bound to its reductions.
         parts: set by `Slot.encode`: one uint8 view of the worker's arena for each part.
-        records: what is stored there.
         findings: what was met.
     """
 
     request: Request
     parts: list[Bytes] = field(default_factory=list)
-    records: list[Part] = field(default_factory=list)
     findings: Findings = field(default_factory=Findings)
 
 
 def lay_out(jobs: Sequence[Job], rows: int, space: Bytes) -> Bytes:
     """Give all parts of `rows` rows their places in `space`; what is left of it."""
     for job in jobs:
-        encoding = job.request[1]
-        for part in encoding.parts(encoding.row_align, width(job.request)):
+        for part in _records(job):
             size = part.nbytes(rows)
             job.parts.append(space[:size])
-            job.records.append(part)
             space = space[-(-size // 64) * 64 :]
     return space
+
+
+def _records(job: Job) -> Sequence[Part]:
+    encoding = job.request[1]
+    return encoding.parts(encoding.row_align, width(job.request))
 
 
 class Batch:
@@ -79,7 +80,7 @@ class Batch:
                 made.append(job.request[1].encode(block, told))
                 continue
             waiting.append((len(made), launch, block))
-            sizes = [part.nbytes(matrix.shape[0]) for part in job.records]
+            sizes = [part.nbytes(matrix.shape[0]) for part in _records(job)]
             made.append([torch.empty(size, dtype=torch.uint8, device=matrix.device) for size in sizes])
         for number, launch, block in waiting:  # at last: a step that finds no memory is done again, and counted once
             assert counts is not None
@@ -90,7 +91,7 @@ class Batch:
         """Where the parts of rows [first, first + take) belong; `found` is counted."""
         for job, told in zip(self.jobs, found, strict=True):
             job.findings.add(told)
-        each = [(place, part, part.nbytes(first)) for job in self.jobs for place, part in zip(job.parts, job.records, strict=True)]
+        each = [(place, part, part.nbytes(first)) for job in self.jobs for place, part in zip(job.parts, _records(job), strict=True)]
         return [place[begin : begin + part.nbytes(take)] for place, part, begin in each]
 
     def count(self, notes: Bytes) -> None:
