@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from streamconv.run.manifest import NAME
+from streamconv.verification.check import verify
 from tests.golden_hf import cases
 from tests.golden_hf.cases import Case, check
 from tests.golden_hf.conftest import Models, convert
@@ -18,6 +20,10 @@ def test_case(case: Case, models: Models, tmp_path: Path) -> None:
     source = models.source(case)
     convert(case, source, tmp_path / "out")
     check(case, source, tmp_path / "out")
+    verdict = verify(tmp_path / "out")
+    assert not verdict.problems and verdict.hashed == verdict.tensors
+    (tmp_path / "out" / NAME).unlink()  # judged as another tool's
+    assert not verify(tmp_path / "out").problems
 
 
 def test_all_cases_are_here() -> None:
