@@ -12,7 +12,6 @@ from streamconv.targets.hf.recipes import ARITHMETICS, RECIPES, Recipe
 from streamconv.targets.hf.target import HuggingFace
 from tests.gpu.world import files, wide
 
-
 WEIGHTS_ONLY = [recipe for recipe in RECIPES if recipe.input_scale is None]
 
 
