@@ -53,8 +53,12 @@ def named(source: str | os.PathLike[str]) -> tuple[str, str | None] | None:
     return found[1], found[2]
 
 
-def listing(name: str, revision: str | None) -> tuple[Repo, dict[str, RepoFile]]:
-    """The files at the top of a repository, at the commit that the revision means now; all that the listing says is checked here."""
+def listing(name: str, revision: str | None, nested: list[str] | None = None) -> tuple[Repo, dict[str, RepoFile]]:
+    """The files at the top of a repository, at the commit that the revision means now; all that the listing says is checked here.
+
+    Args:
+        nested: gets the names of the files in folders, which are not read.
+    """
     import huggingface_hub
     from huggingface_hub.errors import OfflineModeIsEnabled
 
@@ -76,6 +80,8 @@ def listing(name: str, revision: str | None) -> tuple[Repo, dict[str, RepoFile]]
     for found in info.siblings or ():
         file, lfs = found.rfilename, found.lfs
         if type(file) is str and (not plain(file)):
+            if nested is not None and "/" in file and all(map(plain, file.split("/"))):
+                nested.append(file)
             continue  # in a folder, or under a name that is never read
         size, oid = (found.size, found.blob_id) if lfs is None else (lfs.size, lfs.sha256)
         if type(file) is not str or type(size) is not int or not 0 <= size < 1 << 63 or type(oid) is not str or not _HASH.fullmatch(oid):

@@ -18,6 +18,7 @@ from streamconv.quants.base import Encoding, Part
 from streamconv.quants.fp8_tensor import Fp8Scale, WeightMaximum
 from streamconv.quants.plain import Plain
 from streamconv.targets.hf import config_json
+from streamconv.targets.hf.card import NAME, Done, card, left
 from streamconv.targets.hf.recipes import BLOCK, Recipe, Request
 from streamconv.targets.hf.rules import Module, classify, default_reason, grouped, matches, partners, split_groups
 from streamconv.targets.hf.side_files import side_files
@@ -235,7 +236,12 @@ class Layout:
         floats = {self._plain_dtype(w, stored) for w in stored.weights.values() if w.dtype.name in _FLOATS}
         changed = self.target.dtype != "auto" and self.recipe is None and floats == {self.into}
         config = config_json.output_config(self.index.config, quantization, self.into.torch if changed else None)
-        self.draft.side_files += side_files(self.index, self.target, len(wanted))
+        copied, left_out = side_files(self.index)
+        self.draft.warnings += left_out
+        if self.recipe is not None:
+            done = Done(self.recipe.quant, self.recipe.container, self.target.arithmetic, len(wanted), left(ignore))
+            copied = [file for file in copied if file.name != NAME] + [card(self.index, done, copied)]
+        self.draft.side_files += copied
         if len(set(places.values())) > 1 or set(places.values()) != {"model.safetensors"}:
             self._add("model.safetensors.index.json", config_json.index_json(places, self.draft.tensor_bytes()))
         if self.recipe is not None and self.recipe.container == "modelopt":
