@@ -34,6 +34,10 @@ class RowSource(Protocol):
     def cols(self) -> int: ...
 
     @property
+    def row_align(self) -> int:
+        """Rows are read from a multiple of it to a multiple of it, or to the end."""
+
+    @property
     def stored_row_bytes(self) -> int:
         """Bytes of the files that a row is read from."""
 
@@ -96,6 +100,10 @@ class SourceTensor:
         return self.rows * self.cols * self.dtype.itemsize
 
     @property
+    def row_align(self) -> int:
+        return 1
+
+    @property
     def stored_row_bytes(self) -> int:
         return self.cols * self.dtype.itemsize
 
@@ -148,6 +156,10 @@ class PackedTensor(SourceTensor):
     module: str = ""
 
     @property
+    def row_align(self) -> int:
+        return {"awq": 8, "modelopt": 2}.get(self.packing, 1)
+
+    @property
     def stored_row_bytes(self) -> int:
         return self.cols * self.bits // 8
 
@@ -188,6 +200,7 @@ class DecodedTensor:
     per_col: int
     factor: float = 1.0
     divide: bool = False
+    row_align: int = 1
 
     @property
     def rows(self) -> int:
@@ -247,6 +260,7 @@ class Blank:
     rows: int = 1
     cols: int = 1
     pieces: tuple[Piece, ...] = ()
+    row_align: int = 1
     stored_row_bytes: int = 0
     scratch_row_bytes: int = 0
 

@@ -116,6 +116,11 @@ class Sources:
         other = self._others.get(number)
         return (other.dtype, other.cols) if other is not None else self._stored.kind(number)
 
+    def row_align(self, number: int) -> int:
+        """Rows that are read together."""
+        other = self._others.get(number)
+        return 1 if other is None else other.row_align
+
     def stored_row_bytes(self, number: int) -> int:
         """Bytes of the checkpoint that a row is read from; 0 for what is computed."""
         other = self._others.get(number)

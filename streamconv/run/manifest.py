@@ -63,7 +63,8 @@ def build(
     if no_lock:
         head["no_lock"] = True
     pairs = zip(plan.files, hashes, strict=True)
-    yield from _render(head, ((f.name, f.size, xxhash.xxh3_128(f.header).hexdigest(), zip(f.names(), held, strict=True)) for f, held in pairs))
+    listed = ((f.name, f.size, xxhash.xxh3_128(f.header).hexdigest(), zip(f.names(), held, strict=True)) for f, held in pairs)
+    yield from _render(head, listed)
 
 
 def _render(head: Mapping[str, Any], files: Iterable[_File]) -> Iterator[bytes]:

@@ -104,7 +104,8 @@ class Part:
         odd = foreign(marks, ours, self.path(manifest.NAME))
         odd += [name for name, mark in marks.items() if known is not None and known.get(name) != mark]
         if odd:
-            raise OutputError(f"{printable(str(self.path(odd[0])))} is not what a run leaves there", hint="move it away; nothing was removed")
+            shown = printable(str(self.path(odd[0])))
+            raise OutputError(f"{shown} is not what a run leaves there", hint="move it away; nothing was removed")
         for name in sorted(marks, key=lambda name: name == manifest.NAME):  # last: it tells whose the others are
             self.folder.disk.unlink(self.folder, self.prefix + name, marks[name])
 

@@ -117,7 +117,8 @@ def test_the_card_keeps_what_the_source_says(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "no front matter\n", "---\n: [\n---\nbody\n", "---\na: &x [1]\nb: *x\n---\nbody\n", "---\n- list\n---\nbody\n", "---\nnever closed\n",
+    ["", "no front matter\n",
+     "---\n: [\n---\nbody\n", "---\na: &x [1]\nb: *x\n---\nbody\n", "---\n- list\n---\nbody\n", "---\nnever closed\n",
      "---\na: \"\\ud800\"\n---\nbody\n", "---\na: " + "[" * 5000 + "\n---\nbody\n", "---\na: " + "[" * 90 + "]" * 90 + "\n---\nbody\n"],
 )  # fmt: skip
 def test_odd_cards_stop_nothing(tmp_path: Path, text: str) -> None:

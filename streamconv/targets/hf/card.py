@@ -97,7 +97,7 @@ def _parsed(text: str) -> dict[str, Any]:
 def _yaml(head: Mapping[str, Any]) -> str:
     import yaml
 
-    return yaml.safe_dump(dict(head), sort_keys=False, allow_unicode=True, width=1 << 16)
+    return str(yaml.safe_dump(dict(head), sort_keys=False, allow_unicode=True, width=1 << 16))
 
 
 def _repository(index: Index) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -144,23 +145,8 @@ class Layout:
 
     def _files(self, stored: Stored) -> dict[str, list[str]]:
         """Output file -> names of the source's tensors that it takes, in order."""
-        names = output_names([shard.path.name for shard in self.index.shards])
-        if self.target.max_shard_size is None:
-            found: dict[str, list[str]] = {}
-            for tensor in stored.weights:
-                found.setdefault(names[stored.files[tensor]], []).append(tensor)
-            return dict(sorted(found.items()))
-        shards: list[list[str]] = [[]]
-        held = 0
-        for tensor, weight in stored.weights.items():
-            if shards[-1] and held + weight.nbytes > self.target.max_shard_size:
-                shards.append([])
-                held = 0
-            shards[-1].append(tensor)
-            held += weight.nbytes
-        if len(shards) == 1:
-            return {"model.safetensors": shards[0]}
-        return {f"model-{n:05d}-of-{len(shards):05d}.safetensors": part for n, part in enumerate(shards, 1)}
+        sizes = {name: weight.nbytes for name, weight in stored.weights.items()}
+        return shards_of(self.index, stored.files, sizes, self.target.max_shard_size)
 
     def _tensor(self, file: int, name: str, stored: Stored, wanted: dict[str, Module]) -> list[str]:
         """Add one weight of the source; gives the names of the tensors it becomes."""
@@ -218,6 +204,12 @@ class Layout:
         recipe = self.recipe
         if recipe is None:
             return
+        stacked = [name for name, shape in stored.shapes.items() if len(shape) == 3 and ".experts." in name]
+        if stacked:
+            self.draft.warnings.append(
+                f"{printable(stacked[0])} and {len(stacked) - 1} more hold all experts of a layer in a form that is not quantized here:"
+                f" they stay {stored.weights[stacked[0]].dtype.torch}"
+            )
         partial = [m for m in wanted.values() if recipe.tiles and (m.cols % BLOCK)]
         if partial:
             self.draft.warnings.append(
@@ -255,6 +247,33 @@ class Layout:
 def natural(name: str) -> list[tuple[int, str]]:
     """Sorts layer 2 before layer 10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def shards_of(index: Index, files: Mapping[str, int], sizes: Mapping[str, int], most: int | None) -> dict[str, list[str]]:
+    """Output file -> the tensors that it takes, in order.
+
+    Args:
+        files: tensor -> number of the source's shard.
+        sizes: tensor -> bytes.
+        most: bytes of a file; None splits as the source does.
+    """
+    if most is None:
+        names = output_names([shard.path.name for shard in index.shards])
+        found: dict[str, list[str]] = {}
+        for tensor in sizes:
+            found.setdefault(names[files[tensor]], []).append(tensor)
+        return dict(sorted(found.items()))
+    shards: list[list[str]] = [[]]
+    held = 0
+    for tensor, size in sizes.items():
+        if shards[-1] and held + size > most:
+            shards.append([])
+            held = 0
+        shards[-1].append(tensor)
+        held += size
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{n:05d}-of-{len(shards):05d}.safetensors": part for n, part in enumerate(shards, 1)}
 
 
 def output_names(names: list[str]) -> list[str]:

@@ -14,11 +14,12 @@ from streamconv.errors import CheckpointError, RefusedError, UsageError, printab
 from streamconv.planning.draft import Draft
 from streamconv.planning.plan import Plan
 from streamconv.targets.base import Target, option
+from streamconv.targets.hf.kept_layout import describe_kept
 from streamconv.targets.hf.layout import Layout
 from streamconv.targets.hf.recipes import ARITHMETICS, CONTAINERS, QUANTS, RECIPES, Recipe, recipe_of
 from streamconv.targets.hf.rules import check_patterns
 
-NOTHING = "none"
+NOTHING, KEEP = "none", "keep"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,11 @@ class HuggingFace(Target):
     raw_names: ClassVar[bool] = True
     summary: ClassVar[str] = "a quantized Hugging Face directory (vLLM, SGLang, transformers, TensorRT-LLM's PyTorch backend)"
 
-    quant: str = option(NOTHING, "how linear layers are stored; none re-saves, and decodes a quantized source", choices=(NOTHING, *QUANTS))
+    quant: str = option(
+        NOTHING,
+        "how linear layers are stored; none re-saves, and decodes a quantized source; keep keeps its codes, in another --format if asked",
+        choices=(NOTHING, KEEP, *QUANTS),
+    )
     format: str | None = option(None, "container of the quantized weights", choices=CONTAINERS, typed=str)
     group_size: int = option(128, "input features that share a scale, for w4a16 and w8a16", least=1)
     arithmetic: str = option(
@@ -52,18 +57,21 @@ class HuggingFace(Target):
         check_patterns(self.only, "--only")
         if index.assembled is not None:
             raise CheckpointError("a checkpoint in Meta's layout has no Hugging Face names", hint="convert it with transformers first")
-        recipe = self._recipe()
-        settled = dataclasses.replace(self, format=recipe.container if recipe else None)
-        draft = Draft(SourceTensors(index))
-        layout = Layout(index, settled, recipe, draft, self._model_dtype(index))
-        layout.describe()
-        if layout.refused:
-            raise RefusedError(layout.refused)
+        draft, settled, dtype = Draft(SourceTensors(index)), self, self._model_dtype(index)
+        if self.quant == KEEP:
+            describe_kept(index, self, draft)
+        else:
+            recipe = self._recipe()
+            settled = dataclasses.replace(self, format=recipe.container if recipe else None)
+            layout = Layout(index, settled, recipe, draft, dtype)
+            layout.describe()
+            if layout.refused:
+                raise RefusedError(layout.refused)
         files, matrices, spans, constants = draft.finish()
         return Plan(
             family=_architecture(index),
             target=settled,
-            dtype=layout.into,
+            dtype=dtype,
             side_files=tuple(draft.side_files),
             files=tuple(files),
             matrices=matrices,
