@@ -152,8 +152,6 @@ def _integers(index: Index, tensors: Mapping[str, SourceTensor], stated: SourceQ
         raise UsageError("--quant keep: the source's layers have different groups or bits", hint="--quant none decodes them")
     bits, group, packing = kinds.pop()
     weights = {"num_bits": bits, "type": "int", "symmetric": packing == "gptq", "dynamic": False, "strategy": "group", "group_size": group}
-    if packing == "awq":
-        weights["zp_dtype"] = "torch.int8"
     kept.quantization = _compressed("pack-quantized", weights, None, _ignored(tensors, kept.modules))
     return kept
 

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from streamconv.checkpoint.dtypes import I64, DType
+from streamconv.checkpoint.activation_ranges import Ranges
+from streamconv.checkpoint.dtypes import F32, I64, DType
 from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.rows import Blank
 from streamconv.errors import printable
@@ -20,6 +21,7 @@ from streamconv.quants.fp8_tensor import Fp8Scale, WeightMaximum
 from streamconv.quants.plain import Plain
 from streamconv.targets.hf import config_json
 from streamconv.targets.hf.card import NAME, Done, card, left
+from streamconv.targets.hf.input_scales import cache_maxima, input_maxima
 from streamconv.targets.hf.recipes import BLOCK, Recipe, Request
 from streamconv.targets.hf.rules import Module, classify, default_reason, grouped, matches, partners, split_groups
 from streamconv.targets.hf.side_files import side_files
@@ -67,6 +69,8 @@ class Layout:
     Attributes:
         recipe: the row of the formats table; None re-saves.
         into: float type of weights that are decoded.
+        ranges: what a calibration run measured, where something needs it.
+        inputs: module -> largest input; cached: weight -> attention, k or v, largest output.
     """
 
     index: Index
@@ -74,8 +78,11 @@ class Layout:
     recipe: Recipe | None
     draft: Draft
     into: DType
+    ranges: Ranges | None = None
     refused: list[str] = field(default_factory=list)
     names: set[str] = field(default_factory=set)
+    inputs: dict[str, float] = field(default_factory=dict)
+    cached: dict[str, tuple[str, str, float]] = field(default_factory=dict)
 
     def describe(self) -> None:
         stored = stored_weights(self.index, self.into)
@@ -87,6 +94,9 @@ class Layout:
         self._check(modules, wanted)
         if self.refused:
             return
+        if self.ranges is not None and self.recipe is not None:
+            self.inputs = input_maxima(self.ranges, wanted) if self.recipe.input_scale is not None else {}
+            self.cached = cache_maxima(self.ranges, stored.shapes) if self.target.kv_cache is not None else {}
         files = self._files(stored)
         places: dict[str, str] = {}
         for name, tensors in files.items():
@@ -151,12 +161,23 @@ class Layout:
     def _tensor(self, file: int, name: str, stored: Stored, wanted: dict[str, Module]) -> list[str]:
         """Add one weight of the source; gives the names of the tensors it becomes."""
         weight, module = stored.weights[name], name.removesuffix(".weight")
+        scales = self._cache_scale(file, name)
         if self.recipe is None or module not in wanted or not name.endswith(".weight"):
             plain = Plain(self._plain_dtype(weight, stored))
             matrix = self.draft.matrix(file, name, weight.rows, weight.cols, plain, spelling=Whole(stored.shapes[name]))
             self.draft.feed(matrix, weight, 0, weight.rows)
-            return [name]
-        return self._quantized(file, module, weight, self.recipe)
+            return [name, *scales]
+        return self._quantized(file, module, weight, self.recipe) + scales
+
+    def _cache_scale(self, file: int, weight: str) -> list[str]:
+        """Add the scale of the FP8 KV cache that stands beside k_proj or v_proj."""
+        if weight not in self.cached or self.recipe is None:
+            return []
+        attention, which, largest = self.cached[weight]
+        modelopt = self.recipe.container == "modelopt"
+        name = f"{attention}.{which}_proj.{which}_scale" if modelopt else f"{attention}.{which}_scale"
+        self.draft.constant(file, name, F32, () if modelopt else (1,), struct.pack("<f", largest / 448.0))
+        return [name]
 
     def _plain_dtype(self, weight: Weight, stored: Stored) -> DType:
         cast = self.target.dtype != "auto" and not stored.decoded and weight.dtype.name in _FLOATS
@@ -177,6 +198,10 @@ class Layout:
             self._scalar(file, f"{module}.{suffix}", scale(Request(weight.dtype, 0, self.target.arithmetic, key)), made)
         elif codec.needs:
             self._scalar(file, f"{module}.weight_scale", Fp8Scale(key), made)
+        if recipe.input_scale is not None:
+            suffix, of, shape = recipe.input_scale
+            self.draft.constant(file, f"{module}.{suffix}", F32, shape, struct.pack("<f", of(self.inputs[module])))
+            made.append(f"{module}.{suffix}")
         if recipe.weight_shape:
             name = f"{module}.weight_shape"
             self.draft.constant(file, name, I64, (2,), struct.pack("<2q", rows, cols))
@@ -224,7 +249,9 @@ class Layout:
         if "lm_head" not in ignore and "lm_head" not in wanted:
             ignore.append("lm_head")
         ignore.sort(key=natural)
-        quantization = config_json.quantization_config(self.recipe, ignore, self.target.group_size) if self.recipe else None
+        told, quantization = (ignore, self.target.group_size, bool(self.cached)), None
+        if self.recipe is not None:
+            quantization = config_json.quantization_config(self.recipe, *told)
         floats = {self._plain_dtype(w, stored) for w in stored.weights.values() if w.dtype.name in _FLOATS}
         changed = self.target.dtype != "auto" and self.recipe is None and floats == {self.into}
         config = config_json.output_config(self.index.config, quantization, self.into.torch if changed else None)
@@ -237,7 +264,7 @@ class Layout:
         if len(set(places.values())) > 1 or set(places.values()) != {"model.safetensors"}:
             self._add("model.safetensors.index.json", config_json.index_json(places, self.draft.tensor_bytes()))
         if self.recipe is not None and self.recipe.container == "modelopt":
-            self._add("hf_quant_config.json", config_json.hf_quant_config(self.recipe, ignore, self.target.group_size))
+            self._add("hf_quant_config.json", config_json.hf_quant_config(self.recipe, *told))
         self._add("config.json", config)
 
     def _add(self, name: str, data: bytes) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar
 
+from streamconv.checkpoint.activation_ranges import HINT, Ranges
 from streamconv.checkpoint.dtypes import BY_TORCH_NAME, MODEL_DTYPES, DType
 from streamconv.checkpoint.index import Index
+from streamconv.checkpoint.rows import SourceFile
 from streamconv.checkpoint.source_files import source_files
 from streamconv.checkpoint.source_tensors import SourceTensors
 from streamconv.errors import CheckpointError, RefusedError, UsageError, printable
@@ -45,6 +48,8 @@ class HuggingFace(Target):
     dtype: str = option("auto", "float type of weights that are decoded or not quantized", choices=("auto", *MODEL_DTYPES))
     ignore: tuple[str, ...] = option((), "modules left as they are: full names, globs, or re: and a regular expression")
     only: tuple[str, ...] = option((), "the modules to quantize, and no others: full names, globs, or re:")
+    activation_ranges: str | None = option(None, "file of `streamconv calibrate`, for scales of activations and KV cache", typed=str)
+    kv_cache: str | None = option(None, "type of the KV cache whose scales are stored", choices=("fp8",), typed=str)
     max_shard_size: int | None = option(None, "split the output anew, not as the source is", size=True, typed=int, least=1 << 20)
 
     @property
@@ -52,18 +57,53 @@ class HuggingFace(Target):
         container = f" in the container of {self.format}" if self.format else ""
         return f"Hugging Face directory, {self.quant}{container}, arithmetic {self.arithmetic}"
 
+    @property
+    def files_read(self) -> tuple[Path, ...]:
+        return () if self.activation_ranges is None else (Path(self.activation_ranges),)
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {key: value for key, value in self.to_json().items() if key != "activation_ranges"}
+
+    def needs_ranges(self) -> str | None:
+        """The flag that cannot do without activation ranges, None if there is none."""
+        if self.kv_cache is not None:
+            return f"--kv-cache {self.kv_cache}"
+        calibrated = any(recipe.quant == self.quant and recipe.input_scale is not None for recipe in RECIPES)
+        return f"--quant {self.quant}" if calibrated else None
+
+    def uses_ranges(self) -> bool:
+        """Whether ranges change the output."""
+        return self.needs_ranges() is not None
+
+    def _ranges(self) -> Ranges | None:
+        flag = self.needs_ranges()
+        if self.activation_ranges is None:
+            if flag is not None:
+                raise UsageError(f"{flag} needs activation ranges", hint=HINT)
+            return None
+        if flag is None:
+            raise UsageError("--activation-ranges: nothing that is asked for needs them", hint="leave it out")
+        return Ranges(self.activation_ranges)
+
     def plan(self, index: Index) -> Plan:
         check_patterns(self.ignore, "--ignore")
         check_patterns(self.only, "--only")
         if index.assembled is not None:
             raise CheckpointError("a checkpoint in Meta's layout has no Hugging Face names", hint="convert it with transformers first")
         draft, settled, dtype = Draft(SourceTensors(index)), self, self._model_dtype(index)
+        if self.kv_cache not in (None, "fp8"):
+            raise UsageError(f"--kv-cache {self.kv_cache}: only the scales of an FP8 cache have a place here")
+        ranges = self._ranges()
         if self.quant == KEEP:
+            if self.kv_cache is not None:
+                raise UsageError("--kv-cache: --quant keep adds no scales")
             describe_kept(index, self, draft)
         else:
             recipe = self._recipe()
             settled = dataclasses.replace(self, format=recipe.container if recipe else None)
-            layout = Layout(index, settled, recipe, draft, dtype)
+            if self.kv_cache is not None and (recipe is None or recipe.container == "hf"):
+                raise UsageError("--kv-cache: only quantized directories of compressed-tensors and ModelOpt hold scales of the cache")
+            layout = Layout(index, settled, recipe, draft, dtype, ranges)
             layout.describe()
             if layout.refused:
                 raise RefusedError(layout.refused)
@@ -77,7 +117,7 @@ class HuggingFace(Target):
             matrices=matrices,
             spans=spans,
             constants=tuple(constants),
-            sources=source_files(index),
+            sources=source_files(index) + (() if ranges is None else (SourceFile(ranges.path.name, ranges.size, ranges.digest()),)),
             warnings=(*draft.warnings, *index.notes),
             decisions=draft.decisions,
         )
