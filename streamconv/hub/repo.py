@@ -119,12 +119,12 @@ def note_revision(repo: Repo, revision: str | None) -> None:
 
     there = try_to_load_from_cache(repo.name, _CONFIG, revision=revision)
     if not isinstance(there, str) or Path(there).parent.name != repo.commit:
-        with _quiet(True), explained(repo.name, revision, _CONFIG):
+        with quiet(True), explained(repo.name, revision, _CONFIG):
             hf_hub_download(repo.name, _CONFIG, revision=revision)
 
 
 @contextlib.contextmanager
-def _quiet(hide: bool) -> Iterator[None]:
+def quiet(hide: bool) -> Iterator[None]:
     """No progress bars, if they are not off anyway."""
     import huggingface_hub.utils
 
@@ -162,7 +162,7 @@ def download(repo: Repo, file: RepoFile, shown: bool) -> tuple[Path, Brought | N
         path = Path(there)
     else:
         held = blobs(cached_folder(repo))
-        with _quiet(not (shown and sys.stderr.isatty())), explained(repo.name, repo.commit, file.name), at_most(file.size):
+        with quiet(not (shown and sys.stderr.isatty())), explained(repo.name, repo.commit, file.name), at_most(file.size):
             path = Path(hf_hub_download(repo.name, file.name, revision=repo.commit))
         if path.parent != cached_folder(repo):
             raise HubError(f"{told} came as a file of another commit", hint="check HF_ENDPOINT")
