@@ -133,7 +133,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def push(taker: Taker, out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    env = kept | {"HF_ENDPOINT": taker.url, "HF_HOME": str(out.parent / "home"), "HF_TOKEN": "hf_x", "PYTHONPATH": str(ROOT), "NO_PROXY": "*"}
+    env = kept | {"HF_ENDPOINT": taker.url, "HF_HOME": str(out.parent / "home"), "HF_TOKEN": "hf_x", "NO_PROXY": "*"}
+    env["PYTHONPATH"] = str(ROOT)
     command = [sys.executable, "-m", "streamconv", "push", str(out), *arguments]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
 
@@ -162,7 +163,8 @@ def test_private_and_a_branch(taker: Taker, made: Path) -> None:
 
 
 def test_an_unfinished_output_is_refused(taker: Taker, made: Path, tmp_path: Path) -> None:
-    for name, problem in (("config.json", "no config.json"), ("streamconv.json", "no streamconv.json"), ("model.safetensors", "is missing")):
+    problems = {"config.json": "no config.json", "streamconv.json": "no streamconv.json", "model.safetensors": "is missing"}
+    for name, problem in problems.items():
         folder = tmp_path / name
         folder.mkdir()
         for other, data in content(made).items():

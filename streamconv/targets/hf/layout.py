@@ -31,6 +31,8 @@ from streamconv.targets.hf.stacked import unstack
 if TYPE_CHECKING:
     from streamconv.targets.hf.target import HuggingFace
 
+_APART = ("kv_b_proj", "k_b_proj", "eh_proj")
+"""Modules that TensorRT-LLM never reads as FP8 tiles; the first two are also taken apart for attention."""
 _FLOATS = ("F32", "F16", "BF16")
 _METADATA = {"format": "pt"}
 
@@ -126,7 +128,7 @@ class Layout:
         if not recipe.tiles or matches(module.name, self.target.only):
             return False
         if recipe.container == "hf":
-            return bool(module.rows % BLOCK or module.cols % BLOCK) or module.name.endswith("kv_b_proj")
+            return bool(module.rows % BLOCK or module.cols % BLOCK) or module.name.endswith(_APART)
         return recipe.container == "compressed-tensors" and self.target.arithmetic == "float32" and bool(module.cols % BLOCK)
 
     def _check(self, modules: list[Module], wanted: dict[str, Module]) -> None:
