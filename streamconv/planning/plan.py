@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import lcm
 from pathlib import Path
@@ -186,12 +186,14 @@ class SideFile:
         size: bytes.
         data: its bytes; None for a copy.
         source: the file that is copied.
+        fetch: brings it to `source` first, from the Hub.
     """
 
     name: str
     size: int
     data: bytes | None = None
     source: Path | None = None
+    fetch: Callable[[], object] | None = field(default=None, compare=False)
 
 
 class PlannedTarget(Protocol):

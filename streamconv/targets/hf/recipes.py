@@ -163,7 +163,7 @@ def _integer(bits: int, strategy: str, **more: Any) -> dict[str, Any]:
 
 
 _DYNAMIC_TOKEN = {"dynamic": True, "strategy": "token"}
-_FP4 = {"group_size": 16, "scale_dtype": "torch.float8_e4m3fn"}
+NVFP4_FP4 = _FP4 = {"group_size": 16, "scale_dtype": "torch.float8_e4m3fn"}
 _MX = {"group_size": 32, "scale_dtype": "torch.uint8"}
 _MX_IN = {**_MX, "dynamic": True}
 _INPUT_FP8 = ("input_scale", lambda amax: amax / 448.0)
