@@ -71,7 +71,7 @@ CONVERSION: tuple[_Decorator, ...] = (
 TO: tuple[_Decorator, ...] = (
     click.option("--to", type=click.Choice([*TARGETS]), default=DEFAULT, show_default=True, help="What to write."),
 )
-_KNOWN = ("quant", "dtype", "group_size", "allow_nonfinite")
+_KNOWN = ("quant", "dtype", "group_size", "allow_nonfinite", "activation_ranges", "kv_cache")
 """Options of both targets, whose flags stand above."""
 
 

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar
 
+from streamconv.checkpoint.activation_ranges import HINT, Ranges
 from streamconv.checkpoint.dtypes import BY_TORCH_NAME, MODEL_DTYPES, DType
 from streamconv.checkpoint.index import Index
+from streamconv.checkpoint.rows import SourceFile
 from streamconv.checkpoint.source_files import source_files
 from streamconv.checkpoint.source_tensors import SourceTensors
 from streamconv.errors import CheckpointError, RefusedError, UsageError, printable
 from streamconv.planning.draft import Draft
 from streamconv.planning.plan import Plan
 from streamconv.targets.base import Target, option
+from streamconv.targets.hf.kept_layout import describe_kept
 from streamconv.targets.hf.layout import Layout
 from streamconv.targets.hf.recipes import ARITHMETICS, CONTAINERS, QUANTS, RECIPES, Recipe, recipe_of
 from streamconv.targets.hf.rules import check_patterns
 
-NOTHING = "none"
+NOTHING, KEEP = "none", "keep"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +33,11 @@ class HuggingFace(Target):
     raw_names: ClassVar[bool] = True
     summary: ClassVar[str] = "a quantized Hugging Face directory (vLLM, SGLang, transformers, TensorRT-LLM's PyTorch backend)"
 
-    quant: str = option(NOTHING, "how linear layers are stored; none re-saves, and decodes a quantized source", choices=(NOTHING, *QUANTS))
+    quant: str = option(
+        NOTHING,
+        "how linear layers are stored; none re-saves, and decodes a quantized source; keep keeps its codes, in another --format if asked",
+        choices=(NOTHING, KEEP, *QUANTS),
+    )
     format: str | None = option(None, "container of the quantized weights", choices=CONTAINERS, typed=str)
     group_size: int = option(128, "input features that share a scale, for w4a16 and w8a16", least=1)
     arithmetic: str = option(
@@ -40,6 +48,8 @@ class HuggingFace(Target):
     dtype: str = option("auto", "float type of weights that are decoded or not quantized", choices=("auto", *MODEL_DTYPES))
     ignore: tuple[str, ...] = option((), "modules left as they are: full names, globs, or re: and a regular expression")
     only: tuple[str, ...] = option((), "the modules to quantize, and no others: full names, globs, or re:")
+    activation_ranges: str | None = option(None, "file of `streamconv calibrate`, for scales of activations and KV cache", typed=str)
+    kv_cache: str | None = option(None, "type of the KV cache whose scales are stored", choices=("fp8",), typed=str)
     max_shard_size: int | None = option(None, "split the output anew, not as the source is", size=True, typed=int, least=1 << 20)
 
     @property
@@ -47,29 +57,67 @@ class HuggingFace(Target):
         container = f" in the container of {self.format}" if self.format else ""
         return f"Hugging Face directory, {self.quant}{container}, arithmetic {self.arithmetic}"
 
+    @property
+    def files_read(self) -> tuple[Path, ...]:
+        return () if self.activation_ranges is None else (Path(self.activation_ranges),)
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {key: value for key, value in self.to_json().items() if key != "activation_ranges"}
+
+    def needs_ranges(self) -> str | None:
+        """The flag that cannot do without activation ranges, None if there is none."""
+        if self.kv_cache is not None:
+            return f"--kv-cache {self.kv_cache}"
+        calibrated = any(recipe.quant == self.quant and recipe.input_scale is not None for recipe in RECIPES)
+        return f"--quant {self.quant}" if calibrated else None
+
+    def uses_ranges(self) -> bool:
+        """Whether ranges change the output."""
+        return self.needs_ranges() is not None
+
+    def _ranges(self) -> Ranges | None:
+        flag = self.needs_ranges()
+        if self.activation_ranges is None:
+            if flag is not None:
+                raise UsageError(f"{flag} needs activation ranges", hint=HINT)
+            return None
+        if flag is None:
+            raise UsageError("--activation-ranges: nothing that is asked for needs them", hint="leave it out")
+        return Ranges(self.activation_ranges)
+
     def plan(self, index: Index) -> Plan:
         check_patterns(self.ignore, "--ignore")
         check_patterns(self.only, "--only")
         if index.assembled is not None:
             raise CheckpointError("a checkpoint in Meta's layout has no Hugging Face names", hint="convert it with transformers first")
-        recipe = self._recipe()
-        settled = dataclasses.replace(self, format=recipe.container if recipe else None)
-        draft = Draft(SourceTensors(index))
-        layout = Layout(index, settled, recipe, draft, self._model_dtype(index))
-        layout.describe()
-        if layout.refused:
-            raise RefusedError(layout.refused)
+        draft, settled, dtype = Draft(SourceTensors(index)), self, self._model_dtype(index)
+        if self.kv_cache not in (None, "fp8"):
+            raise UsageError(f"--kv-cache {self.kv_cache}: only the scales of an FP8 cache have a place here")
+        ranges = self._ranges()
+        if self.quant == KEEP:
+            if self.kv_cache is not None:
+                raise UsageError("--kv-cache: --quant keep adds no scales")
+            describe_kept(index, self, draft)
+        else:
+            recipe = self._recipe()
+            settled = dataclasses.replace(self, format=recipe.container if recipe else None)
+            if self.kv_cache is not None and (recipe is None or recipe.container == "hf"):
+                raise UsageError("--kv-cache: only quantized directories of compressed-tensors and ModelOpt hold scales of the cache")
+            layout = Layout(index, settled, recipe, draft, dtype, ranges)
+            layout.describe()
+            if layout.refused:
+                raise RefusedError(layout.refused)
         files, matrices, spans, constants = draft.finish()
         return Plan(
             family=_architecture(index),
             target=settled,
-            dtype=layout.into,
+            dtype=dtype,
             side_files=tuple(draft.side_files),
             files=tuple(files),
             matrices=matrices,
             spans=spans,
             constants=tuple(constants),
-            sources=source_files(index),
+            sources=source_files(index) + (() if ranges is None else (SourceFile(ranges.path.name, ranges.size, ranges.digest()),)),
             warnings=(*draft.warnings, *index.notes),
             decisions=draft.decisions,
         )

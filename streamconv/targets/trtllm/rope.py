@@ -44,6 +44,10 @@ class RopeTable:
         return ()
 
     @property
+    def row_align(self) -> int:
+        return 1
+
+    @property
     def stored_row_bytes(self) -> int:
         return 0
 
