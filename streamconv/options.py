@@ -18,6 +18,8 @@ _CHOICES: dict[str, tuple[object, ...]] = {
 """What a manifest may hold; flags are held against the same words by the command line."""
 TARGET_SMS = (70, 72, 75, 80, 86, 87, 89, 90, 100, 103, 120, 121)
 
+Read = Literal["auto", "map", "pread"]
+
 
 @dataclass(frozen=True, slots=True)
 class Resources:
@@ -33,6 +35,8 @@ class Resources:
         disk_reserve: bytes of free disk to leave untouched.
         no_lock: go on where the output's file system has no locks, or cannot sync a folder; the manifest says so (one entry more).
         hub_keep: "all" keeps the shards of a Hub model in the cache; "none" removes each that was downloaded once it was read.
+        read: "pread" copies the source's rows into the arena, "map" maps them where it can (see stages/mapped.py), "auto" maps what the
+            page cache holds, on the CPU.
     """
 
     memory_budget: int | None = None
@@ -43,4 +47,5 @@ class Resources:
     tile_rows: int | None = None
     disk_reserve: int = 0
     hub_keep: str = "all"
+    read: Read = "auto"
     no_lock: bool = False

@@ -67,6 +67,8 @@ def _without_effect(names: Collection[str], values: dict[str, Any], model: str, 
     asked = [name for name in _DEVICE if name in names]
     if asked and (why := _no_device(str(values["device"]))):
         yield from (f"{_flag(name)} has no effect {why}" for name in asked)
+    if "read" in names and str(values["device"]).startswith("cuda"):
+        yield f"--read has no effect with --device {values['device']}"
     users = _users()
     formats = [flag for flag in sorted(users) if flag[2:].replace("-", "_") in names]
     experts = [name for name in _MOE if name in names]

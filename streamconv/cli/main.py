@@ -61,6 +61,13 @@ def asked_target(to: str, values: dict[str, Any], more: tuple[str, ...]) -> Tens
     show_default=True,
     help="A GPU that fails: finish on the CPU, or stop so that the same command goes on later.",
 )
+@click.option(
+    "--read",
+    type=click.Choice(["auto", "map", "pread"]),
+    default="auto",
+    show_default=True,
+    help="On the CPU: map the source, copy it into memory, or map what the page cache holds. Network file systems are never mapped.",
+)
 @click.option("--force", is_flag=True, help="Replace an existing output folder.")
 @click.option("--no-lock", is_flag=True, help="Go on where the file system cannot lock a file or sync a folder.")
 @recipe_option.option(_recipe_keys)
@@ -75,6 +82,7 @@ def convert(
     device_memory_budget: str,
     hub_keep: str,
     on_device_loss: Any,
+    read: Any,
     no_lock: bool,
     force: bool,
     as_json: bool,
@@ -107,6 +115,7 @@ def convert(
         resources(memory_budget, workers, device, device_memory_budget),
         hub_keep=hub_keep,
         on_device_loss=on_device_loss,
+        read=read,
         no_lock=no_lock,
     )
     wanted = asked_target(to, values, more)
@@ -130,7 +139,7 @@ def convert(
         wanted,
         asked,
         force=force,
-        watcher=view.Progress(quiet or as_json),
+        meter=view.meter(quiet or as_json),
     )
     show_report(report, as_json, quiet)
     recipe_option.compare(out)
@@ -154,7 +163,8 @@ def show_report(report: Any, as_json: bool, quiet: bool) -> None:
         + (f"; {report.resumed} tiles of an earlier run were kept" if report.resumed else "")
     )
     if report.profile:
-        output.line("seconds: " + ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in report.profile.items()))
+        mapped = f"; {show_size(report.bytes_mapped)} of the source mapped, {show_size(report.bytes_read - report.bytes_mapped)} copied"
+        output.line("seconds: " + ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in report.profile.items()) + mapped)
 
 
 @cli.command()

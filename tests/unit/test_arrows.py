@@ -13,14 +13,15 @@ import streamconv
 
 ROOT = Path(streamconv.__file__).parent
 LEVELS = (
-    ("errors", "memory", "options", "process", "streams", "cache_folder"),
+    ("errors", "memory", "options", "process", "streams", "cache_folder", "mounts", "progress", "progress_bar", "arguments"),
     ("checkpoint",),
     ("quants", "families", "kernels"),
     ("planning",),
     ("run", "device"),
-    ("targets", "hub"),
+    ("targets", "hub", "open_plan"),
     ("verification", "calibration"),
     ("api",),
+    ("verbs", "opening"),
     ("cli", "__main__"),
 )
 """Rooms from the bottom up; a room imports from its own level and below (kernels and quants know each other)."""
