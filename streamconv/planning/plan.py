@@ -65,8 +65,8 @@ class PartPlace:
     record_rows: int = 1
 
     def extent(self, row: int, rows: int) -> tuple[int, int]:
-        """File bytes [begin, end) of output rows [row, row + rows), where `row` begins a record."""
-        first, last = row // self.record_rows, -(-(row + rows) // self.record_rows)
+        """File bytes [begin, end) of the records that begin with output rows [row, row + rows)."""
+        first, last = (-(-at // self.record_rows) for at in (row, row + rows))
         return self.offset + first * self.record_bytes, self.offset + last * self.record_bytes
 
     def rows(self, begin: int, end: int) -> tuple[int, int]:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _FLOATS = ("F32", "F16", "BF16")
 _METADATA = {"format": "pt"}
+_ONE = {"F32": b"\0\0\x80\x3f", "F16": b"\0\x3c", "BF16": b"\x80\x3f"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,17 +170,20 @@ class Layout:
             matrix = self.draft.matrix(file, name, weight.rows, weight.cols, plain, spelling=Whole(stored.shapes[name]))
             self.draft.feed(matrix, weight, 0, weight.rows)
             return [name]
-        return self._quantized(file, module, weight, self.recipe)
+        return self._quantized(file, module, weight, self.recipe, stored)
 
     def _plain_dtype(self, weight: Weight, stored: Stored) -> DType:
         cast = self.target.dtype != "auto" and not stored.decoded and weight.dtype.name in _FLOATS
         return self.into if cast else weight.dtype
 
-    def _quantized(self, file: int, module: str, weight: Weight, recipe: Recipe) -> list[str]:
+    def _quantized(self, file: int, module: str, weight: Weight, recipe: Recipe, stored: Stored) -> list[str]:
         rows, cols = weight.rows, weight.cols
+        lone = recipe.lone if _within_tile(weight) else None
         group = [name for name in partners(module) or (module,) if f"{name}.weight" in self.names]
-        key = "amax of " + group[0] if recipe.shared else "amax of " + module
-        codec = recipe.codec(Request(weight.dtype, self.target.group_size, self.target.arithmetic, key))
+        shares = recipe.shared is not None or (lone is not None and self._shares(group[0], stored))
+        key = "amax of " + (group[0] if shares else module)
+        request = Request(weight.dtype, self.target.group_size, self.target.arithmetic, key)
+        codec = lone[0](request) if lone else recipe.codec(request)
         matrix = self.draft.matrix(file, module, rows, cols, codec, spelling=Spelled(recipe))
         made = self.draft.tensors(matrix)
         self.draft.feed(matrix, weight, 0, rows)
@@ -187,14 +191,23 @@ class Layout:
             self.draft.reduce(weight, WeightMaximum(key))
         if recipe.shared is not None:
             suffix, scale = recipe.shared
-            self._scalar(file, f"{module}.{suffix}", scale(Request(weight.dtype, 0, self.target.arithmetic, key)), made)
+            self._scalar(file, f"{module}.{suffix}", scale(request), made)
         elif codec.needs:
-            self._scalar(file, f"{module}.weight_scale", Fp8Scale(key), made)
+            self._scalar(file, f"{module}.weight_scale", lone[1](request) if lone else Fp8Scale(key), made)
         if recipe.weight_shape:
-            name = f"{module}.weight_shape"
-            self.draft.constant(file, name, I64, (2,), struct.pack("<2q", rows, cols))
-            made.append(name)
+            self._constant(file, f"{module}.weight_shape", I64, (2,), struct.pack("<2q", rows, cols), made)
+        if recipe.pre_scales and not partners(module):
+            ones = _ONE[weight.dtype.name] * cols
+            self._constant(file, f"{module}.{recipe.pre_scales}", weight.dtype, (cols,), ones, made)
         return made
+
+    def _shares(self, first: str, stored: Stored) -> bool:
+        """ModelOpt gives partners one scale if the first of them has only one; each expert's keep their own."""
+        return ".experts." not in first and _within_tile(stored.weights[f"{first}.weight"])
+
+    def _constant(self, file: int, name: str, dtype: DType, shape: tuple[int, ...], data: bytes, made: list[str]) -> None:
+        self.draft.constant(file, name, dtype, shape, data)
+        made.append(name)
 
     def _scalar(self, file: int, name: str, codec: Encoding, made: list[str]) -> None:
         shape = () if self.recipe is not None and self.recipe.container == "modelopt" else (1,)
@@ -244,6 +257,10 @@ class Layout:
 
     def _add(self, name: str, data: bytes) -> None:
         self.draft.side_files.append(SideFile(name, len(data), data))
+
+
+def _within_tile(weight: Weight) -> bool:
+    return weight.rows <= BLOCK and weight.cols <= BLOCK
 
 
 def natural(name: str) -> list[tuple[int, str]]:
