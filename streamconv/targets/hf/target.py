@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from streamconv.checkpoint.dtypes import BY_TORCH_NAME, MODEL_DTYPES, DType
-from streamconv.checkpoint.index import Index
-from streamconv.checkpoint.source_files import source_files
-from streamconv.checkpoint.source_tensors import SourceTensors
 from streamconv.errors import CheckpointError, RefusedError, UsageError, printable
-from streamconv.planning.draft import Draft
-from streamconv.planning.plan import Plan
 from streamconv.targets.base import Target, option
-from streamconv.targets.hf.layout import Layout
-from streamconv.targets.hf.recipes import ARITHMETICS, CONTAINERS, QUANTS, RECIPES, Recipe, recipe_of
-from streamconv.targets.hf.rules import check_patterns
+
+if TYPE_CHECKING:
+    from streamconv.checkpoint.index import Index
+    from streamconv.planning.plan import Plan
+    from streamconv.targets.hf.recipes import Recipe
 
 NOTHING = "none"
+Container = Literal["compressed-tensors", "modelopt", "hf"]
+CONTAINERS: tuple[Container, ...] = ("compressed-tensors", "modelopt", "hf")
+ARITHMETICS = ("float32", "llm-compressor", "llm-compressor-cpu")
+
+
+def _quants() -> tuple[str, ...]:
+    from streamconv.targets.hf.recipes import QUANTS
+
+    return (NOTHING, *QUANTS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,17 +36,19 @@ class HuggingFace(Target):
     raw_names: ClassVar[bool] = True
     summary: ClassVar[str] = "a quantized Hugging Face directory (vLLM, SGLang, transformers, TensorRT-LLM's PyTorch backend)"
 
-    quant: str = option(NOTHING, "how linear layers are stored; none re-saves, and decodes a quantized source", choices=(NOTHING, *QUANTS))
+    quant: str = option(NOTHING, "how linear layers are stored, see `list targets`; none re-saves, and decodes a quantized source", choices=_quants)
     format: str | None = option(None, "container of the quantized weights", choices=CONTAINERS, typed=str)
-    group_size: int = option(128, "input features that share a scale, for w4a16 and w8a16", least=1)
+    group_size: int = option(128, "input channels that share a scale, in the formats with groups", least=1)
     arithmetic: str = option(
         "float32",
-        "float32 is the most accurate; the others give the bytes of llm-compressor, on a GPU or on a CPU",
+        "of scales and quotients: float32 is the most accurate, the others give the bytes of llm-compressor on a GPU or a CPU",
         choices=ARITHMETICS,
     )
-    dtype: str = option("auto", "float type of weights that are decoded or not quantized", choices=("auto", *MODEL_DTYPES))
-    ignore: tuple[str, ...] = option((), "modules left as they are: full names, globs, or re: and a regular expression")
-    only: tuple[str, ...] = option((), "the modules to quantize, and no others: full names, globs, or re:")
+    dtype: str = option("auto", "type of what is decoded or not quantized; auto is the source's", choices=("auto", *MODEL_DTYPES))
+    ignore: tuple[str, ...] = option(
+        (), "modules left as they are: full names, globs, or re: and a regular expression; several may follow", metavar="MODULE"
+    )
+    only: tuple[str, ...] = option((), "the modules to quantize, and no others: as --ignore", metavar="MODULE")
     max_shard_size: int | None = option(None, "split the output anew, not as the source is", size=True, typed=int, least=1 << 20)
 
     @property
@@ -47,7 +56,20 @@ class HuggingFace(Target):
         container = f" in the container of {self.format}" if self.format else ""
         return f"Hugging Face directory, {self.quant}{container}, arithmetic {self.arithmetic}"
 
+    def without_effect(self, given: Collection[str], source: Callable[[], Index]) -> Iterator[str]:
+        from streamconv.targets.hf.effects import without_effect
+
+        return without_effect(self._recipe(), given)
+
     def plan(self, index: Index) -> Plan:
+        from streamconv.checkpoint.source_files import source_files
+        from streamconv.checkpoint.source_tensors import SourceTensors
+        from streamconv.planning.draft import Draft
+        from streamconv.planning.plan import Plan
+        from streamconv.targets.hf.layout import Layout
+        from streamconv.targets.hf.rules import check_patterns
+
+        self.check_values()
         check_patterns(self.ignore, "--ignore")
         check_patterns(self.only, "--only")
         if index.assembled is not None:
@@ -75,6 +97,8 @@ class HuggingFace(Target):
         )
 
     def _recipe(self) -> Recipe | None:
+        from streamconv.targets.hf.recipes import RECIPES, recipe_of
+
         if self.quant == NOTHING:
             if self.format is not None:
                 raise UsageError("--format is for quantized weights: --quant none has none")

@@ -21,7 +21,6 @@ from streamconv.checkpoint.source_tensors import Changed, SourceTensors
 from streamconv.errors import CheckpointError, RefusedError, UsageError, printable
 from streamconv.families import Family, family_of
 from streamconv.families.meta import META
-from streamconv.options import TARGET_SMS, TARGET_VERSIONS
 from streamconv.planning.draft import Draft
 from streamconv.planning.plan import Plan, SideFile
 from streamconv.quants import quant_of
@@ -72,18 +71,7 @@ def check_options(options: TensorRTLLM) -> None:
     Raises:
         UsageError: names the flag.
     """
-    for name in ("tp_size", "pp_size", "cp_size"):
-        if getattr(options, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
-    if options.target_version not in TARGET_VERSIONS:
-        raise UsageError(
-            f"--target-version {options.target_version} is not known", hint=f"one of {', '.join(TARGET_VERSIONS)}"
-        )
-    if options.target_sm is not None and options.target_sm not in TARGET_SMS:
-        known = ", ".join(str(sm) for sm in TARGET_SMS)
-        raise UsageError(f"--target-sm {options.target_sm} is not known", hint=f"one of {known}")
-    if options.max_position_embeddings is not None and options.max_position_embeddings < 1:
-        raise UsageError(f"--max-position-embeddings {options.max_position_embeddings} must be at least 1")
+    options.check_values()
     info = quant_of(options.quant).info
     if info.sm_dependent and options.encoding == "processed" and options.target_sm is None:
         raw = "; or --encoding raw" if "--encoding" in info.flags else ""
