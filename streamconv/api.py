@@ -4,55 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from streamconv import device, hub, memory
-from streamconv.checkpoint.index import Index, description_size
+from streamconv.checkpoint.index import Index
 from streamconv.device.backend import Backend, Cuda
-from streamconv.errors import BudgetError, OutputError, printable
+from streamconv.errors import OutputError, printable
 from streamconv.hub.fetch import Fetch
+from streamconv.open_plan import LOADS
+from streamconv.open_plan import open_and_plan as open_and_plan
 from streamconv.options import Resources
 from streamconv.planning import memory_plan
 from streamconv.planning.memory_plan import Shares, TileCost
 from streamconv.planning.plan import Plan
+from streamconv.progress import Meter, unwatched
 from streamconv.run.fs import Disk, named
+from streamconv.run.mapped import mapped
 from streamconv.run.writer import Writer, check_plan
 from streamconv.targets.base import Target
 
-_LOADS = {"numpy": 30 * memory.MIB, "numba": 166 * memory.MIB, "torch": 300 * memory.MIB}
-"""Bytes that loading a library takes, compiled kernels and what comes with it included (measured, rounded up); a run measures its own."""
-_LITTLE = 64 * memory.MIB
-"""Bytes that planning may take whatever the budget is; Python and the headers of nearly every model take less together."""
-_UNSEEN = 16 * memory.MIB
-"""What planning may take without being counted apart: tiles have more beside them."""
 SPARE = 8 * memory.MIB
 """How much a run may differ from what was foreseen and still keep within the budget that a plan accepted."""
-
-
-class Watcher(Protocol):
-    """Told how a run gets on; called from worker threads."""
-
-    def start(self, plan: Plan, shares: Shares) -> None: ...
-    def tile(self, read: int, written: int) -> None: ...
-    def stage(self, name: str) -> None: ...
-
-
-class _Silent:
-    def start(self, plan: Plan, shares: Shares) -> None:
-        pass
-
-    def tile(self, read: int, written: int) -> None:
-        pass
-
-    def stage(self, name: str) -> None:
-        pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +37,14 @@ class Report:
     """What a conversion did: bytes, seconds, peak memory, and everything the user should know.
 
     `profile` says where the time went, in seconds: loading, creating the files, an average worker's share of each phase, all tiles
-    together, and the final sync.
+    together, and the final sync. Of `bytes_read`, `bytes_mapped` were encoded from a mapping of the source, without a copy.
     """
 
     out: str
     files: int
     tensors: int
     bytes_read: int
+    bytes_mapped: int
     bytes_written: int
     seconds: float
     peak_memory: int
@@ -77,55 +55,6 @@ class Report:
     device: str
     profile: dict[str, float]
     warnings: tuple[str, ...]
-
-
-def open_and_plan(source: str | Path, options: Target, budget: int | None = None) -> tuple[Index, Plan]:
-    """Read the headers of a source and plan its conversion. No weight is read.
-
-    Args:
-        budget: bytes that the process may take; planning itself stops before it takes more.
-
-    Raises:
-        BudgetError: the headers alone do not fit.
-    """
-    before = memory.peak_resident()
-    with without_collection(), _bounded(source, options, budget):
-        index = hub.open_source(source, raw=options.raw_names)
-        try:
-            plan = options.plan(index)
-        except BaseException:
-            index.close()
-            raise
-    peak = memory.peak_resident()
-    return index, dataclasses.replace(plan, peak=peak if peak - before > _UNSEEN else 0)  # less is within the margin
-
-
-@contextlib.contextmanager
-def _bounded(source: str | Path, options: Target, budget: int | None) -> Iterator[None]:
-    """Planning stops before it breaks the budget, unless it takes little anyway: the plan then tells the smallest budget there is."""
-    told = description_size(Path(source)) if budget is not None else 0
-    enough = memory.resident() + (3 + 3 * getattr(options, "tp_size", 1) * getattr(options, "pp_size", 1)) * told
-    with memory.bounded(None if budget is None or enough <= max(budget, memory.resident() + _LITTLE) else budget):
-        try:
-            yield
-        except BudgetError as error:
-            error.hint = f"a budget of {-(-(enough + sum(_LOADS.values())) // memory.MIB)}MiB is enough to plan it and to begin"
-            raise
-
-
-@contextlib.contextmanager
-def without_collection() -> Iterator[None]:
-    """A plan is a million small objects and no cycles: looking for some takes a third of the time."""
-    if not gc.isenabled():
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.unfreeze()  # both together: what was made is old now, and is not looked at again at once
-        gc.enable()
 
 
 def costs_of(plan: Plan, on_device: bool = False) -> list[TileCost]:
@@ -168,7 +97,7 @@ def foresee(plan: Plan, resources: Resources, costs: list[TileCost], spare: int 
     """
     loads = {"numpy": True, "numba": any(cost.kernel for cost in costs), "torch": any(cost.torch for cost in costs)}
     base = memory.resident() + growth(plan)
-    base += sum(_LOADS[name] for name, needed in loads.items() if needed and name not in sys.modules)
+    base += sum(LOADS[name] for name, needed in loads.items() if needed and name not in sys.modules)
     least = plan.peak + (plan.peak // 32 + spare if plan.peak and spare else 0)
     return memory_plan.share(resources.memory_budget, resources.workers, base, dearest(plan, costs), spare=spare, least=least)
 
@@ -241,7 +170,7 @@ def convert(
     resources: Resources | None = None,
     *,
     force: bool = False,
-    watcher: Watcher | None = None,
+    meter: Meter | None = None,
     clock: Callable[[], float] = time.monotonic,
     disk: Disk | None = None,
 ) -> Report:
@@ -253,27 +182,27 @@ def convert(
         options: what decides the bytes.
         resources: what does not.
         force: replace an existing output.
-        watcher: told about progress.
+        meter: told about progress.
         disk: the file system operations to use (tests).
 
     Raises:
         StreamconvError: see streamconv.errors. After a mistake or a bad source nothing is left behind; after a full
             disk, a signal or a crash the same call goes on where this one stopped.
     """
-    resources, watcher, out = resources or Resources(), watcher or _Silent(), named(out)
+    resources, meter, out = resources or Resources(), meter or Meter(unwatched), named(out)
     try:
-        return _convert(source, out, options, resources, force, watcher, clock, disk)
+        return _convert(source, out, options, resources, force, meter, clock, disk)
     except device.NoRoom as error:
         if resources.device != "auto":
             raise
         on_cpu = dataclasses.replace(resources, device="cpu")
-        return _convert(source, out, options, on_cpu, force, watcher, clock, disk, error.message)
+        return _convert(source, out, options, on_cpu, force, meter, clock, disk, error.message)
     except device.DeviceLost as error:
         if resources.on_device_loss == "stop":
             error.hint = "what is finished is kept: run the same command again to go on, or with --device cpu"
             raise
         on_cpu = dataclasses.replace(resources, device="cpu")
-        report = _convert(source, out, options, on_cpu, force, watcher, clock, disk, error.message, error.pinned)
+        report = _convert(source, out, options, on_cpu, force, meter, clock, disk, error.message, error.pinned)
         warning = f"{error.message}; the rest was done on the CPU"
         return dataclasses.replace(report, warnings=(warning, *report.warnings))
 
@@ -284,7 +213,7 @@ def _convert(
     options: Target,
     resources: Resources,
     force: bool,
-    watcher: Watcher,
+    meter: Meter,
     clock: Callable[[], float],
     disk: Disk | None,
     instead: str = "",
@@ -319,6 +248,7 @@ def _convert(
             workers = resources.workers
             if backends and workers is None:
                 workers = device.slots(memory_plan.processors(), len(backends)) * len(backends)
+            windows = closing.enter_context(mapped("pread" if backends else resources.read, plan, any(cost.kernel for cost in costs)))
             base = memory.resident() + hub.memory_of(index) + pinned + growth(plan)
             best = memory_plan.BEST_ARENA
             if backends and workers:
@@ -328,17 +258,15 @@ def _convert(
             if backends:
                 shares, rings = _share_devices(backends, plan, shares, resources, costs, closing)
             where = ", ".join(choice.devices) or f"cpu ({instead or choice.why})"
-            watcher.start(plan, shares)
+            meter.begin("converting", plan.bytes_read, memory_budget=shares.budget)
             loaded = clock()
             writer.begin()
             started = clock()
             rows, journal = resources.tile_rows, writer.journal
             fetch = Fetch(plan, index.shards, writer.past, resources.hub_keep)
-            tile = watcher.tile
             devices = (lambda worker, arena: rings[worker % len(rings)].slot(arena)) if rings else None
-            pool = Pool(
-                plan, index.shards, writer.folder, shares, costs, rows, tile, devices, journal, writer.past, fetch.consumed
-            )
+            folder, past = writer.folder, writer.past
+            pool = Pool(plan, index.shards, folder, shares, costs, rows, meter.tile, devices, journal, past, fetch.consumed, windows)
             try:
                 fetch.start()
                 outcome = pool.run()
@@ -354,11 +282,12 @@ def _convert(
             tiled = clock()
             for shard in index.shards:
                 shard.check_unchanged()
-            watcher.stage("syncing")
+            meter.phase("syncing")
             writer.publish(pool.hashes)
             workers_spent = {phase: seconds / shares.workers for phase, seconds in outcome.seconds.items()}
             profile = {"load": loaded - began, "create": started - loaded, **workers_spent}
             profile |= {"tiles": tiled - started, "sync": clock() - tiled}
+    meter.end()
     warnings = list(plan.warnings)
     warnings += [f"no fused kernels on {ring.backend.name}, slower: {ring.unfused}" for ring in rings if ring.unfused]
     for name, count in outcome.overflow.items():
@@ -370,6 +299,7 @@ def _convert(
         files=len(plan.files),
         tensors=sum(file.tensors for file in plan.files),
         bytes_read=outcome.bytes_read,
+        bytes_mapped=outcome.bytes_mapped,
         bytes_written=plan.bytes_written,
         seconds=clock() - began,
         peak_memory=memory.peak_resident(),

@@ -77,10 +77,14 @@ class StreamconvError(_Told, Exception):
 
 
 class UsageError(StreamconvError):
+    """A choice is unknown, missing, contradictory or not supported."""
+
     exit_status = 2
 
 
 class CheckpointError(StreamconvError):
+    """The source is not a checkpoint that can be read."""
+
     exit_status = 3
 
 
@@ -107,10 +111,14 @@ class RefusedError(StreamconvError):
 
 
 class BudgetError(StreamconvError):
+    """The memory budget cannot work; names the smallest one that does."""
+
     exit_status = 5
 
 
 class OutputError(StreamconvError):
+    """The output cannot be written: it exists, no space, no permission."""
+
     exit_status = 6
 
 
@@ -123,14 +131,20 @@ class ResumeError(OutputError):
 
 
 class VerifyError(StreamconvError):
+    """A written checkpoint is not what it should be."""
+
     exit_status = 7
 
 
 class DataError(StreamconvError):
+    """Weights or ranges hold values that must not be quantized: NaN, infinity, or no finite scale."""
+
     exit_status = 8
 
 
 class HubError(StreamconvError):
+    """The Hugging Face Hub did not give what was asked for."""
+
     exit_status = 9
 
 

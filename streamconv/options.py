@@ -10,6 +10,8 @@ TARGET_VERSIONS: tuple[Version, ...] = ("0.16", "1.0", "1.2")
 """Release lines; 1.0 is 1.2 less the keys of config.json that only later readers know."""
 TARGET_SMS = (70, 72, 75, 80, 86, 87, 89, 90, 100, 103, 120, 121)
 
+Read = Literal["auto", "map", "pread"]
+
 
 @dataclass(frozen=True, slots=True)
 class Resources:
@@ -25,6 +27,8 @@ class Resources:
         disk_reserve: bytes of free disk to leave untouched.
         no_lock: go on where the output's file system has no locks, or cannot sync a folder; the manifest says so (one entry more).
         hub_keep: "all" keeps the shards of a Hub model in the cache; "none" removes each that was downloaded once it was read.
+        read: "pread" copies the source's rows into the arena, "map" maps them where it can (see stages/mapped.py), "auto" maps what the
+            page cache holds, on the CPU.
     """
 
     memory_budget: int | None = None
@@ -35,4 +39,5 @@ class Resources:
     tile_rows: int | None = None
     disk_reserve: int = 0
     hub_keep: str = "all"
+    read: Read = "auto"
     no_lock: bool = False

@@ -30,6 +30,11 @@ class DType:
         return self.name
 
     @property
+    def numpy(self) -> str | None:
+        """The numpy type of the same values, e.g. "float16"; None where numpy has none."""
+        return None if self.torch.startswith(("bfloat", "float8")) else self.torch
+
+    @property
     def is_float(self) -> bool:
         return self.name in ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 

@@ -42,7 +42,6 @@ _FIRST_READ = 1 << 16
 _TAKES = 5
 """Bytes of memory that a byte of a long header takes while it is read."""
 _SPLIT = "split the file into several shards"
-
 _WS = rb"[ \t\n\r]{0,256}"  # bounded, so that a hostile run of blanks fails at once
 _INT = rb"(?:0|[1-9][0-9]{0,19})"
 # Each run of blanks is followed by something that is no blank, so a failing match does not go back and forth.

@@ -29,7 +29,6 @@ from streamconv.checkpoint.untrusted import open_regular
 from streamconv.errors import CheckpointError, TensorError, printable
 
 _CONFIG = "config.json"
-_NO_CONFIG = "a checkpoint folder holds config.json beside its weights"
 WEIGHT_MAP = "model.safetensors.index.json"
 TORCH_WEIGHT_MAP = "pytorch_model.bin.index.json"
 _WHOLE = {WEIGHT_MAP: "model.safetensors", TORCH_WEIGHT_MAP: "pytorch_model.bin"}
@@ -83,8 +82,10 @@ class Index:
         self.close()
 
 
-def open_index(path: str | os.PathLike[str]) -> Index:
+def open_index(path: str | os.PathLike[str], tensors_only: bool = False) -> Index:
     """Open a Hugging Face folder, one weight file with its config.json beside it, or Meta's folder.
+
+    For `tensors_only` config.json may be missing (`config` is empty then), and the file of an adapter will do.
 
     Raises:
         CheckpointError: something is missing or no checkpoint; HeaderError for a bad header.
@@ -103,22 +104,20 @@ def open_index(path: str | os.PathLike[str]) -> Index:
         if not os.path.lexists(folder / _CONFIG):
             if is_meta(folder):
                 return _open_meta(folder)
-            if not weight_files(present) and (known := foreign(shown, present, folder)):
-                raise known
-            newest = _newest_snapshot(folder)
-            hint = f"this is the Hub's cache of a model, which is in {printable(str(newest))}" if newest else _NO_CONFIG
-            raise CheckpointError(f"missing config.json in {shown}", hint=hint)
-        config = read_json(folder / _CONFIG, MAX_CONFIG)
+            held = weight_files(present)
+            if not (held and tensors_only):
+                raise (None if held else foreign(shown, present, folder)) or _no_config(folder)
+        config = _config_of(folder)
         chosen = choose(present, lambda name: folder / name)
         if not chosen.names:
             raise foreign(shown, present, folder) or CheckpointError(f"no .safetensors file in {shown}, nor any pytorch_model*.bin")
     elif root.suffix in (".safetensors", *_TORCH):
         folder, chosen = root.parent, Choice([root.name])
-        if root.name.startswith(ADAPTER_WEIGHTS):
+        if root.name.startswith(ADAPTER_WEIGHTS) and not tensors_only:
             raise foreign(shown, [root.name]) or CheckpointError(shown)
-        if not os.path.lexists(folder / _CONFIG):
+        if not os.path.lexists(folder / _CONFIG) and not tensors_only:
             raise CheckpointError(f"missing config.json beside {shown}", hint="put the model's config.json there")
-        config = read_json(folder / _CONFIG, MAX_CONFIG)
+        config = _config_of(folder)
     else:
         known = foreign(printable(str(root.parent)), [root.name])
         raise known or CheckpointError(f"{shown} is neither a folder nor a weight file (.safetensors, .bin, .pth, .pt)")
@@ -139,12 +138,17 @@ def build_index(root: Path, config: dict[str, Any], shards: tuple[Shard, ...], c
     return Index(root, config, shards, tensors, digests, unlisted=unlisted, absent=absent, notes=(*chosen.notes, *notes))
 
 
-def _newest_snapshot(folder: Path) -> Path | None:
-    """The revision that came last into a folder of the Hub's cache (models--org--name), None if it is none."""
-    with contextlib.suppress(OSError):
+def _no_config(folder: Path) -> CheckpointError:
+    hint = "a checkpoint folder holds config.json beside its weights"
+    with contextlib.suppress(OSError, ValueError):  # of a folder of the Hub's cache (models--org--name) the revision that came last
         held = [path for path in (folder / "snapshots").iterdir() if (path / _CONFIG).exists()]
-        return max(held, key=lambda path: (path.stat().st_mtime_ns, path.name), default=None)
-    return None
+        newest = max(held, key=lambda path: (path.stat().st_mtime_ns, path.name))
+        hint = f"this is the Hub's cache of a model, which is in {printable(str(newest))}"
+    return CheckpointError(f"missing config.json in {printable(str(folder))}", hint=hint)
+
+
+def _config_of(folder: Path) -> dict[str, Any]:
+    return read_json(folder / _CONFIG, MAX_CONFIG) if os.path.lexists(folder / _CONFIG) else {}
 
 
 def _open_meta(folder: Path) -> Index:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from streamconv.checkpoint.dtypes import F32, DType
 from streamconv.checkpoint.packed_rows import read_channels
@@ -56,8 +56,7 @@ class RowSource(Protocol):
         """Take rows [start, stop) out of the page cache, unless they were there before this run."""
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """A contiguous row-major block [rows, cols] in a source file; `begin` is an absolute offset."""
 
     shard: int

@@ -1,13 +1,13 @@
 """One source file: opened lazily, read with positioned reads only, and noticed when it changes under us.
 
-Windows are copies, not memory maps: a mapped page of a file that someone truncates kills the process with SIGBUS, even
-when it was populated before (truncation takes pages out of the page tables again). A copy costs one pass over memory,
-at several times the speed of a disk, and works the same on network file systems.
+What is read is copied: that works for cold files and on every file system. Mappings (mapping.py) save the copy of what is in the
+page cache; a mapped page of a file that someone cuts off gives SIGBUS, even when it was populated before, so they are guarded.
 """
 
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import threading
 import weakref
@@ -17,8 +17,9 @@ from types import TracebackType
 from typing import NamedTuple
 
 from streamconv.checkpoint.header import Header, read_header
+from streamconv.checkpoint.private_mapping import private_mapping
 from streamconv.checkpoint.untrusted import frees_descriptors, open_regular
-from streamconv.errors import SourceChangedError, UnreadableError, printable
+from streamconv.errors import CheckpointError, SourceChangedError, UnreadableError, printable
 
 _ROWS_PER_CALL = 256  # two vectors a row stay below IOV_MAX, which is 1024 on Linux
 _SAMPLE = 16
@@ -55,7 +56,7 @@ frees_descriptors.append(_close_idle)
 class Shard:
     """A source file. Safe to read from many threads; close() only when nobody reads any more."""
 
-    __slots__ = ("__weakref__", "_cold", "_fd", "_identity", "_lock", "_users", "path")
+    __slots__ = ("__weakref__", "_cold", "_fd", "_identity", "_lock", "_mapping", "_users", "path")
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
@@ -63,6 +64,7 @@ class Shard:
         self._cold = False
         self._identity: Identity | None = None
         self._lock = threading.Lock()
+        self._mapping: mmap.mmap | None = None
         self._users = 0
         with _using:
             _shards.add(self)
@@ -95,7 +97,7 @@ class Shard:
                     os.close(fd)
                     raise self._changed("was replaced or changed")
                 if self._identity is None:
-                    self._cold = not _mostly_cached(fd, now.size)
+                    self._cold = 2 * _cached_places(fd, 0, now.size, _SAMPLE) < _SAMPLE
                 self._identity, self._fd = now, fd
             return self._fd
 
@@ -105,7 +107,7 @@ class Shard:
         return self._fd >= 0 and not self._users
 
     @contextlib.contextmanager
-    def _descriptor(self) -> Iterator[int]:
+    def descriptor(self) -> Iterator[int]:
         """The descriptor, which stays open meanwhile."""
         with _using:
             self._users += 1
@@ -149,13 +151,13 @@ class Shard:
         Raises:
             HeaderError: it breaks a rule of the format.
         """
-        with self._descriptor() as fd:
+        with self.descriptor() as fd:
             return read_header(fd, self.path)
 
     def close(self) -> None:
         """Give the descriptor back; a later read opens the file again, and checks that it is the same one."""
         with self._lock:
-            fd, self._fd = self._fd, -1
+            fd, self._fd, self._mapping = self._fd, -1, None  # views that are still in use keep the mapping
         if fd >= 0:
             os.close(fd)
 
@@ -213,6 +215,40 @@ class Shard:
         self.read_into(begin, buffer)
         yield memoryview(buffer).toreadonly()
 
+    def view(self, begin: int, end: int) -> memoryview:
+        """The bytes [begin, end) of the file without a copy, for those who accept a mapping's risk; valid as long as it is kept.
+
+        Raises:
+            SourceChangedError: the file is shorter than it was.
+            UnreadableError: the system does not map it.
+        """
+        if begin >= end:
+            return memoryview(b"")
+        with self.descriptor() as fd, self._lock:
+            if os.fstat(fd).st_size < max(end, self.size):  # touching a page that is gone would end the process
+                raise self._changed("ends early")
+            try:
+                self._mapping = self._mapping or private_mapping(fd, self.size)
+            except OSError as error:
+                raise self._unreadable(f"cannot be mapped: {os.strerror(error.errno or 0)}") from error
+            return memoryview(self._mapping)[begin:end]
+
+    def cached(self, begin: int, end: int) -> bool:
+        """Most of the file was in the page cache before we read any of it, and all of this range seems to be."""
+        with self.descriptor() as fd:
+            return not self._cold and _cached_places(fd, begin, end, _SAMPLE) == _SAMPLE
+
+    def lost(self, end: int) -> CheckpointError:
+        """The error for bytes up to `end` that could not be had."""
+        try:
+            with self.descriptor() as fd:
+                now = identity_of(os.fstat(fd))
+        except CheckpointError as error:
+            return error
+        if now.size < end:
+            return self._changed(f"ends at byte {now.size}, {end - now.size} bytes early")
+        return self._unreadable("cannot be read") if now == self._identity else self._changed("was replaced or changed")
+
     def give_back(self, begin: int, end: int) -> None:
         """These bytes are not needed again: out of the page cache with them, if it was us who brought them in.
 
@@ -231,7 +267,7 @@ class Shard:
         expected = self._identity or self.identity
         try:
             by_path = identity_of(os.stat(self.path))
-            with self._descriptor() as fd:
+            with self.descriptor() as fd:
                 by_fd = identity_of(os.fstat(fd))
         except FileNotFoundError:
             raise self._changed("is gone") from None
@@ -242,7 +278,7 @@ class Shard:
             raise self._changed(f"changed its size to {by_path.size} bytes" if shrank else "was replaced or changed")
 
     def _fill(self, offset: int, views: list[memoryview]) -> None:
-        with self._descriptor() as fd:
+        with self.descriptor() as fd:
             self._fill_from(fd, offset, views)
 
     def _fill_from(self, fd: int, offset: int, views: list[memoryview]) -> None:
@@ -274,17 +310,17 @@ class Shard:
         )
 
 
-def _mostly_cached(fd: int, size: int) -> bool:
-    """Whether most of a file is in the page cache, by a sample; True where the system does not tell."""
+def _cached_places(fd: int, begin: int, end: int, places: int) -> int:
+    """How many of some places between two offsets are in the page cache; all of them where the system does not tell."""
     here = 0
-    for place in range(_SAMPLE):
+    for place in range(places):
         try:
-            here += os.preadv(fd, [bytearray(1)], size * (2 * place + 1) // (2 * _SAMPLE), os.RWF_NOWAIT)
+            here += os.preadv(fd, [bytearray(1)], begin + (end - begin) * (2 * place + 1) // (2 * places), os.RWF_NOWAIT)
         except BlockingIOError:
             pass
         except (OSError, AttributeError):
-            return True
-    return 2 * here >= _SAMPLE
+            return places
+    return here
 
 
 def identity_of(status: os.stat_result) -> Identity:

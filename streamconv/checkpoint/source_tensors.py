@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from functools import lru_cache
 
 from streamconv.checkpoint.dtypes import DType
 from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.rows import Piece, SourceTensor
+
+_KEPT = 64
+"""Tensors that are kept after they were made: whoever plans asks for one several times."""
 
 
 class SourceTensors(Mapping[str, SourceTensor]):
@@ -19,21 +23,14 @@ class SourceTensors(Mapping[str, SourceTensor]):
 
     def __init__(self, index: Index) -> None:
         self._table, self._assembled = index.tensors, index.assembled
-        self._last: tuple[int, SourceTensor | None] = -1, None
+        self.at: Callable[[int], SourceTensor] = lru_cache(_KEPT)(self._make)
 
     def place(self, name: str) -> int | None:
         """Number of a tensor, None if there is none of that name."""
         return self._table.place(name)
 
-    def at(self, place: int) -> SourceTensor:
-        """The tensor with a number."""
-        known, made = self._last
-        if known != place or made is None:  # whoever plans asks for a tensor several times in a row
-            made = self._make(place)
-            self._last = place, made
-        return made
-
     def _make(self, place: int) -> SourceTensor:
+        """The tensor with a number."""
         name, dtype, shape, shard, begin, _ = self._table.at(place)
         if self._assembled is not None:
             whole = self._assembled[name]
@@ -46,6 +43,11 @@ class SourceTensors(Mapping[str, SourceTensor]):
         """Dtype and columns of a tensor by its number."""
         dtype, shape = self._table.kind(place)
         return dtype, shape[-1] if len(shape) > 1 else 1
+
+    def row_bytes(self, place: int) -> int:
+        """Bytes of a row of a tensor by its number."""
+        dtype, shape = self._table.kind(place)
+        return dtype.itemsize * shape[-1] if len(shape) > 1 else dtype.itemsize
 
     def __getitem__(self, name: str) -> SourceTensor:
         place = self._table.place(name)

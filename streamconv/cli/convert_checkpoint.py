@@ -130,7 +130,7 @@ def _convert(request: OfficialRequest, source: str) -> int:
         options,
         dataclasses.replace(resources(request.memory_budget, request.workers, request.device), no_lock=request.no_lock),
         force=request.force,
-        watcher=view.Progress(request.quiet),
+        meter=view.meter(request.quiet),
     )
     show_report(report, False, request.quiet)
     return 0

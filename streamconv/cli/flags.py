@@ -134,6 +134,14 @@ OF_A_RUN: tuple[_Decorator, ...] = (
         help="A GPU that fails: finish on the CPU, or stop so that the same command goes on later.",
         **_OF_RESOURCES,
     ),
+    click.option(
+        "--read",
+        type=click.Choice(["auto", "map", "pread"]),
+        default="auto",
+        show_default=True,
+        help="On the CPU: map the source, copy it into memory, or map what the page cache holds. Network file systems are never mapped.",
+        **_OF_RESOURCES,
+    ),
 )
 """What only a command that converts can use."""
 SAMPLES: tuple[_Decorator, ...] = (

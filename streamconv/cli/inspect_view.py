@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from streamconv.api import without_collection
 from streamconv.checkpoint.index import Index
 from streamconv.cli import output
 from streamconv.cli.view import table
@@ -14,6 +13,7 @@ from streamconv.families import Family
 from streamconv.families.matching import match
 from streamconv.hub import open_source
 from streamconv.memory import show_size
+from streamconv.open_plan import without_collection
 from streamconv.planning.plan import Plan
 from streamconv.targets.trtllm.options import TensorRTLLM
 from streamconv.targets.trtllm.target import make_plan, model_of

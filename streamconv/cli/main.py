@@ -62,6 +62,7 @@ def convert(
     device_memory_budget: str,
     hub_keep: str,
     on_device_loss: Any,
+    read: Any,
     no_lock: bool,
     force: bool,
     as_json: bool,
@@ -95,6 +96,7 @@ def convert(
         resources(memory_budget, workers, device, device_memory_budget),
         hub_keep=hub_keep,
         on_device_loss=on_device_loss,
+        read=read,
         no_lock=no_lock,
     )
     wanted = asked_target(to, values, more)
@@ -118,7 +120,7 @@ def convert(
         wanted,
         asked,
         force=force,
-        watcher=view.Progress(quiet or as_json),
+        meter=view.meter(quiet or as_json),
     )
     show_report(report, as_json, quiet)
     recipe_option.compare(out)
@@ -142,7 +144,8 @@ def show_report(report: Any, as_json: bool, quiet: bool) -> None:
         + (f"; {report.resumed} tiles of an earlier run were kept" if report.resumed else "")
     )
     if report.profile:
-        output.line("seconds: " + ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in report.profile.items()))
+        mapped = f"; {show_size(report.bytes_mapped)} of the source mapped, {show_size(report.bytes_read - report.bytes_mapped)} copied"
+        output.line("seconds: " + ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in report.profile.items()) + mapped)
 
 
 @cli.command(cls=Command)

@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from streamconv import mounts
 from streamconv.cli import output
 from streamconv.cli.view import table
 from streamconv.errors import printable
 from streamconv.memory import show_size
 from streamconv.planning.memory_plan import Shares, TileCost
 from streamconv.planning.plan import Plan
-from streamconv.run import fs, inside, mounts
+from streamconv.run import fs, inside
 
 
 def content(plan: Plan, shares: Shares, costs: list[TileCost], out: str | None) -> dict[str, Any]:

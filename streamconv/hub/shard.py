@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 AT_A_TIME = 2
 """Shards in the cache at most, with --hub-keep none: the one that is read and the next."""
 _HEAD = 1 << 16
+_REQUEST = 32 << 20
+"""Bytes of a file that one request asks for at most: they are held twice until they have come."""
 
 
 class HubShard(Shard):
@@ -97,6 +99,15 @@ class HubShard(Shard):
             if self._ours is not None:
                 remove(self.path, self._ours)
                 self._ours = None
+
+    def view(self, begin: int, end: int) -> memoryview:
+        """As of any file once it is in the cache, else a copy of just these bytes, by range requests."""
+        if begin >= end or self._local():
+            return super().view(begin, end)
+        buffer = memoryview(bytearray(end - begin))
+        for at in range(0, len(buffer), _REQUEST):
+            self.read_into(begin + at, buffer[at : at + _REQUEST])
+        return buffer
 
     def header(self) -> Header:
         if self._local():

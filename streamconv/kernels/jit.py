@@ -46,7 +46,19 @@ _FOLDER = _kernel_folder()
 
 def jit(function: Callable[..., Any]) -> Any:
     """Compile on first use, once per argument types; cached on disk where that is possible."""
-    compiled: Any = numba.njit(nogil=True, error_model="numpy")(function)
+    return _cached(numba.njit(nogil=True, error_model="numpy")(function), function)
+
+
+def callback(signature: Any, function: Callable[..., Any]) -> int:
+    """Address of a C function that never enters the interpreter; compiled here and now, and cached like a kernel."""
+    from numba.core.ccallback import CFunc
+
+    made: Any = _cached(CFunc(function, (signature.args, signature.return_type), {}, {"error_model": "numpy"}), function)
+    made.compile()
+    return int(made.address)
+
+
+def _cached(compiled: Any, function: Callable[..., Any]) -> Any:
     if _FOLDER is not None:
         try:
             from streamconv.kernels.cache import KernelCache

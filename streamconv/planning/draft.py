@@ -12,6 +12,7 @@ import struct
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from math import prod
 from typing import NamedTuple, cast
 
@@ -251,7 +252,7 @@ class Draft:
         """The spans of a source, by its number."""
         if len(feeds) == 1:
             feed = feeds[0]
-            align = align_of((self._matrices.encoding(feed.matrix).row_align,), feed.op)
+            align = _align_of(self._matrices.encoding(feed.matrix).row_align, feed.op)
             spans.add(source, feed.start, feed.stop, feed.op, align)
             spans.add_dest(feed.matrix, feed.row, feed.cols)
             return
@@ -267,6 +268,11 @@ class Draft:
             spans.add(source, start, stop, op, align)
             for feed in active:
                 spans.add_dest(feed.matrix, feed.row + op.out_rows(start - feed.start), feed.cols)
+
+
+@cache
+def _align_of(row_align: int, op: RowOp) -> int:
+    return align_of((row_align,), op)
 
 
 def layout(
@@ -297,23 +303,24 @@ def layout(
     files, constants = [], list[Constant]()
     for file, listed in enumerate(keys):
         listed.sort()
-        header, begins = HeaderBuilder(named[file][1]), array("Q")
-        for key in listed:
+        header, own = HeaderBuilder(named[file][1]), list[tuple[int, int, int]]()
+        for position, key in enumerate(listed):
             name, number, at = key[1:-6].decode(), *_OWNER.unpack(key[-5:])
             part = fixed[number] if at == _CONSTANT else matrices.parts(number)[at]
-            begins.append(header.add(name, part.dtype, part.shape))
+            begin = header.add(name, part.dtype, part.shape)
+            if at == _CONSTANT:
+                own.append((number, begin, position))
+            else:
+                matrices.put(number, at, begin, position)
+        count = len(listed)
+        listed.clear()  # before the header is copied: both are as large as the names
         text, size = header.finish()
         if len(text) > MAX_HEADER:
             told = f"{named[file][0]} would have a header of {len(text)} bytes, above streamconv's own limit of {MAX_HEADER}"
             raise RefusedError([told])
-        for position, (key, begin) in enumerate(zip(listed, begins, strict=True)):
-            number, at = _OWNER.unpack(key[-5:])
-            if at == _CONSTANT:
-                constants.append(Constant(file, fixed[number].name, len(text) + begin, fixed[number].data, position))
-            else:
-                matrices.put(number, at, len(text) + begin, position)
-        files.append(OutputFile(named[file][0], size, text, len(listed)))
-        listed.clear()
+        matrices.data_starts.append(len(text))
+        constants += [Constant(file, fixed[n].name, len(text) + begin, fixed[n].data, position) for n, begin, position in own]
+        files.append(OutputFile(named[file][0], size, text, count))
     return files, constants
 
 

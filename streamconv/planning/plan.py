@@ -229,6 +229,8 @@ class Plan:
         target: with everything settled that was left to the source.
         dtype: of the tensors that are not quantized.
         side_files: what is no tensor file; the last one, config.json, makes the folder a checkpoint.
+        files: the tensor files; each has `name`, `size` in bytes, and `tensors`, how many there are.
+        bytes_read, bytes_written: of the source, and of all files of the output.
         warnings: things the user should know, one line each.
         notes: what is right, and worth a line in the plan.
         decisions: module suffix -> how it is stored and why, for the plan's table.

@@ -31,12 +31,16 @@ class Pool(Generic[_H]):
     def __init__(self) -> None:
         self.values: list[_H] = []
         self._numbers: dict[_H, int] = {}
+        self._last: tuple[_H | None, int] = None, 0
 
     def number(self, value: _H) -> int:
+        if value is self._last[0]:  # hashing a value takes longer
+            return self._last[1]
         found = self._numbers.get(value)
         if found is None:
             found = self._numbers[value] = len(self.values)
             self.values.append(value)
+        self._last = value, found
         return found
 
     def close(self) -> None:
@@ -74,6 +78,7 @@ class Stored(Protocol):
     def place(self, name: str) -> int | None: ...
     def at(self, place: int) -> SourceTensor: ...
     def kind(self, place: int) -> tuple[DType, int]: ...
+    def row_bytes(self, place: int) -> int: ...
     def __len__(self) -> int: ...
 
 
@@ -93,12 +98,14 @@ class Sources:
         return self._last[1]
 
     def _find(self, source: RowSource) -> int:
-        known = self._numbers.get(source.name)
+        known = self._numbers.get(source.name) if self._numbers else None
         if known is not None:
             return known
         place = self._stored.place(source.name)
-        if place is not None and type(source) is SourceTensor and source == self._stored.at(place):
-            return place
+        if place is not None and type(source) is SourceTensor:
+            stored = self._stored.at(place)
+            if source is stored or source == stored:
+                return place
         known = self._numbers[source.name] = len(self._stored) + len(self._others)
         self._others[known] = source
         return known
@@ -109,20 +116,17 @@ class Sources:
         return self._stored.place(name) if known is None else known
 
     def __getitem__(self, number: int) -> RowSource:
-        return self._others[number] if number in self._others else self._stored.at(number)
+        return self._stored.at(number) if number < len(self._stored) else self._others[number]
 
     def kind(self, number: int) -> tuple[DType, int]:
         """Dtype and columns."""
-        other = self._others.get(number)
-        return (other.dtype, other.cols) if other is not None else self._stored.kind(number)
+        if number < len(self._stored):
+            return self._stored.kind(number)
+        return self._others[number].dtype, self._others[number].cols
 
     def stored_row_bytes(self, number: int) -> int:
         """Bytes of the checkpoint that a row is read from; 0 for what is computed."""
-        other = self._others.get(number)
-        if other is not None:
-            return other.stored_row_bytes
-        dtype, cols = self.kind(number)
-        return cols * dtype.itemsize
+        return self._stored.row_bytes(number) if number < len(self._stored) else self._others[number].stored_row_bytes
 
 
 class SpanTable(Table[Span]):
@@ -229,7 +233,11 @@ BY_ROLE = ByRole()
 
 
 class MatrixTable(Table[Matrix]):
-    """Matrices by number. Once `complete`, their tensors have their places in the files."""
+    """Matrices by number. Once `complete`, their tensors get their places in the files.
+
+    Attributes:
+        data_starts: for each file the offset of its first data byte.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -239,6 +247,7 @@ class MatrixTable(Table[Matrix]):
         self._modules, self._encodings, self._notes = Pool[str](), Pool[Encoding](), Pool[str]()
         self._offset, self._position = array("Q"), array("I")
         self._spelling, self._spellings = array("I"), Pool[Spelling]()
+        self.data_starts: list[int] = []
         self._known: dict[tuple[int, int, int, int, int], tuple[Part, ...]] = {}
 
     def add(
@@ -269,7 +278,7 @@ class MatrixTable(Table[Matrix]):
         self._modules.close()
 
     def put(self, number: int, part: int, offset: int, position: int) -> None:
-        """Where a part lies: byte of the file, and its place in the order of the file's data."""
+        """Where a part lies: byte of the file's data, and its place in the order of them."""
         self._offset[self._first[number] + part], self._position[self._first[number] + part] = offset, position
 
     def parts(self, number: int) -> tuple[Part, ...]:
@@ -302,6 +311,7 @@ class MatrixTable(Table[Matrix]):
         """
         made = copy(self)
         made._made, made._offset = lru_cache(_KEPT)(made._make), array("Q", self._offset)
+        made.data_starts = [0] * len(self.data_starts)
         for number in range(len(self)):
             for at in range(len(self.parts(number))):
                 made._offset[self._first[number] + at] = begin(self._file[number], self.tensor(number, at))
@@ -322,10 +332,15 @@ class MatrixTable(Table[Matrix]):
         return len(self._note)
 
     def _make(self, number: int) -> Matrix:
-        name, first, spelling = self.name(number), self._first[number], self._spellings.values[self._spelling[number]]
+        name, first, start = self.name(number), self._first[number], self.data_starts[self._file[number]]
+        spelling = self._spellings.values[self._spelling[number]]
         places = tuple(
             PartPlace(
-                spelling.name(name, part.role), self._offset[first + at], part.record_bytes, self._position[first + at], part.record_rows
+                spelling.name(name, part.role),
+                start + self._offset[first + at],
+                part.record_bytes,
+                self._position[first + at],
+                part.record_rows,
             )
             for at, part in enumerate(self.parts(number))
         )

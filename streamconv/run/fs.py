@@ -20,8 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from streamconv import mounts
 from streamconv.errors import OutputError, UsageError, printable
-from streamconv.run import mounts
 
 _SYNC_FILE_RANGE_WRITE = 2
 _RENAME_NOREPLACE = 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import mmap
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from streamconv import memory
+from streamconv.checkpoint.mapping import Window
 from streamconv.checkpoint.shard import Shard
 from streamconv.device.ring import Slot
 from streamconv.device.step import Job
@@ -22,6 +24,7 @@ from streamconv.quants.base import Findings
 from streamconv.run.encode import Request, encode, is_copy, requests, row_costs
 from streamconv.run.journal import Done, Journal, Recorder
 from streamconv.run.judge import judge
+from streamconv.run.mapped import Mapped
 from streamconv.run.order import Hashes, Order, Stop
 from streamconv.run.output_folder import OutputFolder
 from streamconv.run.read import read_rows, scratch_bytes_per_row
@@ -65,6 +68,7 @@ class Outcome:
     Attributes:
         overflow: source tensor -> finite values that became infinite in the model dtype.
         nonfinite: source tensor -> NaN or infinite values that were quantized all the same.
+        bytes_mapped: of bytes_read, those that were encoded where the page cache holds them.
         resumed: tiles of an earlier run that were believed, after a look at their bytes.
         seconds: worker seconds spent in each of PHASES, over all workers.
     """
@@ -72,6 +76,7 @@ class Outcome:
     overflow: dict[str, int] = field(default_factory=dict)
     nonfinite: dict[str, int] = field(default_factory=dict)
     bytes_read: int = 0
+    bytes_mapped: int = 0
     bytes_written: int = 0
     tiles: int = 0
     resumed: int = 0
@@ -93,6 +98,7 @@ class Pool:
         journal: told of every tile that is safely on the disk.
         past: span -> finished row ranges of an earlier run, ascending.
         consumed: called with (span, source rows) when these rows will not be read again.
+        mapped: maps tiles that need not be read; not for devices, which copy from pinned memory.
 
     Attributes:
         hashes: of every tensor, once `run` is done.
@@ -111,10 +117,11 @@ class Pool:
         journal: Journal | None = None,
         past: Mapping[int, Sequence[Done]] | None = None,
         consumed: Callable[[int, int], None] = lambda span, rows: None,
+        mapped: Mapped | None = None,
     ) -> None:
         self.plan, self.shards, self.folder, self.shares = plan, shards, folder, shares
         self.costs, self.tile_rows, self.progress, self.devices = costs, tile_rows, progress, devices
-        self.past, self.consumed = past or {}, consumed
+        self.past, self.consumed, self.mapped = past or {}, consumed, mapped
         self._recorder = Recorder(journal, folder, self.fail) if journal is not None and isinstance(folder, OutputFolder) else None
         self.outcome = Outcome()
         self.hashes = Hashes(plan.files)
@@ -209,19 +216,18 @@ class Pool:
         self.results.stop()
 
     def _work(self, number: int) -> None:
-        import mmap
-
         import numpy as np
 
         try:
             if self.devices is not None:
                 slot = self.devices(number, self.shares.arena)
-                self._take_tiles(number, slot.arena, slot, lambda: None)
+                self._take_tiles(number, slot.arena, slot, lambda *_: None)
                 return
             # mapped and not allocated: all of it goes back to the system as soon as nothing refers to it
             mapped = mmap.mmap(-1, max(self.shares.arena, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             with contextlib.suppress(OSError, AttributeError):  # a kernel without huge pages
-                mapped.madvise(mmap.MADV_HUGEPAGE)
+                # beside a window, huge pages would bring more of the arena back than is used
+                mapped.madvise(mmap.MADV_HUGEPAGE if self.mapped is None else mmap.MADV_NOHUGEPAGE)
             give_back = functools.partial(mapped.madvise, mmap.MADV_DONTNEED)
             self._take_tiles(number, np.frombuffer(mapped, np.uint8), None, give_back)
         except Stop:
@@ -231,7 +237,7 @@ class Pool:
             self.fail(error)
 
     def _take_tiles(
-        self, number: int, arena: np.ndarray[Any, Any], slot: Slot | None, give_back: Callable[[], object]
+        self, number: int, arena: np.ndarray[Any, Any], slot: Slot | None, give_back: Callable[..., object]
     ) -> None:
         while True:
             if number and self._pressed():
@@ -243,10 +249,10 @@ class Pool:
             if tile is None:
                 return
             if tile.done is None:
-                self._do(tile, arena, slot)
+                self._do(tile, arena, slot, give_back)
             elif not self._believe(tile, tile.done, arena):
                 for piece in self._pieces(tile.span, tile.start, tile.stop):
-                    self._do(piece, arena, slot)
+                    self._do(piece, arena, slot, give_back)
 
     def _pressed(self) -> bool:
         """Memory is short and there is work: all workers but the first wait."""
@@ -265,10 +271,29 @@ class Pool:
             self.outcome.resumed += 1
         self._count(span.source.name, done.overflow, done.nonfinite)
         self.consumed(tile.span, tile.stop - tile.start)
-        self.progress((tile.stop - tile.start) * span.row_bytes, 0)
+        self.progress((tile.stop - tile.start) * span.stored_row_bytes, 0)
         return True
 
-    def _do(self, tile: Tile, arena: np.ndarray[Any, Any], slot: Slot | None) -> None:
+    def _do(self, tile: Tile, arena: np.ndarray[Any, Any], slot: Slot | None, give_back: Callable[..., object]) -> None:
+        """Do a tile, read or mapped.
+
+        Args:
+            give_back: gives the memory of the arena back, or (first byte, bytes) of it.
+        """
+        span, began = self.plan.spans[tile.span], time.monotonic()
+        window = self.mapped.window(self.shards, span, tile.start, tile.stop) if self.mapped is not None and slot is None else None
+        if window is None:
+            self._encode(tile, arena, slot, None, began)
+            return
+        # what is mapped takes the place of as much of the arena
+        size = -(-window.data.size // mmap.PAGESIZE) * mmap.PAGESIZE
+        give_back(max(arena.size // mmap.PAGESIZE * mmap.PAGESIZE - size, 0), size)
+        with window:
+            self._encode(tile, arena, slot, window, began)
+        if span.reduce is None:
+            span.source.drop_page_cache(self.shards, tile.start, tile.stop)
+
+    def _encode(self, tile: Tile, arena: np.ndarray[Any, Any], slot: Slot | None, window: Window | None, began: float) -> None:
         import xxhash
 
         span = self.plan.spans[tile.span]
@@ -276,20 +301,22 @@ class Pool:
         size, stored = source_rows * span.row_bytes, source_rows * span.stored_row_bytes
         spare = source_rows * scratch_bytes_per_row(span)
         spent = dict.fromkeys(PHASES, 0.0)
-        began = time.monotonic()
-        block = read_rows(self.shards, span, tile.start, tile.stop, arena, arena[size : size + spare])
+        if window is None:
+            block = read_rows(self.shards, span, tile.start, tile.stop, arena, arena[size : size + spare])
+            space = arena[-(-(size + spare) // 64) * 64 :]
+        else:
+            block, space = window.data, arena
         now = time.monotonic()
         spent["read"] = now - began
-        if span.reduce is None:  # else a later pass reads them again
+        if span.reduce is None and window is None:  # else a later pass reads them again
             span.source.drop_page_cache(self.shards, tile.start, tile.stop)
         self.consumed(tile.span, source_rows)
         if span.reduce is not None:
-            self._reduce(span, source_rows, block, slot)
+            self._reduce(span, source_rows, block, slot, window)
             spent["compute"] = time.monotonic() - now
-            self._did(tile, stored, 0, spent)
+            self._did(tile, stored, 0, spent, window)
             return
         rows = span.op.out_rows(source_rows)
-        space = arena[-(-(size + spare) // 64) * 64 :]
         skipped = span.op.out_rows(tile.start - span.start)
         written, files, hashes, found = 0, set[str](), [], Findings()
         wanted = requests(span, self.plan.matrices)
@@ -323,12 +350,14 @@ class Pool:
                     files.add(name)
                     written += part.size
                 spent["write"] += time.monotonic() - now
+        if window is not None:
+            window.check()
         if self._recorder is not None:
             done = Done(tile.span, tile.start, tile.stop, tuple(hashes), found.overflow, found.nonfinite)
             self._recorder.add(done, files, written)
-        self._did(tile, stored, written, spent)
+        self._did(tile, stored, written, spent, window)
 
-    def _reduce(self, span: Span, rows: int, block: np.ndarray[Any, Any], slot: Slot | None) -> None:
+    def _reduce(self, span: Span, rows: int, block: np.ndarray[Any, Any], slot: Slot | None, window: Window | None) -> None:
         """A tile of an earlier pass: it is not in the journal, a resumed run reads it again."""
         if span.reduce is None:
             raise AssertionError(f"{span.source.name}: nothing to reduce")
@@ -342,10 +371,13 @@ class Pool:
 
             matrix = torch.from_numpy(block).view(getattr(torch, span.source.dtype.torch)).reshape(rows, span.source.cols)
             found = span.reduce.tile(matrix, self.results).numpy()
+        if window is not None:
+            window.check()
         self.results.add(span.reduce.key, rows, found)
 
-    def _did(self, tile: Tile, stored: int, written: int, spent: Mapping[str, float]) -> None:
+    def _did(self, tile: Tile, stored: int, written: int, spent: Mapping[str, float], window: Window | None) -> None:
         with self._lock:
+            self.outcome.bytes_mapped += stored if window is not None else 0
             self.outcome.bytes_read += stored
             self.outcome.bytes_written += written
             self.outcome.tiles += 1

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,11 @@ from streamconv.errors import BudgetError, DataError, RefusedError, StreamconvEr
 from streamconv.options import Resources
 from streamconv.planning import memory_plan
 from streamconv.planning.plan import OutputFile, PartPlace, Plan
+from streamconv.progress import Meter
 from streamconv.quants.base import Encoding
 from streamconv.run import manifest
 from streamconv.run.compared import BUFFER, Compared, Difference
+from streamconv.run.mapped import mapped
 from streamconv.targets import target_from_json
 from streamconv.targets.base import Target
 from streamconv.targets.trtllm.options import TensorRTLLM
@@ -57,7 +59,7 @@ class Output:
     ranges: str | None
 
 
-def check(output: Output, source: str | Path, resources: Resources, verdict: Verdict, progress: Callable[[int], None]) -> None:
+def check(output: Output, source: str | Path, resources: Resources, verdict: Verdict, meter: Meter) -> None:
     """Add what the source says of an output to a verdict.
 
     Raises:
@@ -85,7 +87,7 @@ def check(output: Output, source: str | Path, resources: Resources, verdict: Ver
         plan, problems = placed(plan, headers)
         verdict.problems += problems + [f"{name}: the header is not what this source gives" for name in odd]
         if not problems:
-            _compare(plan, index, files, headers, resources, verdict, progress, told is None)
+            _compare(plan, index, files, headers, resources, verdict, meter, told is None)
 
 
 def _asked(told: manifest.Manifest, folder: Path) -> Target:
@@ -211,7 +213,7 @@ def _compare(
     headers: Sequence[Header],
     resources: Resources,
     verdict: Verdict,
-    progress: Callable[[int], None],
+    meter: Meter,
     foreign: bool,
 ) -> None:
     from streamconv.run.pool import Pool
@@ -219,11 +221,13 @@ def _compare(
     costs = [dataclasses.replace(cost, fixed=cost.fixed + BUFFER) for cost in api.costs_of(plan)]
     api.foresee(plan, resources, costs)  # a budget that is far too small is refused before anything is loaded
     api.load_kernels(plan)
-    shares = memory_plan.share(resources.memory_budget, resources.workers, memory.resident(), api.dearest(plan, costs))
     sink = Compared(plan, files, headers)
-    pool = Pool(plan, index.shards, sink, shares, costs, resources.tile_rows, lambda read, _: progress(read))
     try:
-        pool.run()
+        with mapped(resources.read, plan, any(cost.kernel for cost in costs)) as windows:
+            shares = memory_plan.share(resources.memory_budget, resources.workers, memory.resident(), api.dearest(plan, costs))
+            meter.begin("comparing", plan.bytes_read, memory_budget=shares.budget)
+            pool = Pool(plan, index.shards, sink, shares, costs, resources.tile_rows, meter.tile, mapped=windows)
+            pool.run()
     except DataError as refused:
         verdict.problems.append(f"this source gives no checkpoint: {refused}")
         return

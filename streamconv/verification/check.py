@@ -13,6 +13,7 @@ from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.untrusted import parse_json, read_file
 from streamconv.errors import StreamconvError, VerifyError, printable
 from streamconv.options import Resources
+from streamconv.progress import Meter, unwatched
 from streamconv.run import manifest
 from streamconv.targets.hf import check as hf
 from streamconv.targets.trtllm import check as trtllm
@@ -23,21 +24,21 @@ from streamconv.verification.verdict import Verdict
 def verify(
     out: str | Path,
     source: str | Path | None = None,
-    progress: Callable[[int], None] = lambda _: None,
     *,
     with_tensorrt_llm: bool = False,
     activation_ranges: str | None = None,
     resources: Resources | None = None,
+    meter: Meter | None = None,
 ) -> Verdict:
     """Check an output folder.
 
     Args:
         out: the folder.
         source: the checkpoint it was made from; it is encoded again, and the bytes are compared. A model of the Hub is downloaded.
-        progress: called with bytes done.
         with_tensorrt_llm: its own reader has to accept every rank too; `reader` in the verdict then says what it did.
         activation_ranges: where the ranges are now that the output was made with; None if they did not move.
         resources: memory, workers and tiles for `source`; the CPU encodes.
+        meter: told about progress: the bytes of the rank files, then those read of the source.
 
     Raises:
         UsageError: TensorRT-LLM is not installed, or the activation ranges are not where they were.
@@ -46,7 +47,7 @@ def verify(
     """
     import xxhash
 
-    folder, verdict = Path(out), Verdict()
+    folder, verdict, meter = Path(out), Verdict(), meter or Meter(unwatched)
     config, config_bytes = _config(folder, verdict)
     told = manifest.load(folder)
     key = told.target if told is not None else "trtllm" if "mapping" in config else "hf"
@@ -57,10 +58,11 @@ def verify(
     names = hf.tensor_files(folder, verdict.problems) if key == "hf" else trtllm.tensor_files(folder, config, verdict.problems)
     shapes: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
     hashes: dict[tuple[str, str], str] = {}
+    meter.begin("checking", sum((folder / name).stat().st_size for name in names))
     for name in names:
         try:
             loadable = hf.LOADABLE if key == "hf" else trtllm.LOADABLE
-            shapes[name] = _tensor_file(folder / name, told, verdict, hashes, progress, loadable)
+            shapes[name] = _tensor_file(folder / name, told, verdict, hashes, meter.add, loadable)
         except StreamconvError as error:
             verdict.problems.append(str(error))
         verdict.files += 1
@@ -77,13 +79,14 @@ def verify(
             verdict.problems += _side_file(folder / side, side, size, digest)
     if source is not None and not verdict.problems:
         output = against_source.Output(folder, config_bytes, told, activation_ranges)
-        against_source.check(output, source, resources or Resources(), verdict, progress)
+        against_source.check(output, source, resources or Resources(), verdict, meter)
     if with_tensorrt_llm:
         from streamconv.targets.trtllm.official_reader import read_ranks
 
         version, accepted, refused = read_ranks(folder)
         verdict.problems += refused
         verdict.reader = f"TensorRT-LLM {version} accepted {accepted} ranks, refused {len(refused)}"
+    meter.end()
     return verdict
 
 

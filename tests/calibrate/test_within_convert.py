@@ -10,9 +10,12 @@ pytest.importorskip("transformers")
 
 import psutil
 
+from streamconv import verbs
 from streamconv.calibration.child import calibrate_apart
 from streamconv.calibration.run import calibrate
 from streamconv.cli.main import main
+from streamconv.progress import Progress
+from streamconv.targets.trtllm.options import TensorRTLLM
 from tests.calibrate.test_streamed import model, text
 
 __all__ = ["model", "text"]
@@ -92,3 +95,19 @@ def test_mistakes_are_told_before_anything_is_measured(
     assert main(["convert", str(model), str(tmp_path / "out"), *flags]) == status
     assert says in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "text.txt"]
+
+
+def test_the_function_measures_the_same(model: Path, text: Path, tmp_path: Path) -> None:
+    seen: list[Progress] = []
+    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    report = verbs.calibrate(model, one, text, samples=4, max_length=16, watch=seen.append)
+    calibrate(model, two, str(text), samples=4, max_length=16)
+    assert one.read_bytes() == two.read_bytes()
+    assert (report.out, report.samples, report.layers, report.device) == (str(one), 4, 2, "cpu") and report.tensors > 0
+    assert [(now.phase, now.done, now.total, now.unit) for now in seen] == [
+        ("calibrating", 1, 2, "layers"),
+        ("calibrating", 2, 2, "layers"),
+        ("done", 2, 2, "layers"),
+    ]
+    target = TensorRTLLM(quant="smoothquant", activation_ranges=report.out)
+    assert verbs.convert(model, tmp_path / "out", target).files == 1

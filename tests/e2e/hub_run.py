@@ -43,10 +43,15 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 
 
 def run(hub: Hub, tmp_path: Path, *arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
-    """The command in its own process: huggingface_hub reads its variables once."""
+    """The command in its own process."""
+    return python(hub, tmp_path, "-m", "streamconv", *arguments, **changes)
+
+
+def python(hub: Hub, tmp_path: Path, *arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
+    """An interpreter of its own: huggingface_hub reads its variables once."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     env = kept | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT), "NO_PROXY": "*", "no_proxy": "*"}
-    command = [sys.executable, "-m", "streamconv", *arguments]
+    command = [sys.executable, *arguments]
     return subprocess.run(command, env=env | changes, capture_output=True, text=True, timeout=240, cwd=tmp_path)
 
 

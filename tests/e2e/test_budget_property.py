@@ -66,7 +66,8 @@ def llama(folder: Path, layers: int, hidden: int, inter: int, heads: int, vocab:
         at = f"model.layers.{layer}."
         shapes |= {at + f"{norm}_layernorm.weight": (hidden,) for norm in ("input", "post_attention")}
         shapes |= {at + f"self_attn.{name}_proj.weight": (hidden, hidden) for name in "qkvo"}
-        shapes |= {at + f"mlp.{name}_proj.weight": (inter, hidden) for name in ("gate", "up")} | {at + "mlp.down_proj.weight": (hidden, inter)}
+        shapes |= {at + f"mlp.{name}_proj.weight": (inter, hidden) for name in ("gate", "up")}
+        shapes[at + "mlp.down_proj.weight"] = (hidden, inter)
     shapes |= {"model.norm.weight": (hidden,), "lm_head.weight": (vocab, hidden)}
     sizes = {"num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": inter, "vocab_size": vocab}
     return sparse(folder, tiny.config(**sizes, num_attention_heads=heads, num_key_value_heads=heads), shapes, dtype, size)

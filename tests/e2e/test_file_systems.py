@@ -14,12 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from streamconv import api
+from streamconv import api, mounts
 from streamconv.checkpoint import shard as shards
 from streamconv.cli.main import main
 from streamconv.errors import OutputError, UnreadableError, UsageError
 from streamconv.options import Resources
-from streamconv.run import mounts
 from streamconv.run.fs import Disk, free_space, hidden
 from streamconv.run.output_folder import OutputFolder
 from streamconv.targets.trtllm.options import TensorRTLLM
@@ -258,7 +257,7 @@ def test_ranges_do_not_go_into_the_model(model: Path, tmp_path: Path, capfd: pyt
 
 def test_scratch_follows_no_link(tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    from streamconv.calibrate.scratch import Scratch
+    from streamconv.calibration.scratch import Scratch
 
     (tmp_path / "victim").mkdir()
     (tmp_path / "victim" / "states-0").write_text("mine")

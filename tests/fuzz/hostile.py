@@ -83,8 +83,8 @@ INDEXES: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "lists 40,000 deep": (lambda: b'{"weight_map":' + b"[" * 40_000, "nested too deeply"),
     "objects 40,000 deep": (lambda: b'{"a":' * 40_000, "nested too deeply"),
-    "numbers of 4299 digits": (lambda: b'{"weight_map":[' + b",".join([b"9" * 4299] * 7700) + b"]}", "no weight_map"),
-    "a number of 33 million digits": (lambda: b'{"weight_map":' + b"1" * 33_000_000 + b"}", "not valid JSON"),
+    "numbers of 4299 digits": (lambda: b'{"weight_map":[' + b",".join([b"9" * 4299] * 7700) + b"]}", "an integer of 4299 digits"),
+    "a number of 33 million digits": (lambda: b'{"weight_map":' + b"1" * 33_000_000 + b"}", "an integer of 33000000 digits"),
     "a fraction of 33 million digits": (lambda: b'{"weight_map":' + b"1" * 33_000_000 + b".5}", "no weight_map"),
     "one name 290,000 times": (lambda: _map([b'"a":"b"'] * 290_000), "twice"),
 }
@@ -92,9 +92,9 @@ INDEXES: dict[str, tuple[Callable[[], bytes], str]] = {
 CONFIGS: dict[str, tuple[Callable[[], bytes], str]] = {
     "1 million lists": (lambda: b'{"a":[' + b"[]," * 1_000_000 + b"[]]}", "objects and lists, above streamconv's own limit"),
     "5 MB": (lambda: b" " * 5_000_000, "at most 4194304 are accepted"),
-    "a config of lists": (lambda: b'{"architectures":["A"],"hidden_size":' + b"[" * 900 + b"]" * 900 + b"}", "hidden_size is a list"),
-    "a dtype of lists": (lambda: b'{"architectures":["A"],"torch_dtype":' + b"[" * 900 + b"]" * 900 + b"}", "torch_dtype is a list"),
-    "a size of 4299 digits": (lambda: b'{"architectures":["A"],"rope_theta":' + b"9" * 4299 + b"}", "rope_theta is 999"),
+    "a config of lists": (lambda: b'{"architectures":["A"],"hidden_size":' + b"[" * 900 + b"]" * 900 + b"}", "nested too deeply"),
+    "a dtype of lists": (lambda: b'{"architectures":["A"],"torch_dtype":' + b"[" * 900 + b"]" * 900 + b"}", "nested too deeply"),
+    "a size of 4299 digits": (lambda: b'{"architectures":["A"],"rope_theta":' + b"9" * 4299 + b"}", "an integer of 4299 digits"),
     "a name of 4 MB": (lambda: b'{"architectures":["A"],"hidden_size":"' + b"x" * 4_000_000 + b'"}', "hidden_size is 'x"),
 }
 

@@ -48,6 +48,8 @@ ODD: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2**31, 2**63, 10**99, 10**400, 0.0, -1.5, 1e308, float("inf"), float("nan"), "", "x", "\x1b[31m", "\ud800",
     "a" * 5000, [], [1], ["x", None], {}, {"a": 1}, {"type": "llama3"}, {"factor": None}, {"factor": 0}, _DEEP,
 )  # fmt: skip
+_BYTES = (b"\0", b"{", b"[" * 200, b"9" * 5000, b"\xff", b"\n", b'"', b"*a", b"&a ", b"'''", b"1e999", b"0x" + b"f" * 5000)
+_WORDS = ("10" * 3000, "0x" + "f" * 5000, "nan", "inf", "1e999", "[" * 5000, "{a: &x [1], b: [*x, *x]}", "2020-01-01", "99999-01-01")
 MODEL: dict[str, Any] = tiny.config(rope_scaling={"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0})
 PARAMS: dict[str, Any] = {"dim": 128, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "norm_eps": 1e-5, "multiple_of": 4, "vocab_size": 160}
 PARAMS |= {"rope_theta": 1e4, "ffn_dim_multiplier": 1.3, "rope_scaling": {"type": "linear", "factor": 2.0}}
@@ -97,7 +99,7 @@ def spoil_bytes(data: bytes, random: Random) -> bytes:
         if action < 0.3:
             made[at : at + random.randint(1, 40)] = b""
         elif action < 0.6:
-            made[at:at] = random.choice((b"\0", b"{", b"[" * 200, b"9" * 5000, b"\xff", b"\n", b'"', b"*a", b"&a ", b"'''", b"1e999", b"0x" + b"f" * 5000))
+            made[at:at] = random.choice(_BYTES)
         elif at < len(made):
             made[at] = random.randrange(256)
     return bytes(made)
@@ -183,9 +185,8 @@ class World:
         yaml = random.random() < 0.5
         path = self.folder / ("recipe.yaml" if yaml else "recipe.toml")
         mark = ": " if yaml else " = "
-        odd = ("10" * 3000, "0x" + "f" * 5000, "nan", "inf", "1e999", "[" * 100, "[" * 5000, "{a: &x [1], b: [*x, *x]}", "'x'", "2020-01-01", "99999-01-01")
         values = {"model": '"m"', "tp-size": "2", "quant": '"int8"', "smoothquant": "0.5"}
-        values[random.choice((*values, "workers", "extra", "a.b.c"))] = random.choice(odd)
+        values[random.choice((*values, "workers", "extra", "a.b.c"))] = random.choice(_WORDS)
         text = "\n".join(f"{key}{mark}{value}" for key, value in values.items()).encode()
         path.write_bytes(spoil_bytes(text, random) if random.random() < 0.5 else text)
         recipe.read(path, self.kinds)
@@ -212,7 +213,8 @@ class World:
         lines = copy.deepcopy(self.lines)
         for line in random.sample(lines[1:], 2):
             number, start, stop = line["tile"]
-            line["tile"] = [random.choice((number, 0, 10**9)), random.choice((start, start + 1, stop)), random.choice((stop, stop - 1, start, 10**9))]
+            first, last = random.choice((start, start + 1, stop)), random.choice((stop, stop - 1, start, 10**9))
+            line["tile"] = [random.choice((number, 0, 10**9)), first, last]
             line["hash"] = random.choice((line["hash"], [], [[]], [["0" * 32]] * 2, [[5]], "x", [[xxhash.xxh3_128(b"").hexdigest()]]))
         return lines if random.random() < 0.5 else [lines[0], *(spoil(line, random) for line in lines[1:])]
 

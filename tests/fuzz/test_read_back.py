@@ -129,8 +129,8 @@ def test_a_journal_of_3_gib_of_zeros_is_none_and_takes_no_memory(tmp_path: Path)
     assert int(done.stdout) < 100 << 20
 
 
-YAML_TWICE = ", ".join(f"{b}: &{b} [*{a}, *{a}]" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
-YAML_LAUGHS = "model: m\nquant: {a: &a [x, x], " + YAML_TWICE + "}"
+_MORE = ", ".join(f"{b}: &{b} [*{a}, *{a}]" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
+YAML_LAUGHS = "model: m\nquant: {a: &a [x, x], " + _MORE + "}"
 
 
 @pytest.mark.parametrize(
@@ -195,8 +195,8 @@ def test_forged_lines_with_right_hashes_of_wrong_rows_change_no_byte(quant: str,
     (work / "rank0.safetensors").write_bytes(bytes(len(right)))
     for span_number, span in enumerate(plan.spans):
         (dest,) = span.dests[:1]
-        first, end = span.start, span.stop
-        for start, stop in ((first + 1, end), (first, end - 1), (first + 1, end - 1), (end, end + 2)):
+        first, last = span.start, span.stop
+        for start, stop in ((first + 1, last), (first, last - 1), (first + 1, last - 1), (last, last + 2)):
             if span.align > 1 and stop > start:
                 sizes = [place.record_bytes * (stop - start) for place in plan.matrices[dest.matrix].places]
                 hashes = [[xxhash.xxh3_128(bytes(size)).hexdigest() for size in sizes]]

@@ -21,6 +21,7 @@ LEVELS = (
     ("budget", "device", "manifest", "writer", "config_only", "tensorrt_llm_reader"),
     ("pool", "recipe", "hub", "calibrate"),
     ("api", "verify", "against_source"),
+    ("verbs", "opening"),
     ("cli", "__main__"),
 )
 """Rooms from the bottom up; a room imports from its own level and below (kernels and quants know each other)."""

@@ -33,10 +33,11 @@ NOTHING: dict[str, tuple[list[str], str]] = {
     "meta": ([*RAW8, "--use-meta-fp8-rowwise-recipe"], "--use-meta-fp8-rowwise-recipe has no effect with --quant int8"),
     "device memory": (["--device", "cpu", "--device-memory-budget", "1GiB"], "--device-memory-budget has no effect with --device cpu"),
     "device loss": (["--device", "cpu", "--on-device-loss", "stop"], "--on-device-loss has no effect with --device cpu"),
+    "read": (["--read", "map", "--device", "cuda"], "--read has no effect with --device cuda"),
     "moe-tp": (["--tp-size", "2", "--moe-tp-size", "2"], "--moe-tp-size has no effect, this model has no experts"),
     "moe-ep": (["--moe-ep-size", "2"], "--moe-ep-size has no effect, this model has no experts"),
 }
-CONVERT_ALONE = {"samples", "the default, typed", "max-length", "batch-size", "hub-keep", "device loss"}
+CONVERT_ALONE = {"samples", "the default, typed", "max-length", "batch-size", "hub-keep", "device loss", "read"}
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from streamconv import api
 from streamconv.errors import DataError, RefusedError, StreamconvError, TensorError, UsageError
 from streamconv.options import Resources
 from streamconv.planning.plan import Plan
+from streamconv.progress import Meter, Progress
 from streamconv.run.order import Stop
 from streamconv.run.results import Results
 from streamconv.targets.trtllm.options import TensorRTLLM
@@ -227,20 +228,14 @@ def test_the_plan_says_whether_torch_is_loaded(model: Path) -> None:
 def test_resumed_after_a_failure(model: Path, tmp_path: Path) -> None:
     """The earlier passes run again, tiles that were written are kept, and the bytes are the same."""
     few = Resources(tile_rows=16, workers=1)
-    whole = api.convert(model, tmp_path / "whole", ask(model), few)
+    api.convert(model, tmp_path / "whole", ask(model), few)
 
-    class StopLate:
-        done = 0
-
-        def start(self, plan: Any, shares: Any) -> None: ...
-        def stage(self, name: str) -> None: ...
-        def tile(self, read: int, written: int) -> None:
-            self.done += 1
-            if self.done == whole.tiles * 3 // 4:
-                raise KeyboardInterrupt
+    def stop_late(now: Progress) -> None:
+        if now.done >= now.total * 3 // 4:
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        api.convert(model, tmp_path / "out", ask(model), few, watcher=StopLate())
+        api.convert(model, tmp_path / "out", ask(model), few, meter=Meter(stop_late, every=0))
     again = api.convert(model, tmp_path / "out", ask(model), few)
     assert again.resumed > 0
     for path in (tmp_path / "whole").glob("rank*"):

@@ -176,7 +176,7 @@ def _grid(scale: SourceTensor, rows: int, cols: int, facts: Mapping[str, Any]) -
 
 
 def _as_matrix(scale: SourceTensor, rows: int, cols: int) -> SourceTensor:
-    piece = replace(scale.pieces[0], rows=rows, cols=cols)
+    piece = scale.pieces[0]._replace(rows=rows, cols=cols)
     return replace(scale, shape=(rows, cols), pieces=(piece,))
 
 

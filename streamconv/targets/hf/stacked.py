@@ -50,7 +50,7 @@ def _rows_of(whole: Weight, name: str, first: int, rows: int) -> Weight:
     assert not isinstance(whole, DecodedTensor)
     piece = whole.pieces[0]
     begin = piece.begin + first * whole.stored_row_bytes
-    made = dataclasses.replace(whole, name=name, shape=(rows, whole.cols), pieces=(dataclasses.replace(piece, begin=begin, rows=rows),))
+    made = dataclasses.replace(whole, name=name, shape=(rows, whole.cols), pieces=(piece._replace(begin=begin, rows=rows),))
     source: RowSource = made
     assert source.rows == rows
     return made

@@ -229,6 +229,8 @@ def _add(stored: Stored, module: str, weight: SourceTensor, shape: tuple[int, in
 
 def zero_biases(stored: Stored, unused: Sequence[str], shards: Sequence[Shard]) -> list[str]:
     """Unused biases of packed weights that hold only zeros: early AutoGPTQ writes one for every layer."""
+    if not unused:
+        return []
     modules = {
         tensor.module + ".bias" for tensor in stored.tensors.values() if isinstance(tensor, PackedTensor) and tensor.packing == "gptq"
     }

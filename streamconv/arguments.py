@@ -1,0 +1,84 @@
+"""What a program passes to the public functions: refused by name where its type cannot be meant, before anything is done."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from streamconv.errors import StreamconvError, UsageError, printable
+from streamconv.memory import parse_size
+
+Value = TypeVar("Value")
+
+
+def path_of(value: object, name: str) -> str:
+    """A path, or a name on the Hub.
+
+    Raises:
+        UsageError: it is neither a string nor a path object.
+    """
+    if not isinstance(value, str | os.PathLike):
+        raise UsageError(f"{name} is {_a(value)}, not a path")
+    return str(os.fspath(value))
+
+
+def settled(value: object, kind: type[Value], name: str) -> Value:
+    """A record of choices whose fields have the types that they are declared with: paths become strings, and ints floats.
+
+    Args:
+        kind: a frozen dataclass.
+        name: of the argument, for errors.
+
+    Raises:
+        UsageError: it is of another class, or a field holds something else; names the field.
+    """
+    if not isinstance(value, kind):
+        public = "TensorRTLLM" if name == "target" else kind.__name__
+        raise UsageError(f"{name} is {_a(value)}", hint=f"it takes a streamconv.{public}(...)")
+    public, changes, hints = type(value).__name__, dict[str, Any](), get_type_hints(type(value))
+    for field in (each.name for each in dataclasses.fields(value)):  # type: ignore[arg-type]
+        given, declared = getattr(value, field), hints[field]
+        if not _is_one(given, declared):
+            changes[field] = _as_meant(f"{public}({field}={printable(repr(given), 60)})", field, given, declared)
+    made: Value = dataclasses.replace(value, **changes) if changes else value  # type: ignore[type-var]
+    return made
+
+
+def _is_one(value: object, declared: Any) -> bool:
+    if get_origin(declared) in (Union, UnionType):
+        return any(_is_one(value, one) for one in get_args(declared))
+    if get_origin(declared) is Literal:
+        return value in get_args(declared)
+    if get_origin(declared) is tuple:
+        return isinstance(value, tuple) and all(isinstance(each, str) for each in value)
+    return type(value) is declared  # a bool is no int here, nor is numpy's
+
+
+def _as_meant(told: str, field: str, value: object, declared: Any) -> object:
+    kinds = get_args(declared) if get_origin(declared) in (Union, UnionType) else (declared,)
+    if float in kinds and type(value) is int:
+        return float(value)
+    if str in kinds and isinstance(value, os.PathLike):
+        return str(os.fspath(value))
+    if get_origin(declared) is Literal:
+        raise UsageError(f"{told} is not one of {', '.join(map(repr, get_args(declared)))}")
+    raise UsageError(f"{told} is not {' or '.join(_name(kind) for kind in kinds)}", hint=_hint(field, value))
+
+
+def _name(kind: Any) -> str:
+    return "None" if kind is NoneType else str(getattr(kind, "__name__", kind))
+
+
+def _hint(field: str, value: object) -> str | None:
+    """A size as the command line takes it."""
+    try:
+        return f"{field}={parse_size(value)}, in bytes" if isinstance(value, str) and "budget" in field else None
+    except StreamconvError:
+        return None
+
+
+def _a(value: object) -> str:
+    kind = "type" if isinstance(value, type) else type(value).__name__  # a class is one, whatever made it
+    return "None" if value is None else f"a value of type {kind}"

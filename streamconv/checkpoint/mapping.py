@@ -1,0 +1,133 @@
+"""Source files in memory without a copy: windows that one tile is encoded from, and views of whole files for who asks."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import mmap
+import weakref
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from streamconv import mounts
+from streamconv.checkpoint.fault_guard import FaultGuard, Slot
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from streamconv.checkpoint.shard import Shard
+
+_LOCAL = {
+    "bcachefs", "btrfs", "erofs", "exfat", "ext2", "ext3", "ext4", "f2fs", "iso9660",
+    "jfs", "msdos", "ntfs3", "overlay", "ramfs", "reiserfs", "squashfs", "tmpfs", "udf", "vfat", "xfs", "zfs",
+}  # fmt: skip
+"""Types of file systems whose files are on this machine. Pages of the others may be gone, or wait for a network, at any touch."""
+_NORESERVE, _POPULATE_READ = 0x4000, 22
+"""MAP_NORESERVE and MADV_POPULATE_READ of Linux, which older Pythons have no names for."""
+_EHWPOISON = 133
+_whole: weakref.WeakKeyDictionary[Shard, weakref.ref[mmap.mmap]] = weakref.WeakKeyDictionary()
+"""The mappings that somebody has views of."""
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)  # and not mmap.madvise, which keeps the interpreter's lock
+
+
+class Window:
+    """Bytes [begin, end) of a file, mapped until the end of a `with` block.
+
+    Whoever leaves the block with an error gets the reason instead, if pages were missing.
+
+    Attributes:
+        data: uint8. Writing to it would change a private copy of the page, and nothing else.
+    """
+
+    def __init__(self, shard: Shard, end: int, mapped: mmap.mmap, data: np.ndarray[Any, Any], guard: FaultGuard, slot: Slot) -> None:
+        self.data, self._shard, self._end, self._mapped = data, shard, end, mapped
+        self._guard, self._slot, self._at = guard, slot, slot.begin
+
+    def check(self) -> None:
+        """To be called before anything made of `data` is believed.
+
+        Raises:
+            SourceChangedError: the file became shorter; some of the data was zeros. UnreadableError: the disk did not give a page.
+        """
+        if self._slot.hit:
+            raise self._shard.lost(self._end)
+
+    def __enter__(self) -> Window:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        lost = bool(self._slot.hit) or _is_fault(error)
+        _libc.madvise(self._at, len(self._mapped), mmap.MADV_DONTNEED)  # the mapping itself goes with the last array that shows it
+        self._guard.release(self._slot)
+        if lost and isinstance(error, Exception):
+            raise self._shard.lost(self._end) from error
+
+
+def window(shard: Shard, begin: int, end: int, guard: FaultGuard) -> Window | None:
+    """Map a part of a file, its pages in place; None where it cannot be mapped, so that it has to be read.
+
+    Raises:
+        SourceChangedError: the file ends before `end`. UnreadableError: a page cannot be read.
+    """
+    import numpy as np
+
+    low = begin // mmap.PAGESIZE * mmap.PAGESIZE
+    try:
+        with shard.descriptor() as fd:
+            # writable and private: kernels are compiled for writable arrays
+            kind, access = mmap.MAP_PRIVATE | _NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+            mapped = mmap.mmap(fd, end - low, flags=kind, prot=access, offset=low)
+    except ValueError:  # says Python, before the system would
+        raise shard.lost(end) from None
+    except (OSError, OverflowError):
+        return None
+    whole = np.frombuffer(mapped, np.uint8)
+    at = int(whole.__array_interface__["data"][0])
+    slot = guard.take(at, at + -(-len(mapped) // mmap.PAGESIZE) * mmap.PAGESIZE)
+    if slot is None:
+        return None
+    if _libc.madvise(at, len(mapped), _POPULATE_READ) and ctypes.get_errno() in (errno.EFAULT, _EHWPOISON):
+        guard.release(slot)
+        raise shard.lost(end)
+    return Window(shard, end, mapped, whole[begin - low :], guard, slot)
+
+
+def is_local(shard: Shard) -> bool:
+    """The file is on a file system of this machine, as far as one can tell."""
+    return mounts.kind_of(shard.path) in _LOCAL
+
+
+def whole_view(shard: Shard, begin: int, end: int) -> memoryview:
+    """Bytes [begin, end) of a file, read-only, without a copy: the file is mapped once, and stays so while anybody has a view of it.
+
+    They are the file's at each moment, and not guarded: a page that is gone when it is touched (somebody cut the file off) ends the
+    process, as with any mapping. From a file system that is not of this machine they are a copy.
+
+    Raises:
+        SourceChangedError: the file ends before `end`.
+    """
+    if begin >= end:
+        return memoryview(b"")
+    with shard.descriptor() as fd:  # which compares the file with what was opened before
+        known = _whole.get(shard)
+        mapped = known() if known is not None else None
+        if mapped is None and is_local(shard):
+            with contextlib.suppress(OSError, ValueError):  # no mappings here, no address space left, or an empty file
+                mapped = mmap.mmap(fd, 0, prot=mmap.PROT_READ)
+                _whole[shard] = weakref.ref(mapped)
+    if mapped is not None and end <= min(len(mapped), shard.size):
+        return memoryview(mapped)[begin:end]
+    data = bytearray(end - begin)
+    shard.read_into(begin, data)
+    return memoryview(data).toreadonly()
+
+
+def _is_fault(error: BaseException | None) -> bool:
+    """The system itself met a missing page, while it was writing what is mapped."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno == errno.EFAULT:
+            return True
+        error = error.__cause__
+    return False

@@ -1,0 +1,111 @@
+"""The stored bytes of a selection as a numpy array: a view of the file where they lie in one piece, a copy where they do not.
+
+An array here holds the unsigned integers of `DType.storage`; what they mean is up to the caller.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from streamconv.checkpoint.dtypes import DType
+from streamconv.checkpoint.index import Index
+from streamconv.checkpoint.selection import Chosen, shape_of
+from streamconv.checkpoint.shard import Shard
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, Any]
+
+
+class Stored(Protocol):
+    """A tensor in its files."""
+
+    @property
+    def dtype(self) -> DType: ...
+    @property
+    def sizes(self) -> tuple[int, ...]: ...
+    def read(self, chosen: Chosen) -> Array:
+        """The chosen elements; its memory is a view of the file, or fresh.
+
+        Raises:
+            CheckpointError: the file changed or cannot be read. HubError: the Hub did not give it.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """A row-major tensor whose bytes lie in one place, or in several one after the other: (shard, begin, nbytes)."""
+
+    dtype: DType
+    sizes: tuple[int, ...]
+    places: tuple[tuple[Shard, int, int], ...]
+
+    def read(self, chosen: Chosen) -> Array:
+        import numpy as np
+
+        shape, unit = shape_of(chosen), self.dtype.itemsize
+        if 0 in shape:
+            return np.empty(shape, self.dtype.storage)
+        steps = [math.prod(self.sizes[at + 1 :]) for at in range(len(self.sizes))]
+        parts = [part if isinstance(part, range) else range(part, part + 1) for part in chosen]
+        origin = sum(part[0] * step for part, step in zip(parts, steps, strict=True))
+        first = sum(min(part[0], part[-1]) * step for part, step in zip(parts, steps, strict=True))
+        last = sum(max(part[0], part[-1]) * step for part, step in zip(parts, steps, strict=True))
+        strides = [part.step * step * unit for part, step in zip(chosen, steps, strict=True) if isinstance(part, range)]
+        data = self._bytes(first * unit, (last + 1) * unit)
+        return np.ndarray(shape, self.dtype.storage, data, (origin - first) * unit, strides)
+
+    def _bytes(self, begin: int, end: int) -> memoryview:
+        held, at = [], 0
+        for shard, place, nbytes in self.places:
+            low, high = max(begin - at, 0), min(end - at, nbytes)
+            if low < high:
+                held.append(shard.view(place + low, place + high))
+            at += nbytes
+        return held[0] if len(held) == 1 else memoryview(bytearray().join(held))
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """A matrix whose files hold some columns each, side by side."""
+
+    dtype: DType
+    sizes: tuple[int, ...]
+    parts: tuple[Rows, ...]
+
+    def read(self, chosen: Chosen) -> Array:
+        import numpy as np
+
+        rows, cols = chosen
+        wanted = cols if isinstance(cols, range) else range(cols, cols + 1)
+        if not wanted:
+            return np.empty(shape_of(chosen), self.dtype.storage)
+        low, high = min(wanted[0], wanted[-1]), max(wanted[0], wanted[-1]) + 1
+        held, at = [], 0
+        for part in self.parts:
+            width = part.sizes[1]
+            here = range(max(low - at, 0), min(high - at, width))
+            if here:
+                held.append(part.read((rows, here)))
+            at += width
+        joined = held[0] if len(held) == 1 else np.concatenate(held, axis=-1)
+        found: Array = joined[..., :: wanted.step]
+        return found if isinstance(cols, range) else found[..., 0]
+
+
+def stored(index: Index, name: str) -> Stored:
+    """Where a tensor of an index lies, of a Meta checkpoint in all its files."""
+    whole = index.assembled[name] if index.assembled is not None else None
+    if whole is None:
+        record = index.tensors[name]
+        return Rows(record.dtype, record.shape, ((index.shards[record.shard], record.begin, record.nbytes),))
+    unit = whole.dtype.itemsize
+    places = [(index.shards[block.shard], block.begin, block.rows * block.cols * unit) for block in whole.blocks]
+    if whole.axis == 0:
+        return Rows(whole.dtype, whole.shape, tuple(places))
+    parts = (Rows(whole.dtype, (block.rows, block.cols), (place,)) for block, place in zip(whole.blocks, places, strict=True))
+    return Columns(whole.dtype, whole.shape, tuple(parts))
