@@ -36,7 +36,12 @@ class HuggingFace(Target):
     raw_names: ClassVar[bool] = True
     summary: ClassVar[str] = "a quantized Hugging Face directory (vLLM, SGLang, transformers, TensorRT-LLM's PyTorch backend)"
 
-    quant: str = option(NOTHING, "how linear layers are stored, see `list targets`; none re-saves, and decodes a quantized source", choices=_quants)
+    quant: str = option(
+        NOTHING,
+        "how linear layers are stored, see `list targets`; none re-saves, and decodes a quantized source",
+        choices=_quants,
+        metavar="NAME",
+    )
     format: str | None = option(None, "container of the quantized weights", choices=CONTAINERS, typed=str)
     group_size: int = option(128, "input channels that share a scale, in the formats with groups", least=1)
     arithmetic: str = option(
