@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import mmap
-import weakref
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +24,6 @@ _LOCAL = {
 _NORESERVE, _POPULATE_READ = 0x4000, 22
 """MAP_NORESERVE and MADV_POPULATE_READ of Linux, which older Pythons have no names for."""
 _EHWPOISON = 133
-_whole: weakref.WeakKeyDictionary[Shard, weakref.ref[mmap.mmap]] = weakref.WeakKeyDictionary()
-"""The mappings that somebody has views of."""
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)  # and not mmap.madvise, which keeps the interpreter's lock
 
@@ -97,31 +93,6 @@ def window(shard: Shard, begin: int, end: int, guard: FaultGuard) -> Window | No
 def is_local(shard: Shard) -> bool:
     """The file is on a file system of this machine, as far as one can tell."""
     return mounts.kind_of(shard.path) in _LOCAL
-
-
-def whole_view(shard: Shard, begin: int, end: int) -> memoryview:
-    """Bytes [begin, end) of a file, read-only, without a copy: the file is mapped once, and stays so while anybody has a view of it.
-
-    They are the file's at each moment, and not guarded: a page that is gone when it is touched (somebody cut the file off) ends the
-    process, as with any mapping. From a file system that is not of this machine they are a copy.
-
-    Raises:
-        SourceChangedError: the file ends before `end`.
-    """
-    if begin >= end:
-        return memoryview(b"")
-    with shard.descriptor() as fd:  # which compares the file with what was opened before
-        known = _whole.get(shard)
-        mapped = known() if known is not None else None
-        if mapped is None and is_local(shard):
-            with contextlib.suppress(OSError, ValueError):  # no mappings here, no address space left, or an empty file
-                mapped = mmap.mmap(fd, 0, prot=mmap.PROT_READ)
-                _whole[shard] = weakref.ref(mapped)
-    if mapped is not None and end <= min(len(mapped), shard.size):
-        return memoryview(mapped)[begin:end]
-    data = bytearray(end - begin)
-    shard.read_into(begin, data)
-    return memoryview(data).toreadonly()
 
 
 def _is_fault(error: BaseException | None) -> bool:
