@@ -33,7 +33,7 @@ def families() -> tuple[tuple[str, ...], Rows]:
 
 def quants() -> tuple[tuple[str, ...], Rows]:
     """(header, rows) of the weight formats."""
-    from streamconv.quants import all_quants
+    from streamconv.targets.trtllm.recipes import all_quants
 
     rows: Rows = []
     for quant in all_quants().values():

@@ -12,10 +12,10 @@ import pytest
 from streamconv import device
 from streamconv.cli import official_flags
 from streamconv.cli.main import cli, convert, main
-from streamconv.quants import all_quants
 from streamconv.targets import TARGETS, target_class
 from streamconv.targets.base import flag
 from streamconv.targets.trtllm.options import TensorRTLLM
+from streamconv.targets.trtllm.recipes import all_quants
 from tests import tiny
 
 RAW8 = ["--quant", "int8", "--encoding", "raw"]

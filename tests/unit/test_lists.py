@@ -10,8 +10,8 @@ import pytest
 from streamconv.cli import list_view
 from streamconv.cli.main import main
 from streamconv.families import all_families
-from streamconv.quants import all_quants
 from streamconv.targets import TARGETS
+from streamconv.targets.trtllm.recipes import all_quants
 from tests.golden import cases
 
 README = Path(__file__).parents[2] / "README.md"

@@ -7,9 +7,9 @@ from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING
 
 from streamconv.checkpoint.quantized import source_quantization
-from streamconv.quants import all_quants, quant_of
 from streamconv.targets.base import flag
 from streamconv.targets.trtllm.import_rules import take_over
+from streamconv.targets.trtllm.recipes import all_quants, quant_of
 from streamconv.targets.trtllm.target import model_of
 
 if TYPE_CHECKING:

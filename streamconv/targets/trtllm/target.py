@@ -23,7 +23,6 @@ from streamconv.families import Family, family_of
 from streamconv.families.meta import META
 from streamconv.planning.draft import Draft
 from streamconv.planning.plan import Plan, SideFile
-from streamconv.quants import quant_of
 from streamconv.targets.trtllm import expected, fp8_scales, import_rules, import_scales, rope
 from streamconv.targets.trtllm.checks import embedding_is_shared, refusals
 from streamconv.targets.trtllm.config_json import build_config, dump
@@ -32,6 +31,7 @@ from streamconv.targets.trtllm.lookup import Roles
 from streamconv.targets.trtllm.options import TensorRTLLM
 from streamconv.targets.trtllm.parallel import Mapping
 from streamconv.targets.trtllm.rank_layout import Decoder
+from streamconv.targets.trtllm.recipes import quant_of
 
 _PLACES = 16
 """Places of two tensors that are compared."""
