@@ -232,7 +232,7 @@ def install(patch: Callable[..., None], machine: Machine) -> None:
     patch(threading.Thread, "run", run)
     fake = types.ModuleType("streamconv.device.triton_kernels")
     fake.cast = _Kernel(machine)  # type: ignore[attr-defined]
-    patch(sys.modules["streamconv.device.triton_launch"], "kernels", fake, raising=False)
+    patch(sys.modules["streamconv.device"], "triton_kernels", fake, raising=False)
     for kind in list(registry._KERNELS):
         patch(registry, "_KERNELS", registry._KERNELS | {kind: _definition})
 

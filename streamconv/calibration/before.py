@@ -22,15 +22,6 @@ def ranges_path(out: Path) -> Path:
     return beside(out, "", ".ranges.safetensors")
 
 
-def _brings_scales(source: str | Path) -> bool:
-    from streamconv.checkpoint.quantized import source_quantization
-    from streamconv.hub import open_source
-
-    with contextlib.closing(open_source(source)) as index:
-        stated = source_quantization(index)
-    return stated is not None and stated.brings_scales
-
-
 def with_ranges(
     source: str | Path,
     out: str | Path,
@@ -60,7 +51,9 @@ def with_ranges(
     """
     flag, out = options.needs_ranges(), named(out)
     if samples is None:
-        if flag is not None and options.activation_ranges is None and not (options.quant == "fp8" and _brings_scales(source)):
+        from streamconv.targets.trtllm.import_rules import brings_scales
+
+        if flag is not None and options.activation_ranges is None and not (options.quant == "fp8" and brings_scales(source)):
             raise UsageError(f"{flag} needs activation ranges", hint=BOTH_WAYS)
         return options
     if not options.uses_ranges():

@@ -144,7 +144,7 @@ def _convert(source: Source, options: TensorRTLLM, out: Path) -> list[Decoded]:
         api.convert(source.folder, out, options, Resources(workers=1))
         if options.tp_size == 2:
             _small_tiles(source, plan, out)
-        tensors = sum(len(file.tensors) for file in plan.files)
+        tensors = sum(file.tensors for file in plan.files)
         if options.tp_size == 2:  # every byte of it, against the source
             verdict = verify(out, source.folder, resources=Resources(workers=2, tile_rows=13))
             assert (verdict.problems, verdict.warnings, verdict.encoded) == ([], [], tensors)

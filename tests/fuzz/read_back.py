@@ -85,9 +85,9 @@ def spoil(value: Any, random: Random) -> Any:
         if action < 0.15:
             del holder[last]
         elif action < 0.2 and isinstance(holder, dict):
-            holder["extra"] = random.choice(ODD)
+            holder["extra"] = copy.deepcopy(random.choice(ODD))
         else:
-            holder[last] = random.choice(ODD)
+            holder[last] = copy.deepcopy(random.choice(ODD))
     return made
 
 

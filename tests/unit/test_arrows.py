@@ -14,18 +14,25 @@ from tests import tiny
 
 ROOT = Path(streamconv.__file__).parent
 LEVELS = (
-    ("errors", "options", "memory", "process", "streams", "cache_folder", "mounts", "untrusted"),
+    ("errors", "memory", "options", "process", "streams", "cache_folder", "mounts", "progress", "progress_bar", "arguments"),
     ("checkpoint",),
-    ("quants", "families", "matching", "naming", "kernels", "fs", "place", "output_checks", "output_folder", "ranges"),
-    ("plan", "tables", "verdict"),
-    ("stages", "targets", "lock", "journal", "order", "resume", "results", "compared", "measured"),
-    ("budget", "device", "manifest", "writer", "config_only", "tensorrt_llm_reader"),
-    ("pool", "recipe", "hub", "calibrate"),
-    ("api", "verify", "against_source"),
+    ("quants", "families", "kernels"),
+    ("planning",),
+    ("run", "device"),
+    ("targets", "hub", "open_plan"),
+    ("verification", "calibration"),
+    ("api",),
     ("verbs", "opening"),
     ("cli", "__main__"),
 )
 """Rooms from the bottom up; a room imports from its own level and below (kernels and quants know each other)."""
+
+KNOWN = (
+    ("checkpoint.rows", "kernels", "dtypes that torch cannot cast are decoded where rows are read"),
+    ("planning.memory_plan", "run", "what reading and encoding a tile take is said where it is taken"),
+    ("verification.against_source", "api", "the plan of an output is made as convert makes it"),
+)
+"""Imports that point up: (a module or a room, what it imports of the package, why)."""
 
 
 def _level(module: str) -> int:
@@ -63,8 +70,8 @@ def _is_room(name: str) -> bool:
 @pytest.mark.parametrize(
     ("text", "modules"),
     [
-        ("from streamconv import budget, __version__", {"streamconv.planning.memory_plan"}),
-        ("from streamconv import budget as money", {"streamconv.planning.memory_plan"}),
+        ("from streamconv import memory, __version__", {"streamconv.memory"}),
+        ("from streamconv import memory as room", {"streamconv.memory"}),
         ("from streamconv.device.ring import Ring", {"streamconv.device.ring"}),
         ("import streamconv.api, os", {"streamconv.api"}),
         ("def f():\n    import streamconv.api as api", {"streamconv.api"}),
@@ -79,15 +86,24 @@ def test_every_spelling_of_an_import_is_seen(text: str, modules: set[str]) -> No
     assert _imports(text, "streamconv.quants") == modules
 
 
+def _within(module: str, place: str) -> bool:
+    return f"{module}.".startswith(f"streamconv.{place}.")
+
+
 def test_imports_point_one_way() -> None:
-    wrong = []
+    wrong, needed = [], set()
     for path in ROOT.rglob("*.py"):
         if path.name == "__init__.py" and path.parent == ROOT:
             continue
         name = ".".join(("streamconv", *path.relative_to(ROOT).with_suffix("").parts))
         package = ".".join(("streamconv", *path.relative_to(ROOT).parent.parts))
-        wrong += [f"{name} imports {other}" for other in _imports(path.read_text(), package) if _level(other) > _level(name)]
-    assert not [line for line in wrong if "stages.read imports streamconv.targets" not in line]
+        for other in _imports(path.read_text(), package):
+            if _level(other) > _level(name):
+                known = [arrow for arrow in KNOWN if _within(name, arrow[0]) and _within(other, arrow[1])]
+                needed |= set(known)
+                wrong += [] if known else [f"{name} imports {other}"]
+    assert not wrong
+    assert needed == set(KNOWN)
 
 
 def test_no_rooms_without_a_purpose() -> None:

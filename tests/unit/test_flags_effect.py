@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import click
+import numpy as np
 import pytest
 
 from streamconv import device
@@ -196,7 +197,8 @@ def test_a_format_takes_its_own_flags(quant: str, model: Path, capsys: pytest.Ca
 def test_the_flags_of_a_source_that_is_quantized_already(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """--quant is left out there: the source says it, and --group-size may go with it."""
     settings = tiny.config(quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 64})
-    (model / "config.json").write_text(json.dumps(settings))
+    packed = {"model.layers.0.self_attn.q_proj.qweight": np.zeros((8, 64), np.int32)}
+    tiny.write(model, tiny.tensors() | packed, settings)
     main(["plan", "model", "--target-sm", "80", "--group-size", "64"])
     assert "no effect" not in capsys.readouterr().err
     assert main(["plan", "model", "--target-sm", "80", "--per-token"]) == 2

@@ -285,7 +285,8 @@ def test_gptq_formats_that_nothing_is_known_of(tmp_path: Path) -> None:
 def test_awq_scales_that_a_release_would_turn(rows: int, version: str, fine: bool) -> None:
     """8192 inputs in groups of 64 are 128 groups; only releases 0.13 to 0.16 guess from the shape (§5.3)."""
     module = Module("mlp.proj", 0, 1, rows, 8192, rows, 8192, 0, 1)
-    said = quant_of("int4_awq").problems(module, TensorRTLLM(quant="int4_awq", group_size=64, target_version=version), F16)  # type: ignore[arg-type]
+    options = TensorRTLLM(quant="int4_awq", group_size=64, target_version=version)  # type: ignore[arg-type]
+    said = quant_of("int4_awq").problems(module, options, F16)
     assert fine == ("read the scales turned" not in (said or ""))
 
 
@@ -415,9 +416,9 @@ def test_modelopt_prequant_must_be_shared(tmp_path: Path) -> None:
         convert(write(tmp_path / "in", tensors, None), tmp_path / "out", TensorRTLLM(quant="int4_awq", group_size=64))
 
 
-@pytest.mark.parametrize("algo", ["NVFP4", "FP8", "W4A8_AWQ", "MIXED_PRECISION"])
+@pytest.mark.parametrize("algo", ["NVFP4", "W4A8_AWQ", "MIXED_PRECISION"])
 def test_other_modelopt_exports_refused(tmp_path: Path, algo: str) -> None:
-    model = write(tmp_path / "in", rest(), None)
+    model = write(tmp_path / "in", rest() | modelopt(linears(4, 64), 64, False), None)
     (model / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": algo}}))
     with pytest.raises(RefusedError, match=f"modelopt {algo}"):
         convert(model, tmp_path / "out", TensorRTLLM())

@@ -182,7 +182,8 @@ def test_rope_type_is_added_where_transformers_adds_it(architecture: str, added:
 def test_the_activation_of_gemma_where_none_is_stated(architecture: str, act: str, version: Any) -> None:
     keys = tiny.config(architectures=[architecture], head_dim=32)
     del keys["hidden_act"]
-    made = build_config(from_hf(keys), TensorRTLLM(target_version=version, quant="int4", target_sm=80), config_class="gemma", dtype="float16")
+    options = TensorRTLLM(target_version=version, quant="int4", target_sm=80)
+    made = build_config(from_hf(keys), options, config_class="gemma", dtype="float16")
     assert made["hidden_act"] == act and made["quantization"]["pre_quant_scale"] is True
 
 

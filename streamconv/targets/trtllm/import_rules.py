@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 
 from streamconv.checkpoint.dtypes import F8_E4M3
-from streamconv.checkpoint.quantized import SourceQuantization
+from streamconv.checkpoint.quantized import SourceQuantization, source_quantization
 from streamconv.checkpoint.rows import SourceTensor
 from streamconv.errors import RefusedError
 from streamconv.families.base import Family
 from streamconv.families.meta import META
+from streamconv.hub import open_source
 from streamconv.targets.trtllm.expected_forms import EXCLUDED
 from streamconv.targets.trtllm.import_scales import Stored
 from streamconv.targets.trtllm.options import TensorRTLLM
@@ -30,6 +33,13 @@ _MODULES = {
 """Module of a layer -> the roles that fill it."""
 
 GROUPED = ("int4_gptq", "int8_gptq", "int4_awq")
+
+
+def brings_scales(source: str | Path) -> bool:
+    """Whether `--quant fp8` takes over the scales of a source and needs no activation ranges."""
+    with contextlib.closing(open_source(source)) as index:
+        stated = source_quantization(index)
+    return stated is not None and stated.brings_scales
 
 
 def take_over(options: TensorRTLLM, stated: SourceQuantization | None, experts: int = 0) -> TensorRTLLM:
