@@ -56,10 +56,11 @@ def needs(context: click.Context, other: str, *, options: Collection[str], resou
         UsageError: names every such option.
     """
     names = typed(context)
-    _refuse([f"{flag(name)} has no effect without {flag(other)}" for name in options if name in names])
+    spelled = {param.name: param.opts[0] for param in context.command.params}
+    _refuse([f"{spelled[name]} has no effect without {flag(other)}" for name in options if name in names])
     for name in resources:
         if name in names:
-            output.note(f"note: {flag(name)} has no effect without {flag(other)}")
+            output.note(f"note: {spelled[name]} has no effect without {flag(other)}")
 
 
 def _refuse(told: list[str]) -> None:

@@ -209,6 +209,7 @@ def inspect(model: str, as_json: bool) -> int:
 @click.option("--memory-budget", help="--source: ceiling of this process's memory, e.g. 2GiB. Default: from what is free.")
 @click.option("--workers", default="auto", show_default=True, help="--source: worker threads, or auto.")
 @click.option("--with-tensorrt-llm", is_flag=True, help="TensorRT-LLM's own reader has to accept every rank (streamconv[tensorrt-llm]).")
+@click.option("--all", "every", is_flag=True, help="--source: show the error of every matrix, not that of the worst ten.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--quiet", "-q", is_flag=True, help="Print errors and warnings only.")
 def verify(
@@ -218,6 +219,7 @@ def verify(
     memory_budget: str | None,
     workers: str,
     with_tensorrt_llm: bool,
+    every: bool,
     as_json: bool,
     quiet: bool,
 ) -> int:
@@ -226,7 +228,8 @@ def verify(
     from streamconv.verification.check import verify as check
 
     if source is None:
-        effects.needs(click.get_current_context(), "source", options=("activation_ranges",), resources=("memory_budget", "workers"))
+        noted = ("memory_budget", "workers", "every")
+        effects.needs(click.get_current_context(), "source", options=("activation_ranges",), resources=noted)
     verdict = check(
         out,
         source,
@@ -234,7 +237,7 @@ def verify(
         activation_ranges=activation_ranges,
         resources=resources(memory_budget, workers, "cpu"),
     )
-    verify_view.show(out, verdict, as_json, quiet)
+    verify_view.show(out, verdict, as_json, quiet, every)
     return 7 if verdict.problems else 0
 
 

@@ -14,7 +14,7 @@ from tests import tiny
 
 ROOT = Path(streamconv.__file__).parent
 LEVELS = (
-    ("errors", "memory", "options", "process", "streams", "cache_folder", "mounts", "progress", "progress_bar", "arguments"),
+    ("errors", "memory", "options", "process", "streams", "natural", "cache_folder", "mounts", "progress", "progress_bar", "arguments"),
     ("checkpoint",),
     ("quants", "families", "kernels"),
     ("planning",),

@@ -21,6 +21,7 @@ from streamconv.checkpoint.source_tensors import Changed, SourceTensors
 from streamconv.errors import CheckpointError, RefusedError, UsageError, printable
 from streamconv.families import Family, family_of
 from streamconv.families.meta import META
+from streamconv.natural import natural
 from streamconv.planning.draft import Draft
 from streamconv.planning.plan import Plan, SideFile
 from streamconv.targets.trtllm import expected, fp8_scales, import_rules, import_scales, rope
@@ -286,7 +287,8 @@ def _without_scales(index: Index, stored: import_scales.Stored, roles: Roles) ->
     """Weights whose stored numbers are not their values, where nothing says what they are times."""
     if not any(dtype.name in _CODES for dtype, _ in index.tensors.kinds()):
         return []
-    odd = [name for name in sorted(roles.found.values()) if name in stored.tensors and name not in stored.scales and name not in stored.fp8]
+    known = (stored.scales, stored.fp8)
+    odd = [name for name in sorted(roles.found.values(), key=natural) if name in stored.tensors and not any(name in k for k in known)]
     odd = [name for name in odd if stored.tensors[name].dtype.name in _CODES and not isinstance(stored.tensors[name], PackedTensor)]
     if not odd:
         return []
