@@ -8,14 +8,6 @@ from typing import Literal
 Version = Literal["0.16", "1.0", "1.2"]
 TARGET_VERSIONS: tuple[Version, ...] = ("0.16", "1.0", "1.2")
 """Release lines; 1.0 is 1.2 less the keys of config.json that only later readers know."""
-_KINDS = {"int": int, "float": float, "bool": bool, "str": str, "None": type(None)}
-_CHOICES: dict[str, tuple[object, ...]] = {
-    "kv_cache": (None, "int8", "fp8"),
-    "encoding": ("processed", "raw"),
-    "embedding_sharding_dim": (0, 1),
-    "target_version": TARGET_VERSIONS,
-}
-"""What a manifest may hold; flags are held against the same words by the command line."""
 TARGET_SMS = (70, 72, 75, 80, 86, 87, 89, 90, 100, 103, 120, 121)
 
 Read = Literal["auto", "map", "pread"]

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from streamconv.checkpoint.model_config import ModelConfig
 from streamconv.errors import RefusedError, UsageError
 from streamconv.families import family_of
-from streamconv.options import TARGET_VERSIONS
 from streamconv.targets.trtllm.checks import refusals
 from streamconv.targets.trtllm.config_json import dump
 from streamconv.targets.trtllm.config_sections import Config, quantization_section, resolve_dtype, resolve_moe
@@ -52,11 +51,6 @@ def fabricated(sizes: Sizes, options: TensorRTLLM, *, per_group: bool, quant_ckp
         UsageError: a size that is none.
         RefusedError: sizes that cannot be split as asked; all reasons are listed.
     """
-    if options.target_version not in TARGET_VERSIONS:
-        raise UsageError(f"--target_version {options.target_version} is not known", hint=f"one of {', '.join(TARGET_VERSIONS)}")
-    for name in ("tp_size", "pp_size", "cp_size"):
-        if getattr(options, name) < 1:
-            raise UsageError(f"--{name} must be at least 1")
     for name in ("vocab_size", "n_positions", "n_layer", "n_head", "n_kv_head", "n_embd", "inter_size"):
         value = getattr(sizes, name)
         if value is not None and value < 1:

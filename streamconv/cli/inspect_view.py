@@ -13,6 +13,7 @@ from streamconv.families import Family
 from streamconv.families.matching import match
 from streamconv.hub import open_source
 from streamconv.memory import show_size
+from streamconv.natural import natural
 from streamconv.open_plan import without_collection
 from streamconv.planning.plan import Plan
 from streamconv.targets.trtllm.options import TensorRTLLM
@@ -51,7 +52,8 @@ def _tensors(index: Index, family: Family, plan: Plan | None, unknown: list[str]
     for span in plan.spans if plan is not None else ():
         known = becomes.get(span.source.name, ())
         becomes[span.source.name] = known + tuple(dest.matrix for dest in span.dests if dest.matrix not in known)
-    for name, record in index.tensors.items():
+    for name in sorted(index.tensors, key=natural):
+        record = index.tensors[name]
         targets = (plan.matrices[matrix].places[0].tensor for matrix in becomes.get(name, ())) if plan is not None else ()
         yield {
             "name": name,

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from streamconv.cli.view import table
+from streamconv.targets import TARGETS, target_class
+from streamconv.targets.base import choices_of, flag
 
 Rows = list[tuple[str, ...]]
 
+_VALUES = {bool: "switch", int: "whole number", float: "number", str: "text", tuple: "list of names"}
 _EVIDENCE = {"golden": "golden", "specification": "from the specification"}
 
 
@@ -28,7 +33,7 @@ def families() -> tuple[tuple[str, ...], Rows]:
 
 def quants() -> tuple[tuple[str, ...], Rows]:
     """(header, rows) of the weight formats."""
-    from streamconv.quants import all_quants
+    from streamconv.targets.trtllm.recipes import all_quants
 
     rows: Rows = []
     for quant in all_quants().values():
@@ -49,17 +54,32 @@ def quants() -> tuple[tuple[str, ...], Rows]:
     return ("quant", "quant_algo", "what it is", "stored as", "flags", "GPU", "TensorRT-LLM", "evidence"), rows
 
 
+def targets() -> tuple[tuple[str, ...], Rows]:
+    """(header, rows) of the options of each target, from its fields."""
+    rows: Rows = []
+    for key in TARGETS:
+        for field in dataclasses.fields(target_class(key)):
+            facts, default, choices = field.metadata, field.default, choices_of(field)
+            values = ", ".join(map(str, choices)) if choices else "bytes" if facts["size"] else _VALUES[facts["type"]]
+            rows.append((key, flag(field.name), values, "-" if default in (None, ()) or default is False else str(default), facts["help"]))
+    return ("target", "option", "values", "default", "what it is"), rows
+
+
+LISTS = {"families": families, "quants": quants, "targets": targets}
+
+
 def show(what: str, markdown: bool) -> str:
     """A table as text.
 
     Args:
-        what: "families" or "quants".
+        what: a key of LISTS.
         markdown: for a README.
     """
-    header, rows = families() if what == "families" else quants()
+    header, rows = LISTS[what]()
     if not markdown:
-        return "\n".join(table(rows, header))
-    code = {"family", "architectures", "quant", "quant_algo", "flags"}
+        lead = [(f"--to {key}", target_class(key).summary) for key in TARGETS] if what == "targets" else []
+        return "\n".join([*table(lead), *([""] if lead else []), *table(rows, header)])
+    code = {"family", "architectures", "quant", "quant_algo", "flags", "target", "option"}
     lines = [header, tuple("---" for _ in header)]
     for row in rows:
         named = zip(header, row, strict=True)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from streamconv import __version__
 from streamconv.cli import effects, ending, output, recipe_option, signals
-from streamconv.cli.flags import CONVERSION, HF, RESOURCES, SAMPLES, TO, options, resources, target
+from streamconv.cli.flags import CONVERSION, OF_A_RUN, RESOURCES, SAMPLES, Command, options, resources, target
 from streamconv.errors import UsageError
-from streamconv.targets.hf.target import HuggingFace
-from streamconv.targets.trtllm.options import TensorRTLLM
+
+if TYPE_CHECKING:
+    from streamconv.targets.base import Target
 
 
 def _recipe_keys() -> dict[str, Any]:
@@ -26,7 +27,7 @@ def cli() -> None:
     """Convert an LLM checkpoint in less memory than the model takes: to TensorRT-LLM, or to a quantized Hugging Face directory."""
 
 
-def asked_target(to: str, values: dict[str, Any], more: tuple[str, ...]) -> TensorRTLLM | HuggingFace:
+def asked_target(to: str, values: dict[str, Any], more: tuple[str, ...]) -> Target:
     """The target that this command asks for.
 
     Args:
@@ -42,32 +43,11 @@ def asked_target(to: str, values: dict[str, Any], more: tuple[str, ...]) -> Tens
     return target(to, values, given)
 
 
-@cli.command()
+@cli.command(cls=Command)
 @click.argument("model")
 @click.argument("out")
-@click.argument("more", nargs=-1)
-@options(TO, CONVERSION, HF, SAMPLES, RESOURCES)
-@click.option(
-    "--hub-keep",
-    type=click.Choice(["all", "none"]),
-    default="all",
-    show_default=True,
-    help="Hub model: keep its shards in the cache, or remove each once it was read.",
-)
-@click.option(
-    "--on-device-loss",
-    type=click.Choice(["cpu", "stop"]),
-    default="cpu",
-    show_default=True,
-    help="A GPU that fails: finish on the CPU, or stop so that the same command goes on later.",
-)
-@click.option(
-    "--read",
-    type=click.Choice(["auto", "map", "pread"]),
-    default="auto",
-    show_default=True,
-    help="On the CPU: map the source, copy it into memory, or map what the page cache holds. Network file systems are never mapped.",
-)
+@click.argument("more", nargs=-1, metavar="[MODULE]...")
+@options(CONVERSION, SAMPLES, RESOURCES, OF_A_RUN)
 @click.option("--force", is_flag=True, help="Replace an existing output folder.")
 @click.option("--no-lock", is_flag=True, help="Go on where the file system cannot lock a file or sync a folder.")
 @recipe_option.option(_recipe_keys)
@@ -105,6 +85,7 @@ def convert(
     from streamconv.calibration.before import with_ranges
     from streamconv.calibration.request import Samples
     from streamconv.cli import view
+    from streamconv.targets.trtllm.options import TensorRTLLM
 
     if quiet or as_json:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -119,8 +100,8 @@ def convert(
         no_lock=no_lock,
     )
     wanted = asked_target(to, values, more)
+    effects.check(click.get_current_context(), model, wanted)
     if isinstance(wanted, TensorRTLLM):
-        effects.check(click.get_current_context(), model, wanted)
         wanted = with_ranges(
             model,
             out,
@@ -167,11 +148,11 @@ def show_report(report: Any, as_json: bool, quiet: bool) -> None:
         output.line("seconds: " + ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in report.profile.items()) + mapped)
 
 
-@cli.command()
+@cli.command(cls=Command)
 @click.argument("model")
 @click.argument("out", required=False)
-@click.argument("more", nargs=-1)
-@options(TO, CONVERSION, HF, RESOURCES)
+@click.argument("more", nargs=-1, metavar="[MODULE]...")
+@options(CONVERSION, RESOURCES)
 @recipe_option.option(_recipe_keys)
 @click.option("--write-config", metavar="FILE", help="Write a recipe (TOML) that gives exactly this conversion.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -195,8 +176,7 @@ def plan(
 
     asked = resources(memory_budget, workers, device, device_memory_budget)
     wanted = asked_target(to, values, more)
-    if isinstance(wanted, TensorRTLLM):
-        effects.check(click.get_current_context(), model, wanted)
+    effects.check(click.get_current_context(), model, wanted)
     index, made = api.open_and_plan(model, wanted, asked.memory_budget)
     try:
         if write_config:
@@ -229,6 +209,7 @@ def inspect(model: str, as_json: bool) -> int:
 @click.option("--memory-budget", help="--source: ceiling of this process's memory, e.g. 2GiB. Default: from what is free.")
 @click.option("--workers", default="auto", show_default=True, help="--source: worker threads, or auto.")
 @click.option("--with-tensorrt-llm", is_flag=True, help="TensorRT-LLM's own reader has to accept every rank (streamconv[tensorrt-llm]).")
+@click.option("--all", "every", is_flag=True, help="--source: show the error of every matrix, not that of the worst ten.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--quiet", "-q", is_flag=True, help="Print errors and warnings only.")
 def verify(
@@ -238,6 +219,7 @@ def verify(
     memory_budget: str | None,
     workers: str,
     with_tensorrt_llm: bool,
+    every: bool,
     as_json: bool,
     quiet: bool,
 ) -> int:
@@ -246,7 +228,8 @@ def verify(
     from streamconv.verification.check import verify as check
 
     if source is None:
-        effects.needs(click.get_current_context(), "source", ("activation_ranges", "memory_budget", "workers"))
+        noted = ("memory_budget", "workers", "every")
+        effects.needs(click.get_current_context(), "source", options=("activation_ranges",), resources=noted)
     verdict = check(
         out,
         source,
@@ -254,11 +237,11 @@ def verify(
         activation_ranges=activation_ranges,
         resources=resources(memory_budget, workers, "cpu"),
     )
-    verify_view.show(out, verdict, as_json, quiet)
+    verify_view.show(out, verdict, as_json, quiet, every)
     return 7 if verdict.problems else 0
 
 
-@cli.command()
+@cli.command(cls=Command)
 @click.argument("model")
 @click.option("--output", "-o", "ranges", required=True, help="Ranges file to write (safetensors).")
 @options(SAMPLES)
@@ -320,10 +303,10 @@ def push(out: str, repo: str, private: bool, revision: str | None, as_json: bool
 
 
 @cli.command("list")
-@click.argument("what", type=click.Choice(["families", "quants"]))
+@click.argument("what", type=click.Choice(["families", "quants", "targets"]))
 @click.option("--markdown", is_flag=True, help="As a Markdown table.")
 def list_(what: str, markdown: bool) -> int:
-    """Print the model families or the weight formats."""
+    """Print the model families, the weight formats, or the targets and their options."""
     from streamconv.cli import list_view
 
     output.block(list_view.show(what, markdown).split("\n"))

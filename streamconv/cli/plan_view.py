@@ -12,6 +12,7 @@ from streamconv.cli import output
 from streamconv.cli.view import table
 from streamconv.errors import printable
 from streamconv.memory import show_size
+from streamconv.natural import natural
 from streamconv.planning.memory_plan import Shares, TileCost
 from streamconv.planning.plan import Plan
 from streamconv.run import fs, inside
@@ -82,7 +83,7 @@ def show(
     if len(files) > 20:
         files = [*files[:8], ("...", "", ""), *files[-3:]]
     output.block([*table(files, ("file", "size", "tensors")), ""])
-    output.block([*table(list(plan.decisions.items()), ("module", "stored as")), ""])
+    output.block([*table(sorted(plan.decisions.items(), key=lambda pair: natural(pair[0])), ("module", "stored as")), ""])
     memory, disk = told["memory"], told["disk"]
     passes = f", weights in {plan.passes} passes" if plan.passes > 1 else ""
     output.line(f"read     {show_size(plan.bytes_read)}{passes}")

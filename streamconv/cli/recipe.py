@@ -48,6 +48,10 @@ class Kind:
             return False
         return right and (not self.choices or value in self.choices)
 
+    def wanted(self, value: object) -> str:
+        """What it may hold in the place of a value that it does not accept, for people."""
+        return f"one of {', '.join(self.choices)}" if self.choices and isinstance(value, self.types) else self.what
+
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
@@ -106,7 +110,7 @@ def read(path: str | Path, kinds: Mapping[str, Kind]) -> Recipe:
         if plain in values:
             raise UsageError(f"{name}: {printable(str(key))!r} is there twice")
         if value is not None and not kinds[plain].accepts(value):
-            raise UsageError(f"{name}: {printable(str(key))} is {shown_value(value)}, not {kinds[plain].what}")
+            raise UsageError(f"{name}: {printable(str(key))} is {shown_value(value)}, not {kinds[plain].wanted(value)}")
         values[plain] = value
     return Recipe(file, {key: value for key, value in values.items() if value is not None})
 

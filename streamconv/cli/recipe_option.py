@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from streamconv.cli import output
-from streamconv.cli.recipe import Kind, Recipe
 from streamconv.options import Resources
-from streamconv.planning.plan import PlannedTarget
+
+if TYPE_CHECKING:
+    from streamconv.cli.recipe import Kind, Recipe
+    from streamconv.planning.plan import PlannedTarget
 
 _KEY = "streamconv.cli.recipe"
 _OWN = ("config", "write_config", "as_json", "quiet", "more")
@@ -31,13 +33,15 @@ def kinds(*commands: click.Command) -> dict[str, Kind]:
 
 
 def _kind(param: click.Parameter) -> Kind:
+    from streamconv.cli.recipe import Kind
+
     if isinstance(param, click.Option) and param.multiple:
         return Kind((list,), "a list of texts in quotes")
     if isinstance(param, click.Option) and param.is_flag:
         return Kind((bool,), "true or false")
     if isinstance(param.type, click.Choice):
         choices = tuple(str(choice) for choice in param.type.choices)
-        return Kind((str,), f"one of {', '.join(choices)}", choices)
+        return Kind((str,), "a text in quotes", choices)
     if isinstance(param.type, click.types.IntParamType):
         return Kind((int,), "a whole number")
     if isinstance(param.type, click.types.FloatParamType):
@@ -75,9 +79,9 @@ def option(known: Callable[[], dict[str, Kind]]) -> Callable[[Callable[..., Any]
 
 def compare(out: str) -> None:
     """After a conversion from a manifest: warn if the output is not what the manifest tells of."""
-    found = click.get_current_context().meta.get(_KEY)
-    why = found.differences(Path(out)) if isinstance(found, Recipe) else None
-    if why is not None and isinstance(found, Recipe):
+    found: Recipe | None = click.get_current_context().meta.get(_KEY)
+    why = found.differences(Path(out)) if found is not None else None
+    if why is not None and found is not None:
         output.note(f"warning: {out} is not what {found.path} tells of: {why}")
 
 

@@ -11,14 +11,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from streamconv.checkpoint.dtypes import I8, DType
-from streamconv.quants.base import Encoding, Findings, Kernel, Part, QuantInfo
-from streamconv.quants.gptq import group_problem
+from streamconv.quants.base import Encoding, Findings, Kernel, Part
 
 if TYPE_CHECKING:
     import torch
-
-    from streamconv.quants import Module
-    from streamconv.targets.trtllm.options import TensorRTLLM
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,42 +48,3 @@ class PairedWeight(Encoding):
         from streamconv.kernels.packed import paired_kernel
 
         return paired_kernel() if source == I8 else None
-
-
-@dataclass(frozen=True, slots=True)
-class Awq:
-    """--quant int4_awq."""
-
-    packings: tuple[str, ...] = ("modelopt",)
-
-    @property
-    def info(self) -> QuantInfo:
-        summary = "ModelOpt AWQ exports taken over: int4 weights with a scale for each group"
-        return QuantInfo(
-            "int4_awq",
-            "W4A16_AWQ",
-            summary,
-            flags=("--group-size",),
-            stores="I8, two weights a byte; F32 scales",
-            evidence="specification",
-        )
-
-    def encoding(self, module: Module, options: TensorRTLLM, dtype: DType) -> Encoding | None:
-        return PairedWeight()
-
-    def problems(self, module: Module, options: TensorRTLLM, dtype: DType) -> str | None:
-        if dtype.itemsize != 2:
-            return f"--quant int4_awq: group-wise weights need --dtype float16 or bfloat16, not {dtype.torch}"
-        if options.target_version == "0.16" and module.rows <= module.cols // max(options.group_size, 1):
-            where = f"{module.name} [{module.full_rows}, {module.full_cols}]"
-            return (
-                f"{where}: with fewer output channels than groups, releases 0.13 to 0.16 read the scales turned;"
-                " later ones do not: --target-version 1.2"
-            )
-        return group_problem("int4_awq", module, options.group_size)
-
-    def reason(self, module: Module, options: TensorRTLLM) -> str:
-        return "left as it is"
-
-
-QUANTS = (Awq(),)

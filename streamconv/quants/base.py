@@ -1,8 +1,8 @@
 """What a quantization is: how rows of a weight matrix become the tensors of a checkpoint, and back.
 
-A format is one file in this folder. It registers a `Quant`, which, for one set of options, gives an `Encoding` per kind of
-module. An encoding is row-streaming: each part stores a record of bytes for every so many output rows, decided by these rows
-alone, so tiles may be cut at any multiple of `row_align` rows.
+A codec is an `Encoding`, in a file of this folder; targets say which weights get which. An encoding is row-streaming: each part
+stores a record of bytes for every so many output rows, decided by these rows alone, so tiles may be cut at any multiple of
+`row_align` rows.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from streamconv.checkpoint.dtypes import DType
-from streamconv.options import TARGET_VERSIONS, Version
 
 if TYPE_CHECKING:
     import numpy as np
@@ -185,30 +184,3 @@ class Encoding(ABC):
     def kernel_bytes_per_column(self) -> int:
         """The same of the fused kernel, which holds a row in float32 and, for packing, once more in bytes; 0 if it works in blocks."""
         return 16
-
-
-@dataclass(frozen=True, slots=True)
-class QuantInfo:
-    """A line of `streamconv list quants`.
-
-    Attributes:
-        key: the value of --quant.
-        algo: config.json quantization.quant_algo, None for an unquantized checkpoint.
-        summary: one line for people.
-        sm_dependent: the bytes depend on --target-sm.
-        flags: further flags that decide how it is stored.
-        stores: dtypes of a linear layer's tensors.
-        least_sm: compute capability that the kernels need, None for all that TensorRT-LLM runs on.
-        versions: TensorRT-LLM lines that read it.
-        evidence: where its bytes are proven: "golden" conversions of NVIDIA's, or the specification alone.
-    """
-
-    key: str
-    algo: str | None
-    summary: str
-    sm_dependent: bool = False
-    flags: tuple[str, ...] = ()
-    stores: str = ""
-    least_sm: int | None = None
-    versions: tuple[Version, ...] = TARGET_VERSIONS
-    evidence: Literal["golden", "specification"] = "golden"

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from streamconv.checkpoint.dtypes import F8_E4M3, F32, DType
-from streamconv.quants.base import Encoding, Findings, Kernel, Known, Part, QuantInfo
-from streamconv.quants.fp8 import Fp8Quant
-from streamconv.quants.plain import Plain
+from streamconv.quants.base import Encoding, Findings, Kernel, Known, Part
 from streamconv.quants.rounding import half_ulp
 
 if TYPE_CHECKING:
     import torch
-
-    from streamconv.quants import Module
-    from streamconv.targets.trtllm.options import TensorRTLLM
 
 Scales = tuple[tuple[str, float], ...]
 """(source tensor, its scale) of all sources of a fused matrix."""
@@ -101,34 +96,3 @@ class Fp8Shared(Encoding):
 
     def _table(self) -> bytes:
         return _codes(self.own or self.shared, self.shared)
-
-
-@dataclass(frozen=True, slots=True)
-class Fp8GivenQuant:
-    """--quant fp8 from a source that is FP8 already.
-
-    Attributes:
-        scales: (layer, module) -> the scales of its sources; a module that is not named is not FP8 in the source either.
-        left_out: (layer, module) of those.
-    """
-
-    scales: Mapping[tuple[int, str], Scales] = field(default_factory=dict)
-    left_out: tuple[tuple[int, str], ...] = ()
-
-    @property
-    def info(self) -> QuantInfo:
-        return Fp8Quant.info
-
-    def encoding(self, module: Module, options: TensorRTLLM, dtype: DType) -> Encoding | None:
-        given = self.scales.get((module.layer, module.name))
-        if given is None:
-            return None
-        return Plain(F8_E4M3) if len({scale for _, scale in given}) == 1 else Fp8Shared(given)
-
-    def problems(self, module: Module, options: TensorRTLLM, dtype: DType) -> str | None:
-        if module.experts:
-            return "FP8 experts of a mixture-of-experts model cannot be taken over; convert the unquantized model"
-        return None
-
-    def reason(self, module: Module, options: TensorRTLLM) -> str:
-        return "not quantized in the source"

@@ -7,14 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from streamconv.checkpoint.dtypes import F16, DType
-from streamconv.quants.base import Encoding, Findings, Kernel, Part, QuantInfo
+from streamconv.quants.base import Encoding, Findings, Kernel, Part
 from streamconv.quants.rounding import HALF_ULP, half_ulp
 
 if TYPE_CHECKING:
     import torch
-
-    from streamconv.quants import Module
-    from streamconv.targets.trtllm.options import TensorRTLLM
 
 
 @dataclass(frozen=True)
@@ -85,19 +82,3 @@ class Plain(Encoding):
 
     def kernel_bytes_per_column(self) -> int:
         return 0
-
-
-class _Unquantized:
-    info = QuantInfo("none", None, "weights in the model dtype", flags=("--dtype",), stores="model dtype")
-
-    def encoding(self, module: Module, options: TensorRTLLM, dtype: DType) -> Encoding | None:
-        return None
-
-    def problems(self, module: Module, options: TensorRTLLM, dtype: DType) -> str | None:
-        return None
-
-    def reason(self, module: Module, options: TensorRTLLM) -> str:
-        return "no quantization asked for"
-
-
-QUANTS = (_Unquantized(),)

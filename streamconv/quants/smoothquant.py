@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from streamconv.checkpoint.dtypes import F16, F32, I8, DType
-from streamconv.quants.base import Encoding, Findings, Kernel, Known, Part, QuantInfo
+from streamconv.quants.base import Encoding, Findings, Kernel, Known, Part
 from streamconv.quants.rounding import half_ulp
 from streamconv.quants.smoothing import (
     COLUMN_BYTES,
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from streamconv.quants import Module
-    from streamconv.targets.trtllm.options import TensorRTLLM
 
     Array = np.ndarray[Any, Any]
 
@@ -181,27 +179,3 @@ class SmoothWeight(Encoding):
         if self.bound is None:
             raise AssertionError(f"{self.smoother.weights}: encoded before its reductions")
         return self.bound
-
-
-class _SmoothQuant:
-    info = QuantInfo(
-        "smoothquant",
-        "W8A8_SQ_PER_TENSOR_PLUGIN",
-        "INT8 weights and activations, smoothed; needs activation ranges",
-        flags=("--activation-ranges", "--smoothquant", "--per-channel", "--per-token"),
-        stores="I8; F32 scales and smoothers",
-    )
-
-    def encoding(self, module: Module, options: TensorRTLLM, dtype: DType) -> Encoding | None:
-        return None  # a layer is smoothed as a whole: targets/trtllm/smooth_layer.py
-
-    def problems(self, module: Module, options: TensorRTLLM, dtype: DType) -> str | None:
-        if module.experts:
-            return "--quant smoothquant: mixture-of-experts weights are not SmoothQuantized; use --quant int8 or int4"
-        return None
-
-    def reason(self, module: Module, options: TensorRTLLM) -> str:
-        return "not smoothed"
-
-
-QUANTS = (_SmoothQuant(),)

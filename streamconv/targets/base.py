@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from streamconv.checkpoint.index import Index
-from streamconv.checkpoint.untrusted import shown_value
-from streamconv.errors import UsageError
-from streamconv.planning.plan import Plan
+from streamconv.errors import UsageError, printable
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from streamconv.checkpoint.index import Index
+    from streamconv.planning.plan import Plan
 
 _T = TypeVar("_T", bound="Target")
 _LONGEST = 4096
@@ -26,22 +28,40 @@ def option(
     default: Any,
     text: str,
     *,
-    choices: Sequence[Any] | None = None,
+    choices: Sequence[Any] | Callable[[], Sequence[Any]] | None = None,
     least: int | None = None,
     size: bool = False,
     typed: type | None = None,
+    metavar: str | None = None,
+    official: str = "",
+    added: bool = False,
 ) -> Any:
     """A field of a target.
 
     Args:
-        text: what `--help` says.
-        choices: the values that it takes; None: any of the type.
+        text: what `--help` says: a clause without capital and full stop.
+        choices: the values that it takes, or what gives them where they take imports to know; None: any of the type.
         least: the smallest number.
         size: the number is one of bytes, and may be typed with a unit.
         typed: the type of a value whose default is None.
+        metavar: what stands for the value in `--help`.
+        official: NVIDIA's spellings, where a flag of convert_checkpoint.py sets just this.
+        added: the drop-in command has it under its own name, though NVIDIA's has not.
     """
     metadata = {"help": text, "choices": choices, "least": least, "size": size, "type": typed or type(default)}
+    metadata |= {"metavar": metavar, "official": tuple(official.split()), "added": added}
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def flag(name: str) -> str:
+    """The long flag of an option."""
+    return "--" + name.replace("_", "-")
+
+
+def choices_of(field: dataclasses.Field[Any]) -> tuple[Any, ...] | None:
+    """The values that an option takes; None: any of its type."""
+    choices = field.metadata["choices"]
+    return None if choices is None else tuple(choices() if callable(choices) else choices)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +79,7 @@ class Target(ABC):
     summary: ClassVar[str]
     raw_names: ClassVar[bool] = False
 
-    allow_nonfinite: bool = option(False, "quantize weights that hold NaN or infinity")
+    allow_nonfinite: bool = option(False, "quantize NaN (as 0) and infinity (as the channel's maximum)", added=True)
 
     @abstractmethod
     def plan(self, index: Index) -> Plan:
@@ -69,6 +89,34 @@ class Target(ABC):
             UsageError: an option no model makes right. CheckpointError: the source lacks something.
             RefusedError: the request cannot give a correct output; every reason is listed.
         """
+
+    def check_values(self, spelled: Callable[[str], str] = flag) -> None:
+        """Every option holds one of its choices, and no number below the least.
+
+        Args:
+            spelled: name -> flag, as the user wrote it.
+
+        Raises:
+            UsageError: names the flag and the choices.
+        """
+        for field in dataclasses.fields(self):
+            value, choices, least = getattr(self, field.name), choices_of(field), field.metadata["least"]
+            if value is None and field.default is None:
+                continue
+            if choices is not None and value not in choices:
+                told = printable(str(value))
+                raise UsageError(f"{spelled(field.name)} {told} is not known", hint=f"one of {', '.join(map(str, choices))}")
+            if least is not None and value < least:
+                raise UsageError(f"{spelled(field.name)} {value} must be at least {least}")
+
+    def without_effect(self, given: Collection[str], source: Callable[[], Index]) -> Iterator[str]:
+        """Why options that were asked for change nothing, a line for each.
+
+        Args:
+            given: names of the options that the user typed.
+            source: opens the source, for those whose effect depends on it; the caller of it closes it.
+        """
+        return iter(())
 
     @property
     def files_read(self) -> tuple[Path, ...]:
@@ -103,6 +151,8 @@ class Target(ABC):
         for name, value in values.items():
             made[name] = tuple(value) if isinstance(value, list) else value
             if not _possible(made[name], fields[name]):
+                from streamconv.checkpoint.untrusted import shown_value
+
                 raise UsageError(f"option {name} holds {shown_value(value)}")
         return cls(**made)
 
@@ -120,5 +170,5 @@ def _possible(value: object, field: dataclasses.Field[Any]) -> bool:
         return False
     if isinstance(value, int | float) and not abs(value) < 1 << 50:  # infinity and NaN are not below it either
         return False
-    choices = field.metadata["choices"]
+    choices = choices_of(field)
     return choices is None or value in choices

@@ -20,9 +20,9 @@ from streamconv.errors import RefusedError, TensorError
 from streamconv.families import all_families
 from streamconv.options import Resources
 from streamconv.planning.plan import Plan
-from streamconv.quants import all_quants
 from streamconv.run import manifest
 from streamconv.targets.trtllm.options import TensorRTLLM
+from streamconv.targets.trtllm.recipes import all_quants
 from streamconv.verification.check import verify
 from tests.conformance import layout
 from tests.conformance.output import Decoded, bytes_read, check_places, decode, elements_used

@@ -22,9 +22,9 @@ from streamconv import api
 from streamconv.errors import StreamconvError
 from streamconv.families import Family, all_families
 from streamconv.options import Resources
-from streamconv.quants import all_quants
 from streamconv.run import manifest
 from streamconv.targets.trtllm.options import TensorRTLLM
+from streamconv.targets.trtllm.recipes import all_quants
 from streamconv.verification.check import verify
 
 Tensors = dict[str, torch.Tensor]

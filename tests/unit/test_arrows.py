@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 import streamconv
+from tests import tiny
 
 ROOT = Path(streamconv.__file__).parent
 LEVELS = (
-    ("errors", "memory", "options", "process", "streams", "cache_folder", "mounts", "progress", "progress_bar", "arguments"),
+    ("errors", "memory", "options", "process", "streams", "natural", "cache_folder", "mounts", "progress", "progress_bar", "arguments"),
     ("checkpoint",),
     ("quants", "families", "kernels"),
     ("planning",),
@@ -29,8 +30,6 @@ LEVELS = (
 KNOWN = (
     ("checkpoint.rows", "kernels", "dtypes that torch cannot cast are decoded where rows are read"),
     ("planning.memory_plan", "run", "what reading and encoding a tile take is said where it is taken"),
-    ("quants", "targets.trtllm.options", "formats are asked with the options of the one target that has them, a type"),
-    ("quants", "targets.trtllm.unsupported", "a key that is no format is told apart from one that only another tool makes"),
     ("verification.against_source", "api", "the plan of an output is made as convert makes it"),
 )
 """Imports that point up: (a module or a room, what it imports of the package, why)."""
@@ -112,12 +111,41 @@ def test_no_rooms_without_a_purpose() -> None:
     assert not names & {"utils", "util", "helpers", "common", "misc"}
 
 
-@pytest.mark.parametrize("command", [["--help"], ["convert", "--help"], ["list", "families"], ["list", "quants"]])
-def test_light_commands_import_nothing_heavy(command: list[str]) -> None:
+HEAVY = {"torch", "numba", "numpy", "transformers"}
+
+
+@pytest.mark.parametrize(
+    ("command", "heavy"),
+    [
+        (["--help"], HEAVY),
+        (["convert", "--help"], HEAVY),
+        (["list", "families"], HEAVY),
+        (["list", "quants"], HEAVY),
+        (["list", "targets"], HEAVY),
+        (["plan", "MODEL"], {"torch", "transformers"}),
+        (["plan", "MODEL", "--to", "hf", "--quant", "fp8_dynamic"], {"torch", "transformers"}),
+        (["inspect", "MODEL"], {"torch", "transformers"}),
+    ],
+)
+def test_light_commands_import_nothing_heavy(command: list[str], heavy: set[str], tmp_path: Path) -> None:
+    model = str(tiny.write(tmp_path / "model"))
+    assert not _loaded([model if word == "MODEL" else word for word in command]) & heavy
+
+
+def test_help_loads_no_planning() -> None:
+    """A start takes 0.15 s at most: what `--help` does not show is not imported."""
+    own = {name.removeprefix("streamconv.") for name in _loaded(["--help"]) if name.startswith("streamconv.")}
+    rooms = ("api", "planning", "quants", "families", "kernels", "run", "hub", "device", "verification", "calibration")
+    assert not {name for name in own if name.split(".")[0] in rooms}
+    assert {name for name in own if name.startswith("checkpoint.")} == {"checkpoint.dtypes"}
+
+
+def _loaded(command: list[str]) -> set[str]:
+    """Modules that a command has imported when it ends."""
     code = (
         "import sys; from streamconv.cli.main import main; status = main(sys.argv[1:]);"
-        "heavy = {'torch', 'numba', 'numpy', 'transformers'} & set(sys.modules); print('heavy:', heavy, file=sys.stderr);"
-        "sys.exit(bool(heavy) or status)"
+        "print('modules:', *sys.modules, file=sys.stderr); sys.exit(status)"
     )
     done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    return set(done.stderr.rpartition("modules: ")[2].split())

@@ -15,7 +15,8 @@ from streamconv.errors import RefusedError
 from streamconv.options import Version
 from streamconv.quants.base import Findings
 from streamconv.quants.layout import Layout, family_for
-from streamconv.quants.weight_only import WeightOnly, size_problem
+from streamconv.quants.weight_only import WeightOnly
+from streamconv.targets.trtllm.recipes.weight_only import size_problem
 
 # (family, bits, fp8 activations, K, SHA-256 of the whole string, first bytes); N is 64
 VECTORS = [
@@ -204,7 +205,7 @@ def test_sizes_that_would_be_padded_are_refused() -> None:
 
 def test_formats_are_listed_without_heavy_imports() -> None:
     code = (
-        "import sys; from streamconv.quants import all_quants; all_quants();"
+        "import sys; from streamconv.targets.trtllm.recipes import all_quants; all_quants();"
         "import streamconv.quants.layout, streamconv.kernels.cast, streamconv.kernels.fp8, streamconv.kernels.weight_only;"
         "sys.exit(str({'torch', 'numba', 'numpy'} & set(sys.modules) or ''))"
     )

@@ -10,13 +10,14 @@ import pytest
 from streamconv.cli import list_view
 from streamconv.cli.main import main
 from streamconv.families import all_families
-from streamconv.quants import all_quants
+from streamconv.targets import TARGETS
+from streamconv.targets.trtllm.recipes import all_quants
 from tests.golden import cases
 
 README = Path(__file__).parents[2] / "README.md"
 
 
-@pytest.mark.parametrize("what", ["families", "quants"])
+@pytest.mark.parametrize("what", list_view.LISTS)
 def test_the_readme_says_what_the_program_says(what: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", what, "--markdown"]) == 0
     printed = capsys.readouterr().out.strip()
@@ -25,13 +26,15 @@ def test_the_readme_says_what_the_program_says(what: str, capsys: pytest.Capture
     assert found[1].strip() == printed, f"put the output of `streamconv list {what} --markdown` into README.md"
 
 
-@pytest.mark.parametrize("what", ["families", "quants"])
+@pytest.mark.parametrize("what", list_view.LISTS)
 def test_every_cell_is_filled(what: str, capsys: pytest.CaptureFixture[str]) -> None:
-    header, rows = list_view.families() if what == "families" else list_view.quants()
+    header, rows = list_view.LISTS[what]()
     assert all(len(row) == len(header) and all(row) for row in rows)
     assert main(["list", what]) == 0
     printed = capsys.readouterr().out
-    assert all(row[0] in printed for row in rows) and len(printed.splitlines()) == len(rows) + 2
+    assert all(row[0] in printed for row in rows)
+    above = len(TARGETS) + 1 if what == "targets" else 0  # what each target is
+    assert len(printed.splitlines()) == above + len(rows) + 2
 
 
 def test_golden_families_are_those_with_golden_cases() -> None:

@@ -17,12 +17,12 @@ from streamconv.checkpoint.dtypes import BF16, F16, F32, I8, U8, DType
 from streamconv.cli.convert_checkpoint import main
 from streamconv.errors import RefusedError, StreamconvError, TensorError, UsageError
 from streamconv.options import Resources
-from streamconv.quants import Module, quant_of
 from streamconv.quants.awq import PairedWeight
 from streamconv.quants.base import Findings
 from streamconv.quants.gptq import GroupScales, PackedWeight
 from streamconv.quants.layout import Layout
 from streamconv.targets.trtllm.options import TensorRTLLM
+from streamconv.targets.trtllm.recipes import Module, quant_of
 from streamconv.verification.check import verify
 
 HIDDEN, HEADS, KV, SIZE, WIDTH, VOCAB = 256, 8, 4, 32, 512, 64

@@ -11,6 +11,7 @@ from typing import Any
 from streamconv.checkpoint.limits import MAX_WEIGHT_MAP
 from streamconv.checkpoint.untrusted import parse_json, read_file
 from streamconv.errors import VerifyError, printable
+from streamconv.natural import natural
 from streamconv.targets.hf.check_scales import SCALES, SHARED, check_tensors, check_values
 from streamconv.targets.hf.rules import default_reason, matches, partners
 from streamconv.targets.hf.stated import stated_recipe
@@ -59,13 +60,14 @@ def check(folder: Path, config: Mapping[str, Any], shapes: Shapes) -> tuple[list
     listed = _weight_map(folder, [])
     if listed is not None:
         held = {name: file for file, names in shapes.items() for name in names}
-        odd = sorted(name for name in {*listed, *held} if listed.get(name) != held.get(name))
+        odd = sorted((name for name in {*listed, *held} if listed.get(name) != held.get(name)), key=natural)
         problems += [f"{INDEX}: {printable(name)} is not where it says" for name in odd[:20]]
         problems += _total(folder, tensors)
     stated = config.get("quantization_config")
     codes = {name.rpartition(".")[0] for name in tensors if _is_code(name, tensors)}
     if not isinstance(stated, dict):
-        problems += [f"{printable(name)} is quantized, and config.json has no quantization_config" for name in sorted(codes)[:5]]
+        bare = sorted(codes, key=natural)[:5]
+        problems += [f"{printable(name)} is quantized, and config.json has no quantization_config" for name in bare]
         return problems, warnings
     if not codes:
         problems.append("config.json has a quantization_config, and no weight is quantized")
@@ -112,7 +114,7 @@ def _is_code(name: str, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> b
 
 def _scales(codes: set[str], tensors: Mapping[str, tuple[str, tuple[int, ...]]], unknown: bool) -> list[str]:
     lines = []
-    for module in sorted(codes):
+    for module in sorted(codes, key=natural):
         if unknown and not any(f"{module}.{leaf}" in tensors for leaf in SCALES):
             lines.append(f"{printable(module)} has codes and no scales")
     for name in tensors:
@@ -126,7 +128,7 @@ def _ignored(
     codes: set[str], tensors: Mapping[str, tuple[str, tuple[int, ...]]], patterns: list[str], config: Mapping[str, Any]
 ) -> list[str]:
     lines = []
-    for module in sorted(codes):
+    for module in sorted(codes, key=natural):
         if matches(module, patterns):
             lines.append(f"{printable(module)} is quantized, and the config's ignore list covers it")
     for name, (dtype, shape) in tensors.items():
@@ -141,7 +143,7 @@ def _ignored(
 
 def _partners(codes: set[str], tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> list[str]:
     lines = []
-    for module in sorted(codes):
+    for module in sorted(codes, key=natural):
         for other in partners(module):
             if other not in codes and f"{other}.weight" in tensors:
                 lines.append(f"{printable(module)} is quantized and {printable(other)} is not: engines join them to one matrix")

@@ -18,8 +18,9 @@ from streamconv.quants.given_codes import AwqZeros, Reciprocal, Words, ZeroPoint
 from streamconv.quants.plain import Plain
 from streamconv.targets.hf import config_json
 from streamconv.targets.hf.packed_sources import PACKED, Integers, integers
-from streamconv.targets.hf.recipes import NVFP4_FP4, Container, recipe_of
+from streamconv.targets.hf.recipes import NVFP4_FP4, recipe_of
 from streamconv.targets.hf.rules import default_reason
+from streamconv.targets.hf.target import Container
 
 if TYPE_CHECKING:
     from streamconv.checkpoint.index import Index

@@ -11,9 +11,9 @@ from streamconv.planning.plan import SideFile
 from streamconv.targets.hf import config_json
 from streamconv.targets.hf.keep import keep
 from streamconv.targets.hf.layout import shards_of
-from streamconv.targets.hf.recipes import CONTAINERS
 from streamconv.targets.hf.side_files import OLD, side_files
 from streamconv.targets.hf.sources import plain_tensors
+from streamconv.targets.hf.target import CONTAINERS
 
 if TYPE_CHECKING:
     from streamconv.targets.hf.target import HuggingFace

@@ -15,10 +15,8 @@ from streamconv.quants.fp8_tensor import Fp8Scale, Fp8Tensor
 from streamconv.quants.int_group import IntGroup, Packing
 from streamconv.quants.mx import Mx
 from streamconv.quants.nvfp4 import NvFp4, SharedScale
+from streamconv.targets.hf.target import Container
 
-Container = Literal["compressed-tensors", "modelopt", "hf"]
-CONTAINERS: tuple[Container, ...] = ("compressed-tensors", "modelopt", "hf")
-ARITHMETICS = ("float32", "llm-compressor", "llm-compressor-cpu")
 BLOCK = 128
 
 _EPS = {"F32": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7}
@@ -33,7 +31,7 @@ class Request:
     Attributes:
         kind: the weight's dtype, that of the checkpoint.
         group: --group-size.
-        arithmetic: one of ARITHMETICS.
+        arithmetic: --arithmetic.
         key: of the shared maximum of a weight and its partners.
     """
 
@@ -228,6 +226,7 @@ RECIPES: tuple[Recipe, ...] = (
 """In the order of a quantization's containers: the first is its default."""
 
 QUANTS = tuple(dict.fromkeys(recipe.quant for recipe in RECIPES))
+"""Values of --quant."""
 
 
 def recipe_of(quant: str, container: str | None) -> Recipe | None:

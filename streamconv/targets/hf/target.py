@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from streamconv.checkpoint.activation_ranges import HINT, Ranges
 from streamconv.checkpoint.dtypes import BY_TORCH_NAME, MODEL_DTYPES, DType
-from streamconv.checkpoint.index import Index
-from streamconv.checkpoint.rows import SourceFile
-from streamconv.checkpoint.source_files import source_files
-from streamconv.checkpoint.source_tensors import SourceTensors
 from streamconv.errors import CheckpointError, RefusedError, UsageError, printable
-from streamconv.planning.draft import Draft
-from streamconv.planning.plan import Plan
 from streamconv.targets.base import Target, option
-from streamconv.targets.hf.kept_layout import describe_kept
-from streamconv.targets.hf.layout import Layout
-from streamconv.targets.hf.recipes import ARITHMETICS, CONTAINERS, QUANTS, RECIPES, Recipe, recipe_of
-from streamconv.targets.hf.rules import check_patterns
+
+if TYPE_CHECKING:
+    from streamconv.checkpoint.activation_ranges import Ranges
+    from streamconv.checkpoint.index import Index
+    from streamconv.planning.plan import Plan
+    from streamconv.targets.hf.recipes import Recipe
 
 NOTHING, KEEP = "none", "keep"
+Container = Literal["compressed-tensors", "modelopt", "hf"]
+CONTAINERS: tuple[Container, ...] = ("compressed-tensors", "modelopt", "hf")
+ARITHMETICS = ("float32", "llm-compressor", "llm-compressor-cpu")
+
+
+def _quants() -> tuple[str, ...]:
+    from streamconv.targets.hf.recipes import QUANTS
+
+    return (NOTHING, KEEP, *QUANTS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,20 +40,25 @@ class HuggingFace(Target):
 
     quant: str = option(
         NOTHING,
-        "how linear layers are stored; none re-saves, and decodes a quantized source; keep keeps its codes, in another --format if asked",
-        choices=(NOTHING, KEEP, *QUANTS),
+        "how linear layers are stored, see `list targets`; none decodes a quantized source, keep keeps its codes (in another --format)",
+        choices=_quants,
+        metavar="NAME",
     )
     format: str | None = option(None, "container of the quantized weights", choices=CONTAINERS, typed=str)
-    group_size: int = option(128, "input features that share a scale, for w4a16 and w8a16", least=1)
+    group_size: int = option(128, "input channels that share a scale, in the formats with groups", least=1)
     arithmetic: str = option(
         "float32",
-        "float32 is the most accurate; the others give the bytes of llm-compressor, on a GPU or on a CPU",
+        "of scales and quotients: float32 is the most accurate, the others give the bytes of llm-compressor on a GPU or a CPU",
         choices=ARITHMETICS,
     )
-    dtype: str = option("auto", "float type of weights that are decoded or not quantized", choices=("auto", *MODEL_DTYPES))
-    ignore: tuple[str, ...] = option((), "modules left as they are: full names, globs, or re: and a regular expression")
-    only: tuple[str, ...] = option((), "the modules to quantize, and no others: full names, globs, or re:")
-    activation_ranges: str | None = option(None, "file of `streamconv calibrate`, for scales of activations and KV cache", typed=str)
+    dtype: str = option("auto", "type of what is decoded or not quantized; auto is the source's", choices=("auto", *MODEL_DTYPES))
+    ignore: tuple[str, ...] = option(
+        (), "modules left as they are: full names, globs, or re: and a regular expression; several may follow", metavar="MODULE"
+    )
+    only: tuple[str, ...] = option((), "the modules to quantize, and no others: as --ignore", metavar="MODULE")
+    activation_ranges: str | None = option(
+        None, "file of `streamconv calibrate`, for scales of activations and KV cache", typed=str, metavar="FILE"
+    )
     kv_cache: str | None = option(None, "type of the KV cache whose scales are stored", choices=("fp8",), typed=str)
     max_shard_size: int | None = option(None, "split the output anew, not as the source is", size=True, typed=int, least=1 << 20)
 
@@ -66,6 +76,8 @@ class HuggingFace(Target):
 
     def needs_ranges(self) -> str | None:
         """The flag that cannot do without activation ranges, None if there is none."""
+        from streamconv.targets.hf.recipes import RECIPES
+
         if self.kv_cache is not None:
             return f"--kv-cache {self.kv_cache}"
         calibrated = any(recipe.quant == self.quant and recipe.input_scale is not None for recipe in RECIPES)
@@ -75,7 +87,14 @@ class HuggingFace(Target):
         """Whether ranges change the output."""
         return self.needs_ranges() is not None
 
+    def without_effect(self, given: Collection[str], source: Callable[[], Index]) -> Iterator[str]:
+        from streamconv.targets.hf.effects import without_effect
+
+        return without_effect(None if self.quant == KEEP else self._recipe(), self.quant, given)
+
     def _ranges(self) -> Ranges | None:
+        from streamconv.checkpoint.activation_ranges import HINT, Ranges
+
         flag = self.needs_ranges()
         if self.activation_ranges is None:
             if flag is not None:
@@ -86,6 +105,16 @@ class HuggingFace(Target):
         return Ranges(self.activation_ranges)
 
     def plan(self, index: Index) -> Plan:
+        from streamconv.checkpoint.rows import SourceFile
+        from streamconv.checkpoint.source_files import source_files
+        from streamconv.checkpoint.source_tensors import SourceTensors
+        from streamconv.planning.draft import Draft
+        from streamconv.planning.plan import Plan
+        from streamconv.targets.hf.kept_layout import describe_kept
+        from streamconv.targets.hf.layout import Layout
+        from streamconv.targets.hf.rules import check_patterns
+
+        self.check_values()
         check_patterns(self.ignore, "--ignore")
         check_patterns(self.only, "--only")
         if index.assembled is not None:
@@ -123,6 +152,8 @@ class HuggingFace(Target):
         )
 
     def _recipe(self) -> Recipe | None:
+        from streamconv.targets.hf.recipes import RECIPES, recipe_of
+
         if self.quant == NOTHING:
             if self.format is not None:
                 raise UsageError("--format is for quantized weights: --quant none has none")

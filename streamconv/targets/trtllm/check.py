@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from streamconv.errors import VerifyError, printable
+from streamconv.natural import natural
 from streamconv.targets.trtllm import expected
 
 Shapes = Mapping[str, Mapping[str, tuple[str, tuple[int, ...]]]]
@@ -75,7 +76,7 @@ def _replicas(config: Mapping[str, Any], shapes: Shapes, hashes: Mapping[tuple[s
         first = shapes[names[0]]
         for name in names[1:]:
             if set(first) != set(shapes[name]):
-                odd = sorted(set(first) ^ set(shapes[name]))[0]
+                odd = min(set(first) ^ set(shapes[name]), key=natural)
                 problems.append(f"{names[0]} and {name} hold different tensors, for example {printable(odd)}")
         for tensor in first:
             whole = tensor.endswith(("norm.weight", "ln_f.weight", "router.weight", "scaling_factor")) and (

@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from streamconv.errors import RefusedError, UsageError
-from streamconv.quants import all_quants
 from streamconv.targets.trtllm.options import TensorRTLLM
+from streamconv.targets.trtllm.recipes import all_quants
 
 Config = dict[str, Any]
 

@@ -14,13 +14,13 @@ from streamconv.errors import RefusedError
 from streamconv.families.base import Family
 from streamconv.families.meta import META
 from streamconv.hub import open_source
-from streamconv.quants import Quant, quant_of
-from streamconv.quants.fp8 import CLAMP, Fp8RowwiseQuant
-from streamconv.quants.fp8_given import Fp8GivenQuant
-from streamconv.quants.gptq import EXPERTS, GROUP_SIZES
 from streamconv.targets.trtllm.expected_forms import EXCLUDED
 from streamconv.targets.trtllm.import_scales import Stored
 from streamconv.targets.trtllm.options import TensorRTLLM
+from streamconv.targets.trtllm.recipes import Quant, quant_of
+from streamconv.targets.trtllm.recipes.fp8 import Fp8GivenQuant
+from streamconv.targets.trtllm.recipes.fp8_rowwise import CLAMP, Fp8RowwiseQuant
+from streamconv.targets.trtllm.recipes.gptq import EXPERTS, GROUP_SIZES
 from streamconv.targets.trtllm.unsupported import refused
 
 _MODULES = {

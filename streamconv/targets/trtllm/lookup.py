@@ -10,6 +10,7 @@ from streamconv.checkpoint.rows import PackedTensor, Piece, SourceTensor
 from streamconv.errors import TensorError, printable
 from streamconv.families.base import Family
 from streamconv.families.matching import Key, example, match
+from streamconv.natural import natural
 
 _NEAREST = 10
 """Missing tensors for which a similar name is looked for, which takes a while."""
@@ -94,7 +95,8 @@ class Roles:
         Raises:
             TensorError: anything is missing, unexpected or of the wrong shape; all of it is listed.
         """
-        self.problems += [f"unexpected tensor {printable(name)}: {self.family.name} has no place for it" for name in self.unused()]
+        unexpected = sorted(self.unused(), key=natural)
+        self.problems += [f"unexpected tensor {printable(name)}: {self.family.name} has no place for it" for name in unexpected]
         if self.problems:
             raise TensorError(list(dict.fromkeys(self.problems)))
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from streamconv.checkpoint.index import Index
 from streamconv.options import TARGET_SMS, TARGET_VERSIONS, Version
-from streamconv.planning.plan import Plan
 from streamconv.targets.base import Target, option
+
+if TYPE_CHECKING:
+    from streamconv.checkpoint.index import Index
+    from streamconv.planning.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,37 +22,65 @@ class TensorRTLLM(Target):
     key: ClassVar[str] = "trtllm"
     summary: ClassVar[str] = "a TensorRT-LLM checkpoint: config.json and one rank file for each GPU (trtllm-build)"
 
-    tp_size: int = option(1, "tensor parallel size", least=1)
-    pp_size: int = option(1, "pipeline parallel size", least=1)
-    cp_size: int = option(1, "context parallel size", least=1)
-    moe_tp_size: int = option(-1, "tensor parallel size of the experts; -1: what moe_ep_size leaves of tp_size")
-    moe_ep_size: int = option(-1, "expert parallel size; -1: 1")
-    dtype: str = option("auto", "float type of what is not quantized", choices=("auto", "float16", "bfloat16", "float32"))
-    quant: str = option("none", "a key of the quants: see `streamconv list quants`")
-    kv_cache: str | None = option(None, "type of the KV cache", choices=("int8", "fp8"), typed=str)
-    group_size: int = option(128, "input channels that share a scale, where a format has groups")
-    target_sm: int | None = option(None, "compute capability that processed layouts are for", choices=TARGET_SMS, typed=int)
-    target_version: Version = option("1.2", "TensorRT-LLM release line", choices=TARGET_VERSIONS)
-    encoding: Literal["processed", "raw"] = option(
-        "processed", "bytes laid out for target_sm, or left to trtllm-build", choices=("processed", "raw")
+    tp_size: int = option(1, "tensor parallel size", least=1, official="--tp_size --world_size")
+    pp_size: int = option(1, "pipeline parallel size", least=1, official="--pp_size")
+    cp_size: int = option(1, "context parallel size (1.2 only)", least=1, official="--cp_size")
+    moe_tp_size: int = option(-1, "tensor parallel size inside experts; -1: what --moe-ep-size leaves", official="--moe_tp_size")
+    moe_ep_size: int = option(-1, "expert parallel size; -1: what --moe-tp-size leaves", official="--moe_ep_size")
+    dtype: str = option(
+        "auto",
+        "type of what is not quantized; auto is the source's (float16 for float32)",
+        choices=("auto", "float16", "bfloat16", "float32"),
+        official="--dtype",
     )
-    use_parallel_embedding: bool = option(False, "cut the embedding over the ranks")
-    embedding_sharding_dim: int = option(0, "0: rows of the embedding are cut, 1: columns", choices=(0, 1))
-    use_embedding_sharing: bool = option(False, "leave lm_head out where it is the embedding (0.16)")
-    remove_duplicated_kv_heads: bool = option(False, "the source stores every KV head twice")
-    disable_weight_only_quant_plugin: bool = option(False, "recorded in config.json")
-    use_meta_fp8_rowwise_recipe: bool = option(False, "leave out the layers that Meta's recipe leaves out")
-    smoothquant: float = option(0.5, "the alpha of SmoothQuant")
-    activation_ranges: str | None = option(None, "file of a calibration run", typed=str)
-    per_channel: bool = option(False, "SmoothQuant: one weight scale for each output channel")
-    per_token: bool = option(False, "SmoothQuant: one activation scale for each token")
-    rope_tables: bool = option(False, "also write the three rotary tables that NVIDIA's converter leaves")
-    max_position_embeddings: int | None = option(None, "overrides the source's value", typed=int)
+    quant: str = option("none", "weight format, see `streamconv list quants`", metavar="NAME")
+    kv_cache: str | None = option(None, "quantize the KV cache", choices=("fp8", "int8"), typed=str)
+    group_size: int = option(128, "input channels that share a scale, in the formats with groups", official="--group_size")
+    target_sm: int | None = option(None, "GPU generation the bytes are for", choices=TARGET_SMS, typed=int, metavar="SM", added=True)
+    target_version: Version = option("1.2", "TensorRT-LLM line; 1.0 is any 1.x", choices=TARGET_VERSIONS, added=True)
+    encoding: Literal["processed", "raw"] = option(
+        "processed",
+        "how int8 and int4 are stored: laid out for --target-sm, or left for trtllm-build to quantize when it loads",
+        choices=("processed", "raw"),
+        added=True,
+    )
+    use_parallel_embedding: bool = option(False, "split the embedding over ranks", official="--use_parallel_embedding")
+    embedding_sharding_dim: int = option(
+        0,
+        "what --use-parallel-embedding splits: the vocabulary (0) or the hidden size (1)",
+        choices=(0, 1),
+        official="--embedding_sharding_dim",
+    )
+    use_embedding_sharing: bool = option(False, "leave lm_head out where that is legal (0.16)", official="--use_embedding_sharing")
+    remove_duplicated_kv_heads: bool = option(
+        False, "the source holds every KV head twice: keep one of each pair", official="--remove_duplicated_kv_heads"
+    )
+    disable_weight_only_quant_plugin: bool = option(
+        False, "recorded in config.json for the engine builder", official="--disable_weight_only_quant_plugin"
+    )
+    use_meta_fp8_rowwise_recipe: bool = option(
+        False,
+        "as Meta does in FP8 per row: attention and the first and last layer stay unquantized",
+        official="--use_meta_fp8_rowwise_recipe",
+    )
+    smoothquant: float = option(0.5, "alpha of SmoothQuant", official="--smoothquant -sq")
+    activation_ranges: str | None = option(
+        None, "ranges that `streamconv calibrate` measured (smoothquant, fp8, KV cache)", typed=str, metavar="FILE", added=True
+    )
+    per_channel: bool = option(False, "SmoothQuant: a weight scale for each output channel", official="--per_channel")
+    per_token: bool = option(False, "SmoothQuant: activation scales for each token, at run time", official="--per_token")
+    rope_tables: bool = option(False, "also write the rotary tables that NVIDIA's converter leaves behind", added=True)
+    max_position_embeddings: int | None = option(None, "override the source's value", typed=int, least=1)
 
     def plan(self, index: Index) -> Plan:
         from streamconv.targets.trtllm.target import make_plan
 
         return make_plan(index, self)
+
+    def without_effect(self, given: Collection[str], source: Callable[[], Index]) -> Iterator[str]:
+        from streamconv.targets.trtllm.effects import without_effect
+
+        return without_effect(self, given, source)
 
     @property
     def headline(self) -> str:

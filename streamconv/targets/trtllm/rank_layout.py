@@ -18,7 +18,6 @@ from streamconv.families.base import Family
 from streamconv.memory import MIB, check_room
 from streamconv.planning.draft import Draft
 from streamconv.planning.plan import PLAIN_ROWS, RowOp
-from streamconv.quants import Module, Quant
 from streamconv.quants.base import Encoding
 from streamconv.quants.plain import Plain
 from streamconv.targets.trtllm import fp8_scales
@@ -26,6 +25,7 @@ from streamconv.targets.trtllm.lookup import Roles
 from streamconv.targets.trtllm.options import TensorRTLLM
 from streamconv.targets.trtllm.parallel import Mapping as Grid
 from streamconv.targets.trtllm.parallel import Rank, even, kv_heads, padded, stage_layers
+from streamconv.targets.trtllm.recipes import Module, Quant
 from streamconv.targets.trtllm.smooth_layer import SmoothLayer, int8_kv_factor
 
 _Rows = tuple[int, int]

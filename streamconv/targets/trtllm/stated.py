@@ -9,9 +9,9 @@ from typing import Any
 from streamconv.checkpoint.header import TensorEntry
 from streamconv.errors import VerifyError, printable
 from streamconv.options import Version
-from streamconv.quants import all_quants
 from streamconv.targets.trtllm.expected_forms import SMOOTH
 from streamconv.targets.trtllm.options import TensorRTLLM
+from streamconv.targets.trtllm.recipes import all_quants
 
 _GENERATIONS: dict[Version, tuple[int, ...]] = {"0.16": (80, 90, 70), "1.2": (80, 90)}
 """A GPU for each weight layout (quantization spec §3.3)."""

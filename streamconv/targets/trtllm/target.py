@@ -21,10 +21,9 @@ from streamconv.checkpoint.source_tensors import Changed, SourceTensors
 from streamconv.errors import CheckpointError, RefusedError, UsageError, printable
 from streamconv.families import Family, family_of
 from streamconv.families.meta import META
-from streamconv.options import TARGET_SMS, TARGET_VERSIONS
+from streamconv.natural import natural
 from streamconv.planning.draft import Draft
 from streamconv.planning.plan import Plan, SideFile
-from streamconv.quants import quant_of
 from streamconv.targets.trtllm import expected, fp8_scales, import_rules, import_scales, rope
 from streamconv.targets.trtllm.checks import embedding_is_shared, refusals
 from streamconv.targets.trtllm.config_json import build_config, dump
@@ -33,6 +32,7 @@ from streamconv.targets.trtllm.lookup import Roles
 from streamconv.targets.trtllm.options import TensorRTLLM
 from streamconv.targets.trtllm.parallel import Mapping
 from streamconv.targets.trtllm.rank_layout import Decoder
+from streamconv.targets.trtllm.recipes import quant_of
 
 _PLACES = 16
 """Places of two tensors that are compared."""
@@ -72,18 +72,7 @@ def check_options(options: TensorRTLLM) -> None:
     Raises:
         UsageError: names the flag.
     """
-    for name in ("tp_size", "pp_size", "cp_size"):
-        if getattr(options, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
-    if options.target_version not in TARGET_VERSIONS:
-        raise UsageError(
-            f"--target-version {options.target_version} is not known", hint=f"one of {', '.join(TARGET_VERSIONS)}"
-        )
-    if options.target_sm is not None and options.target_sm not in TARGET_SMS:
-        known = ", ".join(str(sm) for sm in TARGET_SMS)
-        raise UsageError(f"--target-sm {options.target_sm} is not known", hint=f"one of {known}")
-    if options.max_position_embeddings is not None and options.max_position_embeddings < 1:
-        raise UsageError(f"--max-position-embeddings {options.max_position_embeddings} must be at least 1")
+    options.check_values()
     info = quant_of(options.quant).info
     if info.sm_dependent and options.encoding == "processed" and options.target_sm is None:
         raw = "; or --encoding raw" if "--encoding" in info.flags else ""
@@ -298,7 +287,8 @@ def _without_scales(index: Index, stored: import_scales.Stored, roles: Roles) ->
     """Weights whose stored numbers are not their values, where nothing says what they are times."""
     if not any(dtype.name in _CODES for dtype, _ in index.tensors.kinds()):
         return []
-    odd = [name for name in sorted(roles.found.values()) if name in stored.tensors and name not in stored.scales and name not in stored.fp8]
+    known = (stored.scales, stored.fp8)
+    odd = [name for name in sorted(roles.found.values(), key=natural) if name in stored.tensors and not any(name in k for k in known)]
     odd = [name for name in odd if stored.tensors[name].dtype.name in _CODES and not isinstance(stored.tensors[name], PackedTensor)]
     if not odd:
         return []

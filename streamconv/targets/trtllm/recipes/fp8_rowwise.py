@@ -1,4 +1,4 @@
-"""--quant fp8 (one scale for each matrix, calibrated; quantization spec §8) and --quant fp8_rowwise (one for each channel; §9)."""
+"""--quant fp8_rowwise: a scale for each output channel and for each token (quantization spec §9)."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from streamconv.checkpoint.dtypes import F8_E4M3, F32, DType
-from streamconv.quants.base import Encoding, QuantInfo
 from streamconv.quants.fp8_rowwise import Fp8Rowwise
-from streamconv.quants.fp8_tensor import Fp8Tensor
 from streamconv.quants.plain import Plain
+from streamconv.targets.trtllm.recipes.base import QuantInfo
 
 if TYPE_CHECKING:
-    from streamconv.quants import Module
+    from streamconv.quants.base import Encoding
     from streamconv.targets.trtllm.options import TensorRTLLM
+    from streamconv.targets.trtllm.recipes.base import Module
+
 
 CLAMP = 1200.0
 """The bound where the source states none."""
@@ -77,30 +78,4 @@ class Fp8RowwiseQuant:
         return module.layer in (0, module.layers - 1) or module.name.startswith("attention")
 
 
-@dataclass(frozen=True, slots=True)
-class Fp8Quant:
-    """ModelOpt's format: all linear layers; the scales are added once the sources are known (targets/trtllm/fp8_scales.py)."""
-
-    info = QuantInfo(
-        "fp8",
-        "FP8",
-        "FP8 weights and activations, one scale for each matrix: from activation ranges, or ModelOpt FP8 exports taken over",
-        flags=("--activation-ranges",),
-        stores="F8_E4M3, F32 scales",
-        least_sm=89,
-        evidence="specification",
-    )
-
-    def encoding(self, module: Module, options: TensorRTLLM, dtype: DType) -> Encoding | None:
-        return Fp8Tensor(f"largest weight of layer {module.layer} {module.name}")
-
-    def problems(self, module: Module, options: TensorRTLLM, dtype: DType) -> str | None:
-        if module.experts:
-            return "--quant fp8: mixture-of-experts weights are not supported; use --quant int8 or int4"
-        return None
-
-    def reason(self, module: Module, options: TensorRTLLM) -> str:
-        return "not quantized"
-
-
-QUANTS = (Fp8Quant(), Fp8RowwiseQuant())
+QUANTS = (Fp8RowwiseQuant(),)

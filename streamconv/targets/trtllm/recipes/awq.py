@@ -1,0 +1,55 @@
+"""--quant int4_awq: ModelOpt's AWQ exports, taken over as they are (W4A16_AWQ)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from streamconv.checkpoint.dtypes import DType
+from streamconv.quants.awq import PairedWeight
+from streamconv.targets.trtllm.recipes.base import QuantInfo
+from streamconv.targets.trtllm.recipes.gptq import group_problem
+
+if TYPE_CHECKING:
+    from streamconv.quants.base import Encoding
+    from streamconv.targets.trtllm.options import TensorRTLLM
+    from streamconv.targets.trtllm.recipes.base import Module
+
+
+@dataclass(frozen=True, slots=True)
+class Awq:
+    """--quant int4_awq."""
+
+    packings: tuple[str, ...] = ("modelopt",)
+
+    @property
+    def info(self) -> QuantInfo:
+        summary = "ModelOpt AWQ exports taken over: int4 weights with a scale for each group"
+        return QuantInfo(
+            "int4_awq",
+            "W4A16_AWQ",
+            summary,
+            flags=("--group-size",),
+            stores="I8, two weights a byte; F32 scales",
+            evidence="specification",
+        )
+
+    def encoding(self, module: Module, options: TensorRTLLM, dtype: DType) -> Encoding | None:
+        return PairedWeight()
+
+    def problems(self, module: Module, options: TensorRTLLM, dtype: DType) -> str | None:
+        if dtype.itemsize != 2:
+            return f"--quant int4_awq: group-wise weights need --dtype float16 or bfloat16, not {dtype.torch}"
+        if options.target_version == "0.16" and module.rows <= module.cols // max(options.group_size, 1):
+            where = f"{module.name} [{module.full_rows}, {module.full_cols}]"
+            return (
+                f"{where}: with fewer output channels than groups, releases 0.13 to 0.16 read the scales turned;"
+                " later ones do not: --target-version 1.2"
+            )
+        return group_problem("int4_awq", module, options.group_size)
+
+    def reason(self, module: Module, options: TensorRTLLM) -> str:
+        return "left as it is"
+
+
+QUANTS = (Awq(),)

@@ -1,0 +1,81 @@
+"""--quant int4_gptq and int8_gptq: GPTQ and AutoAWQ checkpoints, taken over as they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from streamconv.checkpoint.dtypes import DType
+from streamconv.quants.gptq import PackedWeight
+from streamconv.quants.layout import Layout, family_for
+from streamconv.targets.trtllm.recipes.base import QuantInfo
+
+if TYPE_CHECKING:
+    from streamconv.quants.base import Encoding
+    from streamconv.targets.trtllm.options import TensorRTLLM
+    from streamconv.targets.trtllm.recipes.base import Module
+
+
+@dataclass(frozen=True, slots=True)
+class Gptq:
+    """--quant int4_gptq, int8_gptq."""
+
+    bits: int
+    row_bias_once: bool = True
+    """The group-wise kernel adds the bias before the all-reduce: ranks > 0 hold zeros (§4.4)."""
+    packings: tuple[str, ...] = ("gptq", "awq")
+
+    @property
+    def info(self) -> QuantInfo:
+        made = "GPTQ and AutoAWQ" if self.bits == 4 else "8-bit GPTQ"
+        summary = f"{made} checkpoints taken over: int{self.bits} weights with a scale and a zero for each group"
+        return QuantInfo(
+            f"int{self.bits}_gptq",
+            f"W{self.bits}A16_GPTQ",
+            summary,
+            sm_dependent=True,
+            flags=("--target-sm", "--group-size"),
+            stores=f"{self.bits} bits in the model dtype; scales and zeros in it",
+        )
+
+    def encoding(self, module: Module, options: TensorRTLLM, dtype: DType) -> Encoding | None:
+        assert options.target_sm is not None
+        family = family_for(options.target_sm, options.target_version, experts=False)
+        return PackedWeight(dtype, Layout(family, self.bits))
+
+    def problems(self, module: Module, options: TensorRTLLM, dtype: DType) -> str | None:
+        if options.encoding == "raw":
+            return f"--quant {self.info.key}: these weights are always stored processed; leave out --encoding raw"
+        if dtype.itemsize != 2:
+            return f"--quant {self.info.key}: group-wise weights need --dtype float16 or bfloat16, not {dtype.torch}"
+        return group_problem(self.info.key, module, options.group_size)
+
+    def reason(self, module: Module, options: TensorRTLLM) -> str:
+        return "left as it is"
+
+
+GROUP_SIZES = (64, 128)
+"""Input channels that share a scale, where TensorRT-LLM has kernels."""
+
+EXPERTS = (
+    "experts of a mixture-of-experts model cannot be taken over with group-wise scales (GPTQ, AWQ): convert the unquantized"
+    " model, with --quant int8 or int4 if it is to be small"
+)
+
+
+def group_problem(key: str, module: Module, group: int) -> str | None:
+    """Sizes that have no group-wise form (§4.4); sizes are those of the whole layer in the message."""
+    if module.experts:
+        return EXPERTS
+    if group not in GROUP_SIZES:
+        return f"--group-size {group}: TensorRT-LLM has kernels for groups of 64 and 128 only; requantize with one of these sizes"
+    step = max(64, group) * module.tp
+    where = f"{module.name} [{module.full_rows}, {module.full_cols}]"
+    if module.cols % group:
+        return f"{where}: {module.cols} inputs of a rank are not whole groups of {group}; use a smaller --tp-size"
+    if module.full_rows % step or module.full_cols % step:
+        return f"{where}: sizes must be multiples of {step} (group or 64, times --tp-size); use a smaller --tp-size"
+    return None
+
+
+QUANTS = (Gptq(4), Gptq(8))
