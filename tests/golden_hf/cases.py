@@ -23,8 +23,8 @@ HERE = Path(__file__).parent
 Content = dict[str, tuple[str, list[int], bytes]]
 """Tensor -> dtype, shape, bytes."""
 
-_SILENT = {"version", "observer", "global_compression_ratio", "observer_kwargs", "transform_config", "sparsity_config", "quantization_status",
-           "actorder", "producer", "fmt", "scale_fmt", "dequantize", "expert_dtype"}  # fmt: skip
+_SILENT = {"version", "observer", "global_compression_ratio", "observer_kwargs", "transform_config", "sparsity_config",
+           "quantization_status", "actorder", "producer", "fmt", "scale_fmt", "dequantize", "expert_dtype"}  # fmt: skip
 _LISTS = ("ignore", "modules_to_not_convert")
 
 

@@ -63,5 +63,6 @@ def hf_config(spec: Spec) -> dict[str, Any]:
         config |= {"norm_topk_prob": True, "routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "attention_bias": False}
         config["num_nextn_predict_layers"] = 0
     if spec.get("source") == "fp8_block":
-        config["quantization_config"] = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
+        stated = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
+        config["quantization_config"] = stated
     return {key: config[key] for key in sorted(config)}
