@@ -29,6 +29,7 @@ LEVELS = (
 
 KNOWN = (
     ("checkpoint.rows", "kernels", "dtypes that torch cannot cast are decoded where rows are read"),
+    ("checkpoint.turned_rows", "kernels", "as above, for codes that lie turned or packed"),
     ("planning.memory_plan", "run", "what reading and encoding a tile take is said where it is taken"),
     ("verification.against_source", "api", "the plan of an output is made as convert makes it"),
 )

@@ -29,6 +29,7 @@ ALLOWED = {
     ("run/pool.py", "STARTS"): {"Thread"},  # the type
     ("run/journal.py", "STARTS"): {"Thread"},  # the type
     ("kernels/cache.py", "RUNS"): {"pickle"},  # files that nobody else can write, checked by hash
+    ("hub/push.py", "TALKS"): {"stderr"},  # whether somebody watches
     ("hub/repo.py", "TALKS"): {"stderr"},  # whether somebody watches
     ("cli/output.py", "TALKS"): {"print", "stdout", "stderr"},
     ("cli/signals.py", "TALKS"): {"stdout", "stderr"},  # flushed at the end
