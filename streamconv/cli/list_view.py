@@ -54,6 +54,17 @@ def quants() -> tuple[tuple[str, ...], Rows]:
     return ("quant", "quant_algo", "what it is", "stored as", "flags", "GPU", "TensorRT-LLM", "evidence"), rows
 
 
+def formats() -> tuple[tuple[str, ...], Rows]:
+    """(header, rows) of the weight formats of a Hugging Face directory."""
+    from streamconv.targets.hf.recipes import RECIPES
+
+    rows: Rows = [
+        (row.quant, row.container, row.algo or row.form or "quant_method fp8", "calibrated" if row.input_scale else "-", row.summary)
+        for row in RECIPES
+    ]
+    return ("--quant", "--format", "in config.json", "activation ranges", "what it is"), rows
+
+
 def targets() -> tuple[tuple[str, ...], Rows]:
     """(header, rows) of the options of each target, from its fields."""
     rows: Rows = []
@@ -65,7 +76,7 @@ def targets() -> tuple[tuple[str, ...], Rows]:
     return ("target", "option", "values", "default", "what it is"), rows
 
 
-LISTS = {"families": families, "quants": quants, "targets": targets}
+LISTS = {"families": families, "quants": quants, "formats": formats, "targets": targets}
 
 
 def show(what: str, markdown: bool) -> str:
@@ -79,7 +90,7 @@ def show(what: str, markdown: bool) -> str:
     if not markdown:
         lead = [(f"--to {key}", target_class(key).summary) for key in TARGETS] if what == "targets" else []
         return "\n".join([*table(lead), *([""] if lead else []), *table(rows, header)])
-    code = {"family", "architectures", "quant", "quant_algo", "flags", "target", "option"}
+    code = {"--quant", "--format", "family", "architectures", "quant", "quant_algo", "flags", "target", "option"}
     lines = [header, tuple("---" for _ in header)]
     for row in rows:
         named = zip(header, row, strict=True)
