@@ -24,6 +24,7 @@ from streamconv.checkpoint.rows import SourceTensor
 from streamconv.checkpoint.shard import Shard
 from streamconv.options import Resources
 from streamconv.run import manifest
+from streamconv.targets import target_from_json
 from streamconv.targets.trtllm.options import TensorRTLLM
 from streamconv.verification.measured import decoded
 
@@ -34,7 +35,7 @@ def decode(out: Path, source: Path) -> dict[str, torch.Tensor]:
     """Source tensor name -> float32 values as the converted checkpoint holds them (tp 1)."""
     told = manifest.load(out)
     assert told is not None
-    index, plan = api.open_and_plan(source, told.options)
+    index, plan = api.open_and_plan(source, target_from_json(told.target, told.asked))
     files = [Shard(out / file.name) for file in plan.files]
     found: dict[str, torch.Tensor] = {}
     for span in plan.spans:

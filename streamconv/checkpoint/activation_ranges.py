@@ -71,6 +71,11 @@ class Ranges:
             return f"{where}: all values are zero; no text has passed this layer"
         return None
 
+    def silent(self, name: str) -> bool:
+        """Nothing was measured under this name: it is missing, or all values are zero."""
+        entry = self._entries.get(name)
+        return entry is None or (entry.dtype.name == "F32" and len(entry.shape) == 1 and not self.vector(name).any())
+
     def vector(self, name: str) -> np.ndarray[Any, np.dtype[np.float32]]:
         """float32 [channels]."""
         import numpy as np

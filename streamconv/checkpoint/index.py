@@ -36,6 +36,20 @@ _TORCH = (".bin", ".pth", ".pt")
 
 
 @dataclass(frozen=True, slots=True)
+class Beside:
+    """A file of a checkpoint that holds no weights; `fetch` brings it to `path`, where it is not there yet.
+
+    Attributes:
+        name: path below the checkpoint, with "/".
+    """
+
+    name: str
+    path: Path
+    size: int
+    fetch: Callable[[], object] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Index:
     """An opened source.
 
@@ -51,6 +65,8 @@ class Index:
         absent: tensors that the index file lists and no file holds.
         wrapped: `config` is that of the language model inside a multimodal model, and not config.json.
         notes: what the user should know of how the source was read.
+        beside: files that the Hub lists, weights too; None for a folder, which is looked through instead.
+        repo: what the Hub calls it, org/name.
     """
 
     root: Path
@@ -63,6 +79,8 @@ class Index:
     absent: tuple[str, ...] = ()
     wrapped: bool = False
     notes: tuple[str, ...] = ()
+    beside: tuple[Beside, ...] | None = None
+    repo: str | None = None
 
     def name_of(self, shard: Shard) -> str:
         """The file's path in the checkpoint, with "/": two files never share it, wherever the checkpoint lies."""

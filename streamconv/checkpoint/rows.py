@@ -34,6 +34,10 @@ class RowSource(Protocol):
     def cols(self) -> int: ...
 
     @property
+    def row_align(self) -> int:
+        """Rows are read from a multiple of it to a multiple of it, or to the end."""
+
+    @property
     def stored_row_bytes(self) -> int:
         """Bytes of the files that a row is read from."""
 
@@ -95,6 +99,10 @@ class SourceTensor:
         return self.rows * self.cols * self.dtype.itemsize
 
     @property
+    def row_align(self) -> int:
+        return 1
+
+    @property
     def stored_row_bytes(self) -> int:
         return self.cols * self.dtype.itemsize
 
@@ -147,6 +155,10 @@ class PackedTensor(SourceTensor):
     module: str = ""
 
     @property
+    def row_align(self) -> int:
+        return {"awq": 8, "modelopt": 2}.get(self.packing, 1)
+
+    @property
     def stored_row_bytes(self) -> int:
         return self.cols * self.bits // 8
 
@@ -187,6 +199,7 @@ class DecodedTensor:
     per_col: int
     factor: float = 1.0
     divide: bool = False
+    row_align: int = 1
 
     @property
     def rows(self) -> int:
@@ -246,6 +259,7 @@ class Blank:
     rows: int = 1
     cols: int = 1
     pieces: tuple[Piece, ...] = ()
+    row_align: int = 1
     stored_row_bytes: int = 0
     scratch_row_bytes: int = 0
 

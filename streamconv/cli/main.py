@@ -284,6 +284,24 @@ def calibrate(model: str, ranges: str, text: str | None, memory_budget: str, as_
     return 0
 
 
+@cli.command()
+@click.argument("out")
+@click.argument("repo")
+@click.option("--private", is_flag=True, help="If the repository is new, only you see it.")
+@click.option("--revision", metavar="BRANCH", help="Push to this branch; default: the main one.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def push(out: str, repo: str, private: bool, revision: str | None, as_json: bool) -> int:
+    """Upload the finished output OUT to REPO (org/name) on the Hugging Face Hub."""
+    from streamconv.hub.push import push as upload
+
+    where = upload(out, repo, private=private, revision=revision)
+    if as_json:
+        output.dump({"repo": repo, "revision": revision or "main", "url": where})
+    else:
+        output.line(where)
+    return 0
+
+
 @cli.command("list")
 @click.argument("what", type=click.Choice(["families", "quants", "targets"]))
 @click.option("--markdown", is_flag=True, help="As a Markdown table.")

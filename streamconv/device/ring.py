@@ -175,7 +175,7 @@ class Slot:
         return space
 
     def _encode(self, jobs: Sequence[Job], span: Span, rows: int, block: Bytes, fusable: int) -> None:
-        batch = Batch(jobs, span, rows, fusable)
+        batch = Batch(jobs, span, fusable)
 
         def keep(first: int, take: int, result: Any) -> Any:
             made, found = result

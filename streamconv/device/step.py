@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from streamconv.device import triton_launch as fused
 from streamconv.planning.plan import Span
-from streamconv.quants.base import Findings
+from streamconv.quants.base import Findings, Part
 from streamconv.run.encode import Request, width
 
 if TYPE_CHECKING:
@@ -39,16 +39,20 @@ class Job:
 def lay_out(jobs: Sequence[Job], rows: int, space: Bytes) -> Bytes:
     """Give all parts of `rows` rows their places in `space`; what is left of it."""
     for job in jobs:
-        encoding = job.request[1]
-        for part in encoding.parts(encoding.row_align, width(job.request)):
+        for part in _records(job):
             size = part.nbytes(rows)
             job.parts.append(space[:size])
             space = space[-(-size // 64) * 64 :]
     return space
 
 
+def _records(job: Job) -> Sequence[Part]:
+    encoding = job.request[1]
+    return encoding.parts(encoding.row_align, width(job.request))
+
+
 class Batch:
-    """The encodings of one tile of `rows` rows.
+    """The encodings of one tile.
 
     Args:
         fusable: the first so many jobs may run fused kernels.
@@ -57,10 +61,9 @@ class Batch:
         notes: bytes of the counts that fused kernels add to, 0 if none runs.
     """
 
-    def __init__(self, jobs: Sequence[Job], span: Span, rows: int, fusable: int) -> None:
-        self.jobs, self._rows = jobs, rows
+    def __init__(self, jobs: Sequence[Job], span: Span, fusable: int) -> None:
+        self.jobs = jobs
         self._launches = [fused.kernel_of(job.request[1], span.source.dtype) if at < fusable else None for at, job in enumerate(jobs)]
-        self._sizes = [[part.size // rows for part in job.parts] for job in jobs]
         self.notes = NOTE * len(jobs) if any(self._launches) else 0
         for job in jobs:
             job.findings = Findings()
@@ -71,24 +74,25 @@ class Batch:
 
         made: list[Sequence[torch.Tensor]] = []
         found, waiting = [Findings() for _ in self.jobs], []
-        for job, launch, each, told in zip(self.jobs, self._launches, self._sizes, found, strict=True):
-            part = _columns(matrix, job.request)
+        for job, launch, told in zip(self.jobs, self._launches, found, strict=True):
+            block = _columns(matrix, job.request)
             if launch is None:
-                made.append(job.request[1].encode(part, told))
+                made.append(job.request[1].encode(block, told))
                 continue
-            waiting.append((len(made), launch, part))
-            made.append([torch.empty(size * matrix.shape[0], dtype=torch.uint8, device=matrix.device) for size in each])
-        for number, launch, part in waiting:  # at last: a step that finds no memory is done again, and counted once
+            waiting.append((len(made), launch, block))
+            sizes = [part.nbytes(matrix.shape[0]) for part in _records(job)]
+            made.append([torch.empty(size, dtype=torch.uint8, device=matrix.device) for size in sizes])
+        for number, launch, block in waiting:  # at last: a step that finds no memory is done again, and counted once
             assert counts is not None
-            launch(part, made[number], counts[NOTE * number : NOTE * (number + 1)].view(torch.int32))
+            launch(block, made[number], counts[NOTE * number : NOTE * (number + 1)].view(torch.int32))
         return [out for outs in made for out in outs], found
 
     def places(self, first: int, take: int, found: Sequence[Findings]) -> list[Bytes]:
         """Where the parts of rows [first, first + take) belong; `found` is counted."""
         for job, told in zip(self.jobs, found, strict=True):
             job.findings.add(told)
-        each = [(part, part.size // self._rows) for job in self.jobs for part in job.parts]
-        return [part[first * size : (first + take) * size] for part, size in each]
+        each = [(place, part, part.nbytes(first)) for job in self.jobs for place, part in zip(job.parts, _records(job), strict=True)]
+        return [place[begin : begin + part.nbytes(take)] for place, part, begin in each]
 
     def count(self, notes: Bytes) -> None:
         """The counts of all steps, as they came back."""

@@ -39,6 +39,8 @@ class Unfused(Exception):
 
 def has_kernel(encoding: Encoding, source: DType) -> bool:
     """Arithmetic only; a kernel may still turn out not to work on a device."""
+    if isinstance(encoding, Fp8Rowwise) and encoding != Fp8Rowwise(encoding.lo, encoding.hi, encoding.model):
+        return False  # other rules for scales
     return type(encoding) in _KERNELS and source.name in _FLOATS and _stored(encoding) <= _FLOATS
 
 

@@ -7,6 +7,8 @@ endpoint, offline mode and resumed downloads are those of huggingface_hub, which
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import os
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from streamconv.checkpoint.foreign import foreign
 from streamconv.checkpoint.index import (
     MAX_CONFIG,
     MAX_WEIGHT_MAP,
+    Beside,
     Index,
     build_index,
     choose,
@@ -102,7 +105,8 @@ def open_stored(source: str | os.PathLike[str], tensors_only: bool = False) -> I
     # The Xet client buffers gigabytes outside of any budget; plain HTTP does not. HF_HUB_DISABLE_XET=0 brings it back.
     os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
     with no_folder(os.fspath(source)):
-        repo, files = listing(*hub)
+        nested: list[str] = []
+        repo, files = listing(*hub, nested)
     if _CONFIG not in files and PARAMS in files:
         raise CheckpointError(
             f"{repo} is in Meta's layout, which is converted from a local folder only",
@@ -120,4 +124,6 @@ def open_stored(source: str | os.PathLike[str], tensors_only: bool = False) -> I
     if not chosen.names:
         raise foreign(str(repo), files) or CheckpointError(f"no .safetensors file in {repo}, nor any pytorch_model*.bin")
     shards = tuple(HubShard(repo, files[name], folder) for name in chosen.names)
-    return build_index(folder, read_json(folder / _CONFIG, MAX_CONFIG), shards, chosen)
+    index = build_index(folder, read_json(folder / _CONFIG, MAX_CONFIG), shards, chosen)
+    beside = (Beside(name, folder / name, file.size, functools.partial(download, repo, file, shown=False)) for name, file in files.items())
+    return dataclasses.replace(index, beside=(*beside, *(Beside(name, folder / name, 0) for name in nested)), repo=repo.name)

@@ -7,7 +7,6 @@ import threading
 from collections.abc import Mapping, Sequence
 
 from streamconv import memory
-from streamconv.checkpoint.rows import SourceTensor
 from streamconv.checkpoint.shard import Shard
 from streamconv.errors import HubError, printable
 from streamconv.hub.shard import AT_A_TIME, HubShard
@@ -36,8 +35,7 @@ class Fetch:
         wanted: dict[HubShard, None] = {}
         remote_at_all = any(isinstance(shard, HubShard) for shard in shards)
         for number, span in enumerate(plan.spans if remote_at_all else ()):
-            pieces = span.source.pieces if isinstance(span.source, SourceTensor) else ()
-            remote = (shards[piece.shard] for piece in pieces)
+            remote = (shards[piece.shard] for piece in span.source.pieces)
             uses = tuple(dict.fromkeys(shard for shard in remote if isinstance(shard, HubShard)))
             self._uses.append(uses)
             rows = span.stop - span.start

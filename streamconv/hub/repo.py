@@ -53,8 +53,12 @@ def named(source: str | os.PathLike[str]) -> tuple[str, str | None] | None:
     return found[1], found[2]
 
 
-def listing(name: str, revision: str | None) -> tuple[Repo, dict[str, RepoFile]]:
-    """The files at the top of a repository, at the commit that the revision means now; all that the listing says is checked here."""
+def listing(name: str, revision: str | None, nested: list[str] | None = None) -> tuple[Repo, dict[str, RepoFile]]:
+    """The files at the top of a repository, at the commit that the revision means now; all that the listing says is checked here.
+
+    Args:
+        nested: gets the names of the files in folders, which are not read.
+    """
     import huggingface_hub
     from huggingface_hub.errors import OfflineModeIsEnabled
 
@@ -76,6 +80,8 @@ def listing(name: str, revision: str | None) -> tuple[Repo, dict[str, RepoFile]]
     for found in info.siblings or ():
         file, lfs = found.rfilename, found.lfs
         if type(file) is str and (not plain(file)):
+            if nested is not None and "/" in file and all(map(plain, file.split("/"))):
+                nested.append(file)
             continue  # in a folder, or under a name that is never read
         size, oid = (found.size, found.blob_id) if lfs is None else (lfs.size, lfs.sha256)
         if type(file) is not str or type(size) is not int or not 0 <= size < 1 << 63 or type(oid) is not str or not _HASH.fullmatch(oid):
@@ -113,12 +119,12 @@ def note_revision(repo: Repo, revision: str | None) -> None:
 
     there = try_to_load_from_cache(repo.name, _CONFIG, revision=revision)
     if not isinstance(there, str) or Path(there).parent.name != repo.commit:
-        with _quiet(True), explained(repo.name, revision, _CONFIG):
+        with quiet(True), explained(repo.name, revision, _CONFIG):
             hf_hub_download(repo.name, _CONFIG, revision=revision)
 
 
 @contextlib.contextmanager
-def _quiet(hide: bool) -> Iterator[None]:
+def quiet(hide: bool) -> Iterator[None]:
     """No progress bars, if they are not off anyway."""
     import huggingface_hub.utils
 
@@ -156,7 +162,7 @@ def download(repo: Repo, file: RepoFile, shown: bool) -> tuple[Path, Brought | N
         path = Path(there)
     else:
         held = blobs(cached_folder(repo))
-        with _quiet(not (shown and sys.stderr.isatty())), explained(repo.name, repo.commit, file.name), at_most(file.size):
+        with quiet(not (shown and sys.stderr.isatty())), explained(repo.name, repo.commit, file.name), at_most(file.size):
             path = Path(hf_hub_download(repo.name, file.name, revision=repo.commit))
         if path.parent != cached_folder(repo):
             raise HubError(f"{told} came as a file of another commit", hint="check HF_ENDPOINT")

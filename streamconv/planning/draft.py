@@ -238,7 +238,7 @@ class Draft:
                     done.add(key)
                     for source, reduction in self._reductions[key]:
                         yield from before(reduction.needs)
-                        yield Span(source, 0, source.rows, PLAIN_ROWS, (), 1, reduction)
+                        yield Span(source, 0, source.rows, PLAIN_ROWS, (), source.row_align, reduction)
 
         def all_of() -> Iterator[Span]:
             for span in spans:
@@ -252,7 +252,7 @@ class Draft:
         """The spans of a source, by its number."""
         if len(feeds) == 1:
             feed = feeds[0]
-            align = _align_of(self._matrices.encoding(feed.matrix).row_align, feed.op)
+            align = _align_of(self._matrices.encoding(feed.matrix).row_align, self._sources.row_align(source), feed.op)
             spans.add(source, feed.start, feed.stop, feed.op, align)
             spans.add_dest(feed.matrix, feed.row, feed.cols)
             return
@@ -264,15 +264,15 @@ class Draft:
             op = active[0].op
             if any(feed.op != op for feed in active):
                 raise AssertionError(f"{self._sources[source].name}: two row operations on the same rows")
-            align = align_of({self._matrices.encoding(feed.matrix).row_align for feed in active}, op)
+            align = align_of({self._sources.row_align(source), *(self._matrices.encoding(feed.matrix).row_align for feed in active)}, op)
             spans.add(source, start, stop, op, align)
             for feed in active:
                 spans.add_dest(feed.matrix, feed.row + op.out_rows(start - feed.start), feed.cols)
 
 
 @cache
-def _align_of(row_align: int, op: RowOp) -> int:
-    return align_of((row_align,), op)
+def _align_of(row_align: int, stored: int, op: RowOp) -> int:
+    return align_of((row_align, stored), op)
 
 
 def layout(

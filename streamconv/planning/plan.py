@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import lcm
 from pathlib import Path
@@ -65,8 +65,8 @@ class PartPlace:
     record_rows: int = 1
 
     def extent(self, row: int, rows: int) -> tuple[int, int]:
-        """File bytes [begin, end) of output rows [row, row + rows), where `row` begins a record."""
-        first, last = row // self.record_rows, -(-(row + rows) // self.record_rows)
+        """File bytes [begin, end) of the records that begin with output rows [row, row + rows)."""
+        first, last = (-(-at // self.record_rows) for at in (row, row + rows))
         return self.offset + first * self.record_bytes, self.offset + last * self.record_bytes
 
     def rows(self, begin: int, end: int) -> tuple[int, int]:
@@ -186,12 +186,14 @@ class SideFile:
         size: bytes.
         data: its bytes; None for a copy.
         source: the file that is copied.
+        fetch: brings it to `source` first, from the Hub.
     """
 
     name: str
     size: int
     data: bytes | None = None
     source: Path | None = None
+    fetch: Callable[[], object] | None = field(default=None, compare=False)
 
 
 class PlannedTarget(Protocol):

@@ -124,6 +124,11 @@ class Sources:
             return self._stored.kind(number)
         return self._others[number].dtype, self._others[number].cols
 
+    def row_align(self, number: int) -> int:
+        """Rows that are read together."""
+        other = self._others.get(number)
+        return 1 if other is None else other.row_align
+
     def stored_row_bytes(self, number: int) -> int:
         """Bytes of the checkpoint that a row is read from; 0 for what is computed."""
         return self._stored.row_bytes(number) if number < len(self._stored) else self._others[number].stored_row_bytes

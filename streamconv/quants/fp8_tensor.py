@@ -37,11 +37,11 @@ class WeightMaximum(Reduction):
         return weight_maximum(source)
 
 
-def scale_of(largest: np.ndarray[Any, Any]) -> float:
-    """amax / 448, a true float32 division; a matrix of zeros has the scale 1."""
+def scale_of(largest: np.ndarray[Any, Any], floor: float = 0.0) -> float:
+    """amax / 448, a true float32 division, `floor` at least; a matrix of zeros has the scale 1."""
     import numpy as np
 
-    return float(np.float32(largest) / np.float32(LARGEST)) if largest != 0 else 1.0
+    return max(float(np.float32(largest) / np.float32(LARGEST)), float(np.float32(floor))) if largest != 0 else 1.0
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,12 @@ class Fp8Tensor(Encoding):
     Attributes:
         key: of the WeightMaximum of all sources of the (fused) matrix.
         scale: what it gave, a float32 value.
+        floor: the smallest scale.
     """
 
     key: str
     scale: float | None = None
+    floor: float = 0.0
 
     name = "FP8 per tensor"
     quantizes = True
@@ -64,7 +66,7 @@ class Fp8Tensor(Encoding):
         return (self.key,)
 
     def bind(self, known: Known, source: str) -> Fp8Tensor:
-        return replace(self, scale=scale_of(known.get(self.key)))
+        return replace(self, scale=scale_of(known.get(self.key), self.floor))
 
     def parts(self, rows: int, cols: int, experts: int = 0) -> tuple[Part, ...]:
         return (Part("weight", F8_E4M3, (rows, cols), cols),)
@@ -120,6 +122,7 @@ class Fp8Scale(Encoding):
 
     key: str
     scale: float | None = None
+    floor: float = 0.0
 
     name = "F32"
 
@@ -128,7 +131,7 @@ class Fp8Scale(Encoding):
         return (self.key,)
 
     def bind(self, known: Known, source: str) -> Fp8Scale:
-        return replace(self, scale=scale_of(known.get(self.key)))
+        return replace(self, scale=scale_of(known.get(self.key), self.floor))
 
     def parts(self, rows: int, cols: int, experts: int = 0) -> tuple[Part, ...]:
         return (Part("weights_scaling_factor", F32, (1,), 4),)

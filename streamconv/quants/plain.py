@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from streamconv.checkpoint.dtypes import F16, DType
 from streamconv.quants.base import Encoding, Findings, Kernel, Part
-from streamconv.quants.rounding import half_ulp
+from streamconv.quants.rounding import HALF_ULP, half_ulp
 
 if TYPE_CHECKING:
     import torch
@@ -64,6 +64,8 @@ class Plain(Encoding):
 
     def error(self, block: torch.Tensor) -> torch.Tensor:
         """One rounding; two by way of float16, and one of the sum for a norm stored as value + 1 in the source's type."""
+        if self.dtype.name not in HALF_ULP:  # integers
+            return block.float() * 0.0
         moved = block.float().abs() + 1.0 if self.add_one else block
         bound = half_ulp(moved, self.dtype)
         return bound + half_ulp(moved, F16) if self.via_half or self.add_one else bound

@@ -10,13 +10,13 @@ from streamconv.quants.base import Findings
 if TYPE_CHECKING:
     import torch
 
-_HALF_ULP = {"F32": (2.0**-24, 2.0**-150), "F16": (2.0**-11, 2.0**-25), "BF16": (2.0**-8, 2.0**-134), "F8_E4M3": (2.0**-4, 2.0**-10)}
+HALF_ULP = {"F32": (2.0**-24, 2.0**-150), "F16": (2.0**-11, 2.0**-25), "BF16": (2.0**-8, 2.0**-134), "F8_E4M3": (2.0**-4, 2.0**-10)}
 """(relative to the value, half the smallest subnormal): IEEE 754 and, for e4m3, the OCP 8-bit floating point specification."""
 
 
 def half_ulp(values: torch.Tensor, dtype: DType) -> torch.Tensor:
     """The largest rounding error of these values to nearest in `dtype`, float32, as long as none overflows."""
-    relative, least = _HALF_ULP[dtype.name]
+    relative, least = HALF_ULP[dtype.name]
     return (values.float().abs() * relative).clamp(min=least)
 
 

@@ -63,7 +63,8 @@ def build(
     if no_lock:
         head["no_lock"] = True
     pairs = zip(plan.files, hashes, strict=True)
-    return _render(head, ((f.name, f.size, xxhash.xxh3_128(f.header).hexdigest(), zip(f.names(), held, strict=True)) for f, held in pairs))
+    listed = ((f.name, f.size, xxhash.xxh3_128(f.header).hexdigest(), zip(f.names(), held, strict=True)) for f, held in pairs)
+    yield from _render(head, listed)
 
 
 def _render(head: Mapping[str, Any], files: Iterable[_File]) -> Iterator[bytes]:
@@ -138,6 +139,17 @@ def load(folder: Path) -> Manifest | None:
     """
     path = folder / NAME
     return read(path) if os.path.lexists(path) else None
+
+
+def names(path: Path) -> frozenset[str]:
+    """Files that a manifest tells of; none if there is no manifest, or it is not as it was written."""
+    if not os.path.lexists(path):
+        return frozenset()
+    try:
+        told = read(path)
+    except VerifyError:
+        return frozenset()
+    return frozenset({*told.sizes, *told.side})
 
 
 def read(path: Path) -> Manifest:

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from streamconv.errors import OutputError, printable
+from streamconv.run import manifest
 from streamconv.run.fs import Disk, explained
 from streamconv.run.inside import choose
-from streamconv.run.place import OURS, Found, Place
+from streamconv.run.place import Found, Place, foreign
 
 _ELSEWHERE = "choose another folder"
 
@@ -88,9 +89,9 @@ def check_free(place: Place, force: bool) -> Found:
     shown = printable(str(place.out))
     with explained(place.out, "read"):
         found = place.found()
-    foreign = [name for name, mark in found.files.items() if mark.kind == stat.S_IFDIR or not (name in place.ours or OURS.fullmatch(name))]
-    if foreign:
-        names = ", ".join(printable(name) for name in foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
+    odd = foreign(found.files, place.ours, place.out / manifest.NAME)
+    if odd:
+        names = ", ".join(printable(name) for name in odd[:3]) + (f" and {len(odd) - 3} more" if len(odd) > 3 else "")
         raise OutputError(
             f"output {shown} exists and is not empty, and is no checkpoint folder: it holds {names}",
             hint="choose another folder, or empty it yourself: --force replaces nothing but a checkpoint",

@@ -21,11 +21,12 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from streamconv.errors import OutputError, printable
+from streamconv.run import manifest
 from streamconv.run.fs import Disk, Folder, Mark, explained, hidden
 
 OURS = re.compile(r"config\.json|streamconv\.json|rank[0-9]+\.safetensors")
@@ -33,6 +34,20 @@ OURS = re.compile(r"config\.json|streamconv\.json|rank[0-9]+\.safetensors")
 CONFIG = "config.json"
 """Without it a folder is no checkpoint: the first to go, and the last to come."""
 WHATS = ("lock", "journal", "partial", "old")
+
+
+def foreign(marks: Mapping[str, Mark], ours: Collection[str], told: Path) -> list[str]:
+    """Names of what is no file of a checkpoint.
+
+    Args:
+        ours: names that a checkpoint of this kind has.
+        told: the manifest of the folder, if it has one: the files it lists are a checkpoint's too, of whatever kind.
+    """
+    odd = [name for name, mark in marks.items() if mark.kind == stat.S_IFDIR or not (name in ours or OURS.fullmatch(name))]
+    if not odd:
+        return []
+    listed = manifest.names(told)
+    return [name for name in odd if marks[name].kind == stat.S_IFDIR or name not in listed]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +101,13 @@ class Part:
             OutputError: something else is there; nothing was removed.
         """
         marks = self.marks()
-        for name, mark in marks.items():
-            if mark.kind == stat.S_IFDIR or not (name in ours or OURS.fullmatch(name)) or (known is not None and known.get(name) != mark):
-                shown = printable(str(self.path(name)))
-                raise OutputError(f"{shown} is not what a run leaves there", hint="move it away; nothing was removed")
-        for name, mark in marks.items():
-            self.folder.disk.unlink(self.folder, self.prefix + name, mark)
+        odd = foreign(marks, ours, self.path(manifest.NAME))
+        odd += [name for name, mark in marks.items() if known is not None and known.get(name) != mark]
+        if odd:
+            shown = printable(str(self.path(odd[0])))
+            raise OutputError(f"{shown} is not what a run leaves there", hint="move it away; nothing was removed")
+        for name in sorted(marks, key=lambda name: name == manifest.NAME):  # last: it tells whose the others are
+            self.folder.disk.unlink(self.folder, self.prefix + name, marks[name])
 
     def remove(self, marks: dict[str, Mark]) -> None:
         """Remove these files."""

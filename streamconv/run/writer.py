@@ -69,6 +69,8 @@ def _pieces(side: SideFile, made: list[tuple[str, int, str]]) -> Iterator[bytes]
 
 def _copied(side: SideFile) -> Iterator[bytes]:
     assert side.source is not None
+    if side.fetch is not None:
+        side.fetch()
     with open(open_regular(side.source), "rb") as file:
         yield from iter(lambda: file.read(1 << 20), b"")
 
@@ -123,6 +125,9 @@ class Writer:
         """Find out where an earlier run stopped."""
         self._past = journal.read(self.place)
         self.place.restore(self._past.ready if self._past is not None else ())
+        begun = self._past.run.get("files") if self._past is not None else None
+        if isinstance(begun, list):  # with other options, the work of that run has other names
+            self.place.ours.update(name for name in begun if isinstance(name, str))
         self._run = journal.identity(self.plan, self.shards)
         ready = {*self._past.ready} if self._past is not None else set()
         if self._past is not None and ready and not self.place.has_work() and self.place.found().files.keys() >= ready:

@@ -129,8 +129,9 @@ class Target(ABC):
         return self.summary
 
     def to_json(self) -> dict[str, Any]:
-        """The options, for the manifest."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        """The options as JSON has them, for the manifest and the journal."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     def fingerprint(self) -> dict[str, Any]:
         """The options that decide bytes; files count by their content and not by their place."""

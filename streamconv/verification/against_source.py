@@ -30,6 +30,7 @@ from streamconv.run.compared import BUFFER, Compared, Difference
 from streamconv.run.mapped import mapped
 from streamconv.targets import target_from_json
 from streamconv.targets.base import Target
+from streamconv.targets.hf.target import HuggingFace
 from streamconv.targets.trtllm.import_rules import brings_scales
 from streamconv.targets.trtllm.options import TensorRTLLM
 from streamconv.targets.trtllm.stated import options_of
@@ -72,7 +73,7 @@ def check(output: Output, source: str | Path, resources: Resources, verdict: Ver
     paths = [folder / name for name in told.sizes] if told is not None else _ranks(folder)
     headers = [Shard(path).header() for path in paths]
     choices: Sequence[Target] = [_asked(told, folder)] if told is not None else options_of(config, headers[0].tensors)
-    choices = [_with_ranges(folder, place, options, output.ranges) if isinstance(options, TensorRTLLM) else options for options in choices]
+    choices = [_with_ranges(folder, place, options, output.ranges) for options in choices]
     files = [Shard(path) for path in paths]
     with contextlib.ExitStack() as stack:
         for file in files:
@@ -103,14 +104,17 @@ def _ranks(folder: Path) -> list[Path]:
     return sorted(folder.glob("rank*.safetensors"), key=lambda path: int(path.name[4:-12]))
 
 
-def _with_ranges(folder: Path, source: Path, options: TensorRTLLM, ranges: str | None) -> TensorRTLLM:
+def _with_ranges(folder: Path, source: Path, options: Target, ranges: str | None) -> Target:
     """The options with a ranges file that is there: the one that is named, or of the same name beside the output."""
+    if not isinstance(options, TensorRTLLM | HuggingFace):
+        return options
     if ranges is not None:
         if not options.uses_ranges():
             raise UsageError("--activation-ranges: this checkpoint was made without any")
         return dataclasses.replace(options, activation_ranges=ranges)
     if options.activation_ranges is None:
-        if options.needs_ranges() and not (options.quant == "fp8" and brings_scales(source)):
+        brought = isinstance(options, TensorRTLLM) and options.quant == "fp8" and brings_scales(source)
+        if options.needs_ranges() and not brought:
             raise UsageError("--source: this checkpoint was made with activation ranges", hint="name their file: --activation-ranges FILE")
         return options
     known = Path(options.activation_ranges)

@@ -100,8 +100,11 @@ def test_only_the_kv_cache(job: Any, tmp_path: Path) -> None:
     assert main(["convert", str(model), str(tmp_path / "b"), "--kv-cache", "fp8", "--activation-ranges", str(file), "--quiet"]) == 0
     plain, measured = load_file(tmp_path / "a/rank0.safetensors"), load_file(tmp_path / "b/rank0.safetensors")
     differ = [name for name in plain if not torch.equal(plain[name], measured[name])]
-    assert differ == ["transformer.layers.0.attention.kv_cache_scaling_factor"]  # layer 1 is below the floor
-    assert plain[differ[0]].tolist() == [1.0] and measured[differ[0]].item() > 1
+    at = "transformer.layers.0.attention."  # layer 1 is below the floor
+    factor, inverse = f"{at}kv_cache_scaling_factor", f"{at}kv_cache_rcp_scaling_factor"
+    assert sorted(differ) == [inverse, factor]
+    assert plain[factor].tolist() == plain[inverse].tolist() == [1.0]
+    assert measured[factor].item() > 1 and measured[inverse].item() == (1 / measured[factor]).item()
 
 
 @pytest.mark.parametrize(

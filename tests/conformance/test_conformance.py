@@ -160,7 +160,7 @@ def _convert(source: Source, options: TensorRTLLM, out: Path) -> list[Decoded]:
 def _small_tiles(source: Source, plan: Plan, out: Path) -> None:
     small = out.with_name("tiles")
     rows = 23 if source.recipe.experts else 7  # odd, and few enough tiles for a quick test
-    report = api.convert(source.folder, small, plan.options, Resources(workers=2, tile_rows=rows), force=True)
+    report = api.convert(source.folder, small, plan.target, Resources(workers=2, tile_rows=rows), force=True)
     assert report.tiles > len(plan.spans)
     for file in (*(file.name for file in plan.files), "config.json"):
         assert (out / file).read_bytes() == (small / file).read_bytes(), f"{file} depends on the size of the tiles"
@@ -179,7 +179,7 @@ def _every_byte_once(source: Source, plan: Plan, index: api.Index) -> None:
         assert (seen == times).all(), f"{name}: bytes are read {seen.min()} to {seen.max()} times, not {times}"
         total += seen.size * times
     assert sum(int(count.sum()) for count in counts) == total, "bytes are read that belong to no tensor"
-    used, options = elements_used(plan), plan.options
+    used, options = elements_used(plan), plan.target
     named = names(source.recipe, source.family)
     once = bool(getattr(all_quants()[options.quant], "row_bias_once", False))
     for (role, _, _), name in named.items():

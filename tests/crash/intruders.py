@@ -10,9 +10,8 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from streamconv.beside import Beside
-
 from streamconv.errors import StreamconvError
+from streamconv.run.beside import Beside
 from streamconv.run.fs import Disk
 from streamconv.run.inside import Inside
 from tests.crash.disks import Counting, Intruding

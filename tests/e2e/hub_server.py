@@ -78,6 +78,7 @@ class Hub:
 class _Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else every answer waits for the acknowledgement of its own first packet
 
     def log_message(self, *_: Any) -> None:
         pass

@@ -58,13 +58,6 @@ def _instead(name: str, make: Callable[[Path], object]) -> Callable[[Path], obje
     return apply
 
 
-def _outside(model: Path) -> None:
-    (model / "model.safetensors").rename(model.parent / "elsewhere.safetensors")
-    (model / "model.safetensors").symlink_to("../elsewhere.safetensors")
-    names = dict.fromkeys(tiny.tensors(), "model.safetensors")
-    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
-
-
 def _many(settings: dict[str, Any], entry: bytes) -> Callable[[Path], object]:
     def apply(model: Path) -> None:
         _config(**settings)(model)
@@ -87,7 +80,6 @@ SOURCES: dict[str, tuple[Callable[[Path], object], str]] = {
     "weights are a directory": (_instead("model.safetensors", Path.mkdir), "is a directory"),
     "weights are a device": (_instead("model.safetensors", lambda path: path.symlink_to("/dev/zero")), "is a device"),
     "config is a device": (_instead("config.json", lambda path: path.symlink_to("/dev/zero")), "is a device"),
-    "weights lie outside": (_outside, "leads out of the checkpoint folder"),
     "weights link to themselves": (_instead("model.safetensors", lambda path: path.symlink_to(path.name)), "model.safetensors"),
     "a billion layers": (_config(num_hidden_layers=10**9), "1000000000 layers, but the source holds only 21 tensors"),
     "a billion experts": (_config(**_MOE, num_local_experts=10**9), "1000000000 experts in each of 2 layers"),
@@ -97,21 +89,23 @@ SOURCES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_hostile_source_is_refused_on_one_line(name: str, tmp_path: Path) -> None:
+def test_hostile_source_is_refused_in_a_line_for_each_problem(name: str, tmp_path: Path) -> None:
     spoil, says = SOURCES[name]
     model = tiny.write(tmp_path / "model")
     spoil(model)
     told = read("plan", model)
     assert told["status"] == 3 and told["error"] is None
-    assert says in told["shown"] and len(told["shown"]) < 1200 and told["shown"].count("\n") == 1
-    assert told["shown"][:-1].isprintable()
+    first, *problems = told["shown"].splitlines()
+    assert says in told["shown"] and len(told["shown"]) < 1200
+    assert not problems or first == f"error: {len(problems)} problems"
+    assert all(line.isprintable() for line in (first, *problems))
     assert told["peak"] < PEAK and not told["torch"], told
 
 
 WIDE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "as many layers": (_many({"num_hidden_layers": hostile.MANY}, b'"%d"' + _EMPTY), "and many more"),
-    "names that are nearly right": (_many({"num_hidden_layers": 20_000}, _NEARLY), "and many more"),
-    "as many experts": (_many(_MOE | {"num_local_experts": 120_000}, b'"%d"' + _EMPTY), "and many more"),
+    "as many layers": (_many({"num_hidden_layers": hostile.MANY}, b'"%d"' + _EMPTY), "and 981 more"),
+    "names that are nearly right": (_many({"num_hidden_layers": 20_000}, _NEARLY), "and 981 more"),
+    "as many experts": (_many(_MOE | {"num_local_experts": 120_000}, b'"%d"' + _EMPTY), "and 981 more"),
 }
 
 
@@ -121,7 +115,7 @@ def test_a_quarter_of_a_million_wrong_tensors_take_no_more_memory(name: str, tmp
     model = tiny.write(tmp_path / "model")
     spoil(model)
     told = read("plan", model)
-    assert told["status"] == 3 and says in told["shown"] and told["shown"].count("\n") == 1
+    assert told["status"] == 3 and says in told["shown"] and told["shown"].count("\n") == 22 and len(told["shown"]) < 5000
     assert told["peak"] < PEAK and not told["torch"], told
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -20,7 +21,8 @@ from streamconv.cli import recipe
 from streamconv.errors import CheckpointError, OutputError, StreamconvError, UsageError, VerifyError
 from streamconv.options import Resources
 from streamconv.run import journal, manifest
-from streamconv.run.fs import hidden
+from streamconv.run.fs import Disk, hidden
+from streamconv.run.inside import choose
 from streamconv.targets.trtllm.options import TensorRTLLM
 from streamconv.verification.check import verify
 from tests import tiny
@@ -116,16 +118,19 @@ def test_no_regular_or_no_small_file(name: str, make: Callable[[Path], None], tm
 
 @pytest.mark.parametrize("make", [fifo, zeros, folder], ids=["fifo", "zeros", "folder"])
 def test_a_journal_that_is_no_file(make: Callable[[Path], None], tmp_path: Path) -> None:
-    make(tmp_path / "journal")
-    with pytest.raises(OutputError, match="not a regular file"):
-        journal.read(tmp_path / "journal")
+    make(hidden(tmp_path / "out", "journal"))
+    with contextlib.closing(choose(tmp_path / "out", Disk())) as place:
+        place.open()
+        with pytest.raises(OutputError, match="it is not what a run leaves there"):
+            journal.read(place)
 
 
 def test_a_journal_of_3_gib_of_zeros_is_none_and_takes_no_memory(tmp_path: Path) -> None:
-    huge(tmp_path / "journal")
-    code = "import sys; from pathlib import Path; from streamconv import journal, memory;"
-    code += "assert journal.read(Path(sys.argv[1])) is None; print(memory.peak_resident())"
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "journal")], check=True, capture_output=True, text=True)
+    huge(hidden(tmp_path / "out", "journal"))
+    code = "import sys; from pathlib import Path; from streamconv import memory; from streamconv.run import fs, inside, journal;"
+    code += "place = inside.choose(Path(sys.argv[1]), fs.Disk()); place.open();"
+    code += "assert journal.read(place) is None; print(memory.peak_resident())"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], check=True, capture_output=True, text=True)
     assert int(done.stdout) < 100 << 20
 
 

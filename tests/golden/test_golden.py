@@ -109,8 +109,8 @@ def test_same_for_the_smallest_budget(name: str, tmp_path: Path, monkeypatch: py
     seen: list[tuple[Shares, dict[str, TileCost]]] = []
     share = memory_plan.share
 
-    def spied(total: int | None, workers: int | None, base: int, costs: dict[str, TileCost], *more: int) -> Shares:
-        seen.append((share(total, workers, base, costs, *more), costs))
+    def spied(total: int | None, workers: int | None, base: int, costs: dict[str, TileCost], *more: int, **named: int) -> Shares:
+        seen.append((share(total, workers, base, costs, *more, **named), costs))
         return seen[-1][0]
 
     monkeypatch.setattr(memory, "resident", lambda: 100 * memory.MIB)

@@ -8,13 +8,15 @@ import pytest
 
 from streamconv import api
 from streamconv.options import Resources
-from streamconv.targets.hf.recipes import ARITHMETICS, RECIPES, Recipe
-from streamconv.targets.hf.target import HuggingFace
+from streamconv.targets.hf.recipes import RECIPES, Recipe
+from streamconv.targets.hf.target import ARITHMETICS, HuggingFace
 from tests.gpu.world import files, wide
+
+WEIGHTS_ONLY = [recipe for recipe in RECIPES if recipe.input_scale is None]
 
 
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
-@pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if recipe.input_scale is None], ids=lambda recipe: f"{recipe.quant}-{recipe.container}")
+@pytest.mark.parametrize("recipe", WEIGHTS_ONLY, ids=lambda recipe: f"{recipe.quant}-{recipe.container}")
 def test_a_format(recipe: Recipe, arithmetic: str, tmp_path: Path) -> None:
     source = wide(tmp_path / "in", 512, 1024)
     target = HuggingFace(quant=recipe.quant, format=recipe.container, arithmetic=arithmetic)

@@ -43,6 +43,7 @@ def right(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, st
 
 @pytest.mark.parametrize("where", WHERE)
 def test_same_bytes_on_each_and_on_both(model: Path, right: dict[str, str], tmp_path: Path, where: str) -> None:
+    torch.cuda.init()
     torch.cuda.reset_peak_memory_stats(0)
     before = torch.cuda.memory_reserved(0)
     report = convert(model, tmp_path / "out", where, tile_rows=256)

@@ -338,3 +338,13 @@ def test_findings_of_fused_kernels(fails: bool, full: Callable[[int], bool], mon
             assert [part.tobytes() for part in job.parts] == wanted and job.findings == found, turn
     assert jobs[0].findings.overflow == 256 and jobs[2].findings.nonfinite == 258
     assert ring.unfused == ("no compiler" if fails else None) and len(launched) >= (5 if fails else 8)
+
+
+def test_fused_fp8_is_for_the_rules_that_it_knows() -> None:
+    from streamconv.checkpoint.dtypes import BF16, F16
+    from streamconv.device.triton_launch import has_kernel
+    from streamconv.quants.fp8_rowwise import Fp8Rowwise
+
+    assert has_kernel(Fp8Rowwise(), BF16) and has_kernel(Fp8Rowwise(-5.0, 5.0, F16), BF16)
+    others = (Fp8Rowwise(floor=0.0), Fp8Rowwise(zero=1.0), Fp8Rowwise(scale=BF16), Fp8Rowwise(quotient=BF16))
+    assert not any(has_kernel(other, BF16) for other in others)

@@ -12,7 +12,9 @@ from streamconv.checkpoint.limits import MAX_WEIGHT_MAP
 from streamconv.checkpoint.untrusted import parse_json, read_file
 from streamconv.errors import VerifyError, printable
 from streamconv.natural import natural
+from streamconv.targets.hf.check_scales import SCALES, SHARED, check_tensors, check_values
 from streamconv.targets.hf.rules import default_reason, matches, partners
+from streamconv.targets.hf.stated import stated_recipe
 
 Shapes = Mapping[str, Mapping[str, tuple[str, tuple[int, ...]]]]
 """File -> tensor -> (dtype, shape)."""
@@ -21,8 +23,6 @@ LOADABLE = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", 
 INDEX = "model.safetensors.index.json"
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _CODES = ("weight_packed", "qweight", "weight")
-_SCALES = ("weight_scale", "weight_scale_inv", "scales")
-_SHARED = ("weight_global_scale", "weight_scale_2")
 
 
 def tensor_files(folder: Path, problems: list[str]) -> list[str]:
@@ -69,7 +69,17 @@ def check(folder: Path, config: Mapping[str, Any], shapes: Shapes) -> tuple[list
         bare = sorted(codes, key=natural)[:5]
         problems += [f"{printable(name)} is quantized, and config.json has no quantization_config" for name in bare]
         return problems, warnings
-    problems += _scales(codes, tensors)
+    if not codes:
+        problems.append("config.json has a quantization_config, and no weight is quantized")
+    format_stated = stated_recipe(stated)
+    if format_stated is not None:
+        told = check_tensors(codes, tensors, *format_stated)
+        problems += told[0][:20]
+        warnings += told[1]
+    else:
+        warnings.append("config.json states a format that is not known here: dtypes and shapes of its scales are not checked")
+    problems += _scales(codes, tensors, format_stated is None)
+    problems += check_values(folder, shapes)[:20]
     spellings = ("ignore", "modules_to_not_convert", "ignored_layers", "exclude_modules")
     ignore: Any = next((stated[key] for key in spellings if stated.get(key)), [])
     patterns = [str(pattern) for pattern in ignore] if isinstance(ignore, list) else []
@@ -102,14 +112,14 @@ def _is_code(name: str, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> b
     return leaf in _CODES and tensors[name][0] not in _FLOATS and not module.endswith(("embed_tokens",))
 
 
-def _scales(codes: set[str], tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> list[str]:
+def _scales(codes: set[str], tensors: Mapping[str, tuple[str, tuple[int, ...]]], unknown: bool) -> list[str]:
     lines = []
     for module in sorted(codes, key=natural):
-        if not any(f"{module}.{leaf}" in tensors for leaf in _SCALES):
+        if unknown and not any(f"{module}.{leaf}" in tensors for leaf in SCALES):
             lines.append(f"{printable(module)} has codes and no scales")
     for name in tensors:
         module, _, leaf = name.rpartition(".")
-        if leaf in _SCALES + _SHARED and module not in codes:
+        if leaf in SCALES + SHARED and module not in codes:
             lines.append(f"{printable(name)} belongs to no quantized weight")
     return lines[:20]
 

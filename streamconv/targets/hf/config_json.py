@@ -9,6 +9,9 @@ from typing import Any
 from streamconv import __version__
 from streamconv.targets.hf.recipes import Recipe
 
+KV_CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
+"""`kv_cache_scheme` of an FP8 KV cache."""
+
 
 def quantization_config(recipe: Recipe, ignore: Sequence[str], group: int, kv_cache: bool = False) -> dict[str, Any]:
     """What config.json says of the weights.
@@ -24,6 +27,7 @@ def quantization_config(recipe: Recipe, ignore: Sequence[str], group: int, kv_ca
     if recipe.container == "modelopt":
         found = {"quant_method": "modelopt", "quant_algo": recipe.algo, "ignore": list(ignore)}
         found["producer"] = {"name": "modelopt", "version": f"streamconv {__version__}"}
+        found |= {"kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"}} if kv_cache else {}
         groups = _modelopt_group(recipe)
         return found | ({"config_groups": {"group_0": groups}} if groups else {})
     weights = recipe.weights | ({"group_size": group} if recipe.grouped else {})
@@ -36,7 +40,7 @@ def quantization_config(recipe: Recipe, ignore: Sequence[str], group: int, kv_ca
         "ignore": list(ignore),
     }
     if kv_cache:
-        found["kv_cache_scheme"] = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
+        found["kv_cache_scheme"] = dict(KV_CACHE)
     return found
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import re
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from streamconv.checkpoint.dtypes import I64, DType
+from streamconv.checkpoint.activation_ranges import Ranges
+from streamconv.checkpoint.dtypes import F32, I64, DType
 from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.rows import Blank
 from streamconv.errors import printable
@@ -18,6 +20,8 @@ from streamconv.quants.base import Encoding, Part
 from streamconv.quants.fp8_tensor import Fp8Scale, WeightMaximum
 from streamconv.quants.plain import Plain
 from streamconv.targets.hf import config_json
+from streamconv.targets.hf.card import NAME, Done, card, left
+from streamconv.targets.hf.input_scales import cache_maxima, input_maxima
 from streamconv.targets.hf.recipes import BLOCK, Recipe, Request
 from streamconv.targets.hf.rules import Module, classify, default_reason, grouped, matches, partners, split_groups
 from streamconv.targets.hf.side_files import side_files
@@ -27,8 +31,11 @@ from streamconv.targets.hf.stacked import unstack
 if TYPE_CHECKING:
     from streamconv.targets.hf.target import HuggingFace
 
+_APART = ("kv_b_proj", "k_b_proj", "eh_proj")
+"""Modules that TensorRT-LLM never reads as FP8 tiles; the first two are also taken apart for attention."""
 _FLOATS = ("F32", "F16", "BF16")
 _METADATA = {"format": "pt"}
+_ONE = {"F32": b"\0\0\x80\x3f", "F16": b"\0\x3c", "BF16": b"\x80\x3f"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +72,8 @@ class Layout:
     Attributes:
         recipe: the row of the formats table; None re-saves.
         into: float type of weights that are decoded.
+        ranges: what a calibration run measured, where something needs it.
+        inputs: module -> largest input; cached: weight -> attention, k or v, largest output.
     """
 
     index: Index
@@ -72,8 +81,11 @@ class Layout:
     recipe: Recipe | None
     draft: Draft
     into: DType
+    ranges: Ranges | None = None
     refused: list[str] = field(default_factory=list)
     names: set[str] = field(default_factory=set)
+    inputs: dict[str, float] = field(default_factory=dict)
+    cached: dict[str, tuple[str, str, float]] = field(default_factory=dict)
 
     def describe(self) -> None:
         stored = stored_weights(self.index, self.into)
@@ -85,6 +97,9 @@ class Layout:
         self._check(modules, wanted)
         if self.refused:
             return
+        if self.ranges is not None and self.recipe is not None:
+            self.inputs = input_maxima(self.ranges, wanted) if self.recipe.input_scale is not None else {}
+            self.cached = cache_maxima(self.ranges, stored.shapes) if self.target.kv_cache is not None else {}
         files = self._files(stored)
         places: dict[str, str] = {}
         for name, tensors in files.items():
@@ -114,7 +129,7 @@ class Layout:
         if not recipe.tiles or matches(module.name, self.target.only):
             return False
         if recipe.container == "hf":
-            return bool(module.rows % BLOCK or module.cols % BLOCK) or module.name.endswith("kv_b_proj")
+            return bool(module.rows % BLOCK or module.cols % BLOCK) or module.name.endswith(_APART)
         return recipe.container == "compressed-tensors" and self.target.arithmetic == "float32" and bool(module.cols % BLOCK)
 
     def _check(self, modules: list[Module], wanted: dict[str, Module]) -> None:
@@ -143,43 +158,42 @@ class Layout:
 
     def _files(self, stored: Stored) -> dict[str, list[str]]:
         """Output file -> names of the source's tensors that it takes, in order."""
-        names = output_names([shard.path.name for shard in self.index.shards])
-        if self.target.max_shard_size is None:
-            found: dict[str, list[str]] = {}
-            for tensor in stored.weights:
-                found.setdefault(names[stored.files[tensor]], []).append(tensor)
-            return dict(sorted(found.items()))
-        shards: list[list[str]] = [[]]
-        held = 0
-        for tensor, weight in stored.weights.items():
-            if shards[-1] and held + weight.nbytes > self.target.max_shard_size:
-                shards.append([])
-                held = 0
-            shards[-1].append(tensor)
-            held += weight.nbytes
-        if len(shards) == 1:
-            return {"model.safetensors": shards[0]}
-        return {f"model-{n:05d}-of-{len(shards):05d}.safetensors": part for n, part in enumerate(shards, 1)}
+        sizes = {name: weight.nbytes for name, weight in stored.weights.items()}
+        return shards_of(self.index, stored.files, sizes, self.target.max_shard_size)
 
     def _tensor(self, file: int, name: str, stored: Stored, wanted: dict[str, Module]) -> list[str]:
         """Add one weight of the source; gives the names of the tensors it becomes."""
         weight, module = stored.weights[name], name.removesuffix(".weight")
+        scales = self._cache_scale(file, name)
         if self.recipe is None or module not in wanted or not name.endswith(".weight"):
             plain = Plain(self._plain_dtype(weight, stored))
             matrix = self.draft.matrix(file, name, weight.rows, weight.cols, plain, spelling=Whole(stored.shapes[name]))
             self.draft.feed(matrix, weight, 0, weight.rows)
-            return [name]
-        return self._quantized(file, module, weight, self.recipe)
+            return [name, *scales]
+        return self._quantized(file, module, weight, self.recipe, stored) + scales
+
+    def _cache_scale(self, file: int, weight: str) -> list[str]:
+        """Add the scale of the FP8 KV cache that stands beside k_proj or v_proj."""
+        if weight not in self.cached or self.recipe is None:
+            return []
+        attention, which, largest = self.cached[weight]
+        modelopt = self.recipe.container == "modelopt"
+        name = f"{attention}.{which}_proj.{which}_scale" if modelopt else f"{attention}.{which}_scale"
+        self.draft.constant(file, name, F32, () if modelopt else (1,), struct.pack("<f", largest / 448.0))
+        return [name]
 
     def _plain_dtype(self, weight: Weight, stored: Stored) -> DType:
         cast = self.target.dtype != "auto" and not stored.decoded and weight.dtype.name in _FLOATS
         return self.into if cast else weight.dtype
 
-    def _quantized(self, file: int, module: str, weight: Weight, recipe: Recipe) -> list[str]:
+    def _quantized(self, file: int, module: str, weight: Weight, recipe: Recipe, stored: Stored) -> list[str]:
         rows, cols = weight.rows, weight.cols
+        lone = recipe.lone if _within_tile(weight) else None
         group = [name for name in partners(module) or (module,) if f"{name}.weight" in self.names]
-        key = "amax of " + group[0] if recipe.shared else "amax of " + module
-        codec = recipe.codec(Request(weight.dtype, self.target.group_size, self.target.arithmetic, key))
+        shares = recipe.shared is not None or (lone is not None and self._shares(group[0], stored))
+        key = "amax of " + (group[0] if shares else module)
+        request = Request(weight.dtype, self.target.group_size, self.target.arithmetic, key)
+        codec = lone[0](request) if lone else recipe.codec(request)
         matrix = self.draft.matrix(file, module, rows, cols, codec, spelling=Spelled(recipe))
         made = self.draft.tensors(matrix)
         self.draft.feed(matrix, weight, 0, rows)
@@ -187,14 +201,26 @@ class Layout:
             self.draft.reduce(weight, WeightMaximum(key))
         if recipe.shared is not None:
             suffix, scale = recipe.shared
-            self._scalar(file, f"{module}.{suffix}", scale(Request(weight.dtype, 0, self.target.arithmetic, key)), made)
+            self._scalar(file, f"{module}.{suffix}", scale(request), made)
         elif codec.needs:
-            self._scalar(file, f"{module}.weight_scale", Fp8Scale(key), made)
+            self._scalar(file, f"{module}.weight_scale", lone[1](request) if lone else Fp8Scale(key), made)
+        if recipe.input_scale is not None:
+            suffix, of, shape = recipe.input_scale
+            self._constant(file, f"{module}.{suffix}", F32, shape, struct.pack("<f", of(self.inputs[module])), made)
         if recipe.weight_shape:
-            name = f"{module}.weight_shape"
-            self.draft.constant(file, name, I64, (2,), struct.pack("<2q", rows, cols))
-            made.append(name)
+            self._constant(file, f"{module}.weight_shape", I64, (2,), struct.pack("<2q", rows, cols), made)
+        if recipe.pre_scales and not partners(module):
+            ones = _ONE[weight.dtype.name] * cols
+            self._constant(file, f"{module}.{recipe.pre_scales}", weight.dtype, (cols,), ones, made)
         return made
+
+    def _shares(self, first: str, stored: Stored) -> bool:
+        """ModelOpt gives partners one scale if the first of them has only one; each expert's keep their own."""
+        return ".experts." not in first and _within_tile(stored.weights[f"{first}.weight"])
+
+    def _constant(self, file: int, name: str, dtype: DType, shape: tuple[int, ...], data: bytes, made: list[str]) -> None:
+        self.draft.constant(file, name, dtype, shape, data)
+        made.append(name)
 
     def _scalar(self, file: int, name: str, codec: Encoding, made: list[str]) -> None:
         shape = () if self.recipe is not None and self.recipe.container == "modelopt" else (1,)
@@ -217,6 +243,12 @@ class Layout:
         recipe = self.recipe
         if recipe is None:
             return
+        stacked = [name for name, shape in stored.shapes.items() if len(shape) == 3 and ".experts." in name]
+        if stacked:
+            self.draft.warnings.append(
+                f"{printable(stacked[0])} and {len(stacked) - 1} more hold all experts of a layer in a form that is not quantized here:"
+                f" they stay {stored.weights[stacked[0]].dtype.torch}"
+            )
         partial = [m for m in wanted.values() if recipe.tiles and (m.cols % BLOCK)]
         if partial:
             self.draft.warnings.append(
@@ -231,24 +263,62 @@ class Layout:
         if "lm_head" not in ignore and "lm_head" not in wanted:
             ignore.append("lm_head")
         ignore.sort(key=natural)
-        quantization = config_json.quantization_config(self.recipe, ignore, self.target.group_size) if self.recipe else None
+        told, quantization = (ignore, self.target.group_size, bool(self.cached)), None
+        if self.recipe is not None:
+            quantization = config_json.quantization_config(self.recipe, *told)
         floats = {self._plain_dtype(w, stored) for w in stored.weights.values() if w.dtype.name in _FLOATS}
         changed = self.target.dtype != "auto" and self.recipe is None and floats == {self.into}
         config = config_json.output_config(self.index.config, quantization, self.into.torch if changed else None)
-        self.draft.side_files += side_files(self.index, self.target, len(wanted))
+        copied, left_out = side_files(self.index)
+        self.draft.warnings += left_out
+        if self.recipe is not None:
+            done = Done(self.recipe.quant, self.recipe.container, self.target.arithmetic, len(wanted), left(ignore))
+            copied = [file for file in copied if file.name != NAME] + [card(self.index, done, copied)]
+        self.draft.side_files += copied
         if len(set(places.values())) > 1 or set(places.values()) != {"model.safetensors"}:
             self._add("model.safetensors.index.json", config_json.index_json(places, self.draft.tensor_bytes()))
         if self.recipe is not None and self.recipe.container == "modelopt":
-            self._add("hf_quant_config.json", config_json.hf_quant_config(self.recipe, ignore, self.target.group_size))
+            self._add("hf_quant_config.json", config_json.hf_quant_config(self.recipe, *told))
         self._add("config.json", config)
 
     def _add(self, name: str, data: bytes) -> None:
         self.draft.side_files.append(SideFile(name, len(data), data))
 
 
+def _within_tile(weight: Weight) -> bool:
+    return weight.rows <= BLOCK and weight.cols <= BLOCK
+
+
 def natural(name: str) -> list[tuple[int, str]]:
     """Sorts layer 2 before layer 10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def shards_of(index: Index, files: Mapping[str, int], sizes: Mapping[str, int], most: int | None) -> dict[str, list[str]]:
+    """Output file -> the tensors that it takes, in order.
+
+    Args:
+        files: tensor -> number of the source's shard.
+        sizes: tensor -> bytes.
+        most: bytes of a file; None splits as the source does.
+    """
+    if most is None:
+        names = output_names([shard.path.name for shard in index.shards])
+        found: dict[str, list[str]] = {}
+        for tensor in sizes:
+            found.setdefault(names[files[tensor]], []).append(tensor)
+        return dict(sorted(found.items()))
+    shards: list[list[str]] = [[]]
+    held = 0
+    for tensor, size in sizes.items():
+        if shards[-1] and held + size > most:
+            shards.append([])
+            held = 0
+        shards[-1].append(tensor)
+        held += size
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{n:05d}-of-{len(shards):05d}.safetensors": part for n, part in enumerate(shards, 1)}
 
 
 def output_names(names: list[str]) -> list[str]:

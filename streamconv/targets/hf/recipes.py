@@ -11,7 +11,7 @@ from streamconv.checkpoint.dtypes import F32, DType
 from streamconv.quants.base import Encoding
 from streamconv.quants.fp8_block import Fp8Block
 from streamconv.quants.fp8_rowwise import Fp8Rowwise
-from streamconv.quants.fp8_tensor import Fp8Tensor
+from streamconv.quants.fp8_tensor import Fp8Scale, Fp8Tensor
 from streamconv.quants.int_group import IntGroup, Packing
 from streamconv.quants.mx import Mx
 from streamconv.quants.nvfp4 import NvFp4, SharedScale
@@ -65,13 +65,15 @@ class Recipe:
         shapes: role -> the recorded shape of a weight [rows, cols], where it is not the codec's own.
         unit: K must be a multiple of it; 0 for the group size.
         whole: N must be a multiple of it.
-        tiles: both sizes should be multiples of 128: why a weight is left as it is otherwise, "" if it is not.
+        tiles: both sizes should be multiples of 128.
+        lone: the codec of a weight within one tile, and that of its scale, a tensor of shape []; None if it is stored as others are.
         shared: how the scale that partners share is stored: its last name, its codec.
         weights, inputs: the args of compressed-tensors' `config_groups`.
         form: compressed-tensors' `format`.
         algo: ModelOpt's `quant_algo`.
         extra: further keys of ModelOpt's config.
         weight_shape: the shape is a tensor of its own.
+        pre_scales: last name of a vector [K] of ones, beside weights without partners: what the input is multiplied by.
         summary: one line for people.
         ranges: activation ranges are needed; the input's scale is stored under this name.
     """
@@ -85,6 +87,7 @@ class Recipe:
     unit: int = 1
     whole: int = 1
     tiles: bool = False
+    lone: tuple[Callable[[Request], Encoding], Callable[[Request], Encoding]] | None = None
     shared: tuple[str, Callable[[Request], Encoding]] | None = None
     weights: dict[str, Any] = field(default_factory=dict)
     inputs: dict[str, Any] | None = None
@@ -92,6 +95,7 @@ class Recipe:
     algo: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
     weight_shape: bool = False
+    pre_scales: str = ""
     input_scale: tuple[str, Callable[[float], float], tuple[int, ...]] | None = None
     grouped: bool = False
 
@@ -157,7 +161,7 @@ def _integer(bits: int, strategy: str, **more: Any) -> dict[str, Any]:
 
 
 _DYNAMIC_TOKEN = {"dynamic": True, "strategy": "token"}
-_FP4 = {"group_size": 16, "scale_dtype": "torch.float8_e4m3fn"}
+NVFP4_FP4 = _FP4 = {"group_size": 16, "scale_dtype": "torch.float8_e4m3fn"}
 _MX = {"group_size": 32, "scale_dtype": "torch.uint8"}
 _MX_IN = {**_MX, "dynamic": True}
 _INPUT_FP8 = ("input_scale", lambda amax: amax / 448.0)
@@ -174,14 +178,17 @@ RECIPES: tuple[Recipe, ...] = (
            form="float-quantized", weights=_float(8, "block", block_structure=[BLOCK, BLOCK]),
            inputs=_float(8, "group", group_size=BLOCK) | {"dynamic": True}),
     Recipe("fp8_block", "modelopt", "FP8 weights in tiles of 128 x 128",
-           lambda r: Fp8Block(BLOCK, 1.0, _LEAST_NORMAL[r.kind.name] / 448.0), _CODES, {"scale": _tiles4}, tiles=True, algo="fp8_pb_wo"),
+           lambda r: Fp8Block(BLOCK, 1.0, _LEAST_NORMAL[r.kind.name] / 448.0), _CODES | {"weight": "weight"}, {"scale": _tiles4},
+           tiles=True, lone=(lambda r: Fp8Tensor(r.key, None, _LEAST_NORMAL[r.kind.name] / 448.0),
+                             lambda r: Fp8Scale(r.key, None, _LEAST_NORMAL[r.kind.name] / 448.0)), algo="fp8_pb_wo"),
     Recipe("int8_dynamic", "compressed-tensors", "INT8 weights per channel, activations per token at run time",
            _int(8, "bytes", False, True), _CODES, {"scale": _column}, form="int-quantized",
            weights=_integer(8, "channel"), inputs=_integer(8, "token") | _DYNAMIC_TOKEN),
     Recipe("w4a16", "compressed-tensors", "INT4 weights in groups", _int(4, "words", True), _PACKED, unit=0,
            form="pack-quantized", weights=_integer(4, "group"), weight_shape=True, grouped=True),
     Recipe("w4a16", "modelopt", "INT4 weights in groups, pre-scales of 1 (TensorRT-LLM's W4A16_AWQ)", _int_modelopt(4, "pairs"),
-           _CODES, unit=0, whole=2, algo="W4A16_AWQ", extra={"has_zero_point": False, "pre_quant_scale": True}, grouped=True),
+           _CODES, unit=0, whole=2, algo="W4A16_AWQ", extra={"has_zero_point": False, "pre_quant_scale": True}, grouped=True,
+           pre_scales="pre_quant_scale"),
     Recipe("w8a16", "compressed-tensors", "INT8 weights in groups", _int(8, "words", True), _PACKED, unit=0,
            form="pack-quantized", weights=_integer(8, "group"), weight_shape=True, grouped=True),
     Recipe("w8a16", "modelopt", "INT8 weights per channel", _int_modelopt(8, "bytes"), _CODES, {"scale": _vector}, algo="W8A16"),

@@ -18,12 +18,12 @@ PARTNERS: tuple[tuple[str, ...], ...] = (
 )
 """Last names of the modules that engines join to one matrix: all of a group are quantized alike, or none."""
 
-_EMBEDDING = re.compile(r"embed|(^|\.)(wte|wpe|tok_embeddings)$")
-_HEAD = re.compile(r"(^|\.)(lm_head|output|embed_out|score|classifier)$")
-_ROUTER = re.compile(r"(^|\.)(gate|router|gating|gate_network|shared_expert_gate|router_proj|gate\.wg|switch)$|\.router\.")
+_EMBEDDING = re.compile(r"(^|\.)([a-z0-9_]*embed[a-z0-9_]*|wte|wpe)$")
+_HEAD = re.compile(r"(^|\.)(lm_head|head|output|embed_out|score|classifier)$")
+_ROUTER = re.compile(r"(^|\.)(gate|[a-z_]*router|gating|gate_network|shared_expert_gate|router_proj|gate\.wg|switch)$|\.router\.")
 _OTHER_PARTS = re.compile(
     r"(^|\.)(visual|vision[a-z_]*|image[a-z_]*|audio[a-z_]*|speech[a-z_]*|patch_embed[a-z_]*|[a-z_]*projector|connector|aligner|resampler"
-    r"|merger|vit|sam_model|qformer)(\.|$)"
+    r"|merger|vit|sam_model|qformer|embed_(vision|audio))(\.|$)|^mlp1\."
 )
 _NORM = re.compile(r"norm[0-9a-z_]*$|(^|\.)ln_[0-9a-z]+$")
 _NOT_LINEAR = re.compile(r"(^|\.)(conv[0-9a-z_]*|rotary_emb|relative_attention_bias|[a-z_]*position[a-z_]*)$")
@@ -68,10 +68,12 @@ def default_reason(name: str) -> str:
     """Why a 2-D weight of this module is left unquantized by default; "" if it is quantized."""
     if _OTHER_PARTS.search(name):
         return "not part of the language model"
-    if _EMBEDDING.search(name):
-        return "embedding"
     if _HEAD.search(name):
         return "output projection"
+    if _EMBEDDING.search(name):
+        return "embedding"
+    if "embed" in name:  # a linear layer, which readers must be told of
+        return "part of an embedding"
     if _ROUTER.search(name):
         return "router"
     if _NORM.search(name) or _NOT_LINEAR.search(name):

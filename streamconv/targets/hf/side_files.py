@@ -1,50 +1,74 @@
-"""What goes with the weights: tokenizer, chat template, generation config, custom code, licence; and the model card."""
+"""What goes with the weights: tokenizer, chat template, generation config, custom code, licence."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from streamconv.checkpoint.index import Index
+from streamconv.checkpoint.index import Beside, Index
 from streamconv.errors import CheckpointError, printable
 from streamconv.planning.plan import SideFile
-
-if TYPE_CHECKING:
-    from streamconv.targets.hf.target import HuggingFace
 
 _WEIGHTS = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".npz", ".tflite", ".index.json",
 )  # fmt: skip
-_LEFT = ("config.json", "hf_quant_config.json", "quantization_config.json", "quantize_config.json", "quant_config.json", "streamconv.json")
-_MOST_FILES, _MOST_BYTES = 2000, 1 << 30
+_MADE = ("config.json", "streamconv.json")
+"""What the output has of its own."""
+OLD = ("hf_quant_config.json", "quantization_config.json", "quantize_config.json", "quant_config.json")
+"""Statements of how the source is quantized."""
+_MOST_FILES, _MOST_BYTES, _LARGEST = 2000, 1 << 30, 256 << 20
+_SHOWN = 5
 
 
-def side_files(index: Index, target: HuggingFace, quantized: int) -> list[SideFile]:
-    """Copies of everything beside the weights, in order of their paths.
+def side_files(index: Index, keep: Sequence[str] = ()) -> tuple[list[SideFile], list[str]]:
+    """Copies of everything at the top of the source beside the weights, by name; and warnings of what is left out.
 
     Weights of other formats, statements of an older quantization and hidden files are not copied.
+
+    Args:
+        keep: of OLD, those that stay true.
+
+    Raises:
+        CheckpointError: there are so many files that this is no model's folder.
     """
-    folder = index.root if index.root.is_dir() else index.root.parent
-    found = []
-    for path in _listed(folder):
-        name = path.relative_to(folder).as_posix()
-        if name in _LEFT or name.endswith(_WEIGHTS):
+    found, left = list[Beside](), list[str]()
+    left_out = {*_MADE, *OLD} - {*keep}
+    for file in _listed(index):
+        if file.name in left_out or file.name.endswith(_WEIGHTS) or any(part.startswith(".") for part in file.name.split("/")):
             continue
-        found.append(SideFile(name, path.stat().st_size, None, path))
-    if len(found) > _MOST_FILES or sum(file.size for file in found) > _MOST_BYTES:
+        if "/" in file.name or file.size > _LARGEST:
+            left.append(file.name)
+        else:
+            found.append(file)
+    total = sum(file.size for file in found)
+    if len(found) > _MOST_FILES or total > _MOST_BYTES:
         raise CheckpointError(
-            f"{printable(str(folder))} holds {len(found)} files beside its weights, {sum(file.size for file in found)} bytes",
+            f"{printable(str(index.root))} holds {len(found)} files beside its weights, {total} bytes",
             hint="put the model into a folder of its own",
         )
-    return found
+    copies = [SideFile(file.name, file.size, None, file.path, file.fetch) for file in sorted(found, key=lambda file: file.name)]
+    if not left:
+        return copies, []
+    more = f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
+    names = ", ".join(printable(name) for name in sorted(left)[:_SHOWN])
+    return copies, [f"not copied, because they lie in folders or are larger than {_LARGEST >> 20} MiB: {names}{more}"]
 
 
-def _listed(folder: Path) -> list[Path]:
-    found = []
-    for place, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__pycache__")
-        found += [Path(place) / name for name in sorted(names) if not name.startswith(".")]
-        if len(found) > 10 * _MOST_FILES:
-            break
-    return [path for path in found if path.is_file()]
+def _listed(index: Index) -> Iterator[Beside]:
+    """Every file of a source."""
+    if index.beside is not None:
+        yield from index.beside
+        return
+    top, seen = index.root if index.root.is_dir() else index.root.parent, 0
+    for place, folders, names in os.walk(top):
+        # a model or an output in the source's folder is not of the source
+        other = place != str(top) and not {*_MADE}.isdisjoint(names)
+        folders[:] = [] if other else sorted(name for name in folders if not name.startswith(".") and name != "__pycache__")
+        for name in () if other else sorted(names):
+            path = Path(place, name)
+            if path.is_file():  # also through a link, as in the Hub's cache
+                seen += 1
+                yield Beside(path.relative_to(top).as_posix(), path, path.stat().st_size)
+        if seen > 10 * _MOST_FILES:
+            return

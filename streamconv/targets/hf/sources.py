@@ -9,11 +9,14 @@ from typing import Any
 
 from streamconv.checkpoint.dtypes import DType
 from streamconv.checkpoint.index import Index
+from streamconv.checkpoint.quantized import stated_quantization
 from streamconv.checkpoint.rows import DecodedTensor, Piece, SourceTensor
 from streamconv.checkpoint.stored_codes import Code
+from streamconv.checkpoint.turned_rows import DecodedIntegers, TurnedMx
 from streamconv.errors import CheckpointError, printable
+from streamconv.targets.hf.packed_sources import PACKED, integers, mx_experts
 
-Weight = SourceTensor | DecodedTensor
+Weight = SourceTensor | DecodedTensor | DecodedIntegers | TurnedMx
 
 _SCALES = ("weight_scale_inv", "weight_scale", "weight_scale_2", "weight_global_scale", "weight_shape")
 _BESIDE = ("input_scale", "input_global_scale", "k_scale", "v_scale", "weight_zero_point", "output_scale")
@@ -64,8 +67,15 @@ def stored_weights(index: Index, into: DType) -> Stored:
     tensors, stored = plain_tensors(index), Stored()
     stated = index.config.get("quantization_config")
     facts: Mapping[str, Any] = stated if isinstance(stated, dict) else {}
+    told = stated_quantization(index.config, index.root)
     for name, tensor in tensors.items():
         module, _, leaf = name.rpartition(".")
+        if leaf in PACKED and leaf != "qweight" and f"{module}.qweight" in tensors:
+            stored.dropped.add(name)
+            continue
+        if name.endswith("_scales") and name.removesuffix("_scales") + "_blocks" in tensors:
+            stored.dropped.add(name)
+            continue
         if leaf in _SCALES + _BESIDE and _has_codes(tensors, module):
             stored.dropped.add(name)
             continue
@@ -74,11 +84,14 @@ def stored_weights(index: Index, into: DType) -> Stored:
         if leaf in ("weight", "weight_packed") and tensor.dtype.name in ("F8_E4M3", "I8", "U8", "I32"):
             made, shown = _decoded(index, tensors, module, tensor, facts, into), f"{module}.weight"
             stored.decoded.add(shown)
-        elif leaf in ("qweight", "qzeros"):
-            raise CheckpointError(
-                f"{printable(name)} is a GPTQ or AWQ weight, which is not decoded here",
-                hint="--quant keep --format compressed-tensors takes AWQ codes over as they are",
-            )
+        elif leaf == "qweight":
+            shown = f"{module}.weight"
+            made = integers(tensors, module, told).decoded(shown, into)
+            stored.decoded.add(shown)
+        elif leaf.endswith("_blocks") and tensor.dtype.name == "U8":
+            shown = name.removesuffix("_blocks")
+            made = mx_experts(tensor, tensors.get(f"{shown}_scales"), shown, into)
+            stored.decoded.add(shown)
         stored.weights[shown] = made
         stored.shapes[shown] = made.shape
         stored.files[shown] = tensor.pieces[0].shard

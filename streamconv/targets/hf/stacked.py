@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from streamconv.checkpoint.rows import DecodedTensor, RowSource
-from streamconv.targets.hf.sources import Stored, Weight
+from streamconv.checkpoint.rows import SourceTensor
+from streamconv.targets.hf.sources import Stored
 
 _TRANSPOSED = ("llama4", "llama4_text", "gpt_oss")
 """Model types that store stacked experts as [E, in, out]."""
@@ -25,32 +25,26 @@ def unstack(stored: Stored, config: Mapping[str, Any]) -> None:
     for name in [name for name, shape in stored.shapes.items() if len(shape) == 3]:
         stem = name.removesuffix(".weight")
         module, _, last = stem.rpartition(".")
-        if not module.endswith("experts") or last not in ("gate_up_proj", "down_proj"):
+        whole = stored.weights[name]
+        if not module.endswith("experts") or last not in ("gate_up_proj", "down_proj") or not isinstance(whole, SourceTensor):
             continue
-        _split(stored, name, module, ("gate_proj", "up_proj") if last == "gate_up_proj" else ("down_proj",))
+        _split(stored, name, whole, module, ("gate_proj", "up_proj") if last == "gate_up_proj" else ("down_proj",))
 
 
-def _split(stored: Stored, name: str, module: str, parts: tuple[str, ...]) -> None:
+def _split(stored: Stored, name: str, whole: SourceTensor, module: str, parts: tuple[str, ...]) -> None:
     experts, rows, cols = stored.shapes.pop(name)
-    whole, file = stored.weights.pop(name), stored.files.pop(name)
-    each = rows // len(parts)
-    decoded = name in stored.decoded
+    del stored.weights[name]
+    file, each = stored.files.pop(name), rows // len(parts)
     for expert in range(experts):
         for number, part in enumerate(parts):
             made = f"{module}.{expert}.{part}.weight"
             stored.weights[made] = _rows_of(whole, made, expert * rows + number * each, each)
             stored.shapes[made] = (each, cols)
             stored.files[made] = file
-            if decoded:
-                stored.decoded.add(made)
 
 
-def _rows_of(whole: Weight, name: str, first: int, rows: int) -> Weight:
+def _rows_of(whole: SourceTensor, name: str, first: int, rows: int) -> SourceTensor:
     """Rows [first, first + rows) of a tensor as one of their own."""
-    assert not isinstance(whole, DecodedTensor)
     piece = whole.pieces[0]
     begin = piece.begin + first * whole.stored_row_bytes
-    made = dataclasses.replace(whole, name=name, shape=(rows, whole.cols), pieces=(piece._replace(begin=begin, rows=rows),))
-    source: RowSource = made
-    assert source.rows == rows
-    return made
+    return dataclasses.replace(whole, name=name, shape=(rows, whole.cols), pieces=(piece._replace(begin=begin, rows=rows),))

@@ -5,18 +5,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from streamconv.checkpoint.dtypes import BY_TORCH_NAME, MODEL_DTYPES, DType
 from streamconv.errors import CheckpointError, RefusedError, UsageError, printable
 from streamconv.targets.base import Target, option
 
 if TYPE_CHECKING:
+    from streamconv.checkpoint.activation_ranges import Ranges
     from streamconv.checkpoint.index import Index
     from streamconv.planning.plan import Plan
     from streamconv.targets.hf.recipes import Recipe
 
-NOTHING = "none"
+NOTHING, KEEP = "none", "keep"
 Container = Literal["compressed-tensors", "modelopt", "hf"]
 CONTAINERS: tuple[Container, ...] = ("compressed-tensors", "modelopt", "hf")
 ARITHMETICS = ("float32", "llm-compressor", "llm-compressor-cpu")
@@ -25,7 +27,7 @@ ARITHMETICS = ("float32", "llm-compressor", "llm-compressor-cpu")
 def _quants() -> tuple[str, ...]:
     from streamconv.targets.hf.recipes import QUANTS
 
-    return (NOTHING, *QUANTS)
+    return (NOTHING, KEEP, *QUANTS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +40,8 @@ class HuggingFace(Target):
 
     quant: str = option(
         NOTHING,
-        "how linear layers are stored, see `list targets`; none re-saves, and decodes a quantized source",
+        "how linear layers are stored, see `list targets`; none re-saves, and decodes a quantized source; keep keeps its codes, in another"
+        " --format if asked",
         choices=_quants,
         metavar="NAME",
     )
@@ -54,6 +57,10 @@ class HuggingFace(Target):
         (), "modules left as they are: full names, globs, or re: and a regular expression; several may follow", metavar="MODULE"
     )
     only: tuple[str, ...] = option((), "the modules to quantize, and no others: as --ignore", metavar="MODULE")
+    activation_ranges: str | None = option(
+        None, "ranges that `streamconv calibrate` measured, for scales of activations and KV cache", typed=str, metavar="FILE"
+    )
+    kv_cache: str | None = option(None, "type of the KV cache whose scales are stored", choices=("fp8",), typed=str)
     max_shard_size: int | None = option(None, "split the output anew, not as the source is", size=True, typed=int, least=1 << 20)
 
     @property
@@ -64,13 +71,47 @@ class HuggingFace(Target):
     def without_effect(self, given: Collection[str], source: Callable[[], Index]) -> Iterator[str]:
         from streamconv.targets.hf.effects import without_effect
 
-        return without_effect(self._recipe(), given)
+        return without_effect(self.quant, None if self.quant == KEEP else self._recipe(), given)
+
+    @property
+    def files_read(self) -> tuple[Path, ...]:
+        return () if self.activation_ranges is None else (Path(self.activation_ranges),)
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {key: value for key, value in self.to_json().items() if key != "activation_ranges"}
+
+    def needs_ranges(self) -> str | None:
+        """The flag that cannot do without activation ranges, None if there is none."""
+        from streamconv.targets.hf.recipes import RECIPES
+
+        if self.kv_cache is not None:
+            return f"--kv-cache {self.kv_cache}"
+        calibrated = any(recipe.quant == self.quant and recipe.input_scale is not None for recipe in RECIPES)
+        return f"--quant {self.quant}" if calibrated else None
+
+    def uses_ranges(self) -> bool:
+        """Whether ranges change the output."""
+        return self.needs_ranges() is not None
+
+    def _ranges(self) -> Ranges | None:
+        from streamconv.checkpoint.activation_ranges import HINT, Ranges
+
+        flag = self.needs_ranges()
+        if self.activation_ranges is None:
+            if flag is not None:
+                raise UsageError(f"{flag} needs activation ranges", hint=HINT)
+            return None
+        if flag is None:
+            raise UsageError("--activation-ranges: nothing that is asked for needs them", hint="leave it out")
+        return Ranges(self.activation_ranges)
 
     def plan(self, index: Index) -> Plan:
+        from streamconv.checkpoint.rows import SourceFile
         from streamconv.checkpoint.source_files import source_files
         from streamconv.checkpoint.source_tensors import SourceTensors
         from streamconv.planning.draft import Draft
         from streamconv.planning.plan import Plan
+        from streamconv.targets.hf.kept_layout import describe_kept
         from streamconv.targets.hf.layout import Layout
         from streamconv.targets.hf.rules import check_patterns
 
@@ -79,24 +120,32 @@ class HuggingFace(Target):
         check_patterns(self.only, "--only")
         if index.assembled is not None:
             raise CheckpointError("a checkpoint in Meta's layout has no Hugging Face names", hint="convert it with transformers first")
-        recipe = self._recipe()
-        settled = dataclasses.replace(self, format=recipe.container if recipe else None)
-        draft = Draft(SourceTensors(index))
-        layout = Layout(index, settled, recipe, draft, self._model_dtype(index))
-        layout.describe()
-        if layout.refused:
-            raise RefusedError(layout.refused)
+        draft, settled, dtype = Draft(SourceTensors(index)), self, self._model_dtype(index)
+        ranges = self._ranges()
+        if self.quant == KEEP:
+            if self.kv_cache is not None:
+                raise UsageError("--kv-cache: --quant keep adds no scales")
+            describe_kept(index, self, draft)
+        else:
+            recipe = self._recipe()
+            settled = dataclasses.replace(self, format=recipe.container if recipe else None)
+            if self.kv_cache is not None and (recipe is None or recipe.container == "hf"):
+                raise UsageError("--kv-cache: only quantized directories of compressed-tensors and ModelOpt hold scales of the cache")
+            layout = Layout(index, settled, recipe, draft, dtype, ranges)
+            layout.describe()
+            if layout.refused:
+                raise RefusedError(layout.refused)
         files, matrices, spans, constants = draft.finish()
         return Plan(
             family=_architecture(index),
             target=settled,
-            dtype=layout.into,
+            dtype=dtype,
             side_files=tuple(draft.side_files),
             files=tuple(files),
             matrices=matrices,
             spans=spans,
             constants=tuple(constants),
-            sources=source_files(index),
+            sources=source_files(index) + (() if ranges is None else (SourceFile(ranges.path.name, ranges.size, ranges.digest()),)),
             warnings=(*draft.warnings, *index.notes),
             decisions=draft.decisions,
         )

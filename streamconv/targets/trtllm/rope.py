@@ -14,6 +14,8 @@ from streamconv.checkpoint.dtypes import F32, DType
 from streamconv.checkpoint.model_config import ModelConfig
 from streamconv.checkpoint.rows import Piece
 from streamconv.checkpoint.shard import Shard
+from streamconv.checkpoint.untrusted import shown_value
+from streamconv.errors import CheckpointError
 from streamconv.planning.draft import Draft
 from streamconv.quants.plain import Plain
 from streamconv.targets.trtllm.options import TensorRTLLM
@@ -42,6 +44,10 @@ class RopeTable:
     @property
     def pieces(self) -> tuple[Piece, ...]:
         return ()
+
+    @property
+    def row_align(self) -> int:
+        return 1
 
     @property
     def stored_row_bytes(self) -> int:
@@ -115,11 +121,19 @@ class _Shaped(Plain):
 
 
 def add_tables(builder: Draft, model: ModelConfig, options: TensorRTLLM) -> None:
-    """Add the tables to every rank file."""
+    """Add the tables to every rank file.
+
+    Raises:
+        CheckpointError: `rotary_pct` of the source is no share of a head.
+    """
     length = options.max_position_embeddings or model.max_position_embeddings
-    dim = int(model.head_size * model.raw.get("rotary_pct", 1.0))
     if not length:
         return
+    share = model.raw.get("rotary_pct")
+    share = 1.0 if share is None else share
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+        raise CheckpointError(f"config.json: rotary_pct is {shown_value(share)}, not a number above 0 and at most 1")
+    dim = int(model.head_size * share)
     scaling = tuple((model.rope_scaling or {}).items())
     base = float(model.rope_theta)
     tables = (

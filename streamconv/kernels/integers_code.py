@@ -1,0 +1,62 @@
+"""Packed weights of quantized sources -> floats, in one pass. Types are numbers: 0 float32, 1 float16, 2 bfloat16."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from streamconv.kernels.jit import bits_of, jit
+from streamconv.kernels.rows import to_bf16, to_f16
+
+_Array = np.ndarray[Any, Any]
+
+
+@jit
+def decode_integers(
+    codes: _Array, scales: _Array, zeros: _Array, groups: _Array, middle: int, target: int, out: _Array
+) -> None:
+    """out[n, k] = (codes[n, k] + middle - zeros[g, n]) * scales[g, n] with g = groups[k], rounded once.
+
+    Args:
+        codes: int8, N rows of K one after the other.
+        scales, zeros: float32 and uint8 [G, N].
+        groups: int32 [K].
+        out: of the storage type of `target`.
+    """
+    cols = groups.size
+    for n in range(scales.shape[1]):
+        for k in range(cols):
+            g = groups[k]
+            step = np.float32(np.int64(codes[n * cols + k]) + middle - np.int64(zeros[g, n]))
+            value = bits_of(np.float32(step * scales[g, n]))
+            if target == 0:
+                out[n * cols + k] = value
+            elif target == 1:
+                out[n * cols + k] = to_f16(value)
+            else:
+                out[n * cols + k] = to_bf16(value)
+
+
+@jit
+def decode_turned(codes: _Array, values: _Array, scales: _Array, rows: int, cols: int, target: int, out: _Array) -> None:
+    """out[k, n] = values[code] * 2^(scales[n, k // 32] - 127), rounded once.
+
+    Args:
+        codes: uint8 [cols, rows / 2], the even row in the low half.
+        scales: uint8 [cols, rows / 32].
+        out: of the storage type of `target`.
+    """
+    for k in range(rows):
+        for n in range(cols):
+            byte = codes[n * (rows // 2) + k // 2]
+            code = byte >> np.uint8(4) if k & 1 else byte & np.uint8(15)
+            power = np.int64(scales[n * (rows // 32) + k // 32])
+            factor = np.float32(np.nan) if power == 255 else np.float32(2.0 ** (power - 127))
+            value = bits_of(np.float32(values[code] * factor))
+            if target == 0:
+                out[k * cols + n] = value
+            elif target == 1:
+                out[k * cols + n] = to_f16(value)
+            else:
+                out[k * cols + n] = to_bf16(value)

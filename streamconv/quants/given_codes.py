@@ -1,0 +1,208 @@
+"""Codes of a quantized source that stay what they are and change their container: nothing is rounded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from streamconv.checkpoint.dtypes import F32, I8, I32, DType
+from streamconv.checkpoint.packed_rows import AWQ_POSITION
+from streamconv.errors import DataError, printable
+from streamconv.quants.base import Encoding, Findings, Kernel, Known, Part, Reduction
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+
+@dataclass(frozen=True)
+class ZeroPoints(Reduction):
+    """float32 scalar: the largest distance of packed zero points (int32 words) from the one that means symmetric.
+
+    Attributes:
+        bits: 4 or 8.
+        middle: what each must be, as it is stored.
+    """
+
+    key: str
+    bits: int
+    middle: int
+
+    def tile(self, block: torch.Tensor, known: Known) -> torch.Tensor:
+        import torch
+
+        stored = block.contiguous().view(torch.uint8).to(torch.int16)
+        if self.bits == 4:
+            stored = torch.cat([stored & 15, stored >> 4])
+        return (stored - self.middle).abs().max().float()
+
+
+@dataclass(frozen=True)
+class Words(Encoding):
+    """Signed integers [N, K] (int8) -> int32 words along K, offset by half, the lowest column in the lowest bits.
+
+    Attributes:
+        bits: 4 or 8.
+        key: of the `ZeroPoints`, where the container has no place for them.
+    """
+
+    bits: int
+    key: str = ""
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return f"INT{self.bits}, as in the source"
+
+    @property
+    def needs(self) -> tuple[str, ...]:  # type: ignore[override]
+        return (self.key,) if self.key else ()
+
+    def bind(self, known: Known, source: str) -> Words:
+        if self.key and float(known.get(self.key)) > 0:
+            raise DataError(f"{printable(source)} says that it is symmetric, and has zero points", hint="--quant none decodes it")
+        return replace(self, key="")
+
+    def parts(self, rows: int, cols: int, experts: int = 0) -> tuple[Part, ...]:
+        words = cols * self.bits // 32
+        return (Part("codes", I32, (rows, words), 4 * words),)
+
+    def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
+        import torch
+
+        codes = block.contiguous().view(torch.uint8) ^ 128
+        if self.bits == 4:
+            codes = codes - 120  # around 128 before, around 8 now
+            codes = codes[:, 0::2] | (codes[:, 1::2] << 4)
+        return (codes.reshape(-1),)
+
+    def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:
+        import torch
+
+        stored = parts[0].reshape(rows, -1)
+        if self.bits == 4:
+            stored = torch.stack([stored & 15, stored >> 4], 2)
+        return stored.reshape(rows, cols).float() - float(1 << (self.bits - 1))
+
+    def error(self, block: torch.Tensor) -> torch.Tensor:
+        """None: integers."""
+        return block.float() * 0.0
+
+    def kernel(self, source: DType) -> Kernel | None:
+        if source != I8:
+            return None
+
+        def run(flat: Any, start: int, stride: int, rows: int, cols: int, outs: Sequence[Any]) -> Findings:
+            import numpy as np
+
+            block = np.lib.stride_tricks.as_strided(flat[start:], (rows, cols), (stride, 1))
+            if self.bits == 8:
+                np.bitwise_xor(block, 128, out=outs[0].reshape(rows, cols))
+            else:
+                made = outs[0].reshape(rows, cols // 2)
+                np.add(block[:, 1::2], 8, out=made)
+                np.left_shift(made, 4, out=made)
+                np.bitwise_or(made, block[:, 0::2] + np.uint8(8), out=made)
+            return Findings()
+
+        return run
+
+    def kernel_bytes_per_column(self) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class AwqZeros(Encoding):
+    """Zero points packed along N in AutoAWQ's order, int32 [N / 8, groups] -> the same with the first channel in the lowest bits."""
+
+    name = "I32"
+
+    def parts(self, rows: int, cols: int, experts: int = 0) -> tuple[Part, ...]:
+        return (Part("zero", I32, (rows, cols), 4 * cols),)
+
+    def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
+        import torch
+
+        return (torch.from_numpy(_in_order(block.contiguous().view(torch.uint8).cpu().numpy())).to(block.device),)
+
+    def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:
+        import torch
+
+        stored = parts[0].reshape(rows, -1)
+        return torch.stack([stored & 15, stored >> 4], 2).reshape(rows, 8 * cols).float()
+
+    def values(self, block: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        return self.decode([torch.from_numpy(_in_order(block.contiguous().view(torch.uint8).numpy()))], *block.shape)
+
+    def error(self, block: torch.Tensor) -> torch.Tensor:
+        return self.values(block) * 0.0
+
+    def kernel(self, source: DType) -> Kernel | None:
+        if source != I32:
+            return None
+
+        def run(flat: Any, start: int, stride: int, rows: int, cols: int, outs: Sequence[Any]) -> Findings:
+            import numpy as np
+
+            block = np.lib.stride_tricks.as_strided(flat[start:], (rows, cols), (4 * stride, 4))
+            outs[0][:] = _in_order(np.ascontiguousarray(block).view(np.uint8))
+            return Findings()
+
+        return run
+
+
+def _in_order(stored: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """uint8, four for each word; nibbles of words in AutoAWQ's order -> in the order of channels, flat."""
+    import numpy as np
+
+    flat = stored.reshape(-1, 4)
+    nibbles = np.stack([flat & 15, flat >> 4], 2).reshape(-1, 8)[:, AWQ_POSITION]
+    return np.ascontiguousarray(nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)).reshape(-1)
+
+
+@dataclass(frozen=True)
+class Reciprocal(Encoding):
+    """1 / x in float32: the global scales of NVFP4, which one container multiplies with and the other divides by."""
+
+    name = "F32"
+    quantizes = True
+
+    def parts(self, rows: int, cols: int, experts: int = 0) -> tuple[Part, ...]:
+        return (Part("scale", F32, (rows, cols), 4 * cols),)
+
+    def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
+        import torch
+
+        made = self.values(block)
+        findings.nonfinite += int((~torch.isfinite(made) | (made <= 0)).sum())
+        return (made.contiguous().reshape(-1).view(torch.uint8),)
+
+    def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:
+        import torch
+
+        return parts[0].view(torch.float32).reshape(rows, cols)
+
+    def values(self, block: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        return torch.ones_like(block) / block
+
+    def error(self, block: torch.Tensor) -> torch.Tensor:
+        return self.values(block).abs() * 2.0**-23
+
+    def kernel(self, source: DType) -> Kernel | None:
+        if source != F32:
+            return None
+
+        def run(flat: Any, start: int, stride: int, rows: int, cols: int, outs: Sequence[Any]) -> Findings:
+            import numpy as np
+
+            block = np.lib.stride_tricks.as_strided(flat[start:], (rows, cols), (4 * stride, 4)).view(np.float32)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                made = np.float32(1.0) / block
+            outs[0].view(np.float32)[:] = made.reshape(-1)
+            return Findings(nonfinite=int((~np.isfinite(made) | (made <= 0)).sum()))
+
+        return run

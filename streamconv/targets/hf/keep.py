@@ -1,0 +1,246 @@
+"""--quant keep: the codes of a quantized source stay bit for bit, and get another container, or none."""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from streamconv.checkpoint.dtypes import F32, I64
+from streamconv.checkpoint.quantized import SourceQuantization, source_quantization
+from streamconv.checkpoint.rows import SourceTensor
+from streamconv.checkpoint.turned_rows import turned
+from streamconv.errors import CheckpointError, UsageError, printable
+from streamconv.quants.base import Encoding, Part
+from streamconv.quants.given_codes import AwqZeros, Reciprocal, Words, ZeroPoints
+from streamconv.quants.plain import Plain
+from streamconv.targets.hf import config_json
+from streamconv.targets.hf.packed_sources import PACKED, Integers, integers
+from streamconv.targets.hf.recipes import NVFP4_FP4, recipe_of
+from streamconv.targets.hf.rules import default_reason
+from streamconv.targets.hf.target import Container
+
+if TYPE_CHECKING:
+    from streamconv.checkpoint.index import Index
+    from streamconv.planning.draft import Draft
+
+_NVFP4 = {
+    "compressed-tensors": ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale"),
+    "modelopt": ("weight", "weight_scale", "weight_scale_2", "input_scale"),
+}
+"""Container -> codes, block scales, and the two scales that one container has as reciprocals of the other's."""
+_KV_SCALE = re.compile(r"(.+?)\.(?:[kv]_proj\.)?([kv])_scale")
+"""Scales of the FP8 KV cache: of the attention, or, in ModelOpt's container, of k_proj and v_proj."""
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """A tensor with this name and shape."""
+
+    recorded: tuple[int, ...]
+
+    def name(self, module: str, role: str) -> str:
+        return module
+
+    def shape(self, part: Part, rows: int, cols: int) -> tuple[int, ...]:
+        return self.recorded
+
+
+@dataclass(slots=True)
+class Kept:
+    """What --quant keep makes of a source.
+
+    Attributes:
+        tensors: output tensor -> a function that adds it to a file of the draft; in the order of the source.
+        files: output tensor -> number of the source's file.
+        nbytes: output tensor -> about how many bytes of it.
+        quantization: `quantization_config` of the output; None leaves the source's.
+        second: ModelOpt's file of its own.
+        container: of the output.
+        modules: names of what is quantized.
+    """
+
+    container: str
+    tensors: dict[str, Callable[[int], None]] = field(default_factory=dict)
+    files: dict[str, int] = field(default_factory=dict)
+    nbytes: dict[str, int] = field(default_factory=dict)
+    quantization: dict[str, Any] | None = None
+    second: bytes | None = None
+    modules: list[str] = field(default_factory=list)
+
+
+def keep(index: Index, tensors: Mapping[str, SourceTensor], container: Container | None, draft: Draft) -> Kept:
+    """Plan it.
+
+    Raises:
+        UsageError: the source is not quantized, or has no way into this container without new codes.
+        CheckpointError: tensors do not fit together.
+    """
+    stated = source_quantization(index)
+    if stated is None:
+        raise UsageError("--quant keep: the source is not quantized", hint="--quant none copies it")
+    own = container_of(stated)
+    if container is None or container == own:
+        return _as_it_is(tensors, own, draft)
+    if container == "compressed-tensors" and own in ("awq", "gptq"):
+        return _integers(index, tensors, stated, draft)
+    if {container, own} == {"compressed-tensors", "modelopt"} and _is_nvfp4(tensors, own):
+        return _nvfp4(index, tensors, own, container, draft)
+    raise UsageError(
+        f"--quant keep: codes of {printable(stated.title)} have no place in --format {container} as they are",
+        hint="leave --format out to copy them, or quantize anew: --quant fp8_dynamic, for example",
+    )
+
+
+def container_of(stated: SourceQuantization) -> str:
+    """The container of a source, in the words of --format where it is one of them."""
+    return {"fp8": "hf", "compressed-tensors": "compressed-tensors"}.get(stated.method, stated.method)
+
+
+class _Maker:
+    """Adds tensors to `Kept`."""
+
+    def __init__(self, kept: Kept, draft: Draft) -> None:
+        self.kept, self.draft = kept, draft
+
+    def add(self, name: str, source: SourceTensor, encoding: Encoding, shape: tuple[int, ...]) -> None:
+        def made(file: int) -> None:
+            matrix = self.draft.matrix(file, name, source.rows, source.cols, encoding, spelling=Named(shape))
+            self.draft.feed(matrix, source, 0, source.rows)
+
+        self._put(name, source, source.nbytes, made)
+
+    def copy(self, name: str, source: SourceTensor, shape: tuple[int, ...] | None = None) -> None:
+        self.add(name, source, Plain(source.dtype), source.shape if shape is None else shape)
+
+    def fixed(self, name: str, like: SourceTensor, values: tuple[int, ...]) -> None:
+        data = struct.pack(f"<{len(values)}q", *values)
+        self._put(name, like, len(data), lambda file: self.draft.constant(file, name, I64, (len(values),), data))
+
+    def _put(self, name: str, source: SourceTensor, nbytes: int, made: Callable[[int], None]) -> None:
+        if name in self.kept.tensors:
+            raise CheckpointError(f"{printable(name)} would be there twice")
+        self.kept.tensors[name], self.kept.files[name], self.kept.nbytes[name] = made, source.pieces[0].shard, nbytes
+
+
+def _as_it_is(tensors: Mapping[str, SourceTensor], own: str, draft: Draft) -> Kept:
+    kept = Kept(own)
+    maker = _Maker(kept, draft)
+    for name, tensor in tensors.items():
+        maker.copy(name, tensor)
+    return kept
+
+
+def _integers(index: Index, tensors: Mapping[str, SourceTensor], stated: SourceQuantization, draft: Draft) -> Kept:
+    """GPTQ and AutoAWQ -> pack-quantized."""
+    kept = Kept("compressed-tensors")
+    maker, found = _Maker(kept, draft), list[Integers]()
+    for name, tensor in tensors.items():
+        module, _, leaf = name.rpartition(".")
+        if leaf in PACKED and f"{module}.qweight" in tensors:
+            if leaf == "qweight":
+                found.append(integers(tensors, module, stated))
+                kept.modules.append(module)
+                _packed(maker, module, found[-1], index)
+            continue
+        maker.copy(name, tensor)
+    if not found:
+        raise CheckpointError("the config speaks of packed weights, and there is none")
+    kinds = {(one.codes.bits, one.group, one.codes.packing) for one in found}
+    if len(kinds) > 1:
+        raise UsageError("--quant keep: the source's layers have different groups or bits", hint="--quant none decodes them")
+    bits, group, packing = kinds.pop()
+    weights = {"num_bits": bits, "type": "int", "symmetric": packing == "gptq", "dynamic": False, "strategy": "group", "group_size": group}
+    kept.quantization = _compressed("pack-quantized", weights, None, _ignored(tensors, kept.modules))
+    return kept
+
+
+def _packed(maker: _Maker, module: str, one: Integers, index: Index) -> None:
+    n, k = one.codes.shape
+    key = ""
+    if one.codes.packing == "gptq":
+        stated = index.config.get("quantization_config")
+        if isinstance(stated, dict) and (stated.get("desc_act") or stated.get("sym") is False):
+            what = "act order (desc_act)" if stated.get("desc_act") else "zero points (sym: false)"
+            told = f"--quant keep: GPTQ weights with {what} have no place in compressed-tensors"
+            raise UsageError(told, hint="--quant none decodes them")
+        key = f"zero points of {module}"
+        maker.draft.reduce(one.zeros, ZeroPoints(key, one.codes.bits, (1 << (one.codes.bits - 1)) - one.offset))
+    maker.add(f"{module}.weight_packed", one.codes, Words(one.codes.bits, key), (n, k * one.codes.bits // 32))
+    scales = turned(one.scales)
+    maker.copy(f"{module}.weight_scale", scales)
+    if one.codes.packing == "awq":
+        zeros = turned(one.zeros)
+        maker.add(f"{module}.weight_zero_point", zeros, AwqZeros(), zeros.shape)
+    maker.fixed(f"{module}.weight_shape", one.codes, (n, k))
+
+
+def _is_nvfp4(tensors: Mapping[str, SourceTensor], own: str) -> bool:
+    return own in _NVFP4 and any(name.endswith("." + _NVFP4[own][2]) for name in tensors)
+
+
+def _nvfp4(index: Index, tensors: Mapping[str, SourceTensor], own: str, container: Container, draft: Draft) -> Kept:
+    """Codes and block scales get other names; what one container multiplies with, the other divides by."""
+    kept = Kept(container)
+    maker = _Maker(kept, draft)
+    here, there = _NVFP4[own], _NVFP4[container]
+    shape = (1,) if container == "compressed-tensors" else ()
+    inputs = kv = False
+    for name, tensor in tensors.items():
+        module, _, leaf = name.rpartition(".")
+        if cache := _KV_SCALE.fullmatch(name):
+            kv = True
+            at_proj = f"{cache[2]}_proj." if container == "modelopt" else ""
+            maker.copy(f"{cache[1]}.{at_proj}{cache[2]}_scale", tensor, shape)
+            continue
+        if f"{module}.{here[2]}" not in tensors or leaf not in here:
+            maker.copy(name, tensor)
+            continue
+        at = here.index(leaf)
+        if at < 2:
+            maker.copy(f"{module}.{there[at]}", tensor)
+            kept.modules += [module] if at == 0 else []
+            continue
+        if tensor.dtype != F32 or tensor.nbytes != 4:
+            raise CheckpointError(f"{printable(name)} must be one float32 number, and is {tensor.dtype} {list(tensor.shape)}")
+        inputs |= at == 3
+        maker.add(f"{module}.{there[at]}", tensor, Reciprocal(), shape)
+    ignore = _ignored(tensors, kept.modules)
+    if container == "compressed-tensors":
+        args = {"num_bits": 4, "type": "float", "symmetric": True, "dynamic": False, "strategy": "tensor_group", **NVFP4_FP4}
+        kept.quantization = _compressed("nvfp4-pack-quantized", args, args | {"dynamic": "local"} if inputs else None, ignore)
+        kept.quantization |= {"kv_cache_scheme": config_json.KV_CACHE} if kv else {}
+    else:
+        recipe = recipe_of("nvfp4" if inputs else "nvfp4a16", container)
+        assert recipe is not None
+        kept.quantization = config_json.quantization_config(recipe, ignore, 16, kv)
+        kept.second = config_json.hf_quant_config(recipe, ignore, 16, kv)
+    return kept
+
+
+def _compressed(form: str, weights: Mapping[str, Any], inputs: Mapping[str, Any] | None, ignore: list[str]) -> dict[str, Any]:
+    scheme: dict[str, Any] = {"targets": ["Linear"], "weights": dict(weights), "format": form}
+    if inputs is not None:
+        scheme["input_activations"] = dict(inputs)
+    return {
+        "quant_method": "compressed-tensors",
+        "format": form,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": scheme},
+        "ignore": ignore,
+    }
+
+
+def _ignored(tensors: Mapping[str, SourceTensor], quantized: list[str]) -> list[str]:
+    """Every linear-like module that is stored as floats."""
+    done = set(quantized)
+    found = {
+        name.removesuffix(".weight")
+        for name, tensor in tensors.items()
+        if name.endswith(".weight") and len(tensor.shape) == 2 and tensor.dtype.name in ("F32", "F16", "BF16")
+    }
+    names = {name for name in found - done if default_reason(name) not in ("embedding", "not a linear layer")}
+    return sorted(names | ({"lm_head"} - done))
+

@@ -1,0 +1,52 @@
+"""The output of --quant keep: which tensor lies in which file, and what the configs say."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from streamconv.checkpoint.index import Index
+from streamconv.errors import UsageError
+from streamconv.planning.draft import Draft
+from streamconv.planning.plan import SideFile
+from streamconv.targets.hf import config_json
+from streamconv.targets.hf.keep import keep
+from streamconv.targets.hf.layout import shards_of
+from streamconv.targets.hf.side_files import OLD, side_files
+from streamconv.targets.hf.sources import plain_tensors
+from streamconv.targets.hf.target import CONTAINERS
+
+if TYPE_CHECKING:
+    from streamconv.targets.hf.target import HuggingFace
+
+
+def describe_kept(index: Index, target: HuggingFace, draft: Draft) -> None:
+    """Describe it to a draft.
+
+    Raises:
+        UsageError: options that would change codes, or a container that does not take them.
+    """
+    changed = [flag for flag, there in (("--ignore", target.ignore), ("--only", target.only), ("--dtype", target.dtype != "auto")) if there]
+    if changed:
+        raise UsageError(f"{' and '.join(changed)}: --quant keep changes no weight")
+    wanted = next((container for container in CONTAINERS if container == target.format), None)
+    kept = keep(index, plain_tensors(index), wanted, draft)
+    places: dict[str, str] = {}
+    for name, tensors in shards_of(index, kept.files, kept.nbytes, target.max_shard_size).items():
+        number = draft.file(name, {"format": "pt"})
+        for tensor in tensors:
+            kept.tensors[tensor](number)
+            places[tensor] = name
+    copied, left_out = side_files(index, OLD if kept.quantization is None else ())
+    draft.warnings += left_out
+    draft.side_files += copied
+    if set(places.values()) != {"model.safetensors"}:
+        _add(draft, "model.safetensors.index.json", config_json.index_json(places, draft.tensor_bytes()))
+    if kept.second is not None:
+        _add(draft, "hf_quant_config.json", kept.second)
+    stated = index.config.get("quantization_config") if kept.quantization is None else kept.quantization
+    _add(draft, "config.json", config_json.output_config(index.config, stated if isinstance(stated, dict) else None, None))
+    draft.decisions["weights"] = f"kept as they are, in the container {kept.container}"
+
+
+def _add(draft: Draft, name: str, data: bytes) -> None:
+    draft.side_files.append(SideFile(name, len(data), data))

@@ -1,0 +1,168 @@
+"""Quantized sources decoded to floats: GPTQ, AutoAWQ, the MXFP4 experts of gpt-oss, FP8 tiles with scales of any type."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from streamconv import api
+from streamconv.errors import CheckpointError
+from streamconv.options import Resources
+from streamconv.targets.hf.target import HuggingFace
+from streamconv.verification.check import verify
+from tests import tiny
+
+NONE = HuggingFace()
+AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
+Tensors = dict[str, torch.Tensor]
+
+
+def packed(values: np.ndarray[Any, Any], bits: int, axis: int, order: list[int] | None = None) -> torch.Tensor:
+    """Unsigned integers -> int32 words along an axis, the first in the lowest bits."""
+    per = 32 // bits
+    wide = np.moveaxis(values, axis, -1).astype(np.uint32)
+    wide = wide.reshape(*wide.shape[:-1], -1, per)[..., order or range(per)]
+    words = np.zeros(wide.shape[:-1], np.uint32)
+    for at in range(per):
+        words |= wide[..., at] << np.uint32(bits * at)
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(words, -1, axis)).view(np.int32).copy())
+
+
+def integer_weight(n: int, k: int, group: int, method: str, *, bits: int = 4, v2: bool = False, order: bool = False) -> tuple[Tensors, Any]:
+    """The tensors of a weight, and the weight as float64."""
+    random = np.random.default_rng(n + k + bits)
+    codes, zeros = random.integers(0, 1 << bits, (k, n)), random.integers(1, 1 << bits, (k // group, n))
+    scales = random.uniform(0.001, 0.02, (k // group, n)).astype(np.float16)
+    index = np.arange(k) // group
+    if order:
+        index = random.permutation(index)
+    weight = ((codes - zeros[index]) * scales[index].astype(np.float64)).T
+    if method == "awq":
+        made = {"qweight": packed(codes, 4, 1, AWQ_ORDER), "qzeros": packed(zeros, 4, 1, AWQ_ORDER)}
+    else:
+        made = {"qweight": packed(codes, bits, 0), "qzeros": packed(zeros - (0 if v2 else 1), bits, 1)}
+    made["scales"] = torch.from_numpy(scales)
+    if order:
+        made["g_idx"] = torch.from_numpy(index.astype(np.int32))
+    return made, weight
+
+
+def source(folder: Path, stated: dict[str, Any], weights: Tensors, **changes: Any) -> Path:
+    folder.mkdir()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(tiny.config(torch_dtype="float16", quantization_config=stated, **changes)))
+    return folder
+
+
+@pytest.mark.parametrize("rows", [None, 8, 24])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("kind", ["awq", "gptq", "gptq_v2", "gptq8", "act_order"])
+def test_integers(tmp_path: Path, kind: str, dtype: str, rows: int | None) -> None:
+    method, bits = ("awq" if kind == "awq" else "gptq"), (8 if kind == "gptq8" else 4)
+    made, weight = integer_weight(72, 128, 32, method, bits=bits, v2=kind == "gptq_v2", order=kind == "act_order")
+    stated = {"quant_method": method, "bits": bits, "group_size": 32, "version": "gemm", "desc_act": kind == "act_order"}
+    stated |= {"checkpoint_format": "gptq_v2" if kind == "gptq_v2" else "gptq"} if method == "gptq" else {}
+    name = "model.layers.0.mlp.up_proj"
+    norm = torch.ones(8, dtype=torch.float16)
+    folder = source(tmp_path / "source", stated, {f"{name}.{leaf}": t for leaf, t in made.items()} | {"model.norm.weight": norm})
+    report = api.convert(folder, tmp_path / "out", HuggingFace(dtype=dtype), Resources(tile_rows=rows, workers=2))
+    got = load_file(tmp_path / "out/model.safetensors")
+    assert got.keys() == {f"{name}.weight", "model.norm.weight"} and any("decoded" in line for line in report.warnings)
+    want = torch.from_numpy(np.ascontiguousarray(weight)).float().to(getattr(torch, dtype))  # an integer times float16 is exact in float32
+    assert torch.equal(got[f"{name}.weight"], want)
+    assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())
+    assert verify(tmp_path / "out", folder).problems == []
+
+
+def test_decoded_integers_are_quantized_anew(tmp_path: Path) -> None:
+    """Through the plain weights or at once: the same bytes."""
+    made, _ = integer_weight(64, 128, 64, "awq")
+    stated = {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemm"}
+    folder = source(tmp_path / "source", stated, {f"model.layers.0.mlp.down_proj.{leaf}": t for leaf, t in made.items()})
+    api.convert(folder, tmp_path / "plain", NONE)
+    for quant in ("nvfp4a16", "fp8_dynamic", "w4a16"):
+        api.convert(folder, tmp_path / quant, HuggingFace(quant=quant), Resources(tile_rows=8))
+        api.convert(tmp_path / "plain", tmp_path / f"{quant}2", HuggingFace(quant=quant))
+        assert (tmp_path / quant / "model.safetensors").read_bytes() == (tmp_path / f"{quant}2" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("broken", ["no scales", "short zeros", "marlin", "3 bits", "far group"])
+def test_integers_that_do_not_fit(tmp_path: Path, broken: str) -> None:
+    made, _ = integer_weight(64, 128, 64, "gptq", order=True)
+    stated: dict[str, Any] = {"quant_method": "gptq", "bits": 4, "group_size": 64}
+    if broken == "no scales":
+        del made["scales"]
+    elif broken == "short zeros":
+        made["qzeros"] = made["qzeros"][:, :-1].contiguous()
+    elif broken == "far group":
+        made["g_idx"][5] = 99
+    else:
+        stated |= {"checkpoint_format": "marlin"} if broken == "marlin" else {"bits": 3}
+    folder = source(tmp_path / "source", stated, {f"model.layers.0.mlp.down_proj.{leaf}": t for leaf, t in made.items()})
+    with pytest.raises(CheckpointError, match=r"down_proj"):
+        api.convert(folder, tmp_path / "out", NONE)
+    assert not (tmp_path / "out").exists()
+
+
+E2M1 = torch.tensor([0.0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def gpt_oss(folder: Path) -> tuple[Path, Tensors]:
+    """gpt-oss's experts, and what transformers makes of them (`convert_moe_packed_tensors`): codes times 2^scale, transposed."""
+    random = torch.Generator().manual_seed(3)
+    weights, want = {"model.norm.weight": torch.ones(64, dtype=torch.bfloat16)}, {}
+    for name, n, k in (("gate_up_proj", 96, 64), ("down_proj", 64, 160)):
+        at = f"model.layers.0.mlp.experts.{name}"
+        blocks = torch.randint(0, 256, (3, n, k // 32, 16), dtype=torch.uint8, generator=random)
+        scales = torch.randint(110, 131, (3, n, k // 32), dtype=torch.uint8, generator=random)
+        weights |= {f"{at}_blocks": blocks, f"{at}_scales": scales, f"{at}_bias": torch.zeros(3, n, dtype=torch.bfloat16)}
+        codes = torch.stack([blocks & 15, blocks >> 4], 4).reshape(3, n, k // 32, 32).long()
+        plain = torch.ldexp(E2M1[codes], (scales.int() - 127)[..., None]).reshape(3, n, k)
+        want[at] = plain.transpose(1, 2).contiguous().bfloat16()
+    stated = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
+    return source(folder, stated, weights, model_type="gpt_oss"), want
+
+
+@pytest.mark.parametrize("rows", [None, 32, 64])
+def test_gpt_oss(tmp_path: Path, rows: int | None) -> None:
+    folder, want = gpt_oss(tmp_path / "source")
+    api.convert(folder, tmp_path / "out", HuggingFace(dtype="bfloat16"), Resources(tile_rows=rows, workers=2))
+    got = load_file(tmp_path / "out/model.safetensors")
+    assert got.keys() == {*want, *(f"{name}_bias" for name in want), "model.norm.weight"}
+    for name, tensor in want.items():
+        assert got[name].shape == tensor.shape and torch.equal(got[name].view(torch.int16), tensor.view(torch.int16))
+    assert verify(tmp_path / "out", folder).problems == []
+
+
+def test_experts_that_stay_are_named(tmp_path: Path) -> None:
+    folder, _ = gpt_oss(tmp_path / "source")
+    weights = load_file(folder / "model.safetensors") | {"model.layers.0.self_attn.o_proj.weight": torch.ones(64, 64, dtype=torch.bfloat16)}
+    save_file(weights, folder / "model.safetensors")
+    for kind in ("gpt_oss", "unheard_of"):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"model_type": kind}))
+        report = api.convert(folder, tmp_path / kind, HuggingFace(quant="fp8_dynamic"))
+        assert any("experts.down_proj" in line and "stay float16" in line for line in report.warnings)
+
+
+@pytest.mark.parametrize("scale", ["float32", "bfloat16", "float16", "float8_e8m0fnu", "uint8"])
+@pytest.mark.parametrize("name", ["weight_scale_inv", "weight_scale"])
+def test_fp8_tiles(tmp_path: Path, scale: str, name: str) -> None:
+    random = torch.Generator().manual_seed(5)
+    codes = torch.randn(192, 320, generator=random).to(torch.float8_e4m3fn)
+    powers = torch.randint(-6, 3, (2, 3), generator=random)
+    values = torch.ldexp(torch.ones(2, 3), powers)
+    stored = (powers + 127).to(torch.uint8) if scale in ("uint8", "float8_e8m0fnu") else values.to(getattr(torch, scale))
+    stored = stored.view(torch.float8_e8m0fnu) if scale == "float8_e8m0fnu" else stored
+    at = "model.layers.0.mlp.down_proj"
+    stated = {"quant_method": "fp8", "weight_block_size": [128, 128], "scale_fmt": "ue8m0"}
+    folder = source(tmp_path / "source", stated, {f"{at}.weight": codes, f"{at}.{name}": stored})
+    api.convert(folder, tmp_path / "out", HuggingFace(dtype="bfloat16"))
+    want = codes.float() * values.repeat_interleave(128, 0)[:192].repeat_interleave(128, 1)[:, :320]
+    assert torch.equal(load_file(tmp_path / "out/model.safetensors")[f"{at}.weight"], want.bfloat16())
