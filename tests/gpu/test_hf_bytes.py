@@ -8,8 +8,8 @@ import pytest
 
 from streamconv import api
 from streamconv.options import Resources
-from streamconv.targets.hf.recipes import ARITHMETICS, RECIPES, Recipe
-from streamconv.targets.hf.target import HuggingFace
+from streamconv.targets.hf.recipes import RECIPES, Recipe
+from streamconv.targets.hf.target import ARITHMETICS, HuggingFace
 from tests.gpu.world import files, wide
 
 WEIGHTS_ONLY = [recipe for recipe in RECIPES if recipe.input_scale is None]

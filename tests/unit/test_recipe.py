@@ -95,7 +95,8 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     path = tmp_path / "r.toml"
     recipe.write(path, recipe.render("a model", "out", options, {"memory_budget": "1GiB", "device_memory_budget": None}))
     values = recipe.read(path, KINDS).values
-    assert values.pop("model") == "a model" and values.pop("out") == "out" and values.pop("memory_budget") == "1GiB"
+    given = {"to": "trtllm", "model": "a model", "out": "out", "memory_budget": "1GiB"}
+    assert {name: values.pop(name) for name in given} == given
     assert TensorRTLLM(**values) == options
     assert path.read_text().startswith("# ")
     with pytest.raises(OutputError, match="exists already"):
@@ -120,5 +121,5 @@ def test_any_value_survives(model: str, out: str, path: str, alpha: float, tp: i
     options = TensorRTLLM(tp_size=tp, smoothquant=alpha, activation_ranges=path, per_token=on)
     text = recipe.render(model, out, options, {"memory_budget": path})
     values = recipe.tomllib.loads(text)
-    assert (values.pop("model"), values.pop("out"), values.pop("memory-budget")) == (model, out, path)
+    assert (values.pop("to"), values.pop("model"), values.pop("out"), values.pop("memory-budget")) == ("trtllm", model, out, path)
     assert TensorRTLLM(**{key.replace("-", "_"): value for key, value in values.items()}) == options

@@ -8,20 +8,22 @@ from dataclasses import replace
 from streamconv.checkpoint.dtypes import BF16
 from streamconv.targets.base import flag
 from streamconv.targets.hf.recipes import RECIPES, Recipe, Request
-from streamconv.targets.hf.target import ARITHMETICS
+from streamconv.targets.hf.target import ARITHMETICS, KEEP
 
-_OF_QUANTIZED = ("group_size", "arithmetic", "ignore", "only")
+_OF_FORMATS = ("group_size", "arithmetic")
+_OF_QUANTIZED = ("ignore", "only")
+"""With --quant keep the plan refuses these by itself."""
 
 
-def without_effect(recipe: Recipe | None, quant: str, given: Collection[str]) -> Iterator[str]:
+def without_effect(quant: str, recipe: Recipe | None, given: Collection[str]) -> Iterator[str]:
     """A line for each of the options `given` that the format does not use.
 
     Args:
-        recipe: the format; None: nothing is quantized anew.
-        quant: --quant.
+        recipe: the format of --quant; None: nothing is quantized here.
     """
     if recipe is None:
-        yield from (f"{flag(name)} has no effect with --quant {quant}" for name in _OF_QUANTIZED if name in given)
+        names = _OF_FORMATS if quant == KEEP else (*_OF_FORMATS, *_OF_QUANTIZED)
+        yield from (f"{flag(name)} has no effect with --quant {quant}" for name in names if name in given)
         return
     users = {"group_size": lambda row: row.grouped, "arithmetic": _rounds_otherwise}
     for name, uses in users.items():

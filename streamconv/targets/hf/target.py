@@ -40,7 +40,7 @@ class HuggingFace(Target):
 
     quant: str = option(
         NOTHING,
-        "how linear layers are stored, see `list targets`; none decodes a quantized source, keep keeps its codes (in another --format)",
+        "how linear layers are stored, see `list formats`; none decodes a quantized source, keep keeps its codes (in another --format)",
         choices=_quants,
         metavar="NAME",
     )
@@ -90,7 +90,7 @@ class HuggingFace(Target):
     def without_effect(self, given: Collection[str], source: Callable[[], Index]) -> Iterator[str]:
         from streamconv.targets.hf.effects import without_effect
 
-        return without_effect(None if self.quant == KEEP else self._recipe(), self.quant, given)
+        return without_effect(self.quant, None if self.quant == KEEP else self._recipe(), given)
 
     def _ranges(self) -> Ranges | None:
         from streamconv.checkpoint.activation_ranges import HINT, Ranges
@@ -120,8 +120,6 @@ class HuggingFace(Target):
         if index.assembled is not None:
             raise CheckpointError("a checkpoint in Meta's layout has no Hugging Face names", hint="convert it with transformers first")
         draft, settled, dtype = Draft(SourceTensors(index)), self, self._model_dtype(index)
-        if self.kv_cache not in (None, "fp8"):
-            raise UsageError(f"--kv-cache {self.kv_cache}: only the scales of an FP8 cache have a place here")
         ranges = self._ranges()
         if self.quant == KEEP:
             if self.kv_cache is not None:
