@@ -9,7 +9,7 @@ STAMP := $(VENV)/.streamconv-installed
 BENCH_DIR ?= benchmarks/work
 BENCH_LIMIT ?= 512MiB
 
-.PHONY: venv test lint demo bench fuzz crash-full test-gpu bench-gpu clean
+.PHONY: venv test test-all lint demo bench fuzz crash-full test-gpu bench-gpu clean
 
 venv: $(STAMP)
 
@@ -18,8 +18,12 @@ $(STAMP): pyproject.toml tests/constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -q $(PIP_FLAGS) -c tests/constraints.txt -e '.[dev]'
 	touch $@
 
+# A file of tests stays in one process.
 test: venv
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n logical --dist loadfile -m 'not slow'
+
+test-all: venv
+	$(BIN)/python -m pytest -q -n logical --dist loadfile
 
 lint: venv
 	$(BIN)/ruff check .
