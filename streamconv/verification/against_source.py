@@ -71,6 +71,11 @@ def check(output: Output, source: str | Path, resources: Resources, verdict: Ver
     place = hub.local_folder(source)
     config: dict[str, Any] = json.loads(output.config)
     paths = [folder / name for name in told.sizes] if told is not None else _ranks(folder)
+    if not paths:
+        raise UsageError(
+            f"--source: {printable(str(folder))} has no streamconv.json, and only rank files are compared without one",
+            hint="leave --source out: index, config and scales are checked without it",
+        )
     headers = [Shard(path).header() for path in paths]
     choices: Sequence[Target] = [_asked(told, folder)] if told is not None else options_of(config, headers[0].tensors)
     choices = [_with_ranges(folder, place, options, output.ranges) for options in choices]

@@ -22,6 +22,8 @@ Shapes = Mapping[str, Mapping[str, tuple[str, tuple[int, ...]]]]
 LOADABLE = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "I16", "I32", "I64", "BOOL"}
 INDEX = "model.safetensors.index.json"
 _FLOATS = ("F64", "F32", "F16", "BF16")
+_WITHOUT_LIST = ("gptq", "awq")
+"""Methods whose readers leave what has no codes as it is."""
 _CODES = ("weight_packed", "qweight", "weight")
 
 
@@ -84,7 +86,7 @@ def check(folder: Path, config: Mapping[str, Any], shapes: Shapes) -> tuple[list
     ignore: Any = next((stated[key] for key in spellings if stated.get(key)), [])
     patterns = [str(pattern) for pattern in ignore] if isinstance(ignore, list) else []
     try:
-        problems += _ignored(codes, tensors, patterns, config)
+        problems += [] if stated.get("quant_method") in _WITHOUT_LIST and not patterns else _ignored(codes, tensors, patterns, config)
     except re.error as error:
         problems.append(f"quantization_config: ignore holds what is no regular expression: {error}")
     problems += _partners(codes, tensors)

@@ -37,7 +37,7 @@ def side_files(index: Index, keep: Sequence[str] = ()) -> tuple[list[SideFile], 
     for file in _listed(index):
         if file.name in left_out or file.name.endswith(_WEIGHTS) or any(part.startswith(".") for part in file.name.split("/")):
             continue
-        if "/" in file.name or file.size > _LARGEST:
+        if "/" in file.name or file.size > _LARGEST or not _utf8(file.name) or _leads_out(file.path, index.root):
             left.append(file.name)
         else:
             found.append(file)
@@ -52,7 +52,22 @@ def side_files(index: Index, keep: Sequence[str] = ()) -> tuple[list[SideFile], 
         return copies, []
     more = f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
     names = ", ".join(printable(name) for name in sorted(left)[:_SHOWN])
-    return copies, [f"not copied, because they lie in folders or are larger than {_LARGEST >> 20} MiB: {names}{more}"]
+    why = f"in folders, larger than {_LARGEST >> 20} MiB, links out of the model, or names that are not UTF-8"
+    return copies, [f"not copied ({why}): {names}{more}"]
+
+
+def _utf8(name: str) -> bool:
+    return not any("\ud800" <= letter <= "\udfff" for letter in name)
+
+
+def _leads_out(path: Path, root: Path) -> bool:
+    """Whether a link ends outside of the model; the Hub's cache, whose files all are links to its blobs, is the model."""
+    if not path.is_symlink():
+        return False
+    top, end = Path(os.path.realpath(root)), Path(os.path.realpath(path))
+    homes = [top if top.is_dir() else top.parent]
+    homes += [home.parent.parent / "blobs" for home in homes if home.parent.name == "snapshots"]
+    return not any(end.is_relative_to(home) for home in homes)
 
 
 def _listed(index: Index) -> Iterator[Beside]:

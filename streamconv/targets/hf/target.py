@@ -110,6 +110,7 @@ class HuggingFace(Target):
         from streamconv.checkpoint.source_tensors import SourceTensors
         from streamconv.planning.draft import Draft
         from streamconv.planning.plan import Plan
+        from streamconv.targets.hf.complete import check_complete
         from streamconv.targets.hf.kept_layout import describe_kept
         from streamconv.targets.hf.layout import Layout
         from streamconv.targets.hf.rules import check_patterns
@@ -119,6 +120,7 @@ class HuggingFace(Target):
         check_patterns(self.only, "--only")
         if index.assembled is not None:
             raise CheckpointError("a checkpoint in Meta's layout has no Hugging Face names", hint="convert it with transformers first")
+        check_complete(index)
         draft, settled, dtype = Draft(SourceTensors(index)), self, self._model_dtype(index)
         ranges = self._ranges()
         if self.quant == KEEP:
