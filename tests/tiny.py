@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +56,17 @@ def tensors(seed: int = 1, dtype: str = "float16") -> dict[str, np.ndarray[Any, 
     return {name: random.normal(0, 0.05, shape).astype(dtype) for name, shape in shapes.items()}
 
 
+def layers(names: Iterable[str]) -> int:
+    """The number of layers that tensors of these names are of."""
+    return 1 + max((int(found[1]) for name in names if (found := re.search(r"layers\.(\d+)\.", name))), default=0)
+
+
 def write(
     folder: Path, weights: dict[str, np.ndarray[Any, Any]] | None = None, settings: dict[str, Any] | None = None
 ) -> Path:
     """Write the model; gives the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors() if weights is None else weights, folder / "model.safetensors", metadata={"format": "pt"})
+    weights = tensors() if weights is None else weights
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config() if settings is None else settings))
     return folder

@@ -56,7 +56,8 @@ def integer_weight(n: int, k: int, group: int, method: str, *, bits: int = 4, v2
 def source(folder: Path, stated: dict[str, Any], weights: Tensors, **changes: Any) -> Path:
     folder.mkdir()
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(tiny.config(torch_dtype="float16", quantization_config=stated, **changes)))
+    settings = tiny.config(torch_dtype="float16", quantization_config=stated, num_hidden_layers=tiny.layers(weights), **changes)
+    (folder / "config.json").write_text(json.dumps(settings))
     return folder
 
 

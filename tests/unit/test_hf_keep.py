@@ -91,7 +91,7 @@ def test_gptq_with_zero_points_is_refused(tmp_path: Path) -> None:
         api.convert(folder, tmp_path / "out", INTO_CT)
     assert not (tmp_path / "out").exists()
     for change in ({"sym": False}, {"desc_act": True}):
-        (folder / "config.json").write_text(json.dumps(tiny.config(quantization_config=stated | change)))
+        (folder / "config.json").write_text(json.dumps(tiny.config(quantization_config=stated | change, num_hidden_layers=1)))
         with pytest.raises(UsageError, match="no place in compressed-tensors"):
             api.convert(folder, tmp_path / "out", INTO_CT)
 

@@ -42,7 +42,7 @@ def experts(count: int = 3) -> Arrays:
 
 
 def setting(tmp_path: Path, weights: Arrays, ranges: Arrays) -> tuple[Path, str]:
-    source = tiny.write(tmp_path / "source", weights)
+    source = tiny.write(tmp_path / "source", weights, tiny.config(num_hidden_layers=tiny.layers(weights)))
     save_file(ranges, tmp_path / "ranges.safetensors")
     return source, str(tmp_path / "ranges.safetensors")
 
@@ -156,7 +156,7 @@ def test_refusals(tmp_path: Path) -> None:
     save_file(ranges, file)
     with pytest.raises(TensorError, match=r"(?s)layers\.0\.mlp\.down_proj\.x is missing.*layers\.1\.mlp\.down_proj\.x: not finite"):
         api.open_and_plan(source, HuggingFace(quant="fp8_static", activation_ranges=file))
-    tiny.write(source, experts())
+    tiny.write(source, experts(), tiny.config(num_hidden_layers=1))
     save_file(ranges_of(experts()), file)
     with pytest.raises(RefusedError, match="no k_proj and v_proj"):
         api.open_and_plan(source, HuggingFace(quant="fp8_dynamic", kv_cache="fp8", activation_ranges=file))

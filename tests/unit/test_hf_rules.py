@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from streamconv import api
 from streamconv.errors import RefusedError
@@ -138,8 +137,7 @@ _MLA_LEFT = {"self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"}
     ],
 )  # fmt: skip
 def test_sizes_of_tiles(tmp_path: Path, options: HuggingFace, left: set[str]) -> None:
-    source = tiny.write(tmp_path / "source")
-    save_file(weights(_TILES), source / "model.safetensors")
+    source = tiny.write(tmp_path / "source", weights(_TILES), tiny.config(num_hidden_layers=0))
     index, plan = api.open_and_plan(source, options)
     index.close()
     done = {name for file in plan.files for name in file.names()}
@@ -148,8 +146,8 @@ def test_sizes_of_tiles(tmp_path: Path, options: HuggingFace, left: set[str]) ->
 
 
 def test_groups_that_do_not_divide_are_refused_with_a_way_out(tmp_path: Path) -> None:
-    source = tiny.write(tmp_path / "source")
-    save_file(weights({_AT + "mlp.odd_proj": (256, 192), _AT + "mlp.down_proj": (256, 256)}), source / "model.safetensors")
+    held = weights({_AT + "mlp.odd_proj": (256, 192), _AT + "mlp.down_proj": (256, 256)})
+    source = tiny.write(tmp_path / "source", held, tiny.config(num_hidden_layers=1))
     with pytest.raises(RefusedError, match=r"odd_proj: shape \[256, 192\] does not divide into groups of 128"):
         api.open_and_plan(source, HuggingFace(quant="w4a16"))
     for options in (HuggingFace(quant="w4a16", group_size=64), HuggingFace(quant="w4a16", ignore=(r"re:.*\.odd_proj$",))):
