@@ -95,7 +95,8 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     path = tmp_path / "r.toml"
     recipe.write(path, recipe.render("a model", "out", options, {"memory_budget": "1GiB", "device_memory_budget": None}))
     values = recipe.read(path, KINDS).values
-    assert values.pop("to") == "trtllm" and values.pop("model") == "a model" and values.pop("out") == "out" and values.pop("memory_budget") == "1GiB"
+    assert values.pop("to") == "trtllm"
+    assert values.pop("model") == "a model" and values.pop("out") == "out" and values.pop("memory_budget") == "1GiB"
     assert TensorRTLLM(**values) == options
     assert path.read_text().startswith("# ")
     with pytest.raises(OutputError, match="exists already"):
