@@ -261,8 +261,10 @@ def test_ranges_that_moved(tmp_path: Path) -> None:
 
 
 def test_flags_without_a_source(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert main(["verify", str(tmp_path), "--memory-budget", "1GiB", "--workers", "2"]) == 2
-    assert "--memory-budget has no effect without --source; --workers has no effect without --source" in capfd.readouterr().err
+    """Resources are noted, and the folder is looked at: there is nothing in it."""
+    assert main(["verify", str(tmp_path), "--memory-budget", "1GiB", "--workers", "2"]) == 7
+    told = capfd.readouterr().err
+    assert "note: --memory-budget has no effect without --source" in told and "note: --workers has no effect without --source" in told
 
 
 def test_a_small_budget_compares_without_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
