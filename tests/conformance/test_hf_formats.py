@@ -12,8 +12,9 @@ from streamconv.checkpoint.dtypes import BF16, F16, F32, DType
 from streamconv.quants.base import Encoding, Findings
 from streamconv.targets.hf.check_scales import tensors_wanted
 from streamconv.targets.hf.config_json import quantization_config
-from streamconv.targets.hf.recipes import ARITHMETICS, BLOCK, RECIPES, Recipe, Request, recipe_of
+from streamconv.targets.hf.recipes import BLOCK, RECIPES, Recipe, Request, recipe_of
 from streamconv.targets.hf.stated import stated_recipe
+from streamconv.targets.hf.target import ARITHMETICS
 from tests.unit.test_kernels import check, weights
 
 GROUP = 64

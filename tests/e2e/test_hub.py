@@ -32,6 +32,8 @@ def test_headers_by_ranges(hub: Hub, tmp_path: Path, command: str) -> None:
         cache = there.pop("disk")["cache"]
         assert (cache["all"], cache["none"]) == (sum(sizes), sum(sizes[:2])) and cache["free"] > 0
         assert here.pop("disk")["cache"] is None
+        memory = here.pop("memory"), there.pop("memory")  # holds what each process had in use, as measured
+        assert memory[0]["tiles"] == memory[1]["tiles"]
     assert here == there
     assert not weights(hub.whole) and len(weights([name for name, _ in hub.ranges])) == PARTS
     assert all(size <= 65536 for name, size in hub.served.items() if name.endswith(".safetensors"))

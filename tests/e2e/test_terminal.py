@@ -119,7 +119,7 @@ def test_a_standard_output_that_cannot_encode(tmp_path: Path, monkeypatch: pytes
         out = os.fsdecode(bytes(tmp_path) + "/日本".encode() + b"\xff%d" % number)
         assert main(["convert", str(model), out]) == 0
         assert os.path.isdir(out)
-    assert b"1 rank file" in raw.getvalue()
+    assert b": 1 file, " in raw.getvalue()
 
 
 @pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-", "0<&- 1>&- 2>&-"])

@@ -233,8 +233,8 @@ def test_more_shards_than_the_limit_of_open_files(hard: int, tmp_path: Path) -> 
     (model / "config.json").write_text(json.dumps(tiny.config(num_hidden_layers=8)))
     code = (
         "import resource, sys; hard = int(sys.argv.pop(1)); resource.setrlimit(resource.RLIMIT_NOFILE, (40, hard))\n"
-        "from streamconv import api; from streamconv.options import Options\n"
-        "api.convert(sys.argv[1], sys.argv[2], Options())"
+        "from streamconv import api; from streamconv.targets.trtllm.options import TensorRTLLM\n"
+        "api.convert(sys.argv[1], sys.argv[2], TensorRTLLM())"
     )
     done = subprocess.run([sys.executable, "-c", code, str(hard), str(model), str(tmp_path / "out")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
