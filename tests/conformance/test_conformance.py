@@ -36,8 +36,15 @@ EVERY_RUN = ("llama", "mixtral")
 ATTENTION = re.compile(r"\.(q_proj|k_proj|v_proj|qkv_proj|wqkv)\.y$")
 SMOOTHABLE = ("llama", "mistral", "granite", "internlm", "exaone", "qwen2")
 
+
+
+def _quick(recipe: Recipe, quant: str) -> bool:
+    """Every format on two families, and every family in two formats; `make test-all` runs each with each."""
+    return (recipe.family in EVERY_RUN and not recipe.variant) or quant in ("none", "int8")
+
+
 CASES = [
-    pytest.param(recipe, quant, run, id=f"{recipe}-{quant}-{run.name}")
+    pytest.param(recipe, quant, run, id=f"{recipe}-{quant}-{run.name}", marks=() if _quick(recipe, quant) else pytest.mark.slow)
     for recipe in RECIPES
     for quant in all_quants()
     if recipe.quants is None or quant in recipe.quants
