@@ -36,6 +36,7 @@ def test_the_bytes_are_those_of_two_steps(model: Path, text: Path, tmp_path: Pat
         assert (one / name).read_bytes() == (two / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_nothing_is_measured_twice(model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["convert", str(model), str(tmp_path / "out"), "--kv-cache", "int8", "--force", "--text", str(text), *SIZES]
     assert main(command) == 0

@@ -42,6 +42,7 @@ def good(count: Count, least: int) -> None:
 
 
 @KINDS
+@pytest.mark.slow
 def test_killed_at_every_operation_any_number_of_times(make: MakeWorld, settings: dict[str, Any]) -> None:
     count = kills.every_state(make(**settings))
     good(count, 200)
