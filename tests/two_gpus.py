@@ -184,6 +184,12 @@ def install(patch: Callable[..., None], machine: Machine) -> None:
         def __init__(self) -> None:
             self.replayed = 0
 
+        def capture_begin(self, pool: Any = None) -> None:
+            machine.broken = False
+
+        def capture_end(self) -> None:
+            assert not machine.broken, "torch's allocator never learns that this capture has ended"
+
         def replay(self) -> None:
             self.replayed += 1
 
@@ -193,14 +199,14 @@ def install(patch: Callable[..., None], machine: Machine) -> None:
         def __init__(self, graph: Graph, pool: Any = None, stream: Stream | None = None) -> None:
             if stream is None:
                 Capture.default_capture_stream = Capture.default_capture_stream or Stream()
-            self.stream = stream or Capture.default_capture_stream
+            self.graph, self.stream = graph, stream or Capture.default_capture_stream
 
         def __enter__(self) -> None:
             machine.check(self.stream.number, "a capture")  # type: ignore[union-attr,arg-type]
-            machine.broken = False
+            self.graph.capture_begin()
 
         def __exit__(self, *_: object) -> None:
-            assert not machine.broken, "torch's allocator never learns that this capture has ended"
+            self.graph.capture_end()
 
     def waited() -> None:
         if machine.waits == 2:

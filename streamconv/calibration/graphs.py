@@ -73,11 +73,23 @@ class Graphs:
 
     def _capture(self, forward: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor) -> _Graph:
         with torch.cuda.device(self._device):
-            held, graph = states.clone(), torch.cuda.CUDAGraph()
+            held = states.clone()
             # torch's own stream for captures lies on the device of the first capture in this process, whichever that was
             stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-            with torch.cuda.graph(graph, pool=self._pool, stream=stream), _no_waiting():
-                made = forward(held)
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            with torch.cuda.stream(stream):
+                # A graph takes two of these when it begins. Where there is no room for them torch ends the process as it drops the
+                # graph ("should be registered"); here that is an ordinary error, before there is a graph.
+                room = [torch.empty(1, dtype=torch.int64, device=self._device) for _ in range(2)]
+                del room
+                graph = torch.cuda.CUDAGraph()
+                graph.capture_begin(pool=self._pool)
+                try:
+                    with _no_waiting():
+                        made = forward(held)
+                finally:
+                    graph.capture_end()
         return _Graph(graph, held, made)
 
 

@@ -35,9 +35,10 @@ def right(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, st
 def test_same_bytes_within_the_device_budget(model: Path, right: dict[str, str], tmp_path: Path) -> None:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_reserved()  # pools of the graphs of other tests in this process
     report = convert(model, tmp_path / "out", "cuda", device_memory_budget=512 * MIB)
     assert report.device == "cuda:0" and not report.warnings and files(tmp_path / "out") == right
-    assert 0 < torch.cuda.max_memory_reserved() <= 512 * MIB
+    assert 0 < torch.cuda.max_memory_reserved() - before <= 512 * MIB
 
 
 def test_a_busy_device_is_left_its_room(model: Path, right: dict[str, str], tmp_path: Path) -> None:

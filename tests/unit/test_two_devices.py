@@ -126,3 +126,20 @@ def test_a_forward_that_waits_breaks_no_capture(machine: Machine) -> None:
     made = [graphs.run(forward, states, 0) for _ in range(4)]
     assert all(bool((values == 1).all()) for values in made) and list(graphs._graphs.values()) == [None]
     assert machine.waits == 0
+
+
+def test_no_graph_begins_on_a_full_device(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch ends the process as it drops a graph that found no room to begin."""
+    made = []
+
+    def full(*_: object, **__: object) -> torch.Tensor:
+        raise torch.cuda.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: made.append(1))
+    states = torch.zeros(1, 8, 4, device="cuda:0")
+    graphs = Graphs("cuda:0", Counter({(1, 8): 100}))
+    graphs.run(lambda states: states + 1, states, 0)
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        graphs.run(lambda states: states + 1, states, 0)
+    assert not made
