@@ -76,6 +76,7 @@ def test_a_signal_without_a_thread_for_its_watchdog(tmp_path: Path) -> None:
 def test_an_interruption_that_something_swallows_is_the_status_all_the_same(tmp_path: Path) -> None:
     code = (
         "import os, signal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored, where the tests run in the background
         "from streamconv.cli import signals\n"
         "def command():\n"
         "    try: os.kill(os.getpid(), signal.SIGINT)\n"
