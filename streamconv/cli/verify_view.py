@@ -37,7 +37,8 @@ def show(out: str, verdict: Verdict, as_json: bool, quiet: bool, every: bool = F
         state = good if not verdict.problems else f"{len(verdict.problems)} problems"
         encoded = f", {verdict.encoded} equal to the source encoded again" if verdict.encoded else ""
         reader = f"; {verdict.reader}" if verdict.reader else ""
-        output.line(f"{out}: {state}; {verdict.files} file{'s' * (verdict.files != 1)}, {verdict.tensors} tensors, {verdict.hashed} hashes equal{encoded}{reader}")
+        files = f"{verdict.files} file{'s' * (verdict.files != 1)}"
+        output.line(f"{out}: {state}; {files}, {verdict.tensors} tensors, {verdict.hashed} hashes equal{encoded}{reader}")
 
 
 def _errors(errors: list[TensorError], every: bool) -> Iterator[str]:
