@@ -40,8 +40,10 @@ if TYPE_CHECKING:
     from streamconv.verbs import CalibrationReport as CalibrationReport
     from streamconv.verbs import calibrate as calibrate
     from streamconv.verbs import convert as convert
+    from streamconv.verbs import diff as diff
     from streamconv.verbs import plan as plan
     from streamconv.verbs import verify as verify
+    from streamconv.verification.difference import Comparison as Comparison
     from streamconv.verification.verdict import Verdict as Verdict
 
 __version__ = "0.1.0"
@@ -51,6 +53,7 @@ _MODULES = {
     "plan": "streamconv.verbs",
     "convert": "streamconv.verbs",
     "verify": "streamconv.verbs",
+    "diff": "streamconv.verbs",
     "calibrate": "streamconv.verbs",
     "TensorRTLLM": "streamconv.targets.trtllm.options",
     "HuggingFace": "streamconv.targets.hf.target",
@@ -60,6 +63,7 @@ _MODULES = {
     "Plan": "streamconv.planning.plan",
     "Report": "streamconv.api",
     "Verdict": "streamconv.verification.verdict",
+    "Comparison": "streamconv.verification.difference",
     "CalibrationReport": "streamconv.verbs",
     "Progress": "streamconv.progress",
     "StreamconvError": "streamconv.errors",

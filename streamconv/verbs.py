@@ -1,4 +1,4 @@
-"""The four things streamconv does, as a program calls them."""
+"""The five things streamconv does, as a program calls them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import os
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from streamconv import api
 from streamconv.api import Report
@@ -19,6 +20,9 @@ from streamconv.progress_bar import Watching, watch_of
 from streamconv.targets.base import Target
 from streamconv.targets.trtllm.options import TensorRTLLM
 from streamconv.verification.verdict import Verdict
+
+if TYPE_CHECKING:
+    from streamconv.verification.difference import Comparison
 
 Path = str | os.PathLike[str]
 
@@ -129,6 +133,23 @@ def verify(
     return check(
         path_of(out, "out"), place, with_tensorrt_llm=with_tensorrt_llm, activation_ranges=ranges, resources=given, meter=meter
     )
+
+
+def diff(a: Path, b: Path, *, memory_budget: int | None = None, watch: Watching = None) -> Comparison:
+    """Compare two checkpoints tensor by tensor; `within(tolerance)` of what it gives says whether they are alike.
+
+    Args:
+        a, b: folders, weight files or models of the Hub, of any kind: weights of a quantized model are compared as values, those of
+            TensorRT-LLM checkpoints rank by rank.
+        memory_budget: ceiling of this process's resident set, bytes.
+        watch: as of `convert`.
+
+    Raises:
+        CheckpointError, HubError: one cannot be read. BudgetError: `memory_budget` is too small.
+    """
+    from streamconv.verification.difference import compare
+
+    return compare(path_of(a, "a"), path_of(b, "b"), memory_budget, Meter(watch_of(watch)))
 
 
 def calibrate(

@@ -241,6 +241,30 @@ def verify(
     return 7 if verdict.problems else 0
 
 
+@cli.command()
+@click.argument("a")
+@click.argument("b")
+@click.option("--tolerance", type=float, metavar="ERROR", help="Largest absolute error of a value. Default: the same bits and dtypes.")
+@click.option("--memory-budget", help="Ceiling of this process's memory, e.g. 2GiB. Default: from what is free.")
+@click.option("--all", "every", is_flag=True, help="Show every tensor, not the worst ten that differ.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--quiet", "-q", is_flag=True, help="Print errors and warnings only.")
+def diff(a: str, b: str, tolerance: float | None, memory_budget: str | None, every: bool, as_json: bool, quiet: bool) -> int:
+    """Compare the checkpoints A and B tensor by tensor; exit status 0 only if every tensor is within --tolerance.
+
+    Both may be of any kind: a folder, a weight file, a model of the Hub. Weights of a quantized model are compared as values.
+    """
+    from streamconv.cli import diff_view, view
+    from streamconv.memory import parse_size
+    from streamconv.verification.difference import compare
+
+    if tolerance is not None and not 0 <= tolerance < float("inf"):
+        raise UsageError(f"--tolerance {tolerance:g} is no error", hint="a number from 0 on, e.g. 1e-3")
+    made = compare(a, b, parse_size(memory_budget) if memory_budget else None, view.meter(quiet or as_json))
+    diff_view.show(made, tolerance, as_json, quiet, every)
+    return 0 if made.within(tolerance) else 7
+
+
 @cli.command(cls=Command)
 @click.argument("model")
 @click.option("--output", "-o", "ranges", required=True, help="Ranges file to write (safetensors).")

@@ -14,8 +14,8 @@ import pytest
 import streamconv
 
 PUBLIC = {
-    *("open", "plan", "convert", "verify", "calibrate", "TensorRTLLM", "Resources"),
-    *("Checkpoint", "LazyTensor", "Plan", "Report", "Verdict", "CalibrationReport", "Progress"),
+    *("open", "plan", "convert", "verify", "diff", "calibrate", "TensorRTLLM", "Resources"),
+    *("Checkpoint", "LazyTensor", "Plan", "Report", "Verdict", "Comparison", "CalibrationReport", "Progress"),
     *("StreamconvError", "UsageError", "CheckpointError", "HeaderError",
     "HuggingFace", "SourceChangedError", "UnreadableError", "TensorError"),
     *("RefusedError", "BudgetError", "OutputError", "LockedError", "ResumeError", "VerifyError", "DataError", "HubError", "Interrupted"),

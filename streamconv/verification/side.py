@@ -1,0 +1,93 @@
+"""One of two checkpoints that are compared: its tensors by name, with the values of quantized weights where their codes can be decoded."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from streamconv.checkpoint.dtypes import F32
+from streamconv.checkpoint.index import Index, read_json
+from streamconv.checkpoint.limits import MAX_CONFIG
+from streamconv.checkpoint.rows import DecodedTensor, SourceTensor
+from streamconv.checkpoint.shard import Shard
+from streamconv.checkpoint.tensor_table import TensorTable
+from streamconv.checkpoint.turned_rows import DecodedIntegers
+from streamconv.errors import CheckpointError
+from streamconv.families.naming import settle
+from streamconv.hub import open_stored
+from streamconv.targets.hf.sources import Weight, plain_tensors, stored_weights
+
+_RANK = re.compile(r"rank(0|[1-9]\d{0,3})\.safetensors")
+_CODES = {"e4m3": "F8_E4M3", "int8": "INT8", "uint8": "INT8", "e2m1": "FP4", "uint4": "INT4"}
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """A checkpoint.
+
+    Attributes:
+        weights: name -> where its values come from; quantized weights under the name of the float weight.
+        beside: tensors that belong to quantized weights: scales and zero points, as they are stored.
+        note: why quantized weights are compared as they are stored, "" if they are not.
+    """
+
+    index: Index
+    weights: Mapping[str, Weight]
+    beside: Mapping[str, SourceTensor]
+    note: str = ""
+
+    def form(self, name: str) -> tuple[str, ...] | None:
+        """How a quantized weight is stored; None for a plain tensor, or for none."""
+        weight = self.weights.get(name)
+        return None if weight is None or isinstance(weight, SourceTensor) else (kind_of(weight), type(weight).__name__)
+
+
+def kind_of(weight: Weight) -> str:
+    """The dtype that is stored: that of safetensors, or of the codes."""
+    if isinstance(weight, SourceTensor):
+        return weight.dtype.name
+    if isinstance(weight, DecodedTensor):
+        return _CODES[weight.code]
+    return f"INT{weight.codes.bits}" if isinstance(weight, DecodedIntegers) else "MXFP4"
+
+
+def open_side(source: str) -> Side:
+    """Open a checkpoint of any kind; reads headers alone.
+
+    Raises:
+        CheckpointError, HubError: it cannot be opened.
+    """
+    index = _open_ranks(Path(source)) or open_stored(source, tensors_only=True)
+    return _side(index)
+
+
+def settled(side: Side) -> Side:
+    """The same without the prefixes of wrappers, if there are some that can be taken off."""
+    with contextlib.suppress(CheckpointError):
+        return _side(settle(side.index))
+    return side
+
+
+def _side(index: Index) -> Side:
+    tensors = plain_tensors(index)
+    try:
+        stored = stored_weights(index, F32)
+    except CheckpointError as error:
+        return Side(index, tensors, {}, error.message)
+    return Side(index, stored.weights, {name: tensors[name] for name in stored.dropped})
+
+
+def _open_ranks(folder: Path) -> Index | None:
+    """A TensorRT-LLM checkpoint, every tensor behind the name of its rank; None if it is something else."""
+    with contextlib.suppress(OSError):
+        found = sorted((int(known[1]), path) for path in folder.iterdir() if (known := _RANK.fullmatch(path.name)))
+        if found and (folder / "config.json").exists():
+            shards, tensors = tuple(Shard(path) for _, path in found), TensorTable()
+            for number, shard in enumerate(shards):
+                for tensor in shard.header().tensors.values():
+                    tensors.add(f"{shard.path.stem}.{tensor.name}", tensor.dtype, tensor.shape, number, tensor.begin)
+            return Index(folder, read_json(folder / "config.json", MAX_CONFIG), shards, tensors)
+    return None
