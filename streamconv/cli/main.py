@@ -154,6 +154,7 @@ def show_report(report: Any, as_json: bool, quiet: bool) -> None:
 @click.argument("more", nargs=-1, metavar="[MODULE]...")
 @options(CONVERSION, RESOURCES)
 @recipe_option.option(_recipe_keys)
+@click.option("--parts", type=click.IntRange(1), metavar="N", help="Show how the work is cut for N parts, done by any number of machines.")
 @click.option("--write-config", metavar="FILE", help="Write a recipe (TOML) that gives exactly this conversion.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def plan(
@@ -164,6 +165,7 @@ def plan(
     device: str,
     device_memory_budget: str,
     write_config: str | None,
+    parts: int | None,
     as_json: bool,
     to: str,
     more: tuple[str, ...],
@@ -173,6 +175,7 @@ def plan(
     from streamconv import api
     from streamconv.cli import plan_view
     from streamconv.hub import cache_need
+    from streamconv.planning.parts import cut
 
     asked = resources(memory_budget, workers, device, device_memory_budget)
     wanted = asked_target(to, values, more)
@@ -185,7 +188,8 @@ def plan(
         device_why = api.choose_device(made, asked).why
         costs = api.costs_of(made)
         refused = api.output_problem(index, made, out) if out is not None else None
-        plan_view.show(made, api.foresee(made, asked, costs), costs, device_why, out, as_json, cache_need(index), refused)
+        shared = cut(made, parts) if parts is not None else None
+        plan_view.show(made, api.foresee(made, asked, costs), costs, device_why, out, as_json, cache_need(index), refused, shared)
     finally:
         index.close()
     return 0

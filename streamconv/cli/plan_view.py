@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from streamconv import mounts
-from streamconv.cli import output
+from streamconv.cli import output, parts_view
 from streamconv.cli.view import table
 from streamconv.errors import printable
 from streamconv.memory import show_size
 from streamconv.natural import natural
 from streamconv.planning.memory_plan import Shares, TileCost
+from streamconv.planning.parts import Part
 from streamconv.planning.plan import Plan
 from streamconv.run import fs, inside
 
@@ -64,16 +65,20 @@ def show(
     as_json: bool,
     cache: Mapping[str, int | None] | None = None,
     refused: str | None = None,
+    parts: Sequence[Part] | None = None,
 ) -> None:
     """Print a plan.
 
     Args:
         cache: see `hub.cache_need`.
         refused: why `convert` would not write to `out`.
+        parts: how the work is cut, if that is to be shown.
     """
     why = inside.choose(Path(os.path.realpath(out)), fs.Disk()).inside if out else None
     told = content(plan, shares, costs, out) | {"device": device, "output_problem": refused, "work_inside_output": why}
     told["disk"]["cache"] = cache
+    if parts is not None:
+        told["parts"] = parts_view.content(plan, parts)
     if as_json:
         output.dump(told)
         return
@@ -101,6 +106,8 @@ def show(
     if cache is not None:
         more = f"{_free(cache['all'])} more, with --hub-keep none at most {_free(cache['none'])}"
         output.line(f"cache    {_free(cache['free'])} free, the download needs {more}")
+    if parts is not None:
+        output.block(parts_view.lines(told["parts"]))
     for note in told["notes"]:
         output.line(f"note: {note}")
     for warning in (*told["warnings"], *([f"convert would refuse this output: {refused}"] if refused else [])):

@@ -6,7 +6,7 @@ A quarter of a million tensors over a few ranks are a million of them, and as Py
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import lru_cache
@@ -175,6 +175,31 @@ class SpanTable(Table[Span]):
         after = 4 * number + 7
         return range(self._short[4 * number + 3], self._short[after] if after < len(self._short) else len(self._row))
 
+    def takers(self, number: int) -> list[int]:
+        """Numbers of the matrices that take the rows of a span."""
+        return [self._dests[2 * at] for at in self._of(number)]
+
+    def place(self, number: int) -> tuple[int, int]:
+        """Where a span begins: number of its source, which rises through the files of the checkpoint, and row."""
+        return self._short[4 * number], self._long[3 * number]
+
+    def bytes_of(self, number: int) -> int:
+        """Bytes of the checkpoint that a span reads."""
+        start, stop = self._long[3 * number : 3 * number + 2]
+        return (stop - start) * self.sources.stored_row_bytes(self._short[4 * number])
+
+    def only(self, numbers: Sequence[int], matrix: Mapping[int, int]) -> SpanTable:
+        """These spans, in their order.
+
+        Args:
+            matrix: number of a matrix here -> number that it has there.
+        """
+        made = SpanTable(self.sources)
+        for number in numbers:
+            span = self._make(number)
+            made.append(replace(span, dests=tuple([replace(dest, matrix=matrix[dest.matrix]) for dest in span.dests])))
+        return made
+
     def kind(self, number: int, encoding: Callable[[int], int]) -> Hashable:
         """Spans of one kind cost the same.
 
@@ -321,6 +346,25 @@ class MatrixTable(Table[Matrix]):
             for at in range(len(self.parts(number))):
                 made._offset[self._first[number] + at] = begin(self._file[number], self.tensor(number, at))
         return made
+
+    def only(self, numbers: Sequence[int]) -> MatrixTable:
+        """These matrices at the same places, numbered from 0."""
+        made = copy(self)
+        made._made = lru_cache(_KEPT)(made._make)
+        for name in ("_file", "_rows", "_cols", "_filled", "_encoding", "_note", "_experts", "_names", "_spelling"):
+            held: array[int] = getattr(self, name)
+            setattr(made, name, array(held.typecode, [held[number] for number in numbers]))
+        made._first, made._offset, made._position = array("I", [0]), array("Q"), array("I")
+        for number in numbers:
+            own = slice(self._first[number], self._first[number + 1])
+            made._offset.extend(self._offset[own])
+            made._position.extend(self._position[own])
+            made._first.append(len(made._offset))
+        return made
+
+    def bytes_of(self, number: int) -> int:
+        """Bytes of all tensors of a matrix."""
+        return sum(part.nbytes(self._rows[number]) for part in self.parts(number))
 
     def unfilled(self) -> Iterator[Matrix]:
         """Matrices that end in rows without a source."""
