@@ -258,6 +258,8 @@ def _numbers(stored: Any, dtype: DType) -> Floats:
     import numpy as np
 
     if dtype.name == "F8_E5M2":  # the upper half of a float16
-        return (stored.astype(np.uint16) << np.uint16(8)).view(np.float16).astype(np.float64)
-    values = as_float(stored, dtype.name) if dtype.numpy is None else stored.view(dtype.numpy)
-    return np.asarray(values, np.float64)
+        values = (stored.astype(np.uint16) << np.uint16(8)).view(np.float16)
+    else:
+        values = as_float(stored, dtype.name) if dtype.numpy is None else stored.view(dtype.numpy)
+    made: Floats = values.astype(np.float64)
+    return made
