@@ -22,7 +22,7 @@ from streamconv.checkpoint.dtypes import F16  # noqa: E402
 from streamconv.checkpoint.header import build_header  # noqa: E402
 from streamconv.checkpoint.index import nearest  # noqa: E402
 from tests.fuzz import hostile  # noqa: E402
-from tests.unit.test_plan_scale import write_many  # noqa: E402
+from tests.unit.test_plan_scale import TENSORS, write_many  # noqa: E402
 
 MANY = 200_000
 
@@ -49,12 +49,12 @@ def header(folder: Path) -> None:
 
 
 def plan(folder: Path) -> None:
-    model = write_many(folder, 64)
+    model = write_many(folder)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [sys.executable, "-m", "streamconv", "plan", str(model), "--json", "--device", "cpu", "--memory-budget", "2GiB"]
     subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    show(f"streamconv plan: {MANY:,} tensors", after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    show(f"streamconv plan: {TENSORS:,} tensors", after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
 
 
 def name_like(_: Path) -> None:

@@ -73,7 +73,7 @@ def _as_json(index: Index, family: Family, plan: Plan | None, facts: dict[str, A
 
 def _as_text(index: Index, family: Family, plan: Plan | None, facts: dict[str, Any], problem: str | None) -> None:
     total, files = show_size(facts["bytes"]), facts["files"]
-    output.line(f"{family.name} ({facts['architecture']}), {len(index.tensors)} tensors, {total} in {files} files")
+    output.line(f"{family.name} ({facts['architecture']}), {len(index.tensors)} tensors, {total} in {files} file{'s' * (files != 1)}")
     output.line()
     rows = []
     shared: dict[str, str] = {}  # most of what a table says is said many times

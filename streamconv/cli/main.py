@@ -10,6 +10,7 @@ import click
 
 from streamconv import __version__
 from streamconv.cli import effects, ending, output, recipe_option, signals
+from streamconv.cli.details import CALIBRATE, OUTPUT, RECIPES, SOURCES, VERIFY, paragraphs
 from streamconv.cli.flags import CONVERSION, OF_A_RUN, RESOURCES, SAMPLES, Command, options, resources, target
 from streamconv.errors import UsageError
 
@@ -43,7 +44,7 @@ def asked_target(to: str, values: dict[str, Any], more: tuple[str, ...]) -> Targ
     return target(to, values, given)
 
 
-@cli.command(cls=Command)
+@cli.command(cls=Command, epilog=paragraphs(SOURCES, OUTPUT, RECIPES))
 @click.argument("model")
 @click.argument("out")
 @click.argument("more", nargs=-1, metavar="[MODULE]...")
@@ -148,7 +149,7 @@ def show_report(report: Any, as_json: bool, quiet: bool) -> None:
         output.line("seconds: " + ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in report.profile.items()) + mapped)
 
 
-@cli.command(cls=Command)
+@cli.command(cls=Command, epilog=paragraphs(SOURCES, RECIPES))
 @click.argument("model")
 @click.argument("out", required=False)
 @click.argument("more", nargs=-1, metavar="[MODULE]...")
@@ -195,7 +196,7 @@ def plan(
     return 0
 
 
-@cli.command()
+@cli.command(epilog=SOURCES)
 @click.argument("model")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(model: str, as_json: bool) -> int:
@@ -206,7 +207,7 @@ def inspect(model: str, as_json: bool) -> int:
     return 0
 
 
-@cli.command()
+@cli.command(epilog=VERIFY)
 @click.argument("out")
 @click.option("--source", help="The checkpoint it was made from: encode it again and compare every byte.")
 @click.option("--activation-ranges", metavar="FILE", help="--source: where the ranges are, if not where they were.")
@@ -269,7 +270,7 @@ def diff(a: str, b: str, tolerance: float | None, memory_budget: str | None, eve
     return 0 if made.within(tolerance) else 7
 
 
-@cli.command(cls=Command)
+@cli.command(cls=Command, epilog=CALIBRATE)
 @click.argument("model")
 @click.option("--output", "-o", "ranges", required=True, help="Ranges file to write (safetensors).")
 @options(SAMPLES)

@@ -1,7 +1,14 @@
 """Accelerators: which to use (choice), how much of their memory (sizing), how a tile is
 encoded on one (step) while others are read, copied and written (ring).
 
-What runs on a device is a fused kernel (fused) or the torch definition of each encoding: the bytes are those of the CPU.
+What runs on a device is a fused Triton kernel or, where there is none or it does not compile, the torch definition of the
+encoding (the report warns, for each device): the bytes are those of the CPU. Unquantized bytes never go there. Up to 6 workers
+have a pinned arena each (together at most 1/16 of what the plan reads, part of the memory budget) and two device buffers: a tile is
+one copy in, one kernel for each encoding, one copy out. Several devices share the tiles.
+
+Device memory: --device-memory-budget; by default what is free less a reserve of 1/16 (256 MiB at least), at most 2 GiB. Torch's
+allocator is held to it; the CUDA context (about 0.5 GB) comes on top. Out of memory because of other processes: steps are halved, and
+grow again later. A device that is lost: the CPU does the rest and the report says why, or --on-device-loss stop.
 """
 
 from streamconv.device.choice import HOST_COST, Choice, choose, parse, visible

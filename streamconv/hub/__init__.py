@@ -2,6 +2,10 @@
 
 Headers are read by range requests; a shard is downloaded when the run reaches it, the next one meanwhile. Cache, tokens,
 endpoint, offline mode and resumed downloads are those of huggingface_hub, which is imported only when the Hub is asked.
+
+Every file that convert, calibrate and verify --source read is hashed and compared with what the Hub lists (SHA-256 of LFS and Xet
+files, git's SHA-1 of small ones), also where another program brought it into the cache; `plan` and `inspect` hash no weights. Offline
+the names of the cache are the list; a cache without links has none, and is believed.
 """
 
 from __future__ import annotations

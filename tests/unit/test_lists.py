@@ -14,7 +14,8 @@ from streamconv.targets import TARGETS
 from streamconv.targets.trtllm.recipes import all_quants
 from tests.golden import cases
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
 
 
 @pytest.mark.parametrize("what", list_view.LISTS)
@@ -24,6 +25,20 @@ def test_the_readme_says_what_the_program_says(what: str, capsys: pytest.Capture
     found = re.search(rf"<!-- {what} -->\n(.*?)\n<!-- /{what} -->", README.read_text(), re.DOTALL)
     assert found, f"README.md lacks <!-- {what} --> ... <!-- /{what} -->"
     assert found[1].strip() == printed, f"put the output of `streamconv list {what} --markdown` into README.md"
+
+
+def test_every_promise_of_the_readme_names_tests_that_exist() -> None:
+    text = README.read_text()
+    promises = text[text.index("## Promises") : text.index("## Limits")]
+    rows = [line for line in promises.splitlines() if line.startswith("| ") and not line.startswith(("| ---", "| promise |", "| given |"))]
+    assert len(rows) > 20
+    for row in rows:
+        named = re.findall(r"`([\w/]+(?:\.py)?)(?:::(\w+))?`", row.rpartition(" | ")[2])
+        assert named, row
+        for path, function in named:
+            file = ROOT / "tests" / path
+            assert file.exists(), f"{path}: {row}"
+            assert not function or f"def {function}(" in file.read_text(), f"{function}: {row}"
 
 
 @pytest.mark.parametrize("what", list_view.LISTS)
