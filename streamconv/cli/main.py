@@ -174,9 +174,12 @@ def plan(
 ) -> int:
     """Show what convert would do, from the headers alone."""
     from streamconv import api
+    from streamconv.allocation import costs_of, foresee
     from streamconv.cli import plan_view
+    from streamconv.execution import choose_device
     from streamconv.hub import cache_need
     from streamconv.planning.parts import cut
+    from streamconv.planning.reads import Reads
 
     asked = resources(memory_budget, workers, device, device_memory_budget)
     wanted = asked_target(to, values, more)
@@ -186,11 +189,12 @@ def plan(
         if write_config:
             given = {"memory_budget": memory_budget, "workers": workers, "device": device, "device_memory_budget": device_memory_budget}
             recipe_option.write(write_config, model, out, made.target, given, index)
-        device_why = api.choose_device(made, asked).why
-        costs = api.costs_of(made)
+        reads = Reads([made])
+        device_why = choose_device(reads, asked).why
+        costs = costs_of(reads)
         refused = api.output_problem(index, made, out) if out is not None else None
         shared = cut(made, parts) if parts is not None else None
-        plan_view.show(made, api.foresee(made, asked, costs), costs, device_why, out, as_json, cache_need(index), refused, shared)
+        plan_view.show(made, foresee(reads, asked, costs), costs, device_why, out, as_json, cache_need(index), refused, shared)
     finally:
         index.close()
     return 0

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from streamconv.errors import UsageError
 from streamconv.memory import MIB
-from streamconv.planning.plan import Plan
+from streamconv.planning.reads import Reads
 from streamconv.run.encode import is_copy, requests, width
 
 HOST_COST = 900 * MIB
@@ -94,11 +94,10 @@ class Work:
         return _GPU_START + max(self.files / _FILES_OF_GPU / cores, slowest)
 
 
-def work_of(plan: Plan) -> Work:
-    """What a plan moves and computes."""
-    kernel = torch = back = read = 0
-    for span in plan.spans:
-        read += span.nbytes
+def work_of(reads: Reads) -> Work:
+    """What a run moves and computes."""
+    kernel = torch = back = 0
+    for plan, span in reads.spans():
         size = (span.stop - span.start) * span.row_bytes
         rows = span.op.out_rows(span.stop - span.start)
         if span.reduce is not None:
@@ -112,11 +111,11 @@ def work_of(plan: Plan) -> Work:
             fused = encoding.kernel(span.source.dtype) is not None
             kernel, torch = kernel + share * fused, torch + share * (not fused)
             back += sum(part.nbytes(rows) for part in encoding.parts(encoding.row_align, cols))
-    return Work(read + sum(file.size for file in plan.files), kernel, torch, back)
+    return Work(reads.nbytes + sum(file.size for plan in reads.plans for file in plan.files), kernel, torch, back)
 
 
-def choose(asked: str, plan: Plan, cores: int, host_budget: int) -> Choice:
-    """Decide for a plan. `auto` takes a GPU only where the estimate says that it wins.
+def choose(asked: str, reads: Reads, cores: int, host_budget: int) -> Choice:
+    """Decide for a run. `auto` takes a GPU only where the estimate says that it wins.
 
     Raises:
         UsageError: a device was asked for that is not here, or whose host memory does not fit the budget.
@@ -130,7 +129,7 @@ def choose(asked: str, plan: Plan, cores: int, host_budget: int) -> Choice:
             return Choice((), "no GPU, using the CPU")
         if host_budget < HOST_COST + 256 * MIB:
             return Choice((), "using the CPU: the memory budget is too small for a GPU's host buffers")
-        work = work_of(plan)
+        work = work_of(reads)
         cpu, gpu = work.cpu_seconds(cores), work.gpu_seconds(cores)
         if gpu >= cpu:
             return Choice((), f"using the CPU: about {cpu:.1f} s there against {gpu:.1f} s with the GPU, its start and copies counted")

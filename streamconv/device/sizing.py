@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -52,6 +53,11 @@ class Demand:
     fixed: int = 0
     least: int = 0
     small: int = 0
+
+    def larger(self, other: Demand) -> Demand:
+        """What the tiles of either take."""
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Demand(*(max(pair) for pair in pairs))
 
 
 @dataclass(frozen=True, slots=True)

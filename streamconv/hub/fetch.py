@@ -10,38 +10,38 @@ from streamconv import memory
 from streamconv.checkpoint.shard import Shard
 from streamconv.errors import HubError, printable
 from streamconv.hub.shard import AT_A_TIME, HubShard
-from streamconv.planning.plan import Plan
+from streamconv.planning.reads import Reads
 from streamconv.process import start_thread
 from streamconv.run.fs import free_space
 from streamconv.run.journal import Done
 
 
 class Fetch:
-    """Downloads the shards of a plan in the order in which it needs them, one ahead. Nothing to do for local sources.
+    """Downloads the shards of a run in the order in which it needs them, one ahead. Nothing to do for local sources.
 
     Args:
-        past: span -> row ranges that need no reading any more.
+        past: of each output, span -> row ranges that need no reading any more.
         keep: "all" leaves the files in the cache; "none" removes each that was downloaded once its last row was read.
     """
 
-    def __init__(self, plan: Plan, shards: Sequence[Shard], past: Mapping[int, Sequence[Done]], keep: str) -> None:
+    def __init__(self, reads: Reads, shards: Sequence[Shard], past: Sequence[Mapping[int, Sequence[Done]]], keep: str) -> None:
         self.keep = keep
         self._turn = threading.Condition()
         self._stopped = False
         self._seen: set[HubShard] = set()
         self._held: set[HubShard] = set()
         self._left: dict[HubShard, int] = {}
-        self._uses: list[tuple[HubShard, ...]] = []
+        self._uses: dict[tuple[int, int], tuple[HubShard, ...]] = {}
         wanted: dict[HubShard, None] = {}
         remote_at_all = any(isinstance(shard, HubShard) for shard in shards)
-        for number, span in enumerate(plan.spans if remote_at_all else ()):
+        for output, number in dict.fromkeys(place for read in (reads if remote_at_all else ()) for place in read.spans):
+            span = reads.plans[output].spans[number]
             remote = (shards[piece.shard] for piece in span.source.pieces)
-            uses = tuple(dict.fromkeys(shard for shard in remote if isinstance(shard, HubShard)))
-            self._uses.append(uses)
+            uses = self._uses[output, number] = tuple(dict.fromkeys(shard for shard in remote if isinstance(shard, HubShard)))
             rows = span.stop - span.start
             for shard in uses:
                 self._left[shard] = self._left.get(shard, 0) + rows
-                if sum(done.stop - done.start for done in past.get(number, ())) < rows:
+                if sum(done.stop - done.start for done in past[output].get(number, ())) < rows:
                     wanted[shard] = None
         self._order = tuple(wanted)
 
@@ -73,9 +73,9 @@ class Fetch:
             self._held.add(shard)
             self._turn.notify_all()
 
-    def consumed(self, span: int, rows: int) -> None:
+    def consumed(self, output: int, span: int, rows: int) -> None:
         """These rows of a span will not be read again."""
-        for shard in self._uses[span] if self._uses else ():
+        for shard in self._uses.get((output, span), ()):
             with self._turn:
                 self._left[shard] -= rows
                 over = self._left[shard] <= 0 and self.keep == "none"

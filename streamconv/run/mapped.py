@@ -12,7 +12,8 @@ from streamconv.checkpoint.rows import PackedTensor, SourceTensor
 from streamconv.checkpoint.shard import Shard
 from streamconv.errors import UsageError
 from streamconv.options import Read
-from streamconv.planning.plan import Plan, Span
+from streamconv.planning.plan import Span
+from streamconv.planning.reads import Reads
 
 WORTH = 256 * 1024
 """Bytes from which on a mapping costs less than the copy that it saves."""
@@ -47,16 +48,16 @@ class Mapped:
 
 
 @contextlib.contextmanager
-def mapped(read: Read, plan: Plan, kernels: bool) -> Iterator[Mapped | None]:
-    """What maps the tiles of a plan while it runs; None if all are read.
+def mapped(read: Read, reads: Reads, kernels: bool) -> Iterator[Mapped | None]:
+    """What maps the tiles of a run; None if all are read.
 
     Args:
-        kernels: the plan runs compiled kernels. Their compiler alone takes more memory than mapping is worth.
+        kernels: the run has compiled kernels. Their compiler alone takes more memory than mapping is worth.
 
     Raises:
         UsageError: mapping was asked for, and faults cannot be caught here.
     """
-    if read == "pread" or (read == "auto" and not (kernels and known_platform() and any(map(_is_large, plan.spans)))):
+    if read == "pread" or (read == "auto" and not (kernels and known_platform() and any(_is_large(span) for _, span in reads.spans()))):
         yield None
         return
     with contextlib.ExitStack() as stack:

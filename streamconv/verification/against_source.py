@@ -15,14 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from streamconv import api, hub, memory
+from streamconv import hub, memory
+from streamconv.allocation import costs_of, dearest, foresee, load_kernels
 from streamconv.checkpoint.header import Header
 from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.shard import Shard
 from streamconv.errors import BudgetError, DataError, RefusedError, StreamconvError, UsageError, VerifyError, printable
+from streamconv.open_plan import open_and_plan
 from streamconv.options import Resources
 from streamconv.planning import memory_plan
 from streamconv.planning.plan import OutputFile, PartPlace, Plan
+from streamconv.planning.reads import Reads
 from streamconv.progress import Meter
 from streamconv.quants.base import Encoding
 from streamconv.run import manifest
@@ -142,13 +145,13 @@ def _planned(
 ) -> tuple[Index, Plan]:
     """The plan of the output; where config.json leaves the GPU generation open, the one whose layout decodes best."""
     if not foreign:
-        index, plan = api.open_and_plan(source, choices[0], budget)
+        index, plan = open_and_plan(source, choices[0], budget)
         return stack.enter_context(contextlib.closing(index)), plan
     made: list[tuple[float, Index, Plan]] = []
     refused: StreamconvError | None = None
     for options in choices:
         try:
-            index, plan = api.open_and_plan(source, options, budget)
+            index, plan = open_and_plan(source, options, budget)
         except RefusedError as error:  # a generation that this release does not know, or a source for something else
             refused = error
             continue
@@ -226,18 +229,20 @@ def _compare(
     meter: Meter,
     foreign: bool,
 ) -> None:
+    from streamconv.run.output_state import OutputState
     from streamconv.run.pool import Pool
 
-    costs = [dataclasses.replace(cost, fixed=cost.fixed + BUFFER) for cost in api.costs_of(plan)]
-    api.foresee(plan, resources, costs)  # a budget that is far too small is refused before anything is loaded
-    api.load_kernels(plan)
+    reads = Reads([plan])
+    costs = [dataclasses.replace(cost, fixed=cost.fixed + BUFFER) for cost in costs_of(reads)]
+    foresee(reads, resources, costs)  # a budget that is far too small is refused before anything is loaded
+    load_kernels(reads)
     sink = Compared(plan, files, headers)
+    state = OutputState(plan, sink)
     try:
-        with mapped(resources.read, plan, any(cost.kernel for cost in costs)) as windows:
-            shares = memory_plan.share(resources.memory_budget, resources.workers, memory.resident(), api.dearest(plan, costs))
+        with mapped(resources.read, reads, any(cost.kernel for cost in costs)) as windows:
+            shares = memory_plan.share(resources.memory_budget, resources.workers, memory.resident(), dearest(reads, costs))
             meter.begin("comparing", plan.bytes_read, memory_budget=shares.budget)
-            pool = Pool(plan, index.shards, sink, shares, costs, resources.tile_rows, meter.tile, mapped=windows)
-            pool.run()
+            Pool(reads, [state], index.shards, shares, costs, resources.tile_rows, meter.tile, mapped=windows).run()
     except DataError as refused:
         verdict.problems.append(f"this source gives no checkpoint: {refused}")
         return
@@ -248,7 +253,7 @@ def _compare(
     room = shares.budget - memory.resident() - memory_plan.MARGIN - (0 if "torch" in sys.modules else _TORCH)
     errors: dict[int, measured.Error] = {}
     if room >= measured.smallest(plan):
-        errors = measured.measure(plan, index.shards, files, pool.results, _chosen(plan, sink, foreign), min(room, 64 * memory.MIB))
+        errors = measured.measure(plan, index.shards, files, state.results, _chosen(plan, sink, foreign), min(room, 64 * memory.MIB))
     else:
         need = -(-(shares.budget - room + measured.smallest(plan)) // memory.MIB)
         if foreign and sink.differences:

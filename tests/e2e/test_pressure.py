@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ import pytest
 from benchmarks.cgroup import CgroupError, memory_group
 from streamconv import memory
 from streamconv.run import pool
+from streamconv.run.tile import TileWorker
 from tests.crash.world import World, slowly, snapshot, write_model
 
 MIB = 1 << 20
@@ -90,8 +92,9 @@ def test_a_parked_worker_gives_its_memory_back(tmp_path: Path, monkeypatch: pyte
     given = []
     take = pool.Pool._take_tiles
 
-    def watched(held: pool.Pool, number: int, arena: object, slot: object, give_back: Callable[[], object]) -> None:
-        take(held, number, arena, slot, lambda: (given.append(number), give_back()))  # type: ignore[arg-type]
+    def watched(held: pool.Pool, number: int, worker: TileWorker) -> None:
+        give_back = worker.give_back
+        take(held, number, dataclasses.replace(worker, give_back=lambda *where: (given.append(number), give_back(*where))))
 
     monkeypatch.setattr(pool.Pool, "_take_tiles", watched)
     Watch(monkeypatch, lambda tiles: None)

@@ -19,7 +19,7 @@ LEVELS = (
     ("quants", "families", "kernels"),
     ("planning",),
     ("run", "device"),
-    ("targets", "hub", "open_plan"),
+    ("targets", "hub", "open_plan", "allocation", "execution"),
     ("verification", "calibration"),
     ("api",),
     ("verbs", "opening"),
@@ -31,7 +31,6 @@ KNOWN = (
     ("checkpoint.rows", "kernels", "dtypes that torch cannot cast are decoded where rows are read"),
     ("checkpoint.turned_rows", "kernels", "as above, for codes that lie turned or packed"),
     ("planning.memory_plan", "run", "what reading and encoding a tile take is said where it is taken"),
-    ("verification.against_source", "api", "the plan of an output is made as convert makes it"),
 )
 """Imports that point up: (a module or a room, what it imports of the package, why)."""
 

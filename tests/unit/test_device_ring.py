@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from streamconv import api, device, memory
+from streamconv import api, device, execution, memory
 from streamconv.cli.main import main
 from streamconv.device import choice
 from streamconv.errors import UsageError
@@ -47,7 +47,7 @@ def devices(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, StandIn]]:
     """What `--device cuda:N` opens; put a StandIn under its name."""
     made: dict[str, StandIn] = {}
     monkeypatch.setattr(choice, "visible", lambda: 2)
-    monkeypatch.setattr(api, "Cuda", lambda name: made.setdefault(name, StandIn(name=name)))
+    monkeypatch.setattr(execution, "Cuda", lambda name: made.setdefault(name, StandIn(name=name)))
     yield made
 
 
@@ -111,7 +111,7 @@ def test_a_device_without_memory_leaves_the_rest_to_the_cpu(
 ) -> None:
     stand_in = devices["cuda:0"] = StandIn(full=lambda n: n >= 5)
     held = []
-    monkeypatch.setattr(api, "load_kernels", lambda plan: held.append(stand_in.taken))  # the CPU begins
+    monkeypatch.setattr(execution, "load_kernels", lambda plan: held.append(stand_in.taken))  # the CPU begins
     report = convert(model, tmp_path / "out", JOBS["fp8"], device="cuda", tile_rows=64)
     assert files(tmp_path / "out") == right["fp8"]
     assert "no memory left for the smallest tile" in report.warnings[0] and "no memory left" in report.device
@@ -189,7 +189,7 @@ def test_a_device_that_is_too_small(model: Path, devices: dict[str, StandIn], tm
     with pytest.raises(UsageError, match="cuda:0 has 0 MiB for us"):
         convert(model, tmp_path / "out", JOBS["fp8"], device="cuda")
     assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(api, "choose_device", lambda plan, r: choice.Choice(("cuda:0",) if r.device == "auto" else (), "told"))
+    monkeypatch.setattr(execution, "choose_device", lambda plan, r: choice.Choice(("cuda:0",) if r.device == "auto" else (), "told"))
     told = convert(model, tmp_path / "out", JOBS["fp8"], device="auto").device
     assert told.startswith("cpu (cuda:0 has 0 MiB for us")
 

@@ -15,6 +15,7 @@ from streamconv.device.choice import Work
 from streamconv.errors import UsageError
 from streamconv.memory import GIB, KIB, MIB
 from streamconv.planning.plan import PLAIN_ROWS, Dest, Matrix, Span
+from streamconv.planning.reads import Reads
 from streamconv.quants.smooth_values import SmoothValue
 from streamconv.quants.smoothing import ColumnMaxima, Smoother
 from streamconv.quants.smoothquant import SmoothWeight
@@ -111,19 +112,19 @@ def test_devices_that_are_none(text: str) -> None:
 
 def test_auto_counts_the_start_and_the_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "visible", lambda: 1)
-    plan = api.open_and_plan(tiny.write(tmp_path / "model"), TensorRTLLM(quant="int8", target_sm=80))[1]
-    work = choice.work_of(plan)
+    reads = Reads([api.open_and_plan(tiny.write(tmp_path / "model"), TensorRTLLM(quant="int8", target_sm=80))[1]])
+    work = choice.work_of(reads)
     assert work.kernel > 0 and work.torch == 0 and 0 < work.back < work.kernel and work.files > work.kernel
-    small = choice.choose("auto", plan, 16, 4 * GIB)
+    small = choice.choose("auto", reads, 16, 4 * GIB)
     assert small.devices == () and "using the CPU: about" in small.why and "copies counted" in small.why
-    monkeypatch.setattr(choice, "work_of", lambda plan: Work(files=400 * 10**9, kernel=0, torch=200 * 10**9, back=100 * 10**9))
-    large = choice.choose("auto", plan, 16, 4 * GIB)
+    monkeypatch.setattr(choice, "work_of", lambda reads: Work(files=400 * 10**9, kernel=0, torch=200 * 10**9, back=100 * 10**9))
+    large = choice.choose("auto", reads, 16, 4 * GIB)
     assert large.devices == ("cuda:0",) and "using the GPU: about" in large.why
-    assert choice.choose("auto", plan, 16, 512 * MIB).devices == ()
+    assert choice.choose("auto", reads, 16, 512 * MIB).devices == ()
     with pytest.raises(UsageError, match="memory budget"):
-        choice.choose("cuda", plan, 16, 512 * MIB)
+        choice.choose("cuda", reads, 16, 512 * MIB)
     with pytest.raises(UsageError, match="this machine has 1 GPU"):
-        choice.choose("cuda:3", plan, 16, 4 * GIB)
+        choice.choose("cuda:3", reads, 16, 4 * GIB)
     copies = Work(files=10**9, kernel=0, torch=10**9, back=0)
     assert Work(files=10**9, torch=10**9, back=10**13).gpu_seconds(16) > 100 + copies.gpu_seconds(16)
 
@@ -146,6 +147,6 @@ def test_auto_takes_the_faster_of_what_was_measured(job: str, tmp_path: Path, mo
     for estimate, measured in ((work.cpu_seconds(16), on_cpu), (work.gpu_seconds(16), on_gpu)):
         assert measured / 1.7 < estimate < measured * 1.7
     monkeypatch.setattr(choice, "visible", lambda: 1)
-    monkeypatch.setattr(choice, "work_of", lambda plan: work)
-    plan = api.open_and_plan(tiny.write(tmp_path / "model"), TensorRTLLM())[1]
-    assert bool(choice.choose("auto", plan, 16, 4 * GIB).devices) == (on_gpu < on_cpu)
+    monkeypatch.setattr(choice, "work_of", lambda reads: work)
+    reads = Reads([api.open_and_plan(tiny.write(tmp_path / "model"), TensorRTLLM())[1]])
+    assert bool(choice.choose("auto", reads, 16, 4 * GIB).devices) == (on_gpu < on_cpu)

@@ -15,9 +15,11 @@ from safetensors.numpy import save_file
 from safetensors.torch import load_file
 
 from streamconv import api
+from streamconv.allocation import costs_of
 from streamconv.errors import DataError, RefusedError, StreamconvError, TensorError, UsageError
 from streamconv.options import Resources
 from streamconv.planning.plan import Plan
+from streamconv.planning.reads import Reads
 from streamconv.progress import Meter, Progress
 from streamconv.run.order import Stop
 from streamconv.run.results import Results
@@ -222,7 +224,7 @@ def test_a_conversion_does_without_torch(model: Path, tmp_path: Path, flags: lis
 
 def test_the_plan_says_whether_torch_is_loaded(model: Path) -> None:
     plans = [planned(model, ask(model, smoothquant=alpha)) for alpha in (0.5, 0.8)]
-    assert [any(cost.torch for cost in api.costs_of(plan)) for plan in plans] == [False, True]
+    assert [any(cost.torch for cost in costs_of(Reads([plan]))) for plan in plans] == [False, True]
 
 
 def test_resumed_after_a_failure(model: Path, tmp_path: Path) -> None:

@@ -1,0 +1,107 @@
+"""From plans and a memory budget to workers and tile memory, and what a run loads before its first tile."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from streamconv import memory
+from streamconv.open_plan import LOADS
+from streamconv.options import Resources
+from streamconv.planning import memory_plan
+from streamconv.planning.memory_plan import Shares, TileCost
+from streamconv.planning.reads import Reads
+
+SPARE = 8 * memory.MIB
+"""How much a run may differ from what was foreseen and still keep within the budget that a plan accepted."""
+
+
+def costs_of(reads: Reads, on_device: bool = False) -> list[TileCost]:
+    """Tile cost of every read; equal reads are worked out once."""
+    known: dict[object, TileCost] = {}
+    costs = []
+    for number in range(len(reads)):
+        kind = reads.kind(number)
+        if kind not in known:
+            known[kind] = _cost(reads, number, on_device)
+        costs.append(known[kind])
+    return costs
+
+
+def _cost(reads: Reads, number: int, on_device: bool) -> TileCost:
+    """The tasks of a tile follow each other: each has the memory beside the rows for itself."""
+    read = reads[number]
+    each = [
+        memory_plan.tile_cost(reads.plans[output].spans[at], reads.plans[output].matrices, on_device) for output, at in read.spans
+    ]
+    return TileCost(
+        each[0].source,
+        max(cost.per_row for cost in each),
+        read.align,
+        any(cost.kernel for cost in each),
+        any(cost.torch for cost in each),
+        max(cost.fixed for cost in each),
+    )
+
+
+def least(costs: Sequence[TileCost]) -> int:
+    """Bytes of the smallest arena that every tile fits."""
+    return max((cost.smallest() for cost in costs), default=0)
+
+
+def dearest(reads: Reads, costs: Sequence[TileCost]) -> dict[str, TileCost]:
+    """The read that needs the largest smallest tile, by source name."""
+    if not costs:
+        return {}
+    number = max(range(len(costs)), key=lambda at: costs[at].smallest())
+    return {reads.source(number).name: costs[number]}
+
+
+def foresee(reads: Reads, resources: Resources, costs: Sequence[TileCost], spare: int = SPARE) -> Shares:
+    """Workers, tile memory and peak as a run would choose them, without loading what a run loads.
+
+    Args:
+        costs: `costs_of` the reads.
+        spare: bytes that a run may differ; 0 in the run itself.
+    """
+    loads = {"numpy": True, "numba": any(cost.kernel for cost in costs), "torch": any(cost.torch for cost in costs)}
+    base = memory.resident() + growth(reads)
+    base += sum(LOADS[name] for name, needed in loads.items() if needed and name not in sys.modules)
+    peak = max((plan.peak for plan in reads.plans), default=0)
+    peak += peak // 32 + spare if peak and spare else 0
+    return memory_plan.share(resources.memory_budget, resources.workers, base, dearest(reads, costs), spare=spare, least=peak)
+
+
+def growth(reads: Reads) -> int:
+    """Bytes that a run adds to the plans, tiles apart: hashes of all tensors and those under way, lines for the journal, the manifest."""
+    each = [16 * sum(file.tensors for file in plan.files) + 8 * len(plan.matrices) for plan in reads.plans]
+    return sum(each) + 8 * memory.MIB
+
+
+def load_kernels(reads: Reads) -> None:
+    """Load and compile what the plans will run, so that it is counted before the first tile."""
+    import numpy as np
+
+    from streamconv.quants.base import Findings
+    from streamconv.run.encode import encode, is_copy, requests, row_costs
+
+    seen = set[object]()
+    for plan in reads.plans:
+        kinds = {plan.spans.kind(number, plan.matrices.encoding_number): number for number in range(len(plan.spans))}
+        for span in map(plan.spans.__getitem__, sorted(kinds.values())):
+            kernel = span.reduce.kernel(span.source.dtype) if span.reduce is not None else None
+            if kernel is not None and (type(span.reduce), span.source.dtype) not in seen:
+                seen.add((type(span.reduce), span.source.dtype))
+                kernel(np.zeros(2, span.source.dtype.storage), 1, 2)
+            for request in requests(span, plan.matrices):
+                key = (type(request[1]), request[1], span.source.dtype)
+                if key in seen or is_copy(request, span.source.dtype):
+                    continue
+                seen.add(key)
+                if request[1].needs:  # it cannot run yet
+                    request[1].prepare(span.source.dtype)
+                    continue
+                rows = request[1].row_align
+                block = np.zeros(rows * span.row_bytes, np.uint8)
+                space = np.empty(sum(row_costs(request, span)) * rows + 65536, np.uint8)
+                encode(request, span, rows, block, space, Findings())

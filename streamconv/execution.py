@@ -1,0 +1,114 @@
+"""Where a run computes, on the CPU or on devices, and the memory that it then has."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from streamconv import device, memory
+from streamconv.allocation import costs_of, dearest, growth, least, load_kernels
+from streamconv.device.backend import Backend, Cuda
+from streamconv.options import Resources
+from streamconv.planning import memory_plan
+from streamconv.planning.memory_plan import Shares, TileCost
+from streamconv.planning.reads import Reads
+from streamconv.run.mapped import Mapped, mapped
+
+
+@dataclass(slots=True)
+class Execution:
+    """What tiles are run with.
+
+    Attributes:
+        where: devices, or the CPU and why.
+        mapped: maps tiles that need not be read.
+        rings: of the devices.
+    """
+
+    where: str
+    costs: Sequence[TileCost]
+    shares: Shares
+    mapped: Mapped | None
+    rings: list[device.Ring] = field(default_factory=list)
+
+    @property
+    def slots(self) -> Callable[[int, int], device.Slot] | None:
+        """Makes the device slot of a worker, by (worker number, arena bytes); None on the CPU."""
+        return (lambda worker, arena: self.rings[worker % len(self.rings)].slot(arena)) if self.rings else None
+
+    def warnings(self) -> list[str]:
+        return [f"no fused kernels on {ring.backend.name}, slower: {ring.unfused}" for ring in self.rings if ring.unfused]
+
+
+def choose_device(reads: Reads, resources: Resources) -> device.Choice:
+    """CPU or GPU for these plans, and why.
+
+    Raises:
+        UsageError: a device that is not here was asked for.
+    """
+    total = resources.memory_budget or memory_plan.default_budget()
+    return device.choose(resources.device, reads, memory_plan.processors(), total)
+
+
+@contextlib.contextmanager
+def executor(reads: Reads, resources: Resources, costs: Sequence[TileCost], taken: int, instead: str = "") -> Iterator[Execution]:
+    """Load what a run computes with, and share the memory that is left.
+
+    Args:
+        costs: `costs_of` the reads, on the CPU.
+        taken: bytes that a run takes beside what is resident and the tiles.
+        instead: why it is the CPU and not the device that was meant.
+
+    Raises:
+        BudgetError: not even one worker with the smallest tile fits. NoRoom: nor does it on a device.
+        DeviceLost: raised in the block by a device; `pinned` is set, and the rings are closed.
+    """
+    choice = choose_device(reads, resources)
+    backends: list[Backend] = [Cuda(name) for name in choice.devices]
+    kernels, workers, best = any(cost.kernel for cost in costs), resources.workers, memory_plan.BEST_ARENA
+    if backends:
+        costs = costs_of(reads, on_device=True)
+        workers = workers or device.slots(memory_plan.processors(), len(backends)) * len(backends)
+        best = device.arena(reads.nbytes, workers, least(costs))
+    else:
+        load_kernels(reads)
+    with contextlib.ExitStack() as closing:
+        windows = closing.enter_context(mapped("pread" if backends else resources.read, reads, kernels))
+        base = memory.resident() + taken + growth(reads)
+        shares = memory_plan.share(resources.memory_budget, workers, base, dearest(reads, costs), best)
+        made = Execution(", ".join(choice.devices) or f"cpu ({instead or choice.why})", costs, shares, windows)
+        if backends:
+            made.shares, made.rings = _share_devices(backends, reads, shares, resources, costs, closing)
+        try:
+            yield made
+        except device.DeviceLost as error:
+            error.pinned = made.shares.workers * made.shares.arena
+            for ring in made.rings if error.gone else ():  # torch asks all devices before it frees any pinned memory
+                ring.lost()
+            raise
+
+
+def _share_devices(
+    backends: list[Backend],
+    reads: Reads,
+    shares: Shares,
+    resources: Resources,
+    costs: Sequence[TileCost],
+    closing: contextlib.ExitStack,
+) -> tuple[Shares, list[device.Ring]]:
+    """Rings that fit the free memory of their devices, and as many workers as they have slots, with pinned arenas.
+
+    Args:
+        closing: closes the rings.
+    """
+    fused = all(backend.unfused() is None for backend in backends)
+    need = functools.reduce(device.Demand.larger, (device.demand(plan.spans, plan.matrices, fused) for plan in reads.plans))
+    each = max(1, shares.workers // len(backends))
+    budget_of_each = resources.device_memory_budget
+    sizes = [device.fit(backend.free_memory(), budget_of_each, each, need, backend.name) for backend in backends]
+    workers = min(shares.workers, len(backends) * min(size.slots for size in sizes))
+    shares = dataclasses.replace(shares, workers=workers, arena=device.pinned_size(shares.arena, least(costs)))
+    return shares, [closing.enter_context(contextlib.closing(device.Ring(*pair))) for pair in zip(backends, sizes, strict=True)]

@@ -1,0 +1,130 @@
+"""One output of a run: where its bytes go, and what is known of them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from streamconv import memory
+from streamconv.planning.plan import Dest, Plan, Span
+from streamconv.quants.base import Findings
+from streamconv.run.cut import Past, Task
+from streamconv.run.executor import Encoded
+from streamconv.run.journal import Done, Journal, Recorder
+from streamconv.run.judge import judge
+from streamconv.run.order import Hashes, Order
+from streamconv.run.output_folder import OutputFolder
+from streamconv.run.results import Results
+from streamconv.run.resume import believe
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+class Sink(Protocol):
+    """Takes encoded bytes of an output file: the output folder, or what holds them against one. Called from worker threads."""
+
+    def write(self, name: str, offset: int, data: bytes | memoryview) -> None: ...
+
+
+class OutputState:
+    """What workers share of one output.
+
+    Args:
+        folder: takes the bytes; for a conversion the tensor files, at full size, headers written.
+        journal: told of every tile that is safely on the disk.
+        past: what an earlier run finished.
+
+    Attributes:
+        hashes: of every tensor, once the run is done.
+        results: of the plan's reductions.
+        overflow: source tensor -> finite values that became infinite in the model dtype.
+        nonfinite: source tensor -> NaN or infinite values that were quantized all the same.
+        resumed: tiles of an earlier run that were believed, after a look at their bytes.
+    """
+
+    def __init__(self, plan: Plan, folder: Sink, journal: Journal | None = None, past: Past | None = None) -> None:
+        self.plan, self.past = plan, past or {}
+        self.hashes = Hashes(plan.files)
+        self.order = Order(plan.matrices, self.hashes)
+        self.results = Results(plan.spans.reducing())
+        self.overflow: dict[str, int] = {}
+        self.nonfinite: dict[str, int] = {}
+        self.resumed = 0
+        self._folder, self._journal = folder, journal
+        self._recorder: Recorder | None = None
+        self._counting = threading.Lock()
+
+    def begin(self, failed: Callable[[BaseException], None]) -> None:
+        """Write what no tile covers: constants, and the zero rows at the end of matrices, where an earlier run may have left other bytes.
+
+        Args:
+            failed: told if the disk fails later; the run must then stop.
+        """
+        import xxhash
+
+        for constant in self.plan.constants:
+            self._folder.write(self.plan.files[constant.file].name, constant.offset, constant.data)
+            self.hashes.put(constant.file, constant.position, xxhash.xxh3_128(constant.data).digest())
+        for matrix in self.plan.matrices.unfilled():
+            for place in matrix.places:
+                begin, end = place.extent(matrix.filled, matrix.rows - matrix.filled)
+                for at in range(begin, end, memory.MIB):
+                    self._folder.write(self.plan.files[matrix.file].name, at, bytes(min(memory.MIB, end - at)))
+        if self._journal is not None and isinstance(self._folder, OutputFolder):
+            self._recorder = Recorder(self._journal, self._folder, failed)
+            self._recorder.start()
+
+    def judge(self, span: Span, made: Encoded) -> None:
+        """See `judge.judge`; counts what was found."""
+        judge(self.plan, span, made.request, made.dests[0], made.findings, made.parts)
+        self._count(span.source.name, made.findings.overflow, made.findings.nonfinite)
+
+    def write(self, dest: Dest, row: int, rows: int, parts: Sequence[Bytes]) -> int:
+        """Write the parts of output rows [row, row + rows); gives how many bytes."""
+        matrix = self.plan.matrices[dest.matrix]
+        name = self.plan.files[matrix.file].name
+        for place, part in zip(matrix.places, parts, strict=True):
+            self._folder.write(name, place.extent(row, rows)[0], part.data)
+        return sum(part.size for part in parts)
+
+    def record(self, task: Task, hashes: tuple[tuple[str, ...], ...], found: Findings, written: int) -> None:
+        """All of a task is written: the journal gets a line when it is on the disk."""
+        if self._recorder is not None:
+            dests = self.plan.spans[task.span].dests
+            files = {self.plan.files[self.plan.matrices.file(dest.matrix)].name for dest in dests}
+            done = Done(task.span, task.start, task.stop, hashes, found.overflow, found.nonfinite)
+            self._recorder.add(done, files, written)
+
+    def believe(self, done: Done, buffer: Bytes) -> bool:
+        """Take rows of an earlier run as they are, if their bytes are still those that were recorded."""
+        if not isinstance(self._folder, OutputFolder) or not believe(self.plan, done, self._folder, self.order, buffer):
+            return False
+        with self._counting:
+            self.resumed += 1
+        self._count(self.plan.spans[done.span].source.name, done.overflow, done.nonfinite)
+        return True
+
+    def recorded(self, seconds: float) -> bool:
+        """Record what is pending; False if that took longer than `seconds`."""
+        return self._recorder is None or self._recorder.finish(seconds)
+
+    def warnings(self) -> list[str]:
+        """What the values of the source mean for the output."""
+        dtype = self.plan.dtype.torch
+        told = [f"{name}: {count} values are too large for {dtype} and became infinite" for name, count in self.overflow.items()]
+        return told + [f"{name}: {count} NaN or infinite values were quantized" for name, count in self.nonfinite.items()]
+
+    def stop(self) -> None:
+        """Nobody waits any more."""
+        self.order.stop()
+        self.results.stop()
+
+    def _count(self, name: str, overflow: int, nonfinite: int) -> None:
+        with self._counting:
+            for counts, found in ((self.overflow, overflow), (self.nonfinite, nonfinite)):
+                if found:
+                    counts[name] = counts.get(name, 0) + found

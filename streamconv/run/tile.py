@@ -1,0 +1,148 @@
+"""The way of a tile: read -> for each task: encode -> hash -> write -> record."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from streamconv.checkpoint.mapping import Window
+from streamconv.checkpoint.shard import Shard
+from streamconv.device.ring import Slot
+from streamconv.planning.plan import Span
+from streamconv.quants.base import Findings
+from streamconv.run.cut import Task, Tile
+from streamconv.run.executor import encoded, reduced
+from streamconv.run.mapped import Mapped
+from streamconv.run.output_state import OutputState
+from streamconv.run.read import read_rows, scratch_bytes_per_row
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+
+PHASES = ("read", "compute", "hash", "write")
+"""What a worker does with a tile; waiting for its turn in a matrix counts as hash."""
+
+
+@dataclass(slots=True)
+class Tally:
+    """What a tile took: seconds in each of PHASES, bytes of the source as it is stored, and of the outputs."""
+
+    read: int = 0
+    mapped: int = 0
+    written: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    _since: float = field(default_factory=time.monotonic)
+
+    def lap(self, phase: str) -> None:
+        """The time since the last lap went into `phase`."""
+        now = time.monotonic()
+        self.seconds[phase], self._since = self.seconds[phase] + now - self._since, now
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Source rows from `start` on: uint8 [rows * row_bytes], and the memory that is free beside them."""
+
+    start: int
+    data: Bytes
+    free: Bytes
+    window: Window | None
+
+    def of(self, task: Task, span: Span) -> Bytes:
+        first, last = (span.op.out_rows(row - self.start) * span.row_bytes for row in (task.start, task.stop))
+        return self.data[first:last]
+
+    def check(self) -> None:
+        """What was encoded was made of the file's own bytes.
+
+        Raises:
+            SourceChangedError: it was cut off or replaced while it was mapped.
+        """
+        if self.window is not None:
+            self.window.check()
+
+
+@dataclass(frozen=True, slots=True)
+class TileWorker:
+    """Takes tiles through the memory of one worker.
+
+    Attributes:
+        arena: uint8; holds a tile from read to write.
+        slot: of a device; None encodes on the CPU.
+        give_back: gives the memory of the arena back to the system, or (first byte, bytes) of it.
+        mapped: maps tiles that need not be read; not for devices, which copy from pinned memory.
+        consumed: told of (output, span, source rows) that will not be read again.
+    """
+
+    shards: Sequence[Shard]
+    outputs: Sequence[OutputState]
+    arena: Bytes
+    slot: Slot | None
+    give_back: Callable[..., object]
+    mapped: Mapped | None
+    consumed: Callable[[int, int, int], None]
+
+    def run(self, tile: Tile) -> Tally:
+        """Read the rows of a tile; encode, hash, write and record those of each task."""
+        import xxhash
+
+        tally = Tally()
+        with self._rows(tile, tally) as rows:
+            for task in tile.tasks:
+                output, found, hashes, before = self.outputs[task.output], Findings(), [], tally.written
+                span = output.plan.spans[task.span]
+                count, skipped = span.op.out_rows(task.stop - task.start), span.op.out_rows(task.start - span.start)
+                if span.reduce is not None:
+                    maxima = reduced(span, count, rows.of(task, span), output.results, self.slot)
+                    rows.check()
+                    output.results.add(span.reduce.key, count, maxima)
+                    tally.lap("compute")
+                    continue
+                for made in encoded(output.plan, span, count, rows.of(task, span), rows.free, output.results, self.slot):
+                    output.judge(span, made)
+                    found.add(made.findings)
+                    tally.lap("compute")
+                    hashes.append(tuple(xxhash.xxh3_128(part.data).hexdigest() for part in made.parts))
+                    for dest in made.dests:
+                        output.order.take(dest.matrix, dest.row + skipped, count, made.parts)
+                        tally.lap("hash")
+                        tally.written += output.write(dest, dest.row + skipped, count, made.parts)
+                        tally.lap("write")
+                rows.check()
+                output.record(task, tuple(hashes), found, tally.written - before)
+        return tally
+
+    @contextlib.contextmanager
+    def _rows(self, tile: Tile, tally: Tally) -> Iterator[Rows]:
+        """The source rows of a tile, read into the arena or mapped."""
+        start, stop = tile.start, tile.stop
+        span = self.outputs[tile.tasks[0].output].plan.spans[tile.tasks[0].span]
+        window = self.mapped.window(self.shards, span, start, stop) if self.mapped is not None and self.slot is None else None
+        size, scratch = (stop - start) * span.row_bytes, (stop - start) * scratch_bytes_per_row(span)
+        tally.read = (stop - start) * span.stored_row_bytes
+        if window is None:
+            data = read_rows(self.shards, span, start, stop, self.arena, self.arena[size : size + scratch])
+            free = self.arena[-(-(size + scratch) // 64) * 64 :]
+        else:  # what is mapped takes the place of as much of the arena
+            taken = -(-window.data.size // mmap.PAGESIZE) * mmap.PAGESIZE
+            self.give_back(max(self.arena.size // mmap.PAGESIZE * mmap.PAGESIZE - taken, 0), taken)
+            data, free, tally.mapped = window.data, self.arena, tally.read
+        tally.lap("read")
+        if window is None:
+            self._drop(span, start, stop)
+        for task in tile.tasks:
+            self.consumed(task.output, task.span, task.stop - task.start)
+        with window or contextlib.nullcontext():
+            yield Rows(start, data, free, window)
+        if window is not None:
+            self._drop(span, start, stop)
+
+    def _drop(self, span: Span, start: int, stop: int) -> None:
+        if span.reduce is None:  # else a later pass reads them again
+            span.source.drop_page_cache(self.shards, start, stop)
