@@ -31,9 +31,8 @@ def costs_of(reads: Reads, on_device: bool = False) -> list[TileCost]:
 def _cost(reads: Reads, number: int, on_device: bool) -> TileCost:
     """The tasks of a tile follow each other: each has the memory beside the rows for itself."""
     read = reads[number]
-    each = [
-        memory_plan.tile_cost(reads.plans[output].spans[at], reads.plans[output].matrices, on_device) for output, at in read.spans
-    ]
+    plans = ((reads.plans[share.output], share.span) for share in read.shares)
+    each = [memory_plan.tile_cost(plan.spans[at], plan.matrices, on_device) for plan, at in plans]
     return TileCost(
         each[0].source,
         max(cost.per_row for cost in each),

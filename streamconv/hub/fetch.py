@@ -34,7 +34,7 @@ class Fetch:
         self._uses: dict[tuple[int, int], tuple[HubShard, ...]] = {}
         wanted: dict[HubShard, None] = {}
         remote_at_all = any(isinstance(shard, HubShard) for shard in shards)
-        for output, number in dict.fromkeys(place for read in (reads if remote_at_all else ()) for place in read.spans):
+        for output, number in dict.fromkeys(share[:2] for read in (reads if remote_at_all else ()) for share in read.shares):
             span = reads.plans[output].spans[number]
             remote = (shards[piece.shard] for piece in span.source.pieces)
             uses = self._uses[output, number] = tuple(dict.fromkeys(shard for shard in remote if isinstance(shard, HubShard)))

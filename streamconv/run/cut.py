@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from streamconv.planning.reads import Read, Reads
+from streamconv.planning.merge import Share
+from streamconv.planning.reads import Reads
 from streamconv.run.journal import Done
 
 Past = Mapping[int, Sequence[Done]]
@@ -15,13 +16,16 @@ Past = Mapping[int, Sequence[Done]]
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """Rows [start, stop) of a span of an output; `done` if an earlier run recorded just them as finished."""
+    """Rows [start, stop) of a read for a span of an output; `done` if an earlier run recorded just them as finished."""
 
-    output: int
-    span: int
+    share: Share
     start: int
     stop: int
     done: Done | None = None
+
+    def rows(self) -> tuple[int, int]:
+        """The rows [start, stop) as rows of the span's source."""
+        return self.start - self.share.shift, self.stop - self.share.shift
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +56,16 @@ def tiles(reads: Reads, past: Sequence[Past], rows: Callable[[int], int]) -> Ite
         rows: read -> source rows of a tile, a multiple of the read's `align`.
     """
     for number, read in enumerate(reads):
-        known = [(output, done) for output, span in read.spans for done in past[output].get(span, ()) if _within(done, read)]
+        shares = [(share, reads.plans[share.output].spans[share.span], past[share.output].get(share.span, ())) for share in read.shares]
         edges = {read.start, read.stop}
-        edges |= {row for _, done in known for row in (done.start, done.stop) if not (row - read.start) % read.align}
+        for share, _, finished in shares:
+            known = {row + share.shift for done in finished for row in (done.start, done.stop)}
+            edges |= {row for row in known if read.start < row < read.stop and not (row - read.start) % read.align}
         for start, stop in pairwise(sorted(edges)):
-            waiting = {output: list(_pieces(reads, read, output, past[output], start, stop)) for output, _ in read.spans}
+            waiting: dict[int, list[Task]] = {output: [] for output in read.outputs}
+            for share, span, finished in shares:
+                begin, end = max(start, span.start + share.shift), min(stop, span.stop + share.shift)
+                waiting[share.output] += _pieces(share, finished, begin, end)
             while any(waiting.values()):
                 yield from cut(number, _leading(waiting, finished=False), rows(number))
                 for task in _leading(waiting, finished=True):
@@ -66,13 +75,9 @@ def tiles(reads: Reads, past: Sequence[Past], rows: Callable[[int], int]) -> Ite
 def cut(number: int, tasks: Sequence[Task], rows: int) -> Iterator[Tile]:
     """Tiles of at most `rows` source rows that cover tasks of one read."""
     for at in range(min((task.start for task in tasks), default=0), max((task.stop for task in tasks), default=0), rows):
-        inside = [Task(task.output, task.span, max(task.start, at), min(task.stop, at + rows)) for task in tasks]
+        inside = [Task(task.share, max(task.start, at), min(task.stop, at + rows)) for task in tasks]
         if inside := [task for task in inside if task.start < task.stop]:
             yield Tile(number, tuple(inside))
-
-
-def _within(done: Done, read: Read) -> bool:
-    return read.start <= done.start < read.stop
 
 
 def _leading(waiting: Mapping[int, list[Task]], finished: bool) -> list[Task]:
@@ -84,20 +89,17 @@ def _leading(waiting: Mapping[int, list[Task]], finished: bool) -> list[Task]:
     return taken
 
 
-def _pieces(reads: Reads, read: Read, output: int, past: Past, start: int, stop: int) -> Iterator[Task]:
-    """What an output makes of rows [start, stop) of a read, in their order; a finished range stands where it begins."""
-    for wanting, number in read.spans:
-        if wanting != output:
+def _pieces(share: Share, finished: Sequence[Done], start: int, stop: int) -> Iterator[Task]:
+    """Rows [start, stop) of a read for one span, in their order; a finished range stands where it begins."""
+    at = start
+    for done in finished:
+        first, last = done.start + share.shift, done.stop + share.shift
+        if last <= at or first >= stop:
             continue
-        span = reads.plans[output].spans[number]
-        at, end = max(span.start, start), min(span.stop, stop)
-        for done in past.get(number, ()):
-            if done.stop <= at or done.start >= end:
-                continue
-            if done.start > at:
-                yield Task(output, number, at, done.start)
-            if done.start >= at:
-                yield Task(output, number, done.start, done.stop, done)
-            at = done.stop
-        if at < end:
-            yield Task(output, number, at, end)
+        if first > at:
+            yield Task(share, at, first)
+        if first >= at:
+            yield Task(share, first, last, done)
+        at = last
+    if at < stop:
+        yield Task(share, at, stop)

@@ -94,9 +94,9 @@ class OutputState:
     def record(self, task: Task, hashes: tuple[tuple[str, ...], ...], found: Findings, written: int) -> None:
         """All of a task is written: the journal gets a line when it is on the disk."""
         if self._recorder is not None:
-            dests = self.plan.spans[task.span].dests
+            dests = self.plan.spans[task.share.span].dests
             files = {self.plan.files[self.plan.matrices.file(dest.matrix)].name for dest in dests}
-            done = Done(task.span, task.start, task.stop, hashes, found.overflow, found.nonfinite)
+            done = Done(task.share.span, *task.rows(), hashes, found.overflow, found.nonfinite)
             self._recorder.add(done, files, written)
 
     def believe(self, done: Done, buffer: Bytes) -> bool:

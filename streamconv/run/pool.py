@@ -193,9 +193,9 @@ class Pool:
     def _believe(self, tile: Tile, worker: TileWorker) -> bool:
         """Take the rows of a finished task as they are, if their bytes are still those that were recorded."""
         (task,) = tile.tasks
-        if task.done is None or not self.outputs[task.output].believe(task.done, worker.arena):
+        if task.done is None or not self.outputs[task.share.output].believe(task.done, worker.arena):
             return False
-        self.consumed(task.output, task.span, task.stop - task.start)
+        self.consumed(task.share.output, task.share.span, task.stop - task.start)
         self.progress(self._due(tile), 0)
         return True
 
@@ -212,12 +212,11 @@ class Pool:
 
     def _due(self, tile: Tile) -> int:
         """Source bytes that count as done with a tile: those of all outputs together are the bytes of the read."""
-        read = self.reads[tile.read]
         stored = self.reads.source(tile.read).stored_row_bytes
-        return sum(task.stop - task.start for task in tile.tasks) * stored // len({output for output, _ in read.spans})
+        return sum(task.stop - task.start for task in tile.tasks) * stored // len(self.reads[tile.read].outputs)
 
     def _worker(self, arena: Bytes, slot: Slot | None, give_back: Callable[..., object]) -> TileWorker:
-        return TileWorker(self.shards, self.outputs, arena, slot, give_back, self.mapped, self.consumed)
+        return TileWorker(self.reads, self.shards, self.outputs, arena, slot, give_back, self.mapped, self.consumed)
 
 
 def _forget_frames(error: BaseException | None) -> None:

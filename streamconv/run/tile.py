@@ -13,6 +13,7 @@ from streamconv.checkpoint.mapping import Window
 from streamconv.checkpoint.shard import Shard
 from streamconv.device.ring import Slot
 from streamconv.planning.plan import Span
+from streamconv.planning.reads import Reads
 from streamconv.quants.base import Findings
 from streamconv.run.cut import Task, Tile
 from streamconv.run.executor import encoded, reduced
@@ -47,7 +48,7 @@ class Tally:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Source rows from `start` on: uint8 [rows * row_bytes], and the memory that is free beside them."""
+    """Rows of a read from `start` on: uint8 [rows * row_bytes], and the memory that is free beside them."""
 
     start: int
     data: Bytes
@@ -55,6 +56,7 @@ class Rows:
     window: Window | None
 
     def of(self, task: Task, span: Span) -> Bytes:
+        """Those of a task."""
         first, last = (span.op.out_rows(row - self.start) * span.row_bytes for row in (task.start, task.stop))
         return self.data[first:last]
 
@@ -80,6 +82,7 @@ class TileWorker:
         consumed: told of (output, span, source rows) that will not be read again.
     """
 
+    reads: Reads
     shards: Sequence[Shard]
     outputs: Sequence[OutputState]
     arena: Bytes
@@ -95,9 +98,9 @@ class TileWorker:
         tally = Tally()
         with self._rows(tile, tally) as rows:
             for task in tile.tasks:
-                output, found, hashes, before = self.outputs[task.output], Findings(), [], tally.written
-                span = output.plan.spans[task.span]
-                count, skipped = span.op.out_rows(task.stop - task.start), span.op.out_rows(task.start - span.start)
+                output, found, hashes, before = self.outputs[task.share.output], Findings(), [], tally.written
+                span, (start, stop) = output.plan.spans[task.share.span], task.rows()
+                count, skipped = span.op.out_rows(stop - start), span.op.out_rows(start - span.start)
                 if span.reduce is not None:
                     maxima = reduced(span, count, rows.of(task, span), output.results, self.slot)
                     rows.check()
@@ -121,8 +124,9 @@ class TileWorker:
     @contextlib.contextmanager
     def _rows(self, tile: Tile, tally: Tally) -> Iterator[Rows]:
         """The source rows of a tile, read into the arena or mapped."""
-        start, stop = tile.start, tile.stop
-        span = self.outputs[tile.tasks[0].output].plan.spans[tile.tasks[0].span]
+        reader = self.reads[tile.read].reader
+        span = self.outputs[reader.output].plan.spans[reader.span]
+        start, stop = tile.start - reader.shift, tile.stop - reader.shift
         window = self.mapped.window(self.shards, span, start, stop) if self.mapped is not None and self.slot is None else None
         size, scratch = (stop - start) * span.row_bytes, (stop - start) * scratch_bytes_per_row(span)
         tally.read = (stop - start) * span.stored_row_bytes
@@ -137,9 +141,9 @@ class TileWorker:
         if window is None:
             self._drop(span, start, stop)
         for task in tile.tasks:
-            self.consumed(task.output, task.span, task.stop - task.start)
+            self.consumed(task.share.output, task.share.span, task.stop - task.start)
         with window or contextlib.nullcontext():
-            yield Rows(start, data, free, window)
+            yield Rows(tile.start, data, free, window)
         if window is not None:
             self._drop(span, start, stop)
 

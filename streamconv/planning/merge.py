@@ -1,0 +1,186 @@
+"""Puts the spans of several plans together: rows that more than one wants are read once, whatever each makes of them.
+
+A plan's own spans have an order in which every matrix gets its rows one below the other, and reductions come before what needs them.
+Merged reads keep that for every plan. Where two plans want the same rows in orders that exclude each other, they are read apart.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import lcm
+from typing import NamedTuple
+
+from streamconv.checkpoint.rows import SourceTensor
+from streamconv.planning.plan import Plan, Span
+
+
+class Share(NamedTuple):
+    """A span of an output; source row i of it is row i + shift of the read."""
+
+    output: int
+    span: int
+    shift: int
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """Rows [start, stop), read once for the spans of all outputs that want them.
+
+    Attributes:
+        align: tiles are cut a multiple of so many rows from `start` on.
+        shares: of one row operation, in the order of their rows.
+        reader: one of them, whose source has all the rows.
+    """
+
+    start: int
+    stop: int
+    align: int
+    shares: tuple[Share, ...]
+    reader: Share
+
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        return tuple(dict.fromkeys(share.output for share in self.shares))
+
+
+class _Interval(NamedTuple):
+    """A span's rows [start, stop) as rows of a track."""
+
+    start: int
+    stop: int
+    align: int
+    share: Share
+    rows: tuple[int, int]  # that its source has
+
+
+def merge(plans: Sequence[Plan]) -> list[Read]:
+    """The reads of all plans together."""
+    tracks: dict[Hashable, list[_Interval]] = {}
+    for output, plan in enumerate(plans):
+        for number, span in enumerate(plan.spans):
+            key, shift = _track(span, (output, number))
+            rows = (shift, shift + span.source.rows)
+            share = Share(output, number, shift)
+            tracks.setdefault(key, []).append(_Interval(span.start + shift, span.stop + shift, span.align, share, rows))
+    apart: set[tuple[int, int]] = set()
+    while True:
+        reads = sorted((read for track in tracks.values() for read in _reads(sorted(track), apart)), key=_first)
+        ordered, crossing = _ordered(_before(plans, reads))
+        if not crossing:
+            return [reads[number] for number in ordered]
+        apart |= {share[:2] for number in crossing for share in reads[number].shares}
+
+
+def _first(read: Read) -> tuple[tuple[int, int], int]:
+    """Reads come in the order of the first plan, then in that of the next one."""
+    return min(share[:2] for share in read.shares), read.start
+
+
+def _track(span: Span, place: Hashable) -> tuple[Hashable, int]:
+    """What rows are compared by, and by how much this span's are shifted there.
+
+    Rows of plain tensors are known by where their bytes lie, whatever the tensor is called and wherever it begins.
+
+    Args:
+        place: of the span; what is read from nowhere is never shared.
+    """
+    source, kind, size = span.source, (span.op, type(span.reduce)), span.row_bytes
+    if type(source) is SourceTensor and len(source.pieces) == 1 and size:
+        piece = source.pieces[0]
+        return ("bytes", piece.shard, piece.begin % size, size, source.dtype, kind), piece.begin // size
+    return (_identity(source) if source.pieces else place, kind), 0
+
+
+def _identity(value: object) -> Hashable:
+    """A source without its names."""
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return value
+    fields = (field.name for field in dataclasses.fields(value) if field.name not in ("name", "module"))
+    return (type(value), *(_identity(getattr(value, name)) for name in fields))
+
+
+def _reads(track: list[_Interval], apart: set[tuple[int, int]]) -> Iterator[Read]:
+    """The reads of a track's intervals, which ascend."""
+    together, end = list[_Interval](), 0
+    for interval in track:
+        if interval.share[:2] in apart:
+            yield _alone(interval)
+            continue
+        if interval.start >= end:
+            yield from _cut(together)
+            together = []
+        together.append(interval)
+        end = max(end, interval.stop)
+    yield from _cut(together)
+
+
+def _alone(interval: _Interval) -> Read:
+    return Read(interval.start, interval.stop, interval.align, (interval.share,), interval.share)
+
+
+def _cut(together: list[_Interval]) -> Iterator[Read]:
+    """Reads of intervals that overlap, cut where the outputs that want the rows change, and every output allows it."""
+    edges = sorted({edge for held in together for edge in held[:2]})
+    edges = [at for at in edges if all((at - held.start) % held.align == 0 for held in together if held.start < at < held.stop)]
+    for start, stop in pairwise(edges):
+        inside = [held for held in together if held.start < stop and start < held.stop]
+        readers = [held for held in inside if held.rows[0] <= start and stop <= held.rows[1]]
+        by_output = pairwise(sorted(inside, key=lambda held: held.share.output))
+        once = all(one.stop <= other.start for one, other in by_output if one.share.output == other.share.output)
+        even = all((held.start - start) % held.align == 0 for held in inside if held.start > start)
+        if len(inside) == 1 or (readers and once and even):
+            yield Read(start, stop, lcm(*(held.align for held in inside)), tuple(held.share for held in inside), readers[0].share)
+        else:
+            yield from (_alone(held._replace(start=max(held.start, start), stop=min(held.stop, stop))) for held in inside)
+
+
+def _before(plans: Sequence[Plan], reads: Sequence[Read]) -> list[list[int]]:
+    """For each read those that come before it: rows of its matrices above its own, and reductions that it needs."""
+    before: list[list[int]] = [[] for _ in reads]
+    reducing: dict[tuple[int, str], list[int]] = {}
+    rows: dict[tuple[int, int], list[tuple[int, int, int]]] = {}  # (output, matrix) -> (row, read, row of it)
+    for number, read in enumerate(reads):
+        for output, at, shift in read.shares:
+            span = plans[output].spans[at]
+            if span.reduce is not None:
+                reducing.setdefault((output, span.reduce.key), []).append(number)
+            at_row = max(read.start, span.start + shift)
+            skipped = span.op.out_rows(at_row - shift - span.start)
+            for dest in span.dests:
+                rows.setdefault((output, dest.matrix), []).append((dest.row + skipped, number, at_row))
+    for placed in rows.values():
+        for (_, one, first), (_, other, then) in pairwise(sorted(placed)):
+            if one != other or then <= first:  # the rows of a read ascend
+                before[other].append(one)
+    for number, read in enumerate(reads):
+        for output, at, _ in read.shares:
+            span = plans[output].spans[at]
+            needs = {key for dest in span.dests for key in plans[output].matrices.encoding(dest.matrix).needs}
+            for key in needs | set(span.reduce.needs if span.reduce is not None else ()):
+                before[number] += reducing.get((output, key), [])
+    return before
+
+
+def _ordered(before: list[list[int]]) -> tuple[list[int], set[int]]:
+    """Numbers in their order, each after all that come before it; and those of them that come before themselves."""
+    state, order, crossing = bytearray(len(before)), list[int](), set[int]()
+    for root in range(len(before)):
+        stack = [] if state[root] else [(root, iter(before[root]))]
+        state[root] = state[root] or 1
+        while stack:
+            number, others = stack[-1]
+            following = next((other for other in others if state[other] != 2), None)
+            if following is None:
+                stack.pop()
+                state[number] = 2
+                order.append(number)
+            elif state[following] == 1:
+                path = [held for held, _ in stack]
+                crossing.update(path[path.index(following) :])
+            else:
+                state[following] = 1
+                stack.append((following, iter(before[following])))
+    return order, crossing
