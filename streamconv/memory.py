@@ -50,10 +50,13 @@ def resident() -> int:
 def peak_resident() -> int:
     """Largest resident set of this process so far in bytes."""
     with open("/proc/self/status", "rb") as file:
-        for line in file:
-            if line.startswith(b"VmHWM:"):
-                return int(line.split()[1]) * KIB
-    return resident()
+        return resident_of(file.read())[1] or resident()
+
+
+def resident_of(status: bytes) -> tuple[int, int]:
+    """Resident set and the largest so far, in bytes, from /proc/PID/status; zeros of a process that has ended."""
+    found = [re.search(name + rb":\s*(\d+) kB", status) for name in (rb"VmRSS", rb"VmHWM")]
+    return tuple(int(each[1]) * KIB if each else 0 for each in found)  # type: ignore[return-value]
 
 
 _ceiling: contextvars.ContextVar[int | None] = contextvars.ContextVar("ceiling", default=None)
@@ -102,13 +105,20 @@ def _cgroup_free() -> list[int]:
     return [top - used for top, used in _cgroup_levels()]
 
 
-def _cgroup_levels(proc: Path = Path("/proc/self/cgroup"), root: Path = _CGROUP) -> list[tuple[int, int]]:
-    """(limit, use that cannot be reclaimed) of each enclosing memory cgroup that has a limit."""
+def cgroup_usage() -> Path | None:
+    """The file that says how many bytes this process's own memory cgroup has charged, page cache included; None without one."""
+    for place, _, names in _cgroups():
+        if (place / names[1]).exists():
+            return place / names[1]
+    return None
+
+
+def _cgroups(proc: Path = Path("/proc/self/cgroup"), root: Path = _CGROUP) -> Iterator[tuple[Path, Path, tuple[str, str, str]]]:
+    """(folder, top, names of limit, usage and reclaimable cache) of the memory cgroups that this process is in, one for each hierarchy."""
     try:
         lines = proc.read_text().splitlines()
     except OSError:
-        return []
-    levels = []
+        return
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers == "":
@@ -121,8 +131,15 @@ def _cgroup_levels(proc: Path = Path("/proc/self/cgroup"), root: Path = _CGROUP)
             continue
         place = top / path.lstrip("/")
         # inside a container the host's path may not be mounted: what is mounted is then the root
+        yield place if place.exists() else top, top, names
+
+
+def _cgroup_levels(proc: Path = Path("/proc/self/cgroup"), root: Path = _CGROUP) -> list[tuple[int, int]]:
+    """(limit, use that cannot be reclaimed) of each enclosing memory cgroup that has a limit."""
+    levels = []
+    for place, top, names in _cgroups(proc, root):
         while True:
-            level = _read_level(place if place.exists() else top, *names)
+            level = _read_level(place, *names)
             if level:
                 levels.append(level)
             if place == top or top not in place.parents:

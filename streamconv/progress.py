@@ -23,6 +23,9 @@ class Progress:
         seconds: since the phase's first record.
         unit: "bytes" (of the source for a conversion, of the rank files and the source for verify) or "layers" (calibrate).
         memory_budget: bytes of memory that the run may take, None where it has no ceiling.
+        written: bytes of the output so far, 0 where nothing is written.
+        resumed: how much of `done` an earlier run did; the rate is that of the rest.
+        detail: what is under way inside the step that is counted, e.g. "sample 40 of 512"; empty if there is nothing to say.
     """
 
     phase: str
@@ -31,17 +34,25 @@ class Progress:
     seconds: float
     unit: str = _BYTES
     memory_budget: int | None = None
+    written: int = 0
+    resumed: int = 0
+    detail: str = ""
+
+    @property
+    def left(self) -> float | None:
+        """Seconds until all is done at the rate so far; None before anything is."""
+        new = self.done - self.resumed
+        return (self.total - self.done) * self.seconds / new if new > 0 else None
 
     def __str__(self) -> str:
         """ "45.1 %  1.20 GiB of 2.66 GiB  310.00 MiB/s  5 s left" """
-        rate = self.done / max(self.seconds, 1e-9)
-        left = (self.total - self.done) / max(rate, 1e-9)
+        rate = (self.done - self.resumed) / max(self.seconds, 1e-9)
         share = f"{100 * self.done / max(self.total, 1):5.1f} %"
         if self.unit != _BYTES:
-            told = f"{share}  {self.done} of {self.total} {self.unit}"
+            told = f"{share}  {self.done} of {self.total} {self.unit}" + (f", {self.detail}" if self.detail else "")
         else:
             told = f"{share}  {show_size(self.done)} of {show_size(self.total)}  {show_size(rate)}/s"
-        return f"{told}  {left:.0f} s left" if self.done else told
+        return told if self.left is None else f"{told}  {self.left:.0f} s left"
 
 
 Watch = Callable[[Progress], object]
@@ -65,18 +76,34 @@ class Meter:
         self._counting, self._telling = threading.Lock(), threading.Lock()
         self._phase, self._total, self._unit = "", 0, _BYTES
         self._budget: int | None = None
-        self._done, self._began, self._told = 0, clock(), 0.0
+        self._done, self._written, self._began, self._told = 0, 0, clock(), 0.0
+        self._resumed, self._detail = 0, ""
 
-    def begin(self, phase: str, total: int, *, unit: str = _BYTES, memory_budget: int | None = None) -> None:
-        """A phase begins, with nothing of it done."""
+    def begin(self, phase: str, total: int, *, unit: str = _BYTES, memory_budget: int | None = None, resumed: int = 0) -> None:
+        """A phase begins, of which an earlier run did `resumed`."""
         self._phase, self._total, self._unit, self._budget = phase, total, unit, memory_budget
-        self._done, self._began = 0, self._clock()
+        self._done, self._written, self._resumed, self._detail, self._began = resumed, 0, resumed, "", self._clock()
         self._tell()
+
+    def now(self) -> Progress:
+        """The record of this moment."""
+        spent = self._clock() - self._began
+        more = self._written, self._resumed, self._detail
+        return Progress(self._phase, self._done, self._total, spent, self._unit, self._budget, *more)
 
     def add(self, count: int) -> None:
         """So much more is done; called by any thread."""
+        self.tile(count, 0)
+
+    def tile(self, read: int, written: int, detail: str = "") -> None:
+        """As `add`, for work in which so many source bytes were read and so many bytes of the output written.
+
+        Args:
+            detail: see `Progress`.
+        """
         with self._counting:
-            self._done = min(self._done + count, self._total)
+            self._done, self._written = min(self._done + read, self._total), self._written + written
+            self._detail = detail
             due = self._clock() - self._told >= self._every
         if due and self._telling.acquire(blocking=False):  # no worker waits for another's record
             try:
@@ -84,9 +111,12 @@ class Meter:
             finally:
                 self._telling.release()
 
-    def tile(self, read: int, written: int) -> None:
-        """As `add`, for a tile of which so many source bytes were read."""
-        self.add(read)
+    def step(self, count: int) -> None:
+        """As `add`, for a step that is told of however soon it comes."""
+        with self._counting:
+            self._done, self._detail = min(self._done + count, self._total), ""
+        with self._telling:
+            self._tell()
 
     def end(self) -> None:
         """All is done."""
@@ -100,5 +130,4 @@ class Meter:
 
     def _tell(self) -> None:
         self._told = self._clock()
-        record = Progress(self._phase, self._done, self._total, self._told - self._began, self._unit, self._budget)
-        self._watch(record)
+        self._watch(self.now())

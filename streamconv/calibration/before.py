@@ -32,6 +32,7 @@ def with_ranges(
     device: str = "auto",
     force: bool = False,
     progress: Callable[[int, int, float], None] = lambda layer, layers, seconds: None,
+    sampled: Callable[[int, int, int, int], None] = lambda layer, layers, sample, samples: None,
     told: Callable[[str], None] = lambda line: None,
 ) -> TensorRTLLM:
     """The options with activation ranges in them, measured if a format needs them and none are given.
@@ -41,7 +42,7 @@ def with_ranges(
     Args:
         samples: what to measure on, None if nothing was said.
         memory_budget: bytes.
-        progress: see `run.calibrate`.
+        progress, sampled: see `run.calibrate`.
         told: called with one line once the ranges are there.
 
     Raises:
@@ -81,7 +82,7 @@ def with_ranges(
         "memory_budget": max(1, memory_budget - memory.resident()) if memory_budget is not None else None,
         "reuse": True,
     }
-    done = calibrate_apart(arguments, progress, [out])
+    done = calibrate_apart(arguments, progress, [out], sampled)
     how = "measured before" if done["reused"] else f"measured in {done['seconds']:.1f} s"
     told(f"{ranges}: {done['tensors']} activation ranges from {done['samples']} samples, {how}")
     return dataclasses.replace(options, activation_ranges=str(ranges))

@@ -19,12 +19,15 @@ from streamconv import errors, process, streams
 
 
 def calibrate_apart(
-    arguments: dict[str, Any], progress: Callable[[int, int, float], None], kept_out: Sequence[Path] = ()
+    arguments: dict[str, Any],
+    progress: Callable[[int, int, float], None],
+    kept_out: Sequence[Path] = (),
+    sampled: Callable[[int, int, int, int], None] = lambda layer, layers, sample, samples: None,
 ) -> dict[str, Any]:
     """`run.calibrate` in a child process.
 
     Args:
-        arguments: of `calibrate`, without `progress`; values that JSON has.
+        arguments: of `calibrate`, without `progress` and `sampled`; values that JSON has.
         kept_out: folders that the child imports nothing from, beside the model's and that of the ranges.
 
     Raises:
@@ -45,7 +48,10 @@ def calibrate_apart(
                 if "error" in answer:
                     kind: Any = getattr(errors, answer["error"], errors.CheckpointError)
                     raise kind([answer["message"]] if kind is errors.RefusedError else answer["message"], hint=answer["hint"])
-                progress(*answer["progress"])
+                if "sampled" in answer:
+                    sampled(*answer["sampled"])
+                else:
+                    progress(*answer["progress"])
         finally:
             if child.poll() is None and sys.exc_info()[0] is not None:
                 child.kill()
@@ -72,7 +78,7 @@ def main() -> None:
     arguments = json.load(sys.stdin)
     streams.ask_nothing()
     try:
-        told = calibrate(**arguments, progress=lambda *values: answer(progress=values))
+        told = calibrate(**arguments, progress=lambda *values: answer(progress=values), sampled=lambda *values: answer(sampled=values))
     except errors.StreamconvError as error:
         answer(error=type(error).__name__, message=error.message, hint=error.hint)
     else:

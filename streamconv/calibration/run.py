@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from streamconv.calibration.scratch import Scratch
 
 Progress = Callable[[int, int, float], None]
+Sampled = Callable[[int, int, int, int], None]
 
 _TORCH_BASE = 450 * MIB
 """Resident after torch and transformers are loaded (measured)."""
@@ -59,6 +60,7 @@ def calibrate(
     memory_budget: int | None = None,
     reuse: bool = False,
     progress: Progress = _silent,
+    sampled: Sampled = lambda layer, layers, sample, samples: None,
 ) -> dict[str, Any]:
     """Write the activation ranges of a model.
 
@@ -77,6 +79,7 @@ def calibrate(
         memory_budget: bytes; refused before work starts if one layer and a batch do not fit.
         reuse: leave a file that the same request made as it is.
         progress: called after each layer with (done, all, seconds left).
+        sampled: called within a layer, at most once a second, with (layers done, all layers, samples through this one, all samples).
 
     Raises:
         UsageError: no text, unknown dtype, no such device. CheckpointError: no tokenizer, no such model.
@@ -95,7 +98,7 @@ def calibrate(
         refuse_quantized(index)
         run = _Run(index, out, batch_size, dtype, loop, device, memory_budget)
         try:
-            return run.measure(text, samples, max_length, reuse, progress)
+            return run.measure(text, samples, max_length, reuse, progress, sampled)
         finally:
             if run.device != "cpu":
                 give_back()
@@ -164,7 +167,7 @@ class _Run:
         self.dtype: torch.dtype = getattr(torch, self.kind)
         self.device = torch_device(device)
 
-    def measure(self, text: str, samples: int, max_length: int, reuse: bool, progress: Progress) -> dict[str, Any]:
+    def measure(self, text: str, samples: int, max_length: int, reuse: bool, progress: Progress, sampled: Sampled) -> dict[str, Any]:
         from streamconv.calibration.layers import OneLayer
         from streamconv.calibration.scratch import Scratch
         from streamconv.calibration.texts import load_texts, tokenize
@@ -188,7 +191,7 @@ class _Run:
             with current(self.device):
                 layer = OneLayer(self.index, self.facts, self.dtype, self.device, uses)
                 with pretrained.on_device():
-                    self._through(layer, scratch, batches, progress)
+                    self._through(layer, scratch, batches, progress, sampled)
             for shard in self.index.shards:
                 shard.check_unchanged()
             self._write(scratch.ranges, mark, len(ids))
@@ -200,7 +203,7 @@ class _Run:
         spent = {"seconds": time.monotonic() - began, "peak_memory": memory.peak_resident()}
         return told | {"layers": layer.layers, "tensors": len(scratch.ranges)} | spent
 
-    def _through(self, layer: OneLayer, scratch: Scratch, batches: list[list[list[int]]], progress: Progress) -> None:
+    def _through(self, layer: OneLayer, scratch: Scratch, batches: list[list[list[int]]], progress: Progress, sampled: Sampled) -> None:
         """All batches through one layer after the other."""
         import torch
 
@@ -212,7 +215,7 @@ class _Run:
             states = OnDevice(scratch, tokens, width, self.dtype, self.device)
         else:
             states = Files(scratch, self.dtype, self.device)
-        began, first = time.monotonic(), scratch.done
+        began, first, count = time.monotonic(), scratch.done, sum(map(len, batches))
         with torch.no_grad():
             if first == 0:
                 with states.filling():
@@ -222,8 +225,13 @@ class _Run:
             for number in range(first, layer.layers):
                 layer.load(number)
                 with states.layer(number):
+                    samples, told = 0, time.monotonic()
                     for batch in batches:
                         states.put(layer(states.take((len(batch), len(batch[0]), width))))
+                        samples += len(batch)
+                        if time.monotonic() - told >= 1:
+                            told = time.monotonic()
+                            sampled(number, layer.layers, samples, count)
                     scratch.ranges |= _finite(layer.ranges(), self.kind)
                 each = (time.monotonic() - began) / (number + 1 - first)
                 progress(number + 1, layer.layers, each * (layer.layers - number - 1))

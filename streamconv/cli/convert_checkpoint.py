@@ -130,7 +130,7 @@ def _convert(request: OfficialRequest, source: str) -> int:
         options,
         dataclasses.replace(resources(request.memory_budget, request.workers, request.device), no_lock=request.no_lock),
         force=request.force,
-        meter=view.meter(request.quiet),
+        meter=view.meter("auto", request.quiet),
     )
     show_report(report, False, request.quiet)
     return 0
@@ -156,7 +156,7 @@ def _with_ranges(request: OfficialRequest, source: str) -> TensorRTLLM:
         memory_budget=parse_size(request.memory_budget) if request.memory_budget else None,
         device=request.device,
         force=request.force,
-        **view.layers(request.quiet),
+        **view.layers(view.meter("auto", request.quiet), request.quiet),
     )
 
 

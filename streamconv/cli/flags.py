@@ -158,6 +158,24 @@ SAMPLES: tuple[_Decorator, ...] = (
     ),
 )
 
+_OF_WATCHING: dict[str, Any] = {"cls": Flag, "heading": "Watching"}
+WATCHING: tuple[_Decorator, ...] = (
+    click.option(
+        "--progress",
+        type=click.Choice(["auto", "live", "lines", "json", "none"]),
+        default="auto",
+        show_default=True,
+        help="One live line, a line every 10 s, or a JSON object a second. auto: live on a terminal, lines elsewhere and in CI.",
+        **_OF_WATCHING,
+    ),
+    click.option(
+        "--memory-trace",
+        metavar="FILE",
+        help="Write 20 lines of JSON a second: time, memory of the process, its cgroup and devices, bytes read and written, phase.",
+        **_OF_WATCHING,
+    ),
+)
+
 
 def options(*groups: tuple[_Decorator, ...]) -> _Decorator:
     """Groups of flags as one decorator, in their order."""

@@ -11,7 +11,7 @@ import click
 from streamconv import __version__
 from streamconv.cli import effects, ending, output, recipe_option, signals
 from streamconv.cli.details import CALIBRATE, OUTPUT, RECIPES, SOURCES, VERIFY, paragraphs
-from streamconv.cli.flags import CONVERSION, OF_A_RUN, RESOURCES, SAMPLES, Command, options, resources, target
+from streamconv.cli.flags import CONVERSION, OF_A_RUN, RESOURCES, SAMPLES, WATCHING, Command, options, resources, target
 from streamconv.errors import UsageError
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def asked_target(to: str, values: dict[str, Any], more: tuple[str, ...]) -> Targ
 @click.argument("model")
 @click.argument("out")
 @click.argument("more", nargs=-1, metavar="[MODULE]...")
-@options(CONVERSION, SAMPLES, RESOURCES, OF_A_RUN)
+@options(CONVERSION, SAMPLES, RESOURCES, OF_A_RUN, WATCHING)
 @click.option("--force", is_flag=True, help="Replace an existing output folder.")
 @click.option("--no-lock", is_flag=True, help="Go on where the file system cannot lock a file or sync a folder.")
 @recipe_option.option(_recipe_keys)
@@ -64,6 +64,8 @@ def convert(
     hub_keep: str,
     on_device_loss: Any,
     read: Any,
+    progress: str,
+    memory_trace: str | None,
     no_lock: bool,
     force: bool,
     as_json: bool,
@@ -85,7 +87,7 @@ def convert(
     from streamconv import api
     from streamconv.calibration.before import with_ranges
     from streamconv.calibration.request import Samples
-    from streamconv.cli import view
+    from streamconv.cli.watching import watching
     from streamconv.targets.trtllm.options import TensorRTLLM
 
     if quiet or as_json:
@@ -102,27 +104,21 @@ def convert(
     )
     wanted = asked_target(to, values, more)
     effects.check(click.get_current_context(), model, wanted)
-    if isinstance(wanted, TensorRTLLM):
-        wanted = with_ranges(
-            model,
-            out,
-            wanted,
-            Samples(text, samples, max_length, batch_size) if text else None,
-            memory_budget=asked.memory_budget,
-            device=asked.device,
-            force=force,
-            **view.layers(quiet or as_json),
-        )
-    elif text:
+    if text and not isinstance(wanted, TensorRTLLM):
         raise UsageError("--text: activation ranges are for --to trtllm so far", hint="leave it out")
-    report = api.convert(
-        model,
-        out,
-        wanted,
-        asked,
-        force=force,
-        meter=view.meter(quiet or as_json),
-    )
+    with watching(out, quiet or as_json, progress, memory_trace) as watched:
+        if isinstance(wanted, TensorRTLLM):
+            wanted = with_ranges(
+                model,
+                out,
+                wanted,
+                Samples(text, samples, max_length, batch_size) if text else None,
+                memory_budget=asked.memory_budget,
+                device=asked.device,
+                force=force,
+                **watched.layers,
+            )
+        report = api.convert(model, out, wanted, asked, force=force, meter=watched.meter)
     show_report(report, as_json, quiet)
     recipe_option.compare(out)
     if as_json:
@@ -219,6 +215,7 @@ def inspect(model: str, as_json: bool) -> int:
 @click.option("--workers", default="auto", show_default=True, help="--source: worker threads, or auto.")
 @click.option("--with-tensorrt-llm", is_flag=True, help="TensorRT-LLM's own reader has to accept every rank (streamconv[tensorrt-llm]).")
 @click.option("--all", "every", is_flag=True, help="--source: show the error of every matrix, not that of the worst ten.")
+@options(WATCHING)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--quiet", "-q", is_flag=True, help="Print errors and warnings only.")
 def verify(
@@ -229,23 +226,28 @@ def verify(
     workers: str,
     with_tensorrt_llm: bool,
     every: bool,
+    progress: str,
+    memory_trace: str | None,
     as_json: bool,
     quiet: bool,
 ) -> int:
     """Check a converted folder: structure, every tensor against config.json, hashes and, with --source, every byte against MODEL."""
     from streamconv.cli import verify_view
+    from streamconv.cli.watching import watching
     from streamconv.verification.check import verify as check
 
     if source is None:
         noted = ("memory_budget", "workers", "every")
         effects.needs(click.get_current_context(), "source", options=("activation_ranges",), resources=noted)
-    verdict = check(
-        out,
-        source,
-        with_tensorrt_llm=with_tensorrt_llm,
-        activation_ranges=activation_ranges,
-        resources=resources(memory_budget, workers, "cpu"),
-    )
+    with watching(out, quiet or as_json, progress, memory_trace) as watched:
+        verdict = check(
+            out,
+            source,
+            with_tensorrt_llm=with_tensorrt_llm,
+            activation_ranges=activation_ranges,
+            resources=resources(memory_budget, workers, "cpu"),
+            meter=watched.meter,
+        )
     verify_view.show(out, verdict, as_json, quiet, every)
     return 7 if verdict.problems else 0
 
@@ -294,19 +296,31 @@ def diff(a: str, b: str, tolerance: float | None, memory_budget: str | None, eve
 )
 @click.option("--memory-budget", help="Ceiling of this process's memory, e.g. 2GiB.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:0.")
+@options(WATCHING)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--quiet", "-q", is_flag=True, help="Print errors and warnings only.")
-def calibrate(model: str, ranges: str, text: str | None, memory_budget: str, as_json: bool, quiet: bool, **values: Any) -> int:
+def calibrate(
+    model: str,
+    ranges: str,
+    text: str | None,
+    memory_budget: str,
+    progress: str,
+    memory_trace: str | None,
+    as_json: bool,
+    quiet: bool,
+    **values: Any,
+) -> int:
     """Measure the activation ranges of MODEL on text, one layer at a time."""
     from streamconv.calibration.run import calibrate as run_calibration
-    from streamconv.cli import view
+    from streamconv.cli.watching import watching
     from streamconv.memory import parse_size, show_size
 
     if not text:
         raise UsageError("calibrate needs --text", hint="a .txt or .jsonl file, a folder of them, or a data set on the Hub")
     limit = parse_size(memory_budget) if memory_budget else None
-    progress = view.layers(quiet or as_json)["progress"]
-    told = run_calibration(model, ranges, text, memory_budget=limit, progress=progress, **values)
+    with watching(ranges, quiet or as_json, progress, memory_trace) as watched:
+        watch = {name: watched.layers[name] for name in ("progress", "sampled")}
+        told = run_calibration(model, ranges, text, memory_budget=limit, **watch, **values)
     if as_json:
         output.dump(told)
     elif not quiet:

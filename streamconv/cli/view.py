@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 
 from streamconv.cli import output
 from streamconv.errors import visible
-from streamconv.memory import peak_resident, resident, show_size
-from streamconv.progress import Meter, Progress, unwatched
+from streamconv.memory import resident, show_size
+from streamconv.progress import Meter, Progress, Watch, unwatched
+
+_EVERY = 10.0
+"""Seconds between two lines where nobody watches."""
 
 
 def table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...] | None = None) -> Iterator[str]:
@@ -20,38 +27,75 @@ def table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...] | None = None
             yield "  ".join("-" * width for width in widths)
 
 
-def meter(quiet: bool, every: float = 5.0) -> Meter:
-    """Bytes done, rate, time left, memory against budget. A live line on a terminal, a plain line now and then elsewhere."""
-    live = output.is_live()
+def meter(how: str, quiet: bool) -> Meter:
+    """A meter that shows how far a run is, on standard error.
 
-    def show(now: Progress) -> None:
-        if now.phase == "converting":
-            line = f"{now}  memory {show_size(resident())} of {show_size(now.memory_budget or 0)}"
-            if live:
-                output.live(f"{line:<100}")
-            elif now.done:
-                output.note(line)
-        elif now.phase != "done" and (live or now.seconds > every):
-            if live and now.done:
-                output.live("")
-            output.note(now.phase)
-
-    return Meter(unwatched if quiet else show, 0.1 if live else every)
+    Args:
+        how: "auto", "live" (one line that replaces itself), "lines" (one every 10 s), "json" (one object a second) or "none".
+        quiet: "auto" is "none".
+    """
+    if how == "auto":
+        how = "none" if quiet else "live" if output.is_live() and not os.environ.get("CI") else "lines"
+    kinds: dict[str, tuple[Watch, float]]
+    kinds = {"live": (_Live(), 0.1), "lines": (_lines, _EVERY), "json": (_json, 1.0), "none": (unwatched, 1.0)}
+    return Meter(*kinds[how])
 
 
-def peak() -> str:
-    return show_size(peak_resident())
+def _line(now: Progress) -> str:
+    if now.phase == "syncing":
+        return now.phase
+    if now.unit == "layers":
+        left = "" if now.left is None else f", {now.left:.0f} s left"
+        return f"layer {now.done + bool(now.detail)} of {now.total}{f', {now.detail}' if now.detail else ''}{left}"
+    ceiling = f" of {show_size(now.memory_budget)}" if now.memory_budget else ""
+    return f"{now.phase}  {now}  memory {show_size(resident())}{ceiling}"
 
 
-def layers(quiet: bool) -> dict[str, Callable[..., None]]:
-    """How a calibration talks while it runs: `progress` after each layer, `told` at its end."""
+def _lines(now: Progress) -> None:
+    worth = now.seconds >= _EVERY if now.phase == "syncing" else now.done < now.total or now.unit == "layers"
+    if now.phase != "done" and (now.done > now.resumed or now.detail) and worth:
+        output.note(_line(now))
 
-    def progress(done: int, of: int, left: float) -> None:
-        if not quiet:
-            output.note(f"layer {done} of {of}, {left:.0f} s left")
+
+def _json(now: Progress) -> None:
+    seconds = {"seconds": round(now.seconds, 3), "left": None if now.left is None else round(now.left, 3)}
+    output.note(json.dumps(dataclasses.asdict(now) | seconds | {"resident": resident()}))
+
+
+class _Live:
+    """A line that replaces itself; it ends with its phase, and stays."""
+
+    def __init__(self) -> None:
+        self._phase, self._width = "", 0
+
+    def __call__(self, now: Progress) -> None:
+        if self._phase not in ("", now.phase):
+            output.live("")
+            self._width = 0
+        self._phase = now.phase if now.phase != "done" else ""
+        if self._phase:
+            line = _line(now)[: shutil.get_terminal_size().columns - 1]
+            output.live(line.ljust(self._width))
+            self._width = len(line)
+
+
+def layers(meter: Meter, quiet: bool = False) -> dict[str, Callable[..., None]]:
+    """How a calibration tells a meter: `progress` after each layer, `sampled` within one, `told` with a line at its end."""
+
+    def begin(done: int, of: int) -> None:
+        if meter.now().phase != "calibrating":
+            meter.begin("calibrating", of, unit="layers", resumed=done)
+
+    def progress(done: int, of: int, _: float) -> None:
+        begin(done - 1, of)
+        meter.step(1)
+
+    def sampled(done: int, of: int, samples: int, every: int) -> None:
+        begin(done, of)
+        meter.tile(0, 0, f"sample {samples} of {every}")
 
     def told(line: str) -> None:
         if not quiet:
             output.note(line)
 
-    return {"progress": progress, "told": told}
+    return {"progress": progress, "sampled": sampled, "told": told}

@@ -14,7 +14,8 @@ from tests import tiny
 
 ROOT = Path(streamconv.__file__).parent
 LEVELS = (
-    ("errors", "memory", "options", "process", "streams", "natural", "cache_folder", "mounts", "progress", "progress_bar", "arguments"),
+    ("errors", "memory", "options", "process", "streams", "natural", "cache_folder", "mounts", "arguments"),
+    ("progress", "progress_bar", "memory_trace"),
     ("checkpoint",),
     ("quants", "families", "kernels"),
     ("planning",),

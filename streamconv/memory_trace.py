@@ -1,0 +1,193 @@
+"""Memory over time: a thread looks 20 times a second, writes a line of JSON for each look, and keeps what a picture needs.
+
+What a look costs (some 0.1 ms) is measured in benchmarks/README.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import IO, NamedTuple
+
+from streamconv import memory
+from streamconv.errors import OutputError, printable
+from streamconv.process import start_thread
+from streamconv.progress import Meter
+
+EVERY = 0.05
+"""Seconds between two looks."""
+_KEPT = 2000
+"""Samples that are kept in memory; when there are more, every second one goes and every second look is kept from then on."""
+
+
+class Sample(NamedTuple):
+    """One look; sizes in bytes.
+
+    Attributes:
+        time: seconds since the trace began.
+        resident: of this process.
+        peak: the largest `resident` of this process so far, as the kernel counts it.
+        children: resident set of the processes that it started (a calibration inside a conversion), 0 without any.
+        cgroup: what its memory cgroup has charged, page cache included; None outside of one.
+        budget: the ceiling that the run keeps, None while there is none.
+        device: what torch holds on CUDA devices.
+        read, written: bytes of the source and of the output since the phase began; where none are counted (calibrating), all bytes
+            that this process has read and written.
+        cpu: seconds of processor time, over all threads, since the trace began.
+        phase: see `progress.Progress`.
+    """
+
+    time: float
+    resident: int
+    peak: int
+    children: int
+    cgroup: int | None
+    budget: int | None
+    device: int
+    read: int
+    written: int
+    cpu: float
+    phase: str
+
+
+class MemoryTrace:
+    """A context in which memory is sampled.
+
+    Args:
+        meter: says which phase it is and how far it is.
+        file: JSON lines go there; None keeps the samples alone.
+
+    Attributes:
+        samples: at most `_KEPT`, over the whole time.
+        problem: why the file lacks lines, None if it does not.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+
+    def __init__(self, meter: Meter, file: Path | None = None) -> None:
+        self._meter, self._path = meter, file
+        self.samples: list[Sample] = []
+        self.problem: str | None = None
+        self._file: IO[str] | None = None
+        self._end, self._closing = threading.Event(), contextlib.ExitStack()
+        self._thread: threading.Thread | None = None
+        self._looks, self._stride = 0, 1
+
+    def __enter__(self) -> MemoryTrace:
+        if self._path is not None:
+            try:
+                self._file = self._path.open("w", buffering=1, encoding="ascii")  # a process that is killed leaves its lines
+            except OSError as error:
+                raise OutputError(f"--memory-trace {printable(str(self._path))} cannot be written: {error.strerror}") from None
+        self._began, self._cpu = time.monotonic(), time.process_time()
+        usage = memory.cgroup_usage()
+        self._status = self._closing.enter_context(open("/proc/self/status", "rb", buffering=0))
+        self._usage = self._closing.enter_context(usage.open("rb", buffering=0)) if usage is not None else None
+        self._thread = start_thread(self._run, "memory-trace")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._end.set()
+        if self._thread is not None:
+            self._thread.join()
+        self._add()  # the end, and the peak
+        self._closing.close()
+        if self._file is not None:
+            self._give_up_on(self._file.close)
+
+    def _run(self) -> None:
+        due = self._began
+        while not self._end.is_set():
+            self._add()
+            due = max(due + EVERY, time.monotonic())
+            self._end.wait(due - time.monotonic())
+
+    def _add(self) -> None:
+        now = self._look()
+        if self._looks % self._stride == 0 or self._end.is_set():
+            self.samples.append(now)
+        elif self.samples:
+            self.samples[-1] = _worse(self.samples[-1], now)
+        self._looks += 1
+        if len(self.samples) > _KEPT:
+            pairs = zip(self.samples[::2], self.samples[1::2], strict=False)
+            self.samples = [_worse(*pair) for pair in pairs] + self.samples[len(self.samples) // 2 * 2 :]
+            self._stride *= 2
+        if self._file is not None:
+            line = json.dumps({key: round(value, 4) if isinstance(value, float) else value for key, value in now._asdict().items()})
+            file = self._file
+            self._give_up_on(lambda: file.write(line + "\n"))
+
+    def _give_up_on(self, write: Callable[[], object]) -> None:
+        """A trace that cannot be written ends; the run goes on."""
+        try:
+            write()
+        except OSError as error:
+            self.problem = f"--memory-trace {printable(str(self._path))} ends early: {error.strerror}"
+            file, self._file = self._file, None
+            with contextlib.suppress(OSError):
+                if file is not None:
+                    file.close()
+
+    def _look(self) -> Sample:
+        progress = self._meter.now()
+        resident, peak = memory.resident_of(os.pread(self._status.fileno(), 1 << 16, 0))
+        read, written = (progress.done, progress.written) if progress.unit == "bytes" else _transferred()
+        return Sample(
+            time=time.monotonic() - self._began,
+            resident=resident,
+            peak=peak,
+            children=_children(),
+            cgroup=self._charged(),
+            budget=progress.memory_budget,
+            device=_on_devices(),
+            read=read,
+            written=written,
+            cpu=time.process_time() - self._cpu,
+            phase=progress.phase or "starting",
+        )
+
+    def _charged(self) -> int | None:
+        try:
+            return int(os.pread(self._usage.fileno(), 64, 0)) if self._usage is not None else None
+        except (OSError, ValueError):  # the cgroup is gone
+            return None
+
+
+def _children() -> int:
+    """Resident sets of the processes that the main thread started; 0 on a kernel that does not list them."""
+    size = 0
+    with contextlib.suppress(OSError):  # one that has ended
+        for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+            size += memory.resident_of(Path(f"/proc/{child}/status").read_bytes())[0]
+    return size
+
+
+def _transferred() -> tuple[int, int]:
+    try:
+        with open("/proc/self/io", "rb") as file:
+            read, written = (int(line.split()[1]) for line in file.readlines()[:2])
+    except (OSError, ValueError, IndexError):
+        return 0, 0
+    return read, written
+
+
+def _on_devices() -> int:
+    torch = sys.modules.get("torch")
+    if torch is None or not hasattr(torch, "cuda") or not torch.cuda.is_initialized():
+        return 0
+    return sum(torch.cuda.memory_reserved(number) for number in range(torch.cuda.device_count()))
+
+
+def _worse(one: Sample, other: Sample) -> Sample:
+    """Two looks as one: the later, with the larger sizes of both."""
+    largest = {name: max(getattr(one, name), getattr(other, name)) for name in ("resident", "peak", "children", "device")}
+    return other._replace(cgroup=max(one.cgroup or 0, other.cgroup or 0) or other.cgroup, **largest)
