@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from json.encoder import encode_basestring
 
 from streamconv.checkpoint.dtypes import DType
 from streamconv.errors import printable
@@ -38,7 +39,7 @@ class HeaderBuilder:
         self._at += size
         comma, listed = self._comma, ",".join(map(str, shape))
         self._comma = ","
-        quoted = json.dumps(name, ensure_ascii=False)
+        quoted = encode_basestring(name)  # json.dumps makes an encoder at each call
         self._text += f'{comma}{quoted}:{{"dtype":"{dtype.name}","shape":[{listed}],"data_offsets":[{begin},{self._at}]}}'.encode()
         self._last, self.count = name, self.count + 1
         return begin

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from functools import lru_cache
+from functools import cache, lru_cache
 
 from streamconv.checkpoint.dtypes import DType
 from streamconv.checkpoint.index import Index
@@ -12,6 +12,12 @@ from streamconv.checkpoint.rows import Piece, SourceTensor
 
 _KEPT = 64
 """Tensors that are kept after they were made: whoever plans asks for one several times."""
+
+
+@cache
+def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    """(rows, columns): a vector is a column, leading dimensions are flattened into rows."""
+    return (math.prod(shape[:-1]), shape[-1]) if len(shape) > 1 else (math.prod(shape), 1)
 
 
 class SourceTensors(Mapping[str, SourceTensor]):
@@ -35,19 +41,17 @@ class SourceTensors(Mapping[str, SourceTensor]):
         if self._assembled is not None:
             whole = self._assembled[name]
             return SourceTensor(name, dtype, shape, tuple(Piece(*block) for block in whole.blocks), whole.axis)
-        wide = len(shape) > 1
-        piece = Piece(shard, begin, math.prod(shape[:-1] if wide else shape), shape[-1] if wide else 1)
-        return SourceTensor(name, dtype, shape, (piece,))
+        return SourceTensor(name, dtype, shape, (Piece(shard, begin, *_matrix(shape)),))
 
     def kind(self, place: int) -> tuple[DType, int]:
         """Dtype and columns of a tensor by its number."""
         dtype, shape = self._table.kind(place)
-        return dtype, shape[-1] if len(shape) > 1 else 1
+        return dtype, _matrix(shape)[1]
 
     def row_bytes(self, place: int) -> int:
         """Bytes of a row of a tensor by its number."""
         dtype, shape = self._table.kind(place)
-        return dtype.itemsize * shape[-1] if len(shape) > 1 else dtype.itemsize
+        return dtype.itemsize * _matrix(shape)[1]
 
     def __getitem__(self, name: str) -> SourceTensor:
         place = self._table.place(name)

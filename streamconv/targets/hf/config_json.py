@@ -100,4 +100,6 @@ def dump(content: Mapping[str, Any]) -> bytes:
 
 def index_json(weight_map: Mapping[str, str], total: int) -> bytes:
     """model.safetensors.index.json: every tensor of every file, and the sum of their bytes."""
-    return (json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}, indent=2) + "\n").encode()
+    # a flat object with these separators is what indent=2 gives, which json writes ten times slower
+    listed = json.dumps(weight_map, sort_keys=True, separators=(",\n    ", ": "))
+    return f'{{\n  "metadata": {{\n    "total_size": {total}\n  }},\n  "weight_map": {{\n    {listed[1:-1]}\n  }}\n}}\n'.encode()

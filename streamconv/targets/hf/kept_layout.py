@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from streamconv.checkpoint.index import Index
+from streamconv.checkpoint.source_tensors import SourceTensors
 from streamconv.errors import UsageError
 from streamconv.planning.draft import Draft
 from streamconv.planning.plan import SideFile
@@ -12,7 +13,6 @@ from streamconv.targets.hf import config_json
 from streamconv.targets.hf.keep import keep
 from streamconv.targets.hf.layout import shards_of
 from streamconv.targets.hf.side_files import OLD, side_files
-from streamconv.targets.hf.sources import plain_tensors
 from streamconv.targets.hf.target import CONTAINERS
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def describe_kept(index: Index, target: HuggingFace, draft: Draft) -> None:
     if changed:
         raise UsageError(f"{' and '.join(changed)}: --quant keep changes no weight")
     wanted = next((container for container in CONTAINERS if container == target.format), None)
-    kept = keep(index, plain_tensors(index), wanted, draft)
+    kept = keep(index, SourceTensors(index), wanted, draft)
     places: dict[str, str] = {}
     for name, tensors in shards_of(index, kept.files, kept.nbytes, target.max_shard_size).items():
         number = draft.file(name, {"format": "pt"})

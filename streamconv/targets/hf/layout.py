@@ -7,6 +7,7 @@ import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING
 
 from streamconv.checkpoint.activation_ranges import Ranges
@@ -49,6 +50,10 @@ class Whole:
 
     def shape(self, part: Part, rows: int, cols: int) -> tuple[int, ...]:
         return self.recorded
+
+
+_plain, _whole = cache(Plain), cache(Whole)
+"""A model of experts has some tens of thousands of weights, and few types and shapes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,17 +163,18 @@ class Layout:
 
     def _files(self, stored: Stored) -> dict[str, list[str]]:
         """Output file -> names of the source's tensors that it takes, in order."""
-        sizes = {name: weight.nbytes for name, weight in stored.weights.items()}
-        return shards_of(self.index, stored.files, sizes, self.target.max_shard_size)
+        most = self.target.max_shard_size
+        sizes = {name: weight.nbytes if most is not None else 0 for name, weight in stored.weights.items()}
+        return shards_of(self.index, stored.files, sizes, most)
 
     def _tensor(self, file: int, name: str, stored: Stored, wanted: dict[str, Module]) -> list[str]:
         """Add one weight of the source; gives the names of the tensors it becomes."""
         weight, module = stored.weights[name], name.removesuffix(".weight")
         scales = self._cache_scale(file, name)
         if self.recipe is None or module not in wanted or not name.endswith(".weight"):
-            plain = Plain(self._plain_dtype(weight, stored))
-            matrix = self.draft.matrix(file, name, weight.rows, weight.cols, plain, spelling=Whole(stored.shapes[name]))
-            self.draft.feed(matrix, weight, 0, weight.rows)
+            rows, plain = weight.rows, _plain(self._plain_dtype(weight, stored))
+            matrix = self.draft.matrix(file, name, rows, weight.cols, plain, spelling=_whole(stored.shapes[name]))
+            self.draft.feed(matrix, weight, 0, rows)
             return [name, *scales]
         return self._quantized(file, module, weight, self.recipe, stored) + scales
 

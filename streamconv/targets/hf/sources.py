@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 from streamconv.checkpoint.dtypes import DType
 from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.quantized import stated_quantization
-from streamconv.checkpoint.rows import DecodedTensor, Piece, SourceTensor
+from streamconv.checkpoint.rows import DecodedTensor, SourceTensor
+from streamconv.checkpoint.source_tensors import SourceTensors
 from streamconv.checkpoint.stored_codes import Code
 from streamconv.checkpoint.turned_rows import DecodedIntegers, TurnedMx
 from streamconv.errors import CheckpointError, printable
@@ -19,7 +21,8 @@ from streamconv.targets.hf.packed_sources import PACKED, integers, mx_experts
 Weight = SourceTensor | DecodedTensor | DecodedIntegers | TurnedMx
 
 _SCALES = ("weight_scale_inv", "weight_scale", "weight_scale_2", "weight_global_scale", "weight_shape")
-_BESIDE = ("input_scale", "input_global_scale", "k_scale", "v_scale", "weight_zero_point", "output_scale")
+_OTHERS = ("input_scale", "input_global_scale", "k_scale", "v_scale", "weight_zero_point", "output_scale")
+_BESIDE = frozenset((*_SCALES, *_OTHERS))
 """What stands beside codes and says nothing of a float weight."""
 
 
@@ -32,30 +35,12 @@ class Stored:
         shapes: the recorded shape of each.
         files: number of the shard that holds each, or its codes.
         decoded: names of the weights that are decoded.
-        dropped: names of the tensors that are left out: scales of what is decoded.
     """
 
     weights: dict[str, Weight] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     files: dict[str, int] = field(default_factory=dict)
     decoded: set[str] = field(default_factory=set)
-    dropped: set[str] = field(default_factory=set)
-
-
-def plain_tensors(index: Index) -> dict[str, SourceTensor]:
-    """The index's tensors as matrices to read rows from."""
-    found = {}
-    for name, whole in (index.assembled or {}).items():
-        pieces = tuple(Piece(*block) for block in whole.blocks)
-        found[name] = SourceTensor(name, whole.dtype, whole.shape, pieces, whole.axis)
-    if index.assembled is not None:
-        return found
-    for name, record in index.tensors.items():
-        shape = record.shape
-        cols = shape[-1] if len(shape) > 1 else 1
-        rows = math.prod(shape[:-1]) if len(shape) > 1 else math.prod(shape)
-        found[name] = SourceTensor(name, record.dtype, shape, (Piece(record.shard, record.begin, rows, cols),))
-    return found
 
 
 def stored_weights(index: Index, into: DType) -> Stored:
@@ -64,25 +49,24 @@ def stored_weights(index: Index, into: DType) -> Stored:
     Raises:
         CheckpointError: codes without scales, or in a form that is not read.
     """
-    tensors, stored = plain_tensors(index), Stored()
+    tensors, stored = SourceTensors(index), Stored()
     stated = index.config.get("quantization_config")
     facts: Mapping[str, Any] = stated if isinstance(stated, dict) else {}
-    told = stated_quantization(index.config, index.root)
-    for name, tensor in tensors.items():
+    told, block = stated_quantization(index.config, index.root), _block(facts)
+    for name in tensors:
         module, _, leaf = name.rpartition(".")
         if leaf in PACKED and leaf != "qweight" and f"{module}.qweight" in tensors:
-            stored.dropped.add(name)
             continue
         if name.endswith("_scales") and name.removesuffix("_scales") + "_blocks" in tensors:
-            stored.dropped.add(name)
             continue
-        if leaf in _SCALES + _BESIDE and _has_codes(tensors, module):
-            stored.dropped.add(name)
+        if leaf in _BESIDE and _has_codes(tensors, module):
             continue
+        tensor = tensors[name]
         made: Weight = tensor
         shown = name
         if leaf in ("weight", "weight_packed") and tensor.dtype.name in ("F8_E4M3", "I8", "U8", "I32"):
-            made, shown = _decoded(index, tensors, module, tensor, facts, into), f"{module}.weight"
+            shown = f"{module}.weight"
+            made = _decoded(index, tensors, module, tensor, facts, block, into)
             stored.decoded.add(shown)
         elif leaf == "qweight":
             shown = f"{module}.weight"
@@ -98,17 +82,23 @@ def stored_weights(index: Index, into: DType) -> Stored:
     return stored
 
 
-def _has_codes(tensors: Mapping[str, SourceTensor], module: str) -> bool:
+def _has_codes(tensors: SourceTensors, module: str) -> bool:
+    place = tensors.place(f"{module}.weight")
+    if place is not None:
+        return tensors.kind(place)[0].name in ("F8_E4M3", "I8", "U8") or f"{module}.weight_packed" in tensors
     if f"{module}.weight_packed" in tensors:
         return True
-    weight = tensors.get(f"{module}.weight")
-    if weight is not None:
-        return weight.dtype.name in ("F8_E4M3", "I8", "U8")
     return any(f"{module}.{part}.weight" in tensors or f"{module}.{part}.weight_packed" in tensors for part in ("k_proj", "v_proj"))
 
 
 def _decoded(
-    index: Index, tensors: Mapping[str, SourceTensor], module: str, codes: SourceTensor, facts: Mapping[str, Any], into: DType
+    index: Index,
+    tensors: SourceTensors,
+    module: str,
+    codes: SourceTensor,
+    facts: Mapping[str, Any],
+    block: tuple[int, int],
+    into: DType,
 ) -> DecodedTensor:
     name, packed = f"{module}.weight", codes.name.endswith("_packed")
     scale = tensors.get(f"{module}.weight_scale_inv") or tensors.get(f"{module}.weight_scale")
@@ -126,8 +116,11 @@ def _decoded(
         factor = _number(index, tensors[f"{module}.weight_scale_2"])
     elif f"{module}.weight_global_scale" in tensors:
         factor, divide = _number(index, tensors[f"{module}.weight_global_scale"]), True
-    per_row, per_col, scale = _grid(scale, rows, cols, facts)
-    return DecodedTensor(name, into, shape, codes, code, scale, per_row, per_col, factor, divide)
+    grid = _grid(scale.shape, rows, cols, block)
+    if grid is None:
+        told = f"{printable(scale.name)} has shape {list(scale.shape)}, which is no grid of scales for a weight [{rows}, {cols}]"
+        raise CheckpointError(told)
+    return DecodedTensor(name, into, shape, codes, code, _as_matrix(scale, grid.shape), grid.per_row, grid.per_col, factor, divide)
 
 
 def _code(
@@ -168,29 +161,44 @@ def _bits(facts: Mapping[str, Any]) -> int:
     return 4
 
 
-def _grid(scale: SourceTensor, rows: int, cols: int, facts: Mapping[str, Any]) -> tuple[int, int, SourceTensor]:
-    """Rows and columns that share a scale, and the scales as a matrix."""
-    shape = tuple(size for size in scale.shape)
+class _Grid(NamedTuple):
+    """How scales lie over a weight: as a matrix of this shape, each for `per_row` x `per_col` values."""
+
+    per_row: int
+    per_col: int
+    shape: tuple[int, int]
+
+
+@cache
+def _grid(shape: tuple[int, ...], rows: int, cols: int, block: tuple[int, int]) -> _Grid | None:
+    """The grid that scales of this shape are for a weight [rows, cols], None if they are none."""
     if len(shape) == 4 and shape[1] == shape[3] == 1:
         shape = (shape[0], shape[2])
     if math.prod(shape) == 1:
-        return rows, cols, _as_matrix(scale, 1, 1)
+        return _Grid(rows, cols, (1, 1))
     if shape in ((rows,), (rows, 1)):
-        return 1, cols, _as_matrix(scale, rows, 1)
-    if len(shape) == 2 and shape[0] == rows and cols % shape[1] == 0:
-        return 1, cols // shape[1], scale
+        return _Grid(1, cols, (rows, 1))
+    if len(shape) != 2:
+        return None
+    if shape[0] == rows and shape[1] and cols % shape[1] == 0:
+        return _Grid(1, cols // shape[1], (rows, shape[1]))
+    tiles = (-(-rows // block[0]), -(-cols // block[1]))
+    return _Grid(*block, tiles) if shape == tiles else None
+
+
+def _block(facts: Mapping[str, Any]) -> tuple[int, int]:
+    """Rows and columns of a tile."""
     block = facts.get("weight_block_size")
-    down, across = block if isinstance(block, list) and len(block) == 2 and all(isinstance(b, int) and b > 0 for b in block) else (128, 128)
-    if len(shape) == 2 and shape == (-(-rows // down), -(-cols // across)):
-        return down, across, _as_matrix(scale, *shape)
-    raise CheckpointError(
-        f"{printable(scale.name)} has shape {list(scale.shape)}, which is no grid of scales for a weight [{rows}, {cols}]"
-    )
+    if isinstance(block, list) and len(block) == 2 and all(isinstance(b, int) and b > 0 for b in block):
+        return block[0], block[1]
+    return 128, 128
 
 
-def _as_matrix(scale: SourceTensor, rows: int, cols: int) -> SourceTensor:
-    piece = scale.pieces[0]._replace(rows=rows, cols=cols)
-    return replace(scale, shape=(rows, cols), pieces=(piece,))
+def _as_matrix(scale: SourceTensor, shape: tuple[int, int]) -> SourceTensor:
+    if scale.shape == shape:
+        return scale
+    piece = scale.pieces[0]._replace(rows=shape[0], cols=shape[1])
+    return replace(scale, shape=shape, pieces=(piece,))
 
 
 def _read(index: Index, tensor: SourceTensor) -> bytes:
