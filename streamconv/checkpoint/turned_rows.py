@@ -26,19 +26,50 @@ _TILE = 8 << 20
 
 @dataclass(frozen=True, slots=True)
 class Turned(SourceTensor):
-    """A stored matrix read by its columns: `shape` is (stored columns, stored rows); the one piece is as it is stored."""
+    """A stored matrix read by its columns: `shape` is (columns wanted, stored rows); the one piece is as it is stored.
+
+    Attributes:
+        step: every how manieth column is wanted; the piece begins with the first of them.
+    """
+
+    step: int = 1
 
     @property
     def scratch_row_bytes(self) -> int:
-        return self.stored_row_bytes
+        return self.stored_row_bytes * self.step
 
     def read(self, shards: Sequence[Shard], start: int, stop: int, out: Bytes, scratch: Bytes) -> None:
         count, item = stop - start, self.dtype.itemsize
-        stripe = read_stripe(shards, self.pieces[0], item, start, stop, scratch)
-        out.reshape(count, self.cols, item)[:] = stripe.reshape(self.cols, count, item).swapaxes(0, 1)
+        first, last = start * self.step, (stop - 1) * self.step + 1
+        stripe = read_stripe(shards, self.pieces[0], item, first, last, scratch)
+        out.reshape(count, self.cols, item)[:] = stripe.reshape(self.cols, last - first, item)[:, :: self.step].swapaxes(0, 1)
 
     def drop_page_cache(self, shards: Sequence[Shard], start: int, stop: int) -> None:
         """Nothing: the pages of a stripe hold parts of the next ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class EveryRow(SourceTensor):
+    """Every `step`-th row of a stored matrix; the one piece begins with the first of them."""
+
+    step: int = 1
+
+    def read(self, shards: Sequence[Shard], start: int, stop: int, out: Bytes, scratch: Bytes) -> None:
+        piece, row = self.pieces[0], self.stored_row_bytes
+        shards[piece.shard].read_rows_into(piece.begin + start * self.step * row, self.step * row, row, stop - start, out.data, row)
+
+    def drop_page_cache(self, shards: Sequence[Shard], start: int, stop: int) -> None:
+        """Nothing: the rows between are wanted too."""
+
+
+def rows_of(tensor: SourceTensor, name: str, first: int, shape: tuple[int, int], step: int = 1) -> SourceTensor:
+    """Rows first, first + step, ... of a tensor whose rows are shape[1] long, as a tensor of their own."""
+    rows, cols = shape
+    piece = tensor.pieces[0]
+    begin = piece.begin + first * cols * tensor.dtype.itemsize
+    if step == 1:
+        return SourceTensor(name, tensor.dtype, shape, (Piece(piece.shard, begin, rows, cols),))
+    return EveryRow(name, tensor.dtype, shape, (Piece(piece.shard, begin, rows * step - step + 1, cols),), 0, step)
 
 
 def turned(tensor: SourceTensor) -> Turned:

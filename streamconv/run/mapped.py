@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from streamconv.checkpoint import mapping
 from streamconv.checkpoint.fault_guard import FaultGuard, known_platform
 from streamconv.checkpoint.mapping import Window
-from streamconv.checkpoint.rows import PackedTensor, SourceTensor
+from streamconv.checkpoint.rows import SourceTensor
 from streamconv.checkpoint.shard import Shard
 from streamconv.errors import UsageError
 from streamconv.options import Read
@@ -83,7 +83,7 @@ def _is_large(span: Span) -> bool:
 def _place(span: Span, start: int, stop: int) -> tuple[int, int, int] | None:
     """(shard, begin, end) of rows that lie in one run in one file and need nothing done to them; None if they do not."""
     source = span.source
-    if not isinstance(source, SourceTensor) or isinstance(source, PackedTensor) or span.op.kind != "none":
+    if type(source) is not SourceTensor or span.op.kind != "none":  # those derived from it read rows that lie otherwise
         return None
     if source.axis != 0 and len(source.pieces) > 1:
         return None

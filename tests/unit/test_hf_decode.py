@@ -142,14 +142,63 @@ def test_gpt_oss(tmp_path: Path, rows: int | None) -> None:
 
 
 def test_experts_that_stay_are_named(tmp_path: Path) -> None:
+    """Neither axis is the hidden size."""
     folder, _ = gpt_oss(tmp_path / "source")
     weights = load_file(folder / "model.safetensors") | {"model.layers.0.self_attn.o_proj.weight": torch.ones(64, 64, dtype=torch.bfloat16)}
     save_file(weights, folder / "model.safetensors")
-    for kind in ("gpt_oss", "unheard_of"):
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | {"model_type": kind}))
-        report = api.convert(folder, tmp_path / kind, HuggingFace(quant="fp8_dynamic"))
-        assert any("experts.down_proj" in line and "stay float16" in line for line in report.warnings)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "unheard_of", "hidden_size": 72}))
+    report = api.convert(folder, tmp_path / "out", HuggingFace(quant="fp8_dynamic"))
+    assert any("experts.down_proj" in line and "stay float16" in line for line in report.warnings)
+
+
+@pytest.mark.parametrize("rows", [None, 8])
+@pytest.mark.parametrize("quant", ["fp8_dynamic", "nvfp4a16", "mxfp4"])
+def test_gpt_oss_is_quantized_anew(tmp_path: Path, quant: str, rows: int | None) -> None:
+    """As from a model that holds one weight for each expert: gate and up take turns in the stored rows."""
+    folder, stacked = gpt_oss(tmp_path / "source")
+    plain: Tensors = {}
+    bias = torch.arange(3 * 96, dtype=torch.bfloat16).reshape(3, 96)
+    held = load_file(folder / "model.safetensors") | {"model.layers.0.mlp.experts.gate_up_proj_bias": bias}
+    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+    for name, tensor in stacked.items():
+        module, _, last = name.rpartition(".")
+        for expert in range(3):
+            rows_out, own = tensor[expert].T, held[f"{name}_bias"][expert]
+            parts = {"gate_proj": slice(0, None, 2), "up_proj": slice(1, None, 2)} if last == "gate_up_proj" else {last: slice(None)}
+            for part, taken in parts.items():
+                plain[f"{module}.{expert}.{part}.weight"] = rows_out[taken].contiguous()
+                plain[f"{module}.{expert}.{part}.bias"] = own[taken].contiguous()
+    (tmp_path / "plain").mkdir()
+    save_file(plain | {"model.norm.weight": held["model.norm.weight"]}, tmp_path / "plain/model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text()) | {"dtype": "bfloat16", "torch_dtype": "bfloat16", "hidden_size": 64}
+    (folder / "config.json").write_text(json.dumps(config))
+    del config["quantization_config"]
+    (tmp_path / "plain/config.json").write_text(json.dumps(config | {"model_type": "other"}))
+    report = api.convert(folder, tmp_path / "one", HuggingFace(quant=quant), Resources(tile_rows=rows, workers=2))
+    api.convert(tmp_path / "plain", tmp_path / "two", HuggingFace(quant=quant))
+    assert (tmp_path / "one/model.safetensors").read_bytes() == (tmp_path / "two/model.safetensors").read_bytes()
+    assert any("9 weights of the source are quantized" in line for line in report.warnings)
+    assert verify(tmp_path / "one", folder).problems == []
+
+
+@pytest.mark.parametrize("kind", ["llama4", "gpt_oss", "unheard_of"])
+def test_stacked_and_transposed(tmp_path: Path, kind: str) -> None:
+    """[E, in, out] float experts: as from a model that holds one weight [out, in] for each."""
+    random, at = torch.Generator().manual_seed(4), "model.layers.0.mlp.experts"
+    gate_up = torch.randn(3, 64, 96, generator=random).bfloat16()
+    down = torch.randn(3, 48, 64, generator=random).bfloat16()
+    gate, up = (gate_up[..., ::2], gate_up[..., 1::2]) if kind == "gpt_oss" else gate_up.chunk(2, 2)
+    plain = {f"{at}.{e}.{part}_proj.weight": whole[e].T.contiguous() for e in range(3) for part, whole in
+             (("gate", gate), ("up", up), ("down", down))}  # fmt: skip
+    for name, weights, model_type in (("stacked", {f"{at}.gate_up_proj": gate_up, f"{at}.down_proj": down}, kind), ("plain", plain, "other")):
+        (tmp_path / name).mkdir()
+        save_file(weights, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+        config = tiny.config(torch_dtype="bfloat16", num_hidden_layers=1, model_type=model_type, hidden_size=64)
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        out = tmp_path / f"{name}_out"
+        api.convert(tmp_path / name, out, HuggingFace(quant="nvfp4a16"), Resources(tile_rows=8, read="map" if name == "stacked" else "auto"))
+    assert (tmp_path / "stacked_out/model.safetensors").read_bytes() == (tmp_path / "plain_out/model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("scale", ["float32", "bfloat16", "float16", "float8_e8m0fnu", "uint8"])

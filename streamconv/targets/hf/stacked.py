@@ -2,49 +2,104 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
-from streamconv.checkpoint.rows import SourceTensor
-from streamconv.targets.hf.sources import Stored
+from streamconv.checkpoint.rows import DecodedTensor, Piece, SourceTensor
+from streamconv.checkpoint.turned_rows import Turned, TurnedMx, rows_of
+from streamconv.targets.hf.sources import Stored, Weight
 
-_TRANSPOSED = ("llama4", "llama4_text", "gpt_oss")
-"""Model types that store stacked experts as [E, in, out]."""
+_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+_TRANSPOSED = ("llama4", "llama4_text", "gpt_oss", "qwen3_vl_moe", "qwen3_vl_moe_text")
+"""Model types that store stacked experts as [E, in, out], where the sizes do not tell."""
+_ALTERNATING = ("gpt_oss",)
+"""Model types whose gate and up rows take turns; elsewhere the gate is the first half."""
+
+
+class _Rows(NamedTuple):
+    """Output features first, first + step, ... of an expert."""
+
+    first: int
+    step: int
+    count: int
 
 
 def unstack(stored: Stored, config: Mapping[str, Any]) -> None:
-    """`X.experts.gate_up_proj` [E, 2I, H] -> `X.experts.{e}.gate_proj.weight`, `.up_proj.weight`; `X.experts.down_proj` likewise.
+    """`X.experts.gate_up_proj` -> `X.experts.{e}.gate_proj.weight`, `.up_proj.weight`; `X.experts.down_proj`, and biases, likewise.
 
-    The gate is the first half. What is stored transposed stays as it is: its rows are no output features.
+    What is neither [E, out, in] nor [E, in, out] by the config's hidden size stays as it is.
     """
     text = config.get("text_config")
-    types = {part.get("model_type") for part in (config, text) if isinstance(part, dict)}
-    if types & set(_TRANSPOSED):
-        return
+    parts = [part for part in (text, config) if isinstance(part, dict)]
+    hidden = next((part["hidden_size"] for part in parts if "hidden_size" in part), None)
+    types = {part.get("model_type") for part in parts}
+    alternating = bool(types & set(_ALTERNATING))
     for name in [name for name, shape in stored.shapes.items() if len(shape) == 3]:
         stem = name.removesuffix(".weight")
         module, _, last = stem.rpartition(".")
         whole = stored.weights[name]
-        if not module.endswith("experts") or last not in ("gate_up_proj", "down_proj") or not isinstance(whole, SourceTensor):
+        if not module.endswith("experts") or last not in _PARTS or not isinstance(whole, SourceTensor | TurnedMx):
             continue
-        _split(stored, name, whole, module, ("gate_proj", "up_proj") if last == "gate_up_proj" else ("down_proj",))
+        inner, outer = stored.shapes[name][1:] if last == "gate_up_proj" else stored.shapes[name][:0:-1]
+        if hidden is not None and hidden not in (inner, outer):
+            continue
+        transposed = bool(types & set(_TRANSPOSED)) if inner == outer or hidden is None else hidden == inner
+        outs = stored.shapes[name][2 if transposed else 1]
+        made = list(_named(module, last, outs, alternating))
+        _split(stored, name, made, transposed)
+        if f"{stem}_bias" in stored.weights:
+            _split_bias(stored, f"{stem}_bias", made)
 
 
-def _split(stored: Stored, name: str, whole: SourceTensor, module: str, parts: tuple[str, ...]) -> None:
-    experts, rows, cols = stored.shapes.pop(name)
-    del stored.weights[name]
-    file, each = stored.files.pop(name), rows // len(parts)
-    for expert in range(experts):
-        for number, part in enumerate(parts):
+def _named(module: str, last: str, outs: int, alternating: bool) -> Iterator[tuple[str, str, _Rows]]:
+    """(what comes before an expert's number, after it, which of its output features) of each part."""
+    parts = _PARTS[last]
+    each = outs // len(parts)
+    for number, part in enumerate(parts):
+        yield module, part, _Rows(number, len(parts), each) if alternating else _Rows(number * each, 1, each)
+
+
+def _split(stored: Stored, name: str, parts: list[tuple[str, str, _Rows]], transposed: bool) -> None:
+    whole, file = stored.weights.pop(name), stored.files.pop(name)
+    shape = stored.shapes.pop(name)
+    for expert in range(shape[0]):
+        for module, part, rows in parts:
             made = f"{module}.{expert}.{part}.weight"
-            stored.weights[made] = _rows_of(whole, made, expert * rows + number * each, each)
-            stored.shapes[made] = (each, cols)
-            stored.files[made] = file
+            weight = _expert(whole, made, expert, rows, transposed)
+            _put(stored, made, weight, (weight.rows, weight.cols), file)
+    if name in stored.decoded:
+        stored.decoded.remove(name)
+        stored.decoded |= {f"{module}.{expert}.{part}.weight" for expert in range(shape[0]) for module, part, _ in parts}
 
 
-def _rows_of(whole: SourceTensor, name: str, first: int, rows: int) -> SourceTensor:
-    """Rows [first, first + rows) of a tensor as one of their own."""
+def _split_bias(stored: Stored, name: str, parts: list[tuple[str, str, _Rows]]) -> None:
+    """A bias [E, out]."""
+    whole, file = stored.weights.pop(name), stored.files.pop(name)
+    experts, outs = stored.shapes.pop(name)
+    assert isinstance(whole, SourceTensor)
+    for expert in range(experts):
+        for module, part, rows in parts:
+            made = f"{module}.{expert}.{part}.bias"
+            _put(stored, made, rows_of(whole, made, expert * outs + rows.first, (rows.count, 1), rows.step), (rows.count,), file)
+
+
+def _put(stored: Stored, name: str, weight: Weight, shape: tuple[int, ...], file: int) -> None:
+    stored.weights[name], stored.shapes[name], stored.files[name] = weight, shape, file
+
+
+def _expert(whole: Weight, name: str, expert: int, rows: _Rows, transposed: bool) -> Weight:
+    """Some output features of an expert, [out, in]."""
+    if isinstance(whole, TurnedMx):  # stored as [E, out, in / 32, ...]
+        _, k, n = whole.shape
+        first = expert * n + rows.first
+        codes = rows_of(whole.codes, name, first, (rows.count, k // 2), rows.step)
+        scales = rows_of(whole.scales, name, first, (rows.count, k // 32), rows.step)
+        return DecodedTensor(name, whole.dtype, (rows.count, k), codes, "e2m1", scales, 1, 32)
+    assert isinstance(whole, SourceTensor)
+    if not transposed:
+        outs, cols = whole.shape[1:]
+        return rows_of(whole, name, expert * outs + rows.first, (rows.count, cols), rows.step)
+    cols, outs = whole.shape[1:]
     piece = whole.pieces[0]
-    begin = piece.begin + first * whole.stored_row_bytes
-    return dataclasses.replace(whole, name=name, shape=(rows, whole.cols), pieces=(piece._replace(begin=begin, rows=rows),))
+    begin = piece.begin + (expert * cols * outs + rows.first) * whole.dtype.itemsize
+    return Turned(name, whole.dtype, (rows.count, cols), (Piece(piece.shard, begin, cols, outs),), 0, rows.step)
