@@ -271,7 +271,7 @@ def diff(a: str, b: str, tolerance: float | None, memory_budget: str | None, eve
 
     if tolerance is not None and not 0 <= tolerance < float("inf"):
         raise UsageError(f"--tolerance {tolerance:g} is no error", hint="a number from 0 on, e.g. 1e-3")
-    made = compare(a, b, parse_size(memory_budget) if memory_budget else None, view.meter(quiet or as_json))
+    made = compare(a, b, parse_size(memory_budget) if memory_budget else None, view.meter("auto", quiet or as_json))
     diff_view.show(made, tolerance, as_json, quiet, every)
     return 0 if made.within(tolerance) else 7
 
