@@ -29,7 +29,7 @@ def content(plan: Plan, parts: Sequence[Part]) -> dict[str, Any]:
         "imbalance": max(moved) / mean - 1 if mean else 0.0,
         "imbalance_of_others": max(others) * len(others) / sum(others) - 1 if sum(others) else 0.0,
         "read_amplification": sum(part.read for part in parts) / plan.bytes_read if plan.bytes_read else 1.0,
-        "shards_fetched": sum(sizes[at] for own in shards for at in own) / max(sum({at: sizes[at] for own in shards for at in own}.values()), 1),
+        "shards_fetched": sum(sizes[at] for own in shards for at in own) / max(sum(sizes[at] for at in set().union(*shards)), 1),
         "parts": [
             {
                 "part": number,

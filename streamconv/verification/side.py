@@ -13,12 +13,13 @@ from streamconv.checkpoint.index import Index, read_json
 from streamconv.checkpoint.limits import MAX_CONFIG
 from streamconv.checkpoint.rows import DecodedTensor, SourceTensor
 from streamconv.checkpoint.shard import Shard
+from streamconv.checkpoint.source_tensors import SourceTensors
 from streamconv.checkpoint.tensor_table import TensorTable
 from streamconv.checkpoint.turned_rows import DecodedIntegers
 from streamconv.errors import CheckpointError
 from streamconv.families.naming import settle
 from streamconv.hub import open_stored
-from streamconv.targets.hf.sources import Weight, plain_tensors, stored_weights
+from streamconv.targets.hf.sources import Weight, stored_weights
 
 _RANK = re.compile(r"rank(0|[1-9]\d{0,3})\.safetensors")
 _CODES = {"e4m3": "F8_E4M3", "int8": "INT8", "uint8": "INT8", "e2m1": "FP4", "uint4": "INT4"}
@@ -72,7 +73,7 @@ def settled(side: Side) -> Side:
 
 
 def _side(index: Index) -> Side:
-    tensors = plain_tensors(index)
+    tensors = SourceTensors(index)
     try:
         stored = stored_weights(index, F32)
     except CheckpointError as error:

@@ -191,13 +191,15 @@ def test_stacked_and_transposed(tmp_path: Path, kind: str) -> None:
     gate, up = (gate_up[..., ::2], gate_up[..., 1::2]) if kind == "gpt_oss" else gate_up.chunk(2, 2)
     plain = {f"{at}.{e}.{part}_proj.weight": whole[e].T.contiguous() for e in range(3) for part, whole in
              (("gate", gate), ("up", up), ("down", down))}  # fmt: skip
-    for name, weights, model_type in (("stacked", {f"{at}.gate_up_proj": gate_up, f"{at}.down_proj": down}, kind), ("plain", plain, "other")):
+    stacked = {f"{at}.gate_up_proj": gate_up, f"{at}.down_proj": down}
+    for name, weights, model_type in (("stacked", stacked, kind), ("plain", plain, "other")):
         (tmp_path / name).mkdir()
         save_file(weights, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
         config = tiny.config(torch_dtype="bfloat16", num_hidden_layers=1, model_type=model_type, hidden_size=64)
         (tmp_path / name / "config.json").write_text(json.dumps(config))
         out = tmp_path / f"{name}_out"
-        api.convert(tmp_path / name, out, HuggingFace(quant="nvfp4a16"), Resources(tile_rows=8, read="map" if name == "stacked" else "auto"))
+        read: Any = "map" if name == "stacked" else "auto"
+        api.convert(tmp_path / name, out, HuggingFace(quant="nvfp4a16"), Resources(tile_rows=8, read=read))
     assert (tmp_path / "stacked_out/model.safetensors").read_bytes() == (tmp_path / "plain_out/model.safetensors").read_bytes()
 
 

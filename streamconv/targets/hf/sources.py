@@ -35,12 +35,14 @@ class Stored:
         shapes: the recorded shape of each.
         files: number of the shard that holds each, or its codes.
         decoded: names of the weights that are decoded.
+        dropped: names of the tensors that are left out: scales of what is decoded.
     """
 
     weights: dict[str, Weight] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     files: dict[str, int] = field(default_factory=dict)
     decoded: set[str] = field(default_factory=set)
+    dropped: set[str] = field(default_factory=set)
 
 
 def stored_weights(index: Index, into: DType) -> Stored:
@@ -56,10 +58,13 @@ def stored_weights(index: Index, into: DType) -> Stored:
     for name in tensors:
         module, _, leaf = name.rpartition(".")
         if leaf in PACKED and leaf != "qweight" and f"{module}.qweight" in tensors:
+            stored.dropped.add(name)
             continue
         if name.endswith("_scales") and name.removesuffix("_scales") + "_blocks" in tensors:
+            stored.dropped.add(name)
             continue
         if leaf in _BESIDE and _has_codes(tensors, module):
+            stored.dropped.add(name)
             continue
         tensor = tensors[name]
         made: Weight = tensor

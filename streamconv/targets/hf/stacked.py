@@ -21,7 +21,7 @@ class _Rows(NamedTuple):
 
     first: int
     step: int
-    count: int
+    taken: int
 
 
 def unstack(stored: Stored, config: Mapping[str, Any]) -> None:
@@ -80,7 +80,7 @@ def _split_bias(stored: Stored, name: str, parts: list[tuple[str, str, _Rows]]) 
     for expert in range(experts):
         for module, part, rows in parts:
             made = f"{module}.{expert}.{part}.bias"
-            _put(stored, made, rows_of(whole, made, expert * outs + rows.first, (rows.count, 1), rows.step), (rows.count,), file)
+            _put(stored, made, rows_of(whole, made, expert * outs + rows.first, (rows.taken, 1), rows.step), (rows.taken,), file)
 
 
 def _put(stored: Stored, name: str, weight: Weight, shape: tuple[int, ...], file: int) -> None:
@@ -92,14 +92,14 @@ def _expert(whole: Weight, name: str, expert: int, rows: _Rows, transposed: bool
     if isinstance(whole, TurnedMx):  # stored as [E, out, in / 32, ...]
         _, k, n = whole.shape
         first = expert * n + rows.first
-        codes = rows_of(whole.codes, name, first, (rows.count, k // 2), rows.step)
-        scales = rows_of(whole.scales, name, first, (rows.count, k // 32), rows.step)
-        return DecodedTensor(name, whole.dtype, (rows.count, k), codes, "e2m1", scales, 1, 32)
+        codes = rows_of(whole.codes, name, first, (rows.taken, k // 2), rows.step)
+        scales = rows_of(whole.scales, name, first, (rows.taken, k // 32), rows.step)
+        return DecodedTensor(name, whole.dtype, (rows.taken, k), codes, "e2m1", scales, 1, 32)
     assert isinstance(whole, SourceTensor)
     if not transposed:
         outs, cols = whole.shape[1:]
-        return rows_of(whole, name, expert * outs + rows.first, (rows.count, cols), rows.step)
+        return rows_of(whole, name, expert * outs + rows.first, (rows.taken, cols), rows.step)
     cols, outs = whole.shape[1:]
     piece = whole.pieces[0]
     begin = piece.begin + (expert * cols * outs + rows.first) * whole.dtype.itemsize
-    return Turned(name, whole.dtype, (rows.count, cols), (Piece(piece.shard, begin, cols, outs),), 0, rows.step)
+    return Turned(name, whole.dtype, (rows.taken, cols), (Piece(piece.shard, begin, cols, outs),), 0, rows.step)
