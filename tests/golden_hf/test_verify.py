@@ -40,7 +40,7 @@ class Output:
     """
 
     def __init__(self, name: str, models: Models, root: Path) -> None:
-        case = CASES[FORMATS[name]]
+        case, self.name = CASES[FORMATS[name]], name
         self.source, self.folder = models.source(case), root / "out"
         convert(case, self.source, self.folder)
         self.own = shutil.copytree(self.folder, root / "own")
@@ -148,6 +148,120 @@ def test_what_the_config_says(output: Output) -> None:
     else:
         second.write_text("{}")
         output.finds("hf_quant_config.json is left over")
+
+
+def group(config: Config) -> Config:
+    """The one scheme of a config."""
+    (only,) = config["quantization_config"]["config_groups"].values()
+    held: Config = only
+    return held
+
+
+def stated(**changes: object) -> Callable[[Config], object]:
+    return lambda config: config["quantization_config"].update(changes)
+
+
+def of_weights(**changes: object) -> Callable[[Config], object]:
+    return lambda config: group(config)["weights"].update(changes)
+
+
+COMPRESSED: dict[str, Callable[[Config], object]] = {
+    "asymmetric": of_weights(symmetric=False),
+    "bits": of_weights(num_bits=2),
+    "words": of_weights(num_bits="4"),
+    "type": lambda c: group(c)["weights"].update(type={"int": "float", "float": "int"}[group(c)["weights"]["type"]]),
+    "strategy": of_weights(strategy="token"),
+    "tensor": of_weights(strategy="tensor"),
+    "group": of_weights(strategy="group", group_size=48),
+    "dynamic": of_weights(dynamic=True),
+    "key": of_weights(bits=4),
+    "null": lambda c: group(c).update(weights=None),
+    "list": lambda c: group(c).update(weights=[]),
+    "inputs": lambda c: group(c).update(input_activations={"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}),
+    "targets": lambda c: group(c).update(targets=[]),
+    "no targets": lambda c: group(c).pop("targets"),
+    "cut": lambda c: group(c).update(targets=["re:.*[kv]_proj$", "re:.*o_proj$"]),
+    "class": lambda c: group(c).update(targets=["Lin"]),
+    "format": lambda c: group(c).update(format="int-packed"),
+    "no groups": stated(config_groups=None),
+    "empty": stated(config_groups={}),
+    "null group": stated(config_groups={"group_0": None}),
+    "status": stated(quantization_status="frozen"),
+    "sparse": stated(sparsity_config={"format": "sparse-24-bitmask", "targets": ["Linear"]}),
+    "2:4": stated(sparsity_config={"format": "dense", "sparsity_structure": "2:4"}),
+    "method": stated(quant_method="compressed_tensor"),
+    "awq": stated(quant_method="awq", bits=4, group_size=128),
+    "fp8": stated(quant_method="fp8"),
+    "no method": lambda c: c["quantization_config"].pop("quant_method"),
+    "cache": stated(kv_cache_scheme={"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}),
+    "integer cache": stated(kv_cache_scheme={"num_bits": 8, "type": "int"}),
+    "glob": lambda c: c["quantization_config"].update(ignore=["*lm_head*"]),
+    "names": stated(ignore=[1]),
+    "no list": stated(ignore="lm_head"),
+    "expression": stated(ignore=["lm_head", "re:("]),
+    "slow": stated(ignore=["lm_head", "re:(a+)+$"]),
+}
+
+
+@pytest.mark.parametrize("output", ["fp8_dynamic", "w4a16", "nvfp4", "mxfp8"], indirect=True)
+def test_every_word_of_a_statement_counts(output: Output) -> None:
+    """compressed-tensors: what engines would misread, refuse or leave out; and what says nothing is no fault."""
+    config = (output.folder / "config.json").read_text()
+    assert not verify(output.folder).problems
+    for name, change in COMPRESSED.items():
+        output.restate(change)
+        assert verify(output.folder).problems, name
+        (output.folder / "config.json").write_text(config)
+    output.restate(stated(sparsity_config={}, transform_config={}, version="0.20.0", global_compression_ratio=None))
+    output.restate(lambda c: group(c).update(output_activations=None, targets=[r"re:.*layers\.\d+\..*_proj$"]))
+    output.restate(of_weights(observer="minmax", observer_kwargs={}, actorder=None, block_structure=None, zp_dtype=None))
+    verdict = verify(output.folder)
+    assert not verdict.problems and len(verdict.warnings) == 1  # there is no streamconv.json
+
+
+OTHERS: dict[str, dict[str, Callable[[Config], object]]] = {
+    "hf": {
+        "block": stated(weight_block_size=[64, 128]),
+        "one": stated(weight_block_size=None),
+        "number": stated(weight_block_size=128),
+        "static": stated(activation_scheme="static"),
+        "scheme": stated(activation_scheme="maybe"),
+        "e5m2": stated(fmt="e5m2"),
+    },
+    "mo_nvfp4": {
+        "algo": stated(quant_algo="NVFP4"),
+        "none": stated(quant_algo=None),
+        "new": stated(quant_algo="NVFP5"),
+        "group": lambda c: group(c)["weights"].update(group_size=32),
+        "cache": stated(kv_cache_scheme={"dynamic": False, "num_bits": 8, "type": "float"}),
+    },
+    "mo_w4a16": {"algo": stated(quant_algo="W8A16"), "method": stated(quant_method="awq", bits=4, group_size=128)},
+}
+
+
+@pytest.mark.parametrize("output", OTHERS, indirect=True)
+def test_every_word_of_other_statements_counts(output: Output) -> None:
+    config = (output.folder / "config.json").read_text()
+    for key, change in OTHERS[output.name].items():
+        output.restate(change)
+        assert verify(output.folder).problems, key
+        (output.folder / "config.json").write_text(config)
+    second = output.folder / "hf_quant_config.json"
+    if second.exists():
+        whole = second.read_text()
+        for key, value in (("quant_algo", "FP8"), ("exclude_modules", []), ("kv_cache_quant_algo", "FP8"), ("exclude_modules", None)):
+            output.restate(lambda c, key=key, value=value: c["quantization"].update({key: value}), second.name)  # type: ignore[misc]
+            output.finds("hf_quant_config.json: " + key)
+            second.write_text(whole)
+        second.write_text("[1]")
+        output.finds("hf_quant_config.json")
+
+
+def test_methods_of_others_are_said_to_be_unknown(models: Models, tmp_path: Path) -> None:
+    output = Output("fp8_dynamic", models, tmp_path)
+    output.restate(lambda c: c.update(quantization_config={"quant_method": "quark", "ignore": ["lm_head"]}))
+    verdict = verify(output.folder)
+    assert not verdict.problems and any("quark, which is not known here" in line for line in verdict.warnings)
 
 
 @pytest.mark.parametrize("output", ["hf", "mo_block", "nvfp4"], indirect=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from safetensors.numpy import save_file
 import streamconv
 from streamconv import api
 from streamconv.errors import CheckpointError, UsageError
+from streamconv.open_plan import open_and_plan
 from streamconv.targets.hf.target import HuggingFace
 from tests import tiny
 
@@ -69,6 +71,91 @@ def test_half_a_model_is_refused(broken: str, quant: str, tmp_path: Path) -> Non
     with pytest.raises(CheckpointError, match=says):
         api.convert(source, tmp_path / "out", HuggingFace(quant=quant))
     assert not (tmp_path / "out").exists()
+
+
+def refusal(source: Path) -> str:
+    """What planning says of a source; "" if it takes it."""
+    try:
+        open_and_plan(source, FP8, None)[0].close()
+    except CheckpointError as error:
+        return error.message
+    return ""
+
+
+@pytest.mark.parametrize("name", [name for name in tiny.tensors() if "lm_head" not in name])
+def test_every_tensor_counts(name: str, tmp_path: Path) -> None:
+    """The one layer that is left without it, or all layers: convert refuses, and verify of such a directory fails."""
+    every = name.replace("layers.0.", "layers.").replace("layers.1.", "layers.")
+    part, module = every.split("layers.")[-1], name.removesuffix(".weight")
+    for folder, lost in (("all", [other for other in tiny.tensors() if other.endswith(part)]), ("one", [name])):
+        source = written(tmp_path / folder, lambda held, lost=lost: [held.pop(one) for one in lost])  # type: ignore[misc]
+        assert module in refusal(source)
+    assert any(module in line for line in streamconv.verify(source).problems)
+
+
+SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size", "num_hidden_layers", "head_dim")
+
+
+@pytest.mark.parametrize("key", SIZES)
+def test_every_size_of_the_config_counts(key: str, tmp_path: Path) -> None:
+    source = written(tmp_path / "in")
+    for value in (7, 3, -1, True, "two", 1 << 70, 1.5):
+        (source / "config.json").write_text(json.dumps(tiny.config(**{key: value})))
+        assert key in refusal(source) or "config.json tells of" in refusal(source), value
+    assert any(key in line for line in streamconv.verify(source).problems)
+
+
+def test_sizes_of_a_type_that_is_not_known_are_told(tmp_path: Path) -> None:
+    source = written(tmp_path / "in", model_type="new", architectures=["NewForCausalLM"], intermediate_size=300)
+    verdict = streamconv.verify(source)
+    assert not verdict.problems and any("intermediate_size" in line and "not known here" in line for line in verdict.warnings)
+    assert any("intermediate_size" in line for line in streamconv.plan(source, FP8).warnings)
+
+
+MOE: dict[str, tuple[Callable[[Tensors], object], dict[str, object], str]] = {
+    "one": (without("layers.1.block_sparse_moe.experts.2."), {}, r"layers\.1\.block_sparse_moe\.experts\.2 is missing"),
+    "last": (without("block_sparse_moe.experts.3."), {}, r"experts\.3 is missing"),
+    "all": (without("layers.0.block_sparse_moe.experts."), {}, r"layers\.0\.block_sparse_moe\.experts is missing"),
+    "part": (without("layers.0.block_sparse_moe.experts.1.w2"), {}, r"experts\.1\.w2\.weight is missing"),
+    "router": (without("layers.0.block_sparse_moe.gate"), {}, r"block_sparse_moe(\.gate\.weight)? is missing"),
+    "fewer": (nothing, {"num_local_experts": 3}, r"experts\.3 is there, config\.json tells of 3 experts"),
+    "more": (nothing, {"num_local_experts": 5}, r"experts\.4 is missing"),
+    "width": (nothing, {"intermediate_size": 64}, r"w1\.weight is .*intermediate_size"),
+}
+
+
+@pytest.mark.parametrize("broken", MOE)
+def test_experts(broken: str, tmp_path: Path) -> None:
+    change, config, says = MOE[broken]
+    source = written(tmp_path / "in", lambda held: (mixture(held), change(held)), **(MIXTURE | config))
+    assert re.search(says, refusal(source)), refusal(source)
+    assert any(re.search(says, line) for line in streamconv.verify(source).problems)
+
+
+MIXTURE: dict[str, object] = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 4}
+
+
+def mixture(held: Tensors) -> None:
+    """Four experts in the place of each MLP."""
+    for layer in range(tiny.LAYERS):
+        at = f"model.layers.{layer}."
+        parts = [held.pop(f"{at}mlp.{part}.weight") for part in ("gate_proj", "down_proj", "up_proj")]
+        moe = at + "block_sparse_moe."
+        held[moe + "gate.weight"] = np.zeros((4, tiny.HIDDEN), np.float16)
+        for expert in range(4):
+            held |= {f"{moe}experts.{expert}.w{n}.weight": part.copy() for n, part in enumerate(parts, 1)}
+
+
+def test_a_mixture_is_taken(tmp_path: Path) -> None:
+    source = written(tmp_path / "in", mixture, **MIXTURE)
+    assert not refusal(source) and not streamconv.verify(source).problems
+
+
+def test_layers_that_share_keys_and_values_are_taken(tmp_path: Path) -> None:
+    """Where config.json says so, or of a model type that is not known."""
+    change = without("layers.1.self_attn.k_proj"), without("layers.1.self_attn.v_proj")
+    source = written(tmp_path / "in", lambda held: [one(held) for one in change], model_type="new", architectures=["New"])
+    assert not refusal(source) and not streamconv.verify(source).problems
 
 
 def test_a_shard_that_its_names_tell_of(tmp_path: Path) -> None:

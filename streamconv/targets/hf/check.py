@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from streamconv.checkpoint.limits import MAX_WEIGHT_MAP
-from streamconv.checkpoint.untrusted import parse_json, read_file
+from streamconv.checkpoint.untrusted import parse_json, read_file, shown_value
 from streamconv.errors import VerifyError, printable
 from streamconv.natural import natural
 from streamconv.targets.hf.check_scales import SCALES, SHARED, check_tensors, check_values
-from streamconv.targets.hf.rules import default_reason, matches, partners
-from streamconv.targets.hf.stated import stated_recipe
+from streamconv.targets.hf.layers import Model, differences, in_order
+from streamconv.targets.hf.rules import default_reason, is_other_part, partners
+from streamconv.targets.hf.second_file import second_file
+from streamconv.targets.hf.stated import Statement, read_statement, stated_bits
+from streamconv.targets.hf.weights import Tensors, weights
 
-Shapes = Mapping[str, Mapping[str, tuple[str, tuple[int, ...]]]]
+Shapes = Mapping[str, Tensors]
 """File -> tensor -> (dtype, shape)."""
 
 LOADABLE = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "I16", "I32", "I64", "BOOL"}
 INDEX = "model.safetensors.index.json"
 _FLOATS = ("F64", "F32", "F16", "BF16")
-_WITHOUT_LIST = ("gptq", "awq")
+_WORDS = ("gptq", "awq")
 """Methods whose readers leave what has no codes as it is."""
+_SHOWN = 20
 _CODES = ("weight_packed", "qweight", "weight")
 
 
@@ -66,38 +69,53 @@ def check(folder: Path, config: Mapping[str, Any], shapes: Shapes) -> tuple[list
         problems += [f"{INDEX}: {printable(name)} is not where it says" for name in odd[:20]]
         problems += _total(folder, tensors)
     stated = config.get("quantization_config")
+    facts: Mapping[str, Any] = stated if isinstance(stated, dict) else {}
+    model = Model(config, weights(tensors, stated_bits(facts) or (4 if facts.get("quant_method") in _WORDS else None)))
+    wrong, odd = differences(model)
+    problems += in_order(wrong)[:_SHOWN]
+    warnings += odd
     codes = {name.rpartition(".")[0] for name in tensors if _is_code(name, tensors)}
     if not isinstance(stated, dict):
         bare = sorted(codes, key=natural)[:5]
         problems += [f"{printable(name)} is quantized, and config.json has no quantization_config" for name in bare]
+        problems += [f"config.json: quantization_config is {shown_value(stated)}, no object"] if stated is not None else []
         return problems, warnings
-    if not codes:
+    if not codes and not any(name.endswith("_blocks") for name in tensors):
         problems.append("config.json has a quantization_config, and no weight is quantized")
-    format_stated = stated_recipe(stated)
-    if format_stated is not None:
-        told = check_tensors(codes, tensors, *format_stated)
-        problems += told[0][:20]
-        warnings += told[1]
-    else:
-        warnings.append("config.json states a format that is not known here: dtypes and shapes of its scales are not checked")
-    problems += _scales(codes, tensors, format_stated is None)
-    problems += check_values(folder, shapes)[:20]
-    spellings = ("ignore", "modules_to_not_convert", "ignored_layers", "exclude_modules")
-    ignore: Any = next((stated[key] for key in spellings if stated.get(key)), [])
-    patterns = [str(pattern) for pattern in ignore] if isinstance(ignore, list) else []
-    try:
-        problems += [] if stated.get("quant_method") in _WITHOUT_LIST and not patterns else _ignored(codes, tensors, patterns, config)
-    except re.error as error:
-        problems.append(f"quantization_config: ignore holds what is no regular expression: {error}")
+    statement = read_statement(stated, any(name.endswith(".bitmask") for name in tensors))
+    problems += statement.problems[:_SHOWN]
+    warnings += dict.fromkeys(statement.warnings)
+    told = check_tensors(codes, tensors, statement)
+    problems += told[0][:_SHOWN]
+    warnings += told[1]
+    problems += _scales(codes, tensors, any(group.scheme is None for group in statement.groups))
+    problems += check_values(folder, shapes, tensors, statement)[:_SHOWN]
+    if statement.listed or stated.get("quant_method") not in _WORDS:
+        problems += _ignored(codes, tensors, statement)
     problems += _partners(codes, tensors)
-    quantized_by_modelopt = str(stated.get("quant_method", "")).startswith("modelopt")
-    second = folder / "hf_quant_config.json"
-    if quantized_by_modelopt != second.exists():
-        problems.append(f"hf_quant_config.json {'is missing' if quantized_by_modelopt else 'is left over: TensorRT-LLM reads it first'}")
+    kept, loose = _cache(model, tensors, statement)
+    problems += kept
+    warnings += loose
+    problems += second_file(folder, stated, statement)
     return problems, warnings
 
 
-def _total(folder: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> list[str]:
+def _cache(model: Model, tensors: Tensors, statement: Statement) -> tuple[list[str], list[str]]:
+    """Scales of the FP8 KV cache: one each for keys and values of every attention, or none."""
+    attentions = {name.rpartition(".k_proj.")[0] for name in tensors if ".k_proj." in name and not is_other_part(name)}
+    lines, held = [], 0
+    for at in sorted(attentions, key=natural):
+        for which in "kv":
+            there = f"{at}.{which}_scale" in tensors or f"{at}.{which}_proj.{which}_scale" in tensors
+            held += there
+            if not there:
+                lines.append(f"{printable(at)} has no {which}_scale, and config.json states an FP8 KV cache: engines take 1 for it")
+    if statement.cache:
+        return ([], lines[:1]) if model.fragment else (lines[:_SHOWN], [])
+    return [], ["scales of a KV cache are there, and config.json has no kv_cache_scheme: engines may not read them"] if held else []
+
+
+def _total(folder: Path, tensors: Tensors) -> list[str]:
     from math import prod
 
     from streamconv.checkpoint.dtypes import DTYPES
@@ -109,12 +127,12 @@ def _total(folder: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> 
     return [] if stated == total else [f"{INDEX}: total_size is {stated}, the tensors have {total} bytes"]
 
 
-def _is_code(name: str, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> bool:
+def _is_code(name: str, tensors: Tensors) -> bool:
     module, _, leaf = name.rpartition(".")
     return leaf in _CODES and tensors[name][0] not in _FLOATS and not module.endswith(("embed_tokens",))
 
 
-def _scales(codes: set[str], tensors: Mapping[str, tuple[str, tuple[int, ...]]], unknown: bool) -> list[str]:
+def _scales(codes: set[str], tensors: Tensors, unknown: bool) -> list[str]:
     lines = []
     for module in sorted(codes, key=natural):
         if unknown and not any(f"{module}.{leaf}" in tensors for leaf in SCALES):
@@ -126,24 +144,24 @@ def _scales(codes: set[str], tensors: Mapping[str, tuple[str, tuple[int, ...]]],
     return lines[:20]
 
 
-def _ignored(
-    codes: set[str], tensors: Mapping[str, tuple[str, tuple[int, ...]]], patterns: list[str], config: Mapping[str, Any]
-) -> list[str]:
+def _ignored(codes: set[str], tensors: Tensors, statement: Statement) -> list[str]:
     lines = []
     for module in sorted(codes, key=natural):
-        if matches(module, patterns):
+        if statement.ignore.match(module):
             lines.append(f"{printable(module)} is quantized, and the config's ignore list covers it")
     for name, (dtype, shape) in tensors.items():
         module = name.removesuffix(".weight")
-        linear = name.endswith(".weight") and len(shape) == 2 and dtype in _FLOATS
-        if linear and default_reason(module) not in ("embedding", "not a linear layer") and not matches(module, patterns):
+        linear = name.endswith(".weight") and len(shape) == 2 and dtype in _FLOATS and module not in codes
+        if not linear or default_reason(module) in ("embedding", "not a linear layer") or statement.ignore.match(module):
+            continue
+        if statement.scheme_of(module) is not None:
             lines.append(f"{printable(module)} is not quantized, and the config's ignore list does not name it: loaders take it for codes")
-    if "lm_head" not in codes and not matches("lm_head", patterns):
+    if "lm_head" not in codes and statement.scheme_of("lm_head") is not None and not statement.ignore.match("lm_head"):
         lines.append("the config's ignore list does not name lm_head, which is not quantized")
-    return list(dict.fromkeys(lines))[:20]
+    return list(dict.fromkeys(lines))[:_SHOWN]
 
 
-def _partners(codes: set[str], tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> list[str]:
+def _partners(codes: set[str], tensors: Tensors) -> list[str]:
     lines = []
     for module in sorted(codes, key=natural):
         for other in partners(module):

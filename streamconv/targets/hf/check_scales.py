@@ -2,89 +2,62 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streamconv.checkpoint.dtypes import BF16
 from streamconv.checkpoint.shard import Shard
 from streamconv.errors import printable
-from streamconv.targets.hf.recipes import BLOCK, Recipe, Request
+from streamconv.natural import natural
+from streamconv.targets.hf.compressed_scheme import Compressed
+from streamconv.targets.hf.other_schemes import Words
+from streamconv.targets.hf.recipes import BLOCK
 from streamconv.targets.hf.rules import partners
+from streamconv.targets.hf.stated import Statement
+from streamconv.targets.hf.weights import FLOATS, Tensors
 
 if TYPE_CHECKING:
     import numpy as np
 
-Told = tuple[str, tuple[int, ...]]
-Tensors = Mapping[str, Told]
-
-FLOATS = ("F32", "F16", "BF16")
 SCALES = ("weight_scale", "weight_scale_inv", "scales")
 SHARED = ("weight_global_scale", "weight_scale_2")
-_OWN = (*SCALES, *SHARED, "weight_shape", "weight_zero_point", "weight", "weight_packed")
+_OWN = (*SCALES, *SHARED, "weight_shape", "weight_zero_point", "weight", "weight_packed", "qweight", "qzeros")
+INPUTS = ("input_scale", "input_global_scale", "activation_scale", "k_scale", "v_scale")
+_READ = (*SCALES, *SHARED, *INPUTS, "weight_shape", "qzeros")
 _WINDOW = 4 << 20
 
 
-def tensors_wanted(module: str, recipe: Recipe, group: int, code: Told) -> dict[str, list[Told]] | None:
-    """Last name -> the dtypes and shapes that it may have, from the codes'; None if these are of another format.
-
-    Scales that are floats may be of any float type: readers convert them.
-    """
-    codec = recipe.codec(Request(BF16, group, "float32", ""))
-    first = codec.parts(256, 256)[0]
-    if len(code[1]) != 2 or code[0] != first.dtype.name:
-        return None
-    down, across = (256 / size for size in first.shape)
-    rows, cols = int(code[1][0] * down), int(code[1][1] * across)
-    if rows % recipe.whole or cols % (recipe.unit or group):
-        return None
-    found: dict[str, list[Told]] = {}
-    for part in codec.parts(rows, cols):
-        own = recipe.shapes.get(part.role)
-        shape = own(rows, cols) if own else part.shape
-        kinds = FLOATS if part.dtype.name in FLOATS else (part.dtype.name,)
-        found[recipe.tensors[part.role]] = [(kind, shape) for kind in kinds]
-    scalar: list[Told] = [("F32", ())] if recipe.container == "modelopt" else [(kind, (1,)) for kind in FLOATS]
-    if recipe.lone is not None and rows <= BLOCK and cols <= BLOCK:
-        found["weight_scale"] += scalar
-    if recipe.shared is not None:
-        found[recipe.shared[0]] = scalar
-    elif codec.needs:
-        found["weight_scale"] = scalar
-    if recipe.weight_shape:
-        found["weight_shape"] = [("I64", (2,))]
-    if recipe.pre_scales and not partners(module):
-        found[recipe.pre_scales] = [(kind, (cols,)) for kind in FLOATS]
-    if recipe.input_scale is not None:
-        found[recipe.input_scale[0]] = [*scalar, *((kind, ()) for kind in FLOATS)]
-    return found
-
-
-def check_tensors(codes: Iterable[str], tensors: Tensors, recipe: Recipe, group: int) -> tuple[list[str], list[str]]:
+def check_tensors(codes: Iterable[str], tensors: Tensors, statement: Statement) -> tuple[list[str], list[str]]:
     """(problems, warnings) of the tensors beside each code."""
     problems, partial = [], []
-    main = next(iter(recipe.tensors.values()))
-    for module in sorted(codes):
-        code = tensors.get(f"{module}.{main}")
-        wanted = tensors_wanted(module, recipe, group, code) if code is not None else None
+    for module in sorted(codes, key=natural):
+        group, shown = statement.scheme_of(module), printable(module)
+        if group is None:
+            problems.append(f"{shown} is quantized, and no target of the config's groups takes it: loaders take its codes for floats")
+            continue
+        scheme = group.scheme
+        if scheme is None:
+            continue
+        wanted, code = scheme.wanted(module, tensors), tensors.get(f"{module}.{scheme.main}")
         if code is None or wanted is None:
-            shown = f"{code[0]} {list(code[1])}" if code is not None else f"no {main}"
-            problems.append(f"{printable(module)}: {shown} is no weight of {recipe.quant}, which config.json states")
+            held = f"{code[0]} {list(code[1])}" if code is not None else f"no {scheme.main}"
+            problems.append(f"{shown}: {held} is no weight of {scheme.title}, which config.json states")
             continue
         for leaf, choices in wanted.items():
             told = tensors.get(f"{module}.{leaf}")
             if told is None:
-                problems.append(f"{printable(module)} has codes and no {leaf}")
+                problems.append(f"{shown} has codes and no {leaf}, which {scheme.title} needs")
             elif told not in choices:
                 right = f"{choices[0][0]} {list(choices[0][1])}"
-                problems.append(f"{printable(f'{module}.{leaf}')} is {told[0]} {list(told[1])}, and must be {right}")
+                problems.append(f"{shown}.{leaf} is {told[0]} {list(told[1])}, and must be {right}")
         problems += [
-            f"{printable(f'{module}.{leaf}')} is no part of {recipe.quant}, which config.json states"
+            f"{shown}.{leaf} is no part of {scheme.title}, which config.json states"
             for leaf in _OWN
             if leaf not in wanted and f"{module}.{leaf}" in tensors
         ]
         rows, cols = code[1]
-        if recipe.tiles and (cols % BLOCK or (recipe.container == "hf" and rows > BLOCK and rows % BLOCK)):
+        if ("cols" in scheme.tiled and cols % BLOCK) or ("rows" in scheme.tiled and rows > BLOCK and rows % BLOCK):
             partial.append(module)
     warnings = []
     if partial:
@@ -96,30 +69,51 @@ def check_tensors(codes: Iterable[str], tensors: Tensors, recipe: Recipe, group:
     return problems, warnings
 
 
-def check_values(folder: Path, shapes: Mapping[str, Tensors]) -> list[str]:
-    """Scales that are NaN, infinite, zero or negative; shared scales that differ among partners."""
-    problems, shared = [], {}
+def check_values(folder: Path, shapes: Mapping[str, Tensors], tensors: Tensors, statement: Statement) -> list[str]:
+    """Numbers that cannot be: scales, the shape beside packed weights, zero points of weights that are said to have none."""
+    problems: list[str] = []
+    shared: dict[str, bytes] = {}
     for file, names in shapes.items():
-        wanted = [name for name in names if name.rpartition(".")[2] in SCALES + SHARED]
+        wanted = [name for name in names if name.rpartition(".")[2] in _READ]
         if not wanted:
             continue
         shard = Shard(folder / file)
         try:
-            header = shard.header()
+            held = shard.header().tensors
             for name in wanted:
-                tensor = header.tensors[name]
-                for at in range(tensor.begin, tensor.end, _WINDOW):
-                    with shard.window(at, min(at + _WINDOW, tensor.end)) as window:
-                        odd = _odd(bytes(window), tensor.dtype.name)
+                entry = held[name]
+                for at in range(entry.begin, entry.end, _WINDOW):
+                    with shard.window(at, min(at + _WINDOW, entry.end)) as window:
+                        odd = _wrong(name, bytes(window), entry.dtype.name, tensors, statement)
+                        if name.endswith(SHARED) and entry.end - entry.begin == 4:
+                            shared[name] = bytes(window)
                     if odd:
                         problems.append(f"{file}: {printable(name)} holds {odd}")
                         break
-                if name.endswith(SHARED) and tensor.end - tensor.begin == 4:
-                    with shard.window(tensor.begin, tensor.end) as window:
-                        shared[name] = bytes(window)
         finally:
             shard.close()
     return problems + list(_unequal(shared))
+
+
+def _wrong(name: str, data: bytes, dtype: str, tensors: Tensors, statement: Statement) -> str:
+    """What of a tensor's bytes cannot be, in words; "" if all is well."""
+    module, _, leaf = name.rpartition(".")
+    if leaf in SCALES + SHARED + INPUTS:
+        return _odd(data, dtype)
+    group = statement.scheme_of(module)
+    scheme = group.scheme if group is not None else None
+    if leaf == "qzeros":
+        if not isinstance(scheme, Words) or scheme.middle is None:
+            return ""
+        each = sum(scheme.middle << shift for shift in range(0, 8, min(scheme.bits, 8)))
+        return "" if data.count(each) == len(data) else "zero points, and config.json says sym: engines leave them out"
+    code = tensors.get(f"{module}.weight_packed")
+    if leaf != "weight_shape" or dtype != "I64" or len(data) != 16 or code is None or not isinstance(scheme, Compressed):
+        return ""
+    rows, cols = struct.unpack("<2q", data)
+    bits = scheme.weights.bits
+    fits = rows == code[1][0] and cols > 0 and -(-cols * bits // 32) == code[1][-1]
+    return "" if fits else f"[{rows}, {cols}], and the codes are {code[0]} {list(code[1])}"
 
 
 def _odd(data: bytes, dtype: str) -> str:

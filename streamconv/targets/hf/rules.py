@@ -6,6 +6,7 @@ import fnmatch
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from streamconv.errors import UsageError, printable
 
@@ -50,6 +51,12 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(re.match(p[3:], name) is not None if p.startswith("re:") else fnmatch.fnmatchcase(name, p) for p in patterns)
 
 
+@lru_cache(4096)
+def is_other_part(name: str) -> bool:
+    """Whether a module belongs to the vision tower, the audio encoder or what connects them."""
+    return _OTHER_PARTS.search(name) is not None
+
+
 def check_patterns(patterns: Sequence[str], flag: str) -> None:
     """Every pattern can be used.
 
@@ -66,7 +73,7 @@ def check_patterns(patterns: Sequence[str], flag: str) -> None:
 
 def default_reason(name: str) -> str:
     """Why a 2-D weight of this module is left unquantized by default; "" if it is quantized."""
-    if _OTHER_PARTS.search(name):
+    if is_other_part(name):
         return "not part of the language model"
     if _HEAD.search(name):
         return "output projection"

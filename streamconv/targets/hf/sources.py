@@ -17,6 +17,7 @@ from streamconv.checkpoint.stored_codes import Code
 from streamconv.checkpoint.turned_rows import DecodedIntegers, TurnedMx
 from streamconv.errors import CheckpointError, printable
 from streamconv.targets.hf.packed_sources import PACKED, integers, mx_experts
+from streamconv.targets.hf.stated import stated_bits
 
 Weight = SourceTensor | DecodedTensor | DecodedIntegers | TurnedMx
 
@@ -149,21 +150,12 @@ def _code(
         return "e2m1", (*codes.shape[:-1], 2 * codes.shape[-1])
     if not packed or len(codes.shape) != 2:
         raise CheckpointError(f"{printable(codes.name)}: int32 weights of this form are not read")
-    bits = _bits(facts)
+    bits = stated_bits(facts) or 4
     shape = tensors.get(f"{module}.weight_shape")
     cols = _integers(index, shape)[1] if shape is not None else codes.shape[1] * 32 // bits
     if bits not in (4, 8) or cols * bits != codes.shape[1] * 32:
         raise CheckpointError(f"{printable(codes.name)}: {bits} bits and {cols} columns do not fill its {codes.shape[1]} words")
     return ("uint4" if bits == 4 else "uint8"), (codes.shape[0], cols)
-
-
-def _bits(facts: Mapping[str, Any]) -> int:
-    groups = facts.get("config_groups")
-    for group in groups.values() if isinstance(groups, dict) else ():
-        weights = group.get("weights") if isinstance(group, dict) else None
-        if isinstance(weights, dict) and isinstance(weights.get("num_bits"), int):
-            return int(weights["num_bits"])
-    return 4
 
 
 class _Grid(NamedTuple):

@@ -120,8 +120,9 @@ class HuggingFace(Target):
         check_patterns(self.only, "--only")
         if index.assembled is not None:
             raise CheckpointError("a checkpoint in Meta's layout has no Hugging Face names", hint="convert it with transformers first")
-        check_complete(index)
+        odd = check_complete(index)
         draft, settled, dtype = Draft(SourceTensors(index)), self, self._model_dtype(index)
+        draft.warnings += odd
         ranges = self._ranges()
         if self.quant == KEEP:
             if self.kv_cache is not None:

@@ -1,0 +1,201 @@
+"""compressed-tensors' `config_groups`: what the args of a scheme mean for the tensors of a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from streamconv.checkpoint.untrusted import shown_value
+from streamconv.errors import printable
+from streamconv.targets.hf.weights import FLOATS, Tensors, Told
+
+_SCHEME = ("targets", "weights", "input_activations", "output_activations", "format")
+_ARGS = ("num_bits", "type", "symmetric", "dynamic", "strategy", "group_size", "block_structure", "scale_dtype", "zp_dtype", "observer",
+         "observer_kwargs", "actorder")  # fmt: skip
+_STRATEGIES = ("tensor", "channel", "token", "group", "tensor_group", "block", "attn_head")
+_UNKNOWN = ("marlin-24", "sparse-24-bitmask", "sparse-bitmask", "dense", "mixed-precision")
+"""Formats that engines read and that are not known here."""
+_E4M3, _U8 = "torch.float8_e4m3fn", "torch.uint8"
+_DTYPES = {_E4M3: "F8_E4M3", _U8: "U8"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """A format: name and dtype of the codes, and the args that it takes."""
+
+    main: str
+    dtype: str
+    type: str
+    bits: tuple[int, ...]
+    strategies: tuple[str, ...]
+    group: int | None = None
+    scale: str | None = None
+
+
+_INTEGERS = ("tensor", "channel", "group", "block")
+_FORMS = {
+    "float-quantized": _Form("weight", "F8_E4M3", "float", (8,), ("tensor", "channel", "group", "block")),
+    "int-quantized": _Form("weight", "I8", "int", (4, 8), _INTEGERS),
+    "pack-quantized": _Form("weight_packed", "I32", "int", (2, 3, 4, 5, 6, 7, 8), ("channel", "group", "tensor")),
+    "nvfp4-pack-quantized": _Form("weight_packed", "U8", "float", (4,), ("tensor_group",), 16, "F8_E4M3"),
+    "mxfp4-pack-quantized": _Form("weight_packed", "U8", "float", (4,), ("group",), 32, "U8"),
+    "mxfp8-quantized": _Form("weight", "F8_E4M3", "float", (8,), ("group",), 32, "U8"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Args:
+    """Quantization args with their defaults."""
+
+    bits: int
+    type: str
+    symmetric: bool
+    dynamic: bool | str
+    strategy: str
+    group: int | None
+    block: tuple[int, int]
+    scale: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Compressed:
+    """One scheme."""
+
+    name: str
+    form: _Form
+    weights: Args
+    inputs: Args | None
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}, {self.weights.bits} bits, a scale for each {self.weights.strategy}"
+
+    @property
+    def main(self) -> str:
+        return self.form.main
+
+    @property
+    def tiled(self) -> str:
+        return "cols" if self.weights.strategy == "block" else ""
+
+    def wanted(self, module: str, tensors: Tensors) -> dict[str, list[Told]] | None:
+        code = tensors.get(f"{module}.{self.main}")
+        if code is None or code[0] != self.form.dtype or len(code[1]) != 2:
+            return None
+        rows, bits = code[1][0], self.weights.bits
+        cols = code[1][1] * {"I32": 32, "U8": 8}.get(code[0], bits) // bits
+        grid = self._grid(rows, cols)
+        if grid is None:
+            return None
+        kinds = FLOATS if self.weights.scale is None else (self.weights.scale,)
+        found: dict[str, list[Told]] = {self.main: [code], "weight_scale": [(kind, grid) for kind in kinds]}
+        scalar: list[Told] = [(kind, (1,)) for kind in FLOATS]
+        if self.name == "pack-quantized":
+            found["weight_shape"] = [("I64", (2,))]
+            found |= {"weight_zero_point": [("I32", (-(-rows * bits // 32), grid[1]))]} if not self.weights.symmetric else {}
+        elif not self.weights.symmetric:
+            found["weight_zero_point"] = [("I8", grid)]
+        if self.name == "nvfp4-pack-quantized":
+            found["weight_global_scale"] = scalar
+        if self.inputs is not None and self.inputs.dynamic is not True:
+            leaf = "input_global_scale" if self.name == "nvfp4-pack-quantized" else "input_scale"
+            found[leaf] = [*scalar, *((kind, ()) for kind in FLOATS)]
+            found |= {"input_zero_point": [("I8", (1,))]} if not self.inputs.symmetric else {}
+        return found
+
+    def _grid(self, rows: int, cols: int) -> tuple[int, ...] | None:
+        if self.weights.strategy == "tensor":
+            return (1,)
+        if self.weights.strategy == "channel":
+            return rows, 1
+        if self.weights.strategy == "block":
+            return -(-rows // self.weights.block[0]), -(-cols // self.weights.block[1])
+        group = self.weights.group or 0
+        return (rows, cols // group) if group and cols % group == 0 else None
+
+
+def compressed_groups(stated: Mapping[str, Any], problems: list[str]) -> list[tuple[Sequence[str], Compressed | None]]:
+    """(targets, scheme) of each group; None where the scheme is not known here. What no engine reads is added to `problems`."""
+    groups = stated.get("config_groups")
+    if not isinstance(groups, dict) or not groups:
+        problems.append(f"quantization_config: config_groups is {shown_value(groups)}, no object with groups")
+        return []
+    found: list[tuple[Sequence[str], Compressed | None]] = []
+    for name, scheme in list(groups.items())[:1000]:
+        at = f"quantization_config: {printable(name, 40)}"
+        if not isinstance(scheme, dict):
+            problems.append(f"{at} is {shown_value(scheme)}, no scheme")
+            continue
+        problems += [f"{at}: {printable(key, 40)} is no part of a scheme: readers refuse it" for key in scheme if key not in _SCHEME][:3]
+        targets = scheme.get("targets")
+        if not isinstance(targets, list) or not targets or not all(isinstance(target, str) for target in targets):
+            problems.append(f"{at}: targets is {shown_value(targets)}, no list of modules")
+            targets = []
+        found += [(targets, made) for made in _scheme(at, scheme, stated, problems)]
+    return found
+
+
+def _scheme(at: str, scheme: Mapping[str, Any], stated: Mapping[str, Any], problems: list[str]) -> list[Compressed | None]:
+    """The scheme, None if it is not known here; nothing if no engine reads it, which has been told."""
+    name = scheme.get("format") or stated.get("format")
+    if name in _UNKNOWN:
+        return [None]
+    form = _FORMS.get(name) if isinstance(name, str) else None
+    if form is None:
+        problems.append(f"{at}: format is {shown_value(name)}, which no engine reads")
+        return []
+    weights, inputs = (_args(f"{at}: {part}", scheme.get(part), form, problems) for part in ("weights", "input_activations"))
+    if weights is None:
+        told = any(line.startswith(f"{at}: weights") for line in problems)
+        problems += [] if told else [f"{at}: weights is null: no weight is quantized"]
+        return []
+    wrong = [] if weights.type == form.type else [f"type is {weights.type}"]
+    wrong += [] if weights.bits in form.bits else [f"num_bits is {weights.bits}"]
+    wrong += [] if weights.strategy in form.strategies else [f"strategy is {weights.strategy}"]
+    wrong += [] if form.group in (None, weights.group) else [f"group_size is {weights.group}"]
+    wrong += [] if weights.symmetric or form.type == "int" else ["symmetric is false"]
+    wrong += [] if weights.dynamic is False else ["dynamic is true"]
+    if wrong:
+        problems.append(f"{at}: {', '.join(wrong)} of the weights, which {name} does not take")
+        return []
+    return [Compressed(str(name), form, weights, inputs)]
+
+
+def _args(at: str, held: object, form: _Form, problems: list[str]) -> Args | None:
+    """The args of a part; None if it has none, or if they are told to be wrong."""
+    if held is None:
+        return None
+    if not isinstance(held, dict):
+        problems.append(f"{at} is {shown_value(held)}, no args")
+        return None
+    wrong = [f"{printable(key, 40)} is no arg: readers refuse it" for key in held if key not in _ARGS]
+    bits, kind, group = held.get("num_bits", 8), held.get("type", "int"), held.get("group_size")
+    symmetric, dynamic, block = held.get("symmetric", True), held.get("dynamic", False), held.get("block_structure")
+    strategy = held.get("strategy")
+    if strategy is None:
+        strategy = "tensor" if group is None else "channel" if group == -1 else "group"
+    checks = {
+        "num_bits": type(bits) is int and 0 < bits <= 32,
+        "type": kind in ("int", "float"),
+        "symmetric": type(symmetric) is bool,
+        "dynamic": type(dynamic) is bool or dynamic == "local",
+        "strategy": isinstance(strategy, str) and strategy in _STRATEGIES,
+        "group_size": group is None or (type(group) is int and (group == -1 or 0 < group < 1 << 20)),
+        "block_structure": block is None or _block(block) is not None,
+    }
+    wrong += [f"{key} is {shown_value(held.get(key))}" for key, right in checks.items() if not right]
+    if wrong:
+        problems += [f"{at}: {line}" for line in wrong[:3]]
+        return None
+    stated = held.get("scale_dtype")
+    scale = form.scale if stated is None else _DTYPES.get(str(stated))
+    return Args(bits, kind, symmetric, dynamic, strategy, group, _block(block) or (128, 128), scale)
+
+
+def _block(stated: object) -> tuple[int, int] | None:
+    """[rows, cols], or "128x128"."""
+    sizes = [int(part) if part.isdecimal() else 0 for part in stated[:20].split("x")] if isinstance(stated, str) else stated
+    if isinstance(sizes, list) and len(sizes) == 2 and all(type(size) is int and 0 < size < 1 << 20 for size in sizes):
+        return sizes[0], sizes[1]
+    return None

@@ -1,0 +1,275 @@
+"""A model held against itself and its config.json: the layers against each other, and every size against what the config says.
+
+Known model types must be what their config says; what other types mean by a number is not known here, so differences are told and
+refuse nothing. Layers of any type must hold what their like hold.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from streamconv.errors import printable
+from streamconv.natural import natural
+from streamconv.targets.hf.model_types import (
+    MODEL_TYPES,
+    Fixed,
+    ModelType,
+    Sizes,
+    beside_layers,
+    in_layers,
+    model_type,
+    required,
+    text_config,
+)
+from streamconv.targets.hf.rules import is_other_part
+from streamconv.targets.hf.weights import Shape
+
+_STACK = re.compile(r"^(.*?\b(?:layers?|h|blocks?))\.(\d{1,9})\.(.+)$")
+_EXPERT = re.compile(r"\bexperts\.\d+(?=\.)")
+_FREE = re.compile(r"rotary|relative|position|inv_freq|indexer|lora|adapter|shared_transformer")
+"""What some layers have and others of the same kind do not."""
+_CORE = re.compile(r"(^|\.)(self_attn|attn|attention|self_attention|mlp|ffn|feed_forward|block_sparse_moe)$|^norms$")
+_MLP_PART = re.compile(r"(.*)\b(?:gate|up|gate_up|down)_proj(?:\.weight)?")
+_KV = re.compile(r"\.(k_proj|v_proj|k_norm|v_norm)\.")
+_SHARING = re.compile(r"shar|cla_|yoco|reuse")
+"""Keys of configs whose layers use the keys and values of others."""
+_SHOWN = 20
+
+
+class Model:
+    """The weights of a model, by stack and layer.
+
+    Args:
+        config: config.json.
+        held: (name, shape) of the weights, as an unquantized model has them.
+    """
+
+    def __init__(self, config: Mapping[str, Any], held: Iterable[tuple[str, Shape | None]]) -> None:
+        self.text = text_config(config)
+        self.type = model_type(self.text)
+        self.kind: ModelType | None = MODEL_TYPES.get(self.type)
+        self.sizes = Sizes(self.text)
+        self.layers: dict[str, dict[int, set[str]]] = {}
+        self.experts: dict[tuple[str, int, str], dict[int, set[str]]] = {}
+        self.beside: set[str] = set()
+        self.odd: list[str] = []
+        self.halves: list[str] = []
+        self._names: dict[str, str] = {}
+        self._halves: dict[str, Shape] = {}
+        fixed, beside = in_layers(self.sizes, self.kind or ModelType()), beside_layers(self.sizes)
+        for name, shape in held:
+            self._take(name, shape, fixed, beside)
+        self.stem = self._language()
+
+    def _take(self, name: str, shape: Shape | None, fixed: Fixed, beside: Fixed) -> None:
+        found = _STACK.match(name)
+        if found is None:
+            self.beside.add(name)
+            if not is_other_part(name):
+                self._compare(name, name.rpartition(".")[0].rpartition(".")[2], shape, beside)
+            return
+        stem, number, rest = found[1], int(found[2]), found[3]
+        starred = _EXPERT.sub("experts.*", rest)
+        starred = self._names.setdefault(starred, starred)  # one string for all layers
+        self.layers.setdefault(stem, {}).setdefault(number, set()).add(starred)
+        if starred != rest:
+            at = re.search(r"\bexperts\.(\d+)\.", rest)
+            assert at is not None
+            one = self.experts.setdefault((stem, number, rest[: at.start()] + "experts"), {}).setdefault(int(at[1][:9]), set())
+            one.add(self._names.setdefault(rest[at.end() :], rest[at.end() :]))
+        self._pair(name, shape)
+        if not is_other_part(stem):
+            self._compare(name, starred if starred in fixed else starred.rpartition(".")[0], shape, fixed)
+
+    def _pair(self, name: str, shape: Shape | None) -> None:
+        """The two halves of a gated MLP are of one shape."""
+        module, _, last = name.removesuffix(".weight").rpartition(".")
+        if shape is None or not name.endswith(("gate_proj.weight", "up_proj.weight")):
+            return
+        other = self._halves.pop(module, None)
+        if other is None:
+            self._halves[module] = shape
+        elif other != shape:
+            gate, up = (shape, other) if last == "gate_proj" else (other, shape)
+            self.halves.append(f"{printable(module)}: gate_proj is {list(gate)} and up_proj {list(up)}")
+
+    def _compare(self, name: str, module: str, shape: Shape | None, fixed: Fixed) -> None:
+        if shape is None or module not in fixed:
+            return
+        means, why = fixed[module]
+        if name.endswith(".bias"):
+            means = means[:1]
+        if shape != means and not name.endswith("_bias") and (self.kind is not None or len(shape) < 3) and len(self.odd) < _SHOWN:
+            self.odd.append(f"{printable(name)} is {list(shape)}, and config.json ({why}) means {list(means)}")
+
+    def _language(self) -> str | None:
+        """The stack of the language model: named so, or the longest of those that belong to no other part."""
+        own = [stem for stem in self.layers if not is_other_part(stem)] or list(self.layers)
+        named = [stem for stem in own if stem.endswith(("model.layers", "decoder.layers"))]
+        return max(named or own, key=lambda stem: len(self.layers[stem]), default=None)
+
+    @property
+    def fragment(self) -> bool:
+        """A known type of which most of what every layer must have is nowhere: somebody cut it out, no download is like that."""
+        if self.kind is None or self.stem is None:
+            return False
+        there = set[str]().union(*self.layers[self.stem].values())
+        wanted = list(required(self.text, self.kind))
+        return 2 * sum(any(f"{module}.weight" in there for module in choices) for choices in wanted) < len(wanted)
+
+    @property
+    def count(self) -> int | None:
+        """Layers that the config tells of."""
+        count = self.text.get("num_hidden_layers")
+        return count if type(count) is int and 0 <= count <= 100_000 else None
+
+
+def differences(model: Model) -> tuple[list[str], list[str]]:
+    """(what is wrong, what may be): missing layers, modules and experts, sizes that are not those of the config."""
+    certain = [*_layers(model), *_alike(model), *_experts(model), *_gated(model), *_required(model), *_head(model), *model.halves]
+    sizes = [*model.sizes.problems, *model.odd]
+    if model.kind is not None and not model.fragment:
+        return certain + sizes, []
+    known = printable(model.type) if model.type else "not named in config.json"
+    why = "these are parts of a model" if model.fragment else f"the model type is {known}, which is not known here"
+    return certain, [f"{line}; {why}" for line in sizes[:3]]
+
+
+def _layers(model: Model) -> Iterator[str]:
+    """A stack of layers that is as long as the config says; which one it is differs from model to model."""
+    if "num_hidden_layers" not in model.text or model.stem is None:
+        return
+    count = model.count
+    if count is None:
+        yield f"config.json: num_hidden_layers is {printable(str(model.text['num_hidden_layers'])[:40])}, no number of layers"
+        return
+    own = {stem: held for stem, held in model.layers.items() if not is_other_part(stem)} or model.layers
+    if any(len(held) >= count and held.keys() >= set(range(count)) for held in own.values()):
+        held = model.layers[model.stem]
+        more = sorted(number for number in held if number >= count + _predicting(model))
+        if more and model.kind is not None and not model.fragment:
+            yield f"{printable(model.stem)}.{more[0]} is there, config.json tells of {count} layers"
+        return
+    missing = sorted({*range(count)} - model.layers[model.stem].keys())
+    yield from (f"{printable(model.stem)}.{number} is missing, config.json tells of {count}" for number in missing[:_SHOWN])
+
+
+def _predicting(model: Model) -> int:
+    """Layers after the last one that predict further tokens."""
+    more = model.text.get("num_nextn_predict_layers")
+    return more if type(more) is int and more > 0 else 0
+
+
+def _groups(held: set[str]) -> dict[str, frozenset[str]]:
+    """Module of a layer -> what it holds; the norms beside the modules are one."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for name in held:
+        module, _, leaf = name.rpartition(".")
+        if leaf not in ("weight", "bias") or _FREE.search(name):
+            continue
+        parent = module.rpartition(".")[0]
+        if parent or "norm" in module:
+            found[parent or "norms"].add(name)
+    return {module: frozenset(names) for module, names in found.items()}
+
+
+def _alike(model: Model) -> Iterator[str]:
+    """Layers that lack something of what others of their kind have."""
+    if "block_configs" in model.text or model.fragment:  # layers with parts left out on purpose
+        return
+    sharing = model.kind is None or any(_SHARING.search(key) for key in model.text)
+    for stem, held in model.layers.items():
+        last = model.count if stem == model.stem and model.count else max(held) + 1
+        kinds: dict[frozenset[tuple[str, frozenset[str]]], list[int]] = {}
+        for number in sorted(number for number in held if number < last):
+            kinds.setdefault(frozenset(_groups(held[number]).items()), []).append(number)
+        wanted: dict[str, set[frozenset[str]]] = defaultdict(set)
+        modules = [frozenset(module for module, _ in kind if _CORE.search(module)) for kind in kinds]
+        for kind in kinds:
+            for module, names in kind:
+                wanted[module].add(names)
+        for (kind, numbers), own in zip(kinds.items(), modules, strict=True):
+            at = f"{printable(stem)}.{numbers[0]}"
+            more = f" (and {len(numbers) - 1} layers like it)" if len(numbers) > 1 else ""
+            for module, names in kind:
+                larger = min((other for other in wanted[module] if names < other), key=len, default=names)
+                lacking = sorted(larger - names)
+                if lacking and not (sharing and all(_KV.search(f".{name}") for name in lacking) and len(lacking) > 1):
+                    yield f"{at}.{printable(lacking[0])} is missing{more}, other layers have it"
+            whole = min((other for other in modules if own < other), key=len, default=own)
+            yield from (f"{at}.{printable(module)} is missing{more}, other layers have it" for module in sorted(whole - own))
+
+
+def _experts(model: Model) -> Iterator[str]:
+    """Experts of a layer are numbered without gaps, as many as the config says, and alike; a router is not alone."""
+    count = model.sizes.experts()
+    for stem, held in model.layers.items():
+        for number, names in held.items():
+            for router in [name for name in names if name.endswith(("mlp.gate.weight", "block_sparse_moe.gate.weight"))]:
+                module = router.removesuffix("gate.weight") + "experts"
+                if not any(name.startswith(module) for name in names):
+                    yield f"{printable(stem)}.{number}.{printable(module)} is missing"
+    for (stem, number, module), held in model.experts.items():
+        at = f"{printable(stem)}.{number}.{printable(module)}"
+        wanted = max(max(held) + 1, count or 0) if max(held) < 100_000 else len(held)
+        missing = sorted({*range(wanted)} - held.keys())
+        if missing:
+            yield f"{at}.{missing[0]} is missing"
+        if count is not None and max(held) >= count and "block_configs" not in model.text:
+            yield f"{at}.{max(held)} is there, config.json tells of {count} experts"
+        whole = set[str]().union(*held.values())
+        for expert, names in held.items():
+            yield from (f"{at}.{expert}.{printable(name)} is missing" for name in sorted(whole - names)[:1])
+
+
+def _gated(model: Model) -> Iterator[str]:
+    """The parts of an MLP: no two layers need to be compared to say so."""
+    known = model.kind is not None and not model.fragment
+    for stem, held in model.layers.items() if not model.fragment else ():
+        for number, names in held.items():
+            modules = {found[1]: found[0] for name in names if (found := _MLP_PART.fullmatch(name))}
+            for module in modules:
+                fused = not {f"{module}gate_up_proj.weight", f"{module}gate_up_proj"}.isdisjoint(names)
+                gated = f"{module}gate_proj.weight" in names or (known and stem == model.stem)
+                parts = ("down_proj",) if fused else ("gate_proj", "up_proj", "down_proj") if gated else ("up_proj", "down_proj")
+                for part in parts:
+                    if f"{module}{part}.weight" not in names and f"{module}{part}" not in names:
+                        yield f"{printable(stem)}.{number}.{printable(module)}{part} is missing"
+
+
+def _required(model: Model) -> Iterator[str]:
+    if model.kind is None or model.stem is None or model.fragment:
+        return
+    wanted = list(required(model.text, model.kind))
+    for number, names in model.layers[model.stem].items():
+        if not any(name.startswith(("mlp.", "block_sparse_moe.")) for name in names):
+            yield f"{printable(model.stem)}.{number}.mlp is missing"
+        for choices in wanted:
+            if not any(f"{module}.weight" in names for module in choices):
+                yield f"{printable(model.stem)}.{number}.{choices[0]} is missing"
+        if model.kind.qkv_bias and "self_attn.q_proj.weight" in names:
+            for part in ("q_proj", "k_proj", "v_proj"):
+                if f"self_attn.{part}.bias" not in names:
+                    yield f"{printable(model.stem)}.{number}.self_attn.{part}.bias is missing"
+        if model.text.get("attention_bias") is True and not any(n.startswith("self_attn.") and n.endswith("bias") for n in names):
+            yield f"{printable(model.stem)}.{number}.self_attn has no bias, and config.json's attention_bias is true"
+    prefix = model.stem.removesuffix("layers")
+    for name in ("embed_tokens", "norm"):
+        if f"{prefix}{name}.weight" not in model.beside:
+            yield f"{printable(prefix)}{name}.weight is missing"
+
+
+def _head(model: Model) -> Iterator[str]:
+    names = model.text.get("architectures")
+    causal = isinstance(names, list) and any(isinstance(name, str) and name.endswith("ForCausalLM") for name in names)
+    untied = model.text.get("tie_word_embeddings") is False and "model.embed_tokens.weight" in model.beside
+    if causal and untied and not any(name.split(".")[-2:-1] == ["lm_head"] for name in model.beside):
+        yield "lm_head.weight is missing, and config.json does not tie it to the embedding"
+
+
+def in_order(lines: Iterable[str]) -> list[str]:
+    """In the order of the layers, each once."""
+    return sorted(dict.fromkeys(lines), key=natural)
