@@ -1,7 +1,7 @@
 """Where rows come from: every source of rows is a small class that reads them into a worker's buffer.
 
-A tensor of a shard or of several Meta files is a `SourceTensor`; packed integers are a `PackedTensor`; codes that are decoded on
-the way are a `DecodedTensor`. Whoever reads rows does not know which.
+A tensor of a shard or of several Meta files is a `SourceTensor`, packed integers are a `PackedTensor`.
+More of them: turned_rows.py, and quants/decoded_rows.py for codes that are decoded on the way. Whoever reads rows does not know which.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from streamconv.checkpoint.dtypes import F32, DType
 from streamconv.checkpoint.packed_rows import read_channels
 from streamconv.checkpoint.shard import Shard
-from streamconv.checkpoint.stored_codes import NIBBLES, Code, as_float, values
 
 if TYPE_CHECKING:
     import numpy as np
@@ -173,81 +172,6 @@ class PackedTensor(SourceTensor):
 
     def drop_page_cache(self, shards: Sequence[Shard], start: int, stop: int) -> None:
         """Nothing: the pages of a stripe of channels hold parts of the next stripes."""
-
-
-@dataclass(frozen=True, slots=True)
-class DecodedTensor:
-    """Codes [N, K] of a quantized source, multiplied with their scales and rounded once to a float type on the way.
-
-    Attributes:
-        dtype: F32, F16 or BF16.
-        shape: of the weight, (N, K) or with leading dimensions.
-        codes: the stored codes; a row of it is a row of the weight.
-        code: how a code is read.
-        scales: the stored scales as a matrix; None for codes that are values.
-        per_row, per_col: rows and columns of the weight that share a scale.
-        factor: what every scale is multiplied by; the exact inverse is taken first where `divide`.
-    """
-
-    name: str
-    dtype: DType
-    shape: tuple[int, ...]
-    codes: SourceTensor
-    code: Code
-    scales: SourceTensor
-    per_row: int
-    per_col: int
-    factor: float = 1.0
-    divide: bool = False
-    row_align: int = 1
-
-    @property
-    def rows(self) -> int:
-        return self.codes.rows
-
-    @property
-    def cols(self) -> int:
-        return self.shape[-1]
-
-    @property
-    def pieces(self) -> tuple[Piece, ...]:
-        return (*self.codes.pieces, *self.scales.pieces)
-
-    @property
-    def nbytes(self) -> int:
-        return self.rows * self.cols * self.dtype.itemsize
-
-    @property
-    def stored_row_bytes(self) -> int:
-        return self.codes.stored_row_bytes
-
-    @property
-    def scratch_row_bytes(self) -> int:
-        stored, scale = self.codes.stored_row_bytes, self.scales.stored_row_bytes
-        return stored + -(-(scale + 8 * self.scales.cols) // self.per_row)
-
-    def read(self, shards: Sequence[Shard], start: int, stop: int, out: Bytes, scratch: Bytes) -> None:
-        import numpy as np
-
-        from streamconv.kernels.decode_code import decode_rows
-        from streamconv.kernels.rows import CODES
-
-        stored = scratch[: (stop - start) * self.codes.stored_row_bytes]
-        self.codes.read(shards, start, stop, stored, scratch[stored.size :])
-        first, last = start // self.per_row, -(-stop // self.per_row)
-        raw = np.empty((last - first) * self.scales.stored_row_bytes, np.uint8)
-        self.scales.read(shards, first, last, raw, scratch[:0])
-        scales = as_float(raw, self.scales.dtype.name).reshape(last - first, -1)
-        if self.factor != 1.0 or self.divide:
-            factor = np.float32(self.factor)
-            scales = scales / factor if self.divide else scales * factor
-        decode_rows(
-            stored, self.code in NIBBLES, values(self.code), scales, start - first * self.per_row, self.per_row, self.per_col,
-            stop - start, self.cols, CODES[self.dtype.name], out.view(self.dtype.storage),
-        )  # fmt: skip
-
-    def drop_page_cache(self, shards: Sequence[Shard], start: int, stop: int) -> None:
-        self.codes.drop_page_cache(shards, start, stop)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,14 +11,14 @@ from pathlib import Path
 from streamconv.checkpoint.dtypes import F32
 from streamconv.checkpoint.index import Index, read_json
 from streamconv.checkpoint.limits import MAX_CONFIG
-from streamconv.checkpoint.rows import DecodedTensor, SourceTensor
+from streamconv.checkpoint.rows import SourceTensor
 from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.source_tensors import SourceTensors
 from streamconv.checkpoint.tensor_table import TensorTable
-from streamconv.checkpoint.turned_rows import DecodedIntegers
 from streamconv.errors import CheckpointError
 from streamconv.families.naming import settle
 from streamconv.hub import open_stored
+from streamconv.quants.decoded_rows import DecodedIntegers, DecodedTensor
 from streamconv.targets.hf.sources import Weight, stored_weights
 
 _RANK = re.compile(r"rank(0|[1-9]\d{0,3})\.safetensors")

@@ -29,8 +29,6 @@ LEVELS = (
 """Rooms from the bottom up; a room imports from its own level and below (kernels and quants know each other)."""
 
 KNOWN = (
-    ("checkpoint.rows", "kernels", "dtypes that torch cannot cast are decoded where rows are read"),
-    ("checkpoint.turned_rows", "kernels", "as above, for codes that lie turned or packed"),
     ("planning.memory_plan", "run", "what reading and encoding a tile take is said where it is taken"),
 )
 """Imports that point up: (a module or a room, what it imports of the package, why)."""

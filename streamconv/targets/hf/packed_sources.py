@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from streamconv.checkpoint.dtypes import I8, DType
 from streamconv.checkpoint.quantized import SourceQuantization
 from streamconv.checkpoint.rows import PackedTensor, SourceTensor
-from streamconv.checkpoint.turned_rows import DecodedIntegers, TurnedMx
 from streamconv.errors import CheckpointError, printable
+from streamconv.quants.decoded_rows import DecodedIntegers, TurnedMx
 
 PACKED = ("qweight", "qzeros", "scales", "g_idx")
 """Last names of the tensors of a GPTQ or AutoAWQ weight."""
@@ -38,7 +38,7 @@ class Integers:
 
     def decoded(self, name: str, into: DType) -> DecodedIntegers:
         """The weight as floats."""
-        return DecodedIntegers(name, into, self.codes, self.scales, self.zeros, self.order, self.offset)
+        return DecodedIntegers(name, into, self.codes.shape, self.codes, self.scales, self.zeros, self.order, self.offset)
 
 
 def integers(tensors: Mapping[str, SourceTensor], module: str, stated: SourceQuantization | None) -> Integers:

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 from streamconv.checkpoint.dtypes import DType
 from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.quantized import stated_quantization
-from streamconv.checkpoint.rows import DecodedTensor, SourceTensor
+from streamconv.checkpoint.rows import SourceTensor
 from streamconv.checkpoint.source_tensors import SourceTensors
 from streamconv.checkpoint.stored_codes import Code
-from streamconv.checkpoint.turned_rows import DecodedIntegers, TurnedMx
 from streamconv.errors import CheckpointError, printable
+from streamconv.quants.decoded_rows import DecodedIntegers, DecodedTensor, TurnedMx
 from streamconv.targets.hf.packed_sources import PACKED, integers, mx_experts
 from streamconv.targets.hf.stated import stated_bits
 

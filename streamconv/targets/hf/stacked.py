@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from streamconv.checkpoint.rows import DecodedTensor, Piece, SourceTensor
-from streamconv.checkpoint.turned_rows import Turned, TurnedMx, rows_of
+from streamconv.checkpoint.rows import Piece, SourceTensor
+from streamconv.checkpoint.turned_rows import Turned, rows_of
+from streamconv.quants.decoded_rows import DecodedTensor, TurnedMx
 from streamconv.targets.hf.sources import Stored, Weight
 
 _PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
