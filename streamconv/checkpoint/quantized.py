@@ -26,6 +26,7 @@ class SourceQuantization:
         group_size: input channels that share a scale; -1 for a whole column.
         format: checkpoint_format of GPTQ ("gptq", "gptq_v2") or the version of AWQ ("gemm").
         act_order: desc_act of GPTQ.
+        symmetric: sym of GPTQ: every zero point is the middle one.
         activation_bound: activation_scale_ub of fbgemm.
         stated_in: file name, for messages.
         kv_algo: ModelOpt's kv_cache_quant_algo, upper case.
@@ -37,6 +38,7 @@ class SourceQuantization:
     group_size: int | None = None
     format: str | None = None
     act_order: bool = False
+    symmetric: bool = True
     activation_bound: float | None = None
     stated_in: str = "config.json"
     kv_algo: str | None = None
@@ -61,6 +63,8 @@ _LARGEST = 3.4028234e38
 _COMPANION = re.compile(r"scale|zero|absmax|quant|packed|g_idx|SCB|amax")
 """Last parts of the names of what only quantized weights have beside them."""
 _FLOATS = ("F16", "BF16", "F32", "F64")
+_AUTO_ROUND = {"auto_round": "gptq_v2", "auto_round:auto_gptq": "gptq", "auto_round:auto_awq": "gemm"}
+"""packing_format of AutoRound -> the format that it is: its own stores zero points as they are."""
 _IN_FLOAT = ("bitnet",)
 """Methods whose weights are stored in a float type and quantized by the model itself."""
 
@@ -117,6 +121,8 @@ def stated_quantization(config: Mapping[str, Any], root: Path) -> SourceQuantiza
 
 def _facts(method: str, stated: Mapping[str, Any], name: str) -> SourceQuantization:
     form = stated.get("checkpoint_format", None if method == "gptq" else stated.get("version"))
+    if method in ("auto-round", "auto_round"):
+        form = _AUTO_ROUND.get(str(stated.get("packing_format")), stated.get("packing_format"))
     bound = stated.get("activation_scale_ub")
     return SourceQuantization(
         method=method,
@@ -124,6 +130,7 @@ def _facts(method: str, stated: Mapping[str, Any], name: str) -> SourceQuantizat
         group_size=_int(stated.get("group_size", stated.get("q_group_size"))),
         format=str(form).lower() if form is not None else None,
         act_order=bool(stated.get("desc_act", False)),
+        symmetric=stated.get("sym") is not False,
         activation_bound=_bound(bound, name),
         stated_in=name,
     )

@@ -112,10 +112,31 @@ class Words(Encoding):
 
 
 @dataclass(frozen=True)
-class AwqZeros(Encoding):
-    """Zero points packed along N in AutoAWQ's order, int32 [N / 8, groups] -> the same with the first channel in the lowest bits."""
+class GivenZeros(Encoding):
+    """Zero points packed along N, int32 [N * bits / 32, groups] -> the same with the first channel in the lowest bits.
 
+    Attributes:
+        bits: 4 or 8.
+        shuffled: the source has them in AutoAWQ's order.
+        lacking: what the source's lack: 1 in GPTQ v1.
+        key: of the largest of them (`ZeroPoints`), where something is added.
+    """
+
+    bits: int
+    shuffled: bool = False
+    lacking: int = 0
+    key: str = ""
     name = "I32"
+
+    @property
+    def needs(self) -> tuple[str, ...]:  # type: ignore[override]
+        return (self.key,) if self.key else ()
+
+    def bind(self, known: Known, source: str) -> GivenZeros:
+        if self.key and float(known.get(self.key)) + self.lacking >= 1 << self.bits:
+            told = f"{printable(source)} has a zero point of {1 << self.bits}, which {self.bits} bits do not hold"
+            raise DataError(told, hint="--quant none decodes it")
+        return replace(self, key="")
 
     def parts(self, rows: int, cols: int, experts: int = 0) -> tuple[Part, ...]:
         return (Part("zero", I32, (rows, cols), 4 * cols),)
@@ -123,18 +144,20 @@ class AwqZeros(Encoding):
     def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
         import torch
 
-        return (torch.from_numpy(_in_order(block.contiguous().view(torch.uint8).cpu().numpy())).to(block.device),)
+        return (torch.from_numpy(self._in_order(block.contiguous().view(torch.uint8).cpu().numpy())).to(block.device),)
 
     def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:
         import torch
 
         stored = parts[0].reshape(rows, -1)
+        if self.bits == 8:
+            return stored.float()
         return torch.stack([stored & 15, stored >> 4], 2).reshape(rows, 8 * cols).float()
 
     def values(self, block: torch.Tensor) -> torch.Tensor:
         import torch
 
-        return self.decode([torch.from_numpy(_in_order(block.contiguous().view(torch.uint8).numpy()))], *block.shape)
+        return self.decode([torch.from_numpy(self._in_order(block.contiguous().view(torch.uint8).numpy()))], *block.shape)
 
     def error(self, block: torch.Tensor) -> torch.Tensor:
         return self.values(block) * 0.0
@@ -147,19 +170,21 @@ class AwqZeros(Encoding):
             import numpy as np
 
             block = np.lib.stride_tricks.as_strided(flat[start:], (rows, cols), (4 * stride, 4))
-            outs[0][:] = _in_order(np.ascontiguousarray(block).view(np.uint8))
+            outs[0][:] = self._in_order(np.ascontiguousarray(block).view(np.uint8))
             return Findings()
 
         return run
 
+    def _in_order(self, stored: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """uint8, four for each word -> flat, in the order of channels, with what they lack."""
+        import numpy as np
 
-def _in_order(stored: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """uint8, four for each word; nibbles of words in AutoAWQ's order -> in the order of channels, flat."""
-    import numpy as np
-
-    flat = stored.reshape(-1, 4)
-    nibbles = np.stack([flat & 15, flat >> 4], 2).reshape(-1, 8)[:, AWQ_POSITION]
-    return np.ascontiguousarray(nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)).reshape(-1)
+        flat = stored.reshape(-1, 4)
+        if self.shuffled:
+            nibbles = np.stack([flat & 15, flat >> 4], 2).reshape(-1, 8)[:, AWQ_POSITION]
+            flat = nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
+        more = np.uint8(self.lacking * (17 if self.bits == 4 else 1))  # no carry: `bind` has seen the largest
+        return np.ascontiguousarray(flat + more).reshape(-1)
 
 
 @dataclass(frozen=True)

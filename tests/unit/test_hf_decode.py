@@ -81,6 +81,18 @@ def test_integers(tmp_path: Path, kind: str, dtype: str, rows: int | None) -> No
     assert verify(tmp_path / "out", folder).problems == []
 
 
+@pytest.mark.parametrize("packing", ["auto_round", "auto_round:auto_gptq", "auto_round:auto_awq"])
+def test_auto_round(tmp_path: Path, packing: str) -> None:
+    """Its own packing is GPTQ's with zero points as they are."""
+    made, weight = integer_weight(72, 128, 32, "awq" if packing.endswith("awq") else "gptq", v2=packing == "auto_round")
+    stated = {"quant_method": "auto-round", "packing_format": packing, "bits": 4, "group_size": 32, "sym": False, "data_type": "int"}
+    name = "model.layers.0.mlp.up_proj"
+    folder = source(tmp_path / "source", stated, {f"{name}.{leaf}": t for leaf, t in made.items()})
+    api.convert(folder, tmp_path / "out", HuggingFace(dtype="float32"))
+    want = torch.from_numpy(np.ascontiguousarray(weight)).float()
+    assert torch.equal(load_file(tmp_path / "out/model.safetensors")[f"{name}.weight"], want)
+
+
 def test_decoded_integers_are_quantized_anew(tmp_path: Path) -> None:
     """Through the plain weights or at once: the same bytes."""
     made, _ = integer_weight(64, 128, 64, "awq")

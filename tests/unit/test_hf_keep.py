@@ -90,10 +90,48 @@ def test_gptq_with_zero_points_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="symmetric"):
         api.convert(folder, tmp_path / "out", INTO_CT)
     assert not (tmp_path / "out").exists()
-    for change in ({"sym": False}, {"desc_act": True}):
-        (folder / "config.json").write_text(json.dumps(tiny.config(quantization_config=stated | change, num_hidden_layers=1)))
-        with pytest.raises(UsageError, match="no place in compressed-tensors"):
-            api.convert(folder, tmp_path / "out", INTO_CT)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("v2", [False, True])
+def test_gptq_with_zero_points(tmp_path: Path, bits: int, v2: bool) -> None:
+    """sym: false: both containers mean the same weights."""
+    made, weight = integer_weight(72, 128, 32, "gptq", bits=bits, v2=v2)
+    stated = {"quant_method": "gptq", "bits": bits, "group_size": 32, "sym": False, "checkpoint_format": "gptq_v2" if v2 else "gptq"}
+    folder = source(tmp_path / "source", stated, named(made))
+    report = api.convert(folder, tmp_path / "out", INTO_CT, Resources(tile_rows=8, read="map"))
+    got = load_file(tmp_path / "out/model.safetensors")
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+    codes = ((got[f"{AT}.weight_packed"][..., None] >> shifts) & (2**bits - 1)).reshape(72, 4, 32).double()
+    zeros = ((got[f"{AT}.weight_zero_point"][:, None, :] >> shifts[None, :, None]) & (2**bits - 1)).reshape(72, 4).double()
+    back = (codes - zeros[..., None]) * got[f"{AT}.weight_scale"].double()[..., None]
+    assert np.array_equal(back.reshape(72, 128).numpy(), weight)
+    assert config(tmp_path / "out")["config_groups"]["group_0"]["weights"]["symmetric"] is False
+    assert any("zero points" in line for line in report.warnings)
+    assert verify(tmp_path / "out", folder).problems == []
+
+
+def test_a_zero_point_of_sixteen(tmp_path: Path) -> None:
+    made, _ = integer_weight(72, 128, 32, "gptq")
+    made["qzeros"][2, 3] |= 15 << 8
+    folder = source(tmp_path / "source", {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False}, named(made))
+    with pytest.raises(DataError, match="zero point of 16"):
+        api.convert(folder, tmp_path / "out", INTO_CT)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_act_order(tmp_path: Path, told: bool) -> None:
+    """g_idx counts, whatever the config says of it."""
+    made, codes = symmetric(40, 128, 64, 4, False)
+    stated = {"quant_method": "gptq", "bits": 4, "group_size": 64, "sym": True, "desc_act": told}
+    index = torch.arange(128, dtype=torch.int32) // 64
+    folder = source(tmp_path / "source", stated, named(made | {"g_idx": index}))
+    api.convert(folder, tmp_path / "out", INTO_CT)
+    assert torch.equal(load_file(tmp_path / "out/model.safetensors")[f"{AT}.weight_packed"], packed(codes, 4, 1))
+    save_file(named(made | {"g_idx": index.flip(0).contiguous()}), folder / "model.safetensors")
+    with pytest.raises(UsageError, match=r"down_proj has act order"):
+        api.open_and_plan(folder, INTO_CT)
 
 
 def nvfp4(folder: Path, inputs: bool) -> Path:

@@ -14,12 +14,13 @@ from streamconv.checkpoint.rows import SourceTensor
 from streamconv.checkpoint.turned_rows import turned
 from streamconv.errors import CheckpointError, UsageError, printable
 from streamconv.quants.base import Encoding, Part
-from streamconv.quants.given_codes import AwqZeros, Reciprocal, Words, ZeroPoints
+from streamconv.quants.given_codes import GivenZeros, Reciprocal, Words, ZeroPoints
 from streamconv.quants.plain import Plain
 from streamconv.targets.hf import config_json
 from streamconv.targets.hf.packed_sources import PACKED, Integers, integers
 from streamconv.targets.hf.recipes import NVFP4_FP4, recipe_of
 from streamconv.targets.hf.rules import default_reason
+from streamconv.targets.hf.sources import raw_bytes
 from streamconv.targets.hf.target import Container
 
 if TYPE_CHECKING:
@@ -143,7 +144,8 @@ def _integers(index: Index, tensors: Mapping[str, SourceTensor], stated: SourceQ
             if leaf == "qweight":
                 found.append(integers(tensors, module, stated))
                 kept.modules.append(module)
-                _packed(maker, module, found[-1], index)
+                _check_order(index, module, found[-1], stated)
+                _packed(maker, module, found[-1], stated.symmetric)
             continue
         maker.copy(name, tensor)
     if not found:
@@ -152,28 +154,41 @@ def _integers(index: Index, tensors: Mapping[str, SourceTensor], stated: SourceQ
     if len(kinds) > 1:
         raise UsageError("--quant keep: the source's layers have different groups or bits", hint="--quant none decodes them")
     bits, group, packing = kinds.pop()
-    weights = {"num_bits": bits, "type": "int", "symmetric": packing == "gptq", "dynamic": False, "strategy": "group", "group_size": group}
+    symmetric = packing == "gptq" and stated.symmetric
+    weights = {"num_bits": bits, "type": "int", "symmetric": symmetric, "dynamic": False, "strategy": "group", "group_size": group}
+    if not symmetric:
+        draft.warnings.append("the weights have zero points: vLLM reads them, transformers (5.24 with compressed-tensors 0.20) does not")
     kept.quantization = _compressed("pack-quantized", weights, None, _ignored(tensors, kept.modules))
     return kept
 
 
-def _packed(maker: _Maker, module: str, one: Integers, index: Index) -> None:
+def _check_order(index: Index, module: str, one: Integers, stated: SourceQuantization) -> None:
+    """Input features come in the order of their groups: compressed-tensors had a place for another order (g_idx) until 2026.
+
+    Raises:
+        UsageError: they do not.
+    """
+    k = one.codes.shape[1]
+    if one.order is None:
+        in_order = not stated.act_order
+    else:
+        in_order = raw_bytes(index, one.order) == b"".join(struct.pack("<i", at) * one.group for at in range(k // one.group))
+    if not in_order:
+        told = f"--quant keep: {printable(module)} has act order (desc_act), which has no place in compressed-tensors"
+        raise UsageError(told, hint="--quant none decodes it")
+
+
+def _packed(maker: _Maker, module: str, one: Integers, symmetric: bool) -> None:
     n, k = one.codes.shape
-    key = ""
-    if one.codes.packing == "gptq":
-        stated = index.config.get("quantization_config")
-        if isinstance(stated, dict) and (stated.get("desc_act") or stated.get("sym") is False):
-            what = "act order (desc_act)" if stated.get("desc_act") else "zero points (sym: false)"
-            told = f"--quant keep: GPTQ weights with {what} have no place in compressed-tensors"
-            raise UsageError(told, hint="--quant none decodes them")
-        key = f"zero points of {module}"
-        maker.draft.reduce(one.zeros, ZeroPoints(key, one.codes.bits, (1 << (one.codes.bits - 1)) - one.offset))
-    maker.add(f"{module}.weight_packed", one.codes, Words(one.codes.bits, key), (n, k * one.codes.bits // 32))
-    scales = turned(one.scales)
-    maker.copy(f"{module}.weight_scale", scales)
-    if one.codes.packing == "awq":
+    bits, gptq = one.codes.bits, one.codes.packing == "gptq"
+    key = f"zero points of {module}" if gptq and (symmetric or one.offset) else ""
+    if key:
+        maker.draft.reduce(one.zeros, ZeroPoints(key, bits, (1 << (bits - 1)) - one.offset if symmetric else 0))
+    maker.add(f"{module}.weight_packed", one.codes, Words(bits, key if symmetric else ""), (n, k * bits // 32))
+    maker.copy(f"{module}.weight_scale", turned(one.scales))
+    if not (gptq and symmetric):
         zeros = turned(one.zeros)
-        maker.add(f"{module}.weight_zero_point", zeros, AwqZeros(), zeros.shape)
+        maker.add(f"{module}.weight_zero_point", zeros, GivenZeros(bits, not gptq, one.offset, key), zeros.shape)
     maker.fixed(f"{module}.weight_shape", one.codes, (n, k))
 
 

@@ -198,7 +198,8 @@ def _as_matrix(scale: SourceTensor, shape: tuple[int, int]) -> SourceTensor:
     return replace(scale, shape=shape, pieces=(piece,))
 
 
-def _read(index: Index, tensor: SourceTensor) -> bytes:
+def raw_bytes(index: Index, tensor: SourceTensor) -> bytes:
+    """What is stored of a small tensor."""
     piece = tensor.pieces[0]
     with index.shards[piece.shard].window(piece.begin, piece.begin + tensor.nbytes) as data:
         return bytes(data)
@@ -209,7 +210,7 @@ def _number(index: Index, tensor: SourceTensor) -> float:
 
     if tensor.nbytes != 4 or tensor.dtype.name != "F32":
         raise CheckpointError(f"{printable(tensor.name)} must be one float32 number, and is {tensor.dtype} {list(tensor.shape)}")
-    value = float(struct.unpack("<f", _read(index, tensor))[0])
+    value = float(struct.unpack("<f", raw_bytes(index, tensor))[0])
     if not math.isfinite(value) or value <= 0:
         raise CheckpointError(f"{printable(tensor.name)} is {value}, which is no scale")
     return value
@@ -220,4 +221,4 @@ def _integers(index: Index, tensor: SourceTensor) -> tuple[int, ...]:
 
     if tensor.dtype.name != "I64" or tensor.nbytes != 16:
         raise CheckpointError(f"{printable(tensor.name)} must be two int64 numbers, and is {tensor.dtype} {list(tensor.shape)}")
-    return struct.unpack("<2q", _read(index, tensor))
+    return struct.unpack("<2q", raw_bytes(index, tensor))
