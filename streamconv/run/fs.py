@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import os
 import stat
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +26,9 @@ from streamconv.errors import OutputError, UsageError, printable
 
 _SYNC_FILE_RANGE_WRITE = 2
 _RENAME_NOREPLACE = 1
+_F_OFD_GETLK, _F_OFD_SETLK = 36, 37
+_FLOCK = struct.Struct("hhqqi4x")
+"""The kernel's struct flock on 64-bit machines: type, whence, start, length, process."""
 _UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 _LONGEST_NAME = 143
 """Bytes of a file name that every file system takes (eCryptfs has the least)."""
@@ -85,6 +89,18 @@ class Disk:
         """Take the exclusive lock of an open file, or raise BlockingIOError at once; it ends with the process."""
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
+    def lock_range(self, fd: int, begin: int, end: int) -> None:
+        """Lock bytes [begin, end) of a file for this descriptor, or raise BlockingIOError at once; closing the descriptor ends it.
+
+        Servers know these locks, too: one that lets a cut-off client's locks go lets none of its later writes in.
+        """
+        fcntl.fcntl(fd, _F_OFD_SETLK, _range(fcntl.F_WRLCK, begin, end))
+
+    def locked(self, fd: int, begin: int) -> bool:
+        """Another descriptor holds a lock on this byte."""
+        told = fcntl.fcntl(fd, _F_OFD_GETLK, _range(fcntl.F_WRLCK, begin, begin + 1))
+        return bool(_FLOCK.unpack(told)[0] != fcntl.F_UNLCK)
+
     def rename(self, folder: Folder, old: str, new: str, known: Mark) -> None:
         """Give what has this mark another name. Nothing is replaced but an empty folder, by a folder.
 
@@ -109,6 +125,10 @@ class Disk:
 
     def rmdir(self, folder: Folder, name: str) -> None:
         os.rmdir(name, dir_fd=folder.fd)
+
+
+def _range(kind: int, begin: int, end: int) -> bytes:
+    return _FLOCK.pack(kind, os.SEEK_SET, begin, end - begin, 0)
 
 
 @contextlib.contextmanager
@@ -271,6 +291,16 @@ class Folder:
         """
         try:
             self.disk.lock(fd)
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
+            if not self.lenient:
+                raise unsupported(self.path, "lock a file") from error
+
+    def lock_range(self, fd: int, begin: int, end: int) -> None:
+        """As `lock`, for bytes [begin, end)."""
+        try:
+            self.disk.lock_range(fd, begin, end)
         except OSError as error:
             if error.errno not in _UNSUPPORTED:
                 raise

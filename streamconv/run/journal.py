@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from streamconv import __version__
 from streamconv.checkpoint.limits import MAX_JOURNAL, MAX_JOURNAL_LINE
@@ -34,9 +34,8 @@ from streamconv.errors import OutputError, printable
 from streamconv.memory import MIB
 from streamconv.planning.plan import Plan
 from streamconv.process import start_thread
-from streamconv.run.fs import Mark, explained, write_all
+from streamconv.run.fs import Disk, Folder, Mark, explained, write_all
 from streamconv.run.output_folder import OutputFolder
-from streamconv.run.place import Place
 
 FORMAT = 2
 BATCH_BYTES = 256 * MIB
@@ -45,6 +44,16 @@ BATCH_SECONDS = 2.0
 """Longest time that a finished tile waits for its line in the journal."""
 THREADED = True
 """False syncs in the worker that wrote the last byte of a batch: runs repeat exactly (tests)."""
+
+
+class Home(Protocol):
+    """Where a journal lies: hidden("journal") in `base`."""
+
+    @property
+    def base(self) -> Folder: ...
+    @property
+    def disk(self) -> Disk: ...
+    def hidden(self, what: str) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +144,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return found or ["the plan of the output (config.json of the source?)"]
 
 
-def read(place: Place) -> Past | None:
+def read(place: Home) -> Past | None:
     """What the journal of an output says, None if there is none with a whole first line.
 
     Reading ends at the first line that is torn, or is none of ours. What a tile's line says is held against the plan later (`resume.fits`).
@@ -175,17 +184,10 @@ def _read(fd: int, path: Path) -> Past | None:
     return past
 
 
-def _record(line: bytes) -> dict[str, Any] | None:
+def _record(text: bytes) -> dict[str, Any] | None:
     """What a line says, None if it is torn or no line of a journal."""
-    import xxhash
-
-    if line[:17] != xxhash.xxh3_64(line[17:]).hexdigest().encode() + b" ":
-        return None
-    try:
-        record = parse_json(line[17:], "the journal", OutputError)
-    except OutputError:
-        return None
-    if not isinstance(record, dict) or len(record.keys() & {"run", "tile", "ready"}) != 1:
+    record = unsealed(text)
+    if record is None or len(record.keys() & {"run", "tile", "ready"}) != 1:
         return None
     if "run" in record:
         sound = _is_run(record["run"])
@@ -194,6 +196,19 @@ def _record(line: bytes) -> dict[str, Any] | None:
     else:
         sound = _is_tile(record)
     return record if sound else None
+
+
+def unsealed(text: bytes) -> dict[str, Any] | None:
+    """What `sealed` gave, without its line end; None if it is torn."""
+    import xxhash
+
+    if text[:17] != xxhash.xxh3_64(text[17:]).hexdigest().encode() + b" ":
+        return None
+    try:
+        record = parse_json(text[17:], "the journal", OutputError)
+    except OutputError:
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def _is_run(run: object) -> bool:
@@ -223,19 +238,19 @@ def _done(record: dict[str, Any]) -> Done:
 
 
 class Journal:
-    """The open journal of a run; the output's lock is held.
+    """The open journal of a run, which holds the lock of the output, or of its part of it.
 
     Args:
-        place: of the output.
+        place: of the output, or of the part.
     """
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Home) -> None:
         self.place, self.disk = place, place.disk
         self._fd, self._size = -1, 0
 
     @property
     def path(self) -> Path:
-        return self.place.top / self.place.hidden("journal")
+        return self.place.base.path / self.place.hidden("journal")
 
     def start(self, run: dict[str, Any]) -> None:
         """Begin an empty journal."""
@@ -243,7 +258,7 @@ class Journal:
             self._fd, self._size = self.place.base.open(self.path.name, private=True), 0
             if os.fstat(self._fd).st_size:
                 self.disk.truncate(self._fd, 0)
-            self._append(_line({"run": run}))
+            self._append(sealed({"run": run}))
             self.place.base.sync()
 
     def resume(self, past: Past) -> None:
@@ -259,7 +274,7 @@ class Journal:
         lines = []
         for done in tiles:
             found = [done.overflow, done.nonfinite]
-            lines.append(_line({"tile": [done.span, done.start, done.stop], "hash": done.hashes, "found": found}))
+            lines.append(sealed({"tile": [done.span, done.start, done.stop], "hash": done.hashes, "found": found}))
         with explained(self.path, "write"):
             self._append(b"".join(lines))
 
@@ -271,7 +286,7 @@ class Journal:
         """
         with explained(self.path, "write"):
             self.place.base.expect(self.path.name, Mark.of(os.fstat(self._fd)))
-            self._append(_line({"ready": names}))
+            self._append(sealed({"ready": names}))
 
     def remove(self, past: Past | None = None) -> None:
         """The work is published or given up.
@@ -299,7 +314,8 @@ class Journal:
         self._size += len(data)
 
 
-def _line(record: dict[str, Any]) -> bytes:
+def sealed(record: dict[str, Any]) -> bytes:
+    """A record with its hash before it."""
     import xxhash
 
     text = json.dumps(record, separators=(",", ":")).encode()

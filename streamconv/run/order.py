@@ -34,6 +34,10 @@ class Hashes:
         """The hash of the tensor at a position in the order of the file's data."""
         self._files[file][position * self.SIZE : (position + 1) * self.SIZE] = digest
 
+    def at(self, file: int, position: int) -> str:
+        """The hash that was put there, hex."""
+        return self._files[file][position * self.SIZE : (position + 1) * self.SIZE].hex()
+
     def of_files(self) -> list[Iterator[str]]:
         """For each file the hashes of its tensors, hex, in the order of the data."""
         return [self._hex(data) for data in self._files]

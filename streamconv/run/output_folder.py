@@ -13,7 +13,7 @@ from streamconv.errors import OutputError, printable
 from streamconv.memory import MIB, show_size
 from streamconv.run.fs import Disk, Mark, explained, free_space, write_all
 from streamconv.run.inside import choose
-from streamconv.run.place import CONFIG, Found, Part
+from streamconv.run.place import CONFIG, Found, Part, Place
 
 
 class OutputFolder:
@@ -23,15 +23,16 @@ class OutputFolder:
         out: where the folder will appear.
         disk: the operations to use (tests).
         lenient: see `fs.Folder`.
+        place: where it is built, if that was chosen.
 
     Attributes:
         place: where it is built.
     """
 
-    def __init__(self, out: Path, disk: Disk | None = None, lenient: bool = False) -> None:
+    def __init__(self, out: Path, disk: Disk | None = None, lenient: bool = False, place: Place | None = None) -> None:
         self.out = Path(os.path.realpath(out))
         self.disk = disk or Disk()
-        self.place = choose(self.out, self.disk, lenient)
+        self.place = place or choose(self.out, self.disk, lenient)
         self._fds: dict[str, int] = {}
         self._sizes: dict[str, int] = {}
         self._turns: dict[str, threading.Lock] = {}
@@ -47,17 +48,32 @@ class OutputFolder:
         self._check_room(files)
         for name, size, header in files:
             with explained(self._path(name), "write"):
-                fd = self._fds[name] = self.place.work.open(name, fresh)
-                if os.fstat(fd).st_size != size:
-                    self.disk.truncate(fd, size)
-            self._sizes[name] = size
-            self._turns[name] = threading.Lock()
+                self._fds[name] = self.place.work.open(name, fresh)
+                self._open(name, size)
             self.write(name, 0, header)
         with explained(self.place.work.folder.path, "sync"):
             # the names are durable before the journal speaks of what is in the files
             self.place.work.folder.sync()
             if self.place.work.folder is not self.place.base:
                 self.place.base.sync()
+
+    def _open(self, name: str, size: int) -> None:
+        if os.fstat(self._fds[name]).st_size != size:
+            self.disk.truncate(self._fds[name], size)
+        self._sizes[name], self._turns[name] = size, threading.Lock()
+
+    def adopt(self, name: str, size: int) -> None:
+        """Open a file that another run made.
+
+        Raises:
+            OutputError: it has another size. FileNotFoundError: it is gone.
+        """
+        if self.place.work.look(name) is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+        self._fds[name] = self.place.work.open(name)
+        self._sizes[name] = size
+        self._turns[name] = threading.Lock()
+        self._check_size(name)
 
     def _path(self, name: str) -> Path:
         return self.place.work.path(name)

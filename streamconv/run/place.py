@@ -6,6 +6,7 @@ Beside it (the rule): a hidden sibling folder, renamed when it is complete. What
     .NAME.streamconv-journal   which tiles are safely on disk (journal.py)
     .NAME.streamconv-partial   the folder being built
     .NAME.streamconv-old       with --force: the folder being replaced, while the new one takes its name
+    .NAME.streamconv-parts     work that several machines share: what is done of it (claims.py)
 
 Inside it (a mount point): hidden files, each renamed when all are complete, config.json last.
 
@@ -33,7 +34,7 @@ OURS = re.compile(r"config\.json|streamconv\.json|rank[0-9]+\.safetensors")
 """What every checkpoint folder may hold; an output's own names are `Place.ours`."""
 CONFIG = "config.json"
 """Without it a folder is no checkpoint: the first to go, and the last to come."""
-WHATS = ("lock", "journal", "partial", "old")
+WHATS = ("lock", "journal", "partial", "old", "parts")
 
 
 def foreign(marks: Mapping[str, Mark], ours: Collection[str], told: Path) -> list[str]:

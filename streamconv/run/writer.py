@@ -33,6 +33,7 @@ from streamconv.errors import (
 )
 from streamconv.planning.plan import Plan, SideFile
 from streamconv.run import journal, manifest
+from streamconv.run.claims import Claims
 from streamconv.run.fs import Disk
 from streamconv.run.journal import Done, Journal
 from streamconv.run.lock import OutputLock
@@ -84,6 +85,7 @@ class Writer:
         force: replace an existing folder, give up unfinished work for something else.
         disk: the operations to use (tests).
         no_lock: go on where the file system has no locks, or cannot sync a folder; the manifest says so.
+        parts: the files were written in parts (claims.py): they are published as they are, and never given up.
 
     Attributes:
         folder: where to write.
@@ -92,9 +94,17 @@ class Writer:
     """
 
     def __init__(
-        self, out: Path, source: Path, plan: Plan, shards: Sequence[Shard], force: bool, disk: Disk | None, no_lock: bool = False
+        self,
+        out: Path,
+        source: Path,
+        plan: Plan,
+        shards: Sequence[Shard],
+        force: bool,
+        disk: Disk | None,
+        no_lock: bool = False,
+        parts: bool = False,
     ) -> None:
-        self.plan, self.shards, self.force, self.no_lock = plan, shards, force, no_lock
+        self.plan, self.shards, self.force, self.no_lock, self.parts = plan, shards, force, no_lock, parts
         self.folder = OutputFolder(out, disk, no_lock)
         self.place = self.folder.place
         self.place.ours |= plan.names
@@ -135,7 +145,7 @@ class Writer:
                 if manifest.read_head(self.folder.out / manifest.NAME).fingerprint == self._past.run.get("fingerprint"):
                     self.place.remove_old()
                     self.journal.remove(self._past)
-                    self.finished = self._past.run == self._run
+                    self.finished = self.parts or self._past.run == self._run
                     if self.finished:
                         return
             self._past = None
@@ -145,6 +155,10 @@ class Writer:
                 f"{printable(str(self.place.top / self.place.hidden('old')))} holds an output that was being replaced",
                 hint="move it away, or remove it",
             )
+        if self.parts:
+            self._past = None
+            return
+        self._not_in_parts()
         if self.place.has_work() and self.place.base.look(self.place.hidden("journal")) is None:
             raise OutputError(
                 f"{printable(str(self.place.top / self.place.hidden('partial')))} is there without a journal: no run leaves it so",
@@ -159,17 +173,41 @@ class Writer:
         if changed or not self.place.has_work() or (self._past is not None and not self._past.tiles):
             self._past = None
 
+    def _not_in_parts(self) -> None:
+        """Give up work that was begun in parts, if that is asked for and nobody is at it.
+
+        Raises:
+            ResumeError: there is such work. LockedError: somebody is at it.
+        """
+        claims = Claims(self.place, 0)
+        if not claims.enter():
+            return
+        try:
+            if not self.force:
+                raise ResumeError(
+                    f"{printable(str(self.folder.out))} was begun in parts",
+                    hint="run that command again, with --parts, to join the work, or start over with --force",
+                )
+            claims.check_idle()
+            if self._past is None:  # work without a journal is nobody's
+                self.journal.start(self._run)
+                self.journal.close()
+            claims.remove()
+        finally:
+            claims.close()
+
     def begin(self) -> None:
         """Open the journal and make the files."""
         self._begun = True
         if self._past is None:
             self.journal.start(self._run)
-        else:
-            self.journal.resume(self._past)
+        if self._past is not None or self.parts:
             self.folder.remove_last([side.name for side in self.plan.side_files] + [manifest.NAME])
+        if self._past is not None:
+            self.journal.resume(self._past)
             self.past = {span: [done for done in tiles if fits(self.plan, done)] for span, tiles in self._past.tiles.items()}
         files = [(file.name, file.size, file.header) for file in self.plan.files]
-        self.folder.create(files, fresh=self._past is None)
+        self.folder.create(files, fresh=self._past is None and not self.parts)
         self._created = True
 
     def publish(self, hashes: Hashes) -> None:
@@ -191,7 +229,7 @@ class Writer:
             return
         # the source is wrong, or there was no room to begin with: nothing of it is worth keeping
         wrong = isinstance(error, (CheckpointError, DataError, UsageError)) and not isinstance(error, UnreadableError)
-        if wrong or (self._past is None and not self._created):
+        if not self.parts and (wrong or (self._past is None and not self._created)):
             with contextlib.suppress(StreamconvError, OSError):
                 self.folder.discard()
                 if not self.place.has_work():  # work without a journal is nobody's

@@ -81,6 +81,9 @@ class Tapped(Disk):
     def lock(self, fd: int) -> None:
         self._tap("lock", super().lock, fd)
 
+    def lock_range(self, fd: int, begin: int, end: int) -> None:
+        self._tap("lock_range", super().lock_range, fd, begin, end)
+
     def rename(self, folder: Folder, old: str, new: str, known: Mark) -> None:
         self._tap("rename", super().rename, folder, old, new, known)
 
@@ -128,7 +131,7 @@ class Watched(Tapped):
         self.look = look
 
     def act(self, name: str, do: Callable[..., Any], *args: Any) -> Any:
-        if name not in ("enter", "sync", "sync_data", "push", "lock"):  # these change nothing that a killed process leaves
+        if name not in ("enter", "sync", "sync_data", "push", "lock", "lock_range"):  # these change nothing that a killed process leaves
             self.look()
         if name == "pwrite" and len(args[1]) > 1:
             fd, data, offset = args
@@ -189,6 +192,6 @@ class Recording(Tapped):
             self.log.append(("rename", args[0].path / args[1], args[0].path / args[2]))
         elif name in ("mkdir", "unlink", "rmdir"):
             self.log.append((name, args[0].path / args[1]))
-        elif name not in ("push", "lock"):
+        elif name not in ("push", "lock", "lock_range"):
             self.log.append((name, *args))
         return result

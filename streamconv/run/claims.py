@@ -1,0 +1,443 @@
+"""Work on one output that several processes share, on any machines: who does which part, and what is done.
+
+A hidden folder beside the output, .NAME.streamconv-parts:
+
+    plan.json                  what the work is for, in how many parts; the first worker makes it, all others compare
+    claims                     empty; who holds the lock of its byte K does part K, and who holds all of them publishes
+    K.holder                   who took part K last, for people
+    K.journal                  which tiles of part K are on the disk
+    K.ATTEMPT.aside            bytes of part K that go into place at the end (part_folder.py)
+    K.json                     part K is done (part_record.py)
+
+Locks end with their holder, so what a dead one left is free at once, and goes on where its journal ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import socket
+import stat
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from streamconv import __version__
+from streamconv.checkpoint.limits import MAX_JOURNAL, MAX_JOURNAL_LINE
+from streamconv.errors import LockedError, OutputError, ResumeError, VerifyError, printable
+from streamconv.planning.parts import MOST
+from streamconv.run import journal, manifest
+from streamconv.run.fs import Disk, Folder, Mark, explained, write_all
+from streamconv.run.lock import OutputLock
+from streamconv.run.output_checks import check_free
+from streamconv.run.part_record import Record
+from streamconv.run.place import Place
+
+FORMAT = 1
+PLAN, CLAIMS = "plan.json", "claims"
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """Where the journal of a part lies."""
+
+    base: Folder
+    part: int
+
+    @property
+    def disk(self) -> Disk:
+        return self.base.disk
+
+    def hidden(self, what: str) -> str:
+        return f"{self.part}.{what}"
+
+
+@dataclass(slots=True)
+class Claim:
+    """The right to do a part, until it is closed.
+
+    Attributes:
+        attempt: names what this holder keeps aside.
+    """
+
+    part: int
+    home: Home
+    attempt: str
+    fd: int
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            fd, self.fd = self.fd, -1
+            self.home.disk.close(fd)
+
+
+class Claims:
+    """The parts of the work on an output.
+
+    Args:
+        place: of the output, not opened.
+        count: parts.
+
+    Attributes:
+        base: the folder, once `join` found work to share.
+        told: what its plan.json holds.
+    """
+
+    base: Folder
+    told: dict[str, Any]
+
+    def __init__(self, place: Place, count: int) -> None:
+        self.place, self.disk, self.count = place, place.disk, count
+        self._own: list[Folder] = []
+
+    @property
+    def name(self) -> str:
+        return self.place.hidden("parts")
+
+    def join(self, run: dict[str, Any], files: Sequence[tuple[str, int]], force: bool, patience: float) -> bool:
+        """Take part in the work, and begin it if nobody has.
+
+        Args:
+            run: what the work is for; see `told`.
+            files: name and size of the tensor files.
+            force: replace an output, and give up work for something else that nobody is at.
+            patience: seconds to wait for one who begins, or publishes.
+
+        Returns:
+            False if the output is there: nothing is left to do.
+
+        Raises:
+            ResumeError: the work that is there is for something else. LockedError: somebody else is at work.
+            OutputError: the output cannot be written there.
+        """
+        self.place.open()
+        with self._alone(patience):
+            past = journal.read(self.place)
+            self.place.restore(past.ready if past is not None else ())
+            found = self._told() if self.enter() else None
+            self._ours(found, past.run if past is not None else {})
+            if not self.place.has_work() and self._published(run):
+                self._tidy(past)
+                return False
+            if found is not None and (changed := _differences(found, run)):
+                if not force:
+                    raise ResumeError(
+                        f"{printable(str(self.place.out))} was begun in parts with something else: {', '.join(changed)}",
+                        hint="the same command joins the work; --force starts over, once nobody is at it",
+                    )
+                self.check_idle()
+                found = None
+            if found is None:
+                self._begin(run, force, past)
+            self.told = found or run
+            self._files(files, found is None)
+        return True
+
+    def _ours(self, *runs: dict[str, Any] | None) -> None:
+        """Files of the work that is there, which has other names with other options."""
+        for run in runs:
+            listed = (run or {}).get("run", run or {}).get("files")
+            self.place.ours.update(name for name in listed or () if isinstance(name, str))
+
+    def _tidy(self, past: journal.Past | None) -> None:
+        """The output is there: remove what whoever published it did not come to remove."""
+        self.place.remove_old()
+        if past is not None:
+            journal.Journal(self.place).remove(past)
+        if self._own:
+            self.remove()
+
+    @contextlib.contextmanager
+    def _alone(self, patience: float) -> Iterator[None]:
+        """Hold the lock of the output, which those who begin and those who publish hold for a moment."""
+        lock, until = OutputLock(self.place), time.monotonic() + patience
+        while True:
+            try:
+                lock.acquire()
+                break
+            except LockedError:
+                if time.monotonic() >= until:
+                    raise
+                time.sleep(0.05)
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def enter(self) -> bool:
+        """Open the folder, if it is there; the place is open."""
+        if self.place.base.made(self.name, stat.S_IFDIR) is None:
+            return False
+        self.base = self.place.base.enter(self.name)
+        self._own.append(self.base)
+        return True
+
+    def _told(self) -> dict[str, Any] | None:
+        """What the work is for; None if it was not begun."""
+        data = self._content(PLAN, MAX_JOURNAL_LINE)
+        if data is None:
+            return None
+        told = journal.unsealed(data[:-1])
+        if told is None or not isinstance(told.get("run"), dict):
+            raise OutputError(f"{printable(str(self.base.path / PLAN))} is not what a run writes", hint="start over with --force")
+        return told
+
+    def _published(self, run: dict[str, Any]) -> bool:
+        """The output is there, and is what this work makes."""
+        path = self.place.out / manifest.NAME
+        if not os.path.lexists(path):
+            return False
+        with contextlib.suppress(VerifyError):
+            return bool(manifest.read_head(path).fingerprint == run["run"]["fingerprint"])
+        return False
+
+    def _begin(self, run: dict[str, Any], force: bool, past: journal.Past | None) -> None:
+        """Make the folder. Whoever dies on the way leaves one without a plan."""
+        if (past is not None or self.place.has_work()) and not self._own and not force:
+            raise ResumeError(
+                f"{printable(str(self.place.out))} was begun without --parts",
+                hint="run that command again to finish it, or start over with --force",
+            )
+        with explained(self.place.out, "read"):
+            check_free(self.place, force)
+        with explained(self.place.base.path / self.name, "create"):
+            if not self._own:
+                self.disk.mkdir(self.place.base, self.name)
+                self.enter()
+            self.place.keep_parents()
+            for name in sorted(self.base.names(), key=lambda name: name != PLAN):
+                self.base.unlink(name)
+            self.place.begin(fresh=True)
+            self.disk.close(self.base.open(CLAIMS, fresh=True))
+            self._write(PLAN, journal.sealed(run))
+            if past is not None:
+                journal.Journal(self.place).remove(past)
+            self.place.base.sync()
+
+    def _files(self, files: Sequence[tuple[str, int]], fresh: bool) -> None:
+        """Every file at its full size; holes are zeros, so it does not matter who makes them, or how often."""
+        with explained(self.place.base.path / self.place.hidden("partial"), "create"):
+            self.place.begin(fresh=False)
+            work, made = self.place.work, False
+            for name, size in files:
+                there = work.look(name)
+                if there is not None and there.st_size == size:
+                    continue
+                if not fresh and any(self._is_begun(part) for part in range(self.count)):
+                    raise OutputError(
+                        f"{printable(str(work.path(name)))} is {'gone' if there is None else 'not as it was made'}",
+                        hint="the parts that are done are lost with it: start over with --force",
+                    )
+                fd, made = work.open(name), True
+                self.disk.truncate(fd, size)
+                self.disk.close(fd)
+            if made:
+                work.folder.sync()
+                self.place.base.sync()
+
+    def _is_begun(self, part: int) -> bool:
+        return any(self.base.look(f"{part}.{what}") is not None for what in ("json", "journal"))
+
+    def claim(self, part: int) -> Claim | None:
+        """Take a part that is neither done nor held; None if it is.
+
+        Raises:
+            FileNotFoundError: the work is over.
+        """
+        if self.done(part):
+            return None
+        fd = self._open_claims()
+        try:
+            self.base.lock_range(fd, part, part + 1)
+        except BlockingIOError:
+            self.disk.close(fd)
+            return None
+        except BaseException:
+            self.disk.close(fd)
+            raise
+        claim = Claim(part, Home(self.base, part), secrets.token_hex(4), fd)
+        try:
+            self._still_there(fd)
+            if self.done(part):  # meanwhile
+                claim.close()
+                return None
+            self._overwrite(f"{part}.holder", f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            for name in self.base.names():  # what a dead holder kept aside is done again
+                if name.startswith(f"{part}.") and name.endswith(".aside"):
+                    self.base.unlink(name)
+        except BaseException:
+            claim.close()
+            raise
+        return claim
+
+    def _open_claims(self) -> int:
+        if self.base.look(CLAIMS) is None:
+            raise FileNotFoundError(CLAIMS)
+        return self.base.open(CLAIMS, make=False)
+
+    def publisher(self) -> Claim | None:
+        """The right to publish, which nobody has while a part is held; None if another has it.
+
+        Raises:
+            FileNotFoundError: somebody has published.
+        """
+        fd = self._open_claims()
+        try:
+            self.base.lock_range(fd, 0, self.count)
+        except BlockingIOError:
+            self.disk.close(fd)
+            return None
+        claim = Claim(-1, Home(self.base, -1), "", fd)
+        try:
+            self._still_there(fd)
+        except BaseException:
+            claim.close()
+            raise
+        return claim
+
+    def _still_there(self, fd: int) -> None:
+        there = self.base.look(CLAIMS)
+        if there is None or Mark.of(there) != Mark.of(os.fstat(fd)):
+            raise FileNotFoundError(CLAIMS)  # its last holder has published, and removed it
+
+    def held(self, part: int) -> str | None:
+        """Who is at work on a part, None if nobody is."""
+        fd = self._open_claims()
+        try:
+            if not self.disk.locked(fd, part):
+                return None
+        finally:
+            self.disk.close(fd)
+        text = (self._content(f"{part}.holder", 400) or b"").decode(errors="replace").strip()
+        return printable(text) if text else "another process"
+
+    def done(self, part: int) -> bool:
+        return self.base.look(f"{part}.json") is not None
+
+    def record(self, claim: Claim, record: Record) -> None:
+        """A part is done; all of its bytes are on the disk."""
+        self._write(f"{claim.part}.json", record.to_bytes(), f"{claim.part}.{claim.attempt}.new")
+
+    def read(self, part: int) -> Record | None:
+        """What is known of a part that is done; None if it is not.
+
+        Raises:
+            OutputError: it is not what a run writes.
+        """
+        data = self._content(f"{part}.json", MAX_JOURNAL)
+        if data is None:
+            return None
+        record = Record.from_bytes(data)
+        if record is None:
+            raise OutputError(f"{printable(str(self.base.path / f'{part}.json'))} is not what a run writes", hint="start over with --force")
+        return record
+
+    def progress(self) -> tuple[int, ...]:
+        """Changes whenever a part is begun, goes on, or is done."""
+        looks = (self.base.look(f"{part}.{what}") for part in range(self.count) for what in ("json", "journal", "holder"))
+        return tuple(-1 if there is None else there.st_size + there.st_mtime_ns for there in looks)
+
+    def is_there(self) -> bool:
+        """The work is still this one."""
+        there = self.place.base.look(self.name)
+        return there is not None and Mark.of(there) == self.base.mark() and self.base.look(CLAIMS) is not None
+
+    def remove(self) -> None:
+        """The work is published, or given up; what others would begin with goes first."""
+        with explained(self.base.path, "remove"):
+            for again in range(5):
+                for name in sorted(self.base.names(), key=lambda name: (name != CLAIMS, name == PLAN)):
+                    self.base.unlink(name)
+                self.place.base.expect(self.name, self.base.mark())
+                try:
+                    self.disk.rmdir(self.place.base, self.name)
+                    break
+                except OSError as error:  # somebody came by meanwhile
+                    if again == 4 or error.errno != errno.ENOTEMPTY:
+                        raise
+            self.place.base.sync()
+
+    def check_idle(self) -> None:
+        """Raises LockedError if somebody is at work."""
+        try:
+            fd = self._open_claims()
+        except FileNotFoundError:
+            return
+        try:
+            self.base.lock_range(fd, 0, MOST)
+        except BlockingIOError:
+            raise LockedError(
+                f"{printable(str(self.place.out))} is being written in parts",
+                hint="wait for it, or choose another output folder; `streamconv status` shows who is at it",
+            ) from None
+        finally:
+            self.disk.close(fd)
+
+    def _content(self, name: str, limit: int) -> bytes | None:
+        with explained(self.base.path / name, "read"):
+            try:
+                if self.base.made(name) is None:
+                    return None
+                fd = self.base.open(name, make=False)
+            except FileNotFoundError:
+                return None
+            try:
+                with os.fdopen(fd, "rb", closefd=False) as file:
+                    return file.read(limit)
+            finally:
+                self.disk.close(fd)
+
+    def _write(self, name: str, data: bytes, before: str = "plan.new") -> None:
+        """A file that is complete as soon as it has its name."""
+        with explained(self.base.path / name, "write"):
+            self._overwrite(before, data)
+            try:
+                self.base.rename(before, name)
+            except FileExistsError:
+                self.base.unlink(before)  # somebody was faster, with as much
+            self.base.sync()
+
+    def _overwrite(self, name: str, data: bytes) -> None:
+        with explained(self.base.path / name, "write"):
+            fd = self.base.open(name)
+            try:
+                self.disk.truncate(fd, 0)
+                write_all(self.disk, fd, data, 0)
+                self.disk.sync(fd)
+            finally:
+                self.disk.close(fd)
+
+    def close(self) -> None:
+        for folder in self._own:
+            folder.close()
+        self._own.clear()
+
+    def leave(self) -> None:
+        """Close all, and the place with it."""
+        self.close()
+        self.place.remove_parents()
+        self.place.close()
+
+
+def told(identity: dict[str, Any], count: int, page: int, private: bool, force: bool, source: str | Path) -> dict[str, Any]:
+    """What plan.json holds.
+
+    Args:
+        identity: `journal.identity` without what differs between machines.
+        page: bytes that a machine writes at once.
+        source: what is converted, for whoever publishes by hand.
+    """
+    run = {"parts": count, "page": page, "private": private}
+    return {"format": FORMAT, "run": identity, **run, "force": force, "source": str(source), "streamconv": __version__}
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    found = journal.differences(old["run"], new["run"])
+    for name in ("parts", "private"):
+        if old.get(name) != new[name]:
+            found.append(f"--{name.replace('private', 'private-parts')} ({printable(str(old.get(name)))}, now {new[name]})")
+    return found

@@ -1,0 +1,102 @@
+"""All parts are done: what was kept aside goes into place, and the output gets its name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from streamconv.checkpoint.header import parse_header
+from streamconv.errors import OutputError, SourceChangedError, VerifyError, printable
+from streamconv.memory import MIB
+from streamconv.planning.parts import Part
+from streamconv.planning.plan import Plan
+from streamconv.run.claims import Claims
+from streamconv.run.order import Hashes
+from streamconv.run.output_folder import OutputFolder
+from streamconv.run.part_folder import Aside, own_pages, shared
+from streamconv.run.part_record import Record, put_hashes, sound
+from streamconv.run.writer import Writer
+
+
+def records_of(claims: Claims, plan: Plan, parts: Sequence[Part]) -> list[Record]:
+    """What is known of every part.
+
+    Raises:
+        OutputError: a part is not done, or a record is of something else. SourceChangedError: parts were made from different sources.
+    """
+    found, fingerprint = list[Record](), plan.fingerprint()
+    for number, part in enumerate(parts):
+        record = claims.read(number)
+        if record is None:
+            where = printable(str(claims.place.out))
+            raise OutputError(f"part {number} of {where} is not done", hint="`streamconv status` shows who is at it")
+        if not sound(plan, part, record, fingerprint):
+            raise OutputError(f"{printable(str(claims.base.path / f'{number}.json'))} is of another plan", hint="start over with --force")
+        found.append(record)
+    for entries in zip(*(record.evidence for record in found), strict=True):
+        inodes = {entry[-1]: entry for entry in entries}
+        if any(entry != inodes[entry[-1]] for entry in entries):  # another inode is a copy on another machine
+            raise SourceChangedError("a source file was changed after some of the parts were done", hint="start over with --force")
+    return found
+
+
+def finalize(claims: Claims, writer: Writer, plan: Plan, parts: Sequence[Part], records: Sequence[Record], check: bool) -> None:
+    """Put everything into place and publish; the claims of all parts and the lock of the output are held.
+
+    Args:
+        check: read the output back first, and compare it with the hashes of the parts.
+
+    Raises:
+        VerifyError: something else was read; nothing was published.
+    """
+    page, private, hashes = claims.told["page"], claims.told["private"], Hashes(plan.files)
+    writer.begin()
+    for number, (part, record) in enumerate(zip(parts, records, strict=True)):
+        put_hashes(plan, part, record, hashes)
+        name = f"{number}.{record.attempt}.aside"
+        if part.matrices or part.constants:
+            aside = Aside(claims.base, name, plan.files, page, fresh=False)
+            try:
+                for file, ranges in zip(plan.files, part.extents(plan), strict=True):
+                    own = [] if private else own_pages(ranges, file.size, page)
+                    for begin, end in shared(ranges, own):
+                        _copy(aside, writer.folder, file.name, begin, end)
+            finally:
+                aside.close()
+    if check:
+        _read_back(writer.folder, plan, hashes)
+    writer.publish(hashes)
+
+
+def _copy(aside: Aside, folder: OutputFolder, name: str, begin: int, end: int) -> None:
+    buffer = memoryview(bytearray(min(end - begin, MIB)))
+    for at in range(begin, end, MIB):
+        piece = buffer[: min(MIB, end - at)]
+        aside.read_into(name, at, piece)
+        folder.write(name, at, piece)
+
+
+def _read_back(folder: OutputFolder, plan: Plan, hashes: Hashes) -> None:
+    """Hash every tensor as it lies on the disk."""
+    folder.sync(file.name for file in plan.files)  # and out of the page cache
+    for file, wanted in zip(plan.files, hashes.of_files(), strict=True):
+        header = parse_header(file.header, file.size, file.name)
+        for name, digest in zip(file.names(), wanted, strict=True):
+            tensor = header.tensors[name]
+            if hash_of(partial(folder.read_into, file.name), tensor.begin, tensor.end) != digest:
+                raise VerifyError(
+                    f"{file.name}: {printable(name)} is not what was written: another machine wrote over it",
+                    hint="do the locks of this file system reach other machines? start over with --force --private-parts",
+                )
+
+
+def hash_of(read_into: Callable[[int, memoryview], object], begin: int, end: int) -> str:
+    """XXH3-128 (hex) of bytes that `read_into(offset, buffer)` reads."""
+    import xxhash
+
+    digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(min(end - begin, MIB)))
+    for at in range(begin, end, MIB):
+        piece = buffer[: min(MIB, end - at)]
+        read_into(at, piece)
+        digest.update(piece)
+    return digest.hexdigest()

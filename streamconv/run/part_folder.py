@@ -1,0 +1,174 @@
+"""The files of an output as a part of the work writes them, while other machines write other parts of the same files.
+
+A machine writes whole pages: of a page that two parts share, the last one to write it would undo what the other wrote. So a part writes
+in place only the pages that are all its own, and the rest, some pages of each file, into a file aside, which goes into place when all
+parts are done. On its own pages it holds byte-range locks: a machine that was cut off, whose part another one does, cannot write there.
+"""
+
+from __future__ import annotations
+
+import bisect
+import os
+from collections.abc import Iterable, Iterator, Sequence
+
+from streamconv.errors import OutputError
+from streamconv.planning.plan import OutputFile
+from streamconv.run.fs import Folder, explained, write_all
+from streamconv.run.output_folder import OutputFolder
+from streamconv.run.place import Place
+
+Ranges = Sequence[tuple[int, int]]
+
+
+def own_pages(ranges: Ranges, size: int, page: int) -> list[tuple[int, int]]:
+    """The whole pages inside byte ranges of a file of `size` bytes; what is beyond its end belongs to whoever has the last byte."""
+    found = []
+    for begin, end in ranges:
+        first, last = -(-begin // page) * page, size if end == size else end // page * page
+        if first < last:
+            found.append((first, last))
+    return found
+
+
+def shared(ranges: Ranges, own: Ranges) -> list[tuple[int, int]]:
+    """Those bytes of `ranges` that are not in `own`."""
+    found = []
+    for begin, end in ranges:
+        at = begin
+        for first, last in own:
+            if begin <= first and last <= end:
+                found.append((at, first))
+                at = last
+        found.append((at, end))
+    return [(begin, end) for begin, end in found if begin < end]
+
+
+class Aside:
+    """Bytes that are kept apart: one sparse file, in which every byte lies as it would in all files of the output, one after the other."""
+
+    def __init__(self, folder: Folder, name: str, files: Sequence[OutputFile], page: int, fresh: bool) -> None:
+        self.folder, self.name, self.disk = folder, name, folder.disk
+        self.path = folder.path / name
+        self._at, at = dict[str, int](), 0
+        for file in files:
+            self._at[file.name] = at
+            at += -(-file.size // page) * page
+        with explained(self.path, "write"):
+            self._fd = folder.open(name, make=fresh, fresh=fresh)
+        self.dirty = False
+
+    def write(self, name: str, offset: int, data: memoryview) -> None:
+        with explained(self.path, "write"):
+            write_all(self.disk, self._fd, data, self._at[name] + offset)
+        self.dirty = True
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        """What was never written, and what is beyond the end, is zero."""
+        done = 0
+        with explained(self.path, "read"):
+            while done < len(buffer):
+                got = os.preadv(self._fd, [buffer[done:]], self._at[name] + offset + done)
+                if not got:
+                    buffer[done:] = bytes(len(buffer) - done)
+                    return
+                done += got
+
+    def sync(self) -> None:
+        if self.dirty:
+            with explained(self.path, "sync"):
+                self.disk.sync_data(self._fd)
+            self.dirty = False
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            self.disk.close(fd)
+
+
+class PartFolder(OutputFolder):
+    """Writes one part of an output; the files are there, at full size.
+
+    Args:
+        place: of the output, where the work is open.
+        files: of the plan.
+        extents: for each file the byte ranges of the part.
+        page: bytes that one machine writes at once.
+        aside: takes what others have a share of; its name tells this attempt from others.
+        private: all of it goes aside, for file systems whose locks do not reach other machines.
+    """
+
+    def __init__(
+        self, place: Place, files: Sequence[OutputFile], extents: Sequence[Ranges], page: int, aside: Aside, private: bool
+    ) -> None:
+        super().__init__(place.out, place.disk, place=place)
+        self.aside = aside
+        self._own: dict[str, Ranges] = {}
+        self._begins: dict[str, list[int]] = {}
+        for file, ranges in zip(files, extents, strict=True):
+            if ranges:
+                self._own[file.name] = [] if private else own_pages(ranges, file.size, page)
+                self._begins[file.name] = [begin for begin, _ in self._own[file.name]]
+                self._sizes[file.name] = file.size
+
+    def open(self) -> None:
+        """Open the files, and lock what is written in place.
+
+        Raises:
+            BlockingIOError: another attempt at this part still holds some of it.
+            OutputError: a file is gone, or has another size.
+        """
+        for name, own in self._own.items():
+            if own:
+                with explained(self._path(name), "open"):
+                    self.adopt(name, self._sizes[name])
+                for begin, end in own:
+                    self.place.work.folder.lock_range(self._fds[name], begin, end)
+
+    def _pieces(self, name: str, offset: int, size: int) -> Iterator[tuple[int, int, bool]]:
+        """The bytes [offset, offset + size) as (begin, end, in place)."""
+        own, at, stop = self._own[name], offset, offset + size
+        number = max(0, bisect.bisect_right(self._begins[name], offset) - 1)
+        for begin, end in own[number:]:
+            if begin >= stop:
+                break
+            if end <= at:
+                continue
+            if at < begin:
+                yield at, begin, False
+            yield max(at, begin), min(end, stop), True
+            at = min(end, stop)
+        if at < stop:
+            yield at, stop, False
+
+    def write(self, name: str, offset: int, data: bytes | bytearray | memoryview) -> None:
+        view = memoryview(data).cast("B")
+        for begin, end, mine in self._pieces(name, offset, len(view)):
+            piece = view[begin - offset : end - offset]
+            if mine:
+                super().write(name, begin, piece)
+            else:
+                self.aside.write(name, begin, piece)
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> int:
+        for begin, end, mine in self._pieces(name, offset, len(buffer)):
+            piece = buffer[begin - offset : end - offset]
+            if not mine:
+                self.aside.read_into(name, begin, piece)
+            elif super().read_into(name, begin, piece) < len(piece):
+                raise OutputError(f"{name} ends early", hint="start over with --force")
+        return len(buffer)
+
+    def sync(self, names: Iterable[str]) -> None:
+        super().sync(name for name in names if name in self._fds)
+        self.aside.sync()
+
+    def finish(self) -> None:
+        """All of the part is written: wait until it is on the disk."""
+        for name, fd in self._fds.items():
+            with explained(self._path(name), "sync"):
+                self.disk.sync(fd)
+        self.aside.sync()
+
+    def close(self) -> None:
+        super().close()
+        self.aside.close()

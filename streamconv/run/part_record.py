@@ -1,0 +1,87 @@
+"""What is known of a part that is done: the hashes of its tensors, what encoding met, which attempt holds its bytes.
+
+One line as of a journal, in a file that gets its name when all bytes of the part are on the disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from streamconv.planning.parts import Part
+from streamconv.planning.plan import Plan
+from streamconv.run.journal import sealed, unsealed
+from streamconv.run.order import Hashes
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A part that is done.
+
+    Attributes:
+        attempt: names the file aside that belongs to it.
+        hashes: for each tensor of the part, in the order of `tensors`, its XXH3-128 (hex).
+        evidence: what each source file was: modification and change time, inode.
+        overflow, nonfinite: as of `OutputState`.
+        tiles, bytes_read: of this attempt.
+    """
+
+    fingerprint: str
+    attempt: str
+    hashes: tuple[str, ...]
+    evidence: tuple[tuple[int, ...], ...]
+    overflow: dict[str, int] = field(default_factory=dict)
+    nonfinite: dict[str, int] = field(default_factory=dict)
+    tiles: int = 0
+    bytes_read: int = 0
+
+    def to_bytes(self) -> bytes:
+        values = {name: getattr(self, name) for name in self.__slots__}
+        return sealed({"format": FORMAT, **values})
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Record | None:
+        """What `to_bytes` gave; None if it is anything else."""
+        told = unsealed(data[:-1])
+        if told is None or told.pop("format", None) != FORMAT or set(told) != set(cls.__slots__):
+            return None
+        hashes, evidence = told.pop("hashes"), told.pop("evidence")
+        return cls(hashes=tuple(hashes), evidence=tuple(tuple(entry) for entry in evidence), **told)
+
+
+def tensors(plan: Plan, part: Part) -> Iterator[tuple[int, int]]:
+    """File and position of the tensors of a part."""
+    for number in part.matrices:
+        matrix = plan.matrices[number]
+        yield from ((matrix.file, place.position) for place in matrix.places)
+    yield from ((constant.file, constant.position) for constant in part.constants)
+
+
+def hashes_of(plan: Plan, part: Part, hashes: Hashes) -> tuple[str, ...]:
+    """Those of a part, once it is done."""
+    return tuple(hashes.at(file, position) for file, position in tensors(plan, part))
+
+
+def put_hashes(plan: Plan, part: Part, record: Record, hashes: Hashes) -> None:
+    """The reverse."""
+    for (file, position), digest in zip(tensors(plan, part), record.hashes, strict=True):
+        hashes.put(file, position, bytes.fromhex(digest))
+
+
+def sound(plan: Plan, part: Part, record: Record, fingerprint: str) -> bool:
+    """A record is of this part of this plan."""
+    right = all(isinstance(digest, str) and len(digest) == 2 * Hashes.SIZE for digest in record.hashes)
+    return right and record.fingerprint == fingerprint and len(record.hashes) == sum(1 for _ in tensors(plan, part))
+
+
+def counted(records: Sequence[Record], what: str) -> dict[str, int]:
+    """Findings of all parts together."""
+    total: dict[str, int] = {}
+    for record in records:
+        found: dict[str, Any] = getattr(record, what)
+        for name, count in found.items():
+            total[name] = total.get(name, 0) + count
+    return total
