@@ -32,7 +32,8 @@ class Report:
     """What a conversion did: bytes, seconds, peak memory, and everything the user should know.
 
     `profile` says where the time went, in seconds: loading, creating the files, an average worker's share of each phase, all tiles
-    together, and the final sync. Of `bytes_read`, `bytes_mapped` were encoded from a mapping of the source, without a copy.
+    together, and the final sync. Of `bytes_read`, `bytes_mapped` were encoded from a mapping of the source, without a copy. `parts`
+    are those that this process did, None if it did not share the work; `published` if the output has its name.
     """
 
     out: str
@@ -50,6 +51,8 @@ class Report:
     device: str
     profile: dict[str, float]
     warnings: tuple[str, ...]
+    parts: tuple[int, ...] | None = None
+    published: bool = True
 
 
 def output_problem(index: Index, plan: Plan, out: str | Path) -> str | None:
@@ -90,19 +93,20 @@ def convert(
             disk, a signal or a crash the same call goes on where this one stopped.
     """
     resources, meter, out = resources or Resources(), meter or Meter(unwatched), named(out)
+    run = _convert if resources.parts is None else _convert_in_parts
     try:
-        return _convert(source, out, options, resources, force, meter, clock, disk)
+        return run(source, out, options, resources, force, meter, clock, disk)
     except device.NoRoom as error:
         if resources.device != "auto":
             raise
         on_cpu = dataclasses.replace(resources, device="cpu")
-        return _convert(source, out, options, on_cpu, force, meter, clock, disk, error.message)
+        return run(source, out, options, on_cpu, force, meter, clock, disk, error.message)
     except device.DeviceLost as error:
         if resources.on_device_loss == "stop":
             error.hint = "what is finished is kept: run the same command again to go on, or with --device cpu"
             raise
         on_cpu = dataclasses.replace(resources, device="cpu")
-        report = _convert(source, out, options, on_cpu, force, meter, clock, disk, error.message, error.pinned)
+        report = run(source, out, options, on_cpu, force, meter, clock, disk, error.message, error.pinned)
         warning = f"{error.message}; the rest was done on the CPU"
         return dataclasses.replace(report, warnings=(warning, *report.warnings))
 
@@ -182,6 +186,50 @@ def _convert(
         device=where,
         profile=profile,
         warnings=tuple(warnings),
+    )
+
+
+def _convert_in_parts(
+    source: str | Path,
+    out: str | Path,
+    options: Target,
+    resources: Resources,
+    force: bool,
+    meter: Meter,
+    clock: Callable[[], float],
+    disk: Disk | None,
+    instead: str = "",
+    pinned: int = 0,
+) -> Report:
+    """As `_convert`, for one of the processes that share the work."""
+    from streamconv.in_parts import Worker
+
+    began = clock()
+    index, plan = open_and_plan(source, options, resources.memory_budget)
+    with contextlib.closing(index):
+        reads = Reads([plan])
+        foreseen = foresee(reads, resources, costs_of(reads), 0)
+        share = Worker(source, Path(out), index, plan, resources, force, meter, disk, instead, pinned).work()
+    meter.end()
+    used = share.shares or foreseen
+    return Report(
+        out=str(out),
+        files=len(plan.files),
+        tensors=sum(file.tensors for file in plan.files),
+        bytes_read=share.bytes_read,
+        bytes_mapped=share.bytes_mapped,
+        bytes_written=plan.bytes_written,
+        seconds=clock() - began,
+        peak_memory=memory.peak_resident(),
+        budget=used.budget,
+        workers=used.workers,
+        tiles=share.tiles,
+        resumed=share.resumed,
+        device=share.where,
+        profile={},
+        warnings=(*plan.warnings, *share.warnings),
+        parts=tuple(share.parts),
+        published=share.published,
     )
 
 

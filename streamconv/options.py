@@ -29,6 +29,11 @@ class Resources:
         hub_keep: "all" keeps the shards of a Hub model in the cache; "none" removes each that was downloaded once it was read.
         read: "pread" copies the source's rows into the arena, "map" maps them where it can (see stages/mapped.py), "auto" maps what the
             page cache holds, on the CPU.
+        parts: how many the work is cut into, the same for every process that does some of it; None: this process does all of it.
+        part: do this one alone; None takes parts until none is left.
+        begin: where among the parts this process begins, from 0 to 1; workers that begin apart share few source files.
+        wait: seconds to wait for parts that others hold while nothing goes on.
+        private_parts: write each part into a file of its own, for file systems whose locks do not reach other machines.
     """
 
     memory_budget: int | None = None
@@ -41,3 +46,8 @@ class Resources:
     hub_keep: str = "all"
     read: Read = "auto"
     no_lock: bool = False
+    parts: int | None = None
+    part: int | None = None
+    begin: float = 0.0
+    wait: float = 300.0
+    private_parts: bool = False

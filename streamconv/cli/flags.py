@@ -144,6 +144,39 @@ OF_A_RUN: tuple[_Decorator, ...] = (
     ),
 )
 """What only a command that converts can use."""
+_OF_PARTS: dict[str, Any] = {"cls": Flag, "heading": "Several machines"}
+PARTS: tuple[_Decorator, ...] = (
+    click.option(
+        "--parts",
+        type=click.IntRange(1),
+        metavar="N",
+        help="Share the work: cut it into N parts, do those that nobody has, and publish the output if the last one is done. "
+        "Start the same command as often as you like, anywhere, on one shared folder.",
+        **_OF_PARTS,
+    ),
+    click.option(
+        "--part",
+        metavar="K/N",
+        help="Do part K (0 to N-1) of N alone; auto/N takes K from the launcher (Slurm, Kubernetes, ...).",
+        **_OF_PARTS,
+    ),
+    click.option(
+        "--wait",
+        type=click.FloatRange(0),
+        metavar="SECONDS",
+        default=300,
+        show_default=True,
+        help="Wait so long for parts that others hold while nothing goes on.",
+        **_OF_PARTS,
+    ),
+    click.option(
+        "--private-parts",
+        is_flag=True,
+        help="Write each part into a file of its own, for file systems whose locks do not reach other machines.",
+        **_OF_PARTS,
+    ),
+)
+"""How several processes share a conversion."""
 SAMPLES: tuple[_Decorator, ...] = (
     click.option(
         "--text",
@@ -186,6 +219,22 @@ def options(*groups: tuple[_Decorator, ...]) -> _Decorator:
         return function
 
     return decorate
+
+
+def sharing(parts: int | None, part: str | None, wait: float, private_parts: bool) -> dict[str, Any]:
+    """Fields of `Resources` from the flags of PARTS.
+
+    Raises:
+        UsageError: they contradict each other, or name no part.
+    """
+    from streamconv import launchers
+
+    if part is None:
+        return {"parts": parts, "begin": launchers.begin() if parts else 0.0, "wait": wait, "private_parts": private_parts}
+    number, count = launchers.part_of(part)
+    if parts not in (None, count):
+        raise UsageError(f"--part {part} and --parts {parts} contradict each other")
+    return {"parts": count, "part": number, "wait": wait, "private_parts": private_parts}
 
 
 def resources(

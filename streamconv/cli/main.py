@@ -11,7 +11,7 @@ import click
 from streamconv import __version__
 from streamconv.cli import effects, ending, output, recipe_option, signals
 from streamconv.cli.details import CALIBRATE, OUTPUT, RECIPES, SOURCES, VERIFY, paragraphs
-from streamconv.cli.flags import CONVERSION, OF_A_RUN, RESOURCES, SAMPLES, WATCHING, Command, options, resources, target
+from streamconv.cli.flags import CONVERSION, OF_A_RUN, PARTS, RESOURCES, SAMPLES, WATCHING, Command, options, resources, sharing, target
 from streamconv.errors import UsageError
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def asked_target(to: str, values: dict[str, Any], more: tuple[str, ...]) -> Targ
 @click.argument("model")
 @click.argument("out")
 @click.argument("more", nargs=-1, metavar="[MODULE]...")
-@options(CONVERSION, SAMPLES, RESOURCES, OF_A_RUN, WATCHING)
+@options(CONVERSION, SAMPLES, RESOURCES, OF_A_RUN, WATCHING, PARTS)
 @click.option("--force", is_flag=True, help="Replace an existing output folder.")
 @click.option("--no-lock", is_flag=True, help="Go on where the file system cannot lock a file or sync a folder.")
 @recipe_option.option(_recipe_keys)
@@ -67,6 +67,10 @@ def convert(
     progress: str,
     memory_trace: str | None,
     no_lock: bool,
+    parts: int | None,
+    part: str | None,
+    wait: float,
+    private_parts: bool,
     force: bool,
     as_json: bool,
     quiet: bool,
@@ -101,7 +105,10 @@ def convert(
         on_device_loss=on_device_loss,
         read=read,
         no_lock=no_lock,
+        **sharing(parts, part, wait, private_parts),
     )
+    if asked.parts and text:
+        raise UsageError("--text and --parts exclude each other", hint="run `streamconv calibrate` once, then use --activation-ranges")
     wanted = asked_target(to, values, more)
     effects.check(click.get_current_context(), model, wanted)
     if text and not isinstance(wanted, TensorRTLLM):
@@ -120,7 +127,8 @@ def convert(
             )
         report = api.convert(model, out, wanted, asked, force=force, meter=watched.meter)
     show_report(report, as_json, quiet)
-    recipe_option.compare(out)
+    if report.published:
+        recipe_option.compare(out)
     if as_json:
         output.dump(dataclasses.asdict(report))
     return 0
@@ -134,6 +142,10 @@ def show_report(report: Any, as_json: bool, quiet: bool) -> None:
         output.note(f"warning: {warning}")
     if quiet or as_json:
         return
+    if report.parts is not None:
+        done = f"part{'s' * (len(report.parts) != 1)} {', '.join(map(str, report.parts))}" if report.parts else "no part"
+        after = "the output is complete" if report.published else "other parts are missing; see `streamconv status`"
+        output.line(f"{report.out}: {done} done here: {after}")
     output.line(
         f"{report.out}: {report.files} file{'s' * (report.files != 1)}, {report.tensors} tensors, "
         f"{show_size(report.bytes_written)} written, {show_size(report.bytes_read)} read in {report.seconds:.1f} s; "

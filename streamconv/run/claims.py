@@ -41,6 +41,10 @@ FORMAT = 1
 PLAN, CLAIMS = "plan.json", "claims"
 
 
+class Over(Exception):
+    """The work is not there any more: it was published, or given up."""
+
+
 @dataclass(frozen=True, slots=True)
 class Home:
     """Where the journal of a part lies."""
@@ -246,7 +250,7 @@ class Claims:
         """Take a part that is neither done nor held; None if it is.
 
         Raises:
-            FileNotFoundError: the work is over.
+            Over: somebody has published.
         """
         if self.done(part):
             return None
@@ -276,14 +280,14 @@ class Claims:
 
     def _open_claims(self) -> int:
         if self.base.look(CLAIMS) is None:
-            raise FileNotFoundError(CLAIMS)
+            raise Over
         return self.base.open(CLAIMS, make=False)
 
     def publisher(self) -> Claim | None:
         """The right to publish, which nobody has while a part is held; None if another has it.
 
         Raises:
-            FileNotFoundError: somebody has published.
+            Over: somebody has published.
         """
         fd = self._open_claims()
         try:
@@ -302,7 +306,7 @@ class Claims:
     def _still_there(self, fd: int) -> None:
         there = self.base.look(CLAIMS)
         if there is None or Mark.of(there) != Mark.of(os.fstat(fd)):
-            raise FileNotFoundError(CLAIMS)  # its last holder has published, and removed it
+            raise Over  # its last holder has published, and removed it
 
     def held(self, part: int) -> str | None:
         """Who is at work on a part, None if nobody is."""
@@ -365,7 +369,7 @@ class Claims:
         """Raises LockedError if somebody is at work."""
         try:
             fd = self._open_claims()
-        except FileNotFoundError:
+        except Over:
             return
         try:
             self.base.lock_range(fd, 0, MOST)

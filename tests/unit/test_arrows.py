@@ -15,13 +15,14 @@ from tests import tiny
 ROOT = Path(streamconv.__file__).parent
 LEVELS = (
     ("errors", "memory", "options", "process", "streams", "natural", "cache_folder", "mounts", "arguments"),
-    ("progress", "progress_bar", "memory_trace"),
+    ("progress", "progress_bar", "memory_trace", "launchers"),
     ("checkpoint",),
     ("quants", "families", "kernels"),
     ("planning",),
     ("run", "device"),
     ("targets", "hub", "open_plan", "allocation", "execution"),
     ("verification", "calibration"),
+    ("in_parts",),
     ("api",),
     ("verbs", "opening"),
     ("cli", "__main__"),

@@ -1,0 +1,323 @@
+"""One output, made by several processes on any machines: each takes parts of the plan that nobody has, and the last one publishes."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import mmap
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from streamconv import hub
+from streamconv.allocation import costs_of
+from streamconv.checkpoint.index import Index
+from streamconv.errors import Interrupted, LockedError, OutputError, ResumeError, UsageError, printable
+from streamconv.execution import executor
+from streamconv.hub.fetch import Fetch
+from streamconv.options import Resources
+from streamconv.planning.memory_plan import Shares
+from streamconv.planning.parts import Part, cut
+from streamconv.planning.plan import Plan
+from streamconv.planning.reads import Reads
+from streamconv.progress import Meter
+from streamconv.run import journal
+from streamconv.run.claims import Claim, Claims, Over, told
+from streamconv.run.finalize import finalize, records_of
+from streamconv.run.fs import Disk
+from streamconv.run.inside import choose
+from streamconv.run.output_checks import check_place
+from streamconv.run.part_folder import Aside, PartFolder
+from streamconv.run.part_record import Record, counted, hashes_of
+from streamconv.run.resume import fits
+from streamconv.run.writer import Writer
+
+PAGE = 4096
+POLL = 0.2
+"""Seconds between two looks at parts that others hold."""
+
+
+@dataclass(slots=True)
+class Share:
+    """What one process did of the work.
+
+    Attributes:
+        parts: those that it did; `resumed` tiles of them were there.
+        published: the output has its name.
+        where: devices, or the CPU and why.
+    """
+
+    parts: list[int] = dataclasses.field(default_factory=list)
+    published: bool = False
+    bytes_read: int = 0
+    bytes_mapped: int = 0
+    tiles: int = 0
+    resumed: int = 0
+    where: str = ""
+    shares: Shares | None = None
+    warnings: list[str] = dataclasses.field(default_factory=list)
+
+
+def run_of(plan: Plan, index: Index) -> dict[str, Any]:
+    """`journal.identity`, without the times and inodes of source files, which differ where machines have copies of their own."""
+    run = journal.identity(plan, index.shards)
+    run["sources"] = [entry if len(entry) < 7 else [*entry[:3], 0, 0, 0, entry[6]] for entry in run["sources"]]
+    return run
+
+
+class Worker:
+    """Does parts of a plan, until none is left.
+
+    Args:
+        source: what is converted, as it was asked for.
+        instead, pinned: as of `api.convert`.
+    """
+
+    def __init__(
+        self,
+        source: str | Path,
+        out: Path,
+        index: Index,
+        plan: Plan,
+        resources: Resources,
+        force: bool,
+        meter: Meter,
+        disk: Disk | None,
+        instead: str = "",
+        pinned: int = 0,
+    ) -> None:
+        if resources.parts is None:
+            raise UsageError("in how many parts?", hint="--parts N, the same for every worker")
+        if resources.part is not None and not 0 <= resources.part < resources.parts:
+            raise UsageError(f"--part {resources.part}/{resources.parts}: parts are 0 to {resources.parts - 1}")
+        if resources.no_lock and resources.part is None and not resources.private_parts:
+            raise UsageError(
+                "--no-lock: without locks nobody knows which parts are taken",
+                hint="give each worker its part, with --part K/N, or add --private-parts",
+            )
+        self.source, self.out, self.index, self.plan, self.resources = source, out, index, plan, resources
+        self.force, self.meter, self.disk, self.instead, self.pinned = force, meter, disk, instead, pinned
+        self.parts = cut(plan, resources.parts)
+        self.share = Share()
+        self._abandoned = False
+
+    def work(self) -> Share:
+        """Join the work, do what there is to do, and publish if all is done.
+
+        Raises:
+            LockedError: parts are held by others, and nothing went on for `resources.wait` seconds.
+            ResumeError: the work that is there is for something else. Else as of `api.convert`.
+        """
+        place = choose(Path(os.path.realpath(self.out)), self.disk or Disk(), self.resources.no_lock)
+        place.ours |= self.plan.names
+        check_place(place, self.index.root, [*(shard.path for shard in self.index.shards), *self.plan.target.files_read])
+        claims = Claims(place, len(self.parts))
+        page, private = max(PAGE, mmap.PAGESIZE), self.resources.private_parts
+        source = os.path.realpath(self.source) if os.path.lexists(self.source) else self.source
+        run = told(run_of(self.plan, self.index), len(self.parts), page, private, self.force, source)
+        files = [(file.name, file.size) for file in self.plan.files]
+        try:
+            if not claims.join(run, files, self.force, max(10.0, self.resources.wait)):
+                self.share.published = True
+                return self.share
+            if claims.told["page"] < page:
+                raise ResumeError(f"the work was begun on a machine with pages of {claims.told['page']} bytes; here they have {page}")
+            self.meter.begin("converting", sum(part.read for part in self.parts))
+            self._take(claims)
+            self._publish(claims)
+        except Over:
+            self._over()
+        except (OutputError, Interrupted) as error:
+            if not isinstance(error, ResumeError | LockedError):
+                also = "what is finished is kept: run the same command again to go on"
+                error.hint = f"{error.hint}; {also}" if error.hint else also
+            raise
+        finally:
+            if not self._abandoned:
+                claims.leave()
+        return self.share
+
+    def _over(self) -> None:
+        """The work is not there any more: somebody has published it."""
+        if not os.path.lexists(self.out):
+            shown = printable(str(self.out))
+            raise OutputError(f"the work on {shown} was removed while this run was at it", hint="run the same command again")
+        self.share.published = True
+
+    def _order(self) -> Iterator[int]:
+        """Parts as this worker looks at them: the large ones first, then from its own place on, so that neighbours share source files."""
+        if self.resources.part is not None:
+            yield self.resources.part
+            return
+        large = sum(part.alone for part in self.parts[: len(self.parts) - 1]) if len(self.parts) > 1 else 0
+        count = len(self.parts) - large
+        first = max(self.share.parts[-1] + 1 - large, 0) if self.share.parts else int(count * self.resources.begin)
+        yield from range(large)
+        yield from (large + (first + step) % count for step in range(count))
+
+    def _take(self, claims: Claims) -> None:
+        """Do parts until all are done."""
+        seen, since = claims.progress(), time.monotonic()
+        while True:
+            waiting, claim = list[int](), None
+            for part in self._order():
+                if claims.done(part):
+                    continue
+                claim = claims.claim(part)
+                if claim is not None:
+                    break
+                waiting.append(part)
+            if claim is not None:
+                try:
+                    self._do(claims, claim)
+                finally:
+                    if not self._abandoned:
+                        claim.close()
+                seen, since = claims.progress(), time.monotonic()
+                continue
+            waiting = [part for part in waiting if not claims.done(part)]
+            if not waiting:
+                return
+            if not claims.is_there():
+                raise Over
+            if (now := claims.progress()) != seen:
+                seen, since = now, time.monotonic()
+            if time.monotonic() - since >= self.resources.wait:
+                who = claims.held(waiting[0]) or "another process"
+                numbers = ", ".join(map(str, waiting[:5])) + (f" and {len(waiting) - 5} more" if len(waiting) > 5 else "")
+                raise LockedError(
+                    f"of {len(self.parts)} parts {numbers} are held by {who}; nothing went on for {self.resources.wait:g} s",
+                    hint="run the same command again later; a lock of a machine that is gone ends with its lease",
+                )
+            time.sleep(POLL)
+
+    def _do(self, claims: Claims, claim: Claim) -> None:
+        part, fingerprint = self.parts[claim.part], self.plan.fingerprint()
+        evidence = tuple(tuple(int(fact) for fact in shard.evidence()[:3]) for shard in self.index.shards)
+        if not part.matrices and not part.constants:
+            claims.record(claim, Record(fingerprint, claim.attempt, (), evidence))
+            self.share.parts.append(claim.part)
+            return
+        told, plan = claims.told, part.of(self.plan)
+        aside = Aside(claims.base, f"{claim.part}.{claim.attempt}.aside", plan.files, told["page"], fresh=True)
+        folder = PartFolder(claims.place, plan.files, part.extents(self.plan), told["page"], aside, told["private"])
+        book = journal.Journal(claim.home)
+        try:
+            try:
+                folder.open()
+            except BlockingIOError:  # whoever had the part before still holds its pages
+                time.sleep(POLL)
+                return
+            run = journal.identity(self.plan, self.index.shards) | {"part": claim.part, "parts": len(self.parts)}
+            past = journal.read(claim.home)
+            if past is not None and past.run == run and not told["private"]:
+                book.resume(past)
+                done = {span: [tile for tile in tiles if fits(plan, tile)] for span, tiles in past.tiles.items()}
+            else:
+                book.start(run)
+                done = {}
+            record = self._run(part, plan, folder, book, done, claim.attempt, evidence)
+            folder.finish()
+            claims.record(claim, record)
+            self.share.parts.append(claim.part)
+        finally:
+            if not self._abandoned:
+                with contextlib.suppress(OSError):
+                    folder.close()
+                    book.close()
+
+    def _run(
+        self,
+        part: Part,
+        plan: Plan,
+        folder: PartFolder,
+        book: journal.Journal,
+        past: dict[int, list[journal.Done]],
+        attempt: str,
+        evidence: tuple[tuple[int, ...], ...],
+    ) -> Record:
+        from streamconv.run.output_state import OutputState
+        from streamconv.run.pool import Pool
+
+        reads, shards, resources = Reads([plan]), self.index.shards, self.resources
+        state = OutputState(plan, folder, book, past)
+        with executor(reads, resources, costs_of(reads), hub.memory_of(self.index) + self.pinned, self.instead) as execution:
+            fetch = Fetch(reads, shards, [past], resources.hub_keep)
+            pool = Pool(
+                reads,
+                [state],
+                shards,
+                execution.shares,
+                execution.costs,
+                resources.tile_rows,
+                self.meter.tile,
+                execution.slots,
+                fetch.consumed,
+                execution.mapped,
+            )
+            try:
+                fetch.start()
+                outcome = pool.run()
+            finally:
+                fetch.close()
+                self._abandoned = pool.busy
+            self.share.where, self.share.shares = execution.where, execution.shares
+            self.share.warnings += [warning for warning in execution.warnings() if warning not in self.share.warnings]
+        for shard in shards:
+            shard.check_unchanged()
+        self.share.bytes_read += outcome.bytes_read
+        self.share.bytes_mapped += outcome.bytes_mapped
+        self.share.tiles += outcome.tiles
+        self.share.resumed += state.resumed
+        found = state.overflow, state.nonfinite
+        hashes = hashes_of(self.plan, part, state.hashes)
+        return Record(self.plan.fingerprint(), attempt, hashes, evidence, *found, outcome.tiles, outcome.bytes_read)
+
+    def _publish(self, claims: Claims) -> None:
+        """Publish if all parts are done, unless another process is at it, or locks would not keep it away."""
+        if self.resources.no_lock:
+            return
+        while all(claims.done(part) for part in range(len(self.parts))):
+            right = claims.publisher()
+            if right is not None:
+                try:
+                    self.share.warnings += publish(claims, self.index, self.plan, self.parts, self.disk, self.meter)
+                    self.share.published = True
+                    return
+                finally:
+                    right.close()
+            time.sleep(POLL)
+
+
+def publish(
+    claims: Claims,
+    index: Index,
+    plan: Plan,
+    parts: Sequence[Part],
+    disk: Disk | None,
+    meter: Meter,
+    check: bool = False,
+    no_lock: bool = False,
+) -> list[str]:
+    """Publish the work of all parts; the right to do so is held.
+
+    Args:
+        check: see `finalize`.
+
+    Returns:
+        what the values of the source mean for the output.
+    """
+    meter.phase("syncing")
+    records = records_of(claims, plan, parts)
+    with Writer(claims.place.out, index.root, plan, index.shards, claims.told["force"], disk, no_lock, parts=True) as writer:
+        if not writer.finished:
+            finalize(claims, writer, plan, parts, records, check)
+        claims.remove()
+    claims.place.keep_parents()
+    overflow, nonfinite = (counted(records, what) for what in ("overflow", "nonfinite"))
+    dtype = plan.dtype.torch
+    warnings = [f"{name}: {count} values are too large for {dtype} and became infinite" for name, count in overflow.items()]
+    return warnings + [f"{name}: {count} NaN or infinite values were quantized" for name, count in nonfinite.items()]
