@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from streamconv.planning.parts import Part, cut
 from streamconv.planning.plan import Plan
 from streamconv.planning.reads import Reads
 from streamconv.progress import Meter
-from streamconv.run import journal
+from streamconv.run import journal, sampled
 from streamconv.run.claims import Claim, Claims, Over, told
 from streamconv.run.finalize import finalize, records_of
 from streamconv.run.fs import Disk
@@ -120,7 +121,8 @@ class Worker:
         run = told(run_of(self.plan, self.index), len(self.parts), page, private, self.force, source)
         files = [(file.name, file.size) for file in self.plan.files]
         try:
-            if not claims.join(run, files, self.force, max(10.0, self.resources.wait)):
+            is_of = partial(sampled.is_of, self.plan, self.index.shards, place.out)
+            if not claims.join(run, files, self.force, max(10.0, self.resources.wait), is_of):
                 self.share.published = True
                 return self.share
             if claims.told["page"] < page:

@@ -21,7 +21,7 @@ import secrets
 import socket
 import stat
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,9 @@ class Claims:
     def name(self) -> str:
         return self.place.hidden("parts")
 
-    def join(self, run: dict[str, Any], files: Sequence[tuple[str, int]], force: bool, patience: float) -> bool:
+    def join(
+        self, run: dict[str, Any], files: Sequence[tuple[str, int]], force: bool, patience: float, is_of: Callable[[], bool]
+    ) -> bool:
         """Take part in the work, and begin it if nobody has.
 
         Args:
@@ -110,6 +112,7 @@ class Claims:
             files: name and size of the tensor files.
             force: replace an output, and give up work for something else that nobody is at.
             patience: seconds to wait for one who begins, or publishes.
+            is_of: an output with the same plan is of this source.
 
         Returns:
             False if the output is there: nothing is left to do.
@@ -124,7 +127,7 @@ class Claims:
             self.place.restore(past.ready if past is not None else ())
             found = self._told() if self.enter() else None
             self._ours(found, past.run if past is not None else {})
-            if not self.place.has_work() and self._published(run):
+            if not self.place.has_work() and self._published(run) and is_of():
                 self._tidy(past)
                 return False
             if found is not None and (changed := _differences(found, run)):
