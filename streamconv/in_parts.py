@@ -19,13 +19,14 @@ from streamconv.checkpoint.index import Index
 from streamconv.errors import Interrupted, LockedError, OutputError, ResumeError, UsageError, printable
 from streamconv.execution import executor
 from streamconv.hub.fetch import Fetch
+from streamconv.open_plan import open_and_plan
 from streamconv.options import Resources
 from streamconv.planning.memory_plan import Shares
 from streamconv.planning.parts import Part, cut
 from streamconv.planning.plan import Plan
 from streamconv.planning.reads import Reads
-from streamconv.progress import Meter
-from streamconv.run import journal, sampled
+from streamconv.progress import Meter, unwatched
+from streamconv.run import journal, manifest, sampled
 from streamconv.run.claims import Claim, Claims, Over, told
 from streamconv.run.finalize import finalize, records_of
 from streamconv.run.fs import Disk
@@ -35,6 +36,7 @@ from streamconv.run.part_folder import Aside, PartFolder
 from streamconv.run.part_record import Record, counted, hashes_of
 from streamconv.run.resume import fits
 from streamconv.run.writer import Writer
+from streamconv.targets import target_from_json
 
 PAGE = 4096
 POLL = 0.2
@@ -292,6 +294,57 @@ class Worker:
                 finally:
                     right.close()
             time.sleep(POLL)
+
+
+def finish(out: str | Path, *, check: bool = False, meter: Meter | None = None, disk: Disk | None = None, no_lock: bool = False) -> None:
+    """Publish an output whose parts are all done, as the last worker does.
+
+    Args:
+        check: read the output back first, and compare it with the hashes of the parts.
+
+    Raises:
+        OutputError: parts are not done, or another process is at it. ResumeError: the source is not what it was.
+        VerifyError: something else than the parts wrote was read back.
+    """
+    shown, meter = printable(str(out)), meter or Meter(unwatched)
+    claims = Claims.of(Path(out), disk)
+    if claims is None:
+        if (Path(out) / manifest.NAME).exists():
+            return
+        raise OutputError(f"{shown}: no work in parts was begun", hint="streamconv convert MODEL OUT --parts N")
+    begun = claims.told
+    claims.leave()
+    options = begun["run"]["options"]
+    target = target_from_json(options["target"], {name: value for name, value in options.items() if name != "target"})
+    index, plan = open_and_plan(begun["source"], target)
+    with contextlib.closing(index):
+        parts = cut(plan, begun["parts"])
+        place = choose(Path(os.path.realpath(out)), disk or Disk(), no_lock)
+        place.ours |= plan.names
+        claims = Claims(place, len(parts))
+        run = told(run_of(plan, index), len(parts), begun["page"], begun["private"], begun["force"], begun["source"])
+        files = [(file.name, file.size) for file in plan.files]
+        try:
+            if not claims.join(run, files, False, POLL, partial(sampled.is_of, plan, index.shards, place.out)):
+                return
+            missing = [number for number in range(len(parts)) if not claims.done(number)]
+            if missing:
+                more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
+                raise OutputError(
+                    f"{shown}: of {len(parts)} parts {', '.join(map(str, missing[:10]))}{more} are not done",
+                    hint="`streamconv status` shows who is at them; any worker does what is free",
+                )
+            right = claims.publisher()
+            if right is None:
+                raise LockedError(f"{shown} is being published by another process", hint="wait for it")
+            try:
+                publish(claims, index, plan, parts, disk, meter, check, no_lock)
+            finally:
+                right.close()
+        except Over:
+            return
+        finally:
+            claims.leave()
 
 
 def publish(

@@ -12,6 +12,7 @@ from streamconv import __version__
 from streamconv.cli import effects, ending, output, recipe_option, signals
 from streamconv.cli.details import CALIBRATE, OUTPUT, RECIPES, SOURCES, VERIFY, paragraphs
 from streamconv.cli.flags import CONVERSION, OF_A_RUN, PARTS, RESOURCES, SAMPLES, WATCHING, Command, options, resources, sharing, target
+from streamconv.cli.shared_work import finalize, status
 from streamconv.errors import UsageError
 
 if TYPE_CHECKING:
@@ -226,6 +227,7 @@ def inspect(model: str, as_json: bool) -> int:
 @click.option("--memory-budget", help="--source: ceiling of this process's memory, e.g. 2GiB. Default: from what is free.")
 @click.option("--workers", default="auto", show_default=True, help="--source: worker threads, or auto.")
 @click.option("--with-tensorrt-llm", is_flag=True, help="TensorRT-LLM's own reader has to accept every rank (streamconv[tensorrt-llm]).")
+@click.option("--part", metavar="K/N", help="Check a share: of N machines this is number K (0 to N-1); auto/N takes K from the launcher.")
 @click.option("--all", "every", is_flag=True, help="--source: show the error of every matrix, not that of the worst ten.")
 @options(WATCHING)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -237,6 +239,7 @@ def verify(
     memory_budget: str | None,
     workers: str,
     with_tensorrt_llm: bool,
+    part: str | None,
     every: bool,
     progress: str,
     memory_trace: str | None,
@@ -246,6 +249,7 @@ def verify(
     """Check a converted folder: structure, every tensor against config.json, hashes and, with --source, every byte against MODEL."""
     from streamconv.cli import verify_view
     from streamconv.cli.watching import watching
+    from streamconv.launchers import part_of
     from streamconv.verification.check import verify as check
 
     if source is None:
@@ -259,6 +263,7 @@ def verify(
             activation_ranges=activation_ranges,
             resources=resources(memory_budget, workers, "cpu"),
             meter=watched.meter,
+            part=part_of(part) if part is not None else None,
         )
     verify_view.show(out, verdict, as_json, quiet, every)
     return 7 if verdict.problems else 0
@@ -370,6 +375,10 @@ def list_(what: str, markdown: bool) -> int:
 
     output.block(list_view.show(what, markdown).split("\n"))
     return 0
+
+
+for command in (status, finalize):
+    cli.add_command(command)
 
 
 def main(argv: list[str] | None = None) -> int:

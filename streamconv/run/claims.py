@@ -32,6 +32,7 @@ from streamconv.errors import LockedError, OutputError, ResumeError, VerifyError
 from streamconv.planning.parts import MOST
 from streamconv.run import journal, manifest
 from streamconv.run.fs import Disk, Folder, Mark, explained, write_all
+from streamconv.run.inside import choose
 from streamconv.run.lock import OutputLock
 from streamconv.run.output_checks import check_free
 from streamconv.run.part_record import Record
@@ -101,6 +102,25 @@ class Claims:
     @property
     def name(self) -> str:
         return self.place.hidden("parts")
+
+    @classmethod
+    def of(cls, out: Path, disk: Disk | None = None) -> Claims | None:
+        """The work in parts on an output, as it is; None if there is none. Nothing is touched.
+
+        Raises:
+            OutputError: something else has the name.
+        """
+        place = choose(Path(os.path.realpath(out)), disk or Disk())
+        if not place.top.is_dir():
+            return None
+        claims = cls(place, 0)
+        place.open()
+        told = claims._told() if claims.enter() else None
+        if told is None:
+            claims.leave()
+            return None
+        claims.told, claims.count = told, told["parts"]
+        return claims
 
     def join(
         self, run: dict[str, Any], files: Sequence[tuple[str, int]], force: bool, patience: float, is_of: Callable[[], bool]
@@ -189,7 +209,7 @@ class Claims:
         if data is None:
             return None
         told = journal.unsealed(data[:-1])
-        if told is None or not isinstance(told.get("run"), dict):
+        if told is None or not isinstance(told.get("run"), dict) or not isinstance(told.get("parts"), int):
             raise OutputError(f"{printable(str(self.base.path / PLAN))} is not what a run writes", hint="start over with --force")
         return told
 

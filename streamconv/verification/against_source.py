@@ -24,6 +24,7 @@ from streamconv.errors import BudgetError, DataError, RefusedError, StreamconvEr
 from streamconv.open_plan import open_and_plan
 from streamconv.options import Resources
 from streamconv.planning import memory_plan
+from streamconv.planning.parts import cut
 from streamconv.planning.plan import OutputFile, PartPlace, Plan
 from streamconv.planning.reads import Reads
 from streamconv.progress import Meter
@@ -64,8 +65,13 @@ class Output:
     ranges: str | None
 
 
-def check(output: Output, source: str | Path, resources: Resources, verdict: Verdict, meter: Meter) -> None:
+def check(
+    output: Output, source: str | Path, resources: Resources, verdict: Verdict, meter: Meter, part: tuple[int, int] | None = None
+) -> None:
     """Add what the source says of an output to a verdict.
+
+    Args:
+        part: as of `verify`.
 
     Raises:
         StreamconvError: the source cannot be opened or planned, its ranges are not there, or the budget is too small.
@@ -96,6 +102,8 @@ def check(output: Output, source: str | Path, resources: Resources, verdict: Ver
         odd = [file.name for file in plan.files if told is not None and not _begins(file, files)]
         plan, problems = placed(plan, headers)
         verdict.problems += problems + [f"{name}: the header is not what this source gives" for name in odd]
+        if part is not None:
+            plan = cut(plan, part[1])[part[0]].of(plan)
         if not problems:
             _compare(plan, index, files, headers, resources, verdict, meter, told is None)
 

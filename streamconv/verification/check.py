@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ def verify(
     activation_ranges: str | None = None,
     resources: Resources | None = None,
     meter: Meter | None = None,
+    part: tuple[int, int] | None = None,
 ) -> Verdict:
     """Check an output folder.
 
@@ -39,6 +41,7 @@ def verify(
         activation_ranges: where the ranges are now that the output was made with; None if they did not move.
         resources: memory, workers and tiles for `source`; the CPU encodes.
         meter: told about progress: the bytes of the rank files, then those read of the source.
+        part: (K, N): of N machines that share the work this is number K, from 0; structure is checked by each.
 
     Raises:
         UsageError: TensorRT-LLM is not installed, or the activation ranges are not where they were.
@@ -58,15 +61,18 @@ def verify(
     names = hf.tensor_files(folder, verdict.problems) if key == "hf" else trtllm.tensor_files(folder, config, verdict.problems)
     shapes: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
     hashes: dict[tuple[str, str], str] = {}
-    meter.begin("checking", sum((folder / name).stat().st_size for name in names))
+    total, before = sum((folder / name).stat().st_size for name in names), 0
+    meter.begin("checking", total)
     for name in names:
         try:
             loadable = hf.LOADABLE if key == "hf" else trtllm.LOADABLE
-            shapes[name] = _tensor_file(folder / name, told, verdict, hashes, meter.add, loadable)
+            mine = partial(_is_in, part, before, total)
+            shapes[name] = _tensor_file(folder / name, told, verdict, hashes, meter.add, loadable, mine)
+            before += (folder / name).stat().st_size
         except StreamconvError as error:
             verdict.problems.append(str(error))
         verdict.files += 1
-    problems, warnings = hf.check(folder, config, shapes) if key == "hf" else trtllm.check(config, shapes, hashes)
+    problems, warnings = hf.check(folder, config, shapes) if key == "hf" else trtllm.check(config, shapes, hashes if part is None else {})
     verdict.problems += problems
     verdict.warnings += warnings
     if told is not None:
@@ -79,7 +85,7 @@ def verify(
             verdict.problems += _side_file(folder / side, side, size, digest)
     if source is not None and not verdict.problems:
         output = against_source.Output(folder, config_bytes, told, activation_ranges)
-        against_source.check(output, source, resources or Resources(), verdict, meter)
+        against_source.check(output, source, resources or Resources(), verdict, meter, part)
     if with_tensorrt_llm:
         from streamconv.targets.trtllm.official_reader import read_ranks
 
@@ -88,6 +94,11 @@ def verify(
         verdict.reader = f"TensorRT-LLM {version} accepted {accepted} ranks, refused {len(refused)}"
     meter.end()
     return verdict
+
+
+def _is_in(part: tuple[int, int] | None, before: int, total: int, at: int) -> bool:
+    """Whether a tensor belongs to a share of the work, by the bytes that come before it."""
+    return part is None or (before + at) * part[1] // total == part[0]
 
 
 def _config(folder: Path, verdict: Verdict) -> tuple[dict[str, Any], bytes]:
@@ -111,6 +122,7 @@ def _tensor_file(
     hashes: dict[tuple[str, str], str],
     progress: Callable[[int], None],
     loadable: Collection[str],
+    mine: Callable[[int], bool],
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     import xxhash
 
@@ -127,6 +139,9 @@ def _tensor_file(
             shapes[tensor.name] = (tensor.dtype.name, tensor.shape)
             if tensor.dtype.name not in loadable:
                 verdict.problems.append(f"{path.name}: {printable(tensor.name)}: dtype {tensor.dtype} cannot be loaded")
+            if not mine(tensor.begin):
+                progress(tensor.end - tensor.begin)
+                continue
             digest = xxhash.xxh3_128()
             for at in range(tensor.begin, tensor.end, 8 << 20):
                 stop = min(at + (8 << 20), tensor.end)

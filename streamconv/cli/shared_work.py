@@ -1,0 +1,80 @@
+"""Commands for work that several machines share: how far it is, and publishing it by hand."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import click
+
+from streamconv.cli import output
+from streamconv.errors import OutputError, printable
+
+
+@click.command()
+@click.argument("out")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def status(out: str, as_json: bool) -> int:
+    """Show how far the work on OUT is that several machines share: parts that are done, held by whom, and open."""
+    from streamconv.cli.view import table
+
+    told = _content(out)
+    if as_json:
+        output.dump(told)
+        return 0
+    if told["complete"]:
+        output.line(f"{out}: the output is complete")
+        return 0
+    held = [(str(part["part"]), part["holder"], str(part["tiles"])) for part in told["held"]]
+    if held:
+        output.block([*table(held, ("part", "held by", "tiles on the disk")), ""])
+    begun = f" ({', '.join(map(str, told['left']))} begun by processes that are gone)" if told["left"] else ""
+    output.line(f"{out}: {told['done']} of {told['parts']} parts are done, {len(held)} held, {told['open']} open{begun}")
+    if told["done"] == told["parts"]:
+        output.line("all parts are done: the next worker publishes, or `streamconv finalize`")
+    return 0
+
+
+def _content(out: str) -> dict[str, Any]:
+    from streamconv.run import journal, manifest
+    from streamconv.run.claims import Claims, Home, Over
+
+    claims = Claims.of(Path(out))
+    if claims is None:
+        if not (Path(out) / manifest.NAME).exists():
+            raise OutputError(f"{printable(out)}: no work in parts was begun", hint="streamconv convert MODEL OUT --parts N")
+        return {"complete": True}
+    done, held, left = 0, [], []
+    with contextlib.closing(claims):
+        for part in range(claims.count):
+            if claims.done(part):
+                done += 1
+                continue
+            with contextlib.suppress(Over):
+                holder = claims.held(part)
+            past = journal.read(Home(claims.base, part))
+            tiles = sum(map(len, past.tiles.values())) if past is not None else 0
+            if holder is not None:
+                held.append({"part": part, "holder": holder, "tiles": tiles})
+            elif past is not None:
+                left.append(part)
+    told = {"parts": claims.count, "done": done, "held": held, "open": claims.count - done - len(held), "left": left}
+    return {"complete": False, "source": claims.told["source"], **told}
+
+
+@click.command()
+@click.argument("out")
+@click.option("--verify", "check", is_flag=True, help="Read the output back first, and compare it with the hashes of the parts.")
+@click.option("--no-lock", is_flag=True, help="Go on where the file system cannot lock a file; nobody else may be at work.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def finalize(out: str, check: bool, no_lock: bool, as_json: bool) -> int:
+    """Publish OUT, whose parts are all done, by hand. The last worker does the same by itself."""
+    from streamconv.in_parts import finish
+
+    finish(out, check=check, no_lock=no_lock)
+    if as_json:
+        output.dump({"out": out, "complete": True})
+    else:
+        output.line(f"{out}: the output is complete")
+    return 0
