@@ -145,8 +145,14 @@ def show_report(report: Any, as_json: bool, quiet: bool) -> None:
         return
     if report.parts is not None:
         done = f"part{'s' * (len(report.parts) != 1)} {', '.join(map(str, report.parts))}" if report.parts else "no part"
-        after = "the output is complete" if report.published else "other parts are missing; see `streamconv status`"
-        output.line(f"{report.out}: {done} done here: {after}")
+        after = "the output is complete" if report.published else "other parts are missing, see `streamconv status`"
+        output.line(
+            f"{report.out}: {done} done here, {show_size(report.bytes_read)} read in {report.seconds:.1f} s, peak memory "
+            f"{show_size(report.peak_memory)} of {show_size(report.budget)}"
+            + (f", {report.resumed} tiles of an earlier run were kept" if report.resumed else "")
+            + f"; {after}"
+        )
+        return
     output.line(
         f"{report.out}: {report.files} file{'s' * (report.files != 1)}, {report.tensors} tensors, "
         f"{show_size(report.bytes_written)} written, {show_size(report.bytes_read)} read in {report.seconds:.1f} s; "

@@ -257,7 +257,8 @@ def _compare(
     sink.padding()
     for shard in (*index.shards, *files):
         shard.check_unchanged()
-    verdict.encoded = sum(file.tensors for file in plan.files) - len(sink.differences)
+    encoded = sum(len(matrix.places) for matrix in plan.matrices) + len(plan.constants)
+    verdict.encoded = encoded - len(sink.differences)
     room = shares.budget - memory.resident() - memory_plan.MARGIN - (0 if "torch" in sys.modules else _TORCH)
     errors: dict[int, measured.Error] = {}
     if room >= measured.smallest(plan):
