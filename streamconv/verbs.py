@@ -140,7 +140,7 @@ def diff(a: Path, b: Path, *, memory_budget: int | None = None, watch: Watching 
 
     Args:
         a, b: folders, weight files or models of the Hub, of any kind: weights of a quantized model are compared as values, those of
-            TensorRT-LLM checkpoints rank by rank.
+            TensorRT-LLM checkpoints that are cut alike rank by rank.
         memory_budget: ceiling of this process's resident set, bytes.
         watch: as of `convert`.
 

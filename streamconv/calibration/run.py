@@ -110,6 +110,8 @@ def refuse_quantized(index: Index) -> None:
     Raises:
         RefusedError: the source says that it is quantized, or holds weights that are no floats with a value of their own.
     """
+    if index.views:
+        raise RefusedError(["activation ranges are measured on a Hugging Face model"], hint="convert the checkpoint back first: --to hf")
     stated = source_quantization(index)
     what = f"{stated.stated_in}: quantized already ({stated.title})" if stated is not None else None
     odd = next((name for name, record in index.tensors.items() if record.dtype.name not in _WEIGHTS and name.startswith("model.")), None)

@@ -7,7 +7,7 @@ import difflib
 import heapq
 import os
 import stat
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +22,7 @@ from streamconv.checkpoint.limits import MAX_FILES, MAX_HEADER, MAX_TENSORS
 from streamconv.checkpoint.limits import MAX_WEIGHT_MAP as MAX_WEIGHT_MAP
 from streamconv.checkpoint.links import links_out
 from streamconv.checkpoint.meta import PARAMS, Assembled, assemble, is_meta, meta_files
+from streamconv.checkpoint.rows import SourceTensor
 from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.tensor_table import TensorTable
 from streamconv.checkpoint.torch_zip import TorchTensor, read_torch
@@ -67,6 +68,8 @@ class Index:
         notes: what the user should know of how the source was read.
         beside: files that the Hub lists, weights too; None for a folder, which is looked through instead.
         repo: what the Hub calls it, org/name.
+        views: the tensors of a source whose files hold them cut, joined or in codes, by name; empty for any other.
+        origin: how such files were made, as their target tells.
     """
 
     root: Path
@@ -81,6 +84,8 @@ class Index:
     notes: tuple[str, ...] = ()
     beside: tuple[Beside, ...] | None = None
     repo: str | None = None
+    views: Mapping[str, SourceTensor] = field(default_factory=dict)
+    origin: object = None
 
     def name_of(self, shard: Shard) -> str:
         """The file's path in the checkpoint, with "/": two files never share it, wherever the checkpoint lies."""

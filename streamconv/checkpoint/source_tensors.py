@@ -28,7 +28,7 @@ class SourceTensors(Mapping[str, SourceTensor]):
     """
 
     def __init__(self, index: Index) -> None:
-        self._table, self._assembled = index.tensors, index.assembled
+        self._table, self._assembled, self._views = index.tensors, index.assembled, index.views
         self.at: Callable[[int], SourceTensor] = lru_cache(_KEPT)(self._make)
 
     def place(self, name: str) -> int | None:
@@ -38,6 +38,8 @@ class SourceTensors(Mapping[str, SourceTensor]):
     def _make(self, place: int) -> SourceTensor:
         """The tensor with a number."""
         name, dtype, shape, shard, begin, _ = self._table.at(place)
+        if name in self._views:
+            return self._views[name]
         if self._assembled is not None:
             whole = self._assembled[name]
             return SourceTensor(name, dtype, shape, tuple(Piece(*block) for block in whole.blocks), whole.axis)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from streamconv.checkpoint.dtypes import DType
 from streamconv.checkpoint.index import Index
+from streamconv.checkpoint.rows import SourceTensor
 from streamconv.checkpoint.selection import Chosen, shape_of
 from streamconv.checkpoint.shard import Shard
 
@@ -97,8 +98,49 @@ class Columns:
         return found if isinstance(cols, range) else found[..., 0]
 
 
+@dataclass(frozen=True, slots=True)
+class Viewed:
+    """A tensor that its files hold cut or joined; reading copies the rows from the first to the last that are chosen."""
+
+    view: SourceTensor
+    shards: tuple[Shard, ...]
+
+    @property
+    def dtype(self) -> DType:
+        return self.view.dtype
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return self.view.shape
+
+    def read(self, chosen: Chosen) -> Array:
+        import numpy as np
+
+        view, align = self.view, self.view.row_align
+        rows = [part if isinstance(part, range) else range(part, part + 1) for part in chosen[:1]] or [range(1)]
+        if 0 in shape_of(chosen):
+            return np.empty(shape_of(chosen), view.dtype.storage)
+        first, last = sorted((rows[0][0], rows[0][-1]))
+        first, last = first // align * align, min(-(-(last + 1) // align) * align, view.rows)
+        out = np.empty((last - first) * view.cols * view.dtype.itemsize, np.uint8)
+        scratch = np.empty((last - first) * view.scratch_row_bytes, np.uint8)
+        view.read(self.shards, first, last, out, scratch)
+        held = out.view(view.dtype.storage).reshape(last - first, *view.shape[1:])
+        part = chosen[0]
+        moved = part - first if isinstance(part, int) else slice(part.start - first, _end(part.stop - first), part.step)
+        others = (at if isinstance(at, int) else slice(at.start, _end(at.stop), at.step) for at in chosen[1:])
+        return np.asarray(held[(moved, *others)])
+
+
+def _end(stop: int) -> int | None:
+    """The end of a slice that runs backwards to the first element."""
+    return None if stop < 0 else stop
+
+
 def stored(index: Index, name: str) -> Stored:
     """Where a tensor of an index lies, of a Meta checkpoint in all its files."""
+    if name in index.views:
+        return Viewed(index.views[name], index.shards)
     whole = index.assembled[name] if index.assembled is not None else None
     if whole is None:
         record = index.tensors[name]

@@ -41,7 +41,7 @@ def settle(index: Index) -> Index:
         CheckpointError: a multimodal model of a kind that is not converted.
         TensorError: the names are behind a prefix that cannot be taken off safely, or a LoRA adapter is not merged.
     """
-    if index.assembled is not None:
+    if index.assembled is not None or index.views:
         return index
     config, notes = language_model(index.config, {a for family in all_families() for a in family.architectures})
     wrapped = config is not index.config

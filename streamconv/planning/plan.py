@@ -236,6 +236,7 @@ class Plan:
         warnings: things the user should know, one line each.
         notes: what is right, and worth a line in the plan.
         decisions: module suffix -> how it is stored and why, for the plan's table.
+        source_config: config.json of the source, where the output does not hold it and the manifest is to tell it.
         peak: largest resident set that planning took, 0 if it took no more than what came before it; no part of what is planned.
     """
 
@@ -251,6 +252,7 @@ class Plan:
     warnings: tuple[str, ...] = ()
     decisions: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    source_config: Mapping[str, Any] | None = None
     peak: int = field(default=0, compare=False)
 
     @property

@@ -60,6 +60,8 @@ def build(
         "config": xxhash.xxh3_128(plan.config).hexdigest(),
         "side": {name: [size, digest] for name, size, digest in side},
     }
+    if plan.source_config is not None:
+        head["source_config"] = plan.source_config
     if no_lock:
         head["no_lock"] = True
     pairs = zip(plan.files, hashes, strict=True)
@@ -117,6 +119,7 @@ class Manifest:
         config: XXH3-128 hex of config.json.
         side: other files -> bytes and XXH3-128 hex.
         check: XXH3-128 hex of all of it.
+        source_config: config.json of the Hugging Face model that it was made from, None if it is not told.
     """
 
     target: str
@@ -126,6 +129,7 @@ class Manifest:
     config: str
     side: dict[str, tuple[int, str]]
     check: str
+    source_config: dict[str, Any] | None
     sizes: dict[str, int]
     headers: dict[str, str]
     hashes: dict[str, dict[str, str]]
@@ -233,7 +237,7 @@ class _Checked:
         return value
 
 
-_Head = tuple[str, dict[str, Any], str, tuple[SourceFile, ...], str, dict[str, tuple[int, str]], str]
+_Head = tuple[str, dict[str, Any], str, tuple[SourceFile, ...], str, dict[str, tuple[int, str]], str, dict[str, Any] | None]
 
 
 def _head(content: object, shown: str) -> _Head:
@@ -250,4 +254,5 @@ def _head(content: object, shown: str) -> _Head:
     listed = [_Checked(source, shown) for source in top.get("source", list)]
     sources = tuple(SourceFile(s.get("file", str), s.get("size", int), s.get("header_sha256", str)) for s in listed)
     texts = [top.get(key, str) for key in ("fingerprint", "config", "check")]
-    return target, top.get("options", dict), texts[0], sources, texts[1], side, texts[2]
+    config = top.get("source_config", dict) if "source_config" in top.value else None
+    return target, top.get("options", dict), texts[0], sources, texts[1], side, texts[2], config

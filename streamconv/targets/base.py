@@ -72,6 +72,7 @@ class Target(ABC):
         key: what the user calls it: `--to KEY`.
         summary: a line of `streamconv list targets`.
         raw_names: plan from the names that the source has, not from those of its language model alone.
+        given: names of the options that were passed; the others hold their defaults.
         allow_nonfinite: quantize weights that hold NaN or infinity instead of stopping.
     """
 
@@ -79,7 +80,14 @@ class Target(ABC):
     summary: ClassVar[str]
     raw_names: ClassVar[bool] = False
 
+    given: ClassVar[frozenset[str]] = frozenset()
+
     allow_nonfinite: bool = option(False, "quantize NaN (as 0) and infinity (as the channel's maximum)", added=True)
+
+    def __new__(cls: type[_T], **options: object) -> _T:
+        made: _T = object.__new__(cls)
+        object.__setattr__(made, "given", frozenset(options))
+        return made
 
     @abstractmethod
     def plan(self, index: Index) -> Plan:

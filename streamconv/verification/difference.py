@@ -24,7 +24,7 @@ from streamconv.open_plan import LOADS
 from streamconv.planning import memory_plan
 from streamconv.progress import Meter, unwatched
 from streamconv.targets.hf.sources import Weight
-from streamconv.verification.side import Side, kind_of, open_side, settled
+from streamconv.verification.side import Side, kind_of, open_sides, settled
 
 if TYPE_CHECKING:
     import numpy as np
@@ -95,7 +95,7 @@ def compare(a: str, b: str, budget: int | None = None, meter: Meter | None = Non
     """Compare two checkpoints of any kind.
 
     Args:
-        a, b: folders, weight files, or models of the Hub; of TensorRT-LLM checkpoints each rank is compared.
+        a, b: folders, weight files, or models of the Hub; of TensorRT-LLM checkpoints that are cut alike each rank is compared.
         budget: ceiling of the process's resident set, bytes.
         meter: told about progress, in bytes of A.
 
@@ -123,7 +123,7 @@ def compare(a: str, b: str, budget: int | None = None, meter: Meter | None = Non
 def _opened(a: str, b: str, budget: int | None) -> tuple[Side, Side]:
     try:
         with memory.bounded(budget):
-            sides = open_side(a), open_side(b)
+            sides = open_sides(a, b)
             alike = any(name in sides[1].weights for name in sides[0].weights)
             return sides if alike else (settled(sides[0]), settled(sides[1]))
     except BudgetError as error:

@@ -9,17 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from streamconv.checkpoint.dtypes import F32
-from streamconv.checkpoint.index import Index, read_json
-from streamconv.checkpoint.limits import MAX_CONFIG
+from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.rows import SourceTensor
 from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.source_tensors import SourceTensors
 from streamconv.checkpoint.tensor_table import TensorTable
-from streamconv.errors import CheckpointError
+from streamconv.errors import CheckpointError, RefusedError
 from streamconv.families.naming import settle
 from streamconv.hub import open_stored
 from streamconv.quants.decoded_rows import DecodedIntegers, DecodedTensor
 from streamconv.targets.hf.sources import Weight, stored_weights
+from streamconv.targets.trtllm.rank_source import is_rank_folder
 
 _RANK = re.compile(r"rank(0|[1-9]\d{0,3})\.safetensors")
 _CODES = {"e4m3": "F8_E4M3", "int8": "INT8", "uint8": "INT8", "e2m1": "FP4", "uint4": "INT4"}
@@ -55,14 +55,21 @@ def kind_of(weight: Weight) -> str:
     return f"INT{weight.codes.bits}" if isinstance(weight, DecodedIntegers) else "MXFP4"
 
 
-def open_side(source: str) -> Side:
-    """Open a checkpoint of any kind; reads headers alone.
+def open_sides(a: str, b: str) -> tuple[Side, Side]:
+    """Open two checkpoints of any kind; reads headers alone. Of rank files that were cut alike each is compared with the other's.
 
     Raises:
-        CheckpointError, HubError: it cannot be opened.
+        CheckpointError, HubError: one cannot be opened. RefusedError: rank files in a format that is not read back, on one side alone.
     """
-    index = _open_ranks(Path(source)) or open_stored(source, tensors_only=True)
-    return _side(index)
+    ranks = is_rank_folder(Path(a)) and is_rank_folder(Path(b))
+    try:
+        sides = open_stored(a, tensors_only=True), open_stored(b, tensors_only=True)
+        if not (ranks and sides[0].origin == sides[1].origin):
+            return _side(sides[0]), _side(sides[1])
+    except RefusedError:
+        if not ranks:
+            raise
+    return _side(_by_rank(Path(a))), _side(_by_rank(Path(b)))
 
 
 def settled(side: Side) -> Side:
@@ -81,14 +88,11 @@ def _side(index: Index) -> Side:
     return Side(index, stored.weights, {name: tensors[name] for name in stored.dropped})
 
 
-def _open_ranks(folder: Path) -> Index | None:
-    """A TensorRT-LLM checkpoint, every tensor behind the name of its rank; None if it is something else."""
-    with contextlib.suppress(OSError):
-        found = sorted((int(known[1]), path) for path in folder.iterdir() if (known := _RANK.fullmatch(path.name)))
-        if found and (folder / "config.json").exists():
-            shards, tensors = tuple(Shard(path) for _, path in found), TensorTable()
-            for number, shard in enumerate(shards):
-                for tensor in shard.header().tensors.values():
-                    tensors.add(f"{shard.path.stem}.{tensor.name}", tensor.dtype, tensor.shape, number, tensor.begin)
-            return Index(folder, read_json(folder / "config.json", MAX_CONFIG), shards, tensors)
-    return None
+def _by_rank(folder: Path) -> Index:
+    """A TensorRT-LLM checkpoint with its own tensors, each behind the name of its rank."""
+    found = sorted((int(known[1]), path) for path in folder.iterdir() if (known := _RANK.fullmatch(path.name)))
+    shards, tensors = tuple(Shard(path) for _, path in found), TensorTable()
+    for number, shard in enumerate(shards):
+        for tensor in shard.header().tensors.values():
+            tensors.add(f"{shard.path.stem}.{tensor.name}", tensor.dtype, tensor.shape, number, tensor.begin)
+    return Index(folder, {}, shards, tensors)

@@ -36,6 +36,8 @@ _APART = ("kv_b_proj", "k_b_proj", "eh_proj")
 """Modules that TensorRT-LLM never reads as FP8 tiles; the first two are also taken apart for attention."""
 _FLOATS = ("F32", "F16", "BF16")
 _METADATA = {"format": "pt"}
+_SHARD = 5 * 10**9
+"""Bytes of a file where the source's files are cut in another way: what transformers takes."""
 _ONE = {"F32": b"\0\0\x80\x3f", "F16": b"\0\x3c", "BF16": b"\x80\x3f"}
 
 
@@ -163,7 +165,7 @@ class Layout:
 
     def _files(self, stored: Stored) -> dict[str, list[str]]:
         """Output file -> names of the source's tensors that it takes, in order."""
-        most = self.target.max_shard_size
+        most = self.target.max_shard_size or (_SHARD if self.index.views else None)
         sizes = {name: weight.nbytes if most is not None else 0 for name, weight in stored.weights.items()}
         return shards_of(self.index, stored.files, sizes, most)
 
@@ -189,7 +191,7 @@ class Layout:
         return [name]
 
     def _plain_dtype(self, weight: Weight, stored: Stored) -> DType:
-        cast = self.target.dtype != "auto" and not stored.decoded and weight.dtype.name in _FLOATS
+        cast = (self.target.dtype != "auto" or self.index.views) and not stored.decoded and weight.dtype.name in _FLOATS
         return self.into if cast else weight.dtype
 
     def _quantized(self, file: int, module: str, weight: Weight, recipe: Recipe, stored: Stored) -> list[str]:

@@ -96,6 +96,15 @@ def expected(config: Mapping[str, Any], files: Container[int] | None = None, ten
     return ranks
 
 
+def rank_count(config: Mapping[str, Any]) -> int:
+    """Rank files of a checkpoint.
+
+    Raises:
+        VerifyError: config.json lacks a size, or holds one that cannot be.
+    """
+    return len(_facts(config).grid.ranks())
+
+
 def _facts(config: Mapping[str, Any]) -> Facts:
     def whole(where: Mapping[str, Any], key: str, default: int | None = None, least: int = 1) -> int:
         value = where.get(key, default)

@@ -41,6 +41,7 @@ class Decoder:
         tied: lm_head is made from the embedding.
         ranges: what a calibration run measured, where a format needs it.
         kv_scales: layer -> scale of its FP8 KV cache, where the source has it.
+        cache_factors: layer -> float32 factor of its quantized KV cache, where the source is a checkpoint that has it.
     """
 
     model: ModelConfig
@@ -56,6 +57,7 @@ class Decoder:
     tied: bool
     ranges: Ranges | None = None
     kv_scales: Mapping[int, float] = field(default_factory=dict)
+    cache_factors: Mapping[int, bytes] = field(default_factory=dict)
     refused: list[str] = field(default_factory=list)
     decisions: dict[str, str] = field(default_factory=dict)
 
@@ -159,10 +161,10 @@ class Decoder:
         extra: Callable[[int, int, TensorRTLLM], list[tuple[str, DType, tuple[int, ...], bytes]]] | None
         extra = getattr(self.quant, "constants", None)
         found = extra(layer, self.model.num_hidden_layers, self.options) if extra else []
-        if self.options.kv_cache == "fp8":
-            factor = self._fp8_kv(layer)
+        if self.options.kv_cache == "fp8" or (self.options.kv_cache and layer in self.cache_factors):
+            factor = self.cache_factors[layer] if layer in self.cache_factors else self._fp8_kv(layer)
             found.append(("attention.kv_cache_scaling_factor", F32, (1,), factor))
-            if self.options.target_version != "0.16":
+            if self.options.kv_cache == "fp8" and self.options.target_version != "0.16":
                 found.append(("attention.kv_cache_rcp_scaling_factor", F32, (1,), fp8_scales.reciprocal(factor)))
         if self.options.kv_cache == "int8" and self.ranges is not None:
             size, heads, kv = self.model.head_size, self.model.num_attention_heads, self.model.num_key_value_heads

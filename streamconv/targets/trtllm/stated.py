@@ -84,4 +84,6 @@ def _versions(config: Mapping[str, Any], quantization: Mapping[str, Any]) -> tup
     """The release lines that may have written a config.json, from the keys that only one of them has (checkpoint spec §2)."""
     if "mamba_ssm_cache_dtype" in quantization or "moe_cluster_size" in config["mapping"]:
         return ("1.2",)
-    return ("1.2", "0.16") if config.get("architecture") == "InternLM2ForCausalLM" else ("0.16",)
+    if config.get("architecture") != "InternLM2ForCausalLM":
+        return ("0.16",)
+    return ("0.16", "1.2") if "share_embedding_table" in config else ("1.2", "0.16")

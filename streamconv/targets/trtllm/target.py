@@ -28,6 +28,7 @@ from streamconv.targets.trtllm import expected, fp8_scales, import_rules, import
 from streamconv.targets.trtllm.checks import embedding_is_shared, refusals
 from streamconv.targets.trtllm.config_json import build_config, dump
 from streamconv.targets.trtllm.config_sections import late_keys, resolve_dtype, resolve_moe
+from streamconv.targets.trtllm.inherited import inherited, origin_of
 from streamconv.targets.trtllm.lookup import Roles
 from streamconv.targets.trtllm.options import TensorRTLLM
 from streamconv.targets.trtllm.parallel import Mapping
@@ -119,6 +120,8 @@ def make_plan(index: Index, options: TensorRTLLM) -> Plan:
         CheckpointError: the source lacks something, or has something nobody asked for.
         RefusedError: the request cannot give a correct checkpoint; every reason is listed.
     """
+    origin = origin_of(index)
+    options = inherited(options, origin)
     check_options(options)
     model, family = model_of(index)
     stated = source_quantization(index)
@@ -132,7 +135,8 @@ def make_plan(index: Index, options: TensorRTLLM) -> Plan:
     given = stated is not None and stated.brings_scales
     if given and options.activation_ranges is not None and options.kv_cache is None:
         raise UsageError("--activation-ranges: the source is FP8 and brings its scales along", hint="leave it out")
-    ranges = _ranges(dataclasses.replace(options, quant="none") if given else options)
+    factors = origin.cache_factors if origin is not None else {}
+    ranges = _ranges(dataclasses.replace(options, quant="none") if given else options, bool(factors))
     dtype = MODEL_DTYPES[resolve_dtype(options.dtype, model.dtype)]
     mapping = Mapping(options.tp_size, options.pp_size, *moe)
     tensors = SourceTensors(index)
@@ -157,7 +161,7 @@ def make_plan(index: Index, options: TensorRTLLM) -> Plan:
     builder = Draft(tensors)
     for number in range(options.tp_size * options.pp_size):
         builder.file(f"rank{number}.safetensors")
-    decoder = Decoder(model, family, options, dtype, mapping, roles, quant, builder, kv, shared, tied, ranges, stored.kv)
+    decoder = Decoder(model, family, options, dtype, mapping, roles, quant, builder, kv, shared, tied, ranges, stored.kv, factors)
     decoder.describe()
     decoder.refused += _without_scales(index, stored, roles)
     roles.leave(import_scales.zero_biases(stored, roles.unused(), index.shards))
@@ -209,11 +213,15 @@ def make_plan(index: Index, options: TensorRTLLM) -> Plan:
         ),
         decisions=decoder.decisions,
         notes=_notes(config),
+        source_config=index.config if model.source == "hf" else None,
     )
 
 
-def _ranges(options: TensorRTLLM) -> Ranges | None:
+def _ranges(options: TensorRTLLM, known: bool) -> Ranges | None:
     """The activation ranges, where a format needs them.
+
+    Args:
+        known: the source brings the factors of the KV cache along.
 
     Raises:
         UsageError: they are needed and not given, or the other way round, or no file.
@@ -221,9 +229,9 @@ def _ranges(options: TensorRTLLM) -> Ranges | None:
     flag, given = options.needs_ranges(), options.activation_ranges is not None
     if given and not options.uses_ranges():
         raise UsageError("--activation-ranges is for --quant smoothquant and fp8 and for --kv-cache int8 and fp8 only")
-    if flag is not None and not given:
+    if flag is not None and not given and not known:
         raise UsageError(f"{flag} needs activation ranges", hint=HINT)
-    if options.activation_ranges is None:
+    if options.activation_ranges is None or known:
         return None
     return Ranges(options.activation_ranges)
 
@@ -245,7 +253,7 @@ def _kv_heads(model: ModelConfig, options: TensorRTLLM) -> int:
 def _same_bytes(index: Index, roles: Roles) -> bool:
     """Whether lm_head is a bit-identical copy of the embedding (only asked with --use-embedding-sharing, §3.6)."""
     names = [roles.found.get((role, -1, -1)) for role in ("embedding", "lm_head")]
-    if index.assembled is not None or any(name not in index.tensors for name in names):
+    if index.assembled is not None or index.views or any(name not in index.tensors for name in names):
         return False  # Meta's path never shares (§5.7)
     first, second = (index.tensors[name] for name in names if name is not None)
     if (first.dtype, first.shape) != (second.dtype, second.shape):
@@ -303,7 +311,7 @@ def _tied_warning(index: Index, roles: Roles) -> list[str]:
     Places spread over both are compared, not all of them; nothing is fetched from the Hub for it.
     """
     names = [roles.found.get((role, -1, -1)) for role in ("embedding", "lm_head")]
-    if index.assembled is not None or any(name not in index.tensors for name in names):
+    if index.assembled is not None or index.views or any(name not in index.tensors for name in names):
         return []
     first, second = (index.tensors[name] for name in names if name is not None)
     shards = [index.shards[record.shard] for record in (first, second)]

@@ -1,0 +1,59 @@
+"""The options of a conversion whose source is a TensorRT-LLM checkpoint: what is not given stays as it is."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from streamconv.checkpoint.index import Index
+from streamconv.errors import RefusedError
+from streamconv.targets.trtllm.options import TensorRTLLM
+
+_EXPERTS = ("moe_tp_size", "moe_ep_size")
+"""What follows from tp_size where nobody asks for something else."""
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """How the rank files of a source were made.
+
+    Attributes:
+        options: with which they were.
+        cache_factors: layer -> float32 factor of its quantized KV cache.
+    """
+
+    options: TensorRTLLM
+    cache_factors: Mapping[int, bytes] = field(default_factory=dict)
+
+
+def origin_of(index: Index) -> Origin | None:
+    """How a source was made, None if it is no TensorRT-LLM checkpoint."""
+    return index.origin if isinstance(index.origin, Origin) else None
+
+
+def inherited(options: TensorRTLLM, origin: Origin | None) -> TensorRTLLM:
+    """The options with those of the source in the place of what was not given.
+
+    Raises:
+        RefusedError: the source is quantized, and another format is asked for.
+    """
+    if origin is None:
+        return options
+    old = origin.options
+    for name, none in (("quant", "none"), ("kv_cache", None)):
+        was, asked = getattr(old, name), getattr(options, name)
+        if name in options.given and was != none and asked != was:
+            shown = f"--{name.replace('_', '-')} {was}"
+            raise RefusedError(
+                [f"the source is a checkpoint made with {shown}, which is kept or decoded, not made into another format"],
+                hint="decode it first (--to hf), and convert that",
+            )
+    tp_size = options.tp_size if "tp_size" in options.given else old.tp_size
+    left = set(_EXPERTS) if tp_size != old.tp_size or set(_EXPERTS) & options.given else set()
+    names = {each.name for each in dataclasses.fields(options)} - options.given - left
+    made = dataclasses.replace(options, **{name: getattr(old, name) for name in names})
+    split = made.tp_size > 1 and not (made.use_parallel_embedding and made.embedding_sharding_dim == 0)
+    if "use_embedding_sharing" in names and (split or made.pp_size > 1):  # the new cut has no place for it
+        made = dataclasses.replace(made, use_embedding_sharing=False)
+    return made

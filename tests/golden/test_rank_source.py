@@ -1,0 +1,138 @@
+"""Rank files as a source: cut anew they are the bytes of a direct conversion, and back they are the model's own tensors."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import streamconv
+from streamconv import HuggingFace, Resources, TensorRTLLM
+from streamconv.errors import CheckpointError, RefusedError
+from tests.golden import generate
+
+SPECS = {spec["name"]: spec for spec in generate.load_specs()}
+FLOATS = [name for name, spec in SPECS.items() if not spec.get("gptq") and not spec.get("awq") and spec["arch"] != "meta"]
+QUICK = {"llama_dupkv", "llama_oddvocab_fp32", "mixtral_4e", "qwen2_bias", "qwen3_moe", "phi3_gqa", "gemma2_gqa", "internlm2_gqa"}
+QUICK |= {"granite", "exaone_gqa", "llama_attnbias_ropelinear"}
+CPU = Resources(device="cpu", workers=1)
+
+
+def _models(names: list[str]) -> list[Any]:
+    return [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in names]
+
+
+def _convert(source: Path, out: Path, target: Any) -> Path:
+    shutil.rmtree(out, ignore_errors=True)
+    streamconv.convert(source, out, target, resources=CPU)
+    return out
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "streamconv.json"}
+
+
+def _grids(spec: dict[str, Any]) -> list[dict[str, int]]:
+    """tp 1 -> 2 -> 4 -> 2 x pp 2 -> 1, as far as the family knows pipelines."""
+    staged = [] if spec["arch"] in ("phi3", "gemma", "gemma2") else [{"tp_size": 2, "pp_size": 2}]
+    split = [{"tp_size": size, "pp_size": 1} for size in (2, 4) if spec["heads"] % size == 0]
+    return [{"tp_size": 1, "pp_size": 1}, *split, *staged]
+
+
+@pytest.mark.parametrize("name", _models(FLOATS))
+@pytest.mark.parametrize("recorded", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_round_trip(name: str, recorded: bool, golden_inputs: Path, tmp_path: Path) -> None:
+    """Without the manifest the model's config is worked out from the checkpoint's, as of NVIDIA's own."""
+    source, spec = golden_inputs / "inputs" / name, SPECS[name]
+    more: dict[str, Any] = {"remove_duplicated_kv_heads": True} if spec.get("dup_kv") else {}
+    direct = [_convert(source, tmp_path / f"direct{n}", TensorRTLLM(**grid, **more)) for n, grid in enumerate(_grids(spec))]
+    if not recorded:
+        for folder in direct:
+            (folder / "streamconv.json").unlink()
+    at = direct[0]
+    for number, grid in [*[*enumerate(_grids(spec))][1:], (0, _grids(spec)[0])]:
+        at = _convert(at, tmp_path / f"cut{number}", TensorRTLLM(**grid))
+        if not recorded:
+            (at / "streamconv.json").unlink()
+        assert _files(at) == _files(direct[number]), grid
+    _check_back(source, _convert(direct[-1], tmp_path / "back", HuggingFace()), spec, recorded)
+
+
+def _check_back(source: Path, back: Path, spec: dict[str, Any], recorded: bool) -> None:
+    """Every tensor is there, in the dtype of the checkpoint, and equal if that is the model's."""
+    with streamconv.open(source) as first, streamconv.open(back) as second:
+        assert set(second) == set(first) - ({"lm_head.weight"} if spec.get("tied_with_head") else set())
+        for name in second:
+            want, got = first[name].torch(), second[name].torch()
+            if spec["arch"].startswith("gemma") and "norm" in name:  # stored as value + 1, which rounds
+                want = (want.float() + 1).to(want.dtype).float() - 1
+            if spec["dtype"] == "float32":  # converted to float16
+                want = want.half()
+            assert bool((got == want.to(got.dtype)).all()) and got.shape == want.shape, name
+    if recorded and spec["dtype"] != "float32":
+        assert json.loads((back / "config.json").read_text()) == json.loads((source / "config.json").read_text())
+
+
+@pytest.mark.parametrize(("old", "new"), [("0.16", "1.2"), ("1.2", "0.16"), ("1.2", "1.0")])
+def test_from_one_release_to_another(old: Any, new: Any, golden_inputs: Path, tmp_path: Path) -> None:
+    source = golden_inputs / "inputs" / "qwen2_tied"
+    made = _convert(source, tmp_path / "old", TensorRTLLM(tp_size=2, target_version=old))
+    again = _convert(made, tmp_path / "new", TensorRTLLM(target_version=new))
+    assert _files(again) == _files(_convert(source, tmp_path / "direct", TensorRTLLM(tp_size=2, target_version=new)))
+
+
+def test_what_is_not_given_is_kept(golden_inputs: Path, tmp_path: Path) -> None:
+    """dtype, split embedding, FP8 KV cache and its factors; what is given counts, a default too."""
+    source = golden_inputs / "inputs" / "llama_mha"
+    options: dict[str, Any] = {"dtype": "float32", "use_parallel_embedding": True, "embedding_sharding_dim": 1, "kv_cache": "fp8"}
+    made = _convert(source, tmp_path / "made", TensorRTLLM(tp_size=2, **options))
+    assert _files(_convert(made, tmp_path / "same", TensorRTLLM())) == _files(made)
+    again = _convert(made, tmp_path / "again", TensorRTLLM(tp_size=4))
+    assert _files(again) == _files(_convert(source, tmp_path / "direct", TensorRTLLM(tp_size=4, **options)))
+    one = _convert(made, tmp_path / "one", TensorRTLLM(tp_size=1, dtype="bfloat16"))
+    assert _files(one) == _files(_convert(source, tmp_path / "direct", TensorRTLLM(**options | {"dtype": "bfloat16"})))
+
+
+def test_a_cache_factor_goes_along(golden_inputs: Path, tmp_path: Path) -> None:
+    from tests.golden.cases import load
+
+    case = load()["gqa_kv8"]
+    source = golden_inputs / str(case.model)
+    ranges = str(Path(__file__).parent / "act_ranges" / str(case.activation_ranges))
+    options: dict[str, Any] = {"kv_cache": "int8", "activation_ranges": ranges}
+    made = _convert(source, tmp_path / "made", TensorRTLLM(tp_size=2, **options))
+    again = _convert(made, tmp_path / "again", TensorRTLLM(tp_size=1))
+    assert _files(again) == _files(_convert(source, tmp_path / "direct", TensorRTLLM(**options)))
+
+
+def test_opened_it_has_the_names_and_values_of_the_model(golden_inputs: Path, tmp_path: Path) -> None:
+    source = golden_inputs / "inputs" / "llama_mha"
+    made = _convert(source, tmp_path / "made", TensorRTLLM(tp_size=4, pp_size=2))
+    with streamconv.open(source) as first, streamconv.open(made) as second:
+        assert set(first) == set(second)
+        for name in ("model.layers.3.self_attn.o_proj.weight", "model.layers.0.self_attn.k_proj.weight", "model.norm.weight"):
+            want, got = first[name].numpy(raw=True), second[name]
+            assert np.array_equal(got.numpy(raw=True), want)
+            assert np.array_equal(got[5:90:3].numpy(raw=True), want[5:90:3])
+            assert np.array_equal(got[::-1].numpy(raw=True), want[::-1])
+            assert np.array_equal(got[-1].numpy(raw=True), want[-1])
+
+
+def test_what_is_not_whole_is_refused(golden_inputs: Path, tmp_path: Path) -> None:
+    source = golden_inputs / "inputs" / "llama_mha"
+    made = _convert(source, tmp_path / "made", TensorRTLLM(tp_size=2))
+    (tmp_path / "text.txt").write_text("some text\n")
+    with pytest.raises(RefusedError, match="measured on a Hugging Face model"):
+        streamconv.calibrate(made, tmp_path / "ranges.safetensors", tmp_path / "text.txt")
+    config = json.loads((made / "config.json").read_text())
+    (made / "config.json").write_text(json.dumps(config | {"intermediate_size": 128}))
+    with pytest.raises(CheckpointError, match=r"config\.json means"):
+        streamconv.plan(made)
+    (made / "config.json").write_text(json.dumps(config))
+    (made / "rank1.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="rank1"):
+        streamconv.plan(made)
