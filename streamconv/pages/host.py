@@ -1,0 +1,41 @@
+"""What a run ran on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from streamconv import __version__
+from streamconv.memory import limit, show_size
+
+_PACKAGES = ("numpy", "numba", "torch", "safetensors", "transformers", "xxhash")
+
+
+def processors() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def facts() -> dict[str, str]:
+    """Processor, memory, kernel and versions, by what they are; none of the packages is imported."""
+    import psutil
+
+    name = platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    ceiling = limit()
+    found = {
+        "processor": f"{name}, {processors()} usable",
+        "memory": show_size(psutil.virtual_memory().total) + (f", limit of the container {show_size(ceiling)}" if ceiling else ""),
+        "kernel": f"{platform.system()} {platform.release()}",
+        "streamconv": __version__,
+        "Python": platform.python_version(),
+    }
+    for package in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found

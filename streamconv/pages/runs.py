@@ -1,0 +1,179 @@
+"""What the page of a conversion, a check and a calibration says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from streamconv.memory import show_size
+from streamconv.memory_trace import Sample
+from streamconv.natural import natural
+from streamconv.pages import host, tensors, timeline
+from streamconv.pages.page import Page, Section, Table
+from streamconv.verification.verdict import Verdict
+
+if TYPE_CHECKING:
+    from streamconv.api import Report
+    from streamconv.planning.plan import Plan
+
+_PHASES = {"read": "reading the source", "compute": "encoding", "hash": "hashing and waiting for the rows before", "write": "writing"}
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """What a page needs of a plan, which is too large to be kept while it is run.
+
+    Attributes:
+        before, after: (tensor, bytes) of source and output, by kind of module.
+        decisions: module -> how it is stored and why.
+        recipe: TOML that gives the same conversion.
+        estimate: seconds that were expected, None if nothing was.
+    """
+
+    headline: str
+    family: str
+    before: Mapping[str, int]
+    after: Mapping[str, int]
+    decisions: Mapping[str, str]
+    notes: Sequence[str]
+    recipe: str
+    estimate: float | None
+
+
+def planned(plan: Plan, recipe: str, estimate: float | None) -> Planned:
+    """The facts of a plan."""
+    before, after = dict[str, int](), dict[str, int]()
+    for span in plan.spans:
+        if span.reduce is None:
+            kind = tensors.kind(span.source.name)
+            before[kind] = before.get(kind, 0) + (span.stop - span.start) * span.stored_row_bytes
+    from streamconv.checkpoint.dtypes import by_name
+
+    for file in plan.files:
+        for name, dtype, shape in file.tensors_of():
+            kind = tensors.kind(name)
+            after[kind] = after.get(kind, 0) + prod(shape) * by_name(dtype).itemsize
+    headline = f"{plan.target.headline}, {plan.dtype.torch}"
+    return Planned(headline, plan.family, before, after, dict(plan.decisions), plan.notes, recipe, estimate)
+
+
+def conversion(
+    model: str, report: Report, plan: Planned | None, samples: Sequence[Sample], command: str
+) -> Page:
+    """The page of a conversion."""
+    facts = [
+        ("source", model),
+        ("output", report.out),
+        ("time", f"{report.seconds:.1f} s"),
+        ("peak memory", f"{show_size(report.peak_memory)} of {show_size(report.budget)}"),
+        ("read", show_size(report.bytes_read)),
+        ("written", f"{show_size(report.bytes_written)} in {report.files} file{'s' * (report.files != 1)}, {report.tensors} tensors"),
+        ("workers", f"{report.workers} on {report.device or 'the CPU'}, {report.tiles} tiles"),
+    ]
+    if report.resumed:
+        facts.append(("resumed", f"{report.resumed} tiles of an earlier run"))
+    sections = list[Section]()
+    if plan is not None:
+        facts[2:2] = [("family", plan.family), ("format", plan.headline)]
+        if plan.estimate:
+            off = report.seconds / plan.estimate - 1
+            told = f"{plan.estimate:.1f} s; it took {abs(off):.0%} {'longer' if off > 0 else 'less'}"
+            facts.append(("estimated before", told))
+    sections += [*timeline.sections(samples), *_bound(report, samples)]
+    if plan is not None:
+        sections.append(tensors.sizes(plan.before.items(), plan.after.items()))
+        rows = sorted(plan.decisions.items(), key=lambda pair: natural(pair[0]))
+        text = "How each kind of module is stored; where it is not quantized, why. " + " ".join(f"{note}." for note in plan.notes)
+        sections.append(Section("What became of each module", text, "", Table(("module", "stored as"), rows)))
+    sections += _settings(command, plan.recipe if plan is not None else "")
+    return Page(f"Conversion of {model}", f"{model} was converted to {report.out}.", facts, sections, report.warnings)
+
+
+def _bound(report: Report, samples: Sequence[Sample]) -> list[Section]:
+    """Where the time went, and what a faster run would need more of."""
+    if not report.profile:
+        return []
+    shares = {phase: report.profile[phase] for phase in _PHASES if phase in report.profile}
+    tiles, sync = report.profile.get("tiles", 0.0), report.profile.get("sync", 0.0)
+    during = [sample for sample in samples if sample.phase == "converting"]
+    cores, text = host.processors(), ""
+    if len(during) > 1 and during[-1].time > during[0].time:
+        busy = (during[-1].cpu - during[0].cpu) / (during[-1].time - during[0].time)
+        text = f"While tiles were converted {busy:.1f} of {cores} processors were busy. "
+        if report.seconds < 1:
+            what = "The run is too short to say what bound it."
+        elif sync > tiles:
+            what = "The final sync took longest: the disk that is written to bound the run."
+        elif busy >= 0.8 * cores:
+            what = "The processors bound the run."
+        elif shares and busy < 0.8 * cores and max(shares, key=lambda phase: shares[phase]) in ("read", "write"):
+            largest = max(shares, key=lambda phase: shares[phase])
+            what = f"The disk that is {'read from' if largest == 'read' else 'written to'} bound the run."
+        else:
+            what = "No processor and no single phase was at its limit: workers waited for each other, or other programs used the machine."
+        text += what
+    rows = [(_PHASES[phase], f"{seconds:.2f} s", f"{seconds / tiles:.0%}" if tiles else "") for phase, seconds in shares.items()]
+    rows += [(name, f"{report.profile[key]:.2f} s", "") for key, name in _AROUND.items() if key in report.profile]
+    mapped = show_size(report.bytes_mapped)
+    text += f" {mapped} of the source were encoded from a mapping, without a copy." if report.bytes_mapped else ""
+    return [Section("Where the time went", text, "", Table(("an average worker", "seconds", "of the tiles' time"), rows, frozenset({1, 2})))]
+
+
+_AROUND = {"load": "planning and loading, before", "create": "creating the files, before", "tiles": "all tiles", "sync": "final sync, after"}
+
+
+def verification(out: str, source: str | None, verdict: Verdict, seconds: float, samples: Sequence[Sample], command: str) -> Page:
+    """The page of `verify`."""
+    checked = verdict.hashed or verdict.encoded
+    state = "good" if checked else "good in its structure; no value was checked"
+    if verdict.problems:
+        state = f"not good: {len(verdict.problems)} problems"
+    facts = [
+        ("output", out),
+        ("source", source or "not given"),
+        ("files, tensors", f"{verdict.files}, {verdict.tensors}"),
+        ("hashes equal to the manifest's", str(verdict.hashed)),
+        ("equal to the source encoded again", str(verdict.encoded) if source else "not asked"),
+        ("time", f"{seconds:.1f} s"),
+    ]
+    if verdict.reader:
+        facts.append(("TensorRT-LLM's reader", verdict.reader))
+    sections = list[Section]()
+    if verdict.problems:
+        sections.append(Section("Problems", "", "", Table(("problem",), [(problem,) for problem in verdict.problems])))
+    sections += tensors.errors(verdict.errors, None, "Compared were the first rows of each matrix, and those that differ.")
+    sections += timeline.sections(samples)
+    return Page(f"Check of {out}", f"{out} is {state}.", facts, sections + _settings(command, ""), verdict.warnings)
+
+
+def calibration(
+    model: str, told: Mapping[str, Any], amax: Iterable[tuple[str, float]], text: str, samples: Sequence[Sample], command: str
+) -> Page:
+    """The page of `calibrate`.
+
+    Args:
+        told: what `calibrate` gives.
+        amax: largest absolute input of each module, in any order.
+    """
+    facts = [
+        ("model", model),
+        ("text", text),
+        ("ranges", str(told["out"])),
+        ("samples, tokens", f"{told['samples']}, {told['tokens']}"),
+        ("layers, ranges", f"{told['layers']}, {told['tensors']}"),
+        ("time", f"{told['seconds']:.1f} s on {told['device']}"),
+        ("peak memory", show_size(told["peak_memory"]) if "peak_memory" in told else "-"),
+    ]
+    sections = [*timeline.sections(samples), *tensors.ranges(amax), *_settings(command, "")]
+    summary = f"Activation ranges of {model} were measured on {told['samples']} samples of {text}."
+    return Page(f"Calibration of {model}", summary, facts, sections)
+
+
+def _settings(command: str, recipe: str) -> list[Section]:
+    """Command, recipe and machine, at the end of each page."""
+    made = [Section("Command", code=command)]
+    if recipe:
+        made.append(Section("Recipe", "The same conversion from a file: streamconv convert --config FILE.", code=recipe))
+    return [*made, Section("Machine and versions", "", "", Table(("what", "value"), list(host.facts().items())))]

@@ -1,0 +1,96 @@
+"""Tensors by the kind of their module and by their layer: sizes before and after, and how far values are from the source's."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+
+from streamconv.memory import show_size
+from streamconv.natural import natural
+from streamconv.pages.chart import bars, heatmap
+from streamconv.pages.page import Section, Table
+from streamconv.verification.verdict import TensorError
+
+_KINDS = (
+    ("norms", r"norm|(^|\.)ln_|layernorm"),
+    ("experts", r"expert|block_sparse_moe|\bmoe\b"),
+    ("attention", r"attn|attention|qkv|(^|\.)[qkvo]_proj|\.w[qkvo]\."),
+    ("MLP", r"mlp|feed_forward|ffn|(gate|up|down)_proj"),
+    ("output head", r"lm_head|output\.weight|(^|\.)head\b"),
+    ("embedding", r"embed|wte|tok_emb"),
+)
+_LAYER = re.compile(r"^(?:.*?\.)??(?:layers|h|blocks|block)\.(\d+)\.")
+_WORST = 10
+
+
+def kind(name: str) -> str:
+    """What a tensor belongs to, for people."""
+    return next((kind for kind, pattern in _KINDS if re.search(pattern, name)), "other")
+
+
+def place(name: str) -> tuple[str, str]:
+    """(layer, module) of a tensor: "12" and "self_attn.q_proj"; of what lies in no layer "-" and the name."""
+    found = _LAYER.match(name)
+    rest = name[found.end() :] if found else name
+    rest = re.sub(r"\.(weight|qweight|weight_packed)$", "", rest)
+    return (found[1] if found else "-"), re.sub(r"(?<=\.)\d+(?=\.)", "*", rest)
+
+
+def sizes(before: Iterable[tuple[str, int]], after: Iterable[tuple[str, int]]) -> Section:
+    """Bytes by kind of module.
+
+    Args:
+        before, after: (tensor, bytes) of the source and of the output.
+    """
+    found: dict[str, list[int]] = {}
+    for which, tensors in enumerate((before, after)):
+        for name, size in tensors:
+            found.setdefault(kind(name), [0, 0])[which] += size
+    order = sorted(found.items(), key=lambda pair: -max(pair[1]))
+    total = [sum(pair[which] for pair in found.values()) for which in (0, 1)]
+    rows = [(name, *_sizes(*pair)) for name, pair in order] + [("all", *_sizes(*total))]
+    picture = bars("Bytes by kind of module", [(name, *pair) for name, pair in order], show_size, ("source", "output"))
+    text = f"{show_size(total[0])} of tensors became {show_size(total[1])}, {100 * total[1] / max(total[0], 1):.1f} %; all ranks together."
+    return Section("Size by kind of module", text, picture, Table(("module", "source", "output", "output / source"), rows, frozenset({1, 2, 3})))
+
+
+def _sizes(before: float, after: float) -> tuple[str, str, str]:
+    return show_size(before), show_size(after), f"{100 * after / before:.1f} %" if before else "new"
+
+
+def errors(found: Sequence[TensorError], low: float | None, how: str) -> list[Section]:
+    """A heatmap of layers and modules, and the worst tensors.
+
+    Args:
+        low: the SNR in dB that was asked for, None if none was.
+        how: which rows were compared, one sentence.
+    """
+    if not found:
+        return []
+    cells: dict[tuple[str, str], float] = {}
+    for error in found:
+        at = place(error.name)
+        cells[at] = min(cells.get(at, math.inf), error.snr_db)
+    inexact = sum(math.isfinite(error.snr_db) for error in found)
+    rows = sorted({row for row, _ in cells}, key=natural)
+    columns = sorted({column for row, column in cells if row != "-"} | {column for row, column in cells if row == "-"}, key=natural)
+    picture = heatmap("SNR in dB by layer and module", rows, columns, cells, -math.inf if low is None else low)
+    listed = [(row, *(_spelled(cells.get((row, column))) for column in columns)) for row in rows]
+    worst = sorted(found, key=lambda error: error.snr_db)[:_WORST]
+    table = [
+        (e.name, e.file, f"{e.rows}", _spelled(e.snr_db), f"{e.largest:.3g}", f"{e.relative:.3g}") for e in worst if e.snr_db != math.inf
+    ]
+    text = (
+        f"Signal to noise of decoded weights against the source's, in dB, the worst of a cell's tensors; more is better, 6 dB are one bit. "
+        f"\"=\" is exact. {len(found) - inexact} of {len(found)} matrices are exact. {how}"
+    ) + (f" What is below {low:g} dB has a frame." if low is not None else "")
+    made = [Section("Error by layer and module", text, picture, Table(("layer", *columns), listed, frozenset(range(1, len(columns) + 1))))]
+    if table:
+        header = ("tensor", "file", "rows", "SNR dB", "largest error", "relative to the largest value")
+        made.append(Section("Worst tensors", "", "", Table(header, table, frozenset({2, 3, 4, 5}))))
+    return made
+
+
+def _spelled(snr: float | None) -> str:
+    return "" if snr is None else "exact" if snr == math.inf else "nothing is left" if snr == -math.inf else f"{snr:.1f}"
