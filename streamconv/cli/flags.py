@@ -207,6 +207,12 @@ WATCHING: tuple[_Decorator, ...] = (
         help="Write 20 lines of JSON a second: time, memory of the process, its cgroup and devices, bytes read and written, phase.",
         **_OF_WATCHING,
     ),
+    click.option(
+        "--report",
+        metavar="FILE.html",
+        help="Write one HTML page about the run: memory and rates over time, sizes, errors (streamconv[report]).",
+        **_OF_WATCHING,
+    ),
 )
 
 

@@ -67,6 +67,7 @@ def convert(
     read: Any,
     progress: str,
     memory_trace: str | None,
+    report: str | None,
     no_lock: bool,
     parts: int | None,
     part: str | None,
@@ -92,6 +93,7 @@ def convert(
     from streamconv import api
     from streamconv.calibration.before import with_ranges
     from streamconv.calibration.request import Samples
+    from streamconv.cli import pages_view
     from streamconv.cli.watching import watching
     from streamconv.targets.trtllm.options import TensorRTLLM
 
@@ -114,7 +116,7 @@ def convert(
     effects.check(click.get_current_context(), model, wanted)
     if text and not isinstance(wanted, TensorRTLLM):
         raise UsageError("--text: activation ranges are for --to trtllm so far", hint="leave it out")
-    with watching(out, quiet or as_json, progress, memory_trace) as watched:
+    with watching(out, quiet or as_json, progress, memory_trace, report) as watched:
         if isinstance(wanted, TensorRTLLM):
             wanted = with_ranges(
                 model,
@@ -126,12 +128,14 @@ def convert(
                 force=force,
                 **watched.layers,
             )
-        report = api.convert(model, out, wanted, asked, force=force, meter=watched.meter)
-    show_report(report, as_json, quiet)
-    if report.published:
+        facts = pages_view.planned(model, out, wanted, asked) if report else None
+        made = api.convert(model, out, wanted, asked, force=force, meter=watched.meter)
+    show_report(made, as_json, quiet)
+    if made.published:
         recipe_option.compare(out)
+    watched.write(report, lambda: pages_view.conversion(model, made, facts, watched))
     if as_json:
-        output.dump(dataclasses.asdict(report))
+        output.dump(dataclasses.asdict(made))
     return 0
 
 
@@ -249,11 +253,12 @@ def verify(
     every: bool,
     progress: str,
     memory_trace: str | None,
+    report: str | None,
     as_json: bool,
     quiet: bool,
 ) -> int:
     """Check a converted folder: structure, every tensor against config.json, hashes and, with --source, every byte against MODEL."""
-    from streamconv.cli import verify_view
+    from streamconv.cli import pages_view, verify_view
     from streamconv.cli.watching import watching
     from streamconv.launchers import part_of
     from streamconv.verification.check import verify as check
@@ -261,7 +266,7 @@ def verify(
     if source is None:
         noted = ("memory_budget", "workers", "every")
         effects.needs(click.get_current_context(), "source", options=("activation_ranges",), resources=noted)
-    with watching(out, quiet or as_json, progress, memory_trace) as watched:
+    with watching(out, quiet or as_json, progress, memory_trace, report) as watched:
         verdict = check(
             out,
             source,
@@ -272,6 +277,7 @@ def verify(
             part=part_of(part) if part is not None else None,
         )
     verify_view.show(out, verdict, as_json, quiet, every)
+    watched.write(report, lambda: pages_view.verification(out, source, verdict, watched))
     return 7 if verdict.problems else 0
 
 
@@ -329,21 +335,24 @@ def calibrate(
     memory_budget: str,
     progress: str,
     memory_trace: str | None,
+    report: str | None,
     as_json: bool,
     quiet: bool,
     **values: Any,
 ) -> int:
     """Measure the activation ranges of MODEL on text, one layer at a time."""
     from streamconv.calibration.run import calibrate as run_calibration
+    from streamconv.cli import pages_view
     from streamconv.cli.watching import watching
     from streamconv.memory import parse_size, show_size
 
     if not text:
         raise UsageError("calibrate needs --text", hint="a .txt or .jsonl file, a folder of them, or a data set on the Hub")
     limit = parse_size(memory_budget) if memory_budget else None
-    with watching(ranges, quiet or as_json, progress, memory_trace) as watched:
+    with watching(ranges, quiet or as_json, progress, memory_trace, report) as watched:
         watch = {name: watched.layers[name] for name in ("progress", "sampled")}
         told = run_calibration(model, ranges, text, memory_budget=limit, **watch, **values)
+    watched.write(report, lambda: pages_view.calibration(model, told, text, watched))
     if as_json:
         output.dump(told)
     elif not quiet:
@@ -392,7 +401,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
 
     def command() -> int:
-        return int(cli.main(arguments, prog_name="streamconv", standalone_mode=False) or 0)
+        return int(cli.main(arguments, prog_name="streamconv", standalone_mode=False, obj=arguments) or 0)
 
     return output.arriving(lambda: ending.status_of(command, "--json" in arguments))
 

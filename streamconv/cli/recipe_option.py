@@ -85,10 +85,11 @@ def compare(out: str) -> None:
         output.note(f"warning: {out} is not what {found.path} tells of: {why}")
 
 
-def write(path: str, model: str, out: str | None, options: PlannedTarget, others: Mapping[str, object], index: Any) -> None:
-    """Write the recipe of a plan; a model of the Hub is named by its commit.
+def text(model: str, out: str | None, options: PlannedTarget, others: Mapping[str, object], index: Any) -> str:
+    """The recipe of a plan; a model of the Hub is named by its commit.
 
     Args:
+        others: flags that change no byte.
         index: the opened source.
     """
     from streamconv.cli import recipe
@@ -99,4 +100,11 @@ def write(path: str, model: str, out: str | None, options: PlannedTarget, others
             model = f"hf://{shard.repo.name}@{shard.repo.commit}"
     plain = Resources()
     given = {key: value for key, value in others.items() if value not in (getattr(plain, key, None), "auto")}
-    recipe.write(path, recipe.render(model, out, options, given))
+    return recipe.render(model, out, options, given)
+
+
+def write(path: str, model: str, out: str | None, options: PlannedTarget, others: Mapping[str, object], index: Any) -> None:
+    """Write what `text` gives."""
+    from streamconv.cli import recipe
+
+    recipe.write(path, text(model, out, options, others, index))

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import shlex
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import click
 
 from streamconv.cli import output, view
 from streamconv.errors import UsageError, printable
 from streamconv.memory_trace import MemoryTrace, Sample
 from streamconv.progress import Meter
+
+if TYPE_CHECKING:
+    from streamconv.pages.page import Page
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,30 +25,59 @@ class Watched:
     """A run that is watched.
 
     Attributes:
-        samples: of its memory so far, none if nobody asked for them.
+        trace: of its memory, None if nobody asked for it.
         layers: what a calibration calls (`view.layers`).
     """
 
     meter: Meter
-    samples: list[Sample]
+    trace: MemoryTrace | None
     layers: dict[str, Any]
 
 
+    @property
+    def samples(self) -> Sequence[Sample]:
+        """Of its memory so far."""
+        return self.trace.samples if self.trace is not None else ()
+
+    def write(self, report: str | None, page: Callable[[], Page]) -> None:
+        """Write the page of --report, if there is to be one.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        if report is not None:
+            from streamconv.pages.page import write
+
+            write(Path(report), page())
+
+
+def command_line() -> str:
+    """The command as it was typed."""
+    return shlex.join(["streamconv", *(click.get_current_context().find_root().obj or ())])
+
+
 @contextlib.contextmanager
-def watching(out: str, quiet: bool, progress: str, memory_trace: str | None) -> Iterator[Watched]:
+def watching(out: str, quiet: bool, progress: str, memory_trace: str | None, report: str | None) -> Iterator[Watched]:
     """A context in which a run goes.
 
     Args:
         out: the folder or file that it writes or reads.
         quiet: nothing but warnings, unless --progress says what.
+        report: the page that `Watched.write` will write; refused here where that cannot be.
 
     Raises:
         UsageError: a file that is to be written lies in the output. OutputError: it cannot be written.
     """
     meter = view.meter(progress, quiet)
-    trace = MemoryTrace(meter, None if memory_trace is None else _beside("--memory-trace", memory_trace, out)) if memory_trace else None
+    trace = None
+    if report is not None:
+        from streamconv.pages import page
+
+        page.check(_beside("--report", report, out))
+    if memory_trace is not None or report is not None:
+        trace = MemoryTrace(meter, None if memory_trace is None else _beside("--memory-trace", memory_trace, out))
     with trace or contextlib.nullcontext():
-        yield Watched(meter, trace.samples if trace else [], view.layers(meter, quiet))
+        yield Watched(meter, trace, view.layers(meter, quiet))
     if trace is not None and trace.problem:
         output.note(f"warning: {trace.problem}")
 

@@ -9,7 +9,7 @@ from html import escape
 
 from streamconv.errors import visible
 
-WIDTH, LEFT, RIGHT, TOP = 900, 70, 20, 34
+WIDTH, LEFT, RIGHT, TOP = 900, 96, 20, 34
 CLASSES = ("a", "b", "c", "d")
 
 Spell = Callable[[float], str]
@@ -124,9 +124,21 @@ def bars(title: str, rows: Sequence[tuple[str, float, float]], spell: Spell, nam
     return figure(top + 40 * len(rows) + 4, title, parts)
 
 
-def heatmap(title: str, rows: Sequence[str], columns: Sequence[str], cells: Mapping[tuple[str, str], float], low: float) -> str:
-    """A number and a shade for each (row, column); infinity is "=". What is below `low` has a frame."""
-    left, top, high = 60, 130, 20
+def heatmap(
+    title: str,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    cells: Mapping[tuple[str, str], float],
+    spell: Callable[[float, float], str],
+    low: float = -math.inf,
+    high_is_dark: bool = True,
+) -> str:
+    """A number and a shade for each (row, column). What is below `low` has a frame.
+
+    Args:
+        spell: how a value is written in a cell so many units wide.
+    """
+    left, top, high = 40, 130, 20
     width = min(90.0, (WIDTH - left - 120) / max(len(columns), 1))  # slanted names need room at the right
     finite = [value for value in cells.values() if math.isfinite(value)]
     least, most = min(finite or [0]), max(finite or [1])
@@ -141,18 +153,15 @@ def heatmap(title: str, rows: Sequence[str], columns: Sequence[str], cells: Mapp
             value = cells.get((row, column))
             if value is None:
                 continue
-            shade = 0.06 + 0.5 * (most - value) / (most - least) if math.isfinite(value) and most > least else 0.06
+            part = (value - least) / (most - least) if math.isfinite(value) and most > least else 1.0 - high_is_dark
+            shade = 0.06 + 0.5 * (part if high_is_dark else 1 - part)
             kind = "cell low" if value < low else "cell"
             colour = f"rgba(var(--{'low' if value < low else 'heat'}), {shade:.2f})"
             where = f'x="{left + width * j:.1f}" y="{y}" width="{width - 1:.1f}" height="{high - 1}"'
             parts.append(f'<rect class="{kind}" {where} style="fill: {colour}"/>')
-            parts.append(text(left + width * (j + 0.5), y + 14, _decibels(value, width), "middle"))
+            parts.append(text(left + width * (j + 0.5), y + 14, spell(value, width), "middle"))
     return figure(top + high * len(rows) + 6, title, parts)
 
 
 def _short(name: str) -> str:
     return name if len(name) <= 26 else "..." + name[-23:]
-
-
-def _decibels(value: float, width: float) -> str:
-    return "=" if value == math.inf else "-" if not math.isfinite(value) else f"{value:.1f}" if width >= 32 else f"{value:.0f}"

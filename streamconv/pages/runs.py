@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from streamconv.checkpoint.dtypes import DTYPES
 from streamconv.memory import show_size
 from streamconv.memory_trace import Sample
 from streamconv.natural import natural
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from streamconv.planning.plan import Plan
 
 _PHASES = {"read": "reading the source", "compute": "encoding", "hash": "hashing and waiting for the rows before", "write": "writing"}
+_AROUND = {"load": "planning and loading", "create": "creating the files", "tiles": "all tiles", "sync": "final sync"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +28,7 @@ class Planned:
     """What a page needs of a plan, which is too large to be kept while it is run.
 
     Attributes:
-        before, after: (tensor, bytes) of source and output, by kind of module.
+        before, after: bytes of source and output, by kind of module.
         decisions: module -> how it is stored and why.
         recipe: TOML that gives the same conversion.
         estimate: seconds that were expected, None if nothing was.
@@ -49,12 +51,10 @@ def planned(plan: Plan, recipe: str, estimate: float | None) -> Planned:
         if span.reduce is None:
             kind = tensors.kind(span.source.name)
             before[kind] = before.get(kind, 0) + (span.stop - span.start) * span.stored_row_bytes
-    from streamconv.checkpoint.dtypes import by_name
-
     for file in plan.files:
         for name, dtype, shape in file.tensors_of():
             kind = tensors.kind(name)
-            after[kind] = after.get(kind, 0) + prod(shape) * by_name(dtype).itemsize
+            after[kind] = after.get(kind, 0) + prod(shape) * DTYPES[dtype].itemsize
     headline = f"{plan.target.headline}, {plan.dtype.torch}"
     return Planned(headline, plan.family, before, after, dict(plan.decisions), plan.notes, recipe, estimate)
 
@@ -83,7 +83,7 @@ def conversion(
             facts.append(("estimated before", told))
     sections += [*timeline.sections(samples), *_bound(report, samples)]
     if plan is not None:
-        sections.append(tensors.sizes(plan.before.items(), plan.after.items()))
+        sections.append(tensors.sizes(plan.before, plan.after))
         rows = sorted(plan.decisions.items(), key=lambda pair: natural(pair[0]))
         text = "How each kind of module is stored; where it is not quantized, why. " + " ".join(f"{note}." for note in plan.notes)
         sections.append(Section("What became of each module", text, "", Table(("module", "stored as"), rows)))
@@ -118,10 +118,8 @@ def _bound(report: Report, samples: Sequence[Sample]) -> list[Section]:
     rows += [(name, f"{report.profile[key]:.2f} s", "") for key, name in _AROUND.items() if key in report.profile]
     mapped = show_size(report.bytes_mapped)
     text += f" {mapped} of the source were encoded from a mapping, without a copy." if report.bytes_mapped else ""
-    return [Section("Where the time went", text, "", Table(("an average worker", "seconds", "of the tiles' time"), rows, frozenset({1, 2})))]
-
-
-_AROUND = {"load": "planning and loading, before", "create": "creating the files, before", "tiles": "all tiles", "sync": "final sync, after"}
+    table = Table(("an average worker", "time", "of all tiles"), rows, frozenset({1, 2}))
+    return [Section("Where the time went", text, "", table)]
 
 
 def verification(out: str, source: str | None, verdict: Verdict, seconds: float, samples: Sequence[Sample], command: str) -> Page:

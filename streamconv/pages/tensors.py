@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from streamconv.memory import show_size
 from streamconv.natural import natural
@@ -37,22 +37,16 @@ def place(name: str) -> tuple[str, str]:
     return (found[1] if found else "-"), re.sub(r"(?<=\.)\d+(?=\.)", "*", rest)
 
 
-def sizes(before: Iterable[tuple[str, int]], after: Iterable[tuple[str, int]]) -> Section:
-    """Bytes by kind of module.
-
-    Args:
-        before, after: (tensor, bytes) of the source and of the output.
-    """
-    found: dict[str, list[int]] = {}
-    for which, tensors in enumerate((before, after)):
-        for name, size in tensors:
-            found.setdefault(kind(name), [0, 0])[which] += size
-    order = sorted(found.items(), key=lambda pair: -max(pair[1]))
-    total = [sum(pair[which] for pair in found.values()) for which in (0, 1)]
-    rows = [(name, *_sizes(*pair)) for name, pair in order] + [("all", *_sizes(*total))]
-    picture = bars("Bytes by kind of module", [(name, *pair) for name, pair in order], show_size, ("source", "output"))
+def sizes(before: Mapping[str, int], after: Mapping[str, int]) -> Section:
+    """Bytes by kind of module, of the source and of the output."""
+    order = sorted({*before, *after}, key=lambda kind: -max(before.get(kind, 0), after.get(kind, 0)))
+    pairs = [(kind, before.get(kind, 0), after.get(kind, 0)) for kind in order]
+    total = sum(before.values()), sum(after.values())
+    rows = [(kind, *_sizes(*pair)) for kind, *pair in [*pairs, ("all", *total)]]
+    picture = bars("Bytes by kind of module", pairs, show_size, ("source", "output"))
     text = f"{show_size(total[0])} of tensors became {show_size(total[1])}, {100 * total[1] / max(total[0], 1):.1f} %; all ranks together."
-    return Section("Size by kind of module", text, picture, Table(("module", "source", "output", "output / source"), rows, frozenset({1, 2, 3})))
+    table = Table(("module", "source", "output", "output / source"), rows, frozenset({1, 2, 3}))
+    return Section("Size by kind of module", text, picture, table)
 
 
 def _sizes(before: float, after: float) -> tuple[str, str, str]:
@@ -73,9 +67,9 @@ def errors(found: Sequence[TensorError], low: float | None, how: str) -> list[Se
         at = place(error.name)
         cells[at] = min(cells.get(at, math.inf), error.snr_db)
     inexact = sum(math.isfinite(error.snr_db) for error in found)
-    rows = sorted({row for row, _ in cells}, key=natural)
-    columns = sorted({column for row, column in cells if row != "-"} | {column for row, column in cells if row == "-"}, key=natural)
-    picture = heatmap("SNR in dB by layer and module", rows, columns, cells, -math.inf if low is None else low)
+    rows, columns = (sorted({at[axis] for at in cells}, key=natural) for axis in (0, 1))
+    frame = -math.inf if low is None else low
+    picture = heatmap("SNR in dB by layer and module", rows, columns, cells, _decibels, frame, high_is_dark=False)
     listed = [(row, *(_spelled(cells.get((row, column))) for column in columns)) for row in rows]
     worst = sorted(found, key=lambda error: error.snr_db)[:_WORST]
     table = [
@@ -94,3 +88,27 @@ def errors(found: Sequence[TensorError], low: float | None, how: str) -> list[Se
 
 def _spelled(snr: float | None) -> str:
     return "" if snr is None else "exact" if snr == math.inf else "nothing is left" if snr == -math.inf else f"{snr:.1f}"
+
+
+def _decibels(value: float, width: float) -> str:
+    return "=" if value == math.inf else "-" if not math.isfinite(value) else f"{value:.1f}" if width >= 32 else f"{value:.0f}"
+
+
+def ranges(amax: Iterable[tuple[str, float]]) -> list[Section]:
+    """A heatmap of the largest absolute inputs of modules.
+
+    Args:
+        amax: (module, largest absolute input).
+    """
+    cells: dict[tuple[str, str], float] = {}
+    for name, value in amax:
+        at = place(name)
+        cells[at] = max(cells.get(at, 0.0), value)
+    if not cells:
+        return []
+    rows, columns = (sorted({at[axis] for at in cells}, key=natural) for axis in (0, 1))
+    picture = heatmap("Largest absolute input by layer and module", rows, columns, cells, lambda value, _: f"{value:.3g}")
+    listed = [(row, *(f"{cells[row, column]:.4g}" if (row, column) in cells else "" for column in columns)) for row in rows]
+    text = "The largest absolute value that entered each linear module, of all channels and samples; of experts the largest of all of them."
+    table = Table(("layer", *columns), listed, frozenset(range(1, len(columns) + 1)))
+    return [Section("Largest inputs by layer and module", text, picture, table)]

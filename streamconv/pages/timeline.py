@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 
 from streamconv.memory import show_size
 from streamconv.memory_trace import Sample
@@ -37,14 +38,14 @@ def sections(samples: Sequence[Sample]) -> list[Section]:
 
 
 def _memory(samples: Sequence[Sample]) -> Section:
-    lines = {
+    lines: Mapping[str, Sequence[float | None]] = {
         "resident": [float(sample.resident) for sample in samples],
         "cgroup (page cache included)": [None if sample.cgroup is None else float(sample.cgroup) for sample in samples],
         "device": [float(sample.device) for sample in samples],
         "child processes": [float(sample.children) for sample in samples],
         "budget": [None if sample.budget is None else float(sample.budget) for sample in samples],
     }
-    kept: dict[str, list[float | None]] = {name: list(values) for name, values in lines.items() if any(values)}
+    kept = {name: values for name, values in lines.items() if any(values)}
     own = max([max(sample.resident + sample.children, sample.budget or 0, sample.device) for sample in samples])
     cgroup = max([sample.cgroup or 0 for sample in samples])
     left_out = ""
@@ -89,12 +90,12 @@ def _rates(samples: Sequence[Sample]) -> list[Section]:
 
     def rate(value: Callable[[Sample], float]) -> list[float | None]:
         made: list[float | None] = []
-        for before, after in zip(ends, ends[1:], strict=False):
+        for before, after in itertools.pairwise(ends):
             gone = value(after) - (value(before) if value(after) >= value(before) else 0)
             made.append(gone / max(after.time - before.time, 1e-3))
         return made
 
-    times = [(before.time + after.time) / 2 for before, after in zip(ends, ends[1:], strict=False)]
+    times = [(before.time + after.time) / 2 for before, after in itertools.pairwise(ends)]
     moved = {"read": rate(lambda s: s.read), "written": rate(lambda s: s.written)}
     busy, bands = rate(lambda s: s.cpu), phases(samples)
     lines = [Line(f"{name}, bytes a second", values) for name, values in moved.items()]

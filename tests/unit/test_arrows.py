@@ -25,6 +25,7 @@ LEVELS = (
     ("in_parts",),
     ("api",),
     ("verbs", "opening"),
+    ("pages",),
     ("cli", "__main__"),
 )
 """Rooms from the bottom up; a room imports from its own level and below (kernels and quants know each other)."""
