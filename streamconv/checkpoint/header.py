@@ -1,92 +1,25 @@
 """Strict reader of the safetensors header; header_build.py writes it.
 
-A file is an 8-byte little-endian length, a JSON object of that length, and the data. The reader is stricter than the
-stock one: whatever it accepts, stock reads the same. It walks the bytes with one bounded regular expression per tensor
-instead of building a JSON tree, so a hostile header is refused at its first wrong byte, in little memory (limits.py),
-and what JSON allows but no writer writes (duplicate keys, "-0", lone surrogates, nesting) has no way in.
-
-Spec: checkpoint §1.2 (byte layout of a rank file).
+A file is an 8-byte little-endian length, a JSON object of that length (header_parse.py), and the data. The reader is stricter
+than the stock one: whatever it accepts, stock reads the same. Spec: checkpoint §1.2 (byte layout of a rank file).
 """
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import stat
-from dataclasses import dataclass
-from operator import attrgetter
 from pathlib import Path
-from typing import NamedTuple, NoReturn
 
 from streamconv.checkpoint import lfs
-from streamconv.checkpoint.dtypes import DTYPES, DType
-from streamconv.checkpoint.header_build import METADATA
-from streamconv.checkpoint.header_build import build_header as build_header
-from streamconv.checkpoint.limits import (
-    MAX_ESCAPED,
-    MAX_METADATA,
-    MAX_METADATA_KEYS,
-    MAX_NAME,
-    MAX_SHAPES,
-    MAX_TENSORS,
-    STOCK_MAX_HEADER,
-)
-from streamconv.checkpoint.limits import MAX_HEADER as MAX_HEADER
+from streamconv.checkpoint.header_parse import SPLIT, Header, HeaderParser
+from streamconv.checkpoint.limits import MAX_HEADER, STOCK_MAX_HEADER
 from streamconv.checkpoint.untrusted import open_regular
 from streamconv.errors import CheckpointError, HeaderError, printable
 from streamconv.memory import check_room
 
-_LIMIT = 1 << 63
 _FIRST_READ = 1 << 16
 _TAKES = 5
 """Bytes of memory that a byte of a long header takes while it is read."""
-_SPLIT = "split the file into several shards"
-_WS = rb"[ \t\n\r]{0,256}"  # bounded, so that a hostile run of blanks fails at once
-_INT = rb"(?:0|[1-9][0-9]{0,19})"
-# Each run of blanks is followed by something that is no blank, so a failing match does not go back and forth.
-_ENTRY_TEXT = (
-    (
-        rb"\{(?:WS(?:"
-        rb'"dtype"WS:WS"([^"\\\x00-\x1f]{0,64})"'
-        rb'|"shape"WS:WS\[WS((?:INTWS(?:,WSINTWS){0,63})?)\]'
-        rb'|"data_offsets"WS:WS\[WS(INT)WS,WS(INT)WS\]'
-        rb")WS(?:,(?!WS\})|(?=\}))){3}\}"
-    )
-    .replace(b"WS", _WS)
-    .replace(b"INT", _INT)
-)
-_SEP = rb"WS([,}])".replace(b"WS", _WS)
-_ENTRY = re.compile(_ENTRY_TEXT)
-_NAMED_ENTRY = re.compile(rb'WS"([^"\\\x00-\x1f]*)"WS:WS'.replace(b"WS", _WS) + _ENTRY_TEXT + _SEP)
-_SEPARATOR = re.compile(_SEP)
-_BLANK = re.compile(rb"[ \t\n\r]*")
-_STRING_PART = re.compile(rb'[^"\\\x00-\x1f]*(?:\\[^\x00-\x1f][^"\\\x00-\x1f]*){0,1000}')
-
-
-class TensorEntry(NamedTuple):
-    """One tensor of a file; begin and end are offsets in the file, not in its data section."""
-
-    name: str
-    dtype: DType
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-
-@dataclass(frozen=True, slots=True)
-class Header:
-    """What a header says.
-
-    Attributes:
-        tensors: by name, in the order of their data.
-        metadata: the `__metadata__` strings; empty when there are none.
-        data_start: offset of the first data byte.
-    """
-
-    tensors: dict[str, TensorEntry]
-    metadata: dict[str, str]
-    data_start: int
 
 
 def read_header(source: str | os.PathLike[str] | int, path: str | os.PathLike[str] | None = None) -> Header:
@@ -140,7 +73,7 @@ def _data_start(data: bytes | bytearray | memoryview, file_size: int, path: str)
     if length > STOCK_MAX_HEADER:
         raise HeaderError(f"{where}: header length {length} is above the limit of {STOCK_MAX_HEADER}; no safetensors file?")
     if length > MAX_HEADER:
-        raise HeaderError(f"{where}: a header of {length} bytes is above streamconv's own limit of {MAX_HEADER}", hint=_SPLIT)
+        raise HeaderError(f"{where}: a header of {length} bytes is above streamconv's own limit of {MAX_HEADER}", hint=SPLIT)
     if 8 + length > file_size:
         raise HeaderError(f"{where}: header length {length} reaches past the end of the file ({file_size} bytes)")
     if length < 2 or data[8:9] != b"{":
@@ -165,191 +98,4 @@ def parse_header(
     if len(data) < stop:
         raise HeaderError(f"{printable(shown)}: the file ends inside its header")
     text = data if len(data) == stop and not isinstance(data, memoryview) else bytes(data[:stop])
-    return _Parser(text, file_size, printable(shown)).run()
-
-
-class _Parser:
-    def __init__(self, text: bytes | bytearray, file_size: int, where: str) -> None:
-        self.text, self.file_size, self.where = text, file_size, where
-        self.shapes: dict[bytes, tuple[tuple[int, ...], int]] = {}  # few distinct shapes: share and check once
-        self.escaped = 0
-        # Inside a string these quotes would be escaped, so this counts tensors (or a few strings that say just that).
-        self.within(text.count(b'"data_offsets"'), MAX_TENSORS + MAX_METADATA_KEYS, "tensors")
-
-    def within(self, count: int, limit: int, what: str) -> None:
-        if count > limit:
-            self.fail(f"the header has {count} {what}, above streamconv's own limit of {limit}", hint=_SPLIT)
-
-    def run(self) -> Header:
-        text, base = self.text, len(self.text)
-        tensors: dict[str, TensorEntry] = {}
-        metadata: dict[str, str] | None = None
-        pos = self.blank(9)
-        more = text[pos : pos + 1] != b"}"
-        if not more:
-            pos += 1
-        match = _NAMED_ENTRY.match
-        while more:
-            found = match(text, pos)
-            if found:
-                raw, dtype, shape, begin, end, separator = found.groups()
-                if len(raw) > MAX_NAME:
-                    self.too_long(pos, MAX_NAME)
-                try:
-                    name = raw.decode()
-                except UnicodeDecodeError:
-                    self.fail("a tensor name is not UTF-8", pos)
-                pos = found.end()
-            else:
-                self.escaped += 1
-                self.within(self.escaped, MAX_ESCAPED, "names with escapes")
-                name, pos = self.string(self.blank(pos), MAX_NAME)
-                pos = self.blank(self.expect(b":", self.blank(pos)))
-                if name == METADATA:
-                    if metadata is not None:
-                        self.fail("duplicate key __metadata__", pos)
-                    metadata, pos = self.metadata(pos)
-                    dtype = shape = begin = None
-                else:
-                    entry = _ENTRY.match(text, pos)
-                    if entry is None:
-                        self.explain(name, pos)
-                    dtype, shape, begin, end = entry.groups()
-                    pos = entry.end()
-                after = _SEPARATOR.match(text, pos)
-                if after is None:
-                    self.fail("bad JSON, ',' or '}' expected", pos)
-                separator, pos = after[1], after.end()
-            more = separator == b","
-            if name != METADATA:
-                if name in tensors:
-                    self.fail(f"duplicate tensor {printable(name)}")
-                tensors[name] = self.entry(name, dtype, shape, begin, end)
-                if len(tensors) > MAX_TENSORS:
-                    self.within(len(tensors), MAX_TENSORS, "tensors")
-            elif found:
-                self.fail("__metadata__ must hold strings only")
-        if self.blank(pos) != base:
-            self.fail("characters after the header's closing '}'", pos)
-        return Header(self.tiled(tensors), metadata or {}, base)
-
-    def entry(
-        self, name: str, dtype: bytes | None, shape: bytes | None, begin: bytes | None, end: bytes | None
-    ) -> TensorEntry:
-        if dtype is None or shape is None or begin is None or end is None:
-            self.fail(f"tensor {printable(name)} has a key twice")  # three fields, yet one of the three is missing
-        kind = DTYPES.get(dtype.decode("latin-1"))
-        if kind is None:
-            self.fail(f"tensor {printable(name)} has dtype {printable(dtype.decode(errors='replace'))}, not supported")
-        known = self.shapes.get(shape)
-        if known is None:
-            dims = tuple(map(int, shape.split(b","))) if shape else ()
-            count = 1
-            for dim in dims:
-                count *= dim
-                if dim >= _LIMIT or count >= _LIMIT:
-                    self.fail(f"tensor {printable(name)} has an impossible shape")
-            known = self.shapes[shape] = dims, count
-            self.within(len(self.shapes), MAX_SHAPES, "different shapes")
-        first, last = int(begin), int(end)
-        if last - first != known[1] * kind.itemsize:
-            self.fail(
-                f"tensor {printable(name)} of shape {list(known[0])} and dtype {kind} needs {known[1] * kind.itemsize}"
-                f" bytes, but its data_offsets are [{first}, {last}]"
-            )
-        base = len(self.text)
-        return TensorEntry(name, kind, known[0], base + first, base + last)
-
-    def tiled(self, tensors: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
-        """In the order of the data, which the tensors must fill without hole or overlap."""
-        at = len(self.text)
-        ordered = list(tensors.values())
-        ordered.sort(key=attrgetter("end"))  # two stable passes: by begin, then by end, without a tuple for each
-        ordered.sort(key=attrgetter("begin"))
-        for entry in ordered:
-            if entry.begin != at:
-                what = "overlaps the one before" if entry.begin < at else f"leaves a hole of {entry.begin - at} bytes"
-                self.fail(f"tensor {printable(entry.name)} {what}")
-            at = entry.end
-            if at > self.file_size:
-                self.fail(f"tensor {printable(entry.name)} reaches past the end of the file (truncated download?)")
-        if at != self.file_size:
-            self.fail(f"{self.file_size - at} bytes after the last tensor")
-        tensors.clear()
-        return {entry.name: entry for entry in ordered}
-
-    def metadata(self, pos: int) -> tuple[dict[str, str], int]:
-        values: dict[str, str] = {}
-        start = pos
-        pos = self.blank(self.expect(b"{", pos, "__metadata__ must be an object"))
-        if self.text[pos : pos + 1] == b"}":
-            return values, pos + 1
-        while True:
-            key, pos = self.string(self.blank(pos), MAX_METADATA)
-            pos = self.blank(self.expect(b":", self.blank(pos)))
-            value, pos = self.string(pos, MAX_METADATA, "__metadata__ must hold strings only")
-            if key in values:
-                self.fail(f"duplicate key {printable(key)} in __metadata__")
-            values[key] = value
-            self.within(len(values), MAX_METADATA_KEYS, "keys in __metadata__")
-            self.within(pos - start, MAX_METADATA, "bytes of __metadata__")
-            after = _SEPARATOR.match(self.text, pos)
-            if after is None:
-                self.fail("bad JSON, ',' or '}' expected", pos)
-            pos = after.end()
-            if after[1] == b"}":
-                return values, pos
-
-    def string(self, start: int, limit: int, otherwise: str = "bad JSON, a string expected") -> tuple[str, int]:
-        pos = self.expect(b'"', start, otherwise)
-        while self.text[pos : pos + 1] != b'"':
-            found = _STRING_PART.match(self.text, pos)
-            if found is None or found.end() == pos:
-                self.fail("bad JSON, a string does not end or holds a control character", start)
-            pos = found.end()
-            if pos - start > limit + 1:
-                self.too_long(start, limit)
-        pos += 1
-        try:
-            value: str = json.loads(self.text[start:pos].decode())
-            value.encode()  # a lone surrogate is no text
-        except ValueError:
-            self.fail("a string is not valid JSON in UTF-8", start)
-        return value, pos
-
-    def blank(self, pos: int) -> int:
-        found = _BLANK.match(self.text, pos)
-        return found.end() if found else pos
-
-    def expect(self, mark: bytes, pos: int, otherwise: str | None = None) -> int:
-        if self.text[pos : pos + 1] != mark:
-            self.fail(otherwise or f"bad JSON, '{mark.decode()}' expected", pos)
-        return pos + 1
-
-    def explain(self, name: str, pos: int) -> NoReturn:
-        """Say what is wrong with an entry that the pattern does not match; only a short piece is looked at."""
-        shown = printable(name)
-        try:
-            value, _ = json.JSONDecoder().raw_decode(self.text[pos : pos + 4096].decode(errors="replace"))
-        except (ValueError, RecursionError):
-            self.fail(f"tensor {shown}: bad JSON, or a value too long", pos)
-        if not isinstance(value, dict):
-            self.fail(f"tensor {shown} is not an object")
-        for key in ("dtype", "shape", "data_offsets"):
-            if key not in value:
-                self.fail(f"tensor {shown} has no {key}")
-        extra = [key for key in value if key not in ("dtype", "shape", "data_offsets")]
-        if extra:
-            self.fail(f"tensor {shown} has the unknown key {printable(extra[0])}")
-        for key in ("shape", "data_offsets"):
-            listed = value[key]
-            if not isinstance(listed, list) or not all(type(n) is int and 0 <= n < _LIMIT for n in listed):
-                self.fail(f"tensor {shown}: {key} must be a list of non-negative integers")
-        self.fail(f"tensor {shown} is not well formed")
-
-    def too_long(self, pos: int, limit: int) -> NoReturn:
-        self.fail(f"a string is longer than streamconv's own limit of {limit} bytes", pos)
-
-    def fail(self, what: str, pos: int | None = None, hint: str | None = None) -> NoReturn:
-        at = "" if pos is None else f" (at byte {pos})"
-        raise HeaderError(f"{self.where}: {what}{at}", hint=hint)
+    return HeaderParser(text, file_size, printable(shown)).run()

@@ -16,7 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
-from streamconv.checkpoint.header import Header, read_header
+from streamconv.checkpoint.header import read_header
+from streamconv.checkpoint.header_parse import Header
 from streamconv.checkpoint.private_mapping import private_mapping
 from streamconv.checkpoint.untrusted import frees_descriptors, open_regular
 from streamconv.errors import CheckpointError, SourceChangedError, UnreadableError, printable

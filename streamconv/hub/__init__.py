@@ -17,18 +17,11 @@ import os
 from pathlib import Path
 
 from streamconv.checkpoint.foreign import foreign
-from streamconv.checkpoint.index import (
-    MAX_CONFIG,
-    MAX_WEIGHT_MAP,
-    Beside,
-    Index,
-    build_index,
-    choose,
-    open_index,
-    read_json,
-    weight_files,
-)
+from streamconv.checkpoint.index import Beside, Index, build_index, open_index
+from streamconv.checkpoint.json_file import read_json
+from streamconv.checkpoint.limits import MAX_CONFIG, MAX_WEIGHT_MAP
 from streamconv.checkpoint.meta import PARAMS
+from streamconv.checkpoint.weight_files import choose, weight_files
 from streamconv.errors import CheckpointError, printable
 from streamconv.families.naming import settle
 from streamconv.hub.problems import no_folder

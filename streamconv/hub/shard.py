@@ -9,7 +9,9 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streamconv.checkpoint.header import MAX_HEADER, Header, parse_header
+from streamconv.checkpoint.header import parse_header
+from streamconv.checkpoint.header_parse import Header
+from streamconv.checkpoint.limits import MAX_HEADER
 from streamconv.checkpoint.shard import Identity, Shard, identity_of
 from streamconv.errors import HubError, SourceChangedError, StreamconvError, printable
 from streamconv.hub.cache import Brought, remove

@@ -6,24 +6,24 @@ that every source row is read once and serves every rank that needs it.
 
 from __future__ import annotations
 
-import heapq
 import itertools
-import struct
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from math import prod
 from typing import NamedTuple, cast
 
 from streamconv.checkpoint.dtypes import DType
-from streamconv.checkpoint.header_build import HeaderBuilder
-from streamconv.checkpoint.limits import MAX_HEADER, MAX_OUTPUT_TENSORS, MAX_TENSORS
 from streamconv.checkpoint.rows import RowSource
-from streamconv.errors import DataError, RefusedError
+from streamconv.errors import DataError
 from streamconv.memory import check_room
+from streamconv.planning.file_layout import Fixed, layout
+from streamconv.planning.matrix_table import BY_ROLE, MatrixTable, Spelling
 from streamconv.planning.plan import PLAIN_ROWS, Constant, OutputFile, RowOp, SideFile, Span, align_of
-from streamconv.planning.tables import BY_ROLE, Cols, MatrixTable, Pool, Sources, SpanTable, Spelling, Stored
+from streamconv.planning.row_order import in_row_order
+from streamconv.planning.span_table import SpanTable
+from streamconv.planning.tables import Cols, Pool, Sources, Stored
 from streamconv.quants import factors
 from streamconv.quants.base import Encoding, Reduction
 
@@ -45,15 +45,6 @@ class Fed:
     start: int
     stop: int
     cols: Cols
-
-
-@dataclass(slots=True)
-class _Fixed:
-    file: int
-    name: str
-    dtype: DType
-    shape: tuple[int, ...]
-    data: bytes
 
 
 _LAYOUT_TAKES = 450
@@ -117,7 +108,7 @@ class Draft:
         self._sources = Sources(stored)
         self._matrices = MatrixTable()
         self._feeds = _Feeds(self._sources)
-        self._fixed: list[_Fixed] = []
+        self._fixed: list[Fixed] = []
         self._reductions: dict[str, list[tuple[RowSource, Reduction]]] = {}
 
     def file(self, name: str, metadata: Mapping[str, str] | None = None) -> int:
@@ -202,7 +193,7 @@ class Draft:
         wrong = factors.problem(name, dtype, data, len(data) == dtype.itemsize)
         if wrong:
             raise DataError(wrong, hint="the source or the activation ranges hold a value that no scale can be made of")
-        self._fixed.append(_Fixed(file, name, dtype, shape, data))
+        self._fixed.append(Fixed(file, name, dtype, shape, data))
 
     def finish(self) -> tuple[list[OutputFile], MatrixTable, SpanTable, list[Constant]]:
         """The plan's parts.
@@ -273,93 +264,3 @@ class Draft:
 @cache
 def _align_of(row_align: int, stored: int, op: RowOp) -> int:
     return align_of((row_align, stored), op)
-
-
-def layout(
-    named: Sequence[tuple[str, Mapping[str, str] | None]], matrices: MatrixTable, fixed: Sequence[_Fixed]
-) -> tuple[list[OutputFile], list[Constant]]:
-    """Place every tensor, and build the headers that say where.
-
-    Args:
-        named: name and metadata of each file.
-        fixed: the tensors whose bytes are known.
-
-    Raises:
-        RefusedError: a file would hold more than a reader takes.
-    """
-    keys: list[list[bytes]] = [[] for _ in named]  # all that sorting needs, in one string each: a tuple takes three times as much
-    total = 0
-    for number in range(len(matrices)):
-        for at, part in enumerate(matrices.parts(number)):
-            keys[matrices.file(number)].append(_key(part.dtype, matrices.tensor(number, at), number, at))
-            total += 1
-    for number, one in enumerate(fixed):
-        keys[one.file].append(_key(one.dtype, one.name, number, _CONSTANT))
-    most = max(map(len, keys), default=0)
-    if most > MAX_TENSORS or total + len(fixed) > MAX_OUTPUT_TENSORS:
-        what = f"{most} tensors in one file" if most > MAX_TENSORS else f"{total + len(fixed)} tensors in all files together"
-        limit = MAX_TENSORS if most > MAX_TENSORS else MAX_OUTPUT_TENSORS
-        raise RefusedError([f"the output would have {what}, above streamconv's own limit of {limit}"])
-    files, constants = [], list[Constant]()
-    for file, listed in enumerate(keys):
-        listed.sort()
-        header, own = HeaderBuilder(named[file][1]), list[tuple[int, int, int]]()
-        for position, key in enumerate(listed):
-            name, number, at = key[1:-6].decode(), *_OWNER.unpack(key[-5:])
-            part = fixed[number] if at == _CONSTANT else matrices.parts(number)[at]
-            begin = header.add(name, part.dtype, part.shape)
-            if at == _CONSTANT:
-                own.append((number, begin, position))
-            else:
-                matrices.put(number, at, begin, position)
-        count = len(listed)
-        listed.clear()  # before the header is copied: both are as large as the names
-        text, size = header.finish()
-        if len(text) > MAX_HEADER:
-            told = f"{named[file][0]} would have a header of {len(text)} bytes, above streamconv's own limit of {MAX_HEADER}"
-            raise RefusedError([told])
-        matrices.data_starts.append(len(text))
-        constants += [Constant(file, fixed[n].name, len(text) + begin, fixed[n].data, position) for n, begin, position in own]
-        files.append(OutputFile(named[file][0], size, text, count))
-    return files, constants
-
-
-_CONSTANT = 255
-_OWNER = struct.Struct(">IB")
-
-
-def _key(dtype: DType, name: str, number: int, part: int) -> bytes:
-    """Sorts as the stock writer does: by dtype, then by name; ends with the matrix (or constant) and the part that the tensor is."""
-    return bytes([255 - dtype.order]) + name.encode() + b"\0" + _OWNER.pack(number, part)
-
-
-def in_row_order(spans: list[Span]) -> list[Span]:
-    """The spans so ordered that every matrix gets its rows in order, even where the source's do not come so.
-
-    A matrix is hashed while it is written, and a worker waits for the rows before its own: an order that breaks this would wait for
-    ever. Where matrices want the same rows in opposite orders, each gets spans of its own, and those rows are read again.
-    """
-    wanted: dict[int, list[tuple[int, int]]] = {}  # matrix -> (row, number of the span)
-    for number, span in enumerate(spans):
-        for dest in span.dests:
-            wanted.setdefault(dest.matrix, []).append((dest.row, number))
-    if all(one < other and at < then for rows in wanted.values() for (one, at), (other, then) in itertools.pairwise(rows)):
-        return spans
-    before, after = [0] * len(spans), [list[int]() for _ in spans]
-    for rows in wanted.values():
-        for (_, one), (_, other) in itertools.pairwise(sorted(rows)):
-            before[other] += 1
-            after[one].append(other)
-    ready = [number for number, count in enumerate(before) if not count]
-    ordered: list[Span] = []
-    while ready:  # the first in the source's order of those that may come
-        number = heapq.heappop(ready)
-        ordered.append(spans[number])
-        for other in after[number]:
-            before[other] -= 1
-            if not before[other]:
-                heapq.heappush(ready, other)
-    if len(ordered) == len(spans):
-        return ordered
-    single = [replace(span, dests=(dest,)) for span in spans for dest in span.dests]
-    return sorted(single, key=lambda span: (span.dests[0].matrix, span.dests[0].row))

@@ -24,7 +24,8 @@ from streamconv.checkpoint.rows import RowSource, SourceFile
 from streamconv.quants.base import Encoding, Reduction
 
 if TYPE_CHECKING:
-    from streamconv.planning.tables import MatrixTable, SpanTable
+    from streamconv.planning.matrix_table import MatrixTable
+    from streamconv.planning.span_table import SpanTable
 
 
 @dataclass(frozen=True, slots=True)

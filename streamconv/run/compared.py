@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from streamconv.checkpoint.dtypes import DType
-from streamconv.checkpoint.header import Header
+from streamconv.checkpoint.header_parse import Header
 from streamconv.checkpoint.shard import Shard
 from streamconv.planning.plan import Plan
 from streamconv.quants.factors import nonfinite

@@ -17,7 +17,7 @@ from typing import Any
 
 from streamconv import hub, memory
 from streamconv.allocation import costs_of, dearest, foresee, load_kernels
-from streamconv.checkpoint.header import Header
+from streamconv.checkpoint.header_parse import Header
 from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.shard import Shard
 from streamconv.errors import BudgetError, DataError, RefusedError, StreamconvError, UsageError, VerifyError, printable

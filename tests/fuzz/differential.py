@@ -11,8 +11,9 @@ from typing import Any
 
 from safetensors import SafetensorError, deserialize, safe_open
 
-from streamconv.checkpoint.header import Header, parse_header, read_header
-from streamconv.checkpoint.index import read_weight_map
+from streamconv.checkpoint.header import parse_header, read_header
+from streamconv.checkpoint.header_parse import Header
+from streamconv.checkpoint.weight_files import read_weight_map
 from streamconv.errors import CheckpointError, HeaderError
 from tests.fuzz import mutate
 

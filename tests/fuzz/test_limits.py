@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from streamconv.checkpoint.dtypes import F16
-from streamconv.checkpoint.header import MAX_HEADER, build_header
+from streamconv.checkpoint.header_build import build_header
+from streamconv.checkpoint.limits import MAX_HEADER
 from tests import tiny
 from tests.fuzz import hostile
 

@@ -18,9 +18,12 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize, safe_open
 from safetensors.numpy import save_file
 
-from streamconv.checkpoint import header
+from streamconv.checkpoint import header_parse
 from streamconv.checkpoint.dtypes import DTYPES, F16, F32
-from streamconv.checkpoint.header import MAX_HEADER, Header, build_header, parse_header, read_header
+from streamconv.checkpoint.header import parse_header, read_header
+from streamconv.checkpoint.header_build import build_header
+from streamconv.checkpoint.header_parse import Header
+from streamconv.checkpoint.limits import MAX_HEADER
 from streamconv.errors import CheckpointError, HeaderError
 
 GOOD = '{"dtype":"U8","shape":[2],"data_offsets":[0,2]}'
@@ -329,11 +332,11 @@ def test_limits_are_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     file = pack(text.replace("%s", empty), b"")
     parse(file)
     for limit, value in limits.items():
-        monkeypatch.setattr(header, limit, value)
+        monkeypatch.setattr(header_parse, limit, value)
     with pytest.raises(HeaderError, match=re.escape(says)):
         parse(file)
     for limit, value in limits.items():  # at the limit is not above it
-        monkeypatch.setattr(header, limit, value + 30)
+        monkeypatch.setattr(header_parse, limit, value + 30)
     parse(file)
 
 

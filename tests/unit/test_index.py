@@ -12,7 +12,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from streamconv.checkpoint import index as index_module
-from streamconv.checkpoint.index import nearest, open_index, read_weight_map
+from streamconv.checkpoint.index import nearest, open_index
+from streamconv.checkpoint.weight_files import read_weight_map
 from streamconv.errors import CheckpointError, HeaderError, TensorError
 
 
@@ -198,7 +199,7 @@ def test_bad_shards_leave_nothing_open(model: Path) -> None:
 
 def test_weights_are_not_read(tmp_path: Path) -> None:
     from streamconv.checkpoint.dtypes import F16
-    from streamconv.checkpoint.header import build_header
+    from streamconv.checkpoint.header_build import build_header
 
     header, places = build_header([("a", F16, (1 << 20, 1 << 18))])
     (tmp_path / "config.json").write_text("{}")

@@ -9,8 +9,8 @@ import pytest
 
 from streamconv.checkpoint.dtypes import F16
 from streamconv.checkpoint.rows import SourceTensor
-from streamconv.planning.draft import in_row_order
 from streamconv.planning.plan import PLAIN_ROWS, Dest, Span
+from streamconv.planning.row_order import in_row_order
 
 COLS = ((0, 8),)
 

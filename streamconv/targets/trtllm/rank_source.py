@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from streamconv.checkpoint.dtypes import MODEL_DTYPES, DType
-from streamconv.checkpoint.header import Header
-from streamconv.checkpoint.index import Index, read_json
+from streamconv.checkpoint.header_parse import Header
+from streamconv.checkpoint.index import Index
+from streamconv.checkpoint.json_file import read_json
 from streamconv.checkpoint.limits import MAX_CONFIG
 from streamconv.checkpoint.model_config import from_hf, is_tied
 from streamconv.checkpoint.rows import Piece, SourceTensor
@@ -25,8 +26,9 @@ from streamconv.errors import CheckpointError, RefusedError, TensorError, Verify
 from streamconv.families import family_of
 from streamconv.families.matching import example
 from streamconv.planning.draft import Draft
+from streamconv.planning.matrix_table import MatrixTable
 from streamconv.planning.plan import Matrix
-from streamconv.planning.tables import MatrixTable, SpanTable
+from streamconv.planning.span_table import SpanTable
 from streamconv.quants.plain import Plain
 from streamconv.run import manifest
 from streamconv.targets import target_from_json

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from streamconv.checkpoint.header import TensorEntry
+from streamconv.checkpoint.header_parse import TensorEntry
 from streamconv.errors import VerifyError, printable
 from streamconv.options import Version
 from streamconv.targets.trtllm.expected_forms import SMOOTH

@@ -1,0 +1,83 @@
+"""Where every tensor of the output files lies, and the headers that say so."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from streamconv.checkpoint.dtypes import DType
+from streamconv.checkpoint.header_build import HeaderBuilder
+from streamconv.checkpoint.limits import MAX_HEADER, MAX_OUTPUT_TENSORS, MAX_TENSORS
+from streamconv.errors import RefusedError
+from streamconv.planning.matrix_table import MatrixTable
+from streamconv.planning.plan import Constant, OutputFile
+
+
+@dataclass(slots=True)
+class Fixed:
+    """A small tensor whose bytes are known when the plan is made."""
+
+    file: int
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    data: bytes
+
+
+def layout(
+    named: Sequence[tuple[str, Mapping[str, str] | None]], matrices: MatrixTable, fixed: Sequence[Fixed]
+) -> tuple[list[OutputFile], list[Constant]]:
+    """Place every tensor, and build the headers that say where.
+
+    Args:
+        named: name and metadata of each file.
+        fixed: the tensors whose bytes are known.
+
+    Raises:
+        RefusedError: a file would hold more than a reader takes.
+    """
+    keys: list[list[bytes]] = [[] for _ in named]  # all that sorting needs, in one string each: a tuple takes three times as much
+    total = 0
+    for number in range(len(matrices)):
+        for at, part in enumerate(matrices.parts(number)):
+            keys[matrices.file(number)].append(_key(part.dtype, matrices.tensor(number, at), number, at))
+            total += 1
+    for number, one in enumerate(fixed):
+        keys[one.file].append(_key(one.dtype, one.name, number, _CONSTANT))
+    most = max(map(len, keys), default=0)
+    if most > MAX_TENSORS or total + len(fixed) > MAX_OUTPUT_TENSORS:
+        what = f"{most} tensors in one file" if most > MAX_TENSORS else f"{total + len(fixed)} tensors in all files together"
+        limit = MAX_TENSORS if most > MAX_TENSORS else MAX_OUTPUT_TENSORS
+        raise RefusedError([f"the output would have {what}, above streamconv's own limit of {limit}"])
+    files, constants = [], list[Constant]()
+    for file, listed in enumerate(keys):
+        listed.sort()
+        header, own = HeaderBuilder(named[file][1]), list[tuple[int, int, int]]()
+        for position, key in enumerate(listed):
+            name, number, at = key[1:-6].decode(), *_OWNER.unpack(key[-5:])
+            part = fixed[number] if at == _CONSTANT else matrices.parts(number)[at]
+            begin = header.add(name, part.dtype, part.shape)
+            if at == _CONSTANT:
+                own.append((number, begin, position))
+            else:
+                matrices.put(number, at, begin, position)
+        count = len(listed)
+        listed.clear()  # before the header is copied: both are as large as the names
+        text, size = header.finish()
+        if len(text) > MAX_HEADER:
+            told = f"{named[file][0]} would have a header of {len(text)} bytes, above streamconv's own limit of {MAX_HEADER}"
+            raise RefusedError([told])
+        matrices.data_starts.append(len(text))
+        constants += [Constant(file, fixed[n].name, len(text) + begin, fixed[n].data, position) for n, begin, position in own]
+        files.append(OutputFile(named[file][0], size, text, count))
+    return files, constants
+
+
+_CONSTANT = 255
+_OWNER = struct.Struct(">IB")
+
+
+def _key(dtype: DType, name: str, number: int, part: int) -> bytes:
+    """Sorts as the stock writer does: by dtype, then by name; ends with the matrix (or constant) and the part that the tensor is."""
+    return bytes([255 - dtype.order]) + name.encode() + b"\0" + _OWNER.pack(number, part)
