@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -37,13 +38,28 @@ def settled(value: object, kind: type[Value], name: str) -> Value:
     if not isinstance(value, kind):
         public = "TensorRTLLM" if name == "target" else kind.__name__
         raise UsageError(f"{name} is {_a(value)}", hint=f"it takes a streamconv.{public}(...)")
-    public, changes, hints = type(value).__name__, dict[str, Any](), get_type_hints(type(value))
-    for field in (each.name for each in dataclasses.fields(value)):  # type: ignore[arg-type]
-        given, declared = getattr(value, field), hints[field]
-        if not _is_one(given, declared):
-            changes[field] = _as_meant(f"{public}({field}={printable(repr(given), 60)})", field, given, declared)
+    changes = as_declared(value)
     made: Value = dataclasses.replace(value, **changes) if changes else value  # type: ignore[type-var]
     return made
+
+
+def as_declared(record: object) -> dict[str, Any]:
+    """The fields of a dataclass that hold what is meant as another type, as that type: a path as a string, an int as a float, a list as a tuple.
+
+    Raises:
+        UsageError: a field holds what cannot be meant; names it.
+    """
+    public, changes, hints = type(record).__name__, dict[str, Any](), _hints(type(record))
+    for field in (each.name for each in dataclasses.fields(record)):  # type: ignore[arg-type]
+        given, declared = getattr(record, field), hints[field]
+        if not _is_one(given, declared):
+            changes[field] = _as_meant(f"{public}({field}={printable(repr(given), 60)})", field, given, declared)
+    return changes
+
+
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
 def _is_one(value: object, declared: Any) -> bool:
@@ -62,6 +78,8 @@ def _as_meant(told: str, field: str, value: object, declared: Any) -> object:
         return float(value)
     if str in kinds and isinstance(value, os.PathLike):
         return str(os.fspath(value))
+    if get_origin(declared) is tuple and isinstance(value, list) and all(isinstance(each, str) for each in value):
+        return tuple(value)
     if get_origin(declared) is Literal:
         raise UsageError(f"{told} is not one of {', '.join(map(repr, get_args(declared)))}")
     raise UsageError(f"{told} is not {' or '.join(_name(kind) for kind in kinds)}", hint=_hint(field, value))

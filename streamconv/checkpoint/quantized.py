@@ -101,15 +101,20 @@ def stated_quantization(config: Mapping[str, Any], root: Path) -> SourceQuantiza
         root: the source, a folder or a file in it.
 
     Raises:
-        CheckpointError: a file is not a JSON object, or states a bound that is no number.
+        CheckpointError: a file is not a JSON object, or states what is none, no name of a method or no bound.
     """
     folder = root if root.is_dir() else root.parent
     stated = config.get("quantization_config")
     if isinstance(stated, dict):
-        method = str(stated.get("quant_method", "unknown")).lower()
+        method = stated.get("quant_method", "unknown")
+        if not isinstance(method, str):
+            raise CheckpointError(f"config.json: quant_method is {shown_value(method)}, no name")
+        method = method.lower()
         if method.startswith("modelopt"):
             return _modelopt(stated, "config.json")
         return _facts(method, stated, "config.json")
+    if stated is not None:
+        raise CheckpointError(f"config.json: quantization_config is {shown_value(stated)}, no object")
     stated = _json(folder / "hf_quant_config.json")
     if stated is not None:
         return _modelopt(stated, "hf_quant_config.json")

@@ -179,6 +179,8 @@ class DecodedIntegers(_Decoded):
         self.order.read(shards, 0, self.cols, found.view(np.uint8), found.view(np.uint8)[:0])
         if found.min() < 0 or found.max() >= groups:
             raise CheckpointError(f"{printable(self.order.name)} names a group that there is not: there are {groups}")
+        if (np.bincount(found, minlength=groups) != self.cols // groups).any():
+            raise CheckpointError(f"{printable(self.order.name)} does not give {self.cols // groups} input features to each group")
         return found
 
 

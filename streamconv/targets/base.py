@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+from streamconv.arguments import as_declared
 from streamconv.errors import UsageError, printable
 
 if TYPE_CHECKING:
@@ -88,6 +89,15 @@ class Target(ABC):
         made: _T = object.__new__(cls)
         object.__setattr__(made, "given", frozenset(options))
         return made
+
+    def __post_init__(self) -> None:
+        """Every option is of its type; a path becomes a string.
+
+        Raises:
+            UsageError: one is not; names it.
+        """
+        for name, value in as_declared(self).items():
+            object.__setattr__(self, name, value)
 
     @abstractmethod
     def plan(self, index: Index) -> Plan:

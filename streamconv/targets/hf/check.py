@@ -11,7 +11,7 @@ from streamconv.checkpoint.limits import MAX_WEIGHT_MAP
 from streamconv.checkpoint.untrusted import parse_json, read_file, shown_value
 from streamconv.errors import VerifyError, printable
 from streamconv.natural import natural
-from streamconv.targets.hf.check_scales import SCALES, SHARED, check_tensors, check_values
+from streamconv.targets.hf.check_scales import SCALES, SHARED, check_tensors, check_values, codes_of, unordered
 from streamconv.targets.hf.layers import Model, differences, in_order
 from streamconv.targets.hf.rules import default_reason, is_other_part, partners
 from streamconv.targets.hf.second_file import second_file
@@ -27,7 +27,6 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 _WORDS = ("gptq", "awq")
 """Methods whose readers leave what has no codes as it is."""
 _SHOWN = 20
-_CODES = ("weight_packed", "qweight", "weight")
 
 
 def tensor_files(folder: Path, problems: list[str]) -> list[str]:
@@ -74,7 +73,7 @@ def check(folder: Path, config: Mapping[str, Any], shapes: Shapes) -> tuple[list
     wrong, odd = differences(model)
     problems += in_order(wrong)[:_SHOWN]
     warnings += odd
-    codes = {name.rpartition(".")[0] for name in tensors if _is_code(name, tensors)}
+    codes = codes_of(tensors)
     if not isinstance(stated, dict):
         bare = sorted(codes, key=natural)[:5]
         problems += [f"{printable(name)} is quantized, and config.json has no quantization_config" for name in bare]
@@ -86,7 +85,7 @@ def check(folder: Path, config: Mapping[str, Any], shapes: Shapes) -> tuple[list
     problems += statement.problems[:_SHOWN]
     warnings += dict.fromkeys(statement.warnings)
     told = check_tensors(codes, tensors, statement)
-    problems += told[0][:_SHOWN]
+    problems += [*told[0], *unordered(codes, tensors, statement)][:_SHOWN]
     warnings += told[1]
     problems += _scales(codes, tensors, any(group.scheme is None for group in statement.groups))
     problems += check_values(folder, shapes, tensors, statement)[:_SHOWN]
@@ -125,11 +124,6 @@ def _total(folder: Path, tensors: Tensors) -> list[str]:
     stated = metadata.get("total_size") if isinstance(metadata, dict) else None
     total = sum(DTYPES[dtype].itemsize * prod(shape) for dtype, shape in tensors.values() if dtype in DTYPES)
     return [] if stated == total else [f"{INDEX}: total_size is {stated}, the tensors have {total} bytes"]
-
-
-def _is_code(name: str, tensors: Tensors) -> bool:
-    module, _, leaf = name.rpartition(".")
-    return leaf in _CODES and tensors[name][0] not in _FLOATS and not module.endswith(("embed_tokens",))
 
 
 def _scales(codes: set[str], tensors: Tensors, unknown: bool) -> list[str]:

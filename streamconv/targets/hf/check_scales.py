@@ -23,9 +23,20 @@ if TYPE_CHECKING:
 SCALES = ("weight_scale", "weight_scale_inv", "scales")
 SHARED = ("weight_global_scale", "weight_scale_2")
 _OWN = (*SCALES, *SHARED, "weight_shape", "weight_zero_point", "weight", "weight_packed", "qweight", "qzeros")
+_CODES = ("weight_packed", "qweight", "weight")
 INPUTS = ("input_scale", "input_global_scale", "activation_scale", "k_scale", "v_scale")
-_READ = (*SCALES, *SHARED, *INPUTS, "weight_shape", "qzeros")
+_READ = (*SCALES, *SHARED, *INPUTS, "weight_shape", "qzeros", "g_idx")
 _WINDOW = 4 << 20
+
+
+def codes_of(tensors: Tensors) -> set[str]:
+    """The modules whose weights are codes."""
+    found = set()
+    for name in tensors:
+        module, _, leaf = name.rpartition(".")
+        if leaf in _CODES and tensors[name][0] not in (*FLOATS, "F64") and not module.endswith("embed_tokens"):
+            found.add(module)
+    return found
 
 
 def check_tensors(codes: Iterable[str], tensors: Tensors, statement: Statement) -> tuple[list[str], list[str]]:
@@ -69,6 +80,14 @@ def check_tensors(codes: Iterable[str], tensors: Tensors, statement: Statement) 
     return problems, warnings
 
 
+def unordered(codes: Iterable[str], tensors: Tensors, statement: Statement) -> Iterator[str]:
+    """Weights with act order, and nothing that says which."""
+    for module in sorted(codes, key=natural):
+        group = statement.scheme_of(module)
+        if group is not None and isinstance(group.scheme, Words) and group.scheme.ordered and f"{module}.g_idx" not in tensors:
+            yield f"{printable(module)} has no g_idx, and config.json states act order (desc_act)"
+
+
 def check_values(folder: Path, shapes: Mapping[str, Tensors], tensors: Tensors, statement: Statement) -> list[str]:
     """Numbers that cannot be: scales, the shape beside packed weights, zero points of weights that are said to have none."""
     problems: list[str] = []
@@ -102,6 +121,8 @@ def _wrong(name: str, data: bytes, dtype: str, tensors: Tensors, statement: Stat
         return _odd(data, dtype)
     group = statement.scheme_of(module)
     scheme = group.scheme if group is not None else None
+    if leaf == "g_idx":
+        return scheme.wrong_order(data) if isinstance(scheme, Words) and scheme.method == "gptq" else ""
     if leaf == "qzeros":
         if not isinstance(scheme, Words) or scheme.middle is None:
             return ""

@@ -5,15 +5,16 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.quantized import source_quantization
 from streamconv.checkpoint.tensor_table import TensorTable
 from streamconv.errors import CheckpointError, printable
-from streamconv.targets.hf.check_scales import SCALES
+from streamconv.targets.hf.check_scales import SCALES, check_tensors, codes_of
 from streamconv.targets.hf.layers import Model, differences, in_order
-from streamconv.targets.hf.stated import stated_bits
-from streamconv.targets.hf.weights import Told, weights
+from streamconv.targets.hf.stated import read_statement, stated_bits
+from streamconv.targets.hf.weights import Tensors, Told, weights
 
 _OF = re.compile(r"^(.*)-(\d{5})-of-(\d{5})\.safetensors$")
 _FP8 = ("F8_E4M3", "F8_E5M2")
@@ -43,15 +44,25 @@ def check_complete(index: Index) -> list[str]:
     Raises:
         CheckpointError: a shard, a layer, a module or the scale of codes is missing, or a size is not what config.json says.
     """
-    stated = source_quantization(index)
-    told = index.config.get("quantization_config")
-    bits = stated.bits or stated_bits(told if isinstance(told, dict) else {}) or 4 if stated is not None else None
-    wrong, odd = differences(Model(index.config, weights(_Told(index.tensors), bits)))
-    found = [*_shards(index), *in_order(wrong), *_bare_codes(index)]
+    tensors = _Told(index.tensors)
+    stated, bits = source_quantization(index), None
+    found = list(_shards(index))
+    if stated is not None:
+        told = index.config.get("quantization_config") or {}
+        bits = stated.bits or stated_bits(told) or 4
+        found += _statement(told, tensors) if told else []
+    wrong, odd = differences(Model(index.config, weights(tensors, bits)))
+    found += [*in_order(wrong), *_bare_codes(index)]
     if found:
         more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
         raise CheckpointError("; ".join(found[:_SHOWN]) + more, hint="is the download complete, and config.json this model's?")
     return odd
+
+
+def _statement(told: Mapping[str, Any], tensors: Tensors) -> list[str]:
+    """What of a statement nobody can read, and codes that are not what it says."""
+    statement = read_statement(told, any(name.endswith(".bitmask") for name in tensors))
+    return statement.problems + check_tensors(codes_of(tensors), tensors, statement)[0]
 
 
 def _shards(index: Index) -> Iterator[str]:

@@ -34,7 +34,7 @@ class Tiles:
         name = "weight_scale" if f"{module}.weight_scale_inv" not in tensors and f"{module}.weight_scale" in tensors else "weight_scale_inv"
         rows, cols = code[1]
         shapes = [(-(-rows // self.rows), -(-cols // self.cols))] if self.rows else [(), (1,), (1, 1)]
-        kinds = (*FLOATS, "F8_E8M0") if self.rows else FLOATS
+        kinds = (*FLOATS, "F8_E8M0", "U8") if self.rows else FLOATS
         found: dict[str, list[Told]] = {"weight": [code], name: [(kind, shape) for kind in kinds for shape in shapes]}
         if self.static:
             leaf = "activation_scale" if f"{module}.activation_scale" in tensors else "input_scale"
@@ -112,6 +112,17 @@ class Words:
     def title(self) -> str:
         return f"{self.method}, {self.bits} bits, groups of {self.group}"
 
+    def wrong_order(self, data: bytes) -> str:
+        """What of a g_idx cannot be, in words; "" if all is well."""
+        import numpy as np
+
+        order = np.frombuffer(data, np.int32)
+        group = self.group if self.group > 0 else len(order)
+        plain = np.arange(len(order), dtype=np.int32) // np.int32(group)
+        if not self.ordered:
+            return "" if (order == plain).all() else "an order of its own, and config.json says no desc_act: engines leave it out"
+        return "" if (np.sort(order) == plain).all() else f"other groups than those of {group} input features that config.json states"
+
     def wanted(self, module: str, tensors: Tensors) -> dict[str, list[Told]] | None:
         code = tensors.get(f"{module}.qweight")
         if code is None or code[0] != "I32" or len(code[1]) != 2:
@@ -121,6 +132,6 @@ class Words:
         groups = -(-k // self.group) if self.group > 0 else 1
         found: dict[str, list[Told]] = {"qweight": [code], "qzeros": [("I32", (groups, n // each))]}
         found["scales"] = [(kind, (groups, n)) for kind in FLOATS]
-        if self.ordered or f"{module}.g_idx" in tensors:
+        if f"{module}.g_idx" in tensors:
             found["g_idx"] = [("I32", (k,))]
         return found

@@ -76,7 +76,10 @@ def stored_weights(index: Index, into: DType) -> Stored:
             stored.decoded.add(shown)
         elif leaf == "qweight":
             shown = f"{module}.weight"
-            made = integers(tensors, module, told).decoded(shown, into)
+            found = integers(tensors, module, told)
+            if found.order is None and told is not None and told.act_order:
+                raise CheckpointError(f"missing tensor {printable(module)}.g_idx, which act order (desc_act) needs")
+            made = found.decoded(shown, into)
             stored.decoded.add(shown)
         elif leaf.endswith("_blocks") and tensor.dtype.name == "U8":
             shown = name.removesuffix("_blocks")
