@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -44,22 +43,17 @@ def settled(value: object, kind: type[Value], name: str) -> Value:
 
 
 def as_declared(record: object) -> dict[str, Any]:
-    """The fields of a dataclass that hold what is meant as another type, as that type: a path as a string, an int as a float, a list as a tuple.
+    """Fields of a dataclass that hold what is meant as another type, as that type: paths as strings, ints as floats, lists as tuples.
 
     Raises:
         UsageError: a field holds what cannot be meant; names it.
     """
-    public, changes, hints = type(record).__name__, dict[str, Any](), _hints(type(record))
+    public, changes, hints = type(record).__name__, dict[str, Any](), get_type_hints(type(record))
     for field in (each.name for each in dataclasses.fields(record)):  # type: ignore[arg-type]
         given, declared = getattr(record, field), hints[field]
         if not _is_one(given, declared):
             changes[field] = _as_meant(f"{public}({field}={printable(repr(given), 60)})", field, given, declared)
     return changes
-
-
-@cache
-def _hints(kind: Any) -> dict[str, Any]:
-    return get_type_hints(kind)
 
 
 def _is_one(value: object, declared: Any) -> bool:

@@ -15,9 +15,10 @@ from safetensors.numpy import save_file
 
 import streamconv
 from streamconv import api
-from streamconv.errors import CheckpointError, UsageError
+from streamconv.errors import CheckpointError, StreamconvError, UsageError
 from streamconv.open_plan import open_and_plan
 from streamconv.targets.hf.target import HuggingFace
+from streamconv.targets.trtllm.options import TensorRTLLM
 from tests import tiny
 
 FP8 = HuggingFace(quant="fp8_dynamic")
@@ -144,6 +145,33 @@ def mixture(held: Tensors) -> None:
         held[moe + "gate.weight"] = np.zeros((4, tiny.HIDDEN), np.float16)
         for expert in range(4):
             held |= {f"{moe}experts.{expert}.w{n}.weight": part.copy() for n, part in enumerate(parts, 1)}
+
+
+ODD = ([1], "fp8", 5, True, {"quant_method": 5}, {"quant_method": None}, {"quant_method": "fp9"},
+       {"quant_method": "fp8", "weight_block_size": "128"}, {"quant_method": "compressed-tensors", "config_groups": {"group_0": None}},
+       {"quant_method": "compressed-tensors", "config_groups": "x"},
+       {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {"g": {"targets": "Linear", "weights": "8"}}},
+       {"quant_method": "compressed-tensors", "format": [], "config_groups": {"g": {"targets": [[]], "weights": {"num_bits": [8]}}}},
+       {"quant_method": "gptq", "bits": "4", "group_size": 128}, {"quant_method": "gptq", "bits": 4, "group_size": None},
+       {"quant_method": "modelopt", "quant_algo": ["FP8"]}, {"quant_method": "fp8", "ignored_layers": {"a": 1}})  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    top = tmp_path_factory.mktemp("odd")
+    api.convert(written(top / "in"), top / "out", FP8)
+    (top / "out/streamconv.json").unlink()
+    return top / "out"
+
+
+@pytest.mark.parametrize("odd", ODD, ids=str)
+def test_an_odd_statement_of_a_source_is_refused(odd: object, quantized: Path) -> None:
+    """Each kind that JSON has, where another one belongs: a typed error of both targets, and a problem of verify."""
+    (quantized / "config.json").write_text(json.dumps(tiny.config(quantization_config=odd)))
+    for target in (HuggingFace(quant="none"), HuggingFace(quant="keep"), TensorRTLLM()):
+        with pytest.raises(StreamconvError):
+            open_and_plan(quantized, target, None)
+    assert streamconv.verify(quantized).problems
 
 
 def test_a_mixture_is_taken(tmp_path: Path) -> None:

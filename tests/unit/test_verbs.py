@@ -147,15 +147,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"target": "int8"}, r"target is a value of type str.*streamconv\.TensorRTLLM"),
     ({"target": Resources()}, r"target is a value of type Resources"),
     ({"target": TensorRTLLM}, r"target is a value of type type"),
-    ({"target": TensorRTLLM(tp_size="2")}, r"TensorRTLLM\(tp_size='2'\) is not int"),  # type: ignore[arg-type]
-    ({"target": TensorRTLLM(tp_size=2.0)}, r"TensorRTLLM\(tp_size=2\.0\) is not int"),  # type: ignore[arg-type]
-    ({"target": TensorRTLLM(tp_size=True)}, r"tp_size=True\) is not int"),
-    ({"target": TensorRTLLM(tp_size=np.int64(2))}, r"tp_size=.*\) is not int"),  # type: ignore[arg-type]
-    ({"target": TensorRTLLM(target_sm="90")}, r"target_sm='90'\) is not int or None"),  # type: ignore[arg-type]
-    ({"target": TensorRTLLM(rope_tables=1)}, r"rope_tables=1\) is not bool"),  # type: ignore[arg-type]
-    ({"target": TensorRTLLM(target_version="1.1")}, r"not one of '0\.16', '1\.0', '1\.2'"),  # type: ignore[arg-type]
     ({"target": TensorRTLLM(quant="int5")}, r"int5"),
-    ({"target": TensorRTLLM(quant=None)}, r"quant=None\) is not str"),  # type: ignore[arg-type]
     ({"target": TensorRTLLM(tp_size=0)}, r"at least 1"),
     ({"resources": TensorRTLLM()}, r"resources is a value of type"),
     ({"resources": Resources(memory_budget="2GiB")}, r"memory_budget='2GiB'.*memory_budget=2147483648, in bytes"),  # type: ignore[arg-type]
@@ -167,6 +159,24 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"watch": "line"}, r"watch='line' is neither a callable nor 'bar'"),
     ({"watch": True}, r"watch=True is neither"),
 ]
+
+
+ILL_TYPED: list[tuple[dict[str, Any], str]] = [
+    ({"tp_size": "2"}, r"TensorRTLLM\(tp_size='2'\) is not int"),
+    ({"tp_size": 2.0}, r"TensorRTLLM\(tp_size=2\.0\) is not int"),
+    ({"tp_size": True}, r"tp_size=True\) is not int"),
+    ({"tp_size": np.int64(2)}, r"tp_size=.*\) is not int"),
+    ({"target_sm": "90"}, r"target_sm='90'\) is not int or None"),
+    ({"rope_tables": 1}, r"rope_tables=1\) is not bool"),
+    ({"target_version": "1.1"}, r"not one of '0\.16', '1\.0', '1\.2'"),
+    ({"quant": None}, r"quant=None\) is not str"),
+]
+
+
+@pytest.mark.parametrize(("options", "told"), ILL_TYPED, ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")
+def test_an_option_of_another_type_is_refused_when_the_target_is_made(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(UsageError, match=told):
+        TensorRTLLM(**options)
 
 
 @pytest.mark.parametrize(("given", "told"), MISTAKES, ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")
