@@ -13,6 +13,7 @@ from streamconv.cli import effects, ending, output, recipe_option, signals
 from streamconv.cli.details import CALIBRATE, OUTPUT, RECIPES, SOURCES, VERIFY, paragraphs
 from streamconv.cli.flags import CONVERSION, OF_A_RUN, PARTS, RESOURCES, SAMPLES, WATCHING, Command, options, resources, sharing, target
 from streamconv.cli.shared_work import finalize, status
+from streamconv.cli.submit import submit
 from streamconv.errors import UsageError
 
 if TYPE_CHECKING:
@@ -392,7 +393,7 @@ def list_(what: str, markdown: bool) -> int:
     return 0
 
 
-for command in (status, finalize):
+for command in (status, finalize, submit):
     cli.add_command(command)
 
 
