@@ -69,7 +69,7 @@ def test_killed_at_every_operation(make: Callable[..., InParts], settings: dict[
 
 @pytest.mark.parametrize("settings", [{"replaced": True}, {"mounted": True, "replaced": True}], ids=["replaced", "mounted"])
 def test_killed_at_some_operations(make: Callable[..., InParts], settings: dict[str, Any]) -> None:
-    _kill_everywhere(make(**settings), depth=1, step=11)
+    _kill_everywhere(make(**settings), depth=1, step=23)
 
 
 def test_one_after_the_other_and_once_more(make: Callable[..., InParts]) -> None:
@@ -168,10 +168,10 @@ def _child(work: Callable[[], object]) -> int:
 def test_workers_at_once_and_killed(make: Callable[..., InParts]) -> None:
     """Three at a time, one killed at a random moment: the others do its part, and one of them publishes."""
     world = make(tile_rows=16)
-    for round_ in range(4):
+    for round_ in range(2):
         world.reset()
         children = [_child(lambda: world.run(wait=30.0)) for _ in range(3)]
-        time.sleep(0.05 + 0.1 * round_)
+        time.sleep(0.1 + 0.2 * round_)
         os.kill(children[0], signal.SIGKILL)
         ends = [os.waitpid(child, 0)[1] for child in children]
         assert ends[1:] == [0, 0]

@@ -24,7 +24,9 @@ from tests.unit import test_hf_ranges
 
 FAMILIES = {family.name: family for family in all_families()}
 LLAMA, MIXTRAL = (next(recipe for recipe in RECIPES if str(recipe) == name) for name in ("llama", "mixtral"))
-CASES = [pytest.param(LLAMA, quant, id=f"llama-{quant}") for quant in RUNS] + [pytest.param(MIXTRAL, "int8", id="mixtral-int8")]
+QUICK = ("int8", "smoothquant", "int4_gptq", "fp8_rowwise")
+CASES = [pytest.param(LLAMA, quant, id=f"llama-{quant}", marks=() if quant in QUICK else pytest.mark.slow) for quant in RUNS]
+CASES.append(pytest.param(MIXTRAL, "int8", id="mixtral-int8"))
 
 
 def _resources(**more: Any) -> Resources:
@@ -53,7 +55,7 @@ def test_rank_files(recipe: Recipe, quant: str, tmp_path: Path) -> None:
     _in_parts_and_alone(source.folder, source.options(quant, run, tp_size=2), tmp_path)
 
 
-@pytest.mark.parametrize("quant", ["none", "fp8_dynamic", "mxfp4", "w4a16"])
+@pytest.mark.parametrize("quant", ["none", "fp8_dynamic", "mxfp4"])
 def test_a_hugging_face_directory(quant: str, tmp_path: Path) -> None:
     _in_parts_and_alone(tiny.write(tmp_path / "in"), HuggingFace(quant=quant), tmp_path)
 
