@@ -12,7 +12,6 @@ from __future__ import annotations
 TYPE_CHECKING = False  # type checkers take the name for true; importing typing would take most of the time
 
 if TYPE_CHECKING:
-    from streamconv.api import Report as Report
     from streamconv.checkpoint.lazy_tensor import LazyTensor as LazyTensor
     from streamconv.errors import BudgetError as BudgetError
     from streamconv.errors import CheckpointError as CheckpointError
@@ -35,6 +34,8 @@ if TYPE_CHECKING:
     from streamconv.options import Resources as Resources
     from streamconv.planning.plan import Plan as Plan
     from streamconv.progress import Progress as Progress
+    from streamconv.reports import Report as Report
+    from streamconv.targets.base import Output as Output
     from streamconv.targets.hf.target import HuggingFace as HuggingFace
     from streamconv.targets.trtllm.options import TensorRTLLM as TensorRTLLM
     from streamconv.verbs import CalibrationReport as CalibrationReport
@@ -57,11 +58,12 @@ _MODULES = {
     "calibrate": "streamconv.verbs",
     "TensorRTLLM": "streamconv.targets.trtllm.options",
     "HuggingFace": "streamconv.targets.hf.target",
+    "Output": "streamconv.targets.base",
     "Resources": "streamconv.options",
     "Checkpoint": "streamconv.opening",
     "LazyTensor": "streamconv.checkpoint.lazy_tensor",
     "Plan": "streamconv.planning.plan",
-    "Report": "streamconv.api",
+    "Report": "streamconv.reports",
     "Verdict": "streamconv.verification.verdict",
     "Comparison": "streamconv.verification.difference",
     "CalibrationReport": "streamconv.verbs",

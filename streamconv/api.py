@@ -4,55 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from streamconv import device, hub, memory
 from streamconv.allocation import costs_of, foresee
 from streamconv.checkpoint.index import Index
-from streamconv.errors import OutputError, printable
+from streamconv.errors import OutputError, UsageError, printable
 from streamconv.execution import executor
 from streamconv.hub.fetch import Fetch
 from streamconv.open_plan import open_and_plan as open_and_plan
+from streamconv.open_plan import open_and_plan_all
 from streamconv.options import Resources
+from streamconv.planning.memory_plan import Shares
 from streamconv.planning.plan import Plan
 from streamconv.planning.reads import Reads
 from streamconv.progress import Meter, unwatched
+from streamconv.reports import Report, Written, profile_of, together
 from streamconv.run.fs import Disk, named
-from streamconv.run.writer import Writer, check_plan
-from streamconv.targets.base import Target
+from streamconv.run.output_checks import check_apart
+from streamconv.run.writer import Writer, begin, check_plan
+from streamconv.targets.base import Output, Target
 
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What a conversion did: bytes, seconds, peak memory, and everything the user should know.
-
-    `profile` says where the time went, in seconds: loading, creating the files, an average worker's share of each phase, all tiles
-    together, and the final sync. Of `bytes_read`, `bytes_mapped` were encoded from a mapping of the source, without a copy. `parts`
-    are those that this process did, None if it did not share the work; `published` if the output has its name.
-    """
-
-    out: str
-    files: int
-    tensors: int
-    bytes_read: int
-    bytes_mapped: int
-    bytes_written: int
-    seconds: float
-    peak_memory: int
-    budget: int
-    workers: int
-    tiles: int
-    resumed: int
-    device: str
-    profile: dict[str, float]
-    warnings: tuple[str, ...]
-    parts: tuple[int, ...] | None = None
-    published: bool = True
+if TYPE_CHECKING:
+    from streamconv.run.output_state import OutputState
 
 
 def output_problem(index: Index, plan: Plan, out: str | Path) -> str | None:
@@ -77,14 +56,34 @@ def convert(
     clock: Callable[[], float] = time.monotonic,
     disk: Disk | None = None,
 ) -> Report:
-    """Convert a checkpoint.
+    """Convert a checkpoint into one output; a finished one in its place is an error. Everything else as `convert_all`.
+
+    Args:
+        out: folder to write; appears only when it is complete.
+        options: what decides the bytes.
+    """
+    run = Conversion(source, (Output(str(out), options),), resources or Resources(), force, meter or Meter(unwatched), clock, disk)
+    return run.run()
+
+
+def convert_all(
+    source: str | Path,
+    outputs: Sequence[Output],
+    resources: Resources | None = None,
+    *,
+    force: bool = False,
+    meter: Meter | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    disk: Disk | None = None,
+) -> Report:
+    """Convert a checkpoint into several outputs; each byte of the source is read once for all of them, where their formats allow it.
+
+    An output that this very call has finished before is skipped, the others are resumed.
 
     Args:
         source: folder or file of the source checkpoint, or a model of the Hub (org/name[@revision]).
-        out: folder to write; appears only when it is complete.
-        options: what decides the bytes.
-        resources: what does not.
-        force: replace an existing output.
+        resources: what decides no byte.
+        force: replace existing outputs.
         meter: told about progress.
         disk: the file system operations to use (tests).
 
@@ -92,154 +91,176 @@ def convert(
         StreamconvError: see streamconv.errors. After a mistake or a bad source nothing is left behind; after a full
             disk, a signal or a crash the same call goes on where this one stopped.
     """
-    resources, meter, out = resources or Resources(), meter or Meter(unwatched), named(out)
-    run = _convert if resources.parts is None else _convert_in_parts
-    try:
-        return run(source, out, options, resources, force, meter, clock, disk)
-    except device.NoRoom as error:
-        if resources.device != "auto":
-            raise
-        on_cpu = dataclasses.replace(resources, device="cpu")
-        return run(source, out, options, on_cpu, force, meter, clock, disk, error.message)
-    except device.DeviceLost as error:
-        if resources.on_device_loss == "stop":
-            error.hint = "what is finished is kept: run the same command again to go on, or with --device cpu"
-            raise
-        on_cpu = dataclasses.replace(resources, device="cpu")
-        report = run(source, out, options, on_cpu, force, meter, clock, disk, error.message, error.pinned)
-        warning = f"{error.message}; the rest was done on the CPU"
-        return dataclasses.replace(report, warnings=(warning, *report.warnings))
+    run = Conversion(source, tuple(outputs), resources or Resources(), force, meter or Meter(unwatched), clock, disk, several=True)
+    return run.run()
 
 
-def _convert(
-    source: str | Path,
-    out: str | Path,
-    options: Target,
-    resources: Resources,
-    force: bool,
-    meter: Meter,
-    clock: Callable[[], float],
-    disk: Disk | None,
-    instead: str = "",
-    pinned: int = 0,
-) -> Report:
-    """`convert` on what was chosen.
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What `convert` and `convert_all` were asked for.
 
-    Args:
+    Attributes:
+        several: outputs that are finished are skipped.
         instead: why it is the CPU and not the device that was meant.
         pinned: bytes of host memory that a device which was lost keeps.
     """
-    from streamconv.run.output_state import OutputState
-    from streamconv.run.pool import Outcome, Pool
 
-    laps = [clock()]
-    index, plan = open_and_plan(source, options, resources.memory_budget)
-    outcome, profile, state, where, warnings = Outcome(), dict[str, float](), None, "", list(plan.warnings)
-    reads = Reads([plan])
-    costs = costs_of(reads)
-    shares = foresee(reads, resources, costs, 0)  # a budget that is far too small is refused before anything is loaded
-    with (
-        contextlib.closing(index),
-        Writer(Path(out), index.root, plan, index.shards, force, disk, resources.no_lock) as writer,
-    ):
-        if not writer.finished:
-            with executor(reads, resources, costs, hub.memory_of(index) + pinned, instead) as execution:
-                shares, where = execution.shares, execution.where
-                meter.begin("converting", plan.bytes_read, memory_budget=shares.budget)
-                laps.append(clock())
-                writer.begin()
-                laps.append(clock())
-                state = OutputState(plan, writer.folder, writer.journal, writer.past)
-                fetch = Fetch(reads, index.shards, [writer.past], resources.hub_keep)
-                rows, devices, windows = resources.tile_rows, execution.slots, execution.mapped
-                pool = Pool(
-                    reads, [state], index.shards, shares, execution.costs, rows, meter.tile, devices, fetch.consumed, windows
-                )
-                try:
-                    fetch.start()
-                    outcome = pool.run()
-                finally:
-                    fetch.close()
-                    writer.abandoned = pool.busy
-                warnings += [*execution.warnings(), *state.warnings()]
-            laps.append(clock())
-            for shard in index.shards:
-                shard.check_unchanged()
-            meter.phase("syncing")
-            writer.publish(state.hashes)
-            laps.append(clock())
-            profile = _profile(laps, outcome.seconds, shares.workers)
-    meter.end()
-    return Report(
-        out=str(out),
-        files=len(plan.files),
-        tensors=sum(file.tensors for file in plan.files),
-        bytes_read=outcome.bytes_read,
-        bytes_mapped=outcome.bytes_mapped,
-        bytes_written=plan.bytes_written,
-        seconds=clock() - laps[0],
-        peak_memory=memory.peak_resident(),
-        budget=shares.budget,
-        workers=shares.workers,
-        tiles=outcome.tiles,
-        resumed=state.resumed if state is not None else 0,
-        device=where,
-        profile=profile,
-        warnings=tuple(warnings),
+    source: str | Path
+    outputs: tuple[Output, ...]
+    resources: Resources
+    force: bool
+    meter: Meter
+    clock: Callable[[], float]
+    disk: Disk | None
+    several: bool = False
+    instead: str = ""
+    pinned: int = 0
+
+    def run(self) -> Report:
+        """On the device that was chosen, or on the CPU where that has no room, or is lost."""
+        on_cpu = dataclasses.replace(self.resources, device="cpu")
+        try:
+            return self._run() if self.resources.parts is None else self._run_in_parts()
+        except device.NoRoom as error:
+            if self.resources.device != "auto":
+                raise
+            return dataclasses.replace(self, resources=on_cpu, instead=error.message).run()
+        except device.DeviceLost as error:
+            if self.resources.on_device_loss == "stop":
+                error.hint = "what is finished is kept: run the same command again to go on, or with --device cpu"
+                raise
+            report = dataclasses.replace(self, resources=on_cpu, instead=error.message, pinned=error.pinned).run()
+            warning = f"{error.message}; the rest was done on the CPU"
+            return dataclasses.replace(report, warnings=(warning, *report.warnings))
+
+    def _run(self) -> Report:
+        from streamconv.run.output_state import OutputState
+        from streamconv.run.pool import Outcome, Pool
+
+        laps, resources, meter = [self.clock()], self.resources, self.meter
+        index, plans = open_and_plan_all(self.source, self.outputs, resources.memory_budget)
+        shares = _foreseen(plans, resources)  # a budget that is far too small is refused before anything is loaded
+        with contextlib.closing(index), contextlib.ExitStack() as stack:
+            writers = [self._writer(index, *pair) for pair in zip(self.outputs, plans, strict=True)]
+            if self.several:
+                check_apart([writer.place for writer in writers], index.root)
+            for writer in writers:
+                stack.enter_context(writer)
+            outcome, profile, where, warnings = Outcome(), dict[str, float](), "", list[str]()
+            states: dict[Writer, OutputState] = {}
+            unfinished = [writer for writer in writers if not writer.finished]
+            if unfinished:
+                reads = Reads([writer.plan for writer in unfinished])
+                taken = hub.memory_of(index) + self.pinned
+                with executor(reads, resources, costs_of(reads), taken, self.instead) as execution:
+                    shares, where = execution.shares, execution.where
+                    meter.begin("converting", reads.nbytes, memory_budget=shares.budget)
+                    laps.append(self.clock())
+                    begin(unfinished)
+                    laps.append(self.clock())
+                    states = {writer: OutputState(writer.plan, writer.folder, writer.journal, writer.past) for writer in unfinished}
+                    fetch = Fetch(reads, index.shards, [writer.past for writer in unfinished], resources.hub_keep)
+                    pool = Pool(
+                        reads,
+                        [*states.values()],
+                        index.shards,
+                        shares,
+                        execution.costs,
+                        resources.tile_rows,
+                        meter.tile,
+                        execution.slots,
+                        fetch.consumed,
+                        execution.mapped,
+                    )
+                    try:
+                        fetch.start()
+                        outcome = pool.run()
+                    finally:
+                        fetch.close()
+                        for writer in unfinished:
+                            writer.abandoned = pool.busy
+                    warnings = execution.warnings()
+                laps.append(self.clock())
+                for shard in index.shards:
+                    shard.check_unchanged()
+                meter.phase("syncing")
+                for writer, state in states.items():
+                    writer.publish(state.hashes)
+                laps.append(self.clock())
+                profile = profile_of(laps, outcome.seconds, shares.workers)
+        meter.end()
+        made = [_written(output, writer, states.get(writer)) for output, writer in zip(self.outputs, writers, strict=True)]
+        return Report(
+            out=", ".join(output.out for output in self.outputs),
+            files=sum(written.files for written in made),
+            tensors=sum(written.tensors for written in made),
+            bytes_read=outcome.bytes_read,
+            bytes_mapped=outcome.bytes_mapped,
+            bytes_written=sum(written.bytes_written for written in made if not (self.several and written.finished)),
+            seconds=self.clock() - laps[0],
+            peak_memory=memory.peak_resident(),
+            budget=shares.budget,
+            workers=shares.workers,
+            tiles=outcome.tiles,
+            resumed=sum(written.resumed for written in made),
+            device=where,
+            profile=profile,
+            warnings=tuple(warnings) + together(made),
+            outputs=tuple(made),
+        )
+
+    def _run_in_parts(self) -> Report:
+        """As `_run`, for one of the processes that share the work."""
+        from streamconv.in_parts import Worker
+
+        if len(self.outputs) > 1:
+            raise UsageError("--parts: several machines make one output at a time", hint="leave --parts out, or convert one output after the other")
+        began, (output,), resources, meter = self.clock(), self.outputs, self.resources, self.meter
+        index, plan = open_and_plan(self.source, output.target, resources.memory_budget)
+        out = Path(named(output.out))
+        with contextlib.closing(index):
+            foreseen = _foreseen([plan], resources)
+            share = Worker(self.source, out, index, plan, resources, self.force, meter, self.disk, self.instead, self.pinned).work()
+        meter.end()
+        used = share.shares or foreseen
+        return Report(
+            out=str(out),
+            files=len(plan.files),
+            tensors=sum(file.tensors for file in plan.files),
+            bytes_read=share.bytes_read,
+            bytes_mapped=share.bytes_mapped,
+            bytes_written=plan.bytes_written,
+            seconds=self.clock() - began,
+            peak_memory=memory.peak_resident(),
+            budget=used.budget,
+            workers=used.workers,
+            tiles=share.tiles,
+            resumed=share.resumed,
+            device=share.where,
+            profile={},
+            warnings=(*plan.warnings, *share.warnings),
+            parts=tuple(share.parts),
+            published=share.published,
+        )
+
+    def _writer(self, index: Index, output: Output, plan: Plan) -> Writer:
+        out = Path(named(output.out))
+        return Writer(out, index.root, plan, index.shards, self.force, self.disk, self.resources.no_lock, skip=self.several)
+
+
+def _foreseen(plans: Sequence[Plan], resources: Resources) -> Shares:
+    reads = Reads(plans)
+    return foresee(reads, resources, costs_of(reads), 0)
+
+
+def _written(output: Output, writer: Writer, state: OutputState | None) -> Written:
+    plan = writer.plan
+    return Written(
+        output.out,
+        len(plan.files),
+        sum(file.tensors for file in plan.files),
+        plan.bytes_written,
+        state.resumed if state is not None else 0,
+        writer.finished,
+        (*plan.warnings, *(state.warnings() if state is not None else ())),
     )
-
-
-def _convert_in_parts(
-    source: str | Path,
-    out: str | Path,
-    options: Target,
-    resources: Resources,
-    force: bool,
-    meter: Meter,
-    clock: Callable[[], float],
-    disk: Disk | None,
-    instead: str = "",
-    pinned: int = 0,
-) -> Report:
-    """As `_convert`, for one of the processes that share the work."""
-    from streamconv.in_parts import Worker
-
-    began = clock()
-    index, plan = open_and_plan(source, options, resources.memory_budget)
-    with contextlib.closing(index):
-        reads = Reads([plan])
-        foreseen = foresee(reads, resources, costs_of(reads), 0)
-        share = Worker(source, Path(out), index, plan, resources, force, meter, disk, instead, pinned).work()
-    meter.end()
-    used = share.shares or foreseen
-    return Report(
-        out=str(out),
-        files=len(plan.files),
-        tensors=sum(file.tensors for file in plan.files),
-        bytes_read=share.bytes_read,
-        bytes_mapped=share.bytes_mapped,
-        bytes_written=plan.bytes_written,
-        seconds=clock() - began,
-        peak_memory=memory.peak_resident(),
-        budget=used.budget,
-        workers=used.workers,
-        tiles=share.tiles,
-        resumed=share.resumed,
-        device=share.where,
-        profile={},
-        warnings=(*plan.warnings, *share.warnings),
-        parts=tuple(share.parts),
-        published=share.published,
-    )
-
-
-def _profile(laps: Sequence[float], spent: Mapping[str, float], workers: int) -> dict[str, float]:
-    """Where the time went, in seconds.
-
-    Args:
-        laps: when the run began, had loaded, had made the files, had done the tiles, and had published.
-        spent: worker seconds by phase.
-    """
-    load, create, tiles, sync = (after - before for before, after in itertools.pairwise(laps))
-    phases = {phase: seconds / workers for phase, seconds in spent.items()}
-    return {"load": load, "create": create, **phases, "tiles": tiles, "sync": sync}

@@ -67,6 +67,12 @@ class _Told(BaseException):
         return f"{self.message} ({self.hint})" if self.hint else self.message
 
 
+    def about(self, what: str) -> None:
+        """Say what it is about, before what is wrong."""
+        self.problems = tuple(f"{visible(what)}: {problem}" for problem in self.problems)
+        self.message = f"{what}: {self.message}"
+
+
 class StreamconvError(_Told, Exception):
     """Base of all errors meant for the user.
 

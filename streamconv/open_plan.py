@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from streamconv import hub, memory
 from streamconv.checkpoint.index import Index, description_size
-from streamconv.errors import BudgetError
+from streamconv.errors import BudgetError, StreamconvError, printable
+from streamconv.families.naming import settle
 from streamconv.planning.plan import Plan
-from streamconv.targets.base import Target
+from streamconv.targets.base import Output, Target
 
 LOADS = {"numpy": 30 * memory.MIB, "numba": 166 * memory.MIB, "torch": 300 * memory.MIB}
 """Bytes that loading a library takes, compiled kernels and what comes with it included (measured, rounded up); a run measures its own."""
@@ -23,31 +24,47 @@ _UNSEEN = 16 * memory.MIB
 
 
 def open_and_plan(source: str | Path, target: Target, budget: int | None = None) -> tuple[Index, Plan]:
-    """Read the headers of a source and plan its conversion. No weight is read.
+    """As `open_and_plan_all`, for one output."""
+    index, (plan,) = open_and_plan_all(source, (Output("", target),), budget)
+    return index, plan
+
+
+def open_and_plan_all(source: str | Path, outputs: Sequence[Output], budget: int | None = None) -> tuple[Index, list[Plan]]:
+    """Read the headers of a source, once, and plan its conversion into each output. No weight is read.
 
     Args:
+        outputs: errors name the folder, if there are several.
         budget: bytes that the process may take; planning itself stops before it takes more.
 
     Raises:
         BudgetError: the headers alone do not fit.
     """
-    before = memory.peak_resident()
-    with without_collection(), _bounded(source, target, budget):
-        index = hub.open_source(source, raw=target.raw_names)
+    before, plans = memory.peak_resident(), list[Plan]()
+    with without_collection(), _bounded(source, [output.target for output in outputs], budget):
+        stored = hub.open_stored(source)
         try:
-            plan = target.plan(index)
+            index = stored if all(output.target.raw_names for output in outputs) else settle(stored)
+            for output in outputs:
+                try:
+                    plans.append(output.target.plan(stored if output.target.raw_names else index))
+                except StreamconvError as error:
+                    if len(outputs) > 1:
+                        error.about(f"output {printable(output.out)}")
+                    raise
         except BaseException:
-            index.close()
+            stored.close()
             raise
     peak = memory.peak_resident()
-    return index, dataclasses.replace(plan, peak=peak if peak - before > _UNSEEN else 0)  # less is within the margin
+    peak = peak if peak - before > _UNSEEN else 0  # less is within the margin
+    return index, [dataclasses.replace(plan, peak=peak) for plan in plans]
 
 
 @contextlib.contextmanager
-def _bounded(source: str | Path, target: Target, budget: int | None) -> Iterator[None]:
+def _bounded(source: str | Path, targets: Sequence[Target], budget: int | None) -> Iterator[None]:
     """Planning stops before it breaks the budget, unless it takes little anyway: the plan then tells the smallest budget there is."""
     told = description_size(Path(source)) if budget is not None else 0
-    enough = memory.resident() + (3 + 3 * getattr(target, "tp_size", 1) * getattr(target, "pp_size", 1)) * told
+    files = sum(getattr(target, "tp_size", 1) * getattr(target, "pp_size", 1) for target in targets)
+    enough = memory.resident() + (3 + 3 * files) * told
     with memory.bounded(None if budget is None or enough <= max(budget, memory.resident() + _LITTLE) else budget):
         try:
             yield

@@ -6,10 +6,9 @@ import dataclasses
 import os
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 from streamconv import api
-from streamconv.api import Report
 from streamconv.arguments import path_of, settled
 from streamconv.calibration.request import Loop
 from streamconv.errors import UsageError
@@ -17,7 +16,8 @@ from streamconv.options import Resources
 from streamconv.planning.plan import Plan
 from streamconv.progress import Meter, Progress
 from streamconv.progress_bar import Watching, watch_of
-from streamconv.targets.base import Target
+from streamconv.reports import Report
+from streamconv.targets.base import Output, Target
 from streamconv.targets.trtllm.options import TensorRTLLM
 from streamconv.verification.verdict import Verdict
 
@@ -63,7 +63,7 @@ def plan(source: Path, target: Target | None = None, out: Path | None = None) ->
         UsageError: a choice is unknown or contradicts another. RefusedError: it cannot give a correct checkpoint.
         CheckpointError: the source cannot be read. HubError: the Hub did not give it.
     """
-    asked = settled(TensorRTLLM() if target is None else target, Target, "target")  # type: ignore[type-abstract]
+    asked = _asked(target)
     place = None if out is None else path_of(out, "out")
     index, made = api.open_and_plan(path_of(source, "source"), asked)
     with index:
@@ -72,6 +72,7 @@ def plan(source: Path, target: Target | None = None, out: Path | None = None) ->
     return dataclasses.replace(made, warnings=warnings)
 
 
+@overload
 def convert(
     source: Path,
     out: Path,
@@ -80,13 +81,31 @@ def convert(
     resources: Resources | None = None,
     force: bool = False,
     watch: Watching = None,
+) -> Report: ...
+@overload
+def convert(
+    source: Path, out: Output, /, *more: Output, resources: Resources | None = None, force: bool = False, watch: Watching = None
+) -> Report: ...
+def convert(
+    source: Path,
+    out: Path | Output,
+    target: Target | Output | None = None,
+    *more: Output,
+    resources: Resources | None = None,
+    force: bool = False,
+    watch: Watching = None,
 ) -> Report:
-    """Convert a checkpoint.
+    """Convert a checkpoint, into one output or into several from one read.
+
+        convert(source, "out", TensorRTLLM(tp_size=2))
+        convert(source, TensorRTLLM(tp_size=2).to("out1"), HuggingFace(quant="fp8_dynamic").to("out2"))
 
     Args:
         source: a Hugging Face or Meta folder, one weight file, or a model of the Hub (org/name[@revision]).
         out: folder to write; it appears only when it is complete and on the disk.
         target: what to write, and all that decides its bytes (`TensorRTLLM(...)`, `HuggingFace(...)`); None is `TensorRTLLM()`.
+        more: further outputs, each a target and its folder, `target.to(out)`; each byte of the source is read once for all of them.
+            Those that this very call has finished before are skipped.
         resources: memory, workers and device, which decide none; None is `Resources()`.
         force: replace a finished checkpoint, or start over.
         watch: called with a `Progress` now and then, by one thread at a time; what it raises stops the run. "bar" draws a bar.
@@ -96,9 +115,22 @@ def convert(
         CheckpointError, DataError, HubError: the source is no good. OutputError: `out` cannot be written, or holds something.
         After one of these nothing half-written looks whole; after a full disk, a signal or a crash the same call goes on.
     """
-    asked = settled(TensorRTLLM() if target is None else target, Target, "target")  # type: ignore[type-abstract]
     given = settled(Resources() if resources is None else resources, Resources, "resources")
-    return api.convert(path_of(source, "source"), path_of(out, "out"), asked, given, force=force, meter=Meter(watch_of(watch)))
+    place, meter = path_of(source, "source"), Meter(watch_of(watch))
+    if not isinstance(out, Output):
+        if more or isinstance(target, Output):
+            raise UsageError("convert takes a folder and a target, or outputs alone", hint='an output is TensorRTLLM(...).to("out")')
+        return api.convert(place, path_of(out, "out"), _asked(target), given, force=force, meter=meter)
+    outputs: list[Output] = []
+    for each in (out, *([] if target is None else [target]), *more):
+        if not isinstance(each, Output):
+            raise UsageError(f"an output is a value of type {type(each).__name__}", hint='it takes TensorRTLLM(...).to("out")')
+        outputs.append(_asked(each.target).to(path_of(each.out, "out")))
+    return api.convert_all(place, outputs, given, force=force, meter=meter)
+
+
+def _asked(target: object) -> Target:
+    return settled(TensorRTLLM() if target is None else target, Target, "target")  # type: ignore[type-abstract]
 
 
 def verify(

@@ -76,16 +76,13 @@ def local_folder(source: str | os.PathLike[str]) -> Path:
         return index.root
 
 
-def open_source(source: str | os.PathLike[str], raw: bool = False) -> Index:
+def open_source(source: str | os.PathLike[str]) -> Index:
     """`open_stored` under the names that the family tables know.
-
-    Args:
-        raw: leave names and config as they are stored.
 
     Raises:
         HubError: the Hub did not give what was asked for; else as open_index and settle.
     """
-    return open_stored(source) if raw else settle(open_stored(source))
+    return settle(open_stored(source))
 
 
 def open_stored(source: str | os.PathLike[str], tensors_only: bool = False) -> Index:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from streamconv.errors import OutputError, printable
-from streamconv.run import manifest
+from streamconv.checkpoint.shard import Shard
+from streamconv.errors import OutputError, StreamconvError, printable
+from streamconv.planning.plan import Plan
+from streamconv.run import manifest, sampled
 from streamconv.run.fs import Disk, explained
 from streamconv.run.inside import choose
 from streamconv.run.place import Found, Place, foreign
@@ -99,6 +101,49 @@ def check_free(place: Place, force: bool) -> Found:
     if found.files and not force:
         raise OutputError(f"output {shown} exists and is not empty", hint="--force replaces it")
     return found
+
+
+def check_apart(places: Sequence[Place], source: Path) -> None:
+    """Refuse outputs of one run that would get into each other's way.
+
+    Args:
+        source: the model's folder or file.
+
+    Raises:
+        OutputError: two are the same folder, or one lies in another, or in the source.
+    """
+    real = Path(os.path.realpath(source))
+    for number, place in enumerate(places):
+        if real in place.out.parents:
+            raise OutputError(f"output {printable(str(place.out))} is in the source folder", hint=_ELSEWHERE)
+        for other in places[number + 1 :]:
+            for one, two in ((place, other), (other, place)):
+                if one.out == two.out:
+                    raise OutputError(f"two outputs are to be written to {printable(str(one.out))}", hint="give each a folder of its own")
+                if any(one.out in (kept, *kept.parents) for kept in (two.out, *two.hidden_paths())):
+                    shown = f"output {printable(str(two.out))}, or where work for it is kept,"
+                    raise OutputError(f"{shown} is in output {printable(str(one.out))}", hint="give each a folder of its own")
+
+
+def is_made(out: Path, source: Path, plan: Plan, shards: Sequence[Shard]) -> bool:
+    """A folder is the finished output of a plan: its manifest says so, its files have their sizes, and the weights are those of the source.
+
+    They are if no file of the source is newer than the output, or else if some rows of it are what encoding the source gives.
+    """
+    told = out / manifest.NAME
+    try:
+        if manifest.read_head(told).fingerprint != plan.fingerprint():
+            return False
+        sizes = {file.name: file.size for file in plan.files} | {file.name: file.size for file in plan.side_files}
+        if any((out / name).stat().st_size != size for name, size in sizes.items()):
+            return False
+        made = told.stat().st_mtime_ns
+        read = [path for path in (source / "config.json", *(shard.path for shard in shards)) if os.path.lexists(path)]
+        older = all(max(known.st_mtime_ns, known.st_ctime_ns) <= made for path in read for known in (path.lstat(), path.stat()))
+        here = all(os.path.lexists(shard.path) for shard in shards)  # nothing is downloaded for this
+        return older or (here and sampled.is_of(plan, shards, out))
+    except (OSError, StreamconvError):
+        return False
 
 
 def check_output(

@@ -12,6 +12,7 @@ Every step may be the last one of this process. What the next run finds, and doe
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -31,14 +32,15 @@ from streamconv.errors import (
     VerifyError,
     printable,
 )
+from streamconv.memory import show_size
 from streamconv.planning.plan import Plan, SideFile
 from streamconv.run import journal, manifest
 from streamconv.run.claims import Claims
-from streamconv.run.fs import Disk
+from streamconv.run.fs import Disk, free_space
 from streamconv.run.journal import Done, Journal
 from streamconv.run.lock import OutputLock
 from streamconv.run.order import Hashes
-from streamconv.run.output_checks import check_free, check_output
+from streamconv.run.output_checks import check_free, check_output, is_made
 from streamconv.run.output_folder import OutputFolder
 from streamconv.run.place import Found, Place
 from streamconv.run.resume import fits
@@ -48,6 +50,26 @@ def check_plan(out: Path, source: Path, plan: Plan, shards: Sequence[Shard], for
     """See `output_checks.check_output`."""
     read = [shard.path for shard in shards] + [*plan.target.files_read]
     return check_output(out, source, read, force, disk, plan.names)
+
+
+def begin(writers: Sequence[Writer]) -> None:
+    """Begin the outputs of a run, if there is room for all of them.
+
+    Raises:
+        OutputError: a file system has less free than its outputs need together.
+    """
+    fresh = [writer for writer in writers if not writer.resumes]
+    for writer in fresh if len(fresh) > 1 else ():
+        there = [other for other in fresh if other.device() == writer.device()]
+        need, free = sum(other.plan.bytes_written for other in there), free_space(writer.place.top)
+        if free is not None and need > free:
+            where = printable(str(writer.place.top))
+            raise OutputError(
+                f"no space for {len(there)} outputs in {where}: {show_size(need)} are to be written, {show_size(free)} are free",
+                hint="free some space, or choose other output folders",
+            )
+    for writer in writers:
+        writer.begin()
 
 
 def _pieces(side: SideFile, made: list[tuple[str, int, str]]) -> Iterator[bytes]:
@@ -86,6 +108,7 @@ class Writer:
         disk: the operations to use (tests).
         no_lock: go on where the file system has no locks, or cannot sync a folder; the manifest says so.
         parts: the files were written in parts (claims.py): they are published as they are, and never given up.
+        skip: an output that this very plan has made is finished, and not in the way.
 
     Attributes:
         folder: where to write.
@@ -103,6 +126,7 @@ class Writer:
         disk: Disk | None,
         no_lock: bool = False,
         parts: bool = False,
+        skip: bool = False,
     ) -> None:
         self.plan, self.shards, self.force, self.no_lock, self.parts = plan, shards, force, no_lock, parts
         self.folder = OutputFolder(out, disk, no_lock)
@@ -114,7 +138,8 @@ class Writer:
         self._lock = OutputLock(self.place)
         self._found = Found()
         self._begun = self._created = False
-        check_plan(self.folder.out, source, plan, shards, force, disk)
+        self._skip = skip and not force and is_made(self.folder.out, source, plan, shards)
+        check_plan(self.folder.out, source, plan, shards, force or self._skip, disk)
 
     def __enter__(self) -> Writer:
         try:
@@ -149,6 +174,9 @@ class Writer:
                     if self.finished:
                         return
             self._past = None
+        if self._past is None and self._skip:
+            self.finished = True
+            return
         self._found = check_free(self.place, self.force)
         if self.place.has_old():
             raise OutputError(
@@ -172,6 +200,15 @@ class Writer:
             )
         if changed or not self.place.has_work() or (self._past is not None and not self._past.tiles):
             self._past = None
+
+    def device(self) -> int:
+        """The file system of the output."""
+        return os.fstat(self.place.base.fd).st_dev
+
+    @property
+    def resumes(self) -> bool:
+        """An earlier run has written some of it."""
+        return self._past is not None
 
     def _not_in_parts(self) -> None:
         """Give up work that was begun in parts, if that is asked for and nobody is at it.
@@ -240,7 +277,8 @@ class Writer:
             return
         if isinstance(error, (OutputError, Interrupted, UnreadableError)):
             also = "what is finished is kept: run the same command again to go on"
-            error.hint = f"{error.hint}; {also}" if error.hint else also
+            if also not in (error.hint or ""):  # another output may have said it
+                error.hint = f"{error.hint}; {also}" if error.hint else also
         if self.abandoned:
             return  # a thread may still write: the process is about to end, and closes everything
         with contextlib.suppress(OSError):

@@ -6,6 +6,7 @@ The fields are the only list of a target's options: flags, recipe keys, `--help`
 from __future__ import annotations
 
 import dataclasses
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -108,6 +109,14 @@ class Target(ABC):
             RefusedError: the request cannot give a correct output; every reason is listed.
         """
 
+    def to(self, out: str | os.PathLike[str]) -> Output:
+        """This target as an output of `convert`.
+
+        Args:
+            out: folder to write.
+        """
+        return Output(os.fspath(out), self)
+
     def check_values(self, spelled: Callable[[str], str] = flag) -> None:
         """Every option holds one of its choices, and no number below the least.
 
@@ -173,6 +182,19 @@ class Target(ABC):
 
                 raise UsageError(f"option {name} holds {shown_value(value)}")
         return cls(**made)
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A folder, and what is written there: one of the outputs that are made from one read of a source.
+
+    Attributes:
+        out: folder to write; it appears only when it is complete and on the disk.
+        target: what to write, and all that decides its bytes.
+    """
+
+    out: str
+    target: Target
 
 
 def _possible(value: object, field: dataclasses.Field[Any]) -> bool:

@@ -14,7 +14,7 @@ import pytest
 import streamconv
 
 PUBLIC = {
-    *("open", "plan", "convert", "verify", "diff", "calibrate", "TensorRTLLM", "Resources"),
+    *("open", "plan", "convert", "verify", "diff", "calibrate", "TensorRTLLM", "Resources", "Output"),
     *("Checkpoint", "LazyTensor", "Plan", "Report", "Verdict", "Comparison", "CalibrationReport", "Progress"),
     *("StreamconvError", "UsageError", "CheckpointError", "HeaderError",
     "HuggingFace", "SourceChangedError", "UnreadableError", "TensorError"),
