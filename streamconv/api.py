@@ -158,7 +158,10 @@ class Conversion:
                     laps.append(self.clock())
                     begin(unfinished)
                     laps.append(self.clock())
-                    states = {writer: OutputState(writer.plan, writer.folder, writer.journal, writer.past) for writer in unfinished}
+                    states = {
+                        writer: OutputState(writer.plan, writer.folder, writer.journal, writer.past, loose)
+                        for writer, loose in zip(unfinished, reads.loose, strict=True)
+                    }
                     fetch = Fetch(reads, index.shards, [writer.past for writer in unfinished], resources.hub_keep)
                     pool = Pool(
                         reads,

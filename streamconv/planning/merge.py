@@ -1,7 +1,8 @@
 """Puts the spans of several plans together: rows that more than one wants are read once, whatever each makes of them.
 
 A plan's own spans have an order in which every matrix gets its rows one below the other, and reductions come before what needs them.
-Merged reads keep that for every plan. Where two plans want the same rows in orders that exclude each other, they are read apart.
+Merged reads keep that for every plan, but where two plans want the same rows in orders that exclude each other: matrices of one of them
+then are `loose`, get their rows in any order, and are hashed when they are complete.
 """
 
 from __future__ import annotations
@@ -23,6 +24,10 @@ class Share(NamedTuple):
     output: int
     span: int
     shift: int
+
+
+Owned = tuple[int, int]
+"""(output, matrix)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +61,8 @@ class _Interval(NamedTuple):
     rows: tuple[int, int]  # that its source has
 
 
-def merge(plans: Sequence[Plan]) -> list[Read]:
-    """The reads of all plans together."""
+def merge(plans: Sequence[Plan]) -> tuple[list[Read], set[Owned]]:
+    """The reads of all plans together, and the loose matrices: (output, matrix)."""
     tracks: dict[Hashable, list[_Interval]] = {}
     for output, plan in enumerate(plans):
         for number, span in enumerate(plan.spans):
@@ -65,13 +70,19 @@ def merge(plans: Sequence[Plan]) -> list[Read]:
             rows = (shift, shift + span.source.rows)
             share = Share(output, number, shift)
             tracks.setdefault(key, []).append(_Interval(span.start + shift, span.stop + shift, span.align, share, rows))
-    apart: set[tuple[int, int]] = set()
+    apart, loose = set[tuple[int, int]](), set[Owned]()
     while True:
         reads = sorted((read for track in tracks.values() for read in _reads(sorted(track), apart)), key=_first)
-        ordered, crossing = _ordered(_before(plans, reads))
-        if not crossing:
-            return [reads[number] for number in ordered]
-        apart |= {share[:2] for number in crossing for share in reads[number].shares}
+        above: dict[tuple[int, int], set[Owned]] = {}
+        ordered, circles = _ordered(_before(plans, reads, above, loose))
+        if not circles:
+            return [reads[number] for number in ordered], loose
+        for circle in circles:
+            matrices = set[Owned]().union(*(above.get(pair, ()) for pair in circle))
+            last = max((output for output, _ in matrices), default=None)
+            loose |= {matrix for matrix in matrices if matrix[0] == last}
+            if last is None:  # only reductions
+                apart |= {share[:2] for pair in circle for share in reads[pair[0]].shares}
 
 
 def _first(read: Read) -> tuple[tuple[int, int], int]:
@@ -137,8 +148,14 @@ def _cut(together: list[_Interval]) -> Iterator[Read]:
             yield from (_alone(held._replace(start=max(held.start, start), stop=min(held.stop, stop))) for held in inside)
 
 
-def _before(plans: Sequence[Plan], reads: Sequence[Read]) -> list[list[int]]:
-    """For each read those that come before it: rows of its matrices above its own, and reductions that it needs."""
+def _before(
+    plans: Sequence[Plan], reads: Sequence[Read], above: dict[tuple[int, int], set[Owned]], loose: set[Owned]
+) -> list[list[int]]:
+    """For each read those that come before it: rows of its matrices above its own, and reductions that it needs.
+
+    Args:
+        above: gets (read, a read below it) -> their matrices.
+    """
     before: list[list[int]] = [[] for _ in reads]
     reducing: dict[tuple[int, str], list[int]] = {}
     rows: dict[tuple[int, int], list[tuple[int, int, int]]] = {}  # (output, matrix) -> (row, read, row of it)
@@ -151,10 +168,11 @@ def _before(plans: Sequence[Plan], reads: Sequence[Read]) -> list[list[int]]:
             skipped = span.op.out_rows(at_row - shift - span.start)
             for dest in span.dests:
                 rows.setdefault((output, dest.matrix), []).append((dest.row + skipped, number, at_row))
-    for placed in rows.values():
-        for (_, one, first), (_, other, then) in pairwise(sorted(placed)):
+    for matrix, placed in rows.items():
+        for (_, one, first), (_, other, then) in pairwise(sorted(placed) if matrix not in loose else ()):
             if one != other or then <= first:  # the rows of a read ascend
                 before[other].append(one)
+                above.setdefault((one, other), set()).add(matrix)
     for number, read in enumerate(reads):
         for output, at, _ in read.shares:
             span = plans[output].spans[at]
@@ -164,9 +182,9 @@ def _before(plans: Sequence[Plan], reads: Sequence[Read]) -> list[list[int]]:
     return before
 
 
-def _ordered(before: list[list[int]]) -> tuple[list[int], set[int]]:
-    """Numbers in their order, each after all that come before it; and those of them that come before themselves."""
-    state, order, crossing = bytearray(len(before)), list[int](), set[int]()
+def _ordered(before: list[list[int]]) -> tuple[list[int], list[list[tuple[int, int]]]]:
+    """Numbers in their order, each after all that come before it; and circles: pairs of which the first comes before the second."""
+    state, order, circles = bytearray(len(before)), list[int](), list[list[tuple[int, int]]]()
     for root in range(len(before)):
         stack = [] if state[root] else [(root, iter(before[root]))]
         state[root] = state[root] or 1
@@ -179,8 +197,9 @@ def _ordered(before: list[list[int]]) -> tuple[list[int], set[int]]:
                 order.append(number)
             elif state[following] == 1:
                 path = [held for held, _ in stack]
-                crossing.update(path[path.index(following) :])
+                path = [*path[path.index(following) :], following]
+                circles.append([(one, other) for other, one in pairwise(path)])
             else:
                 state[following] = 1
                 stack.append((following, iter(before[following])))
-    return order, crossing
+    return order, circles

@@ -5,20 +5,25 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Sequence
 
 from streamconv.checkpoint.rows import RowSource
-from streamconv.planning.merge import Read, Share, merge
+from streamconv.planning.merge import Owned, Read, Share, merge
 from streamconv.planning.plan import Plan, Span
 
 
 class Reads:
-    """The reads of some plans, in an order in which every matrix gets its rows one below the other.
+    """The reads of some plans, in an order in which every matrix that is not loose gets its rows one below the other.
 
     Attributes:
         nbytes: of the checkpoint that all of them read, all passes together.
+        loose: of each plan the matrices that get their rows in any order.
     """
 
     def __init__(self, plans: Sequence[Plan]) -> None:
         self.plans = tuple(plans)
-        self._merged = merge(self.plans) if len(plans) > 1 else None  # one plan reads what its spans say
+        self._merged: list[Read] | None = None  # one plan reads what its spans say
+        loose = set[Owned]()
+        if len(plans) > 1:
+            self._merged, loose = merge(self.plans)
+        self.loose = [{matrix for output, matrix in loose if output == number} for number in range(len(plans))]
         if self._merged is None:
             self.nbytes = sum(plan.bytes_read for plan in plans)
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from streamconv.planning.plan import Matrix, OutputFile
@@ -52,10 +52,13 @@ class Order:
 
     Tiles are handed out in plan order and every matrix's rows ascend in it, so whoever is waited for is always at work. A hash has a
     state of half a KiB for as long as its matrix is begun and not finished; few are at a time.
+
+    Args:
+        loose: matrices whose rows come in any order; who writes the last of them hashes the whole.
     """
 
-    def __init__(self, matrices: Sequence[Matrix], hashes: Hashes) -> None:
-        self._matrices, self._hashes = matrices, hashes
+    def __init__(self, matrices: Sequence[Matrix], hashes: Hashes, loose: Collection[int] = ()) -> None:
+        self._matrices, self._hashes, self._loose = matrices, hashes, loose
         self._next = array("Q", bytes(8 * len(matrices)))
         self._turn = threading.Condition()
         self._begun: dict[int, list[xxhash.xxh3_128]] = {}
@@ -70,10 +73,15 @@ class Order:
         return self._begun[matrix]
 
     def take(self, matrix: int, row: int, rows: int, parts: Sequence[np.ndarray[Any, Any]]) -> None:
+        if matrix in self._loose:
+            return
         self.wait(matrix, row)
         for digest, part in zip(self.digests(matrix), parts, strict=True):
             digest.update(part.data)
         self.passed(matrix, row, rows)
+
+    def is_loose(self, matrix: int) -> bool:
+        return matrix in self._loose
 
     def wait(self, matrix: int, row: int) -> None:
         """Until it is the turn of `row`."""
@@ -91,6 +99,14 @@ class Order:
             self._next[matrix] = row + rows
             self._turn.notify_all()
 
+    def is_last(self, matrix: int, rows: int) -> bool:
+        """These rows of a matrix are written, and with them all rows of a loose one."""
+        if matrix not in self._loose:
+            return False
+        with self._turn:
+            self._next[matrix] += rows
+            return self._next[matrix] == self._matrices[matrix].filled
+
     def stop(self) -> None:
         with self._turn:
             self.stopped = True
@@ -105,7 +121,7 @@ class Order:
         for number, matrix in enumerate(self._matrices):
             if self._next[number] != matrix.filled:
                 raise AssertionError(f"{matrix.name}: {self._next[number]} of {matrix.filled} rows were written")
-            if not matrix.filled:
+            if not matrix.filled and number not in self._loose:
                 self._finish(number)
 
     def _finish(self, number: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from streamconv import memory
@@ -37,6 +37,7 @@ class OutputState:
         folder: takes the bytes; for a conversion the tensor files, at full size, headers written.
         journal: told of every tile that is safely on the disk.
         past: what an earlier run finished.
+        loose: matrices that get their rows in any order.
 
     Attributes:
         hashes: of every tensor, once the run is done.
@@ -46,10 +47,12 @@ class OutputState:
         resumed: tiles of an earlier run that were believed, after a look at their bytes.
     """
 
-    def __init__(self, plan: Plan, folder: Sink, journal: Journal | None = None, past: Past | None = None) -> None:
+    def __init__(
+        self, plan: Plan, folder: Sink, journal: Journal | None = None, past: Past | None = None, loose: Collection[int] = ()
+    ) -> None:
         self.plan, self.past = plan, past or {}
         self.hashes = Hashes(plan.files)
-        self.order = Order(plan.matrices, self.hashes)
+        self.order = Order(plan.matrices, self.hashes, loose)
         self.results = Results(plan.spans.reducing())
         self.overflow: dict[str, int] = {}
         self.nonfinite: dict[str, int] = {}
@@ -89,7 +92,23 @@ class OutputState:
         name = self.plan.files[matrix.file].name
         for place, part in zip(matrix.places, parts, strict=True):
             self._folder.write(name, place.extent(row, rows)[0], part.data)
+        self._written(dest.matrix, rows)
         return sum(part.size for part in parts)
+
+    def _written(self, number: int, rows: int) -> None:
+        """Rows of a matrix are in its file; one whose rows came in any order is hashed when all of them are."""
+        import xxhash
+
+        if not self.order.is_last(number, rows) or not isinstance(self._folder, OutputFolder):
+            return
+        matrix, buffer = self.plan.matrices[number], memoryview(bytearray(memory.MIB))
+        for place in matrix.places:
+            digest, (at, end) = xxhash.xxh3_128(), place.extent(0, matrix.rows)
+            while at < end:
+                view = buffer[: min(len(buffer), end - at)]
+                digest.update(view[: self._folder.read_into(self.plan.files[matrix.file].name, at, view)])
+                at += len(view)
+            self.hashes.put(matrix.file, place.position, digest.digest())
 
     def record(self, task: Task, hashes: tuple[tuple[str, ...], ...], found: Findings, written: int) -> None:
         """All of a task is written: the journal gets a line when it is on the disk."""
@@ -103,9 +122,12 @@ class OutputState:
         """Take rows of an earlier run as they are, if their bytes are still those that were recorded."""
         if not isinstance(self._folder, OutputFolder) or not believe(self.plan, done, self._folder, self.order, buffer):
             return False
+        span = self.plan.spans[done.span]
+        for dest in span.dests:
+            self._written(dest.matrix, span.op.out_rows(done.stop - done.start))
         with self._counting:
             self.resumed += 1
-        self._count(self.plan.spans[done.span].source.name, done.overflow, done.nonfinite)
+        self._count(span.source.name, done.overflow, done.nonfinite)
         return True
 
     def recorded(self, seconds: float) -> bool:
