@@ -217,7 +217,7 @@ class Conversion:
         from streamconv.in_parts import Worker
 
         if len(self.outputs) > 1:
-            raise UsageError("--parts: several machines make one output at a time", hint="leave --parts out, or convert one output after the other")
+            raise UsageError("--parts: several machines make one output at a time", hint="leave it out, or make one output after the other")
         began, (output,), resources, meter = self.clock(), self.outputs, self.resources, self.meter
         index, plan = open_and_plan(self.source, output.target, resources.memory_budget)
         out = Path(named(output.out))

@@ -16,7 +16,7 @@ from streamconv.pages.page import Page, Section, Table
 from streamconv.verification.verdict import Verdict
 
 if TYPE_CHECKING:
-    from streamconv.api import Report
+    from streamconv.reports import Report
     from streamconv.planning.plan import Plan
 
 _PHASES = {"read": "reading the source", "compute": "encoding", "hash": "hashing and waiting for the rows before", "write": "writing"}
