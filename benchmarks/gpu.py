@@ -156,6 +156,7 @@ def ring_rate(job: str, backend: Any, seconds: float, cols: int = 4096, arena: i
     from streamconv.checkpoint.rows import SourceTensor
     from streamconv.planning import memory_plan
     from streamconv.planning.plan import PLAIN_ROWS, Dest, Matrix, Span
+    from streamconv.planning.tasks import EncodeTask
 
     encoding, arena = encodings(job, cols), arena or device.BEST_ARENA
     parts = encoding.parts(64, cols)
@@ -164,7 +165,7 @@ def ring_rate(job: str, backend: Any, seconds: float, cols: int = 4096, arena: i
     span = Span(SourceTensor("w", BF16, (rows, cols), ()), 0, rows, PLAIN_ROWS, (Dest(0, 0, columns),), 64)
     need = device.demand([span], (Matrix(0, "w", rows, cols, rows, encoding, ()),), backend.unfused() is None)
     sizes = device.fit(backend.free_memory(), 2 * GIB, most or device.slots(memory_plan.processors(), 1), need)
-    ring, size = device.Ring(backend, sizes), rows * span.row_bytes
+    ring, size = device.DevicePipeline(backend, sizes), rows * span.row_bytes
     if backend.name.startswith("cuda"):
         import torch
 
@@ -176,7 +177,7 @@ def ring_rate(job: str, backend: Any, seconds: float, cols: int = 4096, arena: i
             slot = ring.slot(arena)
             slot.arena[:size] = 0x3C  # bf16 0.0115
             while not stop.is_set():
-                slot.encode([device.Job((columns, encoding))], span, rows, slot.arena[:size], slot.arena[size:])
+                slot.encode([device.Job(EncodeTask(columns, encoding))], span, rows, slot.arena[:size], slot.arena[size:])
                 moved[number] += size
         except BaseException as error:
             errors.append(error)

@@ -81,8 +81,9 @@ def load_kernels(reads: Reads) -> None:
     """Load and compile what the plans will run, so that it is counted before the first tile."""
     import numpy as np
 
+    from streamconv.planning.tasks import encode_tasks
     from streamconv.quants.base import Findings
-    from streamconv.run.encode import encode, is_copy, requests, row_costs
+    from streamconv.run.encode import encode
 
     seen = set[object]()
     for plan in reads.plans:
@@ -92,15 +93,15 @@ def load_kernels(reads: Reads) -> None:
             if kernel is not None and (type(span.reduce), span.source.dtype) not in seen:
                 seen.add((type(span.reduce), span.source.dtype))
                 kernel(np.zeros(2, span.source.dtype.storage), 1, 2)
-            for request in requests(span, plan.matrices):
-                key = (type(request[1]), request[1], span.source.dtype)
-                if key in seen or is_copy(request, span.source.dtype):
+            for task in encode_tasks(span, plan.matrices):
+                key = (type(task.encoding), task.encoding, span.source.dtype)
+                if key in seen or task.is_copy(span.source.dtype):
                     continue
                 seen.add(key)
-                if request[1].needs:  # it cannot run yet
-                    request[1].prepare(span.source.dtype)
+                if task.encoding.needs:  # it cannot run yet
+                    task.encoding.prepare(span.source.dtype)
                     continue
-                rows = request[1].row_align
+                rows = task.encoding.row_align
                 block = np.zeros(rows * span.row_bytes, np.uint8)
-                space = np.empty(sum(row_costs(request, span)) * rows + 65536, np.uint8)
-                encode(request, span, rows, block, space, Findings())
+                space = np.empty(sum(task.row_costs(span)) * rows + 65536, np.uint8)
+                encode(task, span, rows, block, space, Findings())

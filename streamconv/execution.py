@@ -32,10 +32,10 @@ class Execution:
     costs: Sequence[TileCost]
     shares: Shares
     mapped: Mapped | None
-    rings: list[device.Ring] = field(default_factory=list)
+    rings: list[device.DevicePipeline] = field(default_factory=list)
 
     @property
-    def slots(self) -> Callable[[int, int], device.Slot] | None:
+    def slots(self) -> Callable[[int, int], device.WorkerBuffers] | None:
         """Makes the device slot of a worker, by (worker number, arena bytes); None on the CPU."""
         return (lambda worker, arena: self.rings[worker % len(self.rings)].slot(arena)) if self.rings else None
 
@@ -98,7 +98,7 @@ def _share_devices(
     resources: Resources,
     costs: Sequence[TileCost],
     closing: contextlib.ExitStack,
-) -> tuple[Shares, list[device.Ring]]:
+) -> tuple[Shares, list[device.DevicePipeline]]:
     """Rings that fit the free memory of their devices, and as many workers as they have slots, with pinned arenas.
 
     Args:
@@ -111,4 +111,4 @@ def _share_devices(
     sizes = [device.fit(backend.free_memory(), budget_of_each, each, need, backend.name) for backend in backends]
     workers = min(shares.workers, len(backends) * min(size.slots for size in sizes))
     shares = dataclasses.replace(shares, workers=workers, arena=device.pinned_size(shares.arena, least(costs)))
-    return shares, [closing.enter_context(contextlib.closing(device.Ring(*pair))) for pair in zip(backends, sizes, strict=True)]
+    return shares, [closing.enter_context(contextlib.closing(device.DevicePipeline(*pair))) for pair in zip(backends, sizes, strict=True)]

@@ -239,7 +239,7 @@ class Worker:
         plan: Plan,
         folder: PartFolder,
         book: journal.Journal,
-        past: dict[int, list[journal.Done]],
+        past: dict[int, list[journal.TileRecord]],
         attempt: str,
         evidence: tuple[tuple[int, ...], ...],
     ) -> Record:

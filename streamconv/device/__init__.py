@@ -1,5 +1,5 @@
 """Accelerators: which to use (choice), how much of their memory (sizing), how a tile is
-encoded on one (step) while others are read, copied and written (ring).
+encoded on one (step) while others are read, copied and written (pipeline).
 
 What runs on a device is a fused Triton kernel or, where there is none or it does not compile, the torch definition of the
 encoding (the report warns, for each device): the bytes are those of the CPU. Unquantized bytes never go there. Up to 6 workers
@@ -12,12 +12,12 @@ grow again later. A device that is lost: the CPU does the rest and the report sa
 """
 
 from streamconv.device.choice import HOST_COST, Choice, choose, parse, visible
-from streamconv.device.ring import DeviceLost, Ring, Slot
+from streamconv.device.pipeline import DeviceLost, DevicePipeline, WorkerBuffers
 from streamconv.device.sizing import BEST_ARENA, Demand, NoRoom, Sizes, arena, demand, fit, pinned_size, reserve, slots
 from streamconv.device.step import Job
 
 __all__ = [
     "HOST_COST", "Choice", "choose", "parse", "visible",
     "BEST_ARENA", "Demand", "NoRoom", "Sizes", "arena", "demand", "fit", "pinned_size", "reserve", "slots",
-    "DeviceLost", "Job", "Ring", "Slot",
+    "DeviceLost", "DevicePipeline", "Job", "WorkerBuffers",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the ring needs of an accelerator, and CUDA as one. Tests put threads in its place."""
+"""What the pipeline needs of an accelerator, and CUDA as one. Tests put threads in its place."""
 
 from __future__ import annotations
 

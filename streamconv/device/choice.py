@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from streamconv.errors import UsageError
 from streamconv.memory import MIB
 from streamconv.planning.reads import Reads
-from streamconv.run.encode import is_copy, requests, width
+from streamconv.planning.tasks import encode_tasks
 
 HOST_COST = 900 * MIB
 """Host memory that torch and a CUDA context take before the first tile (measured on an H200 node)."""
@@ -103,9 +103,9 @@ def work_of(reads: Reads) -> Work:
         if span.reduce is not None:
             fused = span.reduce.kernel(span.source.dtype) is not None
             kernel, torch = kernel + size * fused, torch + size * (not fused)
-        for request in requests(span, plan.matrices):
-            encoding, cols = request[1], width(request)
-            if is_copy(request, span.source.dtype):
+        for task in encode_tasks(span, plan.matrices):
+            encoding, cols = task.encoding, task.width
+            if task.is_copy(span.source.dtype):
                 continue
             share = size * cols // span.source.cols
             fused = encoding.kernel(span.source.dtype) is not None

@@ -10,12 +10,12 @@ from streamconv.device.triton_launch import has_kernel
 from streamconv.errors import UsageError
 from streamconv.memory import GIB, KIB, MIB
 from streamconv.planning.plan import Matrix, Span
-from streamconv.run.encode import is_copy, requests, width
+from streamconv.planning.tasks import encode_tasks
 
-LANES = 2
+COMPUTE_STREAMS = 2
 """Tiles computed at the same time: one waits for the host between kernels while the other runs."""
 
-HALVES = 2
+BUFFERS = 2
 """Buffers of a slot: one is copied in while the other is computed."""
 
 BEST_ARENA = 128 * MIB
@@ -67,7 +67,7 @@ class Sizes:
     Attributes:
         room: device bytes it may take in all.
         slots: tiles under way, one for each worker.
-        chunk: source bytes of each of a slot's HALVES buffers.
+        chunk: source bytes of each of a slot's BUFFERS buffers.
     """
 
     room: int
@@ -80,18 +80,18 @@ def demand(spans: Iterable[Span], matrices: Sequence[Matrix], fused: bool = Fals
     work, out, fixed, least, small = 0.0, 0.0, 0, 0, 0
     seen = set()
     for span in spans:
-        wanted = [request for request in requests(span, matrices) if not is_copy(request, span.source.dtype)]
+        wanted = [task for task in encode_tasks(span, matrices) if not task.is_copy(span.source.dtype)]
         whole = min((span.stop - span.start) * span.row_bytes, _TINY)
         key = (span.source.dtype, span.source.cols, span.align, span.reduce and span.reduce.bytes_per_element, whole, tuple(wanted))
         if key in seen or not (wanted or span.reduce):
             continue
         seen.add(key)
         made, each = 0, 0.0
-        for request in wanted:
-            encoding, cols = request[1], width(request)
+        for task in wanted:
+            encoding, cols = task.encoding, task.width
             align = encoding.row_align
             made += -(-sum(part.nbytes(align) for part in encoding.parts(align, cols)) // align)
-            gathered = cols * span.source.dtype.itemsize * (len(request[0]) > 1)
+            gathered = cols * span.source.dtype.itemsize * (len(task.cols) > 1)
             definition = not (fused and has_kernel(encoding, span.source.dtype))
             each = max(each, (gathered + definition * cols * encoding.torch_bytes_per_element()) / span.row_bytes)
             fixed = max(fixed, encoding.torch_bytes_per_column() * cols)
@@ -140,9 +140,9 @@ def fit(free: int, budget: int | None, wanted: int, need: Demand, name: str = "t
 
 def _terms(slots: int, need: Demand) -> tuple[int, float]:
     """(bytes that do not depend on the chunk, bytes for each byte of it)."""
-    lanes = min(LANES, slots)
-    fixed = lanes * (need.fixed + _ROUNDING) + slots * HALVES * (64 * KIB + need.small)
-    return fixed, slots * HALVES * (1 + need.out) + lanes * need.work
+    lanes = min(COMPUTE_STREAMS, slots)
+    fixed = lanes * (need.fixed + _ROUNDING) + slots * BUFFERS * (64 * KIB + need.small)
+    return fixed, slots * BUFFERS * (1 + need.out) + lanes * need.work
 
 
 def pinned_size(arena: int, least: int) -> int:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from streamconv.device import triton_launch as fused
 from streamconv.planning.plan import Span
+from streamconv.planning.tasks import EncodeTask
 from streamconv.quants.base import Findings, Part
-from streamconv.run.encode import Request, width
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,12 +26,12 @@ class Job:
     """One encoding of a tile.
 
     Attributes:
-        request: columns and encoding, bound to its reductions.
+        task: columns and encoding, bound to its reductions.
         parts: set by `Slot.encode`: one uint8 view of the worker's arena for each part.
         findings: what was met.
     """
 
-    request: Request
+    task: EncodeTask
     parts: list[Bytes] = field(default_factory=list)
     findings: Findings = field(default_factory=Findings)
 
@@ -47,8 +47,8 @@ def lay_out(jobs: Sequence[Job], rows: int, space: Bytes) -> Bytes:
 
 
 def _records(job: Job) -> Sequence[Part]:
-    encoding = job.request[1]
-    return encoding.parts(encoding.row_align, width(job.request))
+    encoding = job.task.encoding
+    return encoding.parts(encoding.row_align, job.task.width)
 
 
 class Batch:
@@ -63,7 +63,7 @@ class Batch:
 
     def __init__(self, jobs: Sequence[Job], span: Span, fusable: int) -> None:
         self.jobs = jobs
-        self._launches = [fused.kernel_of(job.request[1], span.source.dtype) if at < fusable else None for at, job in enumerate(jobs)]
+        self._launches = [fused.kernel_of(job.task.encoding, span.source.dtype) if at < fusable else None for at, job in enumerate(jobs)]
         self.notes = NOTE * len(jobs) if any(self._launches) else 0
         for job in jobs:
             job.findings = Findings()
@@ -75,9 +75,9 @@ class Batch:
         made: list[Sequence[torch.Tensor]] = []
         found, waiting = [Findings() for _ in self.jobs], []
         for job, launch, told in zip(self.jobs, self._launches, found, strict=True):
-            block = _columns(matrix, job.request)
+            block = _columns(matrix, job.task)
             if launch is None:
-                made.append(job.request[1].encode(block, told))
+                made.append(job.task.encoding.encode(block, told))
                 continue
             waiting.append((len(made), launch, block))
             sizes = [part.nbytes(matrix.shape[0]) for part in _records(job)]
@@ -101,8 +101,8 @@ class Batch:
                 job.findings.add(Findings(nonfinite, overflow))
 
 
-def _columns(matrix: torch.Tensor, request: Request) -> torch.Tensor:
+def _columns(matrix: torch.Tensor, task: EncodeTask) -> torch.Tensor:
     import torch
 
-    pieces = [matrix[:, start:stop] for start, stop in request[0]]
+    pieces = [matrix[:, start:stop] for start, stop in task.cols]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)

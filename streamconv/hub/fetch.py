@@ -13,7 +13,7 @@ from streamconv.hub.shard import AT_A_TIME, HubShard
 from streamconv.planning.reads import Reads
 from streamconv.process import start_thread
 from streamconv.run.fs import free_space
-from streamconv.run.journal import Done
+from streamconv.run.journal import TileRecord
 
 
 class Fetch:
@@ -24,7 +24,7 @@ class Fetch:
         keep: "all" leaves the files in the cache; "none" removes each that was downloaded once its last row was read.
     """
 
-    def __init__(self, reads: Reads, shards: Sequence[Shard], past: Sequence[Mapping[int, Sequence[Done]]], keep: str) -> None:
+    def __init__(self, reads: Reads, shards: Sequence[Shard], past: Sequence[Mapping[int, Sequence[TileRecord]]], keep: str) -> None:
         self.keep = keep
         self._turn = threading.Condition()
         self._stopped = False

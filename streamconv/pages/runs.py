@@ -16,8 +16,8 @@ from streamconv.pages.page import Page, Section, Table
 from streamconv.verification.verdict import Verdict
 
 if TYPE_CHECKING:
-    from streamconv.reports import Report
     from streamconv.planning.plan import Plan
+    from streamconv.reports import Report
 
 _PHASES = {"read": "reading the source", "compute": "encoding", "hash": "hashing and waiting for the rows before", "write": "writing"}
 _AROUND = {"load": "planning and loading", "create": "creating the files", "tiles": "all tiles", "sync": "final sync"}

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from streamconv.errors import BudgetError, UsageError, printable
 from streamconv.memory import GIB, MIB, available, resident, show_size
 from streamconv.planning.plan import Matrix, Span
-from streamconv.run.encode import is_copy, requests, row_costs, width
-from streamconv.run.read import scratch_bytes_per_row
+from streamconv.planning.tasks import encode_tasks
 
 MARGIN = 24 * MIB
 """Left free for thread stacks, allocator slack and Python objects of tiles in flight."""
@@ -56,20 +55,20 @@ def tile_cost(span: Span, matrices: Sequence[Matrix], on_device: bool = False) -
     """What one source row of a span costs in host memory from read to write; a device has its own working memory."""
     out = work = fixed = 0
     kernel = torch = False
-    for request in requests(span, matrices):
-        row_out, row_work = row_costs(request, span)
-        fused = request[1].kernel(span.source.dtype) is not None and not on_device
-        per_column = max(request[1].torch_bytes_per_column(), request[1].kernel_bytes_per_column() if fused else 0)
-        fixed = max(fixed, 0 if is_copy(request, span.source.dtype) else per_column * width(request))
+    for task in encode_tasks(span, matrices):
+        row_out, row_work = task.row_costs(span)
+        fused = task.encoding.kernel(span.source.dtype) is not None and not on_device
+        per_column = max(task.encoding.torch_bytes_per_column(), task.encoding.kernel_bytes_per_column() if fused else 0)
+        fixed = max(fixed, 0 if task.is_copy(span.source.dtype) else per_column * task.width)
         out, work = out + row_out, max(work, 0 if on_device else row_work)
-        if not is_copy(request, span.source.dtype):
-            fused = request[1].kernel(span.source.dtype) is not None
-            kernel, torch = kernel or fused, torch or not fused or request[1].loads_torch
+        if not task.is_copy(span.source.dtype):
+            fused = task.encoding.kernel(span.source.dtype) is not None
+            kernel, torch = kernel or fused, torch or not fused or task.encoding.loads_torch
     if span.reduce is not None:  # on the CPU, device or not
         kernel = span.reduce.kernel(span.source.dtype) is not None
         work, torch = 0 if kernel else span.source.cols * span.reduce.bytes_per_element, not kernel
         fixed = span.source.cols * span.reduce.bytes_per_column
-    return TileCost(span.row_bytes, span.row_bytes + scratch_bytes_per_row(span) + out + work, span.align, kernel, torch, fixed)
+    return TileCost(span.row_bytes, span.row_bytes + span.scratch_row_bytes + out + work, span.align, kernel, torch, fixed)
 
 
 @dataclass(frozen=True, slots=True)

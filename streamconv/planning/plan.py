@@ -163,6 +163,11 @@ class Span:
         return self.source.stored_row_bytes
 
     @property
+    def scratch_row_bytes(self) -> int:
+        """Extra buffer that reading a row takes, for its row operation or for decoding."""
+        return max(self.source.scratch_row_bytes, 0 if self.op.kind == "none" else self.row_bytes)
+
+    @property
     def nbytes(self) -> int:
         return (self.stop - self.start) * self.stored_row_bytes
 

@@ -170,7 +170,7 @@ class Claims:
             listed = (run or {}).get("run", run or {}).get("files")
             self.place.ours.update(name for name in listed or () if isinstance(name, str))
 
-    def _tidy(self, past: journal.Past | None) -> None:
+    def _tidy(self, past: journal.JournalState | None) -> None:
         """The output is there: remove what whoever published it did not come to remove."""
         self.place.remove_old()
         if past is not None:
@@ -222,7 +222,7 @@ class Claims:
             return bool(manifest.read_head(path).fingerprint == run["run"]["fingerprint"])
         return False
 
-    def _begin(self, run: dict[str, Any], force: bool, past: journal.Past | None) -> None:
+    def _begin(self, run: dict[str, Any], force: bool, past: journal.JournalState | None) -> None:
         """Make the folder. Whoever dies on the way leaves one without a plan."""
         if (past is not None or self.place.has_work()) and not self._own and not force:
             raise ResumeError(

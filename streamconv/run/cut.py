@@ -8,9 +8,9 @@ from itertools import pairwise
 
 from streamconv.planning.merge import Share
 from streamconv.planning.reads import Reads
-from streamconv.run.journal import Done
+from streamconv.run.journal import TileRecord
 
-Past = Mapping[int, Sequence[Done]]
+JournalState = Mapping[int, Sequence[TileRecord]]
 """Span -> row ranges that an earlier run finished, ascending."""
 
 
@@ -21,7 +21,7 @@ class Task:
     share: Share
     start: int
     stop: int
-    done: Done | None = None
+    done: TileRecord | None = None
 
     def rows(self) -> tuple[int, int]:
         """The rows [start, stop) as rows of the span's source."""
@@ -48,7 +48,7 @@ class Tile:
         return max(task.stop for task in self.tasks)
 
 
-def tiles(reads: Reads, past: Sequence[Past], rows: Callable[[int], int]) -> Iterator[Tile]:
+def tiles(reads: Reads, past: Sequence[JournalState], rows: Callable[[int], int]) -> Iterator[Tile]:
     """All tiles of all reads, in their order; in every output the rows of a span ascend.
 
     Args:
@@ -89,7 +89,7 @@ def _leading(waiting: Mapping[int, list[Task]], finished: bool) -> list[Task]:
     return taken
 
 
-def _pieces(share: Share, finished: Sequence[Done], start: int, stop: int) -> Iterator[Task]:
+def _pieces(share: Share, finished: Sequence[TileRecord], start: int, stop: int) -> Iterator[Task]:
     """Rows [start, stop) of a read for one span, in their order; a finished range stands where it begins."""
     at = start
     for done in finished:

@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from streamconv.device.ring import Slot
+from streamconv.device.pipeline import WorkerBuffers
 from streamconv.device.step import Job
 from streamconv.planning.plan import Dest, Plan, Span
+from streamconv.planning.tasks import EncodeTask, encode_tasks
 from streamconv.quants.base import Findings
-from streamconv.run.encode import Request, encode, is_copy, requests, row_costs
-from streamconv.run.results import Results
+from streamconv.run.encode import encode
+from streamconv.run.results import ReductionResults
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,14 +24,14 @@ if TYPE_CHECKING:
 class Encoded:
     """Rows as they are stored in all of `dests`: uint8, one array for each part of the encoding."""
 
-    request: Request
+    task: EncodeTask
     dests: list[Dest]
     parts: list[Bytes]
     findings: Findings
 
 
 def encoded(
-    plan: Plan, span: Span, rows: int, block: Bytes, space: Bytes, results: Results, slot: Slot | None
+    plan: Plan, span: Span, rows: int, block: Bytes, space: Bytes, results: ReductionResults, slot: WorkerBuffers | None
 ) -> Iterator[Encoded]:
     """Encode rows of a span for every matrix that takes them; equal requests are encoded once.
 
@@ -41,23 +42,23 @@ def encoded(
         slot: of a device, which encodes all that is no copy; None encodes on the CPU.
     """
     name, dtype = span.source.name, span.source.dtype
-    wanted = requests(span, plan.matrices)
+    wanted = encode_tasks(span, plan.matrices)
     jobs = {
-        request: Job((request[0], request[1].bind(results, name))) for request in wanted if slot is not None and not is_copy(request, dtype)
+        task: Job(task.bound(results, name)) for task in wanted if slot is not None and not task.is_copy(dtype)
     }
     if slot is not None and jobs:
         space = slot.encode(list(jobs.values()), span, rows, block, space)
-    for request, dests in wanted.items():
-        if request in jobs:
-            yield Encoded(request, dests, jobs[request].parts, jobs[request].findings)
+    for task, dests in wanted.items():
+        if task in jobs:
+            yield Encoded(task, dests, jobs[task].parts, jobs[task].findings)
             continue
         findings = Findings()
-        parts = encode((request[0], request[1].bind(results, name)), span, rows, block, space, findings)
-        space = space[-(-row_costs(request, span)[0] * rows // 64) * 64 :]
-        yield Encoded(request, dests, parts, findings)
+        parts = encode(task.bound(results, name), span, rows, block, space, findings)
+        space = space[-(-task.row_costs(span)[0] * rows // 64) * 64 :]
+        yield Encoded(task, dests, parts, findings)
 
 
-def reduced(span: Span, rows: int, block: Bytes, results: Results, slot: Slot | None) -> np.ndarray[Any, Any]:
+def reduced(span: Span, rows: int, block: Bytes, results: ReductionResults, slot: WorkerBuffers | None) -> np.ndarray[Any, Any]:
     """What rows contribute to the reduction of a span."""
     if span.reduce is None:
         raise AssertionError(f"{span.source.name}: nothing to reduce")

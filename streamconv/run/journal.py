@@ -57,7 +57,7 @@ class Home(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Done:
+class TileRecord:
     """Source rows [start, stop) of a span that are on the disk.
 
     Attributes:
@@ -74,7 +74,7 @@ class Done:
 
 
 @dataclass(slots=True)
-class Past:
+class JournalState:
     """What a journal says.
 
     Attributes:
@@ -86,12 +86,12 @@ class Past:
     """
 
     run: dict[str, Any]
-    tiles: dict[int, list[Done]] = field(default_factory=dict)
+    tiles: dict[int, list[TileRecord]] = field(default_factory=dict)
     ready: tuple[str, ...] = ()
     size: int = 0
     mark: Mark | None = None
 
-    def add(self, done: Done) -> None:
+    def add(self, done: TileRecord) -> None:
         """A later line replaces earlier ones that it overlaps."""
         ranges = self.tiles.setdefault(done.span, [])
         at = bisect_left(ranges, done.start, key=lambda other: other.stop - 1)
@@ -144,7 +144,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return found or ["the plan of the output (config.json of the source?)"]
 
 
-def read(place: Home) -> Past | None:
+def read(place: Home) -> JournalState | None:
     """What the journal of an output says, None if there is none with a whole first line.
 
     Reading ends at the first line that is torn, or is none of ours. What a tile's line says is held against the plan later (`resume.fits`).
@@ -164,7 +164,7 @@ def read(place: Home) -> Past | None:
             place.disk.close(fd)
 
 
-def _read(fd: int, path: Path) -> Past | None:
+def _read(fd: int, path: Path) -> JournalState | None:
     past, at = None, 0
     with os.fdopen(fd, "rb", closefd=False) as file:
         if file.peek(16)[:16].strip(b"0123456789abcdef\0"):
@@ -175,7 +175,7 @@ def _read(fd: int, path: Path) -> Past | None:
                 break
             at += len(line)
             if past is None:
-                past = Past(record["run"], mark=Mark.of(os.fstat(fd)))
+                past = JournalState(record["run"], mark=Mark.of(os.fstat(fd)))
             elif "tile" in record:
                 past.add(_done(record))
             past.ready = tuple(record.get("ready", ()))
@@ -232,9 +232,9 @@ def _is_tile(record: dict[str, Any]) -> bool:
     return sound and all(isinstance(part, str) for parts in hashes for part in parts)  # type: ignore[union-attr]
 
 
-def _done(record: dict[str, Any]) -> Done:
+def _done(record: dict[str, Any]) -> TileRecord:
     (span, start, stop), (overflow, nonfinite) = record["tile"], record["found"]
-    return Done(span, start, stop, tuple(tuple(parts) for parts in record["hash"]), overflow, nonfinite)
+    return TileRecord(span, start, stop, tuple(tuple(parts) for parts in record["hash"]), overflow, nonfinite)
 
 
 class Journal:
@@ -261,7 +261,7 @@ class Journal:
             self._append(sealed({"run": run}))
             self.place.base.sync()
 
-    def resume(self, past: Past) -> None:
+    def resume(self, past: JournalState) -> None:
         """Go on after the last line that can be trusted."""
         with explained(self.path, "write"):
             self._fd, self._size = self.place.base.open(self.path.name, make=False), past.size
@@ -269,7 +269,7 @@ class Journal:
                 self.disk.truncate(self._fd, past.size)
                 self.disk.sync_data(self._fd)
 
-    def add(self, tiles: Sequence[Done]) -> None:
+    def add(self, tiles: Sequence[TileRecord]) -> None:
         """These tiles are on the disk."""
         lines = []
         for done in tiles:
@@ -288,7 +288,7 @@ class Journal:
             self.place.base.expect(self.path.name, Mark.of(os.fstat(self._fd)))
             self._append(sealed({"ready": names}))
 
-    def remove(self, past: Past | None = None) -> None:
+    def remove(self, past: JournalState | None = None) -> None:
         """The work is published or given up.
 
         Args:
@@ -332,7 +332,7 @@ class Recorder:
     def __init__(self, journal: Journal, folder: OutputFolder, failed: Callable[[BaseException], None]) -> None:
         self.journal, self.folder, self.failed = journal, folder, failed
         self._state = threading.Condition()
-        self._tiles: list[Done] = []
+        self._tiles: list[TileRecord] = []
         self._files: set[str] = set()
         self._bytes, self._since, self._ending, self._broken = 0, 0.0, False, False
         self._thread: threading.Thread | None = None
@@ -341,7 +341,7 @@ class Recorder:
         if THREADED:
             self._thread = start_thread(self._work, "journal")  # without one the workers record
 
-    def add(self, done: Done, files: set[str], size: int) -> None:
+    def add(self, done: TileRecord, files: set[str], size: int) -> None:
         """A tile was written: `size` bytes in `files`."""
         with self._state:
             if not self._tiles:
@@ -365,12 +365,12 @@ class Recorder:
         self._flush(*self._taken())
         return True
 
-    def _taken(self) -> tuple[list[Done], set[str]]:
+    def _taken(self) -> tuple[list[TileRecord], set[str]]:
         taken = self._tiles, self._files
         self._tiles, self._files, self._bytes = [], set(), 0
         return taken
 
-    def _flush(self, tiles: list[Done], files: set[str]) -> None:
+    def _flush(self, tiles: list[TileRecord], files: set[str]) -> None:
         if tiles and not self._broken:
             try:
                 self.folder.sync(sorted(files))

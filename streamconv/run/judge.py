@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from streamconv.errors import DataError, printable
 from streamconv.planning.plan import Dest, Plan, Span
+from streamconv.planning.tasks import EncodeTask
 from streamconv.quants import factors
 from streamconv.quants.base import Findings
-from streamconv.run.encode import Request, width
 
 if TYPE_CHECKING:
     import numpy as np
 
 
-def judge(plan: Plan, span: Span, request: Request, dest: Dest, findings: Findings, parts: Sequence[np.ndarray[Any, Any]]) -> None:
-    """Look at a tile that was encoded for `request`.
+def judge(plan: Plan, span: Span, task: EncodeTask, dest: Dest, findings: Findings, parts: Sequence[np.ndarray[Any, Any]]) -> None:
+    """Look at a tile that was encoded for `task`.
 
     Args:
         dest: one of those that take it.
@@ -25,7 +25,7 @@ def judge(plan: Plan, span: Span, request: Request, dest: Dest, findings: Findin
     Raises:
         DataError: names the tensor, the value and what it follows from.
     """
-    name, matrix, encoding = printable(span.source.name), plan.matrices[dest.matrix], request[1]
+    name, matrix, encoding = printable(span.source.name), plan.matrices[dest.matrix], task.encoding
     if findings.nonfinite and encoding.quantizes and not plan.target.allow_nonfinite:
         raise DataError(
             f"{name}: NaN or infinity in a weight that is to be quantized",
@@ -34,7 +34,7 @@ def judge(plan: Plan, span: Span, request: Request, dest: Dest, findings: Findin
     if findings.overflow and encoding.computed:
         told = f"{findings.overflow} values of {name} become infinite"
         raise DataError(f"{matrix.places[0].tensor}: {told}", hint=encoding.cause() or None)
-    for place, part, data in zip(matrix.places, encoding.parts(encoding.row_align, width(request)), parts, strict=True):
+    for place, part, data in zip(matrix.places, encoding.parts(encoding.row_align, task.width), parts, strict=True):
         problem = factors.problem(place.tensor, part.dtype, data, matrix.rows == matrix.cols == 1)
         if problem:
             raise DataError(f"{problem}, from {name}", hint=encoding.cause() or None)

@@ -47,7 +47,7 @@ class Hashes:
             yield data[at : at + self.SIZE].hex()
 
 
-class Order:
+class HashOrder:
     """Each matrix is hashed front to back: a worker waits until the rows before its own are hashed.
 
     Tiles are handed out in plan order and every matrix's rows ascend in it, so whoever is waited for is always at work. A hash has a

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 from streamconv import memory
 from streamconv.planning.plan import Dest, Plan, Span
 from streamconv.quants.base import Findings
-from streamconv.run.cut import Past, Task
+from streamconv.run.cut import JournalState, Task
 from streamconv.run.executor import Encoded
-from streamconv.run.journal import Done, Journal, Recorder
+from streamconv.run.journal import Journal, Recorder, TileRecord
 from streamconv.run.judge import judge
-from streamconv.run.order import Hashes, Order
+from streamconv.run.order import Hashes, HashOrder
 from streamconv.run.output_folder import OutputFolder
-from streamconv.run.results import Results
-from streamconv.run.resume import believe
+from streamconv.run.results import ReductionResults
+from streamconv.run.resume import verify_resumed_tile
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,12 +48,12 @@ class OutputState:
     """
 
     def __init__(
-        self, plan: Plan, folder: Sink, journal: Journal | None = None, past: Past | None = None, loose: Collection[int] = ()
+        self, plan: Plan, folder: Sink, journal: Journal | None = None, past: JournalState | None = None, loose: Collection[int] = ()
     ) -> None:
         self.plan, self.past = plan, past or {}
         self.hashes = Hashes(plan.files)
-        self.order = Order(plan.matrices, self.hashes, loose)
-        self.results = Results(plan.spans.reducing())
+        self.order = HashOrder(plan.matrices, self.hashes, loose)
+        self.results = ReductionResults(plan.spans.reducing())
         self.overflow: dict[str, int] = {}
         self.nonfinite: dict[str, int] = {}
         self.resumed = 0
@@ -83,7 +83,7 @@ class OutputState:
 
     def judge(self, span: Span, made: Encoded) -> None:
         """See `judge.judge`; counts what was found."""
-        judge(self.plan, span, made.request, made.dests[0], made.findings, made.parts)
+        judge(self.plan, span, made.task, made.dests[0], made.findings, made.parts)
         self._count(span.source.name, made.findings.overflow, made.findings.nonfinite)
 
     def write(self, dest: Dest, row: int, rows: int, parts: Sequence[Bytes]) -> int:
@@ -115,12 +115,12 @@ class OutputState:
         if self._recorder is not None:
             dests = self.plan.spans[task.share.span].dests
             files = {self.plan.files[self.plan.matrices.file(dest.matrix)].name for dest in dests}
-            done = Done(task.share.span, *task.rows(), hashes, found.overflow, found.nonfinite)
+            done = TileRecord(task.share.span, *task.rows(), hashes, found.overflow, found.nonfinite)
             self._recorder.add(done, files, written)
 
-    def believe(self, done: Done, buffer: Bytes) -> bool:
+    def verify_resumed_tile(self, done: TileRecord, buffer: Bytes) -> bool:
         """Take rows of an earlier run as they are, if their bytes are still those that were recorded."""
-        if not isinstance(self._folder, OutputFolder) or not believe(self.plan, done, self._folder, self.order, buffer):
+        if not isinstance(self._folder, OutputFolder) or not verify_resumed_tile(self.plan, done, self._folder, self.order, buffer):
             return False
         span = self.plan.spans[done.span]
         for dest in span.dests:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from streamconv import memory
 from streamconv.checkpoint.shard import Shard
-from streamconv.device.ring import Slot
+from streamconv.device.pipeline import WorkerBuffers
 from streamconv.errors import BudgetError
 from streamconv.planning.memory_plan import Shares, TileCost
 from streamconv.planning.reads import Reads
@@ -75,7 +75,7 @@ class Pool:
         costs: Sequence[TileCost],
         tile_rows: int | None,
         progress: Callable[[int, int], None],
-        devices: Callable[[int, int], Slot] | None = None,
+        devices: Callable[[int, int], WorkerBuffers] | None = None,
         consumed: Callable[[int, int, int], None] = lambda output, span, rows: None,
         mapped: Mapped | None = None,
     ) -> None:
@@ -193,7 +193,7 @@ class Pool:
     def _believe(self, tile: Tile, worker: TileWorker) -> bool:
         """Take the rows of a finished task as they are, if their bytes are still those that were recorded."""
         (task,) = tile.tasks
-        if task.done is None or not self.outputs[task.share.output].believe(task.done, worker.arena):
+        if task.done is None or not self.outputs[task.share.output].verify_resumed_tile(task.done, worker.arena):
             return False
         self.consumed(task.share.output, task.share.span, task.stop - task.start)
         self.progress(self._due(tile), 0)
@@ -215,7 +215,7 @@ class Pool:
         stored = self.reads.source(tile.read).stored_row_bytes
         return sum(task.stop - task.start for task in tile.tasks) * stored // len(self.reads[tile.read].outputs)
 
-    def _worker(self, arena: Bytes, slot: Slot | None, give_back: Callable[..., object]) -> TileWorker:
+    def _worker(self, arena: Bytes, slot: WorkerBuffers | None, give_back: Callable[..., object]) -> TileWorker:
         return TileWorker(self.reads, self.shards, self.outputs, arena, slot, give_back, self.mapped, self.consumed)
 
 

@@ -20,7 +20,7 @@ def read_rows(shards: Sequence[Shard], span: Span, start: int, stop: int, buffer
 
     Args:
         buffer: uint8, (stop-start)*row_bytes bytes or more.
-        scratch: uint8, (stop-start)*scratch_bytes_per_row bytes or more.
+        scratch: uint8, (stop-start)*span.scratch_row_bytes bytes or more.
 
     Returns:
         A view of one of the two that holds the rows, row-major.
@@ -48,8 +48,3 @@ def read_rows(shards: Sequence[Shard], span: Span, start: int, stop: int, buffer
     kept = scratch[: size // 2].reshape(-1, half, span.row_bytes)
     kept[:] = blocks[:, :half]
     return scratch[: size // 2]
-
-
-def scratch_bytes_per_row(span: Span) -> int:
-    """Extra buffer a source row needs for its row operation or for decoding."""
-    return max(span.source.scratch_row_bytes, 0 if span.op.kind == "none" else span.row_bytes)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-class Results:
+class ReductionResults:
     """Merges what tiles contribute to a reduction; whoever needs the result waits until the last tile is in.
 
     Spans that reduce come before those that need them and tiles are handed out in that order, so whoever is waited for is

@@ -6,16 +6,16 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from streamconv.planning.plan import Dest, Plan
-from streamconv.run.encode import requests
-from streamconv.run.journal import Done
-from streamconv.run.order import Order
+from streamconv.planning.tasks import encode_tasks
+from streamconv.run.journal import TileRecord
+from streamconv.run.order import HashOrder
 from streamconv.run.output_folder import OutputFolder
 
 if TYPE_CHECKING:
     import numpy as np
 
 
-def fits(plan: Plan, done: Done) -> bool:
+def fits(plan: Plan, done: TileRecord) -> bool:
     """Whether a journal's line can be one of this plan: rows of a span that writes, cut where tiles are cut.
 
     A line that nobody wrote for this plan could make a worker wait for ever, or cut a tile where its layout does not allow it.
@@ -28,7 +28,7 @@ def fits(plan: Plan, done: Done) -> bool:
     return inside and whole
 
 
-def believe(plan: Plan, done: Done, folder: OutputFolder, order: Order, buffer: np.ndarray[Any, Any]) -> bool:
+def verify_resumed_tile(plan: Plan, done: TileRecord, folder: OutputFolder, order: HashOrder, buffer: np.ndarray[Any, Any]) -> bool:
     """Hash a tile's bytes in the output files and compare; if all are right, feed them to the whole-tensor hashes.
 
     Args:
@@ -41,7 +41,7 @@ def believe(plan: Plan, done: Done, folder: OutputFolder, order: Order, buffer: 
 
     span = plan.spans[done.span]
     rows, skipped = span.op.out_rows(done.stop - done.start), span.op.out_rows(done.start - span.start)
-    groups = list(requests(span, plan.matrices).values())
+    groups = list(encode_tasks(span, plan.matrices).values())
     if len(groups) != len(done.hashes):
         return False
     for dests, hashes in zip(groups, done.hashes, strict=True):

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from streamconv.checkpoint.shard import Shard
 from streamconv.planning.plan import Plan, Span
+from streamconv.planning.tasks import encode_tasks
 from streamconv.quants.base import Findings
-from streamconv.run.encode import encode, requests, row_costs
-from streamconv.run.read import read_rows, scratch_bytes_per_row
+from streamconv.run.encode import encode
+from streamconv.run.read import read_rows
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,11 +45,11 @@ def _same(plan: Plan, shards: Sequence[Shard], span: Span, out: Path) -> bool:
     source_rows = min(span.align, span.stop - span.start)
     rows = span.op.out_rows(source_rows)
     buffer = np.empty(source_rows * span.row_bytes, np.uint8)
-    scratch = np.empty(source_rows * scratch_bytes_per_row(span), np.uint8)
+    scratch = np.empty(source_rows * span.scratch_row_bytes, np.uint8)
     block = read_rows(shards, span, span.start, span.start + source_rows, buffer, scratch)
-    for request, dests in requests(span, plan.matrices).items():
-        space = np.empty(sum(row_costs(request, span)) * rows + 65536, np.uint8)
-        made = encode((request[0], request[1].bind(_NOTHING, span.source.name)), span, rows, block, space, Findings())
+    for task, dests in encode_tasks(span, plan.matrices).items():
+        space = np.empty(sum(task.row_costs(span)) * rows + 65536, np.uint8)
+        made = encode(task.bound(_NOTHING, span.source.name), span, rows, block, space, Findings())
         for dest in dests:
             matrix = plan.matrices[dest.matrix]
             with open(out / plan.files[matrix.file].name, "rb") as file:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from streamconv.checkpoint.mapping import Window
 from streamconv.checkpoint.shard import Shard
-from streamconv.device.ring import Slot
+from streamconv.device.pipeline import WorkerBuffers
 from streamconv.planning.plan import Span
 from streamconv.planning.reads import Reads
 from streamconv.quants.base import Findings
@@ -19,7 +19,7 @@ from streamconv.run.cut import Task, Tile
 from streamconv.run.executor import encoded, reduced
 from streamconv.run.mapped import Mapped
 from streamconv.run.output_state import OutputState
-from streamconv.run.read import read_rows, scratch_bytes_per_row
+from streamconv.run.read import read_rows
 
 if TYPE_CHECKING:
     import numpy as np
@@ -86,7 +86,7 @@ class TileWorker:
     shards: Sequence[Shard]
     outputs: Sequence[OutputState]
     arena: Bytes
-    slot: Slot | None
+    slot: WorkerBuffers | None
     give_back: Callable[..., object]
     mapped: Mapped | None
     consumed: Callable[[int, int, int], None]
@@ -128,7 +128,7 @@ class TileWorker:
         span = self.outputs[reader.output].plan.spans[reader.span]
         start, stop = tile.start - reader.shift, tile.stop - reader.shift
         window = self.mapped.window(self.shards, span, start, stop) if self.mapped is not None and self.slot is None else None
-        size, scratch = (stop - start) * span.row_bytes, (stop - start) * scratch_bytes_per_row(span)
+        size, scratch = (stop - start) * span.row_bytes, (stop - start) * span.scratch_row_bytes
         tally.read = (stop - start) * span.stored_row_bytes
         if window is None:
             data = read_rows(self.shards, span, start, stop, self.arena, self.arena[size : size + scratch])

@@ -37,7 +37,7 @@ from streamconv.planning.plan import Plan, SideFile
 from streamconv.run import journal, manifest
 from streamconv.run.claims import Claims
 from streamconv.run.fs import Disk, free_space
-from streamconv.run.journal import Done, Journal
+from streamconv.run.journal import Journal, TileRecord
 from streamconv.run.lock import OutputLock
 from streamconv.run.order import Hashes
 from streamconv.run.output_checks import check_free, check_output, is_made
@@ -133,7 +133,7 @@ class Writer:
         self.place = self.folder.place
         self.place.ours |= plan.names
         self.journal = Journal(self.place)
-        self.past: Mapping[int, Sequence[Done]] = {}
+        self.past: Mapping[int, Sequence[TileRecord]] = {}
         self.finished = self.abandoned = False
         self._lock = OutputLock(self.place)
         self._found = Found()

@@ -178,10 +178,10 @@ def _likeness(index: Index, plan: Plan, headers: Sequence[Header], files: Sequen
     laid_out = [number for number, matrix in enumerate(plan.matrices) if getattr(matrix.encoding, "layout", None) is not None]
     if problems or not laid_out:
         return -1e9
-    from streamconv.run.results import Results
+    from streamconv.run.results import ReductionResults
 
     rows = {laid_out[0]: [(0, 8)]}
-    return measured.measure(plan, index.shards, files, Results(()), rows, 1)[laid_out[0]].snr()
+    return measured.measure(plan, index.shards, files, ReductionResults(()), rows, 1)[laid_out[0]].snr()
 
 
 def _other_config(plan: Plan, config: Mapping[str, Any]) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 from streamconv.checkpoint.shard import Shard
 from streamconv.planning.plan import Dest, Plan, Span
 from streamconv.quants.base import Encoding, Findings
-from streamconv.run.results import Results
+from streamconv.run.results import ReductionResults
 
 ELEMENT = 96
 """Working memory for each source element of a block that is measured, bytes."""
@@ -85,7 +85,7 @@ def measure(
     plan: Plan,
     shards: Sequence[Shard],
     files: Sequence[Shard],
-    results: Results,
+    results: ReductionResults,
     rows: Mapping[int, Sequence[tuple[int, int]]],
     memory: int,
 ) -> dict[int, Error]:
@@ -132,15 +132,15 @@ def _block(
     stop: int,
     shards: Sequence[Shard],
     files: Sequence[Shard],
-    results: Results,
+    results: ReductionResults,
     errors: dict[int, Error],
 ) -> None:
     import numpy as np
     import torch
 
-    from streamconv.run.read import read_rows, scratch_bytes_per_row
+    from streamconv.run.read import read_rows
 
-    buffer, spare = (np.empty((stop - start) * size, np.uint8) for size in (span.row_bytes, scratch_bytes_per_row(span)))
+    buffer, spare = (np.empty((stop - start) * size, np.uint8) for size in (span.row_bytes, span.scratch_row_bytes))
     block = read_rows(shards, span, start, stop, buffer, spare)
     rows = span.op.out_rows(stop - start)
     whole = torch.from_numpy(block).view(getattr(torch, span.source.dtype.torch)).reshape(rows, span.source.cols)

@@ -15,8 +15,8 @@ from streamconv.checkpoint.rows import Blank, PackedTensor, Piece, SourceTensor
 from streamconv.checkpoint.shard import Shard
 from streamconv.planning.plan import Plan, Span
 from streamconv.quants.gptq import GroupScales
-from streamconv.run.read import read_rows, scratch_bytes_per_row
-from streamconv.run.results import Results
+from streamconv.run.read import read_rows
+from streamconv.run.results import ReductionResults
 from streamconv.verification.measured import decoded
 
 Counts = np.ndarray[Any, np.dtype[np.int64]]
@@ -43,7 +43,7 @@ def decode(plan: Plan, index: Index, folder: Path) -> list[Decoded]:
         AssertionError: a value is farther from the source's than the format states.
     """
     files = [Shard(folder / file.name) for file in plan.files]
-    results, made = Results(plan.spans), [Decoded() for _ in plan.files]
+    results, made = ReductionResults(plan.spans), [Decoded() for _ in plan.files]
     try:
         for span in plan.spans:
             _decode_span(plan, span, index, files, results, made)
@@ -63,9 +63,9 @@ def decode(plan: Plan, index: Index, folder: Path) -> list[Decoded]:
     return made
 
 
-def _decode_span(plan: Plan, span: Span, index: Index, files: list[Shard], results: Results, made: list[Decoded]) -> None:
+def _decode_span(plan: Plan, span: Span, index: Index, files: list[Shard], results: ReductionResults, made: list[Decoded]) -> None:
     count = span.stop - span.start
-    space = [np.empty(count * size, np.uint8) for size in (span.row_bytes, scratch_bytes_per_row(span))]
+    space = [np.empty(count * size, np.uint8) for size in (span.row_bytes, span.scratch_row_bytes)]
     rows = span.op.out_rows(count)
     block = torch.from_numpy(read_rows(index.shards, span, span.start, span.stop, *space).copy())
     whole = block.view(getattr(torch, span.source.dtype.torch)).reshape(rows, span.source.cols)

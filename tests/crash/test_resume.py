@@ -21,7 +21,7 @@ from streamconv.options import Resources
 from streamconv.run import pool
 from streamconv.run.beside import Beside
 from streamconv.run.fs import Disk, hidden
-from streamconv.run.journal import Done, Past
+from streamconv.run.journal import JournalState, TileRecord
 from streamconv.run.journal import read as read_journal
 from streamconv.run.lock import OutputLock
 from streamconv.targets.trtllm.options import TensorRTLLM
@@ -40,7 +40,7 @@ def place_of(out: Path, disk: Disk | None = None) -> Beside:
     return place
 
 
-def read(journal: Path) -> Past | None:
+def read(journal: Path) -> JournalState | None:
     return read_journal(place_of(journal.parent / "out"))
 
 
@@ -185,9 +185,9 @@ def test_modes_follow_the_umask(world: World, mask: int) -> None:
 
 
 def test_later_lines_replace_those_they_overlap() -> None:
-    past = Past({})
+    past = JournalState({})
     for start, stop in ((0, 10), (10, 20), (30, 40), (5, 12), (20, 30)):
-        past.add(Done(0, start, stop, ()))
+        past.add(TileRecord(0, start, stop, ()))
     assert [(done.start, done.stop) for done in past.tiles[0]] == [(5, 12), (20, 30), (30, 40)]
 
 

@@ -55,8 +55,8 @@ def test_memory_taken_after_the_sizes_were_worked_out(
     torch.cuda.empty_cache()
     monkeypatch.setattr(Cuda, "free_memory", lambda self: 8 * GIB)
     met = []
-    halve = device.Ring.halve
-    monkeypatch.setattr(device.Ring, "halve", lambda self, size: (met.append(size), halve(self, size))[1])
+    halve = device.DevicePipeline.halve
+    monkeypatch.setattr(device.DevicePipeline, "halve", lambda self, size: (met.append(size), halve(self, size))[1])
     with somebody(64 * MIB):
         report = convert(model, tmp_path / "out", "cuda")
     assert files(tmp_path / "out") == right and met

@@ -194,9 +194,9 @@ def test_a_device_that_is_too_small(model: Path, devices: dict[str, StandIn], tm
     assert told.startswith("cpu (cuda:0 has 0 MiB for us")
 
 
-def _ring(memory: int, chunk: int, **how: Any) -> tuple[device.Ring, StandIn]:
+def _ring(memory: int, chunk: int, **how: Any) -> tuple[device.DevicePipeline, StandIn]:
     stand_in = StandIn(memory=memory, **how)
-    return device.Ring(stand_in, device.Sizes(memory, 1, chunk)), stand_in
+    return device.DevicePipeline(stand_in, device.Sizes(memory, 1, chunk)), stand_in
 
 
 def _tile(job_count: int, rows: int, cols: int) -> Any:
@@ -205,6 +205,7 @@ def _tile(job_count: int, rows: int, cols: int) -> Any:
     from streamconv.checkpoint.dtypes import BF16, F16
     from streamconv.checkpoint.rows import SourceTensor
     from streamconv.planning.plan import PLAIN_ROWS, Span
+    from streamconv.planning.tasks import EncodeTask
     from streamconv.quants.fp8_rowwise import Fp8Rowwise
     from streamconv.quants.plain import Plain
     from streamconv.quants.weight_only import WeightOnly
@@ -213,7 +214,7 @@ def _tile(job_count: int, rows: int, cols: int) -> Any:
     span = Span(source, 0, rows, PLAIN_ROWS, (), 64)
     block = torch.randn(rows, cols, generator=torch.Generator().manual_seed(2)).bfloat16()
     encodings = (Plain(F16), Fp8Rowwise(), WeightOnly(8, "A", F16))[:job_count]
-    return span, block, [device.Job((((0, cols),), encoding)) for encoding in encodings]
+    return span, block, [device.Job(EncodeTask(((0, cols),), encoding)) for encoding in encodings]
 
 
 @pytest.mark.parametrize("chunk", [1 << 20, 64 * 256 * 2, 3 * 64 * 256 * 2])
@@ -230,7 +231,7 @@ def test_rows_are_copied_in_once(chunk: int, full: Callable[[int], bool]) -> Non
     slot.arena[: data.size] = data
     slot.encode(jobs, span, 512, slot.arena[: data.size], slot.arena[data.size :])
     for job in jobs:
-        wanted = [part.numpy().tobytes() for part in job.request[1].encode(block, Findings())]
+        wanted = [part.numpy().tobytes() for part in job.task.encoding.encode(block, Findings())]
         assert [part.tobytes() for part in job.parts] == wanted
     assert ring.uploaded == data.size and ring.halvings == (3 if stand_in.full(0) else 0)
 
@@ -334,7 +335,7 @@ def test_findings_of_fused_kernels(fails: bool, full: Callable[[int], bool], mon
         slot.encode(jobs, span, 512, slot.arena[: data.size], slot.arena[data.size :])
         for job in jobs:
             found = Findings()
-            wanted = [part.numpy().tobytes() for part in job.request[1].encode(block, found)]
+            wanted = [part.numpy().tobytes() for part in job.task.encoding.encode(block, found)]
             assert [part.tobytes() for part in job.parts] == wanted and job.findings == found, turn
     assert jobs[0].findings.overflow == 256 and jobs[2].findings.nonfinite == 258
     assert ring.unfused == ("no compiler" if fails else None) and len(launched) >= (5 if fails else 8)

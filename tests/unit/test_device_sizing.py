@@ -31,8 +31,8 @@ NEEDS = [device.Demand(28, 0.6, 0, 16 * KIB), device.Demand(16, 1, 0, 2), device
 def test_all_of_it_fits_the_room(need: device.Demand, wanted: int, budget: int | None) -> None:
     for free in (512 * MIB, GIB, 16 * GIB, 140 * GIB):
         sizes = device.fit(free, budget, wanted, need)
-        lanes = min(sizing.LANES, sizes.slots)
-        buffers = sizes.slots * sizing.HALVES * sizes.chunk * (1 + need.out)
+        lanes = min(sizing.COMPUTE_STREAMS, sizes.slots)
+        buffers = sizes.slots * sizing.BUFFERS * sizes.chunk * (1 + need.out)
         assert buffers + lanes * (sizes.chunk * need.work + need.fixed) <= sizes.room
         assert sizes.room <= free - device.reserve(free) and sizes.room <= (budget or 2 * GIB)
         assert 1 <= sizes.slots <= wanted and sizes.chunk >= need.least

@@ -23,7 +23,7 @@ from streamconv.errors import SourceChangedError, UsageError
 from streamconv.options import Read, Resources
 from streamconv.run import mapped
 from streamconv.run.fs import Disk
-from streamconv.run.journal import Done, Recorder
+from streamconv.run.journal import Recorder, TileRecord
 from streamconv.targets.trtllm.options import TensorRTLLM
 from tests.conformance.recipes import RECIPES
 from tests.conformance.sources import RUNS, make
@@ -210,7 +210,7 @@ def meddle(monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None], at: 
 @pytest.mark.parametrize("at", [1, 3, 9])
 def test_cut_under_a_kernel(model: Path, job: str, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The pages were there: only the guard's zeros keep the process alive. Nothing made of them is in the journal."""
-    seen, told = meddle(monkeypatch, cut, at), list[Done]()
+    seen, told = meddle(monkeypatch, cut, at), list[TileRecord]()
     monkeypatch.setattr(Recorder, "add", lambda self, done, files, written: told.append(done))
     with pytest.raises(SourceChangedError, match=rf"{NAME} ends at byte 4096"):
         convert(model, "map", JOBS[job], workers=1, tile_rows=128)

@@ -22,7 +22,7 @@ from streamconv.planning.plan import Plan
 from streamconv.planning.reads import Reads
 from streamconv.progress import Meter, Progress
 from streamconv.run.order import Stop
-from streamconv.run.results import Results
+from streamconv.run.results import ReductionResults
 from streamconv.targets.trtllm.options import TensorRTLLM
 from streamconv.verification.check import verify
 from tests import tiny
@@ -347,7 +347,7 @@ def test_no_such_ranges(model: Path) -> None:
 
 
 def test_a_waiting_worker_is_released(model: Path) -> None:
-    results, met = Results(planned(model, ask(model)).spans), list[str]()
+    results, met = ReductionResults(planned(model, ask(model)).spans), list[str]()
     key = next(iter(results._missing))
 
     def wait() -> None:

@@ -1,9 +1,9 @@
-"""The ring of one device: tiles are copied in, encoded and copied out on streams of their own, while others are read and written.
+"""The pipeline of one device: tiles are copied in, encoded and copied out on streams of their own, while others are read and written.
 
-    worker    reads into its slot's pinned arena              ... hashes and writes from it
-    streams   copy in (1) -> compute (LANES) -> copy out (1)  ordered by events, per device
+    worker    reads into its pinned arena              ... hashes and writes from it
+    streams   copy in (1) -> compute (COMPUTE_STREAMS) -> copy out (1)  ordered by events, per device
 
-A slot has two device buffers: while one is computed, the next rows are copied into the other. Rows are copied in once,
+A worker has two device buffers: while one is computed, the next rows are copied into the other. Rows are copied in once,
 however many matrices want them and however small the steps become in which they are computed.
 """
 
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from streamconv.device.backend import Backend
-from streamconv.device.sizing import HALVES, LANES, Sizes
+from streamconv.device.sizing import BUFFERS, COMPUTE_STREAMS, Sizes
 from streamconv.device.step import NOTE, Batch, Job, lay_out
 from streamconv.device.triton_launch import Unfused, abandon
 from streamconv.errors import StreamconvError
@@ -57,7 +57,7 @@ class DeviceLost(StreamconvError):
         self.gone, self.pinned = gone, 0
 
 
-class Ring:
+class DevicePipeline:
     """One device. Workers take a `slot` each; streams and the step size are shared.
 
     Attributes:
@@ -71,7 +71,7 @@ class Ring:
         self.halvings, self.uploads, self.uploaded = 0, 0, 0
         self.copy_in, self.copy_out = backend.stream(), backend.stream()
         self.lanes: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        for _ in range(min(LANES, sizes.slots)):
+        for _ in range(min(COMPUTE_STREAMS, sizes.slots)):
             self.lanes.put(backend.stream())
         self._lock = threading.Lock()
         self._arenas: list[torch.Tensor] | None = []
@@ -103,9 +103,9 @@ class Ring:
                 _keep_for_ever(arena)
             self._arenas = None
 
-    def slot(self, arena: int) -> Slot:
+    def slot(self, arena: int) -> WorkerBuffers:
         """A worker's place, with `arena` bytes of pinned memory."""
-        return Slot(self, arena)
+        return WorkerBuffers(self, arena)
 
     @property
     def step(self) -> int:
@@ -130,15 +130,15 @@ class Ring:
             self.uploads, self.uploaded = self.uploads + 1, self.uploaded + size
 
 
-class Slot:
-    """One worker's part of a ring: a pinned arena and HALVES device buffers.
+class WorkerBuffers:
+    """One worker's part of a pipeline: a pinned arena and BUFFERS device buffers.
 
     Attributes:
         arena: uint8, pinned; what is read, and what was encoded, lies in it.
     """
 
-    def __init__(self, ring: Ring, arena: int) -> None:
-        self.ring, self._backend = ring, ring.backend
+    def __init__(self, pipeline: DevicePipeline, arena: int) -> None:
+        self.pipeline, self._backend = pipeline, pipeline.backend
         try:
             self._pinned = self._backend.alloc_pinned(arena)
             self._notes = self._backend.alloc_pinned(2 * _NOTES).zero_()  # zeros to send, and what comes back
@@ -147,8 +147,8 @@ class Slot:
                 raise
             told = f"{self._backend.name}: no pinned host memory: {str(error).splitlines()[0]}"
             raise DeviceLost(told, gone=self._backend.is_lost(error)) from error
-        ring.pinned(self._pinned)
-        ring.pinned(self._notes)
+        pipeline.pinned(self._pinned)
+        pipeline.pinned(self._notes)
         self.arena: Bytes = self._pinned.numpy()
         self._buffers: list[torch.Tensor] = []
         self._counts: torch.Tensor | None = None
@@ -168,9 +168,9 @@ class Slot:
         """
         space = lay_out(jobs, rows, space)
         try:
-            self._encode(jobs, span, rows, block, _NOTES // NOTE if self.ring.unfused is None else 0)
+            self._encode(jobs, span, rows, block, _NOTES // NOTE if self.pipeline.unfused is None else 0)
         except Unfused as error:
-            self.ring.unfused = str(error)
+            self.pipeline.unfused = str(error)
             self._encode(jobs, span, rows, block, 0)
         return space
 
@@ -214,16 +214,16 @@ class Slot:
             if notes:
                 if self._counts is None:
                     self._counts = self._backend.alloc_device(_NOTES)
-                self._backend.copy([(self._counts[:notes], self._notes[:notes])], self.ring.copy_in)
+                self._backend.copy([(self._counts[:notes], self._notes[:notes])], self.pipeline.copy_in)
             whole = max(align, self._buffers[0].numel() // span.row_bytes // align * align)
             whole = -(-rows // -(-rows // whole) // align) * align  # halves of a kind
             starts = list(range(0, rows, whole))
             ready: list[Any] = [self._send(0, span, block, 0, min(whole, rows)), None]
-            busy: list[Any] = [None] * HALVES
+            busy: list[Any] = [None] * BUFFERS
             for turn, first in enumerate(starts):
-                half = turn % HALVES
+                half = turn % BUFFERS
                 if turn + 1 < len(starts):
-                    other = (turn + 1) % HALVES
+                    other = (turn + 1) % BUFFERS
                     if busy[other] is not None:
                         self._backend.wait(busy[other])
                         pending = [entry for entry in pending if entry[1] is not busy[other]]
@@ -231,8 +231,8 @@ class Slot:
                     ready[other] = self._send(other, span, block, after, min(whole, rows - after))
                 busy[half] = self._compute(half, ready[half], span, first, min(whole, rows - first), align, work, keep, pending)
             if notes and self._counts is not None:  # the copies out before it have waited for every step
-                self._backend.copy([(self._notes[_NOTES:][:notes], self._counts[:notes])], self.ring.copy_out)
-                pending.append((None, self._backend.record(self.ring.copy_out)))
+                self._backend.copy([(self._notes[_NOTES:][:notes], self._counts[:notes])], self.pipeline.copy_out)
+                pending.append((None, self._backend.record(self.pipeline.copy_out)))
             for _, event in pending:
                 self._backend.wait(event)
         except Exception as error:
@@ -240,32 +240,32 @@ class Slot:
             if self._backend.is_full(error):
                 raise DeviceLost(f"{self._backend.name} has no memory left for the smallest tile") from error
             if self._backend.is_lost(error):
-                self.ring.lost()
+                self.pipeline.lost()
                 raise DeviceLost(f"{self._backend.name} stopped working: {str(error).splitlines()[0]}", gone=True) from error
             raise
 
     def _allocate(self, least: int) -> None:
         """The device buffers, once; smaller ones if somebody else has taken the memory meanwhile."""
-        size = max(self.ring.sizes.chunk, least)
+        size = max(self.pipeline.sizes.chunk, least)
         if self._buffers and self._buffers[0].numel() >= least:
             return
         self._buffers = []
         while True:
             try:
-                self._buffers = [self._backend.alloc_device(size) for _ in range(HALVES)]
+                self._buffers = [self._backend.alloc_device(size) for _ in range(BUFFERS)]
                 return
             except Exception as error:
                 self._buffers = []
                 if not self._backend.is_full(error) or size <= least:
                     raise
-            self.ring.halve(size)
+            self.pipeline.halve(size)
             size = max(least, size // 2)
 
     def _send(self, half: int, span: Span, block: Bytes, first: int, take: int) -> Any:
         source = self._host(block[first * span.row_bytes : (first + take) * span.row_bytes])
-        self._backend.copy([(self._buffers[half][: source.numel()], source)], self.ring.copy_in)
-        self.ring.sent(source.numel())
-        return self._backend.record(self.ring.copy_in)
+        self._backend.copy([(self._buffers[half][: source.numel()], source)], self.pipeline.copy_in)
+        self.pipeline.sent(source.numel())
+        return self._backend.record(self.pipeline.copy_in)
 
     def _compute(
         self, half: int, ready: Any, span: Span, first: int, rows: int, align: int, work: Any, keep: Any, pending: list[tuple[Any, Any]]
@@ -275,10 +275,10 @@ class Slot:
 
         data = self._buffers[half][: rows * span.row_bytes]
         matrix = data.view(getattr(torch, span.source.dtype.torch)).reshape(rows, span.source.cols)
-        at, event, limit, waits = 0, None, self.ring.step, iter(_PATIENCE)
+        at, event, limit, waits = 0, None, self.pipeline.step, iter(_PATIENCE)
         while at < rows:
             take = min(max(align, limit // span.row_bytes // align * align), rows - at)
-            lane = self.ring.lanes.get()
+            lane = self.pipeline.lanes.get()
             try:
                 self._backend.follow(lane, ready)
                 part = matrix[at : at + take]
@@ -292,30 +292,30 @@ class Slot:
             else:
                 failed, pause = False, 0.0
             finally:
-                self.ring.lanes.put(lane)
+                self.pipeline.lanes.put(lane)
             if failed:
                 for _, waiting in pending:  # their outputs take room too
                     self._backend.wait(waiting)
                 pending.clear()
-                self.ring.halve(take * span.row_bytes)
+                self.pipeline.halve(take * span.row_bytes)
                 limit = take * span.row_bytes // 2
                 time.sleep(pause or 0.0)
                 continue
-            self.ring.good()
+            self.pipeline.good()
             copies = keep(first + at, take, result)
-            self._backend.follow(self.ring.copy_out, done)
-            self._backend.copy(copies, self.ring.copy_out)
-            event = self._backend.record(self.ring.copy_out)
+            self._backend.follow(self.pipeline.copy_out, done)
+            self._backend.copy(copies, self.pipeline.copy_out)
+            event = self._backend.record(self.pipeline.copy_out)
             pending.append((copies, event))  # what is copied must live until it is
             del result, copies
-            while len(pending) > HALVES:
+            while len(pending) > BUFFERS:
                 self._backend.wait(pending.pop(0)[1])
             at += take
         return event
 
     def _drain(self, pending: list[tuple[Any, Any]]) -> None:
         """Nothing may still be copied from or to the arena when an error leaves it."""
-        for stream in (self.ring.copy_in, self.ring.copy_out):
+        for stream in (self.pipeline.copy_in, self.pipeline.copy_out):
             try:
                 self._backend.wait(self._backend.record(stream))
             except Exception:

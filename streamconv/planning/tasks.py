@@ -1,0 +1,58 @@
+"""What is made of a span's rows: tasks, each encoded once whatever number of matrices take its bytes, and what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from streamconv.checkpoint.dtypes import DType
+from streamconv.planning.plan import Dest, Matrix, Span
+from streamconv.quants.base import Encoding, Known
+from streamconv.quants.plain import Plain
+
+
+class EncodeTask(NamedTuple):
+    """Columns of a span's rows in an encoding: two destinations with the same task get the same bytes."""
+
+    cols: tuple[tuple[int, int], ...]
+    encoding: Encoding
+
+    @property
+    def width(self) -> int:
+        """Columns that are encoded."""
+        return sum(stop - start for start, stop in self.cols)
+
+    def bound(self, results: Known, source: str) -> EncodeTask:
+        """The task with the results of the reductions that its encoding needs."""
+        return self._replace(encoding=self.encoding.bind(results, source))
+
+    def is_copy(self, dtype: DType) -> bool:
+        """The stored bytes are the source's, column slices apart."""
+        encoding = self.encoding
+        return isinstance(encoding, Plain) and encoding.dtype == dtype and not encoding.add_one and not encoding.halved(dtype)
+
+    def is_whole_copy(self, span: Span) -> bool:
+        """The stored bytes are the rows as they were read: nothing to do."""
+        return self.is_copy(span.source.dtype) and self.cols == ((0, span.source.cols),)
+
+    def row_costs(self, span: Span) -> tuple[int, int]:
+        """(bytes of output, bytes of working memory) that encoding one row takes."""
+        if self.is_whole_copy(span):
+            return 0, 0
+        encoding, dtype = self.encoding, span.source.dtype
+        align = encoding.row_align
+        out = -(-sum(part.nbytes(align) for part in encoding.parts(align, self.width)) // align)
+        if self.is_copy(dtype):
+            return out, 0
+        gathered = self.width * dtype.itemsize if len(self.cols) > 1 else 0
+        if encoding.kernel(dtype) is not None:
+            return out, gathered
+        return out, gathered + self.width * encoding.torch_bytes_per_element() + out
+
+
+def encode_tasks(span: Span, matrices: Sequence[Matrix]) -> dict[EncodeTask, list[Dest]]:
+    """The span's destinations grouped by what they need, in order."""
+    found: dict[EncodeTask, list[Dest]] = {}
+    for dest in span.dests:
+        found.setdefault(EncodeTask(dest.cols, matrices[dest.matrix].encoding), []).append(dest)
+    return found
