@@ -1,6 +1,6 @@
 """GB/s of source that the fused CPU kernels make on one core, beside their torch definitions on one thread.
 
-    python -m benchmarks.kernels [--rows 512] [--cols 4096] [--out benchmarks/results/kernels.json]
+    python -m benchmarks.kernels [--rows 512] [--cols 4096] [--only PART OF A NAME] [--out benchmarks/results/kernels.json]
 
 Best of several tries, processor time, a tile that stays in the cache: the ceiling, not a conversion.
 """
@@ -8,9 +8,10 @@ Best of several tries, processor time, a tile that stays in the cache: the ceili
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ import numpy as np
 import torch
 
 from streamconv.checkpoint.dtypes import BF16, F16, F32, DType
+from streamconv.checkpoint.stored_codes import NIBBLES
+from streamconv.kernels import decode_code
 from streamconv.quants.base import Encoding, Findings
 from streamconv.quants.fp8_rowwise import Fp8Rowwise
 from streamconv.quants.fp8_tensor import Fp8Tensor
@@ -25,6 +28,7 @@ from streamconv.quants.plain import Plain
 from streamconv.quants.smoothing import Bound, ColumnMaxima
 from streamconv.quants.smoothquant import SmoothWeight
 from streamconv.quants.weight_only import WeightOnly
+from streamconv.targets.hf.recipes import RECIPES, Request
 
 ROOT = Path(__file__).parent.parent
 
@@ -60,26 +64,62 @@ def encodings(cols: int) -> list[tuple[str, Encoding, DType]]:
     ]
 
 
+def hf_encodings() -> Iterator[tuple[str, Encoding, DType]]:
+    """The same of every format of `--to hf`, as `convert` runs them unless told otherwise."""
+    for recipe in RECIPES:
+        encoding = recipe.codec(Request(BF16, 128, "float32", "key"))
+        bound = encoding.bind(_Given(), "weight") if encoding.needs else encoding
+        yield f"{recipe.quant}, {recipe.container}", bound, BF16
+
+
+class _Given:
+    """The maximum that a format needs first."""
+
+    def get(self, key: str) -> np.ndarray[Any, Any]:
+        return np.array(0.1, np.float32)
+
+
+def decoders(rows: int, cols: int) -> Iterator[tuple[str, Callable[[], object], int]]:
+    """Name, work and stored bytes of sources that are decoded on the way."""
+    noise = np.random.default_rng(0)
+    out = np.empty(rows * cols, np.uint16)
+    for name, code, per_row, per_col in (
+        ("decode FP8 tiles to BF16", "e4m3", 128, 128), ("decode FP8 per channel to BF16", "e4m3", 1, cols),
+        ("decode INT8 to BF16", "int8", 1, cols), ("decode NVFP4 to BF16", "e2m1", 1, 16), ("decode INT4 to BF16", "uint4", 1, 128),
+    ):  # fmt: skip
+        width = cols // 2 if code in NIBBLES else cols
+        stored = noise.integers(0, 120, rows * width, np.uint8)
+        scales = noise.uniform(0.5, 1, (-(-rows // per_row), -(-cols // per_col))).astype(np.float32)
+        what = (stored, decode_code.CODES[code], scales, 0, per_row, per_col, rows, cols, 2, out)
+        yield name, functools.partial(decode_code.decode_rows, *what), stored.size
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--cols", type=int, default=4096)
+    parser.add_argument("--only", default="")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "kernels.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows, cols = args.rows, args.cols
     values = torch.randn(rows, cols, generator=torch.Generator().manual_seed(0)) * 0.02
-    results: dict[str, dict[str, float]] = {}
+    told = json.loads(args.out.read_text()) if args.only and args.out.exists() else {}
+    results: dict[str, dict[str, float]] = told.get("results", {})
 
-    def note(name: str, size: int, kernel: Callable[[], object], definition: Callable[[], object]) -> None:
-        results[name] = {"kernel GB/s": size / best(kernel, 9) / 1e9, "torch GB/s": size / best(definition, 3) / 1e9}
-        print(f"| {name} | {results[name]['kernel GB/s']:.1f} | {results[name]['torch GB/s']:.2f} |", flush=True)
+    def note(name: str, size: int, kernel: Callable[[], object], definition: Callable[[], object] | None) -> None:
+        if args.only not in name:
+            return
+        results[name] = {"kernel GB/s": size / best(kernel, 9) / 1e9}
+        if definition is not None:
+            results[name]["torch GB/s"] = size / best(definition, 3) / 1e9
+        print(f"| {name} | {results[name]['kernel GB/s']:.1f} | {results[name].get('torch GB/s', 0):.2f} |", flush=True)
 
     def flat(source: DType) -> tuple[torch.Tensor, np.ndarray[Any, Any]]:
         block = values.to(getattr(torch, source.torch))
         return block, block.reshape(-1).view(torch.uint8).numpy().view(source.storage)
 
-    for name, encoding, source in encodings(cols):
+    for name, encoding, source in (*encodings(cols), *hf_encodings()):
         block, stored = flat(source)
         kernel = encoding.kernel(source)
         assert kernel is not None, f"{name} has no kernel"
@@ -92,6 +132,8 @@ def main() -> None:
     block, stored = flat(BF16)
     maxima: Any = ColumnMaxima("key")
     note("column maxima, BF16", rows * cols * 2, lambda: maxima.kernel(BF16)(stored, rows, cols), lambda: maxima.tile(block, None))
+    for name, work, size in decoders(rows, cols):
+        note(name, size, work, None)
     args.out.write_text(json.dumps({"rows": rows, "cols": cols, "results": results}, indent=1) + "\n")
 
 

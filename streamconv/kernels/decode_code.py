@@ -6,49 +6,88 @@ from typing import Any
 
 import numpy as np
 
-from streamconv.kernels.jit import bits_of, jit
+from streamconv.kernels.jit import bits_of, float_of, jit
 from streamconv.kernels.rows import to_bf16, to_f16
+from streamconv.kernels.small_groups_code import spread
 
 _Array = np.ndarray[Any, Any]
+
+CODES = {"e4m3": 0, "int8": 1, "uint8": 2, "e2m1": 3, "uint4": 4}
+"""Numbers of the codes of `stored_codes`."""
+
+
+@jit
+def from_e4m3(code: np.uint32) -> np.float32:
+    """An e4m3 number as float32."""
+    field = np.uint32(code & np.uint32(0x7F))
+    # the exponent's bias is 120 smaller; multiplying float32's own subnormal numbers would do it too, and takes ten times as long
+    normal = np.uint32(np.uint32(field << np.uint32(20)) + np.uint32(120 << 23))
+    small = bits_of(np.float32(np.float32(np.int32(field)) * np.float32(0.001953125)))
+    size = small if field < np.uint32(8) else normal
+    size = np.uint32(size | np.uint32(np.uint32(code & np.uint32(0x80)) << np.uint32(24)))
+    return np.float32(float_of(np.uint32(0x7FC00000) if field == np.uint32(0x7F) else size))
+
+
+@jit
+def from_e2m1(code: np.uint32) -> np.float32:
+    """An e2m1 number as float32."""
+    field = np.uint32(code & np.uint32(7))
+    normal = np.uint32(np.uint32(field << np.uint32(22)) + np.uint32(126 << 23))
+    size = np.uint32(0x3F000000) if field == np.uint32(1) else normal  # 0.5
+    size = np.uint32(0) if field == np.uint32(0) else size
+    return np.float32(float_of(np.uint32(size | np.uint32(np.uint32(code & np.uint32(8)) << np.uint32(28)))))
+
+
+@jit
+def values_of(codes: _Array, code: int, line: _Array) -> None:
+    """What the codes of a row stand for."""
+    if code == 0:
+        for i in range(codes.size):
+            line[i] = from_e4m3(np.uint32(codes[i]))
+    elif code == 1:
+        for i in range(codes.size):
+            line[i] = np.float32(np.int8(codes[i]))
+    elif code == 2:
+        for i in range(codes.size):
+            line[i] = np.float32(np.int32(codes[i]) - np.int32(128))
+    elif code == 3:
+        for i in range(codes.size):
+            byte = np.uint32(codes[i])
+            line[2 * i] = from_e2m1(byte)
+            line[2 * i + 1] = from_e2m1(np.uint32(byte >> np.uint32(4)))
+    else:
+        for i in range(codes.size):
+            line[2 * i] = np.float32(np.int32(codes[i] & np.uint8(15)) - np.int32(8))
+            line[2 * i + 1] = np.float32(np.int32(codes[i] >> np.uint8(4)) - np.int32(8))
 
 
 @jit
 def decode_rows(
-    codes: _Array, nibbles: bool, values: _Array, scales: _Array, first: int, per_row: int, per_col: int,
-    rows: int, cols: int, target: int, out: _Array,
-) -> None:  # fmt: skip
-    """out[r, c] = values[code[r, c]] * scales[(first + r) // per_row, c // per_col], rounded once.
+    codes: _Array, code: int, scales: _Array, first: int, per_row: int, per_col: int, rows: int, cols: int, target: int, out: _Array
+) -> None:
+    """out[r, c] = value of codes[r, c] * scales[(first + r) // per_row, c // per_col], rounded once.
 
     Args:
-        codes: uint8, one row after the other; two columns in a byte if `nibbles`, the even one in the low half.
-        values: float32, what each code stands for.
+        codes: uint8, one row after the other; two columns in a byte from code 3 on, the even one in the low half.
+        code: one of CODES.
         scales: float32 [groups of rows, groups of columns].
         out: of the storage type of `target`.
     """
-    width = cols // 2 if nibbles else cols
-    line = np.empty(cols, np.float32)
+    width = cols // 2 if code >= 3 else cols
+    line, factors = np.empty(cols, np.float32), np.empty(cols, np.float32)
+    held = -1
     for r in range(rows):
-        source = codes[r * width : (r + 1) * width]
-        if nibbles:
-            for i in range(width):
-                line[2 * i] = values[source[i] & np.uint8(15)]
-                line[2 * i + 1] = values[source[i] >> np.uint8(4)]
-        else:
-            for i in range(width):
-                line[i] = values[source[i]]
-        factors = scales[(first + r) // per_row]
-        for g in range(factors.size):
-            factor = factors[g]
-            part = line[g * per_col : min((g + 1) * per_col, cols)]
-            for i in range(part.size):
-                part[i] = np.float32(part[i] * factor)
+        values_of(codes[r * width : (r + 1) * width], code, line)
+        if (first + r) // per_row != held:
+            held = (first + r) // per_row
+            spread(scales[held], per_col, factors)
         to = out[r * cols : (r + 1) * cols]
         if target == 0:
             for i in range(cols):
-                to[i] = bits_of(line[i])
+                to[i] = bits_of(np.float32(line[i] * factors[i]))
         elif target == 1:
             for i in range(cols):
-                to[i] = to_f16(bits_of(line[i]))
+                to[i] = to_f16(bits_of(np.float32(line[i] * factors[i])))
         else:
             for i in range(cols):
-                to[i] = to_bf16(bits_of(line[i]))
+                to[i] = to_bf16(bits_of(np.float32(line[i] * factors[i])))

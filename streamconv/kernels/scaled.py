@@ -69,9 +69,10 @@ def _floats(*numbers: float) -> tuple[Any, ...]:
 
 def _launcher(name: str, run: Callable[..., int]) -> Kernel:
     def launch(flat: Any, start: int, stride: int, rows: int, cols: int, outs: Sequence[Any]) -> Findings:
-        from streamconv.kernels import scaled_code
+        from streamconv.kernels import scaled_code, small_groups_code
         from streamconv.kernels.rows import CODES
 
-        return Findings(run(getattr(scaled_code, name), CODES, flat, (start, stride, rows, cols), outs))
+        code = getattr(small_groups_code if name in ("mx_rows", "nvfp4_rows") else scaled_code, name)
+        return Findings(run(code, CODES, flat, (start, stride, rows, cols), outs))
 
     return launch

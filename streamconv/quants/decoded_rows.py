@@ -15,7 +15,7 @@ from streamconv.checkpoint.dtypes import DType
 from streamconv.checkpoint.packed_rows import AWQ_POSITION
 from streamconv.checkpoint.rows import PackedTensor, Piece, SourceTensor
 from streamconv.checkpoint.shard import Shard
-from streamconv.checkpoint.stored_codes import NIBBLES, Code, as_float, values
+from streamconv.checkpoint.stored_codes import Code, as_float, values
 from streamconv.checkpoint.turned_rows import read_stripe
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class DecodedTensor(_Decoded):
     def read(self, shards: Sequence[Shard], start: int, stop: int, out: Bytes, scratch: Bytes) -> None:
         import numpy as np
 
-        from streamconv.kernels.decode_code import decode_rows
+        from streamconv.kernels import decode_code
         from streamconv.kernels.rows import CODES
 
         stored = scratch[: (stop - start) * self.codes.stored_row_bytes]
@@ -100,8 +100,8 @@ class DecodedTensor(_Decoded):
         if self.factor != 1.0 or self.divide:
             factor = np.float32(self.factor)
             scales = scales / factor if self.divide else scales * factor
-        decode_rows(
-            stored, self.code in NIBBLES, values(self.code), scales, start - first * self.per_row, self.per_row, self.per_col,
+        decode_code.decode_rows(
+            stored, decode_code.CODES[self.code], scales, start - first * self.per_row, self.per_row, self.per_col,
             stop - start, self.cols, CODES[self.dtype.name], out.view(self.dtype.storage),
         )  # fmt: skip
 
