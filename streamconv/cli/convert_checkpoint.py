@@ -10,9 +10,8 @@ import sys
 from streamconv.calibration.before import with_ranges
 from streamconv.calibration.request import Samples
 from streamconv.checkpoint.quantized import source_quantization
-from streamconv.cli import ending, output, signals, view
+from streamconv.cli import convert_view, ending, output, signals, view
 from streamconv.cli.flags import resources
-from streamconv.cli.main import show_report
 from streamconv.cli.official_flags import OfficialRequest, parse
 from streamconv.errors import RefusedError, UsageError, printable
 from streamconv.hub import open_source
@@ -132,7 +131,7 @@ def _convert(request: OfficialRequest, source: str) -> int:
         force=request.force,
         meter=view.meter("auto", request.quiet),
     )
-    show_report(report, False, request.quiet)
+    convert_view.show(report, False, request.quiet)
     return 0
 
 

@@ -28,11 +28,12 @@ def typed(context: click.Context) -> set[str]:
     return {name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
 
 
-def check(context: click.Context, model: str, target: Target) -> None:
+def check(context: click.Context, model: str, target: Target | None) -> None:
     """Refuse options of `convert` and `plan` that have no effect in this call; note resources that have none.
 
     Args:
         context: of the command.
+        target: of the one output; None for several, which say more for themselves.
         model: the source; opened only if a flag was typed whose effect depends on it.
 
     Raises:
@@ -43,8 +44,8 @@ def check(context: click.Context, model: str, target: Target) -> None:
 
     names, values = typed(context), context.params
     told = [] if values.get("text") else [f"{flag(name)} has no effect without --text" for name in _SAMPLES if name in names]
-    told += target.without_effect(names, lambda: open_source(model))
-    _refuse(told)
+    told += target.without_effect(names, lambda: open_source(model)) if target is not None else ()
+    refuse(told)
     for line in _resources(names, values, model):
         output.note(f"note: {line}")
 
@@ -57,13 +58,14 @@ def needs(context: click.Context, other: str, *, options: Collection[str], resou
     """
     names = typed(context)
     spelled = {param.name: param.opts[0] for param in context.command.params}
-    _refuse([f"{spelled[name]} has no effect without {flag(other)}" for name in options if name in names])
+    refuse([f"{spelled[name]} has no effect without {flag(other)}" for name in options if name in names])
     for name in resources:
         if name in names:
             output.note(f"note: {spelled[name]} has no effect without {flag(other)}")
 
 
-def _refuse(told: list[str]) -> None:
+def refuse(told: list[str]) -> None:
+    """What has no effect ends the command."""
     if told:
         raise UsageError(told, hint="leave it out" if len(told) == 1 else "leave them out")
 

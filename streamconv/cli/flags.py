@@ -144,6 +144,19 @@ OF_A_RUN: tuple[_Decorator, ...] = (
     ),
 )
 """What only a command that converts can use."""
+OUTPUTS: tuple[_Decorator, ...] = (
+    click.option(
+        "--output",
+        multiple=True,
+        type=click.UNPROCESSED,
+        metavar="TARGET:FOLDER:KEY=VALUE,...",
+        cls=Flag,
+        heading="Several outputs",
+        help="An output in the place of OUT; repeat it, and all are made from one read: trtllm:OUT1:tp_size=2,quant=int8,target_sm=90. "
+        "Keys are the options of the target with _; modules of a list are joined by +. What is finished is skipped.",
+    ),
+)
+"""More than one output."""
 _OF_PARTS: dict[str, Any] = {"cls": Flag, "heading": "Several machines"}
 PARTS: tuple[_Decorator, ...] = (
     click.option(

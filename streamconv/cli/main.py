@@ -11,7 +11,20 @@ import click
 from streamconv import __version__
 from streamconv.cli import effects, ending, output, recipe_option, signals
 from streamconv.cli.details import CALIBRATE, OUTPUT, RECIPES, SOURCES, VERIFY, paragraphs
-from streamconv.cli.flags import CONVERSION, OF_A_RUN, PARTS, RESOURCES, SAMPLES, WATCHING, Command, options, resources, sharing, target
+from streamconv.cli.flags import (
+    CONVERSION,
+    OF_A_RUN,
+    OUTPUTS,
+    PARTS,
+    RESOURCES,
+    SAMPLES,
+    WATCHING,
+    Command,
+    options,
+    resources,
+    sharing,
+    target,
+)
 from streamconv.cli.shared_work import finalize, status
 from streamconv.cli.submit import submit
 from streamconv.errors import UsageError
@@ -48,9 +61,9 @@ def asked_target(to: str, values: dict[str, Any], more: tuple[str, ...]) -> Targ
 
 @cli.command(cls=Command, epilog=paragraphs(SOURCES, OUTPUT, RECIPES))
 @click.argument("model")
-@click.argument("out")
+@click.argument("out", required=False)
 @click.argument("more", nargs=-1, metavar="[MODULE]...")
-@options(CONVERSION, SAMPLES, RESOURCES, OF_A_RUN, WATCHING, PARTS)
+@options(CONVERSION, OUTPUTS, SAMPLES, RESOURCES, OF_A_RUN, WATCHING, PARTS)
 @click.option("--force", is_flag=True, help="Replace an existing output folder.")
 @click.option("--no-lock", is_flag=True, help="Go on where the file system cannot lock a file or sync a folder.")
 @recipe_option.option(_recipe_keys)
@@ -58,7 +71,7 @@ def asked_target(to: str, values: dict[str, Any], more: tuple[str, ...]) -> Targ
 @click.option("--quiet", "-q", is_flag=True, help="Print errors and warnings only.")
 def convert(
     model: str,
-    out: str,
+    out: str | None,
     memory_budget: str,
     workers: str,
     device: str,
@@ -87,14 +100,15 @@ def convert(
 ) -> int:
     """Convert MODEL (a Hugging Face or Meta folder, or org/name[@revision] on the Hub) into the folder OUT.
 
-    What OUT is, --to says: a TensorRT-LLM checkpoint, or a quantized Hugging Face directory.
+    What OUT is, --to says: a TensorRT-LLM checkpoint, or a quantized Hugging Face directory. Several --output, in the place of OUT, are
+    made from one read.
     """
     import dataclasses
 
     from streamconv import api
     from streamconv.calibration.before import with_ranges
     from streamconv.calibration.request import Samples
-    from streamconv.cli import pages_view
+    from streamconv.cli import convert_view, pages_view, several
     from streamconv.cli.watching import watching
     from streamconv.targets.trtllm.options import TensorRTLLM
 
@@ -113,15 +127,19 @@ def convert(
     )
     if asked.parts and text:
         raise UsageError("--text and --parts exclude each other", hint="run `streamconv calibrate` once, then use --activation-ranges")
-    wanted = asked_target(to, values, more)
+    outputs = several.asked(model, out, more, values.pop("output"), _recipe_keys(), ("text", "parts", "part", "private_parts"))
+    if out is None and not outputs:
+        raise click.MissingParameter(param_hint="'OUT'", param_type="argument")
+    wanted = None if outputs else asked_target(to, values, more)
     effects.check(click.get_current_context(), model, wanted)
     if text and not isinstance(wanted, TensorRTLLM):
         raise UsageError("--text: activation ranges are for --to trtllm so far", hint="leave it out")
-    with watching(out, quiet or as_json, progress, memory_trace, report) as watched:
+    place = out or outputs[0].out
+    with watching(place, quiet or as_json, progress, memory_trace, report) as watched:
         if isinstance(wanted, TensorRTLLM):
             wanted = with_ranges(
                 model,
-                out,
+                place,
                 wanted,
                 Samples(text, samples, max_length, batch_size) if text else None,
                 memory_budget=asked.memory_budget,
@@ -129,51 +147,25 @@ def convert(
                 force=force,
                 **watched.layers,
             )
-        facts = pages_view.planned(model, out, wanted, asked) if report else None
-        made = api.convert(model, out, wanted, asked, force=force, meter=watched.meter)
-    show_report(made, as_json, quiet)
-    if made.published:
-        recipe_option.compare(out)
+        facts = pages_view.planned(model, place, wanted, asked) if report and wanted is not None else None
+        if wanted is not None:
+            made = api.convert(model, place, wanted, asked, force=force, meter=watched.meter)
+        else:
+            made = api.convert_all(model, outputs, asked, force=force, meter=watched.meter)
+    convert_view.show(made, as_json, quiet)
+    if made.published and not outputs:
+        recipe_option.compare(place)
     watched.write(report, lambda: pages_view.conversion(model, made, facts, watched))
     if as_json:
         output.dump(dataclasses.asdict(made))
     return 0
 
 
-def show_report(report: Any, as_json: bool, quiet: bool) -> None:
-    """The closing lines of a conversion."""
-    from streamconv.memory import show_size
-
-    for warning in report.warnings:
-        output.note(f"warning: {warning}")
-    if quiet or as_json:
-        return
-    if report.parts is not None:
-        done = f"part{'s' * (len(report.parts) != 1)} {', '.join(map(str, report.parts))}" if report.parts else "no part"
-        after = "the output is complete" if report.published else "other parts are missing, see `streamconv status`"
-        output.line(
-            f"{report.out}: {done} done here, {show_size(report.bytes_read)} read in {report.seconds:.1f} s, peak memory "
-            f"{show_size(report.peak_memory)} of {show_size(report.budget)}"
-            + (f", {report.resumed} tiles of an earlier run were kept" if report.resumed else "")
-            + f"; {after}"
-        )
-        return
-    output.line(
-        f"{report.out}: {report.files} file{'s' * (report.files != 1)}, {report.tensors} tensors, "
-        f"{show_size(report.bytes_written)} written, {show_size(report.bytes_read)} read in {report.seconds:.1f} s; "
-        f"peak memory {show_size(report.peak_memory)} of {show_size(report.budget)} with {report.workers} workers"
-        + (f"; {report.resumed} tiles of an earlier run were kept" if report.resumed else "")
-    )
-    if report.profile:
-        mapped = f"; {show_size(report.bytes_mapped)} of the source mapped, {show_size(report.bytes_read - report.bytes_mapped)} copied"
-        output.line("seconds: " + ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in report.profile.items()) + mapped)
-
-
 @cli.command(cls=Command, epilog=paragraphs(SOURCES, RECIPES))
 @click.argument("model")
 @click.argument("out", required=False)
 @click.argument("more", nargs=-1, metavar="[MODULE]...")
-@options(CONVERSION, RESOURCES)
+@options(CONVERSION, OUTPUTS, RESOURCES)
 @recipe_option.option(_recipe_keys)
 @click.option("--parts", type=click.IntRange(1), metavar="N", help="Show how the work is cut for N parts, done by any number of machines.")
 @click.option("--write-config", metavar="FILE", help="Write a recipe (TOML) that gives exactly this conversion.")
@@ -195,19 +187,24 @@ def plan(
     """Show what convert would do, from the headers alone."""
     from streamconv import api
     from streamconv.allocation import costs_of, foresee
-    from streamconv.cli import plan_view
+    from streamconv.cli import plan_view, several
     from streamconv.execution import choose_device
     from streamconv.hub import cache_need
     from streamconv.planning.parts import cut
     from streamconv.planning.reads import Reads
 
     asked = resources(memory_budget, workers, device, device_memory_budget)
+    given = {"memory_budget": memory_budget, "workers": workers, "device": device, "device_memory_budget": device_memory_budget}
+    outputs = several.asked(model, out, more, values.pop("output"), _recipe_keys(), ("parts",))
+    if outputs:
+        effects.check(click.get_current_context(), model, None)
+        several.plan(model, outputs, asked, write_config, given, as_json)
+        return 0
     wanted = asked_target(to, values, more)
     effects.check(click.get_current_context(), model, wanted)
     index, made = api.open_and_plan(model, wanted, asked.memory_budget)
     try:
         if write_config:
-            given = {"memory_budget": memory_budget, "workers": workers, "device": device, "device_memory_budget": device_memory_budget}
             recipe_option.write(write_config, model, out, made.target, given, index)
         reads = Reads([made])
         device_why = choose_device(reads, asked).why

@@ -9,7 +9,7 @@ import difflib
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,20 +172,39 @@ def render(model: str, out: str | None, options: PlannedTarget, others: Mapping[
     Args:
         others: further flags, which change no byte; None is left out.
     """
-    lines = [
+    place = [f"out = {_toml(out)}"] if out else []
+    lines = [*_head(model, "" if out else f" {printable(model)} OUT"), *place, "", "# what decides the bytes", *_options(options)]
+    given = _others(others)
+    return "\n".join([*lines, *(["", *given] if given else [])]) + "\n"
+
+
+def render_all(model: str, outputs: Sequence[tuple[str, PlannedTarget]], others: Mapping[str, object]) -> str:
+    """As `render`, for several outputs from one read: a table for each."""
+    given = _others(others)
+    lines = [*_head(model, ""), *(["", *given] if given else [])]
+    for out, options in outputs:
+        lines += ["", "[[output]]", f"out = {_toml(out)}", *_options(options)]
+    return "\n".join(lines) + "\n"
+
+
+def _head(model: str, more: str) -> list[str]:
+    return [
         "# A conversion by streamconv. Run it again with",
-        "#     streamconv convert --config THIS_FILE" + ("" if out else f" {printable(model)} OUT"),
+        f"#     streamconv convert --config THIS_FILE{more}",
         "# Keys are the long flags; flags on the command line win. Relative paths start at the working directory.",
         "",
         f"model = {_toml(model)}",
-        *([f"out = {_toml(out)}"] if out else []),
-        "",
-        "# what decides the bytes",
-        f"to = {_toml(options.key)}",
     ]
-    lines += [f"{key.replace('_', '-')} = {_toml(value)}" for key, value in options.to_json().items() if value not in (None, ())]
+
+
+def _options(options: PlannedTarget) -> list[str]:
+    held = options.to_json().items()
+    return [f"to = {_toml(options.key)}", *(f"{key.replace('_', '-')} = {_toml(value)}" for key, value in held if value not in (None, ()))]
+
+
+def _others(others: Mapping[str, object]) -> list[str]:
     given = [f"{key.replace('_', '-')} = {_toml(value)}" for key, value in others.items() if value is not None]
-    return "\n".join([*lines, *(["", "# what does not", *given] if given else [])]) + "\n"
+    return ["# what does not decide the bytes", *given] if given else []
 
 
 def write(path: str | Path, text: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,8 @@ def kinds(*commands: click.Command) -> dict[str, Kind]:
 def _kind(param: click.Parameter) -> Kind:
     from streamconv.cli.recipe import Kind
 
+    if param.name == "output":
+        return Kind((list,), "a table for each output: [[output]]")
     if isinstance(param, click.Option) and param.multiple:
         return Kind((list,), "a list of texts in quotes")
     if isinstance(param, click.Option) and param.is_flag:
@@ -93,14 +95,22 @@ def text(model: str, out: str | None, options: PlannedTarget, others: Mapping[st
         index: the opened source.
     """
     from streamconv.cli import recipe
+
+    return recipe.render(_named(model, index), out, options, _changed(others))
+
+
+def _named(model: str, index: Any) -> str:
     from streamconv.hub.shard import HubShard
 
     for shard in index.shards:
         if isinstance(shard, HubShard):
-            model = f"hf://{shard.repo.name}@{shard.repo.commit}"
+            return f"hf://{shard.repo.name}@{shard.repo.commit}"
+    return model
+
+
+def _changed(others: Mapping[str, object]) -> dict[str, object]:
     plain = Resources()
-    given = {key: value for key, value in others.items() if value not in (getattr(plain, key, None), "auto")}
-    return recipe.render(model, out, options, given)
+    return {key: value for key, value in others.items() if value not in (getattr(plain, key, None), "auto")}
 
 
 def write(path: str, model: str, out: str | None, options: PlannedTarget, others: Mapping[str, object], index: Any) -> None:
@@ -108,3 +118,12 @@ def write(path: str, model: str, out: str | None, options: PlannedTarget, others
     from streamconv.cli import recipe
 
     recipe.write(path, text(model, out, options, others, index))
+
+
+def write_all(
+    path: str, model: str, outputs: Sequence[tuple[str, PlannedTarget]], others: Mapping[str, object], index: Any
+) -> None:
+    """As `write`, for several outputs: folders and targets."""
+    from streamconv.cli import recipe
+
+    recipe.write(path, recipe.render_all(_named(model, index), outputs, _changed(others)))

@@ -1,0 +1,41 @@
+"""The closing lines of a conversion."""
+
+from __future__ import annotations
+
+from streamconv.cli import output
+from streamconv.memory import show_size
+from streamconv.reports import Report
+
+
+def show(report: Report, as_json: bool, quiet: bool) -> None:
+    """Print them; warnings in any case."""
+    for warning in report.warnings:
+        output.note(f"warning: {warning}")
+    if quiet or as_json:
+        return
+    if report.parts is not None:
+        done = f"part{'s' * (len(report.parts) != 1)} {', '.join(map(str, report.parts))}" if report.parts else "no part"
+        after = "the output is complete" if report.published else "other parts are missing, see `streamconv status`"
+        output.line(
+            f"{report.out}: {done} done here, {show_size(report.bytes_read)} read in {report.seconds:.1f} s, peak memory "
+            f"{show_size(report.peak_memory)} of {show_size(report.budget)}"
+            + (f", {report.resumed} tiles of an earlier run were kept" if report.resumed else "")
+            + f"; {after}"
+        )
+        return
+    if len(report.outputs) > 1:
+        for each in report.outputs:
+            files = f"{each.files} file{'s' * (each.files != 1)}, {each.tensors} tensors"
+            kept = f"; {each.resumed} tiles of an earlier run were kept" if each.resumed else ""
+            what = "finished by an earlier run, skipped" if each.finished else f"{files}, {show_size(each.bytes_written)} written{kept}"
+            output.line(f"{each.out}: {what}")
+    whole = f"{len(report.outputs)} outputs" if len(report.outputs) > 1 else report.out
+    output.line(
+        f"{whole}: {report.files} file{'s' * (report.files != 1)}, {report.tensors} tensors, "
+        f"{show_size(report.bytes_written)} written, {show_size(report.bytes_read)} read in {report.seconds:.1f} s; "
+        f"peak memory {show_size(report.peak_memory)} of {show_size(report.budget)} with {report.workers} workers"
+        + (f"; {report.resumed} tiles of an earlier run were kept" if report.resumed else "")
+    )
+    if report.profile:
+        mapped = f"; {show_size(report.bytes_mapped)} of the source mapped, {show_size(report.bytes_read - report.bytes_mapped)} copied"
+        output.line("seconds: " + ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in report.profile.items()) + mapped)

@@ -1,0 +1,90 @@
+"""`streamconv plan` of several outputs: side by side, with the reads that they share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from streamconv import api
+from streamconv.allocation import costs_of, foresee
+from streamconv.checkpoint.index import Index
+from streamconv.cli import output, plan_view
+from streamconv.cli.view import table
+from streamconv.errors import OutputError, printable
+from streamconv.execution import choose_device
+from streamconv.hub import cache_need
+from streamconv.memory import show_size
+from streamconv.natural import natural
+from streamconv.options import Resources
+from streamconv.planning.plan import Plan
+from streamconv.planning.reads import Reads
+from streamconv.run import fs
+from streamconv.run.inside import choose
+from streamconv.run.output_checks import check_apart, is_made
+from streamconv.targets.base import Output
+
+
+def show(index: Index, outputs: Sequence[Output], plans: Sequence[Plan], asked: Resources, as_json: bool) -> None:
+    """Print the plans of several outputs."""
+    finished = [is_made(Path(each.out), index.root, plan, index.shards) for each, plan in zip(outputs, plans, strict=True)]
+    reads = Reads([plan for plan, done in zip(plans, finished, strict=True) if not done])
+    costs = costs_of(reads)
+    shares = foresee(reads, asked, costs)
+    each = [plan_view.content(plan, shares, costs, one.out) for one, plan in zip(outputs, plans, strict=True)]
+    for one, plan, done, told in zip(outputs, plans, finished, each, strict=True):
+        problem = None if done else api.output_problem(index, plan, one.out)
+        told |= {"out": one.out, "finished": done, "output_problem": problem}
+    try:
+        check_apart([choose(Path(fs.named(one.out)).resolve(), fs.Disk()) for one in outputs], index.root)
+        crossing = None
+    except OutputError as error:
+        crossing = error.message
+    alone = sum(plan.bytes_read for plan in reads.plans)
+    written = sum(plan.bytes_written for plan in reads.plans)
+    shared = {name: each[0][name] for name in ("memory", "workers", "largest_tile")}
+    content = {"outputs": each, "bytes_to_read": reads.nbytes, "bytes_to_read_apart": alone, "bytes_to_write": written, **shared}
+    content |= {"device": choose_device(reads, asked).why, "cache": cache_need(index), "output_problem": crossing}
+    if as_json:
+        output.dump(content)
+        return
+    _lines(plans, content)
+
+
+def _lines(plans: Sequence[Plan], content: dict[str, Any]) -> None:
+    each, memory = content["outputs"], content["memory"]
+    output.line(f"{plans[0].family}, {len(plans)} outputs from one read")
+    output.line()
+    rows = [
+        (told["out"], plan.target.headline, plan.dtype.torch, str(len(told["files"])), show_size(plan.bytes_written), _state(told))
+        for told, plan in zip(each, plans, strict=True)
+    ]
+    output.block([*table(rows, ("output", "what", "dtype", "files", "size", "state")), ""])
+    modules = sorted({name for plan in plans for name in plan.decisions}, key=natural)
+    stored = [(name, *(plan.decisions.get(name, "") for plan in plans)) for name in modules]
+    output.block([*table(stored, ("module", *(told["out"] for told in each))), ""])
+    output.line(f"read     {show_size(content['bytes_to_read'])} for all; one after the other {show_size(content['bytes_to_read_apart'])}")
+    output.line(f"write    {show_size(content['bytes_to_write'])}")
+    output.line(
+        f"memory   peak {show_size(memory['peak'])} of {show_size(memory['budget'])}: {show_size(memory['before_first_tile'])} "
+        f"before the first tile, {content['workers']} workers x {show_size(memory['tiles'] // content['workers'])}, "
+        f"{show_size(memory['margin'])} margin"
+    )
+    output.line(f"device   {content['device']}")
+    for told in each:
+        disk = told["disk"]
+        free = "?" if disk["free"] is None else show_size(disk["free"])
+        output.line(f"disk     {free} free, {show_size(disk['need'])} needed for {printable(told['out'])}")
+    said = dict[str, None]()
+    for kind in ("note", "warning"):
+        for told in each:
+            for text in told[f"{kind}s"]:
+                everywhere = all(text in other[f"{kind}s"] for other in each)
+                said[f"{kind}: {text}" if everywhere else f"{kind}: {printable(told['out'])}: {text}"] = None
+    output.block(said)
+    for problem in filter(None, [content["output_problem"], *(told["output_problem"] for told in each)]):
+        output.line(f"warning: convert would refuse these outputs: {problem}")
+
+
+def _state(told: dict[str, Any]) -> str:
+    return "finished, to be skipped" if told["finished"] else "to be written"
