@@ -1,11 +1,14 @@
 """All timings in one run and one results file, with the README's two pictures.
 
-    benchmarks/run [--what copy,warm,peers,peers-warm,scale,budget,workers] [--runs 5] [--work FOLDER] [--out benchmarks/results/run.json]
+    benchmarks/run [--what copy,warm,peers,peers-warm,hf,hf-warm,hf-copy,scale,budget,workers] [--runs 5] [--work FOLDER]
+                   [--out benchmarks/results/run.json]
 
 copy      every job against `cp -r SRC DST && sync`, cold page cache, budget 512 MiB
 warm      int8 and int4, source in the page cache
 peers     llm-compressor and a transformers re-save beside ours, cold (peers-warm: source in the page cache);
           each is installed in an environment of its own under the work folder
+hf        the formats of --to hf beside llm-compressor's model_free_ptq, cold (hf-warm: source in the page cache)
+hf-copy   the same against `cp -r SRC DST && sync`, cold
 scale     1, 2, 4, 8, 16 GB of the same shape
 budget    int8, 256 MiB ... 4 GiB
 workers   int8, 1 ... 8
@@ -134,6 +137,30 @@ def peers(work: Path, runs: int, cold: bool = True) -> list[dict[str, Any]]:
     return lines
 
 
+HF = {"fp8_dynamic": "FP8_DYNAMIC", "w4a16": "W4A16", "nvfp4a16": "NVFP4A16"}
+"""--quant -> scheme of llm-compressor."""
+
+
+def hf(work: Path, runs: int, cold: bool = True) -> list[dict[str, Any]]:
+    model, lines, python = model_of(work), [], environment(work, "llmcompressor")
+    for quant, scheme in HF.items():
+        arguments = [str(python), "-c", MODEL_FREE, str(model), "OUT", scheme]
+        other = Command(f"model_free_ptq {scheme}", arguments, {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"})
+        line = pairs(streamconv(quant, model, ["--to", "hf", "--quant", quant]), other, model, work, runs, cold)
+        lines.append(line | {"versions": versions_of(python)})
+        show(line)
+    return lines
+
+
+def hf_copy(work: Path, runs: int) -> list[dict[str, Any]]:
+    model, lines = model_of(work), []
+    for quant in HF:
+        line = pairs(streamconv(quant, model, ["--to", "hf", "--quant", quant]), copy(model), model, work, runs)
+        show(line)
+        lines.append(line)
+    return lines
+
+
 def scale(work: Path, runs: int) -> list[dict[str, Any]]:
     lines = []
     for size in (1, 2, 4, 8, 16):
@@ -230,6 +257,9 @@ def main() -> None:
         "warm": warm,
         "peers": peers,
         "peers-warm": lambda work, runs: peers(work, runs, cold=False),
+        "hf": hf,
+        "hf-warm": lambda work, runs: hf(work, runs, cold=False),
+        "hf-copy": hf_copy,
         "scale": scale,
         "budget": lambda work, runs: varied(work, runs, "--memory-budget", ["256MiB", "512MiB", "1GiB", "2GiB", "4GiB"]),
         "workers": lambda work, runs: varied(work, runs, "--workers", ["1", "2", "3", "4", "6", "8"]),

@@ -58,10 +58,10 @@ def formats() -> tuple[tuple[str, ...], Rows]:
     """(header, rows) of the weight formats of a Hugging Face directory."""
     from streamconv.targets.hf.recipes import RECIPES
 
-    rows: Rows = [
-        (row.quant, row.container, row.algo or row.form or "quant_method fp8", "calibrated" if row.input_scale else "-", row.summary)
-        for row in RECIPES
-    ]
+    rows: Rows = []
+    for row in RECIPES:
+        said = row.algo or row.form or f"quant_method {row.stated['quant_method']}"
+        rows.append((row.quant, row.container, said, "calibrated" if row.input_scale else "-", row.summary))
     return ("--quant", "--format", "in config.json", "activation ranges", "what it is"), rows
 
 

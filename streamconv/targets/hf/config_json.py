@@ -22,10 +22,9 @@ def quantization_config(recipe: Recipe, ignore: Sequence[str], group: int, kv_ca
         kv_cache: FP8 scales of the KV cache are stored.
     """
     if recipe.container == "hf":
-        found: dict[str, Any] = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128], "fmt": "e4m3"}
-        return found | {"modules_to_not_convert": list(ignore)}
+        return recipe.stated | {recipe.leaves: list(ignore)}
     if recipe.container == "modelopt":
-        found = {"quant_method": "modelopt", "quant_algo": recipe.algo, "ignore": list(ignore)}
+        found: dict[str, Any] = {"quant_method": "modelopt", "quant_algo": recipe.algo, "ignore": list(ignore)}
         found["producer"] = {"name": "modelopt", "version": f"streamconv {__version__}"}
         found |= {"kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"}} if kv_cache else {}
         groups = _modelopt_group(recipe)

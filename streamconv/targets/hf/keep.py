@@ -18,7 +18,7 @@ from streamconv.quants.given_codes import GivenZeros, Reciprocal, Words, ZeroPoi
 from streamconv.quants.plain import Plain
 from streamconv.targets.hf import config_json
 from streamconv.targets.hf.packed_sources import PACKED, Integers, integers
-from streamconv.targets.hf.recipes import NVFP4_FP4, recipe_of
+from streamconv.targets.hf.recipes import METHODS, NVFP4_FP4, recipe_of
 from streamconv.targets.hf.rules import default_reason
 from streamconv.targets.hf.sources import raw_bytes
 from streamconv.targets.hf.target import Container
@@ -97,7 +97,7 @@ def keep(index: Index, tensors: Mapping[str, SourceTensor], container: Container
 
 def container_of(stated: SourceQuantization) -> str:
     """The container of a source, in the words of --format where it is one of them."""
-    return {"fp8": "hf", "compressed-tensors": "compressed-tensors"}.get(stated.method, stated.method)
+    return "hf" if stated.method in METHODS else stated.method
 
 
 class _Maker:

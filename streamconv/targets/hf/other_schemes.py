@@ -12,7 +12,7 @@ from streamconv.targets.hf.weights import FLOATS, Tensors, Told
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """`quant_method: fp8`: tiles of rows x cols with a scale each, or one scale for all where rows is 0."""
+    """The container hf: tiles of rows x cols with a scale each, or one scale for all where rows is 0."""
 
     rows: int
     cols: int
@@ -25,7 +25,7 @@ class Tiles:
 
     @property
     def tiled(self) -> str:
-        return "rows, cols" if self.rows else ""
+        return "rows, cols" if self.rows > 1 else ""
 
     def wanted(self, module: str, tensors: Tensors) -> dict[str, list[Told]] | None:
         code = tensors.get(f"{module}.weight")

@@ -72,6 +72,7 @@ class Recipe:
         form: compressed-tensors' `format`.
         algo: ModelOpt's `quant_algo`.
         extra: further keys of ModelOpt's config.
+        stated: what config.json says in the container hf, and `leaves`: the key of the list of what is left as it is.
         weight_shape: the shape is a tensor of its own.
         pre_scales: last name of a vector [K] of ones, beside weights without partners: what the input is multiplied by.
         summary: one line for people.
@@ -94,6 +95,8 @@ class Recipe:
     form: str = ""
     algo: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
+    stated: dict[str, Any] = field(default_factory=dict)
+    leaves: str = "modules_to_not_convert"
     weight_shape: bool = False
     pre_scales: str = ""
     input_scale: tuple[str, Callable[[float], float], tuple[int, ...]] | None = None
@@ -173,7 +176,8 @@ RECIPES: tuple[Recipe, ...] = (
     Recipe("fp8_dynamic", "modelopt", "the same numbers for TensorRT-LLM first", _fp8_channel_modelopt,
            _PLAIN, {"per_channel_scale": _vector}, algo="FP8_PER_CHANNEL_PER_TOKEN"),
     Recipe("fp8_block", "hf", "FP8 weights in tiles of 128 x 128, DeepSeek's container",
-           lambda r: Fp8Block(BLOCK, multiply=True), {"codes": "weight", "scale": "weight_scale_inv"}, tiles=True),
+           lambda r: Fp8Block(BLOCK, multiply=True), {"codes": "weight", "scale": "weight_scale_inv"}, tiles=True,
+           stated={"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK], "fmt": "e4m3"}),
     Recipe("fp8_block", "compressed-tensors", "FP8 weights in tiles of 128 x 128", _fp8_tiles, _CODES, tiles=True,
            form="float-quantized", weights=_float(8, "block", block_structure=[BLOCK, BLOCK]),
            inputs=_float(8, "group", group_size=BLOCK) | {"dynamic": True}),
@@ -224,6 +228,9 @@ RECIPES: tuple[Recipe, ...] = (
            weights=_float(8, "tensor"), inputs=_float(8, "tensor"), input_scale=("input_scale", lambda amax: amax / 448.0, (1,))),
 )  # fmt: skip
 """In the order of a quantization's containers: the first is its default."""
+
+METHODS = tuple(row.stated["quant_method"] for row in RECIPES if row.container == "hf")
+"""Values of `quant_method` that mean the container hf."""
 
 QUANTS = tuple(dict.fromkeys(recipe.quant for recipe in RECIPES))
 """Values of --quant."""

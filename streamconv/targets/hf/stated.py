@@ -11,7 +11,7 @@ from streamconv.errors import printable
 from streamconv.targets.hf.compressed_scheme import compressed_groups
 from streamconv.targets.hf.other_schemes import Modelopt, Tiles, Words
 from streamconv.targets.hf.patterns import Patterns
-from streamconv.targets.hf.recipes import BLOCK, RECIPES
+from streamconv.targets.hf.recipes import BLOCK, METHODS, RECIPES
 from streamconv.targets.hf.weights import Tensors, Told
 
 IGNORE = ("ignore", "modules_to_not_convert", "ignored_layers", "exclude_modules")
@@ -108,7 +108,7 @@ def read_statement(stated: Mapping[str, Any], sparse: bool = False) -> Statement
     problems += [f"quantization_config: {key} {line}" for line in made.ignore.wrong]
     if method == "compressed-tensors":
         _compressed(stated, made, sparse)
-    elif method == "fp8":
+    elif method in METHODS:
         made.groups.append(Group(("Linear",), _tiles(stated, problems)))
     elif isinstance(method, str) and method.startswith("modelopt"):
         _modelopt(stated, made)
