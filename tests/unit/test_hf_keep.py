@@ -210,3 +210,19 @@ def test_what_has_no_way(tmp_path: Path) -> None:
         api.convert(tmp_path / "fp8", tmp_path / "out", HuggingFace(quant="keep", format="hf"))
     with pytest.raises(UsageError, match="--dtype"):
         api.convert(tmp_path / "fp8", tmp_path / "out", HuggingFace(quant="keep", dtype="float16"))
+
+
+def test_mxfp8_in_two_containers(tmp_path: Path) -> None:
+    """The same numbers under other names, and both are read back alike."""
+    plain = tiny.write(tmp_path / "plain")
+    for container in ("modelopt", "hf"):
+        api.convert(plain, tmp_path / container, HuggingFace(quant="mxfp8", format=container))
+        (tmp_path / container / "streamconv.json").unlink()
+        assert verify(tmp_path / container).problems == []
+        api.convert(tmp_path / container, tmp_path / f"{container}_back", HuggingFace())
+    one, two = (load_file(tmp_path / container / "model.safetensors") for container in ("modelopt", "hf"))
+    assert {name.replace("weight_scale", "weight_scale_inv"): t.view(torch.uint8).tolist() for name, t in one.items() if t.dim()} == {
+        name: t.view(torch.uint8).tolist() for name, t in two.items() if t.dim()
+    }
+    assert (tmp_path / "modelopt_back/model.safetensors").read_bytes() == (tmp_path / "hf_back/model.safetensors").read_bytes()
+    assert config(tmp_path / "hf")["weight_block_size"] == [1, 32] and config(tmp_path / "hf")["ignored_layers"] == ["lm_head"]
