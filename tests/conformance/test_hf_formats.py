@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from streamconv.checkpoint.dtypes import BF16, F16, F32, DType
-from streamconv.quants.base import Encoding, Findings
-from streamconv.targets.hf.check_scales import tensors_wanted
+from streamconv.quants.base import Encoding, Findings, Part
 from streamconv.targets.hf.config_json import quantization_config
 from streamconv.targets.hf.recipes import BLOCK, RECIPES, Recipe, Request, recipe_of
-from streamconv.targets.hf.stated import stated_recipe
+from streamconv.targets.hf.stated import read_statement
 from streamconv.targets.hf.target import ARITHMETICS
 from tests.unit.test_kernels import check, weights
 
@@ -62,16 +61,26 @@ def test_bytes_values_and_sizes(recipe: Recipe, source: DType) -> None:
 def test_what_its_config_says_is_found_again(recipe: Recipe) -> None:
     """By `verify`: the same tensors are wanted as are written."""
     group = GROUP if recipe.grouped else BLOCK
-    stated = quantization_config(recipe, ["lm_head"], group) | ({"group_size": group} if recipe.container == "modelopt" else {})
-    found = stated_recipe(stated)
-    assert found is not None
-    row = found[0]
-    assert (row.tensors, row.container) == (recipe.tensors, recipe.container)
-    assert row is recipe
-    codec = recipe.codec(Request(BF16, group, "float32", "amax"))
-    code = codec.parts(256, 384)[0]
-    wanted = tensors_wanted("m.o_proj", recipe, group, (code.dtype.name, code.shape))
-    assert wanted is not None and (code.dtype.name, code.shape) in wanted[recipe.tensors[code.role]]
+    stated = quantization_config(recipe, ["lm_head"], group)
+    stated |= {"group_size": group} if recipe.grouped and recipe.container == "modelopt" else {}
+    found = read_statement(stated)
+    assert found.problems == [] == found.warnings and found.ignore.match("lm_head")
+    scheme = found.groups[0].scheme
+    assert scheme is not None
+    parts = recipe.codec(Request(BF16, group, "float32", "amax")).parts(256, 384)
+    told = {f"m.o_proj.{recipe.tensors[part.role]}": (part.dtype.name, _recorded(recipe, part)) for part in parts}
+    told |= {"m.o_proj.weight_shape": ("I64", (2,))} if recipe.weight_shape else {}
+    wanted = scheme.wanted("m.o_proj", told)
+    assert wanted is not None
+    for name, (dtype, shape) in told.items():
+        assert (dtype, shape) in wanted.pop(name.rpartition(".")[2])
+    lone = {recipe.shared[0] if recipe.shared else "", recipe.pre_scales, recipe.input_scale[0] if recipe.input_scale else ""}
+    assert wanted.keys() <= lone | {"weight_scale"}
+
+
+def _recorded(recipe: Recipe, part: Part) -> tuple[int, ...]:
+    own = recipe.shapes.get(part.role)
+    return own(256, 384) if own else part.shape
 
 
 def test_each_quantization_has_a_default_and_one_row_for_each_container() -> None:
