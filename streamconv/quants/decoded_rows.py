@@ -70,7 +70,10 @@ class DecodedTensor(_Decoded):
     per_col: int
     factor: float = 1.0
     divide: bool = False
-    row_align: int = 1
+
+    @property
+    def row_align(self) -> int:
+        return self.codes.row_align
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
@@ -82,8 +85,13 @@ class DecodedTensor(_Decoded):
 
     @property
     def scratch_row_bytes(self) -> int:
-        stored, scale = self.codes.stored_row_bytes, self.scales.stored_row_bytes
-        return stored + -(-(scale + 8 * self.scales.cols) // self.per_row)
+        codes, scale = self._code_bytes + self.codes.scratch_row_bytes, self.scales.stored_row_bytes
+        return codes + -(-(scale + 8 * self.scales.cols) // self.per_row)
+
+    @property
+    def _code_bytes(self) -> int:
+        """Of a row of codes, as they are read."""
+        return self.codes.cols * self.codes.dtype.itemsize
 
     def read(self, shards: Sequence[Shard], start: int, stop: int, out: Bytes, scratch: Bytes) -> None:
         import numpy as np
@@ -91,7 +99,7 @@ class DecodedTensor(_Decoded):
         from streamconv.kernels import decode_code
         from streamconv.kernels.rows import CODES
 
-        stored = scratch[: (stop - start) * self.codes.stored_row_bytes]
+        stored = scratch[: (stop - start) * self._code_bytes]
         self.codes.read(shards, start, stop, stored, scratch[stored.size :])
         first, last = start // self.per_row, -(-stop // self.per_row)
         raw = np.empty((last - first) * self.scales.stored_row_bytes, np.uint8)

@@ -31,7 +31,7 @@ class PackedWeight(Encoding):
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        return f"int{self.layout.bits} per group, layout {self.layout.family}"
+        return f"int{self.layout.bits} per {'channel' if self.dtype == I8 else 'group'}, layout {self.layout.family}"
 
     @property
     def row_align(self) -> int:  # type: ignore[override]
@@ -39,7 +39,8 @@ class PackedWeight(Encoding):
 
     def parts(self, rows: int, cols: int, experts: int = 0) -> tuple[Part, ...]:
         bits = self.layout.bits
-        shape = (cols, rows * bits // (8 * self.dtype.itemsize))
+        lead = (experts,) if experts else ()
+        shape = (*lead, cols, rows * bits // (8 * self.dtype.itemsize))
         return (Part("weight", self.dtype, shape, cols * bits // 8),)
 
     def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:

@@ -40,7 +40,8 @@ class Plain(Encoding):
         return self.via_half and source.name != "F16"
 
     def parts(self, rows: int, cols: int, experts: int = 0) -> tuple[Part, ...]:
-        shape: tuple[int, ...] = (rows,) if self.vector else ((experts, rows, cols) if experts else (rows, cols))
+        lead = (experts,) if experts else ()
+        shape = (*lead, rows) if self.vector else (*lead, rows, cols)
         return (Part(self.suffix, self.dtype, shape, cols * self.dtype.itemsize),)
 
     def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:

@@ -136,3 +136,64 @@ def test_what_is_not_whole_is_refused(golden_inputs: Path, tmp_path: Path) -> No
     (made / "rank1.safetensors").unlink()
     with pytest.raises(CheckpointError, match="rank1"):
         streamconv.plan(made)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "steps"),
+    [
+        ("llama_mha", {"quant": "int8", "tp_size": 2}, [{"target_sm": 90}, {"pp_size": 2, "target_sm": 89}, {"target_version": "0.16"}]),
+        ("llama_gqa_llama3rope", {"quant": "int4"}, [{"target_version": "0.16", "target_sm": 90}, {"pp_size": 2}, {"target_sm": 75}]),
+        ("mixtral_4e", {"quant": "int4", "tp_size": 2, "moe_ep_size": 2}, [{"target_sm": 90}, {"pp_size": 2}]),
+        ("phi3_gqa", {"quant": "int8", "tp_size": 2}, [{"target_sm": 90}]),
+        ("llama_mha", {"quant": "fp8_rowwise", "tp_size": 2}, [{"pp_size": 4}, {"target_version": "0.16"}, {"pp_size": 1}]),
+        ("llama_mha", {"quant": "fp8_rowwise", "use_meta_fp8_rowwise_recipe": True}, [{"pp_size": 2}]),
+    ],
+)
+def test_codes_are_kept(
+    name: str, options: dict[str, Any], steps: list[dict[str, Any]], golden_inputs: Path, tmp_path: Path
+) -> None:
+    source, asked = golden_inputs / "inputs" / name, {"target_sm": 80} | options
+    at = _convert(source, tmp_path / "made", TensorRTLLM(**asked))
+    for number, step in enumerate(steps):
+        asked |= step
+        at = _convert(at, tmp_path / f"cut{number}", TensorRTLLM(**step))
+        assert _files(at) == _files(_convert(source, tmp_path / "direct", TensorRTLLM(**asked))), step
+
+
+@pytest.mark.parametrize(("version", "sm"), [("0.16", 70), ("0.16", 80), ("0.16", 90), ("1.2", 80), ("1.2", 90)])
+@pytest.mark.parametrize(("quant", "half"), [("int8", 128), ("int4", 8)])
+def test_integers_are_decoded_whatever_their_layout(
+    version: Any, sm: int, quant: str, half: int, golden_inputs: Path, tmp_path: Path
+) -> None:
+    """Without a manifest nothing says for which generation they are laid out; the values are those of the definition."""
+    source = golden_inputs / "inputs" / "llama_mha"
+    made = _convert(source, tmp_path / "made", TensorRTLLM(quant=quant, target_sm=sm, target_version=version, tp_size=2))
+    (made / "streamconv.json").unlink()
+    back = _convert(made, tmp_path / "back", HuggingFace())
+    with streamconv.open(source) as first, streamconv.open(back) as second:
+        for module, cuts in (("self_attn.v_proj", 1), ("self_attn.o_proj", 2), ("mlp.gate_proj", 1), ("mlp.down_proj", 2)):
+            name = f"model.layers.2.{module}.weight"
+            for want, got in zip(first[name].torch().chunk(cuts, 1), second[name].torch().chunk(cuts, 1), strict=True):
+                scale = want.float().abs().amax(1, keepdim=True) / half
+                ratio = want.float() / scale
+                whole = (ratio.abs() + 0.5).floor().copysign(ratio).clamp(-half, half - 1)
+                whole[want.abs().amax(1) == 0] = 0
+                assert bool((got == (whole * scale.bfloat16().float()).bfloat16()).all()), name
+
+
+def test_what_depends_on_the_cut_is_refused(golden_inputs: Path, tmp_path: Path) -> None:
+    source = golden_inputs / "inputs" / "llama_mha"
+    made = _convert(source, tmp_path / "made", TensorRTLLM(quant="int8", target_sm=80, tp_size=2))
+    for options, why in (
+        ({"tp_size": 1}, "with another scale"), ({"quant": "int4"}, "made with --quant int8"),
+        ({"dtype": "float16"}, "scales in bfloat16"), ({"encoding": "raw"}, "--encoding raw"),
+    ):  # fmt: skip
+        with pytest.raises(RefusedError, match=why):
+            streamconv.plan(made, TensorRTLLM(**options))  # type: ignore[arg-type]
+    assert streamconv.plan(made, TensorRTLLM(dtype="bfloat16", tp_size=2)).files
+    with pytest.raises(RefusedError, match="keep"):
+        streamconv.plan(made, HuggingFace(quant="keep"))
+    ranges = str(Path(__file__).parent / "act_ranges" / "llama_mha.sq.act_range.safetensors")
+    smooth = _convert(source, tmp_path / "smooth", TensorRTLLM(quant="smoothquant", activation_ranges=ranges))
+    with pytest.raises(RefusedError, match="not read back"):
+        streamconv.plan(smooth)

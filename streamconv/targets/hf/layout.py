@@ -191,8 +191,8 @@ class Layout:
         return [name]
 
     def _plain_dtype(self, weight: Weight, stored: Stored) -> DType:
-        cast = (self.target.dtype != "auto" or self.index.views) and not stored.decoded and weight.dtype.name in _FLOATS
-        return self.into if cast else weight.dtype
+        cast = self.index.views or (self.target.dtype != "auto" and not stored.decoded)
+        return self.into if cast and weight.dtype.name in _FLOATS else weight.dtype
 
     def _quantized(self, file: int, module: str, weight: Weight, recipe: Recipe, stored: Stored) -> list[str]:
         rows, cols = weight.rows, weight.cols

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 
 from streamconv.checkpoint.dtypes import F8_E4M3
 from streamconv.checkpoint.quantized import SourceQuantization, source_quantization
-from streamconv.checkpoint.rows import SourceTensor
 from streamconv.errors import RefusedError
 from streamconv.families.base import Family
 from streamconv.families.meta import META
 from streamconv.hub import open_source
 from streamconv.targets.trtllm.expected_forms import EXCLUDED
 from streamconv.targets.trtllm.import_scales import Stored
+from streamconv.targets.trtllm.lookup import Roles
 from streamconv.targets.trtllm.options import TensorRTLLM
-from streamconv.targets.trtllm.recipes import Quant, quant_of
+from streamconv.targets.trtllm.recipes import Quant
 from streamconv.targets.trtllm.recipes.fp8 import Fp8GivenQuant
 from streamconv.targets.trtllm.recipes.fp8_rowwise import CLAMP, Fp8RowwiseQuant
 from streamconv.targets.trtllm.recipes.gptq import EXPERTS, GROUP_SIZES
@@ -163,15 +162,20 @@ def config_entries(options: TensorRTLLM, quant: Quant) -> dict[str, object]:
 
 
 def quant_for(
+    quant: Quant,
     options: TensorRTLLM,
     family: Family,
     stated: SourceQuantization | None,
     stored: Stored,
-    found: Mapping[tuple[str, int, int], str],
-    tensors: Mapping[str, SourceTensor],
+    roles: Roles,
+    bound: float | None,
 ) -> Quant:
-    """The quant of --quant, told what the source has done already."""
-    quant = quant_of(options.quant)
+    """The quant of --quant, told what the source has done already.
+
+    Args:
+        bound: that FP8 weights of a TensorRT-LLM checkpoint were clamped to.
+    """
+    found, tensors = roles.found, roles.tensors
     modules = {role: module for module, roles in _MODULES.items() for role in roles}
     if stated is not None and stated.brings_scales:
         given: dict[tuple[int, str], list[tuple[str, float]]] = {}
@@ -180,7 +184,8 @@ def quant_for(
                 given.setdefault((layer, modules[role]), []).extend([(name, stored.fp8[name][0])] if name in stored.fp8 else [])
         scales = {place: tuple(sources) for place, sources in given.items() if sources}
         return Fp8GivenQuant(scales, tuple(sorted(place for place in given if place not in scales)))
-    bound = stated.activation_bound if stated is not None and stated.activation_bound is not None else CLAMP
+    if bound is None:
+        bound = stated.activation_bound if stated is not None and stated.activation_bound is not None else CLAMP
     if options.quant != "fp8_rowwise" or (not stored.scales and bound == CLAMP and family is not META):
         return quant
     copied = {

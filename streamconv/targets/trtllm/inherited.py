@@ -20,10 +20,14 @@ class Origin:
 
     Attributes:
         options: with which they were.
+        dtype: of what is not quantized, and of the scales of integers.
         cache_factors: layer -> float32 factor of its quantized KV cache.
+        bound: that FP8 weights and activations were clamped to.
     """
 
     options: TensorRTLLM
+    dtype: str
+    bound: float | None = None
     cache_factors: Mapping[int, bytes] = field(default_factory=dict)
 
 
@@ -53,6 +57,11 @@ def inherited(options: TensorRTLLM, origin: Origin | None) -> TensorRTLLM:
     left = set(_EXPERTS) if tp_size != old.tp_size or set(_EXPERTS) & options.given else set()
     names = {each.name for each in dataclasses.fields(options)} - options.given - left
     made = dataclasses.replace(options, **{name: getattr(old, name) for name in names})
+    laid_out = old.quant in ("int8", "int4") and old.encoding == "processed"
+    if laid_out and (made.encoding != old.encoding or made.dtype not in (old.dtype, "auto", origin.dtype)):
+        asked = f"--encoding {made.encoding}" if made.encoding != old.encoding else f"--dtype {made.dtype}"
+        told = f"{asked}: the source holds integers and their scales in {origin.dtype}, which stay as they are"
+        raise RefusedError([told], hint="decode it first (--to hf), and convert that")
     split = made.tp_size > 1 and not (made.use_parallel_embedding and made.embedding_sharding_dim == 0)
     if "use_embedding_sharing" in names and (split or made.pp_size > 1):  # the new cut has no place for it
         made = dataclasses.replace(made, use_embedding_sharing=False)

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from streamconv.checkpoint.dtypes import MODEL_DTYPES, DType
 from streamconv.checkpoint.header_parse import Header
@@ -18,28 +17,26 @@ from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.json_file import read_json
 from streamconv.checkpoint.limits import MAX_CONFIG
 from streamconv.checkpoint.model_config import from_hf, is_tied
-from streamconv.checkpoint.rows import Piece, SourceTensor
+from streamconv.checkpoint.rows import SourceTensor
 from streamconv.checkpoint.shard import Shard
-from streamconv.checkpoint.shifted_rows import less_one
 from streamconv.checkpoint.tensor_table import TensorTable
 from streamconv.errors import CheckpointError, RefusedError, TensorError, VerifyError, printable
 from streamconv.families import family_of
 from streamconv.families.matching import example
 from streamconv.planning.draft import Draft
 from streamconv.planning.matrix_table import MatrixTable
-from streamconv.planning.plan import Matrix
 from streamconv.planning.span_table import SpanTable
-from streamconv.quants.plain import Plain
+from streamconv.quants.laid_out import LaidOut
 from streamconv.run import manifest
 from streamconv.targets import target_from_json
 from streamconv.targets.trtllm import expected
 from streamconv.targets.trtllm.config_sections import resolve_moe
 from streamconv.targets.trtllm.inherited import Origin
-from streamconv.targets.trtllm.lookup import Roles
 from streamconv.targets.trtllm.options import TensorRTLLM
 from streamconv.targets.trtllm.parallel import Mapping as Grid
 from streamconv.targets.trtllm.parallel import stage_layers
 from streamconv.targets.trtllm.rank_layout import Decoder
+from streamconv.targets.trtllm.rank_views import Imagined, views_of
 from streamconv.targets.trtllm.recipes import quant_of
 from streamconv.targets.trtllm.source_config import model_config
 from streamconv.targets.trtllm.stated import options_of
@@ -71,14 +68,15 @@ def open_ranks(folder: Path) -> Index:
         if problems:
             raise TensorError([f"{printable(str(folder))}: {problem}" for problem in problems])
         told = _manifest(folder, config)
-        options = _options(told, config, headers[0])
+        choices = _options(told, config, headers[0])
     except VerifyError as error:
         raise CheckpointError(f"{printable(str(folder))}: {error.message}") from None
-    if options.quant not in _READ:
+    if choices[0].quant not in _READ:
         told_by = f"{printable(str(folder / _CONFIG))}: quant_algo {config['quantization']['quant_algo']}"
         raise RefusedError([f"{told_by}: the weights of this format are not read back"], hint="start from the model that it was made from")
     source = None if told is None else told.source_config
-    return _Reader(folder, config, shards, headers, options, source).index()
+    readers = [_Reader(folder, config, shards, headers, options, source) for options in choices]
+    return max(readers, key=_Reader.likeness).index() if len(readers) > 1 else readers[0].index()
 
 
 def _shapes(header: Header) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -97,50 +95,14 @@ def _manifest(folder: Path, config: Mapping[str, Any]) -> manifest.Manifest | No
     return told if same and told.target == TensorRTLLM.key else None
 
 
-def _options(told: manifest.Manifest | None, config: Mapping[str, Any], header: Header) -> TensorRTLLM:
+def _options(told: manifest.Manifest | None, config: Mapping[str, Any], header: Header) -> list[TensorRTLLM]:
+    """The options that a checkpoint was made with; several where nothing says for which generation its integers are laid out."""
     if told is not None:
         made = target_from_json(told.target, told.asked)
         assert isinstance(made, TensorRTLLM)
-        return made
-    return options_of(config, header.tensors)[0]
-
-
-class _Block(NamedTuple):
-    """Rows [start, stop) and columns [left, right) of a tensor are those from `row` on of a matrix.
-
-    Attributes:
-        twice: rows of a head that is stored once for two equal ones; 0 for none.
-    """
-
-    start: int
-    stop: int
-    left: int
-    right: int
-    matrix: int
-    row: int
-    twice: int
-
-
-@dataclass(slots=True)
-class _Imagined(Roles):
-    """Every tensor that the layout asks for, there or not.
-
-    Attributes:
-        dtype: of what is not said otherwise.
-        asked: the tensors, in the order in which they were asked for.
-        head: an output projection is stored.
-    """
-
-    dtype: DType = MODEL_DTYPES["float16"]
-    asked: dict[str, SourceTensor] = field(default_factory=dict)
-
-    def has(self, role: str, layer: int = -1, expert: int = -1) -> bool:
-        return not role.startswith("experts_") and role in self.family.tensors
-
-    def need(self, role: str, shape: tuple[int, ...], layer: int = -1, expert: int = -1) -> SourceTensor | None:
-        name = example(self.family, role, layer, expert)
-        rows, cols = (shape[0], 1) if len(shape) == 1 else (shape[0], shape[1])
-        return self.asked.setdefault(name, SourceTensor(name, self.dtype, shape, (Piece(0, 0, rows, cols),)))
+        return [made]
+    choices = options_of(config, header.tensors)
+    return [choice for choice in choices if choice.target_version == choices[0].target_version]
 
 
 class _Reader:
@@ -164,18 +126,35 @@ class _Reader:
         self._model = from_hf(self._config)
         self._family = family_of(self._model.architecture)
         self._dtype = MODEL_DTYPES[str(config["dtype"])]
+        clamp = (config.get("quantization") or {}).get("clamp_val")
+        self._bound = float(clamp[1]) if isinstance(clamp, list) and len(clamp) == 2 else None
         self._notes = () if source is not None else ("the model's own config.json is not recorded: it is worked out from the checkpoint's",)
 
     def index(self) -> Index:
         """The checkpoint as a source."""
-        roles, matrices, spans = self._layout()
-        views = self._views(roles, matrices, spans)
+        views = views_of(*self._layout())
         self._leave_tied_head(views)
         tensors = TensorTable()
         for name, view in views.items():
             tensors.add(name, view.dtype, view.shape, view.pieces[0].shard, view.pieces[0].begin)
-        origin = Origin(self._options, self._cache_factors())
+        origin = Origin(self._options, self._dtype.torch, self._bound, self._cache_factors())
         return Index(self._folder, self._config, self._shards, tensors, notes=self._notes, views=views, origin=origin)
+
+    def likeness(self) -> float:
+        """How much the integers look like weights, read in the layout of these options.
+
+        A scale is the largest of a channel's weights, so that every channel has an integer at the end of their range, and most are
+        small.
+        """
+        import numpy as np
+
+        view = next(view for view in views_of(*self._layout()).values() if isinstance(view, LaidOut))
+        count = min(view.rows, 64)
+        out, scratch = np.empty(count * view.cols, np.uint8), np.empty(count * view.scratch_row_bytes, np.uint8)
+        view.read(self._shards, 0, count, out, scratch)
+        half = 1 << (view.bits - 1)
+        size = np.abs(out.view(np.int8).astype(np.int16)).reshape(count, -1)
+        return float((size.max(1) >= half - 1).mean() - size.mean() / half)
 
     def _cache_factors(self) -> dict[int, bytes]:
         """Layer -> factor of its KV cache."""
@@ -191,10 +170,10 @@ class _Reader:
                     factors[layer] = bytes(data)
         return factors
 
-    def _layout(self) -> tuple[_Imagined, MatrixTable, SpanTable]:
+    def _layout(self) -> tuple[Imagined, MatrixTable, SpanTable]:
         """What the layout would have read and where it would have put it, at the places where the files have it."""
         options, model, family = self._options, self._model, self._family
-        roles = _Imagined(family, {}, dtype=self._dtype)
+        roles = Imagined(family, {}, dtype=self._dtype)
         grid = Grid(options.tp_size, options.pp_size, *resolve_moe(options))
         draft = Draft(_Nothing())
         for shard in self._shards:
@@ -215,32 +194,6 @@ class _Reader:
             name = printable(str(self._shards[file].path))
             raise TensorError(f"{name}: missing tensor {tensor}", hint="streamconv verify says what else is wrong")
         return entry.begin
-
-    def _views(self, roles: _Imagined, matrices: MatrixTable, spans: SpanTable) -> dict[str, SourceTensor]:
-        blocks: dict[str, list[_Block]] = {name: [] for name in roles.asked}
-        for span in spans:
-            for dest in span.dests:
-                left, right = dest.cols[0]
-                twice = span.op.block // 2 if span.op.kind == "dedup" else 0
-                blocks[span.source.name].append(_Block(span.start, span.stop, left, right, dest.matrix, dest.row, twice))
-        return {name: self._view(tensor, blocks[name], matrices) for name, tensor in roles.asked.items()}
-
-    def _view(self, tensor: SourceTensor, blocks: list[_Block], matrices: MatrixTable) -> SourceTensor:
-        """A tensor as blocks one above the other, or side by side; of equal ones on several ranks the first is taken."""
-        first = matrices[blocks[0].matrix]
-        if not isinstance(first.encoding, Plain):
-            raise RefusedError([f"{printable(tensor.name)} is stored as {first.encoding.name}, which is not read back so far"])
-        axis = int(any(block.right - block.left < tensor.cols for block in blocks))
-        at, pieces = 0, list[Piece]()
-        for block in sorted(blocks, key=lambda block: (block.left if axis else block.start, block.matrix)):
-            begin, end = (block.left, block.right) if axis else (block.start, block.stop)
-            if begin == at:
-                pieces += _pieces(block, matrices[block.matrix])
-                at = end
-        if at != (tensor.cols if axis else tensor.rows):
-            raise AssertionError(f"{tensor.name}: the ranks hold {at} of it")
-        found = SourceTensor(tensor.name, first.encoding.dtype, tensor.shape, tuple(pieces), axis)
-        return less_one(found) if first.encoding.add_one else found
 
     def _leave_tied_head(self, views: dict[str, SourceTensor]) -> None:
         """A stored output projection that is the embedding is not one of the model's own tensors."""
@@ -265,16 +218,6 @@ class _Reader:
             if not bool((held[0] == held[1]).all()):
                 return False
         return True
-
-
-def _pieces(block: _Block, matrix: Matrix) -> list[Piece]:
-    """Where the rows of a block lie; a head that is stored once stands there twice."""
-    place, cols, size = matrix.places[0], block.right - block.left, block.twice
-    begin = place.offset + block.row * place.record_bytes
-    if not size:
-        return [Piece(matrix.file, begin, block.stop - block.start, cols)]
-    heads = range((block.stop - block.start) // (2 * size))
-    return [Piece(matrix.file, begin + head * size * place.record_bytes, size, cols) for head in heads for _ in range(2)]
 
 
 class _Nothing:

@@ -28,12 +28,14 @@ from streamconv.targets.trtllm import expected, fp8_scales, import_rules, import
 from streamconv.targets.trtllm.checks import embedding_is_shared, refusals
 from streamconv.targets.trtllm.config_json import build_config, dump
 from streamconv.targets.trtllm.config_sections import late_keys, resolve_dtype, resolve_moe
+from streamconv.targets.trtllm.import_ranks import LaidOutQuant, add_channel_scales, take_codes
 from streamconv.targets.trtllm.inherited import inherited, origin_of
 from streamconv.targets.trtllm.lookup import Roles
 from streamconv.targets.trtllm.options import TensorRTLLM
 from streamconv.targets.trtllm.parallel import Mapping
 from streamconv.targets.trtllm.rank_layout import Decoder
 from streamconv.targets.trtllm.recipes import quant_of
+from streamconv.targets.trtllm.recipes.weight_only import WeightOnlyQuant
 
 _PLACES = 16
 """Places of two tensors that are compared."""
@@ -140,7 +142,11 @@ def make_plan(index: Index, options: TensorRTLLM) -> Plan:
     dtype = MODEL_DTYPES[resolve_dtype(options.dtype, model.dtype)]
     mapping = Mapping(options.tp_size, options.pp_size, *moe)
     tensors = SourceTensors(index)
-    if family is META:  # Meta quantizes nothing, and its tensors have many pieces
+    base = quant_of(options.quant)
+    if origin is not None:
+        stored = take_codes(tensors)
+        base = LaidOutQuant(base) if stored.scales and isinstance(base, WeightOnlyQuant) else base
+    elif family is META:  # Meta quantizes nothing, and its tensors have many pieces
         stored = import_scales.Stored(Changed(tensors))
     else:
         bits = 8 if options.quant == "int8_gptq" else 4
@@ -148,8 +154,9 @@ def make_plan(index: Index, options: TensorRTLLM) -> Plan:
     problems = stored.problems + import_rules.group_problems(options, stored)
     if problems:
         raise RefusedError(problems)
-    roles = Roles(family, stored.tensors, getattr(quant_of(options.quant), "packings", None))
-    quant = import_rules.quant_for(options, family, stated, stored, roles.found, roles.tensors)
+    roles = Roles(family, stored.tensors, getattr(base, "packings", None))
+    bound = origin.bound if origin is not None else None
+    quant = import_rules.quant_for(base, options, family, stated, stored, roles, bound)
     problems = import_rules.given_problems(options, quant)
     if problems:
         raise RefusedError(problems)
@@ -168,7 +175,10 @@ def make_plan(index: Index, options: TensorRTLLM) -> Plan:
     spare = [name for name in roles.unused() if name in index.unlisted]
     roles.leave(set(spare))
     if not roles.problems and not decoder.refused:
-        decoder.refused += import_scales.add_scales(builder, stored, dtype, index.shards)
+        if origin is None:
+            decoder.refused += import_scales.add_scales(builder, stored, dtype, index.shards)
+        else:
+            decoder.refused += add_channel_scales(builder, stored, model.num_experts // moe[1])
         decoder.refused += fp8_scales.add_given_scales(builder, stored.fp8)
     if options.quant == "fp8" and not given and ranges is not None and not roles.problems:
         fp8_scales.add_scales(builder, ranges, roles.tensors)

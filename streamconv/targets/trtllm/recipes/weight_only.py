@@ -26,7 +26,9 @@ def size_problem(name: str, full_rows: int, full_cols: int, tp: int) -> str | No
 
 
 @dataclass(frozen=True)
-class _WeightOnlyQuant:
+class WeightOnlyQuant:
+    """--quant int8, int4."""
+
     bits: int
     info: QuantInfo
 
@@ -55,6 +57,6 @@ def _info(bits: int) -> QuantInfo:
 
 
 QUANTS = (
-    _WeightOnlyQuant(8, _info(8)),
-    _WeightOnlyQuant(4, _info(4)),
+    WeightOnlyQuant(8, _info(8)),
+    WeightOnlyQuant(4, _info(4)),
 )
