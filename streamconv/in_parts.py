@@ -224,8 +224,7 @@ class Worker:
                 book.start(run)
                 done = {}
             record = self._run(part, plan, folder, book, done, claim.attempt, evidence)
-            folder.finish()
-            claims.record(claim, record)
+            claims.record(claim, dataclasses.replace(record, aside=folder.finish()))
             self.share.parts.append(claim.part)
         finally:
             if not self._abandoned:
@@ -278,7 +277,7 @@ class Worker:
         self.share.resumed += state.resumed
         found = state.overflow, state.nonfinite
         hashes = hashes_of(self.plan, part, state.hashes)
-        return Record(self.plan.fingerprint(), attempt, hashes, evidence, *found, outcome.tiles, outcome.bytes_read)
+        return Record(self.plan.fingerprint(), attempt, hashes, evidence, "", *found, outcome.tiles, outcome.bytes_read)
 
     def _publish(self, claims: Claims) -> None:
         """Publish if all parts are done, unless another process is at it, or locks would not keep it away."""

@@ -53,14 +53,14 @@ def finalize(claims: Claims, writer: Writer, plan: Plan, parts: Sequence[Part], 
     writer.begin()
     for number, (part, record) in enumerate(zip(parts, records, strict=True)):
         put_hashes(plan, part, record, hashes)
-        name = f"{number}.{record.attempt}.aside"
         if part.matrices or part.constants:
-            aside = Aside(claims.base, name, plan.files, page, fresh=False)
+            aside = Aside(claims.base, f"{number}.{record.attempt}.aside", plan.files, page, fresh=False)
             try:
-                for file, ranges in zip(plan.files, part.extents(plan), strict=True):
-                    own = [] if private else own_pages(ranges, file.size, page)
-                    for begin, end in shared(ranges, own):
-                        _copy(aside, writer.folder, file.name, begin, end)
+                if _into_place(aside, writer.folder, plan, part, page, private) != record.aside:
+                    raise OutputError(
+                        f"{printable(str(aside.path))} is not what part {number} wrote, as this machine sees it",
+                        hint="run `streamconv finalize` again, on another machine if it stays so; nothing was published",
+                    )
             finally:
                 aside.close()
     if check:
@@ -68,12 +68,20 @@ def finalize(claims: Claims, writer: Writer, plan: Plan, parts: Sequence[Part], 
     writer.publish(hashes)
 
 
-def _copy(aside: Aside, folder: OutputFolder, name: str, begin: int, end: int) -> None:
-    buffer = memoryview(bytearray(min(end - begin, MIB)))
-    for at in range(begin, end, MIB):
-        piece = buffer[: min(MIB, end - at)]
-        aside.read_into(name, at, piece)
-        folder.write(name, at, piece)
+def _into_place(aside: Aside, folder: OutputFolder, plan: Plan, part: Part, page: int, private: bool) -> str:
+    """Copy what a part kept aside; gives its XXH3-128 (hex)."""
+    import xxhash
+
+    digest = xxhash.xxh3_128()
+    for file, ranges in zip(plan.files, part.extents(plan), strict=True):
+
+        def take(at: int, piece: memoryview, name: str = file.name) -> None:
+            digest.update(piece)
+            folder.write(name, at, piece)
+
+        for begin, end in shared(ranges, [] if private else own_pages(ranges, file.size, page)):
+            aside.copy(file.name, begin, end, take)
+    return digest.hexdigest()
 
 
 def _read_back(folder: OutputFolder, plan: Plan, hashes: Hashes) -> None:

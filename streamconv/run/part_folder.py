@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import bisect
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from streamconv.errors import OutputError
+from streamconv.errors import OutputError, printable
+from streamconv.memory import MIB
 from streamconv.planning.plan import OutputFile
 from streamconv.run.fs import Folder, explained, write_all
 from streamconv.run.output_folder import OutputFolder
@@ -60,24 +61,35 @@ class Aside:
     def write(self, name: str, offset: int, data: memoryview) -> None:
         with explained(self.path, "write"):
             write_all(self.disk, self._fd, data, self._at[name] + offset)
-        self.dirty = True
+        self.dirty = True  # after: a sync meanwhile may have missed it
 
-    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
-        """What was never written, and what is beyond the end, is zero."""
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> int:
+        """What was never written is zero; fewer bytes than asked for only where the file ends."""
         done = 0
         with explained(self.path, "read"):
-            while done < len(buffer):
-                got = os.preadv(self._fd, [buffer[done:]], self._at[name] + offset + done)
-                if not got:
-                    buffer[done:] = bytes(len(buffer) - done)
-                    return
+            while done < len(buffer) and (got := os.preadv(self._fd, [buffer[done:]], self._at[name] + offset + done)):
                 done += got
+        return done
+
+    def copy(self, name: str, begin: int, end: int, take: Callable[[int, memoryview], object]) -> None:
+        """Give `take` the bytes [begin, end) of a file, by (offset, bytes).
+
+        Raises:
+            OutputError: there are fewer; a server may show an old size for a while.
+        """
+        buffer = memoryview(bytearray(min(end - begin, MIB)))
+        for at in range(begin, end, MIB):
+            piece = buffer[: min(MIB, end - at)]
+            if self.read_into(name, at, piece) < len(piece):
+                shown = printable(str(self.path))
+                raise OutputError(f"{shown} ends early", hint="run `streamconv finalize` again, on another machine if it stays so")
+            take(at, piece)
 
     def sync(self) -> None:
         if self.dirty:
+            self.dirty = False  # before: what is written meanwhile is for the next time
             with explained(self.path, "sync"):
                 self.disk.sync_data(self._fd)
-            self.dirty = False
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -104,11 +116,13 @@ class PartFolder(OutputFolder):
         self.aside = aside
         self._own: dict[str, Ranges] = {}
         self._begins: dict[str, list[int]] = {}
+        self._apart: list[tuple[str, int, int]] = []
         for file, ranges in zip(files, extents, strict=True):
             if ranges:
                 self._own[file.name] = [] if private else own_pages(ranges, file.size, page)
                 self._begins[file.name] = [begin for begin, _ in self._own[file.name]]
                 self._sizes[file.name] = file.size
+                self._apart += [(file.name, *piece) for piece in shared(ranges, self._own[file.name])]
 
     def open(self) -> None:
         """Open the files, and lock what is written in place.
@@ -153,7 +167,8 @@ class PartFolder(OutputFolder):
         for begin, end, mine in self._pieces(name, offset, len(buffer)):
             piece = buffer[begin - offset : end - offset]
             if not mine:
-                self.aside.read_into(name, begin, piece)
+                done = self.aside.read_into(name, begin, piece)
+                piece[done:] = bytes(len(piece) - done)
             elif super().read_into(name, begin, piece) < len(piece):
                 raise OutputError(f"{name} ends early", hint="start over with --force")
         return len(buffer)
@@ -162,12 +177,18 @@ class PartFolder(OutputFolder):
         super().sync(name for name in names if name in self._fds)
         self.aside.sync()
 
-    def finish(self) -> None:
-        """All of the part is written: wait until it is on the disk."""
+    def finish(self) -> str:
+        """All of the part is written: wait until it is on the disk; gives the XXH3-128 (hex) of what is aside."""
+        import xxhash
+
         for name, fd in self._fds.items():
             with explained(self._path(name), "sync"):
                 self.disk.sync(fd)
         self.aside.sync()
+        digest = xxhash.xxh3_128()
+        for name, begin, end in self._apart:
+            self.aside.copy(name, begin, end, lambda at, piece: digest.update(piece))
+        return digest.hexdigest()
 
     def close(self) -> None:
         super().close()

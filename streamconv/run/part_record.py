@@ -22,7 +22,7 @@ class Record:
     """A part that is done.
 
     Attributes:
-        attempt: names the file aside that belongs to it.
+        attempt: names the file aside that belongs to it; `aside` is the XXH3-128 (hex) of what is in it.
         hashes: for each tensor of the part, in the order of `tensors`, its XXH3-128 (hex).
         evidence: what each source file was: modification and change time, inode.
         overflow, nonfinite: as of `OutputState`.
@@ -33,6 +33,7 @@ class Record:
     attempt: str
     hashes: tuple[str, ...]
     evidence: tuple[tuple[int, ...], ...]
+    aside: str = ""
     overflow: dict[str, int] = field(default_factory=dict)
     nonfinite: dict[str, int] = field(default_factory=dict)
     tiles: int = 0

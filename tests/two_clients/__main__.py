@@ -1,0 +1,111 @@
+"""Two clients with page caches of their own write one output in parts, at the same time.
+
+    python -m tests.two_clients --outputs 50 [--in-place]
+
+Parts alternate between the clients; a third look at the folder beneath tells what arrived. `--in-place` writes the pages that parts share
+in place too: outputs then come out wrong, which shows that this test can fail. Needs what `mirror` needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from streamconv import api
+from streamconv.errors import StreamconvError
+from streamconv.in_parts import finish
+from streamconv.options import Resources
+from streamconv.run import finalize, part_folder
+from streamconv.targets.trtllm.options import TensorRTLLM
+from tests.crash.world import snapshot, write_model
+
+PARTS = 8
+OPTIONS = TensorRTLLM(tp_size=2)
+
+
+def _resources(**more: int) -> Resources:
+    return Resources(memory_budget=4 << 30, workers=1, device="cpu", tile_rows=16, **more)  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def mounted(folder: Path, place: Path) -> Iterator[Path]:
+    place.mkdir()
+    server = subprocess.Popen([sys.executable, "-m", "tests.two_clients.mirror", str(folder), str(place)])
+    try:
+        until = time.monotonic() + 20
+        while not os.path.ismount(place):
+            if server.poll() is not None or time.monotonic() > until:
+                raise SystemExit("the mirror could not be mounted")
+            time.sleep(0.02)
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=False)
+        server.wait(20)
+
+
+def _work(model: Path, out: Path, parts: list[int]) -> int:
+    """A process that does parts on one client; gives its id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        for part in parts:
+            api.convert(model, out, OPTIONS, _resources(parts=PARTS, part=part, no_lock=True))
+        status = 0
+    except BaseException as error:
+        print(f"{out}: {error}", flush=True)
+    finally:
+        os._exit(status)
+
+
+def _one(model: Path, right: dict[str, bytes | None], root: Path, number: int) -> str:
+    """What is wrong with an output of two clients."""
+    beneath = root / f"shared{number}"
+    beneath.mkdir()
+    with mounted(beneath, root / f"a{number}") as one, mounted(beneath, root / f"b{number}") as other:
+        first = _work(model, one / "out", [0])  # one begins: the mirror's locks do not reach the other client
+        if os.waitpid(first, 0)[1]:
+            return "the first part failed"
+        both = [_work(model, one / "out", [*range(2, PARTS, 2)]), _work(model, other / "out", [*range(1, PARTS, 2)])]
+        ended = [os.waitpid(pid, 0)[1] for pid in both]
+    try:
+        finish(beneath / "out")  # what the clients have synced is there
+    except StreamconvError as error:
+        return f"{error} (the clients ended with {ended})"
+    found = snapshot(beneath / "out")
+    wrong = sum(a != b for name in right for a, b in zip(right[name] or b"", found.get(name) or b"", strict=False))
+    return "" if found == right else f"{wrong} bytes differ"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--outputs", type=int, default=50)
+    parser.add_argument("--in-place", action="store_true")
+    given = parser.parse_args()
+    wrong = 0
+    if given.in_place:  # before the workers are forked
+        part_folder.own_pages = finalize.own_pages = lambda ranges, size, page: list(ranges)
+    with tempfile.TemporaryDirectory(prefix="two-clients-") as name:
+        root = Path(name)
+        model = write_model(root / "model", hidden=128, layers=2)
+        api.convert(model, root / "right", OPTIONS, _resources())
+        right = snapshot(root / "right")
+        for number in range(given.outputs):
+            problem = _one(model, right, root, number)
+            wrong += bool(problem)
+            if problem:
+                print(f"output {number}: {problem}", flush=True)
+    print(f"{wrong} of {given.outputs} outputs wrong{', shared pages written in place' if given.in_place else ''}")
+    raise SystemExit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()
