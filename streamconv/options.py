@@ -24,7 +24,6 @@ class Resources:
         device_memory_budget: bytes of each device that may be used; None: what is free less a reserve, at most 2 GiB.
         on_device_loss: "cpu" finishes on the CPU when a device is lost; "stop" stops, and the same call goes on later.
         tile_rows: upper bound on the source rows of a tile (tests force small tiles with it).
-        disk_reserve: bytes of free disk to leave untouched.
         no_lock: go on where the output's file system has no locks, or cannot sync a folder; the manifest says so (one entry more).
         hub_keep: "all" keeps the shards of a Hub model in the cache; "none" removes each that was downloaded once it was read.
         read: "pread" copies the source's rows into the arena, "map" maps them where it can (see stages/mapped.py), "auto" maps what the
@@ -42,7 +41,6 @@ class Resources:
     device_memory_budget: int | None = None
     on_device_loss: Literal["cpu", "stop"] = "cpu"
     tile_rows: int | None = None
-    disk_reserve: int = 0
     hub_keep: str = "all"
     read: Read = "auto"
     no_lock: bool = False

@@ -18,7 +18,7 @@ from streamconv.checkpoint.foreign import ADAPTER_WEIGHTS, foreign
 from streamconv.checkpoint.json_file import file_size, read_json
 from streamconv.checkpoint.limits import MAX_CONFIG, MAX_FILES, MAX_HEADER, MAX_TENSORS
 from streamconv.checkpoint.links import links_out
-from streamconv.checkpoint.meta import PARAMS, Assembled, assemble, is_meta, meta_files
+from streamconv.checkpoint.meta import PARAMS, ShardedTensor, assemble, is_meta, meta_files
 from streamconv.checkpoint.rows import SourceTensor
 from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.tensor_table import TensorTable
@@ -72,7 +72,7 @@ class Index:
     shards: tuple[Shard, ...]
     tensors: TensorTable
     digests: dict[int, str] = field(default_factory=dict)
-    assembled: dict[str, Assembled] | None = None
+    assembled: dict[str, ShardedTensor] | None = None
     unlisted: frozenset[str] = frozenset()
     absent: tuple[str, ...] = ()
     wrapped: bool = False

@@ -30,7 +30,7 @@ class Block(NamedTuple):
     cols: int
 
 
-class Assembled(NamedTuple):
+class ShardedTensor(NamedTuple):
     """A tensor as one; the blocks lie one above the other (axis 0) or side by side (axis 1)."""
 
     name: str
@@ -86,7 +86,7 @@ def meta_files(folder: Path) -> list[list[str]]:
     return files
 
 
-def assemble(files: Sequence[Found], params: Mapping[str, Any]) -> dict[str, Assembled]:
+def assemble(files: Sequence[Found], params: Mapping[str, Any]) -> dict[str, ShardedTensor]:
     """Every tensor as one, in the order of the first file.
 
     Args:
@@ -105,7 +105,7 @@ def assemble(files: Sequence[Found], params: Mapping[str, Any]) -> dict[str, Ass
     return {name: _join(name, [file[name] for file in files], vocab) for name in files[0]}
 
 
-def output_rows(tensors: Mapping[str, Assembled]) -> int | None:
+def output_rows(tensors: Mapping[str, ShardedTensor]) -> int | None:
     """Rows of the output matrix: the number of tokens where params.json states none (§2.9)."""
     output = tensors.get("output.weight")
     return output.shape[0] if output is not None and output.shape else None
@@ -132,7 +132,7 @@ def _axis(name: str, shapes: list[tuple[int, ...]], vocab: int) -> int | None:
     return 0
 
 
-def _join(name: str, held: list[tuple[int, TorchTensor]], vocab: int) -> Assembled:
+def _join(name: str, held: list[tuple[int, TorchTensor]], vocab: int) -> ShardedTensor:
     first = held[0][1]
     shapes = [tensor.shape for _, tensor in held]
     axis = _axis(name, shapes, vocab)
@@ -149,8 +149,8 @@ def _join(name: str, held: list[tuple[int, TorchTensor]], vocab: int) -> Assembl
             )
     if axis is None:
         rows = first.shape[0] if first.shape else 1
-        return Assembled(name, first.dtype, first.shape, 0, (Block(held[0][0], first.begin, rows, 1),))
+        return ShardedTensor(name, first.dtype, first.shape, 0, (Block(held[0][0], first.begin, rows, 1),))
     whole = list(first.shape)
     whole[axis] = sum(shape[axis] for shape in shapes)
     blocks = tuple(Block(shard, tensor.begin, *tensor.shape) for shard, tensor in held)
-    return Assembled(name, first.dtype, tuple(whole), axis, blocks)
+    return ShardedTensor(name, first.dtype, tuple(whole), axis, blocks)

@@ -133,7 +133,7 @@ class SourceTensor:
             if self.axis == 1:
                 low, high, first, row = start, stop, 0, piece.cols * itemsize
             if low < high:
-                shards[piece.shard].give_back(piece.begin + (low - first) * row, piece.begin + (high - first) * row)
+                shards[piece.shard].drop_page_cache(piece.begin + (low - first) * row, piece.begin + (high - first) * row)
             first += piece.rows
 
 
@@ -175,7 +175,7 @@ class PackedTensor(SourceTensor):
 
 
 @dataclass(frozen=True, slots=True)
-class Blank:
+class NoSource:
     """One zero in the place of a source: the encoding gives the stored values from reductions alone."""
 
     name: str

@@ -256,7 +256,7 @@ class Shard:
             return self._changed(f"ends at byte {now.size}, {end - now.size} bytes early")
         return self._unreadable("cannot be read") if now == self._identity else self._changed("was replaced or changed")
 
-    def give_back(self, begin: int, end: int) -> None:
+    def drop_page_cache(self, begin: int, end: int) -> None:
         """These bytes are not needed again: out of the page cache with them, if it was us who brought them in.
 
         What we read once must not push others out; and pages that are used again at once cost less than fresh ones.

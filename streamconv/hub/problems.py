@@ -20,7 +20,7 @@ _LONGEST = 60.0
 """A longer Retry-After is the user's to wait for."""
 
 
-def patiently(call: Callable[[], Result]) -> Result:
+def retry(call: Callable[[], Result]) -> Result:
     """Call, and again after a failure that may pass: a cut connection, 429, 5xx.
 
     Raises:
@@ -32,7 +32,7 @@ def patiently(call: Callable[[], Result]) -> Result:
             return call()
         except HubError as error:
             asked = retry_after(error.__cause__)
-            if attempt == _TRIES - 1 or not passing(error.__cause__) or (asked or 0.0) > _LONGEST:
+            if attempt == _TRIES - 1 or not is_transient(error.__cause__) or (asked or 0.0) > _LONGEST:
                 raise
         time.sleep(wait if asked is None else asked)
         wait *= 2
@@ -45,7 +45,7 @@ def retry_after(error: BaseException | None) -> float | None:
     return float(value) if value is not None and value.isdecimal() else None
 
 
-def passing(error: BaseException | None) -> bool:
+def is_transient(error: BaseException | None) -> bool:
     """Worth another try."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 
@@ -56,7 +56,7 @@ def passing(error: BaseException | None) -> bool:
 
 
 @contextlib.contextmanager
-def explained(repo: str, revision: str | None, file: str | None = None) -> Iterator[None]:
+def translate_errors(repo: str, revision: str | None, file: str | None = None) -> Iterator[None]:
     """Turn what huggingface_hub raises into a HubError a user can act on."""
     try:
         yield

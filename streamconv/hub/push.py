@@ -9,7 +9,7 @@ from pathlib import Path
 
 from streamconv.errors import HubError, OutputError, UsageError, VerifyError, printable
 from streamconv.hub.answers import watch
-from streamconv.hub.problems import explained, patiently
+from streamconv.hub.problems import retry, translate_errors
 from streamconv.hub.repo import quiet
 from streamconv.run import manifest
 from streamconv.run.place import CONFIG
@@ -45,7 +45,7 @@ def push(out: str | os.PathLike[str], repo: str, *, private: bool = False, revis
     api = HfApi()
 
     def send() -> str:
-        with quiet(not sys.stderr.isatty()), explained(repo, revision):
+        with quiet(not sys.stderr.isatty()), translate_errors(repo, revision):
             api.create_repo(repo, private=private, exist_ok=True)
             if revision is not None:
                 api.create_branch(repo, branch=revision, exist_ok=True)
@@ -59,7 +59,7 @@ def push(out: str | os.PathLike[str], repo: str, *, private: bool = False, revis
             return str(done.commit_url)
 
     try:
-        return patiently(send)
+        return retry(send)
     except HubError as error:
         error.hint = error.hint or "what was uploaded is kept there: run the same command again"
         raise

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from streamconv.errors import CheckpointError, HubError, StreamconvError, printable
 from streamconv.hub.answers import at_most, watch
 from streamconv.hub.cache import Brought, blobs, brought, check_content, remove
-from streamconv.hub.problems import explained, patiently
+from streamconv.hub.problems import retry, translate_errors
 
 _NAME = re.compile(r"(?:hf://)?([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?!.*\.\.)([\w][\w./-]*))?")
 _CONFIG = "config.json"
@@ -65,11 +65,11 @@ def listing(name: str, revision: str | None, nested: list[str] | None = None) ->
     watch()
 
     def ask() -> huggingface_hub.ModelInfo:
-        with explained(name, revision):
+        with translate_errors(name, revision):
             return huggingface_hub.HfApi().model_info(name, revision=revision, files_metadata=True, timeout=30)
 
     try:
-        info = patiently(ask)
+        info = retry(ask)
     except HubError as error:
         if isinstance(error.__cause__, OfflineModeIsEnabled):
             return _cached(name, revision)
@@ -119,7 +119,7 @@ def note_revision(repo: Repo, revision: str | None) -> None:
 
     there = try_to_load_from_cache(repo.name, _CONFIG, revision=revision)
     if not isinstance(there, str) or Path(there).parent.name != repo.commit:
-        with quiet(True), explained(repo.name, revision, _CONFIG):
+        with quiet(True), translate_errors(repo.name, revision, _CONFIG):
             hf_hub_download(repo.name, _CONFIG, revision=revision)
 
 
@@ -162,7 +162,7 @@ def download(repo: Repo, file: RepoFile, shown: bool) -> tuple[Path, Brought | N
         path = Path(there)
     else:
         held = blobs(cached_folder(repo))
-        with quiet(not (shown and sys.stderr.isatty())), explained(repo.name, repo.commit, file.name), at_most(file.size):
+        with quiet(not (shown and sys.stderr.isatty())), translate_errors(repo.name, repo.commit, file.name), at_most(file.size):
             path = Path(hf_hub_download(repo.name, file.name, revision=repo.commit))
         if path.parent != cached_folder(repo):
             raise HubError(f"{told} came as a file of another commit", hint="check HF_ENDPOINT")

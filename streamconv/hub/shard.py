@@ -15,7 +15,7 @@ from streamconv.checkpoint.limits import MAX_HEADER
 from streamconv.checkpoint.shard import Identity, Shard, identity_of
 from streamconv.errors import HubError, SourceChangedError, StreamconvError, printable
 from streamconv.hub.cache import Brought, remove
-from streamconv.hub.problems import explained, patiently
+from streamconv.hub.problems import retry, translate_errors
 from streamconv.hub.repo import Repo, RepoFile, download
 
 if TYPE_CHECKING:
@@ -138,10 +138,10 @@ class HubShard(Shard):
             return b""
 
         def once() -> bytes:
-            with explained(self.repo.name, self.repo.commit, self.file.name):
+            with translate_errors(self.repo.name, self.repo.commit, self.file.name):
                 return self._request(begin, end)
 
-        data = patiently(once)
+        data = retry(once)
         self._believed.append((begin, end, hashlib.sha256(data).digest()))
         return data
 

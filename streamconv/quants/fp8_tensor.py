@@ -118,7 +118,7 @@ class Fp8Tensor(Encoding):
 
 @dataclass(frozen=True)
 class Fp8Scale(Encoding):
-    """`weights_scaling_factor` of a matrix; the source is a `Blank`."""
+    """`weights_scaling_factor` of a matrix; the source is a `NoSource`."""
 
     key: str
     scale: float | None = None

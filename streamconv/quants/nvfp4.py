@@ -144,7 +144,7 @@ class NvFp4(Encoding):
 
 @dataclass(frozen=True)
 class SharedScale(Encoding):
-    """The shared scale of NVFP4 partners, one float32; the source is a `Blank`."""
+    """The shared scale of NVFP4 partners, one float32; the source is a `NoSource`."""
 
     key: str
     rule: Rule

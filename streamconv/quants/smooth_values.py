@@ -96,7 +96,7 @@ class SmoothNorm(Encoding):
 
 @dataclass(frozen=True)
 class SmoothValue(Encoding):
-    """Float32 values that follow from the reductions alone; the source is a `Blank`.
+    """Float32 values that follow from the reductions alone; the source is a `NoSource`.
 
     Attributes:
         what: "activation" (sx), "scale" (accum_t or inv_t of a matrix with one scale) or "smoother".

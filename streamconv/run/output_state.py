@@ -11,10 +11,11 @@ from streamconv.planning.plan import Dest, Plan, Span
 from streamconv.quants.base import Findings
 from streamconv.run.cut import JournalState, Task
 from streamconv.run.executor import Encoded
-from streamconv.run.journal import Journal, Recorder, TileRecord
+from streamconv.run.journal import Journal, TileRecord
 from streamconv.run.judge import judge
 from streamconv.run.order import Hashes, HashOrder
 from streamconv.run.output_folder import OutputFolder
+from streamconv.run.recorder import Recorder
 from streamconv.run.results import ReductionResults
 from streamconv.run.resume import verify_resumed_tile
 

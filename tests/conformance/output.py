@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from streamconv.checkpoint.index import Index
-from streamconv.checkpoint.rows import Blank, PackedTensor, Piece, SourceTensor
+from streamconv.checkpoint.rows import NoSource, PackedTensor, Piece, SourceTensor
 from streamconv.checkpoint.shard import Shard
 from streamconv.planning.plan import Plan, Span
 from streamconv.quants.gptq import GroupScales
@@ -83,7 +83,7 @@ def _decode_span(plan: Plan, span: Span, index: Index, files: list[Shard], resul
         if name not in held.got:
             held.got[name], held.error[name] = torch.zeros(2, matrix.rows, got.shape[1])
         held.got[name][dest.row : dest.row + rows], held.error[name][dest.row : dest.row + rows] = got, bound
-        if isinstance(span.source, Blank) or "divided by the smoother" in encoding.name:
+        if isinstance(span.source, NoSource) or "divided by the smoother" in encoding.name:
             held.derived.add(name)
         if encoding.quantizes:
             held.quantized.add(name)

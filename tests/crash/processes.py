@@ -16,7 +16,7 @@ from pathlib import Path
 from streamconv import api
 from streamconv.errors import LockedError, OutputError
 from streamconv.options import Resources
-from streamconv.run import journal
+from streamconv.run import recorder
 from streamconv.run.fs import Disk, Folder, Mark
 from streamconv.targets.trtllm.options import TensorRTLLM
 from tests.crash.kills import Count
@@ -57,12 +57,12 @@ class Runs:
         shutil.rmtree(self.out)
 
     def convert(self, out: Path, workers: int, budget: int = 4 << 30, disk: Disk | None = None) -> None:
-        before, journal.BATCH_SECONDS = journal.BATCH_SECONDS, 0.005
+        before, recorder.BATCH_SECONDS = recorder.BATCH_SECONDS, 0.005
         try:
             asked = Resources(memory_budget=budget, workers=workers, device="cpu", tile_rows=random.choice((64, 96, 256)))
             api.convert(self.model, out, self.options, asked, disk=disk)
         finally:
-            journal.BATCH_SECONDS = before
+            recorder.BATCH_SECONDS = before
 
 
 def random_kills(runs: Runs, rounds: int, seed: int = 1) -> Count:

@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from streamconv import api
 from streamconv.errors import OutputError
 from streamconv.options import Resources
-from streamconv.run import journal
+from streamconv.run import recorder
 from streamconv.run.fs import Disk, hidden
 from streamconv.targets.trtllm.options import TensorRTLLM
 from tests.crash.disks import Counting, Tapped
@@ -73,12 +73,12 @@ def fast_folder() -> Path:
 @contextlib.contextmanager
 def no_thread(batch: int) -> Iterator[None]:
     """No journal thread: after `batch` bytes files are synced by a worker, so that runs repeat exactly."""
-    before = journal.BATCH_BYTES, journal.THREADED
-    journal.BATCH_BYTES, journal.THREADED = batch, False
+    before = recorder.BATCH_BYTES, recorder.THREADED
+    recorder.BATCH_BYTES, recorder.THREADED = batch, False
     try:
         yield
     finally:
-        journal.BATCH_BYTES, journal.THREADED = before
+        recorder.BATCH_BYTES, recorder.THREADED = before
 
 
 def snapshot(folder: Path) -> State:
@@ -194,7 +194,7 @@ class World:
 
 _SLOWLY = """
 import signal, sys, time
-from streamconv.run import journal
+from streamconv.run import recorder
 from streamconv.run import output_folder
 from streamconv.cli import main, signals
 for number, means in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
@@ -205,7 +205,7 @@ def slow(self, *args):
     push(self, *args)
     time.sleep(seconds)
 output_folder.OutputFolder.write = slow
-journal.BATCH_SECONDS = 0.05
+recorder.BATCH_SECONDS = 0.05
 sys.argv = ["streamconv", *sys.argv[2:]]
 main.run()
 """

@@ -11,7 +11,7 @@ from streamconv.calibration import texts
 from streamconv.checkpoint.index import open_index
 from streamconv.cli.main import main
 from streamconv.errors import CheckpointError, UsageError
-from streamconv.hub.problems import passing
+from streamconv.hub.problems import is_transient
 from tests import tiny
 from tests.e2e.hub_run import hub, run
 from tests.e2e.hub_server import REPO, Hub
@@ -41,7 +41,7 @@ def test_offline(hub: Hub, tmp_path: Path, command: list[str]) -> None:
 def test_offline_is_not_tried_again() -> None:
     from huggingface_hub.errors import OfflineModeIsEnabled
 
-    assert not passing(OfflineModeIsEnabled("HF_HUB_OFFLINE")) and passing(ConnectionError("reset"))
+    assert not is_transient(OfflineModeIsEnabled("HF_HUB_OFFLINE")) and is_transient(ConnectionError("reset"))
 
 
 def test_no_network(hub: Hub, tmp_path: Path) -> None:

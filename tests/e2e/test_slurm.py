@@ -22,13 +22,13 @@ pytestmark = pytest.mark.skipif(slurm.missing() is not None, reason=slurm.missin
 
 _SLOWLY = """import sys, time
 from streamconv.cli import main
-from streamconv.run import journal, output_folder
+from streamconv.run import output_folder, recorder
 push = output_folder.OutputFolder.write
 def slow(self, *args):
     push(self, *args)
     time.sleep(0.04)
 output_folder.OutputFolder.write = slow
-journal.BATCH_SECONDS = 0.05
+recorder.BATCH_SECONDS = 0.05
 main.run()
 """
 

@@ -9,7 +9,7 @@ import pytest
 
 from streamconv import api, device
 from streamconv.checkpoint.dtypes import BF16, F16
-from streamconv.checkpoint.rows import Blank, SourceTensor
+from streamconv.checkpoint.rows import NoSource, SourceTensor
 from streamconv.device import choice, sizing
 from streamconv.device.choice import Work
 from streamconv.errors import UsageError
@@ -90,7 +90,7 @@ def test_smoothquant_of_a_wide_model_fits_two_gib() -> None:
     smoother = Smoother("m", "w", None, "x", 0.5, True)  # type: ignore[arg-type]
     weight = SmoothWeight(smoother, F16, None)
     value = SmoothValue(smoother, "smoother", "smoother", (1, 11264), keep=(0, 11264), inputs=11264)
-    rows, blank = SourceTensor("w", BF16, (4096, 11264), ()), Blank("s")
+    rows, blank = SourceTensor("w", BF16, (4096, 11264), ()), NoSource("s")
     matrices = tuple(Matrix(0, "w", 1, 1, 1, encoding, ()) for encoding in (weight, value))
     spans = [
         Span(rows, 0, 4096, PLAIN_ROWS, (), 64, ColumnMaxima("m")),

@@ -23,7 +23,8 @@ from streamconv.errors import SourceChangedError, UsageError
 from streamconv.options import Read, Resources
 from streamconv.run import mapped
 from streamconv.run.fs import Disk
-from streamconv.run.journal import Recorder, TileRecord
+from streamconv.run.journal import TileRecord
+from streamconv.run.recorder import Recorder
 from streamconv.targets.trtllm.options import TensorRTLLM
 from tests.conformance.recipes import RECIPES
 from tests.conformance.sources import RUNS, make

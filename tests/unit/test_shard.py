@@ -194,7 +194,7 @@ def test_what_was_read_is_given_back(large: Path) -> None:
     with Shard(large) as shard:
         shard.read_into(0, bytearray(4 << 20))
         assert _cached(large, 1 << 20)
-        shard.give_back(0, 4 << 20)
+        shard.drop_page_cache(0, 4 << 20)
         assert not _cached(large, 1 << 20)
 
 
@@ -202,7 +202,7 @@ def test_what_was_there_before_stays(large: Path) -> None:
     large.read_bytes()
     with Shard(large) as shard:
         shard.read_into(0, bytearray(4 << 20))
-        shard.give_back(0, 4 << 20)
+        shard.drop_page_cache(0, 4 << 20)
     assert _cached(large, 1 << 20)
 
 

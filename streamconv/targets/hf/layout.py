@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from streamconv.checkpoint.activation_ranges import Ranges
 from streamconv.checkpoint.dtypes import F32, I64, DType
 from streamconv.checkpoint.index import Index
-from streamconv.checkpoint.rows import Blank
+from streamconv.checkpoint.rows import NoSource
 from streamconv.errors import printable
 from streamconv.planning.draft import Draft
 from streamconv.planning.plan import SideFile
@@ -233,7 +233,7 @@ class Layout:
     def _scalar(self, file: int, name: str, codec: Encoding, made: list[str]) -> None:
         shape = () if self.recipe is not None and self.recipe.container == "modelopt" else (1,)
         matrix = self.draft.matrix(file, name, 1, 1, codec, spelling=Whole(shape))
-        self.draft.feed(matrix, Blank(name), 0, 1)
+        self.draft.feed(matrix, NoSource(name), 0, 1)
         made.append(name)
 
     # ---- what is told

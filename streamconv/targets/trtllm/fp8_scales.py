@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from streamconv.checkpoint.activation_ranges import Ranges
 from streamconv.checkpoint.dtypes import F8_E4M3, F32
-from streamconv.checkpoint.rows import Blank, SourceTensor
+from streamconv.checkpoint.rows import NoSource, SourceTensor
 from streamconv.errors import printable
 from streamconv.planning.draft import Draft
 from streamconv.quants.fp8_given import Fp8Shared
@@ -39,7 +39,7 @@ def add_scales(builder: Draft, ranges: Ranges, tensors: Mapping[str, SourceTenso
                 builder.reduce(source, WeightMaximum(encoding.key))
         file, path = builder.place(matrix)
         scale = builder.matrix(file, path, 1, 1, Fp8Scale(encoding.key))
-        builder.feed(scale, Blank(f"weights_scaling_factor, {encoding.key}"), 0, 1)
+        builder.feed(scale, NoSource(f"weights_scaling_factor, {encoding.key}"), 0, 1)
         largest = ranges.largest([_module(name) + ".x" for name in sources])
         builder.constant(file, f"{path}.activation_scaling_factor", F32, (1,), struct.pack("<f", largest / _LARGEST))
 

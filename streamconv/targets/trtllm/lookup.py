@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from streamconv.checkpoint.index import nearest
-from streamconv.checkpoint.rows import PackedTensor, Piece, SourceTensor
+from streamconv.checkpoint.rows import PackedTensor, SourceTensor
 from streamconv.errors import TensorError, printable
 from streamconv.families.base import Family
 from streamconv.families.matching import Key, example, match
@@ -99,10 +99,3 @@ class Roles:
         self.problems += [f"unexpected tensor {printable(name)}: {self.family.name} has no place for it" for name in unexpected]
         if self.problems:
             raise TensorError(list(dict.fromkeys(self.problems)))
-
-
-def hstack(name: str, tensors: list[SourceTensor]) -> SourceTensor:
-    """Matrices of equal height seen side by side."""
-    pieces: list[Piece] = [piece for tensor in tensors for piece in tensor.pieces]
-    rows = tensors[0].rows
-    return SourceTensor(name, tensors[0].dtype, (rows, sum(t.cols for t in tensors)), tuple(pieces), axis=1)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from streamconv.checkpoint.activation_ranges import Ranges
 from streamconv.checkpoint.dtypes import F32
-from streamconv.checkpoint.rows import Blank, Piece, SourceTensor
+from streamconv.checkpoint.rows import NoSource, Piece, SourceTensor
 from streamconv.quants.base import Encoding
 from streamconv.quants.smooth_values import SmoothNorm, SmoothValue
 from streamconv.quants.smoothing import ColumnMaxima, Smoother
@@ -188,6 +188,6 @@ class SmoothLayer:
             self._value(rank, name, value)
 
     def _value(self, rank: Rank, name: str, value: SmoothValue, cols: int = 1) -> None:
-        blank = Blank(f"{value.suffix} of layer {self.layer} {name}")
+        blank = NoSource(f"{value.suffix} of layer {self.layer} {name}")
         builder = self.decoder.builder
         builder.feed(builder.matrix(rank.file, self.prefix + name, 1, cols, value), blank, 0, 1)
