@@ -31,7 +31,7 @@ def facts() -> dict[str, str]:
     found = {
         "processor": f"{name}, {processors()} usable",
         "memory": show_size(psutil.virtual_memory().total) + (f", limit of the container {show_size(ceiling)}" if ceiling else ""),
-        "kernel": f"{platform.system()} {platform.release()}",
+        "kernel": f"{os.uname().sysname} {os.uname().release}",
         "streamconv": __version__,
         "Python": platform.python_version(),
     }
