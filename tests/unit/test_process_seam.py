@@ -27,7 +27,7 @@ BUILTIN = {"eval", "exec", "compile", "input", "pause", "print", "prompt", "conf
 ALLOWED = {
     ("process.py", "STARTS"): {"subprocess", "Popen", "Thread"},
     ("run/pool.py", "STARTS"): {"Thread"},  # the type
-    ("run/journal.py", "STARTS"): {"Thread"},  # the type
+    ("run/recorder.py", "STARTS"): {"Thread"},  # the type
     ("memory_trace.py", "STARTS"): {"Thread"},  # the type
     ("kernels/cache.py", "RUNS"): {"pickle"},  # files that nobody else can write, checked by hash
     ("hub/push.py", "TALKS"): {"stderr"},  # whether somebody watches
