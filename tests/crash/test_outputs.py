@@ -71,7 +71,8 @@ def test_killed_at_every_third_operation_twice(world: Two) -> None:
 
 
 @pytest.mark.slow
-def test_killed_at_every_operation_any_number_of_times(world: Two) -> None:
-    count = kills.every_state(world)
+def test_killed_at_every_operation(world: Two) -> None:
+    """And in the middle of every write, with every file as the kill leaves it."""
+    count = kills.every_state(world, depth=1)
     assert not count.wrong, "\n".join(count.wrong[:10])
-    assert count.facts["closed"], "states were left to look at"
+    assert count.cases >= 100, count

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from streamconv import api
+from streamconv.targets.hf.target import HuggingFace
 from streamconv.targets.trtllm.options import TensorRTLLM
 from tests import tiny
 from tests.e2e.hub_run import PARTS, cached, content, hub, on_disk, run, weights
@@ -48,6 +49,20 @@ def test_convert_equals_local(hub: Hub, tmp_path: Path, keep: str) -> None:
     assert content(tmp_path / "out") == content(tmp_path / "local")
     assert sorted(weights(hub.whole)) == sorted(path.name for path in hub.folder.glob("*.safetensors"))
     assert len(cached(tmp_path)) == (2 * PARTS if keep == "all" else 0)  # blobs, and links to them
+
+
+def test_several_outputs_download_each_shard_once(hub: Hub, tmp_path: Path) -> None:
+    """The tensors are those of local runs; what is finished is not fetched again."""
+    targets = {"one": TensorRTLLM(tp_size=2), "two": HuggingFace(quant="fp8_dynamic")}
+    api.convert_all(hub.folder, [target.to(tmp_path / "local" / name) for name, target in targets.items()])
+    command = ["convert", REPO, "--output", "trtllm:one:tp_size=2", "--output", "hf:two:quant=fp8_dynamic", "--hub-keep", "none"]
+    for _ in range(2):
+        done = run(hub, tmp_path, *command, STREAMCONV_TILE_ROWS="64")
+        assert done.returncode == 0, done.stderr
+        assert sorted(weights(hub.whole)) == sorted(path.name for path in hub.folder.glob("*.safetensors"))
+    for path in (tmp_path / "local").rglob("*.safetensors"):
+        assert (tmp_path / path.relative_to(tmp_path / "local")).read_bytes() == path.read_bytes()
+    assert not cached(tmp_path)
 
 
 def test_cached_files_are_used_offline_and_kept(hub: Hub, tmp_path: Path) -> None:
