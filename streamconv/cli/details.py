@@ -22,6 +22,11 @@ OUTPUT = """OUT appears when it is complete and on the disk. An interrupted run 
 resumes it. If the source or the flags changed meanwhile, the error says what changed, and --force starts over. A copied or touched
 source starts over too. --force replaces a finished output, never a folder that holds anything else, nor a file of the source.
 
+--output TARGET:FOLDER:KEY=VALUE,... in the place of OUT, several times, makes all outputs from one read of the source. Keys are the
+options of the target, with _; a flag without a value needs none (rope_tables); modules of a list are joined by + or the key is
+repeated; a folder that ends in a colon and an option needs a colon after it. Each output is published for itself, an output that is
+finished is skipped. No output may lie in another, or in the source. A recipe has a table [[output]] for each, with out, to and options.
+
 OUT may be a mount point (docker run -v): hidden files in it get their names when all are complete, config.json last. A file system
 without locks (Lustre, by default), or one that cannot sync a folder, is refused; --no-lock goes on, and nobody else may write there
 meanwhile. On a file system in memory the output counts as memory of the container.
