@@ -78,7 +78,7 @@ def perplexity(model: Any, ids: torch.Tensor, window: int = 512) -> float:
             part = ids[start : start + window + 1]
             if part.numel() < 2:
                 break
-            logits = model(part[None, :-1]).logits[0]
+            logits = model(part[None, :-1]).logits[0].float()
             total += float(torch.nn.functional.cross_entropy(logits, part[1:], reduction="sum"))
             count += part.numel() - 1
     return math.exp(total / count)

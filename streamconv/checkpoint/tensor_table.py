@@ -64,6 +64,11 @@ class TensorTable(Mapping[str, TensorRecord]):
         """Dtype and shape of a tensor by its number."""
         return self._kinds[self._kind[place]][:2]
 
+    def told(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Names of dtypes, and shapes, of all tensors."""
+        kinds = [(dtype.name, shape) for dtype, shape, _ in self._kinds]
+        return dict(zip(self._names, map(kinds.__getitem__, self._kind), strict=True))
+
     def __getitem__(self, name: str) -> TensorRecord:
         return self.at(self._places[name])
 

@@ -41,8 +41,10 @@ def codes_of(tensors: Tensors) -> set[str]:
 
 def check_tensors(codes: Iterable[str], tensors: Tensors, statement: Statement) -> tuple[list[str], list[str]]:
     """(problems, warnings) of the tensors beside each code."""
-    problems, partial = [], []
-    for module in sorted(codes, key=natural):
+    found, partial = dict[str, list[str]](), list[str]()
+    own = _own(tensors)
+    for module in codes:
+        problems = found.setdefault(module, [])
         group, shown = statement.scheme_of(module), printable(module)
         if group is None:
             problems.append(f"{shown} is quantized, and no target of the config's groups takes it: loaders take its codes for floats")
@@ -62,22 +64,31 @@ def check_tensors(codes: Iterable[str], tensors: Tensors, statement: Statement) 
             elif told not in choices:
                 right = f"{choices[0][0]} {list(choices[0][1])}"
                 problems.append(f"{shown}.{leaf} is {told[0]} {list(told[1])}, and must be {right}")
-        problems += [
-            f"{shown}.{leaf} is no part of {scheme.title}, which config.json states"
-            for leaf in _OWN
-            if leaf not in wanted and f"{module}.{leaf}" in tensors
-        ]
+        if more := own.get(module, set()) - wanted.keys():
+            problems += [f"{shown}.{leaf} is no part of {scheme.title}, which config.json states" for leaf in _OWN if leaf in more]
         rows, cols = code[1]
         if ("cols" in scheme.tiled and cols % BLOCK) or ("rows" in scheme.tiled and rows > BLOCK and rows % BLOCK):
             partial.append(module)
     warnings = []
     if partial:
+        partial.sort(key=natural)
         more = f" and {len(partial) - 1} more" if len(partial) > 1 else ""
         warnings.append(
             f"{printable(partial[0])}{more}: a size is no multiple of 128; engines that quantize activations in groups of 128 refuse such a"
             " layer, and transformers reads its tiles wrongly"
         )
-    return problems, warnings
+    wrong = sorted((module for module, lines in found.items() if lines), key=natural)  # slow: of those alone
+    return [line for module in wrong for line in found[module]], warnings
+
+
+def _own(tensors: Tensors) -> dict[str, set[str]]:
+    """Module -> the last names of what belongs to its weight."""
+    found: dict[str, set[str]] = {}
+    for name in tensors:
+        module, _, leaf = name.rpartition(".")
+        if leaf in _OWN:
+            found.setdefault(module, set()).add(leaf)
+    return found
 
 
 def unordered(codes: Iterable[str], tensors: Tensors, statement: Statement) -> Iterator[str]:

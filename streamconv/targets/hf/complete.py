@@ -9,33 +9,15 @@ from typing import Any
 
 from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.quantized import source_quantization
-from streamconv.checkpoint.tensor_table import TensorTable
 from streamconv.errors import CheckpointError, printable
 from streamconv.targets.hf.check_scales import SCALES, check_tensors, codes_of
 from streamconv.targets.hf.layers import Model, differences, in_order
 from streamconv.targets.hf.stated import read_statement, stated_bits
-from streamconv.targets.hf.weights import Tensors, Told, weights
+from streamconv.targets.hf.weights import Tensors, weights
 
 _OF = re.compile(r"^(.*)-(\d{5})-of-(\d{5})\.safetensors$")
 _FP8 = ("F8_E4M3", "F8_E5M2")
 _SHOWN = 10
-
-
-class _Told(Mapping[str, Told]):
-    """Dtypes and shapes of a source's tensors, made when they are asked for."""
-
-    def __init__(self, tensors: TensorTable) -> None:
-        self._tensors = tensors
-
-    def __getitem__(self, name: str) -> Told:
-        record = self._tensors[name]
-        return record.dtype.name, record.shape
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
 
 
 def check_complete(index: Index) -> list[str]:
@@ -44,7 +26,7 @@ def check_complete(index: Index) -> list[str]:
     Raises:
         CheckpointError: a shard, a layer, a module or the scale of codes is missing, or a size is not what config.json says.
     """
-    tensors = _Told(index.tensors)
+    tensors = index.tensors.told()
     stated, bits = source_quantization(index), None
     found = list(_shards(index))
     if stated is not None:
@@ -52,7 +34,7 @@ def check_complete(index: Index) -> list[str]:
         bits = stated.bits or stated_bits(told) or 4
         found += _statement(told, tensors) if told else []
     wrong, odd = differences(Model(index.config, weights(tensors, bits)))
-    found += [*in_order(wrong), *_bare_codes(index)]
+    found += [*in_order(wrong), *_bare_codes(index.config, tensors)]
     if found:
         more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
         raise CheckpointError("; ".join(found[:_SHOWN]) + more, hint="is the download complete, and config.json this model's?")
@@ -76,11 +58,10 @@ def _shards(index: Index) -> Iterator[str]:
                 yield f"{printable(stem)}-{number:05d}-of-{count:05d}.safetensors is missing"
 
 
-def _bare_codes(index: Index) -> Iterator[str]:
+def _bare_codes(config: Mapping[str, Any], tensors: Tensors) -> Iterator[str]:
     """FP8 weights of a quantized model say nothing without their scales."""
-    if not index.config.get("quantization_config"):
+    if not config.get("quantization_config"):
         return
-    for name, record in index.tensors.items():
-        module, _, leaf = name.rpartition(".")
-        if leaf == "weight" and record.dtype.name in _FP8 and not any(f"{module}.{scale}" in index.tensors for scale in SCALES):
-            yield f"{printable(module)} has codes and no scales"
+    for name, (dtype, _) in tensors.items():
+        if dtype in _FP8 and name.endswith(".weight") and not any(f"{name[:-6]}{scale}" in tensors for scale in SCALES):
+            yield f"{printable(name[:-7])} has codes and no scales"
