@@ -129,6 +129,8 @@ class Worker:
                 return self.share
             if claims.told["page"] < page:
                 raise ResumeError(f"the work was begun on a machine with pages of {claims.told['page']} bytes; here they have {page}")
+            if self.resources.part is None and not private:
+                claims.check_reach()
             self.meter.begin("converting", sum(part.read for part in self.parts))
             self._take(claims)
             self._publish(claims)
@@ -283,16 +285,10 @@ class Worker:
         """Publish if all parts are done, unless another process is at it, or locks would not keep it away."""
         if self.resources.no_lock:
             return
-        while all(claims.done(part) for part in range(len(self.parts))):
-            right = claims.publisher()
-            if right is not None:
-                try:
-                    self.share.warnings += publish(claims, self.index, self.plan, self.parts, self.disk, self.meter)
-                    self.share.published = True
-                    return
-                finally:
-                    right.close()
-            time.sleep(POLL)
+        if all(claims.done(part) for part in range(len(self.parts))):
+            patience = max(10.0, self.resources.wait)
+            self.share.warnings += publish(claims, self.index, self.plan, self.parts, self.disk, self.meter, patience)
+            self.share.published = True
 
 
 def finish(out: str | Path, *, check: bool = False, meter: Meter | None = None, disk: Disk | None = None, no_lock: bool = False) -> None:
@@ -324,7 +320,7 @@ def finish(out: str | Path, *, check: bool = False, meter: Meter | None = None, 
         run = told(run_of(plan, index), len(parts), begun["page"], begun["private"], begun["force"], begun["source"])
         files = [(file.name, file.size) for file in plan.files]
         try:
-            if not claims.join(run, files, False, POLL, partial(sampled.is_of, plan, index.shards, place.out)):
+            if not claims.join(run, files, False, 60.0, partial(sampled.is_of, plan, index.shards, place.out)):
                 return
             missing = [number for number in range(len(parts)) if not claims.done(number)]
             if missing:
@@ -333,13 +329,7 @@ def finish(out: str | Path, *, check: bool = False, meter: Meter | None = None, 
                     f"{shown}: of {len(parts)} parts {', '.join(map(str, missing[:10]))}{more} are not done",
                     hint="`streamconv status` shows who is at them; any worker does what is free",
                 )
-            right = claims.publisher()
-            if right is None:
-                raise LockedError(f"{shown} is being published by another process", hint="wait for it")
-            try:
-                publish(claims, index, plan, parts, disk, meter, check, no_lock)
-            finally:
-                right.close()
+            publish(claims, index, plan, parts, disk, meter, 60.0, check, no_lock)
         except Over:
             return
         finally:
@@ -353,17 +343,41 @@ def publish(
     parts: Sequence[Part],
     disk: Disk | None,
     meter: Meter,
+    patience: float,
     check: bool = False,
     no_lock: bool = False,
 ) -> list[str]:
-    """Publish the work of all parts; the right to do so is held.
+    """Publish the work of all parts, once nobody else is at it.
 
     Args:
+        patience: seconds to wait for others.
         check: see `finalize`.
 
     Returns:
         what the values of the source mean for the output.
+
+    Raises:
+        Over: somebody else has published. LockedError: somebody else is at it, and does not come to an end.
     """
+    until = time.monotonic() + patience
+    while True:
+        right = claims.publisher()
+        try:
+            if right is None:
+                raise LockedError(f"{printable(str(claims.place.out))} is being published by another process", hint="wait for it")
+            return _publish(claims, index, plan, parts, disk, meter, check, no_lock)
+        except LockedError:  # one that joins holds the output for a moment
+            if time.monotonic() >= until:
+                raise
+        finally:
+            if right is not None:
+                right.close()
+        time.sleep(POLL)
+
+
+def _publish(
+    claims: Claims, index: Index, plan: Plan, parts: Sequence[Part], disk: Disk | None, meter: Meter, check: bool, no_lock: bool
+) -> list[str]:
     meter.phase("syncing")
     records = records_of(claims, plan, parts)
     with Writer(claims.place.out, index.root, plan, index.shards, claims.told["force"], disk, no_lock, parts=True) as writer:

@@ -8,6 +8,7 @@ A hidden folder beside the output, .NAME.streamconv-parts:
     K.journal                  which tiles of part K are on the disk
     K.ATTEMPT.aside            bytes of part K that go into place at the end (part_folder.py)
     K.json                     part K is done (part_record.py)
+    worker-HOST-PID-...        held by a living worker (presence.py)
 
 Locks end with their holder, so what a dead one left is free at once, and goes on where its journal ends.
 """
@@ -37,6 +38,7 @@ from streamconv.run.lock import OutputLock
 from streamconv.run.output_checks import check_free
 from streamconv.run.part_record import Record
 from streamconv.run.place import Place
+from streamconv.run.presence import Presence
 
 FORMAT = 1
 PLAN, CLAIMS = "plan.json", "claims"
@@ -98,6 +100,7 @@ class Claims:
     def __init__(self, place: Place, count: int) -> None:
         self.place, self.disk, self.count = place, place.disk, count
         self._own: list[Folder] = []
+        self._presence: Presence | None = None
 
     @property
     def name(self) -> str:
@@ -162,7 +165,15 @@ class Claims:
                 self._begin(run, force, past)
             self.told = found or run
             self._files(files, found is None)
+            if not self.place.lenient:
+                with explained(self.base.path, "write in"):
+                    self._presence = Presence(self.base, secrets.token_hex(4))
         return True
+
+    def check_reach(self) -> None:
+        """Raises OutputError if the locks of other machines are not seen here."""
+        if self._presence is not None:
+            self._presence.check()
 
     def _ours(self, *runs: dict[str, Any] | None) -> None:
         """Files of the work that is there, which has other names with other options."""
@@ -439,6 +450,8 @@ class Claims:
                 self.disk.close(fd)
 
     def close(self) -> None:
+        if self._presence is not None:
+            self._presence.close()
         for folder in self._own:
             folder.close()
         self._own.clear()
