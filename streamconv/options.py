@@ -10,6 +10,11 @@ TARGET_VERSIONS: tuple[Version, ...] = ("0.16", "1.0", "1.2")
 """Release lines; 1.0 is 1.2 less the keys of config.json that only later readers know."""
 TARGET_SMS = (70, 72, 75, 80, 86, 87, 89, 90, 100, 103, 120, 121)
 
+SEARCHED = ("clip", "awq", "gptq")
+METHODS = ("rtn", "mse", *SEARCHED)
+"""How the codes and scales of INT4 groups are found: rtn divides each group's maximum by 8, mse searches the least squared error, the
+others look at what the layers' inputs are on some text."""
+
 Read = Literal["auto", "map", "pread"]
 
 

@@ -1,4 +1,4 @@
-"""Calibration as the first part of a conversion: the ranges are measured once, kept beside the output, and found again."""
+"""Calibration as the first part of a conversion: what is measured or found is kept beside the output, and found again."""
 
 from __future__ import annotations
 
@@ -6,15 +6,23 @@ import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 from streamconv import memory
 from streamconv.calibration.request import Samples, measured_in
 from streamconv.checkpoint.activation_ranges import HINT
-from streamconv.errors import UsageError
+from streamconv.errors import BudgetError, UsageError
+from streamconv.options import SEARCHED
 from streamconv.run.fs import beside, named
+from streamconv.targets.hf.target import HuggingFace
 from streamconv.targets.trtllm.options import TensorRTLLM
 
 BOTH_WAYS = "--text FILE measures them now; or " + HINT
+_Measured = TypeVar("_Measured", bound="TensorRTLLM | HuggingFace")
+_SAME_SHAPES = {"fp8_static": "fp8_dynamic", "nvfp4": "nvfp4a16"}
+"""Formats that need ranges -> those that refuse the same models and need none."""
+_DEFAULTS = {"codes": 128, "ranges": 512}
+"""Samples, where the user says nothing."""
 
 
 def ranges_path(out: Path) -> Path:
@@ -22,10 +30,15 @@ def ranges_path(out: Path) -> Path:
     return beside(out, "", ".ranges.safetensors")
 
 
-def with_ranges(
+def codes_path(out: Path) -> Path:
+    """Where the codes of an output are kept: `OUT.int4.safetensors`."""
+    return beside(out, "", ".int4.safetensors")
+
+
+def measured(
     source: str | Path,
     out: str | Path,
-    options: TensorRTLLM,
+    options: _Measured,
     samples: Samples | None,
     *,
     memory_budget: int | None = None,
@@ -34,8 +47,8 @@ def with_ranges(
     progress: Callable[[int, int, float], None] = lambda layer, layers, seconds: None,
     sampled: Callable[[int, int, int, int], None] = lambda layer, layers, sample, samples: None,
     told: Callable[[str], None] = lambda line: None,
-) -> TensorRTLLM:
-    """The options with activation ranges in them, measured if a format needs them and none are given.
+) -> _Measured:
+    """The options with activation ranges and codes in them, measured if a format needs them and none are given.
 
     An interrupted measurement goes on after its last layer; a finished one of the same model, text and sizes is used again.
 
@@ -43,7 +56,7 @@ def with_ranges(
         samples: what to measure on, None if nothing was said.
         memory_budget: bytes.
         progress, sampled: see `run.calibrate`.
-        told: called with one line once the ranges are there.
+        told: called with a line for what is there.
 
     Raises:
         UsageError: they are needed and there is no text either; or there is text and nothing needs it.
@@ -51,38 +64,117 @@ def with_ranges(
         OutputError: the output cannot be written.
     """
     flag, out = options.needs_ranges(), named(out)
+    int4 = options.quant in ("int4_awq", "w4a16") and options.method in (None, *SEARCHED)
     if samples is None:
-        from streamconv.targets.trtllm.import_rules import brings_scales
-
-        if flag is not None and options.activation_ranges is None and not (options.quant == "fp8" and brings_scales(source)):
+        if flag is not None and options.activation_ranges is None and not _brings_scales(source, options):
             raise UsageError(f"{flag} needs activation ranges", hint=BOTH_WAYS)
         return options
-    if not options.uses_ranges():
-        raise UsageError("--text is for --quant smoothquant and fp8 and for --kv-cache int8 and fp8 only")
-    if options.activation_ranges is not None:
-        raise UsageError("--activation-ranges and --text exclude each other: ranges that are given are not measured again")
-    from streamconv.calibration.child import calibrate_apart
-    from streamconv.hub import local_folder, open_source
+    if options.activation_ranges is not None or options.codes is not None:
+        given = "--activation-ranges" if options.activation_ranges is not None else "--codes"
+        raise UsageError(f"{given} and --text exclude each other: what is given is not measured again")
+    if not int4 and not options.uses_ranges():
+        raise UsageError("--text: nothing of this format is measured" + _users(options))
     from streamconv.run.output_checks import check_output
+
+    _check(source, options, int4)
+    check_output(out, Path(source), [], force)  # before hours of work
+    run = _Runs(source, out, samples, memory_budget, device, progress, sampled, told)
+    if options.uses_ranges():
+        options = dataclasses.replace(options, activation_ranges=run.ranges(options))
+    return run.codes(options) if int4 else options
+
+
+def _users(options: TensorRTLLM | HuggingFace) -> str:
+    if isinstance(options, TensorRTLLM):
+        return "; it is for --quant smoothquant, fp8 and int4_awq and for --kv-cache int8 and fp8 only"
+    return "; it is for --quant fp8_static, nvfp4 and w4a16 and for --kv-cache fp8 only"
+
+
+def _brings_scales(source: str | Path, options: TensorRTLLM | HuggingFace) -> bool:
+    from streamconv.targets.trtllm.import_rules import brings_scales
+
+    return isinstance(options, TensorRTLLM) and options.quant == "fp8" and brings_scales(source)
+
+
+def _check(source: str | Path, options: TensorRTLLM | HuggingFace, int4: bool) -> None:
+    """What planning would refuse, asked before anything is measured."""
+    from streamconv.hub import open_source
+    from streamconv.open_plan import open_and_plan
     from streamconv.targets.trtllm.target import check_options, check_request
 
-    check_options(options)
+    like: TensorRTLLM | HuggingFace = options
+    if isinstance(options, HuggingFace):
+        like = dataclasses.replace(options, quant=_SAME_SHAPES.get(options.quant, options.quant), kv_cache=None)
+    else:
+        check_options(options)
+        with contextlib.closing(open_source(source)) as index:
+            check_request(index, options)
+    if not like.uses_ranges():
+        open_and_plan(source, dataclasses.replace(like, method="rtn" if int4 else None))[0].close()
+
+
+class _Runs:
+    """Calibrations in a process of their own."""
+
+    def __init__(
+        self,
+        source: str | Path,
+        out: Path,
+        samples: Samples,
+        budget: int | None,
+        device: str,
+        progress: Callable[[int, int, float], None],
+        sampled: Callable[[int, int, int, int], None],
+        told: Callable[[str], None],
+    ) -> None:
+        self._source, self._out, self._samples, self._progress, self._told = source, out, samples, progress, told
+        self._sampled = sampled
+        left = max(1, budget - memory.resident()) if budget is not None else None
+        self._common: dict[str, Any] = {"device": device, "memory_budget": left, "reuse": True}
+
+    def _run(self, out: Path, what: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        from streamconv.calibration.child import calibrate_apart
+        from streamconv.hub import local_folder
+
+        asked = dataclasses.asdict(self._samples)
+        if asked["samples"] is None:
+            asked["samples"] = _DEFAULTS["codes" if "method" in arguments else "ranges"]
+        asked |= {"model": str(local_folder(self._source)), "out": str(out), **self._common, **arguments}
+        done = calibrate_apart(asked, self._progress, [self._out], self._sampled)
+        how = "measured before" if done["reused"] else f"measured in {done['seconds']:.1f} s"
+        self._told(f"{out}: {done['tensors']} {what} from {done['samples']} samples, {how}")
+        for line in done.get("notes", []):
+            self._told(line)
+        return done
+
+    def ranges(self, options: TensorRTLLM | HuggingFace) -> str:
+        """The file of activation ranges."""
+        dtype, loop = measured_in(options) if isinstance(options, TensorRTLLM) else ("auto", "modelopt")
+        path = ranges_path(self._out)
+        self._run(path, "activation ranges", {"dtype": dtype, "loop": loop})
+        return str(path)
+
+    def codes(self, options: _Measured) -> _Measured:
+        """The options with a file of codes, and the method that found them."""
+        path, scale = codes_path(self._out), "source" if isinstance(options, HuggingFace) else _model_dtype(self._source, options)
+        arguments = {"group": options.group_size, "scale": scale}
+        for method in (options.method,) if options.method is not None else ("gptq", "clip"):
+            try:
+                self._told(f"searching INT4 codes with --method {method}")
+                self._run(path, "weights with INT4 codes", arguments | {"method": method})
+            except BudgetError as error:
+                if method == "clip" or options.method is not None:
+                    raise
+                self._told(f"--method {method} does not fit: {error.message}")
+            else:
+                return dataclasses.replace(options, codes=str(path), method=method)
+        raise AssertionError("no method")
+
+
+def _model_dtype(source: str | Path, options: TensorRTLLM) -> str:
+    from streamconv.hub import open_source
+    from streamconv.targets.trtllm.config_sections import resolve_dtype
+    from streamconv.targets.trtllm.target import model_of
+
     with contextlib.closing(open_source(source)) as index:
-        check_request(index, options)
-    check_output(out, Path(source), [], force)  # before hours of work
-    ranges = ranges_path(out)
-    dtype, loop = measured_in(options)
-    arguments = {
-        "model": str(local_folder(source)),
-        "out": str(ranges),
-        **dataclasses.asdict(samples),
-        "dtype": dtype,
-        "loop": loop,
-        "device": device,
-        "memory_budget": max(1, memory_budget - memory.resident()) if memory_budget is not None else None,
-        "reuse": True,
-    }
-    done = calibrate_apart(arguments, progress, [out], sampled)
-    how = "measured before" if done["reused"] else f"measured in {done['seconds']:.1f} s"
-    told(f"{ranges}: {done['tensors']} activation ranges from {done['samples']} samples, {how}")
-    return dataclasses.replace(options, activation_ranges=str(ranges))
+        return resolve_dtype(options.dtype, model_of(index)[0].dtype)

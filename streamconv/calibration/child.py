@@ -24,10 +24,10 @@ def calibrate_apart(
     kept_out: Sequence[Path] = (),
     sampled: Callable[[int, int, int, int], None] = lambda layer, layers, sample, samples: None,
 ) -> dict[str, Any]:
-    """`run.calibrate` in a child process.
+    """`run.calibrate`, or `run.find_codes` if there is a method, in a child process.
 
     Args:
-        arguments: of `calibrate`, without `progress` and `sampled`; values that JSON has.
+        arguments: of the function, without `progress` and `sampled`; values that JSON has.
         kept_out: folders that the child imports nothing from, beside the model's and that of the ranges.
 
     Raises:
@@ -73,12 +73,13 @@ def main() -> None:
     def answer(**content: Any) -> None:
         answers.write(json.dumps(content) + "\n")
 
-    from streamconv.calibration.run import calibrate
+    from streamconv.calibration.run import calibrate, find_codes
 
     arguments = json.load(sys.stdin)
     streams.ask_nothing()
     try:
-        told = calibrate(**arguments, progress=lambda *values: answer(progress=values), sampled=lambda *values: answer(sampled=values))
+        run: Callable[..., dict[str, Any]] = find_codes if "method" in arguments else calibrate
+        told = run(**arguments, progress=lambda *values: answer(progress=values), sampled=lambda *values: answer(sampled=values))
     except errors.StreamconvError as error:
         answer(error=type(error).__name__, message=error.message, hint=error.hint)
     else:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from streamconv.calibration import pretrained
+from streamconv.calibration.experts import unstacked
 from streamconv.calibration.graphs import Graphs, Shape
-from streamconv.calibration.maxima import Maxima
+from streamconv.calibration.names import Names, Place
 from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.model_config import ModelConfig
 from streamconv.checkpoint.tensor_table import TensorRecord
 from streamconv.errors import CheckpointError, TensorError, printable
+from streamconv.families import Family
 from streamconv.memory import MIB
 
 _PIECE = 4 * MIB
@@ -24,25 +26,15 @@ _NEAR = 64 << 10
 """Bytes between two rows that are read rather than skipped."""
 
 
-def read_tensor(index: Index, name: str, rows: slice | None = None) -> torch.Tensor:
-    """A tensor of the source, whole or some rows of it.
-
-    Raises:
-        TensorError: the source has no such tensor.
-    """
-    record = index.tensors.get(name)
-    if record is None:
-        raise TensorError(f"missing tensor {printable(name)}")
-    dtype = getattr(torch, record.dtype.torch)
-    shape, begin, size = record.shape, record.begin, record.nbytes
-    if rows is not None:
-        each = size // shape[0]
-        begin, size = begin + rows.start * each, (rows.stop - rows.start) * each
-        shape = (rows.stop - rows.start, *shape[1:])
-    data = torch.empty(size, dtype=torch.uint8)
-    if size:
-        index.shards[record.shard].read_into(begin, data.numpy().data)
-    return data.view(dtype).reshape(shape)
+def read_rows(index: Index, record: TensorRecord, start: int, stop: int) -> torch.Tensor:
+    """Rows [start, stop) of a tensor of the source; leading dimensions are flattened into rows, a vector is a column."""
+    width = record.shape[-1] if len(record.shape) > 1 else 1
+    each = width * record.dtype.itemsize
+    data = torch.empty((stop - start) * each, dtype=torch.uint8)
+    if data.numel():
+        index.shards[record.shard].read_into(record.begin + start * each, data.numpy().data)
+    rows = data.view(getattr(torch, record.dtype.torch))
+    return rows.reshape(-1, width) if len(record.shape) > 1 else rows
 
 
 class OneLayer:
@@ -54,21 +46,29 @@ class OneLayer:
     Args:
         index: the opened source.
         model: what its config.json says.
+        family: the table of its names.
         dtype: computing type.
         device: torch device.
         uses: how often states of each shape will go through every layer.
+        watch: puts hooks on a layer that was built.
 
     Attributes:
         layers: how many the model has.
-        maxima: of the layer that is loaded.
+        places: parameter of the loaded layer -> where it comes from.
+        layer: transformers' layer, with the weights of the one that is loaded.
     """
 
-    def __init__(self, index: Index, model: ModelConfig, dtype: torch.dtype, device: str, uses: Counter[Shape]) -> None:
-        self.config = pretrained.read_config(index, model)
+    def __init__(
+        self, index: Index, model: ModelConfig, family: Family, dtype: torch.dtype, device: str, uses: Counter[Shape],
+        watch: Callable[[torch.nn.Module], None],
+    ) -> None:  # fmt: skip
+        self.config = pretrained.read_config(index, model, family)
         self.index, self.dtype, self.device, self.uses = index, dtype, device, uses
         self.layers = model.num_hidden_layers
         self._told = f"{printable(str(index.root))}: transformers cannot run this model"
         self._states: torch.Tensor | None = None
+        self._watch = watch
+        self.names = Names(index, family, pretrained.architecture(self.config))
         with pretrained.told(self._told):
             self._kinds = list(getattr(self.config, "layer_types", None) or [])
             self._build(self._kinds[:1])
@@ -88,13 +88,13 @@ class OneLayer:
             self._embedding.embed_scale = torch.tensor(scale)
         self.body.embed_tokens = torch.nn.Identity()
         self.layer: Any = self.body.layers[0]
-        for name, parameter in self.layer.named_parameters():  # before there is memory for what config.json says
-            self._record(f"model.layers.0.{name}", parameter)
+        unstacked(self.layer)
+        self.places = self.places_of(0)  # before there is memory for what config.json says
         self.layer.to_empty(device=self.device)
         self.layer.register_forward_pre_hook(self._enter)
         self.body.rotary_emb = type(self.body.rotary_emb)(self.config).to(self.device)
         self.body.eval()
-        self.maxima = Maxima(self.layer)
+        self._watch(self.layer)
         same = len(set(self._kinds)) <= 1  # else the layer, and its graphs, are built anew time and again
         self._graphs = Graphs(self.device, Counter({shape: count * (self.layers if same else 1) for shape, count in self.uses.items()}))
 
@@ -107,47 +107,36 @@ class OneLayer:
         if self._kinds[number : number + 1] != self._built:
             with pretrained.told(self._told):
                 self._build(self._kinds[number : number + 1])
-        self.number = number
-        self.maxima.clear()
+        self.number, self.places = number, self.places_of(number)
         with torch.no_grad():
             for name, parameter in self.layer.named_parameters():
-                full = f"model.layers.{number}.{name}"
-                record = self._record(full, parameter)
-                rows = record.shape[0]
-                step = max(1, _PIECE // max(1, record.nbytes // rows))
-                for start in range(0, rows, step):  # in pieces: a whole matrix beside the layer would be the peak
-                    piece = slice(start, min(start + step, rows))
-                    parameter[piece].copy_(read_tensor(self.index, full, piece).to(self.device))  # converted there
+                place = self.places[name]
+                step = max(1, _PIECE * place.rows // max(1, parameter.numel() * place.record.dtype.itemsize))
+                for start in range(0, place.rows, step):  # in pieces: a whole matrix beside the layer would be the peak
+                    stop = min(start + step, place.rows)
+                    piece = read_rows(self.index, place.record, place.start + start, place.start + stop)
+                    parameter[start:stop].copy_(piece.to(self.device))  # converted there
 
-    def _record(self, name: str, parameter: torch.Tensor) -> TensorRecord:
-        """What the source has for a parameter.
+    def places_of(self, number: int) -> dict[str, Place]:
+        """Where the parameters of layer `number` come from.
 
         Raises:
-            TensorError: it is missing, or of another shape.
+            TensorError: one is missing, or of another shape.
         """
-        record = self.index.tensors.get(name)
-        if record is None:
-            raise TensorError(f"missing tensor {printable(name)}")
-        if record.shape != tuple(parameter.shape):
-            raise TensorError(f"{printable(name)}: shape {list(record.shape)}, not {list(parameter.shape)}")
-        return record
-
-    def ranges(self) -> dict[str, torch.Tensor]:
-        """`M.x`, `M.y` and `M.w` of the loaded layer's linear modules, by their full names; float32."""
-        return self.maxima.told(f"model.layers.{self.number}.")
+        return {name: self.names.place(number, name, tuple(p.shape)) for name, p in self.layer.named_parameters()}
 
     def embed(self, samples: Sequence[Sequence[int]]) -> Iterator[torch.Tensor]:
         """The embedding [tokens, hidden] of each sample, on the device; only rows that occur, and those between, are read."""
-        record = self.index.tensors.get("model.embed_tokens.weight")
+        record = self.index.tensors.get(self.names.embedding())
         if record is None:
-            raise TensorError("missing tensor model.embed_tokens.weight")
+            raise TensorError(f"missing tensor {self.names.embedding()}")
         unique, places = torch.unique(torch.tensor([token for sample in samples for token in sample]), return_inverse=True)
         if int(unique[-1]) >= record.shape[0]:
             raise CheckpointError("the tokenizer knows more tokens than the embedding has rows")
         rows = torch.empty(len(unique), record.shape[1], dtype=self.dtype, device=self.device)
         for begin, end in _runs(unique.tolist(), record.nbytes // record.shape[0]):
             first, last = int(unique[begin]), int(unique[end - 1])
-            piece = read_tensor(self.index, "model.embed_tokens.weight", slice(first, last + 1)).to(self.device)
+            piece = read_rows(self.index, record, first, last + 1).to(self.device)
             rows[begin:end] = piece[(unique[begin:end] - first).to(self.device)].to(self.dtype)
         self._embedding.weight = torch.nn.Parameter(rows, requires_grad=False)
         for mine in places.to(self.device).split([len(sample) for sample in samples]):

@@ -1,11 +1,21 @@
-"""Running maxima of a layer's linear modules."""
+"""Activation ranges: running maxima of a layer's linear modules."""
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+from streamconv.errors import DataError, printable
+
+if TYPE_CHECKING:
+    from streamconv.calibration.layers import OneLayer
+    from streamconv.calibration.scratch import Scratch
+    from streamconv.checkpoint.model_config import ModelConfig
 
 _LEAST_WEIGHT = 1e-8
 """Floor of a row's weight maximum (quantization spec §6.3)."""
@@ -38,12 +48,70 @@ class Maxima:
         for values in self._found.values():
             values.zero_()
 
-    def told(self, prefix: str) -> dict[str, torch.Tensor]:
-        """`{prefix}{module}.x` [in], `.y` [out] and `.w` [out], float32, on the CPU."""
-        told = {prefix + name: values.to("cpu", torch.float32, copy=True) for name, values in self._found.items()}
+    def told(self, called: Callable[[str], str]) -> dict[str, torch.Tensor]:
+        """`M.x` [in], `M.y` [out] and `M.w` [out] of every module M, float32, on the CPU.
+
+        Args:
+            called: name of a module in the layer -> the name of it in the file.
+        """
+        told = {}
         for name, module in self._linears.items():
-            told[f"{prefix}{name}.w"] = _largest(module.weight.detach(), 1).float().clip(min=_LEAST_WEIGHT).cpu()
+            for end in "xy":
+                told[f"{called(name)}.{end}"] = self._found[f"{name}.{end}"].to("cpu", torch.float32, copy=True)
+            told[f"{called(name)}.w"] = _largest(module.weight.detach(), 1).float().clip(min=_LEAST_WEIGHT).cpu()
         return told
+
+
+class RangesWork:
+    """Measures activation ranges; see `work.Work`.
+
+    Args:
+        kind: the computing type, for messages.
+    """
+
+    name = "activation ranges"
+    smaller = ""
+    asked: Any = None
+    captured = True
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+
+    def holds(self, path: Path) -> str | None:
+        from streamconv.checkpoint.header import read_header
+
+        return None if all(name.endswith((".x", ".y", ".w")) for name in read_header(path).tensors) else self.name
+
+    def extra(self, facts: ModelConfig) -> int:
+        return 0
+
+    def open(self, layer: OneLayer, scratch: Scratch, tokens: int, facts: dict[str, Any]) -> None:
+        """Nothing is needed."""
+
+    def watch(self, layer: torch.nn.Module) -> None:
+        self._maxima = Maxima(layer)
+
+    def passes(self, layer: OneLayer) -> Sequence[Callable[[], None]]:
+        return [self._maxima.clear]
+
+    def finish(self, layer: OneLayer) -> dict[str, torch.Tensor]:
+        ranges = self._maxima.told(lambda name: layer.places[f"{name}.weight"].module)
+        odd = [name for name, values in ranges.items() if not bool(values.isfinite().all())]
+        if odd:
+            half = self._kind == "float16"
+            hint = "computing in another type may help: --dtype bfloat16 or float32" if half else "are the weights sound?"
+            raise DataError(f"{printable(odd[0])} (and {len(odd) - 1} more): the measured range is NaN or infinite", hint=hint)
+        return ranges
+
+    def notes(self, results: dict[str, torch.Tensor]) -> list[str]:
+        return []
+
+    def write(self, results: dict[str, torch.Tensor], new: Path, facts: dict[str, Any]) -> int:
+        from safetensors.torch import save_file
+
+        # one entry: the stock writer leaves the order of several to chance
+        save_file({name: results[name] for name in sorted(results)}, new, metadata={"calibration": json.dumps(facts)})
+        return len(results)
 
 
 def _largest(values: torch.Tensor, dim: int) -> torch.Tensor:

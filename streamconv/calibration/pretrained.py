@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.model_config import ModelConfig
 from streamconv.errors import BudgetError, CheckpointError, StreamconvError, TensorError, printable
+from streamconv.families import Family
+from streamconv.families.matching import example, match
 
 if TYPE_CHECKING:
     import torch
@@ -21,8 +23,10 @@ _NAMES_CODE = ("attn_implementation", "auto_map", "custom_pipelines", "experts_i
 """Keys of config.json that make transformers load code or kernels; those that begin with `_` are its own business, too."""
 
 
-def read_config(index: Index, model: ModelConfig) -> Any:
+def read_config(index: Index, model: ModelConfig, family: Family) -> Any:
     """The transformers configuration of a source, from its config.json.
+
+    A model_type that is called as the family may run as another architecture there: Exaone's is Llama's.
 
     Raises:
         CheckpointError: the model is none that transformers has, or config.json does not describe it.
@@ -32,18 +36,27 @@ def read_config(index: Index, model: ModelConfig) -> Any:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     kind, where = index.config.get("model_type") or model.model_type, printable(str(index.root))
-    if not isinstance(kind, str) or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind) != model.architecture:
+    built = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind) if isinstance(kind, str) else None
+    if not isinstance(kind, str) or built is None or (built != model.architecture and kind != family.name):
         raise CheckpointError(
             f"{where}: transformers has no {printable(model.architecture)} of model_type {printable(str(kind))}",
             hint="calibration runs transformers' own models only, no code that a model brings along",
         )
-    last = f"model.layers.{model.num_hidden_layers - 1}."
-    if not any(name.startswith(last) for name in index.tensors):
-        raise TensorError(f"config.json says {model.num_hidden_layers} layers, and the source has no tensor {last}*")
+    last = model.num_hidden_layers - 1
+    if not any(layer == last for _, layer, _ in match(family, index.tensors)[0]):
+        wanted = example(family, "input_norm", last, -1)
+        raise TensorError(f"config.json says {model.num_hidden_layers} layers, and the source has no tensor like {wanted}")
     with offline(), told(f"{where}: transformers cannot read config.json"):
         return CONFIG_MAPPING[kind].from_dict(
             {key: value for key, value in index.config.items() if not key.startswith("_") and key not in _NAMES_CODE}
         )
+
+
+def architecture(config: Any) -> str:
+    """The class that transformers runs a configuration with."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type))
 
 
 def empty_model(config: Any, dtype: torch.dtype) -> Any:

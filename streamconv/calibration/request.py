@@ -17,13 +17,13 @@ class Samples:
 
     Attributes:
         text: a file, a folder or a data set of the Hub (`texts.load_texts`).
-        samples: how many, -1 for all.
+        samples: how many, -1 for all; None for 512 where ranges are measured and 128 where INT4 codes are found.
         max_length: tokens of a sample at most.
         batch_size: samples of equal length that go through a layer together; 1 is what the official loops do.
     """
 
     text: str
-    samples: int = 512
+    samples: int | None = None
     max_length: int = 512
     batch_size: int = 1
 

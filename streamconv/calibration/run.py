@@ -1,25 +1,28 @@
-"""Measure activation ranges layer by layer, inside a budget, resumable after every layer."""
+"""All samples through one layer after the other, inside a budget, resumable after every layer."""
 
 from __future__ import annotations
 
 import contextlib
-import gc
 import hashlib
 import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamconv import __version__, memory
 from streamconv.calibration import pretrained
+from streamconv.calibration.batches import batches_of, groups_of
+from streamconv.calibration.names import Names
 from streamconv.calibration.request import DTYPES, Loop
+from streamconv.calibration.torch_device import current, give_back, torch_device
 from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.model_config import ModelConfig
 from streamconv.checkpoint.quantized import source_quantization
-from streamconv.errors import BudgetError, CheckpointError, DataError, OutputError, RefusedError, UsageError, printable
+from streamconv.errors import BudgetError, CheckpointError, OutputError, RefusedError, UsageError, printable
+from streamconv.families import Family
 from streamconv.hub import local_folder, open_source
 from streamconv.memory import MIB, show_size
 from streamconv.run.fs import beside, explained, named
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
 
     from streamconv.calibration.layers import OneLayer
     from streamconv.calibration.scratch import Scratch
+    from streamconv.calibration.work import Work
 
 Progress = Callable[[int, int, float], None]
 Sampled = Callable[[int, int, int, int], None]
@@ -37,10 +41,6 @@ _TORCH_BASE = 450 * MIB
 """Resident after torch and transformers are loaded (measured)."""
 
 _WEIGHTS = ("F16", "BF16", "F32", "F64")
-
-_GROUP = 32 * MIB
-"""Bytes of embedded samples that are made together."""
-
 
 def _silent(layer: int, layers: int, seconds: float) -> None:
     pass
@@ -96,12 +96,52 @@ def calibrate(
     out = named(out)
     with contextlib.closing(open_source(local_folder(model))) as index:
         refuse_quantized(index)
-        run = _Run(index, out, batch_size, dtype, loop, device, memory_budget)
-        try:
-            return run.measure(text, samples, max_length, reuse, progress, sampled)
-        finally:
-            if run.device != "cpu":
-                give_back()
+        from streamconv.calibration.maxima import RangesWork
+
+        run = Run(index, out, batch_size, dtype, loop, device, memory_budget)
+        return run.measure(RangesWork(run.kind), text, samples, max_length, reuse, progress, sampled)
+
+
+def find_codes(
+    model: str | Path,
+    out: str | Path,
+    text: str,
+    *,
+    method: str,
+    group: int,
+    scale: str,
+    samples: int = 128,
+    max_length: int = 512,
+    batch_size: int = 1,
+    dtype: str = "auto",
+    loop: Loop = "modelopt",
+    device: str = "auto",
+    memory_budget: int | None = None,
+    reuse: bool = False,
+    progress: Progress = _silent,
+    sampled: Sampled = lambda layer, layers, sample, samples: None,
+) -> dict[str, Any]:
+    """Find the INT4 codes of a model's linear layers on text, and write them to a file (`checkpoint.codes_file`).
+
+    Args:
+        method: "clip", "awq" or "gptq".
+        group: input channels that share a scale.
+        scale: what scales are rounded to: "float16", "bfloat16", or "source" for the weight's own type.
+        others: as of `calibrate`.
+
+    Raises:
+        as `calibrate`; DataError: weights or inputs that are NaN or infinite.
+    """
+    from streamconv.calibration.codes import CodesWork
+
+    out = named(out)
+    with contextlib.closing(open_source(local_folder(model))) as index:
+        refuse_quantized(index)
+        if dtype == "auto" and torch_device(device) == "cpu":
+            dtype = "float32"  # which holds all that 16 bits hold, and is several times faster there
+        run = Run(index, out, batch_size, dtype, loop, device, memory_budget)
+        room = None if run.device != "cpu" else (memory.available() if memory_budget is None else memory_budget) // 8
+        return run.measure(CodesWork(method, group, scale, room), text, samples, max_length, reuse, progress, sampled)
 
 
 def refuse_quantized(index: Index) -> None:
@@ -110,103 +150,94 @@ def refuse_quantized(index: Index) -> None:
     Raises:
         RefusedError: the source says that it is quantized, or holds weights that are no floats with a value of their own.
     """
+    from streamconv.targets.trtllm.target import model_of
+
     if index.views:
         raise RefusedError(["activation ranges are measured on a Hugging Face model"], hint="convert the checkpoint back first: --to hf")
     stated = source_quantization(index)
     what = f"{stated.stated_in}: quantized already ({stated.title})" if stated is not None else None
-    odd = next((name for name, record in index.tensors.items() if record.dtype.name not in _WEIGHTS and name.startswith("model.")), None)
-    if what is None and odd is not None:
-        what = f"{printable(odd)} is {index.tensors[odd].dtype}, a quantized weight"
+    if what is None:
+        model, family = model_of(index)
+        names = Names(index, family, model.architecture)
+        odd = next((name for name, record in index.tensors.items() if record.dtype.name not in _WEIGHTS and names.known(name)), None)
+        what = f"{printable(odd)} is {index.tensors[odd].dtype}, a quantized weight" if odd is not None else None
     if what is not None:
         raise RefusedError([f"{what}; activation ranges are measured on the unquantized model"], hint="give that one to calibrate")
 
 
-def torch_device(name: str) -> str:
-    """The torch device that --device means: "cpu" or "cuda:N".
+class Run:
+    """A run over the layers of a model.
 
-    Raises:
-        UsageError: there is no such device.
+    Args:
+        out: the file of the results.
+        batch, dtype, loop, device, budget: as of `calibrate`.
     """
-    import torch
 
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
-        return "cpu"
-    kind, _, number = name.partition(":")
-    if name != "auto" and (kind != "cuda" or (number and not (number.isascii() and number.isdecimal()))):
-        raise UsageError(f"--device {name} is not auto, cpu, cuda or cuda:N", hint="calibration runs on one device")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if int(number or 0) >= count:
-        raise UsageError(f"--device {name}: this machine has {count or 'no'} CUDA device{'s' * (count != 1)}", hint="--device cpu")
-    return f"cuda:{int(number or 0)}"
-
-
-@contextlib.contextmanager
-def current(device: str) -> Iterator[None]:
-    """The device is this thread's current one: a library's own kernels run there, wherever their tensors lie."""
-    import torch
-
-    with torch.cuda.device(device) if device != "cpu" else contextlib.nullcontext():
-        yield
-
-
-def give_back() -> None:
-    """What a layer held on a device is free again for others in this process; its hooks make cycles of it."""
-    import torch
-
-    gc.collect()
-    torch.cuda.empty_cache()
-
-
-class _Run:
     def __init__(self, index: Index, out: Path, batch: int, dtype: str, loop: Loop, device: str, budget: int | None) -> None:
         import torch
 
         from streamconv.targets.trtllm.target import model_of
 
         self.index, self.out, self.batch, self.loop, self.budget = index, out, batch, loop, budget
-        self.facts = model_of(index)[0]
+        self.facts, self.family = model_of(index)
         self.kind = (self.facts.dtype or "float16") if dtype == "auto" else dtype
         self.dtype: torch.dtype = getattr(torch, self.kind)
         self.device = torch_device(device)
 
-    def measure(self, text: str, samples: int, max_length: int, reuse: bool, progress: Progress, sampled: Sampled) -> dict[str, Any]:
+    def measure(
+        self, work: Work, text: str, samples: int, max_length: int, reuse: bool, progress: Progress, sampled: Sampled
+    ) -> dict[str, Any]:
+        """The work on these samples; arguments and errors as of `calibrate`."""
+        try:
+            return self._measure(work, text, samples, max_length, reuse, progress, sampled)
+        finally:
+            if self.device != "cpu":
+                give_back()
+
+    def _measure(
+        self, work: Work, text: str, samples: int, max_length: int, reuse: bool, progress: Progress, sampled: Sampled
+    ) -> dict[str, Any]:
         from streamconv.calibration.layers import OneLayer
         from streamconv.calibration.scratch import Scratch
         from streamconv.calibration.texts import load_texts, tokenize
 
         began = time.monotonic()
-        self._spare()
-        check_budget(self.index, self.facts, self.budget, self.batch * max_length, self.dtype.itemsize)
+        self._spare(work)
+        check_budget(self.index, self.facts, self.family, self.budget, self.batch * max_length, self.dtype.itemsize, self.device, work)
         ids = tokenize(self.index.root, load_texts(text, samples), max_length, self.loop)
         if not ids:
             raise UsageError(f"--text {printable(text)}: the model's tokenizer makes no tokens of it", hint="is it this model's tokenizer?")
-        batches = _batches(ids, self.batch)
+        batches = batches_of(ids, self.batch)
         tokens = sum(map(len, ids))
-        mark = self._mark(batches)
+        mark = self._mark(work, batches)
         told = {"out": str(self.out), "samples": len(ids), "tokens": tokens, "device": self.device, "reused": False}
         if reuse and (kept := self._kept(mark)):
             return told | {"layers": self.facts.num_hidden_layers, "tensors": kept, "seconds": 0.0, "reused": True}
-        resumable = self._mark(batches, [shard.evidence() for shard in self.index.shards])
+        facts = {"dtype": self.kind, "loop": self.loop, "request": mark, "samples": len(ids)}
+        resumable = self._mark(work, batches, [shard.evidence() for shard in self.index.shards])
         scratch = Scratch(self.out, resumable, tokens * self.facts.hidden_size * self.dtype.itemsize)
-        uses = Counter((len(batch), len(batch[0])) for batch in batches)
+        uses = Counter((len(batch), len(batch[0])) for batch in batches) if work.captured else Counter[tuple[int, int]]()
         try:
             with current(self.device):
-                layer = OneLayer(self.index, self.facts, self.dtype, self.device, uses)
+                layer = OneLayer(self.index, self.facts, self.family, self.dtype, self.device, uses, work.watch)
                 with pretrained.on_device():
-                    self._through(layer, scratch, batches, progress, sampled)
+                    work.open(layer, scratch, tokens, facts)
+                    self._through(work, layer, scratch, batches, progress, sampled)
             for shard in self.index.shards:
                 shard.check_unchanged()
-            self._write(scratch.ranges, mark, len(ids))
+            count = self._write(work, scratch.ranges, facts)
         except BaseException as error:
             if not scratch.done or isinstance(error, CheckpointError):  # there is nothing to go on after
                 scratch.remove()
             raise
         scratch.remove()
-        spent = {"seconds": time.monotonic() - began, "peak_memory": memory.peak_resident()}
-        return told | {"layers": layer.layers, "tensors": len(scratch.ranges)} | spent
+        spent = {"seconds": time.monotonic() - began, "peak_memory": memory.peak_resident(), "notes": work.notes(scratch.ranges)}
+        return told | {"layers": layer.layers, "tensors": count} | spent
 
-    def _through(self, layer: OneLayer, scratch: Scratch, batches: list[list[list[int]]], progress: Progress, sampled: Sampled) -> None:
-        """All batches through one layer after the other."""
+    def _through(
+        self, work: Work, layer: OneLayer, scratch: Scratch, batches: list[list[list[int]]], progress: Progress, sampled: Sampled
+    ) -> None:
+        """All batches through one layer after the other, as often as the work needs; the last pass gives the next states."""
         import torch
 
         from streamconv.calibration.states import Files, OnDevice, fit_on_device
@@ -221,45 +252,51 @@ class _Run:
         with torch.no_grad():
             if first == 0:
                 with states.filling():
-                    for group in _groups([sample for batch in batches for sample in batch], width * self.dtype.itemsize):
+                    for group in groups_of([sample for batch in batches for sample in batch], width * self.dtype.itemsize):
                         for sample in layer.embed(group):
                             states.put(sample)
             for number in range(first, layer.layers):
                 layer.load(number)
                 with states.layer(number):
-                    samples, told = 0, time.monotonic()
-                    for batch in batches:
-                        states.put(layer(states.take((len(batch), len(batch[0]), width))))
-                        samples += len(batch)
-                        if time.monotonic() - told >= 1:
-                            told = time.monotonic()
-                            sampled(number, layer.layers, samples, count)
-                    scratch.ranges |= _finite(layer.ranges(), self.kind)
+                    passes, told = work.passes(layer), time.monotonic()
+                    for at, begin in enumerate(passes):
+                        begin()
+                        states.rewind()
+                        samples = at * count
+                        for batch in batches:
+                            made = layer(states.take((len(batch), len(batch[0]), width)))
+                            if at + 1 == len(passes):
+                                states.put(made)
+                            samples += len(batch)
+                            if time.monotonic() - told >= 1:
+                                told = time.monotonic()
+                                sampled(number, layer.layers, samples // len(passes), count)
+                    scratch.ranges |= work.finish(layer)
                 each = (time.monotonic() - began) / (number + 1 - first)
                 progress(number + 1, layer.layers, each * (layer.layers - number - 1))
 
-    def _mark(self, batches: list[list[list[int]]], evidence: list[list[int | str]] | None = None) -> str:
+    def _mark(self, work: Work, batches: list[list[list[int]]], evidence: list[list[int | str]] | None = None) -> str:
         """Hash of all that decides the numbers; of the source its sizes, headers and samples, and for a resume its times."""
         from streamconv.checkpoint.source_files import source_files
 
         files = [(file.name, file.size, file.header_hash) for file in source_files(self.index)]
         looks = evidence or [[shard.sample()] for shard in self.index.shards]
         asked = [__version__, self.index.config, files, looks, self.kind, self.device.split(":")[0], batches]
+        asked += [work.asked] if work.asked is not None else []
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
-    def _spare(self) -> None:
-        """Only ranges are replaced, whoever measured them."""
-        from streamconv.checkpoint.header import read_header
-
+    def _spare(self, work: Work) -> None:
+        """Only results of the same kind are replaced, whoever measured them."""
         real, root = Path(os.path.realpath(self.out)), Path(os.path.realpath(self.index.root))
         if root.is_dir() and root in real.parents:  # later conversions would take it for weights
             raise OutputError(f"{printable(str(self.out))} is in the model's folder", hint="choose another folder")
         if not os.path.lexists(self.out):
             return
+        held: str | None = work.name
         with contextlib.suppress(OSError, CheckpointError):
-            if all(name.endswith((".x", ".y", ".w")) for name in read_header(self.out).tensors):
-                return
-        raise OutputError(f"{printable(str(self.out))} is there and holds no activation ranges", hint="choose another name, or remove it")
+            held = work.holds(self.out)
+        if held is not None:
+            raise OutputError(f"{printable(str(self.out))} is there and holds no {held}", hint="choose another name, or remove it")
 
     def _kept(self, mark: str) -> int:
         """How many ranges the file holds, if it is there and answers this request; newer than the source, too."""
@@ -273,21 +310,20 @@ class _Run:
         except (OSError, ValueError, AttributeError, CheckpointError):
             return 0
 
-    def _write(self, ranges: dict[str, torch.Tensor], mark: str, samples: int) -> None:
-        from safetensors.torch import save_file
-
-        # one entry: the stock writer leaves the order of several to chance
-        facts = {"dtype": self.kind, "loop": self.loop, "request": mark, "samples": samples}
+    def _write(self, work: Work, results: dict[str, torch.Tensor], facts: dict[str, Any]) -> int:
         new = beside(self.out, ".", ".new")
         with explained(self.out, "write"):
             new.unlink(missing_ok=True)  # of a run that was killed; of a link the name alone
-            save_file({name: ranges[name] for name in sorted(ranges)}, new, metadata={"calibration": json.dumps(facts)})
+            count = work.write(results, new, facts)
             with open(new, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(new, self.out)
+        return count
 
 
-def check_budget(index: Index, facts: ModelConfig, budget: int | None, tokens: int, itemsize: int) -> None:
+def check_budget(
+    index: Index, facts: ModelConfig, family: Family, budget: int | None, tokens: int, itemsize: int, device: str, work: Work
+) -> None:
     """Refuse a budget that one layer and one batch do not fit in.
 
     Args:
@@ -297,48 +333,13 @@ def check_budget(index: Index, facts: ModelConfig, budget: int | None, tokens: i
     Raises:
         BudgetError: says what is needed.
     """
-    layer = sum(r.nbytes // r.dtype.itemsize * itemsize for n, r in index.tensors.items() if n.startswith("model.layers.0."))
+    held = [index.tensors[name] for name in Names(index, family, facts.architecture).layer(0)]
+    layer = sum(record.nbytes // record.dtype.itemsize * itemsize for record in held)
     width = 4 * facts.hidden_size + 3 * facts.intermediate_size
-    need = _TORCH_BASE + layer + tokens * width * max(itemsize, 4)
+    need = _TORCH_BASE + layer + tokens * width * max(itemsize, 4) + (work.extra(facts) if device == "cpu" else 0)
     free = memory.available() if budget is None else budget
     if need > free:
         raise BudgetError(
             f"calibration takes about {show_size(need)} (one layer {show_size(layer)}), and only {show_size(free)} may be used",
-            hint=f"--memory-budget {-(-need // MIB)}MiB, or a smaller --batch-size or --max-length",
+            hint=f"--memory-budget {-(-need // MIB)}MiB, or a smaller --batch-size or --max-length" + work.smaller,
         )
-
-
-def _finite(ranges: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
-    """The ranges, which must be numbers.
-
-    Raises:
-        DataError: some are NaN or infinite.
-    """
-    odd = [name for name, values in ranges.items() if not bool(values.isfinite().all())]
-    if odd:
-        hint = "computing in another type may help: --dtype bfloat16 or float32" if kind == "float16" else "are the weights sound?"
-        raise DataError(f"{printable(odd[0])} (and {len(odd) - 1} more): the measured range is NaN or infinite", hint=hint)
-    return ranges
-
-
-def _batches(ids: list[list[int]], size: int) -> list[list[list[int]]]:
-    """Neighbours of equal length go together: no padding, so batching changes nothing but speed."""
-    batches: list[list[list[int]]] = []
-    for sample in ids:
-        if batches and len(batches[-1]) < size and len(batches[-1][0]) == len(sample):
-            batches[-1].append(sample)
-        else:
-            batches.append([sample])
-    return batches
-
-
-def _groups(samples: list[list[int]], token_bytes: int) -> Iterator[list[list[int]]]:
-    """Samples whose embeddings are read together, so that rows that they share are read once."""
-    group: list[list[int]] = []
-    for sample in samples:
-        if group and sum(map(len, group), len(sample)) * token_bytes > _GROUP:
-            yield group
-            group = []
-        group.append(sample)
-    if group:
-        yield group

@@ -64,6 +64,10 @@ class Files:
             os.fsync(self._after.fileno())
         self._scratch.saved(number + 1)
 
+    def rewind(self) -> None:
+        """What is taken next are the states of the first sample."""
+        self._before.seek(0)
+
     def take(self, shape: Shape) -> torch.Tensor:
         """The next states, on the device."""
         return _read(self._before, torch.empty(shape, dtype=self._dtype)).to(self._device)
@@ -84,7 +88,7 @@ class OnDevice:
     """
 
     def __init__(self, scratch: Scratch, tokens: int, hidden: int, dtype: torch.dtype, device: str) -> None:
-        self._scratch, self._at = scratch, 0
+        self._scratch, self._at, self._taken = scratch, 0, 0
         self._all = torch.empty(tokens, hidden, dtype=dtype, device=device)
         self._rows = max(1, _PIECE // (hidden * dtype.itemsize))
         self._cost, self._last = self._all.nbytes / _GUESS, time.monotonic()
@@ -101,7 +105,7 @@ class OnDevice:
     @contextmanager
     def layer(self, number: int) -> Iterator[None]:
         """As Files.layer, but saved only if that is due."""
-        self._at = 0
+        self._at = self._taken = 0
         yield
         began = time.monotonic()
         if began - self._last < _OVERHEAD * self._cost:
@@ -115,9 +119,14 @@ class OnDevice:
         self._last = time.monotonic()
         self._cost = self._last - began
 
+    def rewind(self) -> None:
+        """As Files.rewind."""
+        self._taken = 0
+
     def take(self, shape: Shape) -> torch.Tensor:
         """As Files.take."""
-        return self._all[self._at : self._at + prod(shape[:2])].view(shape)
+        first, self._taken = self._taken, self._taken + prod(shape[:2])
+        return self._all[first : self._taken].view(shape)
 
     def put(self, states: torch.Tensor) -> None:
         """As Files.put."""

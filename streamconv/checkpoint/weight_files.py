@@ -120,7 +120,7 @@ def weight_files(present: Iterable[str]) -> list[str]:
     """The weight files among those of a folder: safetensors, if there are none PyTorch's."""
     names = sorted(present)
     found = [name for name in names if name.endswith(".safetensors") and not name.startswith((".", *ADAPTER_WEIGHTS))]
-    found = [name for name in found if not name.endswith(".ranges.safetensors")]  # of an output below the source
+    found = [name for name in found if not name.endswith((".ranges.safetensors", ".int4.safetensors"))]  # of an output below the source
     # Mistral's repositories hold the same weights twice, once under Meta's names in consolidated*.safetensors.
     found = [name for name in found if not name.startswith("consolidated")] or found
     return found or [name for name in names if name.startswith("pytorch_model") and name.endswith(".bin")]

@@ -7,7 +7,7 @@ import dataclasses
 import os
 import sys
 
-from streamconv.calibration.before import with_ranges
+from streamconv.calibration.before import measured
 from streamconv.calibration.request import Samples
 from streamconv.checkpoint.quantized import source_quantization
 from streamconv.cli import convert_view, ending, output, signals, view
@@ -147,7 +147,7 @@ def _with_ranges(request: OfficialRequest, source: str) -> TensorRTLLM:
         return options  # `_refuse_fp8` lets only sources pass that are quantized already
     if source == request.meta_ckpt_dir:
         raise UsageError("--smoothquant and --int8_kv_cache need --model_dir: a Meta checkpoint cannot be calibrated")
-    return with_ranges(
+    return measured(
         source,
         request.output_dir,
         options,

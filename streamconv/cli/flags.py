@@ -197,7 +197,14 @@ SAMPLES: tuple[_Decorator, ...] = (
         help="Calibrate on this: a .txt or .jsonl file, a folder of them, or a data set on the Hub.",
         **_OF_CALIBRATION,
     ),
-    click.option("--samples", type=int, default=512, show_default=True, help="Calibration samples, -1 for all.", **_OF_CALIBRATION),
+    click.option(
+        "--samples",
+        type=int,
+        default=512,
+        show_default="512, and 128 for INT4 codes",
+        help="Calibration samples, -1 for all.",
+        **_OF_CALIBRATION,
+    ),
     click.option("--max-length", type=int, default=512, show_default=True, help="Tokens of a calibration sample.", **_OF_CALIBRATION),
     click.option(
         "--batch-size", type=int, default=1, show_default=True, help="Calibration samples of equal length at once.", **_OF_CALIBRATION

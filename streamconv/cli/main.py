@@ -106,10 +106,11 @@ def convert(
     import dataclasses
 
     from streamconv import api
-    from streamconv.calibration.before import with_ranges
+    from streamconv.calibration.before import measured
     from streamconv.calibration.request import Samples
     from streamconv.cli import convert_view, pages_view, several
     from streamconv.cli.watching import watching
+    from streamconv.targets.hf.target import HuggingFace
     from streamconv.targets.trtllm.options import TensorRTLLM
 
     if quiet or as_json:
@@ -131,17 +132,17 @@ def convert(
     if out is None and not outputs:
         raise click.MissingParameter(param_hint="'OUT'", param_type="argument")
     wanted = None if outputs else asked_target(to, values, more)
-    effects.check(click.get_current_context(), model, wanted)
-    if text and not isinstance(wanted, TensorRTLLM):
-        raise UsageError("--text: activation ranges are for --to trtllm so far", hint="leave it out")
+    context = click.get_current_context()
+    effects.check(context, model, wanted)
+    given = effects.typed(context) | set(context.default_map or ())
     place = out or outputs[0].out
     with watching(place, quiet or as_json, progress, memory_trace, report) as watched:
-        if isinstance(wanted, TensorRTLLM):
-            wanted = with_ranges(
+        if isinstance(wanted, TensorRTLLM | HuggingFace):
+            wanted = measured(
                 model,
                 place,
                 wanted,
-                Samples(text, samples, max_length, batch_size) if text else None,
+                Samples(text, samples if "samples" in given else None, max_length, batch_size) if text else None,
                 memory_budget=asked.memory_budget,
                 device=asked.device,
                 force=force,

@@ -1,4 +1,4 @@
-"""AWQ weights exported by ModelOpt, taken over as they are: W4A16_AWQ (quantization spec §5.3).
+"""W4A16_AWQ weights of TensorRT-LLM: codes that are taken over, and our own round-to-nearest (quantization spec §5.3).
 
 Written in ModelOpt's own orientation, which the loader lays out for the GPU it builds for: the same files for every GPU
 generation and release.
@@ -7,14 +7,19 @@ generation and release.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from streamconv.checkpoint.dtypes import I8, DType
+from streamconv.checkpoint.dtypes import F32, I8, U8, DType
 from streamconv.quants.base import Encoding, Findings, Kernel, Part
+from streamconv.quants.int_group import IntGroup
+from streamconv.quants.rounding import rounded
 
 if TYPE_CHECKING:
     import torch
+
+LEAST_F16 = 2.0**-14
+"""The smallest scale of a float16 model: a normal number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,3 +53,43 @@ class PairedWeight(Encoding):
         from streamconv.kernels.packed import paired_kernel
 
         return paired_kernel() if source == I8 else None
+
+
+@dataclass(frozen=True, slots=True)
+class PairedCodes(PairedWeight):
+    """`PairedWeight` as a Hugging Face directory of ModelOpt's stores it."""
+
+    def parts(self, rows: int, cols: int, experts: int = 0) -> tuple[Part, ...]:
+        return (Part("codes", U8, (rows // 2, cols), cols // 2),)
+
+
+@dataclass(frozen=True)
+class PairedRtn(IntGroup):
+    """`IntGroup` under the names of W4A16_AWQ; `scale` is the model dtype, and a source that is wider is cast to it first.
+
+    The loader casts float32 scales to the model dtype, so they are rounded to it before the integers are made.
+    """
+
+    def parts(self, rows: int, cols: int, experts: int = 0) -> tuple[Part, ...]:
+        codes, scale = super().parts(rows, cols, experts)
+        return replace(codes, role="weight", dtype=I8), replace(scale, role="weights_scaling_factor")
+
+    def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
+        return super().encode(self.values(block), findings)
+
+    def values(self, block: torch.Tensor) -> torch.Tensor:
+        return rounded(block, self.scale) if block.dtype.itemsize > self.scale.itemsize else block.float()
+
+    def kernel(self, source: DType) -> Kernel | None:
+        return super().kernel(source) if source.itemsize <= self.scale.itemsize else None
+
+
+def round_to_nearest(group: int, dtype: DType, search: bool = False) -> PairedRtn:
+    """Scales of a group's maximum over 8, for which there is a code; a search ends at 7, for which both ends have one.
+
+    Args:
+        dtype: of the model; scales are rounded to it.
+        search: see `IntGroup`.
+    """
+    floor = LEAST_F16 if dtype.name == "F16" else 0.0
+    return PairedRtn(4, group, 7.0 if search else 8.0, 1.0, dtype, F32, "pairs", floor, wide=True, search=search)

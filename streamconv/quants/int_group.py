@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from streamconv.checkpoint.dtypes import I8, I32, U8, DType
+from streamconv.checkpoint.dtypes import F32, I8, I32, U8, DType
 from streamconv.quants.base import Encoding, Findings, Kernel, Part
 from streamconv.quants.rounding import FLOATS, divided, finite_rows, half_ulp, rounded
 
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 Packing = Literal["bytes", "words", "pairs"]
 """How codes are stored: "bytes", one int8 each [N, K]; "words", int32 [N, K * bits / 32], offset by half, the lowest column in the lowest
 bits; "pairs", uint8 [N / 2, K], two's complement nibbles of two neighbouring channels, the first in the low one."""
+
+RATIOS = tuple(1 - step / 40 for step in range(21))
+"""Shares of a group's maximum that a search for its scale tries, the largest first."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,10 @@ class IntGroup(Encoding):
         divisor: what amax is divided by: (2^bits - 1) / 2 in compressed-tensors, 2^(bits - 1) - 1 in ModelOpt.
         zero: the scale of a group whose scale would be 0.
         floor: the smallest scale.
-        scale: type that scales are rounded to and stored in.
+        scale: type that scales are rounded to, and stored in unless `wide`.
         quotient: type that weight / scale is rounded to.
+        wide: scales are stored as float32.
+        search: the scale is that of `RATIOS` times amax with the smallest squared error; among equals the largest.
     """
 
     bits: int
@@ -40,6 +45,8 @@ class IntGroup(Encoding):
     quotient: DType
     packing: Packing
     floor: float = 0.0
+    wide: bool = False
+    search: bool = False
 
     quantizes = True
 
@@ -57,7 +64,8 @@ class IntGroup(Encoding):
 
     def parts(self, rows: int, cols: int, experts: int = 0) -> tuple[Part, ...]:
         groups = cols // self.group if self.group else 1
-        scale = Part("scale", self.scale, (rows, groups), groups * self.scale.itemsize)
+        kind = F32 if self.wide else self.scale
+        scale = Part("scale", kind, (rows, groups), groups * kind.itemsize)
         if self.packing == "bytes":
             return (Part("codes", I8, (rows, cols), cols), scale)
         if self.packing == "pairs":
@@ -71,11 +79,33 @@ class IntGroup(Encoding):
         values = finite_rows(block, findings)
         rows, cols = values.shape
         grouped = values.reshape(rows, -1, self.group or cols)
-        stored = rounded(divided(grouped.abs().amax(2, keepdim=True), self.divisor), self.scale)
-        stored = torch.where(stored == 0, self.zero, stored).clamp(min=self.floor)
-        q = rounded(grouped / stored, self.quotient).clamp(-self._half, self._half - 1).round().to(torch.int32).reshape(rows, cols)
-        scales = stored.to(getattr(torch, self.scale.torch)).contiguous().reshape(-1).view(torch.uint8)
+        stored = self._scales(grouped)
+        q = self._integers(grouped, stored).to(torch.int32).reshape(rows, cols)
+        scales = stored.to(torch.float32 if self.wide else getattr(torch, self.scale.torch)).contiguous().reshape(-1).view(torch.uint8)
         return self._packed(q), scales
+
+    def _scales(self, grouped: torch.Tensor) -> torch.Tensor:
+        """[rows, groups, group] -> [rows, groups, 1]."""
+        import torch
+
+        top = grouped.abs().amax(2, keepdim=True)
+
+        def scale(of: torch.Tensor) -> torch.Tensor:
+            stored = rounded(divided(of, self.divisor), self.scale)
+            return torch.where(stored == 0, self.zero, stored).clamp(min=self.floor)
+
+        if not self.search:
+            return scale(top)
+        best, least = scale(top), None
+        for ratio in RATIOS:
+            tried = scale(top * ratio)
+            loss = (self._integers(grouped, tried) * tried - grouped).square().sum(2, keepdim=True)
+            better = loss < least if least is not None else torch.ones_like(loss, dtype=torch.bool)
+            best, least = torch.where(better, tried, best), torch.where(better, loss, loss if least is None else least)
+        return best
+
+    def _integers(self, grouped: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
+        return rounded(grouped / stored, self.quotient).clamp(-self._half, self._half - 1).round()
 
     def _packed(self, q: torch.Tensor) -> torch.Tensor:
         import torch
@@ -105,7 +135,7 @@ class IntGroup(Encoding):
     def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:
         import torch
 
-        scales = parts[1].view(getattr(torch, self.scale.torch)).float().reshape(rows, -1, 1)
+        scales = parts[1].view(torch.float32 if self.wide else getattr(torch, self.scale.torch)).float().reshape(rows, -1, 1)
         q = self._unpacked(parts[0], rows, cols).float()
         return (q.reshape(rows, scales.shape[1], -1) * scales).reshape(rows, cols)
 
@@ -117,14 +147,32 @@ class IntGroup(Encoding):
         rows, cols = values.shape
         grouped = values.reshape(rows, -1, self.group or cols)
         step = divided(grouped.abs().amax(2, keepdim=True), self.divisor).clamp(min=self.floor)
-        over = (grouped.abs() - (self._half - 1) * step).clamp(min=0)
+        over = (grouped.abs() - (self._half - 1) * step * (RATIOS[-1] if self.search else 1)).clamp(min=0)
         bound = torch.maximum(over, 0.5 * step) + 2 * half_ulp(grouped, self.quotient) + 2 * self._half * half_ulp(step, self.scale)
         return bound.reshape(rows, cols)
 
     def kernel(self, source: DType) -> Kernel | None:
-        if source.name not in FLOATS:
+        if source.name not in FLOATS or self.search:
             return None
         from streamconv.kernels.scaled import int_group_kernel
 
         fixed = (self.bits, self.group, self.divisor, self.zero, self.floor)
-        return int_group_kernel(source, *fixed, self.scale, self.quotient, self.packing)
+        kernel = int_group_kernel(source, *fixed, self.scale, self.quotient, self.packing)
+        return _widened(kernel, self.scale) if self.wide else kernel
+
+
+def _widened(kernel: Kernel, scale: DType) -> Kernel:
+    """A kernel that stores scales of two bytes, as one that stores them as float32."""
+
+    def run(flat: Any, start: int, stride: int, rows: int, cols: int, outs: Sequence[Any]) -> Findings:
+        import numpy as np
+
+        narrow = np.empty(outs[1].size // 2, np.uint8)
+        findings = kernel(flat, start, stride, rows, cols, [outs[0], narrow])
+        if scale.name == "BF16":
+            np.left_shift(narrow.view(np.uint16), np.uint32(16), out=outs[1].view(np.uint32), dtype=np.uint32)
+        else:
+            outs[1].view(np.float32)[:] = narrow.view(np.float16)
+        return findings
+
+    return run

@@ -62,7 +62,10 @@ RUNS: dict[str, tuple[Run, ...]] = {
         Run("awq", {"target_sm": 90, "group_size": GROUP, "dtype": "bfloat16"}, "awq"),
     ),
     "int8_gptq": (Run("gptq", {"target_sm": 80, "group_size": GROUP, "dtype": "float16"}, "gptq", 8),),
-    "int4_awq": (Run("modelopt", {"group_size": GROUP, "dtype": "float16"}, "modelopt"),),
+    "int4_awq": (
+        Run("modelopt", {"group_size": GROUP, "dtype": "float16"}, "modelopt"),
+        Run("rtn", {"group_size": GROUP, "dtype": "bfloat16"}),
+    ),
 }
 """quant -> how it is used here; a quant that is listed must be in it."""
 

@@ -39,6 +39,8 @@ NOTHING: dict[str, tuple[list[str], str]] = {
     "meta": ([*RAW8, "--use-meta-fp8-rowwise-recipe"], "--use-meta-fp8-rowwise-recipe has no effect with --quant int8"),
     "moe-tp": (["--tp-size", "2", "--moe-tp-size", "2"], "--moe-tp-size has no effect, this model has no experts"),
     "moe-ep": (["--moe-ep-size", "2"], "--moe-ep-size has no effect, this model has no experts"),
+    "method": ([*AT80, "--method", "rtn"], "--method has no effect with --quant int8, it is for int4_awq"),
+    "hf, method": ([*HF, "--quant", "w8a16", "--method", "rtn"], "--method has no effect with --quant w8a16, it is for w4a16"),
     "hf, group-size": (
         [*HF, "--quant", "fp8_dynamic", "--group-size", "64"],
         "--group-size has no effect with --quant fp8_dynamic, it is for w4a16, w8a16",

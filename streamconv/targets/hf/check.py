@@ -14,7 +14,7 @@ from streamconv.natural import natural
 from streamconv.targets.hf.check_scales import SCALES, SHARED, check_tensors, check_values, codes_of, unordered
 from streamconv.targets.hf.layers import Model, differences, in_order
 from streamconv.targets.hf.rules import default_reason, is_other_part, partners
-from streamconv.targets.hf.second_file import second_file
+from streamconv.targets.hf.second_file import group_size, second_file
 from streamconv.targets.hf.stated import Statement, read_statement, stated_bits
 from streamconv.targets.hf.weights import Tensors, weights
 
@@ -81,7 +81,7 @@ def check(folder: Path, config: Mapping[str, Any], shapes: Shapes) -> tuple[list
         return problems, warnings
     if not codes and not any(name.endswith("_blocks") for name in tensors):
         problems.append("config.json has a quantization_config, and no weight is quantized")
-    statement = read_statement(stated, any(name.endswith(".bitmask") for name in tensors))
+    statement = read_statement(group_size(folder) | stated, any(name.endswith(".bitmask") for name in tensors))
     problems += statement.problems[:_SHOWN]
     warnings += dict.fromkeys(statement.warnings)
     told = check_tensors(codes, tensors, statement)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 
 from streamconv.checkpoint.dtypes import BF16
@@ -10,7 +10,7 @@ from streamconv.targets.base import flag
 from streamconv.targets.hf.recipes import RECIPES, Recipe, Request
 from streamconv.targets.hf.target import ARITHMETICS, KEEP
 
-_OF_FORMATS = ("group_size", "arithmetic")
+_OF_FORMATS = ("group_size", "arithmetic", "method")
 _OF_QUANTIZED = ("ignore", "only")
 """With --quant keep the plan refuses these by itself."""
 
@@ -25,7 +25,11 @@ def without_effect(quant: str, recipe: Recipe | None, given: Collection[str]) ->
         names = _OF_FORMATS if quant == KEEP else (*_OF_FORMATS, *_OF_QUANTIZED)
         yield from (f"{flag(name)} has no effect with --quant {quant}" for name in names if name in given)
         return
-    users = {"group_size": lambda row: row.grouped, "arithmetic": _rounds_otherwise}
+    users: dict[str, Callable[[Recipe], bool]] = {
+        "group_size": lambda row: row.grouped,
+        "arithmetic": _rounds_otherwise,
+        "method": lambda row: bool(row.methods),
+    }
     for name, uses in users.items():
         if name in given and not uses(recipe):
             containers = [row.container for row in RECIPES if uses(row) and row.quant == recipe.quant]

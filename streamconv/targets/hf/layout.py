@@ -11,14 +11,18 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from streamconv.checkpoint.activation_ranges import Ranges
+from streamconv.checkpoint.codes_file import Codes, Found
 from streamconv.checkpoint.dtypes import F32, I64, DType
 from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.rows import NoSource
-from streamconv.errors import printable
+from streamconv.errors import UsageError, printable
+from streamconv.families.naming import settle
 from streamconv.planning.draft import Draft
 from streamconv.planning.plan import SideFile
+from streamconv.quants.awq import PairedCodes
 from streamconv.quants.base import Encoding, Part
 from streamconv.quants.fp8_tensor import Fp8Scale, WeightMaximum
+from streamconv.quants.given_codes import Words
 from streamconv.quants.plain import Plain
 from streamconv.targets.hf import config_json
 from streamconv.targets.hf.card import NAME, Done, card, left
@@ -80,7 +84,8 @@ class Layout:
         recipe: the row of the formats table; None re-saves.
         into: float type of weights that are decoded.
         ranges: what a calibration run measured, where something needs it.
-        inputs: module -> largest input; cached: weight -> attention, k or v, largest output.
+        codes: what a search found, where --method has one.
+        inputs: module -> largest input; cached: weight -> attention, k or v, largest output; searched: module -> its codes.
     """
 
     index: Index
@@ -89,10 +94,12 @@ class Layout:
     draft: Draft
     into: DType
     ranges: Ranges | None = None
+    codes: Codes | None = None
     refused: list[str] = field(default_factory=list)
     names: set[str] = field(default_factory=set)
     inputs: dict[str, float] = field(default_factory=dict)
     cached: dict[str, tuple[str, str, float]] = field(default_factory=dict)
+    searched: dict[str, Found] = field(default_factory=dict)
 
     def describe(self) -> None:
         stored = stored_weights(self.index, self.into)
@@ -107,6 +114,8 @@ class Layout:
         if self.ranges is not None and self.recipe is not None:
             self.inputs = input_maxima(self.ranges, wanted) if self.recipe.input_scale is not None else {}
             self.cached = cache_maxima(self.ranges, stored.shapes) if self.target.kv_cache is not None else {}
+        if self.codes is not None:
+            self.searched = self._searched(self.codes, stored, wanted)
         files = self._files(stored)
         places: dict[str, str] = {}
         for name, tensors in files.items():
@@ -161,6 +170,20 @@ class Layout:
                 if not any(matches(m.name, [pattern]) for m in modules):
                     self.refused.append(f"--only {printable(pattern)} matches no linear layer")
 
+    def _searched(self, codes: Codes, stored: Stored, wanted: dict[str, Module]) -> dict[str, Found]:
+        """Module -> its codes, which were found under the names that the family tables know."""
+        known = {(r.shard, r.begin): name.removesuffix(".weight") for name, r in settle(self.index).tensors.items()}
+        found = {}
+        for name, module in wanted.items():
+            weight = stored.weights[f"{name}.weight"]
+            piece = weight.pieces[0]
+            named = name if codes.has(name) else known.get((piece.shard, piece.begin), name)
+            found[name] = codes.found(named, (module.rows, module.cols), weight.name)
+            if found[name].group != self.target.group_size:
+                told = f"--group-size {self.target.group_size}: the codes of {printable(name)} have groups of {found[name].group}"
+                raise UsageError(told, hint=f"--group-size {found[name].group}")
+        return found
+
     # ---- files
 
     def _files(self, stored: Stored) -> dict[str, list[str]]:
@@ -200,16 +223,25 @@ class Layout:
         group = [name for name in partners(module) or (module,) if f"{name}.weight" in self.names]
         shares = recipe.shared is not None or (lone is not None and self._shares(group[0], stored))
         key = "amax of " + (group[0] if shares else module)
-        request = Request(weight.dtype, self.target.group_size, self.target.arithmetic, key)
-        codec = lone[0](request) if lone else recipe.codec(request)
+        request = Request(weight.dtype, self.target.group_size, self.target.arithmetic, key, self.target.method)
+        searched = self.searched.get(module)
+        if searched is not None:
+            codec: Encoding = Words(4) if recipe.container == "compressed-tensors" else PairedCodes()
+        else:
+            codec = (lone[0] if lone else recipe.codec)(request)
         matrix = self.draft.matrix(file, module, rows, cols, codec, spelling=Spelled(recipe))
         made = self.draft.tensors(matrix)
-        self.draft.feed(matrix, weight, 0, rows)
+        self.draft.feed(matrix, weight if searched is None else searched.codes, 0, rows)
+        if searched is not None:
+            made.append(f"{module}.{recipe.tensors['scale']}")
+            kind = Plain(weight.dtype if recipe.container == "compressed-tensors" else F32)
+            scale = self.draft.matrix(file, made[-1], rows, searched.scales.cols, kind, spelling=Whole(searched.scales.shape))
+            self.draft.feed(scale, searched.scales, 0, rows)
         if codec.needs:
             self.draft.reduce(weight, WeightMaximum(key))
         if recipe.shared is not None:
-            suffix, scale = recipe.shared
-            self._scalar(file, f"{module}.{suffix}", scale(request), made)
+            suffix, shared = recipe.shared
+            self._scalar(file, f"{module}.{suffix}", shared(request), made)
         elif codec.needs:
             self._scalar(file, f"{module}.weight_scale", lone[1](request) if lone else Fp8Scale(key), made)
         if recipe.input_scale is not None:

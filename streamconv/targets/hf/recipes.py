@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from streamconv.checkpoint.dtypes import F32, DType
+from streamconv.options import METHODS as INT4_METHODS
 from streamconv.quants.base import Encoding
 from streamconv.quants.fp8_block import Fp8Block
 from streamconv.quants.fp8_rowwise import Fp8Rowwise
@@ -33,12 +34,14 @@ class Request:
         group: --group-size.
         arithmetic: --arithmetic.
         key: of the shared maximum of a weight and its partners.
+        method: --method, None for the container's own rule.
     """
 
     kind: DType
     group: int
     arithmetic: str
     key: str
+    method: str | None = None
 
     @property
     def scale(self) -> DType:
@@ -76,6 +79,7 @@ class Recipe:
         weight_shape: the shape is a tensor of its own.
         pre_scales: last name of a vector [K] of ones, beside weights without partners: what the input is multiplied by.
         summary: one line for people.
+        methods: values of --method.
         ranges: activation ranges are needed; the input's scale is stored under this name.
     """
 
@@ -101,6 +105,7 @@ class Recipe:
     pre_scales: str = ""
     input_scale: tuple[str, Callable[[float], float], tuple[int, ...]] | None = None
     grouped: bool = False
+    methods: tuple[str, ...] = ()
 
 
 _INF = math.inf
@@ -135,6 +140,8 @@ def _fp8_tiles(r: Request) -> Encoding:
 
 def _int(bits: int, packing: Packing, stored_kind: bool, whole_channel: bool = False) -> Callable[[Request], Encoding]:
     def made(r: Request) -> Encoding:
+        if r.method is not None:
+            return _searched(r, packing)
         scale = r.kind if stored_kind else r.scale
         divisor = (2**bits - 1) / 2
         return IntGroup(bits, 0 if whole_channel else r.group, divisor, _EPS[scale.name], scale, r.quotient, packing)
@@ -144,11 +151,23 @@ def _int(bits: int, packing: Packing, stored_kind: bool, whole_channel: bool = F
 
 def _int_modelopt(bits: int, packing: Packing) -> Callable[[Request], Encoding]:
     def made(r: Request) -> Encoding:
+        if r.method is not None:
+            return _searched(r, packing)
         largest = float(2 ** (bits - 1) - 1)
         least = _LEAST_NORMAL[r.kind.name if bits == 8 else "F32"]
         return IntGroup(bits, 0 if bits == 8 else r.group, largest, 1.0, F32, F32, packing, least / largest)
 
     return made
+
+
+def _searched(r: Request, packing: Packing) -> Encoding:
+    """--method rtn divides a group's maximum by 8, for which there is a code; the search ends at that of 7, for which both ends have one.
+
+    Scales are rounded to the weight's type in either container: engines cast them to it.
+    """
+    search = r.method == "mse"
+    floor = _LEAST_NORMAL["F16"] if r.kind.name == "F16" else 0.0
+    return IntGroup(4, r.group, 7.0 if search else 8.0, 1.0, r.kind, F32, packing, floor, packing == "pairs" and r.kind != F32, search)
 
 
 def _mx(element: Literal["fp4", "fp8"]) -> Callable[[Request], Encoding]:
@@ -189,10 +208,11 @@ RECIPES: tuple[Recipe, ...] = (
            _int(8, "bytes", False, True), _CODES, {"scale": _column}, form="int-quantized",
            weights=_integer(8, "channel"), inputs=_integer(8, "token") | _DYNAMIC_TOKEN),
     Recipe("w4a16", "compressed-tensors", "INT4 weights in groups", _int(4, "words", True), _PACKED, unit=0,
-           form="pack-quantized", weights=_integer(4, "group"), weight_shape=True, grouped=True),
+           form="pack-quantized", weights=_integer(4, "group"), weight_shape=True, grouped=True,
+           methods=INT4_METHODS),
     Recipe("w4a16", "modelopt", "INT4 weights in groups, pre-scales of 1 (TensorRT-LLM's W4A16_AWQ)", _int_modelopt(4, "pairs"),
            _CODES, unit=0, whole=2, algo="W4A16_AWQ", extra={"has_zero_point": False, "pre_quant_scale": True}, grouped=True,
-           pre_scales="pre_quant_scale"),
+           pre_scales="pre_quant_scale", methods=INT4_METHODS),
     Recipe("w8a16", "compressed-tensors", "INT8 weights in groups", _int(8, "words", True), _PACKED, unit=0,
            form="pack-quantized", weights=_integer(8, "group"), weight_shape=True, grouped=True),
     Recipe("w8a16", "modelopt", "INT8 weights per channel", _int_modelopt(8, "bytes"), _CODES, {"scale": _vector}, algo="W8A16"),

@@ -17,6 +17,15 @@ NAME = "hf_quant_config.json"
 _MOST = 64 << 20
 
 
+def group_size(folder: Path) -> dict[str, Any]:
+    """The group size that the file states, which ModelOpt's config.json does not repeat; empty if it cannot be read."""
+    try:
+        inner = read_json(folder / NAME, _MOST).get("quantization")
+    except CheckpointError:
+        return {}
+    return {"group_size": inner["group_size"]} if isinstance(inner, dict) and "group_size" in inner else {}
+
+
 def second_file(folder: Path, stated: Mapping[str, Any], statement: Statement) -> list[str]:
     """What is wrong with the file, or with its absence."""
     modelopt = str(stated.get("quant_method", "")).startswith("modelopt")

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from streamconv.checkpoint.dtypes import BY_TORCH_NAME, MODEL_DTYPES, DType
 from streamconv.errors import CheckpointError, RefusedError, UsageError, printable
+from streamconv.options import METHODS, SEARCHED
 from streamconv.targets.base import Target, option
 
 if TYPE_CHECKING:
     from streamconv.checkpoint.activation_ranges import Ranges
+    from streamconv.checkpoint.codes_file import Codes
     from streamconv.checkpoint.index import Index
     from streamconv.planning.plan import Plan
     from streamconv.targets.hf.recipes import Recipe
@@ -46,6 +48,14 @@ class HuggingFace(Target):
     )
     format: str | None = option(None, "container of the quantized weights", choices=CONTAINERS, typed=str)
     group_size: int = option(128, "input channels that share a scale, in the formats with groups", least=1)
+    method: str | None = option(
+        None,
+        "how w4a16 finds its codes: rtn (amax / 8), mse (least squared error), with --text also clip and gptq;"
+        " default: as the container's own tool, with --text the best that fits",
+        choices=tuple(method for method in METHODS if method != "awq"),
+        typed=str,
+    )
+    codes: str | None = option(None, "file of codes that --text found, for --method clip and gptq", typed=str, metavar="FILE")
     arithmetic: str = option(
         "float32",
         "of scales and quotients: float32 is the most accurate, the others give the bytes of llm-compressor on a GPU or a CPU",
@@ -69,10 +79,14 @@ class HuggingFace(Target):
 
     @property
     def files_read(self) -> tuple[Path, ...]:
-        return () if self.activation_ranges is None else (Path(self.activation_ranges),)
+        return tuple(Path(name) for name in (self.activation_ranges, self.codes) if name is not None)
 
     def fingerprint(self) -> dict[str, Any]:
-        return {key: value for key, value in self.to_json().items() if key != "activation_ranges"}
+        return {key: value for key, value in self.to_json().items() if key not in ("activation_ranges", "codes")}
+
+    def searches(self) -> bool:
+        """Whether the codes of weights are found on text beforehand."""
+        return self.method in SEARCHED
 
     def needs_ranges(self) -> str | None:
         """The flag that cannot do without activation ranges, None if there is none."""
@@ -105,6 +119,7 @@ class HuggingFace(Target):
         return Ranges(self.activation_ranges)
 
     def plan(self, index: Index) -> Plan:
+        from streamconv.checkpoint.codes_file import codes_of
         from streamconv.checkpoint.rows import SourceFile
         from streamconv.checkpoint.source_files import source_files
         from streamconv.checkpoint.source_tensors import SourceTensors
@@ -123,6 +138,7 @@ class HuggingFace(Target):
         odd = check_complete(index)
         draft, settled, dtype = Draft(SourceTensors(index)), self, self._model_dtype(index)
         draft.warnings += odd
+        codes: Codes | None = None
         ranges = self._ranges()
         if self.quant == KEEP:
             if index.views:
@@ -133,10 +149,13 @@ class HuggingFace(Target):
             describe_kept(index, self, draft)
         else:
             recipe = self._recipe()
+            if self.method is not None and (recipe is None or self.method not in recipe.methods):
+                raise UsageError(f"--method {self.method}: --quant {self.quant} has no choice of scales", hint="it is for --quant w4a16")
             settled = dataclasses.replace(self, format=recipe.container if recipe else None)
             if self.kv_cache is not None and (recipe is None or recipe.container == "hf"):
                 raise UsageError("--kv-cache: only quantized directories of compressed-tensors and ModelOpt hold scales of the cache")
-            layout = Layout(index, settled, recipe, draft, dtype, ranges)
+            codes = codes_of(self.method, self.codes)
+            layout = Layout(index, settled, recipe, draft, dtype, ranges, codes)
             layout.describe()
             if layout.refused:
                 raise RefusedError(layout.refused)
@@ -150,7 +169,11 @@ class HuggingFace(Target):
             matrices=matrices,
             spans=spans,
             constants=tuple(constants),
-            sources=source_files(index) + (() if ranges is None else (SourceFile(ranges.path.name, ranges.size, ranges.digest()),)),
+            sources=(
+                *source_files(index),
+                *(() if ranges is None else (SourceFile(ranges.path.name, ranges.size, ranges.digest()),)),
+                *(() if codes is None else (codes.identity(),)),
+            ),
             warnings=(*draft.warnings, *index.notes),
             decisions=draft.decisions,
         )

@@ -17,6 +17,7 @@ from streamconv.targets.trtllm.import_scales import Stored
 from streamconv.targets.trtllm.lookup import Roles
 from streamconv.targets.trtllm.options import TensorRTLLM
 from streamconv.targets.trtllm.recipes import Quant
+from streamconv.targets.trtllm.recipes.awq import Awq
 from streamconv.targets.trtllm.recipes.fp8 import Fp8GivenQuant
 from streamconv.targets.trtllm.recipes.fp8_rowwise import CLAMP, Fp8RowwiseQuant
 from streamconv.targets.trtllm.recipes.gptq import EXPERTS, GROUP_SIZES
@@ -122,7 +123,9 @@ def refusals(options: TensorRTLLM, kv: int) -> list[str]:
 
 
 def given_problems(options: TensorRTLLM, quant: Quant) -> list[str]:
-    """What an FP8 source with some layers left in 16 bits rules out."""
+    """What a source that brings codes or scales along rules out: an FP8 one with some layers left in 16 bits, a search for scales."""
+    if options.method is not None and options.codes is None and not (isinstance(quant, Awq) and quant.packings is None):
+        return [f"--method {options.method} is for --quant int4_awq of a float model"]
     if isinstance(quant, Fp8GivenQuant) and quant.left_out and options.pp_size > 1:
         layer, module = quant.left_out[0]
         return [

@@ -11,15 +11,21 @@ import struct
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 
+from streamconv.checkpoint.codes_file import Codes
 from streamconv.checkpoint.dtypes import BF16, F8_E4M3, F16, F32, I8, I32, U8, DType
 from streamconv.checkpoint.quantized import SourceQuantization
 from streamconv.checkpoint.rows import PackedTensor, Piece, SourceTensor
 from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.source_tensors import Changed
-from streamconv.errors import printable
+from streamconv.errors import RefusedError, printable
+from streamconv.families import Family
+from streamconv.families.matching import match
 from streamconv.planning.draft import Draft, Fed
+from streamconv.quants.awq import PairedRtn
 from streamconv.quants.gptq import GroupScales
 from streamconv.quants.plain import Plain
+from streamconv.targets.trtllm.lookup import LINEAR
+from streamconv.targets.trtllm.recipes.gptq import EXPERTS
 from streamconv.targets.trtllm.scalars import is_scale, read_scalars
 
 _KV = re.compile(r"\.([0-9]{1,9})\.[^0-9]*\.[kv]_scale$")
@@ -227,6 +233,17 @@ def _add(stored: Stored, module: str, weight: SourceTensor, shape: tuple[int, in
     stored.scales[weight.name] = scales
 
 
+def take_codes(stored: Stored, family: Family, codes: Codes) -> None:
+    """Put the codes that a search found in the place of the linear layers' weights."""
+    for (role, _, _), name in match(family, stored.tensors)[0].items():
+        if role.startswith("expert"):
+            raise RefusedError([EXPERTS])
+        if role in LINEAR:
+            found = codes.found(name.removesuffix(".weight"), stored.tensors[name].shape, name)
+            stored.tensors[name] = found.codes
+            stored.scales[name] = Scales(found.scales, None, found.multiplier, found.group)
+
+
 def zero_biases(stored: Stored, unused: Sequence[str], shards: Sequence[Shard]) -> list[str]:
     """Unused biases of packed weights that hold only zeros: early AutoGPTQ writes one for every layer."""
     if not unused:
@@ -238,9 +255,11 @@ def zero_biases(stored: Stored, unused: Sequence[str], shards: Sequence[Shard]) 
 
 
 def _read(tensor: SourceTensor, shards: Sequence[Shard]) -> bytes:
-    piece = tensor.pieces[0]
-    with shards[piece.shard].window(piece.begin, piece.begin + tensor.nbytes) as window:
-        return bytes(window[: tensor.nbytes])
+    import numpy as np
+
+    data = np.empty(tensor.nbytes, np.uint8)
+    tensor.read(shards, 0, tensor.rows, data, data[:0])
+    return data.tobytes()
 
 
 # ---- after the weights: their scales
@@ -363,8 +382,19 @@ def _modelopt_scales(builder: Draft, file: int, name: str, feeds: Sequence[Fed],
         scales = stored.scales[feed.source.name]
         builder.feed(made, scales.scales, feed.start, feed.stop, cols=[(low // scales.group, high // scales.group)])
     if owned.inputs is None:
-        one = {"F16": b"\x00\x3c", "BF16": b"\x80\x3f"}[dtype.name]
-        builder.constant(file, f"{name}.prequant_scaling_factor", dtype, (high - low,), one * (high - low))
+        _unit_prescale(builder, file, name, dtype, high - low)
         return
     vector = Plain(dtype, vector=True, suffix="prequant_scaling_factor")
     builder.feed(builder.matrix(file, name, high - low, 1, vector), owned.inputs, low, high)
+
+
+def _unit_prescale(builder: Draft, file: int, name: str, dtype: DType, cols: int) -> None:
+    one = {"F16": b"\x00\x3c", "BF16": b"\x80\x3f"}[dtype.name]
+    builder.constant(file, f"{name}.prequant_scaling_factor", dtype, (cols,), one * cols)
+
+
+def add_unit_prescales(builder: Draft, tensors: Mapping[str, SourceTensor], dtype: DType) -> None:
+    """W4A16_AWQ has a pre-scale for each input channel; weights that are rounded to nearest here have ones."""
+    for matrix, feeds in builder.fed(tensors).items():
+        if isinstance(builder.encoding(matrix), PairedRtn):
+            _unit_prescale(builder, *builder.place(matrix), dtype, sum(stop - start for start, stop in feeds[0].cols))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from streamconv.options import TARGET_SMS, TARGET_VERSIONS, Version
+from streamconv.options import METHODS, SEARCHED, TARGET_SMS, TARGET_VERSIONS, Version
 from streamconv.targets.base import Target, option
 
 if TYPE_CHECKING:
@@ -36,6 +36,17 @@ class TensorRTLLM(Target):
     quant: str = option("none", "weight format, see `streamconv list quants`", metavar="NAME")
     kv_cache: str | None = option(None, "quantize the KV cache", choices=("fp8", "int8"), typed=str)
     group_size: int = option(128, "input channels that share a scale, in the formats with groups", official="--group_size")
+    method: str | None = option(
+        None,
+        "how int4_awq finds the codes of a float model: rtn (amax / 8), mse (least squared error), with --text also clip, awq and gptq;"
+        " default: rtn, with --text the best that fits",
+        choices=METHODS,
+        typed=str,
+        added=True,
+    )
+    codes: str | None = option(
+        None, "file of codes that --text found, for --method clip, awq and gptq", typed=str, metavar="FILE", added=True
+    )
     target_sm: int | None = option(None, "GPU generation the bytes are for", choices=TARGET_SMS, typed=int, metavar="SM", added=True)
     target_version: Version = option("1.2", "TensorRT-LLM line; 1.0 is any 1.x", choices=TARGET_VERSIONS, added=True)
     encoding: Literal["processed", "raw"] = option(
@@ -88,10 +99,14 @@ class TensorRTLLM(Target):
 
     @property
     def files_read(self) -> tuple[Path, ...]:
-        return () if self.activation_ranges is None else (Path(self.activation_ranges),)
+        return tuple(Path(name) for name in (self.activation_ranges, self.codes) if name is not None)
 
     def fingerprint(self) -> dict[str, object]:
-        return {key: value for key, value in self.to_json().items() if key != "activation_ranges"}
+        return {key: value for key, value in self.to_json().items() if key not in ("activation_ranges", "codes")}
+
+    def searches(self) -> bool:
+        """Whether the codes of weights are found on text beforehand."""
+        return self.method in SEARCHED
 
     def needs_ranges(self) -> str | None:
         """The flag that cannot do without activation ranges, None if there is none."""

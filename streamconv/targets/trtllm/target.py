@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from streamconv.checkpoint.activation_ranges import HINT, Ranges
+from streamconv.checkpoint.codes_file import codes_of
 from streamconv.checkpoint.dtypes import MODEL_DTYPES
 from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.limits import MAX_TENSORS
@@ -35,6 +36,7 @@ from streamconv.targets.trtllm.options import TensorRTLLM
 from streamconv.targets.trtllm.parallel import Mapping
 from streamconv.targets.trtllm.rank_layout import Decoder
 from streamconv.targets.trtllm.recipes import quant_of
+from streamconv.targets.trtllm.recipes.awq import Awq
 from streamconv.targets.trtllm.recipes.weight_only import WeightOnlyQuant
 
 _PLACES = 16
@@ -151,9 +153,14 @@ def make_plan(index: Index, options: TensorRTLLM) -> Plan:
     else:
         bits = 8 if options.quant == "int8_gptq" else 4
         stored = import_scales.assemble(tensors, stated, bits, index.shards)
+    codes = codes_of(options.method, options.codes)
+    if codes is not None:
+        import_scales.take_codes(stored, family, codes)
     problems = stored.problems + import_rules.group_problems(options, stored)
     if problems:
         raise RefusedError(problems)
+    if isinstance(base, Awq) and not stored.scales:
+        base = Awq(None)  # a source of floats
     roles = Roles(family, stored.tensors, getattr(base, "packings", None))
     bound = origin.bound if origin is not None else None
     quant = import_rules.quant_for(base, options, family, stated, stored, roles, bound)
@@ -180,6 +187,7 @@ def make_plan(index: Index, options: TensorRTLLM) -> Plan:
         else:
             decoder.refused += add_channel_scales(builder, stored, model.num_experts // moe[1])
         decoder.refused += fp8_scales.add_given_scales(builder, stored.fp8)
+        import_scales.add_unit_prescales(builder, roles.tensors, dtype)
     if options.quant == "fp8" and not given and ranges is not None and not roles.problems:
         fp8_scales.add_scales(builder, ranges, roles.tensors)
     if options.rope_tables and family.rope_tables and options.kv_cache != "int8" and options.quant != "smoothquant":
@@ -212,7 +220,7 @@ def make_plan(index: Index, options: TensorRTLLM) -> Plan:
         matrices=matrices,
         spans=spans,
         constants=tuple(constants),
-        sources=source_files(index) + _ranges_file(ranges),
+        sources=source_files(index) + _ranges_file(ranges) + (() if codes is None else (codes.identity(),)),
         warnings=tuple(
             _warnings(model, options, family, roles.found)
             + (_tied_warning(index, roles) if tied and has_head else [])

@@ -1,4 +1,4 @@
-"""--quant int4_awq: ModelOpt's AWQ exports, taken over as they are (W4A16_AWQ)."""
+"""--quant int4_awq (W4A16_AWQ): float weights rounded to nearest, or codes and scales taken over as they are."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from streamconv.checkpoint.dtypes import DType
-from streamconv.quants.awq import PairedWeight
+from streamconv.quants.awq import PairedWeight, round_to_nearest
 from streamconv.targets.trtllm.recipes.base import QuantInfo
 from streamconv.targets.trtllm.recipes.gptq import group_problem
 
@@ -18,24 +18,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Awq:
-    """--quant int4_awq."""
+    """--quant int4_awq.
 
-    packings: tuple[str, ...] = ("modelopt",)
+    Attributes:
+        packings: how the weights that are taken over are packed; None: float weights are rounded here.
+    """
+
+    packings: tuple[str, ...] | None = ("modelopt",)
 
     @property
     def info(self) -> QuantInfo:
-        summary = "ModelOpt AWQ exports taken over: int4 weights with a scale for each group"
+        summary = "int4 weights with a scale for each group; ModelOpt AWQ exports are taken over"
         return QuantInfo(
             "int4_awq",
             "W4A16_AWQ",
             summary,
-            flags=("--group-size",),
+            flags=("--group-size", "--method"),
             stores="I8, two weights a byte; F32 scales",
             evidence="specification",
         )
 
     def encoding(self, module: Module, options: TensorRTLLM, dtype: DType) -> Encoding | None:
-        return PairedWeight()
+        return PairedWeight() if self.packings else round_to_nearest(options.group_size, dtype, options.method == "mse")
 
     def problems(self, module: Module, options: TensorRTLLM, dtype: DType) -> str | None:
         if dtype.itemsize != 2:

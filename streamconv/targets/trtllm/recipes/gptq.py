@@ -58,7 +58,7 @@ GROUP_SIZES = (64, 128)
 """Input channels that share a scale, where TensorRT-LLM has kernels."""
 
 EXPERTS = (
-    "experts of a mixture-of-experts model cannot be taken over with group-wise scales (GPTQ, AWQ): convert the unquantized"
+    "TensorRT-LLM has no group-wise scales (GPTQ, AWQ) for the experts of a mixture-of-experts model: convert the unquantized"
     " model, with --quant int8 or int4 if it is to be small"
 )
 

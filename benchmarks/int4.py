@@ -1,0 +1,125 @@
+"""What INT4 in groups costs on a real model, by method and target: perplexity on held-out text, from weights decoded out of the files.
+
+    python -m benchmarks.int4 MODEL --work FOLDER [--methods rtn,clip,awq,gptq] [--out results.json]
+
+Calibration and perplexity are on different parts of the standard library's help topics. The files are decoded here by a few lines of their
+own, none of the package's, and put into a transformers model in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from benchmarks.quality import answer, load, perplexity, plain_text
+from streamconv.cli.main import main as streamconv
+
+PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+FUSED = {"attention.dense": "self_attn.o_proj", "mlp.fc": "mlp.gate_proj", "mlp.gate": "mlp.up_proj", "mlp.proj": "mlp.down_proj"}
+
+
+def scaled(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Codes [N, K] times their groups' scales [N, K/g]."""
+    return (codes.reshape(*scales.shape, -1).float() * scales.float()[..., None]).reshape(codes.shape)
+
+
+def from_rank(path: Path, heads: int, kv: int, size: int) -> dict[str, torch.Tensor]:
+    """Linear weights of a W4A16_AWQ rank file, under Hugging Face names; the pre-scales are multiplied in."""
+    held, found = load_file(path), dict[str, torch.Tensor]()
+    for name, stored in held.items():
+        if not name.endswith(".weight") or stored.dtype != torch.int8:
+            continue
+        module = name.removesuffix(".weight")
+        packed = stored.view(torch.uint8).to(torch.int16)
+        nibbles = torch.stack([packed & 15, packed >> 4], 1).reshape(-1, stored.shape[1])
+        weight = scaled(torch.where(nibbles > 7, nibbles - 16, nibbles), held[f"{module}.weights_scaling_factor"])
+        weight = weight * held[f"{module}.prequant_scaling_factor"].float()
+        layer, kind = module.removeprefix("transformer.layers.").split(".", 1)
+        if kind == "attention.qkv":
+            parts = torch.split(weight, [heads * size, kv * size, kv * size])
+            found |= {f"model.layers.{layer}.{p}.weight": part for p, part in zip(PROJECTIONS, parts, strict=True)}
+        else:
+            found[f"model.layers.{layer}.{FUSED[kind]}.weight"] = weight
+    return found
+
+
+def from_directory(path: Path) -> dict[str, torch.Tensor]:
+    """Linear weights of a pack-quantized directory of one file."""
+    held, found = load_file(path), dict[str, torch.Tensor]()
+    for name, words in held.items():
+        if name.endswith(".weight_packed"):
+            module = name.removesuffix(".weight_packed")
+            codes = torch.stack([(words >> (4 * place)) & 15 for place in range(8)], 2).reshape(len(words), -1) - 8
+            found[f"{module}.weight"] = scaled(codes, held[f"{module}.weight_scale"])
+    return found
+
+
+def main() -> None:
+    from transformers import AutoTokenizer
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--methods", default="rtn,clip,awq,gptq")
+    parser.add_argument("--targets", default="trtllm,hf")
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=4096, help="measured, from the start of the text")
+    parser.add_argument("--samples", type=int, default=16, help="of 512 tokens, from token 40,000 on")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    tokenizer: Any = AutoTokenizer.from_pretrained(str(args.model))
+    every = tokenizer(plain_text())["input_ids"]
+    ids, text = torch.tensor(every[: args.tokens]), args.work / "text.jsonl"
+    parts = [tokenizer.decode(every[at : at + 512]) for at in range(40_000, 40_000 + 512 * args.samples, 512)]
+    text.write_text("".join(json.dumps({"text": part}) + "\n" for part in parts))
+    config = json.loads((args.model / "config.json").read_text())
+    heads, kv = config["num_attention_heads"], config["num_key_value_heads"]
+    base = perplexity(load(args.model, None), ids)
+    print(f"source: {base:.3f}", flush=True)
+    rows: list[dict[str, Any]] = [{"method": "source", "perplexity": base}]
+    for method in args.methods.split(","):
+        for target in args.targets.split(","):
+            if (target, method) == ("hf", "awq"):
+                continue
+            out = args.work / f"{target}-{method}"
+            shutil.rmtree(out, ignore_errors=True)
+            quant = ["--quant", "int4_awq"] if target == "trtllm" else ["--to", "hf", "--quant", "w4a16"]
+            words = ["convert", str(args.model), str(out), *quant, "--group-size", str(args.group_size), "--method", method]
+            known = args.work / f"trtllm-{method}.int4.safetensors"  # both targets hold the same codes
+            if method != "rtn" and target == "hf" and known.exists():
+                words += ["--codes", str(known)]
+            elif method != "rtn":
+                words += ["--text", str(text), "--device", args.device, "--batch-size", "4"]
+            began = time.monotonic()
+            status = streamconv([*words, "--quiet"])
+            if status:
+                raise SystemExit(status)
+            seconds = time.monotonic() - began
+            if target == "trtllm":
+                weights = from_rank(out / "rank0.safetensors", heads, kv, config["hidden_size"] // heads)
+            else:
+                weights = from_directory(out / "model.safetensors")
+            model = load(args.model, None)
+            with torch.no_grad():
+                state = model.state_dict()
+                for name, values in weights.items():
+                    state[name].copy_(values)
+            found = perplexity(model, ids)
+            row = {"method": method, "target": target, "perplexity": found, "percent": 100 * (found / base - 1), "seconds": seconds}
+            rows.append(row | {"answer": answer(model, tokenizer)})
+            print(f"{target} {method}: {found:.3f}, {row['percent']:+.1f} %, {seconds:.0f} s: {rows[-1]['answer']!r}", flush=True)
+    if args.out is not None:
+        args.out.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+"""The search for INT4 codes as the work of a calibration: Grams of a layer's inputs, then the codes of its weights."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from streamconv.calibration.codes_writer import CodesWriter
+from streamconv.calibration.experts import Experts
+from streamconv.calibration.gram import SAMPLE, Gram, Tier, gram_bytes
+from streamconv.calibration.grid import Grid
+from streamconv.calibration.search import Found, nearest, search
+from streamconv.errors import DataError, UsageError, printable
+from streamconv.memory import MIB
+
+if TYPE_CHECKING:
+    from streamconv.calibration.layers import OneLayer
+    from streamconv.calibration.names import Place
+    from streamconv.calibration.scratch import Scratch
+    from streamconv.checkpoint.model_config import ModelConfig
+
+SITES = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "mlp", "up": "mlp", "expert_gate": "mlp", "expert_up": "mlp"}
+"""Role -> what shares an input with it; every other role of a linear layer is on its own."""
+_LINEAR = {*SITES, "qkv", "o", "gate_up", "down", "expert_down"}
+_MOST = 2048 * MIB
+"""Grams that are summed in one pass; more passes take the time of more forwards."""
+_SAMPLED = 16384
+"""Above so many channels AWQ looks at tokens, not at a Gram."""
+
+
+@dataclass
+class _Site:
+    """Attributes:
+    first: the module whose input is watched.
+    modules: names in the layer.
+    size: channels of the input.
+    fallback: a site whose Gram stands in if too few tokens came; "" if there is none.
+    """
+
+    first: str
+    size: int
+    modules: list[str] = field(default_factory=list)
+    fallback: str = ""
+
+
+class CodesWork:
+    """Finds INT4 codes; see `work.Work`.
+
+    Args:
+        method: "clip", "awq" or "gptq".
+        group: input channels that share a scale.
+        scale: the type that scales are rounded to, "source" for that of the weight.
+        room: bytes that Grams may take together.
+    """
+
+    name = "INT4 codes"
+    smaller = ", or --method clip"
+    captured = False
+
+    def __init__(self, method: str, group: int, scale: str, room: int | None) -> None:
+        self.asked: Any = ["int4", method, group, scale]
+        self._method, self._group, self._scale = method, group, scale
+        self._room = _MOST if room is None else max(64 * MIB, min(_MOST, room))
+        self._grams: dict[str, Gram] = {}
+        self._short = 0
+
+    # ---- what it takes
+
+    def holds(self, path: Path) -> str | None:
+        from streamconv.checkpoint.header import read_header
+
+        return None if any(name.endswith(".weight_scale") for name in read_header(path).tensors) else self.name
+
+    def extra(self, facts: ModelConfig) -> int:
+        width = facts.moe_intermediate_size or facts.intermediate_size
+        sizes = (facts.hidden_size, width, facts.num_attention_heads * facts.head_size)
+        return max(self._bytes(size) for size in sizes)
+
+    def _bytes(self, size: int) -> int:
+        own = gram_bytes(self._tier(size), size, self._group)
+        return (4 if self._method == "gptq" else 1) * own + 8 * 32 * MIB
+
+    def _tier(self, size: int) -> Tier:
+        if self._method == "clip":
+            return "block"
+        return "sample" if self._method == "awq" and size > _SAMPLED else "full"
+
+    # ---- the layer
+
+    def open(self, layer: OneLayer, scratch: Scratch, tokens: int, facts: dict[str, Any]) -> None:
+        if tokens < self._group:
+            raise UsageError(f"--text: {tokens} tokens are too few to search with", hint=f"at least {self._group}, better 65536")
+        modules: dict[str, tuple[int, int]] = {}
+        for number in range(layer.layers):
+            for name, place in layer.places_of(number).items():
+                linear = layer.layer.get_submodule(name.rpartition(".")[0])
+                if self._wanted(name, place, linear):
+                    modules[place.module] = (linear.out_features, linear.in_features)
+        if not modules:
+            raise UsageError(f"--group-size {self._group}: no linear layer divides into such groups", hint="--group-size 64")
+        self._tokens = tokens
+        self._writer = CodesWriter(scratch.folder / "codes", modules, self._group, self._method == "awq", facts)
+
+    def _wanted(self, parameter: str, place: Place, linear: Any) -> bool:
+        fits = isinstance(linear, torch.nn.Linear) and not linear.in_features % self._group and not linear.out_features % 2
+        return fits and parameter.endswith(".weight") and place.role in _LINEAR
+
+    def watch(self, layer: torch.nn.Module) -> None:
+        for name, module in layer.named_modules():
+            if isinstance(module, torch.nn.Linear | Experts):
+                module.register_forward_pre_hook(functools.partial(self._add, name))
+
+    def _add(self, name: str, _: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if name in self._grams:
+            self._grams[name].add(inputs[0])
+
+    def passes(self, layer: OneLayer) -> Sequence[Callable[[], None]]:
+        """Sites by passes: as many together as there is room for; a fallback goes with the sites that it stands in for."""
+        self._layer, self._losses = layer, dict[str, torch.Tensor]()
+        waiting, groups, held = list(self._sites(layer)), list[list[_Site]](), 0
+        for site in waiting:
+            size = gram_bytes(self._tier(site.size), site.size, self._group)
+            if groups and held + size <= self._room:
+                groups[-1].append(site)
+                held += size
+            else:
+                groups.append([site])
+                held = size
+        return [functools.partial(self._begin, group) for group in groups] or [lambda: None]
+
+    def _sites(self, layer: OneLayer) -> list[_Site]:
+        found: dict[str, _Site] = {}
+        for name, place in layer.places.items():
+            module = name.rpartition(".")[0]
+            linear = layer.layer.get_submodule(module)
+            if not self._wanted(name, place, linear):
+                continue
+            stem, _, _ = module.rpartition(".")
+            key = f"{stem}.{SITES[place.role]}" if place.role in SITES else module
+            site = found.setdefault(key, _Site(module, linear.in_features))
+            site.modules.append(module)
+            if place.role in ("expert_gate", "expert_up"):
+                site.fallback = stem.rpartition(".")[0]
+        return list(found.values())
+
+    def _begin(self, group: list[_Site]) -> None:
+        self._close()
+        self._group_sites = group
+        every = max(1, self._tokens // SAMPLE)
+        for site in group:
+            self._grams[site.first] = self._gram(site.size, every)
+            if site.fallback and site.fallback not in self._grams:
+                self._grams[site.fallback] = self._gram(site.size, every)
+
+    def _gram(self, size: int, every: int) -> Gram:
+        return Gram(self._tier(size), size, self._group, torch.device(self._layer.device), every)
+
+    def _close(self) -> None:
+        """The pass is over: the codes of its sites."""
+        if not self._grams:
+            return
+        for gram in self._grams.values():
+            gram.finish()
+        for site in self._group_sites:
+            self._quantize(site)
+        self._grams.clear()
+
+    def _quantize(self, site: _Site) -> None:
+        places = {module: self._layer.places[f"{module}.weight"] for module in site.modules}
+        weights, grids = {}, {}
+        for module in site.modules:
+            weight = self._layer.layer.get_submodule(module).weight.detach()
+            kind = getattr(torch, places[module].record.dtype.torch if self._scale == "source" else self._scale)
+            weights[module] = weight.to(kind) if weight.dtype.itemsize > kind.itemsize else weight
+            grids[module] = Grid(self._group, kind)
+            if not bool(weight.isfinite().all()):
+                raise DataError(f"{printable(places[module].module)}: NaN or infinity in a weight that is to be quantized")
+        gram = self._grams[site.first]
+        if gram.tokens < 4 * self._group:
+            gram = self._instead(site, gram)
+        if not gram.finite():
+            raise DataError(
+                f"{printable(next(iter(places.values())).module)}: the inputs are NaN or infinite", hint="are the weights sound?"
+            )
+        if gram.tokens == 0:
+            for module in site.modules:
+                self._put(places[module], nearest(weights[module], grids[module]), None)
+            return
+        made = search(self._method, weights, gram, grids)
+        self._short += made.unfactored
+        for module, found in made.found.items():
+            self._put(places[module], found, made.multiplier)
+
+    def _instead(self, site: _Site, gram: Gram) -> Gram:
+        """What stands in for an expert that few tokens reached: what all tokens of the layer are, or the outputs of all experts."""
+        if site.fallback:
+            return max(gram, self._grams[site.fallback], key=lambda one: one.tokens)
+        alike = [s for s in self._group_sites if s.size == site.size and self._layer.places[f"{s.first}.weight"].role == "expert_down"]
+        return Gram.mean([self._grams[other.first] for other in alike]) if site in alike else gram
+
+    def _put(self, place: Place, found: Found, multiplier: torch.Tensor | None) -> None:
+        self._writer.put_codes(f"{place.module}.weight", found.codes)
+        self._writer.put(f"{place.module}.weight_scale", found.scales)
+        if self._method == "awq":
+            size = found.codes.shape[1]
+            self._writer.put(f"{place.module}.pre_quant_scale", torch.ones(size) if multiplier is None else multiplier)
+        self._losses[f"{place.module}.losses"] = found.losses
+
+    def finish(self, layer: OneLayer) -> dict[str, torch.Tensor]:
+        self._close()
+        self._writer.sync()
+        return self._losses
+
+    # ---- the file
+
+    def write(self, results: dict[str, torch.Tensor], new: Path, facts: dict[str, Any]) -> int:
+        for name, values in results.items():
+            self._writer.put(name, values)
+        self._writer.close()
+        os.replace(self._writer.path, new)
+        return len(results)
+
+    def notes(self, results: dict[str, torch.Tensor]) -> list[str]:
+        plain, chosen = (sum(float(values[at] / values[0]) for values in results.values() if values[0] > 0) for at in (1, 2))
+        count = max(1, sum(bool(values[0] > 0) for values in results.values()))
+        losses = f"{plain / count:.2%} rounded to nearest, {chosen / count:.2%} with {self._method}"
+        told = [f"mean relative output error of {count} linear layers: {losses}"]
+        unseen = len(results) - count
+        if unseen:
+            told.append(f"warning: no token reached {unseen} linear layers: they are rounded to nearest")
+        if self._short:
+            told.append(f"warning: {self._short} inputs depend on each other too much for GPTQ: their weights have clipped scales")
+        most = max((place.record.shape[-1] for place in self._layer.places.values()), default=0)
+        if self._method == "gptq" and self._tokens < 2 * most:
+            told.append(f"warning: {self._tokens} tokens are fewer than twice the {most} inputs of a layer: more text makes better codes")
+        return told

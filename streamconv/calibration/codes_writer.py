@@ -1,0 +1,70 @@
+"""The file of INT4 codes, laid out before the first layer and filled layer by layer: for each linear module M
+
+    M.weight        U8 [N/2, K], two's complement nibbles of two neighbouring output channels, the first in the low one
+    M.weight_scale  F32 [N, K/g]
+    M.pre_quant_scale  F32 [K], what the input is multiplied by; with AWQ
+    M.losses        F32 [3], see `search.Found`
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from streamconv.checkpoint.dtypes import F32, U8, DType
+from streamconv.checkpoint.header_build import HeaderBuilder, file_order
+
+
+class CodesWriter:
+    """Writes it in place.
+
+    Args:
+        path: of the file; one of the same layout goes on being filled.
+        modules: module -> (N, K).
+        group: input channels that share a scale.
+        multipliers: there are pre-scales.
+        facts: about the calibration.
+    """
+
+    def __init__(self, path: Path, modules: Mapping[str, tuple[int, int]], group: int, multipliers: bool, facts: dict[str, Any]) -> None:
+        entries: list[tuple[str, DType, tuple[int, ...]]] = []
+        for module, (rows, cols) in modules.items():
+            entries.append((f"{module}.weight", U8, (rows // 2, cols)))
+            entries.append((f"{module}.weight_scale", F32, (rows, cols // group)))
+            entries.append((f"{module}.losses", F32, (3,)))
+            if multipliers:
+                entries.append((f"{module}.pre_quant_scale", F32, (cols,)))
+        builder = HeaderBuilder({"calibration": json.dumps(facts)})
+        entries.sort(key=lambda entry: file_order(entry[1], entry[0]))
+        self._places = {name: builder.add(name, dtype, shape) for name, dtype, shape in entries}
+        header, size = builder.finish()
+        self._start, self.size, self.path = len(header), size, path
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        if os.fstat(self._fd).st_size != size or os.pread(self._fd, len(header), 0) != header:
+            os.ftruncate(self._fd, 0)
+            os.ftruncate(self._fd, size)
+            os.pwrite(self._fd, header, 0)
+
+    def put(self, name: str, values: torch.Tensor) -> None:
+        """The content of a tensor."""
+        data: memoryview = values.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data.cast("B")
+        at = self._start + self._places[name]
+        while data:
+            done = os.pwrite(self._fd, data, at)
+            data, at = data[done:], at + done
+
+    def put_codes(self, name: str, codes: torch.Tensor) -> None:
+        """Codes int8 [N, K]."""
+        pairs = codes.view(torch.uint8).reshape(-1, 2, codes.shape[1])
+        self.put(name, (pairs[:, 0] & 15) | (pairs[:, 1] << 4))
+
+    def sync(self) -> None:
+        os.fsync(self._fd)
+
+    def close(self) -> None:
+        os.close(self._fd)

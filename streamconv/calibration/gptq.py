@@ -1,0 +1,96 @@
+"""GPTQ with static order: columns are rounded from the largest input to the smallest, each one's error is made up for by the rest.
+
+The scales are fixed beforehand and stay with their own groups, so the codes lie as any others: no g_idx.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from streamconv.calibration.gram import rows_at_once
+from streamconv.calibration.grid import Grid
+
+DAMPING = (0.01, 0.04, 0.16, 0.64, 1.0)
+"""Shares of the mean diagonal that are added to it; the next one is taken where the Cholesky factorization fails."""
+_BLOCK = 128
+_DOUBLE = 4096
+"""Up to so many channels the CPU factorizes in float64."""
+
+
+class Factor(NamedTuple):
+    """Attributes:
+    order: columns in the order in which they are rounded.
+    upper: float32 [K, K] with (H + damping)⁻¹ = upperᵀ upper, in that order.
+    """
+
+    order: torch.Tensor
+    upper: torch.Tensor
+
+
+def factor(moments: torch.Tensor) -> Factor | None:
+    """What GPTQ needs of a full Gram; None if it has no factorization.
+
+    A dead channel counts as 1 on the diagonal, so nothing is made up for through it.
+    """
+    size, device = len(moments), moments.device
+    diagonal = moments.diagonal().clone()
+    dead = diagonal <= 0
+    order = torch.argsort(torch.where(dead, 1.0, diagonal), descending=True, stable=True)
+    kind = torch.float64 if device.type == "cpu" and size <= _DOUBLE else torch.float32
+    turned = order.flip(0)
+    mean = torch.where(dead, 1.0, diagonal).to(kind).mean()
+    for damping in DAMPING:
+        # upper = J L⁻¹ J for H reversed by J = L Lᵀ: one factorization, and no inverse of the inverse
+        hessian = moments[turned].to(kind)[:, turned]
+        hessian.diagonal().copy_(torch.where(dead, 1.0, diagonal)[turned].to(kind) + damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(hessian)
+        del hessian
+        if int(failed) == 0:
+            eye = torch.eye(size, dtype=kind, device=device)
+            upper = torch.linalg.solve_triangular(lower, eye, upper=False)
+            del lower, eye
+            if bool(upper.isfinite().all()):
+                return Factor(order, upper.flip(0, 1).float().contiguous())
+    return None
+
+
+def rounded(weight: torch.Tensor, scales: torch.Tensor, grid: Grid, known: Factor) -> torch.Tensor:
+    """Codes, float32 [N, K].
+
+    Args:
+        weight: float32 [N, K].
+        scales: [N, K/g].
+    """
+    made = []
+    step = rows_at_once(weight.shape[1], weight.device)
+    for rows, own in zip(weight.split(step), scales.split(step), strict=True):  # type: ignore[no-untyped-call]
+        made.append(_rows(rows, own, grid, known))
+    return torch.cat(made)
+
+
+def _rows(weight: torch.Tensor, scales: torch.Tensor, grid: Grid, known: Factor) -> torch.Tensor:
+    order, upper = known
+    size = weight.shape[1]
+    left = weight[:, order].T.contiguous()  # [K, N]: a column is contiguous
+    codes = torch.empty_like(left)
+    groups = order // grid.group
+    for first in range(0, size, _BLOCK):
+        last = min(first + _BLOCK, size)
+        block, steps = left[first:last], scales[:, groups[first:last]].T.contiguous()
+        inner = upper[first:last, first:last]
+        errors = torch.empty_like(block)
+        diagonal = inner.diagonal()
+        for at in range(last - first):
+            column, step = block[at], steps[at]
+            code = (column / step).round_().clamp_(-8, 7)
+            codes[first + at] = code
+            errors[at] = (column - code * step) / diagonal[at]
+            if at + 1 < last - first:
+                block[at + 1 :].addr_(inner[at, at + 1 :], errors[at], alpha=-1)
+        if last < size:
+            left[last:].addmm_(upper[first:last, last:].T, errors, alpha=-1)
+    back = torch.empty_like(order)
+    back[order] = torch.arange(size, device=order.device)
+    return codes[back].T.contiguous()

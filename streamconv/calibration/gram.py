@@ -1,0 +1,137 @@
+"""What a search knows of the inputs of linear modules: their second moments, in a form that fits.
+
+    full    C = mean of x xᵀ [K, K]: GPTQ's Hessian, and the loss of any change of a weight over all tokens
+    block   the blocks of C on its diagonal, one for each group [K/g, g, g]: the loss inside the groups
+    sample  evenly spread tokens themselves [T, K]: where C is too large
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+from streamconv.memory import MIB
+
+Tier = Literal["full", "block", "sample"]
+SAMPLE = 2048
+"""Tokens of a sample."""
+_CHUNK = 8192
+"""Tokens that are summed at a time."""
+_LARGE = 1 << 26
+"""Elements of a product [rows, K] that is made at once."""
+
+
+def gram_bytes(tier: Tier, size: int, group: int) -> int:
+    """Bytes of a Gram of `size` channels."""
+    return 4 * size * ({"full": size, "block": group, "sample": SAMPLE}[tier] + 2)
+
+
+class Gram:
+    """Second moments of a site's inputs.
+
+    Args:
+        tier: what is kept.
+        size: channels K.
+        group: of the blocks.
+        device: where it is summed.
+        every: of so many tokens one goes into a sample.
+    """
+
+    def __init__(self, tier: Tier, size: int, group: int, device: torch.device, every: int = 1) -> None:
+        self.tier, self.size, self.group, self._every = tier, size, group, every
+        shape = {"full": (size, size), "block": (size // group, group, group), "sample": (0, size)}[tier]
+        self.moments = torch.zeros(shape, device=device)
+        self.absolute = torch.zeros(size, device=device)
+        self._rows: list[torch.Tensor] = []
+        self.tokens = 0
+
+    def add(self, inputs: torch.Tensor) -> None:
+        """Inputs [..., K] of some tokens. Products of 16-bit floats are exact in float32, and in TF32."""
+        for rows in inputs.detach().reshape(-1, self.size).split(_CHUNK):  # type: ignore[no-untyped-call]
+            values = rows.float()
+            self.absolute += values.abs().sum(0)
+            if self.tier == "sample":
+                self._rows.append(values[-self.tokens % self._every :: self._every])
+            else:
+                with _tf32(rows.dtype != torch.float32):
+                    if self.tier == "full":
+                        self.moments.addmm_(values.T, values)
+                    else:
+                        grouped = values.reshape(len(values), -1, self.group).transpose(0, 1)
+                        self.moments.baddbmm_(grouped.transpose(1, 2), grouped)
+            self.tokens += len(values)
+
+    def finish(self) -> None:
+        """All tokens were added: sums become means."""
+        if self.tier == "sample":
+            self.moments, self._rows = torch.cat(self._rows) if self._rows else self.moments, []
+            self.moments /= max(1, len(self.moments)) ** 0.5
+        else:
+            self.moments /= max(1, self.tokens)
+        self.absolute /= max(1, self.tokens)
+
+    @staticmethod
+    def mean(grams: Sequence[Gram]) -> Gram:
+        """Of all tokens of several finished Grams of one kind."""
+        first = grams[0]
+        made = Gram(first.tier, first.size, first.group, first.moments.device)
+        made.tokens = sum(gram.tokens for gram in grams)
+        if first.tier == "sample":
+            rows = [gram.moments * (len(gram.moments) / max(1, made.tokens)) ** 0.5 for gram in grams]
+            made.moments = torch.cat(rows)
+        else:
+            made.moments += sum(gram.moments * (gram.tokens / max(1, made.tokens)) for gram in grams)
+        made.absolute += sum(gram.absolute * (gram.tokens / max(1, made.tokens)) for gram in grams)
+        return made
+
+    def finite(self) -> bool:
+        """Whether all inputs were numbers."""
+        return bool(self.absolute.isfinite().all()) and bool(self.moments.isfinite().all())
+
+    def blocks(self) -> torch.Tensor:
+        """[K/g, g, g]."""
+        if self.tier == "block":
+            return self.moments
+        if self.tier == "sample":
+            grouped = self.moments.reshape(len(self.moments), -1, self.group).permute(1, 2, 0)
+            return grouped @ grouped.transpose(1, 2)
+        count = self.size // self.group
+        return self.moments.reshape(count, self.group, count, self.group).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+
+    def energies(self, error: torch.Tensor) -> torch.Tensor:
+        """Mean square of each output of a change [N, K] of the weight, float32 [N]; of the blocks: without the terms across groups."""
+        found = []
+        for rows in error.split(max(1, _LARGE // max(self.size, 1))):  # type: ignore[no-untyped-call]
+            if self.tier == "full":
+                found.append(((rows @ self.moments) * rows).sum(1))
+            elif self.tier == "sample":
+                found.append((rows @ self.moments.T).square().sum(1))
+            else:
+                grouped = rows.reshape(len(rows), -1, self.group).transpose(0, 1)
+                found.append(((grouped @ self.moments) * grouped).sum((0, 2)))
+        return torch.cat(found)
+
+
+class _tf32:
+    """TF32 products where they are exact."""
+
+    def __init__(self, exact: bool) -> None:
+        self._exact = exact
+
+    def __enter__(self) -> None:
+        self._before = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = self._exact
+
+    def __exit__(self, *_: object) -> None:
+        torch.backends.cuda.matmul.allow_tf32 = self._before
+
+
+ROOM = 32 * MIB
+"""Elements of float32 that a search works on at once on a device; a quarter on the CPU. The same for every budget, so the bytes are too."""
+
+
+def rows_at_once(size: int, device: torch.device) -> int:
+    """Rows of K = `size` that a search takes at once."""
+    return max(64, (ROOM * 4 if device.type == "cuda" else ROOM // 4) // size)

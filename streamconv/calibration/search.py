@@ -1,0 +1,112 @@
+"""The search for the codes of the weights of one site: those that share an input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+
+from streamconv.calibration import gptq
+from streamconv.calibration.awq import prescale
+from streamconv.calibration.clip import clipped
+from streamconv.calibration.gram import Gram, rows_at_once
+from streamconv.calibration.grid import NEAREST, Grid
+
+
+class Found(NamedTuple):
+    """What was found for a weight.
+
+    Attributes:
+        codes: int8 [N, K]; scales: float32 [N, K/g].
+        losses: float32 [3]: mean square of the outputs, of their error after plain rounding, and of their error as chosen; the sum over
+            outputs.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    losses: torch.Tensor
+
+
+class Site(NamedTuple):
+    """Attributes:
+    found: module -> its codes.
+    multiplier: of the input [K]; None for ones.
+    unfactored: GPTQ had to be left out, because the Gram has no factorization.
+    """
+
+    found: dict[str, Found]
+    multiplier: torch.Tensor | None = None
+    unfactored: bool = False
+
+
+def nearest(weight: torch.Tensor, grid: Grid) -> Found:
+    """Plain rounding, where nothing is known of the inputs.
+
+    Args:
+        weight: [N, K] in any float type.
+    """
+    scales, codes = [], []
+    for rows in weight.split(rows_at_once(weight.shape[1], weight.device)):  # type: ignore[no-untyped-call]
+        scales.append(grid.scales(grid.largest(rows.float()), NEAREST))
+        codes.append(grid.codes(rows.float(), scales[-1]).to(torch.int8))
+    return Found(torch.cat(codes), torch.cat(scales), torch.zeros(3))
+
+
+def search(method: str, weights: Mapping[str, torch.Tensor], gram: Gram, grids: Mapping[str, Grid]) -> Site:
+    """The codes of all weights of a site.
+
+    No output's error is above that of plain rounding, as far as the Gram tells: each row takes the best of plain rounding, of the
+    clipped scales and, with "gptq", of GPTQ on these; a site whose multiplier makes one of its weights worse does without.
+
+    Args:
+        method: "clip", "awq" or "gptq".
+        weights: module -> [N, K], finite, no wider than the grid's type.
+    """
+    first = next(iter(grids.values()))
+    multiplier = prescale(list(weights.values()), gram, first) if method == "awq" else None
+    known = gptq.factor(gram.moments) if method == "gptq" else None
+    blocks = gram.blocks()
+    unfactored = method == "gptq" and known is None
+    made = {name: _weight(weight, gram, blocks, grids[name], multiplier, known) for name, weight in weights.items()}
+    if multiplier is not None and any(float(one.losses[2]) > float(one.losses[1]) for one in made.values()):
+        made = {name: _weight(weight, gram, blocks, grids[name], None, None) for name, weight in weights.items()}
+        multiplier = None
+    return Site(made, multiplier, unfactored)
+
+
+def _weight(
+    weight: torch.Tensor, gram: Gram, blocks: torch.Tensor, grid: Grid, multiplier: torch.Tensor | None, known: gptq.Factor | None
+) -> Found:
+    codes, scales, totals = [], [], torch.zeros(3, dtype=torch.float64)
+    inner = blocks if multiplier is None else blocks * _outer(multiplier, grid.group)
+    for rows in weight.split(rows_at_once(weight.shape[1], weight.device)):  # type: ignore[no-untyped-call]
+        values = rows.float()
+        scaled = values if multiplier is None else values * (1.0 / multiplier)
+        own = clipped(scaled, inner, grid)
+        choices = [(grid.codes(scaled, own), own)]
+        if known is not None:
+            choices.append((gptq.rounded(scaled, own, grid, known), own))
+        for ratio in (NEAREST, 1.0):
+            plain = grid.scales(grid.largest(scaled), ratio)
+            choices.append((grid.codes(scaled, plain), plain))
+        factor = 1.0 if multiplier is None else multiplier
+        losses = [gram.energies((grid.values(*choice) - scaled) * factor) for choice in choices]
+        best, least = choices[0], losses[0]
+        for choice, loss in zip(choices[1:], losses[1:], strict=True):
+            better = loss < least
+            least = torch.where(better, loss, least)
+            best = (torch.where(better[:, None], choice[0], best[0]), torch.where(better[:, None], choice[1], best[1]))
+        rtn = losses[-2]
+        if multiplier is not None:
+            plain = grid.scales(grid.largest(values), NEAREST)
+            rtn = gram.energies(grid.values(grid.codes(values, plain), plain) - values)
+        totals += torch.stack([gram.energies(values).double().sum(), rtn.double().sum(), least.double().sum()]).cpu()
+        codes.append(best[0].to(torch.int8))
+        scales.append(best[1])
+    return Found(torch.cat(codes), torch.cat(scales), totals.float())
+
+
+def _outer(multiplier: torch.Tensor, group: int) -> torch.Tensor:
+    grouped = multiplier.reshape(-1, group)
+    return grouped[:, :, None] * grouped[:, None, :]

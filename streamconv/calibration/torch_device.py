@@ -1,0 +1,45 @@
+"""The one device that a calibration runs on."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator
+
+from streamconv.errors import UsageError
+
+
+def torch_device(name: str) -> str:
+    """The torch device that --device means: "cpu" or "cuda:N".
+
+    Raises:
+        UsageError: there is no such device.
+    """
+    import torch
+
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return "cpu"
+    kind, _, number = name.partition(":")
+    if name != "auto" and (kind != "cuda" or (number and not (number.isascii() and number.isdecimal()))):
+        raise UsageError(f"--device {name} is not auto, cpu, cuda or cuda:N", hint="calibration runs on one device")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if int(number or 0) >= count:
+        raise UsageError(f"--device {name}: this machine has {count or 'no'} CUDA device{'s' * (count != 1)}", hint="--device cpu")
+    return f"cuda:{int(number or 0)}"
+
+
+@contextlib.contextmanager
+def current(device: str) -> Iterator[None]:
+    """The device is this thread's current one: a library's own kernels run there, wherever their tensors lie."""
+    import torch
+
+    with torch.cuda.device(device) if device != "cpu" else contextlib.nullcontext():
+        yield
+
+
+def give_back() -> None:
+    """What a layer held on a device is free again for others in this process; its hooks make cycles of it."""
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()

@@ -1,0 +1,164 @@
+"""INT4 codes that a search found, beside a source of floats: what takes the place of the weights it covers.
+
+For a linear module M the file holds `M.weight` U8 [N/2, K] (ModelOpt's nibbles), `M.weight_scale` F32 [N, K/g], `M.losses` F32 [3] and,
+with AWQ, `M.pre_quant_scale` F32 [K].
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from streamconv.checkpoint.dtypes import F32, I8
+from streamconv.checkpoint.header import read_header
+from streamconv.checkpoint.header_parse import TensorEntry
+from streamconv.checkpoint.packed_rows import read_channels
+from streamconv.checkpoint.rows import PackedTensor, SourceFile, SourceTensor
+from streamconv.checkpoint.shard import Shard
+from streamconv.errors import TensorError, UsageError, printable
+from streamconv.options import SEARCHED
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+
+HINT = "--text FILE finds them now"
+
+
+@dataclass(frozen=True, slots=True)
+class ApartCodes(PackedTensor):
+    """Codes of a file of their own: `pieces` is empty, for none of them lie in the source.
+
+    Attributes:
+        file, begin: where the stored bytes [N/2, K] lie.
+    """
+
+    file: Shard | None = None
+    begin: int = 0
+
+    def read(self, shards: Sequence[Shard], start: int, stop: int, out: Bytes, scratch: Bytes) -> None:
+        assert self.file is not None
+        at = (self.begin, self.rows // 2, self.cols)
+        read_channels(self.file, at, "modelopt", 4, self.cols, start, stop, out, scratch)
+
+    def drop_page_cache(self, shards: Sequence[Shard], start: int, stop: int) -> None:
+        assert self.file is not None
+        self.file.drop_page_cache(self.begin + start // 2 * self.cols, self.begin + stop // 2 * self.cols)
+
+
+@dataclass(frozen=True, slots=True)
+class ApartTensor(SourceTensor):
+    """A tensor of a file of its own; as `ApartCodes`."""
+
+    file: Shard | None = None
+    begin: int = 0
+
+    def read(self, shards: Sequence[Shard], start: int, stop: int, out: Bytes, scratch: Bytes) -> None:
+        assert self.file is not None
+        each = self.stored_row_bytes
+        self.file.read_into(self.begin + start * each, out.data[: (stop - start) * each])
+
+    def drop_page_cache(self, shards: Sequence[Shard], start: int, stop: int) -> None:
+        """Nothing: scales are small."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What the file has for a module.
+
+    Attributes:
+        codes: [N, K]; scales: F32 [N, K/g]; multiplier: F32 [K], None for ones.
+    """
+
+    codes: ApartCodes
+    scales: ApartTensor
+    multiplier: ApartTensor | None
+
+    @property
+    def group(self) -> int:
+        return self.codes.cols // self.scales.cols
+
+
+class Codes:
+    """An open file of codes; equal only to itself. Safe to read from any thread.
+
+    Raises:
+        UsageError: there is no such file. HeaderError: it is no safetensors file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise UsageError(f"--codes {printable(str(path))}: no such file", hint=HINT)
+        header = read_header(self.path)
+        self._entries = header.tensors
+        self._shard = Shard(self.path)
+        weakref.finalize(self, self._shard.close)  # plans refer to it: the last of them closes it
+
+    def identity(self) -> SourceFile:
+        """The header says which calibration it was, so its hash stands for the content."""
+        with self._shard.window(0, 8) as length:
+            size = 8 + int(struct.unpack("<Q", bytes(length[:8]))[0])
+        with self._shard.window(0, size) as header:
+            return SourceFile(self.path.name, self._shard.size, hashlib.sha256(header).hexdigest())
+
+    def has(self, module: str) -> bool:
+        return f"{module}.weight_scale" in self._entries
+
+    def found(self, module: str, shape: tuple[int, ...], weight: str) -> Found:
+        """The codes of a module.
+
+        Args:
+            shape: of its weight, (N, K).
+            weight: name of the weight that they take the place of.
+
+        Raises:
+            TensorError: they are not there, or of another shape.
+        """
+        where, (rows, cols) = f"{printable(str(self.path))}: {printable(module)}", shape
+        codes, scales = (self._entries.get(f"{module}.{leaf}") for leaf in ("weight", "weight_scale"))
+        if codes is None or scales is None:
+            raise TensorError(f"{where} has no codes; were they found for this model?", hint=HINT)
+        groups = scales.shape[1] if len(scales.shape) == 2 else 0
+        fits = codes.dtype.name == "U8" and codes.shape == (rows // 2, cols) and scales.dtype == F32
+        if not fits or scales.shape[0] != rows or not groups or cols % groups or rows % 2:
+            raise TensorError(f"{where}: codes {list(codes.shape)} and scales {list(scales.shape)} are not those of [{rows}, {cols}]")
+        multiplier = self._entries.get(f"{module}.pre_quant_scale")
+        if multiplier is not None and multiplier.shape != (cols,):
+            raise TensorError(f"{where}: pre_quant_scale {list(multiplier.shape)}, and the inputs are {cols}")
+        made = ApartCodes(weight, I8, (rows, cols), (), 0, 4, "modelopt", module, self._shard, codes.begin)
+        return Found(made, self._apart(scales), None if multiplier is None else self._apart(multiplier))
+
+    def _apart(self, entry: TensorEntry) -> ApartTensor:
+        return ApartTensor(entry.name, F32, entry.shape, (), 0, self._shard, entry.begin)
+
+    def losses(self) -> tuple[int, float, float]:
+        """How many modules were searched, and the mean relative output error of plain rounding and of what was found."""
+        plain = chosen = count = 0.0
+        for name, entry in self._entries.items():
+            if name.endswith(".losses") and entry.shape == (3,) and entry.dtype == F32:
+                with self._shard.window(entry.begin, entry.end) as data:
+                    energy, rtn, best = struct.unpack("<3f", bytes(data[:12]))
+                if energy > 0:
+                    plain, chosen, count = plain + rtn / energy, chosen + best / energy, count + 1
+        return int(count), plain / max(count, 1), chosen / max(count, 1)
+
+
+def codes_of(method: str | None, path: str | None) -> Codes | None:
+    """The file of codes that a method needs.
+
+    Raises:
+        UsageError: it is not given, or another method needs none.
+    """
+    if (path is None) == (method not in SEARCHED):
+        return None if path is None else Codes(path)
+    if path is None:
+        raise UsageError(f"--method {method} looks at what goes through the layers on some text", hint=f"{HINT}; or --codes FILE")
+    raise UsageError("--codes is for --method " + ", ".join(SEARCHED), hint="leave it out")
