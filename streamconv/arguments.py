@@ -37,13 +37,16 @@ def settled(value: object, kind: type[Value], name: str) -> Value:
     if not isinstance(value, kind):
         public = "TensorRTLLM" if name == "target" else kind.__name__
         raise UsageError(f"{name} is {_a(value)}", hint=f"it takes a streamconv.{public}(...)")
-    changes = as_declared(value)
+    changes = as_declared(value, choices=True)
     made: Value = dataclasses.replace(value, **changes) if changes else value  # type: ignore[type-var]
     return made
 
 
-def as_declared(record: object) -> dict[str, Any]:
+def as_declared(record: object, choices: bool = False) -> dict[str, Any]:
     """Fields of a dataclass that hold what is meant as another type, as that type: paths as strings, ints as floats, lists as tuples.
+
+    Args:
+        choices: refuse a value that is none of the choices, too; a target tells them apart in the words of its flags.
 
     Raises:
         UsageError: a field holds what cannot be meant; names it.
@@ -51,16 +54,16 @@ def as_declared(record: object) -> dict[str, Any]:
     public, changes, hints = type(record).__name__, dict[str, Any](), get_type_hints(type(record))
     for field in (each.name for each in dataclasses.fields(record)):  # type: ignore[arg-type]
         given, declared = getattr(record, field), hints[field]
-        if not _is_one(given, declared):
+        if not _is_one(given, declared, choices):
             changes[field] = _as_meant(f"{public}({field}={printable(repr(given), 60)})", field, given, declared)
     return changes
 
 
-def _is_one(value: object, declared: Any) -> bool:
+def _is_one(value: object, declared: Any, choices: bool) -> bool:
     if get_origin(declared) in (Union, UnionType):
-        return any(_is_one(value, one) for one in get_args(declared))
+        return any(_is_one(value, one, choices) for one in get_args(declared))
     if get_origin(declared) is Literal:
-        return value in get_args(declared)
+        return value in get_args(declared) if choices else type(value) in map(type, get_args(declared))
     if get_origin(declared) is tuple:
         return isinstance(value, tuple) and all(isinstance(each, str) for each in value)
     return type(value) is declared  # a bool is no int here, nor is numpy's

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from streamconv import errors, memory
 
-_ENTRIES = {"header": ("header", "read_header"), "index": ("index", "read_weight_map"), "torch": ("torch_zip", "read_torch")}
+_ENTRIES = {"header": ("header", "read_header"), "index": ("weight_files", "read_weight_map"), "torch": ("torch_zip", "read_torch")}
 
 
 def main(kind: str, path: Path) -> None:

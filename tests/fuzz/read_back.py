@@ -27,7 +27,7 @@ import xxhash
 from safetensors.numpy import save_file
 
 from streamconv import api
-from streamconv.checkpoint import index, meta, model_config
+from streamconv.checkpoint import index, meta, model_config, weight_files
 from streamconv.checkpoint.activation_ranges import Ranges
 from streamconv.cli import recipe
 from streamconv.cli.main import convert as convert_command
@@ -146,10 +146,10 @@ class World:
             (self.model / "config.json").write_text(json.dumps(tiny.config()))
 
     def weight_map(self, random: Random) -> None:
-        path = self.folder / index.WEIGHT_MAP
+        path = self.folder / weight_files.WEIGHT_MAP
         good = {"metadata": {"total_size": 1}, "weight_map": {"a": "m-1.safetensors", "b": "m-2.safetensors"}}
         path.write_bytes(dumped(spoil(good, random)))
-        index.read_weight_map(path, ["m-1.safetensors", "m-2.safetensors"])
+        weight_files.read_weight_map(path, ["m-1.safetensors", "m-2.safetensors"])
 
     def params(self, random: Random) -> None:
         path = self.folder / "params.json"

@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from streamconv.checkpoint import index as index_module
+from streamconv.checkpoint import weight_files
 from streamconv.checkpoint.index import nearest, open_index
 from streamconv.checkpoint.weight_files import read_weight_map
 from streamconv.errors import CheckpointError, HeaderError, TensorError
@@ -239,7 +240,8 @@ def test_limits_of_the_whole_are_named(model: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(index_module, "MAX_TENSORS", 2)
     with pytest.raises(CheckpointError, match="over 2 tensors, which is streamconv's own limit"):
         open_index(model)
-    monkeypatch.setattr(index_module, "MAX_FILES", 1)
+    for module in (index_module, weight_files):
+        monkeypatch.setattr(module, "MAX_FILES", 1)
     with pytest.raises(CheckpointError, match="names 2 files, above streamconv's own limit of 1"):
         open_index(model)
     (model / "model.safetensors.index.json").unlink()
