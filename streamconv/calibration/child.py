@@ -55,6 +55,7 @@ def calibrate_apart(
         finally:
             if child.poll() is None and sys.exc_info()[0] is not None:
                 child.kill()
+                child.wait()  # Popen waits a quarter of a second only when KeyboardInterrupt passes
     if child.returncode == -signal.SIGTERM:
         raise errors.Interrupted("stopped by SIGTERM", signum=signal.SIGTERM)
     if child.returncode == -signal.SIGKILL:

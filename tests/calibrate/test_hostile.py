@@ -36,7 +36,10 @@ def _change(folder: Path, file: str = "config.json", **changes: Any) -> None:
     (folder / file).write_text(json.dumps(content | changes))
 
 
-@pytest.mark.parametrize("how", ["command", "module", "PYTHONPATH"])
+SLOWLY = [pytest.param(how, marks=pytest.mark.slow) for how in ("command", "PYTHONPATH")]
+
+
+@pytest.mark.parametrize("how", ["module", *SLOWLY])
 def test_no_interpreter_imports_from_the_current_the_model_or_the_output_folder(how: str, copy: Path, text: Path, tmp_path: Path) -> None:
     place, trace = tmp_path / "place", tmp_path / "ran"
     place.mkdir()

@@ -18,7 +18,11 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.mark.parametrize(
-    ("flags", "dtype"), [(["--smoothquant", "0.5", "--per_channel"], "float16"), (["--int8_kv_cache", "--dtype", "bfloat16"], "auto")]
+    ("flags", "dtype"),
+    [
+        (["--smoothquant", "0.5", "--per_channel"], "float16"),
+        pytest.param(["--int8_kv_cache", "--dtype", "bfloat16"], "auto", marks=pytest.mark.slow),
+    ],
 )
 def test_it_calibrates_by_itself(model: Path, text: Path, tmp_path: Path, flags: list[str], dtype: str) -> None:
     calibration = ["--calib_dataset", str(text), "--calib_size", "4", "--calib_max_seq_length", "16"]

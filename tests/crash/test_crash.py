@@ -53,6 +53,7 @@ def test_killed_at_every_operation_int8_on_two_ranks(make: MakeWorld) -> None:
     good(kills.every_state(make(quant="int8", tp=2, tile_rows=128), depth=1), 100)
 
 
+@pytest.mark.slow
 def test_sigkill_at_every_operation(make: MakeWorld) -> None:
     good(kills.real_kills(make(), depth=2), 100)
 
@@ -66,12 +67,12 @@ def test_sigkill_at_random_moments(make: MakeWorld) -> None:
 
 @KINDS
 def test_every_operation_fails(make: MakeWorld, settings: dict[str, Any]) -> None:
-    good(faults.every_operation(make(**settings), step=2), 500)
+    good(faults.every_operation(make(**settings), step=5), 200)
 
 
 @KINDS
 def test_intruders_between_any_two_operations(make: MakeWorld, settings: dict[str, Any]) -> None:
-    good(intruders.every_operation(make(**settings | {"tile_rows": 1000}), step=5), 350)
+    good(intruders.every_operation(make(**settings | {"tile_rows": 1000}), step=12), 140)
 
 
 @KINDS
@@ -82,10 +83,10 @@ def test_power_cuts(make: MakeWorld, settings: dict[str, Any]) -> None:
 
 
 def test_lock_races(make: MakeWorld) -> None:
-    count = processes.lock_races(make(processes.Runs, megabytes=8), 20)
-    good(count, 20)
-    assert count.facts["locked out"] >= 20, count
-    assert count.facts["holders killed"] >= 5, count
+    count = processes.lock_races(make(processes.Runs, megabytes=8), 8)
+    good(count, 8)
+    assert count.facts["locked out"] >= 8, count
+    assert count.facts["holders killed"] >= 1, count
 
 
 def test_flipped_bits_are_found(make: MakeWorld) -> None:

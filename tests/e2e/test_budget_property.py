@@ -86,7 +86,10 @@ GRID: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("name", GRID)
+QUICK = ("tiny, int8, tp 4", "many tensors", "rows of half a million columns, int8")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in GRID])
 def test_the_smallest_budget_that_plan_accepts_is_kept(name: str, tmp_path: Path) -> None:
     make, flags = GRID[name]
     model, out = make(tmp_path / "model"), tmp_path / "out"

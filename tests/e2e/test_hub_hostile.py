@@ -49,7 +49,7 @@ def spoiled(data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("name", READ)
-@pytest.mark.parametrize("keep", ["all", "none"])
+@pytest.mark.parametrize("keep", ["all", pytest.param("none", marks=pytest.mark.slow)])
 def test_other_bytes_under_the_listed_etag(hub: Hub, tmp_path: Path, name: str, keep: str) -> None:
     """Refused by name, gone from the cache, and the next run is right."""
     hub.sent = lambda file, data, asked: spoiled(data) if file == name and asked is None else data
@@ -60,7 +60,7 @@ def test_other_bytes_under_the_listed_etag(hub: Hub, tmp_path: Path, name: str, 
 
 
 @pytest.mark.parametrize("name", READ)
-@pytest.mark.parametrize("offline", ["0", "1"])
+@pytest.mark.parametrize("offline", ["0", pytest.param("1", marks=pytest.mark.slow)])
 def test_other_bytes_in_the_cache(hub: Hub, tmp_path: Path, name: str, offline: str) -> None:
     """A former run, or another program, brought the file; one bit of it is another now."""
     assert run(hub, tmp_path, "convert", REPO, "one", "--quiet").returncode == 0

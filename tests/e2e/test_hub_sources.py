@@ -94,6 +94,7 @@ def tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(told))
 
 
+@pytest.mark.slow
 def test_calibrate_and_convert_with_text(hub: Hub, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     tokenizer(hub.folder)

@@ -110,7 +110,7 @@ WIDE: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", WIDE)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if number else ()) for number, name in enumerate(WIDE)])
 def test_a_quarter_of_a_million_wrong_tensors_take_no_more_memory(name: str, tmp_path: Path) -> None:
     spoil, says = WIDE[name]
     model = tiny.write(tmp_path / "model")

@@ -88,7 +88,10 @@ def test_case(case: Case, tmp_path: Path) -> None:
     check_output(case, tmp_path / "out")
 
 
-@pytest.mark.parametrize("case", SMALL_TILES, ids=str)
+THIRD = [pytest.param(case, marks=pytest.mark.slow if number % 3 else ()) for number, case in enumerate(SMALL_TILES)]
+
+
+@pytest.mark.parametrize("case", THIRD, ids=str)
 def test_same_for_small_tiles_and_many_workers(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STREAMCONV_TILE_ROWS", "3")
     convert(case, tmp_path / "out", "--workers", "8")

@@ -42,6 +42,7 @@ def _files(base: Path) -> list[Path]:
     return sorted(path for path in base.rglob("*") if path.is_file())
 
 
+@pytest.mark.slow
 def test_every_damage_is_noticed_and_healed(tmp_path: Path) -> None:
     base = tmp_path / "cache"
     assert _hits(base) == 0 and _hits(base) == 1
@@ -72,6 +73,7 @@ class Evil:
         return (open, (self.path, "w"))
 
 
+@pytest.mark.slow
 def test_a_folder_in_a_files_place(tmp_path: Path) -> None:
     base = tmp_path / "cache"
     _hits(base)
@@ -91,7 +93,7 @@ def test_a_full_disk_keeps_nothing_and_stops_nothing(tmp_path: Path, monkeypatch
     assert not _files(base)
 
 
-@pytest.mark.parametrize("umask", ["000", "002", "077"])
+@pytest.mark.parametrize("umask", [pytest.param("000", marks=pytest.mark.slow), "002", pytest.param("077", marks=pytest.mark.slow)])
 def test_nobody_else_can_write_there(umask: str, tmp_path: Path) -> None:
     base = tmp_path / "cache"
     _hits(base, umask)
