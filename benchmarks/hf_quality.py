@@ -29,11 +29,9 @@ SCHEMES = {
     "fp8_dynamic": "FP8_DYNAMIC",
     "fp8_block": "FP8_BLOCK",
     "int8_dynamic": "W8A8",
-    "w8a16": "W8A16",
     "w4a16": "W4A16",
     "nvfp4a16": "NVFP4A16",
     "mxfp4": "MXFP4",
-    "mxfp8": "MXFP8",
 }
 """--quant -> scheme of llm-compressor."""
 

@@ -64,8 +64,8 @@ def check_tensors(codes: Iterable[str], tensors: Tensors, statement: Statement) 
             elif told not in choices:
                 right = f"{choices[0][0]} {list(choices[0][1])}"
                 problems.append(f"{shown}.{leaf} is {told[0]} {list(told[1])}, and must be {right}")
-        if more := own.get(module, set()) - wanted.keys():
-            problems += [f"{shown}.{leaf} is no part of {scheme.title}, which config.json states" for leaf in _OWN if leaf in more]
+        if others := own.get(module, set()) - wanted.keys():
+            problems += [f"{shown}.{leaf} is no part of {scheme.title}, which config.json states" for leaf in _OWN if leaf in others]
         rows, cols = code[1]
         if ("cols" in scheme.tiled and cols % BLOCK) or ("rows" in scheme.tiled and rows > BLOCK and rows % BLOCK):
             partial.append(module)
