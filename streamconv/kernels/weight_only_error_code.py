@@ -1,0 +1,164 @@
+"""How far stored integers are from the source, in one pass over each row: the inverse of `weight_only_code`, written on its own.
+
+Sums run in lanes in a fixed order, so that they are the same on every processor.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from streamconv.kernels.jit import bits_of, float_of, jit
+from streamconv.kernels.nearest import load_bits
+
+_Array = np.ndarray[Any, Any]
+LANES = 256
+"""Columns whose sums are kept apart: one vector operation after the other, and the same order of additions everywhere."""
+
+
+@jit
+def unpack8(words: _Array, run: int, apart: int, q: _Array, family: int) -> None:
+    """int8 words (uint16) of one row -> codes, offset by 128; families as in `weight_only_code`.
+
+    Args:
+        run: words of the row that lie side by side; the next run begins `apart` words later.
+    """
+    at = 0
+    for begin in range(q.size // 2 // run):
+        part = words[begin * apart : begin * apart + run]
+        if family == 0 or family == 3:
+            for block in range(run // 8):
+                source, to = part[block * 8 : block * 8 + 8], q[at + block * 16 : at + block * 16 + 16]
+                for i in range(8):
+                    to[i] = np.uint8(source[i] & np.uint16(255))
+                for i in range(8):
+                    to[8 + i] = np.uint8(source[i] >> np.uint16(8))
+        elif family == 1:
+            for block in range(run // 2):
+                for i in range(2):
+                    q[at + block * 4 + i] = np.uint8(part[block * 2 + i] & np.uint16(255))
+                    q[at + block * 4 + 2 + i] = np.uint8(part[block * 2 + i] >> np.uint16(8))
+        else:
+            for i in range(run):
+                q[at + 2 * i] = np.uint8(part[i] & np.uint16(255)) ^ np.uint8(128)
+                q[at + 2 * i + 1] = np.uint8(part[i] >> np.uint16(8)) ^ np.uint8(128)
+        at += run * 2
+
+
+@jit
+def unpack4(words: _Array, run: int, apart: int, q: _Array, family: int) -> None:
+    """int4 words (four in a uint16) of one row -> codes, offset by 8; see `unpack8`."""
+    at = 0
+    for begin in range(q.size // 4 // run):
+        part = words[begin * apart : begin * apart + run]
+        if family == 0 or family == 3:
+            for block in range(run // 8):
+                source, to = part[block * 8 : block * 8 + 8], q[at + block * 32 : at + block * 32 + 32]
+                for i in range(8):
+                    to[i] = np.uint8(source[i] & np.uint16(15))
+                for i in range(8):
+                    to[8 + i] = np.uint8((source[i] >> np.uint16(4)) & np.uint16(15))
+                for i in range(8):
+                    to[16 + i] = np.uint8((source[i] >> np.uint16(8)) & np.uint16(15))
+                for i in range(8):
+                    to[24 + i] = np.uint8(source[i] >> np.uint16(12))
+        else:
+            for block in range(run // 2):
+                for side in range(2):
+                    for j in range(4):
+                        code = np.uint8((part[block * 2 + side] >> np.uint16(4 * j)) & np.uint16(15))
+                        if family == 1:
+                            q[at + block * 8 + 2 * j + side] = code
+                        else:
+                            q[at + block * 8 + 4 * side + j] = code ^ np.uint8(8)
+        at += run * 4
+
+
+@jit
+def compare_row(
+    source: _Array, q: _Array, scale: np.float32, top: np.float32, limits: _Array, sums: _Array, lanes: _Array, off: _Array
+) -> bool:
+    """Add a row to the sums; False if a value is farther off than it may be.
+
+    Args:
+        source: float32.
+        q: codes, offset by `limits[0]`; they count `scale` each.
+        top: largest finite magnitude of the source.
+        limits: (integers on a side, relative and absolute slack for the casts).
+        sums: [noise, signal, largest error, largest value].
+        lanes, off: float32 [2, LANES] and uint32 [cols] to work in.
+    """
+    half = limits[0]
+    step = np.float32(top / half)
+    lanes[:] = np.float32(0)
+    bound = np.float32(step * np.float32(0.5) + top * limits[1] + limits[2])
+    noise, signal = lanes[0], lanes[1]
+    far = np.uint32(0)
+    for begin in range(0, source.size, LANES):
+        count = min(LANES, source.size - begin)
+        v, codes, gaps = source[begin : begin + count], q[begin : begin + count], off[begin : begin + count]
+        for i in range(count):
+            gap = np.float32(np.float32(np.float32(np.float32(codes[i]) - half) * scale) - v[i])
+            noise[i] += np.float32(gap * gap)
+            signal[i] += np.float32(v[i] * v[i])
+            size = np.uint32(bits_of(gap) & np.uint32(0x7FFFFFFF))
+            far = max(far, size)  # of bits: a maximum of floats is no vector operation
+            gaps[i] = size
+    for i in range(LANES):
+        sums[0] += np.float64(noise[i])
+        sums[1] += np.float64(signal[i])
+    sums[2], sums[3] = max(sums[2], np.float64(float_of(far))), max(sums[3], np.float64(top))
+    near, wide = bits_of(bound), bits_of(np.float32(bound + step))
+    if far <= near:
+        return True
+    last = np.float32((half - np.float32(1.5)) * step)  # above it the next integer would be one too many
+    for i in range(source.size):
+        if off[i] > near and not (source[i] > last and off[i] <= wide):
+            return False
+    return True
+
+
+@jit
+def integer_errors(
+    source: _Array, start: int, stride: int, rows: int, cols: int, words: _Array, scales: _Array,
+    kind: int, target: int, bits: int, family: int, limits: _Array, sums: _Array,
+) -> int:  # fmt: skip
+    """Rows of a mixed-GEMM layout against their source; gives how many rows hold a value that is farther off than it may be.
+
+    Args:
+        source, start, stride, kind: as of `weight_only_code.int8_rows`; `words` is its output.
+        scales: float32 of each row, as stored.
+        limits, sums: see `compare_row`.
+    """
+    values = np.empty(cols, np.float32)
+    pattern = values.view(np.uint32)
+    q = np.empty(cols, np.uint8)
+    off = np.empty(cols, np.uint32)
+    lanes = np.empty((2, LANES), np.float32)
+    each = 16 // bits
+    wrong = 0
+    for r in range(rows):
+        highest = load_bits(source[start + r * stride : start + r * stride + cols], kind, pattern)
+        if family == 0:
+            group = 2 if bits == 8 else 4
+            run = 64 // each
+            line = words[(r // group) * group * (cols // each) + (r % group) * run :]
+            apart = group * run
+        else:
+            run, apart, line = cols // each, cols // each, words[r * (cols // each) : (r + 1) * (cols // each)]
+        if bits == 8:
+            unpack8(line, run, apart, q, family)
+        else:
+            unpack4(line, run, apart, q, family)
+        if highest >= np.uint32(0x7F800000):  # values that are not finite have no error
+            for i in range(cols):
+                if (pattern[i] & np.uint32(0x7FFFFFFF)) >= np.uint32(0x7F800000):
+                    values[i] = np.float32(0)
+                    q[i] = np.uint8(limits[0])
+            highest = np.uint32(0)
+            for i in range(cols):
+                highest = max(highest, np.uint32(pattern[i] & np.uint32(0x7FFFFFFF)))
+        if not compare_row(values, q, scales[r], float_of(highest), limits, sums, lanes, off):
+            wrong += 1
+    return wrong
