@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 from streamconv import memory
 from streamconv.open_plan import LOADS
@@ -11,19 +12,24 @@ from streamconv.options import Resources
 from streamconv.planning import memory_plan
 from streamconv.planning.memory_plan import Shares, TileCost
 from streamconv.planning.reads import Reads
+from streamconv.planning.tasks import encode_tasks
 
 SPARE = 8 * memory.MIB
 """How much a run may differ from what was foreseen and still keep within the budget that a plan accepted."""
 
 
-def costs_of(reads: Reads, on_device: bool = False) -> list[TileCost]:
-    """Tile cost of every read; equal reads are worked out once."""
+def costs_of(reads: Reads, on_device: bool = False, checked: bool = False) -> list[TileCost]:
+    """Tile cost of every read; equal reads are worked out once.
+
+    Args:
+        checked: each tile is decoded (`run.inline_check`).
+    """
     known: dict[object, TileCost] = {}
     costs = []
     for number in range(len(reads)):
         kind = reads.kind(number)
         if kind not in known:
-            known[kind] = _cost(reads, number, on_device)
+            known[kind] = _with_check(reads, number, _cost(reads, number, on_device)) if checked else _cost(reads, number, on_device)
         costs.append(known[kind])
     return costs
 
@@ -41,6 +47,19 @@ def _cost(reads: Reads, number: int, on_device: bool) -> TileCost:
         any(cost.torch for cost in each),
         max(cost.fixed for cost in each),
     )
+
+
+def _with_check(reads: Reads, number: int, cost: TileCost) -> TileCost:
+    """A tile that is decoded as well, a few rows at a time."""
+    fixed, torch = 0, cost.torch
+    for share in reads[number].shares:
+        plan = reads.plans[share.output]
+        span = plan.spans[share.span]
+        for task in encode_tasks(span, plan.matrices):
+            if not task.is_copy(span.source.dtype):
+                torch = torch or task.encoding.error_kernel(span.source.dtype) is None
+                fixed = max(fixed, memory_plan.CHECK_BYTES, task.encoding.row_align * task.width * memory_plan.CHECK_ELEMENT)
+    return replace(cost, fixed=cost.fixed + fixed, torch=torch)
 
 
 def least(costs: Sequence[TileCost]) -> int:

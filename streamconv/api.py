@@ -31,6 +31,7 @@ from streamconv.run.writer import Writer, begin, check_plan
 from streamconv.targets.base import Output, Target
 
 if TYPE_CHECKING:
+    from streamconv.run.inline_check import InlineCheck
     from streamconv.run.output_state import OutputState
 
 
@@ -152,14 +153,14 @@ class Conversion:
             if unfinished:
                 reads = Reads([writer.plan for writer in unfinished])
                 taken = hub.memory_of(index) + self.pinned
-                with executor(reads, resources, costs_of(reads), taken, self.instead) as execution:
+                with executor(reads, resources, costs_of(reads, checked=resources.verify_inline), taken, self.instead) as execution:
                     shares, where = execution.shares, execution.where
                     meter.begin("converting", reads.nbytes, memory_budget=shares.budget)
                     laps.append(self.clock())
                     begin(unfinished)
                     laps.append(self.clock())
                     states = {
-                        writer: OutputState(writer.plan, writer.folder, writer.journal, writer.past, loose)
+                        writer: OutputState(writer.plan, writer.folder, writer.journal, writer.past, loose, self._check(writer.plan))
                         for writer, loose in zip(unfinished, reads.loose, strict=True)
                     }
                     fetch = Fetch(reads, index.shards, [writer.past for writer in unfinished], resources.hub_keep)
@@ -187,8 +188,11 @@ class Conversion:
                 for shard in index.shards:
                     shard.check_unchanged()
                 meter.phase("syncing")
+                for state in states.values():
+                    if state.check is not None:
+                        state.check.finish()
                 for writer, state in states.items():
-                    writer.publish(state.hashes)
+                    writer.publish(state.hashes, state.check.manifest() if state.check is not None else None)
                 laps.append(self.clock())
                 profile = profile_of(laps, outcome.seconds, shares.workers)
         meter.end()
@@ -212,10 +216,17 @@ class Conversion:
             outputs=tuple(made),
         )
 
+    def _check(self, plan: Plan) -> InlineCheck | None:
+        from streamconv.run.inline_check import InlineCheck
+
+        return InlineCheck(plan, self.resources.min_snr) if self.resources.verify_inline else None
+
     def _run_in_parts(self) -> Report:
         """As `_run`, for one of the processes that share the work."""
         from streamconv.in_parts import Worker
 
+        if self.resources.verify_inline:
+            raise UsageError("--verify inline and --parts exclude each other so far", hint="verify --part N checks a part")
         if len(self.outputs) > 1:
             raise UsageError("--parts: several machines make one output at a time", hint="leave it out, or make one output after the other")
         began, (output,), resources, meter = self.clock(), self.outputs, self.resources, self.meter
@@ -253,7 +264,7 @@ class Conversion:
 
 def _foreseen(plans: Sequence[Plan], resources: Resources) -> Shares:
     reads = Reads(plans)
-    return foresee(reads, resources, costs_of(reads), 0)
+    return foresee(reads, resources, costs_of(reads, checked=resources.verify_inline), 0)
 
 
 def _written(output: Output, writer: Writer, state: OutputState | None) -> Written:
@@ -266,4 +277,5 @@ def _written(output: Output, writer: Writer, state: OutputState | None) -> Writt
         state.resumed if state is not None else 0,
         writer.finished,
         (*plan.warnings, *(state.warnings() if state is not None else ())),
+        tuple(state.check.errors()) if state is not None and state.check is not None else (),
     )

@@ -70,7 +70,7 @@ def executor(reads: Reads, resources: Resources, costs: Sequence[TileCost], take
     backends: list[Backend] = [Cuda(name) for name in choice.devices]
     kernels, workers, best = any(cost.kernel for cost in costs), resources.workers, memory_plan.BEST_ARENA
     if backends:
-        costs = costs_of(reads, on_device=True)
+        costs = costs_of(reads, on_device=True, checked=resources.verify_inline)
         workers = workers or device.slots(memory_plan.processors(), len(backends)) * len(backends)
         best = device.arena(reads.nbytes, workers, least(costs))
     else:

@@ -33,6 +33,8 @@ class Resources:
         hub_keep: "all" keeps the shards of a Hub model in the cache; "none" removes each that was downloaded once it was read.
         read: "pread" copies the source's rows into the arena, "map" maps them where it can (see stages/mapped.py), "auto" maps what the
             page cache holds, on the CPU.
+        verify_inline: decode each tile and hold it against its source before it is written; the manifest says what was found.
+        min_snr: dB that every matrix must then reach, None for what its encoding promises.
         parts: how many the work is cut into, the same for every process that does some of it; None: this process does all of it.
         part: do this one alone; None takes parts until none is left.
         begin: where among the parts this process begins, from 0 to 1; workers that begin apart share few source files.
@@ -49,6 +51,8 @@ class Resources:
     hub_keep: str = "all"
     read: Read = "auto"
     no_lock: bool = False
+    verify_inline: bool = False
+    min_snr: float | None = None
     parts: int | None = None
     part: int | None = None
     begin: float = 0.0

@@ -7,11 +7,29 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
+@dataclass(slots=True)
+class TensorError:
+    """Decoded values against the source's: for all rows of a matrix (`--verify inline`), or for some of them: its first, and those
+    that are not what was expected (`verify --source`).
+
+    Attributes:
+        rows: how many of them.
+        snr_db: signal to noise; infinite if all values are equal.
+    """
+
+    file: str
+    name: str
+    rows: int
+    largest: float
+    relative: float
+    snr_db: float
+
+
 @dataclass(frozen=True, slots=True)
 class Written:
     """One output of a conversion: files, tensors, bytes, tiles of an earlier run that were kept, and what the user should know of it.
 
-    `finished`: an earlier run had made it, and nothing was done.
+    `finished`: an earlier run had made it, and nothing was done. `errors` of each matrix, if each tile was decoded (`verify_inline`).
     """
 
     out: str
@@ -21,6 +39,7 @@ class Written:
     resumed: int
     finished: bool
     warnings: tuple[str, ...]
+    errors: tuple[TensorError, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

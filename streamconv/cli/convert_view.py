@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import isinf
+
 from streamconv.cli import output
 from streamconv.memory import show_size
 from streamconv.reports import Report
@@ -36,6 +38,11 @@ def show(report: Report, as_json: bool, quiet: bool) -> None:
         f"peak memory {show_size(report.peak_memory)} of {show_size(report.budget)} with {report.workers} workers"
         + (f"; {report.resumed} tiles of an earlier run were kept" if report.resumed else "")
     )
+    if errors := [error for written in report.outputs for error in written.errors]:
+        worst = min(errors, key=lambda error: error.snr_db)
+        inexact = sum(not isinf(error.snr_db) for error in errors)
+        told = f", the worst {worst.name} with an SNR of {worst.snr_db:.1f} dB" if inexact else ""
+        output.line(f"{len(errors)} matrices were decoded as they were written, {len(errors) - inexact} are exact{told}")
     if report.profile:
         mapped = f"; {show_size(report.bytes_mapped)} of the source mapped, {show_size(report.bytes_read - report.bytes_mapped)} copied"
         output.line("seconds: " + ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in report.profile.items()) + mapped)

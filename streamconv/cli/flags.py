@@ -142,6 +142,15 @@ OF_A_RUN: tuple[_Decorator, ...] = (
         help="On the CPU: map the source, copy it into memory, or map what the page cache holds. Network file systems are never mapped.",
         **_OF_RESOURCES,
     ),
+    click.option(
+        "--verify",
+        type=click.Choice(["none", "inline"]),
+        default="none",
+        show_default=True,
+        help="inline: decode each tile and hold it against its source before it is written; the manifest gets the SNR of each tensor.",
+        **_OF_RESOURCES,
+    ),
+    click.option("--min-snr", type=float, metavar="DB", help="--verify inline: fail if a tensor's SNR is below.", **_OF_RESOURCES),
 )
 """What only a command that converts can use."""
 OUTPUTS: tuple[_Decorator, ...] = (

@@ -79,6 +79,8 @@ def convert(
     hub_keep: str,
     on_device_loss: Any,
     read: Any,
+    verify: str,
+    min_snr: float | None,
     progress: str,
     memory_trace: str | None,
     report: str | None,
@@ -124,8 +126,12 @@ def convert(
         on_device_loss=on_device_loss,
         read=read,
         no_lock=no_lock,
+        verify_inline=verify == "inline",
+        min_snr=min_snr,
         **sharing(parts, part, wait, private_parts),
     )
+    if min_snr is not None and not asked.verify_inline:
+        raise UsageError("--min-snr has no effect without --verify inline", hint="add --verify inline, or leave it out")
     if asked.parts and text:
         raise UsageError("--text and --parts exclude each other", hint="run `streamconv calibrate` once, then use --activation-ranges")
     outputs = several.asked(model, out, more, values.pop("output"), _recipe_keys(), ("text", "parts", "part", "private_parts"))
@@ -156,7 +162,7 @@ def convert(
     convert_view.show(made, as_json, quiet)
     if made.published and not outputs:
         recipe_option.compare(place)
-    watched.write(report, lambda: pages_view.conversion(model, made, facts, watched))
+    watched.write(report, lambda: pages_view.conversion(model, made, facts, watched, min_snr))
     if as_json:
         output.dump(dataclasses.asdict(made))
     return 0

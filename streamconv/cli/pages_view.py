@@ -26,9 +26,9 @@ def planned(model: str, out: str, wanted: Target, asked: Resources) -> runs.Plan
     return runs.planned(plan, recipe, None)
 
 
-def conversion(model: str, report: Any, facts: runs.Planned | None, watched: Watched) -> Page:
+def conversion(model: str, report: Any, facts: runs.Planned | None, watched: Watched, least: float | None) -> Page:
     """The page of `convert`."""
-    return runs.conversion(model, report, facts, watched.samples, command_line())
+    return runs.conversion(model, report, facts, watched.samples, command_line(), least)
 
 
 def verification(out: str, source: str | None, verdict: Verdict, watched: Watched) -> Page:

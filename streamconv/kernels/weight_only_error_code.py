@@ -113,16 +113,17 @@ def compare_row(
     if far <= near:
         return True
     last = np.float32((half - np.float32(1.5)) * step)  # above it the next integer would be one too many
+    wrong = 0
     for i in range(source.size):
         if off[i] > near and not (source[i] > last and off[i] <= wide):
-            return False
-    return True
+            wrong += 1
+    return wrong == 0
 
 
 @jit
 def integer_errors(
     source: _Array, start: int, stride: int, rows: int, cols: int, words: _Array, scales: _Array,
-    kind: int, target: int, bits: int, family: int, limits: _Array, sums: _Array,
+    kind: int, bits: int, family: int, limits: _Array, sums: _Array,
 ) -> int:  # fmt: skip
     """Rows of a mixed-GEMM layout against their source; gives how many rows hold a value that is farther off than it may be.
 

@@ -60,9 +60,13 @@ def planned(plan: Plan, recipe: str, estimate: float | None) -> Planned:
 
 
 def conversion(
-    model: str, report: Report, plan: Planned | None, samples: Sequence[Sample], command: str
+    model: str, report: Report, plan: Planned | None, samples: Sequence[Sample], command: str, least: float | None = None
 ) -> Page:
-    """The page of a conversion."""
+    """The page of a conversion.
+
+    Args:
+        least: --min-snr, dB.
+    """
     facts = [
         ("source", model),
         ("output", report.out),
@@ -82,6 +86,8 @@ def conversion(
             told = f"{plan.estimate:.1f} s; it took {abs(off):.0%} {'longer' if off > 0 else 'less'}"
             facts.append(("estimated before", told))
     sections += [*timeline.sections(samples), *_bound(report, samples)]
+    errors = [error for written in report.outputs for error in written.errors]
+    sections += tensors.errors(errors, least, "All rows were compared, tile by tile, before they were written.")
     if plan is not None:
         sections.append(tensors.sizes(plan.before, plan.after))
         rows = sorted(plan.decisions.items(), key=lambda pair: natural(pair[0]))

@@ -10,7 +10,7 @@ from streamconv.memory import show_size
 from streamconv.natural import natural
 from streamconv.pages.chart import bars, heatmap
 from streamconv.pages.page import Section, Table
-from streamconv.verification.verdict import TensorError
+from streamconv.reports import TensorError
 
 _KINDS = (
     ("norms", r"norm|(^|\.)ln_|layernorm"),

@@ -28,6 +28,10 @@ MAX_WORKERS = 1024
 """No machine has use for more threads, and a typing error is no reason to start them."""
 
 
+CHECK_BYTES, CHECK_ELEMENT = 4 * MIB, 96
+"""Working memory of a worker that decodes rows to check them, and what each element takes of it."""
+
+
 @dataclass(frozen=True, slots=True)
 class TileCost:
     """Memory of a tile of a span: `fixed` plus `per_row` for each source row, `source` of it as read.

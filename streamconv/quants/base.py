@@ -60,6 +60,27 @@ class Findings:
         self.overflow += other.overflow
 
 
+@dataclass(slots=True)
+class Errors:
+    """Decoded values against the source's, over elements that are finite on both sides.
+
+    Attributes:
+        noise, signal: sums of squares.
+        largest, peak: largest absolute error and source value.
+        wrong: elements or rows that are farther off than the encoding allows.
+    """
+
+    noise: float = 0.0
+    signal: float = 0.0
+    largest: float = 0.0
+    peak: float = 0.0
+    wrong: int = 0
+
+    def add(self, other: Errors) -> None:
+        self.noise, self.signal, self.wrong = self.noise + other.noise, self.signal + other.signal, self.wrong + other.wrong
+        self.largest, self.peak = max(self.largest, other.largest), max(self.peak, other.peak)
+
+
 class Known(Protocol):
     """Finished reductions; `get` waits for one."""
 
@@ -100,6 +121,10 @@ Kernel = Callable[["np.ndarray[Any, Any]", int, int, int, int, "Sequence[np.ndar
 element (r, c) of the block is flat[start + r*stride + c]. `outs` are 1-D uint8 arrays of exactly `Part.nbytes(rows)` bytes, one
 for each part. It must release the interpreter lock while it works.
 """
+
+
+ErrorKernel = Callable[["np.ndarray[Any, Any]", int, int, int, int, "Sequence[np.ndarray[Any, Any]]"], Errors]
+"""Source and what was stored of it, as for `Kernel`, to their errors in one pass; `wrong` counts rows."""
 
 
 class Encoding(ABC):
@@ -165,6 +190,10 @@ class Encoding(ABC):
 
     def kernel(self, source: DType) -> Kernel | None:
         """The fused CPU kernel for this source dtype, or None to run the torch definition."""
+        return None
+
+    def error_kernel(self, source: DType) -> ErrorKernel | None:
+        """The fused CPU kernel that holds stored rows against their source, or None to decode them."""
         return None
 
     def prepare(self, source: DType) -> None:

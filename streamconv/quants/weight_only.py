@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from streamconv.checkpoint.dtypes import I8, DType
-from streamconv.quants.base import Encoding, Findings, Kernel, Part
+from streamconv.quants.base import Encoding, ErrorKernel, Findings, Kernel, Part
 from streamconv.quants.layout import Layout
 from streamconv.quants.rounding import half_ulp
 
@@ -94,6 +94,13 @@ class WeightOnly(Encoding):
         from streamconv.kernels.weight_only import weight_only_kernel
 
         return weight_only_kernel(source, self.dtype, self.bits, self.family)
+
+    def error_kernel(self, source: DType) -> ErrorKernel | None:
+        if source.name not in ("F32", "F16", "BF16"):
+            return None
+        from streamconv.kernels.weight_only import weight_only_errors
+
+        return weight_only_errors(source, self.dtype, self.bits, self.family)
 
     def torch_bytes_per_element(self) -> int:
         return 28

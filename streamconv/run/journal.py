@@ -6,7 +6,8 @@ reading stops at the first line that does not match, so a torn tail is as if it 
     {"run": ...}                      first line: what this work is for (see `identity`)
     {"tile": [span, start, stop],     source rows of a span (row ranges, so budget and workers may change at resume)
      "hash": [[...], ...],            XXH3-128 of the bytes of every part, for every distinct request of the span
-     "found": [overflow, nonfinite]}
+     "found": [overflow, nonfinite],
+     "errors": [[...], ...]}          with `--verify inline`
     {"ready": [...]}                  everything is on the disk; these files are about to get their names
 
 A tile's line is written after fdatasync of the files that hold its bytes, and believed only if these still have its
@@ -52,6 +53,7 @@ class TileRecord:
     Attributes:
         hashes: for every request of the span, XXH3-128 (hex) of each part's bytes.
         overflow, nonfinite: what encoding them found.
+        errors: for every request what decoding it found, empty for a copy; none at all if nobody looked (`run.inline_check`).
     """
 
     span: int
@@ -60,6 +62,7 @@ class TileRecord:
     hashes: tuple[tuple[str, ...], ...]
     overflow: int = 0
     nonfinite: int = 0
+    errors: tuple[tuple[float, ...], ...] = ()
 
 
 @dataclass(slots=True)
@@ -218,12 +221,15 @@ def _is_tile(record: dict[str, Any]) -> bool:
     numbers = [*tile, *found]  # type: ignore[misc]
     sound = len(tile) == 3 and len(found) == 2 and all(type(number) is int and 0 <= number < 1 << 62 for number in numbers)  # type: ignore[arg-type]
     sound = sound and tile[1] < tile[2] and all(isinstance(parts, list) for parts in hashes)  # type: ignore[index,union-attr]
-    return sound and all(isinstance(part, str) for parts in hashes for part in parts)  # type: ignore[union-attr]
+    sound = sound and all(isinstance(part, str) for parts in hashes for part in parts)  # type: ignore[union-attr]
+    errors = record.get("errors", [])
+    return sound and isinstance(errors, list) and all(isinstance(kept, list) and all(type(v) is float for v in kept) for kept in errors)
 
 
 def _done(record: dict[str, Any]) -> TileRecord:
     (span, start, stop), (overflow, nonfinite) = record["tile"], record["found"]
-    return TileRecord(span, start, stop, tuple(tuple(parts) for parts in record["hash"]), overflow, nonfinite)
+    errors = tuple(tuple(kept) for kept in record.get("errors", []))
+    return TileRecord(span, start, stop, tuple(tuple(parts) for parts in record["hash"]), overflow, nonfinite, errors)
 
 
 class Journal:
@@ -263,7 +269,8 @@ class Journal:
         lines = []
         for done in tiles:
             found = [done.overflow, done.nonfinite]
-            lines.append(sealed({"tile": [done.span, done.start, done.stop], "hash": done.hashes, "found": found}))
+            looked = {"errors": done.errors} if done.errors else {}
+            lines.append(sealed({"tile": [done.span, done.start, done.stop], "hash": done.hashes, "found": found} | looked))
         with explained(self.path, "write"):
             self._append(b"".join(lines))
 

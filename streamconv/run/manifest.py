@@ -34,7 +34,11 @@ _File = tuple[str, int, str, Iterable[tuple[str, str]]]
 
 
 def build(
-    plan: Plan, hashes: Sequence[Iterable[str]], no_lock: bool = False, side: Iterable[tuple[str, int, str]] = ()
+    plan: Plan,
+    hashes: Sequence[Iterable[str]],
+    no_lock: bool = False,
+    side: Iterable[tuple[str, int, str]] = (),
+    snr: Mapping[str, Mapping[str, float | str]] | None = None,
 ) -> Iterator[bytes]:
     """The manifest's bytes, in pieces; the same for the same output.
 
@@ -42,6 +46,7 @@ def build(
         side: name, bytes and XXH3-128 (hex) of every other file but config.json; asked for when the first piece is.
         hashes: for each file of the plan, XXH3-128 (hex) of its tensors in the order of the data.
         no_lock: the run was allowed to go on without a lock, and without syncing folders.
+        snr: what `--verify inline` measured, file -> tensor -> dB.
     """
     import xxhash
 
@@ -62,6 +67,8 @@ def build(
     }
     if plan.source_config is not None:
         head["source_config"] = plan.source_config
+    if snr is not None:
+        head["snr"] = snr
     if no_lock:
         head["no_lock"] = True
     pairs = zip(plan.files, hashes, strict=True)

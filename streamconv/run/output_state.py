@@ -11,6 +11,7 @@ from streamconv.planning.plan import Dest, Plan, Span
 from streamconv.quants.base import Findings
 from streamconv.run.cut import JournalState, Task
 from streamconv.run.executor import Encoded
+from streamconv.run.inline_check import InlineCheck
 from streamconv.run.journal import Journal, TileRecord
 from streamconv.run.judge import judge
 from streamconv.run.order import Hashes, HashOrder
@@ -39,6 +40,7 @@ class OutputState:
         journal: told of every tile that is safely on the disk.
         past: what an earlier run finished.
         loose: matrices that get their rows in any order.
+        check: holds each tile against its source; None believes what was encoded.
 
     Attributes:
         hashes: of every tensor, once the run is done.
@@ -49,7 +51,8 @@ class OutputState:
     """
 
     def __init__(
-        self, plan: Plan, folder: Sink, journal: Journal | None = None, past: JournalState | None = None, loose: Collection[int] = ()
+        self, plan: Plan, folder: Sink, journal: Journal | None = None, past: JournalState | None = None, loose: Collection[int] = (),
+        check: InlineCheck | None = None,
     ) -> None:
         self.plan, self.past = plan, past or {}
         self.hashes = Hashes(plan.files)
@@ -57,7 +60,7 @@ class OutputState:
         self.results = ReductionResults(plan.spans.reducing())
         self.overflow: dict[str, int] = {}
         self.nonfinite: dict[str, int] = {}
-        self.resumed = 0
+        self.resumed, self.check = 0, check
         self._folder, self._journal = folder, journal
         self._recorder: Recorder | None = None
         self._counting = threading.Lock()
@@ -111,18 +114,24 @@ class OutputState:
                 at += len(view)
             self.hashes.put(matrix.file, place.position, digest.digest())
 
-    def record(self, task: Task, hashes: tuple[tuple[str, ...], ...], found: Findings, written: int) -> None:
+    def record(
+        self, task: Task, hashes: tuple[tuple[str, ...], ...], found: Findings, errors: tuple[tuple[float, ...], ...], written: int
+    ) -> None:
         """All of a task is written: the journal gets a line when it is on the disk."""
         if self._recorder is not None:
             dests = self.plan.spans[task.share.span].dests
             files = {self.plan.files[self.plan.matrices.file(dest.matrix)].name for dest in dests}
-            done = TileRecord(task.share.span, *task.rows(), hashes, found.overflow, found.nonfinite)
+            done = TileRecord(task.share.span, *task.rows(), hashes, found.overflow, found.nonfinite, errors)
             self._recorder.add(done, files, written)
 
     def verify_resumed_tile(self, done: TileRecord, buffer: Bytes) -> bool:
         """Take rows of an earlier run as they are, if their bytes are still those that were recorded."""
+        if self.check is not None and not self.check.knows(done):
+            return False
         if not isinstance(self._folder, OutputFolder) or not verify_resumed_tile(self.plan, done, self._folder, self.order, buffer):
             return False
+        if self.check is not None:
+            self.check.resumed(done)
         span = self.plan.spans[done.span]
         for dest in span.dests:
             self._written(dest.matrix, span.op.out_rows(done.stop - done.start))

@@ -99,6 +99,7 @@ class TileWorker:
         with self._rows(tile, tally) as rows:
             for task in tile.tasks:
                 output, found, hashes, before = self.outputs[task.share.output], Findings(), [], tally.written
+                errors: list[tuple[float, ...]] = []
                 span, (start, stop) = output.plan.spans[task.share.span], task.rows()
                 count, skipped = span.op.out_rows(stop - start), span.op.out_rows(start - span.start)
                 if span.reduce is not None:
@@ -110,6 +111,8 @@ class TileWorker:
                 for made in encoded(output.plan, span, count, rows.of(task, span), rows.free, output.results, self.slot):
                     output.judge(span, made)
                     found.add(made.findings)
+                    if output.check is not None:
+                        errors.append(output.check.tile(span, made, rows.of(task, span), count, output.results))
                     tally.lap("compute")
                     hashes.append(tuple(xxhash.xxh3_128(part.data).hexdigest() for part in made.parts))
                     for dest in made.dests:
@@ -118,7 +121,7 @@ class TileWorker:
                         tally.written += output.write(dest, dest.row + skipped, count, made.parts)
                         tally.lap("write")
                 rows.check()
-                output.record(task, tuple(hashes), found, tally.written - before)
+                output.record(task, tuple(hashes), found, tuple(errors), tally.written - before)
         return tally
 
     @contextlib.contextmanager

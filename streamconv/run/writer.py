@@ -247,12 +247,12 @@ class Writer:
         self.folder.create(files, fresh=self._past is None and not self.parts)
         self._created = True
 
-    def publish(self, hashes: Hashes) -> None:
+    def publish(self, hashes: Hashes, snr: Mapping[str, Mapping[str, float | str]] | None = None) -> None:
         """All tiles are written: sync, write config.json and the manifest, give the folder its name."""
         *others, config = self.plan.side_files
         made: list[tuple[str, int, str]] = []
         last = [(side.name, _pieces(side, made)) for side in others]
-        last.append((manifest.NAME, manifest.build(self.plan, hashes.of_files(), self.no_lock, made)))
+        last.append((manifest.NAME, manifest.build(self.plan, hashes.of_files(), self.no_lock, made, snr)))
         self.folder.complete([*last, (config.name, [self.plan.config])])
         self.journal.ready(self.folder.names())
         self.folder.publish(self._found)

@@ -4,22 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-
-@dataclass(slots=True)
-class TensorError:
-    """Decoded values against the source's, for some rows of a matrix of one rank: its first, and those that are not what was expected.
-
-    Attributes:
-        rows: how many of them.
-        snr_db: signal to noise; infinite if all values are equal.
-    """
-
-    file: str
-    name: str
-    rows: int
-    largest: float
-    relative: float
-    snr_db: float
+from streamconv.reports import TensorError as TensorError
 
 
 @dataclass(slots=True)
