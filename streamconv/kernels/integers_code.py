@@ -13,6 +13,28 @@ _Array = np.ndarray[Any, Any]
 
 
 @jit
+def decode_affine(codes: _Array, scales: _Array, zeros: _Array, per_col: int, target: int, out: _Array) -> None:
+    """out[n, k] = codes[n, k] * scales[g, n] + zeros[g, n] with g = k // per_col, in float64, rounded once to float32 and once to out.
+
+    Args:
+        codes: int8, N rows of K one after the other.
+        scales, zeros: float32 [G, N].
+        out: of the storage type of `target`.
+    """
+    cols = per_col * scales.shape[0]
+    for n in range(scales.shape[1]):
+        for k in range(cols):
+            g = k // per_col
+            value = bits_of(np.float32(np.float64(codes[n * cols + k]) * np.float64(scales[g, n]) + np.float64(zeros[g, n])))
+            if target == 0:
+                out[n * cols + k] = value
+            elif target == 1:
+                out[n * cols + k] = to_f16(value)
+            else:
+                out[n * cols + k] = to_bf16(value)
+
+
+@jit
 def decode_integers(
     codes: _Array, scales: _Array, zeros: _Array, groups: _Array, middle: int, target: int, out: _Array
 ) -> None:

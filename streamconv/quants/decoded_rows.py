@@ -16,6 +16,7 @@ from streamconv.checkpoint.packed_rows import AWQ_POSITION
 from streamconv.checkpoint.rows import PackedTensor, Piece, SourceTensor
 from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.stored_codes import Code, as_float, values
+from streamconv.checkpoint.strided_rows import Strided
 from streamconv.checkpoint.turned_rows import read_stripe
 
 if TYPE_CHECKING:
@@ -115,6 +116,52 @@ class DecodedTensor(_Decoded):
 
     def drop_page_cache(self, shards: Sequence[Shard], start: int, stop: int) -> None:
         self.codes.drop_page_cache(shards, start, stop)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedAffine(_Decoded):
+    """A group-wise weight [N, K] of a TensorRT-LLM checkpoint as floats: code * scale + zero.
+
+    Attributes:
+        codes: the integers, around zero.
+        scales, zeros: [groups, N].
+    """
+
+    codes: PackedTensor
+    scales: Strided
+    zeros: Strided
+
+    @property
+    def row_align(self) -> int:
+        return self.codes.row_align
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        return (*self.codes.pieces, *self.scales.pieces, *self.zeros.pieces)
+
+    @property
+    def stored_row_bytes(self) -> int:
+        return self.codes.stored_row_bytes
+
+    @property
+    def scratch_row_bytes(self) -> int:
+        return self.cols + self.codes.scratch_row_bytes + 2 * self.scales.rows * (self.scales.dtype.itemsize + 4)
+
+    def read(self, shards: Sequence[Shard], start: int, stop: int, out: Bytes, scratch: Bytes) -> None:
+        import numpy as np
+
+        from streamconv.kernels.integers_code import decode_affine
+        from streamconv.kernels.rows import CODES
+
+        count, groups = stop - start, self.scales.rows
+        codes = scratch[: count * self.cols]
+        self.codes.read(shards, start, stop, codes, scratch[codes.size :])
+        numbers = []
+        for tensor in (self.scales, self.zeros):
+            raw = np.empty(groups * count * tensor.dtype.itemsize, np.uint8)
+            tensor.read_part(shards, (0, groups), (start, stop), raw)
+            numbers.append(as_float(raw, tensor.dtype.name).reshape(groups, count))
+        decode_affine(codes.view(np.int8), *numbers, self.cols // groups, CODES[self.dtype.name], out.view(self.dtype.storage))
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from streamconv.checkpoint.tensor_table import TensorTable
 from streamconv.errors import CheckpointError, RefusedError
 from streamconv.families.naming import settle
 from streamconv.hub import open_stored
-from streamconv.quants.decoded_rows import DecodedIntegers, DecodedTensor
+from streamconv.quants.decoded_rows import DecodedAffine, DecodedIntegers, DecodedTensor
 from streamconv.targets.hf.sources import Weight, stored_weights
 from streamconv.targets.trtllm.rank_source import is_rank_folder
 
@@ -52,7 +52,7 @@ def kind_of(weight: Weight) -> str:
         return weight.dtype.name
     if isinstance(weight, DecodedTensor):
         return _CODES[weight.code]
-    return f"INT{weight.codes.bits}" if isinstance(weight, DecodedIntegers) else "MXFP4"
+    return f"INT{weight.codes.bits}" if isinstance(weight, DecodedIntegers | DecodedAffine) else "MXFP4"
 
 
 def open_sides(a: str, b: str) -> tuple[Side, Side]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import streamconv
 from streamconv import HuggingFace, Resources, TensorRTLLM
@@ -197,3 +198,48 @@ def test_what_depends_on_the_cut_is_refused(golden_inputs: Path, tmp_path: Path)
     smooth = _convert(source, tmp_path / "smooth", TensorRTLLM(quant="smoothquant", activation_ranges=ranges))
     with pytest.raises(RefusedError, match="not read back"):
         streamconv.plan(smooth)
+
+
+@pytest.mark.parametrize("version", ["1.2", pytest.param("0.16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("llama_gptq_g64", {"quant": "int4_gptq", "group_size": 64}),
+        pytest.param("llama_gptq8_g64", {"quant": "int8_gptq", "group_size": 64}, marks=pytest.mark.slow),
+        ("hf_awq", {"quant": "int4_gptq", "group_size": 64}),
+    ],
+)
+def test_group_wise_integers_are_kept(name: str, options: dict[str, Any], version: Any, golden_inputs: Path, tmp_path: Path) -> None:
+    source, asked = golden_inputs / "inputs" / name, {"target_sm": 80, "target_version": version} | options
+    at = _convert(source, tmp_path / "made", TensorRTLLM(**asked))
+    for number, step in enumerate(({"tp_size": 2}, {"target_sm": 90}, {"tp_size": 1})):
+        asked |= step
+        at = _convert(at, tmp_path / f"cut{number}", TensorRTLLM(**step))
+        assert _files(at) == _files(_convert(source, tmp_path / "direct", TensorRTLLM(**asked))), step
+
+
+def test_group_wise_integers_are_decoded(golden_inputs: Path, tmp_path: Path) -> None:
+    """0.16 for SM 90 stores them in order: two in a byte, scales and zeros [groups, N] beside them."""
+    from safetensors.torch import load_file
+
+    source = golden_inputs / "inputs" / "llama_gptq_g64"
+    target = TensorRTLLM(quant="int4_gptq", group_size=64, target_sm=90, target_version="0.16")
+    plain = load_file(_convert(source, tmp_path / "plain", target) / "rank0.safetensors")
+    module = "transformer.layers.1.mlp.proj"
+    codes = plain[f"{module}.weight"].contiguous().view(torch.uint8).reshape(256, -1)  # N, two inputs in a byte
+    numbers = torch.stack([codes & 15, codes >> 4], 2).reshape(256, 256).to(torch.int32)
+    numbers = (numbers ^ 8) - 8
+    scales, zeros = (plain[f"{module}.{name}"].double().repeat_interleave(64, 0).T for name in ("weights_scaling_factor", "zero"))
+    want = (numbers * scales + zeros).half()
+    made = _convert(source, tmp_path / "made", TensorRTLLM(quant="int4_gptq", group_size=64, target_sm=80, tp_size=2))
+    with streamconv.open(_convert(made, tmp_path / "back", HuggingFace())) as back:
+        got = back["model.layers.1.mlp.down_proj.weight"].torch()
+    assert bool(((got - want).abs() <= want.abs() * 2**-10).all()) and float((got == want).float().mean()) > 0.99
+
+
+def test_group_wise_integers_of_an_unknown_layout_are_refused(golden_inputs: Path, tmp_path: Path) -> None:
+    target = TensorRTLLM(quant="int4_gptq", group_size=64, target_sm=80)
+    made = _convert(golden_inputs / "inputs" / "llama_gptq_g64", tmp_path / "made", target)
+    (made / "streamconv.json").unlink()
+    with pytest.raises(RefusedError, match="nothing says for which GPU generation"):
+        streamconv.plan(made)

@@ -11,18 +11,19 @@ from typing import Any, NamedTuple
 from streamconv.checkpoint.dtypes import DType
 from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.quantized import stated_quantization
-from streamconv.checkpoint.rows import SourceTensor
+from streamconv.checkpoint.rows import PackedTensor, SourceTensor
 from streamconv.checkpoint.source_tensors import SourceTensors
 from streamconv.checkpoint.stored_codes import Code
+from streamconv.checkpoint.strided_rows import Strided
 from streamconv.errors import CheckpointError, printable
-from streamconv.quants.decoded_rows import DecodedIntegers, DecodedTensor, TurnedMx
+from streamconv.quants.decoded_rows import DecodedAffine, DecodedIntegers, DecodedTensor, TurnedMx
 from streamconv.targets.hf.packed_sources import PACKED, integers, mx_experts
 from streamconv.targets.hf.stated import stated_bits
 
-Weight = SourceTensor | DecodedTensor | DecodedIntegers | TurnedMx
+Weight = SourceTensor | DecodedTensor | DecodedAffine | DecodedIntegers | TurnedMx
 
 _SCALES = ("weight_scale_inv", "weight_scale", "weight_scale_2", "weight_global_scale", "weight_shape")
-_OTHERS = ("input_scale", "input_global_scale", "k_scale", "v_scale", "weight_zero_point", "output_scale")
+_OTHERS = ("weight_zero", "input_scale", "input_global_scale", "k_scale", "v_scale", "weight_zero_point", "output_scale")
 _BESIDE = frozenset((*_SCALES, *_OTHERS))
 """What stands beside codes and says nothing of a float weight."""
 
@@ -70,7 +71,13 @@ def stored_weights(index: Index, into: DType) -> Stored:
         tensor = tensors[name]
         made: Weight = tensor
         shown = name
-        if leaf in ("weight", "weight_packed") and tensor.dtype.name in ("F8_E4M3", "I8", "U8", "I32"):
+        zeros = tensors.get(f"{name}_zero") if isinstance(tensor, PackedTensor) else None
+        if isinstance(zeros, Strided) and isinstance(tensor, PackedTensor):
+            scales = tensors[f"{name}_scale"]
+            assert isinstance(scales, Strided)
+            made = DecodedAffine(name, into, tensor.shape, tensor, scales, zeros)
+            stored.decoded.add(name)
+        elif leaf in ("weight", "weight_packed") and tensor.dtype.name in ("F8_E4M3", "I8", "U8", "I32"):
             shown = f"{module}.weight"
             made = _decoded(index, tensors, module, tensor, facts, block, into)
             stored.decoded.add(shown)

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from streamconv.checkpoint.dtypes import I8
 from streamconv.checkpoint.rows import SourceTensor
 from streamconv.checkpoint.source_tensors import Changed
+from streamconv.checkpoint.strided_rows import Strided, beside
 from streamconv.errors import printable
 from streamconv.planning.draft import Draft
 from streamconv.quants.gptq import PackedWeight
@@ -19,7 +21,7 @@ from streamconv.quants.laid_out import LAID_OUT
 from streamconv.quants.plain import Plain
 from streamconv.quants.weight_only import WeightOnly
 from streamconv.targets.trtllm.import_scales import Scales, Stored
-from streamconv.targets.trtllm.rank_views import SCALE
+from streamconv.targets.trtllm.rank_views import SCALE, ZERO
 
 if TYPE_CHECKING:
     from streamconv.checkpoint.dtypes import DType
@@ -31,10 +33,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class LaidOutQuant:
-    """--quant int8 and int4 from integers: `quant` says which weights have them, and how they are laid out."""
+    """A format of integers, from integers: `quant` says which weights have them, and how they are laid out."""
 
     quant: Quant
     packings: tuple[str, ...] = (LAID_OUT,)
+
+    @property
+    def row_bias_once(self) -> bool:
+        return bool(getattr(self.quant, "row_bias_once", False))
 
     @property
     def info(self) -> QuantInfo:
@@ -56,8 +62,28 @@ def take_codes(tensors: Mapping[str, SourceTensor]) -> Stored:
     stored = Stored(Changed(tensors))
     for name in tensors:
         if name.endswith(".weight" + SCALE):
-            stored.scales[name.removesuffix(SCALE)] = Scales(stored.tensors.pop(name), None, None, 0)
+            weight, scales = name.removesuffix(SCALE), stored.tensors.pop(name)
+            zeros = stored.tensors.pop(weight + ZERO, None)
+            group = tensors[weight].cols // scales.rows if zeros is not None else 0
+            stored.scales[weight] = Scales(scales, zeros, None, group)
     return stored
+
+
+def add_group_scales(builder: Draft, stored: Stored) -> None:
+    """Describe scales and zeros [groups, N] of every matrix that was fed with group-wise integers."""
+    for matrix, feeds in builder.fed(stored.scales).items():
+        file, name = builder.place(matrix)
+        sources = list(dict.fromkeys(feed.source.name for feed in feeds))
+        owned = [stored.scales[source] for source in sources]
+        left, right = feeds[0].cols[0]
+        first, last = left // owned[0].group, right // owned[0].group
+        for suffix, tensors in (("weights_scaling_factor", [s.scales for s in owned]), ("zero", [s.zeros for s in owned])):
+            held = [tensor for tensor in tensors if isinstance(tensor, Strided)]
+            whole = held[0] if len(held) == 1 else beside(" + ".join(tensor.name for tensor in held), held)
+            starts = dict(zip(sources, accumulate((tensor.cols for tensor in held), initial=0), strict=False))
+            cols = [(starts[feed.source.name] + feed.start, starts[feed.source.name] + feed.stop) for feed in feeds]
+            made = builder.matrix(file, name, last - first, sum(b - a for a, b in cols), Plain(whole.dtype, suffix=suffix))
+            builder.feed(made, whole, first, last, cols=cols)
 
 
 def add_channel_scales(builder: Draft, stored: Stored, experts: int) -> list[str]:

@@ -57,7 +57,7 @@ def inherited(options: TensorRTLLM, origin: Origin | None) -> TensorRTLLM:
     left = set(_EXPERTS) if tp_size != old.tp_size or set(_EXPERTS) & options.given else set()
     names = {each.name for each in dataclasses.fields(options)} - options.given - left
     made = dataclasses.replace(options, **{name: getattr(old, name) for name in names})
-    laid_out = old.quant in ("int8", "int4") and old.encoding == "processed"
+    laid_out = old.quant in ("int8", "int4", "int4_gptq", "int8_gptq") and old.encoding == "processed"
     if laid_out and (made.encoding != old.encoding or made.dtype not in (old.dtype, "auto", origin.dtype)):
         asked = f"--encoding {made.encoding}" if made.encoding != old.encoding else f"--dtype {made.dtype}"
         told = f"{asked}: the source holds integers and their scales in {origin.dtype}, which stay as they are"

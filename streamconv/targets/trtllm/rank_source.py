@@ -38,11 +38,12 @@ from streamconv.targets.trtllm.parallel import stage_layers
 from streamconv.targets.trtllm.rank_layout import Decoder
 from streamconv.targets.trtllm.rank_views import Imagined, views_of
 from streamconv.targets.trtllm.recipes import quant_of
+from streamconv.targets.trtllm.recipes.gptq import Gptq
 from streamconv.targets.trtllm.source_config import model_config
 from streamconv.targets.trtllm.stated import options_of
 
 _CONFIG = "config.json"
-_READ = ("none", "int8", "int4", "fp8_rowwise")
+_READ = ("none", "int8", "int4", "fp8_rowwise", "int4_gptq", "int8_gptq")
 """Values of --quant whose weights are read back."""
 
 
@@ -76,7 +77,12 @@ def open_ranks(folder: Path) -> Index:
         raise RefusedError([f"{told_by}: the weights of this format are not read back"], hint="start from the model that it was made from")
     source = None if told is None else told.source_config
     readers = [_Reader(folder, config, shards, headers, options, source) for options in choices]
-    return max(readers, key=_Reader.likeness).index() if len(readers) > 1 else readers[0].index()
+    if len(readers) == 1:
+        return readers[0].index()
+    if isinstance(quant_of(choices[0].quant), Gptq):
+        why = f"{printable(str(folder))}: nothing says for which GPU generation its group-wise integers are laid out"
+        raise RefusedError([why], hint="streamconv.json does, of a checkpoint that streamconv made")
+    return max(readers, key=_Reader.likeness).index(guessed=True)
 
 
 def _shapes(header: Header) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -130,25 +136,31 @@ class _Reader:
         self._bound = float(clamp[1]) if isinstance(clamp, list) and len(clamp) == 2 else None
         self._notes = () if source is not None else ("the model's own config.json is not recorded: it is worked out from the checkpoint's",)
 
-    def index(self) -> Index:
-        """The checkpoint as a source."""
-        views = views_of(*self._layout())
+    def index(self, guessed: bool = False) -> Index:
+        """The checkpoint as a source.
+
+        Args:
+            guessed: the GPU generation is.
+        """
+        views = views_of(*self._layout(), self._headers)
         self._leave_tied_head(views)
         tensors = TensorTable()
         for name, view in views.items():
             tensors.add(name, view.dtype, view.shape, view.pieces[0].shard, view.pieces[0].begin)
         origin = Origin(self._options, self._dtype.torch, self._bound, self._cache_factors())
-        return Index(self._folder, self._config, self._shards, tensors, notes=self._notes, views=views, origin=origin)
+        sm = f"nothing says for which GPU generation the integers are laid out: read as for --target-sm {self._options.target_sm}"
+        notes = (*self._notes, sm) if guessed else self._notes
+        return Index(self._folder, self._config, self._shards, tensors, notes=notes, views=views, origin=origin)
 
     def likeness(self) -> float:
         """How much the integers look like weights, read in the layout of these options.
 
         A scale is the largest of a channel's weights, so that every channel has an integer at the end of their range, and most are
-        small.
+        small. Of group-wise integers neither is so.
         """
         import numpy as np
 
-        view = next(view for view in views_of(*self._layout()).values() if isinstance(view, LaidOut))
+        view = next(view for view in views_of(*self._layout(), self._headers).values() if isinstance(view, LaidOut))
         count = min(view.rows, 64)
         out, scratch = np.empty(count * view.cols, np.uint8), np.empty(count * view.scratch_row_bytes, np.uint8)
         view.read(self._shards, 0, count, out, scratch)

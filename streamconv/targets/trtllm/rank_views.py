@@ -7,21 +7,24 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from streamconv.checkpoint.dtypes import F8_E4M3, MODEL_DTYPES, DType
+from streamconv.checkpoint.header_parse import Header
 from streamconv.checkpoint.rows import Piece, SourceTensor
 from streamconv.checkpoint.shifted_rows import less_one
-from streamconv.errors import RefusedError, printable
+from streamconv.checkpoint.strided_rows import Strided
+from streamconv.errors import RefusedError, TensorError, printable
 from streamconv.families.matching import example
 from streamconv.planning.matrix_table import MatrixTable
 from streamconv.planning.plan import Matrix
 from streamconv.planning.span_table import SpanTable
 from streamconv.quants.fp8_rowwise import Fp8Rowwise
+from streamconv.quants.gptq import PackedWeight
 from streamconv.quants.laid_out import laid_out
 from streamconv.quants.plain import Plain
 from streamconv.quants.weight_only import WeightOnly
 from streamconv.targets.trtllm.lookup import Roles
 
-SCALE = "_scale"
-"""What is put after the name of a weight that is stored as codes: the name of its scales."""
+SCALE, ZERO = "_scale", "_zero"
+"""What is put after the name of a weight that is stored as codes: the names of its scales and zeros."""
 
 
 class _Block(NamedTuple):
@@ -61,14 +64,17 @@ class Imagined(Roles):
         return self.asked.setdefault(name, SourceTensor(name, self.dtype, shape, (Piece(0, 0, rows, cols),)))
 
 
-def views_of(roles: Imagined, matrices: MatrixTable, spans: SpanTable) -> dict[str, SourceTensor]:
+def views_of(
+    roles: Imagined, matrices: MatrixTable, spans: SpanTable, headers: Sequence[Header]
+) -> dict[str, SourceTensor]:
     """The tensors that a layout asked for, at their places in the rank files.
 
     A weight that is stored as codes is a tensor of codes, and one of scales [N, 1], or [N, ranks] where each rank has measured its own
-    part of the inputs.
+    part of the inputs. Of group-wise integers scales and zeros are [groups, N].
 
     Args:
         matrices, spans: what the layout made of them.
+        headers: of the rank files.
 
     Raises:
         RefusedError: codes that are not read back.
@@ -88,6 +94,11 @@ def views_of(roles: Imagined, matrices: MatrixTable, spans: SpanTable) -> dict[s
             plain = SourceTensor(name, encoding.dtype, tensor.shape, pieces, axis)
             found[name] = less_one(plain) if encoding.add_one else plain
             continue
+        if isinstance(encoding, PackedWeight):
+            found[name] = laid_out(SourceTensor(name, encoding.dtype, tensor.shape, pieces, axis), encoding.layout)
+            for suffix, stored in ((SCALE, "weights_scaling_factor"), (ZERO, "zero")):
+                found[name + suffix] = _groups(name + suffix, stored, held, axis, headers)
+            continue
         if isinstance(encoding, WeightOnly):
             found[name] = laid_out(SourceTensor(name, encoding.dtype, tensor.shape, pieces, axis), encoding.layout)
             kind = encoding.dtype
@@ -99,6 +110,26 @@ def views_of(roles: Imagined, matrices: MatrixTable, spans: SpanTable) -> dict[s
         cuts = len(held) if axis else 1
         found[name + SCALE] = SourceTensor(name + SCALE, kind, (tensor.rows, cuts), _pieces(held, 1), axis)
     return found
+
+
+def _groups(name: str, stored: str, held: Sequence[tuple[_Block, Matrix]], axis: int, headers: Sequence[Header]) -> Strided:
+    """Scales or zeros [groups, N]: a rank has all groups of its channels, or its groups of all channels.
+
+    Args:
+        stored: last part of their name there.
+    """
+    pieces, strides, kind = list[Piece](), list[int](), F8_E4M3
+    for block, matrix in held:
+        entry = headers[matrix.file].tensors.get(f"{matrix.name}.{stored}")
+        if entry is None:
+            raise TensorError(f"rank{matrix.file}.safetensors: {matrix.name}.{stored} is missing, which group-wise weights need")
+        (groups, channels), kind = entry.shape, entry.dtype
+        item = kind.itemsize
+        pieces.append(Piece(matrix.file, entry.begin + block.row * item, groups, block.stop - block.start))
+        strides.append(channels * item)
+    rows = sum(piece.rows for piece in pieces) if axis else pieces[0].rows
+    cols = pieces[0].cols if axis else sum(piece.cols for piece in pieces)
+    return Strided(name, kind, (rows, cols), tuple(pieces), 1 - axis, tuple(strides))
 
 
 def _once(tensor: SourceTensor, blocks: Sequence[_Block], axis: int) -> list[_Block]:

@@ -29,7 +29,7 @@ from streamconv.targets.trtllm import expected, fp8_scales, import_rules, import
 from streamconv.targets.trtllm.checks import embedding_is_shared, refusals
 from streamconv.targets.trtllm.config_json import build_config, dump
 from streamconv.targets.trtllm.config_sections import late_keys, resolve_dtype, resolve_moe
-from streamconv.targets.trtllm.import_ranks import LaidOutQuant, add_channel_scales, take_codes
+from streamconv.targets.trtllm.import_ranks import LaidOutQuant, add_channel_scales, add_group_scales, take_codes
 from streamconv.targets.trtllm.inherited import inherited, origin_of
 from streamconv.targets.trtllm.lookup import Roles
 from streamconv.targets.trtllm.options import TensorRTLLM
@@ -37,6 +37,7 @@ from streamconv.targets.trtllm.parallel import Mapping
 from streamconv.targets.trtllm.rank_layout import Decoder
 from streamconv.targets.trtllm.recipes import quant_of
 from streamconv.targets.trtllm.recipes.awq import Awq
+from streamconv.targets.trtllm.recipes.gptq import Gptq
 from streamconv.targets.trtllm.recipes.weight_only import WeightOnlyQuant
 
 _PLACES = 16
@@ -147,7 +148,7 @@ def make_plan(index: Index, options: TensorRTLLM) -> Plan:
     base = quant_of(options.quant)
     if origin is not None:
         stored = take_codes(tensors)
-        base = LaidOutQuant(base) if stored.scales and isinstance(base, WeightOnlyQuant) else base
+        base = LaidOutQuant(base) if stored.scales and isinstance(base, WeightOnlyQuant | Gptq) else base
     elif family is META:  # Meta quantizes nothing, and its tensors have many pieces
         stored = import_scales.Stored(Changed(tensors))
     else:
@@ -184,6 +185,8 @@ def make_plan(index: Index, options: TensorRTLLM) -> Plan:
     if not roles.problems and not decoder.refused:
         if origin is None:
             decoder.refused += import_scales.add_scales(builder, stored, dtype, index.shards)
+        elif options.quant in import_rules.GROUPED:
+            add_group_scales(builder, stored)
         else:
             decoder.refused += add_channel_scales(builder, stored, model.num_experts // moe[1])
         decoder.refused += fp8_scales.add_given_scales(builder, stored.fp8)
