@@ -101,7 +101,8 @@ def convert(
         convert(source, TensorRTLLM(tp_size=2).to("out1"), HuggingFace(quant="fp8_dynamic").to("out2"))
 
     Args:
-        source: a Hugging Face or Meta folder, one weight file, or a model of the Hub (org/name[@revision]).
+        source: a Hugging Face or Meta folder, a TensorRT-LLM checkpoint (options that are not passed are then its own), one weight file,
+            or a model of the Hub (org/name[@revision]).
         out: folder to write; it appears only when it is complete and on the disk.
         target: what to write, and all that decides its bytes (`TensorRTLLM(...)`, `HuggingFace(...)`); None is `TensorRTLLM()`.
         more: further outputs, each a target and its folder, `target.to(out)`; each byte of the source is read once for all of them.

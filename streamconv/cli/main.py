@@ -100,7 +100,7 @@ def convert(
     more: tuple[str, ...],
     **values: Any,
 ) -> int:
-    """Convert MODEL (a Hugging Face or Meta folder, or org/name[@revision] on the Hub) into the folder OUT.
+    """Convert MODEL (a Hugging Face or Meta folder, a TensorRT-LLM checkpoint, or org/name[@revision] on the Hub) into the folder OUT.
 
     What OUT is, --to says: a TensorRT-LLM checkpoint, or a quantized Hugging Face directory. Several --output, in the place of OUT, are
     made from one read.

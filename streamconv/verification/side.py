@@ -69,7 +69,7 @@ def open_sides(a: str, b: str) -> tuple[Side, Side]:
     except RefusedError:
         if not ranks:
             raise
-    return _side(_by_rank(Path(a))), _side(_by_rank(Path(b)))
+    return _by_rank(Path(a)), _by_rank(Path(b))
 
 
 def settled(side: Side) -> Side:
@@ -88,11 +88,12 @@ def _side(index: Index) -> Side:
     return Side(index, stored.weights, {name: tensors[name] for name in stored.dropped})
 
 
-def _by_rank(folder: Path) -> Index:
+def _by_rank(folder: Path) -> Side:
     """A TensorRT-LLM checkpoint with its own tensors, each behind the name of its rank."""
     found = sorted((int(known[1]), path) for path in folder.iterdir() if (known := _RANK.fullmatch(path.name)))
     shards, tensors = tuple(Shard(path) for _, path in found), TensorTable()
     for number, shard in enumerate(shards):
         for tensor in shard.header().tensors.values():
             tensors.add(f"{shard.path.stem}.{tensor.name}", tensor.dtype, tensor.shape, number, tensor.begin)
-    return Index(folder, {}, shards, tensors)
+    index = Index(folder, {}, shards, tensors)
+    return Side(index, SourceTensors(index), {})
