@@ -6,6 +6,7 @@ read from each of them, and where it would have put it, says where each of them 
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from streamconv.checkpoint.model_config import from_hf, is_tied
 from streamconv.checkpoint.rows import SourceTensor
 from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.tensor_table import TensorTable
-from streamconv.errors import CheckpointError, RefusedError, TensorError, VerifyError, printable
+from streamconv.errors import CheckpointError, RefusedError, TensorError, UsageError, VerifyError, printable
 from streamconv.families import family_of
 from streamconv.families.matching import example
 from streamconv.planning.draft import Draft
@@ -103,10 +104,10 @@ def _manifest(folder: Path, config: Mapping[str, Any]) -> manifest.Manifest | No
 
 def _options(told: manifest.Manifest | None, config: Mapping[str, Any], header: Header) -> list[TensorRTLLM]:
     """The options that a checkpoint was made with; several where nothing says for which generation its integers are laid out."""
-    if told is not None:
-        made = target_from_json(told.target, told.asked)
-        assert isinstance(made, TensorRTLLM)
-        return [made]
+    with contextlib.suppress(UsageError):  # the options of another version of streamconv
+        made = None if told is None else target_from_json(told.target, told.asked)
+        if isinstance(made, TensorRTLLM):
+            return [made]
     choices = options_of(config, header.tensors)
     return [choice for choice in choices if choice.target_version == choices[0].target_version]
 

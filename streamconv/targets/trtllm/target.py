@@ -154,6 +154,7 @@ def make_plan(index: Index, options: TensorRTLLM) -> Plan:
     else:
         bits = 8 if options.quant == "int8_gptq" else 4
         stored = import_scales.assemble(tensors, stated, bits, index.shards)
+    kept = origin is not None and bool(stored.scales)
     codes = codes_of(options.method, options.codes)
     if codes is not None:
         import_scales.take_codes(stored, family, codes)
@@ -183,7 +184,7 @@ def make_plan(index: Index, options: TensorRTLLM) -> Plan:
     spare = [name for name in roles.unused() if name in index.unlisted]
     roles.leave(set(spare))
     if not roles.problems and not decoder.refused:
-        if origin is None:
+        if not kept:
             decoder.refused += import_scales.add_scales(builder, stored, dtype, index.shards)
         elif options.quant in import_rules.GROUPED:
             add_group_scales(builder, stored)
