@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import random
+import resource
 import shutil
 import subprocess
 import sys
@@ -59,12 +60,15 @@ class Bench:
 
     def step(self, name: str, arguments: list[str]) -> dict[str, Any]:
         """A conversion that must succeed, and what it took."""
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = self.run(arguments)
         if done.status:
             raise SystemExit(f"{name} failed: {done.stderr[-2000:]}")
-        told = json.loads(done.stdout)
-        line = {"step": name, "seconds": done.seconds, "bytes_read": told["bytes_read"], "bytes_written": told["bytes_written"]}
-        line |= {"peak_resident": done.peak_rss, "oom_kills": done.oom_kills, "resumed": told["resumed"]}
+        told, after = json.loads(done.stdout), resource.getrusage(resource.RUSAGE_CHILDREN)
+        cpu = round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 2)
+        line = {"step": name, "seconds": done.seconds, "cpu_seconds": cpu, "bytes_read": told["bytes_read"]}
+        line |= {"bytes_written": told["bytes_written"], "resumed": told["resumed"]}
+        line |= {"peak_resident": done.peak_rss, "oom_kills": done.oom_kills}
         print(json.dumps(line), flush=True)
         return line
 
@@ -102,6 +106,7 @@ def main() -> None:
         "seconds_apart": round(seconds, 2),
         "seconds_together": together["seconds"],
         "ratio": round(together["seconds"] / seconds, 3),
+        "cpu_ratio": round(together["cpu_seconds"] / sum(line["cpu_seconds"] for line in single), 3),
         "peak_apart": max(line["peak_resident"] for line in single),
         "peak_together": together["peak_resident"],
         "budget": parse_size(args.budget),

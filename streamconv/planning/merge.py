@@ -51,6 +51,10 @@ class Read:
         return tuple(dict.fromkeys(share.output for share in self.shares))
 
 
+_FIELDS: dict[type, tuple[str, ...] | None] = {}
+"""What makes a source, its names apart; None for what is no record."""
+
+
 class _Interval(NamedTuple):
     """A span's rows [start, stop) as rows of a track."""
 
@@ -107,10 +111,12 @@ def _track(span: Span, place: Hashable) -> tuple[Hashable, int]:
 
 def _identity(value: object) -> Hashable:
     """A source without its names."""
-    if not dataclasses.is_dataclass(value) or isinstance(value, type):
-        return value
-    fields = (field.name for field in dataclasses.fields(value) if field.name not in ("name", "module"))
-    return (type(value), *(_identity(getattr(value, name)) for name in fields))
+    kind = type(value)
+    if kind not in _FIELDS:
+        fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else None
+        _FIELDS[kind] = None if fields is None else tuple(each.name for each in fields if each.name not in ("name", "module"))
+    names = _FIELDS[kind]
+    return value if names is None else (type(value), *[_identity(getattr(value, name)) for name in names])
 
 
 def _reads(track: list[_Interval], apart: set[tuple[int, int]]) -> Iterator[Read]:

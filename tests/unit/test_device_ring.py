@@ -80,6 +80,16 @@ def test_same_bytes(
     assert (stand_in.kernels > 0) == (job != "none")
 
 
+@pytest.mark.parametrize("dies", [None, 9])
+def test_several_outputs_from_one_read(dies: int | None, model: Path, right: Any, devices: dict[str, StandIn], tmp_path: Path) -> None:
+    """On the device, and finished on the CPU where it is lost in the middle."""
+    devices["cuda:0"] = StandIn(dies=dies)
+    resources = Resources(memory_budget=memory.resident() + 1024 * MIB, device="cuda", tile_rows=64, workers=3)
+    report = api.convert_all(model, [options.to(tmp_path / name) for name, options in JOBS.items()], resources)
+    assert {name: files(tmp_path / name) for name in JOBS} == right
+    assert (report.device == "cuda:0") == (dies is None) and devices["cuda:0"].kernels > 0
+
+
 def test_two_devices_share_the_tiles(model: Path, right: Any, devices: dict[str, StandIn], tmp_path: Path) -> None:
     for name in ("cuda:0", "cuda:1"):
         devices[name] = StandIn(delay=lambda n: 0.01, name=name)
