@@ -34,7 +34,8 @@ GROUPED = ("int4_gptq", "int8_gptq", "int4_awq")
 EVERY_RUN = ("llama", "mixtral")
 """Families that show a quant in all its forms; what a form changes is the same for every family."""
 ATTENTION = re.compile(r"\.(q_proj|k_proj|v_proj|qkv_proj|wqkv)\.y$")
-SMOOTHABLE = ("llama", "mistral", "granite", "internlm", "exaone", "qwen2")
+UNSMOOTHED = ("gemma", "gemma2", "internlm2", "llama-meta", "mixtral", "phi3", "qwen3", "qwen3_moe")
+"""Families that SmoothQuant is refused for; what is spelled like Llama takes it."""
 
 
 
@@ -58,7 +59,7 @@ def refused(recipe: Recipe, quant: str, run: Run) -> str | None:
     """What a refusal says of a family and a quant that do not go together; None if they do."""
     if quant in GROUPED and recipe.family == "llama-meta":
         return "is not quantized"
-    if quant == "smoothquant" and recipe.family not in SMOOTHABLE:
+    if quant == "smoothquant" and recipe.family in UNSMOOTHED:
         return "is not supported"
     if quant == "smoothquant" and recipe.config.get("mlp_bias"):
         return "mlp_bias"
