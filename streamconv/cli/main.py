@@ -10,7 +10,8 @@ import click
 
 from streamconv import __version__
 from streamconv.cli import effects, ending, output, recipe_option, signals
-from streamconv.cli.details import CALIBRATE, OUTPUT, RECIPES, SOURCES, VERIFY, paragraphs
+from streamconv.cli.checkpoints import diff, inspect, list_, push
+from streamconv.cli.details import OUTPUT, RECIPES, SOURCES, VERIFY, paragraphs
 from streamconv.cli.flags import (
     CONVERSION,
     OF_A_RUN,
@@ -25,6 +26,7 @@ from streamconv.cli.flags import (
     sharing,
     target,
 )
+from streamconv.cli.measure import calibrate
 from streamconv.cli.shared_work import finalize, status
 from streamconv.cli.submit import submit
 from streamconv.errors import UsageError
@@ -224,17 +226,6 @@ def plan(
     return 0
 
 
-@cli.command(epilog=SOURCES)
-@click.argument("model")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def inspect(model: str, as_json: bool) -> int:
-    """Show the tensors of MODEL, the family recognised, and what each tensor would become."""
-    from streamconv.cli import inspect_view
-
-    inspect_view.show(model, as_json)
-    return 0
-
-
 @cli.command(epilog=VERIFY)
 @click.argument("out")
 @click.option("--source", help="The checkpoint it was made from: encode it again and compare every byte.")
@@ -286,118 +277,7 @@ def verify(
     return 7 if verdict.problems else 0
 
 
-@cli.command()
-@click.argument("a")
-@click.argument("b")
-@click.option("--tolerance", type=float, metavar="ERROR", help="Largest absolute error of a value. Default: the same bits and dtypes.")
-@click.option("--memory-budget", help="Ceiling of this process's memory, e.g. 2GiB. Default: from what is free.")
-@click.option("--all", "every", is_flag=True, help="Show every tensor, not the worst ten that differ.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("--quiet", "-q", is_flag=True, help="Print errors and warnings only.")
-def diff(a: str, b: str, tolerance: float | None, memory_budget: str | None, every: bool, as_json: bool, quiet: bool) -> int:
-    """Compare the checkpoints A and B tensor by tensor; exit status 0 only if every tensor is within --tolerance.
-
-    Both may be of any kind: a folder, a weight file, a model of the Hub. Weights of a quantized model are compared as values.
-    """
-    from streamconv.cli import diff_view, view
-    from streamconv.memory import parse_size
-    from streamconv.verification.difference import compare
-
-    if tolerance is not None and not 0 <= tolerance < float("inf"):
-        raise UsageError(f"--tolerance {tolerance:g} is no error", hint="a number from 0 on, e.g. 1e-3")
-    made = compare(a, b, parse_size(memory_budget) if memory_budget else None, view.meter("auto", quiet or as_json))
-    diff_view.show(made, tolerance, as_json, quiet, every)
-    return 0 if made.within(tolerance) else 7
-
-
-@cli.command(cls=Command, epilog=CALIBRATE)
-@click.argument("model")
-@click.option("--output", "-o", "ranges", required=True, help="Ranges file to write (safetensors).")
-@options(SAMPLES)
-@click.option(
-    "--dtype",
-    type=click.Choice(["float16", "bfloat16", "float32", "auto"]),
-    default="float16",
-    show_default=True,
-    help="Computing type: float16 for SmoothQuant, auto (the model's own) for FP8 and for the INT8 KV cache alone.",
-)
-@click.option(
-    "--loop",
-    type=click.Choice(["trtllm", "modelopt"]),
-    default="trtllm",
-    show_default=True,
-    help="How samples are prepared: as TensorRT-LLM does (SmoothQuant, INT8 KV cache) or as ModelOpt does (FP8).",
-)
-@click.option("--memory-budget", help="Ceiling of this process's memory, e.g. 2GiB.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:0.")
-@options(WATCHING)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("--quiet", "-q", is_flag=True, help="Print errors and warnings only.")
-def calibrate(
-    model: str,
-    ranges: str,
-    text: str | None,
-    memory_budget: str,
-    progress: str,
-    memory_trace: str | None,
-    report: str | None,
-    as_json: bool,
-    quiet: bool,
-    **values: Any,
-) -> int:
-    """Measure the activation ranges of MODEL on text, one layer at a time."""
-    from streamconv.calibration.run import calibrate as run_calibration
-    from streamconv.cli import pages_view
-    from streamconv.cli.watching import watching
-    from streamconv.memory import parse_size, show_size
-
-    if not text:
-        raise UsageError("calibrate needs --text", hint="a .txt or .jsonl file, a folder of them, or a data set on the Hub")
-    limit = parse_size(memory_budget) if memory_budget else None
-    with watching(ranges, quiet or as_json, progress, memory_trace, report) as watched:
-        watch = {name: watched.layers[name] for name in ("progress", "sampled")}
-        told = run_calibration(model, ranges, text, memory_budget=limit, **watch, **values)
-    watched.write(report, lambda: pages_view.calibration(model, told, text, watched))
-    if as_json:
-        output.dump(told)
-    elif not quiet:
-        output.line(
-            f"{ranges}: {told['tensors']} ranges from {told['samples']} samples ({told['tokens']} tokens) in "
-            f"{told['seconds']:.1f} s on {told['device']}; peak memory {show_size(told['peak_memory'])}"
-        )
-    return 0
-
-
-@cli.command()
-@click.argument("out")
-@click.argument("repo")
-@click.option("--private", is_flag=True, help="If the repository is new, only you see it.")
-@click.option("--revision", metavar="BRANCH", help="Push to this branch; default: the main one.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def push(out: str, repo: str, private: bool, revision: str | None, as_json: bool) -> int:
-    """Upload the finished output OUT to REPO (org/name) on the Hugging Face Hub."""
-    from streamconv.hub.push import push as upload
-
-    where = upload(out, repo, private=private, revision=revision)
-    if as_json:
-        output.dump({"repo": repo, "revision": revision or "main", "url": where})
-    else:
-        output.line(where)
-    return 0
-
-
-@cli.command("list")
-@click.argument("what", type=click.Choice(["families", "quants", "formats", "targets"]))
-@click.option("--markdown", is_flag=True, help="As a Markdown table.")
-def list_(what: str, markdown: bool) -> int:
-    """Print the model families, the weight formats, or the targets and their options."""
-    from streamconv.cli import list_view
-
-    output.block(list_view.show(what, markdown).split("\n"))
-    return 0
-
-
-for command in (status, finalize, submit):
+for command in (inspect, diff, calibrate, push, list_, status, finalize, submit):
     cli.add_command(command)
 
 
