@@ -15,7 +15,7 @@ import time
 
 from streamconv.errors import OutputError, printable
 from streamconv.process import start_thread
-from streamconv.run import journal
+from streamconv.run import recorder
 from streamconv.run.fs import Folder, write_all
 
 BEAT = 1.0
@@ -37,7 +37,7 @@ class Presence:
         self._fd = folder.open(self.name)
         folder.lock_range(self._fd, 0, 1)
         self._beat()
-        if journal.THREADED:
+        if recorder.THREADED:
             start_thread(self._live, "presence")
 
     def _beat(self) -> None:
