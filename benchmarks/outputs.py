@@ -1,6 +1,6 @@
 """Five outputs of one model from one read, against five runs one after the other; then killed at random and resumed.
 
-    python -m benchmarks.outputs --work FOLDER [--layers 16] [--kills 5] [--warm]
+    python -m benchmarks.outputs --work FOLDER [--layers 16] [--kills 5] [--only-kills] [--warm]
 
 Every command runs in a memory cgroup of --budget, with that budget (needs root). The source is cold: its pages are dropped before each
 command. Prints a JSON line for each step. Takes 13 GB of disk for the 2.2 GB model.
@@ -88,11 +88,35 @@ def main() -> None:
     parser.add_argument("--budget", default="512MiB")
     parser.add_argument("--kills", type=int, default=5, help="rounds of the second part, each killed several times")
     parser.add_argument("--warm", action="store_true", help="the source is in the page cache")
+    parser.add_argument("--only-kills", action="store_true", help="without the runs one after the other")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     bench = Bench(args.work, model_of(args.work, args.layers), args.budget, args.warm)
     for folder in (bench.apart, bench.together):
         shutil.rmtree(folder, ignore_errors=True)
+    seconds = alone(bench) if args.only_kills else timed(bench)
+    chance = random.Random(args.seed)
+    for number in range(args.kills):
+        shutil.rmtree(bench.together)
+        killed = 0
+        for _ in range(4):
+            try:
+                bench.run(bench.all_at_once(), chance.uniform(0.1, 0.6) * seconds)
+            except subprocess.TimeoutExpired:
+                killed += 1
+        last = bench.step("last", bench.all_at_once())
+        print(json.dumps({"round": number, "killed": killed, "resumed": last["resumed"], "differences": bench.differences()}), flush=True)
+
+
+def alone(bench: Bench) -> float:
+    """An uninterrupted run, which the others are compared with; its seconds."""
+    line = bench.step("together", bench.all_at_once())
+    shutil.copytree(bench.together, bench.apart)
+    return float(line["seconds"])
+
+
+def timed(bench: Bench) -> float:
+    """Five runs, and one in their place; its seconds."""
     bench.step("warm up kernels", [str(bench.apart / "int4"), *OUTPUTS["int4"]])
     shutil.rmtree(bench.apart)
     single = [bench.step(name, [str(bench.apart / name), *flags]) for name, flags in OUTPUTS.items()]
@@ -109,20 +133,10 @@ def main() -> None:
         "cpu_ratio": round(together["cpu_seconds"] / sum(line["cpu_seconds"] for line in single), 3),
         "peak_apart": max(line["peak_resident"] for line in single),
         "peak_together": together["peak_resident"],
-        "budget": parse_size(args.budget),
+        "budget": parse_size(bench.budget),
         "differences": bench.differences(),
     }), flush=True)  # fmt: skip
-    chance = random.Random(args.seed)
-    for number in range(args.kills):
-        shutil.rmtree(bench.together)
-        killed = 0
-        for _ in range(4):
-            try:
-                bench.run(bench.all_at_once(), chance.uniform(0.1, 1.0) * together["seconds"])
-            except subprocess.TimeoutExpired:
-                killed += 1
-        last = bench.step("last", bench.all_at_once())
-        print(json.dumps({"round": number, "killed": killed, "resumed": last["resumed"], "differences": bench.differences()}), flush=True)
+    return float(together["seconds"])
 
 
 if __name__ == "__main__":
