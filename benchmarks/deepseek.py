@@ -166,10 +166,10 @@ def planned(work: Path, runs: int) -> dict[str, Any]:
 
 
 def decoded(work: Path, limit: str) -> dict[str, Any]:
-    """A model of four layers and four experts, decoded to bfloat16 in a memory cgroup."""
+    """A model of two layers and four experts, decoded to bfloat16 in a memory cgroup."""
     model, out = work / "deepseek-cut", work / "out"
     shutil.rmtree(out, ignore_errors=True)
-    told = write(model, config_of(4, 4, 16384), 4, sparse=False)
+    told = write(model, config_of(2, 4, 4096), 4, sparse=False)
     command = [sys.executable, "-m", "streamconv", "convert", str(model), str(out), "--to", "hf", "--quant", "none", "--json"]
     result = run_limited([*command, "--device", "cpu", "--memory-budget", limit], parse_size(limit))
     if result.status:

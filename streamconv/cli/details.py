@@ -15,7 +15,7 @@ warning. LoRA adapters, GGUF, Git LFS pointers and the like are refused by name,
 --to trtllm imports quantized sources as they are: GPTQ (v1, v2; 4 and 8 bit), AutoAWQ, ModelOpt AWQ and FP8 (with the scales of the
 FP8 KV cache) and fbgemm FP8; groups are 64 or 128. --to hf --quant none decodes FP8 (scales of any float type or E8M0), INT8, INT4,
 NVFP4, MX, GPTQ (act order too), AutoAWQ and the MXFP4 experts of gpt-oss. --quant keep keeps the codes: alone it copies a quantized
-model; --format compressed-tensors takes AutoAWQ, symmetric GPTQ and ModelOpt NVFP4, --format modelopt takes NVFP4 of
+model; --format compressed-tensors takes AutoAWQ, GPTQ in order and ModelOpt NVFP4, --format modelopt takes NVFP4 of
 compressed-tensors."""
 
 OUTPUT = """OUT appears when it is complete and on the disk. An interrupted run leaves a hidden folder beside OUT; the same command
