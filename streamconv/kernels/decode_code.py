@@ -63,14 +63,16 @@ def values_of(codes: _Array, code: int, line: _Array) -> None:
 
 @jit
 def decode_rows(
-    codes: _Array, code: int, scales: _Array, first: int, per_row: int, per_col: int, rows: int, cols: int, target: int, out: _Array
-) -> None:
-    """out[r, c] = value of codes[r, c] * scales[(first + r) // per_row, c // per_col], rounded once.
+    codes: _Array, code: int, scales: _Array, zeros: _Array, first: int, per_row: int, per_col: int,
+    rows: int, cols: int, target: int, out: _Array,
+) -> None:  # fmt: skip
+    """out[r, c] = (value of codes[r, c] - zeros[r, c // per_col]) * scales[(first + r) // per_row, c // per_col], rounded once.
 
     Args:
         codes: uint8, one row after the other; two columns in a byte from code 3 on, the even one in the low half.
         code: one of CODES.
         scales: float32 [groups of rows, groups of columns].
+        zeros: whole numbers as float32 [rows, groups of columns], or empty.
         out: of the storage type of `target`.
     """
     width = cols // 2 if code >= 3 else cols
@@ -78,6 +80,11 @@ def decode_rows(
     held = -1
     for r in range(rows):
         values_of(codes[r * width : (r + 1) * width], code, line)
+        if zeros.size:
+            spread(zeros[r], per_col, factors)
+            held = -1
+            for i in range(cols):
+                line[i] -= factors[i]
         if (first + r) // per_row != held:
             held = (first + r) // per_row
             spread(scales[held], per_col, factors)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+    Floats = Any  # float32 arrays: numpy types its own operations too widely
 
 _TILE = 8 << 20
 """Bytes of a decoded stripe of an expert: the wider, the fewer stored bytes are passed over."""
@@ -62,6 +63,7 @@ class DecodedTensor(_Decoded):
         scales: the stored scales as a matrix.
         per_row, per_col: rows and columns of the weight that share a scale.
         factor: what every scale is multiplied by; the exact inverse is taken first where `divide`.
+        zeros: of integers, int32 [N * bits / 32, columns of scales], the lowest row in the lowest bits, offset by half.
     """
 
     codes: SourceTensor
@@ -71,6 +73,7 @@ class DecodedTensor(_Decoded):
     per_col: int
     factor: float = 1.0
     divide: bool = False
+    zeros: SourceTensor | None = None
 
     @property
     def row_align(self) -> int:
@@ -78,7 +81,8 @@ class DecodedTensor(_Decoded):
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
-        return (*self.codes.pieces, *self.scales.pieces)
+        zeros = () if self.zeros is None else self.zeros.pieces
+        return (*self.codes.pieces, *self.scales.pieces, *zeros)
 
     @property
     def stored_row_bytes(self) -> int:
@@ -87,7 +91,7 @@ class DecodedTensor(_Decoded):
     @property
     def scratch_row_bytes(self) -> int:
         codes, scale = self._code_bytes + self.codes.scratch_row_bytes, self.scales.stored_row_bytes
-        return codes + -(-(scale + 8 * self.scales.cols) // self.per_row)
+        return codes + -(-(scale + (8 if self.zeros is None else 40) * self.scales.cols) // self.per_row)
 
     @property
     def _code_bytes(self) -> int:
@@ -95,24 +99,44 @@ class DecodedTensor(_Decoded):
         return self.codes.cols * self.codes.dtype.itemsize
 
     def read(self, shards: Sequence[Shard], start: int, stop: int, out: Bytes, scratch: Bytes) -> None:
-        import numpy as np
-
         from streamconv.kernels import decode_code
         from streamconv.kernels.rows import CODES
 
         stored = scratch[: (stop - start) * self._code_bytes]
         self.codes.read(shards, start, stop, stored, scratch[stored.size :])
-        first, last = start // self.per_row, -(-stop // self.per_row)
-        raw = np.empty((last - first) * self.scales.stored_row_bytes, np.uint8)
-        self.scales.read(shards, first, last, raw, scratch[:0])
-        scales = as_float(raw, self.scales.dtype.name).reshape(last - first, -1)
-        if self.factor != 1.0 or self.divide:
-            factor = np.float32(self.factor)
-            scales = scales / factor if self.divide else scales * factor
+        scales = self.factors(shards, start, stop)
         decode_code.decode_rows(
-            stored, decode_code.CODES[self.code], scales, start - first * self.per_row, self.per_row, self.per_col,
+            stored, decode_code.CODES[self.code], scales, self._zeros(shards, start, stop), start % self.per_row, self.per_row, self.per_col,
             stop - start, self.cols, CODES[self.dtype.name], out.view(self.dtype.storage),
         )  # fmt: skip
+
+    def _zeros(self, shards: Sequence[Shard], start: int, stop: int) -> Floats:
+        """float32 [rows, groups of columns], or empty."""
+        import numpy as np
+
+        if self.zeros is None:
+            return np.empty((0, 0), np.float32)
+        bits = 4 if self.code in NIBBLES else 8
+        each = 32 // bits
+        first, last = start // each, -(-stop // each)
+        words = np.empty((last - first, self.zeros.cols), np.uint32)
+        self.zeros.read(shards, first, last, words.view(np.uint8).reshape(-1), words.view(np.uint8)[:0])
+        shifts = np.arange(0, 32, bits, dtype=np.uint32)[None, :, None]
+        whole = ((words[:, None, :] >> shifts) & np.uint32((1 << bits) - 1)).reshape(-1, self.zeros.cols)
+        return whole[start - first * each : stop - first * each].astype(np.float32) - np.float32(1 << (bits - 1))
+
+    def factors(self, shards: Sequence[Shard], start: int, stop: int) -> Floats:
+        """float32 [groups of rows, groups of columns]: what the codes of these rows are multiplied by."""
+        import numpy as np
+
+        first, last = start // self.per_row, -(-stop // self.per_row)
+        raw = np.empty((last - first) * self.scales.stored_row_bytes, np.uint8)
+        self.scales.read(shards, first, last, raw, raw[:0])
+        scales = as_float(raw, self.scales.dtype.name).reshape(last - first, -1)
+        if self.factor == 1.0 and not self.divide:
+            return scales
+        factor = np.float32(self.factor)
+        return scales / factor if self.divide else scales * factor
 
     def drop_page_cache(self, shards: Sequence[Shard], start: int, stop: int) -> None:
         self.codes.drop_page_cache(shards, start, stop)
@@ -214,11 +238,11 @@ class DecodedIntegers(_Decoded):
         zeros = unpacked_zeros(words, groups, self.codes.bits, self.codes.packing == "awq")
         middle = (1 << (self.codes.bits - 1)) - self.offset
         decode_integers(
-            codes.view(np.int8), scales, zeros.reshape(groups, count), self._groups(shards, groups), middle,
+            codes.view(np.int8), scales, zeros.reshape(groups, count), self.groups(shards), middle,
             CODES[self.dtype.name], out.view(self.dtype.storage),
         )  # fmt: skip
 
-    def _groups(self, shards: Sequence[Shard], groups: int) -> np.ndarray[Any, Any]:
+    def groups(self, shards: Sequence[Shard]) -> np.ndarray[Any, Any]:
         """int32 [K]: the group of each input channel.
 
         Raises:
@@ -228,6 +252,7 @@ class DecodedIntegers(_Decoded):
 
         from streamconv.errors import CheckpointError, printable
 
+        groups = self.scales.rows
         if self.order is None:
             return np.arange(self.cols, dtype=np.int32) // np.int32(self.cols // groups)
         found = np.empty(self.cols, np.int32)

@@ -38,7 +38,7 @@ from streamconv.targets.hf.target import HuggingFace
 from streamconv.targets.trtllm.import_rules import brings_scales
 from streamconv.targets.trtllm.options import TensorRTLLM
 from streamconv.targets.trtllm.stated import options_of
-from streamconv.verification import measured
+from streamconv.verification import decoded, measured
 from streamconv.verification.verdict import TensorError, Verdict
 
 _TORCH = 300 * memory.MIB
@@ -81,10 +81,10 @@ def check(
     config: dict[str, Any] = json.loads(output.config)
     paths = [folder / name for name in told.sizes] if told is not None else _ranks(folder)
     if not paths:
-        raise UsageError(
-            f"--source: {printable(str(folder))} has no streamconv.json, and only rank files are compared without one",
-            hint="leave --source out: index, config and scales are checked without it",
-        )
+        if part is not None:
+            raise UsageError("--part: a directory without streamconv.json is compared as a whole")
+        decoded.check(folder, config, place, resources, verdict, meter)
+        return
     headers = [Shard(path).header() for path in paths]
     choices: Sequence[Target] = [_asked(told, folder)] if told is not None else options_of(config, headers[0].tensors)
     choices = [_with_ranges(folder, place, options, output.ranges) for options in choices]

@@ -102,7 +102,7 @@ def compare(a: str, b: str, budget: int | None = None, meter: Meter | None = Non
     Raises:
         CheckpointError, HubError: one cannot be read. BudgetError: its largest row does not fit.
     """
-    sides = _opened(a, b, budget)
+    sides = opened(a, b, budget)
     made = Comparison(warnings=[f"{side.note}; it is compared as it is stored" for side in sides if side.note])
     meter = meter or Meter(unwatched)
     meter.begin("comparing", sum(weight.nbytes for name, weight in sides[0].weights.items() if name in sides[1].weights))
@@ -120,7 +120,7 @@ def compare(a: str, b: str, budget: int | None = None, meter: Meter | None = Non
     return made
 
 
-def _opened(a: str, b: str, budget: int | None) -> tuple[Side, Side]:
+def opened(a: str, b: str, budget: int | None) -> tuple[Side, Side]:
     try:
         with memory.bounded(budget):
             sides = open_sides(a, b)
@@ -180,7 +180,7 @@ def _flat(weight: Weight) -> bool:
     return isinstance(weight, SourceTensor) and type(weight) is SourceTensor and weight.axis == 0
 
 
-def _read(weight: Weight, shards: tuple[Shard, ...], begin: int, end: int) -> Any:
+def read_elements(weight: Weight, shards: tuple[Shard, ...], begin: int, end: int) -> Any:
     """Elements [begin, end), uint8."""
     import numpy as np
 
@@ -210,14 +210,14 @@ def _compared(
     equal, count, step = True, math.prod(a.shape), steps.of(name, a, b)
     for begin in range(0, count, step):
         end = min(begin + step, count)
-        first, second = (_read(w, side.index.shards, begin, end) for w, side in zip((a, b), sides, strict=True))
+        first, second = (read_elements(w, side.index.shards, begin, end) for w, side in zip((a, b), sides, strict=True))
         same = a.dtype == b.dtype and bool((first == second).all())
         equal = equal and same
-        want = _numbers(first, a.dtype)
+        want = numbers(first, a.dtype)
         power, top = _power(want)
         signal, peak = signal + power, max(peak, top)
         if not same:
-            noise += _gap(found, want, _numbers(second, b.dtype))
+            noise += _gap(found, want, numbers(second, b.dtype))
         meter.add(first.size)
     found.relative = found.largest / peak if peak else 0.0
     found.snr_db = 10 * math.log10(signal / noise) if signal and noise else None
@@ -253,7 +253,7 @@ def _gap(found: TensorDifference, want: Floats, got: Floats) -> float:
         return float(np.dot(gap, gap))
 
 
-def _numbers(stored: Any, dtype: DType) -> Floats:
+def numbers(stored: Any, dtype: DType) -> Floats:
     """Stored elements (uint8 bytes) as float64."""
     import numpy as np
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, NamedTuple
 
-from streamconv.checkpoint.dtypes import DType
+from streamconv.checkpoint.dtypes import I8, DType
 from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.quantized import stated_quantization
 from streamconv.checkpoint.rows import PackedTensor, SourceTensor
@@ -123,8 +123,6 @@ def _decoded(
             f"{printable(codes.name)} holds {codes.dtype} codes, and this checkpoint has no scales for them",
             hint="convert the unquantized model, or a checkpoint that is complete",
         )
-    if f"{module}.weight_zero_point" in tensors:
-        raise CheckpointError(f"{printable(name)} has zero points, which are not decoded here", hint="convert the unquantized model")
     code, shape = _code(index, tensors, module, codes, scale, facts, packed)
     rows, cols = shape[-2], shape[-1]
     factor, divide = 1.0, False
@@ -136,7 +134,18 @@ def _decoded(
     if grid is None:
         told = f"{printable(scale.name)} has shape {list(scale.shape)}, which is no grid of scales for a weight [{rows}, {cols}]"
         raise CheckpointError(told)
-    return DecodedTensor(name, into, shape, codes, code, _as_matrix(scale, grid.shape), grid.per_row, grid.per_col, factor, divide)
+    align = 1
+    if code == "int8" and codes.dtype.name == "U8":
+        piece = codes.pieces
+        codes, align = PackedTensor(codes.name, I8, (rows, cols), piece, 0, 4, "modelopt", module), 2
+    zeros = tensors.get(f"{module}.weight_zero_point")
+    words = (-(-rows * (4 if code == "uint4" else 8) // 32), grid.shape[1])
+    if zeros is not None and (code not in ("uint4", "uint8") or zeros.dtype.name != "I32" or zeros.shape != words or grid.per_row != 1):
+        told = f"{printable(zeros.name)} is {zeros.dtype} {list(zeros.shape)}: zero points of this form are not decoded here"
+        raise CheckpointError(told, hint="convert the unquantized model")
+    return DecodedTensor(
+        name, into, shape, codes, code, _as_matrix(scale, grid.shape), grid.per_row, grid.per_col, factor, divide, zeros, align
+    )
 
 
 def _code(
@@ -154,9 +163,9 @@ def _code(
     if codes.dtype.name == "I8":
         return "int8", codes.shape
     if codes.dtype.name == "U8":
-        if scale.dtype.name == "F32":
-            told = f"{printable(codes.name)}: ModelOpt's INT4 weights are not decoded here"
-            raise CheckpointError(told, hint="convert the unquantized model")
+        if scale.dtype.name == "F32" and len(codes.shape) == 2:
+            _check_pre_scale(index, tensors.get(f"{module}.pre_quant_scale"))
+            return "int8", (2 * codes.shape[0], codes.shape[1])
         return "e2m1", (*codes.shape[:-1], 2 * codes.shape[-1])
     if not packed or len(codes.shape) != 2:
         raise CheckpointError(f"{printable(codes.name)}: int32 weights of this form are not read")
@@ -166,6 +175,19 @@ def _code(
     if bits not in (4, 8) or cols * bits != codes.shape[1] * 32:
         raise CheckpointError(f"{printable(codes.name)}: {bits} bits and {cols} columns do not fill its {codes.shape[1]} words")
     return ("uint4" if bits == 4 else "uint8"), (codes.shape[0], cols)
+
+
+def _check_pre_scale(index: Index, scale: SourceTensor | None) -> None:
+    """What ModelOpt's AWQ multiplies an input with must be 1: it is no part of a plain weight.
+
+    Raises:
+        CheckpointError: it is not.
+    """
+    if scale is None:
+        return
+    one = {"F32": b"\0\0\x80\x3f", "F16": b"\0\x3c", "BF16": b"\x80\x3f"}.get(scale.dtype.name, b"?")
+    if scale.nbytes > 1 << 26 or raw_bytes(index, scale) != one * scale.rows:
+        raise CheckpointError(f"{printable(scale.name)} is not 1: such weights are not decoded here", hint="convert the unquantized model")
 
 
 class _Grid(NamedTuple):

@@ -136,7 +136,7 @@ class HuggingFace(Target):
         if index.assembled is not None:
             raise CheckpointError("a checkpoint in Meta's layout has no Hugging Face names", hint="convert it with transformers first")
         odd = check_complete(index)
-        draft, settled, dtype = Draft(SourceTensors(index)), self, self._model_dtype(index)
+        draft, settled, dtype = Draft(SourceTensors(index)), self, self.model_dtype(index)
         draft.warnings += odd
         codes: Codes | None = None
         ranges = self._ranges()
@@ -191,7 +191,7 @@ class HuggingFace(Target):
             raise UsageError(f"--quant {self.quant} has no --format {self.format}", hint=f"it has {' and '.join(there)}")
         return recipe
 
-    def _model_dtype(self, index: Index) -> DType:
+    def model_dtype(self, index: Index) -> DType:
         """What decoded weights become: --dtype, else what the config says, else bfloat16."""
         if self.dtype != "auto":
             return MODEL_DTYPES[self.dtype]
