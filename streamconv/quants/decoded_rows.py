@@ -15,7 +15,7 @@ from streamconv.checkpoint.dtypes import DType
 from streamconv.checkpoint.packed_rows import AWQ_POSITION
 from streamconv.checkpoint.rows import PackedTensor, Piece, SourceTensor
 from streamconv.checkpoint.shard import Shard
-from streamconv.checkpoint.stored_codes import Code, as_float, values
+from streamconv.checkpoint.stored_codes import NIBBLES, Code, as_float, values
 from streamconv.checkpoint.strided_rows import Strided
 from streamconv.checkpoint.turned_rows import read_stripe
 
@@ -106,8 +106,8 @@ class DecodedTensor(_Decoded):
         self.codes.read(shards, start, stop, stored, scratch[stored.size :])
         scales = self.factors(shards, start, stop)
         decode_code.decode_rows(
-            stored, decode_code.CODES[self.code], scales, self._zeros(shards, start, stop), start % self.per_row, self.per_row, self.per_col,
-            stop - start, self.cols, CODES[self.dtype.name], out.view(self.dtype.storage),
+            stored, decode_code.CODES[self.code], scales, self._zeros(shards, start, stop), start % self.per_row, self.per_row,
+            self.per_col, stop - start, self.cols, CODES[self.dtype.name], out.view(self.dtype.storage),
         )  # fmt: skip
 
     def _zeros(self, shards: Sequence[Shard], start: int, stop: int) -> Floats:

@@ -63,6 +63,19 @@ class _Found:
     def snr(self) -> float:
         return math.inf if not self.noise else 10 * math.log10(self.signal / self.noise) if self.signal else -math.inf
 
+    def wrong(self) -> str:
+        """Why these are not the source's values, in words that follow the name; "" if they are."""
+        if self.odd:
+            return f": {self.odd} values are not finite, and those of the source are"
+        if self.noise > self.allowed:
+            best = 10 * math.log10(self.signal / self.allowed) if self.allowed and self.signal else math.inf
+            return " is not the source's" + (f", expected {best:.1f} dB or more" if math.isfinite(best) else "")
+        if self.bad_row is not None:
+            return f": row {self.bad_row} is not the source's"
+        if self.off and self.off <= max(1, int(_FEW * self.count)):
+            return f": {self.off} values are off by more than a step, the first in row {self.off_row}"
+        return ""
+
 
 def check(folder: Path, config: Mapping[str, Any], source: str | Path, resources: Resources, verdict: Verdict, meter: Meter) -> None:
     """Add what the source says of a directory to a verdict.
@@ -74,7 +87,7 @@ def check(folder: Path, config: Mapping[str, Any], source: str | Path, resources
     budget = resources.memory_budget
     raw = opened(str(source), str(folder), budget)
     a, b = sides = tuple(_unstacked(side, F32) for side in raw)
-    rounded = _unstacked(raw[0], HuggingFace().model_dtype(raw[0].index)).weights  # what a quantizer of a quantized source started from
+    rounded = _unstacked(raw[0], HuggingFace().model_dtype(raw[0].index)).weights
     try:
         for side in sides:
             if side.note:
@@ -126,28 +139,17 @@ def _judge(
     name: str, a: Weight, rounded: Weight, b: Weight, sides: tuple[Side, Side], symmetric: bool, room: int, verdict: Verdict
 ) -> None:
     form = format_of(b, sides[1].index.shards, symmetric) if len(b.shape) == 2 else None
-    kept = isinstance(a, SourceTensor) or type(a) is type(b)  # codes that were kept stand for the same values, to the last bit
-    found = _compare(name, a if kept else rounded, b, sides, form, room)
-    if kept and (found.noise or found.odd) and not isinstance(a, SourceTensor):
+    found = _compare(name, a, b, sides, form, room)
+    if found.wrong() and not isinstance(a, SourceTensor):  # what a quantizer of a quantized source started from
         found = _compare(name, rounded, b, sides, form, room)
-    shown = printable(name)
     if not found.noise and not found.odd:
         verdict.encoded += isinstance(b, SourceTensor)
         return
     file = sides[1].index.shards[b.pieces[0].shard].path.name
     relative = found.largest / found.peak if found.peak else 0.0
     verdict.errors.append(TensorError(file, name, found.rows, found.largest, relative, found.snr()))
-    by = f"largest error {found.largest:.3g}, SNR {found.snr():.1f} dB"
-    if found.odd:
-        verdict.problems.append(f"{file}: {shown}: {found.odd} values are not finite, and those of the source are; {by}")
-    elif found.noise > found.allowed:
-        best = 10 * math.log10(found.signal / found.allowed) if found.allowed and found.signal else math.inf
-        told = f", expected at least {best:.1f} dB" if math.isfinite(best) else ""
-        verdict.problems.append(f"{file}: {shown} is not the source's: {by}{told}")
-    elif found.bad_row is not None:
-        verdict.problems.append(f"{file}: {shown}: row {found.bad_row} is not the source's; {by} of the tensor")
-    elif found.off and found.off <= max(1, int(_FEW * found.count)):
-        verdict.problems.append(f"{file}: {shown}: {found.off} values are off by more than a step, the first in row {found.off_row}; {by}")
+    if wrong := found.wrong():
+        verdict.problems.append(f"{file}: {printable(name)}{wrong}; largest error {found.largest:.3g}, SNR {found.snr():.1f} dB")
 
 
 def _compare(name: str, a: Weight, b: Weight, sides: tuple[Side, Side], form: Format | None, room: int) -> _Found:

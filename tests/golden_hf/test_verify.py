@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from streamconv.cli.main import main
+from streamconv.errors import BudgetError
+from streamconv.options import Resources
 from streamconv.run.manifest import NAME
 from streamconv.verification.check import verify
 from tests.golden_hf import cases
@@ -335,3 +337,50 @@ def test_against_the_source(output: Output, models: Models, tmp_path: Path, caps
     capsys.readouterr()
     assert main(["verify", str(output.own), "--source", str(other), "--quiet"]) != 0
     assert Q in "".join(capsys.readouterr())
+
+
+@every()
+def test_against_the_source_without_a_manifest(output: Output) -> None:
+    """Good as it is, of any format; exchanged weights, another scale, a spoilt row and one spoilt code are found, and named."""
+    assert not verify(output.folder, output.source).problems
+    whole = output.file.read_bytes()
+    leaves = {output.code, output.scale}
+
+    def swap(t: Tensors) -> None:
+        for leaf in leaves:
+            t[f"{K}.{leaf}"], t[f"{V}.{leaf}"] = t[f"{V}.{leaf}"].clone(), t[f"{K}.{leaf}"].clone()
+
+    def rescale(t: Tensors) -> None:
+        held = t[f"{Q}.{output.scale}"]
+        if held.dtype == torch.uint8:
+            held += 1
+        else:
+            t[f"{Q}.{output.scale}"] = (held.float() * 1.5).to(held.dtype)
+
+    def row(t: Tensors) -> None:
+        codes = t[f"{Q}.{output.code}"].view(torch.uint8)
+        codes[3] = codes[3].flip(0)
+
+    def norm(t: Tensors) -> None:
+        t["model.layers.0.input_layernorm.weight"][5] *= 1.0625
+
+    for change, named in ((swap, K), (rescale, Q), (row, Q), (norm, "input_layernorm")):
+        output.spoil(change)
+        problems = verify(output.folder, output.source).problems
+        assert any(named in line for line in problems), (change.__name__, problems)
+        output.file.write_bytes(whole)
+
+
+def test_another_model_and_half_a_model(models: Models, tmp_path: Path) -> None:
+    output = Output("fp8_dynamic", models, tmp_path)
+    other = tmp_path / "other"
+    shutil.copytree(output.source, other)
+    for path in other.glob("*.safetensors"):
+        tensors = load_file(path)
+        changed = {name: value + 0.01 * torch.randn_like(value) if "proj" in name else value for name, value in tensors.items()}
+        save_file(changed, path, metadata={"format": "pt"})
+    problems = verify(output.folder, other).problems
+    assert sum("is not the source's" in line for line in problems) == 7
+    with pytest.raises(BudgetError, match="memory-budget") as refused:
+        verify(output.folder, output.source, resources=Resources(memory_budget=1 << 20))
+    assert refused.value.hint

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 import streamconv
 from streamconv import api
-from streamconv.errors import CheckpointError, StreamconvError, UsageError
+from streamconv.errors import CheckpointError, StreamconvError
 from streamconv.open_plan import open_and_plan
 from streamconv.targets.hf.target import HuggingFace
 from streamconv.targets.trtllm.options import TensorRTLLM
@@ -222,12 +222,3 @@ def test_links_out_of_the_model_and_odd_names_are_left_out(tmp_path: Path) -> No
     assert not any(b"a key" in path.read_bytes() for path in (tmp_path / "out").iterdir())
     told = next(line for line in report.warnings if "not copied" in line)
     assert "LICENSE" in told and "README.md" in told and "bad" in told and told.isprintable()
-
-
-def test_a_source_says_nothing_of_a_directory_without_manifest(tmp_path: Path) -> None:
-    source = written(tmp_path / "in")
-    api.convert(source, tmp_path / "out", FP8)
-    (tmp_path / "out/streamconv.json").unlink()
-    with pytest.raises(UsageError, match=r"streamconv\.json"):
-        streamconv.verify(tmp_path / "out", source)
-    assert not streamconv.verify(tmp_path / "out").problems

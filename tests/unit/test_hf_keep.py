@@ -54,6 +54,13 @@ def test_awq(tmp_path: Path, rows: int | None) -> None:
     args = config(tmp_path / "out")["config_groups"]["group_0"]["weights"]
     assert (args["symmetric"], args["group_size"], args["num_bits"]) == (False, 32, 4) and config(tmp_path / "out")["ignore"] == ["lm_head"]
     assert verify(tmp_path / "out", folder).problems == []
+    for name, decoded in (("one", folder), ("two", tmp_path / "out")):  # both containers mean the same weights, in any tiles
+        api.convert(decoded, tmp_path / name, HuggingFace(dtype="float16"), Resources(tile_rows=rows))
+    assert (tmp_path / "one/model.safetensors").read_bytes() == (tmp_path / "two/model.safetensors").read_bytes()
+    (tmp_path / "out/streamconv.json").unlink()
+    assert verify(tmp_path / "out", folder).problems == []
+    (tmp_path / "out/config.json").write_text((tmp_path / "out/config.json").read_text().replace('"symmetric": false', '"symmetric": true'))
+    assert verify(tmp_path / "out").problems
 
 
 def symmetric(n: int, k: int, group: int, bits: int, v2: bool) -> tuple[Tensors, np.ndarray[Any, Any]]:
