@@ -23,7 +23,8 @@ from streamconv.targets.hf.stated import stated_bits
 Weight = SourceTensor | DecodedTensor | DecodedAffine | DecodedIntegers | TurnedMx
 
 _SCALES = ("weight_scale_inv", "weight_scale", "weight_scale_2", "weight_global_scale", "weight_shape")
-_OTHERS = ("weight_zero", "input_scale", "input_global_scale", "k_scale", "v_scale", "weight_zero_point", "output_scale")
+_OTHERS = ("weight_zero", "input_scale", "input_global_scale", "k_scale", "v_scale", "weight_zero_point", "output_scale",
+           "pre_quant_scale")  # fmt: skip
 _BESIDE = frozenset((*_SCALES, *_OTHERS))
 """What stands beside codes and says nothing of a float weight."""
 
@@ -134,17 +135,15 @@ def _decoded(
     if grid is None:
         told = f"{printable(scale.name)} has shape {list(scale.shape)}, which is no grid of scales for a weight [{rows}, {cols}]"
         raise CheckpointError(told)
-    align = 1
     if code == "int8" and codes.dtype.name == "U8":
-        piece = codes.pieces
-        codes, align = PackedTensor(codes.name, I8, (rows, cols), piece, 0, 4, "modelopt", module), 2
+        codes = PackedTensor(codes.name, I8, (rows, cols), codes.pieces, 0, 4, "modelopt", module)
     zeros = tensors.get(f"{module}.weight_zero_point")
     words = (-(-rows * (4 if code == "uint4" else 8) // 32), grid.shape[1])
     if zeros is not None and (code not in ("uint4", "uint8") or zeros.dtype.name != "I32" or zeros.shape != words or grid.per_row != 1):
         told = f"{printable(zeros.name)} is {zeros.dtype} {list(zeros.shape)}: zero points of this form are not decoded here"
         raise CheckpointError(told, hint="convert the unquantized model")
     return DecodedTensor(
-        name, into, shape, codes, code, _as_matrix(scale, grid.shape), grid.per_row, grid.per_col, factor, divide, zeros, align
+        name, into, shape, codes, code, _as_matrix(scale, grid.shape), grid.per_row, grid.per_col, factor, divide, zeros
     )
 
 
