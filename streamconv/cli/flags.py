@@ -197,6 +197,12 @@ PARTS: tuple[_Decorator, ...] = (
         help="Write each part into a file of its own, for file systems whose locks do not reach other machines.",
         **_OF_PARTS,
     ),
+    click.option(
+        "--engine",
+        metavar="ray[=ADDRESS]",
+        help="Give the parts to a Ray cluster, as tasks (streamconv[ray]); run it inside the cluster.",
+        **_OF_PARTS,
+    ),
 )
 """How several processes share a conversion."""
 SAMPLES: tuple[_Decorator, ...] = (

@@ -91,6 +91,7 @@ def convert(
     part: str | None,
     wait: float,
     private_parts: bool,
+    engine: str | None,
     force: bool,
     as_json: bool,
     quiet: bool,
@@ -113,6 +114,7 @@ def convert(
     from streamconv.calibration.before import measured
     from streamconv.calibration.request import Samples
     from streamconv.cli import convert_view, pages_view, several
+    from streamconv.cli.shared_work import on_ray
     from streamconv.cli.watching import watching
     from streamconv.targets.hf.target import HuggingFace
     from streamconv.targets.trtllm.options import TensorRTLLM
@@ -136,7 +138,7 @@ def convert(
         raise UsageError("--min-snr has no effect without --verify inline", hint="add --verify inline, or leave it out")
     if asked.parts and text:
         raise UsageError("--text and --parts exclude each other", hint="run `streamconv calibrate` once, then use --activation-ranges")
-    outputs = several.asked(model, out, more, values.pop("output"), _recipe_keys(), ("text", "parts", "part", "private_parts"))
+    outputs = several.asked(model, out, more, values.pop("output"), _recipe_keys(), ("text", "parts", "part", "private_parts", "engine"))
     if out is None and not outputs:
         raise click.MissingParameter(param_hint="'OUT'", param_type="argument")
     wanted = None if outputs else asked_target(to, values, more)
@@ -157,7 +159,9 @@ def convert(
                 **watched.layers,
             )
         facts = pages_view.planned(model, place, wanted, asked) if report and wanted is not None else None
-        if wanted is not None:
+        if engine is not None and wanted is not None:
+            made = on_ray(engine, model, place, wanted, asked, force, watched.meter)
+        elif wanted is not None:
             made = api.convert(model, place, wanted, asked, force=force, meter=watched.meter)
         else:
             made = api.convert_all(model, outputs, asked, force=force, meter=watched.meter)

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from streamconv.cli import output
-from streamconv.errors import OutputError, printable
+from streamconv.errors import OutputError, UsageError, printable
+
+if TYPE_CHECKING:
+    from streamconv.options import Resources
+    from streamconv.progress import Meter
+    from streamconv.reports import Report
+    from streamconv.targets.base import Target
 
 
 @click.command()
@@ -78,3 +84,17 @@ def finalize(out: str, check: bool, no_lock: bool, as_json: bool) -> int:
     else:
         output.line(f"{out}: the output is complete")
     return 0
+
+
+def on_ray(engine: str, model: str, out: str, wanted: Target, asked: Resources, force: bool, meter: Meter) -> Report:
+    """`convert --engine`.
+
+    Raises:
+        UsageError: another engine.
+    """
+    from streamconv.run_on_ray import convert_on_ray
+
+    name, _, address = engine.partition("=")
+    if name != "ray":
+        raise UsageError(f"--engine {printable(engine)} is not known", hint="ray, or ray=ADDRESS; without it this process does the work")
+    return convert_on_ray(address or None, model, out, wanted, asked, force=force, meter=meter)

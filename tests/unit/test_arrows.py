@@ -24,7 +24,7 @@ LEVELS = (
     ("verification", "calibration"),
     ("in_parts",),
     ("api",),
-    ("verbs", "opening"),
+    ("run_on_ray", "verbs", "opening"),
     ("pages",),
     ("cli", "__main__"),
 )

@@ -1,0 +1,78 @@
+"""Parts as tasks of Ray, for those who have a Ray cluster on one shared file system: `convert --engine ray --parts N`.
+
+A task does one part, as `--part K/N` does. One that is lost with its node is given to another, where it goes on from its journal; one that
+fails by itself is not tried again, for a full disk stays full. Runs inside the cluster: ray:// needs the same Python and Ray on both sides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from streamconv.api import convert
+from streamconv.errors import StreamconvError, UsageError
+from streamconv.options import Resources
+from streamconv.progress import Meter
+from streamconv.reports import Report
+from streamconv.targets.base import Target
+
+RETRIES = 3
+"""How often a part is given to another worker after its own was lost."""
+
+
+def _part(source: str, out: str, target: Target, resources: Resources, force: bool) -> Report | StreamconvError:
+    """A task: one part; its error is told and not raised, so that it keeps its type."""
+    try:
+        return convert(source, out, target, resources, force=force)
+    except StreamconvError as error:
+        return error
+
+
+def convert_on_ray(
+    address: str | None, source: str | Path, out: str | Path, target: Target, resources: Resources, *, force: bool, meter: Meter
+) -> Report:
+    """Do all parts on a cluster; gives the figures of its tasks together.
+
+    Args:
+        address: of the cluster; None takes the one that this process is in, or begins one here.
+        resources: of a task; `parts` says how many there are, `workers` how many processors each takes (1 unless given).
+
+    Raises:
+        UsageError: Ray is not installed, or no parts were asked for. Else the first error of any task.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise UsageError("--engine ray: Ray is not installed", hint="pip install 'streamconv[ray]'") from None
+    if resources.parts is None or resources.part is not None:
+        raise UsageError("--engine ray needs --parts N", hint="four for each worker, for example")
+    began = time.monotonic()
+    ray.init(address=address, ignore_reinit_error=True, log_to_driver=False)
+    here = os.path.realpath(source) if os.path.lexists(source) else str(source)
+    task: Any = ray.remote(max_retries=RETRIES, retry_exceptions=False, num_cpus=resources.workers or 1)(_part)
+    each = [dataclasses.replace(resources, part=part, workers=resources.workers or 1) for part in range(resources.parts)]
+    left = [task.remote(here, os.path.realpath(out), target, one, force) for one in each]
+    meter.begin("converting", len(left), unit="parts")
+    reports = list[Report]()
+    while left:
+        (ready, *_), left = ray.wait(left, num_returns=1)
+        try:
+            report = ray.get(ready)
+        except ray.exceptions.RayError as error:
+            raise StreamconvError(f"Ray: {str(error).splitlines()[0]}", hint="run the same command again to go on") from error
+        if isinstance(report, StreamconvError):
+            raise report
+        reports.append(report)
+        meter.add(1)
+    meter.end()
+    sums = {name: sum(getattr(report, name) for report in reports) for name in ("bytes_read", "bytes_mapped", "tiles", "resumed")}
+    done = tuple(sorted(part for report in reports for part in report.parts or ()))
+    warnings = tuple(dict.fromkeys(warning for report in reports for warning in report.warnings))
+    seconds, peak = time.monotonic() - began, max(report.peak_memory for report in reports)
+    published = any(report.published for report in reports)
+    return dataclasses.replace(
+        reports[0], out=str(out), parts=done, published=published, warnings=warnings, seconds=seconds, peak_memory=peak, **sums
+    )
