@@ -51,6 +51,22 @@ def test_convert_equals_local(hub: Hub, tmp_path: Path, keep: str) -> None:
     assert len(cached(tmp_path)) == (2 * PARTS if keep == "all" else 0)  # blobs, and links to them
 
 
+def test_a_worker_downloads_the_shards_of_its_parts(hub: Hub, tmp_path: Path) -> None:
+    """Two machines with caches of their own; `finalize` plans from the Hub again."""
+    api.convert(hub.folder, tmp_path / "local", TensorRTLLM(tp_size=2))
+    fetched = []
+    for part in ("0/3", "1/3", "2/3"):
+        before = len(weights(hub.whole))
+        more = {"HF_HOME": str(tmp_path / f"home{part[0]}"), "STREAMCONV_TILE_ROWS": "64"}
+        done = run(hub, tmp_path, "convert", REPO, "out", "--tp-size", "2", "--part", part, "--no-lock", **more)
+        assert done.returncode == 0, done.stderr
+        fetched.append(len(weights(hub.whole)) - before)
+    assert all(0 < count < PARTS for count in fetched), fetched
+    done = run(hub, tmp_path, "finalize", "out", "--verify")
+    assert done.returncode == 0, done.stderr
+    assert content(tmp_path / "out") == content(tmp_path / "local")
+
+
 def test_several_outputs_download_each_shard_once(hub: Hub, tmp_path: Path) -> None:
     """The tensors are those of local runs; what is finished is not fetched again."""
     targets = {"one": TensorRTLLM(tp_size=2), "two": HuggingFace(quant="fp8_dynamic")}
