@@ -76,6 +76,8 @@ def _resources(names: Collection[str], values: dict[str, Any], model: str) -> It
     asked = [name for name in _DEVICE if name in names]
     if asked and (why := _no_device(str(values["device"]))):
         yield from (f"{flag(name)} has no effect {why}" for name in asked)
+    if not (values.get("parts") or values.get("part")):
+        yield from (f"{flag(name)} has no effect without --parts or --part" for name in ("wait", "private_parts") if name in names)
     if "read" in names and str(values["device"]).startswith("cuda"):
         yield f"--read has no effect with --device {values['device']}"
 
