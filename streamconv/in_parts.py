@@ -64,11 +64,9 @@ class Share:
     warnings: list[str] = dataclasses.field(default_factory=list)
 
 
-def run_of(plan: Plan, index: Index) -> dict[str, Any]:
-    """`journal.identity`, without the times and inodes of source files, which differ where machines have copies of their own."""
-    run = journal.identity(plan, index.shards)
-    run["sources"] = [entry if len(entry) < 7 else [*entry[:3], 0, 0, 0, entry[6]] for entry in run["sources"]]
-    return run
+def anywhere(identity: dict[str, Any]) -> dict[str, Any]:
+    """A `journal.identity` without the times and inodes of source files, which differ where machines have copies of their own."""
+    return identity | {"sources": [entry if len(entry) < 7 else [*entry[:3], 0, 0, 0, entry[6]] for entry in identity["sources"]]}
 
 
 class Worker:
@@ -104,6 +102,7 @@ class Worker:
         self.source, self.out, self.index, self.plan, self.resources = source, out, index, plan, resources
         self.force, self.meter, self.disk, self.instead, self.pinned = force, meter, disk, instead, pinned
         self.parts = cut(plan, resources.parts)
+        self.identity = journal.identity(plan, index.shards)  # reads some of every source file: once for all parts
         self.share = Share()
         self._abandoned = False
 
@@ -120,7 +119,7 @@ class Worker:
         claims = Claims(place, len(self.parts))
         page, private = max(PAGE, mmap.PAGESIZE), self.resources.private_parts
         source = os.path.realpath(self.source) if os.path.lexists(self.source) else self.source
-        run = told(run_of(self.plan, self.index), len(self.parts), page, private, self.force, source)
+        run = told(anywhere(self.identity), len(self.parts), page, private, self.force, source)
         files = [(file.name, file.size) for file in self.plan.files]
         try:
             is_of = partial(sampled.is_of, self.plan, self.index.shards, place.out)
@@ -202,7 +201,7 @@ class Worker:
 
     def _do(self, claims: Claims, claim: Claim) -> None:
         part, fingerprint = self.parts[claim.part], self.plan.fingerprint()
-        evidence = tuple(tuple(int(fact) for fact in shard.evidence()[:3]) for shard in self.index.shards)
+        evidence = tuple(tuple(entry[3:6]) for entry in self.identity["sources"] if len(entry) == 7)
         if not part.matrices and not part.constants:
             claims.record(claim, Record(fingerprint, claim.attempt, (), evidence))
             self.share.parts.append(claim.part)
@@ -217,7 +216,7 @@ class Worker:
             except BlockingIOError:  # whoever had the part before still holds its pages
                 time.sleep(POLL)
                 return
-            run = journal.identity(self.plan, self.index.shards) | {"part": claim.part, "parts": len(self.parts)}
+            run = self.identity | {"part": claim.part, "parts": len(self.parts)}
             past = journal.read(claim.home)
             if past is not None and past.run == run and not told["private"]:
                 book.resume(past)
@@ -317,7 +316,7 @@ def finish(out: str | Path, *, check: bool = False, meter: Meter | None = None, 
         place = choose(Path(os.path.realpath(out)), disk or Disk(), no_lock)
         place.ours |= plan.names
         claims = Claims(place, len(parts))
-        run = told(run_of(plan, index), len(parts), begun["page"], begun["private"], begun["force"], begun["source"])
+        run = told(anywhere(journal.identity(plan, index.shards)), len(parts), begun["page"], begun["private"], begun["force"], begun["source"])
         files = [(file.name, file.size) for file in plan.files]
         try:
             if not claims.join(run, files, False, 60.0, partial(sampled.is_of, plan, index.shards, place.out)):
