@@ -316,7 +316,8 @@ def finish(out: str | Path, *, check: bool = False, meter: Meter | None = None, 
         place = choose(Path(os.path.realpath(out)), disk or Disk(), no_lock)
         place.ours |= plan.names
         claims = Claims(place, len(parts))
-        run = told(anywhere(journal.identity(plan, index.shards)), len(parts), begun["page"], begun["private"], begun["force"], begun["source"])
+        identity = anywhere(journal.identity(plan, index.shards))
+        run = told(identity, len(parts), begun["page"], begun["private"], begun["force"], begun["source"])
         files = [(file.name, file.size) for file in plan.files]
         try:
             if not claims.join(run, files, False, 60.0, partial(sampled.is_of, plan, index.shards, place.out)):
