@@ -139,8 +139,8 @@ class Codes:
     def _apart(self, entry: TensorEntry) -> ApartTensor:
         return ApartTensor(entry.name, F32, entry.shape, (), 0, self._shard, entry.begin)
 
-    def losses(self) -> tuple[int, float, float]:
-        """How many modules were searched, and the mean relative output error of plain rounding and of what was found."""
+    def losses(self) -> str:
+        """The mean relative output error of plain rounding and of what was found, for people."""
         plain = chosen = count = 0.0
         for name, entry in self._entries.items():
             if name.endswith(".losses") and entry.shape == (3,) and entry.dtype == F32:
@@ -148,7 +148,8 @@ class Codes:
                     energy, rtn, best = struct.unpack("<3f", bytes(data[:12]))
                 if energy > 0:
                     plain, chosen, count = plain + rtn / energy, chosen + best / energy, count + 1
-        return int(count), plain / max(count, 1), chosen / max(count, 1)
+        told = f"{plain / max(count, 1):.2%} if rounded to nearest, {chosen / max(count, 1):.2%} as found"
+        return f"mean relative output error of {count:.0f} linear layers: {told}"
 
 
 def codes_of(method: str | None, path: str | None) -> Codes | None:

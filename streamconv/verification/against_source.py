@@ -128,6 +128,13 @@ def _with_ranges(folder: Path, source: Path, options: Target, ranges: str | None
         if not options.uses_ranges():
             raise UsageError("--activation-ranges: this checkpoint was made without any")
         return dataclasses.replace(options, activation_ranges=ranges)
+    if options.codes is not None and not Path(options.codes).is_file():
+        near = [folder.absolute().parent / name for name in (Path(options.codes).name, f"{folder.absolute().name}.int4.safetensors")]
+        found = next((place for place in near if place.is_file()), None)
+        if found is None:
+            told = f"the INT4 codes {printable(options.codes)} are not there, and they cannot be made again from the source alone"
+            raise UsageError(told, hint="put the file beside the output; without --source the output is checked by its hashes")
+        options = dataclasses.replace(options, codes=str(found))
     if options.activation_ranges is None:
         brought = isinstance(options, TensorRTLLM) and options.quant == "fp8" and brings_scales(source)
         if options.needs_ranges() and not brought:

@@ -157,6 +157,8 @@ class HuggingFace(Target):
             codes = codes_of(self.method, self.codes)
             layout = Layout(index, settled, recipe, draft, dtype, ranges, codes)
             layout.describe()
+            if codes is not None:
+                draft.decisions["codes"] = codes.losses()
             if layout.refused:
                 raise RefusedError(layout.refused)
         files, matrices, spans, constants = draft.finish()

@@ -196,6 +196,8 @@ def make_plan(index: Index, options: TensorRTLLM) -> Plan:
         fp8_scales.add_scales(builder, ranges, roles.tensors)
     if options.rope_tables and family.rope_tables and options.kv_cache != "int8" and options.quant != "smoothquant":
         rope.add_tables(builder, model, options)
+    if codes is not None:
+        decoder.decisions["codes"] = codes.losses()
     roles.finish()
     if decoder.refused:
         raise RefusedError(decoder.refused)
