@@ -85,6 +85,8 @@ def _worker(command: tuple[str, ...], here: bool, parts: int, cpus: int, budget:
     values: dict[str, Any] = context.params
     if values["parts"] or values["part"]:
         raise UsageError("--parts and --part are for the script to say", hint="streamconv submit slurm --parts 64 ... -- convert ...")
+    if values["out"] is None or values["output"]:
+        raise UsageError("one output is made in parts: convert MODEL OUT", hint="name OUT, and leave out --output")
     if here:
         for key in ("model", "out"):
             given = str(values[key])

@@ -88,7 +88,7 @@ def test_a_job_for_kubernetes(capsys: pytest.CaptureFixture[str]) -> None:
         (["slurm", "--nodes", "2", "--", "convert", "in", "out", "--parts", "3"], "are for the script to say"),
         (["k8s", "--nodes", "2", "--", "convert", "in", "out"], "needs --image and --claim"),
         (["slurm", "--nodes", "2", "--", "convert", "in", "out", "--qunat", "int8"], "No such option"),
-        (["slurm", "--nodes", "2", "--", "convert", "in"], "Missing argument 'OUT'"),
+        (["slurm", "--nodes", "2", "--", "convert", "in"], "one output is made in parts"),
     ],
 )
 def test_refused(words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
