@@ -107,13 +107,13 @@ def _cgroup_free() -> list[int]:
 
 def cgroup_usage() -> Path | None:
     """The file that says how many bytes this process's own memory cgroup has charged, page cache included; None without one."""
-    for place, _, names in _cgroups():
+    for place, _, names in cgroups():
         if (place / names[1]).exists():
             return place / names[1]
     return None
 
 
-def _cgroups(proc: Path = Path("/proc/self/cgroup"), root: Path = _CGROUP) -> Iterator[tuple[Path, Path, tuple[str, str, str]]]:
+def cgroups(proc: Path = Path("/proc/self/cgroup"), root: Path = _CGROUP) -> Iterator[tuple[Path, Path, tuple[str, str, str]]]:
     """(folder, top, names of limit, usage and reclaimable cache) of the memory cgroups that this process is in, one for each hierarchy."""
     try:
         lines = proc.read_text().splitlines()
@@ -137,7 +137,7 @@ def _cgroups(proc: Path = Path("/proc/self/cgroup"), root: Path = _CGROUP) -> It
 def _cgroup_levels(proc: Path = Path("/proc/self/cgroup"), root: Path = _CGROUP) -> list[tuple[int, int]]:
     """(limit, use that cannot be reclaimed) of each enclosing memory cgroup that has a limit."""
     levels = []
-    for place, top, names in _cgroups(proc, root):
+    for place, top, names in cgroups(proc, root):
         while True:
             level = _read_level(place, *names)
             if level:

@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,6 +66,23 @@ def start_interpreter(module: str, kept_out: Iterable[Path]) -> subprocess.Popen
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+_JOIN = 'echo $$ > "$0" && exec "$@"'
+"""A shell that joins a cgroup and becomes the command: none of it runs outside."""
+
+
+def start_command(words: Sequence[str], log: Path, group: Path | None = None) -> subprocess.Popen[bytes]:
+    """A command of the user's, without a shell of its own; what it prints goes to a file.
+
+    Args:
+        group: `cgroup.procs` of the cgroup that it runs in.
+    """
+    import subprocess
+
+    joined = ["/bin/sh", "-c", _JOIN, str(group), *words] if group is not None else [*words]
+    with log.open("wb") as file:
+        return subprocess.Popen(joined, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
 
 
 def start_thread(target: Callable[..., None], name: str, *arguments: object) -> threading.Thread | None:

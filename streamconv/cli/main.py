@@ -10,6 +10,7 @@ import click
 
 from streamconv import __version__
 from streamconv.cli import effects, ending, output, recipe_option, signals
+from streamconv.cli.bench import bench
 from streamconv.cli.checkpoints import diff, inspect, list_, push
 from streamconv.cli.details import OUTPUT, RECIPES, SOURCES, VERIFY, paragraphs
 from streamconv.cli.flags import (
@@ -281,7 +282,7 @@ def verify(
     return 7 if verdict.problems else 0
 
 
-for command in (inspect, diff, calibrate, push, list_, status, finalize, submit):
+for command in (inspect, diff, calibrate, push, bench, list_, status, finalize, submit):
     cli.add_command(command)
 
 

@@ -66,7 +66,9 @@ def errors(found: Sequence[TensorError], low: float | None, how: str) -> list[Se
     for error in found:
         at = place(error.name)
         cells[at] = min(cells.get(at, math.inf), error.snr_db)
-    inexact = sum(math.isfinite(error.snr_db) for error in found)
+    inexact = sum(error.snr_db != math.inf for error in found)
+    lossy = {column for (_, column), snr in cells.items() if snr != math.inf}
+    cells = {at: snr for at, snr in cells.items() if at[1] in lossy or not lossy}
     rows, columns = (sorted({at[axis] for at in cells}, key=natural) for axis in (0, 1))
     frame = -math.inf if low is None else low
     picture = heatmap("SNR in dB by layer and module", rows, columns, cells, _decibels, frame, high_is_dark=False)
@@ -77,7 +79,7 @@ def errors(found: Sequence[TensorError], low: float | None, how: str) -> list[Se
     ]
     text = (
         f"Signal to noise of decoded weights against the source's, in dB, the worst of a cell's tensors; more is better, 6 dB are one bit. "
-        f"\"=\" is exact. {len(found) - inexact} of {len(found)} matrices are exact. {how}"
+        f"\"=\" is exact. {len(found) - inexact} of {len(found)} matrices are exact; modules that are exact in every layer are left out. {how}"
     ) + (f" What is below {low:g} dB has a frame." if low is not None else "")
     made = [Section("Error by layer and module", text, picture, Table(("layer", *columns), listed, frozenset(range(1, len(columns) + 1))))]
     if table:

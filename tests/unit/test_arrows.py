@@ -25,7 +25,7 @@ LEVELS = (
     ("in_parts",),
     ("api",),
     ("run_on_ray", "verbs", "opening"),
-    ("pages",),
+    ("pages", "bench"),
     ("cli", "__main__"),
 )
 """Rooms from the bottom up; a room imports from its own level and below (kernels and quants know each other)."""
