@@ -79,7 +79,7 @@ def errors(found: Sequence[TensorError], low: float | None, how: str) -> list[Se
     ]
     text = (
         f"Signal to noise of decoded weights against the source's, in dB, the worst of a cell's tensors; more is better, 6 dB are one bit. "
-        f"\"=\" is exact. {len(found) - inexact} of {len(found)} matrices are exact; modules that are exact in every layer are left out. {how}"
+        f"\"=\" is exact. {len(found) - inexact} of {len(found)} matrices are exact; modules that are exact everywhere are left out. {how}"
     ) + (f" What is below {low:g} dB has a frame." if low is not None else "")
     made = [Section("Error by layer and module", text, picture, Table(("layer", *columns), listed, frozenset(range(1, len(columns) + 1))))]
     if table:
