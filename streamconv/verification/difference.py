@@ -206,25 +206,27 @@ def _compared(
     if a.shape != b.shape:
         return TensorDifference(name, "shape", dtypes, shapes)
     found = TensorDifference(name, "exact", dtypes, shapes)
+    count, step = math.prod(a.shape), steps.of(name, a, b)
+
+    def blocks() -> Iterator[tuple[Any, Any]]:
+        for begin in range(0, count, step):
+            end = min(begin + step, count)
+            yield read_elements(a, sides[0].index.shards, begin, end), read_elements(b, sides[1].index.shards, begin, end)
+
+    if a.dtype == b.dtype and all(bool((first == second).all()) for first, second in blocks()):
+        meter.add(a.nbytes)
+        found.state = "exact" if dtypes[0] == dtypes[1] else "dtype"
+        return found
     signal = noise = peak = 0.0
-    equal, count, step = True, math.prod(a.shape), steps.of(name, a, b)
-    for begin in range(0, count, step):
-        end = min(begin + step, count)
-        first, second = (read_elements(w, side.index.shards, begin, end) for w, side in zip((a, b), sides, strict=True))
-        same = a.dtype == b.dtype and bool((first == second).all())
-        equal = equal and same
+    for first, second in blocks():
         want = numbers(first, a.dtype)
         power, top = _power(want)
         signal, peak = signal + power, max(peak, top)
-        if not same:
-            noise += _gap(found, want, numbers(second, b.dtype))
+        noise += _gap(found, want, numbers(second, b.dtype))
         meter.add(first.size)
     found.relative = found.largest / peak if peak else 0.0
     found.snr_db = 10 * math.log10(signal / noise) if signal and noise else None
-    if found.differing or (not equal and dtypes[0] == dtypes[1]):
-        found.state = "differs"
-    elif dtypes[0] != dtypes[1]:
-        found.state = "dtype"
+    found.state = "dtype" if not found.differing and dtypes[0] != dtypes[1] else "differs"
     return found
 
 
