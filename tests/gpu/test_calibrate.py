@@ -115,13 +115,13 @@ def test_maxima(dtype: str) -> None:
         outputs = [layer(values) for values in inputs]
     for end, values in (("x", inputs), ("y", outputs)):
         want = torch.cat([v.reshape(-1, v.shape[-1]) for v in values]).abs().max(dim=0)[0].float().cpu()
-        got = maxima.told("m.")[f"m.0.{end}"]
+        got = maxima.told(lambda name: f"m.{name}")[f"m.0.{end}"]
         assert torch.equal(got.isnan(), want.isnan()) and torch.equal(got.nan_to_num(-1), want.nan_to_num(-1))
         assert not got.signbit().any()
     want = layer[0].weight.detach().abs().max(dim=1)[0].float().cpu()
-    assert torch.equal(maxima.told("m.")["m.0.w"], want)
+    assert torch.equal(maxima.told(lambda name: f"m.{name}")["m.0.w"], want)
     maxima.clear()
-    assert not maxima.told("m.")["m.0.x"].any()
+    assert not maxima.told(lambda name: f"m.{name}")["m.0.x"].any()
 
 
 def test_a_full_device(model: Path, text: Path, tmp_path: Path) -> None:
