@@ -278,4 +278,5 @@ def _written(output: Output, writer: Writer, state: OutputState | None) -> Writt
         writer.finished,
         (*plan.warnings, *(state.warnings() if state is not None else ())),
         tuple(state.check.errors()) if state is not None and state.check is not None else (),
+        plan.losses.to_json() if plan.losses is not None else None,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(slots=True)
@@ -30,6 +31,7 @@ class Written:
     """One output of a conversion: files, tensors, bytes, tiles of an earlier run that were kept, and what the user should know of it.
 
     `finished`: an earlier run had made it, and nothing was done. `errors` of each matrix, if each tile was decoded (`verify_inline`).
+    `losses` of a search for INT4 codes, as the manifest tells them.
     """
 
     out: str
@@ -40,6 +42,7 @@ class Written:
     finished: bool
     warnings: tuple[str, ...]
     errors: tuple[TensorError, ...] = ()
+    losses: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,25 +13,18 @@ import torch
 
 from streamconv.calibration.codes_writer import CodesWriter
 from streamconv.calibration.experts import Experts
-from streamconv.calibration.gram import SAMPLE, Gram, Tier, gram_bytes
+from streamconv.calibration.gram import Gram
 from streamconv.calibration.grid import Grid
 from streamconv.calibration.search import Found, nearest, search
+from streamconv.calibration.tiers import LINEAR, SAMPLE, SITES, SMALLER, gram_bytes, passes_of, search_bytes, tier_of
+from streamconv.checkpoint.codes_file import Losses
 from streamconv.errors import DataError, UsageError, printable
-from streamconv.memory import MIB
 
 if TYPE_CHECKING:
     from streamconv.calibration.layers import OneLayer
     from streamconv.calibration.names import Place
     from streamconv.calibration.scratch import Scratch
     from streamconv.checkpoint.model_config import ModelConfig
-
-SITES = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "mlp", "up": "mlp", "expert_gate": "mlp", "expert_up": "mlp"}
-"""Role -> what shares an input with it; every other role of a linear layer is on its own."""
-_LINEAR = {*SITES, "qkv", "o", "gate_up", "down", "expert_down"}
-_MOST = 2048 * MIB
-"""Grams that are summed in one pass; more passes take the time of more forwards."""
-_SAMPLED = 16384
-"""Above so many channels AWQ looks at tokens, not at a Gram."""
 
 
 @dataclass
@@ -56,17 +49,17 @@ class CodesWork:
         method: "clip", "awq" or "gptq".
         group: input channels that share a scale.
         scale: the type that scales are rounded to, "source" for that of the weight.
-        room: bytes that Grams may take together.
+        room: bytes that the Grams of a pass may take together.
     """
 
     name = "INT4 codes"
-    smaller = ", or --method clip"
+    smaller = SMALLER
     captured = False
 
-    def __init__(self, method: str, group: int, scale: str, room: int | None) -> None:
+    def __init__(self, method: str, group: int, scale: str, room: int) -> None:
         self.asked: Any = ["int4", method, group, scale]
         self._method, self._group, self._scale = method, group, scale
-        self._room = _MOST if room is None else max(64 * MIB, min(_MOST, room))
+        self._room = room
         self._grams: dict[str, Gram] = {}
         self._short = 0
 
@@ -78,18 +71,7 @@ class CodesWork:
         return None if any(name.endswith(".weight_scale") for name in read_header(path).tensors) else self.name
 
     def extra(self, facts: ModelConfig) -> int:
-        width = facts.moe_intermediate_size or facts.intermediate_size
-        sizes = (facts.hidden_size, width, facts.num_attention_heads * facts.head_size)
-        return max(self._bytes(size) for size in sizes)
-
-    def _bytes(self, size: int) -> int:
-        own = gram_bytes(self._tier(size), size, self._group)
-        return (4 if self._method == "gptq" else 1) * own + 8 * 32 * MIB
-
-    def _tier(self, size: int) -> Tier:
-        if self._method == "clip":
-            return "block"
-        return "sample" if self._method == "awq" and size > _SAMPLED else "full"
+        return search_bytes(self._method, self._group, facts)
 
     # ---- the layer
 
@@ -105,11 +87,12 @@ class CodesWork:
         if not modules:
             raise UsageError(f"--group-size {self._group}: no linear layer divides into such groups", hint="--group-size 64")
         self._tokens = tokens
-        self._writer = CodesWriter(scratch.folder / "codes", modules, self._group, self._method == "awq", facts)
+        path, told = scratch.folder / "codes", facts | {"method": self._method}
+        self._writer = CodesWriter(path, modules, self._group, self._method == "awq", told, begun=scratch.done > 0)
 
     def _wanted(self, parameter: str, place: Place, linear: Any) -> bool:
         fits = isinstance(linear, torch.nn.Linear) and not linear.in_features % self._group and not linear.out_features % 2
-        return fits and parameter.endswith(".weight") and place.role in _LINEAR
+        return fits and parameter.endswith(".weight") and place.role in LINEAR
 
     def watch(self, layer: torch.nn.Module) -> None:
         for name, module in layer.named_modules():
@@ -121,17 +104,10 @@ class CodesWork:
             self._grams[name].add(inputs[0])
 
     def passes(self, layer: OneLayer) -> Sequence[Callable[[], None]]:
-        """Sites by passes: as many together as there is room for; a fallback goes with the sites that it stands in for."""
+        """Sites by passes; a fallback goes with the sites that it stands in for."""
         self._layer, self._losses = layer, dict[str, torch.Tensor]()
-        waiting, groups, held = list(self._sites(layer)), list[list[_Site]](), 0
-        for site in waiting:
-            size = gram_bytes(self._tier(site.size), site.size, self._group)
-            if groups and held + size <= self._room:
-                groups[-1].append(site)
-                held += size
-            else:
-                groups.append([site])
-                held = size
+        sizes = ((site, gram_bytes(tier_of(self._method, site.size), site.size, self._group)) for site in self._sites(layer))
+        groups = passes_of(sizes, self._room)
         return [functools.partial(self._begin, group) for group in groups] or [lambda: None]
 
     def _sites(self, layer: OneLayer) -> list[_Site]:
@@ -159,7 +135,7 @@ class CodesWork:
                 self._grams[site.fallback] = self._gram(site.size, every)
 
     def _gram(self, size: int, every: int) -> Gram:
-        return Gram(self._tier(size), size, self._group, torch.device(self._layer.device), every)
+        return Gram(tier_of(self._method, size), size, self._group, torch.device(self._layer.device), every)
 
     def _close(self) -> None:
         """The pass is over: the codes of its sites."""
@@ -227,11 +203,9 @@ class CodesWork:
         return len(results)
 
     def notes(self, results: dict[str, torch.Tensor]) -> list[str]:
-        plain, chosen = (sum(float(values[at] / values[0]) for values in results.values() if values[0] > 0) for at in (1, 2))
-        count = max(1, sum(bool(values[0] > 0) for values in results.values()))
-        losses = f"{plain / count:.2%} rounded to nearest, {chosen / count:.2%} with {self._method}"
-        told = [f"mean relative output error of {count} linear layers: {losses}"]
-        unseen = len(results) - count
+        pairs = {name: (float(v[1] / v[0]), float(v[2] / v[0])) for name, v in results.items() if v[0] > 0}
+        told = [Losses(self._method, pairs).line()]
+        unseen = len(results) - len(pairs)
         if unseen:
             told.append(f"warning: no token reached {unseen} linear layers: they are rounded to nearest")
         if self._short:

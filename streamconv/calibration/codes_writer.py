@@ -18,6 +18,7 @@ import torch
 
 from streamconv.checkpoint.dtypes import F32, U8, DType
 from streamconv.checkpoint.header_build import HeaderBuilder, file_order
+from streamconv.errors import CheckpointError, printable
 
 
 class CodesWriter:
@@ -29,9 +30,15 @@ class CodesWriter:
         group: input channels that share a scale.
         multipliers: there are pre-scales.
         facts: about the calibration.
+        begun: some layers are in the file already.
+
+    Raises:
+        CheckpointError: they are not.
     """
 
-    def __init__(self, path: Path, modules: Mapping[str, tuple[int, int]], group: int, multipliers: bool, facts: dict[str, Any]) -> None:
+    def __init__(
+        self, path: Path, modules: Mapping[str, tuple[int, int]], group: int, multipliers: bool, facts: dict[str, Any], begun: bool
+    ) -> None:  # fmt: skip
         entries: list[tuple[str, DType, tuple[int, ...]]] = []
         for module, (rows, cols) in modules.items():
             entries.append((f"{module}.weight", U8, (rows // 2, cols)))
@@ -46,6 +53,10 @@ class CodesWriter:
         self._start, self.size, self.path = len(header), size, path
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         if os.fstat(self._fd).st_size != size or os.pread(self._fd, len(header), 0) != header:
+            if begun:
+                os.close(self._fd)
+                told = f"{printable(str(path))}: the codes of an interrupted search are gone"
+                raise CheckpointError(told, hint="run it again: it begins at the first layer")
             os.ftruncate(self._fd, 0)
             os.ftruncate(self._fd, size)
             os.pwrite(self._fd, header, 0)

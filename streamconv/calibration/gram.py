@@ -1,31 +1,18 @@
-"""What a search knows of the inputs of linear modules: their second moments, in a form that fits.
-
-    full    C = mean of x xᵀ [K, K]: GPTQ's Hessian, and the loss of any change of a weight over all tokens
-    block   the blocks of C on its diagonal, one for each group [K/g, g, g]: the loss inside the groups
-    sample  evenly spread tokens themselves [T, K]: where C is too large
-"""
+"""What a search knows of the inputs of linear modules: their second moments, in a form that fits (`tiers`)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 
+from streamconv.calibration.tiers import Tier
 from streamconv.memory import MIB
 
-Tier = Literal["full", "block", "sample"]
-SAMPLE = 2048
-"""Tokens of a sample."""
 _CHUNK = 8192
 """Tokens that are summed at a time."""
 _LARGE = 1 << 26
 """Elements of a product [rows, K] that is made at once."""
-
-
-def gram_bytes(tier: Tier, size: int, group: int) -> int:
-    """Bytes of a Gram of `size` channels."""
-    return 4 * size * ({"full": size, "block": group, "sample": SAMPLE}[tier] + 2)
 
 
 class Gram:

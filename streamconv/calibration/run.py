@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Any
 from streamconv import __version__, memory
 from streamconv.calibration import pretrained
 from streamconv.calibration.batches import batches_of, groups_of
+from streamconv.calibration.held import Held
 from streamconv.calibration.names import Names
 from streamconv.calibration.request import DTYPES, Loop
 from streamconv.calibration.torch_device import current, give_back, torch_device
 from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.model_config import ModelConfig
 from streamconv.checkpoint.quantized import source_quantization
-from streamconv.errors import BudgetError, CheckpointError, OutputError, RefusedError, UsageError, printable
+from streamconv.errors import CheckpointError, OutputError, RefusedError, UsageError, printable
 from streamconv.families import Family
 from streamconv.hub import local_folder, open_source
-from streamconv.memory import MIB, show_size
 from streamconv.run.fs import beside, explained, named
 
 if TYPE_CHECKING:
@@ -36,9 +36,6 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int, float], None]
 Sampled = Callable[[int, int, int, int], None]
-
-_TORCH_BASE = 450 * MIB
-"""Resident after torch and transformers are loaded (measured)."""
 
 _WEIGHTS = ("F16", "BF16", "F32", "F64")
 
@@ -133,6 +130,7 @@ def find_codes(
         as `calibrate`; DataError: weights or inputs that are NaN or infinite.
     """
     from streamconv.calibration.codes import CodesWork
+    from streamconv.calibration.tiers import gram_room
 
     out = named(out)
     with contextlib.closing(open_source(local_folder(model))) as index:
@@ -140,7 +138,7 @@ def find_codes(
         if dtype == "auto" and torch_device(device) == "cpu":
             dtype = "float32"  # which holds all that 16 bits hold, and is several times faster there
         run = Run(index, out, batch_size, dtype, loop, device, memory_budget)
-        room = None if run.device != "cpu" else (memory.available() if memory_budget is None else memory_budget) // 8
+        room = gram_room(None if run.device != "cpu" else memory.available() if memory_budget is None else memory_budget)
         return run.measure(CodesWork(method, group, scale, room), text, samples, max_length, reuse, progress, sampled)
 
 
@@ -324,22 +322,5 @@ class Run:
 def check_budget(
     index: Index, facts: ModelConfig, family: Family, budget: int | None, tokens: int, itemsize: int, device: str, work: Work
 ) -> None:
-    """Refuse a budget that one layer and one batch do not fit in.
-
-    Args:
-        tokens: of the largest batch.
-        itemsize: bytes of the computing type.
-
-    Raises:
-        BudgetError: says what is needed.
-    """
-    held = [index.tensors[name] for name in Names(index, family, facts.architecture).layer(0)]
-    layer = sum(record.nbytes // record.dtype.itemsize * itemsize for record in held)
-    width = 4 * facts.hidden_size + 3 * facts.intermediate_size
-    need = _TORCH_BASE + layer + tokens * width * max(itemsize, 4) + (work.extra(facts) if device == "cpu" else 0)
-    free = memory.available() if budget is None else budget
-    if need > free:
-        raise BudgetError(
-            f"calibration takes about {show_size(need)} (one layer {show_size(layer)}), and only {show_size(free)} may be used",
-            hint=f"--memory-budget {-(-need // MIB)}MiB, or a smaller --batch-size or --max-length" + work.smaller,
-        )
+    """Refuse a budget that one layer and one batch do not fit in; as `Held.check`."""
+    Held.of(index, facts, family, tokens, itemsize, work.extra(facts)).check(budget, device, work.smaller)

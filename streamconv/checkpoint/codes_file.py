@@ -7,10 +7,11 @@ with AWQ, `M.pre_quant_scale` F32 [K].
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import struct
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 HINT = "--text FILE finds them now"
+_FEW = 1024
+"""Linear layers that a manifest names one by one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +89,58 @@ class Found:
         return self.codes.cols // self.scales.cols
 
 
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """Relative output errors on the text: mean square of what the codes change in a layer's outputs, over that of the outputs.
+
+    Attributes:
+        each: linear layer -> (rounded to nearest, as found).
+    """
+
+    method: str
+    each: Mapping[str, tuple[float, float]]
+
+    def mean(self) -> tuple[float, float]:
+        """Over all layers, rounded to nearest and as found."""
+        count = max(1, len(self.each))
+        return sum(plain for plain, _ in self.each.values()) / count, sum(found for _, found in self.each.values()) / count
+
+    def worst(self, count: int = 5) -> dict[str, tuple[float, float]]:
+        """The layers whose error is largest as found, the worst first."""
+        return dict(sorted(self.each.items(), key=lambda pair: (-pair[1][1], pair[0]))[:count])
+
+    def line(self) -> str:
+        """For people."""
+        plain, found = self.mean()
+        told = f"{plain:.2%} rounded to nearest, {found:.2%} with {self.method}"
+        return f"mean relative output error of {len(self.each)} linear layers: {told}"
+
+    def to_json(self) -> dict[str, Any]:
+        """For the manifest; every layer where there are few, else the worst alone."""
+
+        def pair(rtn: float, found: float) -> dict[str, float]:
+            return {"rtn": float(f"{rtn:.4g}"), "found": float(f"{found:.4g}")}
+
+        told = {"method": self.method, "linear_layers": len(self.each), "mean": pair(*self.mean())}
+        told["worst"] = {name: pair(*both) for name, both in self.worst().items()}
+        return told | ({"each": {name: pair(*both) for name, both in self.each.items()}} if len(self.each) <= _FEW else {})
+
+
+def _method(metadata: Mapping[str, str]) -> str | None:
+    """What a file says of the search that made it."""
+    try:
+        told = json.loads(metadata.get("calibration", "{}"))
+    except ValueError:
+        return None
+    method = told.get("method") if isinstance(told, dict) else None
+    return method if method in SEARCHED else None
+
+
 class Codes:
     """An open file of codes; equal only to itself. Safe to read from any thread.
+
+    Attributes:
+        method: that found them; None if the file does not say.
 
     Raises:
         UsageError: there is no such file. HeaderError: it is no safetensors file.
@@ -98,7 +151,7 @@ class Codes:
         if not self.path.is_file():
             raise UsageError(f"--codes {printable(str(path))}: no such file", hint=HINT)
         header = read_header(self.path)
-        self._entries = header.tensors
+        self._entries, self.method = header.tensors, _method(header.metadata)
         self._shard = Shard(self.path)
         weakref.finalize(self, self._shard.close)  # plans refer to it: the last of them closes it
 
@@ -139,17 +192,16 @@ class Codes:
     def _apart(self, entry: TensorEntry) -> ApartTensor:
         return ApartTensor(entry.name, F32, entry.shape, (), 0, self._shard, entry.begin)
 
-    def losses(self) -> str:
-        """The mean relative output error of plain rounding and of what was found, for people."""
-        plain = chosen = count = 0.0
+    def losses(self) -> Losses:
+        """What the search lost in each linear layer that tokens reached."""
+        each = {}
         for name, entry in self._entries.items():
             if name.endswith(".losses") and entry.shape == (3,) and entry.dtype == F32:
                 with self._shard.window(entry.begin, entry.end) as data:
                     energy, rtn, best = struct.unpack("<3f", bytes(data[:12]))
                 if energy > 0:
-                    plain, chosen, count = plain + rtn / energy, chosen + best / energy, count + 1
-        told = f"{plain / max(count, 1):.2%} if rounded to nearest, {chosen / max(count, 1):.2%} as found"
-        return f"mean relative output error of {count:.0f} linear layers: {told}"
+                    each[name.removesuffix(".losses")] = (rtn / energy, best / energy)
+        return Losses(self.method or "", each)
 
 
 def codes_of(method: str | None, path: str | None) -> Codes | None:
@@ -159,7 +211,10 @@ def codes_of(method: str | None, path: str | None) -> Codes | None:
         UsageError: it is not given, or another method needs none.
     """
     if (path is None) == (method not in SEARCHED):
-        return None if path is None else Codes(path)
+        codes = None if path is None else Codes(path)
+        if codes is not None and codes.method not in (None, method):
+            raise UsageError(f"--method {method}: the codes of {printable(str(path))} are those of {codes.method}", hint="name that method")
+        return codes
     if path is None:
         raise UsageError(f"--method {method} looks at what goes through the layers on some text", hint=f"{HINT}; or --codes FILE")
     raise UsageError("--codes is for --method " + ", ".join(SEARCHED), hint="leave it out")

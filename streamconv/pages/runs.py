@@ -88,6 +88,7 @@ def conversion(
     sections += [*timeline.sections(samples), *_bound(report, samples)]
     errors = [error for written in report.outputs for error in written.errors]
     sections += tensors.errors(errors, least, "All rows were compared, tile by tile, before they were written.")
+    sections += [tensors.losses(written.losses) for written in report.outputs if written.losses is not None]
     if plan is not None:
         sections.append(tensors.sizes(plan.before, plan.after))
         rows = sorted(plan.decisions.items(), key=lambda pair: natural(pair[0]))

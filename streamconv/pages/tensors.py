@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from streamconv.memory import show_size
 from streamconv.natural import natural
@@ -94,6 +95,16 @@ def _spelled(snr: float | None) -> str:
 
 def _decibels(value: float, width: float) -> str:
     return "=" if value == math.inf else "-" if not math.isfinite(value) else f"{value:.1f}" if width >= 32 else f"{value:.0f}"
+
+
+def losses(told: Mapping[str, Any]) -> Section:
+    """What a search for INT4 codes lost in each linear layer: all of them where the manifest names them, else the worst."""
+    pairs = sorted(told.get("each", told["worst"]).items(), key=lambda pair: natural(pair[0]))
+    rows = [(name, f"{each['rtn']:.2%}", f"{each['found']:.2%}") for name, each in [("mean", told["mean"]), *pairs]]
+    count = f"{told['linear_layers']} linear layers" + ("" if "each" in told else ", of which the worst are shown")
+    text = f"Mean square of what the codes change in a layer's outputs on the text, over that of the outputs; {count}."
+    table = Table(("linear layer", "rounded to nearest", told["method"]), rows, frozenset({1, 2}))
+    return Section("What INT4 costs", text, "", table)
 
 
 def ranges(amax: Iterable[tuple[str, float]]) -> list[Section]:

@@ -24,6 +24,7 @@ from streamconv.checkpoint.rows import RowSource, SourceFile
 from streamconv.quants.base import Encoding, Reduction
 
 if TYPE_CHECKING:
+    from streamconv.checkpoint.codes_file import Losses
     from streamconv.planning.matrix_table import MatrixTable
     from streamconv.planning.span_table import SpanTable
 
@@ -242,6 +243,7 @@ class Plan:
         warnings: things the user should know, one line each.
         notes: what is right, and worth a line in the plan.
         decisions: module suffix -> how it is stored and why, for the plan's table.
+        losses: what a search for INT4 codes lost in each layer, for the manifest; None if nothing was searched.
         source_config: config.json of the source, where the output does not hold it and the manifest is to tell it.
         peak: largest resident set that planning took, 0 if it took no more than what came before it; no part of what is planned.
     """
@@ -258,6 +260,7 @@ class Plan:
     warnings: tuple[str, ...] = ()
     decisions: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    losses: Losses | None = None
     source_config: Mapping[str, Any] | None = None
     peak: int = field(default=0, compare=False)
 

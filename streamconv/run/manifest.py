@@ -67,6 +67,8 @@ def build(
     }
     if plan.source_config is not None:
         head["source_config"] = plan.source_config
+    if plan.losses is not None:
+        head["losses"] = plan.losses.to_json()
     if snr is not None:
         head["snr"] = snr
     if no_lock:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from streamconv import api  # noqa: E402
 from streamconv.calibration import codes as codes_work  # noqa: E402
 from streamconv.calibration.run import calibrate, find_codes  # noqa: E402
+from streamconv.calibration.tiers import passes_of  # noqa: E402
 from streamconv.cli.main import main  # noqa: E402
 from streamconv.errors import DataError, RefusedError, UsageError  # noqa: E402
 from streamconv.targets.hf.target import HuggingFace  # noqa: E402
@@ -89,22 +90,31 @@ def test_the_losses_are_those_of_the_whole_model(model: Path, text: Path, tmp_pa
 def test_both_targets_and_every_rank_hold_the_codes(method: str, model: Path, text: Path, tmp_path: Path) -> None:
     path = tmp_path / "c.safetensors"
     find_codes(model, path, str(text), method=method, **SIZES)
-    found, at = load_file(path), "model.layers.1.mlp.down_proj"
+    found, module = load_file(path), "model.layers.1.mlp.down_proj"
     common: dict[str, Any] = {"method": method, "codes": str(path), "group_size": GROUP}
     api.convert(model, tmp_path / "hf", HuggingFace(quant="w4a16", **common))
     made = load_file(tmp_path / "hf/model.safetensors")
-    codes = torch.stack([(made[f"{at}.weight_packed"] >> (4 * place)) & 15 for place in range(8)], 2).reshape(tiny.HIDDEN, -1) - 8
-    scales = made[f"{at}.weight_scale"].float()
-    assert torch.equal((codes.reshape(*scales.shape, -1) * scales[..., None]).reshape(codes.shape), values(found, at))
+    codes = torch.stack([(made[f"{module}.weight_packed"] >> (4 * place)) & 15 for place in range(8)], 2).reshape(tiny.HIDDEN, -1) - 8
+    scales = made[f"{module}.weight_scale"].float()
+    assert torch.equal((codes.reshape(*scales.shape, -1) * scales[..., None]).reshape(codes.shape), values(found, module))
     assert not verify(tmp_path / "hf", model).problems
+    told = json.loads((tmp_path / "hf/streamconv.json").read_text())["losses"]
+    shares = {name[:-7]: (float(v[1] / v[0]), float(v[2] / v[0])) for name, v in found.items() if name.endswith(".losses")}
+    for at, kind in enumerate(("rtn", "found")):
+        assert {name: each[kind] for name, each in told["each"].items()} == pytest.approx({n: s[at] for n, s in shares.items()}, rel=1e-3)
+    assert told["mean"]["found"] == pytest.approx(sum(best for _, best in shares.values()) / len(shares), rel=1e-3)
+    assert next(iter(told["worst"])) == max(shares, key=lambda name: shares[name][1]) and told["method"] == method
+    other = {"clip": "gptq", "gptq": "clip"}[method]
+    with pytest.raises(UsageError, match=f"are those of {method}"):
+        api.open_and_plan(model, HuggingFace(quant="w4a16", **common | {"method": other}))
     api.convert(model, tmp_path / "mo", HuggingFace(quant="w4a16", format="modelopt", **common))
-    assert torch.equal(load_file(tmp_path / "mo/model.safetensors")[f"{at}.weight"], found[f"{at}.weight"])
+    assert torch.equal(load_file(tmp_path / "mo/model.safetensors")[f"{module}.weight"], found[f"{module}.weight"])
     for tp in (1, 2):
         api.convert(model, tmp_path / f"t{tp}", TensorRTLLM(quant="int4_awq", tp_size=tp, **common))
         ranks = [load_file(tmp_path / f"t{tp}/rank{rank}.safetensors") for rank in range(tp)]
         name = "transformer.layers.1.mlp.proj"
-        assert torch.equal(torch.cat([rank[f"{name}.weight"] for rank in ranks], 1).view(torch.uint8), found[f"{at}.weight"])
-        assert torch.equal(torch.cat([rank[f"{name}.weights_scaling_factor"] for rank in ranks], 1), found[f"{at}.weight_scale"])
+        assert torch.equal(torch.cat([rank[f"{name}.weight"] for rank in ranks], 1).view(torch.uint8), found[f"{module}.weight"])
+        assert torch.equal(torch.cat([rank[f"{name}.weights_scaling_factor"] for rank in ranks], 1), found[f"{module}.weight_scale"])
         assert all(bool((rank[f"{name}.prequant_scaling_factor"] == 1).all()) for rank in ranks)
         assert not verify(tmp_path / f"t{tp}", model).problems
 
@@ -147,13 +157,20 @@ def test_batches_passes_and_interruptions_change_nothing(
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(codes_work, "_MOST", 1)  # a pass for each site
+    groups: list[int] = []
+
+    def one_by_one(sites: Any, room: int) -> Any:
+        made = passes_of(sites, 1)
+        groups.append(len(made))
+        return made
+
+    monkeypatch.setattr(codes_work, "passes_of", one_by_one)  # a pass for each site
     with pytest.raises(KeyboardInterrupt):
         find_codes(model, tmp_path / "two", str(text), method=method, progress=stop, **SIZES)
     assert (tmp_path / ".two.streamconv-calibrate" / "codes").exists() and not (tmp_path / "two").exists()
     seen: list[int] = []
     find_codes(model, tmp_path / "two", str(text), method=method, progress=lambda layer, *_: seen.append(layer), **SIZES)
-    assert seen == [2] and (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    assert seen == [2] and groups == [4, 4] and (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
     again = find_codes(model, tmp_path / "two", str(text), method=method, reuse=True, **SIZES)
     assert again["reused"] and not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
     find_codes(model, tmp_path / "three", str(text), method=method, batch_size=8, **SIZES)

@@ -158,7 +158,7 @@ class HuggingFace(Target):
             layout = Layout(index, settled, recipe, draft, dtype, ranges, codes)
             layout.describe()
             if codes is not None:
-                draft.decisions["codes"] = codes.losses()
+                draft.decisions["codes"] = codes.losses().line()
             if layout.refused:
                 raise RefusedError(layout.refused)
         files, matrices, spans, constants = draft.finish()
@@ -178,6 +178,7 @@ class HuggingFace(Target):
             ),
             warnings=(*draft.warnings, *index.notes),
             decisions=draft.decisions,
+            losses=None if codes is None else codes.losses(),
         )
 
     def _recipe(self) -> Recipe | None:

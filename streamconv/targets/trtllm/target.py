@@ -197,7 +197,7 @@ def make_plan(index: Index, options: TensorRTLLM) -> Plan:
     if options.rope_tables and family.rope_tables and options.kv_cache != "int8" and options.quant != "smoothquant":
         rope.add_tables(builder, model, options)
     if codes is not None:
-        decoder.decisions["codes"] = codes.losses()
+        decoder.decisions["codes"] = codes.losses().line()
     roles.finish()
     if decoder.refused:
         raise RefusedError(decoder.refused)
@@ -236,6 +236,7 @@ def make_plan(index: Index, options: TensorRTLLM) -> Plan:
             + _index_warnings(index, spare)
         ),
         decisions=decoder.decisions,
+        losses=None if codes is None else codes.losses(),
         notes=_notes(config),
         source_config=index.config if model.source == "hf" else None,
     )

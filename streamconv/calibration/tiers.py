@@ -1,0 +1,72 @@
+"""What a search for INT4 codes keeps of the inputs of a layer, and the room that takes. Needs no torch: `plan` reads it.
+
+    full    C = mean of x xᵀ [K, K]: GPTQ's Hessian, and the loss of any change of a weight over all tokens
+    block   the blocks of C on its diagonal, one for each group [K/g, g, g]: the loss inside the groups
+    sample  evenly spread tokens themselves [T, K]: where C is too large
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal, TypeVar
+
+from streamconv.checkpoint.model_config import ModelConfig
+from streamconv.memory import MIB
+
+Tier = Literal["full", "block", "sample"]
+SAMPLE = 2048
+"""Tokens of a sample."""
+SITES = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "mlp", "up": "mlp", "expert_gate": "mlp", "expert_up": "mlp"}
+"""Role -> what shares an input with it; every other role of a linear layer is on its own."""
+LINEAR = frozenset({*SITES, "qkv", "o", "gate_up", "down", "expert_down"})
+SMALLER = ", or --method clip"
+"""How a search takes less memory; the end of a hint."""
+MOST = 2048 * MIB
+"""Bytes of Grams that are summed in one pass; more passes take the time of more forwards."""
+_SAMPLED = 16384
+"""Above so many channels AWQ looks at tokens, not at a Gram."""
+_WORK = 8 * 32 * MIB
+"""Bytes of the rows that a search works on at once, in float32."""
+
+_Site = TypeVar("_Site")
+
+
+def tier_of(method: str, size: int) -> Tier:
+    """What a method keeps of a site of `size` channels."""
+    if method == "clip":
+        return "block"
+    return "sample" if method == "awq" and size > _SAMPLED else "full"
+
+
+def gram_bytes(tier: Tier, size: int, group: int) -> int:
+    """Bytes of a Gram of `size` channels."""
+    return 4 * size * ({"full": size, "block": group, "sample": SAMPLE}[tier] + 2)
+
+
+def search_bytes(method: str, group: int, facts: ModelConfig) -> int:
+    """Bytes that the search for the codes of one site takes beside the layer: its Gram, GPTQ's factors of it, some rows."""
+    width = facts.moe_intermediate_size or facts.intermediate_size
+    sizes = (facts.hidden_size, width, facts.num_attention_heads * facts.head_size)
+    return max((4 if method == "gptq" else 1) * gram_bytes(tier_of(method, size), size, group) for size in sizes) + _WORK
+
+
+def gram_room(free: int | None) -> int:
+    """Bytes that the Grams of a pass may take together.
+
+    Args:
+        free: memory of the host where they lie there, None for those of a device.
+    """
+    return MOST if free is None else max(64 * MIB, min(MOST, free // 8))
+
+
+def passes_of(sites: Iterable[tuple[_Site, int]], room: int) -> list[list[_Site]]:
+    """Sites, each with the bytes of its Gram, by passes over all samples: as many together as there is room for, in their order."""
+    groups, held = list[list[_Site]](), 0
+    for site, size in sites:
+        if groups and held + size <= room:
+            groups[-1].append(site)
+            held += size
+        else:
+            groups.append([site])
+            held = size
+    return groups
