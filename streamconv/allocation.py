@@ -56,9 +56,13 @@ def _with_check(reads: Reads, number: int, cost: TileCost) -> TileCost:
         plan = reads.plans[share.output]
         span = plan.spans[share.span]
         for task in encode_tasks(span, plan.matrices):
-            if not task.is_copy(span.source.dtype):
-                torch = torch or task.encoding.error_kernel(span.source.dtype) is None
-                fixed = max(fixed, memory_plan.CHECK_BYTES, task.encoding.row_align * task.width * memory_plan.CHECK_ELEMENT)
+            if task.is_copy(span.source.dtype):
+                continue
+            if task.encoding.error_kernel(span.source.dtype) is not None and len(task.cols) == 1:
+                fixed = max(fixed, task.width * memory_plan.CHECK_COLUMN)
+                continue
+            torch = torch or task.encoding.error_kernel(span.source.dtype) is None
+            fixed = max(fixed, memory_plan.CHECK_BYTES, task.encoding.row_align * task.width * memory_plan.CHECK_ELEMENT)
     return replace(cost, fixed=cost.fixed + fixed, torch=torch)
 
 

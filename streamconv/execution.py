@@ -69,6 +69,8 @@ def executor(reads: Reads, resources: Resources, costs: Sequence[TileCost], take
     choice = choose_device(reads, resources)
     backends: list[Backend] = [Cuda(name) for name in choice.devices]
     kernels, workers, best = any(cost.kernel for cost in costs), resources.workers, memory_plan.BEST_ARENA
+    if resources.verify_inline:  # beside the tile, which keeps its size
+        best += max((cost.fixed for cost in costs), default=0)
     if backends:
         costs = costs_of(reads, on_device=True, checked=resources.verify_inline)
         workers = workers or device.slots(memory_plan.processors(), len(backends)) * len(backends)

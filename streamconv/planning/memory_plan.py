@@ -28,8 +28,8 @@ MAX_WORKERS = 1024
 """No machine has use for more threads, and a typing error is no reason to start them."""
 
 
-CHECK_BYTES, CHECK_ELEMENT = 4 * MIB, 96
-"""Working memory of a worker that decodes rows to check them, and what each element takes of it."""
+CHECK_BYTES, CHECK_ELEMENT, CHECK_COLUMN = 4 * MIB, 96, 16
+"""Working memory of a worker that decodes rows to check them, what each element takes of it, and what a kernel takes for each column."""
 
 
 @dataclass(frozen=True, slots=True)
