@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from streamconv.checkpoint.shard import Shard
-from streamconv.errors import OutputError, StreamconvError, printable
+from streamconv.checkpoint.untrusted import open_regular
+from streamconv.errors import OutputError, StreamconvError, VerifyError, printable
 from streamconv.planning.plan import Plan
 from streamconv.run import manifest, sampled
 from streamconv.run.fs import Disk, explained
 from streamconv.run.inside import choose
-from streamconv.run.place import Found, Place, foreign
+from streamconv.run.place import CONFIG, Found, Place, foreign
 
 _ELSEWHERE = "choose another folder"
 
@@ -77,7 +78,8 @@ def _check_hidden(path: Path) -> None:
 
 
 def check_free(place: Place, force: bool) -> Found:
-    """Refuse to replace a folder that holds something, unless forced; and one that holds more than a checkpoint in any case.
+    """Refuse to replace a folder that holds something, unless forced; and one that holds more than a checkpoint in any case,
+    or a side file or config.json that somebody edited.
 
     Args:
         place: opened.
@@ -100,7 +102,37 @@ def check_free(place: Place, force: bool) -> Found:
         )
     if found.files and not force:
         raise OutputError(f"output {shown} exists and is not empty", hint="--force replaces it")
+    if changed := edited(place.out, found.files):
+        names = ", ".join(printable(name) for name in changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
+        raise OutputError(
+            f"output {shown} holds {names}, changed after it was written: --force would destroy the change",
+            hint="move what you want to keep out of the folder, remove the rest, then run again; or choose another folder",
+        )
     return found
+
+
+def edited(out: Path, names: Collection[str]) -> list[str]:
+    """Which of these files of an output, weights apart, hold other bytes than its manifest tells; none if it has no sound manifest."""
+    try:
+        told = manifest.read_head(out / manifest.NAME)
+    except VerifyError:
+        return []
+    wanted = {name: digest for name, (_, digest) in told.side.items()} | {CONFIG: told.config}
+    return [name for name, digest in wanted.items() if name in names and _hash_of(out / name) != digest]
+
+
+def _hash_of(path: Path) -> str:
+    """XXH3-128 (hex) of a file, "" of what cannot be read."""
+    import xxhash
+
+    digest = xxhash.xxh3_128()
+    try:
+        with open(open_regular(path, OutputError), "rb") as file:
+            for piece in iter(lambda: file.read(1 << 20), b""):
+                digest.update(piece)
+    except (OSError, OutputError):
+        return ""
+    return digest.hexdigest()
 
 
 def check_apart(places: Sequence[Place], source: Path) -> None:
@@ -126,7 +158,8 @@ def check_apart(places: Sequence[Place], source: Path) -> None:
 
 
 def is_made(out: Path, source: Path, plan: Plan, shards: Sequence[Shard]) -> bool:
-    """A folder is the finished output of a plan: its manifest says so, its files have their sizes, and the weights are those of the source.
+    """A folder is the finished output of a plan: its manifest says so, its files have their sizes, nobody edited any but the weights, and
+    these are those of the source.
 
     They are if no file of the source is newer than the output, or else if some rows of it are what encoding the source gives.
     """
@@ -135,7 +168,7 @@ def is_made(out: Path, source: Path, plan: Plan, shards: Sequence[Shard]) -> boo
         if manifest.read_head(told).fingerprint != plan.fingerprint():
             return False
         sizes = {file.name: file.size for file in plan.files} | {file.name: file.size for file in plan.side_files}
-        if any((out / name).stat().st_size != size for name, size in sizes.items()):
+        if any((out / name).stat().st_size != size for name, size in sizes.items()) or edited(out, sizes):
             return False
         made = told.stat().st_mtime_ns
         read = [path for path in (source / "config.json", *(shard.path for shard in shards)) if os.path.lexists(path)]

@@ -76,3 +76,36 @@ def test_killed_at_every_operation(world: Two) -> None:
     count = kills.every_state(world, depth=1)
     assert not count.wrong, "\n".join(count.wrong[:10])
     assert count.cases >= 100, count
+
+
+class Replaced(World):
+    """A Hugging Face directory with side files that takes the place of one of another format, with --force."""
+
+    def __init__(self, root: Path, tile_rows: int = 1000) -> None:
+        self.mounted, self.force, self.batch = False, True, 0
+        self.root, self.tile_rows, self.place = root, tile_rows, root / "place"
+        self.out = self.place / "out"
+        self.model = write_model(root / "model")
+        (self.model / "tokenizer.json").write_text("{}")
+        (self.model / "gone.txt").write_text("only in the older output")
+        self.options = HuggingFace(quant="w4a16", format="modelopt", group_size=32)  # type: ignore[assignment]
+        self.start = {}
+        self.reset()
+        self.run()
+        self.start = snapshot(self.place)
+        (self.model / "gone.txt").unlink()
+        self.options = HuggingFace(quant="fp8_dynamic")  # type: ignore[assignment]
+        self.reset({})
+        self.run()
+        self.right = snapshot(self.out)
+        self.reset()
+
+
+def test_a_replaced_directory_killed_at_every_fourth_operation_twice() -> None:
+    root = fast_folder()
+    try:
+        count = kills.real_kills(Replaced(root), depth=2, stop=kills.raised, step=4)
+    finally:
+        shutil.rmtree(root)
+    assert not count.wrong, "\n".join(count.wrong[:10])
+    assert count.cases >= 15, count

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ import yaml
 
 from streamconv import api
 from streamconv.errors import OutputError
+from streamconv.open_plan import open_and_plan
 from streamconv.targets.hf.card import NAME
 from streamconv.targets.hf.target import HuggingFace
+from streamconv.targets.trtllm.options import TensorRTLLM
 from streamconv.verification.check import verify
 from tests import tiny
 
@@ -23,17 +26,22 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def test_files_in_folders_are_named_once_and_left_out(tmp_path: Path) -> None:
+def test_what_is_left_out_is_named_once(tmp_path: Path) -> None:
     source = tiny.write(tmp_path / "source")
-    for name in ("assets/notes.txt", "assets/more/deep.txt", "tokenizer.json", ".gitattributes", "code.py", "a.index.json", ".cache/x"):
+    files = ("assets/notes.txt", "assets/more/deep.txt", "tokenizer.json", ".gitattributes", ".env", "code.py", "a.index.json", ".cache/x")
+    for name in files:
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_text(name)
     os.mkfifo(source / "pipe")
     (source / "gone.txt").symlink_to("nowhere")
     report = api.convert(source, tmp_path / "out", FP8)
     assert names(tmp_path / "out") == {"config.json", "model.safetensors", "streamconv.json", "tokenizer.json", "code.py", NAME}
-    told = [line for line in report.warnings if "not copied" in line]
-    assert len(told) == 1 and told[0].endswith("assets/more/deep.txt, assets/notes.txt")
+    told = [line.partition("not copied (")[2] for line in report.warnings if "not copied" in line]
+    assert [line.partition(": " if "no regular" not in line else "devices): ")[2] for line in told] == [
+        "assets/more/deep.txt, assets/notes.txt", ".env", "gone.txt, pipe",
+    ]  # fmt: skip
+    _, plan = open_and_plan(source, FP8)
+    assert [line for line in plan.warnings if "not copied" in line] == [line for line in report.warnings if "not copied" in line]
     assert verify(tmp_path / "out", source).problems == []
 
 
@@ -95,6 +103,36 @@ def test_force_keeps_what_no_manifest_lists(tmp_path: Path) -> None:
     (out / "streamconv.json").write_text(json.dumps(told, indent=1))
     with pytest.raises(OutputError, match=r"mine\.txt"):  # a manifest that somebody changed tells of nothing
         api.convert(source, out, HuggingFace(quant="w4a16"), force=True)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", NAME, "config.json"])
+def test_force_destroys_no_edit(tmp_path: Path, name: str) -> None:
+    """Every other file but the weights, wherever one is edited, also without a change of its size."""
+    source, out = tiny.write(tmp_path / "source"), tmp_path / "out"
+    (source / "tokenizer.json").write_text('{"a": 1}')
+    api.convert(source, out, FP8)
+    data = (out / name).read_bytes()
+    (out / name).write_bytes(data.replace(b"1", b"2", 1))
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    for again in (FP8, HuggingFace(quant="w4a16")):
+        with pytest.raises(OutputError, match=rf"{re.escape(name)}, changed after") as caught:
+            api.convert(source, out, again, force=True)
+        assert "move what you want to keep" in (caught.value.hint or "")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    (out / name).unlink()
+    api.convert(source, out, FP8, force=True)
+    assert (out / name).read_bytes() == data and verify(out, source).problems == []
+
+
+def test_force_destroys_no_edit_of_a_trtllm_config(tmp_path: Path) -> None:
+    source, out = tiny.write(tmp_path / "source"), tmp_path / "out"
+    api.convert(source, out, TensorRTLLM())
+    (out / "config.json").write_text((out / "config.json").read_text() + "\n")
+    with pytest.raises(OutputError, match=r"config\.json, changed after"):
+        api.convert(source, out, TensorRTLLM(), force=True)
+    (out / "config.json").unlink()
+    api.convert(source, out, TensorRTLLM(), force=True)
+    assert verify(out, source).problems == []
 
 
 def front(text: str) -> tuple[dict[str, object], str]:

@@ -17,14 +17,18 @@ _MADE = ("config.json", "streamconv.json")
 """What the output has of its own."""
 OLD = ("hf_quant_config.json", "quantization_config.json", "quantize_config.json", "quant_config.json")
 """Statements of how the source is quantized."""
+NO_FILE = -1
 _MOST_FILES, _MOST_BYTES, _LARGEST = 2000, 1 << 30, 256 << 20
 _SHOWN = 5
+_ELSEWHERE = f"in folders, larger than {_LARGEST >> 20} MiB, links out of the model, or names that are not UTF-8"
+_HIDDEN = "hidden"
+_ODD = "no regular files: links that lead nowhere, pipes, sockets, devices"
 
 
 def side_files(index: Index, keep: Sequence[str] = ()) -> tuple[list[SideFile], list[str]]:
     """Copies of everything at the top of the source beside the weights, by name; and warnings of what is left out.
 
-    Weights of other formats, statements of an older quantization and hidden files are not copied.
+    Weights of other formats and statements of an older quantization are not copied, and neither is what git keeps for itself.
 
     Args:
         keep: of OLD, those that stay true.
@@ -32,13 +36,14 @@ def side_files(index: Index, keep: Sequence[str] = ()) -> tuple[list[SideFile], 
     Raises:
         CheckpointError: there are so many files that this is no model's folder.
     """
-    found, left = list[Beside](), list[str]()
+    found, left = list[Beside](), dict[str, list[str]]()
     left_out = {*_MADE, *OLD} - {*keep}
     for file in _listed(index):
-        if file.name in left_out or file.name.endswith(_WEIGHTS) or any(part.startswith(".") for part in file.name.split("/")):
+        if file.name in left_out or file.name.endswith(_WEIGHTS) or file.name.startswith(".git"):
             continue
-        if "/" in file.name or file.size > _LARGEST or not _utf8(file.name) or _leads_out(file.path, index.root):
-            left.append(file.name)
+        why = _left(file, index.root)
+        if why:
+            left.setdefault(why, []).append(file.name)
         else:
             found.append(file)
     total = sum(file.size for file in found)
@@ -48,12 +53,21 @@ def side_files(index: Index, keep: Sequence[str] = ()) -> tuple[list[SideFile], 
             hint="put the model into a folder of its own",
         )
     copies = [SideFile(file.name, file.size, None, file.path, file.fetch) for file in sorted(found, key=lambda file: file.name)]
-    if not left:
-        return copies, []
-    more = f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
-    names = ", ".join(printable(name) for name in sorted(left)[:_SHOWN])
-    why = f"in folders, larger than {_LARGEST >> 20} MiB, links out of the model, or names that are not UTF-8"
-    return copies, [f"not copied ({why}): {names}{more}"]
+    return copies, [f"not copied ({why}): {_some(left[why])}" for why in (_ELSEWHERE, _HIDDEN, _ODD) if why in left]
+
+
+def _left(file: Beside, root: Path) -> str:
+    """Why a file is left out, "" if it is copied."""
+    if any(part.startswith(".") for part in file.name.split("/")):
+        return _HIDDEN
+    if file.size == NO_FILE:
+        return _ODD
+    return _ELSEWHERE if "/" in file.name or file.size > _LARGEST or not _utf8(file.name) or _leads_out(file.path, root) else ""
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(printable(name) for name in sorted(names)[:_SHOWN]) + more
 
 
 def _utf8(name: str) -> bool:
@@ -71,7 +85,7 @@ def _leads_out(path: Path, root: Path) -> bool:
 
 
 def _listed(index: Index) -> Iterator[Beside]:
-    """Every file of a source."""
+    """Everything of a source that is no folder; what is no regular file has the size NO_FILE."""
     if index.beside is not None:
         yield from index.beside
         return
@@ -82,8 +96,7 @@ def _listed(index: Index) -> Iterator[Beside]:
         folders[:] = [] if other else sorted(name for name in folders if not name.startswith(".") and name != "__pycache__")
         for name in () if other else sorted(names):
             path = Path(place, name)
-            if path.is_file():  # also through a link, as in the Hub's cache
-                seen += 1
-                yield Beside(path.relative_to(top).as_posix(), path, path.stat().st_size)
+            seen += 1  # links count as what they lead to: the Hub's cache is made of them
+            yield Beside(path.relative_to(top).as_posix(), path, path.stat().st_size if path.is_file() else NO_FILE)
         if seen > 10 * _MOST_FILES:
             return

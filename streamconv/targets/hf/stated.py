@@ -182,10 +182,11 @@ def _modelopt(stated: Mapping[str, Any], made: Statement) -> None:
         line = f"config.json states quant_algo {shown_value(algo)}"
         known = name in _OTHER_ALGOS
         (made.warnings if known else made.problems).append(line + (": its tensors are not checked" if known else ", which no engine reads"))
-    group = next((size for size in _group_sizes(stated)), None)
-    fixed = row.extra.get("group_size") if row is not None else None
-    if fixed is not None and group not in (None, fixed):
-        made.problems.append(f"quantization_config: group_size is {group}, and {name} has groups of {fixed}")
+    sizes = list(_group_sizes(stated))
+    group = sizes[0] if sizes else None
+    fixed = (row.unit if row is not None and row.unit > 1 else None) or group
+    if other := next((size for size in sizes if size != fixed), None):
+        made.problems.append(f"quantization_config: group_size is {other}, and {name} has groups of {fixed}")
     made.groups.append(Group(("Linear",), Modelopt(row, group or BLOCK) if row is not None else None))
     _cache(stated.get("kv_cache_scheme"), made)
 
