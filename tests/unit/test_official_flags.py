@@ -31,7 +31,7 @@ quant_ckpt_path smoothquant per_channel per_token per_group int8_kv_cache fp8_kv
 use_fp8 use_fp8_rowwise use_meta_fp8_rowwise_recipe use_qserve use_nvfp4
 """)
 GEMMA = _words("ckpt_type output_model_dir world_size use_weight_only_with_precision enable_fp8")
-OURS = _words("memory_budget device target_sm target_version activation_ranges encoding force no_lock rope_tables allow_nonfinite")
+OURS = _words("memory_budget device target_sm target_version activation_ranges encoding force no_lock rope_tables allow_nonfinite method codes")
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,8 @@ TABLE: dict[str, Does | Refused | Noted] = {
     "force": Does("--force", "force", True),
     "no_lock": Does("--no_lock", "no_lock", True),
     "rope_tables": Does("--rope_tables", "options.rope_tables", True),
+    "method": Does("--method mse", "options.method", "mse"),
+    "codes": Does("--codes c", "options.codes", "c"),
     "allow_nonfinite": Does("--allow_nonfinite", "options.allow_nonfinite", True),
 } | _sizes(
     vocab_size=100,

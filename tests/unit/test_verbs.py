@@ -168,7 +168,7 @@ ILL_TYPED: list[tuple[dict[str, Any], str]] = [
     ({"tp_size": np.int64(2)}, r"tp_size=.*\) is not int"),
     ({"target_sm": "90"}, r"target_sm='90'\) is not int or None"),
     ({"rope_tables": 1}, r"rope_tables=1\) is not bool"),
-    ({"target_version": "1.1"}, r"not one of '0\.16', '1\.0', '1\.2'"),
+    ({"target_version": 1.1}, r"not one of '0\.16', '1\.0', '1\.2'"),
     ({"quant": None}, r"quant=None\) is not str"),
 ]
 
