@@ -21,8 +21,8 @@ BOTH_WAYS = "--text FILE measures them now; or " + HINT
 _Measured = TypeVar("_Measured", bound="TensorRTLLM | HuggingFace")
 _SAME_SHAPES = {"fp8_static": "fp8_dynamic", "nvfp4": "nvfp4a16"}
 """Formats that need ranges -> those that refuse the same models and need none."""
-_DEFAULTS = {"codes": 128, "ranges": 512}
-"""Samples, where the user says nothing."""
+SAMPLES = {"codes": 128, "ranges": 512}
+"""How many, where the user says nothing."""
 
 
 def ranges_path(out: Path) -> Path:
@@ -64,16 +64,12 @@ def measured(
         OutputError: the output cannot be written.
     """
     flag, out = options.needs_ranges(), named(out)
-    int4 = options.quant in ("int4_awq", "w4a16") and options.method in (None, *SEARCHED)
+    int4 = takes_codes(options)
     if samples is None:
         if flag is not None and options.activation_ranges is None and not _brings_scales(source, options):
             raise UsageError(f"{flag} needs activation ranges", hint=BOTH_WAYS)
         return options
-    if options.activation_ranges is not None or options.codes is not None:
-        given = "--activation-ranges" if options.activation_ranges is not None else "--codes"
-        raise UsageError(f"{given} and --text exclude each other: what is given is not measured again")
-    if not int4 and not options.uses_ranges():
-        raise UsageError("--text: nothing of this format is measured" + _users(options))
+    check_text(options)
     from streamconv.run.output_checks import check_output
 
     _check(source, options, int4)
@@ -84,10 +80,25 @@ def measured(
     return run.codes(options) if int4 else options
 
 
-def _users(options: TensorRTLLM | HuggingFace) -> str:
-    if isinstance(options, TensorRTLLM):
-        return "; it is for --quant smoothquant, fp8 and int4_awq and for --kv-cache int8 and fp8 only"
-    return "; it is for --quant fp8_static, nvfp4 and w4a16 and for --kv-cache fp8 only"
+def takes_codes(options: TensorRTLLM | HuggingFace) -> bool:
+    """Whether INT4 codes are searched if there is a text."""
+    return options.quant in ("int4_awq", "w4a16") and options.method in (None, *SEARCHED)
+
+
+def check_text(options: TensorRTLLM | HuggingFace) -> None:
+    """Options that a text goes with.
+
+    Raises:
+        UsageError: nothing is measured on it.
+    """
+    if options.activation_ranges is not None or options.codes is not None:
+        given = "--activation-ranges" if options.activation_ranges is not None else "--codes"
+        raise UsageError(f"{given} and --text exclude each other: what is given is not measured again")
+    if not takes_codes(options) and not options.uses_ranges():
+        users = "fp8_static, nvfp4 and w4a16 and for --kv-cache fp8"
+        if isinstance(options, TensorRTLLM):
+            users = "smoothquant, fp8 and int4_awq and for --kv-cache int8 and fp8"
+        raise UsageError(f"--text is for --quant {users} only: nothing of this format is measured")
 
 
 def _brings_scales(source: str | Path, options: TensorRTLLM | HuggingFace) -> bool:
@@ -138,7 +149,7 @@ class _Runs:
 
         asked = dataclasses.asdict(self._samples)
         if asked["samples"] is None:
-            asked["samples"] = _DEFAULTS["codes" if "method" in arguments else "ranges"]
+            asked["samples"] = SAMPLES["codes" if "method" in arguments else "ranges"]
         asked |= {"model": str(local_folder(self._source)), "out": str(out), **self._common, **arguments}
         done = calibrate_apart(asked, self._progress, [self._out], self._sampled)
         how = "measured before" if done["reused"] else f"measured in {done['seconds']:.1f} s"

@@ -33,6 +33,7 @@ from streamconv.cli.submit import submit
 from streamconv.errors import UsageError
 
 if TYPE_CHECKING:
+    from streamconv.calibration.request import Samples
     from streamconv.targets.base import Target
 
 
@@ -60,6 +61,15 @@ def asked_target(to: str, values: dict[str, Any], more: tuple[str, ...]) -> Targ
     if more:
         values = values | {lists[0]: (*values[lists[0]], *more)}
     return target(to, values, given)
+
+
+def _samples(text: str | None, samples: int, max_length: int, batch_size: int) -> Samples | None:
+    """The samples of this command, None without a text; their number counts if the user said it."""
+    from streamconv.calibration.request import Samples
+
+    context = click.get_current_context()
+    given = effects.typed(context) | set(context.default_map or ())
+    return Samples(text, samples if "samples" in given else None, max_length, batch_size) if text else None
 
 
 @cli.command(cls=Command, epilog=paragraphs(SOURCES, OUTPUT, RECIPES))
@@ -113,7 +123,6 @@ def convert(
 
     from streamconv import api
     from streamconv.calibration.before import measured
-    from streamconv.calibration.request import Samples
     from streamconv.cli import convert_view, pages_view, several
     from streamconv.cli.shared_work import on_ray
     from streamconv.cli.watching import watching
@@ -143,9 +152,7 @@ def convert(
     if out is None and not outputs:
         raise click.MissingParameter(param_hint="'OUT'", param_type="argument")
     wanted = None if outputs else asked_target(to, values, more)
-    context = click.get_current_context()
-    effects.check(context, model, wanted)
-    given = effects.typed(context) | set(context.default_map or ())
+    effects.check(click.get_current_context(), model, wanted)
     place = out or outputs[0].out
     with watching(place, quiet or as_json, progress, memory_trace, report) as watched:
         if isinstance(wanted, TensorRTLLM | HuggingFace):
@@ -153,7 +160,7 @@ def convert(
                 model,
                 place,
                 wanted,
-                Samples(text, samples if "samples" in given else None, max_length, batch_size) if text else None,
+                _samples(text, samples, max_length, batch_size),
                 memory_budget=asked.memory_budget,
                 device=asked.device,
                 force=force,
@@ -179,7 +186,7 @@ def convert(
 @click.argument("model")
 @click.argument("out", required=False)
 @click.argument("more", nargs=-1, metavar="[MODULE]...")
-@options(CONVERSION, OUTPUTS, RESOURCES)
+@options(CONVERSION, OUTPUTS, SAMPLES, RESOURCES)
 @recipe_option.option(_recipe_keys)
 @click.option("--parts", type=click.IntRange(1), metavar="N", help="Show how the work is cut for N parts, done by any number of machines.")
 @click.option("--write-config", metavar="FILE", help="Write a recipe (TOML) that gives exactly this conversion.")
@@ -194,6 +201,10 @@ def plan(
     write_config: str | None,
     parts: int | None,
     as_json: bool,
+    text: str | None,
+    samples: int,
+    max_length: int,
+    batch_size: int,
     to: str,
     more: tuple[str, ...],
     **values: Any,
@@ -201,6 +212,7 @@ def plan(
     """Show what convert would do, from the headers alone."""
     from streamconv import api
     from streamconv.allocation import costs_of, foresee
+    from streamconv.calibration.foreseen import planned
     from streamconv.cli import plan_view, several
     from streamconv.execution import choose_device
     from streamconv.hub import cache_need
@@ -209,14 +221,18 @@ def plan(
 
     asked = resources(memory_budget, workers, device, device_memory_budget)
     given = {"memory_budget": memory_budget, "workers": workers, "device": device, "device_memory_budget": device_memory_budget}
-    outputs = several.asked(model, out, more, values.pop("output"), _recipe_keys(), ("parts",))
+    outputs = several.asked(model, out, more, values.pop("output"), _recipe_keys(), ("text", "parts"))
     if outputs:
         effects.check(click.get_current_context(), model, None)
         several.plan(model, outputs, asked, write_config, given, as_json)
         return 0
     wanted = asked_target(to, values, more)
     effects.check(click.get_current_context(), model, wanted)
+    on = _samples(text, samples, max_length, batch_size)
+    wanted, search = planned(model, wanted, on, asked.memory_budget, asked.device)
     index, made = api.open_and_plan(model, wanted, asked.memory_budget)
+    if search is not None:
+        made = search.of(made)
     try:
         if write_config:
             recipe_option.write(write_config, model, out, made.target, given, index)
@@ -225,7 +241,7 @@ def plan(
         costs = costs_of(reads)
         refused = api.output_problem(index, made, out) if out is not None else None
         shared = cut(made, parts) if parts is not None else None
-        plan_view.show(made, foresee(reads, asked, costs), costs, device_why, out, as_json, cache_need(index), refused, shared)
+        plan_view.show(made, foresee(reads, asked, costs), costs, device_why, out, as_json, cache_need(index), refused, shared, search)
     finally:
         index.close()
     return 0

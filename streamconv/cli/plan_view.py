@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from streamconv import mounts
 from streamconv.cli import output, parts_view
@@ -17,6 +17,9 @@ from streamconv.planning.memory_plan import Shares, TileCost
 from streamconv.planning.parts import Part
 from streamconv.planning.plan import Plan
 from streamconv.run import fs, inside
+
+if TYPE_CHECKING:
+    from streamconv.calibration.foreseen import Search
 
 
 def content(plan: Plan, shares: Shares, costs: list[TileCost], out: str | None) -> dict[str, Any]:
@@ -66,6 +69,7 @@ def show(
     cache: Mapping[str, int | None] | None = None,
     refused: str | None = None,
     parts: Sequence[Part] | None = None,
+    search: Search | None = None,
 ) -> None:
     """Print a plan.
 
@@ -73,12 +77,15 @@ def show(
         cache: see `hub.cache_need`.
         refused: why `convert` would not write to `out`.
         parts: how the work is cut, if that is to be shown.
+        search: for INT4 codes, before the conversion.
     """
     why = inside.choose(Path(os.path.realpath(out)), fs.Disk()).inside if out else None
     told = content(plan, shares, costs, out) | {"device": device, "output_problem": refused, "work_inside_output": why}
     told["disk"]["cache"] = cache
     if parts is not None:
         told["parts"] = parts_view.content(plan, parts)
+    if search is not None:
+        told["search"] = search.to_json()
     if as_json:
         output.dump(told)
         return
@@ -108,6 +115,8 @@ def show(
         output.line(f"cache    {_free(cache['free'])} free, the download needs {more}")
     if parts is not None:
         output.block(parts_view.lines(told["parts"]))
+    if search is not None:
+        output.block(search.lines())
     for note in told["notes"]:
         output.line(f"note: {note}")
     for warning in (*told["warnings"], *([f"convert would refuse this output: {refused}"] if refused else [])):

@@ -119,6 +119,32 @@ def test_both_targets_and_every_rank_hold_the_codes(method: str, model: Path, te
         assert not verify(tmp_path / f"t{tp}", model).problems
 
 
+def test_the_plan_foretells_the_search(model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--quant", "int4_awq", "--group-size", str(GROUP)]
+    for target, more in ((TensorRTLLM, flags), (HuggingFace, ["--to", "hf", "--quant", "w4a16", *flags[2:]])):
+        assert main(["plan", str(model), *more, "--text", str(text), "--samples", "4", "--device", "cpu", "--json"]) == 0
+        told = json.loads(capsys.readouterr().out)
+        path = tmp_path / "c"
+        if not path.exists():
+            find_codes(model, path, str(text), method="gptq", **SIZES)
+            found = load_file(path)
+        options = target(quant=more[more.index("--quant") + 1], method="gptq", codes=str(path), group_size=GROUP)
+        index, plan = api.open_and_plan(model, options)
+        index.close()
+        files = {file["name"]: file["size"] for file in told["files"] if file["tensors"]}
+        assert files == {file.name: file.size for file in plan.files} and told["options"]["method"] == "gptq"
+        search = told["search"]
+        assert (search["method"], search["tokens"], search["layers"], search["passes"]) == ("gptq", 4 * 512, tiny.LAYERS, 1)
+        assert search["grams"] == [[tiny.HIDDEN, "full", 3], [tiny.INTER, "full", 1]]
+        assert search["codes"] == sum(t.nbytes for name, t in found.items() if not name.endswith(".losses"))
+    for method, tier in (("clip", "block"), ("awq", "full")):
+        assert main(["plan", str(model), *flags, "--method", method, "--write-config", str(tmp_path / f"{method}.toml")]) == 0
+        assert f"3 x {tier} of {tiny.HIDDEN} channels" in capsys.readouterr().out
+        assert f'method = "{method}"' in (tmp_path / f"{method}.toml").read_text()
+    assert main(["plan", str(model), "--quant", "smoothquant", "--text", str(text)]) == 2
+    assert "streamconv calibrate" in capsys.readouterr().err
+
+
 def test_awq_scales_are_shared_and_undone(model: Path, text: Path, tmp_path: Path) -> None:
     weights = load_file(model / "model.safetensors")
     for layer in range(tiny.LAYERS):  # loud channels
@@ -276,12 +302,12 @@ def test_mistakes(model: Path, text: Path, tmp_path: Path, capsys: pytest.Captur
         ([*awq, "--method", "gptq"], 2, "--text FILE finds them now"),
         ([*awq, "--method", "gptq", "--codes", "nothing"], 2, "no such file"),
         ([*awq, "--codes", str(text)], 2, "--codes is for --method clip, awq, gptq"),
-        ([*awq, "--text", str(text), "--method", "rtn"], 2, "--text: nothing of this format is measured"),
+        ([*awq, "--text", str(text), "--method", "rtn"], 2, "nothing of this format is measured"),
         ([*awq, "--text", str(text), "--method", "clip", "--tp-size", "4"], 4, "num_key_value_heads"),
         ([*awq[:2], "--text", str(text), "--method", "clip", "--tp-size", "2"], 4, "not whole groups of 128"),
         ([*awq, "--text", str(text), "--method", "gptq", "--memory-budget", "200MiB"], 5, "or --method clip"),
         (["--to", "hf", "--quant", "w4a16", "--method", "awq", "--text", str(text)], 2, "--method awq is not known"),
-        (["--to", "hf", "--quant", "fp8_dynamic", "--text", str(text)], 2, "--text: nothing of this format is measured"),
+        (["--to", "hf", "--quant", "fp8_dynamic", "--text", str(text)], 2, "nothing of this format is measured"),
     ]
     for flags, status, said in cases:
         got = main(["convert", str(model), str(tmp_path / "out"), *flags])

@@ -113,6 +113,7 @@ HEAVY = {"torch", "numba", "numpy", "transformers"}
         (["list", "targets"], HEAVY),
         (["plan", "MODEL"], {"torch", "transformers"}),
         (["plan", "MODEL", "--to", "hf", "--quant", "fp8_dynamic"], {"torch", "transformers"}),
+        (["plan", "MODEL", "--quant", "int4_awq", "--group-size", "64", "--method", "gptq"], {"torch", "transformers"}),
         (["inspect", "MODEL"], {"torch", "transformers"}),
     ],
 )
