@@ -17,12 +17,13 @@ from types import TracebackType
 from typing import IO, NamedTuple
 
 from streamconv import memory
-from streamconv.errors import OutputError, printable
+from streamconv.errors import OutputError, UsageError, printable
 from streamconv.process import start_thread
 from streamconv.progress import Meter
 
 EVERY = 0.05
 """Seconds between two looks."""
+_BEGINS = b'{"time": '
 _KEPT = 2000
 """Samples that are kept in memory; when there are more, every second one goes and every second look is kept from then on."""
 
@@ -69,7 +70,7 @@ class MemoryTrace:
         problem: why the file lacks lines, None if it does not.
 
     Raises:
-        OutputError: the file cannot be written.
+        OutputError: the file cannot be written. UsageError: another file has the name.
     """
 
     def __init__(self, meter: Meter, file: Path | None = None) -> None:
@@ -84,6 +85,7 @@ class MemoryTrace:
     def __enter__(self) -> MemoryTrace:
         if self._path is not None:
             try:
+                self._check(self._path)
                 self._file = self._path.open("w", buffering=1, encoding="ascii")  # a process that is killed leaves its lines
             except OSError as error:
                 raise OutputError(f"--memory-trace {printable(str(self._path))} cannot be written: {error.strerror}") from None
@@ -103,6 +105,15 @@ class MemoryTrace:
         self._closing.close()
         if self._file is not None:
             self._give_up_on(self._file.close)
+
+    @staticmethod
+    def _check(path: Path) -> None:
+        """Of the files only a trace is written over: a source's or a user's file may have been named by mistake."""
+        if path.is_file():
+            with path.open("rb") as file:
+                if file.read(len(_BEGINS)) not in (_BEGINS, b""):
+                    told = f"--memory-trace {printable(str(path))}: the file is no memory trace, and stays"
+                    raise UsageError(told, hint="choose another name")
 
     def _run(self) -> None:
         due = self._began

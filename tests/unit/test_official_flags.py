@@ -31,7 +31,9 @@ quant_ckpt_path smoothquant per_channel per_token per_group int8_kv_cache fp8_kv
 use_fp8 use_fp8_rowwise use_meta_fp8_rowwise_recipe use_qserve use_nvfp4
 """)
 GEMMA = _words("ckpt_type output_model_dir world_size use_weight_only_with_precision enable_fp8")
-OURS = _words("memory_budget device target_sm target_version activation_ranges encoding force no_lock rope_tables allow_nonfinite method codes")
+OURS = _words("""
+memory_budget device target_sm target_version activation_ranges encoding force no_lock rope_tables allow_nonfinite method codes
+""")
 
 
 @dataclass(frozen=True)
