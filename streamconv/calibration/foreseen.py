@@ -14,7 +14,7 @@ from streamconv import memory
 from streamconv.calibration.before import SAMPLES, check_text, takes_codes
 from streamconv.calibration.held import Held
 from streamconv.calibration.request import Samples
-from streamconv.calibration.tiers import LINEAR, SITES, SMALLER, Tier, gram_bytes, gram_room, passes_of, search_bytes, tier_of
+from streamconv.calibration.tiers import LINEAR, SAMPLE, SITES, SMALLER, Tier, gram_bytes, gram_room, passes_of, search_bytes, tier_of
 from streamconv.errors import BudgetError, UsageError
 from streamconv.memory import show_size
 from streamconv.targets.hf.target import HuggingFace
@@ -128,8 +128,10 @@ def _search(
         whole = [(rows, cols) for _, rows, cols in weights if not cols % group]
         codes += sum(rows * cols // 2 + 4 * rows * cols // group for rows, cols in whole)
         work += tokens * len(groups) * sum(2.0 * rows * cols for _, rows, cols in weights)
-        work += tokens * sum(2.0 * size * (group if tier == "block" else size) for size, tier in kept)
-        work += sum(2.0 * 21 * rows * cols * (cols if method == "awq" else group) for rows, cols in whole)
+        work += tokens * sum(2.0 * size * {"full": size, "block": group, "sample": 0}[tier] for size, tier in kept)
+        for rows, cols in whole:  # candidates of a pre-scale, or of a group's clip
+            wide = {"full": cols, "block": group, "sample": SAMPLE}[tier_of(method, cols)] if method == "awq" else group
+            work += 2.0 * 21 * rows * cols * wide
         if method == "gptq":
             work += sum(4 / 3 * size**3 for size, _ in kept) + sum(3.0 * rows * cols * cols for rows, cols in whole)
     device_bytes = held.layer + held.batch + held.extra + min(room, sum(gram_bytes(t, s, group) * n for (s, t), n in most.items()))
