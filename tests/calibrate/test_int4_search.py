@@ -12,9 +12,10 @@ torch = pytest.importorskip("torch")
 from streamconv.calibration import gptq  # noqa: E402
 from streamconv.calibration.awq import multiplier_of  # noqa: E402
 from streamconv.calibration.clip import clipped  # noqa: E402
-from streamconv.calibration.gram import SAMPLE, Gram  # noqa: E402
+from streamconv.calibration.gram import Gram  # noqa: E402
 from streamconv.calibration.grid import NEAREST, Grid  # noqa: E402
 from streamconv.calibration.search import Found, nearest, search  # noqa: E402
+from streamconv.calibration.tiers import SAMPLE  # noqa: E402
 from streamconv.quants.int_group import RATIOS  # noqa: E402
 
 N, K, GROUP, TOKENS = 64, 128, 32, 1024
