@@ -44,6 +44,7 @@ def test_what_cannot_be_measured(words: list[str], tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_shape_is_a_whole_model(tmp_path: Path) -> None:
     model.write(tmp_path / "m", "llama-tiny")
     with safe_open(tmp_path / "m" / "model.safetensors", "pt") as held:
@@ -53,6 +54,7 @@ def test_the_shape_is_a_whole_model(tmp_path: Path) -> None:
         assert 0.01 < float(held.get_tensor("lm_head.weight").float().std()) < 0.03
 
 
+@pytest.mark.slow
 def test_a_command_that_takes_more_than_its_cgroup_is_killed(tmp_path: Path) -> None:
     with command.group(64 << 20) as place:
         if place is None:
