@@ -43,6 +43,7 @@ def good(count: Count, least: int) -> None:
 
 @KINDS
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_killed_at_every_operation_any_number_of_times(make: MakeWorld, settings: dict[str, Any]) -> None:
     count = kills.every_state(make(**settings))
     good(count, 200)
@@ -54,6 +55,7 @@ def test_killed_at_every_operation_int8_on_two_ranks(make: MakeWorld) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_sigkill_at_every_operation(make: MakeWorld) -> None:
     good(kills.real_kills(make(), depth=2), 100)
 
