@@ -15,7 +15,7 @@ from streamconv.families.naming import settle
 from streamconv.planning.plan import Plan
 from streamconv.targets.base import Output, Target
 
-LOADS = {"numpy": 30 * memory.MIB, "numba": 166 * memory.MIB, "torch": 300 * memory.MIB}
+LOADS = {"numpy": 30 * memory.MIB, "numba": 160 * memory.MIB, "torch": 300 * memory.MIB}
 """Bytes that loading a library takes, compiled kernels and what comes with it included (measured, rounded up); a run measures its own."""
 _LITTLE = 64 * memory.MIB
 """Bytes that planning may take whatever the budget is; Python and the headers of nearly every model take less together."""

@@ -16,7 +16,7 @@ from tests import tiny
 
 ROOT = Path(streamconv.__file__).parent
 WIDE = {"BaseException", "KeyboardInterrupt", "Interrupted", "GeneratorExit", "SystemExit"}
-THREADS = {("pool.py", "_work"), ("journal.py", "_work")}
+THREADS = {("pool.py", "_work"), ("recorder.py", "_work")}
 """What a thread runs: Python delivers signals to the main thread only, and `run` raises there what these met."""
 
 

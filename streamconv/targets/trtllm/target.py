@@ -191,7 +191,8 @@ def make_plan(index: Index, options: TensorRTLLM) -> Plan:
         else:
             decoder.refused += add_channel_scales(builder, stored, model.num_experts // moe[1])
         decoder.refused += fp8_scales.add_given_scales(builder, stored.fp8)
-        import_scales.add_unit_prescales(builder, roles.tensors, dtype)
+        if options.quant == "int4_awq" and not stored.scales:
+            import_scales.add_unit_prescales(builder, roles.tensors, dtype)
     if options.quant == "fp8" and not given and ranges is not None and not roles.problems:
         fp8_scales.add_scales(builder, ranges, roles.tensors)
     if options.rope_tables and family.rope_tables and options.kv_cache != "int8" and options.quant != "smoothquant":
