@@ -153,7 +153,7 @@ def convert(
         raise click.MissingParameter(param_hint="'OUT'", param_type="argument")
     wanted = None if outputs else asked_target(to, values, more)
     effects.check(click.get_current_context(), model, wanted)
-    place = outputs[0].out if outputs else out
+    place = outputs[0].out if out is None else out
     with watching(place, quiet or as_json, progress, memory_trace, report) as watched:
         if isinstance(wanted, TensorRTLLM | HuggingFace):
             wanted = measured(
