@@ -238,10 +238,11 @@ class Writer:
         self._begun = True
         if self._past is None:
             self.journal.start(self._run)
+        else:  # the files are no longer ready, and the journal says so before one of them goes
+            self.journal.resume(self._past)
         if self._past is not None or self.parts:
             self.folder.remove_last([side.name for side in self.plan.side_files] + [manifest.NAME])
         if self._past is not None:
-            self.journal.resume(self._past)
             self.past = {span: [done for done in tiles if fits(self.plan, done)] for span, tiles in self._past.tiles.items()}
         files = [(file.name, file.size, file.header) for file in self.plan.files]
         self.folder.create(files, fresh=self._past is None and not self.parts)

@@ -50,6 +50,11 @@ def test_killed_at_every_operation_any_number_of_times(make: MakeWorld, settings
     assert count.facts["closed"], "states were left to look at"
 
 
+def test_killed_twice_while_a_mounted_output_is_replaced(make: MakeWorld) -> None:
+    """The state in which the most can be lost: old and new lie in one folder, and only the journal tells which is which."""
+    good(kills.every_state(make(mounted=True, replaced=True), depth=2), 100)
+
+
 def test_killed_at_every_operation_int8_on_two_ranks(make: MakeWorld) -> None:
     good(kills.every_state(make(quant="int8", tp=2, tile_rows=128), depth=1), 100)
 
