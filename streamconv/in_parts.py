@@ -27,7 +27,8 @@ from streamconv.planning.plan import Plan
 from streamconv.planning.reads import Reads
 from streamconv.progress import Meter, unwatched
 from streamconv.run import journal, manifest, sampled
-from streamconv.run.claims import Claim, Claims, Over, told
+from streamconv.run.claim import Claim, Over, told
+from streamconv.run.claims import Claims
 from streamconv.run.finalize import finalize, records_of
 from streamconv.run.fs import Disk
 from streamconv.run.inside import choose

@@ -44,7 +44,8 @@ def status(out: str, as_json: bool) -> int:
 
 def _content(out: str) -> dict[str, Any]:
     from streamconv.run import journal, manifest
-    from streamconv.run.claims import Claims, Home, Over
+    from streamconv.run.claim import Home, Over
+    from streamconv.run.claims import Claims
 
     claims = Claims.of(Path(out))
     if claims is None:

@@ -23,16 +23,15 @@ import socket
 import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from streamconv import __version__
 from streamconv.checkpoint.limits import MAX_JOURNAL, MAX_JOURNAL_LINE
 from streamconv.errors import LockedError, OutputError, ResumeError, VerifyError, printable
 from streamconv.planning.parts import MOST
 from streamconv.run import journal, manifest
-from streamconv.run.fs import Disk, Folder, Mark, explained, write_all
+from streamconv.run.claim import Claim, Home, Over, SharedFolder, differences
+from streamconv.run.fs import Disk, Folder, Mark, explained
 from streamconv.run.inside import choose
 from streamconv.run.lock import OutputLock
 from streamconv.run.output_checks import check_free
@@ -40,46 +39,7 @@ from streamconv.run.part_record import Record
 from streamconv.run.place import Place
 from streamconv.run.presence import Presence
 
-FORMAT = 1
 PLAN, CLAIMS = "plan.json", "claims"
-
-
-class Over(Exception):
-    """The work is not there any more: it was published, or given up."""
-
-
-@dataclass(frozen=True, slots=True)
-class Home:
-    """Where the journal of a part lies."""
-
-    base: Folder
-    part: int
-
-    @property
-    def disk(self) -> Disk:
-        return self.base.disk
-
-    def hidden(self, what: str) -> str:
-        return f"{self.part}.{what}"
-
-
-@dataclass(slots=True)
-class Claim:
-    """The right to do a part, until it is closed.
-
-    Attributes:
-        attempt: names what this holder keeps aside.
-    """
-
-    part: int
-    home: Home
-    attempt: str
-    fd: int
-
-    def close(self) -> None:
-        if self.fd >= 0:
-            fd, self.fd = self.fd, -1
-            self.home.disk.close(fd)
 
 
 class Claims:
@@ -153,7 +113,7 @@ class Claims:
             if not self.place.has_work() and self._published(run) and is_of():
                 self._tidy(past)
                 return False
-            if found is not None and (changed := _differences(found, run)):
+            if found is not None and (changed := differences(found, run)):
                 if not force:
                     raise ResumeError(
                         f"{printable(str(self.place.out))} was begun in parts with something else: {', '.join(changed)}",
@@ -216,7 +176,7 @@ class Claims:
 
     def _told(self) -> dict[str, Any] | None:
         """What the work is for; None if it was not begun."""
-        data = self._content(PLAN, MAX_JOURNAL_LINE)
+        data = SharedFolder(self.base).content(PLAN, MAX_JOURNAL_LINE)
         if data is None:
             return None
         told = journal.unsealed(data[:-1])
@@ -251,7 +211,7 @@ class Claims:
                 self.base.unlink(name)
             self.place.begin(fresh=True)
             self.disk.close(self.base.open(CLAIMS, fresh=True))
-            self._write(PLAN, journal.sealed(run))
+            SharedFolder(self.base).write(PLAN, journal.sealed(run))
             if past is not None:
                 journal.Journal(self.place).remove(past)
             self.place.base.sync()
@@ -303,7 +263,7 @@ class Claims:
             if self.done(part):  # meanwhile
                 claim.close()
                 return None
-            self._overwrite(f"{part}.holder", f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            SharedFolder(self.base).overwrite(f"{part}.holder", f"process {os.getpid()} on {socket.gethostname()}\n".encode())
             for name in self.base.names():  # what a dead holder kept aside is done again
                 if name.startswith(f"{part}.") and name.endswith(".aside"):
                     self.base.unlink(name)
@@ -350,7 +310,7 @@ class Claims:
                 return None
         finally:
             self.disk.close(fd)
-        text = (self._content(f"{part}.holder", 400) or b"").decode(errors="replace").strip()
+        text = (SharedFolder(self.base).content(f"{part}.holder", 400) or b"").decode(errors="replace").strip()
         return printable(text) if text else "another process"
 
     def done(self, part: int) -> bool:
@@ -358,7 +318,7 @@ class Claims:
 
     def record(self, claim: Claim, record: Record) -> None:
         """A part is done; all of its bytes are on the disk."""
-        self._write(f"{claim.part}.json", record.to_bytes(), f"{claim.part}.{claim.attempt}.new")
+        SharedFolder(self.base).write(f"{claim.part}.json", record.to_bytes(), f"{claim.part}.{claim.attempt}.new")
 
     def read(self, part: int) -> Record | None:
         """What is known of a part that is done; None if it is not.
@@ -366,7 +326,7 @@ class Claims:
         Raises:
             OutputError: it is not what a run writes.
         """
-        data = self._content(f"{part}.json", MAX_JOURNAL)
+        data = SharedFolder(self.base).content(f"{part}.json", MAX_JOURNAL)
         if data is None:
             return None
         record = Record.from_bytes(data)
@@ -415,40 +375,6 @@ class Claims:
         finally:
             self.disk.close(fd)
 
-    def _content(self, name: str, limit: int) -> bytes | None:
-        with explained(self.base.path / name, "read"):
-            try:
-                if self.base.made(name) is None:
-                    return None
-                fd = self.base.open(name, make=False)
-            except FileNotFoundError:
-                return None
-            try:
-                with os.fdopen(fd, "rb", closefd=False) as file:
-                    return file.read(limit)
-            finally:
-                self.disk.close(fd)
-
-    def _write(self, name: str, data: bytes, before: str = "plan.new") -> None:
-        """A file that is complete as soon as it has its name."""
-        with explained(self.base.path / name, "write"):
-            self._overwrite(before, data)
-            try:
-                self.base.rename(before, name)
-            except FileExistsError:
-                self.base.unlink(before)  # somebody was faster, with as much
-            self.base.sync()
-
-    def _overwrite(self, name: str, data: bytes) -> None:
-        with explained(self.base.path / name, "write"):
-            fd = self.base.open(name)
-            try:
-                self.disk.truncate(fd, 0)
-                write_all(self.disk, fd, data, 0)
-                self.disk.sync(fd)
-            finally:
-                self.disk.close(fd)
-
     def close(self) -> None:
         if self._presence is not None:
             self._presence.close()
@@ -461,23 +387,3 @@ class Claims:
         self.close()
         self.place.remove_parents()
         self.place.close()
-
-
-def told(identity: dict[str, Any], count: int, page: int, private: bool, force: bool, source: str | Path) -> dict[str, Any]:
-    """What plan.json holds.
-
-    Args:
-        identity: `journal.identity` without what differs between machines.
-        page: bytes that a machine writes at once.
-        source: what is converted, for whoever publishes by hand.
-    """
-    run = {"parts": count, "page": page, "private": private}
-    return {"format": FORMAT, "run": identity, **run, "force": force, "source": str(source), "streamconv": __version__}
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    found = journal.differences(old["run"], new["run"])
-    for name in ("parts", "private"):
-        if old.get(name) != new[name]:
-            found.append(f"--{name.replace('private', 'private-parts')} ({printable(str(old.get(name)))}, now {new[name]})")
-    return found
