@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from streamconv.checkpoint.header import read_header
 from streamconv.checkpoint.header_parse import Header
+from streamconv.checkpoint.page_cache import cached_places
 from streamconv.checkpoint.private_mapping import private_mapping
 from streamconv.checkpoint.untrusted import frees_descriptors, open_regular
 from streamconv.errors import CheckpointError, SourceChangedError, UnreadableError, printable
@@ -98,7 +99,7 @@ class Shard:
                     os.close(fd)
                     raise self._changed("was replaced or changed")
                 if self._identity is None:
-                    self._cold = 2 * _cached_places(fd, 0, now.size, _SAMPLE) < _SAMPLE
+                    self._cold = 2 * cached_places(fd, 0, now.size, _SAMPLE) < _SAMPLE
                 self._identity, self._fd = now, fd
             return self._fd
 
@@ -243,7 +244,7 @@ class Shard:
     def cached(self, begin: int, end: int) -> bool:
         """Most of the file was in the page cache before we read any of it, and all of this range seems to be."""
         with self.descriptor() as fd:
-            return not self._cold and _cached_places(fd, begin, end, _SAMPLE) == _SAMPLE
+            return not self._cold and cached_places(fd, begin, end, _SAMPLE) == _SAMPLE
 
     def lost(self, end: int) -> CheckpointError:
         """The error for bytes up to `end` that could not be had."""
@@ -315,19 +316,6 @@ class Shard:
             f"source file {printable(str(self.path))} {what}",
             hint="the source must not change while it is read; check the disk, then run again",
         )
-
-
-def _cached_places(fd: int, begin: int, end: int, places: int) -> int:
-    """How many of some places between two offsets are in the page cache; all of them where the system does not tell."""
-    here = 0
-    for place in range(places):
-        try:
-            here += os.preadv(fd, [bytearray(1)], begin + (end - begin) * (2 * place + 1) // (2 * places), os.RWF_NOWAIT)
-        except BlockingIOError:
-            pass
-        except (OSError, AttributeError):
-            return places
-    return here
 
 
 def identity_of(status: os.stat_result) -> Identity:
