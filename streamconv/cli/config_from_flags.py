@@ -5,7 +5,7 @@ NVIDIA's script writes fewer keys here than for a checkpoint; its loader has def
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from streamconv.checkpoint.model_config import ModelConfig
 from streamconv.errors import RefusedError, UsageError
@@ -13,34 +13,18 @@ from streamconv.families import family_of
 from streamconv.targets.trtllm.checks import refusals
 from streamconv.targets.trtllm.config_json import dump
 from streamconv.targets.trtllm.config_sections import Config, quantization_section, resolve_dtype, resolve_moe
-from streamconv.targets.trtllm.options import TensorRTLLM
+
+if TYPE_CHECKING:
+    from streamconv.cli.official_flags import Sizes
+    from streamconv.targets.trtllm.options import TensorRTLLM
 
 _MADE_ELSEWHERE = {"fp8": "FP8", "nvfp4": "NVFP4", "qserve": "W4A8_QSERVE_PER_CHANNEL"}
 """Formats whose weights only other tools make; a config.json can name them."""
 
 
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """The size flags: each names a field of config.json, with the official default."""
-
-    vocab_size: int = 32000
-    n_positions: int = 2048
-    n_layer: int = 32
-    n_head: int = 32
-    n_kv_head: int | None = None
-    n_embd: int = 4096
-    inter_size: int = 11008
-    multiple_of: int | None = None
-    ffn_dim_multiplier: float | None = None
-    rms_norm_eps: float = 1e-06
-    hidden_act: str = "silu"
-    rotary_base: float = 10000.0
-    moe_num_experts: int = 0
-    moe_top_k: int = 0
-    moe_renorm_mode: int = 1
-
-
-def fabricated(sizes: Sizes, options: TensorRTLLM, *, per_group: bool, quant_ckpt_path: str | None, load_model_on_cpu: bool) -> bytes:
+def config_from_flags(
+    sizes: Sizes, options: TensorRTLLM, *, per_group: bool, quant_ckpt_path: str | None, load_model_on_cpu: bool
+) -> bytes:
     """The bytes of config.json.
 
     Args:

@@ -7,19 +7,12 @@ import dataclasses
 import os
 import sys
 
-from streamconv.calibration.before import measured
-from streamconv.calibration.request import Samples
-from streamconv.checkpoint.quantized import source_quantization
-from streamconv.cli import convert_view, ending, output, signals, view
-from streamconv.cli.flags import resources
+from streamconv.cli import ending, output, signals
 from streamconv.cli.official_flags import OfficialRequest, parse
 from streamconv.errors import RefusedError, UsageError, printable
-from streamconv.hub import open_source
-from streamconv.memory import parse_size
 from streamconv.targets.trtllm.options import TensorRTLLM
-from streamconv.targets.trtllm.unsupported import refuse
 
-TAKEN_OVER = {"int4_gptq", "int8_gptq", "int4_awq"}
+IMPORTED = {"int4_gptq", "int8_gptq", "int4_awq"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,11 +23,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def _main(arguments: list[str]) -> int:
     request = parse(arguments)
+    from streamconv.targets.trtllm.unsupported import refuse
+
     for note in request.notes:
         output.note(f"note: {note}")
     source = _source(request)
     if source is None:
-        return _fabricate(request)
+        return _config_from_flags(request)
     request = _with_default_dtype(request, source)
     refuse(request.options.quant, "the flags for")
     _refuse_fp8(request, source)
@@ -45,7 +40,7 @@ def _source(request: OfficialRequest) -> str | None:
     """The folder to read, None if the flags name none."""
     if request.model_dir is None and request.meta_ckpt_dir is None:
         return None
-    if request.quant_ckpt_path and request.options.quant not in TAKEN_OVER:
+    if request.quant_ckpt_path and request.options.quant not in IMPORTED:
         raise UsageError("--quant_ckpt_path goes with --weight_only_precision int4_gptq, int8_gptq or int4_awq only")
     source = request.quant_ckpt_path or request.model_dir or request.meta_ckpt_dir
     if source is not None and source == request.meta_ckpt_dir and os.path.lexists(os.path.join(source, "config.json")):
@@ -60,6 +55,8 @@ def _with_default_dtype(request: OfficialRequest, source: str) -> OfficialReques
     """InternLM2's script takes float16 where --dtype is not given, the others the source's dtype (checkpoint spec §2.7)."""
     if request.states_dtype or source == request.meta_ckpt_dir:
         return request
+    from streamconv.hub import open_source
+
     with contextlib.closing(open_source(source)) as index:
         names = index.config.get("architectures")
     if not isinstance(names, list) or "InternLM2ForCausalLM" not in names:
@@ -76,6 +73,9 @@ def _refuse_fp8(request: OfficialRequest, source: str) -> None:
     """
     if request.options.quant != "fp8" or request.options.activation_ranges is not None:
         return
+    from streamconv.checkpoint.quantized import source_quantization
+    from streamconv.hub import open_source
+
     with contextlib.closing(open_source(source)) as index:
         if source_quantization(index) is not None:
             return  # planning says what can be done with it
@@ -85,12 +85,12 @@ def _refuse_fp8(request: OfficialRequest, source: str) -> None:
     )
 
 
-def _fabricate(request: OfficialRequest) -> int:
+def _config_from_flags(request: OfficialRequest) -> int:
     """Neither --model_dir nor --meta_ckpt_dir: config.json from the size flags, and nothing else."""
-    from streamconv.cli.config_from_flags import fabricated
+    from streamconv.cli.config_from_flags import config_from_flags
     from streamconv.targets.trtllm.config_only import write_config
 
-    data = fabricated(
+    data = config_from_flags(
         request.sizes,
         request.options,
         per_group=request.per_group,
@@ -121,6 +121,8 @@ def _config_only(request: OfficialRequest, source: str) -> int:
 
 def _convert(request: OfficialRequest, source: str) -> int:
     from streamconv import api
+    from streamconv.cli import convert_view, view
+    from streamconv.cli.flags import resources
 
     options = _with_ranges(request, source)
     report = api.convert(
@@ -147,6 +149,11 @@ def _with_ranges(request: OfficialRequest, source: str) -> TensorRTLLM:
         return options  # `_refuse_fp8` lets only sources pass that are quantized already
     if source == request.meta_ckpt_dir:
         raise UsageError("--smoothquant and --int8_kv_cache need --model_dir: a Meta checkpoint cannot be calibrated")
+    from streamconv.calibration.before import measured
+    from streamconv.calibration.request import Samples
+    from streamconv.cli import view
+    from streamconv.memory import parse_size
+
     return measured(
         source,
         request.output_dir,

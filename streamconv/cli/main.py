@@ -1,305 +1,52 @@
-"""The `streamconv` command: parse, call the API, show the result."""
+"""The `streamconv` command: finds the verb and runs it. Only the verb that was typed is imported, so that `--help` shows at once."""
 
 from __future__ import annotations
 
-import os
+import importlib
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import cast
 
 import click
 
 from streamconv import __version__
-from streamconv.cli import effects, ending, output, recipe_option, signals
-from streamconv.cli.bench import bench
-from streamconv.cli.checkpoints import diff, inspect, list_, push
-from streamconv.cli.details import OUTPUT, RECIPES, SOURCES, VERIFY, paragraphs
-from streamconv.cli.flags import (
-    CONVERSION,
-    OF_A_RUN,
-    OUTPUTS,
-    PARTS,
-    RESOURCES,
-    SAMPLES,
-    WATCHING,
-    Command,
-    options,
-    resources,
-    sharing,
-    target,
-)
-from streamconv.cli.measure import calibrate
-from streamconv.cli.shared_work import finalize, status
-from streamconv.cli.submit import submit
-from streamconv.errors import UsageError
+from streamconv.cli import ending, output, signals
 
-if TYPE_CHECKING:
-    from streamconv.calibration.request import Samples
-    from streamconv.targets.base import Target
+VERBS = {
+    "bench": ("bench", "Measure this machine: disks, kernels, conversions in cgroups."),
+    "calibrate": ("measure", "Measure the activation ranges of a model on text."),
+    "convert": ("conversion", "Convert a model: to TensorRT-LLM, or to a Hugging Face directory."),
+    "diff": ("checkpoints", "Compare two checkpoints tensor by tensor."),
+    "finalize": ("shared_work", "Publish an output whose parts are all done, by hand."),
+    "inspect": ("checkpoints", "Show the tensors of a model, and what each would become."),
+    "list": ("checkpoints", "Print the families, weight formats, or targets and their options."),
+    "plan": ("conversion", "Show what convert would do, from the headers alone."),
+    "push": ("checkpoints", "Upload a finished output to the Hugging Face Hub."),
+    "status": ("shared_work", "Show how far the work is that several machines share."),
+    "submit": ("submit", "Print a job of Slurm or Kubernetes that does a conversion."),
+    "verify": ("verify", "Check an output: structure, hashes; --source: every byte."),
+}
+"""Verb -> module of `cli` that has it, and its line in `streamconv --help`."""
 
 
-def _recipe_keys() -> dict[str, Any]:
-    return recipe_option.kinds(convert, plan)
+class _Verbs(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*VERBS]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in VERBS:
+            return None
+        module = importlib.import_module(f"streamconv.cli.{VERBS[cmd_name][0]}")
+        return cast(click.Command, getattr(module, cmd_name if cmd_name != "list" else "list_"))
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(verb, line) for verb, (_, line) in VERBS.items()])
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="streamconv")
 def cli() -> None:
     """Convert an LLM checkpoint in less memory than the model takes: to TensorRT-LLM, or to a quantized Hugging Face directory."""
-
-
-def asked_target(to: str, values: dict[str, Any], more: tuple[str, ...]) -> Target:
-    """The target that this command asks for.
-
-    Args:
-        more: words after MODEL and OUT: further modules of --ignore or --only, of which the shell made words.
-    """
-    context = click.get_current_context()
-    given = effects.typed(context) | set(context.default_map or ())
-    lists = [name for name in ("ignore", "only") if name in effects.typed(context)]
-    if more and len(lists) != 1:
-        raise UsageError(f"one word too many: {more[0]}", hint="quote it, or repeat --ignore or --only for each module")
-    if more:
-        values = values | {lists[0]: (*values[lists[0]], *more)}
-    return target(to, values, given)
-
-
-def _samples(text: str | None, samples: int, max_length: int, batch_size: int) -> Samples | None:
-    """The samples of this command, None without a text; their number counts if the user said it."""
-    from streamconv.calibration.request import Samples
-
-    context = click.get_current_context()
-    given = effects.typed(context) | set(context.default_map or ())
-    return Samples(text, samples if "samples" in given else None, max_length, batch_size) if text else None
-
-
-@cli.command(cls=Command, epilog=paragraphs(SOURCES, OUTPUT, RECIPES))
-@click.argument("model")
-@click.argument("out", required=False)
-@click.argument("more", nargs=-1, metavar="[MODULE]...")
-@options(CONVERSION, OUTPUTS, SAMPLES, RESOURCES, OF_A_RUN, WATCHING, PARTS)
-@click.option("--force", is_flag=True, help="Replace an existing output folder.")
-@click.option("--no-lock", is_flag=True, help="Go on where the file system cannot lock a file or sync a folder.")
-@recipe_option.option(_recipe_keys)
-@click.option("--json", "as_json", is_flag=True, help="One JSON object at the end.")
-@click.option("--quiet", "-q", is_flag=True, help="Print errors and warnings only.")
-def convert(
-    model: str,
-    out: str | None,
-    memory_budget: str,
-    workers: str,
-    device: str,
-    device_memory_budget: str,
-    hub_keep: str,
-    on_device_loss: Any,
-    read: Any,
-    verify: str,
-    min_snr: float | None,
-    progress: str,
-    memory_trace: str | None,
-    report: str | None,
-    no_lock: bool,
-    parts: int | None,
-    part: str | None,
-    wait: float,
-    private_parts: bool,
-    engine: str | None,
-    force: bool,
-    as_json: bool,
-    quiet: bool,
-    text: str | None,
-    samples: int,
-    max_length: int,
-    batch_size: int,
-    to: str,
-    more: tuple[str, ...],
-    **values: Any,
-) -> int:
-    """Convert MODEL (a Hugging Face or Meta folder, a TensorRT-LLM checkpoint, or org/name[@revision] on the Hub) into the folder OUT.
-
-    What OUT is, --to says: a TensorRT-LLM checkpoint, or a quantized Hugging Face directory. Several --output, in the place of OUT, are
-    made from one read.
-    """
-    import dataclasses
-
-    from streamconv import api
-    from streamconv.calibration.before import measured
-    from streamconv.cli import convert_view, pages_view, several
-    from streamconv.cli.shared_work import on_ray
-    from streamconv.cli.watching import watching
-    from streamconv.targets.hf.target import HuggingFace
-    from streamconv.targets.trtllm.options import TensorRTLLM
-
-    if quiet or as_json:
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    if text and hub_keep == "none":
-        raise UsageError("--hub-keep none and --text exclude each other: calibration reads the model before the conversion does")
-
-    asked = dataclasses.replace(
-        resources(memory_budget, workers, device, device_memory_budget),
-        hub_keep=hub_keep,
-        on_device_loss=on_device_loss,
-        read=read,
-        no_lock=no_lock,
-        verify_inline=verify == "inline",
-        min_snr=min_snr,
-        **sharing(parts, part, wait, private_parts),
-    )
-    if min_snr is not None and not asked.verify_inline:
-        raise UsageError("--min-snr has no effect without --verify inline", hint="add --verify inline, or leave it out")
-    if asked.parts and text:
-        raise UsageError("--text and --parts exclude each other", hint="run `streamconv calibrate` once, then use --activation-ranges")
-    outputs = several.asked(model, out, more, values.pop("output"), _recipe_keys(), ("text", "parts", "part", "private_parts", "engine"))
-    if out is None and not outputs:
-        raise click.MissingParameter(param_hint="'OUT'", param_type="argument")
-    wanted = None if outputs else asked_target(to, values, more)
-    effects.check(click.get_current_context(), model, wanted)
-    place = outputs[0].out if out is None else out
-    with watching(place, quiet or as_json, progress, memory_trace, report) as watched:
-        if isinstance(wanted, TensorRTLLM | HuggingFace):
-            wanted = measured(
-                model,
-                place,
-                wanted,
-                _samples(text, samples, max_length, batch_size),
-                memory_budget=asked.memory_budget,
-                device=asked.device,
-                force=force,
-                **watched.layers,
-            )
-        facts = pages_view.planned(model, place, wanted, asked) if report and wanted is not None else None
-        if engine is not None and wanted is not None:
-            made = on_ray(engine, model, place, wanted, asked, force, watched.meter)
-        elif wanted is not None:
-            made = api.convert(model, place, wanted, asked, force=force, meter=watched.meter)
-        else:
-            made = api.convert_all(model, outputs, asked, force=force, meter=watched.meter)
-    convert_view.show(made, as_json, quiet)
-    if made.published and not outputs:
-        recipe_option.compare(place)
-    watched.write(report, lambda: pages_view.conversion(model, made, facts, watched, min_snr))
-    if as_json:
-        output.dump(dataclasses.asdict(made))
-    return 0
-
-
-@cli.command(cls=Command, epilog=paragraphs(SOURCES, RECIPES))
-@click.argument("model")
-@click.argument("out", required=False)
-@click.argument("more", nargs=-1, metavar="[MODULE]...")
-@options(CONVERSION, OUTPUTS, SAMPLES, RESOURCES)
-@recipe_option.option(_recipe_keys)
-@click.option("--parts", type=click.IntRange(1), metavar="N", help="Show how the work is cut for N parts, done by any number of machines.")
-@click.option("--write-config", metavar="FILE", help="Write a recipe (TOML) that gives exactly this conversion.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def plan(
-    model: str,
-    out: str | None,
-    memory_budget: str,
-    workers: str,
-    device: str,
-    device_memory_budget: str,
-    write_config: str | None,
-    parts: int | None,
-    as_json: bool,
-    text: str | None,
-    samples: int,
-    max_length: int,
-    batch_size: int,
-    to: str,
-    more: tuple[str, ...],
-    **values: Any,
-) -> int:
-    """Show what convert would do, from the headers alone."""
-    from streamconv import api
-    from streamconv.allocation import costs_of, foresee
-    from streamconv.calibration.foreseen import planned
-    from streamconv.cli import plan_view, several
-    from streamconv.execution import choose_device
-    from streamconv.hub import cache_need
-    from streamconv.planning.parts import cut
-    from streamconv.planning.reads import Reads
-
-    asked = resources(memory_budget, workers, device, device_memory_budget)
-    given = {"memory_budget": memory_budget, "workers": workers, "device": device, "device_memory_budget": device_memory_budget}
-    outputs = several.asked(model, out, more, values.pop("output"), _recipe_keys(), ("text", "parts"))
-    if outputs:
-        effects.check(click.get_current_context(), model, None)
-        several.plan(model, outputs, asked, write_config, given, as_json)
-        return 0
-    wanted = asked_target(to, values, more)
-    effects.check(click.get_current_context(), model, wanted)
-    on = _samples(text, samples, max_length, batch_size)
-    wanted, search = planned(model, wanted, on, asked.memory_budget, asked.device)
-    index, made = api.open_and_plan(model, wanted, asked.memory_budget)
-    if search is not None:
-        made = search.of(made)
-    try:
-        if write_config:
-            recipe_option.write(write_config, model, out, made.target, given, index)
-        reads = Reads([made])
-        device_why = choose_device(reads, asked).why
-        costs = costs_of(reads)
-        refused = api.output_problem(index, made, out) if out is not None else None
-        shared = cut(made, parts) if parts is not None else None
-        plan_view.show(made, foresee(reads, asked, costs), costs, device_why, out, as_json, cache_need(index), refused, shared, search)
-    finally:
-        index.close()
-    return 0
-
-
-@cli.command(epilog=VERIFY)
-@click.argument("out")
-@click.option("--source", help="The checkpoint it was made from: encode it again and compare every byte.")
-@click.option("--activation-ranges", metavar="FILE", help="--source: where the ranges are, if not where they were.")
-@click.option("--memory-budget", help="--source: ceiling of this process's memory, e.g. 2GiB. Default: from what is free.")
-@click.option("--workers", default="auto", show_default=True, help="--source: worker threads, or auto.")
-@click.option("--with-tensorrt-llm", is_flag=True, help="TensorRT-LLM's own reader has to accept every rank (streamconv[tensorrt-llm]).")
-@click.option("--part", metavar="K/N", help="Check a share: of N machines this is number K (0 to N-1); auto/N takes K from the launcher.")
-@click.option("--all", "every", is_flag=True, help="--source: show the error of every matrix, not that of the worst ten.")
-@options(WATCHING)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("--quiet", "-q", is_flag=True, help="Print errors and warnings only.")
-def verify(
-    out: str,
-    source: str | None,
-    activation_ranges: str | None,
-    memory_budget: str | None,
-    workers: str,
-    with_tensorrt_llm: bool,
-    part: str | None,
-    every: bool,
-    progress: str,
-    memory_trace: str | None,
-    report: str | None,
-    as_json: bool,
-    quiet: bool,
-) -> int:
-    """Check a converted folder: structure, every tensor against config.json, hashes and, with --source, every byte against MODEL."""
-    from streamconv.cli import pages_view, verify_view
-    from streamconv.cli.watching import watching
-    from streamconv.launchers import part_of
-    from streamconv.verification.check import verify as check
-
-    if source is None:
-        noted = ("memory_budget", "workers", "every")
-        effects.needs(click.get_current_context(), "source", options=("activation_ranges",), resources=noted)
-    with watching(out, quiet or as_json, progress, memory_trace, report) as watched:
-        verdict = check(
-            out,
-            source,
-            with_tensorrt_llm=with_tensorrt_llm,
-            activation_ranges=activation_ranges,
-            resources=resources(memory_budget, workers, "cpu"),
-            meter=watched.meter,
-            part=part_of(part) if part is not None else None,
-        )
-    verify_view.show(out, verdict, as_json, quiet, every)
-    watched.write(report, lambda: pages_view.verification(out, source, verdict, watched))
-    return 7 if verdict.problems else 0
-
-
-for command in (inspect, diff, calibrate, push, bench, list_, status, finalize, submit):
-    cli.add_command(command)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,7 +11,6 @@ from dataclasses import Field, dataclass, fields
 from typing import Any, NoReturn
 
 from streamconv.cli import output
-from streamconv.cli.config_from_flags import Sizes
 from streamconv.errors import UsageError
 from streamconv.targets.base import choices_of
 from streamconv.targets.trtllm.options import TensorRTLLM
@@ -19,6 +18,27 @@ from streamconv.targets.trtllm.options import TensorRTLLM
 _LEVELS = ("internal_error", "error", "warning", "info", "verbose", "debug", "trace")
 _NATIVE = re.compile(r"--([a-z-]+)")
 _PRECISIONS = ("int8", "int4", "int8_gptq", "int4_gptq", "int4_awq")
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """The size flags: each names a field of config.json, with the official default."""
+
+    vocab_size: int = 32000
+    n_positions: int = 2048
+    n_layer: int = 32
+    n_head: int = 32
+    n_kv_head: int | None = None
+    n_embd: int = 4096
+    inter_size: int = 11008
+    multiple_of: int | None = None
+    ffn_dim_multiplier: float | None = None
+    rms_norm_eps: float = 1e-06
+    hidden_act: str = "silu"
+    rotary_base: float = 10000.0
+    moe_num_experts: int = 0
+    moe_top_k: int = 0
+    moe_renorm_mode: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,6 @@ encoding lacks.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -62,6 +61,8 @@ def dump_long(content: Mapping[str, Any], name: str, items: Iterable[object], la
         name: its key.
         last: what comes after it, read when the items have come.
     """
+    import json
+
     print(_object(content)[:-1], end=f', "{name}": [')
     for number, item in enumerate(items):
         print(", " if number else "", json.dumps(item), sep="", end="")
@@ -69,6 +70,8 @@ def dump_long(content: Mapping[str, Any], name: str, items: Iterable[object], la
 
 
 def _object(content: Mapping[str, Any]) -> str:
+    import json  # `--help` needs none
+
     return json.dumps({key: _shown(value) if key in _PROSE else value for key, value in content.items()})
 
 

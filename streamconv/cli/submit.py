@@ -76,7 +76,7 @@ def _worker(command: tuple[str, ...], here: bool, parts: int, cpus: int, budget:
     Raises:
         UsageError: it is no conversion, or convert would refuse its flags.
     """
-    from streamconv.cli.main import convert
+    from streamconv.cli.conversion import convert
 
     first, *words = command
     if first != "convert":

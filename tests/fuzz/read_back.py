@@ -30,8 +30,8 @@ from streamconv import api
 from streamconv.checkpoint import index, meta, model_config, weight_files
 from streamconv.checkpoint.activation_ranges import Ranges
 from streamconv.cli import recipe
-from streamconv.cli.main import convert as convert_command
-from streamconv.cli.main import plan as plan_command
+from streamconv.cli.conversion import convert as convert_command
+from streamconv.cli.conversion import plan as plan_command
 from streamconv.cli.recipe_option import kinds
 from streamconv.errors import StreamconvError
 from streamconv.options import Resources

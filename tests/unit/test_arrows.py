@@ -127,13 +127,19 @@ def test_help_loads_no_planning() -> None:
     own = {name.removeprefix("streamconv.") for name in _loaded(["--help"]) if name.startswith("streamconv.")}
     rooms = ("api", "planning", "quants", "families", "kernels", "run", "hub", "device", "verification", "calibration")
     assert not {name for name in own if name.split(".")[0] in rooms}
-    assert {name for name in own if name.startswith("checkpoint.")} == {"checkpoint.dtypes"}
+    assert not {name for name in own if name.startswith(("checkpoint.", "targets."))}
 
 
-def _loaded(command: list[str]) -> set[str]:
+def test_help_of_the_drop_in_command_loads_no_planning() -> None:
+    rooms = ("api", "planning", "quants", "families", "kernels", "run", "hub", "device", "verification", "calibration", "checkpoint")
+    own = {name.removeprefix("streamconv.") for name in _loaded(["--help"], "convert_checkpoint") if name.startswith("streamconv.")}
+    assert "cli.official_flags" in own and not {name for name in own if name.split(".")[0] in rooms} - {"checkpoint.dtypes", "checkpoint"}
+
+
+def _loaded(command: list[str], program: str = "main") -> set[str]:
     """Modules that a command has imported when it ends."""
     code = (
-        "import sys; from streamconv.cli.main import main; status = main(sys.argv[1:]);"
+        f"import sys; from streamconv.cli.{program} import main; status = main(sys.argv[1:]);"
         "print('modules:', *sys.modules, file=sys.stderr); sys.exit(status)"
     )
     done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)

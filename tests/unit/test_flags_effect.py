@@ -12,7 +12,8 @@ import pytest
 
 from streamconv import device
 from streamconv.cli import official_flags
-from streamconv.cli.main import cli, convert, main
+from streamconv.cli.conversion import convert, plan
+from streamconv.cli.main import VERBS, cli, main
 from streamconv.targets import TARGETS, target_class
 from streamconv.targets.base import flag
 from streamconv.targets.trtllm.options import TensorRTLLM
@@ -140,7 +141,7 @@ def test_a_wrong_choice_names_the_choices(flags: list[str], names: str, model: P
 def test_every_option_of_every_target_is_a_flag() -> None:
     """Of convert and plan, and those with NVIDIA's spelling of the drop-in command: nobody lists them by hand."""
     fields = {flag(field.name): field for key in TARGETS for field in dataclasses.fields(target_class(key))}
-    for command in (convert, cli.commands["plan"]):
+    for command in (convert, plan):
         assert set(fields) <= {name for param in command.params for name in param.opts}
     known = {name for action in official_flags._parser()._actions for name in action.option_strings}
     official = {name for field in dataclasses.fields(TensorRTLLM) for name in field.metadata["official"]}
@@ -235,9 +236,11 @@ def test_workers_have_an_upper_bound(model: Path, capsys: pytest.CaptureFixture[
         assert "--workers 100000: at most 1024" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", cli.commands)
+@pytest.mark.parametrize("name", VERBS)
 def test_every_flag_has_help(name: str) -> None:
-    params = [param for param in cli.commands[name].params if isinstance(param, click.Option)]
+    command = cli.get_command(click.Context(cli), name)
+    assert command is not None and command.name == name
+    params = [param for param in command.params if isinstance(param, click.Option)]
     assert params and not [param.name for param in params if not param.help]
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 
 from streamconv.cli import recipe, recipe_option
-from streamconv.cli.main import convert, plan
+from streamconv.cli.conversion import convert, plan
 from streamconv.errors import OutputError, UsageError
 from streamconv.targets.trtllm.options import TensorRTLLM
 
