@@ -23,7 +23,7 @@ from streamconv.options import Resources
 from streamconv.planning.memory_plan import Shares
 from streamconv.planning.plan import Plan
 from streamconv.planning.reads import Reads
-from streamconv.progress import Meter, unwatched
+from streamconv.progress import Meter, OutputProgress, unwatched
 from streamconv.reports import Report, Written, profile_of, together
 from streamconv.run.fs import Disk, named
 from streamconv.run.output_checks import check_apart
@@ -149,17 +149,20 @@ class Conversion:
                 stack.enter_context(writer)
             outcome, profile, where, warnings = Outcome(), dict[str, float](), "", list[str]()
             states: dict[Writer, OutputState] = {}
+            each = _progress_of(self.outputs, writers, states) if self.several else tuple
             unfinished = [writer for writer in writers if not writer.finished]
-            if unfinished:
+            if not unfinished:
+                meter.begin("converting", 0, outputs=each)
+            else:
                 reads = Reads([writer.plan for writer in unfinished])
                 taken = hub.memory_of(index) + self.pinned
                 with executor(reads, resources, costs_of(reads, checked=resources.verify_inline), taken, self.instead) as execution:
                     shares, where = execution.shares, execution.where
-                    meter.begin("converting", reads.nbytes, memory_budget=shares.budget)
+                    meter.begin("converting", reads.nbytes, memory_budget=shares.budget, outputs=each)
                     laps.append(self.clock())
                     begin(unfinished)
                     laps.append(self.clock())
-                    states = {
+                    states |= {
                         writer: OutputState(writer.plan, writer.folder, writer.journal, writer.past, loose, self._check(writer.plan))
                         for writer, loose in zip(unfinished, reads.loose, strict=True)
                     }
@@ -265,6 +268,20 @@ class Conversion:
 def _foreseen(plans: Sequence[Plan], resources: Resources) -> Shares:
     reads = Reads(plans)
     return foresee(reads, resources, costs_of(reads, checked=resources.verify_inline), 0)
+
+
+def _progress_of(
+    outputs: Sequence[Output], writers: Sequence[Writer], states: dict[Writer, OutputState]
+) -> Callable[[], list[OutputProgress]]:
+    """Tells how far each output is."""
+    sizes = [writer.plan.matrices.nbytes for writer in writers]
+
+    def told() -> list[OutputProgress]:
+        each = zip(outputs, writers, sizes, strict=True)
+        done = {writer: state.done for writer, state in states.copy().items()}
+        return [OutputProgress(one.out, size if by.finished else done.get(by, 0), size, by.finished) for one, by, size in each]
+
+    return told
 
 
 def _written(output: Output, writer: Writer, state: OutputState | None) -> Written:

@@ -4,12 +4,32 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from streamconv.memory import show_size
 
 _BYTES = "bytes"
+
+
+@dataclass(frozen=True, slots=True)
+class OutputProgress:
+    """How far one of several outputs is: bytes of its tensors, those of an earlier run too.
+
+    Attributes:
+        finished: by an earlier run, and skipped.
+    """
+
+    out: str
+    done: int
+    total: int
+    finished: bool = False
+
+    def __str__(self) -> str:
+        """ " 45.1 %  1.20 GiB of 2.66 GiB written to OUT" """
+        if self.finished:
+            return f"already finished: {self.out}"
+        return f"{100 * self.done / max(self.total, 1):5.1f} %  {show_size(self.done)} of {show_size(self.total)} written to {self.out}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +46,7 @@ class Progress:
         written: bytes of the output so far, 0 where nothing is written.
         resumed: how much of `done` an earlier run did; the rate is that of the rest.
         detail: what is under way inside the step that is counted, e.g. "sample 40 of 512"; empty if there is nothing to say.
+        outputs: each of several outputs; none where a run has one.
     """
 
     phase: str
@@ -37,6 +58,7 @@ class Progress:
     written: int = 0
     resumed: int = 0
     detail: str = ""
+    outputs: tuple[OutputProgress, ...] = ()
 
     @property
     def left(self) -> float | None:
@@ -78,9 +100,24 @@ class Meter:
         self._budget: int | None = None
         self._done, self._written, self._began, self._told = 0, 0, clock(), 0.0
         self._resumed, self._detail = 0, ""
+        self._outputs: Callable[[], Sequence[OutputProgress]] = tuple
 
-    def begin(self, phase: str, total: int, *, unit: str = _BYTES, memory_budget: int | None = None, resumed: int = 0) -> None:
-        """A phase begins, of which an earlier run did `resumed`."""
+    def begin(
+        self,
+        phase: str,
+        total: int,
+        *,
+        unit: str = _BYTES,
+        memory_budget: int | None = None,
+        resumed: int = 0,
+        outputs: Callable[[], Sequence[OutputProgress]] = tuple,
+    ) -> None:
+        """A phase begins, of which an earlier run did `resumed`.
+
+        Args:
+            outputs: tells of each of several outputs, called by any thread.
+        """
+        self._outputs = outputs
         self._phase, self._total, self._unit, self._budget = phase, total, unit, memory_budget
         self._done, self._written, self._resumed, self._detail, self._began = resumed, 0, resumed, "", self._clock()
         self._tell()
@@ -88,7 +125,7 @@ class Meter:
     def now(self) -> Progress:
         """The record of this moment."""
         spent = self._clock() - self._began
-        more = self._written, self._resumed, self._detail
+        more = self._written, self._resumed, self._detail, tuple(self._outputs())
         return Progress(self._phase, self._done, self._total, spent, self._unit, self._budget, *more)
 
     def add(self, count: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from streamconv.errors import Interrupted, OutputError, RefusedError, StreamconvError, shorten, visible
@@ -38,9 +38,14 @@ def note(text: str) -> None:
     print(visible(text), file=sys.stderr, flush=True)
 
 
-def live(text: str) -> None:
-    """A line on a terminal's standard error that replaces the one before it; a line end if it is empty."""
-    print(f"\r{visible(text)}" if text else "", end="" if text else "\n", file=sys.stderr, flush=True)
+def live(lines: Sequence[str], above: int = 0) -> None:
+    """Lines on a terminal's standard error that replace those before them; a line end if there are none.
+
+    Args:
+        above: the lines before them, but the last one.
+    """
+    print("\r" + "\x1b[A" * above, end="", file=sys.stderr)  # by itself: see streams.VisibleStream
+    print("\n".join(map(visible, lines)), end="" if lines else "\n", file=sys.stderr, flush=True)
 
 
 def is_live() -> bool:

@@ -55,6 +55,8 @@ def _lines(now: Progress) -> None:
     worth = now.seconds >= _EVERY if now.phase == "syncing" else now.done < now.total or now.unit == "layers"
     if now.phase != "done" and (now.done > now.resumed or now.detail) and worth:
         output.note(_line(now))
+        for each in now.outputs:
+            output.note(f"  {each}")
 
 
 def _json(now: Progress) -> None:
@@ -63,20 +65,23 @@ def _json(now: Progress) -> None:
 
 
 class _Live:
-    """A line that replaces itself; it ends with its phase, and stays."""
+    """A line that replaces itself, and one below it for each of several outputs; they end with their phase, and stay."""
 
     def __init__(self) -> None:
-        self._phase, self._width = "", 0
+        self._phase, self._widths = "", list[int]()
 
     def __call__(self, now: Progress) -> None:
         if self._phase not in ("", now.phase):
-            output.live("")
-            self._width = 0
+            output.live(())
+            self._widths = []
         self._phase = now.phase if now.phase != "done" else ""
         if self._phase:
-            line = _line(now)[: shutil.get_terminal_size().columns - 1]
-            output.live(line.ljust(self._width))
-            self._width = len(line)
+            room = shutil.get_terminal_size().columns - 1
+            below = now.outputs if now.phase != "syncing" else ()
+            lines = [line[:room] for line in (_line(now), *(f"  {visible(str(each))}" for each in below))]
+            widths = self._widths or [0] * len(lines)
+            output.live([line.ljust(width) for line, width in zip(lines, widths, strict=True)], max(len(self._widths) - 1, 0))
+            self._widths = [len(line) for line in lines]
 
 
 def layers(meter: Meter, quiet: bool = False) -> dict[str, Callable[..., None]]:

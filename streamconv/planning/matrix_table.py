@@ -141,6 +141,11 @@ class MatrixTable(Table[Matrix]):
         """Bytes of all tensors of a matrix."""
         return sum(part.nbytes(self._rows[number]) for part in self.parts(number))
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(map(self.bytes_of, range(len(self))))
+
     def unfilled(self) -> Iterator[Matrix]:
         """Matrices that end in rows without a source."""
         return (self._make(number) for number in range(len(self)) if self._filled[number] < self._rows[number])

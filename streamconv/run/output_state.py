@@ -48,6 +48,7 @@ class OutputState:
         overflow: source tensor -> finite values that became infinite in the model dtype.
         nonfinite: source tensor -> NaN or infinite values that were quantized all the same.
         resumed: tiles of an earlier run that were believed, after a look at their bytes.
+        done: bytes of matrices that are in their files.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class OutputState:
         self.results = ReductionResults(plan.spans.reducing())
         self.overflow: dict[str, int] = {}
         self.nonfinite: dict[str, int] = {}
-        self.resumed, self.check = 0, check
+        self.resumed, self.done, self.check = 0, 0, check
         self._folder, self._journal = folder, journal
         self._recorder: Recorder | None = None
         self._counting = threading.Lock()
@@ -79,6 +80,7 @@ class OutputState:
         for matrix in self.plan.matrices.unfilled():
             for place in matrix.places:
                 begin, end = place.extent(matrix.filled, matrix.rows - matrix.filled)
+                self.done += end - begin
                 for at in range(begin, end, memory.MIB):
                     self._folder.write(self.plan.files[matrix.file].name, at, bytes(min(memory.MIB, end - at)))
         if self._journal is not None and isinstance(self._folder, OutputFolder):
@@ -103,9 +105,12 @@ class OutputState:
         """Rows of a matrix are in its file; one whose rows came in any order is hashed when all of them are."""
         import xxhash
 
+        matrix = self.plan.matrices[number]
+        with self._counting:
+            self.done += sum(end - begin for begin, end in (place.extent(0, rows) for place in matrix.places))
         if not self.order.is_last(number, rows) or not isinstance(self._folder, OutputFolder):
             return
-        matrix, buffer = self.plan.matrices[number], memoryview(bytearray(memory.MIB))
+        buffer = memoryview(bytearray(memory.MIB))
         for place in matrix.places:
             digest, (at, end) = xxhash.xxh3_128(), place.extent(0, matrix.rows)
             while at < end:

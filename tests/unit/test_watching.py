@@ -145,6 +145,33 @@ def test_a_terminal_shows_one_line_and_ci_none(capsys: pytest.CaptureFixture[str
         assert all(len(part) < 81 for part in re.split(r"[\r\n]", shown))
 
 
+def test_each_of_several_outputs_tells_how_far_it_is(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import streamconv
+
+    told = list[Progress]()
+    targets = streamconv.TensorRTLLM(tp_size=2), streamconv.HuggingFace(quant="fp8_dynamic")
+    streamconv.convert(model, targets[1].to(tmp_path / "b"))
+    asked = [target.to(tmp_path / name) for target, name in zip(targets, "ab", strict=True)]
+    streamconv.convert(model, *asked, watch=told.append)
+    files = [list((tmp_path / name).glob("*.safetensors")) for name in "ab"]
+    one, two = (sum(path.stat().st_size - 8 - int.from_bytes(path.read_bytes()[:8], "little") for path in held) for held in files)
+    assert [(each.done, each.total, each.finished) for each in told[-1].outputs] == [(one, one, False), (two, two, True)]
+    assert told[0].outputs[0].done == 0 and str(told[0].outputs[1]) == f"already finished: {tmp_path / 'b'}"
+    streamconv.convert(model, *asked, watch=told.append)
+    assert all(each.finished for each in told[-1].outputs)
+
+    monkeypatch.setattr(view.output, "is_live", lambda: True)
+    monkeypatch.delenv("CI", raising=False)
+    flags = [f"--output=trtllm:{tmp_path / 'c'}", f"--output=hf:{tmp_path / 'b'}:quant=fp8_dynamic"]
+    assert main(["convert", str(model), *flags]) == 0
+    assert re.search(r"\n +0\.0 %  0 B of .*\n  already finished: /", capsys.readouterr().err)
+    assert main(["convert", str(model), *flags, "--force", "--progress", "json"]) == 0
+    last = json.loads(capsys.readouterr().err.splitlines()[-1])
+    assert [(each["out"], each["done"] == each["total"]) for each in last["outputs"]] == [(str(tmp_path / name), True) for name in "cb"]
+
+
 def test_a_calibration_counts_layers_and_samples(capsys: pytest.CaptureFixture[str]) -> None:
     meter = view.meter("json", False)
     meter._every = 0
