@@ -15,6 +15,7 @@ from streamconv import device, hub, memory
 from streamconv.allocation import costs_of, foresee
 from streamconv.checkpoint.index import Index
 from streamconv.errors import OutputError, UsageError, printable
+from streamconv.estimate import look
 from streamconv.execution import executor
 from streamconv.hub.fetch import Fetch
 from streamconv.open_plan import open_and_plan as open_and_plan
@@ -150,15 +151,19 @@ class Conversion:
             outcome, profile, where, warnings = Outcome(), dict[str, float](), "", list[str]()
             states: dict[Writer, OutputState] = {}
             each = _progress_of(self.outputs, writers, states) if self.several else tuple
+            estimate = None
             unfinished = [writer for writer in writers if not writer.finished]
             if not unfinished:
                 meter.begin("converting", 0, outputs=each)
             else:
                 reads = Reads([writer.plan for writer in unfinished])
+                places: dict[Path | None, int] = {writer.place.out: writer.plan.bytes_written for writer in unfinished}
+                looking = look(index, reads, places, resources.probe)
                 taken = hub.memory_of(index) + self.pinned
                 with executor(reads, resources, costs_of(reads, checked=resources.verify_inline), taken, self.instead) as execution:
                     shares, where = execution.shares, execution.where
-                    meter.begin("converting", reads.nbytes, memory_budget=shares.budget, outputs=each)
+                    estimate = looking.estimate(execution.costs, shares, bool(execution.rings)) if looking is not None else None
+                    meter.begin("converting", reads.nbytes, memory_budget=shares.budget, estimate=estimate, outputs=each)
                     laps.append(self.clock())
                     begin(unfinished)
                     laps.append(self.clock())
@@ -217,6 +222,7 @@ class Conversion:
             profile=profile,
             warnings=tuple(warnings) + together(made),
             outputs=tuple(made),
+            estimate=estimate,
         )
 
     def _check(self, plan: Plan) -> InlineCheck | None:

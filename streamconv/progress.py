@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from streamconv.memory import show_size
+from streamconv.reports import Estimate
 
 _BYTES = "bytes"
 
@@ -47,6 +48,7 @@ class Progress:
         resumed: how much of `done` an earlier run did; the rate is that of the rest.
         detail: what is under way inside the step that is counted, e.g. "sample 40 of 512"; empty if there is nothing to say.
         outputs: each of several outputs; none where a run has one.
+        estimate: how long the whole run should take, None if that is not known.
     """
 
     phase: str
@@ -59,11 +61,14 @@ class Progress:
     resumed: int = 0
     detail: str = ""
     outputs: tuple[OutputProgress, ...] = ()
+    estimate: Estimate | None = None
 
     @property
     def left(self) -> float | None:
-        """Seconds until all is done at the rate so far; None before anything is."""
+        """Seconds until all is done at the rate so far; before anything is, as estimated, or None."""
         new = self.done - self.resumed
+        if new <= 0 and self.estimate is not None:
+            return self.estimate.seconds
         return (self.total - self.done) * self.seconds / new if new > 0 else None
 
     def __str__(self) -> str:
@@ -101,6 +106,7 @@ class Meter:
         self._done, self._written, self._began, self._told = 0, 0, clock(), 0.0
         self._resumed, self._detail = 0, ""
         self._outputs: Callable[[], Sequence[OutputProgress]] = tuple
+        self._estimate: Estimate | None = None
 
     def begin(
         self,
@@ -111,13 +117,14 @@ class Meter:
         memory_budget: int | None = None,
         resumed: int = 0,
         outputs: Callable[[], Sequence[OutputProgress]] = tuple,
+        estimate: Estimate | None = None,
     ) -> None:
         """A phase begins, of which an earlier run did `resumed`.
 
         Args:
             outputs: tells of each of several outputs, called by any thread.
         """
-        self._outputs = outputs
+        self._outputs, self._estimate = outputs, estimate
         self._phase, self._total, self._unit, self._budget = phase, total, unit, memory_budget
         self._done, self._written, self._resumed, self._detail, self._began = resumed, 0, resumed, "", self._clock()
         self._tell()
@@ -125,7 +132,7 @@ class Meter:
     def now(self) -> Progress:
         """The record of this moment."""
         spent = self._clock() - self._began
-        more = self._written, self._resumed, self._detail, tuple(self._outputs())
+        more = self._written, self._resumed, self._detail, tuple(self._outputs()), self._estimate
         return Progress(self._phase, self._done, self._total, spent, self._unit, self._budget, *more)
 
     def add(self, count: int) -> None:

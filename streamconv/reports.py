@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from streamconv.memory import show_size
+
 
 @dataclass(slots=True)
 class TensorError:
@@ -46,6 +48,44 @@ class Written:
 
 
 @dataclass(frozen=True, slots=True)
+class Estimate:
+    """How long a conversion should take.
+
+    Attributes:
+        seconds: of wall-clock time; at least, if something is not known.
+        read_rate: bytes a second of the source's files, None where that was not measured.
+        write_rate: of the slowest output's file system, None where that was not measured.
+        bound: "the disks" or "the processors".
+        unknown: what `seconds` leaves out, and why.
+    """
+
+    seconds: float
+    read_rate: float | None
+    write_rate: float | None
+    bound: str
+    unknown: tuple[str, ...]
+
+    def __str__(self) -> str:
+        rates = [f"{what} {show_size(rate)}/s" for what, rate in (("reading", self.read_rate), ("writing", self.write_rate)) if rate]
+        told = f"{'at least' if self.unknown else 'about'} {duration(self.seconds)}, bound by {self.bound}"
+        return "; ".join([f"{told} ({', '.join(rates)})" if rates else told, *(f"not known: {what}" for what in self.unknown)])
+
+    def off(self, took: float) -> str:
+        """How far it was off, in words."""
+        ratio = took / self.seconds
+        told = f"{abs(ratio - 1):.0%} {'longer' if ratio > 1 else 'less'} than the{' at least' if self.unknown else ''}"
+        return f"{duration(took)}, {told} {duration(self.seconds)} that were estimated"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: "8.1 s", "12 min", "3.4 h"."""
+    for size, unit in ((3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.{1 if seconds < 10 * size else 0}f} {unit}"
+    return f"{seconds:.{1 if seconds < 10 else 0}f} s"
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """What a conversion did: bytes, seconds, peak memory, and everything the user should know.
 
@@ -53,6 +93,7 @@ class Report:
     together, and the final sync. Of `bytes_read`, `bytes_mapped` were encoded from a mapping of the source, without a copy.
     `parts` are those that this process did, None if it did not share the work; `published` if the output has its name.
     Of several outputs, `outputs` tells of each; the other figures are of all of them together, read once.
+    `estimate` was made before; None of small models and where nobody asked. It is of the whole work, without what an earlier run did.
     """
 
     out: str
@@ -73,6 +114,7 @@ class Report:
     parts: tuple[int, ...] | None = None
     published: bool = True
     outputs: tuple[Written, ...] = ()
+    estimate: Estimate | None = None
 
 
 def together(made: Sequence[Written]) -> tuple[str, ...]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -76,6 +78,7 @@ def convert(
     workers: str,
     device: str,
     device_memory_budget: str,
+    no_probe: bool,
     hub_keep: str,
     on_device_loss: Any,
     read: Any,
@@ -106,8 +109,6 @@ def convert(
     What OUT is, --to says: a TensorRT-LLM checkpoint, or a quantized Hugging Face directory. Several --output, in the place of OUT, are
     made from one read.
     """
-    import dataclasses
-
     from streamconv import api
     from streamconv.calibration.before import measured
     from streamconv.cli import convert_view, pages_view, several
@@ -129,6 +130,7 @@ def convert(
         no_lock=no_lock,
         verify_inline=verify == "inline",
         min_snr=min_snr,
+        probe=not no_probe,
         **sharing(parts, part, wait, private_parts),
     )
     if min_snr is not None and not asked.verify_inline:
@@ -185,6 +187,7 @@ def plan(
     workers: str,
     device: str,
     device_memory_budget: str,
+    no_probe: bool,
     write_config: str | None,
     parts: int | None,
     as_json: bool,
@@ -201,12 +204,13 @@ def plan(
     from streamconv.allocation import costs_of, foresee
     from streamconv.calibration.foreseen import planned
     from streamconv.cli import plan_view, several
+    from streamconv.estimate import look
     from streamconv.execution import choose_device
     from streamconv.hub import cache_need
     from streamconv.planning.parts import cut
     from streamconv.planning.reads import Reads
 
-    asked = resources(memory_budget, workers, device, device_memory_budget)
+    asked = dataclasses.replace(resources(memory_budget, workers, device, device_memory_budget), probe=not no_probe)
     given = {"memory_budget": memory_budget, "workers": workers, "device": device, "device_memory_budget": device_memory_budget}
     outputs = several.asked(model, out, more, values.pop("output"), _recipe_keys(), ("text", "parts"))
     if outputs:
@@ -224,11 +228,14 @@ def plan(
         if write_config:
             recipe_option.write(write_config, model, out, made.target, given, index)
         reads = Reads([made])
-        device_why = choose_device(reads, asked).why
+        looking = look(index, reads, {Path(out) if out is not None else None: made.bytes_written}, asked.probe)
+        chosen = choose_device(reads, asked)
         costs = costs_of(reads)
+        shares = foresee(reads, asked, costs)
         refused = api.output_problem(index, made, out) if out is not None else None
         shared = cut(made, parts) if parts is not None else None
-        plan_view.show(made, foresee(reads, asked, costs), costs, device_why, out, as_json, cache_need(index), refused, shared, search)
+        estimate = looking.estimate(costs, shares, bool(chosen.devices)) if looking is not None else None
+        plan_view.show(made, shares, costs, chosen.why, out, as_json, cache_need(index), refused, shared, search, estimate)
     finally:
         index.close()
     return 0

@@ -43,6 +43,8 @@ def show(report: Report, as_json: bool, quiet: bool) -> None:
         inexact = sum(not isinf(error.snr_db) for error in errors)
         told = f", the worst {worst.name} with an SNR of {worst.snr_db:.1f} dB" if inexact else ""
         output.line(f"{len(errors)} matrices were decoded as they were written, {len(errors) - inexact} are exact{told}")
+    if report.estimate is not None and not report.resumed:
+        output.line(f"time: {report.estimate.off(report.seconds)}")
     if report.profile:
         mapped = f"; {show_size(report.bytes_mapped)} of the source mapped, {show_size(report.bytes_read - report.bytes_mapped)} copied"
         output.line("seconds: " + ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in report.profile.items()) + mapped)

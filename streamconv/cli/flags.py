@@ -116,6 +116,7 @@ RESOURCES: tuple[_Decorator, ...] = (
     click.option("--workers", default="auto", show_default=True, help="Worker threads, or auto.", **_OF_RESOURCES),
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:0 or cuda:0,cuda:1.", **_OF_RESOURCES),
     click.option("--device-memory-budget", help="Device memory to use, e.g. 2GiB.", **_OF_RESOURCES),
+    click.option("--no-probe", is_flag=True, help="Do not look at the disks to tell how long it should take.", **_OF_RESOURCES),
 )
 OF_A_RUN: tuple[_Decorator, ...] = (
     click.option(

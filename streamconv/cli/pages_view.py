@@ -23,7 +23,7 @@ def planned(model: str, out: str, wanted: Target, asked: Resources) -> runs.Plan
     index, plan = api.open_and_plan(model, wanted, asked.memory_budget)
     with index:
         recipe = recipe_option.text(model, out, plan.target, {}, index)
-    return runs.planned(plan, recipe, None)
+    return runs.planned(plan, recipe)
 
 
 def conversion(model: str, report: Any, facts: runs.Planned | None, watched: Watched, least: float | None) -> Page:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from streamconv.natural import natural
 from streamconv.planning.memory_plan import Shares, TileCost
 from streamconv.planning.parts import Part
 from streamconv.planning.plan import Plan
+from streamconv.reports import Estimate
 from streamconv.run import fs, inside
 
 if TYPE_CHECKING:
@@ -70,6 +72,7 @@ def show(
     refused: str | None = None,
     parts: Sequence[Part] | None = None,
     search: Search | None = None,
+    estimate: Estimate | None = None,
 ) -> None:
     """Print a plan.
 
@@ -78,10 +81,12 @@ def show(
         refused: why `convert` would not write to `out`.
         parts: how the work is cut, if that is to be shown.
         search: for INT4 codes, before the conversion.
+        estimate: of the conversion's time.
     """
     why = inside.choose(Path(os.path.realpath(out)), fs.Disk()).inside if out else None
     told = content(plan, shares, costs, out) | {"device": device, "output_problem": refused, "work_inside_output": why}
     told["disk"]["cache"] = cache
+    told["time"] = dataclasses.asdict(estimate) if estimate is not None else None
     if parts is not None:
         told["parts"] = parts_view.content(plan, parts)
     if search is not None:
@@ -108,6 +113,8 @@ def show(
     output.line(f"device   {device}")
     enough = "the file system does not say" if disk["free"] is None else "enough" if disk["enough"] else "NOT ENOUGH"
     output.line(f"disk     {_free(disk['free'])} free, {show_size(disk['need'])} needed: {enough}")
+    if estimate is not None:
+        output.line(f"time     {estimate}{'; the search for codes comes before' if search is not None else ''}")
     if why:
         output.line(f"place    {printable(str(out))} {why}: the work is done in hidden files inside it, config.json comes last")
     if cache is not None:

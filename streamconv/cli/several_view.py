@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from streamconv.checkpoint.index import Index
 from streamconv.cli import output, plan_view
 from streamconv.cli.view import table
 from streamconv.errors import OutputError, printable
+from streamconv.estimate import look
 from streamconv.execution import choose_device
 from streamconv.hub import cache_need
 from streamconv.memory import show_size
@@ -19,6 +21,7 @@ from streamconv.natural import natural
 from streamconv.options import Resources
 from streamconv.planning.plan import Plan
 from streamconv.planning.reads import Reads
+from streamconv.reports import Estimate
 from streamconv.run import fs
 from streamconv.run.inside import choose
 from streamconv.run.output_checks import check_apart, is_made
@@ -31,6 +34,10 @@ def show(index: Index, outputs: Sequence[Output], plans: Sequence[Plan], asked: 
     reads = Reads([plan for plan, done in zip(plans, finished, strict=True) if not done])
     costs = costs_of(reads)
     shares = foresee(reads, asked, costs)
+    places: dict[Path | None, int] = {
+        Path(one.out): plan.bytes_written for one, plan, done in zip(outputs, plans, finished, strict=True) if not done
+    }
+    looking, chosen = look(index, reads, places, asked.probe), choose_device(reads, asked)
     each = [plan_view.content(plan, shares, costs, one.out) for one, plan in zip(outputs, plans, strict=True)]
     for one, plan, done, told in zip(outputs, plans, finished, each, strict=True):
         problem = None if done else api.output_problem(index, plan, one.out)
@@ -44,14 +51,16 @@ def show(index: Index, outputs: Sequence[Output], plans: Sequence[Plan], asked: 
     written = sum(plan.bytes_written for plan in reads.plans)
     shared = {name: each[0][name] for name in ("memory", "workers", "largest_tile")}
     content = {"outputs": each, "bytes_to_read": reads.nbytes, "bytes_to_read_apart": alone, "bytes_to_write": written, **shared}
-    content |= {"device": choose_device(reads, asked).why, "cache": cache_need(index), "output_problem": crossing}
+    content |= {"device": chosen.why, "cache": cache_need(index), "output_problem": crossing}
+    estimate = looking.estimate(costs, shares, bool(chosen.devices)) if looking is not None else None
+    content["time"] = dataclasses.asdict(estimate) if estimate is not None else None
     if as_json:
         output.dump(content)
         return
-    _lines(plans, content)
+    _lines(plans, content, estimate)
 
 
-def _lines(plans: Sequence[Plan], content: dict[str, Any]) -> None:
+def _lines(plans: Sequence[Plan], content: dict[str, Any], estimate: Estimate | None) -> None:
     each, memory = content["outputs"], content["memory"]
     output.line(f"{plans[0].family}, {len(plans)} outputs from one read")
     output.line()
@@ -71,6 +80,8 @@ def _lines(plans: Sequence[Plan], content: dict[str, Any]) -> None:
         f"{show_size(memory['margin'])} margin"
     )
     output.line(f"device   {content['device']}")
+    if estimate is not None:
+        output.line(f"time     {estimate}")
     for told in each:
         disk = told["disk"]
         free = "?" if disk["free"] is None else show_size(disk["free"])

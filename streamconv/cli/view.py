@@ -51,7 +51,13 @@ def _line(now: Progress) -> str:
     return f"{now.phase}  {now}  memory {show_size(resident())}{ceiling}"
 
 
+def _expected(now: Progress) -> None:
+    if now.estimate is not None and now.phase == "converting" and now.done == now.resumed:
+        output.note(f"{show_size(now.total)} to read: {now.estimate}")
+
+
 def _lines(now: Progress) -> None:
+    _expected(now)
     worth = now.seconds >= _EVERY if now.phase == "syncing" else now.done < now.total or now.unit == "layers"
     if now.phase != "done" and (now.done > now.resumed or now.detail) and worth:
         output.note(_line(now))
@@ -61,6 +67,7 @@ def _lines(now: Progress) -> None:
 
 def _json(now: Progress) -> None:
     seconds = {"seconds": round(now.seconds, 3), "left": None if now.left is None else round(now.left, 3)}
+    seconds["estimate"] = None if now.estimate is None else round(now.estimate.seconds, 3)
     output.note(json.dumps(dataclasses.asdict(now) | seconds | {"resident": resident()}))
 
 
@@ -74,6 +81,8 @@ class _Live:
         if self._phase not in ("", now.phase):
             output.live(())
             self._widths = []
+        if self._phase != now.phase:
+            _expected(now)
         self._phase = now.phase if now.phase != "done" else ""
         if self._phase:
             room = shutil.get_terminal_size().columns - 1

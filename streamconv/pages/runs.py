@@ -31,7 +31,6 @@ class Planned:
         before, after: bytes of source and output, by kind of module.
         decisions: module -> how it is stored and why.
         recipe: TOML that gives the same conversion.
-        estimate: seconds that were expected, None if nothing was.
     """
 
     headline: str
@@ -41,10 +40,9 @@ class Planned:
     decisions: Mapping[str, str]
     notes: Sequence[str]
     recipe: str
-    estimate: float | None
 
 
-def planned(plan: Plan, recipe: str, estimate: float | None) -> Planned:
+def planned(plan: Plan, recipe: str) -> Planned:
     """The facts of a plan."""
     before, after = dict[str, int](), dict[str, int]()
     for span in plan.spans:
@@ -56,7 +54,7 @@ def planned(plan: Plan, recipe: str, estimate: float | None) -> Planned:
             kind = tensors.kind(name)
             after[kind] = after.get(kind, 0) + prod(shape) * DTYPES[dtype].itemsize
     headline = f"{plan.target.headline}, {plan.dtype.torch}"
-    return Planned(headline, plan.family, before, after, dict(plan.decisions), plan.notes, recipe, estimate)
+    return Planned(headline, plan.family, before, after, dict(plan.decisions), plan.notes, recipe)
 
 
 def conversion(
@@ -78,13 +76,13 @@ def conversion(
     ]
     if report.resumed:
         facts.append(("resumed", f"{report.resumed} tiles of an earlier run"))
+    if report.estimate is not None:
+        facts.append(("estimated before", str(report.estimate)))
+        if not report.resumed:
+            facts.append(("and it took", report.estimate.off(report.seconds)))
     sections = list[Section]()
     if plan is not None:
         facts[2:2] = [("family", plan.family), ("format", plan.headline)]
-        if plan.estimate:
-            off = report.seconds / plan.estimate - 1
-            told = f"{plan.estimate:.1f} s; it took {abs(off):.0%} {'longer' if off > 0 else 'less'}"
-            facts.append(("estimated before", told))
     sections += [*timeline.sections(samples), *_bound(report, samples)]
     errors = [error for written in report.outputs for error in written.errors]
     sections += tensors.errors(errors, least, "All rows were compared, tile by tile, before they were written.")

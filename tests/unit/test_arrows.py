@@ -20,7 +20,7 @@ LEVELS = (
     ("quants", "families", "kernels"),
     ("planning",),
     ("run", "device"),
-    ("targets", "hub", "open_plan", "allocation", "execution"),
+    ("targets", "hub", "open_plan", "allocation", "estimate", "execution"),
     ("verification", "calibration"),
     ("in_parts",),
     ("api",),
