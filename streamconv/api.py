@@ -42,7 +42,7 @@ def output_problem(index: Index, plan: Plan, out: str | Path) -> str | None:
         place = check_plan(named(out), index.root, plan, index.shards, force=False).top
     except OutputError as error:
         return f"{error.message} ({error.hint})" if error.hint else error.message
-    while not place.exists():
+    while not os.path.exists(place):
         place = place.parent
     return None if os.access(place, os.W_OK | os.X_OK) else f"nothing can be written in {printable(str(place))}"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -17,11 +18,44 @@ def path_of(value: object, name: str) -> str:
     """A path, or a name on the Hub.
 
     Raises:
-        UsageError: it is neither a string nor a path object.
+        UsageError: it is neither a string nor a path object, or no file can have this name.
     """
     if not isinstance(value, str | os.PathLike):
         raise UsageError(f"{name} is {_a(value)}, not a path")
-    return str(os.fspath(value))
+    text = os.fsdecode(value)
+    check_text(text, name)
+    return text
+
+
+def check_text(text: str, name: str) -> None:
+    """Refuse a text that the system takes for nothing.
+
+    Args:
+        name: of the argument or flag, for errors.
+
+    Raises:
+        UsageError: it is empty, holds a NUL character, or half of a character.
+    """
+    if not text:
+        raise UsageError(f"{name} is empty", hint="a variable that is not set?")
+    try:
+        nul = b"\0" in os.fsencode(text)
+    except UnicodeEncodeError:
+        raise UsageError(f"{name} holds half of a character: {printable(text)}") from None
+    if nul:
+        raise UsageError(f"{name} holds a NUL character: {printable(text)}")
+
+
+def check_words(words: Sequence[str]) -> None:
+    """`check_text` for each value on a command line.
+
+    Raises:
+        UsageError: names the flag before it.
+    """
+    for before, word in zip(("", *words), words, strict=False):
+        named, equals, value = word.partition("=") if word.startswith("--") else (before, "=", word)
+        if equals:
+            check_text(value, named if named.startswith("-") and "=" not in named else "an argument")
 
 
 def settled(value: object, kind: type[Value], name: str) -> Value:

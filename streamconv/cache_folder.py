@@ -25,12 +25,12 @@ def cache_folder(name: str, base: str | None = None) -> Path | None:
     if not folder.is_absolute():
         return None
     try:
-        for missing in reversed([path for path in (folder, *folder.parents) if not path.exists()]):
+        for missing in reversed([path for path in (folder, *folder.parents) if not os.path.exists(path)]):
             _make(missing)
         if not is_own(os.lstat(folder)):
             shutil.rmtree(folder)
             _make(folder)
-        good = is_own(os.lstat(folder)) and folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+        good = is_own(os.lstat(folder)) and os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)
     except OSError:
         return None
     return folder if good else None

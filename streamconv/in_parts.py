@@ -304,7 +304,7 @@ def finish(out: str | Path, *, check: bool = False, meter: Meter | None = None, 
     shown, meter = printable(str(out)), meter or Meter(unwatched)
     claims = Claims.of(Path(out), disk)
     if claims is None:
-        if (Path(out) / manifest.NAME).exists():
+        if os.path.exists(Path(out) / manifest.NAME):
             return
         raise OutputError(f"{shown}: no work in parts was begun", hint="streamconv convert MODEL OUT --parts N")
     begun = claims.told

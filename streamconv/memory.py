@@ -108,7 +108,7 @@ def _cgroup_free() -> list[int]:
 def cgroup_usage() -> Path | None:
     """The file that says how many bytes this process's own memory cgroup has charged, page cache included; None without one."""
     for place, _, names in cgroups():
-        if (place / names[1]).exists():
+        if os.path.exists(place / names[1]):
             return place / names[1]
     return None
 
@@ -123,7 +123,7 @@ def cgroups(proc: Path = Path("/proc/self/cgroup"), root: Path = _CGROUP) -> Ite
         _, controllers, path = line.split(":", 2)
         if controllers == "":
             top, names = root, ("memory.max", "memory.current", "inactive_file")
-            if not (root / "cgroup.controllers").exists() and (root / "unified").exists():
+            if not os.path.exists(root / "cgroup.controllers") and os.path.exists(root / "unified"):
                 top = root / "unified"
         elif "memory" in controllers.split(","):
             top, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
@@ -131,7 +131,7 @@ def cgroups(proc: Path = Path("/proc/self/cgroup"), root: Path = _CGROUP) -> Ite
             continue
         place = top / path.lstrip("/")
         # inside a container the host's path may not be mounted: what is mounted is then the root
-        yield place if place.exists() else top, top, names
+        yield place if os.path.exists(place) else top, top, names
 
 
 def _cgroup_levels(proc: Path = Path("/proc/self/cgroup"), root: Path = _CGROUP) -> list[tuple[int, int]]:

@@ -109,7 +109,7 @@ class MemoryTrace:
     @staticmethod
     def _check(path: Path) -> None:
         """Of the files only a trace is written over: a source's or a user's file may have been named by mistake."""
-        if path.is_file():
+        if os.path.isfile(path):
             with path.open("rb") as file:
                 if file.read(len(_BEGINS)) not in (_BEGINS, b""):
                     told = f"--memory-trace {printable(str(path))}: the file is no memory trace, and stays"

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from pathlib import Path
 
 _OCTAL = re.compile(r"\\([0-7]{3})")
+
+
+_BEGUN_INSIDE = ".streamconv-journal"
 
 
 def mounted(table: Path = Path("/proc/self/mountinfo")) -> dict[Path, str]:
@@ -48,6 +52,11 @@ def why_inside(out: Path, begun: bool) -> str | None:
         return "is a mount point, which cannot be renamed"
     if begun:
         return None
+    if os.path.lexists(out / _BEGUN_INSIDE):
+        return "holds work that was begun in it"
+    with contextlib.suppress(FileNotFoundError):
+        if os.path.samefile(out, os.getcwd()):
+            return "is the current folder, which a shell would lose"
     with os.scandir(out) as entries:
         if kind_of(out) == "overlay" and any(entries):
             return "may lie in a lower layer of an overlay, where folders cannot be renamed"

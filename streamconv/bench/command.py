@@ -96,7 +96,7 @@ def measured(words: Sequence[str], log: Path, place: Path | None) -> Measured:
         with contextlib.suppress(OSError, ValueError):
             held = int((place / name).read_text()) if place is not None else None
             break
-    text = log.read_text(errors="replace")[-2000:] if log.exists() else ""
+    text = log.read_text(errors="replace")[-2000:] if os.path.exists(log) else ""
     return Measured(child.returncode, seconds, peak, held, text)
 
 

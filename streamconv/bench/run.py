@@ -67,7 +67,7 @@ def run(
     Returns:
         the machine's rates and, for each job, seconds, ratios to `cp`, and memory, as JSON has them.
     """
-    weights = max((path for path in model.iterdir() if path.is_file()), key=lambda path: path.stat().st_size)
+    weights = max((path for path in model.iterdir() if os.path.isfile(path)), key=lambda path: path.stat().st_size)
     rates = {"read": machine.read_rate(weights), "write": machine.write_rate(work)}
     rates |= {f"encode {quant}": machine.kernel_rate(quant) for quant in ("int8", "int4")}
     cold, lines = _can_drop_caches(), []
@@ -120,7 +120,7 @@ def _can_drop_caches() -> bool:
 
 
 def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return sum(path.stat().st_size for path in folder.rglob("*") if os.path.isfile(path))
 
 
 @contextlib.contextmanager

@@ -286,7 +286,7 @@ class Run:
     def _spare(self, work: Work) -> None:
         """Only results of the same kind are replaced, whoever measured them."""
         real, root = Path(os.path.realpath(self.out)), Path(os.path.realpath(self.index.root))
-        if root.is_dir() and root in real.parents:  # later conversions would take it for weights
+        if os.path.isdir(root) and root in real.parents:  # later conversions would take it for weights
             raise OutputError(f"{printable(str(self.out))} is in the model's folder", hint="choose another folder")
         if not os.path.lexists(self.out):
             return

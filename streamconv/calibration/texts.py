@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from streamconv.calibration.pretrained import read_tokenizer, told
@@ -23,12 +24,12 @@ def load_texts(source: str, count: int) -> list[str]:
         UsageError: nothing readable is there.
     """
     path = Path(source)
-    if path.is_dir():
+    if os.path.isdir(path):
         files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl", ".md"))
         if not files:
             raise UsageError(f"--text {printable(source)}: no .txt or .jsonl file in the folder")
         texts = [text for file in files for text in _file(file)]
-    elif path.exists():
+    elif os.path.exists(path):
         texts = _file(path)
     elif path.suffix or source.startswith((".", "/")) or source.count("/") > 1:  # no name of a data set
         raise UsageError(f"--text {printable(source)} does not exist")

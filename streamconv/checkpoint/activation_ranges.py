@@ -35,7 +35,7 @@ class Ranges:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        if not self.path.is_file():
+        if not os.path.isfile(self.path):
             raise UsageError(f"--activation-ranges {printable(str(path))}: no such file", hint=HINT)
         self._entries = read_header(self.path).tensors
         self._shard = Shard(self.path)

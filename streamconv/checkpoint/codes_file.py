@@ -148,7 +148,7 @@ class Codes:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        if not self.path.is_file():
+        if not os.path.isfile(self.path):
             raise UsageError(f"--codes {printable(str(path))}: no such file", hint=HINT)
         header = read_header(self.path)
         self._entries, self.method = header.tensors, _method(header.metadata)

@@ -159,7 +159,7 @@ def build_index(root: Path, config: dict[str, Any], shards: tuple[Shard, ...], c
 def _no_config(folder: Path) -> CheckpointError:
     hint = "a checkpoint folder holds config.json beside its weights"
     with contextlib.suppress(OSError, ValueError):  # of a folder of the Hub's cache (models--org--name) the revision that came last
-        held = [path for path in (folder / "snapshots").iterdir() if (path / _CONFIG).exists()]
+        held = [path for path in (folder / "snapshots").iterdir() if os.path.exists(path / _CONFIG)]
         newest = max(held, key=lambda path: (path.stat().st_mtime_ns, path.name))
         hint = f"this is the Hub's cache of a model, which is in {printable(str(newest))}"
     return CheckpointError(f"missing config.json in {printable(str(folder))}", hint=hint)
@@ -203,7 +203,7 @@ def _open_meta(folder: Path) -> Index:
 def description_size(root: Path) -> int:
     """Bytes of the index file and of all headers of a folder, as far as they can be read."""
     total = file_size(root / WEIGHT_MAP)
-    for path in root.glob("*.safetensors") if root.is_dir() else [root]:
+    for path in root.glob("*.safetensors") if os.path.isdir(root) else [root]:
         with contextlib.suppress(OSError, CheckpointError):
             fd = open_regular(path)
             try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from os.path import realpath
 from pathlib import Path
@@ -13,7 +14,7 @@ def links_out(folder: Path, names: Sequence[str]) -> tuple[str, ...]:
     """A note on weight files that are links out of the folder, other than those of the Hub's cache into its blobs/."""
     home = folder.resolve()
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
-    links = {name: Path(realpath(folder / name)) for name in names if (folder / name).is_symlink()}
+    links = {name: Path(realpath(folder / name)) for name in names if os.path.islink(folder / name)}
     out = {name: real for name, real in links.items() if home not in real.parents and real.parent != blobs}
     if not out:
         return ()

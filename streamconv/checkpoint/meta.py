@@ -57,7 +57,7 @@ def _numbered(folder: Path) -> dict[int, list[str]]:
         raise CheckpointError(f"cannot list {printable(str(folder))}: {error.strerror}") from None
     for name in names:
         known = _FILE.fullmatch(name)
-        if known and (known[2] or (folder / name).is_dir()):
+        if known and (known[2] or os.path.isdir(folder / name)):
             found.setdefault(int(known[1]), []).append(name)
     return found
 

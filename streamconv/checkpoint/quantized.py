@@ -103,7 +103,7 @@ def stated_quantization(config: Mapping[str, Any], root: Path) -> SourceQuantiza
     Raises:
         CheckpointError: a file is not a JSON object, or states what is none, no name of a method or no bound.
     """
-    folder = root if root.is_dir() else root.parent
+    folder = root if os.path.isdir(root) else root.parent
     stated = config.get("quantization_config")
     if isinstance(stated, dict):
         method = stated.get("quant_method", "unknown")

@@ -68,7 +68,7 @@ def _check_there(folder: Path, name: str, index: str) -> None:
     shown, path = printable(name), folder / name
     if not os.path.lexists(path):
         raise CheckpointError(f"missing file {shown}, named in {index}", hint="is the download complete?")
-    if not path.exists():
+    if not os.path.exists(path):
         raise CheckpointError(f"{shown}, named in {index}, is a broken link", hint="is the download complete?")
 
 

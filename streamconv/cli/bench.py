@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,9 @@ def bench(
         raise UsageError("bench needs a MODEL or a --shape, and not both", hint="--shape llama-1b")
     if shape is not None and shape not in models.SHAPES:
         raise UsageError(f"--shape {printable(shape)} is not known", hint=f"one of {', '.join(models.SHAPES)}")
-    if model is not None and not Path(model).is_dir():
+    if model is not None and not os.path.isdir(model):
         raise CheckpointError(f"{printable(model)} is no folder", hint="bench copies the model as a folder; fetch it first")
-    if not Path(work).is_dir():
+    if not os.path.isdir(work):
         raise UsageError(f"--work {printable(work)} is no folder")
     if report is not None:
         page.check(Path(report))

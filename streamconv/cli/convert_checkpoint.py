@@ -7,6 +7,7 @@ import dataclasses
 import os
 import sys
 
+from streamconv.arguments import check_words
 from streamconv.cli import ending, output, signals
 from streamconv.cli.official_flags import OfficialRequest, parse
 from streamconv.errors import RefusedError, UsageError, printable
@@ -22,6 +23,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(arguments: list[str]) -> int:
+    check_words(arguments)
     request = parse(arguments)
     from streamconv.targets.trtllm.unsupported import refuse
 

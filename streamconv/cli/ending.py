@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable
 
 import click
 
 from streamconv.cli import output
-from streamconv.errors import BudgetError, Interrupted, StreamconvError, UsageError
+from streamconv.errors import BudgetError, Interrupted, StreamconvError, UsageError, printable
 
 _NO_ROOM = (errno.ENOMEM, errno.EAGAIN)
 
@@ -35,6 +36,10 @@ def status_of(command: Callable[[], int], as_json: bool) -> int:
     except (KeyboardInterrupt, click.Abort):
         return output.fail(Interrupted("interrupted", signum=2), as_json)
     except (MemoryError, OSError, RuntimeError, ImportError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            return output.fail(UsageError(f"this is longer than a name of a file can be: {printable(str(error.filename))}"), as_json)
+        if isinstance(error, FileNotFoundError) and _is_nowhere():
+            return output.fail(UsageError("the current folder was removed", hint="go to another one: cd"), as_json)
         if not _lacks_room(error):
             raise
         what = f"the system gives no more memory or threads: {str(error) or type(error).__name__}"
@@ -42,6 +47,14 @@ def status_of(command: Callable[[], int], as_json: bool) -> int:
         return output.fail(BudgetError(what, hint=hint), as_json)
     except SystemExit as error:  # --help, and click's answer to a closed pipe
         return int(error.code or 0)
+
+
+def _is_nowhere() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def _lacks_room(error: Exception) -> bool:

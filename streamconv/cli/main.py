@@ -9,6 +9,7 @@ from typing import cast
 import click
 
 from streamconv import __version__
+from streamconv.arguments import check_words
 from streamconv.cli import ending, output, signals
 
 VERBS = {
@@ -54,6 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
 
     def command() -> int:
+        check_words(arguments)
         return int(cli.main(arguments, prog_name="streamconv", standalone_mode=False, obj=arguments) or 0)
 
     return output.arriving(lambda: ending.status_of(command, "--json" in arguments))

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from streamconv.arguments import check_text
 from streamconv.checkpoint.limits import MAX_RECIPE
 from streamconv.checkpoint.untrusted import read_file, shown_value
 from streamconv.errors import OutputError, UsageError, VerifyError, printable
@@ -91,7 +92,7 @@ def read(path: str | Path, kinds: Mapping[str, Kind]) -> Recipe:
         UsageError: it cannot be read; a key is unknown, twice there, or holds something else. Names the file and the key.
     """
     file = Path(path)
-    file = file / manifest.NAME if file.is_dir() else file
+    file = file / manifest.NAME if os.path.isdir(file) else file
     name = printable(str(file))
     if not os.path.lexists(file):
         raise UsageError(f"--config {name}: No such file or folder")
@@ -111,6 +112,9 @@ def read(path: str | Path, kinds: Mapping[str, Kind]) -> Recipe:
             raise UsageError(f"{name}: {printable(str(key))!r} is there twice")
         if value is not None and not kinds[plain].accepts(value):
             raise UsageError(f"{name}: {printable(str(key))} is {shown_value(value)}, not {kinds[plain].wanted(value)}")
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str):
+                check_text(text, f"{name}: {printable(str(key))}")
         values[plain] = value
     return Recipe(file, {key: value for key, value in values.items() if value is not None})
 

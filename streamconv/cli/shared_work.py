@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +50,7 @@ def _content(out: str) -> dict[str, Any]:
 
     claims = Claims.of(Path(out))
     if claims is None:
-        if not (Path(out) / manifest.NAME).exists():
+        if not os.path.exists(Path(out) / manifest.NAME):
             raise OutputError(f"{printable(out)}: no work in parts was begun", hint="streamconv convert MODEL OUT --parts N")
         return {"complete": True}
     done, held, left = 0, [], []

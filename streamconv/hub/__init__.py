@@ -52,7 +52,7 @@ def cache_need(index: Index) -> dict[str, int | None] | None:
     remote = [shard for shard in index.shards if isinstance(shard, HubShard)]
     if not remote:
         return None
-    missing = sorted((shard.file.size for shard in remote if not shard.path.exists()), reverse=True)
+    missing = sorted((shard.file.size for shard in remote if not os.path.exists(shard.path)), reverse=True)
     return {"all": sum(missing), "none": sum(missing[:AT_A_TIME]), "free": free_space(remote[0].path.parent)}
 
 

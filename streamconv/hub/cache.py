@@ -38,7 +38,7 @@ def brought(path: Path, before: set[str]) -> Brought | None:
     home = path.parent.parent.parent / "blobs"
     with contextlib.suppress(OSError):
         blob = path
-        if path.is_symlink():
+        if os.path.islink(path):
             to = Path(os.path.normpath(path.parent / os.readlink(path)))
             if to.parent != home or to.name in before:
                 return None
@@ -59,7 +59,7 @@ def remove(path: Path, ours: Brought) -> None:
             for place, _, names in os.walk(path.parent.parent):
                 for name in names:
                     other = Path(place, name)
-                    if other != path and other.is_symlink() and other.resolve() == ours.blob.resolve():
+                    if other != path and os.path.islink(other) and other.resolve() == ours.blob.resolve():
                         return
             path.unlink()
         ours.blob.unlink()

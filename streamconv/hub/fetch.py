@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Mapping, Sequence
 
@@ -53,7 +54,7 @@ class Fetch:
         """
         if not self._order:
             return
-        missing = sorted((shard.file.size for shard in self._order if not shard.path.exists()), reverse=True)
+        missing = sorted((shard.file.size for shard in self._order if not os.path.exists(shard.path)), reverse=True)
         need, folder = sum(missing if self.keep == "all" else missing[:AT_A_TIME]), self._order[0].path.parent
         free = free_space(folder)
         if free is not None and need > free:

@@ -82,7 +82,7 @@ def finished_files(folder: Path) -> list[str]:
     sizes = told.sizes | {name: size for name, (size, _) in told.side.items()}
     for name, size in sizes.items():
         path = folder / name
-        if not path.is_file() or path.stat().st_size != size:
-            what = f"has {path.stat().st_size} bytes, and {size} were written" if path.is_file() else "is missing"
+        if not os.path.isfile(path) or path.stat().st_size != size:
+            what = f"has {path.stat().st_size} bytes, and {size} were written" if os.path.isfile(path) else "is missing"
             raise OutputError(f"{printable(str(path))} {what}", hint="`streamconv verify` says what else is wrong")
     return sorted({*sizes, CONFIG, manifest.NAME})

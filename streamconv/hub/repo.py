@@ -107,7 +107,7 @@ def _cached(name: str, revision: str | None) -> tuple[Repo, dict[str, RepoFile]]
     folder = Path(config).parent
     files = {}
     for path in folder.iterdir():
-        if path.is_file() and plain(path.name):
+        if os.path.isfile(path) and plain(path.name):
             oid = path.resolve().name  # without links the cache does not say what a file must hold
             files[path.name] = RepoFile(path.name, path.stat().st_size, oid if _HASH.fullmatch(oid) else "")
     return Repo(name, folder.name), files

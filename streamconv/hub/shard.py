@@ -180,7 +180,7 @@ class HubShard(Shard):
 
     def _there(self) -> bool:
         """The whole file is in the cache."""
-        return self.path.exists() and self.path.stat().st_size == self.file.size
+        return os.path.exists(self.path) and self.path.stat().st_size == self.file.size
 
     def _fill(self, offset: int, views: list[memoryview]) -> None:
         if self._local():

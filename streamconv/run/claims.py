@@ -74,7 +74,7 @@ class Claims:
             OutputError: something else has the name.
         """
         place = choose(Path(os.path.realpath(out)), disk or Disk())
-        if not place.top.is_dir():
+        if not os.path.isdir(place.top):
             return None
         claims = cls(place, 0)
         place.open()

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from streamconv import mounts
-from streamconv.errors import OutputError, UsageError, printable
+from streamconv.arguments import path_of
+from streamconv.errors import OutputError, printable
 
 _SYNC_FILE_RANGE_WRITE = 2
 _RENAME_NOREPLACE = 1
@@ -338,9 +339,7 @@ def named(path: str | Path) -> Path:
     Raises:
         UsageError: it is empty, or no path can be so.
     """
-    if not str(path) or "\0" in str(path):
-        raise UsageError("the name of the output is empty" if not str(path) else "the name of the output holds a NUL character")
-    return Path(path)
+    return Path(path_of(path, "the name of the output"))
 
 
 def beside(out: Path, before: str, after: str) -> Path:

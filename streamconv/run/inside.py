@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -105,5 +106,7 @@ def choose(out: Path, disk: Disk, lenient: bool = False) -> Place:
         out: resolved.
     """
     with explained(out, "look at"):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.lstat(out)  # a name that cannot be
         why = disk.why_inside(out, os.path.lexists(hidden(out, "journal")))
     return Beside(out, disk, lenient) if why is None else Inside(out, disk, lenient, why)

@@ -33,7 +33,7 @@ def check_place(place: Place, source: Path | None, read: Iterable[Path] = ()) ->
     out, used = place.out, list(_used(source, read))
     if source is not None:
         real_source = Path(os.path.realpath(source))
-        if real_source.is_dir() and out == real_source:
+        if os.path.isdir(real_source) and out == real_source:
             hint = "choose another folder, a new one in it for example"
             raise OutputError(f"output {printable(str(out))} is the source folder", hint=hint)
         if out in real_source.parents:
@@ -49,7 +49,7 @@ def check_place(place: Place, source: Path | None, read: Iterable[Path] = ()) ->
                 raise OutputError(f"{printable(str(path))} is read, and {where}", hint=_ELSEWHERE)
         _check_hidden(kept)
     with explained(out, "look at"):
-        if os.path.lexists(out) and not out.is_dir():
+        if os.path.lexists(out) and not os.path.isdir(out):
             raise OutputError(f"output {printable(str(out))} exists and is not a folder", hint="choose another name")
 
 
@@ -58,7 +58,7 @@ def _used(source: Path | None, read: Iterable[Path]) -> Iterator[tuple[Path, Pat
     paths = [*read]
     if source is not None:
         with explained(source, "read"):
-            paths += [source, *(source.iterdir() if source.is_dir() else [])]
+            paths += [source, *(source.iterdir() if os.path.isdir(source) else [])]
     for path in paths:
         yield path, Path(os.path.realpath(path))
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from streamconv.arguments import as_declared
+from streamconv.arguments import as_declared, path_of
 from streamconv.errors import UsageError, printable
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from streamconv.planning.plan import Plan
 
 _T = TypeVar("_T", bound="Target")
+FILE = "FILE"
+"""What stands in `--help` for the path of a file that is read."""
 _LONGEST = 4096
 """Letters of a text, and entries of a list."""
 
@@ -92,13 +94,16 @@ class Target(ABC):
         return made
 
     def __post_init__(self) -> None:
-        """Every option is of its type; a path becomes a string.
+        """Every option is of its type, and a path one that a file can have; it becomes a string.
 
         Raises:
             UsageError: one is not; names it.
         """
         for name, value in as_declared(self).items():
             object.__setattr__(self, name, value)
+        for field in dataclasses.fields(self):
+            if field.metadata["metavar"] == FILE and getattr(self, field.name) is not None:
+                path_of(getattr(self, field.name), flag(field.name))
 
     @abstractmethod
     def plan(self, index: Index) -> Plan:
@@ -115,7 +120,7 @@ class Target(ABC):
         Args:
             out: folder to write.
         """
-        return Output(os.fspath(out), self)
+        return Output(path_of(out, "out"), self)
 
     def check_values(self, spelled: Callable[[str], str] = flag) -> None:
         """Every option holds one of its choices, and no number below the least.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -128,9 +129,9 @@ def _with_ranges(folder: Path, source: Path, options: Target, ranges: str | None
         if not options.uses_ranges():
             raise UsageError("--activation-ranges: this checkpoint was made without any")
         return dataclasses.replace(options, activation_ranges=ranges)
-    if options.codes is not None and not Path(options.codes).is_file():
+    if options.codes is not None and not os.path.isfile(options.codes):
         near = [folder.absolute().parent / name for name in (Path(options.codes).name, f"{folder.absolute().name}.int4.safetensors")]
-        found = next((place for place in near if place.is_file()), None)
+        found = next((place for place in near if os.path.isfile(place)), None)
         if found is None:
             told = f"the INT4 codes {printable(options.codes)} are not there, and they cannot be made again from the source alone"
             raise UsageError(told, hint="put the file beside the output; without --source the output is checked by its hashes")
@@ -142,7 +143,7 @@ def _with_ranges(folder: Path, source: Path, options: Target, ranges: str | None
         return options
     known = Path(options.activation_ranges)
     places = [known, folder.absolute().parent / known.name, folder.absolute().parent / f"{folder.absolute().name}.ranges.safetensors"]
-    found = next((place for place in places if place.is_file()), None)
+    found = next((place for place in places if os.path.isfile(place)), None)
     if found is None:
         shown = printable(str(known))
         raise UsageError(f"the activation ranges {shown} are not there", hint="say where they are: --activation-ranges FILE")

@@ -79,7 +79,7 @@ def verify(
         for file, held in told.hashes.items():
             missing = [tensor for tensor in held if file in shapes and tensor not in shapes[file]]
             verdict.problems += [f"{file}: {printable(tensor)} is missing" for tensor in missing]
-            if file not in shapes and not (folder / file).exists():
+            if file not in shapes and not os.path.exists(folder / file):
                 verdict.problems.append(f"{file} is missing")
         for side, (size, digest) in told.side.items():
             verdict.problems += _side_file(folder / side, side, size, digest)
@@ -103,7 +103,7 @@ def _is_in(part: tuple[int, int] | None, before: int, total: int, at: int) -> bo
 
 def _config(folder: Path, verdict: Verdict) -> tuple[dict[str, Any], bytes]:
     path = folder / "config.json"
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise VerifyError(f"{printable(str(folder))} is not a folder")
     if not os.path.lexists(path):
         raise VerifyError(f"{printable(str(path))} is missing: this is no finished checkpoint")

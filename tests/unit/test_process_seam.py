@@ -103,5 +103,14 @@ def test_no_library_is_asked_to_run_the_code_of_a_model() -> None:
                 assert path.name in ("pretrained.py", "run.py"), f"{path}: transformers has one door, calibration/pretrained.py"
 
 
+def test_no_look_at_a_path_raises() -> None:
+    """os.path.isdir() and its kin give False for a name that is too long, or that nobody may look at; those of pathlib raise OSError."""
+    asks = {"is_dir", "is_file", "exists", "is_symlink", "is_fifo", "is_mount", "is_socket"}
+    for path in sorted(ROOT.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in asks:
+                assert ast.unparse(node.func.value) == "os.path", f"{path}:{node.lineno}"
+
+
 def _names_of(node: ast.Import | ast.ImportFrom) -> set[str]:
     return {(node.module or "").split(".")[0]} if isinstance(node, ast.ImportFrom) else {alias.name.split(".")[0] for alias in node.names}

@@ -154,7 +154,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"resources": Resources(memory_budget="much")}, r"memory_budget='much'\) is not int or None"),  # type: ignore[arg-type]
     ({"resources": Resources(device="gpu")}, r"gpu"),
     ({"out": None}, r"out is None, not a path"),
-    ({"out": ""}, r"name of the output is empty"),
+    ({"out": ""}, r"out is empty"),
     ({"source": 7}, r"source is a value of type int, not a path"),
     ({"watch": "line"}, r"watch='line' is neither a callable nor 'bar'"),
     ({"watch": True}, r"watch=True is neither"),

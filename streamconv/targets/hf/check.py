@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def tensor_files(folder: Path, problems: list[str]) -> list[str]:
 
 def _weight_map(folder: Path, problems: list[str]) -> dict[str, str] | None:
     path = folder / INDEX
-    if not path.exists():
+    if not os.path.exists(path):
         return None
     content = parse_json(read_file(path, MAX_WEIGHT_MAP, VerifyError), printable(str(path)), VerifyError)
     listed = content.get("weight_map") if isinstance(content, dict) else None

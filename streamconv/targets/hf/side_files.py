@@ -76,10 +76,10 @@ def _utf8(name: str) -> bool:
 
 def _leads_out(path: Path, root: Path) -> bool:
     """Whether a link ends outside of the model; the Hub's cache, whose files all are links to its blobs, is the model."""
-    if not path.is_symlink():
+    if not os.path.islink(path):
         return False
     top, end = Path(os.path.realpath(root)), Path(os.path.realpath(path))
-    homes = [top if top.is_dir() else top.parent]
+    homes = [top if os.path.isdir(top) else top.parent]
     homes += [home.parent.parent / "blobs" for home in homes if home.parent.name == "snapshots"]
     return not any(end.is_relative_to(home) for home in homes)
 
@@ -89,7 +89,7 @@ def _listed(index: Index) -> Iterator[Beside]:
     if index.beside is not None:
         yield from index.beside
         return
-    top, seen = index.root if index.root.is_dir() else index.root.parent, 0
+    top, seen = index.root if os.path.isdir(index.root) else index.root.parent, 0
     for place, folders, names in os.walk(top):
         # a model or an output in the source's folder is not of the source
         other = place != str(top) and not {*_MADE}.isdisjoint(names)
@@ -97,6 +97,6 @@ def _listed(index: Index) -> Iterator[Beside]:
         for name in () if other else sorted(names):
             path = Path(place, name)
             seen += 1  # links count as what they lead to: the Hub's cache is made of them
-            yield Beside(path.relative_to(top).as_posix(), path, path.stat().st_size if path.is_file() else NO_FILE)
+            yield Beside(path.relative_to(top).as_posix(), path, path.stat().st_size if os.path.isfile(path) else NO_FILE)
         if seen > 10 * _MOST_FILES:
             return

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from streamconv.checkpoint.dtypes import BY_TORCH_NAME, MODEL_DTYPES, DType
 from streamconv.errors import CheckpointError, RefusedError, UsageError, printable
 from streamconv.options import METHODS, SEARCHED
-from streamconv.targets.base import Target, option
+from streamconv.targets.base import FILE, Target, option
 
 if TYPE_CHECKING:
     from streamconv.checkpoint.activation_ranges import Ranges
@@ -55,7 +55,7 @@ class HuggingFace(Target):
         choices=tuple(method for method in METHODS if method != "awq"),
         typed=str,
     )
-    codes: str | None = option(None, "file of codes that --text found, for --method clip and gptq", typed=str, metavar="FILE")
+    codes: str | None = option(None, "file of codes that --text found, for --method clip and gptq", typed=str, metavar=FILE)
     arithmetic: str = option(
         "float32",
         "of scales and quotients: float32 is the most accurate, the others give the bytes of llm-compressor on a GPU or a CPU",
@@ -67,7 +67,7 @@ class HuggingFace(Target):
     )
     only: tuple[str, ...] = option((), "the modules to quantize, and no others: as --ignore", metavar="MODULE")
     activation_ranges: str | None = option(
-        None, "file of `streamconv calibrate`, for scales of activations and KV cache", typed=str, metavar="FILE"
+        None, "file of `streamconv calibrate`, for scales of activations and KV cache", typed=str, metavar=FILE
     )
     kv_cache: str | None = option(None, "type of the KV cache whose scales are stored", choices=("fp8",), typed=str)
     max_shard_size: int | None = option(None, "split the output anew, not as the source is", size=True, typed=int, least=1 << 20)

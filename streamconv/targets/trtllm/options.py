@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from streamconv.options import METHODS, SEARCHED, TARGET_SMS, TARGET_VERSIONS, Version
-from streamconv.targets.base import Target, option
+from streamconv.targets.base import FILE, Target, option
 
 if TYPE_CHECKING:
     from streamconv.checkpoint.index import Index
@@ -45,7 +45,7 @@ class TensorRTLLM(Target):
         added=True,
     )
     codes: str | None = option(
-        None, "file of codes that --text found, for --method clip, awq and gptq", typed=str, metavar="FILE", added=True
+        None, "file of codes that --text found, for --method clip, awq and gptq", typed=str, metavar=FILE, added=True
     )
     target_sm: int | None = option(None, "GPU generation the bytes are for", choices=TARGET_SMS, typed=int, metavar="SM", added=True)
     target_version: Version = option("1.2", "TensorRT-LLM line; 1.0 is any 1.x", choices=TARGET_VERSIONS, added=True)
@@ -76,7 +76,7 @@ class TensorRTLLM(Target):
     )
     smoothquant: float = option(0.5, "alpha of SmoothQuant", official="--smoothquant -sq")
     activation_ranges: str | None = option(
-        None, "ranges that `streamconv calibrate` measured (smoothquant, fp8, KV cache)", typed=str, metavar="FILE", added=True
+        None, "ranges that `streamconv calibrate` measured (smoothquant, fp8, KV cache)", typed=str, metavar=FILE, added=True
     )
     per_channel: bool = option(False, "SmoothQuant: a weight scale for each output channel", official="--per_channel")
     per_token: bool = option(False, "SmoothQuant: activation scales for each token, at run time", official="--per_token")
