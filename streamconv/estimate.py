@@ -46,7 +46,7 @@ class Looking:
 
     def _look(self) -> None:
         shards = self._index.shards
-        here = [shard.path for shard in shards if not isinstance(shard, HubShard) or shard.path.exists()]
+        here = [shard.path for shard in shards if not isinstance(shard, HubShard) or os.path.exists(shard.path)]
         if len(here) < len(shards):
             self._unknown.append("how fast the model is downloaded")
         try:
@@ -60,7 +60,7 @@ class Looking:
                 self._unknown.append("how fast the output is written (no OUT is given)")
                 continue
             place = out
-            while not place.exists():
+            while not os.path.exists(place):
                 place = place.parent
             if mounts.in_memory(place):
                 continue
