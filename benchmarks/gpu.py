@@ -141,7 +141,8 @@ def encodings(job: str, cols: int) -> Any:
     if job == "smoothquant":
         bound = Bound(np.random.default_rng(1).random(cols) + 0.5, 3.0)
         return SmoothWeight(None, F16, None, bound=bound)  # type: ignore[arg-type]
-    return {"int8": WeightOnly(8, "C", F16), "int4": WeightOnly(4, "C", F16), "fp8_rowwise": Fp8Rowwise()}.get(job, Plain(F16))
+    weights = {bits: WeightOnly(int(bits[3:]), "sm90-0.16", F16) for bits in ("int8", "int4")}
+    return {**weights, "fp8_rowwise": Fp8Rowwise()}.get(job, Plain(F16))
 
 
 def ring_rate(job: str, backend: Any, seconds: float, cols: int = 4096, arena: int = 0, most: int = 0) -> dict[str, Any]:

@@ -50,10 +50,10 @@ def encodings(cols: int) -> list[tuple[str, Encoding, DType]]:
     channel, tensor = Bound(smoother, 0.37, None), Bound(smoother, 0.37, 3.0)
     nothing: Any = None  # a smoother's description: these are bound already
     return [
-        ("int8 BF16 to BF16", WeightOnly(8, "A", BF16), BF16),
-        ("int8 BF16 to FP16", WeightOnly(8, "A", F16), BF16),
-        ("int4 BF16 to BF16", WeightOnly(4, "A", BF16), BF16),
-        ("int4 BF16 to FP16", WeightOnly(4, "A", F16), BF16),
+        ("int8 BF16 to BF16", WeightOnly(8, "sm80", BF16), BF16),
+        ("int8 BF16 to FP16", WeightOnly(8, "sm80", F16), BF16),
+        ("int4 BF16 to BF16", WeightOnly(4, "sm80", BF16), BF16),
+        ("int4 BF16 to FP16", WeightOnly(4, "sm80", F16), BF16),
         ("FP8 per channel, BF16", Fp8Rowwise(), BF16),
         ("FP8 per tensor, BF16", Fp8Tensor("key", 0.003), BF16),
         ("SmoothQuant per channel, BF16 to FP16", SmoothWeight(nothing, F16, 2.0, bound=channel), BF16),

@@ -32,6 +32,7 @@ from streamconv.run.claims import Claims
 from streamconv.run.finalize import finalize, records_of
 from streamconv.run.fs import Disk
 from streamconv.run.inside import choose
+from streamconv.run.joining import join
 from streamconv.run.output_checks import check_place
 from streamconv.run.part_folder import Aside, PartFolder
 from streamconv.run.part_record import Record, counted, hashes_of
@@ -124,7 +125,7 @@ class Worker:
         files = [(file.name, file.size) for file in self.plan.files]
         try:
             is_of = partial(sampled.is_of, self.plan, self.index.shards, place.out)
-            if not claims.join(run, files, self.force, max(10.0, self.resources.wait), is_of):
+            if not join(claims, run, files, self.force, max(10.0, self.resources.wait), is_of):
                 self.share.published = True
                 return self.share
             if claims.told["page"] < page:
@@ -321,7 +322,7 @@ def finish(out: str | Path, *, check: bool = False, meter: Meter | None = None, 
         run = told(identity, len(parts), begun["page"], begun["private"], begun["force"], begun["source"])
         files = [(file.name, file.size) for file in plan.files]
         try:
-            if not claims.join(run, files, False, 60.0, partial(sampled.is_of, plan, index.shards, place.out)):
+            if not join(claims, run, files, False, 60.0, partial(sampled.is_of, plan, index.shards, place.out)):
                 return
             missing = [number for number in range(len(parts)) if not claims.done(number)]
             if missing:

@@ -32,8 +32,9 @@ without locks (Lustre, by default), or one that cannot sync a folder, is refused
 meanwhile. On a file system in memory the output counts as memory of the container.
 
 --to trtllm lays INT8 and INT4 out for one GPU generation: --target-sm 70 V100 (0.16), 75 T4, 80 A100, 86 RTX 30 and A10, 89 L4 and
-RTX 40, 90 H100, 100 and 103 B200 and B300, 120 and 121 RTX 50. --encoding raw fits every GPU and is larger. --target-version 1.0 is
-1.2 without the four keys of config.json that early 1.x releases reject.
+RTX 40, 90 H100, 100 and 103 B200 and B300, 120 and 121 RTX 50. All but 70, 72 and 90 share the layout of sm80, experts on 90 too.
+--encoding raw fits every GPU and is larger. --target-version 1.0 is 1.2 without the four keys of config.json that early 1.x releases
+reject.
 
 --to hf copies the files beside the weights; README.md becomes a model card. Folders, links out of the model and names that are not
 UTF-8 are left out, with a warning. Modules that share an input (q, k and v; gate and up) share its scale; experts that no token

@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 from streamconv.quants.base import Findings, Kernel
+from streamconv.quants.layout import FAMILIES
 
 
 @cache
@@ -30,7 +31,7 @@ def packed_kernel(bits: int, family: str) -> Kernel:
         from streamconv.kernels.packed_code import int4_rows, int8_rows
 
         code = int8_rows if bits == 8 else int4_rows
-        code(flat, start, stride, rows, cols, outs[0].view("u2"), "ABCD".index(family))
+        code(flat, start, stride, rows, cols, outs[0].view("u2"), FAMILIES.index(family))
         return Findings()
 
     return run

@@ -1,4 +1,4 @@
-"""The compiled part of `packed`. Layout families are numbers: 0 A, 2 C, 3 D (quantization spec §3); 64 divides K.
+"""The compiled part of `packed`. Layout families are their places in `quants.layout.FAMILIES`; 64 divides K.
 
 A and D share the order inside a block (§3.4): eight words hold channels i, i+8 (int8) or i, i+8, i+16, i+24 (int4).
 """

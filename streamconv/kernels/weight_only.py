@@ -8,6 +8,7 @@ from typing import Any
 
 from streamconv.checkpoint.dtypes import DType
 from streamconv.quants.base import ErrorKernel, Errors, Findings, Kernel
+from streamconv.quants.layout import FAMILIES
 
 
 @cache
@@ -21,7 +22,7 @@ def weight_only_kernel(source: DType, dtype: DType, bits: int, family: str) -> K
         code = int8_rows if bits == 8 else int4_rows
         scales = outs[1].view(dtype.storage)
         kinds = (CODES[source.name], CODES[dtype.name])
-        bad, lost = code(flat, start, stride, rows, cols, outs[0].view("u2"), scales, *kinds, "ABCD".index(family))
+        bad, lost = code(flat, start, stride, rows, cols, outs[0].view("u2"), scales, *kinds, FAMILIES.index(family))
         return Findings(int(bad), int(lost))
 
     return run
@@ -55,7 +56,7 @@ def weight_only_errors(source: DType, dtype: DType, bits: int, family: str) -> E
         # the casts of the weight, of the scale (which counts `half` times), and of this kernel's own arithmetic
         limits = np.array([half, 3 * relative + 2.0**-20, (2 * half + 1) * least], np.float32)
         sums = np.zeros(4)
-        kinds = CODES[source.name], bits, "ABCD".index(family)
+        kinds = CODES[source.name], bits, FAMILIES.index(family)
         wrong = integer_errors(flat, start, stride, rows, cols, parts[0].view("u2"), _floats(parts[1], dtype), *kinds, limits, sums)
         noise, signal, largest, peak = map(float, sums)
         return Errors(noise, signal, largest, peak, int(wrong))

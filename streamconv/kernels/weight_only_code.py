@@ -1,4 +1,4 @@
-"""The compiled part of `weight_only`. Layout families are numbers: 0 A, 1 B, 2 C, 3 D (quantization spec §3)."""
+"""The compiled part of `weight_only`. Layout families are their places in `quants.layout.FAMILIES`."""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ class Encoding(ABC):
     """How the rows of one matrix are stored. Instances are small, immutable and hashable (frozen dataclasses)."""
 
     name: str = ""
-    """What a plan prints for it, e.g. "int8 (layout A)"."""
+    """What a plan prints for it, e.g. "int8 per channel, layout of sm80"."""
 
     row_align: int = 1
     """Tiles hold a multiple of this many output rows; so does the matrix, unless `partial`."""

@@ -31,7 +31,7 @@ class PackedWeight(Encoding):
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        return f"int{self.layout.bits} per {'channel' if self.dtype == I8 else 'group'}, layout {self.layout.family}"
+        return f"int{self.layout.bits} per {'channel' if self.dtype == I8 else 'group'}, layout of {self.layout.family}"
 
     @property
     def row_align(self) -> int:  # type: ignore[override]
@@ -57,7 +57,7 @@ class PackedWeight(Encoding):
         return block.float() * 0.0
 
     def kernel(self, source: DType) -> Kernel | None:
-        if source != I8 or self.layout.family == "B":
+        if source != I8 or self.layout.family == "sm70":
             return None
         from streamconv.kernels.packed import packed_kernel
 

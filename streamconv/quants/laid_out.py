@@ -30,7 +30,7 @@ class LaidOut(PackedTensor):
         layout: of all of them.
     """
 
-    layout: Layout = Layout("A", 8)  # noqa: RUF009  frozen
+    layout: Layout = Layout("sm80", 8)  # noqa: RUF009  frozen
 
     @property
     def row_align(self) -> int:

@@ -14,6 +14,9 @@ from streamconv.options import Version
 if TYPE_CHECKING:
     import torch
 
+FAMILIES = ("sm80", "sm70", "sm90-0.16", "sm90")
+"""Layouts by a GPU that reads them (§3.3): sm75 to sm89, sm100 and later, and experts on sm90; Volta; Hopper, whose order of bytes is
+plain, with TensorRT-LLM 0.16; Hopper with later releases. Kernels know them by their place here."""
 _INT8 = (0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15)
 _INT4 = tuple(8 * j + i for i in range(8) for j in range(4))
 _HALF = (0, 2, 16, 18, 1, 3, 17, 19, 4, 6, 20, 22, 5, 7, 21, 23)
@@ -27,7 +30,7 @@ class Layout:
     """A layout family for one integer width (§3.1, §3.2).
 
     Attributes:
-        family: "A" (Turing to Ada), "B" (Volta), "C" (plain) or "D" (Hopper, later releases).
+        family: one of `FAMILIES`.
         bits: 8 or 4.
         fp8_activations: the W4A8 variant.
     """
@@ -39,7 +42,7 @@ class Layout:
     @property
     def interleave(self) -> int:
         """Channels that share a record."""
-        if self.family != "A":
+        if self.family != "sm80":
             return 1
         return 2 if self.bits == 8 or self.fp8_activations else 4
 
@@ -51,14 +54,14 @@ class Layout:
     @property
     def biased(self) -> bool:
         """Stored as unsigned, offset by 2^(bits-1)."""
-        return self.family != "C"
+        return self.family != "sm90-0.16"
 
     @property
     def table(self) -> tuple[int, ...]:
         """Order inside a block: output element i is input element table[i] (§3.4)."""
-        if self.family == "C":
+        if self.family == "sm90-0.16":
             return (0,)
-        if self.family == "B":
+        if self.family == "sm70":
             return _B_INT8 if self.bits == 8 else _B_INT4
         if self.bits == 8:
             return _INT8
@@ -114,12 +117,12 @@ def family_for(sm: int, version: Version, experts: bool) -> str:
                 [f"--target-sm {sm}: TensorRT-LLM {version} begins at SM 75"],
                 hint="--target-version 0.16",
             )
-        return "B"
+        return "sm70"
     if version == "0.16" and sm > 90:
         raise RefusedError(
             [f"--target-sm {sm}: TensorRT-LLM 0.16 does not know this GPU"],
             hint="--target-version 1.2, or --encoding raw",
         )
     if sm == 90 and not experts:
-        return "C" if version == "0.16" else "D"
-    return "A"
+        return "sm90-0.16" if version == "0.16" else "sm90"
+    return "sm80"

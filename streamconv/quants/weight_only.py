@@ -37,7 +37,7 @@ class WeightOnly(Encoding):
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        return f"int{self.bits} per channel, layout {self.family}"
+        return f"int{self.bits} per channel, layout of {self.family}"
 
     @property
     def row_align(self) -> int:  # type: ignore[override]

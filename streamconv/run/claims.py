@@ -15,26 +15,21 @@ Locks end with their holder, so what a dead one left is free at once, and goes o
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import secrets
 import socket
 import stat
-import time
-from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from streamconv.checkpoint.limits import MAX_JOURNAL, MAX_JOURNAL_LINE
-from streamconv.errors import LockedError, OutputError, ResumeError, VerifyError, printable
+from streamconv.errors import LockedError, OutputError, printable
 from streamconv.planning.parts import MOST
-from streamconv.run import journal, manifest
-from streamconv.run.claim import Claim, Home, Over, SharedFolder, differences
+from streamconv.run import journal
+from streamconv.run.claim import Claim, Home, Over, SharedFolder
 from streamconv.run.fs import Disk, Folder, Mark, explained
 from streamconv.run.inside import choose
-from streamconv.run.lock import OutputLock
-from streamconv.run.output_checks import check_free
 from streamconv.run.part_record import Record
 from streamconv.run.place import Place
 from streamconv.run.presence import Presence
@@ -59,8 +54,8 @@ class Claims:
 
     def __init__(self, place: Place, count: int) -> None:
         self.place, self.disk, self.count = place, place.disk, count
-        self._own: list[Folder] = []
-        self._presence: Presence | None = None
+        self.folders: list[Folder] = []
+        self.presence: Presence | None = None
 
     @property
     def name(self) -> str:
@@ -78,103 +73,27 @@ class Claims:
             return None
         claims = cls(place, 0)
         place.open()
-        told = claims._told() if claims.enter() else None
+        told = claims.content() if claims.enter() else None
         if told is None:
             claims.leave()
             return None
         claims.told, claims.count = told, told["parts"]
         return claims
 
-    def join(
-        self, run: dict[str, Any], files: Sequence[tuple[str, int]], force: bool, patience: float, is_of: Callable[[], bool]
-    ) -> bool:
-        """Take part in the work, and begin it if nobody has.
-
-        Args:
-            run: what the work is for; see `told`.
-            files: name and size of the tensor files.
-            force: replace an output, and give up work for something else that nobody is at.
-            patience: seconds to wait for one who begins, or publishes.
-            is_of: an output with the same plan is of this source.
-
-        Returns:
-            False if the output is there: nothing is left to do.
-
-        Raises:
-            ResumeError: the work that is there is for something else. LockedError: somebody else is at work.
-            OutputError: the output cannot be written there.
-        """
-        self.place.open()
-        with self._alone(patience):
-            past = journal.read(self.place)
-            self.place.restore(past.ready if past is not None else ())
-            found = self._told() if self.enter() else None
-            self._ours(found, past.run if past is not None else {})
-            if not self.place.has_work() and self._published(run) and is_of():
-                self._tidy(past)
-                return False
-            if found is not None and (changed := differences(found, run)):
-                if not force:
-                    raise ResumeError(
-                        f"{printable(str(self.place.out))} was begun in parts with something else: {', '.join(changed)}",
-                        hint="the same command joins the work; --force starts over, once nobody is at it",
-                    )
-                self.check_idle()
-                found = None
-            if found is None:
-                self._begin(run, force, past)
-            self.told = found or run
-            self._files(files, found is None)
-            if not self.place.lenient:
-                with explained(self.base.path, "write in"):
-                    self._presence = Presence(self.base, secrets.token_hex(4))
-        return True
-
     def check_reach(self) -> None:
         """Raises OutputError if the locks of other machines are not seen here."""
-        if self._presence is not None:
-            self._presence.check()
-
-    def _ours(self, *runs: dict[str, Any] | None) -> None:
-        """Files of the work that is there, which has other names with other options."""
-        for run in runs:
-            listed = (run or {}).get("run", run or {}).get("files")
-            self.place.ours.update(name for name in listed or () if isinstance(name, str))
-
-    def _tidy(self, past: journal.JournalState | None) -> None:
-        """The output is there: remove what whoever published it did not come to remove."""
-        self.place.remove_old()
-        if past is not None:
-            journal.Journal(self.place).remove(past)
-        if self._own:
-            self.remove()
-
-    @contextlib.contextmanager
-    def _alone(self, patience: float) -> Iterator[None]:
-        """Hold the lock of the output, which those who begin and those who publish hold for a moment."""
-        lock, until = OutputLock(self.place), time.monotonic() + patience
-        while True:
-            try:
-                lock.acquire()
-                break
-            except LockedError:
-                if time.monotonic() >= until:
-                    raise
-                time.sleep(0.05)
-        try:
-            yield
-        finally:
-            lock.release()
+        if self.presence is not None:
+            self.presence.check()
 
     def enter(self) -> bool:
         """Open the folder, if it is there; the place is open."""
         if self.place.base.made(self.name, stat.S_IFDIR) is None:
             return False
         self.base = self.place.base.enter(self.name)
-        self._own.append(self.base)
+        self.folders.append(self.base)
         return True
 
-    def _told(self) -> dict[str, Any] | None:
+    def content(self) -> dict[str, Any] | None:
         """What the work is for; None if it was not begun."""
         data = SharedFolder(self.base).content(PLAN, MAX_JOURNAL_LINE)
         if data is None:
@@ -183,62 +102,6 @@ class Claims:
         if told is None or not isinstance(told.get("run"), dict) or not isinstance(told.get("parts"), int):
             raise OutputError(f"{printable(str(self.base.path / PLAN))} is not what a run writes", hint="start over with --force")
         return told
-
-    def _published(self, run: dict[str, Any]) -> bool:
-        """The output is there, and is what this work makes."""
-        path = self.place.out / manifest.NAME
-        if not os.path.lexists(path):
-            return False
-        with contextlib.suppress(VerifyError):
-            return bool(manifest.read_head(path).fingerprint == run["run"]["fingerprint"])
-        return False
-
-    def _begin(self, run: dict[str, Any], force: bool, past: journal.JournalState | None) -> None:
-        """Make the folder. Whoever dies on the way leaves one without a plan."""
-        if (past is not None or self.place.has_work()) and not self._own and not force:
-            raise ResumeError(
-                f"{printable(str(self.place.out))} was begun without --parts",
-                hint="run that command again to finish it, or start over with --force",
-            )
-        with explained(self.place.out, "read"):
-            check_free(self.place, force)
-        with explained(self.place.base.path / self.name, "create"):
-            if not self._own:
-                self.disk.mkdir(self.place.base, self.name)
-                self.enter()
-            self.place.keep_parents()
-            for name in sorted(self.base.names(), key=lambda name: name != PLAN):
-                self.base.unlink(name)
-            self.place.begin(fresh=True)
-            self.disk.close(self.base.open(CLAIMS, fresh=True))
-            SharedFolder(self.base).write(PLAN, journal.sealed(run))
-            if past is not None:
-                journal.Journal(self.place).remove(past)
-            self.place.base.sync()
-
-    def _files(self, files: Sequence[tuple[str, int]], fresh: bool) -> None:
-        """Every file at its full size; holes are zeros, so it does not matter who makes them, or how often."""
-        with explained(self.place.base.path / self.place.hidden("partial"), "create"):
-            self.place.begin(fresh=False)
-            work, made = self.place.work, False
-            for name, size in files:
-                there = work.look(name)
-                if there is not None and there.st_size == size:
-                    continue
-                if not fresh and any(self._is_begun(part) for part in range(self.count)):
-                    raise OutputError(
-                        f"{printable(str(work.path(name)))} is {'gone' if there is None else 'not as it was made'}",
-                        hint="the parts that are done are lost with it: start over with --force",
-                    )
-                fd, made = work.open(name), True
-                self.disk.truncate(fd, size)
-                self.disk.close(fd)
-            if made:
-                work.folder.sync()
-                self.place.base.sync()
-
-    def _is_begun(self, part: int) -> bool:
-        return any(self.base.look(f"{part}.{what}") is not None for what in ("json", "journal"))
 
     def claim(self, part: int) -> Claim | None:
         """Take a part that is neither done nor held; None if it is.
@@ -376,11 +239,11 @@ class Claims:
             self.disk.close(fd)
 
     def close(self) -> None:
-        if self._presence is not None:
-            self._presence.close()
-        for folder in self._own:
+        if self.presence is not None:
+            self.presence.close()
+        for folder in self.folders:
             folder.close()
-        self._own.clear()
+        self.folders.clear()
 
     def leave(self) -> None:
         """Close all, and the place with it."""

@@ -146,9 +146,7 @@ def explained(path: Path, doing: str) -> Iterator[None]:
             errno.EROFS: "the file system is read-only; choose another output folder",
         }
         reason = os.strerror(error.errno) if error.errno else str(error)
-        raise OutputError(
-            f"cannot {doing} {printable(str(path))}: {reason}", hint=hints.get(error.errno or 0)
-        ) from error
+        raise OutputError(f"cannot {doing} {printable(str(path))}: {reason}", hint=hints.get(error.errno or 0)) from error
 
 
 def write_all(disk: Disk, fd: int, data: bytes | bytearray | memoryview, offset: int) -> None:
@@ -275,13 +273,8 @@ class Folder:
 
     def sync(self) -> None:
         """Make the names in the folder durable."""
-        try:
+        with self._supported("sync a folder"):
             self.disk.sync(self.fd)
-        except OSError as error:
-            if error.errno not in _UNSUPPORTED:
-                raise
-            if not self.lenient:
-                raise unsupported(self.path, "sync a folder") from error
 
     def lock(self, fd: int) -> None:
         """Lock an open file.
@@ -290,23 +283,23 @@ class Folder:
             BlockingIOError: another process holds it.
             OutputError: the file system has no locks.
         """
-        try:
+        with self._supported("lock a file"):
             self.disk.lock(fd)
-        except OSError as error:
-            if error.errno not in _UNSUPPORTED:
-                raise
-            if not self.lenient:
-                raise unsupported(self.path, "lock a file") from error
 
     def lock_range(self, fd: int, begin: int, end: int) -> None:
         """As `lock`, for bytes [begin, end)."""
-        try:
+        with self._supported("lock a file"):
             self.disk.lock_range(fd, begin, end)
+
+    @contextlib.contextmanager
+    def _supported(self, what: str) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             if error.errno not in _UNSUPPORTED:
                 raise
             if not self.lenient:
-                raise unsupported(self.path, "lock a file") from error
+                raise unsupported(self.path, what) from error
 
     def _problem(self, status: os.stat_result, kind: int, ours: bool) -> str:
         """Why a run cannot have made it; empty if it may have."""

@@ -26,28 +26,19 @@ from streamconv.open_plan import open_and_plan
 from streamconv.options import Resources
 from streamconv.planning import memory_plan
 from streamconv.planning.parts import cut
-from streamconv.planning.plan import OutputFile, PartPlace, Plan
+from streamconv.planning.plan import OutputFile, Plan
 from streamconv.planning.reads import Reads
 from streamconv.progress import Meter
-from streamconv.quants.base import Encoding
 from streamconv.run import manifest
-from streamconv.run.compared import BUFFER, Compared, Difference
+from streamconv.run.compared import BUFFER, Compared
 from streamconv.run.mapped import mapped
-from streamconv.targets import target_from_json
 from streamconv.targets.base import Target
-from streamconv.targets.hf.target import HuggingFace
-from streamconv.targets.trtllm.import_rules import brings_scales
-from streamconv.targets.trtllm.options import TensorRTLLM
 from streamconv.targets.trtllm.stated import options_of
-from streamconv.verification import decoded, measured
+from streamconv.verification import decoded, judgement, measured, options_told
 from streamconv.verification.verdict import TensorError, Verdict
 
 _TORCH = 300 * memory.MIB
 """What decoding loads."""
-_SAMPLE = 128 << 10
-"""Elements of a matrix that are decoded to show its error, where nothing differs."""
-_SLACK = 0.5
-"""dB by which another tool's values may be worse than ours, within the error of the format."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +78,8 @@ def check(
         decoded.check(folder, config, place, resources, verdict, meter)
         return
     headers = [Shard(path).header() for path in paths]
-    choices: Sequence[Target] = [_asked(told, folder)] if told is not None else options_of(config, headers[0].tensors)
-    choices = [_with_ranges(folder, place, options, output.ranges) for options in choices]
+    choices: Sequence[Target] = [options_told.asked(told, folder)] if told is not None else options_of(config, headers[0].tensors)
+    choices = [options_told.with_ranges(folder, place, options, output.ranges) for options in choices]
     files = [Shard(path) for path in paths]
     with contextlib.ExitStack() as stack:
         for file in files:
@@ -109,45 +100,8 @@ def check(
             _compare(plan, index, files, headers, resources, verdict, meter, told is None)
 
 
-def _asked(told: manifest.Manifest, folder: Path) -> Target:
-    """The options that a manifest tells of."""
-    try:
-        return target_from_json(told.target, told.asked)
-    except UsageError as error:
-        raise VerifyError(f"{printable(str(folder / manifest.NAME))} is not a streamconv manifest: {error.message}") from None
-
-
 def _ranks(folder: Path) -> list[Path]:
     return sorted(folder.glob("rank*.safetensors"), key=lambda path: int(path.name[4:-12]))
-
-
-def _with_ranges(folder: Path, source: Path, options: Target, ranges: str | None) -> Target:
-    """The options with a ranges file that is there: the one that is named, or of the same name beside the output."""
-    if not isinstance(options, TensorRTLLM | HuggingFace):
-        return options
-    if ranges is not None:
-        if not options.uses_ranges():
-            raise UsageError("--activation-ranges: this checkpoint was made without any")
-        return dataclasses.replace(options, activation_ranges=ranges)
-    if options.codes is not None and not os.path.isfile(options.codes):
-        near = [folder.absolute().parent / name for name in (Path(options.codes).name, f"{folder.absolute().name}.int4.safetensors")]
-        found = next((place for place in near if os.path.isfile(place)), None)
-        if found is None:
-            told = f"the INT4 codes {printable(options.codes)} are not there, and they cannot be made again from the source alone"
-            raise UsageError(told, hint="put the file beside the output; without --source the output is checked by its hashes")
-        options = dataclasses.replace(options, codes=str(found))
-    if options.activation_ranges is None:
-        brought = isinstance(options, TensorRTLLM) and options.quant == "fp8" and brings_scales(source)
-        if options.needs_ranges() and not brought:
-            raise UsageError("--source: this checkpoint was made with activation ranges", hint="name their file: --activation-ranges FILE")
-        return options
-    known = Path(options.activation_ranges)
-    places = [known, folder.absolute().parent / known.name, folder.absolute().parent / f"{folder.absolute().name}.ranges.safetensors"]
-    found = next((place for place in places if os.path.isfile(place)), None)
-    if found is None:
-        shown = printable(str(known))
-        raise UsageError(f"the activation ranges {shown} are not there", hint="say where they are: --activation-ranges FILE")
-    return dataclasses.replace(options, activation_ranges=str(found))
 
 
 def _planned(
@@ -192,22 +146,6 @@ def _likeness(index: Index, plan: Plan, headers: Sequence[Header], files: Sequen
     return measured.measure(plan, index.shards, files, ReductionResults(()), rows, 1)[laid_out[0]].snr()
 
 
-def _other_config(plan: Plan, config: Mapping[str, Any]) -> list[str]:
-    ours: dict[str, Any] = json.loads(plan.config)
-    odd = [key for key in ours if key in config and config[key] != ours[key]]
-    shown = [f"{key} is {printable(json.dumps(config[key]), 60)}, this source gives {printable(json.dumps(ours[key]), 60)}" for key in odd]
-    return [f"config.json: {line}" for line in shown]
-
-
-def _begins(file: OutputFile, files: Sequence[Shard]) -> bool:
-    """A rank file begins with this header."""
-    shard = next((shard for shard in files if shard.path.name == file.name), None)
-    if shard is None or shard.size < len(file.header):
-        return False
-    with shard.window(0, len(file.header)) as held:
-        return bytes(held) == file.header
-
-
 def placed(plan: Plan, headers: Sequence[Header]) -> tuple[Plan, list[str]]:
     """The plan with the places that the tensors have in these files, and what is there that it does not mean.
 
@@ -233,6 +171,22 @@ def placed(plan: Plan, headers: Sequence[Header]) -> tuple[Plan, list[str]]:
     matrices = plan.matrices.moved(lambda file, tensor: headers[file].tensors[tensor].begin)
     constants = tuple(dataclasses.replace(held, offset=headers[held.file].tensors[held.tensor].begin) for held in plan.constants)
     return dataclasses.replace(plan, matrices=matrices, constants=constants), []
+
+
+def _begins(file: OutputFile, files: Sequence[Shard]) -> bool:
+    """A rank file begins with this header."""
+    shard = next((shard for shard in files if shard.path.name == file.name), None)
+    if shard is None or shard.size < len(file.header):
+        return False
+    with shard.window(0, len(file.header)) as held:
+        return bytes(held) == file.header
+
+
+def _other_config(plan: Plan, config: Mapping[str, Any]) -> list[str]:
+    ours: dict[str, Any] = json.loads(plan.config)
+    odd = [key for key in ours if key in config and config[key] != ours[key]]
+    shown = [f"{key} is {printable(json.dumps(config[key]), 60)}, this source gives {printable(json.dumps(ours[key]), 60)}" for key in odd]
+    return [f"config.json: {line}" for line in shown]
 
 
 def _compare(
@@ -270,7 +224,9 @@ def _compare(
     room = shares.budget - memory.resident() - memory_plan.MARGIN - (0 if "torch" in sys.modules else _TORCH)
     errors: dict[int, measured.Error] = {}
     if room >= measured.smallest(plan):
-        errors = measured.measure(plan, index.shards, files, state.results, _chosen(plan, sink, foreign), min(room, 64 * memory.MIB))
+        errors = measured.measure(
+            plan, index.shards, files, state.results, judgement.rows_to_decode(plan, sink, foreign), min(room, 64 * memory.MIB)
+        )
     else:
         need = -(-(shares.budget - room + measured.smallest(plan)) // memory.MIB)
         if foreign and sink.differences:
@@ -280,84 +236,4 @@ def _compare(
         matrix = plan.matrices[number]
         file, name = plan.files[matrix.file].name, matrix.places[0].tensor
         verdict.errors.append(TensorError(file, name, error.rows, error.largest, error.relative(), error.snr()))
-    _judge(plan, headers, sink, errors, verdict, foreign)
-
-
-def _rows(found: Difference, place: PartPlace) -> list[tuple[int, int]]:
-    """Rows of a tensor with differences in them, ascending."""
-    rows: list[tuple[int, int]] = []
-    for begin, end in sorted(found.places):
-        first, last = place.rows(begin, end)
-        if rows and first <= rows[-1][1]:
-            rows[-1] = (rows[-1][0], max(last, rows[-1][1]))
-        else:
-            rows.append((first, last))
-    return rows
-
-
-def _chosen(plan: Plan, sink: Compared, foreign: bool) -> dict[int, list[tuple[int, int]]]:
-    """Matrix -> rows to decode: the first ones, and what differs (of our own checkpoints the first of it, which shows by how much)."""
-    chosen = {}
-    for number, matrix in enumerate(plan.matrices):
-        sample = max(matrix.encoding.row_align, _SAMPLE // max(matrix.cols, 1))
-        rows = [(0, min(sample, matrix.filled))]
-        for place in matrix.places:
-            found = sink.differences.get((plan.files[matrix.file].name, place.tensor))
-            if found is not None:
-                differ = _rows(found, place)
-                rows += differ if foreign else [(differ[0][0], min(differ[0][0] + sample, matrix.filled))]
-        chosen[number] = _merged(rows)
-    return chosen
-
-
-def _merged(rows: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    made: list[tuple[int, int]] = []
-    for first, last in sorted(rows):
-        if made and first <= made[-1][1]:
-            made[-1] = (made[-1][0], max(last, made[-1][1]))
-        else:
-            made.append((first, last))
-    return made
-
-
-def _judge(
-    plan: Plan, headers: Sequence[Header], sink: Compared, errors: Mapping[int, measured.Error], verdict: Verdict, foreign: bool
-) -> None:
-    held = {file.name: header.tensors for file, header in zip(plan.files, headers, strict=True)}
-    sizes = {key: held[key[0]][key[1]].end - held[key[0]][key[1]].begin for key in sink.differences}
-    left = dict(sink.differences)
-    as_good = 0
-    for number, matrix in enumerate(plan.matrices):
-        for place in matrix.places:
-            key = (plan.files[matrix.file].name, place.tensor)
-            found = left.pop(key, None)
-            if found is None:
-                continue
-            error = errors.get(number)
-            padded = any(last > matrix.filled for _, last in _rows(found, place))
-            if foreign and error is not None and not padded and _as_good(matrix.encoding, error):
-                as_good += 1
-                continue
-            row = place.rows(found.first, found.first + 1)[0]
-            where = f"the first in row {row} of {matrix.rows}" if matrix.rows > 1 else f"the first is byte {found.first}"
-            by = f"; largest error {error.largest:.3g}, SNR {error.snr():.1f} dB" if error is not None else ""
-            verdict.problems.append(_told(key, found, sizes[key], where) + by)
-    for key, found in left.items():
-        verdict.problems.append(_told(key, found, sizes[key], f"the first is byte {found.first}"))
-    if as_good:
-        verdict.warnings.append(f"{as_good} tensors are other bytes than streamconv writes, as close to the source as its format allows")
-    for (file, name), count in sink.odd.items():
-        verdict.warnings.append(f"{file}: {name}: {count} values are not finite")
-
-
-def _as_good(encoding: Encoding, error: measured.Error) -> bool:
-    """Another tool's values: within the error of the format and, where that is large, about as near as ours; or nearer than ours."""
-    if error.wrong:
-        return False
-    if error.within and (not encoding.quantizes or error.snr() >= error.best() - _SLACK):
-        return True
-    return encoding.quantizes and error.snr() >= error.best()
-
-
-def _told(key: tuple[str, str], found: Difference, size: int, where: str) -> str:
-    return f"{key[0]}: {key[1]}: {found.bytes} of {size} bytes are not what this source gives, {where}"
+    judgement.judge(plan, headers, sink, errors, verdict, foreign)

@@ -59,7 +59,7 @@ def test_plan_shows_them_side_by_side(model: Path, tmp_path: Path, capsys: pytes
     capsys.readouterr()
     assert main(["plan", str(model), *outputs(tmp_path)]) == 0
     shown = capsys.readouterr().out
-    assert all(text in shown for text in ("2 outputs from one read", "finished, to be skipped", "layout D", "named by --ignore"))
+    assert all(text in shown for text in ("2 outputs from one read", "finished, to be skipped", "layout of sm90", "named by --ignore"))
 
 
 def test_a_recipe(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ import torch
 from streamconv.checkpoint.dtypes import BF16, F16, F32
 from streamconv.quants.base import Encoding, Findings
 from streamconv.quants.fp8_rowwise import Fp8Rowwise
+from streamconv.quants.layout import FAMILIES
 from streamconv.quants.plain import Plain
 from streamconv.quants.weight_only import WeightOnly
 from tests.golden import cases
@@ -20,7 +21,7 @@ from tests.golden.test_golden import check_output, convert
 from tests.unit.test_kernels import any_bits, weights
 
 FLOATS = (BF16, F16, F32)
-ENCODINGS: list[Encoding] = [WeightOnly(bits, family, model) for bits, family, model in itertools.product((8, 4), "ABCD", FLOATS)]
+ENCODINGS: list[Encoding] = [WeightOnly(bits, family, model) for bits, family, model in itertools.product((8, 4), FAMILIES, FLOATS)]
 ENCODINGS += [Plain(model) for model in FLOATS] + [Plain(F16, add_one=True), Plain(BF16, via_half=True)]
 ENCODINGS += [Fp8Rowwise(), Fp8Rowwise(-0.1, 0.07), Fp8Rowwise(model=BF16), Fp8Rowwise(model=F16)]
 

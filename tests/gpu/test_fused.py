@@ -13,6 +13,7 @@ from streamconv.device.triton_launch import has_kernel, kernel_of, works
 from streamconv.quants.base import Encoding, Findings
 from streamconv.quants.fp8_rowwise import Fp8Rowwise
 from streamconv.quants.fp8_tensor import Fp8Tensor
+from streamconv.quants.layout import FAMILIES
 from streamconv.quants.plain import Plain
 from streamconv.quants.smoothing import Bound
 from streamconv.quants.smoothquant import SmoothWeight
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in
 FLOATS = (BF16, F16, F32)
 DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 PLAIN: list[Encoding] = [Plain(model, add_one=one, via_half=half) for model, one, half in itertools.product(FLOATS, *[(False, True)] * 2)]
-INTEGERS = [WeightOnly(bits, family, model) for bits, family, model in itertools.product((8, 4), "ABCD", FLOATS)]
+INTEGERS = [WeightOnly(bits, family, model) for bits, family, model in itertools.product((8, 4), FAMILIES, FLOATS)]
 FP8 = [Fp8Rowwise(), Fp8Rowwise(-0.1, 0.07), Fp8Rowwise(model=BF16), Fp8Rowwise(model=F16)]
 
 
@@ -124,7 +125,7 @@ def test_every_value(source: DType) -> None:
 @pytest.mark.parametrize("source", FLOATS, ids=str)
 def test_many_random_quotients(source: DType) -> None:
     block = (torch.randn(2048, 4096, generator=torch.Generator().manual_seed(8)) / 32).to(kind(source))
-    for encoding in (WeightOnly(8, "A", F16), WeightOnly(4, "D", BF16), *FP8, Plain(F16), Plain(BF16)):
+    for encoding in (WeightOnly(8, "sm80", F16), WeightOnly(4, "sm90", BF16), *FP8, Plain(F16), Plain(BF16)):
         both(encoding, block, source)
     factors = torch.exp2(torch.rand(4096, dtype=torch.float64) * 4 - 2)
     both(smooth(bound=_as_stored(Bound(factors, 31.7))), block, source)

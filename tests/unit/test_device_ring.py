@@ -223,7 +223,7 @@ def _tile(job_count: int, rows: int, cols: int) -> Any:
     source = SourceTensor("w", BF16, (rows, cols), ())
     span = Span(source, 0, rows, PLAIN_ROWS, (), 64)
     block = torch.randn(rows, cols, generator=torch.Generator().manual_seed(2)).bfloat16()
-    encodings = (Plain(F16), Fp8Rowwise(), WeightOnly(8, "A", F16))[:job_count]
+    encodings = (Plain(F16), Fp8Rowwise(), WeightOnly(8, "sm80", F16))[:job_count]
     return span, block, [device.Job(EncodeTask(((0, cols),), encoding)) for encoding in encodings]
 
 

@@ -16,6 +16,7 @@ import torch
 from streamconv.checkpoint.dtypes import BF16, F16, F32, DType
 from streamconv.quants.base import Encoding, Findings
 from streamconv.quants.fp8_rowwise import Fp8Rowwise
+from streamconv.quants.layout import FAMILIES
 from streamconv.quants.plain import Plain
 from streamconv.quants.weight_only import WeightOnly
 
@@ -104,7 +105,7 @@ def check(encoding: Encoding, block: torch.Tensor, source: DType, **place: int) 
     return found
 
 
-KINDS = [pytest.param(bits, family, id=f"int{bits}{family}") for bits, family in itertools.product((8, 4), "ABCD")]
+KINDS = [pytest.param(bits, family, id=f"int{bits}{family}") for bits, family in itertools.product((8, 4), FAMILIES)]
 
 
 @pytest.mark.parametrize(("source", "model"), PAIRS, ids=str)
@@ -121,9 +122,9 @@ def test_weight_only_in_columns_of_a_wider_block_and_odd_sizes(bits: int, family
     step = encoding.row_align
     for rows, cols, start, stride in ((step, 64, 7, 200), (step * 5, 320, 64, 448), (step * 3, 64, 0, 64)):
         check(encoding, weights(60, cols, BF16)[-rows:], BF16, start=start, stride=stride)
-    if family in "BC":  # one channel to a record: K need not fill a tile
+    if family in ("sm70", "sm90-0.16"):  # one channel to a record: K need not fill a tile
         check(encoding, weights(19, 40, F32), F32)
-    if family == "D":
+    if family == "sm90":
         check(encoding, weights(19, 96, F32), F32)
 
 
@@ -144,7 +145,7 @@ def test_weight_only_of_values_that_should_have_stopped_the_run(bits: int, famil
 def test_a_finite_value_lost_in_the_cast_is_counted_as_both() -> None:
     block = torch.full((2, 64), 0.25)
     block[0, 5], block[0, 6], block[1, 7] = 65519.0, 65520.0, -1e30
-    assert check(WeightOnly(8, "A", F16), block, F32) == Findings(nonfinite=2, overflow=2)
+    assert check(WeightOnly(8, "sm80", F16), block, F32) == Findings(nonfinite=2, overflow=2)
     assert check(Plain(F16), block, F32) == Findings(nonfinite=0, overflow=2)
 
 
@@ -182,10 +183,10 @@ def test_weight_only_rounds_half_away_from_zero_right_at_the_half() -> None:
         for _ in range(3):
             sides.append(torch.nextafter(sides[-1] if _ else halves, torch.tensor(towards)))
     row = torch.cat([*sides, torch.tensor([-128.0]), torch.zeros(6)])
-    check(WeightOnly(8, "A", F32), torch.stack([row, -row]), F32)
+    check(WeightOnly(8, "sm80", F32), torch.stack([row, -row]), F32)
     for made in (row, -row):
         step = float(made.abs().max()) / 128
-        codes = WeightOnly(8, "C", F32).encode(made[None], Findings())[0].view(torch.int8)
+        codes = WeightOnly(8, "sm90-0.16", F32).encode(made[None], Findings())[0].view(torch.int8)
         exact = made.double() / step
         wanted = (exact.abs() + 0.5).floor() * exact.sign()
         assert torch.equal(codes.double(), wanted.clamp(-128, 127))

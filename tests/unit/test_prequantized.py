@@ -132,17 +132,17 @@ def processed(q: np.ndarray[Any, Any], bits: int, family: str) -> bytes:
     k_count, n_count = q.shape
     slots = (0, 2, 1, 3) if bits == 8 else (0, 2, 4, 6, 1, 3, 5, 7)
     block = len(PERMUTE[bits])
-    inter, tile = (2 if bits == 8 else 4, 64) if family == "A" else (1, k_count)
+    inter, tile = (2 if bits == 8 else 4, 64) if family == "sm80" else (1, k_count)
     m = np.arange(k_count * n_count)
-    if family != "C":
+    if family != "sm90-0.16":
         m = len(slots) * (m // len(slots)) + np.array(slots)[m % len(slots)]
     g, u = np.divmod(m, k_count * inter)
     t, v = np.divmod(u, tile * inter)
     j, r = np.divmod(v, tile)
     k = tile * t + r
-    if family != "C":
+    if family != "sm90-0.16":
         k = block * (k // block) + np.array(PERMUTE[bits])[k % block]
-    values = (q[k, inter * g + j] + (0 if family == "C" else 1 << (bits - 1))) % (1 << bits)
+    values = (q[k, inter * g + j] + (0 if family == "sm90-0.16" else 1 << (bits - 1))) % (1 << bits)
     if bits == 4:
         values = values[0::2] | values[1::2] << 4
     return bytes(values.astype(np.uint8))
@@ -183,14 +183,14 @@ def raw(tensor: torch.Tensor) -> bytes:
 
 
 CASES = [
-    ("v1", 4, 64, 1, "float16", 80, "A"),
-    ("v1", 4, 128, 2, "bfloat16", 90, "D"),
-    ("v2", 4, 64, 2, "bfloat16", 80, "A"),
-    ("v2", 8, 128, 1, "float16", 80, "A"),
-    ("v1", 8, 64, 2, "bfloat16", 80, "A"),
-    ("v1", 8, 128, 2, "float16", 90, "D"),
-    ("awq", 4, 64, 2, "float16", 80, "A"),
-    ("awq", 4, 128, 1, "bfloat16", 90, "D"),
+    ("v1", 4, 64, 1, "float16", 80, "sm80"),
+    ("v1", 4, 128, 2, "bfloat16", 90, "sm90"),
+    ("v2", 4, 64, 2, "bfloat16", 80, "sm80"),
+    ("v2", 8, 128, 1, "float16", 80, "sm80"),
+    ("v1", 8, 64, 2, "bfloat16", 80, "sm80"),
+    ("v1", 8, 128, 2, "float16", 90, "sm90"),
+    ("awq", 4, 64, 2, "float16", 80, "sm80"),
+    ("awq", 4, 128, 1, "bfloat16", 90, "sm90"),
 ]
 
 
@@ -224,7 +224,7 @@ def test_c_layout_of_0_16_on_hopper(tmp_path: Path) -> None:
     options = TensorRTLLM(quant="int4_gptq", group_size=64, target_sm=90, target_version="0.16")
     convert(source(tmp_path / "in", "v1", 4, 64, made), tmp_path / "out", options)
     got = load_file(tmp_path / "out/rank0.safetensors")
-    for name, (weight, _, _) in expected(made, 4, 1, torch.float16, "C")[0].items():
+    for name, (weight, _, _) in expected(made, 4, 1, torch.float16, "sm90-0.16")[0].items():
         assert raw(got[f"transformer.layers.0.{name}.weight"]) == weight
 
 
@@ -485,7 +485,7 @@ def test_hostile_statements(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("family", ["A", "C", "D"])
+@pytest.mark.parametrize("family", ["sm80", "sm90-0.16", "sm90"])
 def test_kernel_is_its_definition(bits: int, family: str) -> None:
     half = 1 << (bits - 1)
     rows, cols, wide = 8, 192, 320

@@ -44,8 +44,7 @@ def refusals(model: ModelConfig, family: Family, options: TensorRTLLM, kv: int, 
     refuse(p > layers, f"--pp-size {p} is larger than num_hidden_layers {layers}")
     refuse(
         options.target_version == "0.16" and p <= layers and layers % p != 0,
-        f"--pp-size {p} does not divide num_hidden_layers {layers}: 0.16 would lose the last layers"
-        " (--target-version 1.2 allows it)",
+        f"--pp-size {p} does not divide num_hidden_layers {layers}: 0.16 would lose the last layers (--target-version 1.2 allows it)",
     )
     problems += _versions(model, family, options) + _context_parallel(model, family, options)
     if options.use_embedding_sharing and options.target_version == "0.16":
@@ -122,9 +121,7 @@ def _calibrated(model: ModelConfig, family: Family, options: TensorRTLLM, kv: in
     if model.num_experts:
         problems.append("--quant smoothquant: mixture-of-experts weights are not SmoothQuantized; use --quant int8 or int4")
     if kv < options.tp_size:
-        problems.append(
-            f"--quant smoothquant: --tp-size {options.tp_size} is more than num_key_value_heads {kv}, heads would be cut"
-        )
+        problems.append(f"--quant smoothquant: --tp-size {options.tp_size} is more than num_key_value_heads {kv}, heads would be cut")
     if model.num_attention_heads * model.head_size != model.hidden_size:
         size = model.num_attention_heads * model.head_size
         problems.append(f"--quant smoothquant: num_attention_heads * head_dim {size} is not hidden_size {model.hidden_size}")

@@ -63,21 +63,5 @@ def add_given_scales(builder: Draft, fp8: Mapping[str, tuple[float, float]]) -> 
     return list(dict.fromkeys(problems))
 
 
-def fp8_kv_factor(ranges: Ranges, outputs: Mapping[str, int]) -> bytes:
-    """float32 max(y_k, y_v) / 448, at least 1: what ModelOpt writes.
-
-    Args:
-        outputs: weight name of k and v -> its rows.
-    """
-    wanted = {_module(name) + ".y": rows for name, rows in outputs.items()}
-    ranges.check(wanted)
-    return struct.pack("<f", max(1.0, ranges.largest(list(wanted)) / _LARGEST))
-
-
-def reciprocal(factor: bytes) -> bytes:
-    """float32 1 / factor: 1.x keeps it beside the factor of an FP8 KV cache."""
-    return struct.pack("<f", 1 / struct.unpack("<f", factor)[0])
-
-
 def _module(weight: str) -> str:
     return weight.removesuffix(".weight")

@@ -6,12 +6,11 @@ Checkpoint spec §3 (dense), §4 (experts), §5.5 (Meta rows), §6 (families). M
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from streamconv.checkpoint.activation_ranges import Ranges
-from streamconv.checkpoint.dtypes import F32, DType
+from streamconv.checkpoint.dtypes import DType
 from streamconv.checkpoint.model_config import ModelConfig
 from streamconv.checkpoint.rows import SourceTensor
 from streamconv.families.base import Family
@@ -20,13 +19,14 @@ from streamconv.planning.draft import Draft
 from streamconv.planning.plan import PLAIN_ROWS, RowOp
 from streamconv.quants.base import Encoding
 from streamconv.quants.plain import Plain
-from streamconv.targets.trtllm import fp8_scales
+from streamconv.targets.trtllm.cache_factors import Constant, cache_constants
+from streamconv.targets.trtllm.expert_layer import describe_experts
 from streamconv.targets.trtllm.lookup import Roles
 from streamconv.targets.trtllm.options import TensorRTLLM
 from streamconv.targets.trtllm.parallel import Mapping as Grid
 from streamconv.targets.trtllm.parallel import Rank, even, kv_heads, padded, stage_layers
 from streamconv.targets.trtllm.recipes import Module, Quant
-from streamconv.targets.trtllm.smooth_layer import SmoothLayer, int8_kv_factor
+from streamconv.targets.trtllm.smooth_layer import SmoothLayer
 
 _Rows = tuple[int, int]
 
@@ -80,17 +80,14 @@ class Decoder:
         vocab, hidden, tp = self.model.vocab_size, self.model.hidden_size, self.mapping.tp_size
         source = self.roles.need("embedding", (vocab, hidden))
         parallel = self.options.use_parallel_embedding and tp > 1
-        for rank in ranks:
-            if parallel and self.options.embedding_sharding_dim == 0:
-                rows, cols, (start, stop) = -(-vocab // tp), (0, hidden), padded(vocab, tp, rank.tp)
-            elif parallel:
-                rows, cols, (start, stop) = vocab, even(hidden, tp, rank.tp), (0, vocab)
-            else:
-                rows, cols, (start, stop) = vocab, (0, hidden), (0, vocab)
-            matrix = self.builder.matrix(
-                rank.file, "transformer.vocab_embedding", rows, cols[1] - cols[0], self._plain()
-            )
-            self.builder.feed(matrix, source, start, stop, cols=[cols])
+        name, rows, cols = "transformer.vocab_embedding", vocab, hidden
+        place: Callable[[Rank], _Rows] = lambda _: (0, vocab)  # noqa: E731
+        columns: Callable[[Rank], _Rows] = lambda _: (0, hidden)  # noqa: E731
+        if parallel and self.options.embedding_sharding_dim == 0:
+            rows, place = -(-vocab // tp), lambda rank: padded(vocab, tp, rank.tp)
+        elif parallel:
+            cols, columns = hidden // tp, lambda rank: even(hidden, tp, rank.tp)
+        self.each(ranks, name, (rows, cols), self._plain(), source, place, columns)
 
     def _lm_head(self, ranks: list[Rank]) -> None:
         if self.shared:
@@ -101,15 +98,12 @@ class Decoder:
         if self.tied:
             self.roles.skip("lm_head")
         source = self.roles.need(role, (vocab, hidden))
-        for rank in ranks:
-            matrix = self.builder.matrix(rank.file, "lm_head", -(-vocab // tp), hidden, self._plain())
-            self.builder.feed(matrix, source, *padded(vocab, tp, rank.tp))
+        self.each(ranks, "lm_head", (-(-vocab // tp), hidden), self._plain(), source, lambda rank: padded(vocab, tp, rank.tp))
 
     def _norm(self, ranks: list[Rank], name: str, role: str, layer: int, size: int) -> None:
         source = self.roles.need(role, (size,), layer)
         encoding = self._plain(vector=True, add_one=self.family.norm_add_one)
-        for rank in ranks:
-            self.builder.feed(self.builder.matrix(rank.file, name, size, 1, encoding), source, 0, size)
+        self.each(ranks, name, (size, 1), encoding, source, lambda _: (0, size))
 
     # ---- one layer
 
@@ -130,7 +124,7 @@ class Decoder:
             if role in self.family.tensors:
                 self._norm(ranks, f"{prefix}{name}_layernorm", role, layer, hidden)
         if self.model.num_experts:
-            self._experts(ranks, layer, prefix)
+            describe_experts(self, ranks, layer, prefix)
         elif self.family.fused_mlp:
             self._fused_mlp(ranks, layer, prefix)
         else:
@@ -148,43 +142,25 @@ class Decoder:
         self._full_bias(ranks, layer, prefix + "attention.dense", "o_bias", self._has_dense_bias())
         self._add_constants(ranks, layer, prefix)
 
+    def each(
+        self, ranks: list[Rank], name: str, shape: tuple[int, int], encoding: Encoding, source: SourceTensor | None,
+        rows: Callable[[Rank], _Rows], cols: Callable[[Rank], _Rows] | None = None, note: str = "",
+    ) -> None:  # fmt: skip
+        """A matrix on each rank, made of one block of a source."""
+        for rank in ranks:
+            matrix = self.builder.matrix(rank.file, name, *shape, encoding, note=note)
+            self.builder.feed(matrix, source, *rows(rank), cols=None if cols is None else [cols(rank)])
+
     def _plain(self, *, vector: bool = False, add_one: bool = False, suffix: str = "weight") -> Plain:
         return Plain(self.dtype, add_one, vector, suffix, via_half=self.options.quant == "smoothquant")
 
     def _add_constants(self, ranks: list[Rank], layer: int, prefix: str) -> None:
-        constants = self._constants(layer, prefix)
+        extra: Callable[[int, int, TensorRTLLM], list[Constant]] | None = getattr(self.quant, "constants", None)
+        constants = extra(layer, self.model.num_hidden_layers, self.options) if extra else []
+        constants += cache_constants(self, layer)
         for rank in ranks:
-            for constant in constants:
-                self.builder.constant(rank.file, *constant)
-
-    def _constants(self, layer: int, prefix: str) -> list[tuple[str, DType, tuple[int, ...], bytes]]:
-        extra: Callable[[int, int, TensorRTLLM], list[tuple[str, DType, tuple[int, ...], bytes]]] | None
-        extra = getattr(self.quant, "constants", None)
-        found = extra(layer, self.model.num_hidden_layers, self.options) if extra else []
-        if self.options.kv_cache == "fp8" or (self.options.kv_cache and layer in self.cache_factors):
-            factor = self.cache_factors[layer] if layer in self.cache_factors else self._fp8_kv(layer)
-            found.append(("attention.kv_cache_scaling_factor", F32, (1,), factor))
-            if self.options.kv_cache == "fp8" and self.options.target_version != "0.16":
-                found.append(("attention.kv_cache_rcp_scaling_factor", F32, (1,), fp8_scales.reciprocal(factor)))
-        if self.options.kv_cache == "int8" and self.ranges is not None:
-            size, heads, kv = self.model.head_size, self.model.num_attention_heads, self.model.num_key_value_heads
-            rows = {"q": heads * size, "k": kv * size, "v": kv * size}
-            fused = [role for role in ("qkv", "qkv_grouped") if role in self.family.tensors]
-            rows = {fused[0]: (heads + 2 * kv) * size} if fused else rows
-            names = {self.roles.found.get((role, layer, -1)): count for role, count in rows.items()}
-            outputs = {name: count for name, count in names.items() if name is not None}
-            if len(outputs) == len(rows):  # else the roles report it
-                found.append(("attention.kv_cache_scaling_factor", F32, (1,), int8_kv_factor(self.ranges, outputs)))
-        return [(prefix + name, dtype, shape, data) for name, dtype, shape, data in found]
-
-    def _fp8_kv(self, layer: int) -> bytes:
-        if layer in self.kv_scales:
-            return struct.pack("<f", self.kv_scales[layer])
-        names = [self.roles.found.get((role, layer, -1)) for role in ("k", "v")]
-        if self.ranges is None or None in names:
-            return b"\x00\x00\x80\x3f"  # 1.0: without calibration the factor is one (quantization spec §7)
-        rows = self.model.num_key_value_heads * self.model.head_size
-        return fp8_scales.fp8_kv_factor(self.ranges, {name: rows for name in names if name is not None})
+            for name, dtype, shape, data in constants:
+                self.builder.constant(rank.file, prefix + name, dtype, shape, data)
 
     def _has_qkv_bias(self) -> bool:
         return self.family.qkv_bias == "always" or (self.family.qkv_bias == "config" and self.model.attention_bias)
@@ -196,11 +172,9 @@ class Decoder:
         size, heads, tp = self.model.head_size, self.model.num_attention_heads, self.mapping.tp_size
         each = heads // tp + 2 * max(self.kv // tp, 1)
         full = (heads + 2 * max(self.kv, tp)) * size
-        encoding, note = self._encoding("attention.qkv", layer, each * size, self.model.hidden_size, full, None)
+        encoding, note = self.encoding("attention.qkv", layer, each * size, self.model.hidden_size, full, None)
         name = prefix + "attention.qkv"
-        made = [
-            self.builder.matrix(rank.file, name, each * size, self.model.hidden_size, encoding, note=note) for rank in ranks
-        ]
+        made = [self.builder.matrix(rank.file, name, each * size, self.model.hidden_size, encoding, note=note) for rank in ranks]
         self._feed_qkv(ranks, made, layer, self.model.hidden_size, "")
         if self._has_qkv_bias():
             vector = self._plain(vector=True, suffix="bias")
@@ -253,18 +227,15 @@ class Decoder:
     def _row_parallel(self, ranks: list[Rank], layer: int, prefix: str, name: str, role: str, width: int) -> None:
         hidden, tp = self.model.hidden_size, self.mapping.tp_size
         source = self.roles.need(role, (hidden, width), layer)
-        encoding, note = self._encoding(name, layer, hidden, width // tp, hidden, width)
-        for rank in ranks:
-            matrix = self.builder.matrix(rank.file, prefix + name, hidden, width // tp, encoding, note=note)
-            self.builder.feed(matrix, source, 0, hidden, cols=[even(width, tp, rank.tp)])
+        encoding, note = self.encoding(name, layer, hidden, width // tp, hidden, width)
+        shape = hidden, width // tp
+        self.each(ranks, prefix + name, shape, encoding, source, lambda _: (0, hidden), lambda rank: even(width, tp, rank.tp), note)
 
     def _column_parallel(self, ranks: list[Rank], layer: int, prefix: str, name: str, role: str) -> None:
         width, hidden, tp = self.model.intermediate_size, self.model.hidden_size, self.mapping.tp_size
         source = self.roles.need(role, (width, hidden), layer)
-        encoding, note = self._encoding(name, layer, width // tp, hidden, width, None)
-        for rank in ranks:
-            matrix = self.builder.matrix(rank.file, prefix + name, width // tp, hidden, encoding, note=note)
-            self.builder.feed(matrix, source, *even(width, tp, rank.tp))
+        encoding, note = self.encoding(name, layer, width // tp, hidden, width, None)
+        self.each(ranks, prefix + name, (width // tp, hidden), encoding, source, lambda rank: even(width, tp, rank.tp), note=note)
 
     def _full_bias(self, ranks: list[Rank], layer: int, name: str, role: str, wanted: bool) -> None:
         """A row-parallel bias is added once after the all-reduce: every rank keeps all of it (§3.7)."""
@@ -289,16 +260,14 @@ class Decoder:
             for name, role in (("mlp.fc", "gate_bias"), ("mlp.gate", "up_bias")):
                 source = self.roles.need(role, (width,), layer)
                 vector = self._plain(vector=True, suffix="bias")
-                for rank in ranks:
-                    matrix = self.builder.matrix(rank.file, prefix + name, width // tp, 1, vector)
-                    self.builder.feed(matrix, source, *even(width, tp, rank.tp))
+                self.each(ranks, prefix + name, (width // tp, 1), vector, source, lambda rank: even(width, tp, rank.tp))
             self._full_bias(ranks, layer, prefix + "mlp.proj", "down_bias", True)
 
     def _fused_mlp(self, ranks: list[Rank], layer: int, prefix: str) -> None:
         """Phi-3: gate over up becomes, on each rank, its up rows over its gate rows (§6.4)."""
         width, hidden, tp = self.model.intermediate_size, self.model.hidden_size, self.mapping.tp_size
         source = self.roles.need("gate_up", (2 * width, hidden), layer)
-        encoding, note = self._encoding("mlp.fc", layer, 2 * width // tp, hidden, 2 * width, None)
+        encoding, note = self.encoding("mlp.fc", layer, 2 * width // tp, hidden, 2 * width, None)
         for rank in ranks:
             matrix = self.builder.matrix(rank.file, prefix + "mlp.fc", 2 * width // tp, hidden, encoding, note=note)
             start, stop = even(width, tp, rank.tp)
@@ -306,50 +275,9 @@ class Decoder:
             self.builder.feed(matrix, source, start, stop)
         self._row_parallel(ranks, layer, prefix, "mlp.proj", "down", width)
 
-    def _experts(self, ranks: list[Rank], layer: int, prefix: str) -> None:
-        """Experts of a rank, ascending; in each, this rank's up rows over its gate rows (§4)."""
-        model, hidden = self.model, self.model.hidden_size
-        total, width = model.num_experts, model.moe_intermediate_size or model.intermediate_size
-        local, cut = total // self.mapping.moe_ep_size, width // self.mapping.moe_tp_size
-        router = self.roles.need("router", (total, hidden), layer)
-        tp = self.mapping.moe_tp_size
-        fc_enc, fc_note = self._encoding("mlp.fc", layer, 2 * cut, hidden, 2 * width, None, local, tp)
-        proj_enc, proj_note = self._encoding("mlp.proj", layer, hidden, cut, hidden, width, local, tp)
-        fcs, projs = [], []
-        for rank in ranks:
-            matrix = self.builder.matrix(rank.file, prefix + "mlp.router", total, hidden, Plain(F32))
-            self.builder.feed(matrix, router, 0, total)
-            name = prefix + "mlp."
-            fcs.append(self.builder.matrix(rank.file, name + "fc", 2 * cut, hidden, fc_enc, experts=local, note=fc_note))
-            projs.append(
-                self.builder.matrix(rank.file, name + "proj", hidden, cut, proj_enc, experts=local, note=proj_note)
-            )
-        stacked = self.roles.has("experts_gate_up", layer)
-        if stacked:
-            gate_up = self.roles.need("experts_gate_up", (total, 2 * width, hidden), layer)
-            down_all = self.roles.need("experts_down", (total, hidden, width), layer)
-        for expert in range(total):
-            if stacked:
-                base = expert * 2 * width
-                up_gate = ((gate_up, base + width), (gate_up, base))
-                down, down_base = down_all, expert * hidden
-            else:
-                up_gate = (
-                    (self.roles.need("expert_up", (width, hidden), layer, expert), 0),
-                    (self.roles.need("expert_gate", (width, hidden), layer, expert), 0),
-                )
-                down, down_base = self.roles.need("expert_down", (hidden, width), layer, expert), 0
-            here = [(r, f, p) for r, f, p in zip(ranks, fcs, projs, strict=True) if expert // local == r.moe_ep]
-            for source, row in up_gate:
-                for rank, fc, _ in here:
-                    start, stop = even(width, tp, rank.moe_tp)
-                    self.builder.feed(fc, source, row + start, row + stop)
-            for rank, _, proj in here:
-                self.builder.feed(proj, down, down_base, down_base + hidden, cols=[even(width, tp, rank.moe_tp)])
-
     # ---- how a matrix is stored
 
-    def _encoding(
+    def encoding(
         self,
         name: str,
         layer: int,

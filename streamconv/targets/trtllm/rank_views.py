@@ -64,9 +64,7 @@ class Imagined(Roles):
         return self.asked.setdefault(name, SourceTensor(name, self.dtype, shape, (Piece(0, 0, rows, cols),)))
 
 
-def views_of(
-    roles: Imagined, matrices: MatrixTable, spans: SpanTable, headers: Sequence[Header]
-) -> dict[str, SourceTensor]:
+def views_of(roles: Imagined, matrices: MatrixTable, spans: SpanTable, headers: Sequence[Header]) -> dict[str, SourceTensor]:
     """The tensors that a layout asked for, at their places in the rank files.
 
     A weight that is stored as codes is a tensor of codes, and one of scales [N, 1], or [N, ranks] where each rank has measured its own

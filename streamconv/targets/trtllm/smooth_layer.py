@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import struct
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -35,17 +34,6 @@ def module_of(tensor: SourceTensor) -> str:
 def _columns(tensor: SourceTensor) -> str:
     """Key of its column maxima."""
     return f"columns of {tensor.name}"
-
-
-def int8_kv_factor(ranges: Ranges, outputs: Mapping[str, int]) -> bytes:
-    """float32 max(y_q, y_k, y_v) / 127: before rotary embedding, the queries' too (quantization spec §7).
-
-    Args:
-        outputs: weight name of q, k and v, or of what holds all three -> its rows.
-    """
-    wanted = {name.removesuffix(".weight") + ".y": rows for name, rows in outputs.items()}
-    ranges.check(wanted)
-    return struct.pack("<f", ranges.largest(list(wanted)) / 127)
 
 
 @dataclass(slots=True)

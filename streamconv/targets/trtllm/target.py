@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping as MappingType
-from collections.abc import Sequence
-from typing import Any
 
 from streamconv.checkpoint.activation_ranges import HINT, Ranges
 from streamconv.checkpoint.codes_file import codes_of
@@ -14,9 +11,8 @@ from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.limits import MAX_TENSORS
 from streamconv.checkpoint.meta import output_rows
 from streamconv.checkpoint.model_config import ModelConfig, from_hf, from_meta
-from streamconv.checkpoint.quantized import SourceQuantization, left_over, source_quantization
+from streamconv.checkpoint.quantized import left_over, source_quantization
 from streamconv.checkpoint.rows import PackedTensor, SourceFile
-from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.source_files import source_files
 from streamconv.checkpoint.source_tensors import Changed, SourceTensors
 from streamconv.errors import CheckpointError, RefusedError, UsageError, printable
@@ -25,10 +21,10 @@ from streamconv.families.meta import META
 from streamconv.natural import natural
 from streamconv.planning.draft import Draft
 from streamconv.planning.plan import Plan, SideFile
-from streamconv.targets.trtllm import expected, fp8_scales, import_rules, import_scales, rope
+from streamconv.targets.trtllm import expected, fp8_scales, import_rules, import_scales, imported_scales, remarks, rope
 from streamconv.targets.trtllm.checks import embedding_is_shared, refusals
 from streamconv.targets.trtllm.config_json import build_config, dump
-from streamconv.targets.trtllm.config_sections import late_keys, resolve_dtype, resolve_moe
+from streamconv.targets.trtllm.config_sections import resolve_dtype, resolve_moe
 from streamconv.targets.trtllm.import_ranks import LaidOutQuant, add_channel_scales, add_group_scales, take_codes
 from streamconv.targets.trtllm.inherited import inherited, origin_of
 from streamconv.targets.trtllm.lookup import Roles
@@ -39,9 +35,6 @@ from streamconv.targets.trtllm.recipes import quant_of
 from streamconv.targets.trtllm.recipes.awq import Awq
 from streamconv.targets.trtllm.recipes.gptq import Gptq
 from streamconv.targets.trtllm.recipes.weight_only import WeightOnlyQuant
-
-_PLACES = 16
-"""Places of two tensors that are compared."""
 
 _CODES = ("F8_E4M3", "F8_E5M2")
 """Floats whose numbers mean nothing without scales; integers are no weight type at all."""
@@ -59,9 +52,7 @@ def model_of(index: Index) -> tuple[ModelConfig, Family]:
         model = from_hf(index.config)
         family = family_of(model.architecture)
     if model.num_hidden_layers > len(index.tensors):  # looking for every tensor of a million layers takes minutes
-        raise CheckpointError(
-            f"the config says {model.num_hidden_layers} layers, but the source holds only {len(index.tensors)} tensors"
-        )
+        raise CheckpointError(f"the config says {model.num_hidden_layers} layers, but the source holds only {len(index.tensors)} tensors")
     stacked = max((shape[0] for _, shape in index.tensors.kinds() if len(shape) == 3), default=0)
     experts = model.num_experts * model.num_hidden_layers
     if experts > MAX_TENSORS or (experts > len(index.tensors) and model.num_experts > stacked):
@@ -83,8 +74,7 @@ def check_options(options: TensorRTLLM) -> None:
     if info.sm_dependent and options.encoding == "processed" and options.target_sm is None:
         raw = "; or --encoding raw" if "--encoding" in info.flags else ""
         raise UsageError(
-            f"--quant {options.quant} writes bytes laid out for one GPU generation: --target-sm is required"
-            " (no GPU is here to ask)",
+            f"--quant {options.quant} writes bytes laid out for one GPU generation: --target-sm is required (no GPU is here to ask)",
             hint=f"for example --target-sm 80 (A100), 86 (RTX 30), 89 (L4, RTX 40), 90 (H100){raw}",
         )
 
@@ -170,7 +160,7 @@ def make_plan(index: Index, options: TensorRTLLM) -> Plan:
     if problems:
         raise RefusedError(problems)
     has_head = roles.has("lm_head")
-    missing = not has_head or (options.use_embedding_sharing and _same_bytes(index, roles))
+    missing = not has_head or (options.use_embedding_sharing and remarks.same_bytes(index, roles))
     shared = embedding_is_shared(model, options, lm_head_missing=missing, qwen=family.config_class == "qwen")
     shared = shared or (family.config_class == "gemma" and options.target_version == "0.16")
     tied = model.tie_word_embeddings and (not has_head or options.target_version != "0.16")
@@ -185,14 +175,14 @@ def make_plan(index: Index, options: TensorRTLLM) -> Plan:
     roles.leave(set(spare))
     if not roles.problems and not decoder.refused:
         if not kept:
-            decoder.refused += import_scales.add_scales(builder, stored, dtype, index.shards)
+            decoder.refused += imported_scales.add_scales(builder, stored, dtype, index.shards)
         elif options.quant in import_rules.GROUPED:
             add_group_scales(builder, stored)
         else:
             decoder.refused += add_channel_scales(builder, stored, model.num_experts // moe[1])
         decoder.refused += fp8_scales.add_given_scales(builder, stored.fp8)
         if options.quant == "int4_awq" and not stored.scales:
-            import_scales.add_unit_prescales(builder, roles.tensors, dtype)
+            imported_scales.add_unit_prescales(builder, roles.tensors, dtype)
     if options.quant == "fp8" and not given and ranges is not None and not roles.problems:
         fp8_scales.add_scales(builder, ranges, roles.tensors)
     if options.rope_tables and family.rope_tables and options.kv_cache != "int8" and options.quant != "smoothquant":
@@ -229,16 +219,16 @@ def make_plan(index: Index, options: TensorRTLLM) -> Plan:
         constants=tuple(constants),
         sources=source_files(index) + _ranges_file(ranges) + (() if codes is None else (codes.identity(),)),
         warnings=tuple(
-            _warnings(model, options, family, roles.found)
-            + (_tied_warning(index, roles) if tied and has_head else [])
+            remarks.about_model(model, options, family, roles.found)
+            + (remarks.about_lm_head(index, roles) if tied and has_head else [])
             + list(filter(None, [left_over(index)]))
-            + _kv_warning(stated, options)
+            + remarks.about_kv_cache(stated, options)
             + list(index.notes)
-            + _index_warnings(index, spare)
+            + remarks.about_index(index, spare)
         ),
         decisions=decoder.decisions,
         losses=None if codes is None else codes.losses(),
-        notes=_notes(config),
+        notes=remarks.late_notes(config),
         source_config=index.config if model.source == "hf" else None,
     )
 
@@ -276,47 +266,6 @@ def _kv_heads(model: ModelConfig, options: TensorRTLLM) -> int:
     return kv // 2
 
 
-def _same_bytes(index: Index, roles: Roles) -> bool:
-    """Whether lm_head is a bit-identical copy of the embedding (only asked with --use-embedding-sharing, §3.6)."""
-    names = [roles.found.get((role, -1, -1)) for role in ("embedding", "lm_head")]
-    if index.assembled is not None or index.views or any(name not in index.tensors for name in names):
-        return False  # Meta's path never shares (§5.7)
-    first, second = (index.tensors[name] for name in names if name is not None)
-    if (first.dtype, first.shape) != (second.dtype, second.shape):
-        return False
-    step = 4 << 20
-    for at in range(0, first.nbytes, step):
-        size = min(step, first.nbytes - at)
-        with index.shards[first.shard].window(first.begin + at, first.begin + at + size) as a:
-            left = bytes(a)
-        with index.shards[second.shard].window(second.begin + at, second.begin + at + size) as b:
-            if left != bytes(b):
-                return False
-    return True
-
-
-def _kv_warning(stated: SourceQuantization | None, options: TensorRTLLM) -> list[str]:
-    """A quantized KV cache of the source that is not taken over."""
-    if stated is None or stated.kv_algo in (None, "FP8" if options.kv_cache == "fp8" else None):
-        return []
-    return [f"{stated.stated_in}: the source's KV cache in {stated.kv_algo} is not taken over"]
-
-
-def _index_warnings(index: Index, spare: Sequence[str]) -> list[str]:
-    """Where the index file and the files disagree without harm.
-
-    Args:
-        spare: tensors that the index file does not list and nothing needs.
-    """
-    told = (
-        (index.absent, "is listed in the index file, in no file, and needed by nothing"),
-        (spare, "is not listed in the index file and not needed: left out"),
-    )
-    return [
-        f"{printable(names[0])}{f' (and {len(names) - 1} more)' if len(names) > 1 else ''} {why}" for names, why in told if names
-    ]
-
-
 def _without_scales(index: Index, stored: import_scales.Stored, roles: Roles) -> list[str]:
     """Weights whose stored numbers are not their values, where nothing says what they are times."""
     if not any(dtype.name in _CODES for dtype, _ in index.tensors.kinds()):
@@ -329,67 +278,3 @@ def _without_scales(index: Index, stored: import_scales.Stored, roles: Roles) ->
     more = f" (and {len(odd) - 1} more)" if len(odd) > 1 else ""
     told = f"{stored.tensors[odd[0]].dtype} weights need scales, and this checkpoint has none for them"
     return [f"{printable(odd[0])}{more}: {told}; convert the unquantized model, or a checkpoint that is complete"]
-
-
-def _tied_warning(index: Index, roles: Roles) -> list[str]:
-    """A source that ties lm_head to the embedding and has another one all the same; the embedding is what 1.2 stores (§3.6).
-
-    Places spread over both are compared, not all of them; nothing is fetched from the Hub for it.
-    """
-    names = [roles.found.get((role, -1, -1)) for role in ("embedding", "lm_head")]
-    if index.assembled is not None or index.views or any(name not in index.tensors for name in names):
-        return []
-    first, second = (index.tensors[name] for name in names if name is not None)
-    shards = [index.shards[record.shard] for record in (first, second)]
-    if any(type(shard) is not Shard for shard in shards):
-        return []
-    same = (first.dtype, first.shape) == (second.dtype, second.shape)
-    size = min(4096, first.nbytes)
-    for number in range(_PLACES if same else 0):
-        at = (first.nbytes - size) * number // (_PLACES - 1)
-        with shards[0].window(first.begin + at, first.begin + at + size) as a:
-            left = bytes(a)
-        with shards[1].window(second.begin + at, second.begin + at + size) as b:
-            same = same and left == bytes(b)
-    if same:
-        return []
-    told = "is not the embedding, to which config.json ties it (tie_word_embeddings): the embedding is stored, as TensorRT-LLM 1.2 does"
-    return [f"{printable(names[1] or '')} {told}; set tie_word_embeddings to false to keep it"]
-
-
-def _warnings(model: ModelConfig, options: TensorRTLLM, family: Family, found: MappingType[tuple[str, int, int], str]) -> list[str]:
-    lines = list(model.notes)
-    scaling = model.rope_scaling or {}
-    kind = scaling.get("type", scaling.get("rope_type"))
-    if kind == "yarn" and options.target_version == "0.16":
-        lines.append("rope_scaling type yarn: TensorRT-LLM 0.16 has no yarn mathematics")
-    least = quant_of(options.quant).info.least_sm
-    if least and options.target_sm is not None and options.target_sm < least:
-        lines.append(f"--quant {options.quant}: TensorRT-LLM's kernels for it need SM {least} or later, not {options.target_sm}")
-    if options.use_embedding_sharing and options.target_version != "0.16":
-        lines.append("--use-embedding-sharing has no effect for 1.x, which decides sharing when the engine is built")
-    if options.target_sm and options.target_sm >= 100 and options.encoding == "processed":
-        lines.append(
-            f"--target-sm {options.target_sm}: releases differ in this layout (spec: unsure); --encoding raw is portable"
-        )
-    if model.raw.get("sliding_window") and family.config_class == "llama":
-        lines.append("sliding_window is not part of a TensorRT-LLM checkpoint; it is dropped, as NVIDIA's converter does")
-    if model.mlp_bias and family.config_class == "llama" and "gate_bias" in family.tensors:
-        lines.append("mlp_bias: written, though NVIDIA's converter drops these biases")
-    if model.partial_rotary_factor != 1 and family.config_class != "phi3":
-        lines.append(
-            f"config.json: partial_rotary_factor {model.partial_rotary_factor:g} is dropped, as NVIDIA's converter does: TensorRT-LLM"
-            f" rotates whole heads of {family.name}"
-        )
-    if model.dtype is None and options.dtype == "auto":
-        lines.append(f"config.json states no dtype: float16 is assumed ({printable(model.architecture)})")
-    return lines
-
-
-def _notes(config: dict[str, Any]) -> tuple[str, ...]:
-    """What is right for the release that was asked for, and not for every one of its line."""
-    late = late_keys(config)
-    if late is None:
-        return ()
-    told = "which early releases of TensorRT-LLM 1.x do not know and reject"
-    return (f"config.json holds {late}, {told}: --target-version 1.0 leaves them out",)
