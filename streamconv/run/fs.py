@@ -10,13 +10,11 @@ them, stop at any of them, change the folder between any two, or replay what a p
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import hashlib
 import os
 import stat
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -24,16 +22,11 @@ from typing import NamedTuple
 from streamconv import mounts
 from streamconv.arguments import path_of
 from streamconv.errors import OutputError, printable
+from streamconv.run import syscalls
+from streamconv.run.syscalls import UNSUPPORTED
 
-_SYNC_FILE_RANGE_WRITE = 2
-_RENAME_NOREPLACE = 1
-_F_OFD_GETLK, _F_OFD_SETLK = 36, 37
-_FLOCK = struct.Struct("hhqqi4x")
-"""The kernel's struct flock on 64-bit machines: type, whence, start, length, process."""
-_UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 _LONGEST_NAME = 143
 """Bytes of a file name that every file system takes (eCryptfs has the least)."""
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Mark(NamedTuple):
@@ -78,7 +71,7 @@ class Disk:
 
     def push(self, fd: int, offset: int, size: int) -> None:
         """Start writing a range to the disk without waiting: dirty pages must not pile up into one stall at the end."""
-        _libc.sync_file_range(ctypes.c_int(fd), ctypes.c_int64(offset), ctypes.c_int64(size), _SYNC_FILE_RANGE_WRITE)
+        syscalls.start_writing(fd, offset, size)
 
     def sync(self, fd: int) -> None:
         os.fsync(fd)
@@ -95,12 +88,11 @@ class Disk:
 
         Servers know these locks, too: one that lets a cut-off client's locks go lets none of its later writes in.
         """
-        fcntl.fcntl(fd, _F_OFD_SETLK, _range(fcntl.F_WRLCK, begin, end))
+        syscalls.lock_range(fd, begin, end)
 
     def locked(self, fd: int, begin: int) -> bool:
         """Another descriptor holds a lock on this byte."""
-        told = fcntl.fcntl(fd, _F_OFD_GETLK, _range(fcntl.F_WRLCK, begin, begin + 1))
-        return bool(_FLOCK.unpack(told)[0] != fcntl.F_UNLCK)
+        return syscalls.locked(fd, begin)
 
     def rename(self, folder: Folder, old: str, new: str, known: Mark) -> None:
         """Give what has this mark another name. Nothing is replaced but an empty folder, by a folder.
@@ -109,7 +101,7 @@ class Disk:
             OutputError: something else has the name.
         """
         folder.expect(old, known)
-        if known.kind == stat.S_IFDIR or not _rename_file(folder.fd, old, new):
+        if known.kind == stat.S_IFDIR or not syscalls.rename_new(folder.fd, old, new):
             os.rename(old, new, src_dir_fd=folder.fd, dst_dir_fd=folder.fd)  # of a folder: it spares files, links, and full folders
 
     def mkdir(self, folder: Folder, name: str) -> None:
@@ -126,10 +118,6 @@ class Disk:
 
     def rmdir(self, folder: Folder, name: str) -> None:
         os.rmdir(name, dir_fd=folder.fd)
-
-
-def _range(kind: int, begin: int, end: int) -> bytes:
-    return _FLOCK.pack(kind, os.SEEK_SET, begin, end - begin, 0)
 
 
 @contextlib.contextmanager
@@ -158,21 +146,6 @@ def write_all(disk: Disk, fd: int, data: bytes | bytearray | memoryview, offset:
             raise OSError(errno.EIO, "short write")
         offset += done
         view = view[done:]
-
-
-def _rename_file(fd: int, old: str, new: str) -> bool:
-    """Rename without replacing; False if neither the kernel nor the file system offers that, and nothing has the name."""
-    renameat2 = getattr(_libc, "renameat2", None)
-    if renameat2 is not None:
-        if renameat2(fd, os.fsencode(old), fd, os.fsencode(new), _RENAME_NOREPLACE) == 0:
-            return True
-        code = ctypes.get_errno()
-        if code not in _UNSUPPORTED:
-            raise OSError(code, os.strerror(code), new)
-    with contextlib.suppress(FileNotFoundError):
-        os.lstat(new, dir_fd=fd)
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), new)
-    return False
 
 
 class Folder:
@@ -296,7 +269,7 @@ class Folder:
         try:
             yield
         except OSError as error:
-            if error.errno not in _UNSUPPORTED:
+            if error.errno not in UNSUPPORTED:
                 raise
             if not self.lenient:
                 raise unsupported(self.path, what) from error
