@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import json
 import re
+from array import array
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from operator import attrgetter
 from typing import NamedTuple, NoReturn
 
@@ -38,6 +41,13 @@ _ENTRY = re.compile(_ENTRY_TEXT)
 _NAMED_ENTRY = re.compile(rb'WS"([^"\\\x00-\x1f]*)"WS:WS'.replace(b"WS", _WS) + _ENTRY_TEXT + _SEP)
 _SEPARATOR = re.compile(_SEP)
 _BLANK = re.compile(rb"[ \t\n\r]*")
+_LISTED = re.compile(
+    rb', ?"([^"\\\x00-\x1f]*)": ?\{("dtype": ?"[^"\\\x00-\x1f]*", ?"shape": ?\[[0-9, ]*\]), ?"data_offsets": ?\[(INT), ?(INT)\]\}'.replace(
+        b"INT", _INT
+    )
+)
+"""An entry after another one, as every writer spells it: nothing in it is looked at twice, wherever a search for it begins."""
+_CHUNK = 1 << 20
 _STRING_PART = re.compile(rb'[^"\\\x00-\x1f]*(?:\\[^\x00-\x1f][^"\\\x00-\x1f]*){0,1000}')
 
 
@@ -51,19 +61,38 @@ class TensorEntry(NamedTuple):
     end: int
 
 
-@dataclass(frozen=True, slots=True)
+Form = tuple[DType, tuple[int, ...]]
+"""What tensors of one dtype and shape share."""
+
+
+@dataclass(frozen=True)
 class Header:
-    """What a header says.
+    """What a header says, a column for each fact: a checkpoint has a quarter of a million tensors and some dozens of forms.
 
     Attributes:
-        tensors: by name, in the order of their data.
+        names: in the order of the data.
+        forms: the dtypes and shapes that there are; `form`: which of them each tensor has.
+        begins: offset in the file where each begins, and at last where the file ends.
         metadata: the `__metadata__` strings; empty when there are none.
         data_start: offset of the first data byte.
     """
 
-    tensors: dict[str, TensorEntry]
+    names: list[str]
+    forms: list[Form]
+    form: list[int]
+    begins: array[int]
     metadata: dict[str, str]
     data_start: int
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorEntry]:
+        """By name, in the order of their data."""
+        columns = zip(self.names, self.form, self.begins[:-1], self.begins[1:], strict=True)
+        return {name: TensorEntry(name, *self.forms[form], begin, end) for name, form, begin, end in columns}
+
+
+Columns = tuple[list[str], list[Form], list[int], "array[int]"]
+"""As in `Header`."""
 
 
 class HeaderParser:
@@ -84,6 +113,7 @@ class HeaderParser:
         text, base = self.text, len(self.text)
         tensors: dict[str, TensorEntry] = {}
         metadata: dict[str, str] | None = None
+        columns: Columns | None = None
         pos = self.blank(9)
         more = text[pos : pos + 1] != b"}"
         if not more:
@@ -127,17 +157,70 @@ class HeaderParser:
                 tensors[name] = self.entry(name, dtype, shape, begin, end)
                 if len(tensors) > MAX_TENSORS:
                     self.within(len(tensors), MAX_TENSORS, "tensors")
+                if more and len(tensors) == 1 and (rest := self.listed(tensors[name], pos - 1)):
+                    columns, pos, more = *rest, False
             elif found:
                 self.fail("__metadata__ must hold strings only")
         if self.blank(pos) != base:
             self.fail("characters after the header's closing '}'", pos)
-        return Header(self.tiled(tensors), metadata or {}, base)
+        return Header(*(columns or self.tiled(tensors)), metadata or {}, base)
 
+    def listed(self, first: TensorEntry, pos: int) -> tuple[Columns, int] | None:
+        """The columns, and where the header's object ends, if it is spelled as writers do, in the order of the data.
+
+        What is wrong, or only unusual, gives None: walking from entry to entry tells what it is.
+
+        Args:
+            pos: of the comma after the first entry.
+        """
+        base, names, form, numbers = len(self.text), [first.name], [0], dict[bytes, int]()
+        forms, sizes, stops, rest = [(first.dtype, first.shape)], [first.end - first.begin], [first.end - len(self.text)], b""
+        while pos < base:
+            stop = self.text.find(b"},", pos + _CHUNK) + 1 or base
+            pieces = _LISTED.split(self.text[pos:stop])
+            raw, told, rest = pieces[1::5], pieces[2::5], pieces[-1]
+            if any(pieces[:-1:5]) or (rest and stop < base) or max(map(len, raw), default=0) > MAX_NAME:
+                return None
+            try:
+                names += b"\n".join(raw).decode().split("\n")
+                for text in dict.fromkeys(told):
+                    if text not in numbers:
+                        spelled = _ENTRY.fullmatch(b'{%b,"data_offsets":[0,0]}' % text)
+                        own, size = self.form("", spelled[1], spelled[2]) if spelled else self.fail("")
+                        numbers[text] = len(forms)
+                        forms.append(own)
+                        sizes.append(size)
+            except (UnicodeDecodeError, HeaderError):
+                return None
+            numbered = [*map(numbers.__getitem__, told)]
+            ends = [*accumulate(map(sizes.__getitem__, numbered), initial=stops[-1])]
+            if [*map(int, pieces[3::5])] != ends[:-1] or [*map(int, pieces[4::5])] != ends[1:]:
+                return None
+            form += numbered
+            stops += ends[1:]
+            pos = stop
+        if first.begin != base or stops[-1] != self.file_size - base or not rest.startswith(b"}"):
+            return None
+        if len(names) > MAX_TENSORS or len({*names}) < len(names) or METADATA in names:
+            return None
+        return (names, forms, form, array("Q", [base, *(base + stop for stop in stops)])), base - len(rest) + 1
     def entry(
         self, name: str, dtype: bytes | None, shape: bytes | None, begin: bytes | None, end: bytes | None
     ) -> TensorEntry:
         if dtype is None or shape is None or begin is None or end is None:
             self.fail(f"tensor {printable(name)} has a key twice")  # three fields, yet one of the three is missing
+        (kind, dims), size = self.form(name, dtype, shape)
+        first, last = int(begin), int(end)
+        if last - first != size:
+            self.fail(
+                f"tensor {printable(name)} of shape {list(dims)} and dtype {kind} needs {size}"
+                f" bytes, but its data_offsets are [{first}, {last}]"
+            )
+        base = len(self.text)
+        return TensorEntry(name, kind, dims, base + first, base + last)
+
+    def form(self, name: str, dtype: bytes, shape: bytes) -> tuple[Form, int]:
+        """Dtype and shape as the header spells them, and the bytes of such a tensor."""
         kind = DTYPES.get(dtype.decode("latin-1"))
         if kind is None:
             self.fail(f"tensor {printable(name)} has dtype {printable(dtype.decode(errors='replace'))}, not supported")
@@ -149,19 +232,12 @@ class HeaderParser:
                 count *= dim
                 if dim >= _LIMIT or count >= _LIMIT:
                     self.fail(f"tensor {printable(name)} has an impossible shape")
+            self.within(len(self.shapes) + 1, MAX_SHAPES, "different shapes")
             known = self.shapes[shape] = dims, count
-            self.within(len(self.shapes), MAX_SHAPES, "different shapes")
-        first, last = int(begin), int(end)
-        if last - first != known[1] * kind.itemsize:
-            self.fail(
-                f"tensor {printable(name)} of shape {list(known[0])} and dtype {kind} needs {known[1] * kind.itemsize}"
-                f" bytes, but its data_offsets are [{first}, {last}]"
-            )
-        base = len(self.text)
-        return TensorEntry(name, kind, known[0], base + first, base + last)
+        return (kind, known[0]), known[1] * kind.itemsize
 
-    def tiled(self, tensors: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
-        """In the order of the data, which the tensors must fill without hole or overlap."""
+    def tiled(self, tensors: dict[str, TensorEntry]) -> Columns:
+        """The columns, in the order of the data, which the tensors must fill without hole or overlap."""
         at = len(self.text)
         ordered = list(tensors.values())
         ordered.sort(key=attrgetter("end"))  # two stable passes: by begin, then by end, without a tuple for each
@@ -176,7 +252,9 @@ class HeaderParser:
         if at != self.file_size:
             self.fail(f"{self.file_size - at} bytes after the last tensor")
         tensors.clear()
-        return {entry.name: entry for entry in ordered}
+        numbers = {form: at for at, form in enumerate(dict.fromkeys((entry.dtype, entry.shape) for entry in ordered))}
+        form = [numbers[entry.dtype, entry.shape] for entry in ordered]
+        return [entry.name for entry in ordered], [*numbers], form, array("Q", [*(entry.begin for entry in ordered), at])
 
     def metadata(self, pos: int) -> tuple[dict[str, str], int]:
         values: dict[str, str] = {}

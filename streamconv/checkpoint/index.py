@@ -7,7 +7,7 @@ import difflib
 import heapq
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -246,28 +246,34 @@ def read_tensors(
         raise CheckpointError(f"the checkpoint has {len(shards)} weight files, above streamconv's own limit of {MAX_FILES}")
     for number, shard in enumerate(shards):
         file = shard.path.name
-        for name, dtype, shape, begin in _held(shard, number, digests):
-            first = shards[found[name].shard].path.name if name in found else None
-            placed = None if weight_map is None else weight_map.pop(name, None)  # taken out: each name is kept once
-            if weight_map is not None and first is None and placed is None:
-                unlisted.add(name)
-            other = first if weight_map is not None and name not in unlisted and first is not None else placed
-            if other not in (None, file):
-                where = f"the index file places it in {printable(str(other))}"
-                raise TensorError(f"tensor {printable(name)} is in {printable(file)}, but {where}")
-            if first is not None:
-                raise TensorError(f"tensor {printable(name)} is in two files, {printable(first)} and {printable(file)}")
-            found.add(name, dtype, shape, number, begin)
+        names, forms, form, begins = _held(shard, number, digests)
+        places = [None] * len(names) if weight_map is None else [weight_map.pop(name, None) for name in names]  # each name is kept once
+        if found.holds_any(names) or not {None, file}.issuperset(places):
+            for name, place in zip(names, places, strict=True):
+                first = shards[found[name].shard].path.name if name in found else None
+                listed = first if first is not None and weight_map is not None and name not in unlisted else place
+                if listed not in (None, file):
+                    where = f"the index file places it in {printable(str(listed))}"
+                    raise TensorError(f"tensor {printable(name)} is in {printable(file)}, but {where}")
+                if first is not None:
+                    raise TensorError(f"tensor {printable(name)} is in two files, {printable(first)} and {printable(file)}")
+        if weight_map is not None and None in places:
+            unlisted.update(name for name, place in zip(names, places, strict=True) if place is None)
+        found.extend(names, forms, form, begins, number)
         if len(found) > MAX_TENSORS:
             raise CheckpointError(f"the checkpoint has over {MAX_TENSORS} tensors, which is streamconv's own limit")
     return found, frozenset(unlisted)
 
 
-def _held(shard: Shard, number: int, digests: dict[int, str]) -> Iterator[tuple[str, DType, tuple[int, ...], int]]:
-    """Name, dtype, shape and place of the tensors of one file, whatever its format."""
+def _held(
+    shard: Shard, number: int, digests: dict[int, str]
+) -> tuple[list[str], Sequence[tuple[DType, tuple[int, ...]]], Sequence[int], Sequence[int]]:
+    """Names, forms, the form of each and where it begins of the tensors of one file, whatever its format; see `Header`."""
     if shard.path.suffix in _TORCH:
         content = read_torch(shard)
         digests[number] = content.digest
-        yield from ((name, dtype, shape, begin) for name, dtype, shape, begin, _ in content.tensors.values())
-        return
-    yield from ((name, dtype, shape, begin) for name, dtype, shape, begin, _ in shard.header().tensors.values())
+        held = content.tensors.values()
+        forms = [(tensor.dtype, tensor.shape) for tensor in held]
+        return [*content.tensors], forms, range(len(held)), [tensor.begin for tensor in held]
+    header = shard.header()
+    return header.names, header.forms, header.form, header.begins[:-1]

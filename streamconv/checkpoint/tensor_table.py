@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from array import array
-from collections.abc import ItemsView, Iterator, Mapping
+from collections.abc import ItemsView, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from streamconv.checkpoint.dtypes import DType
@@ -33,19 +34,37 @@ class TensorTable(Mapping[str, TensorRecord]):
 
     def add(self, name: str, dtype: DType, shape: tuple[int, ...], shard: int, begin: int) -> None:
         """A tensor whose name is new."""
+        self._places[name] = len(self._names)
+        self._names.append(name)
+        self._kind.append(self._number(dtype, shape))
+        self._shard.append(shard)
+        self._begin.append(begin)
+
+    def extend(
+        self, names: list[str], forms: Iterable[tuple[DType, tuple[int, ...]]], form: Iterable[int], begins: Iterable[int], shard: int
+    ) -> None:
+        """All tensors of a file, whose names are new; columns as in `Header`."""
+        kinds = [self._number(*each) for each in forms]
+        self._places.update(zip(names, itertools.count(len(self._names))))
+        self._names += names
+        self._kind.extend(map(kinds.__getitem__, form))
+        self._shard.extend([shard] * len(names))
+        self._begin.extend(begins)
+
+    def _number(self, dtype: DType, shape: tuple[int, ...]) -> int:
         kind = self._numbers.get((dtype, shape))
         if kind is None:
             kind = self._numbers[dtype, shape] = len(self._kinds)
             self._kinds.append((dtype, shape, dtype.itemsize * math.prod(shape)))
-        self._places[name] = len(self._names)
-        self._names.append(name)
-        self._kind.append(kind)
-        self._shard.append(shard)
-        self._begin.append(begin)
+        return kind
 
     def take(self, record: TensorRecord, name: str) -> None:
         """A tensor of another table, under a name that is new."""
         self.add(name, record.dtype, record.shape, record.shard, record.begin)
+
+    def holds_any(self, names: Iterable[str]) -> bool:
+        """Whether one of these is here."""
+        return not self._places.keys().isdisjoint(names)
 
     def place(self, name: str) -> int | None:
         """Number of a tensor, None if there is none of that name."""
