@@ -17,7 +17,8 @@ from streamconv.targets.hf.layers import Model, differences, in_order
 from streamconv.targets.hf.rules import default_reason, is_other_part, partners
 from streamconv.targets.hf.second_file import group_size, second_file
 from streamconv.targets.hf.stated import Statement, read_statement, stated_bits
-from streamconv.targets.hf.weights import Tensors, weights
+from streamconv.targets.hf.units import kinds
+from streamconv.targets.hf.weights import Tensors
 
 Shapes = Mapping[str, Tensors]
 """File -> tensor -> (dtype, shape)."""
@@ -70,7 +71,7 @@ def check(folder: Path, config: Mapping[str, Any], shapes: Shapes) -> tuple[list
         problems += _total(folder, tensors)
     stated = config.get("quantization_config")
     facts: Mapping[str, Any] = stated if isinstance(stated, dict) else {}
-    model = Model(config, weights(tensors, stated_bits(facts) or (4 if facts.get("quant_method") in _WORDS else None)))
+    model = Model(config, kinds(tensors), stated_bits(facts) or (4 if facts.get("quant_method") in _WORDS else None))
     wrong, odd = differences(model)
     problems += in_order(wrong)[:_SHOWN]
     warnings += odd

@@ -13,7 +13,8 @@ from streamconv.errors import CheckpointError, printable
 from streamconv.targets.hf.check_scales import SCALES, check_tensors, codes_of
 from streamconv.targets.hf.layers import Model, differences, in_order
 from streamconv.targets.hf.stated import read_statement, stated_bits
-from streamconv.targets.hf.weights import Tensors, weights
+from streamconv.targets.hf.units import kinds
+from streamconv.targets.hf.weights import Tensors
 
 _OF = re.compile(r"^(.*)-(\d{5})-of-(\d{5})\.safetensors$")
 _FP8 = ("F8_E4M3", "F8_E5M2")
@@ -27,23 +28,33 @@ def check_complete(index: Index) -> list[str]:
         CheckpointError: a shard, a layer, a module or the scale of codes is missing, or a size is not what config.json says.
     """
     tensors = index.tensors.told()
+    units = kinds(tensors)
+    some = {name: told for kind in units for name, told in kind.one().items()}
     stated, bits = source_quantization(index), None
     found = list(_shards(index))
     if stated is not None:
         told = index.config.get("quantization_config") or {}
         bits = stated.bits or stated_bits(told) or 4
-        found += _statement(told, tensors) if told else []
-    wrong, odd = differences(Model(index.config, weights(tensors, bits)))
-    found += [*in_order(wrong), *_bare_codes(index.config, tensors)]
+        found += _statement(told, tensors, some) if told else []
+    wrong, odd = differences(Model(index.config, units, bits))
+    found += in_order(wrong)
+    if any(_bare_codes(index.config, some)):
+        found += _bare_codes(index.config, tensors)
     if found:
         more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
         raise CheckpointError("; ".join(found[:_SHOWN]) + more, hint="is the download complete, and config.json this model's?")
     return odd
 
 
-def _statement(told: Mapping[str, Any], tensors: Tensors) -> list[str]:
-    """What of a statement nobody can read, and codes that are not what it says."""
-    statement = read_statement(told, any(name.endswith(".bitmask") for name in tensors))
+def _statement(told: Mapping[str, Any], tensors: Tensors, some: Tensors) -> list[str]:
+    """What of a statement nobody can read, and codes that are not what it says.
+
+    Args:
+        some: the tensors of one unit of each kind.
+    """
+    statement = read_statement(told, any(name.endswith(".bitmask") for name in some))
+    if statement.alike and not check_tensors(codes_of(some), some, statement)[0]:
+        return statement.problems
     return statement.problems + check_tensors(codes_of(tensors), tensors, statement)[0]
 
 

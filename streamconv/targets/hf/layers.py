@@ -25,7 +25,8 @@ from streamconv.targets.hf.model_types import (
     text_config,
 )
 from streamconv.targets.hf.rules import is_other_part
-from streamconv.targets.hf.weights import Shape
+from streamconv.targets.hf.units import Kind
+from streamconv.targets.hf.weights import Shape, Told, weights
 
 _STACK = re.compile(r"^(.*?\b(?:layers?|h|blocks?))\.(\d{1,9})\.(.+)$")
 _EXPERT = re.compile(r"\bexperts\.\d+(?=\.)")
@@ -44,10 +45,11 @@ class Model:
 
     Args:
         config: config.json.
-        held: (name, shape) of the weights, as an unquantized model has them.
+        units: its tensors.
+        bits: of integers in words, as the config says.
     """
 
-    def __init__(self, config: Mapping[str, Any], held: Iterable[tuple[str, Shape | None]]) -> None:
+    def __init__(self, config: Mapping[str, Any], units: Iterable[Kind[Told]], bits: int | None) -> None:
         self.text = text_config(config)
         self.type = model_type(self.text)
         self.kind: ModelType | None = MODEL_TYPES.get(self.type)
@@ -57,32 +59,39 @@ class Model:
         self.beside: set[str] = set()
         self.odd: list[str] = []
         self.halves: list[str] = []
-        self._names: dict[str, str] = {}
         self._halves: dict[str, Shape] = {}
         fixed, beside = in_layers(self.sizes, self.kind or ModelType()), beside_layers(self.sizes)
-        for name, shape in held:
-            self._take(name, shape, fixed, beside)
+        for kind in units:
+            self._take(kind, bits, fixed, beside)
         self.stem = self._language()
 
-    def _take(self, name: str, shape: Shape | None, fixed: Fixed, beside: Fixed) -> None:
-        found = _STACK.match(name)
-        if found is None:
-            self.beside.add(name)
-            if not is_other_part(name):
-                self._compare(name, name.rpartition(".")[0].rpartition(".")[2], shape, beside)
-            return
-        stem, number, rest = found[1], int(found[2]), found[3]
-        starred = _EXPERT.sub("experts.*", rest)
-        starred = self._names.setdefault(starred, starred)  # one string for all layers
-        self.layers.setdefault(stem, {}).setdefault(number, set()).add(starred)
-        if starred != rest:
-            at = re.search(r"\bexperts\.(\d+)\.", rest)
-            assert at is not None
-            one = self.experts.setdefault((stem, number, rest[: at.start()] + "experts"), {}).setdefault(int(at[1][:9]), set())
-            one.add(self._names.setdefault(rest[at.end() :], rest[at.end() :]))
-        self._pair(name, shape)
-        if not is_other_part(stem):
-            self._compare(name, starred if starred in fixed else starred.rpartition(".")[0], shape, fixed)
+    def _take(self, kind: Kind[Told], bits: int | None, fixed: Fixed, beside: Fixed) -> None:
+        first = kind.heads[0]
+        held = [(name[len(first) :], shape) for name, shape in weights(kind.one(), bits)]
+        starred: dict[str, frozenset[str]] = {}  # one for all layers
+        right = len(self.odd) + len(self.halves)
+        for head in kind.heads:
+            look = head is first or len(self.odd) + len(self.halves) > right
+            found = _STACK.match(f"{head}*")
+            if found is None:
+                self.beside.update(head + name for name, _ in held)
+                for name, shape in held if look else ():
+                    if not is_other_part(head + name):
+                        self._compare(head + name, name.rpartition(".")[0].rpartition(".")[2], shape, beside)
+                continue
+            stem, number, rest = found[1], int(found[2]), found[3][:-1]
+            own = _EXPERT.sub("experts.*", rest)
+            if own not in starred:
+                starred[own] = frozenset(own + name for name, _ in held)
+            self.layers.setdefault(stem, {}).setdefault(number, set()).update(starred[own])
+            if at := re.search(r"\bexperts\.(\d+)\.", rest):
+                experts = self.experts.setdefault((stem, number, rest[: at.start()] + "experts"), {})
+                experts.setdefault(int(at[1][:9]), set()).update(rest[at.end() :] + name for name, _ in held)
+            for name, shape in held if look else ():
+                self._pair(head + name, shape)
+                if not is_other_part(stem):
+                    full = own + name
+                    self._compare(head + name, full if full in fixed else full.rpartition(".")[0], shape, fixed)
 
     def _pair(self, name: str, shape: Shape | None) -> None:
         """The two halves of a gated MLP are of one shape."""

@@ -74,6 +74,11 @@ class Statement:
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
+    @property
+    def alike(self) -> bool:
+        """All modules are of one scheme, whatever their names are."""
+        return all("Linear" in group.targets for group in self.groups)
+
     def scheme_of(self, module: str) -> Group | None:
         return next((group for group in self.groups if group.takes(module)), None)
 
