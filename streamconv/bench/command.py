@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -37,23 +39,41 @@ class Measured:
     error: str
 
 
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Where a command runs.
+
+    Attributes:
+        folder: a memory cgroup of this process's making; None without one.
+        before: words that put a command into a cgroup of its own, where only systemd may make one.
+    """
+
+    folder: Path | None = None
+    before: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return self.folder is not None or bool(self.before)
+
+
 @contextlib.contextmanager
-def group(limit: int | None) -> Iterator[Path | None]:
-    """A memory cgroup of `limit` bytes without swap, v1 or v2; None where none can be made, or none is wanted."""
-    made = _made(limit) if limit is not None else None
+def group(limit: int | None) -> Iterator[Group]:
+    """A memory cgroup of `limit` bytes without swap (None: without a limit), v1 or v2; none where neither we nor systemd can make one."""
+    made = _made(limit)
+    if made is None:
+        yield Group(before=_by_systemd(limit))
+        return
     try:
-        yield made
+        yield Group(made)
     finally:
-        if made is not None:
-            for _ in range(100):
-                try:
-                    made.rmdir()
-                    break
-                except OSError:  # a process that has ended counts a moment longer
-                    time.sleep(0.02)
+        for _ in range(100):
+            try:
+                made.rmdir()
+                break
+            except OSError:  # a process that has ended counts a moment longer
+                time.sleep(0.02)
 
 
-def _made(limit: int) -> Path | None:
+def _made(limit: int | None) -> Path | None:
     for place, top, (name, *_) in memory.cgroups():
         for parent in (place, *(each for each in place.parents if top in (each, *each.parents))):
             made = parent / f"streamconv-bench-{os.getpid()}-{time.monotonic_ns()}"
@@ -62,16 +82,31 @@ def _made(limit: int) -> Path | None:
             except OSError:
                 continue
             try:
-                (made / name).write_text(str(limit))
-                with contextlib.suppress(OSError):  # absent where swap is not counted
-                    (made / _NAMES[name][0]).write_text(str(limit) if "limit" in name else "0")
-                return made
-            except OSError:  # v2: the parent does not hand memory on
-                made.rmdir()
+                if limit is not None:
+                    (made / name).write_text(str(limit))
+                    with contextlib.suppress(OSError):  # absent where swap is not counted
+                        (made / _NAMES[name][0]).write_text(str(limit) if "limit" in name else "0")
+                if os.path.exists(made / name):
+                    return made
+            except OSError:
+                pass
+            made.rmdir()  # v2: the parent does not hand memory on
     return None
 
 
-def measured(words: Sequence[str], log: Path, place: Path | None) -> Measured:
+def _by_systemd(limit: int | None) -> tuple[str, ...]:
+    """`systemd-run --user`, for who is not root; empty where it is not there, or may not limit memory."""
+    found = shutil.which("systemd-run")
+    if found is None:
+        return ()
+    top = "infinity" if limit is None else str(limit)
+    before = (found, "--user", "--scope", "--quiet", "--collect", "-p", f"MemoryMax={top}", "-p", "MemorySwapMax=0", "--")
+    with tempfile.TemporaryDirectory() as folder:
+        child = process.start_command((*before, "true"), Path(folder) / "log")
+        return before if child.wait() == 0 else ()
+
+
+def measured(words: Sequence[str], log: Path, place: Group) -> Measured:
     """Run a command and wait for it.
 
     Args:
@@ -79,11 +114,11 @@ def measured(words: Sequence[str], log: Path, place: Path | None) -> Measured:
         place: its cgroup.
     """
     began = time.monotonic()
-    child = process.start_command(words, log, place / "cgroup.procs" if place is not None else None)
-    peak = 0
+    child = process.start_command((*place.before, *words), log, place.folder / "cgroup.procs" if place.folder is not None else None)
+    peak, held = 0, None
     try:
         while child.poll() is None:
-            peak = max(peak, _resident(child.pid))
+            peak, held = max(peak, _resident(child.pid)), _charged(place.folder or _scope(child.pid), held)
             time.sleep(_EVERY)
     finally:
         if child.poll() is None:
@@ -91,13 +126,23 @@ def measured(words: Sequence[str], log: Path, place: Path | None) -> Measured:
             child.wait()
     os.sync()
     seconds = time.monotonic() - began
-    held = None
-    for name in (names[1] for names in _NAMES.values()):
-        with contextlib.suppress(OSError, ValueError):
-            held = int((place / name).read_text()) if place is not None else None
-            break
+    held = _charged(place.folder, held)
     text = log.read_text(errors="replace")[-2000:] if os.path.exists(log) else ""
     return Measured(child.returncode, seconds, peak, held, text)
+
+
+def _charged(folder: Path | None, before: int | None) -> int | None:
+    """The most that a cgroup has held; what was known before, if it does not say."""
+    for name in (names[1] for names in _NAMES.values()) if folder is not None else ():
+        with contextlib.suppress(OSError, ValueError):
+            return int((folder / name).read_text())  # type: ignore[operator]
+    return before
+
+
+def _scope(pid: int) -> Path | None:
+    """The cgroup that systemd made for a process; one that has ended counts as in the root."""
+    places = (place for place, _, _ in memory.cgroups(Path(f"/proc/{pid}/cgroup")))
+    return next((place for place in places if place.name.startswith("run-") and place.suffix == ".scope"), None)
 
 
 def _resident(pid: int) -> int:

@@ -2,44 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-_PIECE = 8 << 20
+from streamconv.errors import StreamconvError
+from streamconv.run import probe
 
 
-def write_rate(folder: Path, seconds: float = 1.0) -> float | None:
-    """Bytes a second that are written to a folder and synced, without a name; None where that cannot be."""
-    done, began = 0, time.monotonic()
-    try:
-        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
-            piece = os.urandom(_PIECE)
-            while time.monotonic() - began < seconds:
-                file.write(piece)
-                done += _PIECE
-            os.fsync(file.fileno())
-    except OSError:
-        return None
-    return done / (time.monotonic() - began)
+def disk_rates(file: Path, folder: Path) -> dict[str, float | None]:
+    """Bytes a second that are read from a file, out of the page cache's reach where the kernel does that, and written to a folder.
 
-
-def read_rate(file: Path, seconds: float = 1.0) -> float | None:
-    """Bytes a second that are read from a file, its pages dropped from the page cache first where the kernel does that."""
-    done = 0
-    with contextlib.suppress(OSError):
-        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    None of what cannot be measured.
+    """
+    kinds: dict[str, Callable[[], float]]
+    kinds = {"read": lambda: probe.read_rate([file], 1.0, cold=True), "write": lambda: probe.write_rate(folder, 1.0)}
+    rates = dict[str, float | None]()
+    for name, measure in kinds.items():
         try:
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            began = time.monotonic()
-            while time.monotonic() - began < seconds and (piece := os.pread(fd, _PIECE, done)):
-                done += len(piece)
-            return done / max(time.monotonic() - began, 1e-9) if done else None
-        finally:
-            os.close(fd)
-    return None
+            rates[name] = measure()
+        except (OSError, StreamconvError):
+            rates[name] = None
+    return rates
 
 
 def kernel_rate(quant: str, seconds: float = 0.5) -> float:

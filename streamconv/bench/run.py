@@ -26,12 +26,18 @@ class Job:
     """A command that is measured; `{model}` and `{out}` in its words are replaced.
 
     Attributes:
-        limit: of its memory cgroup, bytes; None runs it without one.
+        limit: of its memory cgroup, bytes; None for one without.
+        ours: it is no command of the user's.
     """
 
     name: str
     words: tuple[str, ...]
-    limit: int | None
+    limit: int | None = None
+    ours: bool = False
+
+
+_COPY = Job("cp", ("cp", "-r", "{model}", "{out}"))
+_Round = dict[Job, Measured]
 
 
 def jobs(budgets: Sequence[int], quants: Sequence[str], flags: Sequence[str], against: Sequence[str]) -> list[Job]:
@@ -45,67 +51,83 @@ def jobs(budgets: Sequence[int], quants: Sequence[str], flags: Sequence[str], ag
         more = ["--target-sm", "80"] if quant in ("int8", "int4") and not {"--target-sm", "--to"} & set(flags) else []
         for budget in budgets:
             words = (*OURS, "convert", "{model}", "{out}", "--quiet", "--quant", quant, "--memory-budget", str(budget), *more, *flags)
-            made.append(Job(f"streamconv {quant} in {show_size(budget)}", words, budget))
+            made.append(Job(f"streamconv {quant} in {show_size(budget)}", words, budget, ours=True))
     for text in against:
         words = tuple(shlex.split(text))
         if not all(any(name in word for word in words) for name in ("{model}", "{out}")):
             raise UsageError(f"--against {printable(text)}: the command needs {{model}} and {{out}}")
-        made.append(Job(text, words, max(budgets)))
+        made.append(Job(text, words))
     return made
 
 
 def run(
-    model: Path, work: Path, asked: Sequence[Job], runs: int, told: Callable[[str], None] = lambda line: None
+    model: Path, work: Path, asked: Sequence[Job], runs: int, told: Callable[[str], None] = lambda line: None, warm: bool = False
 ) -> dict[str, Any]:
     """Measure; everything that was made is removed.
 
     Args:
         model: its folder.
         work: folder for outputs, on the disk to be measured.
-        runs: pairs of each job with `cp`; who goes first alternates, and one more that is not counted comes before.
+        runs: rounds of `cp` and all jobs, to and fro by turns; one more that is not counted comes before.
+        warm: the page cache holds the model before each run, as far as it fits; else it is empty, where that can be.
 
     Returns:
-        the machine's rates and, for each job, seconds, ratios to `cp`, and memory, as JSON has them.
+        the machine's rates and, for each job, seconds, ratios to `cp` and to commands of the user's, and memory, as JSON has them.
     """
     weights = max((path for path in model.iterdir() if os.path.isfile(path)), key=lambda path: path.stat().st_size)
-    rates = {"read": machine.read_rate(weights), "write": machine.write_rate(work)}
+    rates = machine.disk_rates(weights, work)
     rates |= {f"encode {quant}": machine.kernel_rate(quant) for quant in ("int8", "int4")}
-    cold, lines = _can_drop_caches(), []
-    copy = Job("cp", ("cp", "-r", "{model}", "{out}"), None)
-    for job in asked:
-        pairs: list[tuple[Measured, Measured]] = []
-        for number in range(runs + 1):
-            order = (job, copy) if number % 2 else (copy, job)
-            made = {each.name: _once(each, model, work, cold) for each in order}
-            if made[job.name].status or made[copy.name].status:
-                pairs = [(made[job.name], made[copy.name])]
-                break
-            if number:
-                pairs.append((made[job.name], made[copy.name]))
-        line = _line(job, pairs)
-        lines.append(line)
-        told(f"{job.name}: {line['status'] or 'done'}")
-    return {"model": str(model), "bytes": _size(model), "cache": "cold" if cold else "as it was", "rates": rates, "jobs": lines}
+    cold, rounds = not warm and _can_drop_caches(), list[_Round]()
+    for number in range(runs + 1):
+        before, made = rounds[-1] if rounds else {}, _Round()
+        for job in (_COPY, *asked) if number % 2 else (*reversed(asked), _COPY):
+            if job in before and before[job].status:  # it fails again
+                made[job] = before[job]
+                continue
+            made[job] = _once(job, model, work, cold, warm)
+            told(f"{'first run' if not number else f'{number} of {runs}'}: {job.name}, {made[job].seconds:.2f} s")
+        rounds.append(made)
+    cache = "cold" if cold else "warm" if warm else "as it was"
+    lines = [_line(job, rounds[1:]) for job in asked]
+    return {"model": str(model), "bytes": _size(model), "cache": cache, "rates": rates, "jobs": lines}
 
 
-def _line(job: Job, pairs: Sequence[tuple[Measured, Measured]]) -> dict[str, Any]:
+def _line(job: Job, rounds: Sequence[_Round]) -> dict[str, Any]:
     """What is told of a job."""
-    ours = [mine for mine, _ in pairs]
-    failed = next((mine for mine in ours if mine.status), None)
+    ours, copies = [each[job] for each in rounds], [each[_COPY] for each in rounds]
+    failed = next((mine for mine in (*ours, *copies) if mine.status), None)
     line: dict[str, Any] = {"name": job.name, "limit": job.limit, "in_cgroup": ours[0].cgroup_peak is not None}
     line |= {"status": failed.status if failed else 0, "error": failed.error if failed else ""}
-    line |= {"seconds": [mine.seconds for mine in ours], "cp_seconds": [theirs.seconds for _, theirs in pairs]}
-    line["ratio"] = statistics.median(mine.seconds / theirs.seconds for mine, theirs in pairs) if not failed else None
+    line |= {"seconds": [mine.seconds for mine in ours], "cp_seconds": [theirs.seconds for theirs in copies]}
+    line["ratio"] = _median_ratio(ours, copies) if not failed else None
     peaks = [mine.cgroup_peak for mine in ours if mine.cgroup_peak is not None]
-    return line | {"peak": max(mine.peak for mine in ours), "cgroup_peak": max(peaks) if peaks else None}
+    line |= {"peak": max(mine.peak for mine in ours), "cgroup_peak": max(peaks) if peaks else None}
+    peers = {peer: [each[peer] for each in rounds] for peer in rounds[0] if peer is not _COPY and not peer.ours}
+    return line | {"against": [_beside(ours, peer, theirs) for peer, theirs in peers.items() if job.ours and not failed]}
 
 
-def _once(job: Job, model: Path, work: Path, cold: bool) -> Measured:
+def _beside(ours: Sequence[Measured], peer: Job, theirs: Sequence[Measured]) -> dict[str, Any]:
+    """How much faster than a command of the user's, and its memory's share; None if that failed."""
+    failed = any(each.status for each in theirs)
+    peaks = (max(each.peak for each in side) for side in (ours, theirs))
+    share = None if failed else next(peaks) / max(next(peaks), 1)
+    return {"name": peer.name, "faster": None if failed else _median_ratio(theirs, ours), "memory": share}
+
+
+def _median_ratio(some: Sequence[Measured], others: Sequence[Measured]) -> float:
+    return statistics.median(one.seconds / other.seconds for one, other in zip(some, others, strict=True))
+
+
+def _once(job: Job, model: Path, work: Path, cold: bool, warm: bool) -> Measured:
     out, log = work / "out", work / "log"
     shutil.rmtree(out, ignore_errors=True)
     os.sync()
     if cold:
         Path("/proc/sys/vm/drop_caches").write_text("3")
+    for path in sorted(model.iterdir()) if warm else ():
+        with path.open("rb", buffering=0) as file:
+            while file.read(1 << 24):
+                pass
     words = [word.replace("{model}", str(model)).replace("{out}", str(out)) for word in job.words]
     try:
         with command.group(job.limit) as place:

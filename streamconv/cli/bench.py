@@ -19,8 +19,9 @@ from streamconv.errors import CheckpointError, UsageError, printable
 @click.option("--budget", "budgets", multiple=True, default=["512MiB"], show_default=True, help="Of process and cgroup; may be repeated.")
 @click.option("--quant", "quants", multiple=True, default=["int8"], show_default=True, help="Weight format; may be repeated.")
 @click.option("--flags", default="", help="Further flags of convert, in quotes, e.g. '--to hf'.")
-@click.option("--against", multiple=True, metavar="COMMAND", help="Measure this too: a command with {model} and {out}; may be repeated.")
-@click.option("--runs", type=click.IntRange(1), default=3, show_default=True, help="Pairs with cp of each job.")
+@click.option("--against", multiple=True, metavar="COMMAND", help="Measure this too, without a limit: a command with {model} and {out}.")
+@click.option("--runs", type=click.IntRange(1), default=3, show_default=True, help="Rounds of cp and every job.")
+@click.option("--warm", is_flag=True, help="Read the model into the page cache before each run; else root empties it.")
 @click.option("--work", default=".", show_default=True, metavar="FOLDER", help="Where model and outputs lie while it measures.")
 @click.option("--report", metavar="FILE.html", help="Write one HTML page (streamconv[report]).")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -32,6 +33,7 @@ def bench(
     flags: str,
     against: tuple[str, ...],
     runs: int,
+    warm: bool,
     work: str,
     report: str | None,
     as_json: bool,
@@ -60,7 +62,7 @@ def bench(
         source = Path(model or place / "model").resolve()
         if shape is not None:
             models.write(source, shape)
-        found: dict[str, Any] = run.run(source, place, jobs, runs, (lambda line: None) if as_json else output.note)
+        found: dict[str, Any] = run.run(source, place, jobs, runs, (lambda line: None) if as_json else output.note, warm)
     found["model"] = model or shape
     if report is not None:
         page.write(Path(report), bench_view.page(found))

@@ -23,7 +23,7 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
             continue
         inside = show_size(job["cgroup_peak"]) if job["cgroup_peak"] is not None else "no cgroup"
         times = (f"{statistics.median(job[key]):.2f}" for key in ("seconds", "cp_seconds"))
-        limit = show_size(job["limit"]) if job["in_cgroup"] else "none"
+        limit = show_size(job["limit"]) if job["in_cgroup"] and job["limit"] else "none"
         rows.append((job["name"], *times, f"{job['ratio']:.2f}", show_size(job["peak"]), inside, limit))
     return rows
 
@@ -33,9 +33,18 @@ def _rates(found: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _told(found: dict[str, Any]) -> str:
-    runs = max(len(job["seconds"]) for job in found["jobs"])
+    runs = len(found["jobs"][0]["seconds"])
     what = f"{found['model']}, {show_size(found['bytes'])}, page cache {found['cache']}"
-    return f"{what}; medians of {runs} pair{'s' * (runs != 1)}, seconds until the data is on the disk"
+    return f"{what}; medians of {runs} round{'s' * (runs != 1)}, seconds until the data is on the disk"
+
+
+def _beside(found: dict[str, Any]) -> list[str]:
+    return [
+        f"{job['name']}: {other['faster']:.1f} times as fast as {other['name']}, with {other['memory']:.2f} of its memory"
+        for job in found["jobs"]
+        for other in job["against"]
+        if other["faster"] is not None
+    ]
 
 
 def lines(found: dict[str, Any]) -> Iterator[str]:
@@ -44,6 +53,7 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield _told(found)
     yield from view.table(_rows(found), _HEADER)
+    yield from _beside(found)
     for job in found["jobs"]:
         if job["status"]:
             yield f"{job['name']}: {job['error'].strip()[-300:]}"
@@ -53,7 +63,7 @@ def page(found: dict[str, Any]) -> Page:
     """For a browser."""
     numbers = frozenset(range(1, len(_HEADER)))
     sections = [
-        Section("Conversions", _told(found), "", Table(_HEADER, _rows(found), numbers)),
+        Section("Conversions", ". ".join([_told(found), *_beside(found)]) + ".", "", Table(_HEADER, _rows(found), numbers)),
         Section("Rates", "", "", Table(("what", "bytes a second"), _rates(found), frozenset({1}))),
         Section("Command", code=command_line()),
         Section("Machine and versions", "", "", Table(("what", "value"), list(host.facts().items()))),

@@ -9,30 +9,61 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from streamconv.bench import command, model
+from streamconv.bench import command, machine, model
 from streamconv.cli.main import main
 
-EATER = f"{sys.executable} -c \"import sys, shutil; held = bytearray(200 << 20); shutil.copytree('{{model}}', '{{out}}')\""
+EATER = f"{sys.executable} -S -c \"import sys, shutil; held = bytearray(200 << 20); shutil.copytree('{{model}}', '{{out}}')\""
 
 
-def test_a_conversion_and_a_command_of_the_users(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine's own rates are not measured."""
+    monkeypatch.setattr(machine, "disk_rates", lambda *_: {"read": 1e9, "write": None})
+    monkeypatch.setattr(machine, "kernel_rate", lambda _: 1e9)
+
+
+def test_a_conversion_beside_a_command_of_the_users_and_one_that_fails(
+    tmp_path: Path, quick: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     page = tmp_path / "page.html"
-    flags = ["--runs", "1", "--budget", "300MiB", "--work", str(tmp_path), "--report", str(page), "--json"]
-    assert main(["bench", "--shape", "llama-tiny", *flags, "--against", EATER]) == 0
+    flags = ["--runs", "1", "--budget", "300MiB", "--quant", "none", "--work", str(tmp_path), "--report", str(page), "--json"]
+    assert main(["bench", "--shape", "llama-tiny", *flags, "--against", EATER, "--against", "false {model} {out}", "--warm"]) == 8
     told = json.loads(capsys.readouterr().out)
-    ours, theirs = told["jobs"]
-    assert ours["limit"] == 300 << 20 and 40 << 20 < ours["peak"] <= 300 << 20
+    ours, theirs, failing = told["jobs"]
+    assert ours["limit"] == 300 << 20 and 30 << 20 < ours["peak"] <= 300 << 20 and told["cache"] == "warm"
     assert 200 << 20 <= theirs["peak"] < 300 << 20 and theirs["name"] == EATER
-    assert all(job["status"] == 0 and len(job["seconds"]) == 1 and job["ratio"] > 0 for job in told["jobs"])
-    assert told["rates"]["encode int8"] > 0 and "Benchmark of llama-tiny" in page.read_text()
-    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+    assert all(job["status"] == 0 and len(job["seconds"]) == 1 and job["ratio"] > 0 for job in (ours, theirs))
+    assert failing["status"] == 1 and failing["ratio"] is None
+    beside = {each["name"]: each for each in ours["against"]}
+    assert beside[EATER]["faster"] == pytest.approx(theirs["seconds"][0] / ours["seconds"][0])
+    assert beside[EATER]["memory"] == pytest.approx(ours["peak"] / theirs["peak"])
+    assert beside["false {model} {out}"] == {"name": "false {model} {out}", "faster": None, "memory": None}
+    assert "Benchmark of llama-tiny" in page.read_text() and [path.name for path in tmp_path.iterdir()] == ["page.html"]
 
 
-def test_a_command_that_fails_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--runs", "1", "--quant", "nonsense", "--work", str(tmp_path)]
-    assert main(["bench", "--shape", "llama-tiny", *flags]) == 8
-    shown = capsys.readouterr().out
-    assert "failed with status 2" in shown and "nonsense" in shown
+def test_the_rates_of_this_machine(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(1 << 20))
+    rates = machine.disk_rates(tmp_path / "file", tmp_path)
+    assert all(rate is not None and rate > 1e6 for rate in rates.values()) and machine.kernel_rate("int8", 0.05) > 1e6
+    assert machine.disk_rates(tmp_path / "missing", tmp_path / "missing") == {"read": None, "write": None}
+
+
+def test_without_root_systemd_makes_the_cgroup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a stand-in for systemd-run: the command runs under it, with the limit; where it refuses, without any."""
+    stub = tmp_path / "systemd-run"
+    told = tmp_path / "told"
+    stub.write_text(f'#!/bin/sh\necho "$@" >> {told}\nwhile [ "$1" != -- ]; do shift; done; shift; exec "$@"\n')
+    stub.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(command, "_made", lambda limit: None)
+    with command.group(64 << 20) as place:
+        found = command.measured(["sh", "-c", "echo words; exit 3"], tmp_path / "log", place)
+    asked = "--user --scope --quiet --collect -p MemoryMax=67108864 -p MemorySwapMax=0 -- "
+    assert place and told.read_text().splitlines() == [f"{asked}true", f"{asked}sh -c echo words; exit 3"]
+    assert found.status == 3 and found.error == "words\n" and found.cgroup_peak is None  # the stand-in left it in our cgroup
+    stub.write_text("#!/bin/sh\nexit 1\n")
+    with command.group(None) as place:
+        assert not place
 
 
 @pytest.mark.parametrize(
@@ -57,7 +88,7 @@ def test_the_shape_is_a_whole_model(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_command_that_takes_more_than_its_cgroup_is_killed(tmp_path: Path) -> None:
     with command.group(64 << 20) as place:
-        if place is None:
+        if place.folder is None:
             pytest.skip("no memory cgroup can be made here")
         found = command.measured([sys.executable, "-c", "bytearray(200 << 20)"], tmp_path / "log", place)
-    assert found.status == -9 and not place.exists()
+    assert found.status == -9 and not place.folder.exists()
