@@ -226,6 +226,25 @@ def read_head(path: Path) -> Manifest:
     return Manifest(*facts, {}, {}, {})
 
 
+def recorded(path: Path, wanted: Mapping[str, Iterable[str]]) -> dict[tuple[str, str], str]:
+    """What a manifest that `read_head` has read tells of a few tensors; nothing is built from the lines of the others.
+
+    Args:
+        wanted: file -> names of its tensors.
+
+    Returns:
+        (file, tensor) -> XXH3-128 hex, and (file, "") -> that of its header.
+    """
+    data, found = read_file(path, MAX_MANIFEST, VerifyError), dict[tuple[str, str], str]()
+    for file, tensors in wanted.items():
+        begin = data.find(f"\n  {json.dumps(file)}: {{\n".encode(), max(0, data.find(_FILES)))
+        for tensor, key in [("", '\n   "header"'), *((tensor, f"\n    {json.dumps(tensor)}") for tensor in tensors)]:
+            at = data.find(f'{key}: "'.encode(), begin) if begin >= 0 else -1
+            if at >= 0:
+                found[file, tensor] = data[at : data.find(b"\n", at + 1)].decode().split('"')[-2]
+    return found
+
+
 def _changed(shown: str) -> VerifyError:
     return VerifyError(f"{shown}: the bytes are not those that were written")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from streamconv.errors import VerifyError, printable
 from streamconv.natural import natural
-from streamconv.targets.trtllm import expected
+from streamconv.targets.trtllm import expected, rank_peers
 
 Shapes = Mapping[str, Mapping[str, tuple[str, tuple[int, ...]]]]
 """File -> tensor -> (dtype, shape)."""
@@ -36,14 +36,17 @@ def tensor_files(folder: Path, config: Mapping[str, Any], problems: list[str]) -
     return sorted(wanted & present, key=lambda text: int(text[4:-12]))
 
 
-def check(config: Mapping[str, Any], shapes: Shapes, hashes: Mapping[tuple[str, str], str]) -> tuple[list[str], list[str]]:
+def check(
+    config: Mapping[str, Any], shapes: Shapes, hashes: Mapping[tuple[str, str], str], copies: bool
+) -> tuple[list[str], list[str]]:
     """Problems and warnings.
 
     Args:
         hashes: (file, tensor) -> hash of its bytes.
+        copies: look for rank files that are copies of each other.
     """
     problems, warnings = expected.check(dict(config), {name: dict(held) for name, held in shapes.items()})
-    problems += _replicas(config, shapes, hashes)
+    problems += _peers(config, shapes, hashes, copies)
     return problems, warnings
 
 
@@ -64,24 +67,12 @@ def _world(config: Mapping[str, Any], problems: list[str]) -> int:
     return tp * pp
 
 
-def _replicas(config: Mapping[str, Any], shapes: Shapes, hashes: Mapping[tuple[str, str], str]) -> list[str]:
-    """Tensors that every tensor parallel rank must hold alike."""
-    problems: list[str] = []
-    mapping = config["mapping"]
-    tp, pp = int(mapping.get("tp_size", 1)), int(mapping.get("pp_size", 1))
-    for stage in range(pp):
-        names = [f"rank{stage * tp + rank}.safetensors" for rank in range(tp)]
-        if not all(name in shapes for name in names):
-            continue
-        first = shapes[names[0]]
-        for name in names[1:]:
-            if set(first) != set(shapes[name]):
-                odd = min(set(first) ^ set(shapes[name]), key=natural)
-                problems.append(f"{names[0]} and {name} hold different tensors, for example {printable(odd)}")
-        for tensor in first:
-            whole = tensor.endswith(("norm.weight", "ln_f.weight", "router.weight", "scaling_factor")) and (
-                "prequant" not in tensor and "weights_scaling" not in tensor
-            )
-            if whole and len({hashes.get((name, tensor)) for name in names}) > 1:
-                problems.append(f"{printable(tensor)} differs between the ranks of stage {stage}")
-    return problems
+def _peers(config: Mapping[str, Any], shapes: Shapes, hashes: Mapping[tuple[str, str], str], copies: bool) -> list[str]:
+    """Rank files that are not those of one conversion."""
+    found, tp = list[str](), int(config["mapping"].get("tp_size", 1))
+    for name in shapes:
+        first = f"rank{int(name[4:-12]) // tp * tp}.safetensors"
+        if first in shapes and (odd := set(shapes[first]) ^ set(shapes[name])):
+            found.append(f"{first} and {name} hold different tensors, for example {printable(min(odd, key=natural))}")
+    held = {name: tuple(tensors) for name, tensors in shapes.items()}
+    return found + list(rank_peers.problems(config, held, lambda file, tensor: hashes.get((file, tensor), ""), copies))

@@ -30,7 +30,7 @@ from streamconv.planning.span_table import SpanTable
 from streamconv.quants.laid_out import LaidOut
 from streamconv.run import manifest
 from streamconv.targets import target_from_json
-from streamconv.targets.trtllm import expected
+from streamconv.targets.trtllm import expected, rank_peers
 from streamconv.targets.trtllm.config_sections import resolve_moe
 from streamconv.targets.trtllm.inherited import Origin
 from streamconv.targets.trtllm.options import TensorRTLLM
@@ -70,6 +70,7 @@ def open_ranks(folder: Path) -> Index:
         if problems:
             raise TensorError([f"{printable(str(folder))}: {problem}" for problem in problems])
         told = _manifest(folder, config)
+        _check_peers(folder, config, shards, headers, told is not None)
         choices = _options(told, config, headers[0])
     except VerifyError as error:
         raise CheckpointError(f"{printable(str(folder))}: {error.message}") from None
@@ -100,6 +101,31 @@ def _manifest(folder: Path, config: Mapping[str, Any]) -> manifest.Manifest | No
     with Shard(folder / _CONFIG) as file, file.window(0, file.size) as data:
         same = xxhash.xxh3_128(data).hexdigest() == told.config
     return told if same and told.target == TensorRTLLM.key else None
+
+
+def _check_peers(
+    folder: Path, config: Mapping[str, Any], shards: Sequence[Shard], headers: Sequence[Header], recorded: bool
+) -> None:
+    """The rank files are of one conversion, and each is in its place as far as a few tensors and a manifest tell.
+
+    Raises:
+        TensorError: one is of another model or conversion, or a copy of another.
+    """
+    by_name = {shard.path.name: (shard, header) for shard, header in zip(shards, headers, strict=True)}
+    held = {name: tuple(header.tensors) for name, (_, header) in by_name.items()}
+    sampled = rank_peers.sampled({name: shard for name, (shard, _) in by_name.items()}, {name: h for name, (_, h) in by_name.items()})
+    problems = [f"{printable(str(folder))}: {problem}" for problem in rank_peers.problems(config, held, sampled)]
+    if recorded and not problems:
+        small = {name: rank_peers.small_tensors(config, header) for name, (_, header) in by_name.items()}
+        names = {name: [entry.name for entry in entries] for name, entries in small.items()}
+        told = manifest.recorded(folder / manifest.NAME, names)
+        for name, entries in small.items():
+            wrong = [entry.name for entry in entries if told.get((name, entry.name)) != rank_peers.hash_of(by_name[name][0], entry)]
+            if wrong:
+                why = f"{printable(wrong[0])} holds other bytes than {manifest.NAME} tells"
+                problems.append(f"{printable(str(folder))}: {name} is not the file that was written there: {why}")
+    if problems:
+        raise TensorError(problems, hint="put the rank files of one conversion there, each under its own name")
 
 
 def _options(told: manifest.Manifest | None, config: Mapping[str, Any], header: Header) -> list[TensorRTLLM]:
