@@ -51,8 +51,9 @@ def from_rank(path: Path, heads: int, kv: int, size: int) -> dict[str, torch.Ten
 
 
 def from_directory(path: Path) -> dict[str, torch.Tensor]:
-    """Linear weights of a pack-quantized directory of one file."""
-    held, found = load_file(path), dict[str, torch.Tensor]()
+    """Linear weights and norms of a pack-quantized directory of one file."""
+    held = load_file(path)
+    found = {name: values for name, values in held.items() if name.endswith("norm.weight")}
     for name, words in held.items():
         if name.endswith(".weight_packed"):
             module = name.removesuffix(".weight_packed")
@@ -88,14 +89,12 @@ def main() -> None:
     rows: list[dict[str, Any]] = [{"method": "source", "perplexity": base}]
     for method in args.methods.split(","):
         for target in args.targets.split(","):
-            if (target, method) == ("hf", "awq"):
-                continue
             out = args.work / f"{target}-{method}"
             shutil.rmtree(out, ignore_errors=True)
             quant = ["--quant", "int4_awq"] if target == "trtllm" else ["--to", "hf", "--quant", "w4a16"]
             words = ["convert", str(args.model), str(out), *quant, "--group-size", str(args.group_size), "--method", method]
-            known = args.work / f"trtllm-{method}.int4.safetensors"  # both targets hold the same codes
-            if method != "rtn" and target == "hf" and known.exists():
+            known = args.work / f"trtllm-{method}.int4.safetensors"  # both targets hold the same codes, but for folded pre-scales
+            if method in ("clip", "gptq") and target == "hf" and known.exists():
                 words += ["--codes", str(known)]
             elif method != "rtn":
                 words += ["--text", str(text), "--device", args.device, "--batch-size", "4"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -18,14 +18,17 @@ _ROWS = 256
 """Rows of each weight that a search on the CPU looks at, evenly spread."""
 
 
-def prescale(weights: Sequence[torch.Tensor], gram: Gram, grid: Grid) -> torch.Tensor | None:
-    """The multiplier p of the input [K], float32 and rounded to the grid's type; None if no candidate is better than ones.
+def prescale(
+    weights: Sequence[torch.Tensor], gram: Gram, grid: Grid, stored: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> torch.Tensor | None:
+    """The multiplier p of the input [K], float32, as it is stored; None if no candidate is better than ones.
 
     Candidates are s = m^a / w^(1 - a) for a = 0, 1/20, ..., 1, with m the mean magnitude of the inputs and w that of the weights in
     their groups; p = 1 / s. The loss is that of all weights together, without clipping.
 
     Args:
         weights: [N, K] of all that share the input.
+        stored: s -> p, if it is not a vector in the grid's type.
     """
     device = weights[0].device
     step = [max(1, len(weight) // _ROWS) if device.type == "cpu" else 1 for weight in weights]
@@ -41,7 +44,7 @@ def prescale(weights: Sequence[torch.Tensor], gram: Gram, grid: Grid) -> torch.T
         alpha = number / _STEPS
         scale = (mean.pow(alpha) / share.pow(1 - alpha).clamp(min=1e-30)).clamp(1e-4, 1e4)
         scale = scale / (scale.amax() * scale.amin()).sqrt()
-        multiplier = multiplier_of(scale, grid)
+        multiplier = multiplier_of(scale, grid) if stored is None else stored(_limited(scale))
         loss = _loss(chosen, multiplier, gram, grid)
         if loss < least:
             best, least = multiplier, loss
@@ -50,11 +53,14 @@ def prescale(weights: Sequence[torch.Tensor], gram: Gram, grid: Grid) -> torch.T
 
 def multiplier_of(scale: torch.Tensor, grid: Grid) -> torch.Tensor:
     """1 / s as it is stored: the weights are made from the rounded number, so that rounding it costs nothing."""
-    scale = scale.clamp(_SPREAD**-0.5, _SPREAD**0.5)
-    multiplier = 1.0 / scale
+    multiplier = 1.0 / _limited(scale)
     if grid.dtype == torch.float16:
         multiplier = multiplier.clamp(max=_LARGEST_F16)
     return multiplier.to(grid.dtype).float()
+
+
+def _limited(scale: torch.Tensor) -> torch.Tensor:
+    return scale.clamp(_SPREAD**-0.5, _SPREAD**0.5)
 
 
 def _share(weights: Sequence[torch.Tensor], grid: Grid) -> torch.Tensor:

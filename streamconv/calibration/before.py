@@ -168,7 +168,7 @@ class _Runs:
     def codes(self, options: _Measured) -> _Measured:
         """The options with a file of codes, and the method that found them."""
         path, scale = codes_path(self._out), "source" if isinstance(options, HuggingFace) else _model_dtype(self._source, options)
-        arguments = {"group": options.group_size, "scale": scale}
+        arguments = {"group": options.group_size, "scale": scale, "fold": _fold(options)}
         for method in (options.method,) if options.method is not None else ("gptq", "clip"):
             try:
                 self._told(f"searching INT4 codes with --method {method}")
@@ -180,6 +180,13 @@ class _Runs:
             else:
                 return dataclasses.replace(options, codes=str(path), method=method)
         raise AssertionError("no method")
+
+
+def _fold(options: TensorRTLLM | HuggingFace) -> str:
+    """Where AWQ's pre-scales go (`folds.Fold`)."""
+    if isinstance(options, TensorRTLLM) or options.method != "awq":
+        return ""
+    return "norms" if options.format == "modelopt" else "all"
 
 
 def _model_dtype(source: str | Path, options: TensorRTLLM) -> str:

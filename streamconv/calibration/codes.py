@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +13,10 @@ import torch
 
 from streamconv.calibration.codes_writer import CodesWriter
 from streamconv.calibration.experts import Experts
+from streamconv.calibration.folds import Fold, Folds
 from streamconv.calibration.gram import Gram
 from streamconv.calibration.grid import Grid
-from streamconv.calibration.search import Found, nearest, search
+from streamconv.calibration.search import Found, Site, nearest, search
 from streamconv.calibration.tiers import LINEAR, SAMPLE, SITES, SMALLER, gram_bytes, passes_of, search_bytes, tier_of
 from streamconv.checkpoint.codes_file import Losses
 from streamconv.errors import DataError, UsageError, printable
@@ -50,16 +51,17 @@ class CodesWork:
         group: input channels that share a scale.
         scale: the type that scales are rounded to, "source" for that of the weight.
         room: bytes that the Grams of a pass may take together.
+        fold: where AWQ's pre-scales go.
     """
 
     name = "INT4 codes"
     smaller = SMALLER
     captured = False
 
-    def __init__(self, method: str, group: int, scale: str, room: int) -> None:
-        self.asked: Any = ["int4", method, group, scale]
+    def __init__(self, method: str, group: int, scale: str, room: int, fold: Fold = "") -> None:
+        self.asked: Any = ["int4", method, group, scale, *([fold] if fold else [])]
         self._method, self._group, self._scale = method, group, scale
-        self._room = room
+        self._room, self._fold = room, fold
         self._grams: dict[str, Gram] = {}
         self._short = 0
 
@@ -78,17 +80,26 @@ class CodesWork:
     def open(self, layer: OneLayer, scratch: Scratch, tokens: int, facts: dict[str, Any]) -> None:
         if tokens < self._group:
             raise UsageError(f"--text: {tokens} tokens are too few to search with", hint=f"at least {self._group}, better 65536")
-        modules: dict[str, tuple[int, int]] = {}
+        modules, multipliers, others = dict[str, tuple[int, int]](), set[str](), list[Any]()
         for number in range(layer.layers):
-            for name, place in layer.places_of(number).items():
+            places = layer.places_of(number)
+            folds = self._folds_of(layer, places)
+            for name, place in places.items():
                 linear = layer.layer.get_submodule(name.rpartition(".")[0])
                 if self._wanted(name, place, linear):
                     modules[place.module] = (linear.out_features, linear.in_features)
+                    if self._method == "awq" and folds.stores(place.role):
+                        multipliers.add(place.module)
+            others += [place.record for place in folds.others().values()]
         if not modules:
             raise UsageError(f"--group-size {self._group}: no linear layer divides into such groups", hint="--group-size 64")
         self._tokens = tokens
-        path, told = scratch.folder / "codes", facts | {"method": self._method}
-        self._writer = CodesWriter(path, modules, self._group, self._method == "awq", told, begun=scratch.done > 0)
+        path, told = scratch.folder / "codes", facts | {"method": self._method} | ({"folded": self._fold} if self._fold else {})
+        self._writer = CodesWriter(path, modules, self._group, multipliers, others, told, begun=scratch.done > 0)
+
+    def _folds_of(self, layer: OneLayer, places: Mapping[str, Place]) -> Folds:
+        heads = (layer.facts.num_key_value_heads, layer.facts.num_attention_heads // layer.facts.num_key_value_heads, layer.facts.head_size)
+        return Folds(self._fold, places, heads, 1.0 if layer.family.norm_add_one else 0.0)
 
     def _wanted(self, parameter: str, place: Place, linear: Any) -> bool:
         fits = isinstance(linear, torch.nn.Linear) and not linear.in_features % self._group and not linear.out_features % 2
@@ -105,7 +116,8 @@ class CodesWork:
 
     def passes(self, layer: OneLayer) -> Sequence[Callable[[], None]]:
         """Sites by passes; a fallback goes with the sites that it stands in for."""
-        self._layer, self._losses = layer, dict[str, torch.Tensor]()
+        self._layer, self._losses, self._scales = layer, dict[str, torch.Tensor](), dict[str, torch.Tensor]()
+        self._folds = self._folds_of(layer, layer.places)
         sizes = ((site, gram_bytes(tier_of(self._method, site.size), site.size, self._group)) for site in self._sites(layer))
         groups = passes_of(sizes, self._room)
         return [functools.partial(self._begin, group) for group in groups] or [lambda: None]
@@ -152,9 +164,8 @@ class CodesWork:
         weights, grids = {}, {}
         for module in site.modules:
             weight = self._layer.layer.get_submodule(module).weight.detach()
-            kind = getattr(torch, places[module].record.dtype.torch if self._scale == "source" else self._scale)
-            weights[module] = weight.to(kind) if weight.dtype.itemsize > kind.itemsize else weight
-            grids[module] = Grid(self._group, kind)
+            grids[module] = grid = self._grid(places[module])
+            weights[module] = weight.to(grid.dtype) if weight.dtype.itemsize > grid.dtype.itemsize else weight
             if not bool(weight.isfinite().all()):
                 raise DataError(f"{printable(places[module].module)}: NaN or infinity in a weight that is to be quantized")
         gram = self._grams[site.first]
@@ -166,12 +177,27 @@ class CodesWork:
             )
         if gram.tokens == 0:
             for module in site.modules:
-                self._put(places[module], nearest(weights[module], grids[module]), None)
+                self._put(module, nearest(weights[module], grids[module]), None)
             return
-        made = search(self._method, weights, gram, grids)
+        made = self._search(site, weights, gram, grids)
         self._short += made.unfactored
         for module, found in made.found.items():
-            self._put(places[module], found, made.multiplier)
+            self._put(module, found, made.multiplier)
+
+    def _search(self, site: _Site, weights: Mapping[str, torch.Tensor], gram: Gram, grids: Mapping[str, Grid]) -> Site:
+        role = self._layer.places[f"{site.first}.weight"].role
+        if self._method != "awq" or self._folds.stores(role):
+            return search(self._method, weights, gram, grids)
+        into = self._folds.of(role, site.first, site.size, self._layer.index)
+        if into is None:
+            return search("clip", weights, gram, grids)
+        made = search("awq", weights, gram, grids, lambda scale: into.multiplier(scale.cpu()).to(scale))
+        if made.multiplier is not None:
+            self._folds.take(into, made.multiplier)
+        return made
+
+    def _grid(self, place: Place) -> Grid:
+        return Grid(self._group, getattr(torch, place.record.dtype.torch if self._scale == "source" else self._scale))
 
     def _instead(self, site: _Site, gram: Gram) -> Gram:
         """What stands in for an expert that few tokens reached: what all tokens of the layer are, or the outputs of all experts."""
@@ -180,18 +206,31 @@ class CodesWork:
         alike = [s for s in self._group_sites if s.size == site.size and self._layer.places[f"{s.first}.weight"].role == "expert_down"]
         return Gram.mean([self._grams[other.first] for other in alike]) if site in alike else gram
 
-    def _put(self, place: Place, found: Found, multiplier: torch.Tensor | None) -> None:
+    def _put(self, name: str, found: Found, multiplier: torch.Tensor | None) -> None:
+        place = self._layer.places[f"{name}.weight"]
         self._writer.put_codes(f"{place.module}.weight", found.codes)
         self._writer.put(f"{place.module}.weight_scale", found.scales)
-        if self._method == "awq":
+        if self._fold:
+            self._scales[f"{name}.weight"] = found.scales.cpu()
+        if self._method == "awq" and self._folds.stores(place.role):
             size = found.codes.shape[1]
             self._writer.put(f"{place.module}.pre_quant_scale", torch.ones(size) if multiplier is None else multiplier)
         self._losses[f"{place.module}.losses"] = found.losses
 
     def finish(self, layer: OneLayer) -> dict[str, torch.Tensor]:
         self._close()
+        for name, factors in self._folds.rows().items():
+            self._multiply(name, factors)
+        for name, place in self._folds.others().items():
+            self._writer.put(place.record.name, self._folds.values(name, layer.index))
         self._writer.sync()
         return self._losses
+
+    def _multiply(self, name: str, factors: torch.Tensor) -> None:
+        """The last rows of a weight by a factor each: their codes stay, and their scales take it."""
+        place, scales = self._layer.places[name], self._scales[name]
+        scales[-len(factors) :] *= factors[:, None]
+        self._writer.put(f"{place.module}.weight_scale", self._grid(place).rounded(scales))
 
     # ---- the file
 

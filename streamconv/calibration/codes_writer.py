@@ -2,15 +2,17 @@
 
     M.weight        U8 [N/2, K], two's complement nibbles of two neighbouring output channels, the first in the low one
     M.weight_scale  F32 [N, K/g]
-    M.pre_quant_scale  F32 [K], what the input is multiplied by; with AWQ
+    M.pre_quant_scale  F32 [K], what the input is multiplied by; with AWQ, where it is not folded
     M.losses        F32 [3], see `search.Found`
+
+and under their own names tensors of the source that a fold changes.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import torch
 
 from streamconv.checkpoint.dtypes import F32, U8, DType
 from streamconv.checkpoint.header_build import HeaderBuilder, file_order
+from streamconv.checkpoint.tensor_table import TensorRecord
 from streamconv.errors import CheckpointError, printable
 
 
@@ -28,7 +31,8 @@ class CodesWriter:
         path: of the file; one of the same layout goes on being filled.
         modules: module -> (N, K).
         group: input channels that share a scale.
-        multipliers: there are pre-scales.
+        multipliers: modules that have pre-scales.
+        others: tensors of the source that change.
         facts: about the calibration.
         begun: some layers are in the file already.
 
@@ -37,14 +41,15 @@ class CodesWriter:
     """
 
     def __init__(
-        self, path: Path, modules: Mapping[str, tuple[int, int]], group: int, multipliers: bool, facts: dict[str, Any], begun: bool
+        self, path: Path, modules: Mapping[str, tuple[int, int]], group: int, multipliers: Collection[str],
+        others: Collection[TensorRecord], facts: dict[str, Any], begun: bool,
     ) -> None:  # fmt: skip
-        entries: list[tuple[str, DType, tuple[int, ...]]] = []
+        entries: list[tuple[str, DType, tuple[int, ...]]] = [(other.name, other.dtype, other.shape) for other in others]
         for module, (rows, cols) in modules.items():
             entries.append((f"{module}.weight", U8, (rows // 2, cols)))
             entries.append((f"{module}.weight_scale", F32, (rows, cols // group)))
             entries.append((f"{module}.losses", F32, (3,)))
-            if multipliers:
+            if module in multipliers:
                 entries.append((f"{module}.pre_quant_scale", F32, (cols,)))
         builder = HeaderBuilder({"calibration": json.dumps(facts)})
         entries.sort(key=lambda entry: file_order(entry[1], entry[0]))

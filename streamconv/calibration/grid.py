@@ -27,7 +27,11 @@ class Grid:
 
     def scales(self, largest: torch.Tensor, ratio: torch.Tensor | float) -> torch.Tensor:
         """Scales [N, K/g], float32, of which 7 steps are `ratio` times the group's maximum; 1 where that is 0."""
-        scale = (largest * ratio / torch.full_like(largest, 7.0)).to(self.dtype).float()
+        return self.rounded(largest * ratio / torch.full_like(largest, 7.0))
+
+    def rounded(self, scale: torch.Tensor) -> torch.Tensor:
+        """Scales as they are stored, float32; 1 where that is 0."""
+        scale = scale.to(self.dtype).float()
         scale = torch.where(scale == 0, 1.0, scale)
         return scale.clamp(min=_LEAST_F16) if self.dtype == torch.float16 else scale
 

@@ -53,6 +53,7 @@ class OneLayer:
         watch: puts hooks on a layer that was built.
 
     Attributes:
+        index, facts, family: as given.
         layers: how many the model has.
         places: parameter of the loaded layer -> where it comes from.
         layer: transformers' layer, with the weights of the one that is loaded.
@@ -63,7 +64,7 @@ class OneLayer:
         watch: Callable[[torch.nn.Module], None],
     ) -> None:  # fmt: skip
         self.config = pretrained.read_config(index, model, family)
-        self.index, self.dtype, self.device, self.uses = index, dtype, device, uses
+        self.index, self.facts, self.family, self.dtype, self.device, self.uses = index, model, family, dtype, device, uses
         self.layers = model.num_hidden_layers
         self._told = f"{printable(str(index.root))}: transformers cannot run this model"
         self._states: torch.Tensor | None = None

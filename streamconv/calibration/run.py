@@ -30,6 +30,7 @@ from streamconv.run.fs import beside, explained, named
 if TYPE_CHECKING:
     import torch
 
+    from streamconv.calibration.folds import Fold
     from streamconv.calibration.layers import OneLayer
     from streamconv.calibration.scratch import Scratch
     from streamconv.calibration.work import Work
@@ -107,6 +108,7 @@ def find_codes(
     method: str,
     group: int,
     scale: str,
+    fold: Fold = "",
     samples: int = 128,
     max_length: int = 512,
     batch_size: int = 1,
@@ -124,6 +126,7 @@ def find_codes(
         method: "clip", "awq" or "gptq".
         group: input channels that share a scale.
         scale: what scales are rounded to: "float16", "bfloat16", or "source" for the weight's own type.
+        fold: where AWQ's pre-scales go (`folds`).
         others: as of `calibrate`.
 
     Raises:
@@ -139,7 +142,7 @@ def find_codes(
             dtype = "float32"  # which holds all that 16 bits hold, and is several times faster there
         run = Run(index, out, batch_size, dtype, loop, device, memory_budget)
         room = gram_room(None if run.device != "cpu" else memory.available() if memory_budget is None else memory_budget)
-        return run.measure(CodesWork(method, group, scale, room), text, samples, max_length, reuse, progress, sampled)
+        return run.measure(CodesWork(method, group, scale, room, fold), text, samples, max_length, reuse, progress, sampled)
 
 
 def refuse_quantized(index: Index) -> None:

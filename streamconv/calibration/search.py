@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -53,7 +53,13 @@ def nearest(weight: torch.Tensor, grid: Grid) -> Found:
     return Found(torch.cat(codes), torch.cat(scales), torch.zeros(3))
 
 
-def search(method: str, weights: Mapping[str, torch.Tensor], gram: Gram, grids: Mapping[str, Grid]) -> Site:
+def search(
+    method: str,
+    weights: Mapping[str, torch.Tensor],
+    gram: Gram,
+    grids: Mapping[str, Grid],
+    stored: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> Site:
     """The codes of all weights of a site.
 
     No output's error is above that of plain rounding, as far as the Gram tells: each row takes the best of plain rounding, of the
@@ -62,9 +68,10 @@ def search(method: str, weights: Mapping[str, torch.Tensor], gram: Gram, grids: 
     Args:
         method: "clip", "awq" or "gptq".
         weights: module -> [N, K], finite, no wider than the grid's type.
+        stored: see `awq.prescale`.
     """
     first = next(iter(grids.values()))
-    multiplier = prescale(list(weights.values()), gram, first) if method == "awq" else None
+    multiplier = prescale(list(weights.values()), gram, first, stored) if method == "awq" else None
     known = gptq.factor(gram.moments) if method == "gptq" else None
     blocks = gram.blocks()
     unfactored = method == "gptq" and known is None

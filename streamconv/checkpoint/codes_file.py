@@ -1,7 +1,8 @@
 """INT4 codes that a search found, beside a source of floats: what takes the place of the weights it covers.
 
 For a linear module M the file holds `M.weight` U8 [N/2, K] (ModelOpt's nibbles), `M.weight_scale` F32 [N, K/g], `M.losses` F32 [3] and,
-with AWQ, `M.pre_quant_scale` F32 [K].
+with AWQ, `M.pre_quant_scale` F32 [K], what its inputs are multiplied by. Where norms or the rows of another layer do that (`folded`), the
+norms and biases that change are in the file under their own names.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import os
 import struct
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,14 +127,13 @@ class Losses:
         return told | ({"each": {name: pair(*both) for name, both in self.each.items()}} if len(self.each) <= _FEW else {})
 
 
-def _method(metadata: Mapping[str, str]) -> str | None:
+def _told(metadata: Mapping[str, str]) -> Mapping[str, Any]:
     """What a file says of the search that made it."""
     try:
         told = json.loads(metadata.get("calibration", "{}"))
     except ValueError:
-        return None
-    method = told.get("method") if isinstance(told, dict) else None
-    return method if method in SEARCHED else None
+        return {}
+    return told if isinstance(told, dict) else {}
 
 
 class Codes:
@@ -141,6 +141,7 @@ class Codes:
 
     Attributes:
         method: that found them; None if the file does not say.
+        folded: which pre-scales the layers before take: "", "norms" or "all".
 
     Raises:
         UsageError: there is no such file. HeaderError: it is no safetensors file.
@@ -151,7 +152,9 @@ class Codes:
         if not os.path.isfile(self.path):
             raise UsageError(f"--codes {printable(str(path))}: no such file", hint=HINT)
         header = read_header(self.path)
-        self._entries, self.method = header.tensors, _method(header.metadata)
+        told = _told(header.metadata)
+        self._entries, self.folded = header.tensors, str(told.get("folded", ""))
+        self.method: str | None = told.get("method") if told.get("method") in SEARCHED else None
         self._shard = Shard(self.path)
         weakref.finalize(self, self._shard.close)  # plans refer to it: the last of them closes it
 
@@ -164,6 +167,15 @@ class Codes:
 
     def has(self, module: str) -> bool:
         return f"{module}.weight_scale" in self._entries
+
+    def modules(self) -> Iterator[str]:
+        """Linear modules that have codes."""
+        return (name.removesuffix(".weight_scale") for name in self._entries if name.endswith(".weight_scale"))
+
+    def changed(self) -> dict[str, ApartTensor]:
+        """Norms and biases of the source with pre-scales in them, by name."""
+        mine = {f"{module}.{leaf}" for module in self.modules() for leaf in ("weight", "weight_scale", "losses", "pre_quant_scale")}
+        return {name: self._apart(entry) for name, entry in self._entries.items() if name not in mine}
 
     def found(self, module: str, shape: tuple[int, ...], weight: str) -> Found:
         """The codes of a module.
@@ -190,7 +202,7 @@ class Codes:
         return Found(made, self._apart(scales), None if multiplier is None else self._apart(multiplier))
 
     def _apart(self, entry: TensorEntry) -> ApartTensor:
-        return ApartTensor(entry.name, F32, entry.shape, (), 0, self._shard, entry.begin)
+        return ApartTensor(entry.name, entry.dtype, entry.shape, (), 0, self._shard, entry.begin)
 
     def losses(self) -> Losses:
         """What the search lost in each linear layer that tokens reached."""

@@ -11,12 +11,11 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from streamconv.checkpoint.activation_ranges import Ranges
-from streamconv.checkpoint.codes_file import Codes, Found
+from streamconv.checkpoint.codes_file import ApartTensor, Codes, Found
 from streamconv.checkpoint.dtypes import F32, I64, DType
 from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.rows import NoSource
-from streamconv.errors import UsageError, printable
-from streamconv.families.naming import settle
+from streamconv.errors import printable
 from streamconv.planning.draft import Draft
 from streamconv.planning.plan import SideFile
 from streamconv.quants.awq import PairedCodes
@@ -26,6 +25,7 @@ from streamconv.quants.given_codes import Words
 from streamconv.quants.plain import Plain
 from streamconv.targets.hf import config_json
 from streamconv.targets.hf.card import NAME, Done, card, left
+from streamconv.targets.hf.found_codes import taken
 from streamconv.targets.hf.input_scales import cache_maxima, input_maxima
 from streamconv.targets.hf.recipes import BLOCK, Recipe, Request
 from streamconv.targets.hf.rules import Module, classify, default_reason, grouped, matches, partners, split_groups
@@ -85,7 +85,8 @@ class Layout:
         into: float type of weights that are decoded.
         ranges: what a calibration run measured, where something needs it.
         codes: what a search found, where --method has one.
-        inputs: module -> largest input; cached: weight -> attention, k or v, largest output; searched: module -> its codes.
+        inputs: module -> largest input; cached: weight -> attention, k or v, largest output; searched: module -> its codes; changed: norm
+            or bias -> what takes its place.
     """
 
     index: Index
@@ -100,6 +101,7 @@ class Layout:
     inputs: dict[str, float] = field(default_factory=dict)
     cached: dict[str, tuple[str, str, float]] = field(default_factory=dict)
     searched: dict[str, Found] = field(default_factory=dict)
+    changed: dict[str, ApartTensor] = field(default_factory=dict)
 
     def describe(self) -> None:
         stored = stored_weights(self.index, self.into)
@@ -115,7 +117,8 @@ class Layout:
             self.inputs = input_maxima(self.ranges, wanted) if self.recipe.input_scale is not None else {}
             self.cached = cache_maxima(self.ranges, stored.shapes) if self.target.kv_cache is not None else {}
         if self.codes is not None:
-            self.searched = self._searched(self.codes, stored, wanted)
+            assert self.recipe is not None
+            self.searched, self.changed = taken(self.codes, self.index, stored, wanted, self.target.group_size, self.recipe)
         files = self._files(stored)
         places: dict[str, str] = {}
         for name, tensors in files.items():
@@ -170,20 +173,6 @@ class Layout:
                 if not any(matches(m.name, [pattern]) for m in modules):
                     self.refused.append(f"--only {printable(pattern)} matches no linear layer")
 
-    def _searched(self, codes: Codes, stored: Stored, wanted: dict[str, Module]) -> dict[str, Found]:
-        """Module -> its codes, which were found under the names that the family tables know."""
-        known = {(r.shard, r.begin): name.removesuffix(".weight") for name, r in settle(self.index).tensors.items()}
-        found = {}
-        for name, module in wanted.items():
-            weight = stored.weights[f"{name}.weight"]
-            piece = weight.pieces[0]
-            named = name if codes.has(name) else known.get((piece.shard, piece.begin), name)
-            found[name] = codes.found(named, (module.rows, module.cols), weight.name)
-            if found[name].group != self.target.group_size:
-                told = f"--group-size {self.target.group_size}: the codes of {printable(name)} have groups of {found[name].group}"
-                raise UsageError(told, hint=f"--group-size {found[name].group}")
-        return found
-
     # ---- files
 
     def _files(self, stored: Stored) -> dict[str, list[str]]:
@@ -199,7 +188,7 @@ class Layout:
         if self.recipe is None or module not in wanted or not name.endswith(".weight"):
             rows, plain = weight.rows, _plain(self._plain_dtype(weight, stored))
             matrix = self.draft.matrix(file, name, rows, weight.cols, plain, spelling=_whole(stored.shapes[name]))
-            self.draft.feed(matrix, weight, 0, rows)
+            self.draft.feed(matrix, self.changed.get(name, weight), 0, rows)
             return [name, *scales]
         return self._quantized(file, module, weight, self.recipe, stored) + scales
 
@@ -250,9 +239,16 @@ class Layout:
         if recipe.weight_shape:
             self._constant(file, f"{module}.weight_shape", I64, (2,), struct.pack("<2q", rows, cols), made)
         if recipe.pre_scales and not partners(module):
-            ones = _ONE[weight.dtype.name] * cols
-            self._constant(file, f"{module}.{recipe.pre_scales}", weight.dtype, (cols,), ones, made)
+            self._pre_scale(file, f"{module}.{recipe.pre_scales}", weight, searched, made)
         return made
+
+    def _pre_scale(self, file: int, name: str, weight: Weight, searched: Found | None, made: list[str]) -> None:
+        if searched is None or searched.multiplier is None:
+            self._constant(file, name, weight.dtype, (weight.cols,), _ONE[weight.dtype.name] * weight.cols, made)
+            return
+        matrix = self.draft.matrix(file, name, weight.cols, 1, Plain(weight.dtype), spelling=Whole((weight.cols,)))
+        self.draft.feed(matrix, searched.multiplier, 0, weight.cols)
+        made.append(name)
 
     def _shares(self, first: str, stored: Stored) -> bool:
         """ModelOpt gives partners one scale if the first of them has only one; each expert's keep their own."""

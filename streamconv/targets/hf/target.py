@@ -50,12 +50,12 @@ class HuggingFace(Target):
     group_size: int = option(128, "input channels that share a scale, in the formats with groups", least=1)
     method: str | None = option(
         None,
-        "how w4a16 finds its codes: rtn (amax / 8), mse (least squared error), with --text also clip and gptq;"
+        "how w4a16 finds its codes: rtn (amax / 8), mse (least squared error), with --text also clip, awq and gptq;"
         " default: as the container's own tool, with --text the best that fits",
-        choices=tuple(method for method in METHODS if method != "awq"),
+        choices=METHODS,
         typed=str,
     )
-    codes: str | None = option(None, "file of codes that --text found, for --method clip and gptq", typed=str, metavar=FILE)
+    codes: str | None = option(None, "file of codes that --text found, for --method clip, awq and gptq", typed=str, metavar=FILE)
     arithmetic: str = option(
         "float32",
         "of scales and quotients: float32 is the most accurate, the others give the bytes of llm-compressor on a GPU or a CPU",

@@ -147,6 +147,9 @@ def make_plan(index: Index, options: TensorRTLLM) -> Plan:
     kept = origin is not None and bool(stored.scales)
     codes = codes_of(options.method, options.codes)
     if codes is not None:
+        if codes.folded:
+            told = "--codes: their pre-scales are folded into the layers before, for a Hugging Face directory"
+            raise UsageError(told, hint="--text FILE finds those of a TensorRT-LLM checkpoint")
         import_scales.take_codes(stored, family, codes)
     problems = stored.problems + import_rules.group_problems(options, stored)
     if problems:

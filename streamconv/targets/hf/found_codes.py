@@ -1,0 +1,56 @@
+"""What a search on text found for the weights of a directory."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from streamconv.checkpoint.codes_file import HINT, ApartTensor, Codes, Found
+from streamconv.checkpoint.index import Index
+from streamconv.errors import TensorError, UsageError, printable
+from streamconv.families.naming import settle
+from streamconv.natural import natural
+from streamconv.targets.hf.recipes import Recipe
+from streamconv.targets.hf.rules import Module
+from streamconv.targets.hf.sources import Stored
+
+
+def taken(
+    codes: Codes, index: Index, stored: Stored, wanted: Mapping[str, Module], group: int, recipe: Recipe
+) -> tuple[dict[str, Found], dict[str, ApartTensor]]:
+    """(module -> its codes, norm or bias -> what takes its place); a search knows them by the names of the family tables.
+
+    Args:
+        stored: the weights of the source.
+        wanted: linear modules that are quantized.
+        group: --group-size.
+
+    Raises:
+        UsageError: the codes are for another group size, container or choice of modules. TensorError: they are not those of the model.
+    """
+    known = {(r.shard, r.begin): name for name, r in settle(index).tensors.items()}
+    settled = {name: known.get((w.pieces[0].shard, w.pieces[0].begin), name) for name, w in stored.weights.items() if w.pieces}
+    modules = {name: name if codes.has(name) else settled[f"{name}.weight"].removesuffix(".weight") for name in wanted}
+    _check_folds(codes, set(modules.values()), recipe)
+    found = {}
+    for name, module in wanted.items():
+        found[name] = codes.found(modules[name], (module.rows, module.cols), stored.weights[f"{name}.weight"].name)
+        if found[name].group != group:
+            told = f"--group-size {group}: the codes of {printable(name)} have groups of {found[name].group}"
+            raise UsageError(told, hint=f"--group-size {found[name].group}")
+    changed = codes.changed()
+    others = {name: changed[own] for name, own in settled.items() if own in changed}
+    for name, tensor in others.items():
+        if (tensor.shape, tensor.dtype) != (stored.shapes[name], stored.weights[name].dtype):
+            raise TensorError(f"{printable(str(codes.path))}: {printable(name)} is not of the model's shape and type", hint=HINT)
+    return found, others
+
+
+def _check_folds(codes: Codes, quantized: Collection[str], recipe: Recipe) -> None:
+    """The pre-scales are where this container's readers look for them, and whatever has inputs that a fold changes has the codes for it."""
+    if codes.method == "awq" and codes.folded not in (("all", "norms") if recipe.pre_scales else ("all",)):
+        told = f"--codes: the pre-scales of these are not folded as a directory of {recipe.container} needs it"
+        raise UsageError(told, hint="--text FILE finds others")
+    left = min((name for name in codes.modules() if codes.folded and name not in quantized), key=natural, default=None)
+    if left is not None:
+        told = f"--method awq: {printable(left)} is to stay as it is, and its pre-scale is in the layer before it"
+        raise UsageError(told, hint="leave out --ignore and --only, or take --method gptq")
