@@ -155,7 +155,8 @@ def convert(
                 force=force,
                 **watched.layers,
             )
-        facts = pages_view.planned(model, place, wanted, asked) if report and wanted is not None else None
+        alone = [wanted.to(place)] if wanted is not None else []
+        facts = pages_view.planned(model, outputs or alone, asked, bool(outputs)) if report else ([], "")
         if engine is not None and wanted is not None:
             made = on_ray(engine, model, place, wanted, asked, force, watched.meter)
         elif wanted is not None:
@@ -226,7 +227,7 @@ def plan(
         made = search.of(made)
     try:
         if write_config:
-            recipe_option.write(write_config, model, out, made.target, given, index)
+            recipe_option.write(write_config, model, [(out, made.target)], given, index)
         reads = Reads([made])
         looking = look(index, reads, {Path(out) if out is not None else None: made.bytes_written}, asked.probe)
         chosen = choose_device(reads, asked)

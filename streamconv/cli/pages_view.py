@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from streamconv.cli import recipe_option
@@ -12,23 +12,24 @@ from streamconv.pages.page import Page
 
 if TYPE_CHECKING:
     from streamconv.options import Resources
-    from streamconv.targets.base import Target
+    from streamconv.targets.base import Output
     from streamconv.verification.verdict import Verdict
 
 
-def planned(model: str, out: str, wanted: Target, asked: Resources) -> runs.Planned:
-    """Plan a conversion and keep what its page needs."""
-    from streamconv import api
+def planned(model: str, outputs: Sequence[Output], asked: Resources, several: bool) -> tuple[list[runs.Planned], str]:
+    """Plan a conversion; what its page needs of each output, and the recipe."""
+    from streamconv.open_plan import open_and_plan_all
 
-    index, plan = api.open_and_plan(model, wanted, asked.memory_budget)
+    index, plans = open_and_plan_all(model, outputs, asked.memory_budget)
     with index:
-        recipe = recipe_option.text(model, out, plan.target, {}, index)
-    return runs.planned(plan, recipe)
+        each = [(output.out, plan.target) for output, plan in zip(outputs, plans, strict=True)]
+        recipe = recipe_option.text(model, each, {}, index, several)
+    return [runs.planned(plan) for plan in plans], recipe
 
 
-def conversion(model: str, report: Any, facts: runs.Planned | None, watched: Watched, least: float | None) -> Page:
+def conversion(model: str, report: Any, facts: tuple[list[runs.Planned], str], watched: Watched, least: float | None) -> Page:
     """The page of `convert`."""
-    return runs.conversion(model, report, facts, watched.samples, command_line(), least)
+    return runs.conversion(model, report, *facts, watched.samples, command_line(), least)
 
 
 def verification(out: str, source: str | None, verdict: Verdict, watched: Watched) -> Page:

@@ -87,16 +87,23 @@ def compare(out: str) -> None:
         output.note(f"warning: {out} is not what {found.path} tells of: {why}")
 
 
-def text(model: str, out: str | None, options: PlannedTarget, others: Mapping[str, object], index: Any) -> str:
-    """The recipe of a plan; a model of the Hub is named by its commit.
+def text(
+    model: str, outputs: Sequence[tuple[str | None, PlannedTarget]], others: Mapping[str, object], index: Any, several: bool
+) -> str:
+    """The recipe of plans; a model of the Hub is named by its commit.
 
     Args:
+        outputs: folder and target of each.
+        several: a table for each; else it is one, whose folder may be missing.
         others: flags that change no byte.
         index: the opened source.
     """
     from streamconv.cli import recipe
 
-    return recipe.render(_named(model, index), out, options, _changed(others))
+    named, changed = _named(model, index), _changed(others)
+    if not several:
+        return recipe.render(named, *outputs[0], changed)
+    return recipe.render_all(named, [(out, target) for out, target in outputs if out is not None], changed)
 
 
 def _named(model: str, index: Any) -> str:
@@ -113,17 +120,15 @@ def _changed(others: Mapping[str, object]) -> dict[str, object]:
     return {key: value for key, value in others.items() if value not in (getattr(plain, key, None), "auto")}
 
 
-def write(path: str, model: str, out: str | None, options: PlannedTarget, others: Mapping[str, object], index: Any) -> None:
+def write(
+    path: str,
+    model: str,
+    outputs: Sequence[tuple[str | None, PlannedTarget]],
+    others: Mapping[str, object],
+    index: Any,
+    several: bool = False,
+) -> None:
     """Write what `text` gives."""
     from streamconv.cli import recipe
 
-    recipe.write(path, text(model, out, options, others, index))
-
-
-def write_all(
-    path: str, model: str, outputs: Sequence[tuple[str, PlannedTarget]], others: Mapping[str, object], index: Any
-) -> None:
-    """As `write`, for several outputs: folders and targets."""
-    from streamconv.cli import recipe
-
-    recipe.write(path, recipe.render_all(_named(model, index), outputs, _changed(others)))
+    recipe.write(path, text(model, outputs, others, index, several))

@@ -158,5 +158,5 @@ def plan(
     with contextlib.closing(index):
         if write_config:
             tables = [(output.out, made.target) for output, made in zip(outputs, plans, strict=True)]
-            recipe_option.write_all(write_config, model, tables, given, index)
+            recipe_option.write(write_config, model, tables, given, index, several=True)
         several_view.show(index, outputs, plans, asked, as_json)

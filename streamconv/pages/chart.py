@@ -132,16 +132,19 @@ def heatmap(
     spell: Callable[[float, float], str],
     low: float = -math.inf,
     high_is_dark: bool = True,
+    span: float = 0.0,
 ) -> str:
     """A number and a shade for each (row, column). What is below `low` has a frame.
 
     Args:
         spell: how a value is written in a cell so many units wide.
+        span: what lies closer together than this has shades that are close together too.
     """
     left, top, high = 40, 130, 20
     width = min(90.0, (WIDTH - left - 120) / max(len(columns), 1))  # slanted names need room at the right
     finite = [value for value in cells.values() if math.isfinite(value)]
     least, most = min(finite or [0]), max(finite or [1])
+    least = min(least, most - span)
     parts = []
     for number, name in enumerate(columns):
         x = left + width * (number + 0.5)

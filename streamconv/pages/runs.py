@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from streamconv.verification.verdict import Verdict
 
 if TYPE_CHECKING:
     from streamconv.planning.plan import Plan
-    from streamconv.reports import Report
+    from streamconv.reports import Report, Written
 
 _PHASES = {"read": "reading the source", "compute": "encoding", "hash": "hashing and waiting for the rows before", "write": "writing"}
 _AROUND = {"load": "planning and loading", "create": "creating the files", "tiles": "all tiles", "sync": "final sync"}
@@ -25,12 +25,11 @@ _AROUND = {"load": "planning and loading", "create": "creating the files", "tile
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """What a page needs of a plan, which is too large to be kept while it is run.
+    """What a page needs of the plan of an output, which is too large to be kept while it is run.
 
     Attributes:
         before, after: bytes of source and output, by kind of module.
         decisions: module -> how it is stored and why.
-        recipe: TOML that gives the same conversion.
     """
 
     headline: str
@@ -39,10 +38,9 @@ class Planned:
     after: Mapping[str, int]
     decisions: Mapping[str, str]
     notes: Sequence[str]
-    recipe: str
 
 
-def planned(plan: Plan, recipe: str) -> Planned:
+def planned(plan: Plan) -> Planned:
     """The facts of a plan."""
     before, after = dict[str, int](), dict[str, int]()
     for span in plan.spans:
@@ -53,16 +51,19 @@ def planned(plan: Plan, recipe: str) -> Planned:
         for name, dtype, shape in file.tensors_of():
             kind = tensors.kind(name)
             after[kind] = after.get(kind, 0) + prod(shape) * DTYPES[dtype].itemsize
-    headline = f"{plan.target.headline}, {plan.dtype.torch}"
-    return Planned(headline, plan.family, before, after, dict(plan.decisions), plan.notes, recipe)
+    quant = f"{plan.target.to_json().get('quant', 'none')}, " if plan.target.key == "trtllm" else ""
+    headline = f"{plan.target.headline}, {quant}{plan.dtype.torch}"
+    return Planned(headline, plan.family, before, after, dict(plan.decisions), plan.notes)
 
 
 def conversion(
-    model: str, report: Report, plan: Planned | None, samples: Sequence[Sample], command: str, least: float | None = None
+    model: str, report: Report, plans: Sequence[Planned], recipe: str, samples: Sequence[Sample], command: str, least: float | None = None
 ) -> Page:
     """The page of a conversion.
 
     Args:
+        plans: of its outputs.
+        recipe: TOML that gives the same conversion.
         least: --min-snr, dB.
     """
     facts = [
@@ -80,20 +81,42 @@ def conversion(
         facts.append(("estimated before", str(report.estimate)))
         if not report.resumed:
             facts.append(("and it took", report.estimate.off(report.seconds)))
+    facts[2:2] = [("family", plans[0].family)] if plans else []
+    if len(plans) == 1:
+        facts[3:3] = [("format", plans[0].headline)]
+    sections = [*timeline.sections(samples), *_bound(report, samples)]
+    if len(report.outputs) > 1:
+        sections.append(_outputs(report, plans))
+    for number, plan in enumerate(plans):
+        written = report.outputs[number] if report.outputs else None
+        suffix = f" of {written.out}" if written is not None and len(plans) > 1 else ""
+        sections += [replace(section, heading=section.heading + suffix) for section in _output(plan, written, least)]
+    return Page(
+        f"Conversion of {model}", f"{model} was converted to {report.out}.", facts, sections + _settings(command, recipe), report.warnings
+    )
+
+
+def _outputs(report: Report, plans: Sequence[Planned]) -> Section:
+    """Several outputs side by side."""
+    states = ("written", "finished before")
+    rows = [
+        (one.out, plan.headline, states[one.finished], str(one.tensors), show_size(one.bytes_written))
+        for one, plan in zip(report.outputs, plans, strict=True)
+    ]
+    text = "All of them were made from one read of the source."
+    return Section("Outputs", text, "", Table(("output", "format", "state", "tensors", "size"), rows, frozenset({2, 3, 4})))
+
+
+def _output(plan: Planned, written: Written | None, least: float | None) -> list[Section]:
+    """What a page says of one output."""
     sections = list[Section]()
-    if plan is not None:
-        facts[2:2] = [("family", plan.family), ("format", plan.headline)]
-    sections += [*timeline.sections(samples), *_bound(report, samples)]
-    errors = [error for written in report.outputs for error in written.errors]
-    sections += tensors.errors(errors, least, "All rows were compared, tile by tile, before they were written.")
-    sections += [tensors.losses(written.losses) for written in report.outputs if written.losses is not None]
-    if plan is not None:
-        sections.append(tensors.sizes(plan.before, plan.after))
-        rows = sorted(plan.decisions.items(), key=lambda pair: natural(pair[0]))
-        text = "How each kind of module is stored; where it is not quantized, why. " + " ".join(f"{note}." for note in plan.notes)
-        sections.append(Section("What became of each module", text, "", Table(("module", "stored as"), rows)))
-    sections += _settings(command, plan.recipe if plan is not None else "")
-    return Page(f"Conversion of {model}", f"{model} was converted to {report.out}.", facts, sections, report.warnings)
+    if written is not None:
+        sections += tensors.errors(written.errors, least, "All rows were compared, tile by tile, before they were written.")
+        sections += [tensors.losses(written.losses)] if written.losses is not None else []
+    sections.append(tensors.sizes(plan.before, plan.after))
+    rows = sorted(plan.decisions.items(), key=lambda pair: natural(pair[0]))
+    text = "How each kind of module is stored; where it is not quantized, why. " + " ".join(f"{note}." for note in plan.notes)
+    return [*sections, Section("What became of each module", text, "", Table(("module", "stored as"), rows))]
 
 
 def _bound(report: Report, samples: Sequence[Sample]) -> list[Section]:

@@ -72,7 +72,7 @@ def errors(found: Sequence[TensorError], low: float | None, how: str) -> list[Se
     cells = {at: snr for at, snr in cells.items() if at[1] in lossy or not lossy}
     rows, columns = (sorted({at[axis] for at in cells}, key=natural) for axis in (0, 1))
     frame = -math.inf if low is None else low
-    picture = heatmap("SNR in dB by layer and module", rows, columns, cells, _decibels, frame, high_is_dark=False)
+    picture = heatmap("SNR in dB by layer and module", rows, columns, cells, _decibels, frame, high_is_dark=False, span=6)
     listed = [(row, *(_spelled(cells.get((row, column))) for column in columns)) for row in rows]
     worst = sorted(found, key=lambda error: error.snr_db)[:_WORST]
     table = [

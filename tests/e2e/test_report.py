@@ -99,6 +99,20 @@ def test_a_page_says_what_the_run_did(folder: Path) -> None:
     assert "streamconv convert" in words and 'quant = "int8"' in words and "no GPU" in words
 
 
+def test_each_of_several_outputs_has_its_sizes_and_errors(folder: Path, tmp_path: Path) -> None:
+    outputs = [f"hf:{tmp_path / 'a'}:quant=fp8_dynamic", f"trtllm:{tmp_path / 'b'}:quant=int8,target_sm=80"]
+    page = tmp_path / "page.html"
+    assert main(["convert", str(folder / ODD), "--output", outputs[0], "--output", outputs[1], "--quiet", "--report", str(page)]) == 0
+    text, mlp = page.read_text(), [value for name, value in tiny.tensors().items() if "mlp" in name]
+    parsed = Parsed(text)
+    sizes = [row[1:3] for row in parsed.rows if row[0] == "MLP"]
+    rows, codes = sum(value.shape[0] for value in mlp), sum(value.size for value in mlp)
+    assert sizes == [[show_size(2 * codes), show_size(codes + size * rows)] for size in (4, 2)]  # scales in float32 and float16
+    for name, kind in (("a", "fp8_dynamic"), ("b", "int8")):
+        assert f"Size by kind of module of {tmp_path / name}" in text and kind in parsed.cell(str(tmp_path / name), 1)
+    assert text.count("[[output]]") == 2
+
+
 def test_the_errors_are_those_of_verify(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(folder / "out"), "--source", str(folder / ODD), "--json"]) == 0
     errors = json.loads(capsys.readouterr().out)["errors"]
