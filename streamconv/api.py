@@ -17,7 +17,6 @@ from streamconv.checkpoint.index import Index
 from streamconv.errors import OutputError, UsageError, printable
 from streamconv.estimate import look
 from streamconv.execution import executor
-from streamconv.hub.fetch import Fetch
 from streamconv.open_plan import open_and_plan as open_and_plan
 from streamconv.open_plan import open_and_plan_all
 from streamconv.options import Resources
@@ -137,7 +136,7 @@ class Conversion:
 
     def _run(self) -> Report:
         from streamconv.run.output_state import OutputState
-        from streamconv.run.pool import Outcome, Pool
+        from streamconv.run.pool import Outcome
 
         laps, resources, meter = [self.clock()], self.resources, self.meter
         index, plans = open_and_plan_all(self.source, self.outputs, resources.memory_budget)
@@ -171,26 +170,11 @@ class Conversion:
                         writer: OutputState(writer.plan, writer.folder, writer.journal, writer.past, loose, self._check(writer.plan))
                         for writer, loose in zip(unfinished, reads.loose, strict=True)
                     }
-                    fetch = Fetch(reads, index.shards, [writer.past for writer in unfinished], resources.hub_keep)
-                    pool = Pool(
-                        reads,
-                        [*states.values()],
-                        index.shards,
-                        shares,
-                        execution.costs,
-                        resources.tile_rows,
-                        meter.tile,
-                        execution.slots,
-                        fetch.consumed,
-                        execution.mapped,
-                    )
                     try:
-                        fetch.start()
-                        outcome = pool.run()
+                        outcome = execution.run([*states.values()], index.shards, meter.tile)
                     finally:
-                        fetch.close()
                         for writer in unfinished:
-                            writer.abandoned = pool.busy
+                            writer.abandoned = execution.busy
                     warnings = execution.warnings()
                 laps.append(self.clock())
                 for shard in index.shards:

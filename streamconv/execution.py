@@ -7,15 +7,22 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from streamconv import device, memory
 from streamconv.allocation import costs_of, dearest, growth, least, load_kernels
 from streamconv.device.backend import Backend, Cuda
+from streamconv.hub.fetch import Fetch
 from streamconv.options import Resources
 from streamconv.planning import memory_plan
 from streamconv.planning.memory_plan import Shares, TileCost
 from streamconv.planning.reads import Reads
 from streamconv.run.mapped import Mapped, mapped
+
+if TYPE_CHECKING:
+    from streamconv.checkpoint.shard import Shard
+    from streamconv.run.output_state import OutputState
+    from streamconv.run.pool import Outcome
 
 
 @dataclass(slots=True)
@@ -26,13 +33,39 @@ class Execution:
         where: devices, or the CPU and why.
         mapped: maps tiles that need not be read.
         rings: of the devices.
+        busy: a thread was still at work when an interruption stopped waiting for it; it may use the folders.
     """
 
+    reads: Reads
+    resources: Resources
     where: str
     costs: Sequence[TileCost]
     shares: Shares
     mapped: Mapped | None
     rings: list[device.DevicePipeline] = field(default_factory=list)
+    busy: bool = False
+
+    def run(self, outputs: Sequence[OutputState], shards: Sequence[Shard], progress: Callable[[int, int], None]) -> Outcome:
+        """Do the tiles of all outputs: a whole conversion, or one part of it. Files of the Hub are downloaded as they are needed.
+
+        Args:
+            outputs: those of `reads`.
+            shards: of the source.
+            progress: as of `Pool`.
+        """
+        from streamconv.run.pool import Pool
+
+        fetch = Fetch(self.reads, shards, [output.past for output in outputs], self.resources.hub_keep)
+        pool = Pool(
+            self.reads, outputs, shards, self.shares, self.costs, self.resources.tile_rows, progress,
+            self.slots, fetch.consumed, self.mapped,
+        )  # fmt: skip
+        try:
+            fetch.start()
+            return pool.run()
+        finally:
+            fetch.close()
+            self.busy = pool.busy
 
     @property
     def slots(self) -> Callable[[int, int], device.WorkerBuffers] | None:
@@ -81,7 +114,7 @@ def executor(reads: Reads, resources: Resources, costs: Sequence[TileCost], take
         windows = closing.enter_context(mapped("pread" if backends else resources.read, reads, kernels))
         base = memory.resident() + taken + growth(reads)
         shares = memory_plan.share(resources.memory_budget, workers, base, dearest(reads, costs), best)
-        made = Execution(", ".join(choice.devices) or f"cpu ({instead or choice.why})", costs, shares, windows)
+        made = Execution(reads, resources, ", ".join(choice.devices) or f"cpu ({instead or choice.why})", costs, shares, windows)
         if backends:
             made.shares, made.rings = _share_devices(backends, reads, shares, resources, costs, closing)
         try:

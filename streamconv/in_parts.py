@@ -7,42 +7,35 @@ import dataclasses
 import mmap
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from streamconv import hub
 from streamconv.allocation import costs_of
 from streamconv.checkpoint.index import Index
 from streamconv.errors import Interrupted, LockedError, OutputError, ResumeError, UsageError, printable
 from streamconv.execution import executor
-from streamconv.hub.fetch import Fetch
-from streamconv.open_plan import open_and_plan
 from streamconv.options import Resources
 from streamconv.planning.memory_plan import Shares
 from streamconv.planning.parts import Part, cut
 from streamconv.planning.plan import Plan
 from streamconv.planning.reads import Reads
-from streamconv.progress import Meter, unwatched
-from streamconv.run import journal, manifest, sampled
+from streamconv.progress import Meter
+from streamconv.publishing import POLL, anywhere, publish
+from streamconv.run import journal, sampled
 from streamconv.run.claim import Claim, Over, told
 from streamconv.run.claims import Claims
-from streamconv.run.finalize import finalize, records_of
 from streamconv.run.fs import Disk
 from streamconv.run.inside import choose
 from streamconv.run.joining import join
 from streamconv.run.output_checks import check_place
 from streamconv.run.part_folder import Aside, PartFolder
-from streamconv.run.part_record import Record, counted, hashes_of
+from streamconv.run.part_record import Record, hashes_of
 from streamconv.run.resume import fits
-from streamconv.run.writer import Writer
-from streamconv.targets import target_from_json
 
 PAGE = 4096
-POLL = 0.2
-"""Seconds between two looks at parts that others hold."""
 
 
 @dataclass(slots=True)
@@ -64,11 +57,6 @@ class Share:
     where: str = ""
     shares: Shares | None = None
     warnings: list[str] = dataclasses.field(default_factory=list)
-
-
-def anywhere(identity: dict[str, Any]) -> dict[str, Any]:
-    """A `journal.identity` without the times and inodes of source files, which differ where machines have copies of their own."""
-    return identity | {"sources": [entry if len(entry) < 7 else [*entry[:3], 0, 0, 0, entry[6]] for entry in identity["sources"]]}
 
 
 class Worker:
@@ -246,30 +234,14 @@ class Worker:
         evidence: tuple[tuple[int, ...], ...],
     ) -> Record:
         from streamconv.run.output_state import OutputState
-        from streamconv.run.pool import Pool
 
-        reads, shards, resources = Reads([plan]), self.index.shards, self.resources
+        reads, shards = Reads([plan]), self.index.shards
         state = OutputState(plan, folder, book, past)
-        with executor(reads, resources, costs_of(reads), hub.memory_of(self.index) + self.pinned, self.instead) as execution:
-            fetch = Fetch(reads, shards, [past], resources.hub_keep)
-            pool = Pool(
-                reads,
-                [state],
-                shards,
-                execution.shares,
-                execution.costs,
-                resources.tile_rows,
-                self.meter.tile,
-                execution.slots,
-                fetch.consumed,
-                execution.mapped,
-            )
+        with executor(reads, self.resources, costs_of(reads), hub.memory_of(self.index) + self.pinned, self.instead) as execution:
             try:
-                fetch.start()
-                outcome = pool.run()
+                outcome = execution.run([state], shards, self.meter.tile)
             finally:
-                fetch.close()
-                self._abandoned = pool.busy
+                self._abandoned = execution.busy
             self.share.where, self.share.shares = execution.where, execution.shares
             self.share.warnings += [warning for warning in execution.warnings() if warning not in self.share.warnings]
         for shard in shards:
@@ -290,104 +262,3 @@ class Worker:
             patience = max(10.0, self.resources.wait)
             self.share.warnings += publish(claims, self.index, self.plan, self.parts, self.disk, self.meter, patience)
             self.share.published = True
-
-
-def finish(out: str | Path, *, check: bool = False, meter: Meter | None = None, disk: Disk | None = None, no_lock: bool = False) -> None:
-    """Publish an output whose parts are all done, as the last worker does.
-
-    Args:
-        check: read the output back first, and compare it with the hashes of the parts.
-
-    Raises:
-        OutputError: parts are not done, or another process is at it. ResumeError: the source is not what it was.
-        VerifyError: something else than the parts wrote was read back.
-    """
-    shown, meter = printable(str(out)), meter or Meter(unwatched)
-    claims = Claims.of(Path(out), disk)
-    if claims is None:
-        if os.path.exists(Path(out) / manifest.NAME):
-            return
-        raise OutputError(f"{shown}: no work in parts was begun", hint="streamconv convert MODEL OUT --parts N")
-    begun = claims.told
-    claims.leave()
-    options = begun["run"]["options"]
-    target = target_from_json(options["target"], {name: value for name, value in options.items() if name != "target"})
-    index, plan = open_and_plan(begun["source"], target)
-    with contextlib.closing(index):
-        parts = cut(plan, begun["parts"])
-        place = choose(Path(os.path.realpath(out)), disk or Disk(), no_lock)
-        place.ours |= plan.names
-        claims = Claims(place, len(parts))
-        identity = anywhere(journal.identity(plan, index.shards))
-        run = told(identity, len(parts), begun["page"], begun["private"], begun["force"], begun["source"])
-        files = [(file.name, file.size) for file in plan.files]
-        try:
-            if not join(claims, run, files, False, 60.0, partial(sampled.is_of, plan, index.shards, place.out)):
-                return
-            missing = [number for number in range(len(parts)) if not claims.done(number)]
-            if missing:
-                more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
-                raise OutputError(
-                    f"{shown}: of {len(parts)} parts {', '.join(map(str, missing[:10]))}{more} are not done",
-                    hint="`streamconv status` shows who is at them; any worker does what is free",
-                )
-            publish(claims, index, plan, parts, disk, meter, 60.0, check, no_lock)
-        except Over:
-            return
-        finally:
-            claims.leave()
-
-
-def publish(
-    claims: Claims,
-    index: Index,
-    plan: Plan,
-    parts: Sequence[Part],
-    disk: Disk | None,
-    meter: Meter,
-    patience: float,
-    check: bool = False,
-    no_lock: bool = False,
-) -> list[str]:
-    """Publish the work of all parts, once nobody else is at it.
-
-    Args:
-        patience: seconds to wait for others.
-        check: see `finalize`.
-
-    Returns:
-        what the values of the source mean for the output.
-
-    Raises:
-        Over: somebody else has published. LockedError: somebody else is at it, and does not come to an end.
-    """
-    until = time.monotonic() + patience
-    while True:
-        right = claims.publisher()
-        try:
-            if right is None:
-                raise LockedError(f"{printable(str(claims.place.out))} is being published by another process", hint="wait for it")
-            return _publish(claims, index, plan, parts, disk, meter, check, no_lock)
-        except LockedError:  # one that joins holds the output for a moment
-            if time.monotonic() >= until:
-                raise
-        finally:
-            if right is not None:
-                right.close()
-        time.sleep(POLL)
-
-
-def _publish(
-    claims: Claims, index: Index, plan: Plan, parts: Sequence[Part], disk: Disk | None, meter: Meter, check: bool, no_lock: bool
-) -> list[str]:
-    meter.phase("syncing")
-    records = records_of(claims, plan, parts)
-    with Writer(claims.place.out, index.root, plan, index.shards, claims.told["force"], disk, no_lock, parts=True) as writer:
-        if not writer.finished:
-            finalize(claims, writer, plan, parts, records, check)
-        claims.remove()
-    claims.place.keep_parents()
-    overflow, nonfinite = (counted(records, what) for what in ("overflow", "nonfinite"))
-    dtype = plan.dtype.torch
-    warnings = [f"{name}: {count} values are too large for {dtype} and became infinite" for name, count in overflow.items()]
-    return warnings + [f"{name}: {count} NaN or infinite values were quantized" for name, count in nonfinite.items()]

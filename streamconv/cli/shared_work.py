@@ -78,7 +78,7 @@ def _content(out: str) -> dict[str, Any]:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def finalize(out: str, check: bool, no_lock: bool, as_json: bool) -> int:
     """Publish OUT, whose parts are all done, by hand. The last worker does the same by itself."""
-    from streamconv.in_parts import finish
+    from streamconv.publishing import finish
 
     finish(out, check=check, no_lock=no_lock)
     if as_json:

@@ -15,8 +15,8 @@ import pytest
 
 from streamconv import api
 from streamconv.errors import LockedError, OutputError, ResumeError
-from streamconv.in_parts import finish
 from streamconv.options import Resources
+from streamconv.publishing import finish
 from streamconv.run import presence
 from streamconv.run.fs import Disk, Folder, hidden
 from streamconv.targets.trtllm.options import TensorRTLLM

@@ -20,8 +20,8 @@ from pathlib import Path
 
 from streamconv import api
 from streamconv.errors import StreamconvError
-from streamconv.in_parts import finish
 from streamconv.options import Resources
+from streamconv.publishing import finish
 from streamconv.run import finalize, part_folder
 from streamconv.targets.trtllm.options import TensorRTLLM
 from tests.crash.world import snapshot, write_model

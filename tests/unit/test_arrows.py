@@ -22,7 +22,7 @@ LEVELS = (
     ("run", "device"),
     ("targets", "hub", "open_plan", "allocation", "estimate", "execution"),
     ("verification", "calibration"),
-    ("in_parts",),
+    ("in_parts", "publishing"),
     ("api",),
     ("run_on_ray", "verbs", "opening"),
     ("pages", "bench"),

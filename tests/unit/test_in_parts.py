@@ -12,8 +12,8 @@ from streamconv import api
 from streamconv.cli.main import main
 from streamconv.errors import OutputError, VerifyError
 from streamconv.families import all_families
-from streamconv.in_parts import finish
 from streamconv.options import Resources
+from streamconv.publishing import finish
 from streamconv.run.fs import hidden
 from streamconv.targets.base import Target
 from streamconv.targets.hf.target import HuggingFace
