@@ -50,7 +50,7 @@ class PairedWeight(Encoding):
         return block.float() * 0.0
 
     def kernel(self, source: DType) -> Kernel | None:
-        from streamconv.kernels.packed import paired_kernel
+        from streamconv.kernels.launch import paired_kernel
 
         return paired_kernel() if source == I8 else None
 

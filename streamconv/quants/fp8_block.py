@@ -101,6 +101,6 @@ class Fp8Block(Encoding):
     def kernel(self, source: DType) -> Kernel | None:
         if source.name not in FLOATS:
             return None
-        from streamconv.kernels.scaled import fp8_block_kernel
+        from streamconv.kernels.launch import fp8_block_kernel
 
         return fp8_block_kernel(source, self.block, self.zero, self.floor, self.scale, self.quotient, self.multiply)

@@ -92,7 +92,7 @@ class Fp8Rowwise(Encoding):
     def kernel(self, source: DType) -> Kernel | None:
         if source.name not in ("F32", "F16", "BF16"):
             return None
-        from streamconv.kernels.fp8 import fp8_kernel
+        from streamconv.kernels.launch import fp8_kernel
 
         rules = (self.lo, self.hi, self.floor, self.zero)
         return fp8_kernel(source, self.model or source, *rules, self.scale, self.quotient)

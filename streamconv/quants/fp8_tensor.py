@@ -32,7 +32,7 @@ class WeightMaximum(Reduction):
     def kernel(self, source: DType) -> ReduceKernel | None:
         if source.name not in ("F32", "F16", "BF16"):
             return None
-        from streamconv.kernels.fp8 import weight_maximum
+        from streamconv.kernels.launch import weight_maximum
 
         return weight_maximum(source)
 
@@ -88,7 +88,7 @@ class Fp8Tensor(Encoding):
     def kernel(self, source: DType) -> Kernel | None:
         if source.name not in ("F32", "F16", "BF16"):
             return None
-        from streamconv.kernels.fp8 import fp8_tensor_kernel
+        from streamconv.kernels.launch import fp8_tensor_kernel
 
         return fp8_tensor_kernel(source, self.scale)
 

@@ -59,7 +59,7 @@ class PackedWeight(Encoding):
     def kernel(self, source: DType) -> Kernel | None:
         if source != I8 or self.layout.family == "sm70":
             return None
-        from streamconv.kernels.packed import packed_kernel
+        from streamconv.kernels.launch import packed_kernel
 
         return packed_kernel(self.layout.bits, self.layout.family)
 
@@ -131,7 +131,7 @@ class GroupScales(Encoding):
     def kernel(self, source: DType) -> Kernel | None:
         if self.source.name not in ("F32", "F16", "BF16") or self.dtype.itemsize != 2:
             return None
-        from streamconv.kernels.group_scales import group_scales_kernel
+        from streamconv.kernels.launch import group_scales_kernel
 
         return group_scales_kernel(self.source, self.dtype, self.bits, self.shuffled, self.middle)
 

@@ -154,7 +154,7 @@ class IntGroup(Encoding):
     def kernel(self, source: DType) -> Kernel | None:
         if source.name not in FLOATS or self.search:
             return None
-        from streamconv.kernels.scaled import int_group_kernel
+        from streamconv.kernels.launch import int_group_kernel
 
         fixed = (self.bits, self.group, self.divisor, self.zero, self.floor)
         kernel = int_group_kernel(source, *fixed, self.scale, self.quotient, self.packing)

@@ -107,6 +107,6 @@ class Mx(Encoding):
     def kernel(self, source: DType) -> Kernel | None:
         if source.name not in FLOATS:
             return None
-        from streamconv.kernels.scaled import mx_kernel
+        from streamconv.kernels.launch import mx_kernel
 
         return mx_kernel(source, self.element, self.exponent, self.read_as)

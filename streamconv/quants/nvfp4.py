@@ -123,7 +123,7 @@ class NvFp4(Encoding):
     def kernel(self, source: DType) -> Kernel | None:
         if source.name not in FLOATS:
             return None
-        from streamconv.kernels.scaled import nvfp4_kernel
+        from streamconv.kernels.launch import nvfp4_kernel
 
         return nvfp4_kernel(source, self.rule, self.kind, self.shared)
 

@@ -74,7 +74,7 @@ class Plain(Encoding):
     def kernel(self, source: DType) -> Kernel | None:
         if self.add_one or not {source.name, self.dtype.name} <= {"F32", "F16", "BF16"}:
             return None
-        from streamconv.kernels.cast import cast_kernel
+        from streamconv.kernels.launch import cast_kernel
 
         return cast_kernel(source, self.dtype, F16 if self.halved(source) else None)
 

@@ -70,7 +70,7 @@ class SmoothNorm(Encoding):
     def kernel(self, source: DType) -> Kernel | None:
         if source.name not in FLOATS:
             return None
-        from streamconv.kernels.smooth import divided_kernel
+        from streamconv.kernels.launch import divided_kernel
 
         return unbound if self.bound is None else divided_kernel(source, self.dtype, self.bound.smoother)
 

@@ -41,7 +41,7 @@ class ColumnMaxima(Reduction):
     def kernel(self, source: DType) -> ReduceKernel | None:
         if source.name not in FLOATS:
             return None
-        from streamconv.kernels.smooth import column_maxima_kernel
+        from streamconv.kernels.launch import column_maxima_kernel
 
         return column_maxima_kernel(source)
 

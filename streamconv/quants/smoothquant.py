@@ -148,7 +148,7 @@ class SmoothWeight(Encoding):
     def kernel(self, source: DType) -> Kernel | None:
         if source.name not in FLOATS:
             return None
-        from streamconv.kernels.smooth import smooth_kernel
+        from streamconv.kernels.launch import smooth_kernel
 
         bound = self.bound
         if bound is None:

@@ -91,14 +91,14 @@ class WeightOnly(Encoding):
     def kernel(self, source: DType) -> Kernel | None:
         if source.name not in ("F32", "F16", "BF16"):
             return None
-        from streamconv.kernels.weight_only import weight_only_kernel
+        from streamconv.kernels.launch import weight_only_kernel
 
         return weight_only_kernel(source, self.dtype, self.bits, self.family)
 
     def error_kernel(self, source: DType) -> ErrorKernel | None:
         if source.name not in ("F32", "F16", "BF16"):
             return None
-        from streamconv.kernels.weight_only import weight_only_errors
+        from streamconv.kernels.launch import weight_only_errors
 
         return weight_only_errors(source, self.dtype, self.bits, self.family)
 

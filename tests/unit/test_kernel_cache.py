@@ -19,7 +19,7 @@ import os, sys
 os.umask(int(sys.argv[1], 8))
 import numpy as np
 from streamconv.checkpoint.dtypes import BF16, F32
-from streamconv.kernels.cast import cast_kernel
+from streamconv.kernels.launch import cast_kernel
 out = np.zeros(4, np.uint8)
 cast_kernel(BF16, F32)(np.array([0x3F80], 'u2'), 0, 1, 1, 1, [out])
 assert out.view('f4')[0] == 1.0
