@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from streamconv.errors import StreamconvError
+from streamconv.lazy import np
 from streamconv.run import probe
 
 
@@ -28,8 +29,6 @@ def disk_rates(file: Path, folder: Path) -> dict[str, float | None]:
 
 def kernel_rate(quant: str, seconds: float = 0.5) -> float:
     """Bytes of bfloat16 weights a second that one thread encodes as int8 or int4 for Ampere."""
-    import numpy as np
-
     from streamconv.checkpoint.dtypes import BF16
     from streamconv.quants.weight_only import WeightOnly
 

@@ -7,6 +7,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from streamconv.lazy import np
+
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
 SHAPES: dict[str, dict[str, int]] = {
     name: dict(zip(_SIZES, sizes, strict=True))
@@ -38,8 +40,6 @@ def tensors(sizes: dict[str, int]) -> list[tuple[str, tuple[int, ...]]]:
 
 def write(folder: Path, shape: str) -> None:
     """Write the model of a shape; config.json comes last, so that a folder that has one is whole."""
-    import numpy as np
-
     listed, header, at = tensors(SHAPES[shape]), dict[str, Any](), 0
     for name, size in listed:
         header[name] = {"dtype": "BF16", "shape": list(size), "data_offsets": [at, at + 2 * prod(size)]}

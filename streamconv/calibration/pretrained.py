@@ -5,16 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.model_config import ModelConfig
 from streamconv.errors import BudgetError, CheckpointError, StreamconvError, TensorError, printable
 from streamconv.families import Family
 from streamconv.families.matching import example, match
-
-if TYPE_CHECKING:
-    import torch
+from streamconv.lazy import torch
 
 _ATTENTION = ("sdpa", "eager")
 """In transformers' own order: the ranges are those of the model as it runs there by default."""
@@ -61,7 +59,6 @@ def architecture(config: Any) -> str:
 
 def empty_model(config: Any, dtype: torch.dtype) -> Any:
     """The causal language model of a configuration on the meta device, with the attention that transformers takes by default."""
-    import torch
     from transformers import AutoModelForCausalLM
 
     build: Any = AutoModelForCausalLM
@@ -116,8 +113,6 @@ def on_device() -> Iterator[None]:
     Raises:
         BudgetError: a device ran out of memory.
     """
-    import torch
-
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:

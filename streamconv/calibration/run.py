@@ -25,11 +25,10 @@ from streamconv.checkpoint.quantized import source_quantization
 from streamconv.errors import CheckpointError, OutputError, RefusedError, UsageError, printable
 from streamconv.families import Family
 from streamconv.hub import local_folder, open_source
+from streamconv.lazy import torch
 from streamconv.run.fs import beside, explained, named
 
 if TYPE_CHECKING:
-    import torch
-
     from streamconv.calibration.folds import Fold
     from streamconv.calibration.layers import OneLayer
     from streamconv.calibration.scratch import Scratch
@@ -175,8 +174,6 @@ class Run:
     """
 
     def __init__(self, index: Index, out: Path, batch: int, dtype: str, loop: Loop, device: str, budget: int | None) -> None:
-        import torch
-
         from streamconv.targets.trtllm.target import model_of
 
         self.index, self.out, self.batch, self.loop, self.budget = index, out, batch, loop, budget
@@ -239,8 +236,6 @@ class Run:
         self, work: Work, layer: OneLayer, scratch: Scratch, batches: list[list[list[int]]], progress: Progress, sampled: Sampled
     ) -> None:
         """All batches through one layer after the other, as often as the work needs; the last pass gives the next states."""
-        import torch
-
         from streamconv.calibration.states import Files, OnDevice, fit_on_device
 
         width, tokens = self.facts.hidden_size, sum(len(sample) for batch in batches for sample in batch)

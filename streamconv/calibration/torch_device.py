@@ -7,6 +7,7 @@ import gc
 from collections.abc import Iterator
 
 from streamconv.errors import UsageError
+from streamconv.lazy import torch
 
 
 def torch_device(name: str) -> str:
@@ -15,8 +16,6 @@ def torch_device(name: str) -> str:
     Raises:
         UsageError: there is no such device.
     """
-    import torch
-
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return "cpu"
     kind, _, number = name.partition(":")
@@ -31,15 +30,11 @@ def torch_device(name: str) -> str:
 @contextlib.contextmanager
 def current(device: str) -> Iterator[None]:
     """The device is this thread's current one: a library's own kernels run there, wherever their tensors lie."""
-    import torch
-
     with torch.cuda.device(device) if device != "cpu" else contextlib.nullcontext():
         yield
 
 
 def give_back() -> None:
     """What a layer held on a device is free again for others in this process; its hooks make cycles of it."""
-    import torch
-
     gc.collect()
     torch.cuda.empty_cache()

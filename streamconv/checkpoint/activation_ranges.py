@@ -10,14 +10,12 @@ import hashlib
 import os
 import weakref
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from streamconv.checkpoint.header import read_header
 from streamconv.checkpoint.shard import Shard
 from streamconv.errors import DataError, TensorError, UsageError, printable
-
-if TYPE_CHECKING:
-    import numpy as np
+from streamconv.lazy import np
 
 HINT = "run `streamconv calibrate MODEL -o FILE ...` and pass --activation-ranges FILE"
 
@@ -62,8 +60,6 @@ class Ranges:
             return f"{where} is missing; was it measured on this model?"
         if entry.dtype.name != "F32" or entry.shape != (length,):
             return f"{where}: {entry.dtype.name} {list(entry.shape)}, this model means F32 [{length}]"
-        import numpy as np
-
         values = self.vector(name)
         if not bool((np.isfinite(values) & (values >= 0)).all()):
             return f"{where}: not finite or negative; measure it again"
@@ -78,8 +74,6 @@ class Ranges:
 
     def vector(self, name: str) -> np.ndarray[Any, np.dtype[np.float32]]:
         """float32 [channels]."""
-        import numpy as np
-
         entry = self._entries[name]
         values = np.empty(entry.shape, np.float32)
         self._shard.read_into(entry.begin, values.view(np.uint8).data)

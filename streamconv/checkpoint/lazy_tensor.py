@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from streamconv.checkpoint.selection import Chosen, everything, select, shape_of
 from streamconv.checkpoint.stored import Stored
 from streamconv.errors import UsageError, printable
-
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
+from streamconv.lazy import np, torch
 
 
 class LazyTensor:
@@ -80,8 +77,6 @@ class LazyTensor:
             UsageError: this release of torch has no such type.
             CheckpointError, HubError: as numpy.
         """
-        import torch
-
         kind = self._stored.dtype
         dtype = getattr(torch, kind.torch, None)
         if dtype is None:
@@ -108,8 +103,6 @@ class LazyTensor:
         return (self[row] for row in range(len(self)))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
-        import numpy as np
-
         found = self.numpy()
         return np.array(found, dtype) if copy or dtype not in (None, found.dtype) else found
 

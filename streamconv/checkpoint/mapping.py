@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from streamconv import mounts
 from streamconv.checkpoint.fault_guard import FaultGuard, Slot
+from streamconv.lazy import np
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from streamconv.checkpoint.shard import Shard
 
 _LOCAL = {
@@ -67,8 +66,6 @@ def window(shard: Shard, begin: int, end: int, guard: FaultGuard) -> Window | No
     Raises:
         SourceChangedError: the file ends before `end`. UnreadableError: a page cannot be read.
     """
-    import numpy as np
-
     low = begin // mmap.PAGESIZE * mmap.PAGESIZE
     try:
         with shard.descriptor() as fd:

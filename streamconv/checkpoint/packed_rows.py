@@ -9,10 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from streamconv.checkpoint.shard import Shard
+from streamconv.lazy import np
 
 if TYPE_CHECKING:
-    import numpy as np
-
     Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 AWQ_POSITION = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -56,8 +55,6 @@ def read_channels(
 
 def unpack(packing: str, bits: int, k: int, packed: Bytes, temp: Bytes, out: Bytes) -> None:
     """Stored bytes of some channels -> `out`, int8 [channels, k] as uint8; 4 bits need `temp`, as large as `packed`."""
-    import numpy as np
-
     count = out.size // k
     if bits == 8:
         words = packed.reshape(k // 4, count, 4)

@@ -10,10 +10,9 @@ from streamconv.checkpoint.dtypes import F32
 from streamconv.checkpoint.rows import SourceTensor
 from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.stored_codes import as_float
+from streamconv.lazy import np
 
 if TYPE_CHECKING:
-    import numpy as np
-
     Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
@@ -41,8 +40,6 @@ class LessOne(SourceTensor):
         return self._own.stored_row_bytes
 
     def read(self, shards: Sequence[Shard], start: int, stop: int, out: Bytes, scratch: Bytes) -> None:
-        import numpy as np
-
         held = scratch[: (stop - start) * self._own.stored_row_bytes]
         self._own.read(shards, start, stop, held, scratch[:0])
         np.subtract(as_float(held, self._own.dtype.name), np.float32(1), out=out.view(np.float32))

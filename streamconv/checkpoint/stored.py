@@ -14,10 +14,9 @@ from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.rows import SourceTensor
 from streamconv.checkpoint.selection import Chosen, shape_of
 from streamconv.checkpoint.shard import Shard
+from streamconv.lazy import np
 
 if TYPE_CHECKING:
-    import numpy as np
-
     Array = np.ndarray[Any, Any]
 
 
@@ -46,8 +45,6 @@ class Rows:
     places: tuple[tuple[Shard, int, int], ...]
 
     def read(self, chosen: Chosen) -> Array:
-        import numpy as np
-
         shape, unit = shape_of(chosen), self.dtype.itemsize
         if 0 in shape:
             return np.empty(shape, self.dtype.storage)
@@ -79,8 +76,6 @@ class Columns:
     parts: tuple[Rows, ...]
 
     def read(self, chosen: Chosen) -> Array:
-        import numpy as np
-
         rows, cols = chosen
         wanted = cols if isinstance(cols, range) else range(cols, cols + 1)
         if not wanted:
@@ -114,8 +109,6 @@ class Viewed:
         return self.view.shape
 
     def read(self, chosen: Chosen) -> Array:
-        import numpy as np
-
         view, align = self.view, self.view.row_align
         rows = [part if isinstance(part, range) else range(part, part + 1) for part in chosen[:1]] or [range(1)]
         if 0 in shape_of(chosen):

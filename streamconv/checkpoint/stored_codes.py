@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
-if TYPE_CHECKING:
-    import numpy as np
+from streamconv.lazy import np
 
+if TYPE_CHECKING:
     Floats = Any  # float32 arrays: numpy types its own operations too widely
 
 Code = Literal["e4m3", "int8", "uint8", "e2m1", "uint4"]
@@ -20,8 +20,6 @@ _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 @cache
 def values(code: Code) -> Floats:
     """float32 [256] or [16]: the value of each code."""
-    import numpy as np
-
     number = np.arange(16 if code in NIBBLES else 256)
     if code == "e2m1":
         found = np.array(_E2M1)[number & 7] * np.where(number & 8, -1.0, 1.0)
@@ -40,8 +38,6 @@ def values(code: Code) -> Floats:
 
 def as_float(stored: np.ndarray[Any, Any], dtype: str) -> Floats:
     """Stored scales (uint8 bytes) -> float32. `dtype`: F32, F16, BF16, F8_E4M3, or U8 and F8_E8M0 for powers of two (bias 127)."""
-    import numpy as np
-
     if dtype == "F32":
         return stored.view(np.float32)
     if dtype == "F16":

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from streamconv.device import triton_launch as fused
 from streamconv.device.sizing import NoRoom
-
-if TYPE_CHECKING:
-    import torch
+from streamconv.lazy import torch
 
 T = TypeVar("T")
 
@@ -74,8 +72,6 @@ class Cuda:
     """
 
     def __init__(self, name: str) -> None:
-        import torch
-
         self.name = name
         self._torch = torch
         self._device = torch.device(name)

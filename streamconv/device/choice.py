@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from streamconv.errors import UsageError
+from streamconv.lazy import torch
 from streamconv.memory import MIB
 from streamconv.planning.reads import Reads
 from streamconv.planning.tasks import encode_tasks
@@ -63,8 +64,6 @@ def visible() -> int:
 
     if not os.path.exists("/dev/nvidiactl") and not os.path.exists("/proc/driver/nvidia"):
         return 0
-    import torch
-
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 

@@ -22,13 +22,11 @@ from streamconv.device.sizing import BUFFERS, COMPUTE_STREAMS, Sizes
 from streamconv.device.step import NOTE, Batch, Job, lay_out
 from streamconv.device.triton_launch import Unfused, abandon
 from streamconv.errors import StreamconvError
+from streamconv.lazy import np, torch
 from streamconv.planning.plan import Span
 from streamconv.quants.base import Known
 
 if TYPE_CHECKING:
-    import numpy as np
-    import torch
-
     Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 _PATIENCE = (0.05, 0.1, 0.2, 0.4)
@@ -188,8 +186,6 @@ class WorkerBuffers:
 
     def reduce(self, span: Span, rows: int, block: Bytes, known: Known) -> torch.Tensor:
         """`span.reduce.tile` of a tile, on the CPU. Raises what `encode` does."""
-        import torch
-
         if span.reduce is None:
             raise AssertionError(f"{span.source.name}: nothing to reduce")
         reduction, found = span.reduce, list[torch.Tensor]()
@@ -271,8 +267,6 @@ class WorkerBuffers:
         self, half: int, ready: Any, span: Span, first: int, rows: int, align: int, work: Any, keep: Any, pending: list[tuple[Any, Any]]
     ) -> Any:
         """Rows [first, first+rows) of the tile, which lie in buffer `half`; gives the event of their last copy out."""
-        import torch
-
         data = self._buffers[half][: rows * span.row_bytes]
         matrix = data.view(getattr(torch, span.source.dtype.torch)).reshape(rows, span.source.cols)
         at, event, limit, waits = 0, None, self.pipeline.step, iter(_PATIENCE)

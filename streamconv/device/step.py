@@ -7,14 +7,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from streamconv.device import triton_launch as fused
+from streamconv.lazy import np, torch
 from streamconv.planning.plan import Span
 from streamconv.planning.tasks import EncodeTask
 from streamconv.quants.base import Findings, Part
 
 if TYPE_CHECKING:
-    import numpy as np
-    import torch
-
     Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 NOTE = 8
@@ -70,8 +68,6 @@ class Batch:
 
     def work(self, matrix: torch.Tensor, counts: torch.Tensor | None) -> tuple[list[torch.Tensor], list[Findings]]:
         """Encode a step's rows: all parts of all jobs, and what the torch definitions met."""
-        import torch
-
         made: list[Sequence[torch.Tensor]] = []
         found, waiting = [Findings() for _ in self.jobs], []
         for job, launch, told in zip(self.jobs, self._launches, found, strict=True):
@@ -102,7 +98,5 @@ class Batch:
 
 
 def _columns(matrix: torch.Tensor, task: EncodeTask) -> torch.Tensor:
-    import torch
-
     pieces = [matrix[:, start:stop] for start, stop in task.cols]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)

@@ -8,18 +8,16 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from streamconv.cache_folder import cache_folder
 from streamconv.checkpoint.dtypes import F16, DType
+from streamconv.lazy import torch
 from streamconv.quants.base import Encoding
 from streamconv.quants.fp8_rowwise import FLOOR, Fp8Rowwise
 from streamconv.quants.plain import Plain
 from streamconv.quants.smoothquant import SmoothWeight
 from streamconv.quants.weight_only import WeightOnly
-
-if TYPE_CHECKING:
-    import torch
 
 Launch = Callable[["torch.Tensor", Sequence["torch.Tensor"], "torch.Tensor"], None]
 """launch(block, outs, counts): encode the rows of `block` [r, cols], whose columns lie side by side, into the 1-D uint8 tensors
@@ -51,8 +49,6 @@ def kernel_of(encoding: Encoding, source: DType) -> Launch | None:
 
 def works(device: torch.device) -> str | None:
     """Why there are no fused kernels on a device, None if there are: tries one."""
-    import torch
-
     if "TRITON_CACHE_DIR" not in os.environ and (folder := cache_folder("triton")) is not None:
         os.environ["TRITON_CACHE_DIR"] = str(folder)  # Triton's own is as open as the umask
     try:
@@ -72,8 +68,6 @@ def _stored(encoding: Encoding) -> set[str]:
 
 def _cast(encoding: Any) -> Launch:
     def launch(block: torch.Tensor, outs: Sequence[torch.Tensor], counts: torch.Tensor) -> None:
-        import torch
-
         target = _torch(encoding.dtype)
         summed = torch.float32 if encoding.add_one and block.dtype == torch.bfloat16 else block.dtype
         total, cols = block.numel(), block.shape[1]
@@ -100,8 +94,6 @@ def _weight_only(encoding: Any) -> Launch:
 
 def _fp8_rowwise(encoding: Any) -> Launch:
     def launch(block: torch.Tensor, outs: Sequence[torch.Tensor], counts: torch.Tensor) -> None:
-        import torch
-
         rows, cols = block.shape
         _run("fp8_rowwise", rows, block, outs[0], outs[1].view(torch.float32), counts, cols, block.stride(0),
              float(encoding.lo), float(encoding.hi), FLOOR,
@@ -116,8 +108,6 @@ def _smooth(encoding: Any) -> Launch:
     bound = encoding.bound
 
     def launch(block: torch.Tensor, outs: Sequence[torch.Tensor], counts: torch.Tensor) -> None:
-        import torch
-
         rows, cols = block.shape
         first, last = encoding.keep or (0, cols)
         factors = _kept(bound.smoother, block.device, lambda torch: torch.as_tensor(bound.smoother, dtype=torch.float64))
@@ -152,21 +142,15 @@ def _run(name: str, programs: int, *args: Any, **constants: Any) -> None:
 
 def _current(device: torch.device) -> AbstractContextManager[Any]:
     """Triton launches on the thread's current device and stream, wherever the tensors are."""
-    import torch
-
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _plain(value: Any) -> Any:
     """bfloat16 as int16."""
-    import torch
-
     return value.view(torch.int16) if isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16 else value
 
 
 def _torch(dtype: DType) -> Any:
-    import torch
-
     return getattr(torch, dtype.torch)
 
 
@@ -184,8 +168,6 @@ _MOST = 64
 
 def _kept(owner: Any, device: torch.device, make: Callable[[Any], torch.Tensor]) -> torch.Tensor:
     """make(torch) on the device, copied there once for as long as `owner` lives (tuples: for ever)."""
-    import torch
-
     constant = isinstance(owner, tuple)
     key = (owner if constant else id(owner), device)
     with _lock:

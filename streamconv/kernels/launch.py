@@ -11,12 +11,11 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from streamconv.checkpoint.dtypes import F16, F32, DType
+from streamconv.lazy import np
 from streamconv.quants.base import ErrorKernel, Errors, Findings, Kernel, ReduceKernel
 from streamconv.quants.layout import FAMILIES
 
 if TYPE_CHECKING:
-    import numpy as np
-
     Array = np.ndarray[Any, Any]
 
 _Arguments = Callable[[Mapping[str, int], Sequence[Any], int], tuple[Any, ...]]
@@ -45,8 +44,6 @@ def _overflow(lost: Any) -> Findings:
 
 
 def _floats(*numbers: float) -> tuple[Any, ...]:
-    import numpy as np
-
     return tuple(np.float32(number) for number in numbers)
 
 
@@ -92,8 +89,6 @@ def weight_only_errors(source: DType, dtype: DType, bits: int, family: str) -> E
     """Holds what `weight_only_kernel` stores against its source."""
 
     def run(flat: Any, start: int, stride: int, rows: int, cols: int, parts: Sequence[Any]) -> Errors:
-        import numpy as np
-
         from streamconv.checkpoint.stored_codes import as_float
         from streamconv.kernels.rows import CODES
         from streamconv.kernels.weight_only_error_code import integer_errors
@@ -161,8 +156,6 @@ def weight_maximum(source: DType) -> ReduceKernel:
     """The largest finite magnitude, float32 []."""
 
     def run(flat: Any, rows: int, cols: int) -> Array:
-        import numpy as np
-
         from streamconv.kernels.fp8_code import finite_maximum
         from streamconv.kernels.rows import CODES
 
@@ -243,8 +236,6 @@ def smooth_kernel(
     """
 
     def arguments(codes: Mapping[str, int], outs: Sequence[Any], cols: int) -> tuple[Any, ...]:
-        import numpy as np
-
         scales = outs[1].view(np.float32) if len(outs) > 1 else np.empty(0, np.float32)
         with np.errstate(over="ignore"):  # an infinite one is refused when it is written
             numbers = _floats(outputs, activation)
@@ -258,8 +249,6 @@ def column_maxima_kernel(source: DType) -> ReduceKernel:
     """The largest magnitude of each input channel, float16 [cols]."""
 
     def run(flat: Any, rows: int, cols: int) -> Array:
-        import numpy as np
-
         from streamconv.kernels.rows import CODES
         from streamconv.kernels.smooth_code import column_maxima, halves
 
@@ -276,8 +265,6 @@ def divided_kernel(source: DType, model: DType, smoother: Array) -> Kernel:
     """float16(w / s) of one-row norms, then the model dtype."""
 
     def run(flat: Any, start: int, stride: int, rows: int, cols: int, outs: Sequence[Any]) -> Findings:
-        import numpy as np
-
         half = np.empty(rows * cols, np.uint16)
         cast_kernel(source, F16)(flat, start, stride, rows, cols, [half.view(np.uint8)])
         with np.errstate(over="ignore", invalid="ignore"):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    import numpy as np
+from streamconv.lazy import np
 
+if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
 
@@ -24,8 +24,6 @@ def half_power_smoother(inputs: Array, maxima: Array) -> tuple[Array, float, tup
         s float64 [cols]; the largest x / s; the least and the greatest that it is by torch's roots. None if the bytes of weights,
         norms or smoothers could depend on which root it is: ask torch.
     """
-    import numpy as np
-
     from streamconv.kernels.root_code import alike, half_power
 
     made, low, high = np.empty_like(inputs), np.empty_like(inputs), np.empty_like(inputs)

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from streamconv.checkpoint.dtypes import F32, I8, U8, DType
+from streamconv.lazy import torch
 from streamconv.quants.base import Encoding, Findings, Kernel, Part
 from streamconv.quants.int_group import IntGroup
 from streamconv.quants.rounding import rounded
-
-if TYPE_CHECKING:
-    import torch
 
 LEAST_F16 = 2.0**-14
 """The smallest scale of a float16 model: a normal number."""
@@ -33,14 +30,10 @@ class PairedWeight(Encoding):
         return (Part("weight", I8, (rows // 2, cols), cols // 2),)
 
     def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
-        import torch
-
         pairs = block.contiguous().view(torch.uint8).reshape(-1, 2, block.shape[1])
         return (((pairs[:, 0] & 15) | (pairs[:, 1] << 4)).reshape(-1),)
 
     def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:
-        import torch
-
         packed = parts[0].reshape(rows // 2, cols)
         nibbles = torch.stack([packed & 15, packed >> 4], 1).reshape(rows, cols)
         return ((nibbles ^ 8).to(torch.float32)) - 8.0

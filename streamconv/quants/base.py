@@ -10,13 +10,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from streamconv.checkpoint.dtypes import DType
-
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
+from streamconv.lazy import np, torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,8 +173,6 @@ class Encoding(ABC):
 
     def values(self, block: torch.Tensor) -> torch.Tensor:
         """What `decode` should give back for these source rows, float32: the yardstick of `verify --source`."""
-        import torch
-
         return block.to(torch.float32)
 
     @abstractmethod
@@ -198,8 +193,6 @@ class Encoding(ABC):
 
     def prepare(self, source: DType) -> None:
         """Load and compile what rows of this dtype will need, where that cannot be tried before the reductions are known."""
-        import torch
-
         torch.zeros(1, dtype=torch.float16).double().pow(0.5)
 
     def torch_bytes_per_element(self) -> int:

@@ -18,10 +18,9 @@ from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.stored_codes import NIBBLES, Code, as_float, values
 from streamconv.checkpoint.strided_rows import Strided
 from streamconv.checkpoint.turned_rows import read_stripe
+from streamconv.lazy import np
 
 if TYPE_CHECKING:
-    import numpy as np
-
     Bytes = np.ndarray[Any, np.dtype[np.uint8]]
     Floats = Any  # float32 arrays: numpy types its own operations too widely
 
@@ -112,8 +111,6 @@ class DecodedTensor(_Decoded):
 
     def _zeros(self, shards: Sequence[Shard], start: int, stop: int) -> Floats:
         """float32 [rows, groups of columns], or empty."""
-        import numpy as np
-
         if self.zeros is None:
             return np.empty((0, 0), np.float32)
         bits = 4 if self.code in NIBBLES else 8
@@ -127,8 +124,6 @@ class DecodedTensor(_Decoded):
 
     def factors(self, shards: Sequence[Shard], start: int, stop: int) -> Floats:
         """float32 [groups of rows, groups of columns]: what the codes of these rows are multiplied by."""
-        import numpy as np
-
         first, last = start // self.per_row, -(-stop // self.per_row)
         raw = np.empty((last - first) * self.scales.stored_row_bytes, np.uint8)
         self.scales.read(shards, first, last, raw, raw[:0])
@@ -172,8 +167,6 @@ class DecodedAffine(_Decoded):
         return self.cols + self.codes.scratch_row_bytes + 2 * self.scales.rows * (self.scales.dtype.itemsize + 4)
 
     def read(self, shards: Sequence[Shard], start: int, stop: int, out: Bytes, scratch: Bytes) -> None:
-        import numpy as np
-
         from streamconv.kernels.integers_code import decode_affine
         from streamconv.kernels.rows import CODES
 
@@ -224,8 +217,6 @@ class DecodedIntegers(_Decoded):
         return 2 * self.cols + self.scales.rows * (2 * self.scales.dtype.itemsize + 12) + 8 * self.cols // self.row_align
 
     def read(self, shards: Sequence[Shard], start: int, stop: int, out: Bytes, scratch: Bytes) -> None:
-        import numpy as np
-
         from streamconv.kernels.integers_code import decode_integers
         from streamconv.kernels.rows import CODES
 
@@ -248,8 +239,6 @@ class DecodedIntegers(_Decoded):
         Raises:
             CheckpointError: the file names a group that there is not.
         """
-        import numpy as np
-
         from streamconv.errors import CheckpointError, printable
 
         groups = self.scales.rows
@@ -270,8 +259,6 @@ def unpacked_zeros(words: Bytes, groups: int, bits: int, shuffled: bool) -> Byte
     Args:
         shuffled: in AutoAWQ's order of channels.
     """
-    import numpy as np
-
     if bits == 8:
         return words.reshape(groups, -1).copy()
     found = np.stack([words & 15, words >> 4], 1).reshape(groups, -1, 8)

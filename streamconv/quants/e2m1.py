@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import torch
+from streamconv.lazy import torch
 
 _VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 def e2m1_codes(ratio: torch.Tensor) -> torch.Tensor:
     """float32 -> uint8 codes 0 to 15: nearest, ties to the even code, at most 6. The sign is that of ratio < 0: -0.0 is code 0."""
-    import torch
-
     size = ratio.abs()
     code = torch.zeros_like(ratio, dtype=torch.uint8)
     for edge, up in ((0.25, False), (0.75, True), (1.25, False), (1.75, True), (2.5, False), (3.5, True), (5.0, False)):
@@ -23,8 +18,6 @@ def e2m1_codes(ratio: torch.Tensor) -> torch.Tensor:
 
 def e2m1_values(codes: torch.Tensor) -> torch.Tensor:
     """uint8 codes -> float32."""
-    import torch
-
     table = torch.tensor(_VALUES + tuple(-value for value in _VALUES), device=codes.device)
     return table[codes.to(torch.int64)]
 
@@ -36,7 +29,5 @@ def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
 
 def unpack_nibbles(packed: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
     """The inverse of `pack_nibbles`, [rows, cols]."""
-    import torch
-
     pairs = packed.reshape(rows, cols // 2)
     return torch.stack([pairs & 15, pairs >> 4], 2).reshape(rows, cols)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from streamconv.checkpoint.dtypes import DType
-
-if TYPE_CHECKING:
-    import numpy as np
+from streamconv.lazy import np
 
 _DIVIDED_BY = (
     "smoother",
@@ -32,8 +30,6 @@ def nonfinite(dtype: DType, data: np.ndarray[Any, Any]) -> int:
     """
     if dtype.name not in _BITS or not data.size:
         return 0
-    import numpy as np
-
     mask, infinity, _ = _BITS[dtype.name]
     magnitude = data.view(dtype.storage) & mask
     return int(np.count_nonzero(magnitude >= infinity)) if magnitude.max() >= infinity else 0
@@ -52,8 +48,6 @@ def problem(tensor: str, dtype: DType, data: np.ndarray[Any, Any] | bytes, singl
     suffix = tensor.rsplit(".", 1)[-1]
     if suffix not in _FACTORS or dtype.name not in _BITS:
         return None
-    import numpy as np
-
     mask, infinity, normal = _BITS[dtype.name]
     words = np.frombuffer(data, dtype.storage)
     magnitude = words & mask

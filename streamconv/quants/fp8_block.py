@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from streamconv.checkpoint.dtypes import F8_E4M3, F32, DType
+from streamconv.lazy import torch
 from streamconv.quants.base import Encoding, Findings, Kernel, Part
 from streamconv.quants.rounding import FLOATS, divided, finite_rows, half_ulp, rounded
-
-if TYPE_CHECKING:
-    import torch
 
 _LARGEST = 448.0
 
@@ -56,8 +53,6 @@ class Fp8Block(Encoding):
         )
 
     def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
-        import torch
-
         values = finite_rows(block, findings)
         rows, cols = values.shape
         top = self._tops(values)
@@ -74,8 +69,6 @@ class Fp8Block(Encoding):
 
     def _tops(self, values: torch.Tensor) -> torch.Tensor:
         """Largest magnitude of each tile, [ceil(rows/block), ceil(cols/block)]."""
-        import torch
-
         rows, cols = values.shape
         down, across = -(-rows // self.block), -(-cols // self.block)
         padded = torch.nn.functional.pad(values.abs(), (0, across * self.block - cols, 0, down * self.block - rows))
@@ -86,8 +79,6 @@ class Fp8Block(Encoding):
         return tiles.repeat_interleave(self.block, 0)[:rows].repeat_interleave(self.block, 1)[:, :cols]
 
     def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:
-        import torch
-
         scales = parts[1].view(getattr(torch, self.scale.torch)).float().reshape(-1, -(-cols // self.block))
         return parts[0].view(torch.float8_e4m3fn).float().reshape(rows, cols) * self._spread(scales, rows, cols)
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from streamconv.checkpoint.dtypes import F8_E4M3, F32, DType
+from streamconv.lazy import np, torch
 from streamconv.quants.base import Encoding, Findings, Kernel, Known, Part
 from streamconv.quants.rounding import half_ulp
-
-if TYPE_CHECKING:
-    import torch
 
 Scales = tuple[tuple[str, float], ...]
 """(source tensor, its scale) of all sources of a fused matrix."""
@@ -21,8 +19,6 @@ Scales = tuple[tuple[str, float], ...]
 @cache
 def _codes(own: float, shared: float) -> bytes:
     """e4m3 code -> the code of round(value * own / shared), product and quotient in float32, ties to even; NaN stays NaN."""
-    import numpy as np
-
     code = np.arange(127, dtype=np.uint8)
     exponent, mantissa = code >> 3, (code & 7).astype(np.float64)
     values = np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent.astype(np.float64) - 10))
@@ -60,8 +56,6 @@ class Fp8Shared(Encoding):
         return (Part("weight", F8_E4M3, (rows, cols), cols),)
 
     def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
-        import torch
-
         table = torch.frombuffer(bytearray(self._table()), dtype=torch.uint8).to(block.device)
         return (table[block.contiguous().view(torch.uint8).long().reshape(-1)],)
 
@@ -71,8 +65,6 @@ class Fp8Shared(Encoding):
         table = self._table()
 
         def run(flat: Any, start: int, stride: int, rows: int, cols: int, outs: Sequence[Any]) -> Findings:
-            import numpy as np
-
             made = outs[0].reshape(rows, cols)
             for row in range(rows):
                 at = start + row * stride
@@ -82,8 +74,6 @@ class Fp8Shared(Encoding):
         return run
 
     def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:
-        import torch
-
         return parts[0].view(torch.float8_e4m3fn).float().reshape(rows, cols) * self.shared
 
     def values(self, block: torch.Tensor) -> torch.Tensor:

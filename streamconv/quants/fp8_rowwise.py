@@ -5,14 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from streamconv.checkpoint.dtypes import F8_E4M3, F32, DType
+from streamconv.lazy import torch
 from streamconv.quants.base import Encoding, Findings, Kernel, Part
 from streamconv.quants.rounding import divided, half_ulp, rounded
-
-if TYPE_CHECKING:
-    import torch
 
 _LARGEST = 448.0
 FLOOR = 1.0 / (448.0 * 512.0)
@@ -48,8 +45,6 @@ class Fp8Rowwise(Encoding):
 
     def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
         """NaN counts as 0 and infinity as the clamp (the engine stops on both unless told)."""
-        import torch
-
         values = self._rounded(block).to(torch.float32)
         bad = int((~torch.isfinite(values)).sum())
         if bad:
@@ -67,19 +62,13 @@ class Fp8Rowwise(Encoding):
         return made.contiguous().reshape(-1).view(torch.uint8), stored.view(torch.uint8)
 
     def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:
-        import torch
-
         scale = parts[1].view(getattr(torch, self.scale.torch)).float()
         return parts[0].view(torch.float8_e4m3fn).to(torch.float32).reshape(rows, cols) * scale[:, None]
 
     def values(self, block: torch.Tensor) -> torch.Tensor:
-        import torch
-
         return self._rounded(block).to(torch.float32).clamp(self.lo, self.hi)
 
     def _rounded(self, block: torch.Tensor) -> torch.Tensor:
-        import torch
-
         return block if self.model is None else block.to(getattr(torch, self.model.torch))
 
     def error(self, block: torch.Tensor) -> torch.Tensor:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from streamconv.checkpoint.dtypes import F8_E4M3, F32, DType
+from streamconv.lazy import np, torch
 from streamconv.quants.base import Encoding, Findings, Kernel, Known, Part, ReduceKernel, Reduction
 from streamconv.quants.rounding import half_ulp
-
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
 
 LARGEST = 448.0
 
@@ -25,8 +22,6 @@ class WeightMaximum(Reduction):
     bytes_per_element = 12
 
     def tile(self, block: torch.Tensor, known: Known) -> torch.Tensor:
-        import torch
-
         return torch.nan_to_num(block.float(), 0.0, 0.0, 0.0).abs().max()
 
     def kernel(self, source: DType) -> ReduceKernel | None:
@@ -39,8 +34,6 @@ class WeightMaximum(Reduction):
 
 def scale_of(largest: np.ndarray[Any, Any], floor: float = 0.0) -> float:
     """amax / 448, a true float32 division, `floor` at least; a matrix of zeros has the scale 1."""
-    import numpy as np
-
     return max(float(np.float32(largest) / np.float32(LARGEST)), float(np.float32(floor))) if largest != 0 else 1.0
 
 
@@ -72,8 +65,6 @@ class Fp8Tensor(Encoding):
         return (Part("weight", F8_E4M3, (rows, cols), cols),)
 
     def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
-        import torch
-
         values = block.float()
         bad = int((~torch.isfinite(values)).sum())
         if bad:
@@ -93,8 +84,6 @@ class Fp8Tensor(Encoding):
         return fp8_tensor_kernel(source, self.scale)
 
     def prepare(self, source: DType) -> None:
-        import numpy as np
-
         kernel = replace(self, scale=1.0).kernel(source)
         if kernel is None:
             super().prepare(source)
@@ -102,8 +91,6 @@ class Fp8Tensor(Encoding):
             kernel(np.zeros(2, source.storage), 0, 2, 1, 2, [np.empty(2, np.uint8)])
 
     def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:
-        import torch
-
         return parts[0].view(torch.float8_e4m3fn).float().reshape(rows, cols) * self._known()
 
     def error(self, block: torch.Tensor) -> torch.Tensor:
@@ -140,8 +127,6 @@ class Fp8Scale(Encoding):
         return (self.values(block).reshape(-1).contiguous().view(_uint8()).to(block.device),)
 
     def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:
-        import torch
-
         return parts[0].view(torch.float32).reshape(rows, cols)
 
     def kernel(self, source: DType) -> Kernel | None:
@@ -155,8 +140,6 @@ class Fp8Scale(Encoding):
         """Nothing to load."""
 
     def values(self, block: torch.Tensor) -> torch.Tensor:
-        import torch
-
         if self.scale is None:
             raise AssertionError(f"{self.key}: asked for before its reduction")
         return torch.tensor([[self.scale]], dtype=torch.float32)
@@ -166,6 +149,4 @@ class Fp8Scale(Encoding):
 
 
 def _uint8() -> torch.dtype:
-    import torch
-
     return torch.uint8

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from streamconv.checkpoint.dtypes import F32, I8, I32, DType
 from streamconv.checkpoint.packed_rows import AWQ_POSITION
 from streamconv.errors import DataError, printable
+from streamconv.lazy import np, torch
 from streamconv.quants.base import Encoding, Findings, Kernel, Known, Part, Reduction
-
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
 
 
 @dataclass(frozen=True)
@@ -30,8 +27,6 @@ class ZeroPoints(Reduction):
     middle: int
 
     def tile(self, block: torch.Tensor, known: Known) -> torch.Tensor:
-        import torch
-
         stored = block.contiguous().view(torch.uint8).to(torch.int16)
         if self.bits == 4:
             stored = torch.cat([stored & 15, stored >> 4])
@@ -68,8 +63,6 @@ class Words(Encoding):
         return (Part("codes", I32, (rows, words), 4 * words),)
 
     def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
-        import torch
-
         codes = block.contiguous().view(torch.uint8) ^ 128
         if self.bits == 4:
             codes = codes - 120  # around 128 before, around 8 now
@@ -77,8 +70,6 @@ class Words(Encoding):
         return (codes.reshape(-1),)
 
     def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:
-        import torch
-
         stored = parts[0].reshape(rows, -1)
         if self.bits == 4:
             stored = torch.stack([stored & 15, stored >> 4], 2)
@@ -93,8 +84,6 @@ class Words(Encoding):
             return None
 
         def run(flat: Any, start: int, stride: int, rows: int, cols: int, outs: Sequence[Any]) -> Findings:
-            import numpy as np
-
             block = np.lib.stride_tricks.as_strided(flat[start:], (rows, cols), (stride, 1))
             if self.bits == 8:
                 np.bitwise_xor(block, 128, out=outs[0].reshape(rows, cols))
@@ -142,21 +131,15 @@ class GivenZeros(Encoding):
         return (Part("zero", I32, (rows, cols), 4 * cols),)
 
     def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
-        import torch
-
         return (torch.from_numpy(self._in_order(block.contiguous().view(torch.uint8).cpu().numpy())).to(block.device),)
 
     def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:
-        import torch
-
         stored = parts[0].reshape(rows, -1)
         if self.bits == 8:
             return stored.float()
         return torch.stack([stored & 15, stored >> 4], 2).reshape(rows, 8 * cols).float()
 
     def values(self, block: torch.Tensor) -> torch.Tensor:
-        import torch
-
         return self.decode([torch.from_numpy(self._in_order(block.contiguous().view(torch.uint8).numpy()))], *block.shape)
 
     def error(self, block: torch.Tensor) -> torch.Tensor:
@@ -167,8 +150,6 @@ class GivenZeros(Encoding):
             return None
 
         def run(flat: Any, start: int, stride: int, rows: int, cols: int, outs: Sequence[Any]) -> Findings:
-            import numpy as np
-
             block = np.lib.stride_tricks.as_strided(flat[start:], (rows, cols), (4 * stride, 4))
             outs[0][:] = self._in_order(np.ascontiguousarray(block).view(np.uint8))
             return Findings()
@@ -177,8 +158,6 @@ class GivenZeros(Encoding):
 
     def _in_order(self, stored: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """uint8, four for each word -> flat, in the order of channels, with what they lack."""
-        import numpy as np
-
         flat = stored.reshape(-1, 4)
         if self.shuffled:
             nibbles = np.stack([flat & 15, flat >> 4], 2).reshape(-1, 8)[:, AWQ_POSITION]
@@ -198,20 +177,14 @@ class Reciprocal(Encoding):
         return (Part("scale", F32, (rows, cols), 4 * cols),)
 
     def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
-        import torch
-
         made = self.values(block)
         findings.nonfinite += int((~torch.isfinite(made) | (made <= 0)).sum())
         return (made.contiguous().reshape(-1).view(torch.uint8),)
 
     def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:
-        import torch
-
         return parts[0].view(torch.float32).reshape(rows, cols)
 
     def values(self, block: torch.Tensor) -> torch.Tensor:
-        import torch
-
         return torch.ones_like(block) / block
 
     def error(self, block: torch.Tensor) -> torch.Tensor:
@@ -222,8 +195,6 @@ class Reciprocal(Encoding):
             return None
 
         def run(flat: Any, start: int, stride: int, rows: int, cols: int, outs: Sequence[Any]) -> Findings:
-            import numpy as np
-
             block = np.lib.stride_tricks.as_strided(flat[start:], (rows, cols), (4 * stride, 4)).view(np.float32)
             with np.errstate(divide="ignore", invalid="ignore"):
                 made = np.float32(1.0) / block

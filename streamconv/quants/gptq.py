@@ -8,15 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from streamconv.checkpoint.dtypes import I8, DType
+from streamconv.lazy import torch
 from streamconv.quants.base import Encoding, Findings, Kernel, Part
 from streamconv.quants.layout import Layout
 from streamconv.quants.rounding import half_ulp
-
-if TYPE_CHECKING:
-    import torch
 
 AWQ_POSITION = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where AutoAWQ keeps channel j of eight: the number of its nibble, counted from the least significant (§5.2)."""
@@ -48,8 +45,6 @@ class PackedWeight(Encoding):
 
     def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:
         """The integers; scales and zeros are compared on their own."""
-        import torch
-
         return self.layout.unpack(parts[0], rows, cols).to(torch.float32)
 
     def error(self, block: torch.Tensor) -> torch.Tensor:
@@ -98,8 +93,6 @@ class GroupScales(Encoding):
         return tuple(Part(suffix, self.dtype, (rows, n), size) for suffix in ("weights_scaling_factor", "zero"))
 
     def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
-        import torch
-
         stored, factor = self._split(block)
         scale = stored.to(getattr(torch, self.dtype.torch))
         findings.overflow += int((torch.isinf(scale) & torch.isfinite(stored)).sum())
@@ -108,22 +101,16 @@ class GroupScales(Encoding):
 
     def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:
         """Scales, then zeros: float32 [rows, 2N]."""
-        import torch
-
         dtype, n = getattr(torch, self.dtype.torch), self.channels(cols)
         return torch.cat([part.view(dtype).reshape(rows, n).to(torch.float32) for part in parts], 1)
 
     def values(self, block: torch.Tensor) -> torch.Tensor:
-        import torch
-
         stored, factor = self._split(block)
         scale = stored.to(torch.float32)
         return torch.cat([scale, factor * scale], 1)
 
     def error(self, block: torch.Tensor) -> torch.Tensor:
         """A rounding of the scale; of the zero a second one, of the product (§4.3)."""
-        import torch
-
         stored, factor = self._split(block)
         scale = half_ulp(stored, self.dtype)
         return torch.cat([scale, factor.float().abs() * scale + half_ulp(factor * stored.float() * 1.01, self.dtype)], 1)
@@ -137,8 +124,6 @@ class GroupScales(Encoding):
 
     def _split(self, block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Stored scales [r, N] and the integer factors of the zeros, int16 [r, N]."""
-        import torch
-
         rows, n = block.shape[0], self.channels(block.shape[1])
         edge = n * self.bits // 8
         packed = block[:, :edge].contiguous()

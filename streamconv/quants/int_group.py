@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from streamconv.checkpoint.dtypes import F32, I8, I32, U8, DType
+from streamconv.lazy import np, torch
 from streamconv.quants.base import Encoding, Findings, Kernel, Part
 from streamconv.quants.rounding import FLOATS, divided, finite_rows, half_ulp, rounded
-
-if TYPE_CHECKING:
-    import torch
 
 Packing = Literal["bytes", "words", "pairs"]
 """How codes are stored: "bytes", one int8 each [N, K]; "words", int32 [N, K * bits / 32], offset by half, the lowest column in the lowest
@@ -74,8 +72,6 @@ class IntGroup(Encoding):
         return (Part("codes", I32, (rows, words), 4 * words), scale)
 
     def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
-        import torch
-
         values = finite_rows(block, findings)
         rows, cols = values.shape
         grouped = values.reshape(rows, -1, self.group or cols)
@@ -86,8 +82,6 @@ class IntGroup(Encoding):
 
     def _scales(self, grouped: torch.Tensor) -> torch.Tensor:
         """[rows, groups, group] -> [rows, groups, 1]."""
-        import torch
-
         top = grouped.abs().amax(2, keepdim=True)
 
         def scale(of: torch.Tensor) -> torch.Tensor:
@@ -108,8 +102,6 @@ class IntGroup(Encoding):
         return rounded(grouped / stored, self.quotient).clamp(-self._half, self._half - 1).round()
 
     def _packed(self, q: torch.Tensor) -> torch.Tensor:
-        import torch
-
         if self.packing == "bytes":
             return q.to(torch.int8).reshape(-1).view(torch.uint8)
         if self.packing == "pairs":
@@ -119,8 +111,6 @@ class IntGroup(Encoding):
         return (codes if self.bits == 8 else codes[:, 0::2] | (codes[:, 1::2] << 4)).reshape(-1)
 
     def _unpacked(self, stored: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
-        import torch
-
         if self.packing == "bytes":
             return stored.view(torch.int8).reshape(rows, cols)
         if self.packing == "pairs":
@@ -133,16 +123,12 @@ class IntGroup(Encoding):
         return wide[:, :cols].to(torch.int16) - self._half
 
     def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:
-        import torch
-
         scales = parts[1].view(torch.float32 if self.wide else getattr(torch, self.scale.torch)).float().reshape(rows, -1, 1)
         q = self._unpacked(parts[0], rows, cols).float()
         return (q.reshape(rows, scales.shape[1], -1) * scales).reshape(rows, cols)
 
     def error(self, block: torch.Tensor) -> torch.Tensor:
         """Half a step, and a whole one at an end that has no integer; the roundings of quotient and scale come on top."""
-        import torch
-
         values = block.float()
         rows, cols = values.shape
         grouped = values.reshape(rows, -1, self.group or cols)
@@ -165,8 +151,6 @@ def _widened(kernel: Kernel, scale: DType) -> Kernel:
     """A kernel that stores scales of two bytes, as one that stores them as float32."""
 
     def run(flat: Any, start: int, stride: int, rows: int, cols: int, outs: Sequence[Any]) -> Findings:
-        import numpy as np
-
         narrow = np.empty(outs[1].size // 2, np.uint8)
         findings = kernel(flat, start, stride, rows, cols, [outs[0], narrow])
         if scale.name == "BF16":

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 from streamconv.checkpoint.dtypes import I8
 from streamconv.checkpoint.rows import PackedTensor, SourceTensor
 from streamconv.checkpoint.shard import Shard
+from streamconv.lazy import np
 from streamconv.quants.layout import Layout
 
 if TYPE_CHECKING:
-    import numpy as np
-
     Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 LAID_OUT = "laid out"
@@ -67,8 +66,6 @@ def laid_out(tensor: SourceTensor, layout: Layout) -> LaidOut:
 @lru_cache(16)
 def _order(layout: Layout, k: int) -> np.ndarray[Any, Any]:
     """For each element of a record's channels, one after the other, where it is stored in the record."""
-    import numpy as np
-
     count, block = layout.interleave, len(layout.table)
     plain = np.arange(count * k)
     rows = plain.reshape(k // layout.tile, count, layout.tile).swapaxes(0, 1) if count > 1 else plain

@@ -6,13 +6,10 @@ Output channels come in groups of `interleave`; a group's record is contiguous, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from streamconv.errors import RefusedError
+from streamconv.lazy import torch
 from streamconv.options import Version
-
-if TYPE_CHECKING:
-    import torch
 
 FAMILIES = ("sm80", "sm70", "sm90-0.16", "sm90")
 """Layouts by a GPU that reads them (§3.3): sm75 to sm89, sm100 and later, and experts on sm90; Volta; Hopper, whose order of bytes is
@@ -69,8 +66,6 @@ class Layout:
 
     def pack(self, q: torch.Tensor) -> torch.Tensor:
         """Signed integers int8 [n, K], n a multiple of `interleave` -> uint8 bytes [n*K*bits/8]."""
-        import torch
-
         n, k = q.shape
         block = len(self.table)
         order = torch.tensor(self.table, device=q.device)
@@ -87,8 +82,6 @@ class Layout:
 
     def unpack(self, data: torch.Tensor, n: int, k: int) -> torch.Tensor:
         """Inverse of `pack`: bytes -> int8 [n, K]."""
-        import torch
-
         values = data.to(torch.int16)
         if self.bits == 4:
             values = torch.stack([values & 15, values >> 4], 1).reshape(-1)

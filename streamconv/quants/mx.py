@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from streamconv.checkpoint.dtypes import F8_E4M3, F32, U8, DType
+from streamconv.lazy import torch
 from streamconv.quants.base import Encoding, Findings, Kernel, Part
 from streamconv.quants.e2m1 import e2m1_codes, e2m1_values, pack_nibbles, unpack_nibbles
 from streamconv.quants.rounding import FLOATS, finite_rows, half_ulp
-
-if TYPE_CHECKING:
-    import torch
 
 GROUP = 32
 _ROUND = {"F32": 1 << 21, "F16": 1 << 8, "BF16": 1 << 5}
@@ -50,8 +48,6 @@ class Mx(Encoding):
 
     def _bytes(self, top: torch.Tensor) -> torch.Tensor:
         """Largest magnitudes, float32 -> exponent bytes, int32."""
-        import torch
-
         if self.exponent == "ceiling":
             ratio = top / torch.full_like(top, 448.0)
             fraction, power = torch.frexp(ratio)
@@ -65,8 +61,6 @@ class Mx(Encoding):
         return torch.where(field == 0, 0, made).to(torch.int32)
 
     def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
-        import torch
-
         values = finite_rows(block, findings)
         rows, cols = values.shape
         grouped = values.reshape(rows, -1, GROUP)
@@ -79,8 +73,6 @@ class Mx(Encoding):
         return codes.contiguous().reshape(-1).view(torch.uint8), scale
 
     def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:
-        import torch
-
         exponent = parts[1].to(torch.int32).reshape(rows, -1, 1) - 127
         if self.element == "fp4":
             values = e2m1_values(unpack_nibbles(parts[0], rows, cols))
@@ -90,8 +82,6 @@ class Mx(Encoding):
 
     def error(self, block: torch.Tensor) -> torch.Tensor:
         """A rounding of the element; FP4 cuts off what is above 6 scales (from 7/8 of amax on)."""
-        import torch
-
         values = block.float()
         rows, cols = values.shape
         grouped = values.reshape(rows, -1, GROUP)

@@ -7,16 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from streamconv.checkpoint.dtypes import F8_E4M3, F32, U8, DType
+from streamconv.lazy import np, torch
 from streamconv.quants.base import Encoding, Findings, Kernel, Known, Part
 from streamconv.quants.e2m1 import e2m1_codes, e2m1_values, pack_nibbles, unpack_nibbles
 from streamconv.quants.rounding import FLOATS, divided, finite_rows, half_ulp, rounded
-
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
 
 GROUP = 16
 Rule = Literal["divisor", "multiplier"]
@@ -32,8 +29,6 @@ def shared_scale(amax: float, rule: Rule, kind: DType) -> float:
         amax: largest weight of all partners.
         kind: type that a divisor is rounded to on the way.
     """
-    import numpy as np
-
     if rule == "multiplier":
         return float(np.float32(amax) / np.float32(2688.0)) if amax else 1.0
     # what torch makes of 2688 / amax: the reciprocal, rounded, times 2688, rounded
@@ -45,8 +40,6 @@ def shared_scale(amax: float, rule: Rule, kind: DType) -> float:
 
 def _rounded(value: np.float32, kind: DType) -> np.float32:
     """A float32 number rounded to a type, nearest even."""
-    import numpy as np
-
     if kind.name == "F16":
         return np.float32(np.float16(value))
     if kind.name == "BF16" and np.isfinite(value):
@@ -84,8 +77,6 @@ class NvFp4(Encoding):
         return (Part("codes", U8, (rows, cols // 2), cols // 2), Part("scale", F8_E4M3, (rows, cols // GROUP), cols // GROUP))
 
     def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
-        import torch
-
         values = finite_rows(block, findings)
         rows, cols = values.shape
         grouped = values.reshape(rows, -1, GROUP)
@@ -104,8 +95,6 @@ class NvFp4(Encoding):
         return pack_nibbles(codes), scale.to(torch.float8_e4m3fn).contiguous().reshape(-1).view(torch.uint8)
 
     def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:
-        import torch
-
         values = e2m1_values(unpack_nibbles(parts[0], rows, cols)).reshape(rows, -1, GROUP)
         scale = parts[1].view(torch.float8_e4m3fn).float().reshape(rows, -1, 1)
         step = divided(scale, self._known()) if self.rule == "divisor" else scale * self._known()
@@ -128,8 +117,6 @@ class NvFp4(Encoding):
         return nvfp4_kernel(source, self.rule, self.kind, self.shared)
 
     def prepare(self, source: DType) -> None:
-        import numpy as np
-
         kernel = replace(self, shared=1.0).kernel(source)
         if kernel is None:
             super().prepare(source)
@@ -164,13 +151,9 @@ class SharedScale(Encoding):
         return (Part("shared_scale", F32, (1,) if self.rule == "divisor" else (), 4),)
 
     def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
-        import torch
-
         return (self.values(block).reshape(-1).contiguous().view(torch.uint8).to(block.device),)
 
     def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:
-        import torch
-
         return parts[0].view(torch.float32).reshape(rows, cols)
 
     def kernel(self, source: DType) -> Kernel | None:
@@ -184,8 +167,6 @@ class SharedScale(Encoding):
         """Nothing to load."""
 
     def values(self, block: torch.Tensor) -> torch.Tensor:
-        import torch
-
         if self.shared is None:
             raise AssertionError(f"{self.key}: asked for before its reduction")
         return torch.tensor([[self.shared]], dtype=torch.float32)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from streamconv.checkpoint.dtypes import F16, DType
+from streamconv.lazy import torch
 from streamconv.quants.base import Encoding, Findings, Kernel, Part
 from streamconv.quants.rounding import HALF_ULP, half_ulp
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True)
@@ -45,8 +42,6 @@ class Plain(Encoding):
         return (Part(self.suffix, self.dtype, shape, cols * self.dtype.itemsize),)
 
     def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
-        import torch
-
         target = getattr(torch, self.dtype.torch)
         if self.add_one:
             block = (block.float() if block.dtype == torch.bfloat16 else block) + 1.0
@@ -56,8 +51,6 @@ class Plain(Encoding):
         return (made.contiguous().reshape(-1).view(torch.uint8),)
 
     def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:
-        import torch
-
         return parts[0].view(getattr(torch, self.dtype.torch)).reshape(rows, cols).to(torch.float32)
 
     def values(self, block: torch.Tensor) -> torch.Tensor:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from streamconv.checkpoint.dtypes import DType
+from streamconv.lazy import torch
 from streamconv.quants.base import Findings
-
-if TYPE_CHECKING:
-    import torch
 
 HALF_ULP = {"F32": (2.0**-24, 2.0**-150), "F16": (2.0**-11, 2.0**-25), "BF16": (2.0**-8, 2.0**-134), "F8_E4M3": (2.0**-4, 2.0**-10)}
 """(relative to the value, half the smallest subnormal): IEEE 754 and, for e4m3, the OCP 8-bit floating point specification."""
@@ -26,22 +22,16 @@ FLOATS = ("F32", "F16", "BF16")
 
 def rounded(values: torch.Tensor, dtype: DType) -> torch.Tensor:
     """float32 values rounded to `dtype` and back."""
-    import torch
-
     return values if dtype.name == "F32" else values.to(getattr(torch, dtype.torch)).float()
 
 
 def divided(values: torch.Tensor, number: float) -> torch.Tensor:
     """A true float32 division: CUDA divides by a Python number through its reciprocal, which gives other bits."""
-    import torch
-
     return values / torch.full_like(values, number)
 
 
 def finite_rows(block: torch.Tensor, findings: Findings) -> torch.Tensor:
     """float32 rows in which NaN is 0 and infinity the largest finite value of its row (the engine stops on both unless told)."""
-    import torch
-
     values = block.float()
     finite = torch.isfinite(values)
     bad = int((~finite).sum())

@@ -7,14 +7,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from streamconv.checkpoint.dtypes import F32, DType
+from streamconv.lazy import np, torch
 from streamconv.quants.base import Encoding, Findings, Kernel, Known, Part
 from streamconv.quants.rounding import half_ulp
 from streamconv.quants.smoothing import COLUMN_BYTES, FLOATS, Bound, Smoother, bound_to, one_scale, output_scale, unbound
 
 if TYPE_CHECKING:
-    import numpy as np
-    import torch
-
     Array = np.ndarray[Any, Any]
 
 
@@ -50,15 +48,11 @@ class SmoothNorm(Encoding):
         return (Part("weight", self.dtype, (cols,), cols * self.dtype.itemsize),)
 
     def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
-        import torch
-
         made = self._divided(block).to(getattr(torch, self.dtype.torch))
         findings.overflow += int((torch.isinf(made) & ~torch.isinf(block)).sum())
         return (made.contiguous().reshape(-1).view(torch.uint8),)
 
     def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:
-        import torch
-
         return parts[0].view(getattr(torch, self.dtype.torch)).reshape(rows, cols).float()
 
     def values(self, block: torch.Tensor) -> torch.Tensor:
@@ -75,8 +69,6 @@ class SmoothNorm(Encoding):
         return unbound if self.bound is None else divided_kernel(source, self.dtype, self.bound.smoother)
 
     def prepare(self, source: DType) -> None:
-        import numpy as np
-
         kernel = replace(self, bound=Bound(np.ones(2), 1.0)).kernel(source)
         if kernel is None:
             super().prepare(source)
@@ -87,8 +79,6 @@ class SmoothNorm(Encoding):
         return COLUMN_BYTES
 
     def _divided(self, block: torch.Tensor) -> torch.Tensor:
-        import torch
-
         if self.bound is None:
             raise AssertionError(f"{self.smoother.weights}: the norm was encoded before its reductions")
         return (block.half().double() / torch.from_numpy(self.bound.smoother).to(block.device)).half()
@@ -140,18 +130,12 @@ class SmoothValue(Encoding):
         return (Part(self.suffix, F32, self.shape, 4 * (self.keep[1] - self.keep[0])),)
 
     def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
-        import torch
-
         return (torch.from_numpy(self._value()).view(torch.uint8).to(block.device),)
 
     def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:
-        import torch
-
         return parts[0].view(torch.float32).reshape(rows, cols)
 
     def values(self, block: torch.Tensor) -> torch.Tensor:
-        import torch
-
         return torch.from_numpy(self._value()).reshape(1, -1)
 
     def error(self, block: torch.Tensor) -> torch.Tensor:
@@ -175,8 +159,6 @@ class SmoothValue(Encoding):
 
     def _value(self) -> Array:
         """float32, 1-D."""
-        import numpy as np
-
         bound = self.bound
         if bound is None:
             raise AssertionError(f"{self.smoother.weights}: a value was asked for before its reductions")

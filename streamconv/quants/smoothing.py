@@ -16,12 +16,10 @@ from weakref import WeakKeyDictionary
 from streamconv.checkpoint.activation_ranges import Ranges
 from streamconv.checkpoint.dtypes import DType
 from streamconv.errors import DataError, printable
+from streamconv.lazy import np, torch
 from streamconv.quants.base import Findings, Known, ReduceKernel, Reduction
 
 if TYPE_CHECKING:
-    import numpy as np
-    import torch
-
     Array = np.ndarray[Any, Any]
 
 
@@ -34,8 +32,6 @@ class ColumnMaxima(Reduction):
     bytes_per_column = 12
 
     def tile(self, block: torch.Tensor, known: Known) -> torch.Tensor:
-        import torch
-
         return block.to(torch.float16).abs().amax(0)
 
     def kernel(self, source: DType) -> ReduceKernel | None:
@@ -83,8 +79,6 @@ class Smoother:
         Raises:
             DataError: NaN or infinity in a column, or (unless `wide`) zeros alone: its smoother would be infinite.
         """
-        import numpy as np
-
         largest = known.get(self.keys[0])
         for key in self.keys[1:]:
             largest = np.maximum(largest, known.get(key))
@@ -131,8 +125,6 @@ class Smoother:
 
     def prepare(self) -> None:
         """Load what `find` will need."""
-        import numpy as np
-
         if not self.loads_torch:
             from streamconv.kernels.root import half_power_smoother
 
@@ -143,27 +135,19 @@ class Smoother:
 
 def power(values: Array, exponent: float) -> Array:
     """values ** exponent as torch computes it, in the dtype of the values."""
-    import numpy as np
-
     if exponent == 0.5 and values.dtype == np.float16:
         return np.sqrt(values)  # the same for every value
-    import torch
-
     made: Array = torch.from_numpy(values).pow(exponent).numpy()
     return made
 
 
 def smoothed(block: torch.Tensor, smoother: Array) -> torch.Tensor:
     """W * s, one float64 product as float16 (torch goes through float32)."""
-    import torch
-
     return (block.to(torch.float16).double() * torch.from_numpy(smoother).to(block.device)).to(torch.float16)
 
 
 def largest_smoothed(columns: Array, smoother: Array) -> float:
     """AW (§6.5), the largest absolute smoothed weight, from the weight's column maxima: products and roundings keep the order."""
-    import numpy as np
-
     products = columns.astype(np.float64) * smoother
     with np.errstate(over="ignore"):
         return float(products.astype(np.float32).astype(np.float16).max())
@@ -180,15 +164,11 @@ def inverse(scale: torch.Tensor) -> torch.Tensor:
 
 def output_scale(largest: float) -> float:
     """sy = f(127 * f(1 / ay)), a float32 value."""
-    import numpy as np
-
     return float(np.float32(127) * (np.float32(1) / np.float32(largest)))
 
 
 def one_scale(largest: float) -> tuple[float, float]:
     """The weight scale and its inverse of a matrix with one scale, float16 values: `weight_scale` and `inverse` in numpy."""
-    import numpy as np
-
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
         scale = (np.float32(127) * (np.float32(1) / np.float32(largest)).astype(np.float16).astype(np.float32)).astype(np.float16)
         return float(scale), float((np.float32(1) / scale.astype(np.float32)).astype(np.float16))
@@ -211,8 +191,6 @@ class Bound:
 
     def accumulator(self, scale: torch.Tensor, outputs: float) -> torch.Tensor:
         """accum of a vector of scales, all in float32."""
-        import torch
-
         sy, sx = (torch.tensor(value, device=scale.device) for value in (output_scale(outputs), self.activation))
         return sy / (sx * scale.float())
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from streamconv.checkpoint.dtypes import F16, F32, I8, DType
+from streamconv.lazy import np, torch
 from streamconv.quants.base import Encoding, Findings, Kernel, Known, Part
 from streamconv.quants.rounding import half_ulp
 from streamconv.quants.smoothing import (
@@ -28,10 +29,6 @@ from streamconv.quants.smoothing import (
 )
 
 if TYPE_CHECKING:
-    import numpy as np
-    import torch
-
-
     Array = np.ndarray[Any, Any]
 
 
@@ -92,8 +89,6 @@ class SmoothWeight(Encoding):
         return (weight, Part("per_channel_scale", F32, (1, rows), 4)) if self._vector else (weight,)
 
     def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
-        import torch
-
         bound = self._known()
         findings.nonfinite += int((~torch.isfinite(block)).sum())
         weight = smoothed(block, bound.smoother)
@@ -116,8 +111,6 @@ class SmoothWeight(Encoding):
         return tuple(stored)
 
     def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:
-        import torch
-
         bound = self._known()
         if self._vector:
             scale = parts[1].view(torch.float32)
@@ -135,8 +128,6 @@ class SmoothWeight(Encoding):
 
     def error(self, block: torch.Tensor) -> torch.Tensor:
         """Half a step of the smoothed weight (§6.5), the roundings of its value before, and those of the scale, undone by 1 / s."""
-        import torch
-
         bound = self._known()
         weight = smoothed(block, bound.smoother).float()
         largest = weight.abs().amax(1) if bound.largest is None else torch.tensor([bound.largest])
@@ -158,8 +149,6 @@ class SmoothWeight(Encoding):
         return smooth_kernel(source, self.dtype, mode, bound.smoother, bound.largest, self.keep, outputs, bound.activation)
 
     def prepare(self, source: DType) -> None:
-        import numpy as np
-
         made = replace(self, bound=Bound(np.ones(2), 1.0, 1.0 if self.largest else None), keep=None)
         outs = [np.empty(part.nbytes(1), np.uint8) for part in made.parts(1, 2)]
         kernel = made.kernel(source)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from streamconv.checkpoint.dtypes import I8, DType
+from streamconv.lazy import torch
 from streamconv.quants.base import Encoding, ErrorKernel, Findings, Kernel, Part
 from streamconv.quants.layout import Layout
 from streamconv.quants.rounding import half_ulp
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True)
@@ -53,8 +50,6 @@ class WeightOnly(Encoding):
 
     def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
         """§2.2. NaN counts as 0 and infinity as the largest finite value of its channel (the engine stops on both unless told)."""
-        import torch
-
         cast = block.to(getattr(torch, self.dtype.torch))
         values = cast.to(torch.float32)
         finite = torch.isfinite(values)
@@ -76,8 +71,6 @@ class WeightOnly(Encoding):
         return self.layout.pack(q), stored.contiguous().reshape(-1).view(torch.uint8)
 
     def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:
-        import torch
-
         scale = parts[1].view(getattr(torch, self.dtype.torch)).to(torch.float32)
         return self.layout.unpack(parts[0], rows, cols).to(torch.float32) * scale[:, None]
 

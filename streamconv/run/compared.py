@@ -6,17 +6,15 @@ import bisect
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from streamconv.checkpoint.dtypes import DType
 from streamconv.checkpoint.header_parse import Header
 from streamconv.checkpoint.shard import Shard
+from streamconv.lazy import np
 from streamconv.planning.plan import Plan
 from streamconv.quants.factors import nonfinite
 from streamconv.quants.gptq import PackedWeight
-
-if TYPE_CHECKING:
-    import numpy as np
 
 BUFFER = 128 << 10
 """Bytes of a file that a worker holds beside its tile."""
@@ -73,8 +71,6 @@ class Compared:
 
     def write(self, name: str, offset: int, data: bytes | memoryview) -> None:
         """Hold `data` against the bytes of a file from `offset` on; all of them belong to one tensor."""
-        import numpy as np
-
         tensors = self._tensors[name]
         tensor = tensors[bisect.bisect_right(tensors, (offset, 1 << 62), key=lambda held: (held.begin, held.end)) - 1]
         made = np.frombuffer(data, np.uint8)
@@ -89,8 +85,6 @@ class Compared:
     def _hold(
         self, key: tuple[str, str], tensor: _Tensor, at: int, want: np.ndarray[Any, Any], held: np.ndarray[Any, Any]
     ) -> None:
-        import numpy as np
-
         odd = nonfinite(tensor.dtype, held) if tensor.dtype is not None else 0
         same = np.array_equal(want, held)
         if same and not odd:

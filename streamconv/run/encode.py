@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from streamconv.lazy import np, torch
 from streamconv.planning.plan import Span
 from streamconv.planning.tasks import EncodeTask
 from streamconv.quants.base import Findings
 
 if TYPE_CHECKING:
-    import numpy as np
-
     Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
@@ -46,8 +45,6 @@ def encode(task: EncodeTask, span: Span, rows: int, block: Bytes, space: Bytes, 
     if kernel is not None:
         findings.add(kernel(block.view(dtype.storage), start, stride, rows, cols, outs))
         return outs
-    import torch
-
     flat = torch.from_numpy(block).view(getattr(torch, dtype.torch))
     matrix = flat.reshape(rows, stride)[:, start : start + cols]
     for out, made in zip(outs, encoding.encode(matrix, findings), strict=True):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from streamconv.device.pipeline import WorkerBuffers
 from streamconv.device.step import Job
+from streamconv.lazy import np, torch
 from streamconv.planning.plan import Dest, Plan, Span
 from streamconv.planning.tasks import EncodeTask, encode_tasks
 from streamconv.quants.base import Findings
@@ -15,8 +16,6 @@ from streamconv.run.encode import encode
 from streamconv.run.results import ReductionResults
 
 if TYPE_CHECKING:
-    import numpy as np
-
     Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
@@ -68,8 +67,6 @@ def reduced(span: Span, rows: int, block: Bytes, results: ReductionResults, slot
         return found
     if kernel is not None:
         return kernel(block.view(span.source.dtype.storage), rows, span.source.cols)
-    import torch
-
     matrix = torch.from_numpy(block).view(getattr(torch, span.source.dtype.torch)).reshape(rows, span.source.cols)
     found = span.reduce.tile(matrix, results).numpy()
     return found

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from streamconv.errors import VerifyError, printable
+from streamconv.lazy import np, torch
 from streamconv.planning.memory_plan import CHECK_BYTES, CHECK_ELEMENT
 from streamconv.planning.plan import Dest, Plan, Span
 from streamconv.planning.tasks import encode_tasks
@@ -19,8 +20,6 @@ from streamconv.run.journal import TileRecord
 from streamconv.run.results import ReductionResults
 
 if TYPE_CHECKING:
-    import numpy as np
-
     Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 _SLACK = 1.001
@@ -149,8 +148,6 @@ def _blocks(made: Encoded, span: Span, block: Bytes, rows: int, results: Reducti
             continue
         start, stride = columns[0][0], span.source.cols
         if len(columns) > 1:
-            import numpy as np
-
             item, table = span.source.dtype.itemsize, source.reshape(stop - at, span.row_bytes)
             source = np.concatenate([table[:, a * item : b * item] for a, b in columns], 1).reshape(-1)
             start, stride = 0, width
@@ -161,8 +158,6 @@ def _decoded(
     encoding: Encoding, span: Span, source: Bytes, columns: Sequence[tuple[int, int]], rows: int, parts: Sequence[Bytes]
 ) -> Errors:
     """The definition: `decode` against `values`, and the bound that is `error`."""
-    import torch
-
     whole = torch.from_numpy(source).view(getattr(torch, span.source.dtype.torch)).reshape(rows, span.source.cols)
     part = torch.cat([whole[:, a:b] for a, b in columns], 1)
     want = encoding.values(part)

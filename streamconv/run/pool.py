@@ -15,6 +15,7 @@ from streamconv import memory
 from streamconv.checkpoint.shard import Shard
 from streamconv.device.pipeline import WorkerBuffers
 from streamconv.errors import BudgetError
+from streamconv.lazy import np
 from streamconv.planning.memory_plan import Shares, TileCost
 from streamconv.planning.reads import Reads
 from streamconv.process import start_thread
@@ -25,8 +26,6 @@ from streamconv.run.output_state import OutputState
 from streamconv.run.tile import TileWorker
 
 if TYPE_CHECKING:
-    import numpy as np
-
     Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 FLOOR = 64 * memory.MIB
@@ -146,8 +145,6 @@ class Pool:
             output.stop()
 
     def _work(self, number: int) -> None:
-        import numpy as np
-
         try:
             if self.devices is not None:
                 slot = self.devices(number, self.shares.arena)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from streamconv.lazy import np
 from streamconv.planning.plan import Span
 from streamconv.run.order import Stop
-
-if TYPE_CHECKING:
-    import numpy as np
 
 
 class ReductionResults:
@@ -31,8 +29,6 @@ class ReductionResults:
 
     def add(self, key: str, rows: int, value: np.ndarray[Any, Any]) -> None:
         """A tile of `rows` source rows found these maxima."""
-        import numpy as np
-
         with self._change:
             known = self._values.get(key)
             self._values[key] = value if known is None else np.asarray(np.maximum(known, value))

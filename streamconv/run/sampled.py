@@ -7,17 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from streamconv.checkpoint.shard import Shard
+from streamconv.lazy import np
 from streamconv.planning.plan import Plan, Span
 from streamconv.planning.tasks import encode_tasks
 from streamconv.quants.base import Findings
 from streamconv.run.encode import encode
 from streamconv.run.read import read_rows
-
-if TYPE_CHECKING:
-    import numpy as np
 
 MOST = 256
 """Spans that are looked at, spread over the plan."""
@@ -40,8 +38,6 @@ def is_of(plan: Plan, shards: Sequence[Shard], out: Path) -> bool:
 
 
 def _same(plan: Plan, shards: Sequence[Shard], span: Span, out: Path) -> bool:
-    import numpy as np
-
     source_rows = min(span.align, span.stop - span.start)
     rows = span.op.out_rows(source_rows)
     buffer = np.empty(source_rows * span.row_bytes, np.uint8)

@@ -18,6 +18,7 @@ from streamconv.checkpoint.dtypes import F32, DType
 from streamconv.checkpoint.rows import SourceTensor
 from streamconv.checkpoint.source_tensors import SourceTensors
 from streamconv.errors import BudgetError, CheckpointError, UsageError, printable
+from streamconv.lazy import np
 from streamconv.natural import natural
 from streamconv.options import Resources
 from streamconv.planning import memory_plan
@@ -32,8 +33,6 @@ from streamconv.verification.side import Side
 from streamconv.verification.verdict import TensorError, Verdict
 
 if TYPE_CHECKING:
-    import numpy as np
-
     Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 _ELEMENT = 160
@@ -153,8 +152,6 @@ def _judge(
 
 
 def _compare(name: str, a: Weight, b: Weight, sides: tuple[Side, Side], form: Format | None, room: int) -> _Found:
-    import numpy as np
-
     cols = b.cols
     unit = math.lcm(a.row_align, b.row_align, form.per_row if form is not None and not form.scale else 1)
     scratch = sum(-(-weight.scratch_row_bytes // max(1, cols)) for weight in (a, b))
@@ -177,8 +174,6 @@ def _compare(name: str, a: Weight, b: Weight, sides: tuple[Side, Side], form: Fo
 
 
 def _block(found: _Found, want: Floats, got: Floats, start: int, form: Format | None, eps: float) -> None:
-    import numpy as np
-
     fine = np.isfinite(want)
     found.odd += int((fine & ~np.isfinite(got)).sum())
     same = ~fine & ((want == got) | (np.isnan(want) & np.isnan(got)))

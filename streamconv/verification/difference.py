@@ -19,6 +19,7 @@ from streamconv.checkpoint.rows import SourceTensor
 from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.stored_codes import as_float
 from streamconv.errors import BudgetError, printable
+from streamconv.lazy import np
 from streamconv.natural import natural
 from streamconv.open_plan import LOADS
 from streamconv.planning import memory_plan
@@ -27,8 +28,6 @@ from streamconv.targets.hf.sources import Weight
 from streamconv.verification.side import Side, kind_of, open_sides, settled
 
 if TYPE_CHECKING:
-    import numpy as np
-
     Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 ELEMENT = 80
@@ -182,8 +181,6 @@ def _flat(weight: Weight) -> bool:
 
 def read_elements(weight: Weight, shards: tuple[Shard, ...], begin: int, end: int) -> Any:
     """Elements [begin, end), uint8."""
-    import numpy as np
-
     cols = 1
     if isinstance(weight, SourceTensor) and _flat(weight):
         pieces = tuple(piece._replace(rows=piece.rows * piece.cols, cols=1) for piece in weight.pieces)
@@ -232,8 +229,6 @@ def _compared(
 
 def _power(values: Floats) -> tuple[float, float]:
     """Sum of squares and largest absolute value of what is finite."""
-    import numpy as np
-
     size = np.abs(values)
     size[~np.isfinite(size)] = 0.0
     with np.errstate(over="ignore"):
@@ -242,8 +237,6 @@ def _power(values: Floats) -> tuple[float, float]:
 
 def _gap(found: TensorDifference, want: Floats, got: Floats) -> float:
     """Add the errors of a block; gives the sum of their squares."""
-    import numpy as np
-
     with np.errstate(invalid="ignore", over="ignore"):
         gap = np.abs(got - want)
         gap[(want == got) | (np.isnan(want) & np.isnan(got))] = 0.0  # infinite on both sides, too
@@ -257,8 +250,6 @@ def _gap(found: TensorDifference, want: Floats, got: Floats) -> float:
 
 def numbers(stored: Any, dtype: DType) -> Floats:
     """Stored elements (uint8 bytes) as float64."""
-    import numpy as np
-
     if dtype.name == "F8_E5M2":  # the upper half of a float16
         values = (stored.astype(np.uint16) << np.uint16(8)).view(np.float16)
     else:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from streamconv.checkpoint.shard import Shard
+from streamconv.lazy import np, torch
 from streamconv.planning.plan import Dest, Plan, Span
 from streamconv.quants.base import Encoding, Findings
 from streamconv.run.results import ReductionResults
@@ -38,8 +39,6 @@ class Error:
 
     def add(self, encoding: Encoding, part: Any, got: Any, cols: int) -> None:
         """Source rows [rows, cols] and what the output, whose matrix has `cols` columns, holds of them in float32."""
-        import torch
-
         self.rows += len(part)
         want = encoding.values(part)
         parts = [data.reshape(-1).view(torch.uint8) for data in encoding.encode(part, Findings())]
@@ -135,9 +134,6 @@ def _block(
     results: ReductionResults,
     errors: dict[int, Error],
 ) -> None:
-    import numpy as np
-    import torch
-
     from streamconv.run.read import read_rows
 
     buffer, spare = (np.empty((stop - start) * size, np.uint8) for size in (span.row_bytes, span.scratch_row_bytes))
@@ -159,9 +155,6 @@ def decoded(
         skipped: rows of the span's part of the matrix that come before.
         encoding: bound to its reductions, where it has some.
     """
-    import numpy as np
-    import torch
-
     matrix = plan.matrices[dest.matrix]
     parts = []
     for place in matrix.places:

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from streamconv.checkpoint.rows import PackedTensor, SourceTensor
 from streamconv.checkpoint.shard import Shard
+from streamconv.lazy import np
 from streamconv.quants.decoded_rows import DecodedIntegers, DecodedTensor
 from streamconv.targets.hf.sources import Weight
 
 if TYPE_CHECKING:
-    import numpy as np
-
     Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 _FLOATS = {"e4m3": (3, -6, 448.0), "e2m1": (1, 0, 6.0)}
@@ -78,8 +77,6 @@ def _floor(scales: SourceTensor, largest: int) -> float:
 
 def nearest(want: Floats, form: Format) -> tuple[Floats, Floats]:
     """(what the format gives for these values, how far off a value may be), both [rows, cols]."""
-    import numpy as np
-
     if form.zeros:
         low, high = (np.minimum(_tiles(np.minimum, want, form), 0.0), np.maximum(_tiles(np.maximum, want, form), 0.0))
         scale = (high - low) / (2**form.bits - 1)
@@ -105,8 +102,6 @@ def nearest(want: Floats, form: Format) -> tuple[Floats, Floats]:
 
 def _tiles(function: Any, values: Floats, form: Format) -> Floats:
     """The extreme of each tile, in the place of every value."""
-    import numpy as np
-
     rows, cols = values.shape
     down = function.reduceat(values, np.arange(0, rows, form.per_row), axis=0)
     both = function.reduceat(down, np.arange(0, cols, form.per_col), axis=1)

@@ -14,7 +14,7 @@ from tests import tiny
 
 ROOT = Path(streamconv.__file__).parent
 LEVELS = (
-    ("errors", "memory", "options", "process", "streams", "natural", "cache_folder", "mounts", "arguments", "reports"),
+    ("errors", "lazy", "memory", "options", "process", "streams", "natural", "cache_folder", "mounts", "arguments", "reports"),
     ("progress", "progress_bar", "memory_trace", "launchers"),
     ("checkpoint",),
     ("quants", "families", "kernels"),

@@ -5,10 +5,11 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from streamconv.checkpoint.shard import Shard
 from streamconv.errors import printable
+from streamconv.lazy import np
 from streamconv.natural import natural
 from streamconv.targets.hf.compressed_scheme import Compressed
 from streamconv.targets.hf.other_schemes import Words
@@ -16,9 +17,6 @@ from streamconv.targets.hf.recipes import BLOCK
 from streamconv.targets.hf.rules import partners
 from streamconv.targets.hf.stated import Statement
 from streamconv.targets.hf.weights import FLOATS, Tensors
-
-if TYPE_CHECKING:
-    import numpy as np
 
 SCALES = ("weight_scale", "weight_scale_inv", "scales")
 SHARED = ("weight_global_scale", "weight_scale_2")
@@ -150,8 +148,6 @@ def _wrong(name: str, data: bytes, dtype: str, tensors: Tensors, statement: Stat
 
 def _odd(data: bytes, dtype: str) -> str:
     """What numbers are no scales, in words; "" if all are."""
-    import numpy as np
-
     if dtype in ("U8", "F8_E8M0"):
         return "an exponent byte of 255, which is NaN" if 255 in data else ""
     if dtype == "F8_E4M3":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from streamconv.checkpoint.dtypes import BF16
+from streamconv.lazy import np
 from streamconv.targets.hf.recipes import BLOCK, Recipe, Request
 from streamconv.targets.hf.rules import partners
 from streamconv.targets.hf.weights import FLOATS, Tensors, Told
@@ -114,8 +115,6 @@ class Words:
 
     def wrong_order(self, data: bytes) -> str:
         """What of a g_idx cannot be, in words; "" if all is well."""
-        import numpy as np
-
         order = np.frombuffer(data, np.int32)
         group = self.group if self.group > 0 else len(order)
         plain = np.arange(len(order), dtype=np.int32) // np.int32(group)

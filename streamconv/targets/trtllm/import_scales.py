@@ -20,6 +20,7 @@ from streamconv.checkpoint.source_tensors import Changed
 from streamconv.errors import RefusedError, printable
 from streamconv.families import Family
 from streamconv.families.matching import match
+from streamconv.lazy import np
 from streamconv.targets.trtllm.lookup import LINEAR
 from streamconv.targets.trtllm.recipes.gptq import EXPERTS
 from streamconv.targets.trtllm.scalars import is_scale, read_scalars
@@ -251,8 +252,6 @@ def zero_biases(stored: Stored, unused: Sequence[str], shards: Sequence[Shard]) 
 
 
 def content(tensor: SourceTensor, shards: Sequence[Shard]) -> bytes:
-    import numpy as np
-
     data = np.empty(tensor.nbytes, np.uint8)
     tensor.read(shards, 0, tensor.rows, data, data[:0])
     return data.tobytes()

@@ -24,6 +24,7 @@ from streamconv.checkpoint.tensor_table import TensorTable
 from streamconv.errors import CheckpointError, RefusedError, TensorError, UsageError, VerifyError, printable
 from streamconv.families import family_of
 from streamconv.families.matching import example
+from streamconv.lazy import np
 from streamconv.planning.draft import Draft
 from streamconv.planning.matrix_table import MatrixTable
 from streamconv.planning.span_table import SpanTable
@@ -185,8 +186,6 @@ class _Reader:
         A scale is the largest of a channel's weights, so that every channel has an integer at the end of their range, and most are
         small. Of group-wise integers neither is so.
         """
-        import numpy as np
-
         view = next(view for view in views_of(*self._layout(), self._headers).values() if isinstance(view, LaidOut))
         count = min(view.rows, 64)
         out, scratch = np.empty(count * view.cols, np.uint8), np.empty(count * view.scratch_row_bytes, np.uint8)
@@ -248,8 +247,6 @@ class _Reader:
 
     def _same_rows(self, first: SourceTensor, second: SourceTensor) -> bool:
         """Whether rows spread over both are equal."""
-        import numpy as np
-
         held = np.empty((2, first.stored_row_bytes), np.uint8)
         for row in {number * (first.rows - 1) // 15 for number in range(16)}:
             for tensor, out in zip((first, second), held, strict=True):

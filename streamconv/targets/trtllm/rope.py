@@ -16,13 +16,12 @@ from streamconv.checkpoint.rows import Piece
 from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.untrusted import shown_value
 from streamconv.errors import CheckpointError
+from streamconv.lazy import np
 from streamconv.planning.draft import Draft
 from streamconv.quants.plain import Plain
 from streamconv.targets.trtllm.options import TensorRTLLM
 
 if TYPE_CHECKING:
-    import numpy as np
-
     Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
@@ -58,8 +57,6 @@ class RopeTable:
         return 0
 
     def read(self, shards: Sequence[Shard], start: int, stop: int, out: Bytes, scratch: Bytes) -> None:
-        import numpy as np
-
         out[:] = np.ascontiguousarray(self.fill(start, stop)).reshape(-1).view(np.uint8)
 
     def drop_page_cache(self, shards: Sequence[Shard], start: int, stop: int) -> None:
@@ -67,8 +64,6 @@ class RopeTable:
 
     def fill(self, start: int, stop: int) -> np.ndarray[Any, Any]:
         """Rows [start, stop) as float32."""
-        import numpy as np
-
         if self.kind == "frequencies":
             return _frequencies(self.base, 2 * self.rows, dict(self.scaling))[start:stop].reshape(-1, 1)
         # positions use base 10000 without scaling whatever the model says (§1.7)
@@ -82,8 +77,6 @@ class RopeTable:
 
 def _frequencies(base: float, dim: int, scaling: dict[str, Any]) -> np.ndarray[Any, Any]:
     """Inverse frequencies float32 [dim/2], rounded where the official code rounds."""
-    import numpy as np
-
     kind = scaling.get("type", scaling.get("rope_type", "none"))
     scale = 1.0
     if kind == "linear":

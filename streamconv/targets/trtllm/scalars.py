@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from streamconv.checkpoint.rows import SourceTensor
 from streamconv.checkpoint.shard import Shard
+from streamconv.lazy import np
 
 _GAP = 1 << 16
 """Bytes between two of them that are read rather than skipped: for a model of the Hub each read is a request."""
@@ -19,8 +20,6 @@ def is_scale(value: float | None) -> bool:
 
 def read_scalars(tensors: Sequence[SourceTensor], shards: Sequence[Shard]) -> dict[str, float | None]:
     """Name -> value as float32; None for a tensor that has another number of elements than one."""
-    import numpy as np
-
     found: dict[str, float | None] = {tensor.name: None for tensor in tensors}
     ordered = sorted((t for t in tensors if t.rows * t.cols == 1), key=lambda t: (t.pieces[0].shard, t.pieces[0].begin))
     while ordered:
