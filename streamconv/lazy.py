@@ -1,15 +1,18 @@
-"""numpy and torch, loaded when something of them is first used: a command that needs neither starts at once."""
+"""numpy and torch, loaded when something of them is first used, so that a command that needs neither starts at once; names of arrays."""
 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["np", "torch"]
+__all__ = ["Array", "Bytes", "np", "torch"]
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
+
+    Array = np.ndarray[Any, Any]
+    Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 else:
 
     class _Lazy:
@@ -20,3 +23,4 @@ else:
             return getattr(importlib.import_module(self._name), attribute)
 
     np, torch = _Lazy("numpy"), _Lazy("torch")
+    Array = Bytes = Any

@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from streamconv.checkpoint.dtypes import F32, I8
 from streamconv.checkpoint.header import read_header
@@ -24,12 +24,8 @@ from streamconv.checkpoint.packed_rows import read_channels
 from streamconv.checkpoint.rows import PackedTensor, SourceFile, SourceTensor
 from streamconv.checkpoint.shard import Shard
 from streamconv.errors import TensorError, UsageError, printable
+from streamconv.lazy import Bytes
 from streamconv.options import SEARCHED
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 HINT = "--text FILE finds them now"
 _FEW = 1024

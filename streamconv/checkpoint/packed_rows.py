@@ -6,13 +6,8 @@ source row (quantization spec §3.5, §4.2, §5.2). ModelOpt packs two neighbour
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from streamconv.checkpoint.shard import Shard
-from streamconv.lazy import np
-
-if TYPE_CHECKING:
-    Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+from streamconv.lazy import Bytes, np
 
 AWQ_POSITION = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where AutoAWQ keeps channel j of eight: the number of its nibble, counted from the least significant (§5.2)."""

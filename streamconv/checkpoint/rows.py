@@ -8,16 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from streamconv.checkpoint.dtypes import F32, DType
 from streamconv.checkpoint.packed_rows import read_channels
 from streamconv.checkpoint.shard import Shard
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+from streamconv.lazy import Bytes
 
 
 class RowSource(Protocol):

@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Protocol
 
 from streamconv.checkpoint.dtypes import DType
 from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.rows import SourceTensor
 from streamconv.checkpoint.selection import Chosen, shape_of
 from streamconv.checkpoint.shard import Shard
-from streamconv.lazy import np
-
-if TYPE_CHECKING:
-    Array = np.ndarray[Any, Any]
+from streamconv.lazy import Array, np
 
 
 class Stored(Protocol):

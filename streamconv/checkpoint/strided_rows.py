@@ -4,15 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 from streamconv.checkpoint.rows import SourceTensor
 from streamconv.checkpoint.shard import Shard
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+from streamconv.lazy import Bytes
 
 
 @dataclass(frozen=True, slots=True)

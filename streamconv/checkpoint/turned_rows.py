@@ -7,15 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 from streamconv.checkpoint.rows import Piece, SourceTensor
 from streamconv.checkpoint.shard import Shard
+from streamconv.lazy import Bytes
 
-if TYPE_CHECKING:
-    import numpy as np
-
-    Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 @dataclass(frozen=True, slots=True)
 class Turned(SourceTensor):

@@ -15,19 +15,16 @@ import queue
 import threading
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from streamconv.device.backend import Backend
 from streamconv.device.sizing import BUFFERS, COMPUTE_STREAMS, Sizes
 from streamconv.device.step import NOTE, Batch, Job, lay_out
 from streamconv.device.triton_launch import Unfused, abandon
 from streamconv.errors import StreamconvError
-from streamconv.lazy import np, torch
+from streamconv.lazy import Bytes, torch
 from streamconv.planning.plan import Span
 from streamconv.quants.base import Known
-
-if TYPE_CHECKING:
-    Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 _PATIENCE = (0.05, 0.1, 0.2, 0.4)
 """Seconds to wait for memory, time after time, when even the smallest step finds none."""

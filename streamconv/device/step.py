@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
 
 from streamconv.device import triton_launch as fused
-from streamconv.lazy import np, torch
+from streamconv.lazy import Bytes, torch
 from streamconv.planning.plan import Span
 from streamconv.planning.tasks import EncodeTask
 from streamconv.quants.base import Findings, Part
-
-if TYPE_CHECKING:
-    Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 NOTE = 8
 """Bytes of the findings of a fused kernel: int32 [2]."""

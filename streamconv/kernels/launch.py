@@ -8,15 +8,12 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from streamconv.checkpoint.dtypes import F16, F32, DType
-from streamconv.lazy import np
+from streamconv.lazy import Array, np
 from streamconv.quants.base import ErrorKernel, Errors, Findings, Kernel, ReduceKernel
 from streamconv.quants.layout import FAMILIES
-
-if TYPE_CHECKING:
-    Array = np.ndarray[Any, Any]
 
 _Arguments = Callable[[Mapping[str, int], Sequence[Any], int], tuple[Any, ...]]
 

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-from streamconv.lazy import np
-
-if TYPE_CHECKING:
-    Array = np.ndarray[Any, Any]
+from streamconv.lazy import Array, np
 
 
 def half_power_smoother(inputs: Array, maxima: Array) -> tuple[Array, float, tuple[float, float]] | None:

@@ -18,10 +18,9 @@ from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.stored_codes import NIBBLES, Code, as_float, values
 from streamconv.checkpoint.strided_rows import Strided
 from streamconv.checkpoint.turned_rows import read_stripe
-from streamconv.lazy import np
+from streamconv.lazy import Bytes, np
 
 if TYPE_CHECKING:
-    Bytes = np.ndarray[Any, np.dtype[np.uint8]]
     Floats = Any  # float32 arrays: numpy types its own operations too widely
 
 _TILE = 8 << 20

@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from streamconv.checkpoint.dtypes import I8
 from streamconv.checkpoint.rows import PackedTensor, SourceTensor
 from streamconv.checkpoint.shard import Shard
-from streamconv.lazy import np
+from streamconv.lazy import Bytes, np
 from streamconv.quants.layout import Layout
-
-if TYPE_CHECKING:
-    Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 LAID_OUT = "laid out"
 

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
 
 from streamconv.checkpoint.dtypes import F32, DType
-from streamconv.lazy import np, torch
+from streamconv.lazy import Array, np, torch
 from streamconv.quants.base import Encoding, Findings, Kernel, Known, Part
 from streamconv.quants.rounding import half_ulp
 from streamconv.quants.smoothing import COLUMN_BYTES, FLOATS, Bound, Smoother, bound_to, one_scale, output_scale, unbound
-
-if TYPE_CHECKING:
-    Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)

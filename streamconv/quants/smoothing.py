@@ -10,17 +10,13 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from streamconv.checkpoint.activation_ranges import Ranges
 from streamconv.checkpoint.dtypes import DType
 from streamconv.errors import DataError, printable
-from streamconv.lazy import np, torch
+from streamconv.lazy import Array, np, torch
 from streamconv.quants.base import Findings, Known, ReduceKernel, Reduction
-
-if TYPE_CHECKING:
-    Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)

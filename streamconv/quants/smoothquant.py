@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
 
 from streamconv.checkpoint.dtypes import F16, F32, I8, DType
 from streamconv.lazy import np, torch
@@ -27,10 +26,6 @@ from streamconv.quants.smoothing import (
     unbound,
     weight_scale,
 )
-
-if TYPE_CHECKING:
-    Array = np.ndarray[Any, Any]
-
 
 HALF = F16
 """The type that SmoothQuant's model is loaded in, whatever source and target are."""

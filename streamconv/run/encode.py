@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-from streamconv.lazy import np, torch
+from streamconv.lazy import Bytes, torch
 from streamconv.planning.plan import Span
 from streamconv.planning.tasks import EncodeTask
 from streamconv.quants.base import Findings
-
-if TYPE_CHECKING:
-    Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 def encode(task: EncodeTask, span: Span, rows: int, block: Bytes, space: Bytes, findings: Findings) -> list[Bytes]:

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from streamconv.device.pipeline import WorkerBuffers
 from streamconv.device.step import Job
-from streamconv.lazy import np, torch
+from streamconv.lazy import Bytes, np, torch
 from streamconv.planning.plan import Dest, Plan, Span
 from streamconv.planning.tasks import EncodeTask, encode_tasks
 from streamconv.quants.base import Findings
 from streamconv.run.encode import encode
 from streamconv.run.results import ReductionResults
-
-if TYPE_CHECKING:
-    Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,10 +6,9 @@ import math
 import threading
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
 
 from streamconv.errors import VerifyError, printable
-from streamconv.lazy import np, torch
+from streamconv.lazy import Bytes, np, torch
 from streamconv.planning.memory_plan import CHECK_BYTES, CHECK_ELEMENT
 from streamconv.planning.plan import Dest, Plan, Span
 from streamconv.planning.tasks import encode_tasks
@@ -18,9 +17,6 @@ from streamconv.reports import TensorError
 from streamconv.run.executor import Encoded
 from streamconv.run.journal import TileRecord
 from streamconv.run.results import ReductionResults
-
-if TYPE_CHECKING:
-    Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 _SLACK = 1.001
 """The bounds of encodings are float32."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Protocol
 
 from streamconv import memory
+from streamconv.lazy import Bytes
 from streamconv.planning.plan import Dest, Plan, Span
 from streamconv.quants.base import Findings
 from streamconv.run.cut import JournalState, Task
@@ -19,11 +20,6 @@ from streamconv.run.output_folder import OutputFolder
 from streamconv.run.recorder import Recorder
 from streamconv.run.results import ReductionResults
 from streamconv.run.resume import verify_resumed_tile
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 class Sink(Protocol):

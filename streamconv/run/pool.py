@@ -9,13 +9,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
 
 from streamconv import memory
 from streamconv.checkpoint.shard import Shard
 from streamconv.device.pipeline import WorkerBuffers
 from streamconv.errors import BudgetError
-from streamconv.lazy import np
+from streamconv.lazy import Bytes, np
 from streamconv.planning.memory_plan import Shares, TileCost
 from streamconv.planning.reads import Reads
 from streamconv.process import start_thread
@@ -24,9 +23,6 @@ from streamconv.run.mapped import Mapped
 from streamconv.run.order import Stop
 from streamconv.run.output_state import OutputState
 from streamconv.run.tile import TileWorker
-
-if TYPE_CHECKING:
-    Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 FLOOR = 64 * memory.MIB
 """While less than this is free, only one worker goes on."""

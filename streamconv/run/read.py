@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
 from streamconv.checkpoint.shard import Shard
 from streamconv.errors import TensorError, printable
+from streamconv.lazy import Bytes
 from streamconv.planning.plan import Span
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 def read_rows(shards: Sequence[Shard], span: Span, start: int, stop: int, buffer: Bytes, scratch: Bytes) -> Bytes:

@@ -7,11 +7,11 @@ import mmap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
 
 from streamconv.checkpoint.mapping import Window
 from streamconv.checkpoint.shard import Shard
 from streamconv.device.pipeline import WorkerBuffers
+from streamconv.lazy import Bytes
 from streamconv.planning.plan import Span
 from streamconv.planning.reads import Reads
 from streamconv.quants.base import Findings
@@ -20,11 +20,6 @@ from streamconv.run.executor import encoded, reduced
 from streamconv.run.mapped import Mapped
 from streamconv.run.output_state import OutputState
 from streamconv.run.read import read_rows
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 PHASES = ("read", "compute", "hash", "write")
 """What a worker does with a tile; waiting for its turn in a matrix counts as hash."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from streamconv.checkpoint.dtypes import F32, DType
 from streamconv.checkpoint.model_config import ModelConfig
@@ -16,13 +16,10 @@ from streamconv.checkpoint.rows import Piece
 from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.untrusted import shown_value
 from streamconv.errors import CheckpointError
-from streamconv.lazy import np
+from streamconv.lazy import Bytes, np
 from streamconv.planning.draft import Draft
 from streamconv.quants.plain import Plain
 from streamconv.targets.trtllm.options import TensorRTLLM
-
-if TYPE_CHECKING:
-    Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 @dataclass(frozen=True, slots=True)
