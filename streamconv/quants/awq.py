@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from streamconv.checkpoint.dtypes import F32, I8, U8, DType
+from streamconv.kernels.launch import paired_kernel
 from streamconv.lazy import torch
 from streamconv.quants.base import Encoding, Findings, Kernel, Part
 from streamconv.quants.int_group import IntGroup
@@ -43,8 +44,6 @@ class PairedWeight(Encoding):
         return block.float() * 0.0
 
     def kernel(self, source: DType) -> Kernel | None:
-        from streamconv.kernels.launch import paired_kernel
-
         return paired_kernel() if source == I8 else None
 
 

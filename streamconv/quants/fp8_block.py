@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from streamconv.checkpoint.dtypes import F8_E4M3, F32, DType
+from streamconv.kernels.launch import fp8_block_kernel
 from streamconv.lazy import torch
 from streamconv.quants.base import Encoding, Findings, Kernel, Part
 from streamconv.quants.rounding import FLOATS, divided, finite_rows, half_ulp, rounded
@@ -92,6 +93,4 @@ class Fp8Block(Encoding):
     def kernel(self, source: DType) -> Kernel | None:
         if source.name not in FLOATS:
             return None
-        from streamconv.kernels.launch import fp8_block_kernel
-
         return fp8_block_kernel(source, self.block, self.zero, self.floor, self.scale, self.quotient, self.multiply)

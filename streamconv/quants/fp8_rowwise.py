@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from streamconv.checkpoint.dtypes import F8_E4M3, F32, DType
+from streamconv.kernels.launch import fp8_kernel
 from streamconv.lazy import torch
 from streamconv.quants.base import Encoding, Findings, Kernel, Part
 from streamconv.quants.rounding import divided, half_ulp, rounded
@@ -81,7 +82,5 @@ class Fp8Rowwise(Encoding):
     def kernel(self, source: DType) -> Kernel | None:
         if source.name not in ("F32", "F16", "BF16"):
             return None
-        from streamconv.kernels.launch import fp8_kernel
-
         rules = (self.lo, self.hi, self.floor, self.zero)
         return fp8_kernel(source, self.model or source, *rules, self.scale, self.quotient)

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from streamconv.checkpoint.dtypes import F8_E4M3, F32, DType
+from streamconv.kernels.launch import fp8_tensor_kernel, weight_maximum
 from streamconv.lazy import np, torch
 from streamconv.quants.base import Encoding, Findings, Kernel, Known, Part, ReduceKernel, Reduction
-from streamconv.quants.rounding import half_ulp
+from streamconv.quants.rounding import FLOATS, half_ulp
 
 LARGEST = 448.0
 
@@ -25,11 +26,7 @@ class WeightMaximum(Reduction):
         return torch.nan_to_num(block.float(), 0.0, 0.0, 0.0).abs().max()
 
     def kernel(self, source: DType) -> ReduceKernel | None:
-        if source.name not in ("F32", "F16", "BF16"):
-            return None
-        from streamconv.kernels.launch import weight_maximum
-
-        return weight_maximum(source)
+        return weight_maximum(source) if source.name in FLOATS else None
 
 
 def scale_of(largest: np.ndarray[Any, Any], floor: float = 0.0) -> float:
@@ -77,11 +74,7 @@ class Fp8Tensor(Encoding):
         return 0
 
     def kernel(self, source: DType) -> Kernel | None:
-        if source.name not in ("F32", "F16", "BF16"):
-            return None
-        from streamconv.kernels.launch import fp8_tensor_kernel
-
-        return fp8_tensor_kernel(source, self.scale)
+        return fp8_tensor_kernel(source, self.scale) if source.name in FLOATS else None
 
     def prepare(self, source: DType) -> None:
         kernel = replace(self, scale=1.0).kernel(source)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from streamconv.checkpoint.dtypes import I8, DType
+from streamconv.kernels.launch import group_scales_kernel, packed_kernel
 from streamconv.lazy import torch
 from streamconv.quants.base import Encoding, Findings, Kernel, Part
 from streamconv.quants.layout import Layout
@@ -54,8 +55,6 @@ class PackedWeight(Encoding):
     def kernel(self, source: DType) -> Kernel | None:
         if source != I8 or self.layout.family == "sm70":
             return None
-        from streamconv.kernels.launch import packed_kernel
-
         return packed_kernel(self.layout.bits, self.layout.family)
 
 
@@ -118,8 +117,6 @@ class GroupScales(Encoding):
     def kernel(self, source: DType) -> Kernel | None:
         if self.source.name not in ("F32", "F16", "BF16") or self.dtype.itemsize != 2:
             return None
-        from streamconv.kernels.launch import group_scales_kernel
-
         return group_scales_kernel(self.source, self.dtype, self.bits, self.shuffled, self.middle)
 
     def _split(self, block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from streamconv.checkpoint.dtypes import F32, I8, I32, U8, DType
+from streamconv.kernels.launch import int_group_kernel
 from streamconv.lazy import np, torch
 from streamconv.quants.base import Encoding, Findings, Kernel, Part
 from streamconv.quants.rounding import FLOATS, divided, finite_rows, half_ulp, rounded
@@ -140,8 +141,6 @@ class IntGroup(Encoding):
     def kernel(self, source: DType) -> Kernel | None:
         if source.name not in FLOATS or self.search:
             return None
-        from streamconv.kernels.launch import int_group_kernel
-
         fixed = (self.bits, self.group, self.divisor, self.zero, self.floor)
         kernel = int_group_kernel(source, *fixed, self.scale, self.quotient, self.packing)
         return _widened(kernel, self.scale) if self.wide else kernel

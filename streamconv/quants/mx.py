@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from streamconv.checkpoint.dtypes import F8_E4M3, F32, U8, DType
+from streamconv.kernels.launch import mx_kernel
 from streamconv.lazy import torch
 from streamconv.quants.base import Encoding, Findings, Kernel, Part
 from streamconv.quants.e2m1 import e2m1_codes, e2m1_values, pack_nibbles, unpack_nibbles
@@ -95,8 +96,4 @@ class Mx(Encoding):
         return torch.maximum(near, lost).reshape(rows, cols)
 
     def kernel(self, source: DType) -> Kernel | None:
-        if source.name not in FLOATS:
-            return None
-        from streamconv.kernels.launch import mx_kernel
-
-        return mx_kernel(source, self.element, self.exponent, self.read_as)
+        return mx_kernel(source, self.element, self.exponent, self.read_as) if source.name in FLOATS else None

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from streamconv.checkpoint.dtypes import F8_E4M3, F32, U8, DType
+from streamconv.kernels.launch import nvfp4_kernel
 from streamconv.lazy import np, torch
 from streamconv.quants.base import Encoding, Findings, Kernel, Known, Part
 from streamconv.quants.e2m1 import e2m1_codes, e2m1_values, pack_nibbles, unpack_nibbles
@@ -110,11 +111,7 @@ class NvFp4(Encoding):
         return (step * 1.02).expand(rows, cols // GROUP, GROUP).reshape(rows, cols) + 0.07 * values.abs()
 
     def kernel(self, source: DType) -> Kernel | None:
-        if source.name not in FLOATS:
-            return None
-        from streamconv.kernels.launch import nvfp4_kernel
-
-        return nvfp4_kernel(source, self.rule, self.kind, self.shared)
+        return nvfp4_kernel(source, self.rule, self.kind, self.shared) if source.name in FLOATS else None
 
     def prepare(self, source: DType) -> None:
         kernel = replace(self, shared=1.0).kernel(source)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from streamconv.checkpoint.dtypes import F32, DType
+from streamconv.kernels.launch import divided_kernel
 from streamconv.lazy import Array, np, torch
 from streamconv.quants.base import Encoding, Findings, Kernel, Known, Part
 from streamconv.quants.rounding import half_ulp
@@ -60,8 +61,6 @@ class SmoothNorm(Encoding):
     def kernel(self, source: DType) -> Kernel | None:
         if source.name not in FLOATS:
             return None
-        from streamconv.kernels.launch import divided_kernel
-
         return unbound if self.bound is None else divided_kernel(source, self.dtype, self.bound.smoother)
 
     def prepare(self, source: DType) -> None:

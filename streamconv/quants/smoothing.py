@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 from streamconv.checkpoint.activation_ranges import Ranges
 from streamconv.checkpoint.dtypes import DType
 from streamconv.errors import DataError, printable
+from streamconv.kernels.launch import column_maxima_kernel
 from streamconv.lazy import Array, np, torch
 from streamconv.quants.base import Findings, Known, ReduceKernel, Reduction
 
@@ -31,11 +32,7 @@ class ColumnMaxima(Reduction):
         return block.to(torch.float16).abs().amax(0)
 
     def kernel(self, source: DType) -> ReduceKernel | None:
-        if source.name not in FLOATS:
-            return None
-        from streamconv.kernels.launch import column_maxima_kernel
-
-        return column_maxima_kernel(source)
+        return column_maxima_kernel(source) if source.name in FLOATS else None
 
 
 FLOATS = ("F32", "F16", "BF16")

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from streamconv.checkpoint.dtypes import F16, F32, I8, DType
+from streamconv.kernels.launch import smooth_kernel
 from streamconv.lazy import np, torch
 from streamconv.quants.base import Encoding, Findings, Kernel, Known, Part
 from streamconv.quants.rounding import half_ulp
@@ -134,8 +135,6 @@ class SmoothWeight(Encoding):
     def kernel(self, source: DType) -> Kernel | None:
         if source.name not in FLOATS:
             return None
-        from streamconv.kernels.launch import smooth_kernel
-
         bound = self.bound
         if bound is None:
             return unbound

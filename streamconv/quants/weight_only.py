@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from streamconv.checkpoint.dtypes import I8, DType
+from streamconv.kernels.launch import weight_only_errors, weight_only_kernel
 from streamconv.lazy import torch
 from streamconv.quants.base import Encoding, ErrorKernel, Findings, Kernel, Part
 from streamconv.quants.layout import Layout
-from streamconv.quants.rounding import half_ulp
+from streamconv.quants.rounding import FLOATS, half_ulp
 
 
 @dataclass(frozen=True)
@@ -82,18 +83,10 @@ class WeightOnly(Encoding):
         return step * (0.5 + (values > (half - 1.5) * step)) + half_ulp(values, self.dtype) + 2 * half * half_ulp(step, self.dtype)
 
     def kernel(self, source: DType) -> Kernel | None:
-        if source.name not in ("F32", "F16", "BF16"):
-            return None
-        from streamconv.kernels.launch import weight_only_kernel
-
-        return weight_only_kernel(source, self.dtype, self.bits, self.family)
+        return weight_only_kernel(source, self.dtype, self.bits, self.family) if source.name in FLOATS else None
 
     def error_kernel(self, source: DType) -> ErrorKernel | None:
-        if source.name not in ("F32", "F16", "BF16"):
-            return None
-        from streamconv.kernels.launch import weight_only_errors
-
-        return weight_only_errors(source, self.dtype, self.bits, self.family)
+        return weight_only_errors(source, self.dtype, self.bits, self.family) if source.name in FLOATS else None
 
     def torch_bytes_per_element(self) -> int:
         return 28
