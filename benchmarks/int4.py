@@ -62,9 +62,27 @@ def from_directory(path: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def main() -> None:
+def inputs_of(model: Path, work: Path, tokens: int, samples: int) -> tuple[Any, torch.Tensor, Path]:
+    """The tokenizer, the tokens that are measured, and a file of the text that is calibrated on."""
     from transformers import AutoTokenizer
 
+    tokenizer: Any = AutoTokenizer.from_pretrained(str(model))
+    every = tokenizer(plain_text())["input_ids"]
+    parts = [tokenizer.decode(every[at : at + 512]) for at in range(40_000, 40_000 + 512 * samples, 512)]
+    text = work / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": part}) + "\n" for part in parts))
+    return tokenizer, torch.tensor(every[:tokens]), text
+
+
+def put(model: Any, weights: dict[str, torch.Tensor]) -> None:
+    """Into a transformers model."""
+    with torch.no_grad():
+        state = model.state_dict()
+        for name, values in weights.items():
+            state[name].copy_(values)
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--work", type=Path, required=True)
@@ -77,11 +95,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    tokenizer: Any = AutoTokenizer.from_pretrained(str(args.model))
-    every = tokenizer(plain_text())["input_ids"]
-    ids, text = torch.tensor(every[: args.tokens]), args.work / "text.jsonl"
-    parts = [tokenizer.decode(every[at : at + 512]) for at in range(40_000, 40_000 + 512 * args.samples, 512)]
-    text.write_text("".join(json.dumps({"text": part}) + "\n" for part in parts))
+    tokenizer, ids, text = inputs_of(args.model, args.work, args.tokens, args.samples)
     config = json.loads((args.model / "config.json").read_text())
     heads, kv = config["num_attention_heads"], config["num_key_value_heads"]
     base = perplexity(load(args.model, None), ids)
@@ -108,10 +122,7 @@ def main() -> None:
             else:
                 weights = from_directory(out / "model.safetensors")
             model = load(args.model, None)
-            with torch.no_grad():
-                state = model.state_dict()
-                for name, values in weights.items():
-                    state[name].copy_(values)
+            put(model, weights)
             found = perplexity(model, ids)
             row = {"method": method, "target": target, "perplexity": found, "percent": 100 * (found / base - 1), "seconds": seconds}
             rows.append(row | {"answer": answer(model, tokenizer)})

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 Fold = Literal["", "norms", "all"]
 """What is folded: nothing (TensorRT-LLM), what norms take (ModelOpt, which stores the rest), everything (compressed-tensors)."""
 
-_NORMS = {"qkv": ("input_norm",), "mlp": ("pre_ffn_norm", "post_norm"), "gate_up": ("pre_ffn_norm", "post_norm")}
+_ATTENTION, _MLP = ("input_norm",), ("pre_ffn_norm", "post_norm")
+_NORMS = {"qkv": _ATTENTION, "qkv_grouped": _ATTENTION, "mlp": _MLP, "gate_up": _MLP}
 """Site -> roles of its norm; the first that a layer has."""
 _ROWS = {"o": ("v", "qkv"), "down": ("up", "gate_up"), "expert_down": ("expert_up",)}
 """Site -> roles of the linear layer that makes its inputs, in its last rows."""

@@ -162,7 +162,7 @@ def _weights(index: Index, family: Family) -> dict[int, list[tuple[tuple[str, in
         experts = range(shape[0]) if single != role else (expert,)
         rows, cols = (prod(shape[1:-1]) if single != role else shape[0]), shape[-1]
         found.setdefault(layer, []).extend(((SITES.get(single, single), each), rows, cols) for each in experts)
-    order = ["qkv", "o", "mlp", "gate_up", "down"]
+    order = ["qkv", "qkv_grouped", "o", "mlp", "gate_up", "down"]
     for weights in found.values():
         weights.sort(key=lambda one: (one[0][1], order.index(one[0][0]) if one[0][0] in order else len(order)))
     return found

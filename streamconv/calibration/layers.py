@@ -11,6 +11,7 @@ import torch
 from streamconv.calibration import pretrained
 from streamconv.calibration.experts import unstacked
 from streamconv.calibration.graphs import Graphs, Shape
+from streamconv.calibration.grouped import group
 from streamconv.calibration.names import Names, Place
 from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.model_config import ModelConfig
@@ -90,6 +91,8 @@ class OneLayer:
         self.body.embed_tokens = torch.nn.Identity()
         self.layer: Any = self.body.layers[0]
         unstacked(self.layer)
+        if "qkv_grouped" in self.family.tensors:
+            group(self.layer, self.facts.num_attention_heads // self.facts.num_key_value_heads, self.facts.head_size)
         self.places = self.places_of(0)  # before there is memory for what config.json says
         self.layer.to_empty(device=self.device)
         self.layer.register_forward_pre_hook(self._enter)

@@ -16,6 +16,8 @@ from streamconv.families.matching import example, match
 
 EXPERT_ROLES = {"gate_proj": "expert_gate", "up_proj": "expert_up", "down_proj": "expert_down"}
 """Linear modules of an `Expert` -> their roles."""
+GROUPED = "grouped"
+"""The linear module of a layer that makes queries, keys and values at once, KV head by KV head."""
 _STACKED = {"expert_gate": ("experts_gate_up", 0), "expert_up": ("experts_gate_up", 1), "expert_down": ("experts_down", 0)}
 """Role -> the role of the tensor that stacks it, and which half of an expert's rows it is there."""
 
@@ -79,8 +81,8 @@ class Names:
         if before.endswith("experts") and expert.isdecimal() and last in EXPERT_ROLES and leaf == "weight":
             return self._expert(layer, before, int(expert), last, shape)
         full = f"model.layers.{layer}.{parameter}"
-        name = full
-        if full not in self._index.tensors:
+        name = full if last != GROUPED else self._found.get(("qkv_grouped", layer, -1), full)
+        if name not in self._index.tensors:
             keys, _ = match(self._built, [full])
             name = next((self._found[key] for key in keys if key in self._found), full)
         return self._whole(name, shape, self._roles.get(name, ("", -1, -1))[0])

@@ -24,7 +24,7 @@ _NAMES_CODE = ("attn_implementation", "auto_map", "custom_pipelines", "experts_i
 def read_config(index: Index, model: ModelConfig, family: Family) -> Any:
     """The transformers configuration of a source, from its config.json.
 
-    A model_type that is called as the family may run as another architecture there: Exaone's is Llama's.
+    A model_type that is called as the family may run as another architecture there: Exaone's is Llama's, and InternLM's is made so.
 
     Raises:
         CheckpointError: the model is none that transformers has, or config.json does not describe it.
@@ -33,9 +33,9 @@ def read_config(index: Index, model: ModelConfig, family: Family) -> Any:
     from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    kind, where = index.config.get("model_type") or model.model_type, printable(str(index.root))
+    kind, where = family.runs_as or index.config.get("model_type") or model.model_type, printable(str(index.root))
     built = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind) if isinstance(kind, str) else None
-    if not isinstance(kind, str) or built is None or (built != model.architecture and kind != family.name):
+    if not isinstance(kind, str) or built is None or (built != model.architecture and kind not in (family.name, family.runs_as)):
         raise CheckpointError(
             f"{where}: transformers has no {printable(model.architecture)} of model_type {printable(str(kind))}",
             hint="calibration runs transformers' own models only, no code that a model brings along",
@@ -45,9 +45,11 @@ def read_config(index: Index, model: ModelConfig, family: Family) -> Any:
         wanted = example(family, "input_norm", last, -1)
         raise TensorError(f"config.json says {model.num_hidden_layers} layers, and the source has no tensor like {wanted}")
     with offline(), told(f"{where}: transformers cannot read config.json"):
-        return CONFIG_MAPPING[kind].from_dict(
-            {key: value for key, value in index.config.items() if not key.startswith("_") and key not in _NAMES_CODE}
-        )
+        stated = {key: value for key, value in index.config.items() if not key.startswith("_") and key not in _NAMES_CODE}
+        if family.runs_as:
+            stated |= {"model_type": kind, "rope_theta": model.rope_theta}
+            stated |= {"attention_bias": model.attention_bias, "mlp_bias": model.mlp_bias}
+        return CONFIG_MAPPING[kind].from_dict(stated)
 
 
 def architecture(config: Any) -> str:

@@ -18,7 +18,7 @@ SAMPLE = 2048
 """Tokens of a sample."""
 SITES = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "mlp", "up": "mlp", "expert_gate": "mlp", "expert_up": "mlp"}
 """Role -> what shares an input with it; every other role of a linear layer is on its own."""
-LINEAR = frozenset({*SITES, "qkv", "o", "gate_up", "down", "expert_down"})
+LINEAR = frozenset({*SITES, "qkv", "qkv_grouped", "o", "gate_up", "down", "expert_down"})
 SMALLER = ", or --method clip"
 """How a search takes less memory; the end of a hint."""
 MOST = 2048 * MIB

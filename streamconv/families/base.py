@@ -65,6 +65,7 @@ class Family:
         versions: releases that know the architecture.
         evidence: where the rules come from: "golden" cases, or the specification alone.
         limits: refused options: "pp" (pipeline), "quant" ...
+        runs_as: model_type of transformers that computes the same, where it has none of this name.
         handles: what is special about it and taken care of, for `list families`.
     """
 
@@ -81,6 +82,7 @@ class Family:
     versions: tuple[Version, ...] = TARGET_VERSIONS
     evidence: Literal["golden", "specification"] = "golden"
     limits: frozenset[str] = field(default_factory=frozenset)
+    runs_as: str = ""
     handles: str = ""
 
 

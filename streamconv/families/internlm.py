@@ -8,6 +8,7 @@ FAMILIES = (
         ("InternLMForCausalLM",),
         "llama",
         without(LLAMA_TENSORS, *MLP_BIASES),
+        runs_as="llama",
         handles="attention biases",
     ),
     Family(
@@ -29,6 +30,7 @@ FAMILIES = (
         qkv_bias="never",
         dense_bias="never",
         rope_tables=False,
+        runs_as="llama",
         handles="wqkv grouped by KV head",
     ),
 )

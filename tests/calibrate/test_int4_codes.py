@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -292,6 +293,67 @@ def test_exaone_is_llama_under_other_names(model: Path, text: Path, tmp_path: Pa
     assert all(torch.equal(got[called(name)], tensor) for name, tensor in wanted.items())
     options = TensorRTLLM(quant="int4_awq", method="clip", codes=str(tmp_path / "exaone"), group_size=GROUP)
     assert api.convert(model, tmp_path / "out", options).files == 1
+
+
+@pytest.mark.slow
+def test_internlm_is_llama_whose_projections_are_one(model: Path, text: Path, tmp_path: Path) -> None:
+    """Codes, ranges and rank files of InternLM2 are those of the Llama that it is made of; InternLM has biases, and Llama's names."""
+    sizes = SIZES | {"method": "clip"}
+    find_codes(model, tmp_path / "llama", str(text), **sizes)
+    calibrate(model, tmp_path / "lr", str(text), max_length=32, device="cpu", dtype="float32")
+    common: dict[str, Any] = {"method": "clip", "group_size": GROUP}
+    api.convert(model, tmp_path / "l", TensorRTLLM(quant="int4_awq", codes=str(tmp_path / "llama"), **common))
+    weights, config = load_file(model / "model.safetensors"), json.loads((model / "config.json").read_text())
+    names = {"embed_tokens": "tok_embeddings", "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm"}
+    names |= {"self_attn.o_proj": "attention.wo", "mlp.gate_proj": "feed_forward.w1", "mlp.up_proj": "feed_forward.w3"}
+    names |= {"mlp.down_proj": "feed_forward.w2", "lm_head": "output"}
+
+    def grouped(q: Any, k: Any, v: Any) -> Any:
+        parts = [part.reshape(tiny.KV, -1, *part.shape[1:]) for part in (q, k, v)]
+        return torch.cat(parts, 1).flatten(0, 1)
+
+    made = {}
+    for name, tensor in weights.items():
+        if ".q_proj" in name:
+            qkv = [weights[name.replace("q_proj", f"{part}_proj")] for part in "qkv"]
+            made[name.replace("self_attn.q_proj", "attention.wqkv")] = grouped(*qkv)
+        elif ".k_proj" not in name and ".v_proj" not in name:
+            for old, new in names.items():
+                name = name.replace(old, new)
+            made[name] = tensor
+    other = tmp_path / "internlm2"
+    shutil.copytree(model, other)
+    save_file(made, other / "model.safetensors", {"format": "pt"})
+    told = config | {"architectures": ["InternLM2ForCausalLM"], "model_type": "internlm2", "bias": False}
+    (other / "config.json").write_text(json.dumps(told))
+    find_codes(other, tmp_path / "inter", str(text), **sizes)
+    calibrate(other, tmp_path / "ir", str(text), max_length=32, device="cpu", dtype="float32")
+    llama, inter = load_file(tmp_path / "llama"), load_file(tmp_path / "inter")
+    at, to = "model.layers.1.self_attn", "model.layers.1.attention.wqkv"
+    assert torch.equal(values(inter, to), grouped(*(values(llama, f"{at}.{part}_proj") for part in "qkv")))
+    assert torch.allclose(inter[f"{to}.losses"], sum(llama[f"{at}.{part}_proj.losses"] for part in "qkv"))
+    ranges, wanted = load_file(tmp_path / "ir"), load_file(tmp_path / "lr")
+    for end in "yw":
+        assert torch.equal(ranges[f"{to}.{end}"], grouped(*(wanted[f"{at}.{part}_proj.{end}"] for part in "qkv")))
+    assert torch.equal(ranges["model.layers.1.feed_forward.w2.x"], wanted["model.layers.1.mlp.down_proj.x"])
+    api.convert(other, tmp_path / "i", TensorRTLLM(quant="int4_awq", codes=str(tmp_path / "inter"), **common))
+    one, two = load_file(tmp_path / "l/rank0.safetensors"), load_file(tmp_path / "i/rank0.safetensors")
+    assert set(one) == set(two) and all(torch.equal(one[name], two[name]) for name in one)
+    for source, name in ((model, "lr"), (other, "ir")):
+        options = TensorRTLLM(quant="smoothquant", per_channel=True, per_token=True, activation_ranges=str(tmp_path / name))
+        api.convert(source, tmp_path / f"s{name}", options)
+    one, two = (load_file(tmp_path / name / "rank0.safetensors") for name in ("slr", "sir"))
+    assert set(one) == set(two) and all(torch.equal(one[name], two[name]) for name in one)
+    api.convert(other, tmp_path / "hf", HuggingFace(quant="w4a16", codes=str(tmp_path / "inter"), **common))
+    for layer in range(tiny.LAYERS):  # and now the first InternLM, whose biases are zeros
+        for part, rows in (("q", tiny.HIDDEN), ("k", tiny.HIDDEN // 2), ("v", tiny.HIDDEN // 2), ("o", tiny.HIDDEN)):
+            weights[f"model.layers.{layer}.self_attn.{part}_proj.bias"] = torch.zeros(rows).half()
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    config |= {"architectures": ["InternLMForCausalLM"], "model_type": "internlm", "bias": True}
+    (model / "config.json").write_text(json.dumps(config))
+    find_codes(model, tmp_path / "first", str(text), **sizes)
+    first = load_file(tmp_path / "first")
+    assert all(torch.equal(first[name], tensor) for name, tensor in llama.items())
 
 
 def test_mistakes(model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
