@@ -63,7 +63,9 @@ _LARGEST = 3.4028234e38
 _COMPANION = re.compile(r"scale|zero|absmax|quant|packed|g_idx|SCB|amax")
 """Last parts of the names of what only quantized weights have beside them."""
 _FLOATS = ("F16", "BF16", "F32", "F64")
-_AUTO_ROUND = {"auto_round": "gptq_v2", "auto_round:auto_gptq": "gptq", "auto_round:auto_awq": "gemm"}
+AUTO_ROUND = ("auto-round", "auto_round")
+"""Values of quant_method that are AutoRound."""
+AUTO_ROUND_FORMS = {"auto_round": "gptq_v2", "auto_round:auto_gptq": "gptq", "auto_round:auto_awq": "gemm"}
 """packing_format of AutoRound -> the format that it is: its own stores zero points as they are."""
 _IN_FLOAT = ("bitnet",)
 """Methods whose weights are stored in a float type and quantized by the model itself."""
@@ -126,8 +128,8 @@ def stated_quantization(config: Mapping[str, Any], root: Path) -> SourceQuantiza
 
 def _facts(method: str, stated: Mapping[str, Any], name: str) -> SourceQuantization:
     form = stated.get("checkpoint_format", None if method == "gptq" else stated.get("version"))
-    if method in ("auto-round", "auto_round"):
-        form = _AUTO_ROUND.get(str(stated.get("packing_format")), stated.get("packing_format"))
+    if method in AUTO_ROUND:
+        form = AUTO_ROUND_FORMS.get(str(stated.get("packing_format")), stated.get("packing_format"))
     bound = stated.get("activation_scale_ub")
     return SourceQuantization(
         method=method,

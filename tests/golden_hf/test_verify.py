@@ -384,3 +384,38 @@ def test_another_model_and_half_a_model(models: Models, tmp_path: Path) -> None:
     with pytest.raises(BudgetError, match="memory-budget") as refused:
         verify(output.folder, output.source, resources=Resources(memory_budget=1 << 20))
     assert refused.value.hint
+
+
+AUTO_ROUND = {"auto_round:auto_gptq": ("gptq", False), "auto_round": ("gptq", True), "auto_round:auto_awq": ("awq", False)}
+
+
+@pytest.mark.parametrize("packing", AUTO_ROUND)
+def test_auto_round(packing: str, tmp_path: Path) -> None:
+    """Its layouts are those of GPTQ and AutoAWQ; single modules may have other bits, or none."""
+    from tests.unit.test_hf_decode import integer_weight, source
+
+    method, v2 = AUTO_ROUND[packing]
+    down, up = "model.layers.0.mlp.down_proj", "model.layers.0.mlp.up_proj"
+    wide = integer_weight(64, 128, 32, "gptq", bits=8, v2=v2)[0] if method == "gptq" else {"weight": torch.ones(64, 128).half()}
+    made = {f"{down}.{leaf}": value for leaf, value in integer_weight(64, 128, 32, method, bits=4, v2=v2)[0].items()}
+    made |= {f"{up}.{leaf}": value for leaf, value in wide.items()} | {"lm_head.weight": torch.ones(8, 8).half()}
+    other = {"bits": 8 if method == "gptq" else 16}
+    stated = {"quant_method": "auto-round", "packing_format": packing, "bits": 4, "group_size": 32, "sym": False, "data_type": "int"}
+    stated["extra_config"] = {"lm_head": {"bits": 16, "data_type": "float"}, up: other}
+    folder = source(tmp_path / "source", stated, made)
+
+    def told(**changes: Any) -> list[str]:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"quantization_config": stated | changes}))
+        return verify(folder).problems
+
+    assert told() == [] and not any("not checked" in line for line in verify(folder).warnings)
+    assert any(down in line for line in told(bits=8)) and any(down in line for line in told(group_size=64))
+    if method == "gptq":
+        assert any(up in line for line in told(extra_config={})) and any("qzeros" in line for line in told(sym=True))
+    assert any(down in line for line in told(extra_config=stated["extra_config"] | {down: {"bits": 16}}))
+    assert told(packing_format="auto_round:mxfp4") == [] and any("not checked" in line for line in verify(folder).warnings)
+    told()
+    for leaf in ("qweight", "qzeros", "scales"):
+        save_file({name: value for name, value in made.items() if name != f"{down}.{leaf}"}, folder / "model.safetensors")
+        assert any(down in line for line in verify(folder).problems), leaf

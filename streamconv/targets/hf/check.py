@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from streamconv.checkpoint.limits import MAX_WEIGHT_MAP
+from streamconv.checkpoint.quantized import AUTO_ROUND
 from streamconv.checkpoint.untrusted import parse_json, read_file, shown_value
 from streamconv.errors import VerifyError, printable
 from streamconv.natural import natural
@@ -26,7 +27,7 @@ Shapes = Mapping[str, Tensors]
 LOADABLE = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "I16", "I32", "I64", "BOOL"}
 INDEX = "model.safetensors.index.json"
 _FLOATS = ("F64", "F32", "F16", "BF16")
-_WORDS = ("gptq", "awq")
+_WORDS = ("gptq", "awq", *AUTO_ROUND)
 """Methods whose readers leave what has no codes as it is."""
 _SHOWN = 20
 
@@ -91,8 +92,7 @@ def check(folder: Path, config: Mapping[str, Any], shapes: Shapes) -> tuple[list
     warnings += told[1]
     problems += _scales(codes, tensors, any(group.scheme is None for group in statement.groups))
     problems += check_values(folder, shapes, tensors, statement)[:_SHOWN]
-    if statement.listed or stated.get("quant_method") not in _WORDS:
-        problems += _ignored(codes, tensors, statement)
+    problems += _ignored(codes, tensors, statement, statement.listed or stated.get("quant_method") not in _WORDS)
     problems += _partners(codes, tensors)
     kept, loose = _cache(model, tensors, statement)
     problems += kept
@@ -140,19 +140,22 @@ def _scales(codes: set[str], tensors: Tensors, unknown: bool) -> list[str]:
     return lines[:20]
 
 
-def _ignored(codes: set[str], tensors: Tensors, statement: Statement) -> list[str]:
+def _ignored(codes: set[str], tensors: Tensors, statement: Statement, complete: bool) -> list[str]:
+    """Args:
+    complete: readers take what is not ignored for codes.
+    """
     lines = []
     for module in sorted(codes, key=natural):
         if statement.ignore.match(module):
             lines.append(f"{printable(module)} is quantized, and the config's ignore list covers it")
-    for name, (dtype, shape) in tensors.items():
+    for name, (dtype, shape) in tensors.items() if complete else ():
         module = name.removesuffix(".weight")
         linear = name.endswith(".weight") and len(shape) == 2 and dtype in _FLOATS and module not in codes
         if not linear or default_reason(module) in ("embedding", "not a linear layer") or statement.ignore.match(module):
             continue
         if statement.scheme_of(module) is not None:
             lines.append(f"{printable(module)} is not quantized, and the config's ignore list does not name it: loaders take it for codes")
-    if "lm_head" not in codes and statement.scheme_of("lm_head") is not None and not statement.ignore.match("lm_head"):
+    if complete and "lm_head" not in codes and statement.scheme_of("lm_head") is not None and not statement.ignore.match("lm_head"):
         lines.append("the config's ignore list does not name lm_head, which is not quantized")
     return list(dict.fromkeys(lines))[:_SHOWN]
 

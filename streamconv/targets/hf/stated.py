@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from streamconv.checkpoint.quantized import AUTO_ROUND, AUTO_ROUND_FORMS
 from streamconv.checkpoint.untrusted import shown_value
 from streamconv.errors import printable
 from streamconv.targets.hf.compressed_scheme import compressed_groups
@@ -15,7 +16,7 @@ from streamconv.targets.hf.recipes import BLOCK, METHODS, RECIPES
 from streamconv.targets.hf.weights import Tensors, Told
 
 IGNORE = ("ignore", "modules_to_not_convert", "ignored_layers", "exclude_modules")
-_OTHERS = ("auto-round", "aqlm", "bitnet", "bitsandbytes", "eetq", "fbgemm_fp8", "fp_quant", "higgs", "hqq", "inc", "mxfp4", "mxfp8",
+_OTHERS = ("aqlm", "bitnet", "bitsandbytes", "eetq", "fbgemm_fp8", "fp_quant", "higgs", "hqq", "inc", "mxfp4", "mxfp8",
            "nvfp4", "quanto", "quark", "quip", "spqr", "torchao", "vptq")  # fmt: skip
 """Methods that engines read and that are not known here."""
 _OTHER_ALGOS = ("NVFP4_AWQ", "W4A8_AWQ", "W4A8_MXFP4_FP8", "W8A8_SQ_PER_CHANNEL", "MIXED_PRECISION", "MXFP4", "W4A8_NVFP4_FP8",
@@ -119,6 +120,8 @@ def read_statement(stated: Mapping[str, Any], sparse: bool = False) -> Statement
         _modelopt(stated, made)
     elif method in ("gptq", "awq"):
         made.groups.append(Group(("Linear",), _words(method, stated, problems)))
+    elif method in AUTO_ROUND:
+        _auto_round(stated, made)
     elif method in _OTHERS:
         made.warnings.append(f"config.json states {printable(str(method))}, which is not known here: its tensors are not checked")
         made.groups.append(Group(("Linear",), None))
@@ -204,6 +207,26 @@ def _group_sizes(stated: Mapping[str, Any]) -> Iterable[int]:
             size = inner.get("group_size") if isinstance(inner, dict) else None
             if type(size) is int and 0 < size < 1 << 20:
                 yield size
+
+
+def _auto_round(stated: Mapping[str, Any], made: Statement) -> None:
+    """Layouts of GPTQ and AutoAWQ under another name; `extra_config` says what is different in single modules."""
+    packing = stated.get("packing_format", "auto_round:auto_gptq")
+    extra = stated.get("extra_config") or {}
+    known = isinstance(packing, str) and packing in AUTO_ROUND_FORMS and stated.get("data_type", "int") == "int"
+    if not known or not isinstance(extra, dict) or not all(isinstance(own, dict) for own in extra.values()):
+        told = f"packing_format {shown_value(packing)} and data_type {shown_value(stated.get('data_type'))}"
+        made.warnings.append(f"config.json states auto-round, {told}, which is not known here: its tensors are not checked")
+        made.groups.append(Group(("Linear",), None))
+        return
+    form = AUTO_ROUND_FORMS[packing]
+    method = "awq" if form == "gemm" else "gptq"
+    common = {**stated, "checkpoint_format": form}
+    plain = [name for name, own in extra.items() if own.get("bits", 0) == 16]
+    made.ignore = Patterns(plain, globs=False)
+    others = {name: own for name, own in extra.items() if name not in plain}
+    made.groups += [Group((name,), _words(method, {**common, **own}, made.problems)) for name, own in others.items()]
+    made.groups.append(Group(("Linear",), _words(method, common, made.problems)))
 
 
 def _words(method: str, stated: Mapping[str, Any], problems: list[str]) -> Words | None:
