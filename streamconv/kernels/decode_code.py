@@ -63,16 +63,19 @@ def values_of(codes: _Array, code: int, line: _Array) -> None:
 
 @jit
 def decode_rows(
-    codes: _Array, code: int, scales: _Array, zeros: _Array, first: int, per_row: int, per_col: int,
+    codes: _Array, code: int, scales: _Array, zeros: _Array, inputs: _Array, first: int, per_row: int, per_col: int,
     rows: int, cols: int, target: int, out: _Array,
 ) -> None:  # fmt: skip
     """out[r, c] = (value of codes[r, c] - zeros[r, c // per_col]) * scales[(first + r) // per_row, c // per_col], rounded once.
+
+    Where there are inputs the scale is multiplied by inputs[c] first, in float32.
 
     Args:
         codes: uint8, one row after the other; two columns in a byte from code 3 on, the even one in the low half.
         code: one of CODES.
         scales: float32 [groups of rows, groups of columns].
         zeros: whole numbers as float32 [rows, groups of columns], or empty.
+        inputs: float32 [cols], or empty.
         out: of the storage type of `target`.
     """
     width = cols // 2 if code >= 3 else cols
@@ -88,6 +91,8 @@ def decode_rows(
         if (first + r) // per_row != held:
             held = (first + r) // per_row
             spread(scales[held], per_col, factors)
+            for i in range(inputs.size):
+                factors[i] *= inputs[i]
         to = out[r * cols : (r + 1) * cols]
         if target == 0:
             for i in range(cols):

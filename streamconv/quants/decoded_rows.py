@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from streamconv.checkpoint.dtypes import DType
@@ -62,6 +63,7 @@ class DecodedTensor(_Decoded):
         per_row, per_col: rows and columns of the weight that share a scale.
         factor: what every scale is multiplied by; the exact inverse is taken first where `divide`.
         zeros: of integers, int32 [N * bits / 32, columns of scales], the lowest row in the lowest bits, offset by half.
+        inputs: [K], what an engine multiplies the input by before it meets the codes (ModelOpt's pre_quant_scale).
     """
 
     codes: SourceTensor
@@ -72,6 +74,7 @@ class DecodedTensor(_Decoded):
     factor: float = 1.0
     divide: bool = False
     zeros: SourceTensor | None = None
+    inputs: SourceTensor | None = None
 
     @property
     def row_align(self) -> int:
@@ -79,8 +82,8 @@ class DecodedTensor(_Decoded):
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
-        zeros = () if self.zeros is None else self.zeros.pieces
-        return (*self.codes.pieces, *self.scales.pieces, *zeros)
+        more = [tensor.pieces for tensor in (self.zeros, self.inputs) if tensor is not None]
+        return (*self.codes.pieces, *self.scales.pieces, *chain(*more))
 
     @property
     def stored_row_bytes(self) -> int:
@@ -104,8 +107,8 @@ class DecodedTensor(_Decoded):
         self.codes.read(shards, start, stop, stored, scratch[stored.size :])
         scales = self.factors(shards, start, stop)
         decode_code.decode_rows(
-            stored, decode_code.CODES[self.code], scales, self._zeros(shards, start, stop), start % self.per_row, self.per_row,
-            self.per_col, stop - start, self.cols, CODES[self.dtype.name], out.view(self.dtype.storage),
+            stored, decode_code.CODES[self.code], scales, self._zeros(shards, start, stop), self._inputs(shards), start % self.per_row,
+            self.per_row, self.per_col, stop - start, self.cols, CODES[self.dtype.name], out.view(self.dtype.storage),
         )  # fmt: skip
 
     def _zeros(self, shards: Sequence[Shard], start: int, stop: int) -> Floats:
@@ -120,6 +123,14 @@ class DecodedTensor(_Decoded):
         shifts = np.arange(0, 32, bits, dtype=np.uint32)[None, :, None]
         whole = ((words[:, None, :] >> shifts) & np.uint32((1 << bits) - 1)).reshape(-1, self.zeros.cols)
         return whole[start - first * each : stop - first * each].astype(np.float32) - np.float32(1 << (bits - 1))
+
+    def _inputs(self, shards: Sequence[Shard]) -> Floats:
+        """float32 [K], or empty."""
+        if self.inputs is None:
+            return np.empty(0, np.float32)
+        raw = np.empty(self.inputs.nbytes, np.uint8)
+        self.inputs.read(shards, 0, self.cols, raw, raw[:0])
+        return as_float(raw, self.inputs.dtype.name)
 
     def factors(self, shards: Sequence[Shard], start: int, stop: int) -> Floats:
         """float32 [groups of rows, groups of columns]: what the codes of these rows are multiplied by."""

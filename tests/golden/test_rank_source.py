@@ -192,8 +192,6 @@ def test_what_depends_on_the_cut_is_refused(golden_inputs: Path, tmp_path: Path)
         with pytest.raises(RefusedError, match=why):
             streamconv.plan(made, TensorRTLLM(**options))  # type: ignore[arg-type]
     assert streamconv.plan(made, TensorRTLLM(dtype="bfloat16", tp_size=2)).files
-    with pytest.raises(RefusedError, match="keep"):
-        streamconv.plan(made, HuggingFace(quant="keep"))
     ranges = str(Path(__file__).parent / "act_ranges" / "llama_mha.sq.act_range.safetensors")
     smooth = _convert(source, tmp_path / "smooth", TensorRTLLM(quant="smoothquant", activation_ranges=ranges))
     with pytest.raises(RefusedError, match="not read back"):

@@ -12,6 +12,7 @@ from streamconv.checkpoint.quantized import source_quantization
 from streamconv.errors import CheckpointError, printable
 from streamconv.targets.hf.check_scales import SCALES, check_tensors, codes_of
 from streamconv.targets.hf.layers import Model, differences, in_order
+from streamconv.targets.hf.second_file import group_size
 from streamconv.targets.hf.stated import read_statement, stated_bits
 from streamconv.targets.hf.units import kinds
 from streamconv.targets.hf.weights import Tensors
@@ -35,7 +36,7 @@ def check_complete(index: Index) -> list[str]:
     if stated is not None:
         told = index.config.get("quantization_config") or {}
         bits = stated.bits or stated_bits(told) or 4
-        found += _statement(told, tensors, some) if told else []
+        found += _statement(group_size(index.root) | told, tensors, some) if told else []
     wrong, odd = differences(Model(index.config, units, bits))
     found += in_order(wrong)
     if any(_bare_codes(index.config, some)):

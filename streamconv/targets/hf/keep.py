@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from streamconv.checkpoint.index import Index
     from streamconv.planning.draft import Draft
 
+ZERO_POINTS = "the weights have zero points: vLLM reads them, transformers (5.24 with compressed-tensors 0.20) does not"
 _NVFP4 = {
     "compressed-tensors": ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale"),
     "modelopt": ("weight", "weight_scale", "weight_scale_2", "input_scale"),
@@ -100,7 +101,7 @@ def container_of(stated: SourceQuantization) -> str:
     return "hf" if stated.method in METHODS else stated.method
 
 
-class _Maker:
+class Maker:
     """Adds tensors to `Kept`."""
 
     def __init__(self, kept: Kept, draft: Draft) -> None:
@@ -128,7 +129,7 @@ class _Maker:
 
 def _as_it_is(tensors: Mapping[str, SourceTensor], own: str, draft: Draft) -> Kept:
     kept = Kept(own)
-    maker = _Maker(kept, draft)
+    maker = Maker(kept, draft)
     for name, tensor in tensors.items():
         maker.copy(name, tensor)
     return kept
@@ -137,7 +138,7 @@ def _as_it_is(tensors: Mapping[str, SourceTensor], own: str, draft: Draft) -> Ke
 def _integers(index: Index, tensors: Mapping[str, SourceTensor], stated: SourceQuantization, draft: Draft) -> Kept:
     """GPTQ and AutoAWQ -> pack-quantized."""
     kept = Kept("compressed-tensors")
-    maker, found = _Maker(kept, draft), list[Integers]()
+    maker, found = Maker(kept, draft), list[Integers]()
     for name, tensor in tensors.items():
         module, _, leaf = name.rpartition(".")
         if leaf in PACKED and f"{module}.qweight" in tensors:
@@ -157,8 +158,8 @@ def _integers(index: Index, tensors: Mapping[str, SourceTensor], stated: SourceQ
     symmetric = packing == "gptq" and stated.symmetric
     weights = {"num_bits": bits, "type": "int", "symmetric": symmetric, "dynamic": False, "strategy": "group", "group_size": group}
     if not symmetric:
-        draft.warnings.append("the weights have zero points: vLLM reads them, transformers (5.24 with compressed-tensors 0.20) does not")
-    kept.quantization = _compressed("pack-quantized", weights, None, _ignored(tensors, kept.modules))
+        draft.warnings.append(ZERO_POINTS)
+    kept.quantization = compressed("pack-quantized", weights, None, ignored(tensors, kept.modules))
     return kept
 
 
@@ -178,7 +179,7 @@ def _check_order(index: Index, module: str, one: Integers, stated: SourceQuantiz
         raise UsageError(told, hint="--quant none decodes it")
 
 
-def _packed(maker: _Maker, module: str, one: Integers, symmetric: bool) -> None:
+def _packed(maker: Maker, module: str, one: Integers, symmetric: bool) -> None:
     n, k = one.codes.shape
     bits, gptq = one.codes.bits, one.codes.packing == "gptq"
     key = f"zero points of {module}" if gptq and (symmetric or one.offset) else ""
@@ -199,7 +200,7 @@ def _is_nvfp4(tensors: Mapping[str, SourceTensor], own: str) -> bool:
 def _nvfp4(index: Index, tensors: Mapping[str, SourceTensor], own: str, container: Container, draft: Draft) -> Kept:
     """Codes and block scales get other names; what one container multiplies with, the other divides by."""
     kept = Kept(container)
-    maker = _Maker(kept, draft)
+    maker = Maker(kept, draft)
     here, there = _NVFP4[own], _NVFP4[container]
     shape = (1,) if container == "compressed-tensors" else ()
     inputs = kv = False
@@ -222,10 +223,10 @@ def _nvfp4(index: Index, tensors: Mapping[str, SourceTensor], own: str, containe
             raise CheckpointError(f"{printable(name)} must be one float32 number, and is {tensor.dtype} {list(tensor.shape)}")
         inputs |= at == 3
         maker.add(f"{module}.{there[at]}", tensor, Reciprocal(), shape)
-    ignore = _ignored(tensors, kept.modules)
+    ignore = ignored(tensors, kept.modules)
     if container == "compressed-tensors":
         args = {"num_bits": 4, "type": "float", "symmetric": True, "dynamic": False, "strategy": "tensor_group", **NVFP4_FP4}
-        kept.quantization = _compressed("nvfp4-pack-quantized", args, args | {"dynamic": "local"} if inputs else None, ignore)
+        kept.quantization = compressed("nvfp4-pack-quantized", args, args | {"dynamic": "local"} if inputs else None, ignore)
         kept.quantization |= {"kv_cache_scheme": config_json.KV_CACHE} if kv else {}
     else:
         recipe = recipe_of("nvfp4" if inputs else "nvfp4a16", container)
@@ -235,7 +236,7 @@ def _nvfp4(index: Index, tensors: Mapping[str, SourceTensor], own: str, containe
     return kept
 
 
-def _compressed(form: str, weights: Mapping[str, Any], inputs: Mapping[str, Any] | None, ignore: list[str]) -> dict[str, Any]:
+def compressed(form: str, weights: Mapping[str, Any], inputs: Mapping[str, Any] | None, ignore: list[str]) -> dict[str, Any]:
     scheme: dict[str, Any] = {"targets": ["Linear"], "weights": dict(weights), "format": form}
     if inputs is not None:
         scheme["input_activations"] = dict(inputs)
@@ -248,7 +249,7 @@ def _compressed(form: str, weights: Mapping[str, Any], inputs: Mapping[str, Any]
     }
 
 
-def _ignored(tensors: Mapping[str, SourceTensor], quantized: list[str]) -> list[str]:
+def ignored(tensors: Mapping[str, SourceTensor], quantized: list[str]) -> list[str]:
     """Every linear-like module that is stored as floats."""
     done = set(quantized)
     found = {

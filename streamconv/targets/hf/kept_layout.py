@@ -11,7 +11,8 @@ from streamconv.planning.draft import Draft
 from streamconv.planning.plan import SideFile
 from streamconv.targets.hf import config_json
 from streamconv.targets.hf.keep import keep
-from streamconv.targets.hf.layout import shards_of
+from streamconv.targets.hf.keep_ranks import keep_ranks
+from streamconv.targets.hf.layout import SHARD, shards_of
 from streamconv.targets.hf.side_files import OLD, side_files
 from streamconv.targets.hf.target import CONTAINERS
 
@@ -29,9 +30,12 @@ def describe_kept(index: Index, target: HuggingFace, draft: Draft) -> None:
     if changed:
         raise UsageError(f"{' and '.join(changed)}: --quant keep changes no weight")
     wanted = next((container for container in CONTAINERS if container == target.format), None)
-    kept = keep(index, SourceTensors(index), wanted, draft)
+    if index.views:
+        kept = keep_ranks(index, SourceTensors(index), wanted, draft, target.model_dtype(index))
+    else:
+        kept = keep(index, SourceTensors(index), wanted, draft)
     places: dict[str, str] = {}
-    for name, tensors in shards_of(index, kept.files, kept.nbytes, target.max_shard_size).items():
+    for name, tensors in shards_of(index, kept.files, kept.nbytes, target.max_shard_size or (SHARD if index.views else None)).items():
         number = draft.file(name, {"format": "pt"})
         for tensor in tensors:
             kept.tensors[tensor](number)

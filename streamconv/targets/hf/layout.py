@@ -40,7 +40,7 @@ _APART = ("kv_b_proj", "k_b_proj", "eh_proj")
 """Modules that TensorRT-LLM never reads as FP8 tiles; the first two are also taken apart for attention."""
 _FLOATS = ("F32", "F16", "BF16")
 _METADATA = {"format": "pt"}
-_SHARD = 5 * 10**9
+SHARD = 5 * 10**9
 """Bytes of a file where the source's files are cut in another way: what transformers takes."""
 _ONE = {"F32": b"\0\0\x80\x3f", "F16": b"\0\x3c", "BF16": b"\x80\x3f"}
 
@@ -177,7 +177,7 @@ class Layout:
 
     def _files(self, stored: Stored) -> dict[str, list[str]]:
         """Output file -> names of the source's tensors that it takes, in order."""
-        most = self.target.max_shard_size or (_SHARD if self.index.views else None)
+        most = self.target.max_shard_size or (SHARD if self.index.views else None)
         sizes = {name: weight.nbytes if most is not None else 0 for name, weight in stored.weights.items()}
         return shards_of(self.index, stored.files, sizes, most)
 

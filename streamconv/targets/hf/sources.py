@@ -142,8 +142,11 @@ def _decoded(
     if zeros is not None and (code not in ("uint4", "uint8") or zeros.dtype.name != "I32" or zeros.shape != words or grid.per_row != 1):
         told = f"{printable(zeros.name)} is {zeros.dtype} {list(zeros.shape)}: zero points of this form are not decoded here"
         raise CheckpointError(told, hint="convert the unquantized model")
+    inputs = tensors.get(f"{module}.pre_quant_scale")
+    if inputs is not None and (inputs.shape != (cols,) or inputs.dtype.name not in ("F32", "F16", "BF16")):
+        raise CheckpointError(f"{printable(inputs.name)} is {inputs.dtype} {list(inputs.shape)}, not a number for each of {cols} inputs")
     return DecodedTensor(
-        name, into, shape, codes, code, _as_matrix(scale, grid.shape), grid.per_row, grid.per_col, factor, divide, zeros
+        name, into, shape, codes, code, _as_matrix(scale, grid.shape), grid.per_row, grid.per_col, factor, divide, zeros, inputs
     )
 
 
@@ -163,7 +166,6 @@ def _code(
         return "int8", codes.shape
     if codes.dtype.name == "U8":
         if scale.dtype.name == "F32" and len(codes.shape) == 2:
-            _check_pre_scale(index, tensors.get(f"{module}.pre_quant_scale"))
             return "int8", (2 * codes.shape[0], codes.shape[1])
         return "e2m1", (*codes.shape[:-1], 2 * codes.shape[-1])
     if not packed or len(codes.shape) != 2:
@@ -174,19 +176,6 @@ def _code(
     if bits not in (4, 8) or cols * bits != codes.shape[1] * 32:
         raise CheckpointError(f"{printable(codes.name)}: {bits} bits and {cols} columns do not fill its {codes.shape[1]} words")
     return ("uint4" if bits == 4 else "uint8"), (codes.shape[0], cols)
-
-
-def _check_pre_scale(index: Index, scale: SourceTensor | None) -> None:
-    """What ModelOpt's AWQ multiplies an input with must be 1: it is no part of a plain weight.
-
-    Raises:
-        CheckpointError: it is not.
-    """
-    if scale is None:
-        return
-    one = {"F32": b"\0\0\x80\x3f", "F16": b"\0\x3c", "BF16": b"\x80\x3f"}.get(scale.dtype.name, b"?")
-    if scale.nbytes > 1 << 26 or raw_bytes(index, scale) != one * scale.rows:
-        raise CheckpointError(f"{printable(scale.name)} is not 1: such weights are not decoded here", hint="convert the unquantized model")
 
 
 class _Grid(NamedTuple):

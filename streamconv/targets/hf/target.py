@@ -141,9 +141,6 @@ class HuggingFace(Target):
         codes: Codes | None = None
         ranges = self._ranges()
         if self.quant == KEEP:
-            if index.views:
-                told = "--quant keep: rank files hold codes in a layout of their own, which no Hugging Face container has"
-                raise RefusedError([told], hint="leave it out: the weights are decoded")
             if self.kv_cache is not None:
                 raise UsageError("--kv-cache: --quant keep adds no scales")
             describe_kept(index, self, draft)

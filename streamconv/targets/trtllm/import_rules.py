@@ -14,7 +14,7 @@ from streamconv.families.meta import META
 from streamconv.hub import open_source
 from streamconv.targets.trtllm.expected_forms import EXCLUDED
 from streamconv.targets.trtllm.import_scales import Stored
-from streamconv.targets.trtllm.lookup import Roles
+from streamconv.targets.trtllm.lookup import MODULES, Roles
 from streamconv.targets.trtllm.options import TensorRTLLM
 from streamconv.targets.trtllm.recipes import Quant
 from streamconv.targets.trtllm.recipes.awq import Awq
@@ -22,15 +22,6 @@ from streamconv.targets.trtllm.recipes.fp8 import Fp8GivenQuant
 from streamconv.targets.trtllm.recipes.fp8_rowwise import CLAMP, Fp8RowwiseQuant
 from streamconv.targets.trtllm.recipes.gptq import EXPERTS, GROUP_SIZES
 from streamconv.targets.trtllm.unsupported import refused
-
-_MODULES = {
-    "attention.qkv": ("q", "k", "v", "qkv", "qkv_grouped"),
-    "attention.dense": ("o",),
-    "mlp.fc": ("gate", "gate_up"),
-    "mlp.gate": ("up",),
-    "mlp.proj": ("down",),
-}
-"""Module of a layer -> the roles that fill it."""
 
 GROUPED = ("int4_gptq", "int8_gptq", "int4_awq")
 
@@ -179,7 +170,7 @@ def quant_for(
         bound: that FP8 weights of a TensorRT-LLM checkpoint were clamped to.
     """
     found, tensors = roles.found, roles.tensors
-    modules = {role: module for module, roles in _MODULES.items() for role in roles}
+    modules = {role: module for module, roles in MODULES.items() for role in roles}
     if stated is not None and stated.brings_scales:
         given: dict[tuple[int, str], list[tuple[str, float]]] = {}
         for (role, layer, _), name in found.items():

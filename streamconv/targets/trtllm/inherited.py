@@ -45,6 +45,9 @@ def inherited(options: TensorRTLLM, origin: Origin | None) -> TensorRTLLM:
     if origin is None:
         return options
     old = origin.options
+    if old.quant in ("fp8", "int4_awq"):
+        told = f"the source is a checkpoint made with --quant {old.quant}, whose weights are not cut anew"
+        raise RefusedError([told], hint="--to hf decodes them, and --to hf --quant keep keeps their codes; convert that")
     for name, none in (("quant", "none"), ("kv_cache", None)):
         was, asked = getattr(old, name), getattr(options, name)
         if name in options.given and was != none and asked != was:

@@ -20,6 +20,14 @@ _ATTENTION = {"q", "k", "v", "o", "qkv", "qkv_grouped"}
 _MLP = {"gate", "up", "down", "gate_up"}
 LINEAR = frozenset(_ATTENTION | _MLP | {"expert_gate", "expert_up", "expert_down", "experts_gate_up", "experts_down"})
 """Roles of the matrices that a quantization encodes."""
+MODULES = {
+    "attention.qkv": ("q", "k", "v", "qkv", "qkv_grouped"),
+    "attention.dense": ("o",),
+    "mlp.fc": ("gate", "gate_up"),
+    "mlp.gate": ("up",),
+    "mlp.proj": ("down",),
+}
+"""Module of a layer -> the roles that fill it."""
 
 
 @dataclass(slots=True)

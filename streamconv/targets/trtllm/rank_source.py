@@ -28,24 +28,27 @@ from streamconv.lazy import np
 from streamconv.planning.draft import Draft
 from streamconv.planning.matrix_table import MatrixTable
 from streamconv.planning.span_table import SpanTable
+from streamconv.quants.fp8_given import Scales
 from streamconv.quants.laid_out import LaidOut
 from streamconv.run import manifest
 from streamconv.targets import target_from_json
 from streamconv.targets.trtllm import expected, rank_peers
 from streamconv.targets.trtllm.config_sections import resolve_moe
 from streamconv.targets.trtllm.inherited import Origin
+from streamconv.targets.trtllm.lookup import MODULES
 from streamconv.targets.trtllm.options import TensorRTLLM
 from streamconv.targets.trtllm.parallel import Mapping as Grid
 from streamconv.targets.trtllm.parallel import stage_layers
 from streamconv.targets.trtllm.rank_layout import Decoder
 from streamconv.targets.trtllm.rank_views import Imagined, views_of
 from streamconv.targets.trtllm.recipes import quant_of
+from streamconv.targets.trtllm.recipes.fp8 import Fp8GivenQuant, Fp8Quant
 from streamconv.targets.trtllm.recipes.gptq import Gptq
 from streamconv.targets.trtllm.source_config import model_config
 from streamconv.targets.trtllm.stated import options_of
 
 _CONFIG = "config.json"
-_READ = ("none", "int8", "int4", "fp8_rowwise", "int4_gptq", "int8_gptq")
+_READ = ("none", "int8", "int4", "fp8_rowwise", "int4_gptq", "int8_gptq", "fp8", "int4_awq")
 """Values of --quant whose weights are read back."""
 
 
@@ -77,7 +80,8 @@ def open_ranks(folder: Path) -> Index:
         raise CheckpointError(f"{printable(str(folder))}: {error.message}") from None
     if choices[0].quant not in _READ:
         told_by = f"{printable(str(folder / _CONFIG))}: quant_algo {config['quantization']['quant_algo']}"
-        raise RefusedError([f"{told_by}: the weights of this format are not read back"], hint="start from the model that it was made from")
+        why = "smoothing has changed weights and the norms before them, and is not taken back"
+        raise RefusedError([f"{told_by}: the weights of this format are not read back: {why}"], hint="start from the original model")
     source = None if told is None else told.source_config
     readers = [_Reader(folder, config, shards, headers, options, source) for options in choices]
     if len(readers) == 1:
@@ -170,7 +174,7 @@ class _Reader:
         Args:
             guessed: the GPU generation is.
         """
-        views = views_of(*self._layout(), self._headers)
+        views = views_of(*self._layout(), self._headers, self._shards)
         self._leave_tied_head(views)
         tensors = TensorTable()
         for name, view in views.items():
@@ -186,7 +190,8 @@ class _Reader:
         A scale is the largest of a channel's weights, so that every channel has an integer at the end of their range, and most are
         small. Of group-wise integers neither is so.
         """
-        view = next(view for view in views_of(*self._layout(), self._headers).values() if isinstance(view, LaidOut))
+        views = views_of(*self._layout(), self._headers, self._shards)
+        view = next(view for view in views.values() if isinstance(view, LaidOut))
         count = min(view.rows, 64)
         out, scratch = np.empty(count * view.cols, np.uint8), np.empty(count * view.scratch_row_bytes, np.uint8)
         view.read(self._shards, 0, count, out, scratch)
@@ -219,12 +224,26 @@ class _Reader:
         kv = model.num_key_value_heads // (2 if options.remove_duplicated_kv_heads else 1)
         shared = "lm_head.weight" not in self._headers[-1].tensors
         quant = quant_of(options.quant)
+        if isinstance(quant, Fp8Quant):
+            quant = Fp8GivenQuant(self._in_fp8())
         decoder = Decoder(model, family, options, self._dtype, grid, roles, quant, draft, kv, shared, False)
         decoder.describe()
         if decoder.refused:
             raise RefusedError(decoder.refused)
         _, matrices, spans, _ = draft.finish()
         return roles, matrices.moved(self._begin), spans
+
+    def _in_fp8(self) -> dict[tuple[int, str], Scales]:
+        """(layer, module) of the matrices that are FP8: some may be left out."""
+        options, found = self._options, dict[tuple[int, str], Scales]()
+        for stage, layers in enumerate(stage_layers(self._model.num_hidden_layers, options.pp_size, options.target_version)):
+            tensors = self._headers[stage * options.tp_size].tensors
+            for number, layer in enumerate(layers):
+                for module in MODULES:
+                    entry = tensors.get(f"transformer.layers.{number}.{module}.weight")
+                    if entry is not None and entry.dtype.itemsize == 1:
+                        found[layer, module] = ((module, 1.0),)  # scales are read beside the matrix
+        return found
 
     def _begin(self, file: int, tensor: str) -> int:
         entry = self._headers[file].tensors.get(tensor)

@@ -4,43 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
-from streamconv.checkpoint.dtypes import F8_E4M3, MODEL_DTYPES, DType
+from streamconv.checkpoint.dtypes import F8_E4M3, I8, MODEL_DTYPES, DType
 from streamconv.checkpoint.header_parse import Header
 from streamconv.checkpoint.rows import Piece, SourceTensor
+from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.shifted_rows import less_one
-from streamconv.checkpoint.strided_rows import Strided
-from streamconv.errors import RefusedError, TensorError, printable
+from streamconv.errors import RefusedError, printable
 from streamconv.families.matching import example
 from streamconv.planning.matrix_table import MatrixTable
 from streamconv.planning.plan import Matrix
 from streamconv.planning.span_table import SpanTable
+from streamconv.quants.awq import PairedWeight
 from streamconv.quants.fp8_rowwise import Fp8Rowwise
 from streamconv.quants.gptq import PackedWeight
 from streamconv.quants.laid_out import laid_out
+from streamconv.quants.paired_rows import paired_rows
 from streamconv.quants.plain import Plain
 from streamconv.quants.weight_only import WeightOnly
 from streamconv.targets.trtllm.lookup import Roles
+from streamconv.targets.trtllm.rank_scales import Block, Held, by_channel, by_input, groups, scalar
 
 SCALE, ZERO = "_scale", "_zero"
 """What is put after the name of a weight that is stored as codes: the names of its scales and zeros."""
-
-
-class _Block(NamedTuple):
-    """Rows [start, stop) and columns [left, right) of a tensor are those from `row` on of a matrix.
-
-    Attributes:
-        twice: rows of a head that is stored once for two equal ones; 0 for none.
-    """
-
-    start: int
-    stop: int
-    left: int
-    right: int
-    matrix: int
-    row: int
-    twice: int
+_INPUT_SCALE, _PRE_SCALE = ".input_scale", ".pre_quant_scale"
+"""As ModelOpt's Hugging Face directories call them, after the name of a module."""
 
 
 @dataclass(slots=True)
@@ -64,25 +52,28 @@ class Imagined(Roles):
         return self.asked.setdefault(name, SourceTensor(name, self.dtype, shape, (Piece(0, 0, rows, cols),)))
 
 
-def views_of(roles: Imagined, matrices: MatrixTable, spans: SpanTable, headers: Sequence[Header]) -> dict[str, SourceTensor]:
+def views_of(
+    roles: Imagined, matrices: MatrixTable, spans: SpanTable, headers: Sequence[Header], shards: Sequence[Shard]
+) -> dict[str, SourceTensor]:
     """The tensors that a layout asked for, at their places in the rank files.
 
     A weight that is stored as codes is a tensor of codes, and one of scales [N, 1], or [N, ranks] where each rank has measured its own
-    part of the inputs. Of group-wise integers scales and zeros are [groups, N].
+    part of the inputs. Of group-wise integers scales and zeros are [groups, N], but [N, groups] and [K] for W4A16_AWQ. FP8 per tensor
+    has a scale [1], or [N, 1] where matrices with scales of their own make up the weight, and one of its input.
 
     Args:
         matrices, spans: what the layout made of them.
-        headers: of the rank files.
+        headers, shards: of the rank files.
 
     Raises:
         RefusedError: codes that are not read back.
     """
-    blocks: dict[str, list[_Block]] = {name: [] for name in roles.asked}
+    blocks: dict[str, list[Block]] = {name: [] for name in roles.asked}
     for span in spans:
         for dest in span.dests:
             left, right = dest.cols[0]
             twice = span.op.block // 2 if span.op.kind == "dedup" else 0
-            blocks[span.source.name].append(_Block(span.start, span.stop, left, right, dest.matrix, dest.row, twice))
+            blocks[span.source.name].append(Block(span.start, span.stop, left, right, dest.matrix, dest.row, twice))
     found: dict[str, SourceTensor] = {}
     for name, tensor in roles.asked.items():
         axis = int(any(block.right - block.left < tensor.cols for block in blocks[name]))
@@ -91,11 +82,17 @@ def views_of(roles: Imagined, matrices: MatrixTable, spans: SpanTable, headers: 
         if isinstance(encoding, Plain):
             plain = SourceTensor(name, encoding.dtype, tensor.shape, pieces, axis)
             found[name] = less_one(plain) if encoding.add_one else plain
+            if encoding.dtype == F8_E4M3:
+                for scale, stored in ((name + SCALE, "weights"), (name.removesuffix(".weight") + _INPUT_SCALE, "activation")):
+                    found[scale] = scalar(scale, f"{stored}_scaling_factor", held, axis, headers, shards)
+            continue
+        if isinstance(encoding, PairedWeight):
+            found |= _paired(SourceTensor(name, I8, tensor.shape, pieces, axis), held, headers)
             continue
         if isinstance(encoding, PackedWeight):
             found[name] = laid_out(SourceTensor(name, encoding.dtype, tensor.shape, pieces, axis), encoding.layout)
             for suffix, stored in ((SCALE, "weights_scaling_factor"), (ZERO, "zero")):
-                found[name + suffix] = _groups(name + suffix, stored, held, axis, headers)
+                found[name + suffix] = groups(name + suffix, stored, held, axis, headers)
             continue
         if isinstance(encoding, WeightOnly):
             found[name] = laid_out(SourceTensor(name, encoding.dtype, tensor.shape, pieces, axis), encoding.layout)
@@ -110,29 +107,23 @@ def views_of(roles: Imagined, matrices: MatrixTable, spans: SpanTable, headers: 
     return found
 
 
-def _groups(name: str, stored: str, held: Sequence[tuple[_Block, Matrix]], axis: int, headers: Sequence[Header]) -> Strided:
-    """Scales or zeros [groups, N]: a rank has all groups of its channels, or its groups of all channels.
-
-    Args:
-        stored: last part of their name there.
-    """
-    pieces, strides, kind = list[Piece](), list[int](), F8_E4M3
-    for block, matrix in held:
-        entry = headers[matrix.file].tensors.get(f"{matrix.name}.{stored}")
-        if entry is None:
-            raise TensorError(f"rank{matrix.file}.safetensors: {matrix.name}.{stored} is missing, which group-wise weights need")
-        (groups, channels), kind = entry.shape, entry.dtype
-        item = kind.itemsize
-        pieces.append(Piece(matrix.file, entry.begin + block.row * item, groups, block.stop - block.start))
-        strides.append(channels * item)
-    rows = sum(piece.rows for piece in pieces) if axis else pieces[0].rows
-    cols = pieces[0].cols if axis else sum(piece.cols for piece in pieces)
-    return Strided(name, kind, (rows, cols), tuple(pieces), 1 - axis, tuple(strides))
+def _paired(weight: SourceTensor, held: Held, headers: Sequence[Header]) -> dict[str, SourceTensor]:
+    """W4A16_AWQ as ModelOpt exports it; what it lays out for a GPU is refused."""
+    for _, matrix in held:
+        stored = headers[matrix.file].tensors[f"{matrix.name}.weight"].dtype
+        if stored != I8:
+            raise RefusedError([f"{matrix.name}.weight is {stored}: W4A16_AWQ that is laid out for a GPU already is not read back"])
+    name, first = weight.name, held[0][1]
+    found: dict[str, SourceTensor] = {name: paired_rows(weight), name + SCALE: by_channel(name + SCALE, held, weight.axis, headers)}
+    if f"{first.name}.prequant_scaling_factor" in headers[first.file].tensors:
+        inputs = name.removesuffix(".weight") + _PRE_SCALE
+        found[inputs] = by_input(inputs, held, weight.axis, headers)
+    return found
 
 
-def _once(tensor: SourceTensor, blocks: Sequence[_Block], axis: int) -> list[_Block]:
+def _once(tensor: SourceTensor, blocks: Sequence[Block], axis: int) -> list[Block]:
     """Blocks that make up a tensor, one above the other or side by side; of equal ones on several ranks the first."""
-    at, taken = 0, list[_Block]()
+    at, taken = 0, list[Block]()
     for block in sorted(blocks, key=lambda block: (block.left if axis else block.start, block.matrix)):
         begin, end = (block.left, block.right) if axis else (block.start, block.stop)
         if begin == at:
@@ -143,7 +134,7 @@ def _once(tensor: SourceTensor, blocks: Sequence[_Block], axis: int) -> list[_Bl
     return taken
 
 
-def _pieces(held: Sequence[tuple[_Block, Matrix]], part: int) -> tuple[Piece, ...]:
+def _pieces(held: Sequence[tuple[Block, Matrix]], part: int) -> tuple[Piece, ...]:
     """Where the rows of blocks lie; a head that is stored once stands there twice.
 
     Args:

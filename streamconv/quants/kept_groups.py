@@ -1,0 +1,87 @@
+"""Scales and zeros [groups, N] of group-wise integers, as other containers have them: by channel, and zeros as whole numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from streamconv.checkpoint.dtypes import I32
+from streamconv.checkpoint.rows import SourceTensor
+from streamconv.checkpoint.shard import Shard
+from streamconv.checkpoint.stored_codes import as_float
+from streamconv.checkpoint.strided_rows import Strided
+from streamconv.errors import DataError, printable
+from streamconv.lazy import Bytes, np
+
+
+@dataclass(frozen=True, slots=True)
+class ByChannel(SourceTensor):
+    """[groups, N] read as [N, groups]."""
+
+    grouped: Strided = field(kw_only=True)
+
+    @property
+    def scratch_row_bytes(self) -> int:
+        return self.stored_row_bytes
+
+    def read(self, shards: Sequence[Shard], start: int, stop: int, out: Bytes, scratch: Bytes) -> None:
+        groups, count, item = self.grouped.rows, stop - start, self.dtype.itemsize
+        stored = scratch[: groups * count * item]
+        self.grouped.read_part(shards, (0, groups), (start, stop), stored)
+        out.reshape(count, groups, item)[:] = stored.reshape(groups, count, item).swapaxes(0, 1)
+
+    def drop_page_cache(self, shards: Sequence[Shard], start: int, stop: int) -> None:
+        """Nothing: the pages hold parts of other channels."""
+
+
+@dataclass(frozen=True, slots=True)
+class ZeroWords(SourceTensor):
+    """Zero points [N * bits / 32, groups], int32 words of unsigned integers, the lowest channel in the lowest bits.
+
+    A TensorRT-LLM checkpoint has (half - zero point) * scale in the model's type instead, half being 2^(bits-1).
+
+    Attributes:
+        scales, zeros: float [groups, N].
+    """
+
+    scales: Strided = field(kw_only=True)
+    zeros: Strided = field(kw_only=True)
+    bits: int = field(kw_only=True)
+
+    @property
+    def scratch_row_bytes(self) -> int:
+        return 24 * self.cols * 32 // self.bits
+
+    def read(self, shards: Sequence[Shard], start: int, stop: int, out: Bytes, scratch: Bytes) -> None:
+        each, groups, half = 32 // self.bits, self.cols, 1 << (self.bits - 1)
+        count = (stop - start) * each
+        numbers = []
+        for tensor in (self.scales, self.zeros):
+            raw = np.empty(groups * count * tensor.dtype.itemsize, np.uint8)
+            tensor.read_part(shards, (0, groups), (start * each, stop * each), raw)
+            numbers.append(as_float(raw, tensor.dtype.name).reshape(groups, count))
+        scales, zeros = numbers
+        with np.errstate(all="ignore"):
+            below = np.where(scales == 0, np.float32(0), np.rint(zeros / scales))
+            whole = np.abs(below * scales - zeros) <= np.abs(zeros) * np.float32(2.0**-8)  # a rounding to bfloat16
+        points = half - below
+        if not bool((whole & (points >= 0) & (points < 2 * half)).all()):
+            told = f"{printable(self.name)} has zeros that are no whole number of {self.bits} bits times their scale"
+            raise DataError(told, hint="--quant none decodes it")
+        shifts = np.arange(0, 32, self.bits, dtype=np.uint32)[None, :, None]
+        words = points.T.astype(np.uint32).reshape(stop - start, each, groups) << shifts
+        out.view(np.uint32)[:] = np.bitwise_or.reduce(words, 1).reshape(-1)
+
+    def drop_page_cache(self, shards: Sequence[Shard], start: int, stop: int) -> None:
+        """Nothing: the pages hold parts of other channels."""
+
+
+def by_channel(grouped: Strided) -> ByChannel:
+    """Scales [groups, N] as [N, groups]."""
+    return ByChannel(grouped.name, grouped.dtype, (grouped.cols, grouped.rows), grouped.pieces, grouped=grouped)
+
+
+def zero_words(scales: Strided, zeros: Strided, bits: int) -> ZeroWords:
+    """Zero points of group-wise integers."""
+    shape = (zeros.cols * bits // 32, zeros.rows)
+    return ZeroWords(zeros.name, I32, shape, (*zeros.pieces, *scales.pieces), scales=scales, zeros=zeros, bits=bits)
