@@ -55,6 +55,14 @@ class SourceTensors(Mapping[str, SourceTensor]):
         dtype, shape = self._table.kind(place)
         return dtype.itemsize * _matrix(shape)[1]
 
+    def row_align(self, place: int) -> int:
+        """Rows of a tensor that are read together, by its number."""
+        return 1
+
+    def holds(self, place: int, source: object) -> bool:
+        """Whether a source is the tensor with a number, as it is stored."""
+        return type(source) is SourceTensor and (source is (stored := self.at(place)) or source == stored)
+
     def __getitem__(self, name: str) -> SourceTensor:
         place = self._table.place(name)
         if place is None:

@@ -70,6 +70,14 @@ class TensorTable(Mapping[str, TensorRecord]):
         """Number of a tensor, None if there is none of that name."""
         return self._places.get(name)
 
+    def name(self, place: int) -> str:
+        """Name of a tensor by its number."""
+        return self._names[place]
+
+    def shard(self, place: int) -> int:
+        """Number of the file of a tensor by its number."""
+        return self._shard[place]
+
     def at(self, place: int) -> TensorRecord:
         """The tensor with a number."""
         dtype, shape, nbytes = self._kinds[self._kind[place]]

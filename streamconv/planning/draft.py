@@ -19,7 +19,7 @@ from streamconv.checkpoint.rows import RowSource
 from streamconv.errors import DataError
 from streamconv.memory import check_room
 from streamconv.planning.file_layout import Fixed, layout
-from streamconv.planning.matrix_table import BY_ROLE, MatrixTable, Spelling
+from streamconv.planning.matrix_table import BY_ROLE, Form, MatrixTable, Spelling
 from streamconv.planning.plan import PLAIN_ROWS, Constant, OutputFile, RowOp, SideFile, Span, align_of
 from streamconv.planning.row_order import in_row_order
 from streamconv.planning.span_table import SpanTable
@@ -56,25 +56,25 @@ _END = 0xFFFFFFFF
 class _Feeds:
     """Feeds in the order in which they come, chained by source; some numbers each."""
 
-    def __init__(self, sources: Sources) -> None:
-        self.sources = sources
+    def __init__(self) -> None:
         self.order = array("I")  # sources, in the order of their first feeds
         self._head, self._tail = array("I"), array("I")  # by source
         self._short, self._long = array("I"), array("Q")  # next, matrix, op, cols; start, stop, row
         self._ops, self._spreads = Pool[RowOp](), Pool[Cols]()
 
-    def add(self, source: RowSource, start: int, stop: int, op: RowOp, matrix: int, row: int, cols: Cols) -> None:
-        number, at = self.sources.number(source), len(self._short) // 4
-        if number >= len(self._head):
-            more = [_END] * (number + 1 + number // 4 - len(self._head))
+    def add(self, source: int, start: int, stop: int, op: RowOp, matrix: int, row: int, cols: Cols) -> None:
+        """Another feed of the source with a number."""
+        at = len(self._long) // 3
+        if source >= len(self._head):
+            more = [_END] * (source + 1 + source // 4 - len(self._head))
             self._head.extend(more)
             self._tail.extend(more)
-        if self._head[number] == _END:
-            self._head[number] = at
-            self.order.append(number)
+        if self._head[source] == _END:
+            self._head[source] = at
+            self.order.append(source)
         else:
-            self._short[4 * self._tail[number]] = at
-        self._tail[number] = at
+            self._short[4 * self._tail[source]] = at
+        self._tail[source] = at
         self._short.extend((_END, matrix, self._ops.number(op), self._spreads.number(cols)))
         self._long.extend((start, stop, row))
 
@@ -107,9 +107,9 @@ class Draft:
         self._files: list[tuple[str, Mapping[str, str] | None]] = []
         self._sources = Sources(stored)
         self._matrices = MatrixTable()
-        self._feeds = _Feeds(self._sources)
+        self._feeds = _Feeds()
         self._fixed: list[Fixed] = []
-        self._reductions: dict[str, list[tuple[RowSource, Reduction]]] = {}
+        self._reductions: dict[str, list[tuple[int, Reduction]]] = {}
 
     def file(self, name: str, metadata: Mapping[str, str] | None = None) -> int:
         """Add a safetensors file; gives its number."""
@@ -129,7 +129,24 @@ class Draft:
         spelling: Spelling = BY_ROLE,
     ) -> int:
         """Add a matrix [rows, cols], or [experts, rows, cols]; gives its number."""
-        return self._matrices.add(file, name, rows, cols, encoding, experts, note, spelling)
+        return self._matrices.add(file, name, self._matrices.form(Form(rows, cols, encoding, experts, note, spelling)))
+
+    def form(self, rows: int, cols: int, encoding: Encoding, spelling: Spelling) -> int:
+        """What many matrices share; gives its number."""
+        return self._matrices.form(Form(rows, cols, encoding, spelling=spelling))
+
+    def whole(self, file: int, name: str, form: int, place: int, rows: int, cols: Cols) -> int:
+        """Add a matrix that takes all rows of the source's tensor with a number; gives its number.
+
+        Args:
+            form: its number.
+            rows, cols: all of the tensor's.
+        """
+        matrix = self._matrices.add(file, name, form)
+        if rows:
+            self._matrices.fill(matrix, rows)
+            self._feeds.add(place, 0, rows, PLAIN_ROWS, matrix, 0, cols)
+        return matrix
 
     def tensors(self, matrix: int) -> list[str]:
         """Names of the tensors of a matrix."""
@@ -154,12 +171,17 @@ class Draft:
         if source is None or start >= stop:
             return
         row = self._matrices.fill(matrix, op.out_rows(stop - start))
-        self._feeds.add(source, start, stop, op, matrix, row, tuple(cols or ((0, source.cols),)))
+        self._feeds.add(self._sources.number(source), start, stop, op, matrix, row, tuple(cols or ((0, source.cols),)))
 
-    def reduce(self, source: RowSource | None, reduction: Reduction) -> None:
-        """All rows of the source contribute to a reduction, before anything that needs it."""
+    def source(self, source: RowSource) -> int:
+        """Its number; a tensor of the source has its own."""
+        return self._sources.number(source)
+
+    def reduce(self, source: RowSource | int | None, reduction: Reduction) -> None:
+        """All rows of the source (or of that with a number) contribute to a reduction, before anything that needs it."""
         if source is not None:
-            self._reductions.setdefault(reduction.key, []).append((source, reduction))
+            number = source if isinstance(source, int) else self._sources.number(source)
+            self._reductions.setdefault(reduction.key, []).append((number, reduction))
 
     def fed(self, sources: Iterable[str]) -> dict[int, list[Fed]]:
         """Matrix -> what it was given so far from these sources (by name), in the order of its rows."""
@@ -221,23 +243,22 @@ class Draft:
         """The spans, each reduction right before the first of them that needs it."""
         if not self._reductions:
             return spans
-        done: set[str] = set()
+        made, done = SpanTable(self._sources), set[str]()
 
-        def before(keys: tuple[str, ...]) -> Iterator[Span]:
+        def before(keys: tuple[str, ...]) -> None:
             for key in keys:
                 if key not in done:
                     done.add(key)
-                    for source, reduction in self._reductions[key]:
-                        yield from before(reduction.needs)
-                        yield Span(source, 0, source.rows, PLAIN_ROWS, (), source.row_align, reduction)
+                    for number, reduction in self._reductions[key]:
+                        before(reduction.needs)
+                        source = self._sources[number]
+                        made.add(number, 0, source.rows, PLAIN_ROWS, source.row_align, reduction)
 
-        def all_of() -> Iterator[Span]:
-            for span in spans:
-                for dest in span.dests:
-                    yield from before(self._matrices.encoding(dest.matrix).needs)
-                yield span
-
-        return self._table(all_of())
+        for at in range(len(spans)):
+            for matrix in spans.takers(at):
+                before(self._matrices.encoding(matrix).needs)
+            made.take(spans, at)
+        return made
 
     def _cut(self, spans: SpanTable, source: int, feeds: list[_Feed]) -> None:
         """The spans of a source, by its number."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Protocol
 
@@ -37,6 +37,28 @@ class ByRole:
 BY_ROLE = ByRole()
 
 
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What matrices that differ in file and name alone share: [rows, cols], or [experts, rows, cols]."""
+
+    rows: int
+    cols: int
+    encoding: Encoding
+    experts: int = 0
+    note: str = ""
+    spelling: Spelling = BY_ROLE
+
+    @property
+    def all_rows(self) -> int:
+        """Of all experts."""
+        return self.rows * max(self.experts, 1)
+
+    def parts(self) -> tuple[Part, ...]:
+        """The tensors of such a matrix."""
+        parts = self.encoding.parts(self.rows, self.cols, self.experts)
+        return tuple([replace(part, shape=self.spelling.shape(part, self.rows, self.cols)) for part in parts])
+
+
 class MatrixTable(Table[Matrix]):
     """Matrices by number. Once `complete`, their tensors get their places in the files.
 
@@ -46,30 +68,29 @@ class MatrixTable(Table[Matrix]):
 
     def __init__(self) -> None:
         super().__init__()
-        self._file, self._rows, self._cols, self._filled = array("H"), array("Q"), array("Q"), array("Q")
-        self._encoding, self._note, self._experts = array("I"), array("I"), array("I")
-        self._names, self._first = array("I"), array("I", [0])
-        self._modules, self._encodings, self._notes = Pool[str](), Pool[Encoding](), Pool[str]()
-        self._offset, self._position = array("Q"), array("I")
-        self._spelling, self._spellings = array("I"), Pool[Spelling]()
+        self._file, self._form, self._filled, self._names = array("H"), array("I"), array("Q"), array("I")
+        self._first, self._offset, self._position = array("I", [0]), array("Q"), array("I")
+        self._modules, self._forms, self._encodings = Pool[str](), Pool[Form](), Pool[Encoding]()
+        self._parts: list[tuple[Part, ...]] = []  # of each form
+        self._encoding: list[int] = []  # the same
         self.data_starts: list[int] = []
-        self._known: dict[tuple[int, int, int, int, int], tuple[Part, ...]] = {}
 
-    def add(
-        self, file: int, name: str, rows: int, cols: int, encoding: Encoding, experts: int, note: str, spelling: Spelling = BY_ROLE
-    ) -> int:
-        """A matrix [rows, cols], or [experts, rows, cols]; gives its number."""
-        self._spelling.append(self._spellings.number(spelling))
+    def form(self, form: Form) -> int:
+        """Its number."""
+        number = self._forms.number(form)
+        if number == len(self._parts):
+            self._parts.append(form.parts())
+            self._encoding.append(self._encodings.number(form.encoding))
+        return number
+
+    def add(self, file: int, name: str, form: int) -> int:
+        """A matrix of the form with a number; gives its own."""
         self._file.append(file)
-        self._names.append(self._modules.number(name))
-        self._rows.append(rows * max(experts, 1))
-        self._cols.append(cols)
+        self._form.append(form)
         self._filled.append(0)
-        self._experts.append(experts)
-        self._encoding.append(self._encodings.number(encoding))
-        self._note.append(self._notes.number(note))
-        self._first.append(self._first[-1] + len(self.parts(len(self) - 1)))
-        return len(self) - 1
+        self._names.append(self._modules.number(name))
+        self._first.append(self._first[-1] + len(self._parts[form]))
+        return len(self._form) - 1
 
     def fill(self, number: int, rows: int) -> int:
         """More rows have a source; gives how many had one before."""
@@ -81,6 +102,8 @@ class MatrixTable(Table[Matrix]):
         """No matrix follows; `put` may place their tensors."""
         self._offset, self._position = array("Q", bytes(8 * self._first[-1])), array("I", bytes(4 * self._first[-1]))
         self._modules.close()
+        self._forms.close()
+        self._encodings.close()
 
     def put(self, number: int, part: int, offset: int, position: int) -> None:
         """Where a part lies: byte of the file's data, and its place in the order of them."""
@@ -88,16 +111,12 @@ class MatrixTable(Table[Matrix]):
 
     def parts(self, number: int) -> tuple[Part, ...]:
         """The tensors of a matrix."""
-        key = self._encoding[number], self._rows[number], self._cols[number], self._experts[number], self._spelling[number]
-        if key not in self._known:
-            rows, cols, spelling = key[1] // max(key[3], 1), key[2], self._spellings.values[key[4]]
-            parts = self.encoding(number).parts(rows, cols, key[3])
-            self._known[key] = tuple([replace(part, shape=spelling.shape(part, rows, cols)) for part in parts])
-        return self._known[key]
+        return self._parts[self._form[number]]
 
     def tensor(self, number: int, part: int) -> str:
         """The name of a part's tensor."""
-        return self._spellings.values[self._spelling[number]].name(self.name(number), self.parts(number)[part].role)
+        form = self._form[number]
+        return self._forms.values[form].spelling.name(self.name(number), self._parts[form][part].role)
 
     def name(self, number: int) -> str:
         return self._modules.values[self._names[number]]
@@ -126,7 +145,7 @@ class MatrixTable(Table[Matrix]):
         """These matrices at the same places, numbered from 0."""
         made = copy(self)
         made._made = lru_cache(KEPT)(made._make)
-        for name in ("_file", "_rows", "_cols", "_filled", "_encoding", "_note", "_experts", "_names", "_spelling"):
+        for name in ("_file", "_form", "_filled", "_names"):
             held: array[int] = getattr(self, name)
             setattr(made, name, array(held.typecode, [held[number] for number in numbers]))
         made._first, made._offset, made._position = array("I", [0]), array("Q"), array("I")
@@ -139,7 +158,8 @@ class MatrixTable(Table[Matrix]):
 
     def bytes_of(self, number: int) -> int:
         """Bytes of all tensors of a matrix."""
-        return sum(part.nbytes(self._rows[number]) for part in self.parts(number))
+        rows = self._forms.values[self._form[number]].all_rows
+        return sum(part.nbytes(rows) for part in self.parts(number))
 
     @property
     def nbytes(self) -> int:
@@ -148,24 +168,25 @@ class MatrixTable(Table[Matrix]):
 
     def unfilled(self) -> Iterator[Matrix]:
         """Matrices that end in rows without a source."""
-        return (self._make(number) for number in range(len(self)) if self._filled[number] < self._rows[number])
+        wanted = [form.all_rows for form in self._forms.values]
+        return (self._make(number) for number, form in enumerate(self._form) if self._filled[number] < wanted[form])
 
     def encoding(self, number: int) -> Encoding:
-        return self._encodings.values[self._encoding[number]]
+        return self._forms.values[self._form[number]].encoding
 
     def encoding_number(self, number: int) -> int:
         """Equal encodings have equal numbers."""
-        return self._encoding[number]
+        return self._encoding[self._form[number]]
 
     def __len__(self) -> int:
-        return len(self._note)
+        return len(self._form)
 
     def _make(self, number: int) -> Matrix:
         name, first, start = self.name(number), self._first[number], self.data_starts[self._file[number]]
-        spelling = self._spellings.values[self._spelling[number]]
+        form = self._forms.values[self._form[number]]
         places = tuple(
             PartPlace(
-                spelling.name(name, part.role),
+                form.spelling.name(name, part.role),
                 start + self._offset[first + at],
                 part.record_bytes,
                 self._position[first + at],
@@ -173,5 +194,4 @@ class MatrixTable(Table[Matrix]):
             )
             for at, part in enumerate(self.parts(number))
         )
-        rows, cols, filled = self._rows[number], self._cols[number], self._filled[number]
-        return Matrix(self._file[number], name, rows, cols, filled, self.encoding(number), places, self._notes.values[self._note[number]])
+        return Matrix(self._file[number], name, form.all_rows, form.cols, self._filled[number], form.encoding, places, form.note)

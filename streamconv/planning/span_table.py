@@ -47,6 +47,14 @@ class SpanTable(Table[Span]):
         self._dests.extend((matrix, self._spreads.number(cols)))
         self._row.append(row)
 
+    def take(self, other: SpanTable, number: int) -> None:
+        """A span that writes, of another table over the same sources."""
+        source, op, _ = other._short[4 * number : 4 * number + 3]
+        start, stop, align = other._long[3 * number : 3 * number + 3]
+        self.add(source, start, stop, other._ops.values[op], align)
+        for at in other._of(number):
+            self.add_dest(other._dests[2 * at], other._row[at], other._spreads.values[other._dests[2 * at + 1]])
+
     def _of(self, number: int) -> range:
         """Where the destinations of a span are."""
         after = 4 * number + 7

@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Generic, Protocol, TypeVar, overload
 
 from streamconv.checkpoint.dtypes import DType
-from streamconv.checkpoint.rows import RowSource, SourceTensor
+from streamconv.checkpoint.rows import RowSource
 
 _T = TypeVar("_T")
 _H = TypeVar("_H", bound=Hashable)
@@ -71,9 +71,11 @@ class Stored(Protocol):
     """The tensors of a source: by name, and by number without making them."""
 
     def place(self, name: str) -> int | None: ...
-    def at(self, place: int) -> SourceTensor: ...
+    def at(self, place: int) -> RowSource: ...
+    def holds(self, place: int, source: RowSource) -> bool: ...
     def kind(self, place: int) -> tuple[DType, int]: ...
     def row_bytes(self, place: int) -> int: ...
+    def row_align(self, place: int) -> int: ...
     def __len__(self) -> int: ...
 
 
@@ -97,10 +99,8 @@ class Sources:
         if known is not None:
             return known
         place = self._stored.place(source.name)
-        if place is not None and type(source) is SourceTensor:
-            stored = self._stored.at(place)
-            if source is stored or source == stored:
-                return place
+        if place is not None and self._stored.holds(place, source):
+            return place
         known = self._numbers[source.name] = len(self._stored) + len(self._others)
         self._others[known] = source
         return known
@@ -121,8 +121,7 @@ class Sources:
 
     def row_align(self, number: int) -> int:
         """Rows that are read together."""
-        other = self._others.get(number)
-        return 1 if other is None else other.row_align
+        return self._stored.row_align(number) if number < len(self._stored) else self._others[number].row_align
 
     def stored_row_bytes(self, number: int) -> int:
         """Bytes of the checkpoint that a row is read from; 0 for what is computed."""

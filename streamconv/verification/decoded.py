@@ -24,8 +24,9 @@ from streamconv.options import Resources
 from streamconv.planning import memory_plan
 from streamconv.progress import Meter
 from streamconv.targets.hf.model_types import text_config
-from streamconv.targets.hf.sources import Weight, stored_weights
+from streamconv.targets.hf.sources import Weight
 from streamconv.targets.hf.stacked import unstack
+from streamconv.targets.hf.stored import stored_weights
 from streamconv.targets.hf.target import HuggingFace
 from streamconv.verification.difference import numbers, opened, read_elements
 from streamconv.verification.nearest import Format, format_of, nearest

@@ -18,7 +18,8 @@ from streamconv.errors import CheckpointError, RefusedError
 from streamconv.families.naming import settle
 from streamconv.hub import open_stored
 from streamconv.quants.decoded_rows import DecodedAffine, DecodedIntegers, DecodedTensor
-from streamconv.targets.hf.sources import Weight, stored_weights
+from streamconv.targets.hf.sources import Weight
+from streamconv.targets.hf.stored import stored_weights
 from streamconv.targets.trtllm.rank_source import is_rank_folder
 
 _RANK = re.compile(r"rank(0|[1-9]\d{0,3})\.safetensors")

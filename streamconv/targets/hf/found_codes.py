@@ -9,13 +9,13 @@ from streamconv.checkpoint.index import Index
 from streamconv.errors import TensorError, UsageError, printable
 from streamconv.families.naming import settle
 from streamconv.natural import natural
+from streamconv.targets.hf.fates import Fate
 from streamconv.targets.hf.recipes import Recipe
-from streamconv.targets.hf.rules import Module
-from streamconv.targets.hf.sources import Stored
+from streamconv.targets.hf.stored import Stored
 
 
 def taken(
-    codes: Codes, index: Index, stored: Stored, wanted: Mapping[str, Module], group: int, recipe: Recipe
+    codes: Codes, index: Index, stored: Stored, wanted: Mapping[str, Fate], group: int, recipe: Recipe
 ) -> tuple[dict[str, Found], dict[str, ApartTensor]]:
     """(module -> its codes, norm or bias -> what takes its place); a search knows them by the names of the family tables.
 
@@ -40,7 +40,7 @@ def taken(
     changed = codes.changed()
     others = {name: changed[own] for name, own in settled.items() if own in changed}
     for name, tensor in others.items():
-        if (tensor.shape, tensor.dtype) != (stored.shapes[name], stored.weights[name].dtype):
+        if (tensor.shape, tensor.dtype) != (stored.form(name).shape, stored.form(name).dtype):
             raise TensorError(f"{printable(str(codes.path))}: {printable(name)} is not of the model's shape and type", hint=HINT)
     return found, others
 

@@ -12,7 +12,7 @@ from streamconv.planning.plan import SideFile
 from streamconv.targets.hf import config_json
 from streamconv.targets.hf.keep import keep
 from streamconv.targets.hf.keep_ranks import keep_ranks
-from streamconv.targets.hf.layout import SHARD, shards_of
+from streamconv.targets.hf.shards import shards_of
 from streamconv.targets.hf.side_files import OLD, side_files
 from streamconv.targets.hf.target import CONTAINERS
 
@@ -35,7 +35,7 @@ def describe_kept(index: Index, target: HuggingFace, draft: Draft) -> None:
     else:
         kept = keep(index, SourceTensors(index), wanted, draft)
     places: dict[str, str] = {}
-    for name, tensors in shards_of(index, kept.files, kept.nbytes, target.max_shard_size or (SHARD if index.views else None)).items():
+    for name, tensors in shards_of(index, kept.files.__getitem__, kept.nbytes, target.max_shard_size).items():
         number = draft.file(name, {"format": "pt"})
         for tensor in tensors:
             kept.tensors[tensor](number)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import struct
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from streamconv.checkpoint.activation_ranges import Ranges
 from streamconv.checkpoint.codes_file import ApartTensor, Codes, Found
@@ -18,6 +16,7 @@ from streamconv.checkpoint.rows import NoSource
 from streamconv.errors import printable
 from streamconv.planning.draft import Draft
 from streamconv.planning.plan import SideFile
+from streamconv.planning.tables import Cols
 from streamconv.quants.awq import PairedCodes
 from streamconv.quants.base import Encoding, Part
 from streamconv.quants.fp8_tensor import Fp8Scale, WeightMaximum
@@ -25,23 +24,21 @@ from streamconv.quants.given_codes import Words
 from streamconv.quants.plain import Plain
 from streamconv.targets.hf import config_json
 from streamconv.targets.hf.card import NAME, Done, card, left
+from streamconv.targets.hf.fates import Fate, Fates
 from streamconv.targets.hf.found_codes import taken
 from streamconv.targets.hf.input_scales import cache_maxima, input_maxima
 from streamconv.targets.hf.recipes import BLOCK, Recipe, Request
-from streamconv.targets.hf.rules import Module, classify, default_reason, grouped, matches, partners, split_groups
+from streamconv.targets.hf.rules import default_reason, partners
+from streamconv.targets.hf.shards import shards_of
 from streamconv.targets.hf.side_files import side_files
-from streamconv.targets.hf.sources import Stored, Weight, stored_weights
 from streamconv.targets.hf.stacked import unstack
+from streamconv.targets.hf.stored import Form, Stored
 
 if TYPE_CHECKING:
     from streamconv.targets.hf.target import HuggingFace
 
-_APART = ("kv_b_proj", "k_b_proj", "eh_proj")
-"""Modules that TensorRT-LLM never reads as FP8 tiles; the first two are also taken apart for attention."""
 _FLOATS = ("F32", "F16", "BF16")
 _METADATA = {"format": "pt"}
-SHARD = 5 * 10**9
-"""Bytes of a file where the source's files are cut in another way: what transformers takes."""
 _ONE = {"F32": b"\0\0\x80\x3f", "F16": b"\0\x3c", "BF16": b"\x80\x3f"}
 
 
@@ -58,8 +55,7 @@ class Whole:
         return self.recorded
 
 
-_plain, _whole = cache(Plain), cache(Whole)
-"""A model of experts has some tens of thousands of weights, and few types and shapes."""
+_plain = cache(Plain)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +81,14 @@ class Layout:
         into: float type of weights that are decoded.
         ranges: what a calibration run measured, where something needs it.
         codes: what a search found, where --method has one.
-        inputs: module -> largest input; cached: weight -> attention, k or v, largest output; searched: module -> its codes; changed: norm
-            or bias -> what takes its place.
+        fates: module -> what becomes of it; inputs: module -> largest input; cached: weight -> attention, k or v, largest output;
+            searched: module -> its codes; changed: norm or bias -> what takes its place.
+        decoded: weights of the source that are decoded.
+        whole, codecs: what is known of forms of weights.
     """
 
     index: Index
+    stored: Stored
     target: HuggingFace
     recipe: Recipe | None
     draft: Draft
@@ -97,100 +96,66 @@ class Layout:
     ranges: Ranges | None = None
     codes: Codes | None = None
     refused: list[str] = field(default_factory=list)
-    names: set[str] = field(default_factory=set)
+    fates: dict[str, Fate] = field(default_factory=dict)
     inputs: dict[str, float] = field(default_factory=dict)
     cached: dict[str, tuple[str, str, float]] = field(default_factory=dict)
     searched: dict[str, Found] = field(default_factory=dict)
     changed: dict[str, ApartTensor] = field(default_factory=dict)
+    decoded: int = 0
+    whole: dict[Form, tuple[int, Cols]] = field(default_factory=dict)
+    codecs: dict[Form, tuple[Encoding, int, list[str]]] = field(default_factory=dict)
 
     def describe(self) -> None:
-        stored = stored_weights(self.index, self.into)
+        stored, fates = self.stored, None
+        self.decoded = stored.decoded
         if self.recipe is not None:
             unstack(stored, self.index.config)
-        self.names = set(stored.weights)
-        modules = self._modules(stored)
-        wanted = {module.name: module for module in modules if not module.reason}
-        self._check(modules, wanted)
-        if self.refused:
-            return
-        if self.ranges is not None and self.recipe is not None:
-            self.inputs = input_maxima(self.ranges, wanted) if self.recipe.input_scale is not None else {}
-            self.cached = cache_maxima(self.ranges, stored.shapes) if self.target.kv_cache is not None else {}
-        if self.codes is not None:
-            assert self.recipe is not None
-            self.searched, self.changed = taken(self.codes, self.index, stored, wanted, self.target.group_size, self.recipe)
-        files = self._files(stored)
+            fates = Fates(stored, self.target, self.recipe)
+            self.fates, self.refused = fates.by_name, fates.refused
+            if self.refused:
+                return
+            if self.ranges is not None:
+                shapes = {name: stored.form(name).shape for name in stored.order}
+                self.inputs = input_maxima(self.ranges, fates.wanted()) if self.recipe.input_scale is not None else {}
+                self.cached = cache_maxima(self.ranges, shapes) if self.target.kv_cache is not None else {}
+            if self.codes is not None:
+                found = taken(self.codes, self.index, stored, fates.wanted(), self.target.group_size, self.recipe)
+                self.searched, self.changed = found
         places: dict[str, str] = {}
-        for name, tensors in files.items():
+        for name, tensors in self._files().items():
             number = self.draft.file(name, _METADATA)
             for tensor in tensors:
-                for made in self._tensor(number, tensor, stored, wanted):
+                for made in self._tensor(number, tensor):
                     places[made] = name
-        self._say(modules, wanted, stored)
-        self._side_files(modules, wanted, stored, places)
-
-    # ---- what is quantized
-
-    def _modules(self, stored: Stored) -> list[Module]:
-        if self.recipe is None:
-            return []
-        shapes = {name: shape for name, shape in stored.shapes.items() if stored.weights[name].dtype.name in _FLOATS}
-        modules = classify(shapes, self.target.ignore, self.target.only)
-        odd = {m.name for m in modules if not m.reason and self._left(m)}
-        odd |= {other for name in odd for other in partners(name)}
-        why = "a size is no multiple of 128, alone or of a partner"
-        return [dataclasses.replace(m, reason=why) if m.name in odd and not m.reason else m for m in modules]
-
-    def _left(self, module: Module) -> bool:
-        """Tiles that readers would cut otherwise: transformers takes their size from the grid, and activations come in groups of 128."""
-        recipe = self.recipe
-        assert recipe is not None
-        if not recipe.tiles or matches(module.name, self.target.only):
-            return False
-        if recipe.container == "hf":
-            return bool(module.rows % BLOCK or module.cols % BLOCK) or module.name.endswith(_APART)
-        return recipe.container == "compressed-tensors" and self.target.arithmetic == "float32" and bool(module.cols % BLOCK)
-
-    def _check(self, modules: list[Module], wanted: dict[str, Module]) -> None:
-        recipe = self.recipe
-        if recipe is None:
-            return
-        unit = recipe.unit or self.target.group_size
-        bad = [m for m in wanted.values() if m.cols % unit or m.rows % recipe.whole]
-        for key, count in grouped(bad).items():
-            one = next(m for m in bad if grouped([m]) == {key: 1})
-            more = f" (and {count - 1} like it)" if count > 1 else ""
-            group = f"groups of {unit}" if recipe.unit != 1 else "pairs of rows"
-            self.refused.append(
-                f"{printable(one.name)}{more}: shape [{one.rows}, {one.cols}] does not divide into {group}: choose another --group-size,"
-                f" or leave it and its partners with --ignore 're:.*\\.{one.name.rpartition('.')[2]}$'"
-            )
-        self.refused += split_groups(modules)
-        if not wanted and not self.refused:
-            self.refused.append("nothing is left to quantize: every weight is ignored")
-        if self.target.only:
-            for pattern in self.target.only:
-                if not any(matches(m.name, [pattern]) for m in modules):
-                    self.refused.append(f"--only {printable(pattern)} matches no linear layer")
+        self._say(fates)
+        self._side_files(places)
 
     # ---- files
 
-    def _files(self, stored: Stored) -> dict[str, list[str]]:
+    def _files(self) -> dict[str, list[str]]:
         """Output file -> names of the source's tensors that it takes, in order."""
-        most = self.target.max_shard_size or (SHARD if self.index.views else None)
-        sizes = {name: weight.nbytes if most is not None else 0 for name, weight in stored.weights.items()}
-        return shards_of(self.index, stored.files, sizes, most)
+        sizes = {name: self.stored.form(name).nbytes for name in self.stored.order}
+        return shards_of(self.index, self.stored.file, sizes, self.target.max_shard_size)
 
-    def _tensor(self, file: int, name: str, stored: Stored, wanted: dict[str, Module]) -> list[str]:
+    def _tensor(self, file: int, name: str) -> list[str]:
         """Add one weight of the source; gives the names of the tensors it becomes."""
-        weight, module = stored.weights[name], name.removesuffix(".weight")
+        form, module = self.stored.form(name), name.removesuffix(".weight")
         scales = self._cache_scale(file, name)
-        if self.recipe is None or module not in wanted or not name.endswith(".weight"):
-            rows, plain = weight.rows, _plain(self._plain_dtype(weight, stored))
-            matrix = self.draft.matrix(file, name, rows, weight.cols, plain, spelling=_whole(stored.shapes[name]))
-            self.draft.feed(matrix, self.changed.get(name, weight), 0, rows)
-            return [name, *scales]
-        return self._quantized(file, module, weight, self.recipe, stored) + scales
+        fate = self.fates.get(module) if module != name else None
+        if fate is not None and not fate.reason and self.recipe is not None:
+            return self._quantized(file, name, form, self.recipe) + scales
+        if form not in self.whole:
+            made = self.draft.form(form.rows, form.cols, _plain(self._plain_dtype(form)), Whole(form.shape))
+            self.whole[form] = made, ((0, form.cols),)
+        self.draft.whole(file, name, self.whole[form][0], self._source(name), form.rows, self.whole[form][1])
+        return [name, *scales]
+
+    def _source(self, name: str) -> int:
+        """What the rows of a weight are read from, by its number."""
+        place = self.stored.order[name]
+        if name in self.changed:
+            return self.draft.source(self.changed[name])
+        return place if isinstance(place, int) else self.draft.source(place.weight)
 
     def _cache_scale(self, file: int, weight: str) -> list[str]:
         """Add the scale of the FP8 KV cache that stands beside k_proj or v_proj."""
@@ -202,113 +167,131 @@ class Layout:
         self.draft.constant(file, name, F32, () if modelopt else (1,), struct.pack("<f", largest / 448.0))
         return [name]
 
-    def _plain_dtype(self, weight: Weight, stored: Stored) -> DType:
-        cast = self.index.views or (self.target.dtype != "auto" and not stored.decoded)
-        return self.into if cast and weight.dtype.name in _FLOATS else weight.dtype
+    def _plain_dtype(self, form: Form) -> DType:
+        cast = self.index.views or (self.target.dtype != "auto" and not self.decoded)
+        return self.into if cast and form.dtype.name in _FLOATS else form.dtype
 
-    def _quantized(self, file: int, module: str, weight: Weight, recipe: Recipe, stored: Stored) -> list[str]:
-        rows, cols = weight.rows, weight.cols
-        lone = recipe.lone if _within_tile(weight) else None
-        group = [name for name in partners(module) or (module,) if f"{name}.weight" in self.names]
-        shares = recipe.shared is not None or (lone is not None and self._shares(group[0], stored))
-        key = "amax of " + (group[0] if shares else module)
-        request = Request(weight.dtype, self.target.group_size, self.target.arithmetic, key, self.target.method)
+    def _codec(self, form: Form, key: str) -> Encoding:
+        """How weights of a form are stored.
+
+        Args:
+            key: of the maximum that their scale follows from, if there is one.
+        """
+        recipe, target = cast(Recipe, self.recipe), self.target
+        lone = recipe.lone if _within_tile(form) else None
+        return (lone[0] if lone else recipe.codec)(Request(form.dtype, target.group_size, target.arithmetic, key, target.method))
+
+    def _quantized(self, file: int, name: str, form: Form, recipe: Recipe) -> list[str]:
+        module, rows, cols = name[: -len(".weight")], form.rows, form.cols
         searched = self.searched.get(module)
         if searched is not None:
             codec: Encoding = Words(4) if recipe.container == "compressed-tensors" else PairedCodes()
-        else:
-            codec = (lone[0] if lone else recipe.codec)(request)
-        matrix = self.draft.matrix(file, module, rows, cols, codec, spelling=Spelled(recipe))
-        made = self.draft.tensors(matrix)
-        self.draft.feed(matrix, weight if searched is None else searched.codes, 0, rows)
-        if searched is not None:
-            made.append(f"{module}.{recipe.tensors['scale']}")
-            kind = Plain(weight.dtype if recipe.container == "compressed-tensors" else F32)
+            matrix = self.draft.matrix(file, module, rows, cols, codec, spelling=Spelled(recipe))
+            self.draft.feed(matrix, searched.codes, 0, rows)
+            made = [*self.draft.tensors(matrix), f"{module}.{recipe.tensors['scale']}"]
+            kind = Plain(form.dtype if recipe.container == "compressed-tensors" else F32)
             scale = self.draft.matrix(file, made[-1], rows, searched.scales.cols, kind, spelling=Whole(searched.scales.shape))
             self.draft.feed(scale, searched.scales, 0, rows)
-        if codec.needs:
-            self.draft.reduce(weight, WeightMaximum(key))
-        if recipe.shared is not None:
-            suffix, shared = recipe.shared
-            self._scalar(file, f"{module}.{suffix}", shared(request), made)
-        elif codec.needs:
-            self._scalar(file, f"{module}.weight_scale", lone[1](request) if lone else Fp8Scale(key), made)
+        else:
+            if form not in self.codecs:
+                codec = self._codec(form, "")
+                number = self.draft.form(rows, cols, codec, Spelled(recipe))
+                self.codecs[form] = codec, number, [recipe.tensors[part.role] for part in codec.parts(rows, cols)]
+            codec, number, endings = self.codecs[form]
+            made, source, key = [f"{module}.{ending}" for ending in endings], self._source(name), ""
+            if codec.needs:
+                key = self._key(module, form, recipe)
+                number = self.draft.form(rows, cols, self._codec(form, key), Spelled(recipe))
+                self.draft.reduce(source, WeightMaximum(key))
+            self.draft.whole(file, module, number, source, rows, ((0, cols),))
+            if key:
+                self._scale(file, module, form, recipe, key, made)
         if recipe.input_scale is not None:
             suffix, of, shape = recipe.input_scale
             self._constant(file, f"{module}.{suffix}", F32, shape, struct.pack("<f", of(self.inputs[module])), made)
         if recipe.weight_shape:
             self._constant(file, f"{module}.weight_shape", I64, (2,), struct.pack("<2q", rows, cols), made)
         if recipe.pre_scales and not partners(module):
-            self._pre_scale(file, f"{module}.{recipe.pre_scales}", weight, searched, made)
+            self._pre_scale(file, f"{module}.{recipe.pre_scales}", form, searched, made)
         return made
 
-    def _pre_scale(self, file: int, name: str, weight: Weight, searched: Found | None, made: list[str]) -> None:
+    def _pre_scale(self, file: int, name: str, form: Form, searched: Found | None, made: list[str]) -> None:
         if searched is None or searched.multiplier is None:
-            self._constant(file, name, weight.dtype, (weight.cols,), _ONE[weight.dtype.name] * weight.cols, made)
+            self._constant(file, name, form.dtype, (form.cols,), _ONE[form.dtype.name] * form.cols, made)
             return
-        matrix = self.draft.matrix(file, name, weight.cols, 1, Plain(weight.dtype), spelling=Whole((weight.cols,)))
-        self.draft.feed(matrix, searched.multiplier, 0, weight.cols)
+        matrix = self.draft.matrix(file, name, form.cols, 1, Plain(form.dtype), spelling=Whole((form.cols,)))
+        self.draft.feed(matrix, searched.multiplier, 0, form.cols)
         made.append(name)
 
-    def _shares(self, first: str, stored: Stored) -> bool:
-        """ModelOpt gives partners one scale if the first of them has only one; each expert's keep their own."""
-        return ".experts." not in first and _within_tile(stored.weights[f"{first}.weight"])
+    def _key(self, module: str, form: Form, recipe: Recipe) -> str:
+        """The maximum that a weight's scale follows from: its own, or that of all its partners."""
+        first = next((name for name in partners(module) if f"{name}.weight" in self.stored.order), module)
+        shares = recipe.shared is not None
+        if not shares and recipe.lone is not None and _within_tile(form):  # ModelOpt: if the first has only one; but experts keep their own
+            shares = ".experts." not in first and _within_tile(self.stored.form(f"{first}.weight"))
+        return "amax of " + (first if shares else module)
+
+    def _scale(self, file: int, module: str, form: Form, recipe: Recipe, key: str, made: list[str]) -> None:
+        """Add the scale of a whole weight."""
+        suffix, codec = recipe.shared or ("weight_scale", recipe.lone[1] if recipe.lone and _within_tile(form) else None)
+        request = Request(form.dtype, self.target.group_size, self.target.arithmetic, key, self.target.method)
+        shape = () if recipe.container == "modelopt" else (1,)
+        name = f"{module}.{suffix}"
+        matrix = self.draft.matrix(file, name, 1, 1, codec(request) if codec else Fp8Scale(key), spelling=Whole(shape))
+        self.draft.feed(matrix, NoSource(name), 0, 1)
+        made.append(name)
 
     def _constant(self, file: int, name: str, dtype: DType, shape: tuple[int, ...], data: bytes, made: list[str]) -> None:
         self.draft.constant(file, name, dtype, shape, data)
         made.append(name)
 
-    def _scalar(self, file: int, name: str, codec: Encoding, made: list[str]) -> None:
-        shape = () if self.recipe is not None and self.recipe.container == "modelopt" else (1,)
-        matrix = self.draft.matrix(file, name, 1, 1, codec, spelling=Whole(shape))
-        self.draft.feed(matrix, NoSource(name), 0, 1)
-        made.append(name)
-
     # ---- what is told
 
-    def _say(self, modules: list[Module], wanted: dict[str, Module], stored: Stored) -> None:
-        for (name, reason), count in grouped(modules).items():
+    def _say(self, fates: Fates | None) -> None:
+        for (name, reason), count in fates.grouped().items() if fates is not None else ():
             times = f" ({count})" if count > 1 else ""
             how = self.recipe.quant if self.recipe and not reason else reason
             self.draft.decisions.setdefault(name + times, how if not reason else f"left as it is: {reason}")
-        if stored.decoded:
+        if self.decoded:
             self.draft.warnings.append(
-                f"{len(stored.decoded)} weights of the source are quantized; they are decoded to {self.into.torch}"
+                f"{self.decoded} weights of the source are quantized; they are decoded to {self.into.torch}"
                 + (" and quantized anew" if self.recipe else "")
             )
         recipe = self.recipe
         if recipe is None:
             return
-        stacked = [name for name, shape in stored.shapes.items() if len(shape) == 3 and ".experts." in name]
+        stacked = [name for name in self.stored.order if ".experts." in name and len(self.stored.form(name).shape) == 3]
         if stacked:
             self.draft.warnings.append(
                 f"{printable(stacked[0])} and {len(stacked) - 1} more hold all experts of a layer in a form that is not quantized here:"
-                f" they stay {stored.weights[stacked[0]].dtype.torch}"
+                f" they stay {self.stored.form(stacked[0]).dtype.torch}"
             )
-        partial = [m for m in wanted.values() if recipe.tiles and (m.cols % BLOCK)]
+        partial = [(name, fate.cols) for name, fate in self.fates.items() if recipe.tiles and not fate.reason and fate.cols % BLOCK]
         if partial:
             self.draft.warnings.append(
-                f"{printable(partial[0].name)} and {len(partial) - 1} more: {partial[0].cols} input features are no multiple of 128;"
+                f"{printable(partial[0][0])} and {len(partial) - 1} more: {partial[0][1]} input features are no multiple of 128;"
                 " engines that quantize activations in groups of 128 refuse such a layer, and transformers reads its tiles wrongly"
             )
         if recipe.quant == "int8_dynamic":
             self.draft.warnings.append("TensorRT-LLM reads an INT8 directory as FP8, which is wrong; vLLM and SGLang read it right")
 
-    def _side_files(self, modules: list[Module], wanted: dict[str, Module], stored: Stored, places: dict[str, str]) -> None:
-        ignore = [m.name for m in modules if m.reason and default_reason(m.name) not in ("embedding", "not a linear layer")]
-        if "lm_head" not in ignore and "lm_head" not in wanted:
+    def _side_files(self, places: dict[str, str]) -> None:
+        ignore = [n for n, fate in self.fates.items() if fate.reason and default_reason(n) not in ("embedding", "not a linear layer")]
+        if "lm_head" not in ignore and ("lm_head" not in self.fates or self.fates["lm_head"].reason):
             ignore.append("lm_head")
         ignore.sort(key=natural)
         told, quantization = (ignore, self.target.group_size, bool(self.cached)), None
         if self.recipe is not None:
             quantization = config_json.quantization_config(self.recipe, *told)
-        floats = {self._plain_dtype(w, stored) for w in stored.weights.values() if w.dtype.name in _FLOATS}
+        forms = {self.stored.form(name) for name in self.stored.order}
+        floats = {self._plain_dtype(form) for form in forms if form.dtype.name in _FLOATS}
         changed = self.target.dtype != "auto" and self.recipe is None and floats == {self.into}
         config = config_json.output_config(self.index.config, quantization, self.into.torch if changed else None)
         copied, left_out = side_files(self.index)
         self.draft.warnings += left_out
         if self.recipe is not None:
-            done = Done(self.recipe.quant, self.recipe.container, self.target.arithmetic, len(wanted), left(ignore))
+            count = sum(not fate.reason for fate in self.fates.values())
+            done = Done(self.recipe.quant, self.recipe.container, self.target.arithmetic, count, left(ignore))
             copied = [file for file in copied if file.name != NAME] + [card(self.index, done, copied)]
         self.draft.side_files += copied
         if len(set(places.values())) > 1 or set(places.values()) != {"model.safetensors"}:
@@ -321,48 +304,10 @@ class Layout:
         self.draft.side_files.append(SideFile(name, len(data), data))
 
 
-def _within_tile(weight: Weight) -> bool:
+def _within_tile(weight: Form) -> bool:
     return weight.rows <= BLOCK and weight.cols <= BLOCK
 
 
 def natural(name: str) -> list[tuple[int, str]]:
     """Sorts layer 2 before layer 10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
-
-
-def shards_of(index: Index, files: Mapping[str, int], sizes: Mapping[str, int], most: int | None) -> dict[str, list[str]]:
-    """Output file -> the tensors that it takes, in order.
-
-    Args:
-        files: tensor -> number of the source's shard.
-        sizes: tensor -> bytes.
-        most: bytes of a file; None splits as the source does.
-    """
-    if most is None:
-        names = output_names([shard.path.name for shard in index.shards])
-        found: dict[str, list[str]] = {}
-        for tensor in sizes:
-            found.setdefault(names[files[tensor]], []).append(tensor)
-        return dict(sorted(found.items()))
-    shards: list[list[str]] = [[]]
-    held = 0
-    for tensor, size in sizes.items():
-        if shards[-1] and held + size > most:
-            shards.append([])
-            held = 0
-        shards[-1].append(tensor)
-        held += size
-    if len(shards) == 1:
-        return {"model.safetensors": shards[0]}
-    return {f"model-{n:05d}-of-{len(shards):05d}.safetensors": part for n, part in enumerate(shards, 1)}
-
-
-def output_names(names: list[str]) -> list[str]:
-    """Names of the output's files for those of the source."""
-    if len(names) == 1:
-        return ["model.safetensors"]
-    found = []
-    for name in names:
-        stem = name.rpartition(".")[0]
-        found.append(("model" + stem.removeprefix("pytorch_model") if stem.startswith("pytorch_model") else stem) + ".safetensors")
-    return found

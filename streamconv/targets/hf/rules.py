@@ -143,10 +143,15 @@ def split_groups(modules: Sequence[Module]) -> list[str]:
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
+def starred(name: str) -> str:
+    """A name with layer and expert numbers as *."""
+    return _LAYER.sub("*", name)
+
+
 def grouped(modules: Iterable[Module]) -> dict[tuple[str, str], int]:
     """(name with layer and expert numbers as *, reason) -> how many, in order: what `plan` shows."""
     found: dict[tuple[str, str], int] = {}
     for module in modules:
-        key = (_LAYER.sub("*", module.name), module.reason)
+        key = starred(module.name), module.reason
         found[key] = found.get(key, 0) + 1
     return found

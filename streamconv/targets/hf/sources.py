@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple
 
 from streamconv.checkpoint.dtypes import I8, DType
 from streamconv.checkpoint.index import Index
-from streamconv.checkpoint.quantized import stated_quantization
+from streamconv.checkpoint.quantized import SourceQuantization, stated_quantization
 from streamconv.checkpoint.rows import PackedTensor, SourceTensor
 from streamconv.checkpoint.source_tensors import SourceTensors
 from streamconv.checkpoint.stored_codes import Code
@@ -29,74 +29,65 @@ _BESIDE = frozenset((*_SCALES, *_OTHERS))
 """What stands beside codes and says nothing of a float weight."""
 
 
-@dataclass(slots=True)
-class Stored:
-    """What a source holds.
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """How the tensors of a source become weights.
 
     Attributes:
-        weights: tensor name -> where its rows come from; codes appear under the name of the weight they stand for.
-        shapes: the recorded shape of each.
-        files: number of the shard that holds each, or its codes.
-        decoded: names of the weights that are decoded.
-        dropped: names of the tensors that are left out: scales of what is decoded.
+        into: float type of what is decoded.
+        facts: what config.json states of the quantization.
+        block: rows and columns of a tile.
     """
 
-    weights: dict[str, Weight] = field(default_factory=dict)
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    files: dict[str, int] = field(default_factory=dict)
-    decoded: set[str] = field(default_factory=set)
-    dropped: set[str] = field(default_factory=set)
+    index: Index
+    into: DType
+    tensors: SourceTensors
+    facts: Mapping[str, Any]
+    told: SourceQuantization | None
+    block: tuple[int, int]
 
+    def weight(self, name: str) -> tuple[str, Weight] | None:
+        """The weight that a tensor holds, codes as floats, and its name; None for what stands beside codes.
 
-def stored_weights(index: Index, into: DType) -> Stored:
-    """Every tensor of the source; codes of quantized weights as floats of type `into`.
-
-    Raises:
-        CheckpointError: codes without scales, or in a form that is not read.
-    """
-    tensors, stored = SourceTensors(index), Stored()
-    stated = index.config.get("quantization_config")
-    facts: Mapping[str, Any] = stated if isinstance(stated, dict) else {}
-    told, block = stated_quantization(index.config, index.root), _block(facts)
-    for name in tensors:
+        Raises:
+            CheckpointError: codes without scales, or in a form that is not read.
+        """
+        tensors = self.tensors
         module, _, leaf = name.rpartition(".")
         if leaf in PACKED and leaf != "qweight" and f"{module}.qweight" in tensors:
-            stored.dropped.add(name)
-            continue
+            return None
         if name.endswith("_scales") and name.removesuffix("_scales") + "_blocks" in tensors:
-            stored.dropped.add(name)
-            continue
+            return None
         if leaf in _BESIDE and _has_codes(tensors, module):
-            stored.dropped.add(name)
-            continue
+            return None
         tensor = tensors[name]
-        made: Weight = tensor
-        shown = name
         zeros = tensors.get(f"{name}_zero") if isinstance(tensor, PackedTensor) else None
         if isinstance(zeros, Strided) and isinstance(tensor, PackedTensor):
             scales = tensors[f"{name}_scale"]
             assert isinstance(scales, Strided)
-            made = DecodedAffine(name, into, tensor.shape, tensor, scales, zeros)
-            stored.decoded.add(name)
-        elif leaf in ("weight", "weight_packed") and tensor.dtype.name in ("F8_E4M3", "I8", "U8", "I32"):
-            shown = f"{module}.weight"
-            made = _decoded(index, tensors, module, tensor, facts, block, into)
-            stored.decoded.add(shown)
-        elif leaf == "qweight":
-            shown = f"{module}.weight"
-            found = integers(tensors, module, told)
-            if found.order is None and told is not None and told.act_order:
+            return name, DecodedAffine(name, self.into, tensor.shape, tensor, scales, zeros)
+        if leaf in ("weight", "weight_packed") and tensor.dtype.name in ("F8_E4M3", "I8", "U8", "I32"):
+            return f"{module}.weight", _decoded(self.index, tensors, module, tensor, self.facts, self.block, self.into)
+        if leaf == "qweight":
+            found = integers(tensors, module, self.told)
+            if found.order is None and self.told is not None and self.told.act_order:
                 raise CheckpointError(f"missing tensor {printable(module)}.g_idx, which act order (desc_act) needs")
-            made = found.decoded(shown, into)
-            stored.decoded.add(shown)
-        elif leaf.endswith("_blocks") and tensor.dtype.name == "U8":
+            return f"{module}.weight", found.decoded(f"{module}.weight", self.into)
+        if leaf.endswith("_blocks") and tensor.dtype.name == "U8":
             shown = name.removesuffix("_blocks")
-            made = mx_experts(tensor, tensors.get(f"{shown}_scales"), shown, into)
-            stored.decoded.add(shown)
-        stored.weights[shown] = made
-        stored.shapes[shown] = made.shape
-        stored.files[shown] = tensor.pieces[0].shard
-    return stored
+            return shown, mx_experts(tensor, tensors.get(f"{shown}_scales"), shown, self.into)
+        return name, tensor
+
+
+def reader(index: Index, into: DType) -> Reader:
+    """For weights of this source, decoded to floats of type `into`."""
+    stated = index.config.get("quantization_config")
+    facts: Mapping[str, Any] = stated if isinstance(stated, dict) else {}
+    return Reader(index, into, SourceTensors(index), facts, stated_quantization(index.config, index.root), _block(facts))
+
+
+READ = frozenset(("weight_scale_2", "weight_global_scale", "weight_shape", "pre_quant_scale"))
+"""Last names of what is read to tell what a weight is: numbers that differ from weight to weight."""
 
 
 def _has_codes(tensors: SourceTensors, module: str) -> bool:

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 from streamconv.checkpoint.rows import Piece, SourceTensor
 from streamconv.checkpoint.turned_rows import Turned, rows_of
 from streamconv.quants.decoded_rows import DecodedTensor, TurnedMx
-from streamconv.targets.hf.sources import Stored, Weight
+from streamconv.targets.hf.sources import Weight
+from streamconv.targets.hf.stored import Stored
 
 _PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 _TRANSPOSED = ("llama4", "llama4_text", "gpt_oss", "qwen3_vl_moe", "qwen3_vl_moe_text")
@@ -35,20 +36,20 @@ def unstack(stored: Stored, config: Mapping[str, Any]) -> None:
     hidden = next((part["hidden_size"] for part in parts if "hidden_size" in part), None)
     types = {part.get("model_type") for part in parts}
     alternating = bool(types & set(_ALTERNATING))
-    for name in [name for name, shape in stored.shapes.items() if len(shape) == 3]:
+    for name in [name for name in stored.order if len(stored.form(name).shape) == 3]:
         stem = name.removesuffix(".weight")
         module, _, last = stem.rpartition(".")
         whole = stored.weights[name]
         if not module.endswith("experts") or last not in _PARTS or not isinstance(whole, SourceTensor | TurnedMx):
             continue
-        inner, outer = stored.shapes[name][1:] if last == "gate_up_proj" else stored.shapes[name][:0:-1]
+        inner, outer = whole.shape[1:] if last == "gate_up_proj" else whole.shape[:0:-1]
         if hidden is not None and hidden not in (inner, outer):
             continue
         transposed = bool(types & set(_TRANSPOSED)) if inner == outer or hidden is None else hidden == inner
-        outs = stored.shapes[name][2 if transposed else 1]
+        outs = whole.shape[2 if transposed else 1]
         made = list(_named(module, last, outs, alternating))
         _split(stored, name, made, transposed)
-        if f"{stem}_bias" in stored.weights:
+        if f"{stem}_bias" in stored.order:
             _split_bias(stored, f"{stem}_bias", made)
 
 
@@ -61,31 +62,23 @@ def _named(module: str, last: str, outs: int, alternating: bool) -> Iterator[tup
 
 
 def _split(stored: Stored, name: str, parts: list[tuple[str, str, _Rows]], transposed: bool) -> None:
-    whole, file = stored.weights.pop(name), stored.files.pop(name)
-    shape = stored.shapes.pop(name)
-    for expert in range(shape[0]):
+    whole, file = stored.take(name)
+    for expert in range(whole.shape[0]):
         for module, part, rows in parts:
             made = f"{module}.{expert}.{part}.weight"
             weight = _expert(whole, made, expert, rows, transposed)
-            _put(stored, made, weight, (weight.rows, weight.cols), file)
-    if name in stored.decoded:
-        stored.decoded.remove(name)
-        stored.decoded |= {f"{module}.{expert}.{part}.weight" for expert in range(shape[0]) for module, part, _ in parts}
+            stored.put(made, weight, (weight.rows, weight.cols), file)
 
 
 def _split_bias(stored: Stored, name: str, parts: list[tuple[str, str, _Rows]]) -> None:
     """A bias [E, out]."""
-    whole, file = stored.weights.pop(name), stored.files.pop(name)
-    experts, outs = stored.shapes.pop(name)
+    whole, file = stored.take(name)
+    experts, outs = whole.shape
     assert isinstance(whole, SourceTensor)
     for expert in range(experts):
         for module, part, rows in parts:
             made = f"{module}.{expert}.{part}.bias"
-            _put(stored, made, rows_of(whole, made, expert * outs + rows.first, (rows.taken, 1), rows.step), (rows.taken,), file)
-
-
-def _put(stored: Stored, name: str, weight: Weight, shape: tuple[int, ...], file: int) -> None:
-    stored.weights[name], stored.shapes[name], stored.files[name] = weight, shape, file
+            stored.put(made, rows_of(whole, made, expert * outs + rows.first, (rows.taken, 1), rows.step), (rows.taken,), file)
 
 
 def _expert(whole: Weight, name: str, expert: int, rows: _Rows, transposed: bool) -> Weight:

@@ -129,6 +129,7 @@ class HuggingFace(Target):
         from streamconv.targets.hf.kept_layout import describe_kept
         from streamconv.targets.hf.layout import Layout
         from streamconv.targets.hf.rules import check_patterns
+        from streamconv.targets.hf.stored import stored_weights
 
         self.check_values()
         check_patterns(self.ignore, "--ignore")
@@ -137,7 +138,6 @@ class HuggingFace(Target):
             raise CheckpointError("a checkpoint in Meta's layout has no Hugging Face names", hint="convert it with transformers first")
         odd = check_complete(index)
         draft, settled, dtype = Draft(SourceTensors(index)), self, self.model_dtype(index)
-        draft.warnings += odd
         codes: Codes | None = None
         ranges = self._ranges()
         if self.quant == KEEP:
@@ -152,7 +152,9 @@ class HuggingFace(Target):
             if self.kv_cache is not None and (recipe is None or recipe.container == "hf"):
                 raise UsageError("--kv-cache: only quantized directories of compressed-tensors and ModelOpt hold scales of the cache")
             codes = codes_of(self.method, self.codes)
-            layout = Layout(index, settled, recipe, draft, dtype, ranges, codes)
+            stored = stored_weights(index, dtype)
+            draft = Draft(stored)
+            layout = Layout(index, stored, settled, recipe, draft, dtype, ranges, codes)
             layout.describe()
             if codes is not None:
                 draft.decisions["codes"] = codes.losses().line()
@@ -173,7 +175,7 @@ class HuggingFace(Target):
                 *(() if ranges is None else (SourceFile(ranges.path.name, ranges.size, ranges.digest()),)),
                 *(() if codes is None else (codes.identity(),)),
             ),
-            warnings=(*draft.warnings, *index.notes),
+            warnings=(*odd, *draft.warnings, *index.notes),
             decisions=draft.decisions,
             losses=None if codes is None else codes.losses(),
         )

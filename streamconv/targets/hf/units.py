@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 _T = TypeVar("_T")
-_HEAD = re.compile(r"(?s)(.*\.\d+\.|\d+\.|)(.*)")
-_NUMBER = re.compile(r"(?<![^.])\d+(?=\.)")
+_HEAD = re.compile(r"(?s)(.*\.\d+\.|)(.*)")
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 @dataclass(slots=True)

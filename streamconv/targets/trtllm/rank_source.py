@@ -290,5 +290,11 @@ class _Nothing:
     def row_bytes(self, place: int) -> int:
         raise AssertionError(place)
 
+    def row_align(self, place: int) -> int:
+        raise AssertionError(place)
+
+    def holds(self, place: int, source: object) -> bool:
+        raise AssertionError(place)
+
     def __len__(self) -> int:
         return 0

@@ -1,0 +1,126 @@
+"""What becomes of each weight of a linear layer: quantized, or left as it is and why."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from streamconv.errors import printable
+from streamconv.targets.hf.recipes import BLOCK, Recipe
+from streamconv.targets.hf.rules import Module, classify, grouped, matches, partners, split_groups, starred
+from streamconv.targets.hf.stored import Form, Stored
+from streamconv.targets.hf.units import kinds
+from streamconv.targets.hf.weights import FLOATS
+
+if TYPE_CHECKING:
+    from streamconv.targets.hf.target import HuggingFace
+
+_APART = ("kv_b_proj", "k_b_proj", "eh_proj")
+"""Modules that TensorRT-LLM never reads as FP8 tiles; the first two are also taken apart for attention."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fate:
+    """What modules share whose names differ in numbers alone, and whose layers or experts hold the same.
+
+    Attributes:
+        pattern: name with numbers as *.
+        reason: why they are left as they are; "" if they are to be quantized.
+    """
+
+    pattern: str
+    rows: int
+    cols: int
+    reason: str
+
+
+class Fates:
+    """The fate of every module with a 2-D weight of floats.
+
+    Attributes:
+        by_name: in the order of the source.
+        refused: what engines would refuse, one line each.
+    """
+
+    def __init__(self, stored: Stored, target: HuggingFace, recipe: Recipe) -> None:
+        self._target, self._recipe = target, recipe
+        shapes = {name: form for name in stored.order if name.endswith(".weight") and _linear(form := stored.form(name))}
+        self.by_name: dict[str, Fate] = dict.fromkeys((name[:-7] for name in shapes), _NONE)
+        some: list[Module] = []
+        for kind in kinds(shapes):
+            for heads in self._alike(kind.heads, kind.held):
+                modules = self._modules({heads[0] + rest: form.shape for rest, form in kind.held.items()})
+                some += modules
+                for rest, module in zip(kind.held, modules, strict=True):
+                    fate = Fate(starred(module.name), module.rows, module.cols, module.reason)
+                    self.by_name.update(((head + rest)[:-7], fate) for head in heads)
+        self.refused = self._check(some) and self._check([Module(name, f.rows, f.cols, f.reason) for name, f in self.by_name.items()])
+
+    def wanted(self) -> dict[str, Fate]:
+        """The modules that are quantized."""
+        return {name: fate for name, fate in self.by_name.items() if not fate.reason}
+
+    def grouped(self) -> dict[tuple[str, str], int]:
+        """(pattern, reason) -> how many, in order: what `plan` shows."""
+        found: Counter[tuple[str, str]] = Counter()
+        for fate, count in Counter(self.by_name.values()).items():
+            found[fate.pattern, fate.reason] += count
+        return found
+
+    def _alike(self, heads: list[str], held: Mapping[str, Form]) -> Iterable[list[str]]:
+        """The units of a kind by what the flags say of their modules."""
+        patterns = (self._target.ignore, self._target.only)
+        if not any(patterns):
+            return [heads]
+        found: dict[tuple[bool, ...], list[str]] = {}
+        for head in heads:
+            names = [(head + rest)[:-7] for rest in held]
+            found.setdefault(tuple(matches(name, pattern) for name in names for pattern in patterns), []).append(head)
+        return found.values()
+
+    def _modules(self, shapes: Mapping[str, tuple[int, ...]]) -> list[Module]:
+        modules = classify(shapes, self._target.ignore, self._target.only)
+        odd = {m.name for m in modules if not m.reason and self._left(m)}
+        odd |= {other for name in odd for other in partners(name)}
+        why = "a size is no multiple of 128, alone or of a partner"
+        return [dataclasses.replace(m, reason=why) if m.name in odd and not m.reason else m for m in modules]
+
+    def _left(self, module: Module) -> bool:
+        """Tiles that readers would cut otherwise: transformers takes their size from the grid, and activations come in groups of 128."""
+        recipe, target = self._recipe, self._target
+        if not recipe.tiles or matches(module.name, target.only):
+            return False
+        if recipe.container == "hf":
+            return bool(module.rows % BLOCK or module.cols % BLOCK) or module.name.endswith(_APART)
+        return recipe.container == "compressed-tensors" and target.arithmetic == "float32" and bool(module.cols % BLOCK)
+
+    def _check(self, modules: Sequence[Module]) -> list[str]:
+        recipe, target, refused = self._recipe, self._target, list[str]()
+        wanted = [module for module in modules if not module.reason]
+        unit = recipe.unit or target.group_size
+        bad = [m for m in wanted if m.cols % unit or m.rows % recipe.whole]
+        for key, count in grouped(bad).items():
+            one = next(m for m in bad if grouped([m]) == {key: 1})
+            more = f" (and {count - 1} like it)" if count > 1 else ""
+            group = f"groups of {unit}" if recipe.unit != 1 else "pairs of rows"
+            refused.append(
+                f"{printable(one.name)}{more}: shape [{one.rows}, {one.cols}] does not divide into {group}: choose another --group-size,"
+                f" or leave it and its partners with --ignore 're:.*\\.{one.name.rpartition('.')[2]}$'"
+            )
+        refused += split_groups(modules)
+        if not wanted and not refused:
+            refused.append("nothing is left to quantize: every weight is ignored")
+        for pattern in target.only:
+            if not any(matches(m.name, [pattern]) for m in modules):
+                refused.append(f"--only {printable(pattern)} matches no linear layer")
+        return refused
+
+
+_NONE = Fate("", 0, 0, "")
+
+
+def _linear(form: Form) -> bool:
+    return len(form.shape) == 2 and form.dtype.name in FLOATS

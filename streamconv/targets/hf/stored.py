@@ -1,0 +1,177 @@
+"""The weights of a source, whatever they are stored as, kept small: some numbers each, from which a weight is made when it is asked for."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from functools import lru_cache
+from typing import NamedTuple, cast
+
+from streamconv.checkpoint.dtypes import DType
+from streamconv.checkpoint.index import Index
+from streamconv.checkpoint.rows import RowSource, SourceTensor
+from streamconv.targets.hf.sources import READ, Reader, Weight, reader
+from streamconv.targets.hf.units import Kind, kinds
+
+_KEPT = 64
+"""Weights that are kept after they were made."""
+
+
+class Form:
+    """What weights that differ in name and place alone share."""
+
+    def __init__(self, weight: Weight, shape: tuple[int, ...] | None = None) -> None:
+        self.dtype, self.rows, self.cols = weight.dtype, weight.rows, weight.cols
+        self.shape = weight.shape if shape is None else shape
+        self.nbytes, self.row_bytes, self.row_align = weight.nbytes, weight.stored_row_bytes, weight.row_align
+        self.decoded = not isinstance(weight, SourceTensor)
+
+
+class Apart(NamedTuple):
+    """A weight that is only a part of a tensor, and the number of its file."""
+
+    weight: Weight
+    file: int
+    form: Form
+
+
+class Stored:
+    """What a source holds: by name, and by number for a plan (see `planning.tables.Stored`).
+
+    Attributes:
+        order: weight -> number of its tensor, or of its codes; what is only a part of one has none.
+        dropped: names of the tensors that are left out: scales of what is decoded.
+    """
+
+    # Units of one kind are alike: what the first one's weights are is worked out, the others are made when they are asked for.
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader, self._table = reader, reader.index.tensors
+        self._forms: list[Form] = []
+        self._form = array("I", bytes(4 * len(self._table)))  # by number; 0 for what is left out
+        self._made: dict[int, Weight] = {}
+        self.at: Callable[[int], Weight] = lru_cache(_KEPT)(self._make)
+        self.order: dict[str, int | Apart] = {}
+        self.dropped: list[str] = []
+        self._apart: dict[Hashable, Form] = {}
+        renamed: dict[int, tuple[int, str]] = {}  # form -> letters of a tensor's name that are cut off, and what comes in their place
+        for kind in kinds(self._table.told()):
+            alike = [Kind([head], kind.held) for head in kind.heads] if reader.index.views else [kind]
+            for each in alike:
+                self._add(each, renamed)
+        for number, (name, form) in enumerate(zip(self._table, self._form, strict=True)):
+            if not form:
+                self.dropped.append(name)
+            elif form in renamed:
+                cut, ending = renamed[form]
+                self.order[name[: len(name) - cut] + ending] = number
+            else:
+                self.order[name] = number
+
+    def _add(self, kind: Kind[tuple[str, tuple[int, ...]]], renamed: dict[int, tuple[int, str]]) -> None:
+        first, reads = kind.heads[0], any(rest.rpartition(".")[2] in READ for rest in kind.held)
+        for rest in kind.held:
+            found = self._reader.weight(first + rest)
+            if found is None:
+                continue
+            self._forms.append(Form(found[1]))
+            form = len(self._forms)
+            if found[0] != first + rest:
+                renamed[form] = len(rest), found[0][len(first) :]
+            for head in kind.heads:
+                number = cast(int, self._table.place(head + rest))
+                self._form[number] = form
+                if reads:
+                    self._made[number] = self._read(head + rest)
+
+    def put(self, name: str, weight: Weight, shape: tuple[int, ...], file: int) -> None:
+        """A part of a tensor, with the shape that it is recorded with."""
+        made = Form(weight, shape)
+        alike = made.dtype.name, shape, made.rows, made.cols, made.row_bytes, made.row_align, made.decoded
+        self.order[name] = Apart(weight, file, self._apart.setdefault(alike, made))
+
+    def take(self, name: str) -> tuple[Weight, int]:
+        """A weight that is there no more, and the number of its file."""
+        whole, file = self.weights[name], self.file(name)
+        del self.order[name]
+        return whole, file
+
+    def form(self, name: str) -> Form:
+        """What a weight is, but for its place."""
+        entry = self.order[name]
+        return self._forms[self._form[entry] - 1] if isinstance(entry, int) else entry.form
+
+    def file(self, name: str) -> int:
+        """Number of the shard that holds a weight, or its codes."""
+        entry = self.order[name]
+        if not isinstance(entry, int):
+            return entry.file
+        return self._reader.index.views[name].pieces[0].shard if name in self._reader.index.views else self._table.shard(entry)
+
+    @property
+    def weights(self) -> Mapping[str, Weight]:
+        """Where the rows of each come from."""
+        return _Weights(self)
+
+    @property
+    def decoded(self) -> int:
+        """How many weights are decoded."""
+        return sum(self.form(name).decoded for name in self.order)
+
+    # ---- by number
+
+    def place(self, name: str) -> int | None:
+        entry = self.order.get(name)
+        return entry if isinstance(entry, int) else None
+
+    def holds(self, place: int, source: RowSource) -> bool:
+        return source is (own := self.at(place)) or source == own
+
+    def kind(self, place: int) -> tuple[DType, int]:
+        form = self._forms[self._form[place] - 1]
+        return form.dtype, form.cols
+
+    def row_bytes(self, place: int) -> int:
+        return self._forms[self._form[place] - 1].row_bytes
+
+    def row_align(self, place: int) -> int:
+        return self._forms[self._form[place] - 1].row_align
+
+    def __len__(self) -> int:
+        return len(self._form)
+
+    def _make(self, place: int) -> Weight:
+        made = self._made.get(place)
+        return self._read(self._table.name(place)) if made is None else made
+
+    def _read(self, tensor: str) -> Weight:
+        found = self._reader.weight(tensor)
+        assert found is not None
+        return found[1]
+
+
+class _Weights(Mapping[str, Weight]):
+    def __init__(self, stored: Stored) -> None:
+        self._stored = stored
+
+    def __getitem__(self, name: str) -> Weight:
+        entry = self._stored.order[name]
+        return self._stored.at(entry) if isinstance(entry, int) else entry.weight
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._stored.order
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored.order)
+
+    def __len__(self) -> int:
+        return len(self._stored.order)
+
+
+def stored_weights(index: Index, into: DType) -> Stored:
+    """Every tensor of the source; codes of quantized weights as floats of type `into`.
+
+    Raises:
+        CheckpointError: codes without scales, or in a form that is not read.
+    """
+    return Stored(reader(index, into))
