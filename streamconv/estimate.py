@@ -102,6 +102,5 @@ def _cpu_seconds(reads: Reads, costs: Sequence[TileCost], written: int, on_devic
     spent = reads.nbytes / (2 * _COPY) + written * (1 / _COPY + 1 / _HASH)
     for number, cost in enumerate(costs if not on_device else ()):
         if cost.kernel or cost.torch:
-            read = reads[number]
-            spent += (read.stop - read.start) * reads.reader(number).stored_row_bytes / (_KERNEL if cost.kernel else _TORCH)
+            spent += reads.bytes_of(number) / (_KERNEL if cost.kernel else _TORCH)
     return spent

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 def content(plan: Plan, shares: Shares, costs: list[TileCost], out: str | None) -> dict[str, Any]:
     """The plan for programs; sizes in bytes."""
-    tile = max((cost.rows(shares.arena, None) * cost.source for cost in set(costs)), default=0)
+    tile = max((cost.rows(shares.arena, None) * cost.source for cost in {id(cost): cost for cost in costs}.values()), default=0)
     free = fs.free_space(Path(out or "."))
     warnings = list(plan.warnings)
     if out is not None and mounts.in_memory(Path(out)):

@@ -80,7 +80,7 @@ class MatrixTable(Table[Matrix]):
         number = self._forms.number(form)
         if number == len(self._parts):
             self._parts.append(form.parts())
-            self._encoding.append(self._encodings.number(form.encoding))
+            self._encoding.append(self._encodings.number(form.encoding.unkeyed()))
         return number
 
     def add(self, file: int, name: str, form: int) -> int:
@@ -175,7 +175,7 @@ class MatrixTable(Table[Matrix]):
         return self._forms.values[self._form[number]].encoding
 
     def encoding_number(self, number: int) -> int:
-        """Equal encodings have equal numbers."""
+        """Encodings that work alike have equal numbers."""
         return self._encoding[self._form[number]]
 
     def __len__(self) -> int:

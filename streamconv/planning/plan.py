@@ -282,12 +282,7 @@ class Plan:
     @property
     def passes(self) -> int:
         """How often the most read source rows are read: 1 unless a format needs maxima over whole matrices first."""
-        if not self.spans.reductions:
-            return 1
-        counts: dict[str, set[str]] = {}
-        for span in self.spans:
-            counts.setdefault(span.source.name, set()).add(span.reduce.key if span.reduce else "")
-        return max((len(found) for found in counts.values()), default=1)
+        return self.spans.passes()
 
     @property
     def bytes_written(self) -> int:

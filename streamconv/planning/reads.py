@@ -27,7 +27,7 @@ class Reads:
         if self._merged is None:
             self.nbytes = sum(plan.bytes_read for plan in plans)
         else:
-            self.nbytes = sum((read.stop - read.start) * self._span(read.reader).stored_row_bytes for read in self._merged)
+            self.nbytes = sum(map(self.bytes_of, range(len(self._merged))))
 
     def _span(self, share: Share) -> Span:
         return self.plans[share.output].spans[share.span]
@@ -48,6 +48,13 @@ class Reads:
     def reader(self, number: int) -> Span:
         """A span whose source has all rows of a read."""
         return self._span(self[number].reader)
+
+    def bytes_of(self, number: int) -> int:
+        """Bytes of the checkpoint that a read reads."""
+        if self._merged is None:
+            return self.plans[0].spans.bytes_of(number)
+        read = self._merged[number]
+        return (read.stop - read.start) * self.plans[read.reader.output].spans.stored_row_bytes(read.reader.span)
 
     def source(self, number: int) -> RowSource:
         """What a read reads."""

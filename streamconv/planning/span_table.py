@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -68,10 +69,22 @@ class SpanTable(Table[Span]):
         """Where a span begins: number of its source, which rises through the files of the checkpoint, and row."""
         return self._short[4 * number], self._long[3 * number]
 
+    def stored_row_bytes(self, number: int) -> int:
+        """Bytes of the checkpoint that a row of a span is read from."""
+        return self.sources.stored_row_bytes(self._short[4 * number])
+
     def bytes_of(self, number: int) -> int:
         """Bytes of the checkpoint that a span reads."""
         start, stop = self._long[3 * number : 3 * number + 2]
-        return (stop - start) * self.sources.stored_row_bytes(self._short[4 * number])
+        return (stop - start) * self.stored_row_bytes(number)
+
+    def passes(self) -> int:
+        """How often the rows of the most read source are read: once to write, and once for each reduction."""
+        if not self._reductions:
+            return 1
+        keys = ["", *(reduction.key for reduction in self._reductions)]
+        counts = Counter(source for source, _ in {(s, keys[r]) for s, r in zip(self._short[::4], self._short[2::4], strict=True)})
+        return max(counts.values(), default=1)
 
     def only(self, numbers: Sequence[int], matrix: Mapping[int, int]) -> SpanTable:
         """These spans, in their order.

@@ -152,6 +152,10 @@ class Encoding(ABC):
         """This encoding with the results it needs, for rows of the source tensor `source`."""
         return self
 
+    def unkeyed(self) -> Encoding:
+        """The same for any weight, where only the key of what it needs tells which weight it is for."""
+        return self
+
     def cause(self) -> str:
         """What its scales follow from beside the weights, for errors; empty if nothing."""
         return ""

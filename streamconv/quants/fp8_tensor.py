@@ -55,6 +55,9 @@ class Fp8Tensor(Encoding):
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]
         return (self.key,)
 
+    def unkeyed(self) -> Fp8Tensor:
+        return replace(self, key="")
+
     def bind(self, known: Known, source: str) -> Fp8Tensor:
         return replace(self, scale=scale_of(known.get(self.key), self.floor))
 
@@ -109,6 +112,9 @@ class Fp8Scale(Encoding):
     @property
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]
         return (self.key,)
+
+    def unkeyed(self) -> Fp8Scale:
+        return replace(self, key="")
 
     def bind(self, known: Known, source: str) -> Fp8Scale:
         return replace(self, scale=scale_of(known.get(self.key), self.floor))

@@ -71,6 +71,9 @@ class NvFp4(Encoding):
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]
         return (self.key,)
 
+    def unkeyed(self) -> NvFp4:
+        return replace(self, key="")
+
     def bind(self, known: Known, source: str) -> NvFp4:
         return replace(self, shared=shared_scale(float(known.get(self.key)), self.rule, self.kind))
 
@@ -140,6 +143,9 @@ class SharedScale(Encoding):
     @property
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]
         return (self.key,)
+
+    def unkeyed(self) -> SharedScale:
+        return replace(self, key="")
 
     def bind(self, known: Known, source: str) -> SharedScale:
         return replace(self, shared=shared_scale(float(known.get(self.key)), self.rule, self.kind))
