@@ -107,7 +107,6 @@ class Layout:
 
     def describe(self) -> None:
         stored, fates = self.stored, None
-        self.decoded = stored.decoded
         if self.recipe is not None:
             unstack(stored, self.index.config)
             fates = Fates(stored, self.target, self.recipe)
@@ -121,6 +120,7 @@ class Layout:
             if self.codes is not None:
                 found = taken(self.codes, self.index, stored, fates.wanted(), self.target.group_size, self.recipe)
                 self.searched, self.changed = found
+        self.decoded = stored.decoded
         places: dict[str, str] = {}
         for name, tensors in self._files().items():
             number = self.draft.file(name, _METADATA)
