@@ -8,8 +8,9 @@ from typing import Any
 
 from streamconv.checkpoint.dtypes import F8_E4M3, F32, DType
 from streamconv.kernels.launch import fp8_tensor_kernel, weight_maximum
-from streamconv.lazy import np, torch
+from streamconv.lazy import Array, np, torch
 from streamconv.quants.base import Encoding, Findings, Kernel, Known, Part, ReduceKernel, Reduction
+from streamconv.quants.computed import Computed
 from streamconv.quants.rounding import FLOATS, half_ulp
 
 LARGEST = 448.0
@@ -100,14 +101,12 @@ class Fp8Tensor(Encoding):
 
 
 @dataclass(frozen=True)
-class Fp8Scale(Encoding):
+class Fp8Scale(Computed):
     """`weights_scaling_factor` of a matrix; the source is a `NoSource`."""
 
     key: str
     scale: float | None = None
     floor: float = 0.0
-
-    name = "F32"
 
     @property
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -122,30 +121,7 @@ class Fp8Scale(Encoding):
     def parts(self, rows: int, cols: int, experts: int = 0) -> tuple[Part, ...]:
         return (Part("weights_scaling_factor", F32, (1,), 4),)
 
-    def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
-        return (self.values(block).reshape(-1).contiguous().view(_uint8()).to(block.device),)
-
-    def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:
-        return parts[0].view(torch.float32).reshape(rows, cols)
-
-    def kernel(self, source: DType) -> Kernel | None:
-        def run(flat: Any, start: int, stride: int, rows: int, cols: int, outs: Sequence[Any]) -> Findings:
-            outs[0].view("f4")[:] = self.scale
-            return Findings()
-
-        return run
-
-    def prepare(self, source: DType) -> None:
-        """Nothing to load."""
-
-    def values(self, block: torch.Tensor) -> torch.Tensor:
+    def value(self) -> Array:
         if self.scale is None:
             raise AssertionError(f"{self.key}: asked for before its reduction")
-        return torch.tensor([[self.scale]], dtype=torch.float32)
-
-    def error(self, block: torch.Tensor) -> torch.Tensor:
-        return self.values(block) * 0.0
-
-
-def _uint8() -> torch.dtype:
-    return torch.uint8
+        return np.array([self.scale], np.float32)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from streamconv.checkpoint.dtypes import F8_E4M3, F32, U8, DType
 from streamconv.kernels.launch import nvfp4_kernel
-from streamconv.lazy import np, torch
+from streamconv.lazy import Array, np, torch
 from streamconv.quants.base import Encoding, Findings, Kernel, Known, Part
+from streamconv.quants.computed import Computed
 from streamconv.quants.e2m1 import e2m1_codes, e2m1_values, pack_nibbles, unpack_nibbles
 from streamconv.quants.rounding import FLOATS, divided, finite_rows, half_ulp, rounded
 
@@ -130,15 +131,13 @@ class NvFp4(Encoding):
 
 
 @dataclass(frozen=True)
-class SharedScale(Encoding):
+class SharedScale(Computed):
     """The shared scale of NVFP4 partners, one float32; the source is a `NoSource`."""
 
     key: str
     rule: Rule
     kind: DType = F32
     shared: float | None = None
-
-    name = "F32"
 
     @property
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -153,26 +152,7 @@ class SharedScale(Encoding):
     def parts(self, rows: int, cols: int, experts: int = 0) -> tuple[Part, ...]:
         return (Part("shared_scale", F32, (1,) if self.rule == "divisor" else (), 4),)
 
-    def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
-        return (self.values(block).reshape(-1).contiguous().view(torch.uint8).to(block.device),)
-
-    def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:
-        return parts[0].view(torch.float32).reshape(rows, cols)
-
-    def kernel(self, source: DType) -> Kernel | None:
-        def run(flat: Any, start: int, stride: int, rows: int, cols: int, outs: Sequence[Any]) -> Findings:
-            outs[0].view("f4")[:] = self.shared
-            return Findings()
-
-        return run
-
-    def prepare(self, source: DType) -> None:
-        """Nothing to load."""
-
-    def values(self, block: torch.Tensor) -> torch.Tensor:
+    def value(self) -> Array:
         if self.shared is None:
             raise AssertionError(f"{self.key}: asked for before its reduction")
-        return torch.tensor([[self.shared]], dtype=torch.float32)
-
-    def error(self, block: torch.Tensor) -> torch.Tensor:
-        return self.values(block) * 0.0
+        return np.array([self.shared], np.float32)

@@ -9,6 +9,7 @@ from streamconv.checkpoint.dtypes import F32, DType
 from streamconv.kernels.launch import divided_kernel
 from streamconv.lazy import Array, np, torch
 from streamconv.quants.base import Encoding, Findings, Kernel, Known, Part
+from streamconv.quants.computed import Computed
 from streamconv.quants.rounding import half_ulp
 from streamconv.quants.smoothing import COLUMN_BYTES, FLOATS, Bound, Smoother, bound_to, one_scale, output_scale, unbound
 
@@ -80,7 +81,7 @@ class SmoothNorm(Encoding):
 
 
 @dataclass(frozen=True)
-class SmoothValue(Encoding):
+class SmoothValue(Computed):
     """Float32 values that follow from the reductions alone; the source is a `NoSource`.
 
     Attributes:
@@ -101,8 +102,6 @@ class SmoothValue(Encoding):
     inputs: int = 1
     bound: Bound | None = None
 
-    name = "F32"
-
     @property
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]
         return (*self.smoother.keys, *([self.largest] if self.largest and self.largest not in self.smoother.keys else []))
@@ -116,32 +115,13 @@ class SmoothValue(Encoding):
 
     def bind(self, known: Known, source: str) -> SmoothValue:
         bound = bound_to(self.smoother, known, self.largest)
-        made = [replace(self, bound=replace(bound, activation=sx))._value() for sx in bound.doubt]
+        made = [replace(self, bound=replace(bound, activation=sx)).value() for sx in bound.doubt]
         if made[0].tobytes() != made[1].tobytes():
             bound = bound_to(self.smoother, known, self.largest, exact=True)
         return replace(self, bound=bound)
 
     def parts(self, rows: int, cols: int, experts: int = 0) -> tuple[Part, ...]:
         return (Part(self.suffix, F32, self.shape, 4 * (self.keep[1] - self.keep[0])),)
-
-    def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
-        return (torch.from_numpy(self._value()).view(torch.uint8).to(block.device),)
-
-    def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:
-        return parts[0].view(torch.float32).reshape(rows, cols)
-
-    def values(self, block: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(self._value()).reshape(1, -1)
-
-    def error(self, block: torch.Tensor) -> torch.Tensor:
-        return self.values(block) * 0.0
-
-    def kernel(self, source: DType) -> Kernel | None:
-        def run(flat: Array, start: int, stride: int, rows: int, cols: int, outs: Sequence[Array]) -> Findings:
-            outs[0][:] = self._value().view("u1")
-            return Findings()
-
-        return run
 
     def prepare(self, source: DType) -> None:
         self.smoother.prepare()
@@ -152,7 +132,7 @@ class SmoothValue(Encoding):
     def torch_bytes_per_column(self) -> int:
         return 0
 
-    def _value(self) -> Array:
+    def value(self) -> Array:
         """float32, 1-D."""
         bound = self.bound
         if bound is None:

@@ -1,0 +1,42 @@
+"""Values that follow from reductions alone, such as the scale of a whole matrix: no row of a source decides them."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+from streamconv.checkpoint.dtypes import DType
+from streamconv.lazy import Array, torch
+from streamconv.quants.base import Encoding, Findings, Kernel
+
+
+class Computed(Encoding):
+    """Float32 values of one row, which are exact; the source is a `NoSource`."""
+
+    name = "F32"
+
+    @abstractmethod
+    def value(self) -> Array:
+        """float32, 1-D; asked for when the reductions are complete."""
+
+    def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
+        return (torch.from_numpy(self.value()).view(torch.uint8).to(block.device),)
+
+    def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:
+        return parts[0].view(torch.float32).reshape(rows, cols)
+
+    def values(self, block: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(self.value()).reshape(1, -1)
+
+    def error(self, block: torch.Tensor) -> torch.Tensor:
+        return self.values(block) * 0.0
+
+    def kernel(self, source: DType) -> Kernel | None:
+        def run(flat: Array, start: int, stride: int, rows: int, cols: int, outs: Sequence[Array]) -> Findings:
+            outs[0][:] = self.value().view("u1")
+            return Findings()
+
+        return run
+
+    def prepare(self, source: DType) -> None:
+        """Nothing to load."""
