@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -109,6 +109,11 @@ def target(to: str, values: dict[str, Any], given: Collection[str]) -> Target:
     return made
 
 
+def _choice(name: str, choices: Sequence[str], text: str, heading: str) -> _Decorator:
+    """A flag with a few values, the first of which is the default."""
+    return click.option(name, type=click.Choice(choices), default=choices[0], show_default=True, help=text, cls=Flag, heading=heading)
+
+
 _OF_RESOURCES: dict[str, Any] = {"cls": Flag, "heading": "Resources"}
 _OF_CALIBRATION: dict[str, Any] = {"cls": Flag, "heading": "Calibration"}
 RESOURCES: tuple[_Decorator, ...] = (
@@ -119,37 +124,24 @@ RESOURCES: tuple[_Decorator, ...] = (
     click.option("--no-probe", is_flag=True, help="Do not look at the disks to tell how long it should take.", **_OF_RESOURCES),
 )
 OF_A_RUN: tuple[_Decorator, ...] = (
-    click.option(
-        "--hub-keep",
-        type=click.Choice(["all", "none"]),
-        default="all",
-        show_default=True,
-        help="Hub model: keep its shards in the cache, or remove each once it was read.",
-        **_OF_RESOURCES,
-    ),
-    click.option(
+    _choice("--hub-keep", ["all", "none"], "Hub model: keep its shards in the cache, or remove each once it was read.", "Resources"),
+    _choice(
         "--on-device-loss",
-        type=click.Choice(["cpu", "stop"]),
-        default="cpu",
-        show_default=True,
-        help="A GPU that fails: finish on the CPU, or stop so that the same command goes on later.",
-        **_OF_RESOURCES,
+        ["cpu", "stop"],
+        "A GPU that fails: finish on the CPU, or stop so that the same command goes on later.",
+        "Resources",
     ),
-    click.option(
+    _choice(
         "--read",
-        type=click.Choice(["auto", "map", "pread"]),
-        default="auto",
-        show_default=True,
-        help="On the CPU: map the source, copy it into memory, or map what the page cache holds. Network file systems are never mapped.",
-        **_OF_RESOURCES,
+        ["auto", "map", "pread"],
+        "On the CPU: map the source, copy it into memory, or map what the page cache holds. Network file systems are never mapped.",
+        "Resources",
     ),
-    click.option(
+    _choice(
         "--verify",
-        type=click.Choice(["none", "inline"]),
-        default="none",
-        show_default=True,
-        help="inline: decode each tile and hold it against its source before it is written; the manifest gets the SNR of each tensor.",
-        **_OF_RESOURCES,
+        ["none", "inline"],
+        "inline: decode each tile and hold it against its source before it is written; the manifest gets the SNR of each tensor.",
+        "Resources",
     ),
     click.option("--min-snr", type=float, metavar="DB", help="--verify inline: fail if a tensor's SNR is below.", **_OF_RESOURCES),
 )
@@ -229,13 +221,11 @@ SAMPLES: tuple[_Decorator, ...] = (
 
 _OF_WATCHING: dict[str, Any] = {"cls": Flag, "heading": "Watching"}
 WATCHING: tuple[_Decorator, ...] = (
-    click.option(
+    _choice(
         "--progress",
-        type=click.Choice(["auto", "live", "lines", "json", "none"]),
-        default="auto",
-        show_default=True,
-        help="One live line, a line every 10 s, or a JSON object a second. auto: live on a terminal, lines elsewhere and in CI.",
-        **_OF_WATCHING,
+        ["auto", "live", "lines", "json", "none"],
+        "One live line, a line every 10 s, or a JSON object a second. auto: live on a terminal, lines elsewhere and in CI.",
+        "Watching",
     ),
     click.option(
         "--memory-trace",
@@ -279,9 +269,7 @@ def sharing(parts: int | None, part: str | None, wait: float, private_parts: boo
     return {"parts": count, "part": number, "wait": wait, "private_parts": private_parts}
 
 
-def resources(
-    memory_budget: str | None, workers: str | int | None, device: str, device_memory_budget: str | None = None
-) -> Resources:
+def resources(memory_budget: str | None, workers: str | int | None, device: str, device_memory_budget: str | None = None) -> Resources:
     """Resources from the spelling of the command line.
 
     Raises:

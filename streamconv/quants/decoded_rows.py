@@ -35,6 +35,15 @@ class _Decoded:
     name: str
     dtype: DType
     shape: tuple[int, ...]
+    codes: SourceTensor
+
+    @property
+    def row_align(self) -> int:
+        return self.codes.row_align
+
+    @property
+    def stored_row_bytes(self) -> int:
+        return self.codes.stored_row_bytes
 
     @property
     def rows(self) -> int:
@@ -66,7 +75,6 @@ class DecodedTensor(_Decoded):
         inputs: [K], what an engine multiplies the input by before it meets the codes (ModelOpt's pre_quant_scale).
     """
 
-    codes: SourceTensor
     code: Code
     scales: SourceTensor
     per_row: int
@@ -77,17 +85,9 @@ class DecodedTensor(_Decoded):
     inputs: SourceTensor | None = None
 
     @property
-    def row_align(self) -> int:
-        return self.codes.row_align
-
-    @property
     def pieces(self) -> tuple[Piece, ...]:
         more = [tensor.pieces for tensor in (self.zeros, self.inputs) if tensor is not None]
         return (*self.codes.pieces, *self.scales.pieces, *chain(*more))
-
-    @property
-    def stored_row_bytes(self) -> int:
-        return self.codes.stored_row_bytes
 
     @property
     def scratch_row_bytes(self) -> int:
@@ -161,16 +161,8 @@ class DecodedAffine(_Decoded):
     zeros: Strided
 
     @property
-    def row_align(self) -> int:
-        return self.codes.row_align
-
-    @property
     def pieces(self) -> tuple[Piece, ...]:
         return (*self.codes.pieces, *self.scales.pieces, *self.zeros.pieces)
-
-    @property
-    def stored_row_bytes(self) -> int:
-        return self.codes.stored_row_bytes
 
     @property
     def scratch_row_bytes(self) -> int:
@@ -217,10 +209,6 @@ class DecodedIntegers(_Decoded):
     def pieces(self) -> tuple[Piece, ...]:
         order = self.order.pieces if self.order is not None else ()
         return (*self.codes.pieces, *self.scales.pieces, *self.zeros.pieces, *order)
-
-    @property
-    def stored_row_bytes(self) -> int:
-        return self.codes.stored_row_bytes
 
     @property
     def scratch_row_bytes(self) -> int:
@@ -284,7 +272,6 @@ class TurnedMx(_Decoded):
         shape: (E, K, N).
     """
 
-    codes: SourceTensor
     scales: SourceTensor
 
     @property
