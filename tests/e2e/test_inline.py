@@ -101,7 +101,7 @@ def test_other_formats(model: Path, tmp_path: Path, target: Any) -> None:
 
 def test_a_codec_that_is_broken_is_found(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One code of one row, in a kernel; without the check the run ends well."""
-    from streamconv.kernels import weight_only
+    from streamconv.quants import weight_only
 
     real = weight_only.weight_only_kernel
 
