@@ -13,8 +13,17 @@ from streamconv.kernels.jit import bits_of, float_of, jit
 from streamconv.kernels.nearest import load_bits
 
 _Array = np.ndarray[Any, Any]
+_NIBBLES = np.uint64(0x000F000F000F000F)
 LANES = 256
 """Columns whose sums are kept apart: one vector operation after the other, and the same order of additions everywhere."""
+
+
+@jit
+def _even(x: np.uint64) -> np.uint64:
+    """Bytes 0, 2, 4 and 6 side by side."""
+    x = x & np.uint64(0x00FF00FF00FF00FF)
+    x = (x | (x >> np.uint64(8))) & np.uint64(0x0000FFFF0000FFFF)
+    return (x | (x >> np.uint64(16))) & np.uint64(0xFFFFFFFF)
 
 
 @jit
@@ -24,17 +33,19 @@ def unpack8(words: _Array, run: int, apart: int, q: _Array, family: int) -> None
     Args:
         run: words of the row that lie side by side; the next run begins `apart` words later.
     """
+    if family == 0 or family == 3:
+        held, to = words.view(np.uint64), q.view(np.uint64)
+        for begin in range(q.size // 2 // run):
+            source, at = held[begin * apart // 4 : (begin * apart + run) // 4], begin * run // 4
+            for block in range(run // 8):  # eight words: the low bytes of all, then the high ones
+                a, b = source[2 * block], source[2 * block + 1]
+                to[at + 2 * block] = _even(a) | (_even(b) << np.uint64(32))
+                to[at + 2 * block + 1] = _even(a >> np.uint64(8)) | (_even(b >> np.uint64(8)) << np.uint64(32))
+        return
     at = 0
     for begin in range(q.size // 2 // run):
         part = words[begin * apart : begin * apart + run]
-        if family == 0 or family == 3:
-            for block in range(run // 8):
-                source, to = part[block * 8 : block * 8 + 8], q[at + block * 16 : at + block * 16 + 16]
-                for i in range(8):
-                    to[i] = np.uint8(source[i] & np.uint16(255))
-                for i in range(8):
-                    to[8 + i] = np.uint8(source[i] >> np.uint16(8))
-        elif family == 1:
+        if family == 1:
             for block in range(run // 2):
                 for i in range(2):
                     q[at + block * 4 + i] = np.uint8(part[block * 2 + i] & np.uint16(255))
@@ -49,35 +60,44 @@ def unpack8(words: _Array, run: int, apart: int, q: _Array, family: int) -> None
 @jit
 def unpack4(words: _Array, run: int, apart: int, q: _Array, family: int) -> None:
     """int4 words (four in a uint16) of one row -> codes, offset by 8; see `unpack8`."""
+    if family == 0 or family == 3:
+        held, to = words.view(np.uint64), q.view(np.uint64)
+        for begin in range(q.size // 4 // run):
+            source, at = held[begin * apart // 4 : (begin * apart + run) // 4], begin * run // 2
+            for block in range(run // 8):  # eight words: the lowest nibbles of all, then the next ones
+                a, b = source[2 * block], source[2 * block + 1]
+                for j in range(4):
+                    low, high = (a >> np.uint64(4 * j)) & _NIBBLES, (b >> np.uint64(4 * j)) & _NIBBLES
+                    to[at + 4 * block + j] = _even(low) | (_even(high) << np.uint64(32))
+        return
     at = 0
     for begin in range(q.size // 4 // run):
         part = words[begin * apart : begin * apart + run]
-        if family == 0 or family == 3:
-            for block in range(run // 8):
-                source, to = part[block * 8 : block * 8 + 8], q[at + block * 32 : at + block * 32 + 32]
-                for i in range(8):
-                    to[i] = np.uint8(source[i] & np.uint16(15))
-                for i in range(8):
-                    to[8 + i] = np.uint8((source[i] >> np.uint16(4)) & np.uint16(15))
-                for i in range(8):
-                    to[16 + i] = np.uint8((source[i] >> np.uint16(8)) & np.uint16(15))
-                for i in range(8):
-                    to[24 + i] = np.uint8(source[i] >> np.uint16(12))
-        else:
-            for block in range(run // 2):
-                for side in range(2):
-                    for j in range(4):
-                        code = np.uint8((part[block * 2 + side] >> np.uint16(4 * j)) & np.uint16(15))
-                        if family == 1:
-                            q[at + block * 8 + 2 * j + side] = code
-                        else:
-                            q[at + block * 8 + 4 * side + j] = code ^ np.uint8(8)
+        for block in range(run // 2):
+            for side in range(2):
+                for j in range(4):
+                    code = np.uint8((part[block * 2 + side] >> np.uint16(4 * j)) & np.uint16(15))
+                    if family == 1:
+                        q[at + block * 8 + 2 * j + side] = code
+                    else:
+                        q[at + block * 8 + 4 * side + j] = code ^ np.uint8(8)
         at += run * 4
 
 
 @jit
+def _gap(value: np.float32, code: np.uint8, half: np.float32, scale: np.float32) -> np.float32:
+    return np.float32(np.float32(np.float32(np.float32(code) - half) * scale) - value)
+
+
+@jit
+def _size(value: np.float32) -> np.uint32:
+    """A magnitude as bits, which have its order: a maximum of floats is no vector operation."""
+    return np.uint32(bits_of(value) & np.uint32(0x7FFFFFFF))
+
+
+@jit
 def compare_row(
-    source: _Array, q: _Array, scale: np.float32, top: np.float32, limits: _Array, sums: _Array, lanes: _Array, off: _Array
+    source: _Array, q: _Array, scale: np.float32, top: np.float32, limits: _Array, sums: _Array, lanes: _Array
 ) -> bool:
     """Add a row to the sums; False if a value is farther off than it may be.
 
@@ -87,24 +107,33 @@ def compare_row(
         top: largest finite magnitude of the source.
         limits: (integers on a side, relative and absolute slack for the casts).
         sums: [noise, signal, largest error, largest value].
-        lanes, off: float32 [2, LANES] and uint32 [cols] to work in.
+        lanes: float32 [2, LANES] to work in.
     """
     half = limits[0]
     step = np.float32(top / half)
-    lanes[:] = np.float32(0)
     bound = np.float32(step * np.float32(0.5) + top * limits[1] + limits[2])
+    lanes[:] = np.float32(0)
     noise, signal = lanes[0], lanes[1]
     far = np.uint32(0)
-    for begin in range(0, source.size, LANES):
-        count = min(LANES, source.size - begin)
-        v, codes, gaps = source[begin : begin + count], q[begin : begin + count], off[begin : begin + count]
-        for i in range(count):
-            gap = np.float32(np.float32(np.float32(np.float32(codes[i]) - half) * scale) - v[i])
+    whole = source.size // (4 * LANES) * (4 * LANES)
+    for begin in range(0, whole, 4 * LANES):
+        v, c = source[begin : begin + 4 * LANES], q[begin : begin + 4 * LANES]
+        v0, v1, v2, v3 = v[:LANES], v[LANES : 2 * LANES], v[2 * LANES : 3 * LANES], v[3 * LANES :]
+        c0, c1, c2, c3 = c[:LANES], c[LANES : 2 * LANES], c[2 * LANES : 3 * LANES], c[3 * LANES :]
+        for i in range(LANES):
+            e, f, g, h = v0[i], v1[i], v2[i], v3[i]
+            ge, gf = _gap(e, c0[i], half, scale), _gap(f, c1[i], half, scale)
+            gg, gh = _gap(g, c2[i], half, scale), _gap(h, c3[i], half, scale)
+            noise[i] += np.float32(np.float32(ge * ge + gf * gf) + np.float32(gg * gg + gh * gh))
+            signal[i] += np.float32(np.float32(e * e + f * f) + np.float32(g * g + h * h))
+            far = max(far, max(max(_size(ge), _size(gf)), max(_size(gg), _size(gh))))
+    for begin in range(whole, source.size, LANES):
+        v, c = source[begin : begin + LANES], q[begin : begin + LANES]
+        for i in range(v.size):
+            gap = _gap(v[i], c[i], half, scale)
             noise[i] += np.float32(gap * gap)
             signal[i] += np.float32(v[i] * v[i])
-            size = np.uint32(bits_of(gap) & np.uint32(0x7FFFFFFF))
-            far = max(far, size)  # of bits: a maximum of floats is no vector operation
-            gaps[i] = size
+            far = max(far, _size(gap))
     for i in range(LANES):
         sums[0] += np.float64(noise[i])
         sums[1] += np.float64(signal[i])
@@ -113,11 +142,11 @@ def compare_row(
     if far <= near:
         return True
     last = np.float32((half - np.float32(1.5)) * step)  # above it the next integer would be one too many
-    wrong = 0
+    wrong = np.uint32(0)
     for i in range(source.size):
-        if off[i] > near and not (source[i] > last and off[i] <= wide):
-            wrong += 1
-    return wrong == 0
+        size = _size(_gap(source[i], q[i], half, scale))
+        wrong |= np.uint32(size > (wide if source[i] > last else near))
+    return bool(wrong == 0)
 
 
 @jit
@@ -135,7 +164,6 @@ def integer_errors(
     values = np.empty(cols, np.float32)
     pattern = values.view(np.uint32)
     q = np.empty(cols, np.uint8)
-    off = np.empty(cols, np.uint32)
     lanes = np.empty((2, LANES), np.float32)
     each = 16 // bits
     wrong = 0
@@ -160,6 +188,6 @@ def integer_errors(
             highest = np.uint32(0)
             for i in range(cols):
                 highest = max(highest, np.uint32(pattern[i] & np.uint32(0x7FFFFFFF)))
-        if not compare_row(values, q, scales[r], float_of(highest), limits, sums, lanes, off):
+        if not compare_row(values, q, scales[r], float_of(highest), limits, sums, lanes):
             wrong += 1
     return wrong
