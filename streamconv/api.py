@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from streamconv import device, hub, memory
 from streamconv.allocation import costs_of, foresee
 from streamconv.checkpoint.index import Index
-from streamconv.errors import OutputError, UsageError, printable
+from streamconv.errors import LockedError, OutputError, UsageError, printable
 from streamconv.estimate import look
 from streamconv.execution import executor
 from streamconv.open_plan import open_and_plan as open_and_plan
@@ -220,34 +220,51 @@ class Conversion:
 
         if self.resources.verify_inline:
             raise UsageError("--verify inline and --parts exclude each other so far", hint="verify --part N checks a part")
-        if len(self.outputs) > 1:
-            raise UsageError("--parts: several machines make one output at a time", hint="leave it out, or make one output after the other")
-        began, (output,), resources, meter = self.clock(), self.outputs, self.resources, self.meter
-        index, plan = open_and_plan(self.source, output.target, resources.memory_budget)
-        out = Path(named(output.out))
+        began, resources, meter = self.clock(), self.resources, self.meter
+        index, plans = open_and_plan_all(self.source, self.outputs, resources.memory_budget)
         with contextlib.closing(index):
-            foreseen = _foreseen([plan], resources)
-            share = Worker(self.source, out, index, plan, resources, self.force, meter, self.disk, self.instead, self.pinned).work()
+            foreseen = [_foreseen([plan], resources) for plan in plans]
+            workers = [
+                Worker(self.source, Path(named(one.out)), index, plan, resources, self.force, meter, self.disk, self.instead, self.pinned)
+                for one, plan in zip(self.outputs, plans, strict=True)
+            ]
+            if self.several:
+                check_apart([worker.place() for worker in workers], index.root)
+            if len(workers) > 1 and resources.part is None:
+                for worker in workers:  # what nobody holds, of all outputs; then what others held
+                    with contextlib.suppress(LockedError):
+                        worker.work(0.0)
+            for worker in workers:
+                worker.work()
         meter.end()
-        used = share.shares or foreseen
+        made = list(zip(self.outputs, plans, [worker.share for worker in workers], strict=True))
+        used = next((share.shares for _, _, share in made if share.shares is not None), foreseen[0])
+        each = tuple(
+            Written(
+                one.out, len(plan.files), sum(file.tensors for file in plan.files), plan.bytes_written, share.resumed,
+                share.published and not share.parts, (*plan.warnings, *share.warnings), parts=tuple(share.parts), published=share.published,
+            )
+            for one, plan, share in made
+        )  # fmt: skip
         return Report(
-            out=str(out),
-            files=len(plan.files),
-            tensors=sum(file.tensors for file in plan.files),
-            bytes_read=share.bytes_read,
-            bytes_mapped=share.bytes_mapped,
-            bytes_written=plan.bytes_written,
+            out=", ".join(one.out for one in each),
+            files=sum(one.files for one in each),
+            tensors=sum(one.tensors for one in each),
+            bytes_read=sum(share.bytes_read for _, _, share in made),
+            bytes_mapped=sum(share.bytes_mapped for _, _, share in made),
+            bytes_written=sum(one.bytes_written for one in each),
             seconds=self.clock() - began,
             peak_memory=memory.peak_resident(),
             budget=used.budget,
             workers=used.workers,
-            tiles=share.tiles,
-            resumed=share.resumed,
-            device=share.where,
+            tiles=sum(share.tiles for _, _, share in made),
+            resumed=sum(one.resumed for one in each),
+            device=next((share.where for _, _, share in made if share.where), ""),
             profile={},
-            warnings=(*plan.warnings, *share.warnings),
-            parts=tuple(share.parts),
-            published=share.published,
+            warnings=together(each),
+            outputs=each if self.several else (),
+            parts=tuple(part for one in each for part in one.parts or ()),
+            published=all(one.published for one in each),
         )
 
     def _writer(self, index: Index, output: Output, plan: Plan) -> Writer:

@@ -33,6 +33,7 @@ from streamconv.run.joining import join
 from streamconv.run.output_checks import check_place
 from streamconv.run.part_folder import Aside, PartFolder
 from streamconv.run.part_record import Record, hashes_of
+from streamconv.run.place import Place
 from streamconv.run.resume import fits
 
 PAGE = 4096
@@ -94,16 +95,24 @@ class Worker:
         self.parts = cut(plan, resources.parts)
         self.identity = journal.identity(plan, index.shards)  # reads some of every source file: once for all parts
         self.share = Share()
-        self._abandoned = False
+        self._abandoned, self._wait = False, resources.wait
 
-    def work(self) -> Share:
+    def place(self) -> Place:
+        """Where the output is made."""
+        return choose(Path(os.path.realpath(self.out)), self.disk or Disk(), self.resources.no_lock)
+
+    def work(self, wait: float | None = None) -> Share:
         """Join the work, do what there is to do, and publish if all is done.
 
+        Args:
+            wait: seconds for parts that others hold; as `resources` says if None.
+
         Raises:
-            LockedError: parts are held by others, and nothing went on for `resources.wait` seconds.
+            LockedError: parts are held by others, and nothing went on for so long.
             ResumeError: the work that is there is for something else. Else as of `api.convert`.
         """
-        place = choose(Path(os.path.realpath(self.out)), self.disk or Disk(), self.resources.no_lock)
+        self._wait = self.resources.wait if wait is None else wait
+        place = self.place()
         place.ours |= self.plan.names
         check_place(place, self.index.root, [*(shard.path for shard in self.index.shards), *self.plan.target.files_read])
         claims = Claims(place, len(self.parts))
@@ -180,11 +189,11 @@ class Worker:
                 raise Over
             if (now := claims.progress()) != seen:
                 seen, since = now, time.monotonic()
-            if time.monotonic() - since >= self.resources.wait:
+            if time.monotonic() - since >= self._wait:
                 who = claims.held(waiting[0]) or "another process"
                 numbers = ", ".join(map(str, waiting[:5])) + (f" and {len(waiting) - 5} more" if len(waiting) > 5 else "")
                 raise LockedError(
-                    f"of {len(self.parts)} parts {numbers} are held by {who}; nothing went on for {self.resources.wait:g} s",
+                    f"of {len(self.parts)} parts {numbers} are held by {who}; nothing went on for {self._wait:g} s",
                     hint="run the same command again later; a lock of a machine that is gone ends with its lease",
                 )
             time.sleep(POLL)

@@ -33,7 +33,8 @@ class Written:
     """One output of a conversion: files, tensors, bytes, tiles of an earlier run that were kept, and what the user should know of it.
 
     `finished`: an earlier run had made it, and nothing was done. `errors` of each matrix, if each tile was decoded (`verify_inline`).
-    `losses` of a search for INT4 codes, as the manifest tells them.
+    `losses` of a search for INT4 codes, as the manifest tells them. `parts` are those that this process did, None if it did not share
+    the work; `published` if the output then had its name.
     """
 
     out: str
@@ -45,6 +46,8 @@ class Written:
     warnings: tuple[str, ...]
     errors: tuple[TensorError, ...] = ()
     losses: Mapping[str, Any] | None = None
+    parts: tuple[int, ...] | None = None
+    published: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -136,8 +136,9 @@ def convert(
     if min_snr is not None and not asked.verify_inline:
         raise UsageError("--min-snr has no effect without --verify inline", hint="add --verify inline, or leave it out")
     if asked.parts and text:
-        raise UsageError("--text and --parts exclude each other", hint="run `streamconv calibrate` once, then use --activation-ranges")
-    outputs = several.asked(model, out, more, values.pop("output"), _recipe_keys(), ("text", "parts", "part", "private_parts", "engine"))
+        hint = "on one machine: `streamconv calibrate`, then --activation-ranges FILE; for INT4 the command without --parts, then --codes"
+        raise UsageError("--text and --parts exclude each other: what is measured is measured once for all parts", hint=hint)
+    outputs = several.asked(model, out, more, values.pop("output"), _recipe_keys(), ("text", "engine"))
     if out is None and not outputs:
         raise click.MissingParameter(param_hint="'OUT'", param_type="argument")
     wanted = None if outputs else asked_target(to, values, more)

@@ -16,8 +16,14 @@ def show(report: Report, as_json: bool, quiet: bool) -> None:
     if quiet or as_json:
         return
     if report.parts is not None:
+        for each in report.outputs:
+            did = f"part{'s' * (len(each.parts) != 1)} {', '.join(map(str, each.parts))}" if each.parts else "no part"
+            after = "complete" if each.published else f"other parts are missing, see `streamconv status {each.out}`"
+            output.line(f"{each.out}: {did} done here; {after}")
         done = f"part{'s' * (len(report.parts) != 1)} {', '.join(map(str, report.parts))}" if report.parts else "no part"
-        after = "the output is complete" if report.published else "other parts are missing, see `streamconv status`"
+        done = f"{len(report.parts)} parts" if report.outputs else done
+        whole = "all outputs are complete" if report.outputs else "the output is complete"
+        after = whole if report.published else "other parts are missing, see `streamconv status`"
         output.line(
             f"{report.out}: {done} done here, {show_size(report.bytes_read)} read in {report.seconds:.1f} s, peak memory "
             f"{show_size(report.peak_memory)} of {show_size(report.budget)}"

@@ -28,6 +28,7 @@ def content(plan: Plan, parts: Sequence[Part]) -> dict[str, Any]:
         "count": len(parts),
         "imbalance": max(moved) / mean - 1 if mean else 0.0,
         "imbalance_of_others": max(others) * len(others) / sum(others) - 1 if sum(others) else 0.0,
+        "largest": _largest(plan, parts),
         "read_amplification": sum(part.read for part in parts) / plan.bytes_read if plan.bytes_read else 1.0,
         "shards_fetched": sum(sizes[at] for own in shards for at in own) / max(sum(sizes[at] for at in set().union(*shards)), 1),
         "parts": [
@@ -44,6 +45,12 @@ def content(plan: Plan, parts: Sequence[Part]) -> dict[str, Any]:
     }
 
 
+def _largest(plan: Plan, parts: Sequence[Part]) -> str:
+    """The matrix, of the part that moves most, that has most bytes."""
+    most = max(parts, key=lambda part: part.moved).matrices
+    return plan.matrices.name(max(most, key=plan.matrices.bytes_of)) if most else ""
+
+
 def lines(told: dict[str, Any]) -> list[str]:
     """The same for people."""
     rows = [
@@ -56,7 +63,11 @@ def lines(told: dict[str, Any]) -> list[str]:
     imbalance = f"imbalance {told['imbalance_of_others']:.1%}"
     if alone:
         which = f"part{'s' * (len(alone) > 1)} {', '.join(alone)}"
-        imbalance += f", without {which}: what shares source bytes stays together, up to {1 + told['imbalance']:.2f} x the mean"
+        imbalance += f" without {which}, which {'are' if len(alone) > 1 else 'is'} up to {1 + told['imbalance']:.2f} x the mean"
+        largest = max(told["parts"], key=lambda part: part["read"] + part["write"])
+        floor = show_size(largest["read"] + largest["write"])
+        most = sum(part["read"] + part["write"] for part in told["parts"]) // max(largest["read"] + largest["write"], 1)
+        imbalance += f": {told['largest']} is never cut; its {floor} are the least of a part, so more than {most} workers gain nothing"
     return [
         "",
         *table(rows, ("part", "read", "write", "source files")),

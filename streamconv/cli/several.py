@@ -51,7 +51,10 @@ def asked(
     if wrong := [flag(name) for name in context.params if name in named & options]:
         raise UsageError(f"{', '.join(wrong)}: not beside --output", hint="each output names its own options: " + _FORM)
     if wrong := [flag(name) for name in context.params if name in named and name in only]:
-        raise UsageError(f"{', '.join(wrong)}: for one output, not for several", hint="leave --output out: streamconv convert MODEL OUT")
+        hint = "leave --output out: streamconv convert MODEL OUT"
+        if "--text" in wrong:
+            hint = "measure once, with `streamconv calibrate`, and give each output its activation_ranges=FILE (codes=FILE for INT4)"
+        raise UsageError(f"{', '.join(wrong)}: for one output, not for several", hint=hint)
     made, told = [], list[str]()
     for number, each in enumerate(given, 1):
         with _about(f"--output {printable(each)}" if isinstance(each, str) else f"[[output]] {number}"):

@@ -85,12 +85,14 @@ def _worker(command: tuple[str, ...], here: bool, parts: int, cpus: int, budget:
     values: dict[str, Any] = context.params
     if values["parts"] or values["part"]:
         raise UsageError("--parts and --part are for the script to say", hint="streamconv submit slurm --parts 64 ... -- convert ...")
-    if values["out"] is None or values["output"]:
-        raise UsageError("one output is made in parts: convert MODEL OUT", hint="name OUT, and leave out --output")
+    if values["text"]:
+        raise UsageError("--text is not for a job in parts: what is measured is measured once", hint="measure first, see `convert --help`")
+    if values["out"] is None and not values["output"]:
+        raise UsageError("no OUT is named", hint="streamconv submit slurm --nodes 16 -- convert MODEL OUT ...")
     if here:
         for key in ("model", "out"):
             given = str(values[key])
-            if given in words and (key == "out" or os.path.lexists(given)):
+            if values[key] is not None and given in words and (key == "out" or os.path.lexists(given)):
                 words[words.index(given)] = os.path.abspath(given)
     typed = {word.partition("=")[0] for word in words}
     added = ["--parts", str(parts)]
@@ -114,6 +116,7 @@ def slurm(words: list[str], nodes: int, cpus: int, memory: int, name: str, more:
     lines += ["# A task that died needs no second start: the others do its part. To start more: sbatch this again, with any --array."]
     if tasks < nodes:
         lines += [f"# {nodes} nodes were asked for; an array has {MOST_TASKS} tasks at most (MaxArraySize). Submit it again for more."]
+    lines += [f"cd {shlex.quote(os.getcwd())} || exit 6"]  # what a flag or a recipe names lies where it was typed
     return [*lines, "exec " + shlex.join([sys.executable, "-m", "streamconv", *words])]
 
 

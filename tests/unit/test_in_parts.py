@@ -13,10 +13,12 @@ from streamconv.cli.main import main
 from streamconv.errors import OutputError, VerifyError
 from streamconv.families import all_families
 from streamconv.options import Resources
+from streamconv.progress import Meter, Progress
 from streamconv.publishing import finish
 from streamconv.run.fs import hidden
 from streamconv.targets.base import Target
 from streamconv.targets.hf.target import HuggingFace
+from streamconv.targets.trtllm.options import TensorRTLLM
 from tests import tiny
 from tests.conformance.recipes import RECIPES, Recipe
 from tests.conformance.sources import RUNS, make
@@ -119,3 +121,45 @@ def test_a_part_of_an_output_that_somebody_replaced(tmp_path: Path) -> None:
         api.convert(model, out, HuggingFace(quant="none"), _resources(parts=2))
     (out / "notes.txt").unlink()
     assert api.convert(model, out, HuggingFace(quant="none"), _resources(parts=2)).published
+
+
+def test_several_outputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A worker that is stopped, another that takes its place, one that comes when all is done; each output is that of a run alone."""
+    model, names = tiny.write(tmp_path / "in"), ("a", "b")
+    targets: tuple[Target, ...] = (TensorRTLLM(tp_size=2, quant="int8", target_sm=80), HuggingFace(quant="fp8_dynamic"))
+    for name, target in zip(names, targets, strict=True):
+        api.convert(model, tmp_path / f"{name} alone", target, _resources())
+    asked = [target.to(tmp_path / name) for name, target in zip(names, targets, strict=True)]
+    seen = 0
+
+    def late(now: Progress) -> None:
+        nonlocal seen
+        seen += now.phase == "converting" and now.done == 0
+        if seen == 2 and now.done > now.total / 2:  # in the second output
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        api.convert_all(model, asked, _resources(parts=4), meter=Meter(late, every=0))
+    assert (tmp_path / "a").exists() and not (tmp_path / "b").exists()
+    assert main(["status", str(tmp_path / "b")]) == 0 and "of 4 parts are done" in capsys.readouterr().out
+    words = [str(model), f"--output=trtllm:{tmp_path / 'a'}:tp_size=2,quant=int8,target_sm=80"]
+    words += [f"--output=hf:{tmp_path / 'b'}:quant=fp8_dynamic"]
+    more = ["--memory-budget", "4GiB", "--device", "cpu", "--workers", "2"]
+    assert main(["convert", *words, *more, "--parts", "4"]) == 0
+    told = capsys.readouterr().out
+    assert f"{tmp_path / 'a'}: no part done here; complete" in told and "all outputs are complete" in told
+    for name in names:
+        _same(tmp_path / f"{name} alone", tmp_path / name)
+    again = api.convert_all(model, asked, _resources(parts=4))
+    assert again.published and again.bytes_read == 0 and [one.finished for one in again.outputs] == [True, True]
+
+
+def test_parts_of_several_outputs_by_number(tmp_path: Path) -> None:
+    model = tiny.write(tmp_path / "in")
+    asked = [TensorRTLLM().to(tmp_path / "a"), HuggingFace(quant="mxfp4").to(tmp_path / "b")]
+    for part in (1, 0):
+        report = api.convert_all(model, asked, _resources(parts=2, part=part, no_lock=True))
+        assert [(one.parts, one.published) for one in report.outputs] == [((part,), False)] * 2
+    for name in "ab":
+        assert main(["finalize", str(tmp_path / name), "--no-lock", "--verify"]) == 0
+        assert main(["verify", str(tmp_path / name), "--source", str(model), "--quiet"]) == 0

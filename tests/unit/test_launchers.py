@@ -65,7 +65,9 @@ def test_a_script_for_slurm(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
     assert "#SBATCH --array=0-15" in lines and "#SBATCH --partition=cpu" in lines
     words = f"-m streamconv convert '{model}' {Path('out').resolve()} --quant int8 --parts 64 --workers 4 --memory-budget 3584MiB"
     assert words in lines[-1]
-    assert "afterok" not in text
+    assert lines[-2] == f"cd {Path.cwd()} || exit 6" and "afterok" not in text
+    several = _printed(capsys, "slurm", "--nodes", "2", "--", "convert", str(model), "--output", "hf:out:quant=mxfp4", "--output", "hf:two")
+    assert "--output hf:out:quant=mxfp4 --output hf:two --parts 8" in several
     many = _printed(capsys, "slurm", "--nodes", "5000", "--", "convert", "org/name", "out", "--workers=2")
     assert "#SBATCH --array=0-999" in many and "--parts 4096" in many and "convert org/name" in many and "--workers 4" not in many
 
@@ -88,7 +90,7 @@ def test_a_job_for_kubernetes(capsys: pytest.CaptureFixture[str]) -> None:
         (["slurm", "--nodes", "2", "--", "convert", "in", "out", "--parts", "3"], "are for the script to say"),
         (["k8s", "--nodes", "2", "--", "convert", "in", "out"], "needs --image and --claim"),
         (["slurm", "--nodes", "2", "--", "convert", "in", "out", "--qunat", "int8"], "No such option"),
-        (["slurm", "--nodes", "2", "--", "convert", "in"], "one output is made in parts"),
+        (["slurm", "--nodes", "2", "--", "convert", "in"], "no OUT is named"),
     ],
 )
 def test_refused(words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
