@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from streamconv.calibration.gram import rows_at_once
 from streamconv.calibration.grid import Grid
+from streamconv.calibration.tiers import rows_at_once
 from streamconv.quants.int_group import RATIOS
 
 
@@ -20,7 +20,7 @@ def clipped(weight: torch.Tensor, blocks: torch.Tensor, grid: Grid) -> torch.Ten
         blocks: [K/g, g, g].
     """
     made = []
-    for rows in weight.split(max(64, rows_at_once(weight.shape[1], weight.device) // 2)):  # type: ignore[no-untyped-call]
+    for rows in weight.split(max(64, rows_at_once(weight.shape[1], weight.device.type) // 2)):  # type: ignore[no-untyped-call]
         largest = grid.largest(rows)
         best = grid.scales(largest, RATIOS[0])
         least = torch.full_like(largest, float("inf"))

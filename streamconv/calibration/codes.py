@@ -51,6 +51,7 @@ class CodesWork:
         group: input channels that share a scale.
         scale: the type that scales are rounded to, "source" for that of the weight.
         room: bytes that the Grams of a pass may take together.
+        device: torch device.
         fold: where AWQ's pre-scales go.
     """
 
@@ -58,10 +59,10 @@ class CodesWork:
     smaller = SMALLER
     captured = False
 
-    def __init__(self, method: str, group: int, scale: str, room: int, fold: Fold = "") -> None:
+    def __init__(self, method: str, group: int, scale: str, room: int, device: str, fold: Fold = "") -> None:
         self.asked: Any = ["int4", method, group, scale, *([fold] if fold else [])]
         self._method, self._group, self._scale = method, group, scale
-        self._room, self._fold = room, fold
+        self._room, self._device, self._fold = room, device, fold
         self._grams: dict[str, Gram] = {}
         self._short = 0
 
@@ -73,7 +74,7 @@ class CodesWork:
         return None if any(name.endswith(".weight_scale") for name in read_header(path).tensors) else self.name
 
     def extra(self, facts: ModelConfig) -> int:
-        return search_bytes(self._method, self._group, facts)
+        return search_bytes(self._method, self._group, facts, self._device)
 
     # ---- the layer
 

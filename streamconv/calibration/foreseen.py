@@ -15,6 +15,8 @@ from streamconv.calibration.before import SAMPLES, check_text, takes_codes
 from streamconv.calibration.held import Held
 from streamconv.calibration.request import Samples
 from streamconv.calibration.tiers import LINEAR, SAMPLE, SITES, SMALLER, Tier, gram_bytes, gram_room, passes_of, search_bytes, tier_of
+from streamconv.calibration.torch_device import free_memory
+from streamconv.device import parse, visible
 from streamconv.errors import BudgetError, UsageError
 from streamconv.memory import show_size
 from streamconv.targets.hf.target import HuggingFace
@@ -98,8 +100,6 @@ def foreseen(
     Raises:
         BudgetError: it does not fit, as the search itself will say.
     """
-    from streamconv.device import parse, visible
-
     on = "cpu" if parse(device) == ("cpu",) or (device == "auto" and not visible()) else device if device != "auto" else "cuda"
     if method is not None:
         return _search(index, facts, family, method, group, samples, budget, on)
@@ -113,16 +113,18 @@ def _search(
 ) -> Search:
     left = memory.available() if budget is None else max(1, budget - memory.resident())
     itemsize = 4 if device == "cpu" else {"float32": 4}.get(facts.dtype or "float16", 2)
-    held = Held.of(index, facts, family, samples.batch_size * samples.max_length, itemsize, search_bytes(method, group, facts))
-    held.check(left, device, SMALLER)
-    room = gram_room(left if device == "cpu" else None)
+    held = Held.of(index, facts, family, samples.batch_size * samples.max_length, itemsize, search_bytes(method, group, facts, device))
+    free = free_memory(device) if visible() else None
+    held.check(left, device, SMALLER, free)
+    room = gram_room(left if device == "cpu" else free)
     layers = _weights(index, family)
     tokens = max(0, SAMPLES["codes"] if samples.samples is None else samples.samples) * samples.max_length
-    passes, codes, work, most = 1, 0, 0.0, Counter[tuple[int, Tier]]()
+    passes, codes, work, beside, most = 1, 0, 0.0, 0, Counter[tuple[int, Tier]]()
     for weights in layers.values():
         sites = {key: cols for key, _, cols in weights if not cols % group}
         kept = [(size, tier_of(method, size)) for size in sites.values()]
-        groups = passes_of(((None, gram_bytes(tier, size, group)) for size, tier in kept), room)
+        groups = passes_of(((grams, grams) for grams in (gram_bytes(tier, size, group) for size, tier in kept)), room)
+        beside = max([beside, *(sum(grams) - max(grams) for grams in groups)])
         passes = max(passes, len(groups))
         most |= Counter(kept)
         whole = [(rows, cols) for _, rows, cols in weights if not cols % group]
@@ -134,7 +136,7 @@ def _search(
             work += 2.0 * 21 * rows * cols * wide
         if method == "gptq":
             work += sum(4 / 3 * size**3 for size, _ in kept) + sum(3.0 * rows * cols * cols for rows, cols in whole)
-    device_bytes = held.layer + held.batch + held.extra + min(room, sum(gram_bytes(t, s, group) * n for (s, t), n in most.items()))
+    device_bytes = held.layer + held.batch + held.extra + beside
     return Search(
         method=method,
         device=device,

@@ -9,14 +9,12 @@ from typing import NamedTuple
 
 import torch
 
-from streamconv.calibration.gram import rows_at_once
 from streamconv.calibration.grid import Grid
+from streamconv.calibration.tiers import DOUBLE, rows_at_once
 
 DAMPING = (0.01, 0.04, 0.16, 0.64, 1.0)
 """Shares of the mean diagonal that are added to it; the next one is taken where the Cholesky factorization fails."""
 _BLOCK = 128
-_DOUBLE = 4096
-"""Up to so many channels the CPU factorizes in float64."""
 
 
 class Factor(NamedTuple):
@@ -38,7 +36,7 @@ def factor(moments: torch.Tensor) -> Factor | None:
     diagonal = moments.diagonal().clone()
     dead = diagonal <= 0
     order = torch.argsort(torch.where(dead, 1.0, diagonal), descending=True, stable=True)
-    kind = torch.float64 if device.type == "cpu" and size <= _DOUBLE else torch.float32
+    kind = torch.float64 if device.type == "cpu" and size <= DOUBLE else torch.float32
     turned = order.flip(0)
     mean = torch.where(dead, 1.0, diagonal).to(kind).mean()
     for damping in DAMPING:
@@ -48,9 +46,9 @@ def factor(moments: torch.Tensor) -> Factor | None:
         lower, failed = torch.linalg.cholesky_ex(hessian)
         del hessian
         if int(failed) == 0:
-            eye = torch.eye(size, dtype=kind, device=device)
-            upper = torch.linalg.solve_triangular(lower, eye, upper=False)
-            del lower, eye
+            upper = torch.eye(size, dtype=kind, device=device).T  # columns lie together: solved in place
+            torch.linalg.solve_triangular(lower, upper, upper=False, out=upper)
+            del lower
             if bool(upper.isfinite().all()):
                 return Factor(order, upper.flip(0, 1).float().contiguous())
     return None
@@ -64,7 +62,7 @@ def rounded(weight: torch.Tensor, scales: torch.Tensor, grid: Grid, known: Facto
         scales: [N, K/g].
     """
     made = []
-    step = rows_at_once(weight.shape[1], weight.device)
+    step = rows_at_once(weight.shape[1], weight.device.type)
     for rows, own in zip(weight.split(step), scales.split(step), strict=True):  # type: ignore[no-untyped-call]
         made.append(_rows(rows, own, grid, known))
     return torch.cat(made)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 
 from streamconv.calibration.tiers import Tier
-from streamconv.memory import MIB
 
 _CHUNK = 8192
 """Tokens that are summed at a time."""
@@ -113,12 +112,3 @@ class _tf32:
 
     def __exit__(self, *_: object) -> None:
         torch.backends.cuda.matmul.allow_tf32 = self._before
-
-
-ROOM = 32 * MIB
-"""Elements of float32 that a search works on at once on a device; a quarter on the CPU. The same for every budget, so the bytes are too."""
-
-
-def rows_at_once(size: int, device: torch.device) -> int:
-    """Rows of K = `size` that a search takes at once."""
-    return max(64, (ROOM * 4 if device.type == "cuda" else ROOM // 4) // size)

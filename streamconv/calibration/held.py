@@ -44,13 +44,14 @@ class Held:
         """Bytes of the process."""
         return _TORCH_BASE + self.layer + self.batch + (self.extra if device == "cpu" else 0)
 
-    def check(self, budget: int | None, device: str, smaller: str) -> None:
-        """Refuse a budget that it does not fit in.
+    def check(self, budget: int | None, device: str, smaller: str, room: int | None = None) -> None:
+        """Refuse a budget, or a device, that it does not fit in.
 
         Args:
             budget: bytes; None: what is free.
             device: "cpu" or another.
             smaller: end of the hint.
+        room: free bytes of the device; None for the CPU, or if nobody knows.
 
         Raises:
             BudgetError: says what is needed.
@@ -61,3 +62,8 @@ class Held:
                 f"calibration takes about {show_size(need)} (one layer {show_size(self.layer)}), and only {show_size(free)} may be used",
                 hint=f"--memory-budget {-(-need // MIB)}MiB, or a smaller --batch-size or --max-length" + smaller,
             )
+        need = self.layer + self.batch + self.extra
+        if room is not None and need > room:
+            told = f"calibration takes about {show_size(need)} of {device} (one layer {show_size(self.layer)}), which has"
+            hint = "a GPU with more memory, a smaller --batch-size or --max-length" + smaller + ", or --device cpu"
+            raise BudgetError(f"{told} {show_size(room)} free", hint=hint)

@@ -18,7 +18,7 @@ from streamconv.calibration.batches import batches_of, groups_of
 from streamconv.calibration.held import Held
 from streamconv.calibration.names import Names
 from streamconv.calibration.request import DTYPES, Loop
-from streamconv.calibration.torch_device import current, give_back, torch_device
+from streamconv.calibration.torch_device import current, free_memory, give_back, torch_device
 from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.model_config import ModelConfig
 from streamconv.checkpoint.quantized import source_quantization
@@ -140,8 +140,9 @@ def find_codes(
         if dtype == "auto" and torch_device(device) == "cpu":
             dtype = "float32"  # which holds all that 16 bits hold, and is several times faster there
         run = Run(index, out, batch_size, dtype, loop, device, memory_budget)
-        room = gram_room(None if run.device != "cpu" else memory.available() if memory_budget is None else memory_budget)
-        return run.measure(CodesWork(method, group, scale, room, fold), text, samples, max_length, reuse, progress, sampled)
+        free = memory.available() if memory_budget is None else memory_budget
+        room = gram_room(free if run.device == "cpu" else free_memory(run.device))
+        return run.measure(CodesWork(method, group, scale, room, run.device, fold), text, samples, max_length, reuse, progress, sampled)
 
 
 def refuse_quantized(index: Index) -> None:
@@ -321,4 +322,5 @@ def check_budget(
     index: Index, facts: ModelConfig, family: Family, budget: int | None, tokens: int, itemsize: int, device: str, work: Work
 ) -> None:
     """Refuse a budget that one layer and one batch do not fit in; as `Held.check`."""
-    Held.of(index, facts, family, tokens, itemsize, work.extra(facts)).check(budget, device, work.smaller)
+    held = Held.of(index, facts, family, tokens, itemsize, work.extra(facts))
+    held.check(budget, device, work.smaller, free_memory(device))

@@ -10,8 +10,9 @@ import torch
 from streamconv.calibration import gptq
 from streamconv.calibration.awq import prescale
 from streamconv.calibration.clip import clipped
-from streamconv.calibration.gram import Gram, rows_at_once
+from streamconv.calibration.gram import Gram
 from streamconv.calibration.grid import NEAREST, Grid
+from streamconv.calibration.tiers import rows_at_once
 
 
 class Found(NamedTuple):
@@ -47,7 +48,7 @@ def nearest(weight: torch.Tensor, grid: Grid) -> Found:
         weight: [N, K] in any float type.
     """
     scales, codes = [], []
-    for rows in weight.split(rows_at_once(weight.shape[1], weight.device)):  # type: ignore[no-untyped-call]
+    for rows in weight.split(rows_at_once(weight.shape[1], weight.device.type)):  # type: ignore[no-untyped-call]
         scales.append(grid.scales(grid.largest(rows.float()), NEAREST))
         codes.append(grid.codes(rows.float(), scales[-1]).to(torch.int8))
     return Found(torch.cat(codes), torch.cat(scales), torch.zeros(3))
@@ -87,7 +88,7 @@ def _weight(
 ) -> Found:
     codes, scales, totals = [], [], torch.zeros(3, dtype=torch.float64)
     inner = blocks if multiplier is None else blocks * _outer(multiplier, grid.group)
-    for rows in weight.split(rows_at_once(weight.shape[1], weight.device)):  # type: ignore[no-untyped-call]
+    for rows in weight.split(rows_at_once(weight.shape[1], weight.device.type)):  # type: ignore[no-untyped-call]
         values = rows.float()
         scaled = values if multiplier is None else values * (1.0 / multiplier)
         own = clipped(scaled, inner, grid)

@@ -19,14 +19,18 @@ SAMPLE = 2048
 SITES = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "mlp", "up": "mlp", "expert_gate": "mlp", "expert_up": "mlp"}
 """Role -> what shares an input with it; every other role of a linear layer is on its own."""
 LINEAR = frozenset({*SITES, "qkv", "qkv_grouped", "o", "gate_up", "down", "expert_down"})
-SMALLER = ", or --method clip"
+SMALLER = ", or --method clip or awq"
 """How a search takes less memory; the end of a hint."""
 MOST = 2048 * MIB
 """Bytes of Grams that are summed in one pass; more passes take the time of more forwards."""
 _SAMPLED = 16384
 """Above so many channels AWQ looks at tokens, not at a Gram."""
-_WORK = 8 * 32 * MIB
-"""Bytes of the rows that a search works on at once, in float32."""
+DOUBLE = 4096
+"""Up to so many channels GPTQ factorizes in float64 on the CPU."""
+_VALUES, _DEVICE_VALUES = 8 << 20, 64 << 20
+"""Numbers of the rows that a search works on at once."""
+_COPIES = 9
+"""Of these rows, in float32."""
 
 _Site = TypeVar("_Site")
 
@@ -43,18 +47,35 @@ def gram_bytes(tier: Tier, size: int, group: int) -> int:
     return 4 * size * ({"full": size, "block": group, "sample": SAMPLE}[tier] + 2)
 
 
-def search_bytes(method: str, group: int, facts: ModelConfig) -> int:
-    """Bytes that the search for the codes of one site takes beside the layer: its Gram, GPTQ's factors of it, some rows."""
-    width = facts.moe_intermediate_size or facts.intermediate_size
+def rows_at_once(size: int, device: str) -> int:
+    """Rows of K = `size` that a search takes at once on a kind of device."""
+    return max(64, (_DEVICE_VALUES if device == "cuda" else _VALUES) // size)
+
+
+def search_bytes(method: str, group: int, facts: ModelConfig, device: str) -> int:
+    """Bytes that the search for the codes of one site takes beside the layer: its Gram, GPTQ's factors of it, some rows.
+
+    Args:
+        device: "cpu", or another.
+    """
+    width, kind = facts.moe_intermediate_size or facts.intermediate_size, device.partition(":")[0]
     sizes = (facts.hidden_size, width, facts.num_attention_heads * facts.head_size)
-    return max((4 if method == "gptq" else 1) * gram_bytes(tier_of(method, size), size, group) for size in sizes) + _WORK
+
+    def taken(size: int) -> int:
+        gram = gram_bytes(tier_of(method, size), size, group)
+        rows = 4 * _COPIES * size * min(rows_at_once(size, kind), max(width, facts.hidden_size))
+        if method != "gptq":
+            return gram + rows
+        return max((5 if kind == "cpu" and size <= DOUBLE else 3) * gram, 2 * gram + rows)  # while it factorizes; and then
+
+    return max(map(taken, sizes))
 
 
 def gram_room(free: int | None) -> int:
     """Bytes that the Grams of a pass may take together.
 
     Args:
-        free: memory of the host where they lie there, None for those of a device.
+        free: memory of what they lie in; None if nobody knows.
     """
     return MOST if free is None else max(64 * MIB, min(MOST, free // 8))
 

@@ -27,6 +27,13 @@ def torch_device(name: str) -> str:
     return f"cuda:{int(number or 0)}"
 
 
+def free_memory(device: str) -> int | None:
+    """Free bytes of a device; None for the CPU, and for a device that this machine has not."""
+    if device == "cpu" or not torch.cuda.is_available():
+        return None
+    return int(torch.cuda.mem_get_info(device)[0])
+
+
 @contextlib.contextmanager
 def current(device: str) -> Iterator[None]:
     """The device is this thread's current one: a library's own kernels run there, wherever their tensors lie."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,12 +16,13 @@ pytest.importorskip("transformers")
 
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from streamconv import api  # noqa: E402
+from streamconv import api, memory  # noqa: E402
 from streamconv.calibration import codes as codes_work  # noqa: E402
+from streamconv.calibration import foreseen, run  # noqa: E402
 from streamconv.calibration.run import calibrate, find_codes  # noqa: E402
 from streamconv.calibration.tiers import passes_of  # noqa: E402
 from streamconv.cli.main import main  # noqa: E402
-from streamconv.errors import DataError, RefusedError, UsageError  # noqa: E402
+from streamconv.errors import BudgetError, DataError, RefusedError, UsageError  # noqa: E402
 from streamconv.targets.hf.target import HuggingFace  # noqa: E402
 from streamconv.targets.trtllm.options import TensorRTLLM  # noqa: E402
 from streamconv.verification.check import verify  # noqa: E402
@@ -144,6 +146,48 @@ def test_the_plan_foretells_the_search(model: Path, text: Path, tmp_path: Path, 
         assert f'method = "{method}"' in (tmp_path / f"{method}.toml").read_text()
     assert main(["plan", str(model), "--quant", "smoothquant", "--text", str(text)]) == 2
     assert "streamconv calibrate" in capsys.readouterr().err
+
+
+def shape_of_70b(folder: Path) -> Path:
+    """Headers of Llama-3-70B's layers, two of them; the file is a hole."""
+    hidden, inter, kv = 8192, 28672, 1024
+    shapes = {"model.embed_tokens": (256, hidden), "model.norm": (hidden,), "lm_head": (256, hidden)}
+    for at in ("model.layers.0.", "model.layers.1."):
+        shapes |= {f"{at}input_layernorm": (hidden,), f"{at}post_attention_layernorm": (hidden,), f"{at}mlp.down_proj": (hidden, inter)}
+        shapes |= {f"{at}self_attn.{n}_proj": (rows, hidden) for n, rows in (("q", hidden), ("k", kv), ("v", kv), ("o", hidden))}
+        shapes |= {f"{at}mlp.{name}_proj": (inter, hidden) for name in ("gate", "up")}
+    header, end = dict[str, Any](), 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 2 * math.prod(shape)
+        header[f"{name}.weight"] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    folder.mkdir()
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    sizes = {"hidden_size": hidden, "intermediate_size": inter, "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 256}
+    (folder / "config.json").write_text(json.dumps(tiny.config(torch_dtype="bfloat16", **sizes)))
+    return folder
+
+
+def test_a_gpu_that_is_too_small_is_told_beforehand(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    large = shape_of_70b(tmp_path / "large")
+    command = ["plan", str(large), "--to", "hf", "--quant", "w4a16", "--device", "auto", "--text", str(text)]
+    monkeypatch.setattr(foreseen, "visible", lambda: 1)
+    monkeypatch.setattr(memory, "available", lambda: 64 << 30)
+    for gib, method, status, said in (
+        (12, "gptq", 0, ""), (10, "gptq", 5, "or --method clip or awq"), (10, "awq", 0, ""), (10, None, 0, "gptq does not fit"),
+    ):  # fmt: skip
+        monkeypatch.setattr(foreseen, "free_memory", lambda device, gib=gib: gib << 30)
+        assert main([*command, *(["--method", method] if method else []), *(["--json"] if not said else [])]) == status
+        out, err = capsys.readouterr()
+        assert said in out + err, (gib, method)
+        assert status or said or json.loads(out)["search"]["device_bytes"] < gib << 30
+    monkeypatch.setattr(run, "free_memory", lambda device: 1 << 20)
+    with pytest.raises(BudgetError, match=r"which has 1.00 MiB free"):
+        find_codes(model, tmp_path / "c", str(text), method="gptq", **SIZES)
 
 
 def test_awq_scales_are_shared_and_undone(model: Path, text: Path, tmp_path: Path) -> None:
@@ -340,7 +384,7 @@ def test_internlm_is_llama_whose_projections_are_one(model: Path, text: Path, tm
     one, two = load_file(tmp_path / "l/rank0.safetensors"), load_file(tmp_path / "i/rank0.safetensors")
     assert set(one) == set(two) and all(torch.equal(one[name], two[name]) for name in one)
     for source, name in ((model, "lr"), (other, "ir")):
-        options = TensorRTLLM(quant="smoothquant", per_channel=True, per_token=True, activation_ranges=str(tmp_path / name))
+        options = TensorRTLLM(kv_cache="int8", activation_ranges=str(tmp_path / name))
         api.convert(source, tmp_path / f"s{name}", options)
     one, two = (load_file(tmp_path / name / "rank0.safetensors") for name in ("slr", "sir"))
     assert set(one) == set(two) and all(torch.equal(one[name], two[name]) for name in one)
