@@ -8,6 +8,7 @@ STAMP := $(VENV)/.streamconv-installed
 # What `make bench` converts, and the memory it may take.
 BENCH_DIR ?= benchmarks/work
 BENCH_LIMIT ?= 512MiB
+BENCH_FLAGS ?=
 
 .PHONY: venv test test-all lint demo bench fuzz crash-full test-gpu bench-gpu clean
 
@@ -32,14 +33,11 @@ lint: venv
 demo: venv
 	$(BIN)/python benchmarks/demo.py
 
-# The 2.2 GB Llama shape, every weight format, one rank and four, inside a memory cgroup of BENCH_LIMIT (needs root).
+# The 2.2 GB Llama shape, every weight format, one rank and four, in a memory cgroup of BENCH_LIMIT, beside cp; BENCH_FLAGS are further flags.
 bench: venv
-	test -f $(BENCH_DIR)/llama/config.json || $(BIN)/python benchmarks/make_model.py --out $(BENCH_DIR)/llama
-	set -e; for quant in none int8 int4; do for tp in 1 4; do \
-	  echo "$$quant, tp $$tp"; \
-	  $(BIN)/python benchmarks/cgroup.py --limit $(BENCH_LIMIT) -- $(BIN)/streamconv convert --quiet --force \
-	    --quant $$quant --tp-size $$tp --target-sm 80 --memory-budget $(BENCH_LIMIT) $(BENCH_DIR)/llama $(BENCH_DIR)/out; \
-	done; done
+	mkdir -p $(BENCH_DIR)
+	set -e; for tp in 1 4; do $(BIN)/streamconv bench --shape llama-1b --work $(BENCH_DIR) --budget $(BENCH_LIMIT) \
+	  --quant none --quant int8 --quant int4 --flags "--tp-size $$tp" $(BENCH_FLAGS); done
 
 # Coverage-guided, for FUZZ_SECONDS; what it learns stays in FUZZ_DIR/corpus, an input that breaks something in FUZZ_DIR.
 FUZZ_SECONDS ?= 600

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 
 from benchmarks.quality import perplexity, plain_text
-from benchmarks.run import MODEL_FREE
 from streamconv import api
 from streamconv.targets.hf.target import HuggingFace
 
 ROOT = Path(__file__).parent.parent
+PEER = ROOT / "benchmarks" / "peers" / "model_free.py"
 SCHEMES = {
     "fp8_dynamic": "FP8_DYNAMIC",
     "fp8_block": "FP8_BLOCK",
@@ -55,7 +55,7 @@ def directories(source: Path, work: Path, group: int, peer: str | None) -> Itera
         if peer is None:
             continue
         shutil.rmtree(theirs, ignore_errors=True)
-        done = subprocess.run([peer, "-c", MODEL_FREE, str(source), str(theirs), scheme], capture_output=True, text=True, check=False)
+        done = subprocess.run([peer, str(PEER), str(source), str(theirs), scheme], capture_output=True, text=True, check=False)
         yield quant, "llm-compressor", theirs if not done.returncode else done.stderr.strip().splitlines()[-1][:200]
 
 

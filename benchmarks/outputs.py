@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cgroup import Result, run_limited
-from benchmarks.paired import size_of, warm_up
-from benchmarks.run import model_of
+from benchmarks.make_model import Shape, write_model
+from streamconv.bench.run import size_of, warm_up
 from streamconv.memory import parse_size
 
 OUTPUTS = {
@@ -38,6 +38,15 @@ def text_of(name: str, place: Path) -> str:
     to, *flags = OUTPUTS[name][1:]
     pairs = zip(flags[::2], flags[1::2], strict=True)
     return f"{to}:{place / name}:" + ",".join(f"{flag[2:].replace('-', '_')}={value}" for flag, value in pairs)
+
+
+def model_of(work: Path, layers: int) -> Path:
+    """The shape of `bench --shape llama-1b`, with so many layers and three shards."""
+    folder = work / f"llama-{layers}"
+    if not (folder / "config.json").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        write_model(folder, Shape(2048, layers, 8192, 32, 8, 32768, 64, "bf16"))
+    return folder
 
 
 class Bench:

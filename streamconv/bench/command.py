@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import shutil
 import tempfile
 import time
@@ -27,6 +28,7 @@ class Measured:
 
     Attributes:
         status: what it ended with, negative if a signal killed it.
+        cpu: seconds of processor time of all its processes, which other programs disturb less.
         peak: largest sum of the resident sets of its processes.
         cgroup_peak: of its cgroup, page cache included; None without one.
         error: the end of what it printed on standard error.
@@ -34,6 +36,7 @@ class Measured:
 
     status: int
     seconds: float
+    cpu: float
     peak: int
     cgroup_peak: int | None
     error: str
@@ -113,7 +116,7 @@ def measured(words: Sequence[str], log: Path, place: Group) -> Measured:
         log: file for what it prints.
         place: its cgroup.
     """
-    began = time.monotonic()
+    began, before = time.monotonic(), _cpu_seconds()
     child = process.start_command((*place.before, *words), log, place.folder / "cgroup.procs" if place.folder is not None else None)
     peak, held = 0, None
     try:
@@ -128,7 +131,13 @@ def measured(words: Sequence[str], log: Path, place: Group) -> Measured:
     seconds = time.monotonic() - began
     held = _charged(place.folder, held)
     text = log.read_text(errors="replace")[-2000:] if os.path.exists(log) else ""
-    return Measured(child.returncode, seconds, peak, held, text)
+    return Measured(child.returncode, seconds, _cpu_seconds() - before, peak, held, text)
+
+
+def _cpu_seconds() -> float:
+    """Of all processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _charged(folder: Path | None, before: int | None) -> int | None:

@@ -89,7 +89,7 @@ def run(
         rounds.append(made)
     cache = "cold" if cold else "warm" if warm else "as it was"
     lines = [_line(job, rounds[1:]) for job in asked]
-    return {"model": str(model), "bytes": _size(model), "cache": cache, "rates": rates, "jobs": lines}
+    return {"model": str(model), "bytes": size_of(model), "cache": cache, "rates": rates, "jobs": lines}
 
 
 def _line(job: Job, rounds: Sequence[_Round]) -> dict[str, Any]:
@@ -99,6 +99,7 @@ def _line(job: Job, rounds: Sequence[_Round]) -> dict[str, Any]:
     line: dict[str, Any] = {"name": job.name, "limit": job.limit, "in_cgroup": ours[0].cgroup_peak is not None}
     line |= {"status": failed.status if failed else 0, "error": failed.error if failed else ""}
     line |= {"seconds": [mine.seconds for mine in ours], "cp_seconds": [theirs.seconds for theirs in copies]}
+    line["cpu_seconds"] = statistics.median(mine.cpu for mine in ours)
     line["ratio"] = _median_ratio(ours, copies) if not failed else None
     peaks = [mine.cgroup_peak for mine in ours if mine.cgroup_peak is not None]
     line |= {"peak": max(mine.peak for mine in ours), "cgroup_peak": max(peaks) if peaks else None}
@@ -124,10 +125,8 @@ def _once(job: Job, model: Path, work: Path, cold: bool, warm: bool) -> Measured
     os.sync()
     if cold:
         Path("/proc/sys/vm/drop_caches").write_text("3")
-    for path in sorted(model.iterdir()) if warm else ():
-        with path.open("rb", buffering=0) as file:
-            while file.read(1 << 24):
-                pass
+    if warm:
+        warm_up(model)
     words = [word.replace("{model}", str(model)).replace("{out}", str(out)) for word in job.words]
     try:
         with command.group(job.limit) as place:
@@ -137,11 +136,20 @@ def _once(job: Job, model: Path, work: Path, cold: bool, warm: bool) -> Measured
         log.unlink(missing_ok=True)
 
 
+def warm_up(folder: Path) -> None:
+    """Bring its files into the page cache."""
+    for path in filter(os.path.isfile, sorted(folder.iterdir())):
+        with path.open("rb", buffering=0) as file:
+            while file.read(1 << 24):
+                pass
+
+
 def _can_drop_caches() -> bool:
     return os.access("/proc/sys/vm/drop_caches", os.W_OK)
 
 
-def _size(folder: Path) -> int:
+def size_of(folder: Path) -> int:
+    """Bytes of its files."""
     return sum(path.stat().st_size for path in folder.rglob("*") if os.path.isfile(path))
 
 

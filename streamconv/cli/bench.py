@@ -38,7 +38,7 @@ def bench(
     report: str | None,
     as_json: bool,
 ) -> int:
-    """Measure this machine: disks, kernels, and conversions of MODEL in memory cgroups of each budget, each paired with cp."""
+    """Measure this machine: disks, kernels, and conversions of MODEL in memory cgroups of each budget, beside cp."""
     import shlex
 
     from streamconv.bench import model as models

@@ -12,19 +12,19 @@ from streamconv.memory import show_size
 from streamconv.pages import host
 from streamconv.pages.page import Page, Section, Table
 
-_HEADER = ("job", "seconds", "cp", "ratio", "resident", "cgroup peak", "limit")
+_HEADER = ("job", "seconds", "cp", "ratio", "CPU seconds", "resident", "cgroup peak", "limit")
 
 
 def _rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
     rows = list[tuple[str, ...]]()
     for job in found["jobs"]:
         if job["status"]:
-            rows.append((job["name"], f"failed with status {job['status']}", "", "", show_size(job["peak"]), "", ""))
+            rows.append((job["name"], f"failed with status {job['status']}", "", "", "", show_size(job["peak"]), "", ""))
             continue
         inside = show_size(job["cgroup_peak"]) if job["cgroup_peak"] is not None else "no cgroup"
         times = (f"{statistics.median(job[key]):.2f}" for key in ("seconds", "cp_seconds"))
         limit = show_size(job["limit"]) if job["in_cgroup"] and job["limit"] else "none"
-        rows.append((job["name"], *times, f"{job['ratio']:.2f}", show_size(job["peak"]), inside, limit))
+        rows.append((job["name"], *times, f"{job['ratio']:.2f}", f"{job['cpu_seconds']:.2f}", show_size(job["peak"]), inside, limit))
     return rows
 
 
