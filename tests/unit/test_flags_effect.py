@@ -156,7 +156,7 @@ def test_help_groups_the_flags(capsys: pytest.CaptureFixture[str]) -> None:
     places = [told.index(f"\n{heading}\n") for heading in headings]
     assert places == sorted(places)
     for name, heading in (("--tp-size", 2), ("--ignore", 3), ("--quant ", 1), ("--text", 4), ("--workers", 5)):
-        place = told.index(f"  {name}")
+        place = told.index(f"\n  {name}")
         assert places[heading] < place and (heading == 5 or place < places[heading + 1])
 
 
