@@ -16,6 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
+import xxhash
+
 from streamconv.checkpoint.header import read_header
 from streamconv.checkpoint.header_parse import Header
 from streamconv.checkpoint.page_cache import cached_places
@@ -138,8 +140,6 @@ class Shard:
 
     def sample(self) -> str:
         """XXH3-128 (hex) of some places of the content: other weights under the same size and times differ, most likely."""
-        import xxhash
-
         digest, last = xxhash.xxh3_128(), max(0, self.size - _PIECE)
         for place in range(_PLACES):
             begin = last * (place + 1) // _PLACES

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import xxhash
+
 from streamconv.checkpoint.header import parse_header
 from streamconv.errors import OutputError, SourceChangedError, VerifyError, printable
 from streamconv.memory import MIB
@@ -70,8 +72,6 @@ def finalize(claims: Claims, writer: Writer, plan: Plan, parts: Sequence[Part], 
 
 def _into_place(aside: Aside, folder: OutputFolder, plan: Plan, part: Part, page: int, private: bool) -> str:
     """Copy what a part kept aside; gives its XXH3-128 (hex)."""
-    import xxhash
-
     digest = xxhash.xxh3_128()
     for file, ranges in zip(plan.files, part.extents(plan), strict=True):
 
@@ -100,8 +100,6 @@ def _read_back(folder: OutputFolder, plan: Plan, hashes: Hashes) -> None:
 
 def hash_of(read_into: Callable[[int, memoryview], object], begin: int, end: int) -> str:
     """XXH3-128 (hex) of bytes that `read_into(offset, buffer)` reads."""
-    import xxhash
-
     digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(min(end - begin, MIB)))
     for at in range(begin, end, MIB):
         piece = buffer[: min(MIB, end - at)]

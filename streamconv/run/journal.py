@@ -25,6 +25,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Protocol
 
+import xxhash
+
 from streamconv import __version__
 from streamconv.checkpoint.limits import MAX_JOURNAL, MAX_JOURNAL_LINE
 from streamconv.checkpoint.shard import Shard
@@ -192,8 +194,6 @@ def _record(text: bytes) -> dict[str, Any] | None:
 
 def unsealed(text: bytes) -> dict[str, Any] | None:
     """What `sealed` gave, without its line end; None if it is torn."""
-    import xxhash
-
     if text[:17] != xxhash.xxh3_64(text[17:]).hexdigest().encode() + b" ":
         return None
     try:
@@ -312,7 +312,5 @@ class Journal:
 
 def sealed(record: dict[str, Any]) -> bytes:
     """A record with its hash before it."""
-    import xxhash
-
     text = json.dumps(record, separators=(",", ":")).encode()
     return xxhash.xxh3_64(text).hexdigest().encode() + b" " + text + b"\n"

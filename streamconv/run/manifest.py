@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from streamconv import __version__
 from streamconv.checkpoint.limits import MAX_CONTAINERS, MAX_MANIFEST, MAX_OUTPUT_TENSORS, check_counts
 from streamconv.checkpoint.rows import SourceFile
@@ -48,8 +50,6 @@ def build(
         no_lock: the run was allowed to go on without a lock, and without syncing folders.
         snr: what `--verify inline` measured, file -> tensor -> dB.
     """
-    import xxhash
-
     head: dict[str, Any] = {
         "format": FORMAT,
         "streamconv": __version__,
@@ -80,8 +80,6 @@ def build(
 
 def _render(head: Mapping[str, Any], files: Iterable[_File]) -> Iterator[bytes]:
     """JSON with an indent of one, whose last entry is the hash of the rest on one line."""
-    import xxhash
-
     check = xxhash.xxh3_128()
     piece = bytearray(json.dumps(head, indent=1)[:-2].encode())  # without "\n}"
     for lines in _file_lines(files):
@@ -200,8 +198,6 @@ def read_head(path: Path) -> Manifest:
     Raises:
         VerifyError: it is not a manifest this version reads.
     """
-    import xxhash
-
     shown = printable(str(path))
     data = read_file(path, MAX_MANIFEST, VerifyError)
     end, tail = data.find(_FILES), _CHECK.search(data, max(0, len(data) - 64))

@@ -7,12 +7,12 @@ from array import array
 from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import xxhash
+
 from streamconv.planning.plan import Matrix, OutputFile
 
 if TYPE_CHECKING:
     import numpy as np
-    import xxhash
-
 
 class Stop(Exception):
     """Another worker failed."""
@@ -66,8 +66,6 @@ class HashOrder:
 
     def digests(self, matrix: int) -> list[xxhash.xxh3_128]:
         """The hashes of a matrix's parts so far; whose turn it is may update them."""
-        import xxhash
-
         if matrix not in self._begun:
             self._begun[matrix] = [xxhash.xxh3_128() for _ in self._matrices[matrix].places]
         return self._begun[matrix]

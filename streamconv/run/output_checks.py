@@ -7,6 +7,8 @@ import stat
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
+import xxhash
+
 from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.untrusted import open_regular
 from streamconv.errors import OutputError, StreamconvError, VerifyError, printable
@@ -123,8 +125,6 @@ def edited(out: Path, names: Collection[str]) -> list[str]:
 
 def _hash_of(path: Path) -> str:
     """XXH3-128 (hex) of a file, "" of what cannot be read."""
-    import xxhash
-
     digest = xxhash.xxh3_128()
     try:
         with open(open_regular(path, OutputError), "rb") as file:

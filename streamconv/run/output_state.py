@@ -6,6 +6,8 @@ import threading
 from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
+import xxhash
+
 from streamconv import memory
 from streamconv.lazy import Bytes
 from streamconv.planning.plan import Dest, Plan, Span
@@ -68,8 +70,6 @@ class OutputState:
         Args:
             failed: told if the disk fails later; the run must then stop.
         """
-        import xxhash
-
         for constant in self.plan.constants:
             self._folder.write(self.plan.files[constant.file].name, constant.offset, constant.data)
             self.hashes.put(constant.file, constant.position, xxhash.xxh3_128(constant.data).digest())
@@ -99,8 +99,6 @@ class OutputState:
 
     def _written(self, number: int, rows: int) -> None:
         """Rows of a matrix are in its file; one whose rows came in any order is hashed when all of them are."""
-        import xxhash
-
         matrix = self.plan.matrices[number]
         with self._counting:
             self.done += sum(end - begin for begin, end in (place.extent(0, rows) for place in matrix.places))

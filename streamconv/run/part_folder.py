@@ -11,6 +11,8 @@ import bisect
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import xxhash
+
 from streamconv.errors import OutputError, printable
 from streamconv.memory import MIB
 from streamconv.planning.plan import OutputFile
@@ -179,8 +181,6 @@ class PartFolder(OutputFolder):
 
     def finish(self) -> str:
         """All of the part is written: wait until it is on the disk; gives the XXH3-128 (hex) of what is aside."""
-        import xxhash
-
         for name, fd in self._fds.items():
             with explained(self._path(name), "sync"):
                 self.disk.sync(fd)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import xxhash
+
 from streamconv.planning.plan import Dest, Plan
 from streamconv.planning.tasks import encode_tasks
 from streamconv.run.journal import TileRecord
@@ -37,8 +39,6 @@ def verify_resumed_tile(plan: Plan, done: TileRecord, folder: OutputFolder, orde
     Returns:
         False if anything differs: the tile must be done again. `order` has then not moved.
     """
-    import xxhash
-
     span = plan.spans[done.span]
     rows, skipped = span.op.out_rows(done.stop - done.start), span.op.out_rows(done.start - span.start)
     groups = list(encode_tasks(span, plan.matrices).values())

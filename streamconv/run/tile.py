@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import xxhash
+
 from streamconv.checkpoint.mapping import Window
 from streamconv.checkpoint.shard import Shard
 from streamconv.device.pipeline import WorkerBuffers
@@ -88,8 +90,6 @@ class TileWorker:
 
     def run(self, tile: Tile) -> Tally:
         """Read the rows of a tile; encode, hash, write and record those of each task."""
-        import xxhash
-
         tally = Tally()
         with self._rows(tile, tally) as rows:
             for task in tile.tasks:

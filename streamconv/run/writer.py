@@ -17,6 +17,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
+import xxhash
+
 from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.untrusted import open_regular
 from streamconv.errors import (
@@ -78,8 +80,6 @@ def _pieces(side: SideFile, made: list[tuple[str, int, str]]) -> Iterator[bytes]
     Raises:
         SourceChangedError: a copied file is not what it was when it was planned.
     """
-    import xxhash
-
     digest, size = xxhash.xxh3_128(), 0
     for piece in [side.data] if side.data is not None else _copied(side):
         digest.update(piece)

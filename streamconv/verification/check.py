@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from streamconv.checkpoint.header import read_header
 from streamconv.checkpoint.limits import MAX_CONFIG, check_counts
 from streamconv.checkpoint.shard import Shard
@@ -48,8 +50,6 @@ def verify(
         StreamconvError: the source cannot be read or planned, or the memory budget is too small.
         VerifyError: the folder is not a checkpoint at all. Everything else is collected in the verdict.
     """
-    import xxhash
-
     folder, verdict, meter = Path(out), Verdict(), meter or Meter(unwatched)
     config, config_bytes = _config(folder, verdict)
     told = manifest.load(folder)
@@ -127,8 +127,6 @@ def _tensor_file(
     loadable: Collection[str],
     mine: Callable[[int], bool],
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
-    import xxhash
-
     header = read_header(path)
     shapes = {}
     if told is not None and path.name in told.sizes and path.stat().st_size != told.sizes[path.name]:
@@ -169,8 +167,6 @@ def _tensor_file(
 
 def _side_file(path: Path, name: str, size: int, digest: str) -> list[str]:
     """What is wrong with a file that holds no tensors."""
-    import xxhash
-
     shown = printable(name)
     if not os.path.lexists(path):
         return [f"{shown} is missing"]

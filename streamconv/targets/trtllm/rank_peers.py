@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import xxhash
+
 from streamconv.checkpoint.header_parse import Header, TensorEntry
 from streamconv.checkpoint.shard import Shard
 from streamconv.errors import printable
@@ -103,8 +105,6 @@ def small_tensors(config: Mapping[str, Any], header: Header) -> list[TensorEntry
 
 def hash_of(shard: Shard, entry: TensorEntry) -> str:
     """XXH3-128 (hex) of a tensor's bytes."""
-    import xxhash
-
     digest = xxhash.xxh3_128()
     for at in range(entry.begin, entry.end, 8 << 20):
         digest.update(_read(shard, at, min(at + (8 << 20), entry.end)))
@@ -117,6 +117,4 @@ def _read(shard: Shard, begin: int, end: int) -> bytes:
 
 
 def _hash(data: bytes) -> str:
-    import xxhash
-
     return xxhash.xxh3_128(data).hexdigest()

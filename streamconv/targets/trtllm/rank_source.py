@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from streamconv.checkpoint.dtypes import MODEL_DTYPES, DType
 from streamconv.checkpoint.header_parse import Header
 from streamconv.checkpoint.index import Index
@@ -98,8 +100,6 @@ def _shapes(header: Header) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 def _manifest(folder: Path, config: Mapping[str, Any]) -> manifest.Manifest | None:
     """The manifest, where it is of this config.json."""
-    import xxhash
-
     if not os.path.lexists(folder / manifest.NAME):
         return None
     told = manifest.read_head(folder / manifest.NAME)
