@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from json.encoder import encode_basestring
 
 from streamconv.checkpoint.dtypes import DType
@@ -57,27 +57,6 @@ class HeaderBuilder:
 def file_order(dtype: DType, name: str) -> tuple[int, bytes]:
     """Sorts tensors as the stock writer does."""
     return -dtype.order, name.encode()
-
-
-def build_header(
-    entries: Iterable[tuple[str, DType, tuple[int, ...]]],
-) -> tuple[bytes, dict[str, tuple[int, int]]]:
-    """The first bytes of a file as the stock writer writes them without metadata (spec: checkpoint §1.2).
-
-    Returns:
-        The header with its length, and by name where in the file each tensor begins and ends.
-    """
-    builder, spans = HeaderBuilder(), dict[str, tuple[int, int]]()
-    for name, dtype, shape in sorted(entries, key=lambda entry: file_order(entry[1], entry[0])):
-        if name in spans:
-            raise ValueError(f"tensor name {printable(name)} is used twice or reserved")
-        begin = builder.add(name, dtype, shape)
-        size = dtype.itemsize
-        for dim in shape:
-            size *= dim
-        spans[name] = begin, begin + size
-    header, _ = builder.finish()
-    return header, {name: (len(header) + begin, len(header) + end) for name, (begin, end) in spans.items()}
 
 
 def header_entries(header: bytes) -> Iterator[tuple[str, str, tuple[int, ...]]]:

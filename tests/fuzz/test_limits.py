@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 
 from streamconv.checkpoint.dtypes import F16
-from streamconv.checkpoint.header_build import build_header
 from streamconv.checkpoint.limits import MAX_HEADER
 from tests import tiny
 from tests.fuzz import hostile
+from tests.headers import build_header
 
 PEAK = 256 << 20
 

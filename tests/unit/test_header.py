@@ -21,10 +21,10 @@ from safetensors.numpy import save_file
 from streamconv.checkpoint import header_parse
 from streamconv.checkpoint.dtypes import DTYPES, F16, F32
 from streamconv.checkpoint.header import parse_header, read_header
-from streamconv.checkpoint.header_build import build_header
 from streamconv.checkpoint.header_parse import Header
 from streamconv.checkpoint.limits import MAX_HEADER
 from streamconv.errors import CheckpointError, HeaderError
+from tests.headers import build_header
 
 GOOD = '{"dtype":"U8","shape":[2],"data_offsets":[0,2]}'
 

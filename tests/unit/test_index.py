@@ -200,7 +200,7 @@ def test_bad_shards_leave_nothing_open(model: Path) -> None:
 
 def test_weights_are_not_read(tmp_path: Path) -> None:
     from streamconv.checkpoint.dtypes import F16
-    from streamconv.checkpoint.header_build import build_header
+    from tests.headers import build_header
 
     header, places = build_header([("a", F16, (1 << 20, 1 << 18))])
     (tmp_path / "config.json").write_text("{}")
