@@ -156,14 +156,14 @@ def ring_rate(job: str, backend: Any, seconds: float, cols: int = 4096, arena: i
     from streamconv.checkpoint.dtypes import BF16
     from streamconv.checkpoint.rows import SourceTensor
     from streamconv.planning import memory_plan
-    from streamconv.planning.plan import PLAIN_ROWS, Dest, Matrix, Span
+    from streamconv.planning.plan import PLAIN_ROWS, Destination, Matrix, RowRange
     from streamconv.planning.tasks import EncodeTask
 
     encoding, arena = encodings(job, cols), arena or device.BEST_ARENA
     parts = encoding.parts(64, cols)
     rows = (arena - 65536) // (2 * cols + sum(part.record_bytes for part in parts)) // 64 * 64
     columns = ((0, cols),)
-    span = Span(SourceTensor("w", BF16, (rows, cols), ()), 0, rows, PLAIN_ROWS, (Dest(0, 0, columns),), 64)
+    span = RowRange(SourceTensor("w", BF16, (rows, cols), ()), 0, rows, PLAIN_ROWS, (Destination(0, 0, columns),), 64)
     need = device.demand([span], (Matrix(0, "w", rows, cols, rows, encoding, ()),), backend.unfused() is None)
     sizes = device.fit(backend.free_memory(), 2 * GIB, most or device.slots(memory_plan.processors(), 1), need)
     ring, size = device.DevicePipeline(backend, sizes), rows * span.row_bytes
@@ -211,7 +211,7 @@ def plain(job: str, source: Path, device: str) -> dict[str, float]:
     import torch
     from safetensors.torch import load_file, save_file
 
-    from streamconv.quants.base import Findings
+    from streamconv.quants.base import EncodeStats
 
     out = source.parent / "plain.safetensors"
     torch.zeros(1, device=device)
@@ -223,7 +223,7 @@ def plain(job: str, source: Path, device: str) -> dict[str, float]:
             if weight.dim() < 2 or "layers" not in name:
                 made[name] = weight.to(torch.float16)
                 continue
-            parts = encodings(job, weight.shape[1]).encode(weight.to(device), Findings())
+            parts = encodings(job, weight.shape[1]).encode(weight.to(device), EncodeStats())
             made |= {f"{name}.{number}": part.cpu() for number, part in enumerate(parts)}
         save_file(made, out)
     seconds = time.perf_counter() - began

@@ -21,11 +21,11 @@ import torch
 from streamconv.checkpoint.dtypes import BF16, F16, F32, DType
 from streamconv.checkpoint.stored_codes import NIBBLES
 from streamconv.kernels import decode_code
-from streamconv.quants.base import Encoding, Findings
+from streamconv.quants.base import Codec, EncodeStats
 from streamconv.quants.fp8_rowwise import Fp8Rowwise
 from streamconv.quants.fp8_tensor import Fp8Tensor
 from streamconv.quants.plain import Plain
-from streamconv.quants.smoothing import Bound, ColumnMaxima
+from streamconv.quants.smoothing import Bound, InputChannelAmax
 from streamconv.quants.smoothquant import SmoothWeight
 from streamconv.quants.weight_only import WeightOnly
 from streamconv.targets.hf.recipes import RECIPES, Request
@@ -44,7 +44,7 @@ def best(work: Callable[[], object], tries: int) -> float:
     return min(seconds)
 
 
-def encodings(cols: int) -> list[tuple[str, Encoding, DType]]:
+def encodings(cols: int) -> list[tuple[str, Codec, DType]]:
     """Name, encoding and source dtype of everything that is timed."""
     smoother = np.exp2(np.random.default_rng(0).uniform(-3, 3, cols))
     channel, tensor = Bound(smoother, 0.37, None), Bound(smoother, 0.37, 3.0)
@@ -64,7 +64,7 @@ def encodings(cols: int) -> list[tuple[str, Encoding, DType]]:
     ]
 
 
-def hf_encodings() -> Iterator[tuple[str, Encoding, DType]]:
+def hf_encodings() -> Iterator[tuple[str, Codec, DType]]:
     """The same of every format of `--to hf`, as `convert` runs them unless told otherwise."""
     for recipe in RECIPES:
         encoding = recipe.codec(Request(BF16, 128, "float32", "key"))
@@ -127,10 +127,10 @@ def main() -> None:
         note(
             name, rows * cols * source.itemsize,
             lambda k=kernel, s=stored, o=outs: k(s, 0, cols, rows, cols, o),
-            lambda e=encoding, b=block: e.encode(b, Findings()),
+            lambda e=encoding, b=block: e.encode(b, EncodeStats()),
         )  # fmt: skip
     block, stored = flat(BF16)
-    maxima: Any = ColumnMaxima("key")
+    maxima: Any = InputChannelAmax("key")
     note("column maxima, BF16", rows * cols * 2, lambda: maxima.kernel(BF16)(stored, rows, cols), lambda: maxima.tile(block, None))
     for name, work, size in decoders(rows, cols):
         note(name, size, work, None)

@@ -10,7 +10,7 @@ from streamconv import memory
 from streamconv.open_plan import LOADS
 from streamconv.options import Resources
 from streamconv.planning import memory_plan
-from streamconv.planning.memory_plan import Shares, TileCost
+from streamconv.planning.memory_plan import MemoryPlan, TileCost
 from streamconv.planning.reads import Reads
 from streamconv.planning.tasks import encode_tasks
 
@@ -71,7 +71,7 @@ def least(costs: Sequence[TileCost]) -> int:
     return max((cost.smallest() for cost in costs), default=0)
 
 
-def dearest(reads: Reads, costs: Sequence[TileCost]) -> dict[str, TileCost]:
+def most_expensive(reads: Reads, costs: Sequence[TileCost]) -> dict[str, TileCost]:
     """The read that needs the largest smallest tile, by source name."""
     if not costs:
         return {}
@@ -79,7 +79,7 @@ def dearest(reads: Reads, costs: Sequence[TileCost]) -> dict[str, TileCost]:
     return {reads.source(number).name: costs[number]}
 
 
-def foresee(reads: Reads, resources: Resources, costs: Sequence[TileCost], spare: int = SPARE) -> Shares:
+def estimate_memory(reads: Reads, resources: Resources, costs: Sequence[TileCost], spare: int = SPARE) -> MemoryPlan:
     """Workers, tile memory and peak as a run would choose them, without loading what a run loads.
 
     Args:
@@ -91,7 +91,7 @@ def foresee(reads: Reads, resources: Resources, costs: Sequence[TileCost], spare
     base += sum(LOADS[name] for name, needed in loads.items() if needed and name not in sys.modules)
     peak = max((plan.peak for plan in reads.plans), default=0)
     peak += peak // 32 + spare if peak and spare else 0
-    return memory_plan.share(resources.memory_budget, resources.workers, base, dearest(reads, costs), spare=spare, least=peak)
+    return memory_plan.allocate(resources.memory_budget, resources.workers, base, most_expensive(reads, costs), spare=spare, least=peak)
 
 
 def growth(reads: Reads) -> int:
@@ -105,7 +105,7 @@ def load_kernels(reads: Reads) -> None:
     import numpy as np
 
     from streamconv.planning.tasks import encode_tasks
-    from streamconv.quants.base import Findings
+    from streamconv.quants.base import EncodeStats
     from streamconv.run.encode import encode
 
     seen = set[object]()
@@ -127,4 +127,4 @@ def load_kernels(reads: Reads) -> None:
                 rows = task.encoding.row_align
                 block = np.zeros(rows * span.row_bytes, np.uint8)
                 space = np.empty(sum(task.row_costs(span)) * rows + 65536, np.uint8)
-                encode(task, span, rows, block, space, Findings())
+                encode(task, span, rows, block, space, EncodeStats())

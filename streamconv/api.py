@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from streamconv import device, hub, memory
-from streamconv.allocation import costs_of, foresee
+from streamconv.allocation import costs_of, estimate_memory
 from streamconv.checkpoint.index import Index
 from streamconv.errors import LockedError, OutputError, UsageError, printable
 from streamconv.estimate import look
@@ -20,7 +20,7 @@ from streamconv.execution import executor
 from streamconv.open_plan import open_and_plan as open_and_plan
 from streamconv.open_plan import open_and_plan_all
 from streamconv.options import Resources
-from streamconv.planning.memory_plan import Shares
+from streamconv.planning.memory_plan import MemoryPlan
 from streamconv.planning.plan import Plan
 from streamconv.planning.reads import Reads
 from streamconv.progress import Meter, OutputProgress, unwatched
@@ -140,7 +140,7 @@ class Conversion:
 
         laps, resources, meter = [self.clock()], self.resources, self.meter
         index, plans = open_and_plan_all(self.source, self.outputs, resources.memory_budget)
-        shares = _foreseen(plans, resources)  # a budget that is far too small is refused before anything is loaded
+        shares = _estimated(plans, resources)  # a budget that is far too small is refused before anything is loaded
         with contextlib.closing(index), contextlib.ExitStack() as stack:
             writers = [self._writer(index, *pair) for pair in zip(self.outputs, plans, strict=True)]
             if self.several:
@@ -223,7 +223,7 @@ class Conversion:
         began, resources, meter = self.clock(), self.resources, self.meter
         index, plans = open_and_plan_all(self.source, self.outputs, resources.memory_budget)
         with contextlib.closing(index):
-            foreseen = [_foreseen([plan], resources) for plan in plans]
+            foreseen = [_estimated([plan], resources) for plan in plans]
             workers = [
                 Worker(self.source, Path(named(one.out)), index, plan, resources, self.force, meter, self.disk, self.instead, self.pinned)
                 for one, plan in zip(self.outputs, plans, strict=True)
@@ -272,9 +272,9 @@ class Conversion:
         return Writer(out, index.root, plan, index.shards, self.force, self.disk, self.resources.no_lock, skip=self.several)
 
 
-def _foreseen(plans: Sequence[Plan], resources: Resources) -> Shares:
+def _estimated(plans: Sequence[Plan], resources: Resources) -> MemoryPlan:
     reads = Reads(plans)
-    return foresee(reads, resources, costs_of(reads, checked=resources.verify_inline), 0)
+    return estimate_memory(reads, resources, costs_of(reads, checked=resources.verify_inline), 0)
 
 
 def _progress_of(

@@ -11,7 +11,7 @@ from streamconv.checkpoint.index import Index
 from streamconv.errors import StreamconvError, printable
 from streamconv.hub.shard import HubShard
 from streamconv.memory import MIB
-from streamconv.planning.memory_plan import Shares, TileCost, processors
+from streamconv.planning.memory_plan import MemoryPlan, TileCost, processors
 from streamconv.planning.reads import Reads
 from streamconv.process import start_thread
 from streamconv.reports import Estimate
@@ -77,7 +77,7 @@ class Looking:
         device = os.stat(path).st_dev
         self._busy[device] = self._busy.get(device, 0.0) + nbytes / max(rate, 1.0)
 
-    def estimate(self, costs: Sequence[TileCost], shares: Shares, on_device: bool) -> Estimate | None:
+    def estimate(self, costs: Sequence[TileCost], shares: MemoryPlan, on_device: bool) -> Estimate | None:
         """Wait for what was found, but not long; None if a disk is still busy with the samples."""
         if self._thread is None:
             return None

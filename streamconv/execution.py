@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from streamconv import device, memory
-from streamconv.allocation import costs_of, dearest, growth, least, load_kernels
+from streamconv.allocation import costs_of, growth, least, load_kernels, most_expensive
 from streamconv.device.backend import Backend, Cuda
 from streamconv.hub.fetch import Fetch
 from streamconv.options import Resources
 from streamconv.planning import memory_plan
-from streamconv.planning.memory_plan import Shares, TileCost
+from streamconv.planning.memory_plan import MemoryPlan, TileCost
 from streamconv.planning.reads import Reads
 from streamconv.run.mapped import Mapped, mapped
 
@@ -40,7 +40,7 @@ class Execution:
     resources: Resources
     where: str
     costs: Sequence[TileCost]
-    shares: Shares
+    shares: MemoryPlan
     mapped: Mapped | None
     rings: list[device.DevicePipeline] = field(default_factory=list)
     busy: bool = False
@@ -113,7 +113,7 @@ def executor(reads: Reads, resources: Resources, costs: Sequence[TileCost], take
     with contextlib.ExitStack() as closing:
         windows = closing.enter_context(mapped("pread" if backends else resources.read, reads, kernels))
         base = memory.resident() + taken + growth(reads)
-        shares = memory_plan.share(resources.memory_budget, workers, base, dearest(reads, costs), best)
+        shares = memory_plan.allocate(resources.memory_budget, workers, base, most_expensive(reads, costs), best)
         made = Execution(reads, resources, ", ".join(choice.devices) or f"cpu ({instead or choice.why})", costs, shares, windows)
         if backends:
             made.shares, made.rings = _share_devices(backends, reads, shares, resources, costs, closing)
@@ -129,11 +129,11 @@ def executor(reads: Reads, resources: Resources, costs: Sequence[TileCost], take
 def _share_devices(
     backends: list[Backend],
     reads: Reads,
-    shares: Shares,
+    shares: MemoryPlan,
     resources: Resources,
     costs: Sequence[TileCost],
     closing: contextlib.ExitStack,
-) -> tuple[Shares, list[device.DevicePipeline]]:
+) -> tuple[MemoryPlan, list[device.DevicePipeline]]:
     """Rings that fit the free memory of their devices, and as many workers as they have slots, with pinned arenas.
 
     Args:

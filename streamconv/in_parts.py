@@ -18,7 +18,7 @@ from streamconv.checkpoint.index import Index
 from streamconv.errors import Interrupted, LockedError, OutputError, ResumeError, UsageError, printable
 from streamconv.execution import executor
 from streamconv.options import Resources
-from streamconv.planning.memory_plan import Shares
+from streamconv.planning.memory_plan import MemoryPlan
 from streamconv.planning.parts import Part, cut
 from streamconv.planning.plan import Plan
 from streamconv.planning.reads import Reads
@@ -56,7 +56,7 @@ class Share:
     tiles: int = 0
     resumed: int = 0
     where: str = ""
-    shares: Shares | None = None
+    shares: MemoryPlan | None = None
     warnings: list[str] = dataclasses.field(default_factory=list)
 
 

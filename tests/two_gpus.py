@@ -260,10 +260,10 @@ class _Kernel:
         if encoding is None:  # what `works` tries
             args[1].copy_(args[0].view(torch.bfloat16).reshape(-1).to(args[1].dtype))
             return
-        from streamconv.quants.base import Findings
+        from streamconv.quants.base import EncodeStats
 
         block, counts, *outs = args
-        found = Findings()
+        found = EncodeStats()
         for out, made in zip(outs, encoding.encode(block.view(dtype), found), strict=True):
             out.copy_(made)
         counts += torch.tensor([found.nonfinite, found.overflow], dtype=torch.int32)

@@ -26,7 +26,7 @@ from streamconv.errors import CheckpointError, OutputError, RefusedError, UsageE
 from streamconv.families import Family
 from streamconv.hub import local_folder, open_source
 from streamconv.lazy import torch
-from streamconv.run.fs import beside, explained, named
+from streamconv.run.fs import beside, named, translate_errors
 
 if TYPE_CHECKING:
     from streamconv.calibration.folds import Fold
@@ -309,7 +309,7 @@ class Run:
 
     def _write(self, work: Work, results: dict[str, torch.Tensor], facts: dict[str, Any]) -> int:
         new = beside(self.out, ".", ".new")
-        with explained(self.out, "write"):
+        with translate_errors(self.out, "write"):
             new.unlink(missing_ok=True)  # of a run that was killed; of a link the name alone
             count = work.write(results, new, facts)
             with open(new, "rb") as file:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from streamconv.errors import OutputError, printable
-from streamconv.run.fs import explained, hidden
+from streamconv.run.fs import hidden, translate_errors
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +41,7 @@ class Scratch:
             raise OutputError(f"{shown} is not what a calibration of yours leaves there", hint="look at it, then move it away or remove it")
         self.done = self._resume(size)
         if not self.done:
-            with explained(self.folder, "write"):
+            with translate_errors(self.folder, "write"):
                 shutil.rmtree(self.folder, ignore_errors=True)
                 self.folder.mkdir(parents=True)
 
@@ -53,7 +53,7 @@ class Scratch:
         """The states that go into layer `number` are synced, and `ranges` holds those of the layers before it."""
         from safetensors.torch import save_file
 
-        with explained(self.folder, "write"):
+        with translate_errors(self.folder, "write"):
             new = self._ranges(number)
             save_file(self.ranges, new)
             _sync(new)

@@ -18,7 +18,7 @@ import torch
 from streamconv.calibration.scratch import Scratch
 from streamconv.errors import SourceChangedError
 from streamconv.memory import MIB
-from streamconv.run.fs import explained
+from streamconv.run.fs import translate_errors
 
 Shape = tuple[int, int, int]
 """Samples, tokens, hidden size."""
@@ -48,14 +48,14 @@ class Files:
     @contextmanager
     def filling(self) -> Iterator[None]:
         """A context in which what goes into layer 0 is `put`."""
-        with explained(self._scratch.folder, "write"), open(self._scratch.states(0), "wb") as self._after:
+        with translate_errors(self._scratch.folder, "write"), open(self._scratch.states(0), "wb") as self._after:
             yield
 
     @contextmanager
     def layer(self, number: int) -> Iterator[None]:
         """A context in which the states of all samples are taken, and put as layer `number` made them; saved when it ends."""
         with (
-            explained(self._scratch.folder, "write"),
+            translate_errors(self._scratch.folder, "write"),
             open(self._scratch.states(number), "rb") as self._before,
             open(self._scratch.states(number + 1), "wb") as self._after,
         ):
@@ -93,7 +93,7 @@ class OnDevice:
         self._rows = max(1, _PIECE // (hidden * dtype.itemsize))
         self._cost, self._last = self._all.nbytes / _GUESS, time.monotonic()
         if scratch.done:
-            with explained(scratch.folder, "read"), open(scratch.states(scratch.done), "rb") as file:
+            with translate_errors(scratch.folder, "read"), open(scratch.states(scratch.done), "rb") as file:
                 for piece in self._all.split(self._rows):  # type: ignore[no-untyped-call]
                     piece.copy_(_read(file, torch.empty(piece.shape, dtype=dtype)))
 
@@ -110,7 +110,7 @@ class OnDevice:
         began = time.monotonic()
         if began - self._last < _OVERHEAD * self._cost:
             return
-        with explained(self._scratch.folder, "write"), open(self._scratch.states(number + 1), "wb") as file:
+        with translate_errors(self._scratch.folder, "write"), open(self._scratch.states(number + 1), "wb") as file:
             for piece in self._all.split(self._rows):  # type: ignore[no-untyped-call]
                 file.write(_bytes(piece))
             file.flush()

@@ -79,7 +79,7 @@ class Ranges:
         self._shard.read_into(entry.begin, values.view(np.uint8).data)
         return values
 
-    def largest(self, names: list[str]) -> float:
+    def amax(self, names: list[str]) -> float:
         """The maximum over some vectors; a float32 value, large enough for a scale that is made from it.
 
         Raises:

@@ -41,7 +41,7 @@ class RowSource(Protocol):
         """Bytes of scratch that reading takes for each row."""
 
     @property
-    def pieces(self) -> tuple[Piece, ...]:
+    def pieces(self) -> tuple[Extent, ...]:
         """Blocks of the source files that rows are read from."""
 
     def read(self, shards: Sequence[Shard], start: int, stop: int, out: Bytes, scratch: Bytes) -> None:
@@ -55,7 +55,7 @@ class RowSource(Protocol):
         """Take rows [start, stop) out of the page cache, unless they were there before this run."""
 
 
-class Piece(NamedTuple):
+class Extent(NamedTuple):
     """A contiguous row-major block [rows, cols] in a source file; `begin` is an absolute offset."""
 
     shard: int
@@ -75,7 +75,7 @@ class SourceTensor:
     name: str
     dtype: DType
     shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
+    pieces: tuple[Extent, ...]
     axis: int = 0
 
     @property
@@ -178,7 +178,7 @@ class NoSource:
     dtype: DType = F32
     rows: int = 1
     cols: int = 1
-    pieces: tuple[Piece, ...] = ()
+    pieces: tuple[Extent, ...] = ()
     row_align: int = 1
     stored_row_bytes: int = 0
     scratch_row_bytes: int = 0

@@ -8,7 +8,7 @@ from functools import cache, lru_cache
 
 from streamconv.checkpoint.dtypes import DType
 from streamconv.checkpoint.index import Index
-from streamconv.checkpoint.rows import Piece, SourceTensor
+from streamconv.checkpoint.rows import Extent, SourceTensor
 
 _KEPT = 64
 """Tensors that are kept after they were made: whoever plans asks for one several times."""
@@ -42,8 +42,8 @@ class SourceTensors(Mapping[str, SourceTensor]):
             return self._views[name]
         if self._assembled is not None:
             whole = self._assembled[name]
-            return SourceTensor(name, dtype, shape, tuple(Piece(*block) for block in whole.blocks), whole.axis)
-        return SourceTensor(name, dtype, shape, (Piece(shard, begin, *_matrix(shape)),))
+            return SourceTensor(name, dtype, shape, tuple(Extent(*block) for block in whole.blocks), whole.axis)
+        return SourceTensor(name, dtype, shape, (Extent(shard, begin, *_matrix(shape)),))
 
     def kind(self, place: int) -> tuple[DType, int]:
         """Dtype and columns of a tensor by its number."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from streamconv.checkpoint.rows import Piece, SourceTensor
+from streamconv.checkpoint.rows import Extent, SourceTensor
 from streamconv.checkpoint.shard import Shard
 from streamconv.lazy import Bytes
 
@@ -57,8 +57,8 @@ def rows_of(tensor: SourceTensor, name: str, first: int, shape: tuple[int, int],
     piece = tensor.pieces[0]
     begin = piece.begin + first * cols * tensor.dtype.itemsize
     if step == 1:
-        return SourceTensor(name, tensor.dtype, shape, (Piece(piece.shard, begin, rows, cols),))
-    return EveryRow(name, tensor.dtype, shape, (Piece(piece.shard, begin, rows * step - step + 1, cols),), 0, step)
+        return SourceTensor(name, tensor.dtype, shape, (Extent(piece.shard, begin, rows, cols),))
+    return EveryRow(name, tensor.dtype, shape, (Extent(piece.shard, begin, rows * step - step + 1, cols),), 0, step)
 
 
 def turned(tensor: SourceTensor) -> Turned:
@@ -66,7 +66,7 @@ def turned(tensor: SourceTensor) -> Turned:
     return Turned(tensor.name, tensor.dtype, (tensor.cols, tensor.rows), tensor.pieces)
 
 
-def read_stripe(shards: Sequence[Shard], piece: Piece, item: int, start: int, stop: int, out: Bytes) -> Bytes:
+def read_stripe(shards: Sequence[Shard], piece: Extent, item: int, start: int, stop: int, out: Bytes) -> Bytes:
     """Columns [start, stop) of a stored matrix, row-major, at the beginning of `out`."""
     width = (stop - start) * item
     found = out[: piece.rows * width]

@@ -203,7 +203,7 @@ def plan(
 ) -> int:
     """Show what convert would do, from the headers alone."""
     from streamconv import api
-    from streamconv.allocation import costs_of, foresee
+    from streamconv.allocation import costs_of, estimate_memory
     from streamconv.calibration.foreseen import planned
     from streamconv.cli import plan_view, several
     from streamconv.estimate import look
@@ -233,7 +233,7 @@ def plan(
         looking = look(index, reads, {Path(out) if out is not None else None: made.bytes_written}, asked.probe)
         chosen = choose_device(reads, asked)
         costs = costs_of(reads)
-        shares = foresee(reads, asked, costs)
+        shares = estimate_memory(reads, asked, costs)
         refused = api.output_problem(index, made, out) if out is not None else None
         shared = cut(made, parts) if parts is not None else None
         estimate = looking.estimate(costs, shares, bool(chosen.devices)) if looking is not None else None

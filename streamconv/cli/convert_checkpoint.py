@@ -19,7 +19,7 @@ IMPORTED = {"int4_gptq", "int8_gptq", "int4_awq"}
 def main(argv: list[str] | None = None) -> int:
     """Run a conversion; gives the exit status."""
     arguments = sys.argv[1:] if argv is None else argv
-    return output.arriving(lambda: ending.status_of(lambda: _main(arguments), as_json=False))
+    return output.flush_or_fail(lambda: ending.status_of(lambda: _main(arguments), as_json=False))
 
 
 def _main(arguments: list[str]) -> int:

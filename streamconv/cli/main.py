@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         check_words(arguments)
         return int(cli.main(arguments, prog_name="streamconv", standalone_mode=False, obj=arguments) or 0)
 
-    return output.arriving(lambda: ending.status_of(command, "--json" in arguments))
+    return output.flush_or_fail(lambda: ending.status_of(command, "--json" in arguments))
 
 
 def run() -> None:

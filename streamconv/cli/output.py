@@ -143,7 +143,7 @@ def _named() -> Any:
         raise _Unwritable(os.strerror(error.errno) if error.errno else str(error)) from error
 
 
-def arriving(command: Callable[[], int]) -> int:
+def flush_or_fail(command: Callable[[], int]) -> int:
     """Run a command and see that what it prints arrives.
 
     Args:

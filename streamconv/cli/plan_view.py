@@ -14,7 +14,7 @@ from streamconv.cli.view import table
 from streamconv.errors import printable
 from streamconv.memory import show_size
 from streamconv.natural import natural
-from streamconv.planning.memory_plan import Shares, TileCost
+from streamconv.planning.memory_plan import MemoryPlan, TileCost
 from streamconv.planning.parts import Part
 from streamconv.planning.plan import Plan
 from streamconv.reports import Estimate
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from streamconv.calibration.foreseen import Search
 
 
-def content(plan: Plan, shares: Shares, costs: list[TileCost], out: str | None) -> dict[str, Any]:
+def content(plan: Plan, shares: MemoryPlan, costs: list[TileCost], out: str | None) -> dict[str, Any]:
     """The plan for programs; sizes in bytes."""
     tile = max((cost.rows(shares.arena, None) * cost.source for cost in {id(cost): cost for cost in costs}.values()), default=0)
     free = fs.free_space(Path(out or "."))
@@ -63,7 +63,7 @@ def content(plan: Plan, shares: Shares, costs: list[TileCost], out: str | None) 
 
 def show(
     plan: Plan,
-    shares: Shares,
+    shares: MemoryPlan,
     costs: list[TileCost],
     device: str,
     out: str | None,

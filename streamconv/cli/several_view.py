@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from streamconv import api
-from streamconv.allocation import costs_of, foresee
+from streamconv.allocation import costs_of, estimate_memory
 from streamconv.checkpoint.index import Index
 from streamconv.cli import output, plan_view
 from streamconv.cli.view import table
@@ -33,7 +33,7 @@ def show(index: Index, outputs: Sequence[Output], plans: Sequence[Plan], asked: 
     finished = [is_made(Path(each.out), index.root, plan, index.shards) for each, plan in zip(outputs, plans, strict=True)]
     reads = Reads([plan for plan, done in zip(plans, finished, strict=True) if not done])
     costs = costs_of(reads)
-    shares = foresee(reads, asked, costs)
+    shares = estimate_memory(reads, asked, costs)
     places: dict[Path | None, int] = {
         Path(one.out): plan.bytes_written for one, plan, done in zip(outputs, plans, finished, strict=True) if not done
     }

@@ -52,7 +52,7 @@ def run(command: Callable[[], int]) -> NoReturn:
         status = command()
     except Interrupted as error:  # before or after the command's own care
         interrupted = error
-        output.arriving(lambda: output.fail(interrupted, False))
+        output.flush_or_fail(lambda: output.fail(interrupted, False))
     _leave(128 + came[0] if came else status)
 
 

@@ -23,7 +23,7 @@ from streamconv.device.step import NOTE, Batch, Job, lay_out
 from streamconv.device.triton_launch import Unfused, abandon
 from streamconv.errors import StreamconvError
 from streamconv.lazy import Bytes, torch
-from streamconv.planning.plan import Span
+from streamconv.planning.plan import RowRange
 from streamconv.quants.base import Known
 
 _PATIENCE = (0.05, 0.1, 0.2, 0.4)
@@ -33,7 +33,7 @@ _SMALL = 64 * 1024
 """Source bytes that other tiles' steps are not halved below: what is smaller says nothing about them."""
 
 _NOTES = 4096
-"""Bytes of a slot for findings of fused kernels: int32 [2] for each encoding of a tile."""
+"""Bytes of a slot for stats of fused kernels: int32 [2] for each encoding of a tile."""
 
 _CALM = 64
 """Steps that must succeed before halved ones grow again."""
@@ -148,7 +148,7 @@ class WorkerBuffers:
         self._buffers: list[torch.Tensor] = []
         self._counts: torch.Tensor | None = None
 
-    def encode(self, jobs: Sequence[Job], span: Span, rows: int, block: Bytes, space: Bytes) -> Bytes:
+    def encode(self, jobs: Sequence[Job], span: RowRange, rows: int, block: Bytes, space: Bytes) -> Bytes:
         """`stages.encode.encode` for all jobs of a tile; the same bytes. When it returns, all of them are in the arena.
 
         Args:
@@ -169,7 +169,7 @@ class WorkerBuffers:
             self._encode(jobs, span, rows, block, 0)
         return space
 
-    def _encode(self, jobs: Sequence[Job], span: Span, rows: int, block: Bytes, fusable: int) -> None:
+    def _encode(self, jobs: Sequence[Job], span: RowRange, rows: int, block: Bytes, fusable: int) -> None:
         batch = Batch(jobs, span, fusable)
 
         def keep(first: int, take: int, result: Any) -> Any:
@@ -181,7 +181,7 @@ class WorkerBuffers:
         if batch.notes:
             batch.count(self._notes[_NOTES:][: batch.notes].numpy())
 
-    def reduce(self, span: Span, rows: int, block: Bytes, known: Known) -> torch.Tensor:
+    def reduce(self, span: RowRange, rows: int, block: Bytes, known: Known) -> torch.Tensor:
         """`span.reduce.tile` of a tile, on the CPU. Raises what `encode` does."""
         if span.reduce is None:
             raise AssertionError(f"{span.source.name}: nothing to reduce")
@@ -199,7 +199,7 @@ class WorkerBuffers:
             largest = torch.maximum(largest, other)
         return largest
 
-    def _each(self, span: Span, rows: int, align: int, block: Bytes, work: Any, keep: Any, notes: int = 0) -> None:
+    def _each(self, span: RowRange, rows: int, align: int, block: Bytes, work: Any, keep: Any, notes: int = 0) -> None:
         """Copy the rows in, half by half; work on each; copy out what `keep` names and `notes` bytes of counts; wait for all of it."""
         pending: list[tuple[Any, Any]] = []
         try:
@@ -254,14 +254,14 @@ class WorkerBuffers:
             self.pipeline.halve(size)
             size = max(least, size // 2)
 
-    def _send(self, half: int, span: Span, block: Bytes, first: int, take: int) -> Any:
+    def _send(self, half: int, span: RowRange, block: Bytes, first: int, take: int) -> Any:
         source = self._host(block[first * span.row_bytes : (first + take) * span.row_bytes])
         self._backend.copy([(self._buffers[half][: source.numel()], source)], self.pipeline.copy_in)
         self.pipeline.sent(source.numel())
         return self._backend.record(self.pipeline.copy_in)
 
     def _compute(
-        self, half: int, ready: Any, span: Span, first: int, rows: int, align: int, work: Any, keep: Any, pending: list[tuple[Any, Any]]
+        self, half: int, ready: Any, span: RowRange, first: int, rows: int, align: int, work: Any, keep: Any, pending: list[tuple[Any, Any]]
     ) -> Any:
         """Rows [first, first+rows) of the tile, which lie in buffer `half`; gives the event of their last copy out."""
         data = self._buffers[half][: rows * span.row_bytes]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from streamconv.device.triton_launch import has_kernel
 from streamconv.errors import UsageError
 from streamconv.memory import GIB, KIB, MIB
-from streamconv.planning.plan import Matrix, Span
+from streamconv.planning.plan import Matrix, RowRange
 from streamconv.planning.tasks import encode_tasks
 
 COMPUTE_STREAMS = 2
@@ -75,8 +75,8 @@ class Sizes:
     chunk: int
 
 
-def demand(spans: Iterable[Span], matrices: Sequence[Matrix], fused: bool = False) -> Demand:
-    """The dearest of all spans in each respect; `fused`: what has a fused kernel runs it, and takes no temporaries."""
+def demand(spans: Iterable[RowRange], matrices: Sequence[Matrix], fused: bool = False) -> Demand:
+    """The most_expensive of all spans in each respect; `fused`: what has a fused kernel runs it, and takes no temporaries."""
     work, out, fixed, least, small = 0.0, 0.0, 0, 0, 0
     seen = set()
     for span in spans:

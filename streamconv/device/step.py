@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 
 from streamconv.device import triton_launch as fused
 from streamconv.lazy import Bytes, torch
-from streamconv.planning.plan import Span
+from streamconv.planning.plan import RowRange
 from streamconv.planning.tasks import EncodeTask
-from streamconv.quants.base import Findings, Part
+from streamconv.quants.base import EncodeStats, Part
 
 NOTE = 8
-"""Bytes of the findings of a fused kernel: int32 [2]."""
+"""Bytes of the stats of a fused kernel: int32 [2]."""
 
 
 @dataclass(slots=True)
@@ -22,12 +22,12 @@ class Job:
     Attributes:
         task: columns and encoding, bound to its reductions.
         parts: set by `Slot.encode`: one uint8 view of the worker's arena for each part.
-        findings: what was met.
+        stats: what was met.
     """
 
     task: EncodeTask
     parts: list[Bytes] = field(default_factory=list)
-    findings: Findings = field(default_factory=Findings)
+    stats: EncodeStats = field(default_factory=EncodeStats)
 
 
 def lay_out(jobs: Sequence[Job], rows: int, space: Bytes) -> Bytes:
@@ -55,17 +55,17 @@ class Batch:
         notes: bytes of the counts that fused kernels add to, 0 if none runs.
     """
 
-    def __init__(self, jobs: Sequence[Job], span: Span, fusable: int) -> None:
+    def __init__(self, jobs: Sequence[Job], span: RowRange, fusable: int) -> None:
         self.jobs = jobs
         self._launches = [fused.kernel_of(job.task.encoding, span.source.dtype) if at < fusable else None for at, job in enumerate(jobs)]
         self.notes = NOTE * len(jobs) if any(self._launches) else 0
         for job in jobs:
-            job.findings = Findings()
+            job.stats = EncodeStats()
 
-    def work(self, matrix: torch.Tensor, counts: torch.Tensor | None) -> tuple[list[torch.Tensor], list[Findings]]:
+    def work(self, matrix: torch.Tensor, counts: torch.Tensor | None) -> tuple[list[torch.Tensor], list[EncodeStats]]:
         """Encode a step's rows: all parts of all jobs, and what the torch definitions met."""
         made: list[Sequence[torch.Tensor]] = []
-        found, waiting = [Findings() for _ in self.jobs], []
+        found, waiting = [EncodeStats() for _ in self.jobs], []
         for job, launch, told in zip(self.jobs, self._launches, found, strict=True):
             block = _columns(matrix, job.task)
             if launch is None:
@@ -79,10 +79,10 @@ class Batch:
             launch(block, made[number], counts[NOTE * number : NOTE * (number + 1)].view(torch.int32))
         return [out for outs in made for out in outs], found
 
-    def places(self, first: int, take: int, found: Sequence[Findings]) -> list[Bytes]:
+    def places(self, first: int, take: int, found: Sequence[EncodeStats]) -> list[Bytes]:
         """Where the parts of rows [first, first + take) belong; `found` is counted."""
         for job, told in zip(self.jobs, found, strict=True):
-            job.findings.add(told)
+            job.stats.add(told)
         each = [(place, part, part.nbytes(first)) for job in self.jobs for place, part in zip(job.parts, _records(job), strict=True)]
         return [place[begin : begin + part.nbytes(take)] for place, part, begin in each]
 
@@ -90,7 +90,7 @@ class Batch:
         """The counts of all steps, as they came back."""
         for (nonfinite, overflow), job, launch in zip(notes.view("i4").reshape(-1, 2).tolist(), self.jobs, self._launches, strict=True):
             if launch is not None:
-                job.findings.add(Findings(nonfinite, overflow))
+                job.stats.add(EncodeStats(nonfinite, overflow))
 
 
 def _columns(matrix: torch.Tensor, task: EncodeTask) -> torch.Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 from streamconv.cache_folder import cache_folder
 from streamconv.checkpoint.dtypes import F16, DType
 from streamconv.lazy import torch
-from streamconv.quants.base import Encoding
+from streamconv.quants.base import Codec
 from streamconv.quants.fp8_rowwise import FLOOR, Fp8Rowwise
 from streamconv.quants.plain import Plain
 from streamconv.quants.smoothquant import SmoothWeight
@@ -35,14 +35,14 @@ class Unfused(Exception):
     """A fused kernel could not be compiled or launched. The torch definition can do the same."""
 
 
-def has_kernel(encoding: Encoding, source: DType) -> bool:
+def has_kernel(encoding: Codec, source: DType) -> bool:
     """Arithmetic only; a kernel may still turn out not to work on a device."""
     if isinstance(encoding, Fp8Rowwise) and encoding != Fp8Rowwise(encoding.lo, encoding.hi, encoding.model):
         return False  # other rules for scales
     return type(encoding) in _KERNELS and source.name in _FLOATS and _stored(encoding) <= _FLOATS
 
 
-def kernel_of(encoding: Encoding, source: DType) -> Launch | None:
+def kernel_of(encoding: Codec, source: DType) -> Launch | None:
     """What encodes rows of this dtype on a CUDA device, or None where the torch definition must."""
     return _KERNELS[type(encoding)](encoding) if has_kernel(encoding, source) else None
 
@@ -61,7 +61,7 @@ def works(device: torch.device) -> str | None:
     return None if good else "Triton gives wrong results"
 
 
-def _stored(encoding: Encoding) -> set[str]:
+def _stored(encoding: Codec) -> set[str]:
     dtype = getattr(encoding, "dtype", None)
     return {dtype.name} if isinstance(dtype, DType) else set()
 

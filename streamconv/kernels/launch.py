@@ -12,13 +12,13 @@ from typing import Any
 
 from streamconv.checkpoint.dtypes import F16, F32, DType
 from streamconv.lazy import Array, np
-from streamconv.quants.base import ErrorKernel, Errors, Findings, Kernel, ReduceKernel
+from streamconv.quants.base import EncodeStats, ErrorKernel, Errors, Kernel, ReduceKernel
 from streamconv.quants.layout import FAMILIES
 
 _Arguments = Callable[[Mapping[str, int], Sequence[Any], int], tuple[Any, ...]]
 
 
-def _launch(code: str, arguments: _Arguments, found: Callable[[Any], Findings] = lambda bad: Findings(int(bad or 0))) -> Kernel:
+def _launch(code: str, arguments: _Arguments, found: Callable[[Any], EncodeStats] = lambda bad: EncodeStats(int(bad or 0))) -> Kernel:
     """A kernel of the compiled function MODULE.FUNCTION.
 
     Args:
@@ -27,7 +27,7 @@ def _launch(code: str, arguments: _Arguments, found: Callable[[Any], Findings] =
     """
     module, _, function = code.partition(".")
 
-    def run(flat: Any, start: int, stride: int, rows: int, cols: int, outs: Sequence[Any]) -> Findings:
+    def run(flat: Any, start: int, stride: int, rows: int, cols: int, outs: Sequence[Any]) -> EncodeStats:
         from streamconv.kernels.rows import CODES
 
         compiled = getattr(importlib.import_module(f"streamconv.kernels.{module}"), function)
@@ -36,8 +36,8 @@ def _launch(code: str, arguments: _Arguments, found: Callable[[Any], Findings] =
     return run
 
 
-def _overflow(lost: Any) -> Findings:
-    return Findings(overflow=int(lost))
+def _overflow(lost: Any) -> EncodeStats:
+    return EncodeStats(overflow=int(lost))
 
 
 def _floats(*numbers: float) -> tuple[Any, ...]:
@@ -74,7 +74,7 @@ def weight_only_kernel(source: DType, dtype: DType, bits: int, family: str) -> K
         scales, kinds = outs[1].view(dtype.storage), (codes[source.name], codes[dtype.name])
         return cols, outs[0].view("u2"), scales, *kinds, FAMILIES.index(family)
 
-    return _launch(f"weight_only_code.int{bits}_rows", arguments, lambda told: Findings(int(told[0]), int(told[1])))
+    return _launch(f"weight_only_code.int{bits}_rows", arguments, lambda told: EncodeStats(int(told[0]), int(told[1])))
 
 
 _HALF_ULP = {"BF16": (2.0**-9, 2.0**-134), "F16": (2.0**-12, 2.0**-25), "F32": (2.0**-25, 2.0**-150)}
@@ -242,7 +242,7 @@ def smooth_kernel(
     return _launch("smooth_code.smooth_rows", arguments)
 
 
-def column_maxima_kernel(source: DType) -> ReduceKernel:
+def input_channel_amax_kernel(source: DType) -> ReduceKernel:
     """The largest magnitude of each input channel, float16 [cols]."""
 
     def run(flat: Any, rows: int, cols: int) -> Array:
@@ -261,7 +261,7 @@ def column_maxima_kernel(source: DType) -> ReduceKernel:
 def divided_kernel(source: DType, model: DType, smoother: Array) -> Kernel:
     """float16(w / s) of one-row norms, then the model dtype."""
 
-    def run(flat: Any, start: int, stride: int, rows: int, cols: int, outs: Sequence[Any]) -> Findings:
+    def run(flat: Any, start: int, stride: int, rows: int, cols: int, outs: Sequence[Any]) -> EncodeStats:
         half = np.empty(rows * cols, np.uint16)
         cast_kernel(source, F16)(flat, start, stride, rows, cols, [half.view(np.uint8)])
         with np.errstate(over="ignore", invalid="ignore"):
@@ -272,6 +272,6 @@ def divided_kernel(source: DType, model: DType, smoother: Array) -> Kernel:
         cast_kernel(F16, model)(between, 0, cols, rows, cols, [outs[0]])
         sign, infinite = 1 << (8 * flat.itemsize - 1), {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}[source.name]
         before = sum(int(((flat[at : at + cols] & (sign - 1)) == infinite).sum()) for at in range(start, start + rows * stride, stride))
-        return Findings(overflow=int(((between & 0x7FFF) == 0x7C00).sum()) - before)
+        return EncodeStats(overflow=int(((between & 0x7FFF) == 0x7C00).sum()) - before)
 
     return run

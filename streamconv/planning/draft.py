@@ -20,12 +20,12 @@ from streamconv.errors import DataError
 from streamconv.memory import check_room
 from streamconv.planning.file_layout import Fixed, layout
 from streamconv.planning.matrix_table import BY_ROLE, Form, MatrixTable, Spelling
-from streamconv.planning.plan import PLAIN_ROWS, Constant, OutputFile, RowOp, SideFile, Span, align_of
+from streamconv.planning.plan import PLAIN_ROWS, Constant, OutputFile, RowOp, RowRange, SideFile, align_of
 from streamconv.planning.row_order import in_row_order
 from streamconv.planning.span_table import SpanTable
 from streamconv.planning.tables import Cols, Pool, Sources, Stored
 from streamconv.quants import factors
-from streamconv.quants.base import Encoding, Reduction
+from streamconv.quants.base import Codec, Reduction
 
 
 class _Feed(NamedTuple):
@@ -122,7 +122,7 @@ class Draft:
         name: str,
         rows: int,
         cols: int,
-        encoding: Encoding,
+        encoding: Codec,
         *,
         experts: int = 0,
         note: str = "",
@@ -131,7 +131,7 @@ class Draft:
         """Add a matrix [rows, cols], or [experts, rows, cols]; gives its number."""
         return self._matrices.add(file, name, self._matrices.form(Form(rows, cols, encoding, experts, note, spelling)))
 
-    def form(self, rows: int, cols: int, encoding: Encoding, spelling: Spelling) -> int:
+    def form(self, rows: int, cols: int, encoding: Codec, spelling: Spelling) -> int:
         """What many matrices share; gives its number."""
         return self._matrices.form(Form(rows, cols, encoding, spelling=spelling))
 
@@ -199,7 +199,7 @@ class Draft:
         """File and name of a matrix."""
         return self._matrices.file(matrix), self._matrices.name(matrix)
 
-    def encoding(self, matrix: int) -> Encoding:
+    def encoding(self, matrix: int) -> Codec:
         return self._matrices.encoding(matrix)
 
     def filled(self, matrix: int) -> int:
@@ -233,7 +233,7 @@ class Draft:
             spans = self._table(in_row_order(list(spans)))
         return files, self._matrices, self._after_reductions(spans), constants
 
-    def _table(self, spans: Iterable[Span]) -> SpanTable:
+    def _table(self, spans: Iterable[RowRange]) -> SpanTable:
         made = SpanTable(self._sources)
         for span in spans:
             made.append(span)

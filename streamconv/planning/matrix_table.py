@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Protocol
 
-from streamconv.planning.plan import Matrix, PartPlace
+from streamconv.planning.plan import Matrix, PartLocation
 from streamconv.planning.tables import KEPT, Pool, Table
-from streamconv.quants.base import Encoding, Part
+from streamconv.quants.base import Codec, Part
 
 
 class Spelling(Hashable, Protocol):
@@ -43,7 +43,7 @@ class Form:
 
     rows: int
     cols: int
-    encoding: Encoding
+    encoding: Codec
     experts: int = 0
     note: str = ""
     spelling: Spelling = BY_ROLE
@@ -70,7 +70,7 @@ class MatrixTable(Table[Matrix]):
         super().__init__()
         self._file, self._form, self._filled, self._names = array("H"), array("I"), array("Q"), array("I")
         self._first, self._offset, self._position = array("I", [0]), array("Q"), array("I")
-        self._modules, self._forms, self._encodings = Pool[str](), Pool[Form](), Pool[Encoding]()
+        self._modules, self._forms, self._encodings = Pool[str](), Pool[Form](), Pool[Codec]()
         self._parts: list[tuple[Part, ...]] = []  # of each form
         self._encoding: list[int] = []  # the same
         self.data_starts: list[int] = []
@@ -171,7 +171,7 @@ class MatrixTable(Table[Matrix]):
         wanted = [form.all_rows for form in self._forms.values]
         return (self._make(number) for number, form in enumerate(self._form) if self._filled[number] < wanted[form])
 
-    def encoding(self, number: int) -> Encoding:
+    def encoding(self, number: int) -> Codec:
         return self._forms.values[self._form[number]].encoding
 
     def encoding_number(self, number: int) -> int:
@@ -185,7 +185,7 @@ class MatrixTable(Table[Matrix]):
         name, first, start = self.name(number), self._first[number], self.data_starts[self._file[number]]
         form = self._forms.values[self._form[number]]
         places = tuple(
-            PartPlace(
+            PartLocation(
                 form.spelling.name(name, part.role),
                 start + self._offset[first + at],
                 part.record_bytes,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from streamconv.errors import BudgetError, UsageError, printable
 from streamconv.memory import GIB, MIB, available, resident, show_size
-from streamconv.planning.plan import Matrix, Span
+from streamconv.planning.plan import Matrix, RowRange
 from streamconv.planning.tasks import encode_tasks
 
 MARGIN = 24 * MIB
@@ -55,7 +55,7 @@ class TileCost:
         return rows if cap is None else max(self.align, min(rows, cap // self.align * self.align))
 
 
-def tile_cost(span: Span, matrices: Sequence[Matrix], on_device: bool = False) -> TileCost:
+def tile_cost(span: RowRange, matrices: Sequence[Matrix], on_device: bool = False) -> TileCost:
     """What one source row of a span costs in host memory from read to write; a device has its own working memory."""
     out = work = fixed = 0
     kernel = torch = False
@@ -76,7 +76,7 @@ def tile_cost(span: Span, matrices: Sequence[Matrix], on_device: bool = False) -
 
 
 @dataclass(frozen=True, slots=True)
-class Shares:
+class MemoryPlan:
     """How a budget is used.
 
     Attributes:
@@ -107,7 +107,7 @@ def processors() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def share(
+def allocate(
     budget: int | None,
     workers: int | None,
     base: int,
@@ -117,14 +117,14 @@ def share(
     margin: int = MARGIN,
     spare: int = 0,
     least: int = 0,
-) -> Shares:
+) -> MemoryPlan:
     """Divide a budget.
 
     Args:
         budget: bytes, None derives it from free memory.
         workers: threads, None chooses.
         base: bytes resident before the first tile.
-        costs: source name -> the cost of its dearest span.
+        costs: source name -> the cost of its most_expensive span.
         best: bytes of an arena that more would not make faster.
         margin: bytes left free.
         spare: bytes that the base may turn out to be larger.
@@ -152,4 +152,4 @@ def share(
     wanted = workers if workers is not None else min(8, 2 * processors())
     count = max(1, min(wanted, room // max(need, 1), room // (2 * MIB) or 1))
     best = max(best, need)
-    return Shares(total, base, margin, count, min(best, room // count))
+    return MemoryPlan(total, base, margin, count, min(best, room // count))

@@ -15,7 +15,7 @@ from math import lcm
 from typing import NamedTuple
 
 from streamconv.checkpoint.rows import SourceTensor
-from streamconv.planning.plan import Plan, Span
+from streamconv.planning.plan import Plan, RowRange
 
 
 class Share(NamedTuple):
@@ -94,7 +94,7 @@ def _first(read: Read) -> tuple[tuple[int, int], int]:
     return min(share[:2] for share in read.shares), read.start
 
 
-def _track(span: Span, place: Hashable) -> tuple[Hashable, int]:
+def _track(span: RowRange, place: Hashable) -> tuple[Hashable, int]:
     """What rows are compared by, and by how much this span's are shifted there.
 
     Rows of plain tensors are known by where their bytes lie, whatever the tensor is called and wherever it begins.

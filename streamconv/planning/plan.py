@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from streamconv.checkpoint.dtypes import DType
 from streamconv.checkpoint.header_build import header_entries
 from streamconv.checkpoint.rows import RowSource, SourceFile
-from streamconv.quants.base import Encoding, Reduction
+from streamconv.quants.base import Codec, Reduction
 
 if TYPE_CHECKING:
     from streamconv.checkpoint.codes_file import Losses
@@ -53,7 +53,7 @@ class OutputFile:
 
 
 @dataclass(frozen=True, slots=True)
-class PartPlace:
+class PartLocation:
     """Where a part of a matrix lies in its file: record i (see `quants.base.Part`) begins at offset + i * record_bytes.
 
     Attributes:
@@ -95,8 +95,8 @@ class Matrix:
     rows: int
     cols: int
     filled: int
-    encoding: Encoding
-    places: tuple[PartPlace, ...]
+    encoding: Codec
+    places: tuple[PartLocation, ...]
     note: str = ""
 
 
@@ -124,7 +124,7 @@ PLAIN_ROWS = RowOp()
 
 
 @dataclass(frozen=True, slots=True)
-class Dest:
+class Destination:
     """A matrix that takes the rows of a span.
 
     Attributes:
@@ -139,7 +139,7 @@ class Dest:
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class RowRange:
     """Source rows [start, stop) that are read once, for every matrix that needs them.
 
     Attributes:
@@ -150,7 +150,7 @@ class Span:
     start: int
     stop: int
     op: RowOp
-    dests: tuple[Dest, ...]
+    dests: tuple[Destination, ...]
     align: int
     reduce: Reduction | None = None
 
@@ -175,7 +175,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Constant:
-    """A small tensor known at plan time; `position` as in PartPlace."""
+    """A small tensor known at plan time; `position` as in PartLocation."""
 
     file: int
     tensor: str

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Iterator, Sequence
 
 from streamconv.checkpoint.rows import RowSource
 from streamconv.planning.merge import Owned, Read, Share, merge
-from streamconv.planning.plan import Plan, Span
+from streamconv.planning.plan import Plan, RowRange
 
 
 class Reads:
@@ -29,7 +29,7 @@ class Reads:
         else:
             self.nbytes = sum(map(self.bytes_of, range(len(self._merged))))
 
-    def _span(self, share: Share) -> Span:
+    def _span(self, share: Share) -> RowRange:
         return self.plans[share.output].spans[share.span]
 
     def __len__(self) -> int:
@@ -45,7 +45,7 @@ class Reads:
         share = Share(0, number, 0)
         return Read(span.start, span.stop, span.align, (share,), share)
 
-    def reader(self, number: int) -> Span:
+    def reader(self, number: int) -> RowRange:
         """A span whose source has all rows of a read."""
         return self._span(self[number].reader)
 
@@ -60,7 +60,7 @@ class Reads:
         """What a read reads."""
         return self.reader(number).source
 
-    def spans(self) -> Iterator[tuple[Plan, Span]]:
+    def spans(self) -> Iterator[tuple[Plan, RowRange]]:
         """Every span of every plan."""
         return ((plan, span) for plan in self.plans for span in plan.spans)
 

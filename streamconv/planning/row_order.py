@@ -6,10 +6,10 @@ import heapq
 import itertools
 from dataclasses import replace
 
-from streamconv.planning.plan import Span
+from streamconv.planning.plan import RowRange
 
 
-def in_row_order(spans: list[Span]) -> list[Span]:
+def in_row_order(spans: list[RowRange]) -> list[RowRange]:
     """The spans so ordered that every matrix gets its rows in order, even where the source's do not come so.
 
     A matrix is hashed while it is written, and a worker waits for the rows before its own: an order that breaks this would wait for
@@ -27,7 +27,7 @@ def in_row_order(spans: list[Span]) -> list[Span]:
             before[other] += 1
             after[one].append(other)
     ready = [number for number, count in enumerate(before) if not count]
-    ordered: list[Span] = []
+    ordered: list[RowRange] = []
     while ready:  # the first in the source's order of those that may come
         number = heapq.heappop(ready)
         ordered.append(spans[number])

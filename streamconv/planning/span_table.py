@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from streamconv.planning.plan import Dest, RowOp, Span
+from streamconv.planning.plan import Destination, RowOp, RowRange
 from streamconv.planning.tables import Cols, Pool, Sources, Table
 from streamconv.quants.base import Reduction
 
 
-class SpanTable(Table[Span]):
+class SpanTable(Table[RowRange]):
     """Spans in the order in which they are read.
 
     Attributes:
@@ -28,7 +28,7 @@ class SpanTable(Table[Span]):
         self._ops, self._spreads = Pool[RowOp](), Pool[Cols]()
         self._reductions: list[Reduction] = []
 
-    def append(self, span: Span) -> None:
+    def append(self, span: RowRange) -> None:
         self.add(self.sources.number(span.source), span.start, span.stop, span.op, span.align, span.reduce)
         for dest in span.dests:
             self.add_dest(dest.matrix, dest.row, dest.cols)
@@ -109,7 +109,7 @@ class SpanTable(Table[Span]):
         wanted = tuple([(self._dests[2 * at + 1], encoding(self._dests[2 * at])) for at in self._of(number)])
         return (self.sources.kind(source), op, self._long[3 * number + 2], reduce, wanted)
 
-    def reducing(self) -> Iterator[Span]:
+    def reducing(self) -> Iterator[RowRange]:
         """The spans that reduce."""
         return map(self._make, self.reductions)
 
@@ -128,10 +128,10 @@ class SpanTable(Table[Span]):
     def __len__(self) -> int:
         return len(self._short) // 4
 
-    def _make(self, number: int) -> Span:
+    def _make(self, number: int) -> RowRange:
         source, op, reduction = self._short[4 * number : 4 * number + 3]
         start, stop, align = self._long[3 * number : 3 * number + 3]
         spreads = self._spreads.values
-        dests = tuple([Dest(self._dests[2 * at], self._row[at], spreads[self._dests[2 * at + 1]]) for at in self._of(number)])
+        dests = tuple([Destination(self._dests[2 * at], self._row[at], spreads[self._dests[2 * at + 1]]) for at in self._of(number)])
         reduce = self._reductions[reduction - 1] if reduction else None
-        return Span(self.sources[source], start, stop, self._ops.values[op], dests, align, reduce)
+        return RowRange(self.sources[source], start, stop, self._ops.values[op], dests, align, reduce)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from streamconv.checkpoint.dtypes import DType
-from streamconv.planning.plan import Dest, Matrix, Span
-from streamconv.quants.base import Encoding, Known
+from streamconv.planning.plan import Destination, Matrix, RowRange
+from streamconv.quants.base import Codec, Known
 from streamconv.quants.plain import Plain
 
 
@@ -15,7 +15,7 @@ class EncodeTask(NamedTuple):
     """Columns of a span's rows in an encoding: two destinations with the same task get the same bytes."""
 
     cols: tuple[tuple[int, int], ...]
-    encoding: Encoding
+    encoding: Codec
 
     @property
     def width(self) -> int:
@@ -31,11 +31,11 @@ class EncodeTask(NamedTuple):
         encoding = self.encoding
         return isinstance(encoding, Plain) and encoding.dtype == dtype and not encoding.add_one and not encoding.halved(dtype)
 
-    def is_whole_copy(self, span: Span) -> bool:
+    def is_whole_copy(self, span: RowRange) -> bool:
         """The stored bytes are the rows as they were read: nothing to do."""
         return self.is_copy(span.source.dtype) and self.cols == ((0, span.source.cols),)
 
-    def row_costs(self, span: Span) -> tuple[int, int]:
+    def row_costs(self, span: RowRange) -> tuple[int, int]:
         """(bytes of output, bytes of working memory) that encoding one row takes."""
         if self.is_whole_copy(span):
             return 0, 0
@@ -50,9 +50,9 @@ class EncodeTask(NamedTuple):
         return out, gathered + self.width * encoding.torch_bytes_per_element() + out
 
 
-def encode_tasks(span: Span, matrices: Sequence[Matrix]) -> dict[EncodeTask, list[Dest]]:
+def encode_tasks(span: RowRange, matrices: Sequence[Matrix]) -> dict[EncodeTask, list[Destination]]:
     """The span's destinations grouped by what they need, in order."""
-    found: dict[EncodeTask, list[Dest]] = {}
+    found: dict[EncodeTask, list[Destination]] = {}
     for dest in span.dests:
         found.setdefault(EncodeTask(dest.cols, matrices[dest.matrix].encoding), []).append(dest)
     return found

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from streamconv.checkpoint.dtypes import F32, I8, U8, DType
 from streamconv.kernels.launch import paired_kernel
 from streamconv.lazy import torch
-from streamconv.quants.base import Encoding, Findings, Kernel, Part
+from streamconv.quants.base import Codec, EncodeStats, Kernel, Part
 from streamconv.quants.int_group import IntGroup
 from streamconv.quants.rounding import rounded
 
@@ -21,7 +21,7 @@ LEAST_F16 = 2.0**-14
 
 
 @dataclass(frozen=True, slots=True)
-class PairedWeight(Encoding):
+class PairedWeight(Codec):
     """Signed integers [N, K] (int8) -> int8 [N/2, K]: low nibble the even channel, high nibble the odd one."""
 
     name = "int4 per group, ModelOpt orientation"
@@ -30,7 +30,7 @@ class PairedWeight(Encoding):
     def parts(self, rows: int, cols: int, experts: int = 0) -> tuple[Part, ...]:
         return (Part("weight", I8, (rows // 2, cols), cols // 2),)
 
-    def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
+    def encode(self, block: torch.Tensor, stats: EncodeStats) -> tuple[torch.Tensor, ...]:
         pairs = block.contiguous().view(torch.uint8).reshape(-1, 2, block.shape[1])
         return (((pairs[:, 0] & 15) | (pairs[:, 1] << 4)).reshape(-1),)
 
@@ -66,8 +66,8 @@ class PairedRtn(IntGroup):
         codes, scale = super().parts(rows, cols, experts)
         return replace(codes, role="weight", dtype=I8), replace(scale, role="weights_scaling_factor")
 
-    def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
-        return super().encode(self.values(block), findings)
+    def encode(self, block: torch.Tensor, stats: EncodeStats) -> tuple[torch.Tensor, ...]:
+        return super().encode(self.values(block), stats)
 
     def values(self, block: torch.Tensor) -> torch.Tensor:
         return rounded(block, self.scale) if block.dtype.itemsize > self.scale.itemsize else block.float()

@@ -1,6 +1,6 @@
 """What a quantization is: how rows of a weight matrix become the tensors of a checkpoint, and back.
 
-A codec is an `Encoding`, in a file of this folder; targets say which weights get which. An encoding is row-streaming: each part
+Each codec is a `Codec` in a file of this folder; targets say which weights get which. A codec is row-streaming: each part
 stores a record of bytes for every so many output rows, decided by these rows alone, so tiles may be cut at any multiple of
 `row_align` rows.
 """
@@ -41,7 +41,7 @@ class Part:
 
 
 @dataclass(slots=True)
-class Findings:
+class EncodeStats:
     """What encoding met on the way: counts of elements.
 
     Attributes:
@@ -52,7 +52,7 @@ class Findings:
     nonfinite: int = 0
     overflow: int = 0
 
-    def add(self, other: Findings) -> None:
+    def add(self, other: EncodeStats) -> None:
         self.nonfinite += other.nonfinite
         self.overflow += other.overflow
 
@@ -111,7 +111,7 @@ class Reduction(ABC):
 ReduceKernel = Callable[["np.ndarray[Any, Any]", int, int], "np.ndarray[Any, Any]"]
 """A fused CPU kernel of a reduction: kernel(flat, rows, cols), `flat` as for `Kernel`, rows side by side; gives the maxima."""
 
-Kernel = Callable[["np.ndarray[Any, Any]", int, int, int, int, "Sequence[np.ndarray[Any, Any]]"], Findings]
+Kernel = Callable[["np.ndarray[Any, Any]", int, int, int, int, "Sequence[np.ndarray[Any, Any]]"], EncodeStats]
 """A fused CPU kernel: kernel(flat, start, stride, rows, cols, outs).
 
 `flat` is a 1-D contiguous array of the source storage type (u2 for BF16/F16, u4 for F32, u1 for one-byte types);
@@ -124,7 +124,7 @@ ErrorKernel = Callable[["np.ndarray[Any, Any]", int, int, int, int, "Sequence[np
 """Source and what was stored of it, as for `Kernel`, to their errors in one pass; `wrong` counts rows."""
 
 
-class Encoding(ABC):
+class Codec(ABC):
     """How the rows of one matrix are stored. Instances are small, immutable and hashable (frozen dataclasses)."""
 
     name: str = ""
@@ -148,11 +148,11 @@ class Encoding(ABC):
     loads_torch: bool = False
     """Something that comes before the kernel takes torch."""
 
-    def bind(self, known: Known, source: str) -> Encoding:
+    def bind(self, known: Known, source: str) -> Codec:
         """This encoding with the results it needs, for rows of the source tensor `source`."""
         return self
 
-    def unkeyed(self) -> Encoding:
+    def unkeyed(self) -> Codec:
         """The same for any weight, where only the key of what it needs tells which weight it is for."""
         return self
 
@@ -168,7 +168,7 @@ class Encoding(ABC):
         """
 
     @abstractmethod
-    def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
+    def encode(self, block: torch.Tensor, stats: EncodeStats) -> tuple[torch.Tensor, ...]:
         """The definition: source rows [r, cols] in the source dtype -> one 1-D uint8 tensor for each part, on block's device."""
 
     @abstractmethod

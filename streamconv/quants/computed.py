@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 from streamconv.checkpoint.dtypes import DType
 from streamconv.lazy import Array, torch
-from streamconv.quants.base import Encoding, Findings, Kernel
+from streamconv.quants.base import Codec, EncodeStats, Kernel
 
 
-class Computed(Encoding):
+class Computed(Codec):
     """Float32 values of one row, which are exact; the source is a `NoSource`."""
 
     name = "F32"
@@ -19,7 +19,7 @@ class Computed(Encoding):
     def value(self) -> Array:
         """float32, 1-D; asked for when the reductions are complete."""
 
-    def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
+    def encode(self, block: torch.Tensor, stats: EncodeStats) -> tuple[torch.Tensor, ...]:
         return (torch.from_numpy(self.value()).view(torch.uint8).to(block.device),)
 
     def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:
@@ -32,9 +32,9 @@ class Computed(Encoding):
         return self.values(block) * 0.0
 
     def kernel(self, source: DType) -> Kernel | None:
-        def run(flat: Array, start: int, stride: int, rows: int, cols: int, outs: Sequence[Array]) -> Findings:
+        def run(flat: Array, start: int, stride: int, rows: int, cols: int, outs: Sequence[Array]) -> EncodeStats:
             outs[0][:] = self.value().view("u1")
-            return Findings()
+            return EncodeStats()
 
         return run
 

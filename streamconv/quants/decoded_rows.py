@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from streamconv.checkpoint.dtypes import DType
 from streamconv.checkpoint.packed_rows import AWQ_POSITION
-from streamconv.checkpoint.rows import PackedTensor, Piece, SourceTensor
+from streamconv.checkpoint.rows import Extent, PackedTensor, SourceTensor
 from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.stored_codes import NIBBLES, Code, as_float, values
 from streamconv.checkpoint.strided_rows import Strided
@@ -85,7 +85,7 @@ class DecodedTensor(_Decoded):
     inputs: SourceTensor | None = None
 
     @property
-    def pieces(self) -> tuple[Piece, ...]:
+    def pieces(self) -> tuple[Extent, ...]:
         more = [tensor.pieces for tensor in (self.zeros, self.inputs) if tensor is not None]
         return (*self.codes.pieces, *self.scales.pieces, *chain(*more))
 
@@ -161,7 +161,7 @@ class DecodedAffine(_Decoded):
     zeros: Strided
 
     @property
-    def pieces(self) -> tuple[Piece, ...]:
+    def pieces(self) -> tuple[Extent, ...]:
         return (*self.codes.pieces, *self.scales.pieces, *self.zeros.pieces)
 
     @property
@@ -206,7 +206,7 @@ class DecodedIntegers(_Decoded):
         return 32 // self.codes.bits
 
     @property
-    def pieces(self) -> tuple[Piece, ...]:
+    def pieces(self) -> tuple[Extent, ...]:
         order = self.order.pieces if self.order is not None else ()
         return (*self.codes.pieces, *self.scales.pieces, *self.zeros.pieces, *order)
 
@@ -282,7 +282,7 @@ class TurnedMx(_Decoded):
         return 32 * max(n for n in range(1, min(blocks, fit) + 1) if blocks % n == 0)
 
     @property
-    def pieces(self) -> tuple[Piece, ...]:
+    def pieces(self) -> tuple[Extent, ...]:
         return (*self.codes.pieces, *self.scales.pieces)
 
     @property
@@ -310,5 +310,5 @@ class TurnedMx(_Decoded):
     def _stripe(self, shards: Sequence[Shard], tensor: SourceTensor, expert: int, width: int, first: int, last: int, out: Bytes) -> Bytes:
         """Bytes [first, last) of each of an expert's N rows of `width` bytes."""
         piece, n = tensor.pieces[0], self.shape[2]
-        at = Piece(piece.shard, piece.begin + expert * n * width, n, width)
+        at = Extent(piece.shard, piece.begin + expert * n * width, n, width)
         return read_stripe(shards, at, 1, first, last, out)

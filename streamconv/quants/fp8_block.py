@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from streamconv.checkpoint.dtypes import F8_E4M3, F32, DType
 from streamconv.kernels.launch import fp8_block_kernel
 from streamconv.lazy import torch
-from streamconv.quants.base import Encoding, Findings, Kernel, Part
+from streamconv.quants.base import Codec, EncodeStats, Kernel, Part
 from streamconv.quants.rounding import FLOATS, divided, finite_rows, half_ulp, rounded
 
 _LARGEST = 448.0
 
 
 @dataclass(frozen=True)
-class Fp8Block(Encoding):
+class Fp8Block(Codec):
     """e4m3 weights [N, K], scales [ceil(N/block), ceil(K/block)]; a tile at the edge may be smaller.
 
     Attributes:
@@ -53,8 +53,8 @@ class Fp8Block(Encoding):
             Part("scale", self.scale, scales, across * self.scale.itemsize, self.block),
         )
 
-    def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
-        values = finite_rows(block, findings)
+    def encode(self, block: torch.Tensor, stats: EncodeStats) -> tuple[torch.Tensor, ...]:
+        values = finite_rows(block, stats)
         rows, cols = values.shape
         top = self._tops(values)
         if self.multiply:

@@ -9,7 +9,7 @@ from typing import Any
 
 from streamconv.checkpoint.dtypes import F8_E4M3, F32, DType
 from streamconv.lazy import np, torch
-from streamconv.quants.base import Encoding, Findings, Kernel, Known, Part
+from streamconv.quants.base import Codec, EncodeStats, Kernel, Known, Part
 from streamconv.quants.rounding import half_ulp
 
 Scales = tuple[tuple[str, float], ...]
@@ -32,7 +32,7 @@ def _codes(own: float, shared: float) -> bytes:
 
 
 @dataclass(frozen=True)
-class Fp8Shared(Encoding):
+class Fp8Shared(Codec):
     """e4m3 codes of parts with scales of their own, under the largest of them.
 
     Attributes:
@@ -55,7 +55,7 @@ class Fp8Shared(Encoding):
     def parts(self, rows: int, cols: int, experts: int = 0) -> tuple[Part, ...]:
         return (Part("weight", F8_E4M3, (rows, cols), cols),)
 
-    def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
+    def encode(self, block: torch.Tensor, stats: EncodeStats) -> tuple[torch.Tensor, ...]:
         table = torch.frombuffer(bytearray(self._table()), dtype=torch.uint8).to(block.device)
         return (table[block.contiguous().view(torch.uint8).long().reshape(-1)],)
 
@@ -64,12 +64,12 @@ class Fp8Shared(Encoding):
             return None
         table = self._table()
 
-        def run(flat: Any, start: int, stride: int, rows: int, cols: int, outs: Sequence[Any]) -> Findings:
+        def run(flat: Any, start: int, stride: int, rows: int, cols: int, outs: Sequence[Any]) -> EncodeStats:
             made = outs[0].reshape(rows, cols)
             for row in range(rows):
                 at = start + row * stride
                 made[row] = np.frombuffer(flat[at : at + cols].tobytes().translate(table), np.uint8)
-            return Findings()
+            return EncodeStats()
 
         return run
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from streamconv.checkpoint.dtypes import F8_E4M3, F32, DType
 from streamconv.kernels.launch import fp8_kernel
 from streamconv.lazy import torch
-from streamconv.quants.base import Encoding, Findings, Kernel, Part
+from streamconv.quants.base import Codec, EncodeStats, Kernel, Part
 from streamconv.quants.rounding import divided, half_ulp, rounded
 
 _LARGEST = 448.0
@@ -17,7 +17,7 @@ FLOOR = 1.0 / (448.0 * 512.0)
 
 
 @dataclass(frozen=True)
-class Fp8Rowwise(Encoding):
+class Fp8Rowwise(Codec):
     """e4m3 weights, clamped to [lo, hi] first.
 
     Attributes:
@@ -44,12 +44,12 @@ class Fp8Rowwise(Encoding):
         scale = Part("per_channel_scale", self.scale, (*lead, rows), self.scale.itemsize)
         return (Part("weight", F8_E4M3, (*lead, rows, cols), cols), scale)
 
-    def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
+    def encode(self, block: torch.Tensor, stats: EncodeStats) -> tuple[torch.Tensor, ...]:
         """NaN counts as 0 and infinity as the clamp (the engine stops on both unless told)."""
         values = self._rounded(block).to(torch.float32)
         bad = int((~torch.isfinite(values)).sum())
         if bad:
-            findings.nonfinite += bad
+            stats.nonfinite += bad
             values = torch.where(torch.isnan(values), 0.0, values)
         if self.hi == math.inf and bad:
             finite = torch.where(torch.isfinite(values), values, 0.0).abs().amax(1, keepdim=True)

@@ -9,7 +9,7 @@ from typing import Any
 from streamconv.checkpoint.dtypes import F8_E4M3, F32, DType
 from streamconv.kernels.launch import fp8_tensor_kernel, weight_maximum
 from streamconv.lazy import Array, np, torch
-from streamconv.quants.base import Encoding, Findings, Kernel, Known, Part, ReduceKernel, Reduction
+from streamconv.quants.base import Codec, EncodeStats, Kernel, Known, Part, ReduceKernel, Reduction
 from streamconv.quants.computed import Computed
 from streamconv.quants.rounding import FLOATS, half_ulp
 
@@ -36,7 +36,7 @@ def scale_of(largest: np.ndarray[Any, Any], floor: float = 0.0) -> float:
 
 
 @dataclass(frozen=True)
-class Fp8Tensor(Encoding):
+class Fp8Tensor(Codec):
     """e4m3 weights, quantized straight from the source dtype: round(W / scale), the division in float32.
 
     Attributes:
@@ -65,11 +65,11 @@ class Fp8Tensor(Encoding):
     def parts(self, rows: int, cols: int, experts: int = 0) -> tuple[Part, ...]:
         return (Part("weight", F8_E4M3, (rows, cols), cols),)
 
-    def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
+    def encode(self, block: torch.Tensor, stats: EncodeStats) -> tuple[torch.Tensor, ...]:
         values = block.float()
         bad = int((~torch.isfinite(values)).sum())
         if bad:
-            findings.nonfinite += bad
+            stats.nonfinite += bad
             values = torch.where(torch.isnan(values), 0.0, values)
         made = (values / torch.full_like(values[:1], self._known())).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
         return (made.contiguous().reshape(-1).view(torch.uint8),)

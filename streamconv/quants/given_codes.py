@@ -10,7 +10,7 @@ from streamconv.checkpoint.dtypes import F32, I8, I32, DType
 from streamconv.checkpoint.packed_rows import AWQ_POSITION
 from streamconv.errors import DataError, printable
 from streamconv.lazy import np, torch
-from streamconv.quants.base import Encoding, Findings, Kernel, Known, Part, Reduction
+from streamconv.quants.base import Codec, EncodeStats, Kernel, Known, Part, Reduction
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class ZeroPoints(Reduction):
 
 
 @dataclass(frozen=True)
-class Words(Encoding):
+class Words(Codec):
     """Signed integers [N, K] (int8) -> int32 words along K, offset by half, the lowest column in the lowest bits.
 
     Attributes:
@@ -62,7 +62,7 @@ class Words(Encoding):
         words = cols * self.bits // 32
         return (Part("codes", I32, (rows, words), 4 * words),)
 
-    def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
+    def encode(self, block: torch.Tensor, stats: EncodeStats) -> tuple[torch.Tensor, ...]:
         codes = block.contiguous().view(torch.uint8) ^ 128
         if self.bits == 4:
             codes = codes - 120  # around 128 before, around 8 now
@@ -83,7 +83,7 @@ class Words(Encoding):
         if source != I8:
             return None
 
-        def run(flat: Any, start: int, stride: int, rows: int, cols: int, outs: Sequence[Any]) -> Findings:
+        def run(flat: Any, start: int, stride: int, rows: int, cols: int, outs: Sequence[Any]) -> EncodeStats:
             block = np.lib.stride_tricks.as_strided(flat[start:], (rows, cols), (stride, 1))
             if self.bits == 8:
                 np.bitwise_xor(block, 128, out=outs[0].reshape(rows, cols))
@@ -92,7 +92,7 @@ class Words(Encoding):
                 np.add(block[:, 1::2], 8, out=made)
                 np.left_shift(made, 4, out=made)
                 np.bitwise_or(made, block[:, 0::2] + np.uint8(8), out=made)
-            return Findings()
+            return EncodeStats()
 
         return run
 
@@ -101,7 +101,7 @@ class Words(Encoding):
 
 
 @dataclass(frozen=True)
-class GivenZeros(Encoding):
+class GivenZeros(Codec):
     """Zero points packed along N, int32 [N * bits / 32, groups] -> the same with the first channel in the lowest bits.
 
     Attributes:
@@ -130,7 +130,7 @@ class GivenZeros(Encoding):
     def parts(self, rows: int, cols: int, experts: int = 0) -> tuple[Part, ...]:
         return (Part("zero", I32, (rows, cols), 4 * cols),)
 
-    def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
+    def encode(self, block: torch.Tensor, stats: EncodeStats) -> tuple[torch.Tensor, ...]:
         return (torch.from_numpy(self._in_order(block.contiguous().view(torch.uint8).cpu().numpy())).to(block.device),)
 
     def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:
@@ -149,10 +149,10 @@ class GivenZeros(Encoding):
         if source != I32:
             return None
 
-        def run(flat: Any, start: int, stride: int, rows: int, cols: int, outs: Sequence[Any]) -> Findings:
+        def run(flat: Any, start: int, stride: int, rows: int, cols: int, outs: Sequence[Any]) -> EncodeStats:
             block = np.lib.stride_tricks.as_strided(flat[start:], (rows, cols), (4 * stride, 4))
             outs[0][:] = self._in_order(np.ascontiguousarray(block).view(np.uint8))
-            return Findings()
+            return EncodeStats()
 
         return run
 
@@ -167,7 +167,7 @@ class GivenZeros(Encoding):
 
 
 @dataclass(frozen=True)
-class Reciprocal(Encoding):
+class Reciprocal(Codec):
     """1 / x in float32: the global scales of NVFP4, which one container multiplies with and the other divides by."""
 
     name = "F32"
@@ -176,9 +176,9 @@ class Reciprocal(Encoding):
     def parts(self, rows: int, cols: int, experts: int = 0) -> tuple[Part, ...]:
         return (Part("scale", F32, (rows, cols), 4 * cols),)
 
-    def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
+    def encode(self, block: torch.Tensor, stats: EncodeStats) -> tuple[torch.Tensor, ...]:
         made = self.values(block)
-        findings.nonfinite += int((~torch.isfinite(made) | (made <= 0)).sum())
+        stats.nonfinite += int((~torch.isfinite(made) | (made <= 0)).sum())
         return (made.contiguous().reshape(-1).view(torch.uint8),)
 
     def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:
@@ -194,11 +194,11 @@ class Reciprocal(Encoding):
         if source != F32:
             return None
 
-        def run(flat: Any, start: int, stride: int, rows: int, cols: int, outs: Sequence[Any]) -> Findings:
+        def run(flat: Any, start: int, stride: int, rows: int, cols: int, outs: Sequence[Any]) -> EncodeStats:
             block = np.lib.stride_tricks.as_strided(flat[start:], (rows, cols), (4 * stride, 4)).view(np.float32)
             with np.errstate(divide="ignore", invalid="ignore"):
                 made = np.float32(1.0) / block
             outs[0].view(np.float32)[:] = made.reshape(-1)
-            return Findings(nonfinite=int((~np.isfinite(made) | (made <= 0)).sum()))
+            return EncodeStats(nonfinite=int((~np.isfinite(made) | (made <= 0)).sum()))
 
         return run

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from streamconv.checkpoint.dtypes import I8, DType
 from streamconv.kernels.launch import group_scales_kernel, packed_kernel
 from streamconv.lazy import torch
-from streamconv.quants.base import Encoding, Findings, Kernel, Part
+from streamconv.quants.base import Codec, EncodeStats, Kernel, Part
 from streamconv.quants.layout import Layout
 from streamconv.quants.rounding import half_ulp
 
@@ -21,7 +21,7 @@ AWQ_POSITION = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
 @dataclass(frozen=True, slots=True)
-class PackedWeight(Encoding):
+class PackedWeight(Codec):
     """Signed integers [N, K] (int8) -> the processed bytes of §3, viewed as the model dtype (§4.1)."""
 
     dtype: DType
@@ -41,7 +41,7 @@ class PackedWeight(Encoding):
         shape = (*lead, cols, rows * bits // (8 * self.dtype.itemsize))
         return (Part("weight", self.dtype, shape, cols * bits // 8),)
 
-    def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
+    def encode(self, block: torch.Tensor, stats: EncodeStats) -> tuple[torch.Tensor, ...]:
         return (self.layout.pack(block),)
 
     def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:
@@ -59,7 +59,7 @@ class PackedWeight(Encoding):
 
 
 @dataclass(frozen=True, slots=True)
-class GroupScales(Encoding):
+class GroupScales(Codec):
     """Zeros and scales side by side, as bytes -> `weights_scaling_factor` and `zero` (§4.3).
 
     A row is a group: first the packed zeros of all channels, then their scales.
@@ -91,10 +91,10 @@ class GroupScales(Encoding):
         size = n * self.dtype.itemsize
         return tuple(Part(suffix, self.dtype, (rows, n), size) for suffix in ("weights_scaling_factor", "zero"))
 
-    def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
+    def encode(self, block: torch.Tensor, stats: EncodeStats) -> tuple[torch.Tensor, ...]:
         stored, factor = self._split(block)
         scale = stored.to(getattr(torch, self.dtype.torch))
-        findings.overflow += int((torch.isinf(scale) & torch.isfinite(stored)).sum())
+        stats.overflow += int((torch.isinf(scale) & torch.isfinite(stored)).sum())
         zero = factor.to(scale.dtype) * scale  # exact factor, scale already rounded: one product, one rounding
         return tuple(t.contiguous().reshape(-1).view(torch.uint8) for t in (scale, zero))
 

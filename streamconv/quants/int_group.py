@@ -9,7 +9,7 @@ from typing import Any, Literal
 from streamconv.checkpoint.dtypes import F32, I8, I32, U8, DType
 from streamconv.kernels.launch import int_group_kernel
 from streamconv.lazy import np, torch
-from streamconv.quants.base import Encoding, Findings, Kernel, Part
+from streamconv.quants.base import Codec, EncodeStats, Kernel, Part
 from streamconv.quants.rounding import FLOATS, divided, finite_rows, half_ulp, rounded
 
 Packing = Literal["bytes", "words", "pairs"]
@@ -17,11 +17,11 @@ Packing = Literal["bytes", "words", "pairs"]
 bits; "pairs", uint8 [N / 2, K], two's complement nibbles of two neighbouring channels, the first in the low one."""
 
 RATIOS = tuple(1 - step / 40 for step in range(21))
-"""Shares of a group's maximum that a search for its scale tries, the largest first."""
+"""MemoryPlan of a group's maximum that a search for its scale tries, the largest first."""
 
 
 @dataclass(frozen=True)
-class IntGroup(Encoding):
+class IntGroup(Codec):
     """q = RNE(clamp(W / s)) with s = amax / divisor.
 
     Attributes:
@@ -72,8 +72,8 @@ class IntGroup(Encoding):
         words = -(-cols * self.bits // 32)
         return (Part("codes", I32, (rows, words), 4 * words), scale)
 
-    def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
-        values = finite_rows(block, findings)
+    def encode(self, block: torch.Tensor, stats: EncodeStats) -> tuple[torch.Tensor, ...]:
+        values = finite_rows(block, stats)
         rows, cols = values.shape
         grouped = values.reshape(rows, -1, self.group or cols)
         stored = self._scales(grouped)
@@ -149,13 +149,13 @@ class IntGroup(Encoding):
 def _widened(kernel: Kernel, scale: DType) -> Kernel:
     """A kernel that stores scales of two bytes, as one that stores them as float32."""
 
-    def run(flat: Any, start: int, stride: int, rows: int, cols: int, outs: Sequence[Any]) -> Findings:
+    def run(flat: Any, start: int, stride: int, rows: int, cols: int, outs: Sequence[Any]) -> EncodeStats:
         narrow = np.empty(outs[1].size // 2, np.uint8)
-        findings = kernel(flat, start, stride, rows, cols, [outs[0], narrow])
+        stats = kernel(flat, start, stride, rows, cols, [outs[0], narrow])
         if scale.name == "BF16":
             np.left_shift(narrow.view(np.uint16), np.uint32(16), out=outs[1].view(np.uint32), dtype=np.uint32)
         else:
             outs[1].view(np.float32)[:] = narrow.view(np.float16)
-        return findings
+        return stats
 
     return run

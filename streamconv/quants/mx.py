@@ -9,7 +9,7 @@ from typing import Literal
 from streamconv.checkpoint.dtypes import F8_E4M3, F32, U8, DType
 from streamconv.kernels.launch import mx_kernel
 from streamconv.lazy import torch
-from streamconv.quants.base import Encoding, Findings, Kernel, Part
+from streamconv.quants.base import Codec, EncodeStats, Kernel, Part
 from streamconv.quants.e2m1 import e2m1_codes, e2m1_values, pack_nibbles, unpack_nibbles
 from streamconv.quants.rounding import FLOATS, finite_rows, half_ulp
 
@@ -21,7 +21,7 @@ _BIAS = {"F32": 127, "F16": 15, "BF16": 127}
 
 
 @dataclass(frozen=True)
-class Mx(Encoding):
+class Mx(Codec):
     """Codes and one exponent byte (bias 127) for each group.
 
     Attributes:
@@ -61,8 +61,8 @@ class Mx(Encoding):
         made = (field - _BIAS[kind] - (2 if self.element == "fp4" else 8) + 127).clamp(0, 255)
         return torch.where(field == 0, 0, made).to(torch.int32)
 
-    def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
-        values = finite_rows(block, findings)
+    def encode(self, block: torch.Tensor, stats: EncodeStats) -> tuple[torch.Tensor, ...]:
+        values = finite_rows(block, stats)
         rows, cols = values.shape
         grouped = values.reshape(rows, -1, GROUP)
         exponent = self._bytes(grouped.abs().amax(2, keepdim=True))

@@ -12,7 +12,7 @@ from typing import Literal
 from streamconv.checkpoint.dtypes import F8_E4M3, F32, U8, DType
 from streamconv.kernels.launch import nvfp4_kernel
 from streamconv.lazy import Array, np, torch
-from streamconv.quants.base import Encoding, Findings, Kernel, Known, Part
+from streamconv.quants.base import Codec, EncodeStats, Kernel, Known, Part
 from streamconv.quants.computed import Computed
 from streamconv.quants.e2m1 import e2m1_codes, e2m1_values, pack_nibbles, unpack_nibbles
 from streamconv.quants.rounding import FLOATS, divided, finite_rows, half_ulp, rounded
@@ -51,7 +51,7 @@ def _rounded(value: np.float32, kind: DType) -> np.float32:
 
 
 @dataclass(frozen=True)
-class NvFp4(Encoding):
+class NvFp4(Codec):
     """Codes [N, K / 2] and block scales [N, K / 16]; the shared scale is a tensor of its own (`SharedScale`).
 
     Attributes:
@@ -81,8 +81,8 @@ class NvFp4(Encoding):
     def parts(self, rows: int, cols: int, experts: int = 0) -> tuple[Part, ...]:
         return (Part("codes", U8, (rows, cols // 2), cols // 2), Part("scale", F8_E4M3, (rows, cols // GROUP), cols // GROUP))
 
-    def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
-        values = finite_rows(block, findings)
+    def encode(self, block: torch.Tensor, stats: EncodeStats) -> tuple[torch.Tensor, ...]:
+        values = finite_rows(block, stats)
         rows, cols = values.shape
         grouped = values.reshape(rows, -1, GROUP)
         top, shared = grouped.abs().amax(2, keepdim=True), self._known()

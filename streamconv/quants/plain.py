@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from streamconv.checkpoint.dtypes import F16, DType
 from streamconv.kernels.launch import cast_kernel
 from streamconv.lazy import torch
-from streamconv.quants.base import Encoding, Findings, Kernel, Part
+from streamconv.quants.base import Codec, EncodeStats, Kernel, Part
 from streamconv.quants.rounding import HALF_ULP, half_ulp
 
 
 @dataclass(frozen=True)
-class Plain(Encoding):
+class Plain(Codec):
     """Values cast to `dtype`.
 
     Attributes:
@@ -42,13 +42,13 @@ class Plain(Encoding):
         shape = (*lead, rows) if self.vector else (*lead, rows, cols)
         return (Part(self.suffix, self.dtype, shape, cols * self.dtype.itemsize),)
 
-    def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
+    def encode(self, block: torch.Tensor, stats: EncodeStats) -> tuple[torch.Tensor, ...]:
         target = getattr(torch, self.dtype.torch)
         if self.add_one:
             block = (block.float() if block.dtype == torch.bfloat16 else block) + 1.0
         made = (block.to(torch.float16) if self.via_half else block).to(target)
         if made.dtype != block.dtype or self.via_half:
-            findings.overflow += int((torch.isinf(made) & ~torch.isinf(block)).sum())
+            stats.overflow += int((torch.isinf(made) & ~torch.isinf(block)).sum())
         return (made.contiguous().reshape(-1).view(torch.uint8),)
 
     def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from streamconv.checkpoint.dtypes import DType
 from streamconv.lazy import torch
-from streamconv.quants.base import Findings
+from streamconv.quants.base import EncodeStats
 
 HALF_ULP = {"F32": (2.0**-24, 2.0**-150), "F16": (2.0**-11, 2.0**-25), "BF16": (2.0**-8, 2.0**-134), "F8_E4M3": (2.0**-4, 2.0**-10)}
 """(relative to the value, half the smallest subnormal): IEEE 754 and, for e4m3, the OCP 8-bit floating point specification."""
@@ -30,13 +30,13 @@ def divided(values: torch.Tensor, number: float) -> torch.Tensor:
     return values / torch.full_like(values, number)
 
 
-def finite_rows(block: torch.Tensor, findings: Findings) -> torch.Tensor:
+def finite_rows(block: torch.Tensor, stats: EncodeStats) -> torch.Tensor:
     """float32 rows in which NaN is 0 and infinity the largest finite value of its row (the engine stops on both unless told)."""
     values = block.float()
     finite = torch.isfinite(values)
     bad = int((~finite).sum())
     if not bad:
         return values
-    findings.nonfinite += bad
+    stats.nonfinite += bad
     top = torch.where(finite, values, 0.0).abs().amax(1, keepdim=True)
     return torch.where(torch.isnan(values), 0.0, torch.maximum(torch.minimum(values, top), -top))

@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 from streamconv.checkpoint.dtypes import F32, DType
 from streamconv.kernels.launch import divided_kernel
 from streamconv.lazy import Array, np, torch
-from streamconv.quants.base import Encoding, Findings, Kernel, Known, Part
+from streamconv.quants.base import Codec, EncodeStats, Kernel, Known, Part
 from streamconv.quants.computed import Computed
 from streamconv.quants.rounding import half_ulp
 from streamconv.quants.smoothing import COLUMN_BYTES, FLOATS, Bound, Smoother, bound_to, one_scale, output_scale, unbound
 
 
 @dataclass(frozen=True)
-class SmoothNorm(Encoding):
+class SmoothNorm(Codec):
     """A norm weight as one row [1, H]: fp16(w / s), then the model dtype."""
 
     smoother: Smoother
@@ -45,9 +45,9 @@ class SmoothNorm(Encoding):
     def parts(self, rows: int, cols: int, experts: int = 0) -> tuple[Part, ...]:
         return (Part("weight", self.dtype, (cols,), cols * self.dtype.itemsize),)
 
-    def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
+    def encode(self, block: torch.Tensor, stats: EncodeStats) -> tuple[torch.Tensor, ...]:
         made = self._divided(block).to(getattr(torch, self.dtype.torch))
-        findings.overflow += int((torch.isinf(made) & ~torch.isinf(block)).sum())
+        stats.overflow += int((torch.isinf(made) & ~torch.isinf(block)).sum())
         return (made.contiguous().reshape(-1).view(torch.uint8),)
 
     def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:
@@ -87,7 +87,7 @@ class SmoothValue(Computed):
     Attributes:
         what: "activation" (sx), "scale" (accum_t or inv_t of a matrix with one scale) or "smoother".
         outputs: ay, None per token.
-        largest: key of the ColumnMaxima that give AW.
+        largest: key of the InputChannelAmax that give AW.
         keep: part of the smoother to store.
         inputs: channels of the whole smoother.
     """

@@ -15,13 +15,13 @@ from weakref import WeakKeyDictionary
 from streamconv.checkpoint.activation_ranges import Ranges
 from streamconv.checkpoint.dtypes import DType
 from streamconv.errors import DataError, printable
-from streamconv.kernels.launch import column_maxima_kernel
+from streamconv.kernels.launch import input_channel_amax_kernel
 from streamconv.lazy import Array, np, torch
-from streamconv.quants.base import Findings, Known, ReduceKernel, Reduction
+from streamconv.quants.base import EncodeStats, Known, ReduceKernel, Reduction
 
 
 @dataclass(frozen=True)
-class ColumnMaxima(Reduction):
+class InputChannelAmax(Reduction):
     """float16 [cols]: the largest absolute value of each column of the float16 copies of one weight; m of §6.4."""
 
     key: str
@@ -32,7 +32,7 @@ class ColumnMaxima(Reduction):
         return block.to(torch.float16).abs().amax(0)
 
     def kernel(self, source: DType) -> ReduceKernel | None:
-        return column_maxima_kernel(source) if source.name in FLOATS else None
+        return input_channel_amax_kernel(source) if source.name in FLOATS else None
 
 
 FLOATS = ("F32", "F16", "BF16")
@@ -50,7 +50,7 @@ class Smoother:
     """Finds s [cols] of the weights that share an input.
 
     Attributes:
-        keys: of the ColumnMaxima of each of them.
+        keys: of the InputChannelAmax of each of them.
         weights: what they are, for errors.
         module: whose input range counts; all of them see the same input.
         wide: the powers of the weight maxima in float64, of at least 1e-5 (TensorRT-LLM 1.x); else in float16 (0.16).
@@ -198,7 +198,7 @@ def bound_to(smoother: Smoother, known: Known, largest: str | None, exact: bool 
     """What an encoding needs to know.
 
     Args:
-        largest: key of the ColumnMaxima of its own weight, where one scale serves it.
+        largest: key of the InputChannelAmax of its own weight, where one scale serves it.
         exact: as in `Smoother.find`.
     """
     mark = known.get(smoother.keys[0])  # finished maxima are one object: what was found from them before, still holds
@@ -219,6 +219,6 @@ def bound_to(smoother: Smoother, known: Known, largest: str | None, exact: bool 
     return bound
 
 
-def unbound(flat: Array, start: int, stride: int, rows: int, cols: int, outs: Sequence[Array]) -> Findings:
+def unbound(flat: Array, start: int, stride: int, rows: int, cols: int, outs: Sequence[Array]) -> EncodeStats:
     """In the place of a kernel while its reductions are not known."""
     raise AssertionError("encoded before its reductions")

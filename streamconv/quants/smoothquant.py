@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from streamconv.checkpoint.dtypes import F16, F32, I8, DType
 from streamconv.kernels.launch import smooth_kernel
 from streamconv.lazy import np, torch
-from streamconv.quants.base import Encoding, Findings, Kernel, Known, Part
+from streamconv.quants.base import Codec, EncodeStats, Kernel, Known, Part
 from streamconv.quants.rounding import half_ulp
 from streamconv.quants.smoothing import (
     COLUMN_BYTES,
@@ -33,13 +33,13 @@ HALF = F16
 
 
 @dataclass(frozen=True)
-class SmoothWeight(Encoding):
+class SmoothWeight(Codec):
     """int8 [rows, cols] and, for qkv and per channel, a scale for each row.
 
     Attributes:
         dtype: what the smoothed weight is cast to before it is quantized: float16 for qkv, else the model dtype.
         outputs: ay, the largest output, None per token.
-        largest: source tensor -> key of its ColumnMaxima, which give AW; empty per channel.
+        largest: source tensor -> key of its InputChannelAmax, which give AW; empty per channel.
         divide: per tensor, divide by the rounded inverse (qkv of GQA).
         single: per tensor, the product is rounded to `dtype` before it becomes an integer (all but qkv).
         keep: columns to store, None for all.
@@ -84,9 +84,9 @@ class SmoothWeight(Encoding):
         weight = Part("weight", I8, (rows, width), width)
         return (weight, Part("per_channel_scale", F32, (1, rows), 4)) if self._vector else (weight,)
 
-    def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
+    def encode(self, block: torch.Tensor, stats: EncodeStats) -> tuple[torch.Tensor, ...]:
         bound = self._known()
-        findings.nonfinite += int((~torch.isfinite(block)).sum())
+        stats.nonfinite += int((~torch.isfinite(block)).sum())
         weight = smoothed(block, bound.smoother)
         largest = weight.abs().amax(1) if bound.largest is None else torch.tensor([bound.largest], device=block.device).half()
         scale = weight_scale(largest)

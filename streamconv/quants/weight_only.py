@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from streamconv.checkpoint.dtypes import I8, DType
 from streamconv.kernels.launch import weight_only_errors, weight_only_kernel
 from streamconv.lazy import torch
-from streamconv.quants.base import Encoding, ErrorKernel, Findings, Kernel, Part
+from streamconv.quants.base import Codec, EncodeStats, ErrorKernel, Kernel, Part
 from streamconv.quants.layout import Layout
 from streamconv.quants.rounding import FLOATS, half_ulp
 
 
 @dataclass(frozen=True)
-class WeightOnly(Encoding):
+class WeightOnly(Codec):
     """Integers in a mixed-GEMM layout and one scale for each channel.
 
     Attributes:
@@ -49,15 +49,15 @@ class WeightOnly(Encoding):
             Part("per_channel_scale", self.dtype, (*lead, rows), self.dtype.itemsize),
         )
 
-    def encode(self, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
+    def encode(self, block: torch.Tensor, stats: EncodeStats) -> tuple[torch.Tensor, ...]:
         """§2.2. NaN counts as 0 and infinity as the largest finite value of its channel (the engine stops on both unless told)."""
         cast = block.to(getattr(torch, self.dtype.torch))
         values = cast.to(torch.float32)
         finite = torch.isfinite(values)
         bad = int((~finite).sum())
         if bad:
-            findings.nonfinite += bad
-            findings.overflow += int((~finite & torch.isfinite(block)).sum())
+            stats.nonfinite += bad
+            stats.overflow += int((~finite & torch.isfinite(block)).sum())
         top = torch.where(finite, values, 0.0).abs().amax(1, keepdim=True)
         if bad:
             values = torch.where(torch.isnan(values), 0.0, torch.maximum(torch.minimum(values, top), -top))

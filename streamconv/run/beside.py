@@ -6,7 +6,7 @@ import stat
 from collections.abc import Sequence
 
 from streamconv.errors import OutputError, printable
-from streamconv.run.fs import Mark, explained
+from streamconv.run.fs import Mark, translate_errors
 from streamconv.run.place import Found, Part, Place
 
 
@@ -44,7 +44,7 @@ class Beside(Place):
         old = self.hidden("old")
         if self.base.made(old, stat.S_IFDIR, ours=False) is None or self.found().folder is not None:
             return
-        with explained(self.base.path / old, "restore"):
+        with translate_errors(self.base.path / old, "restore"):
             self.base.rename(old, self.out.name)  # an empty folder of that name goes
             self.base.sync()
 
@@ -71,7 +71,7 @@ class Beside(Place):
         self.base.sync()
 
     def remove_old(self) -> None:
-        with explained(self.base.path / self.hidden("old"), "remove"):
+        with translate_errors(self.base.path / self.hidden("old"), "remove"):
             if self._remove(self.hidden("old"), ours=False):
                 self.base.sync()
 

@@ -10,7 +10,7 @@ from typing import Any
 from streamconv import __version__
 from streamconv.errors import printable
 from streamconv.run import journal
-from streamconv.run.fs import Disk, Folder, explained, write_all
+from streamconv.run.fs import Disk, Folder, translate_errors, write_all
 
 FORMAT = 1
 """Of plan.json."""
@@ -61,7 +61,7 @@ class SharedFolder:
     folder: Folder
 
     def content(self, name: str, limit: int) -> bytes | None:
-        with explained(self.folder.path / name, "read"):
+        with translate_errors(self.folder.path / name, "read"):
             try:
                 if self.folder.made(name) is None:
                     return None
@@ -76,7 +76,7 @@ class SharedFolder:
 
     def write(self, name: str, data: bytes, before: str = "plan.new") -> None:
         """A file that is complete as soon as it has its name."""
-        with explained(self.folder.path / name, "write"):
+        with translate_errors(self.folder.path / name, "write"):
             self.overwrite(before, data)
             try:
                 self.folder.rename(before, name)
@@ -85,7 +85,7 @@ class SharedFolder:
             self.folder.sync()
 
     def overwrite(self, name: str, data: bytes) -> None:
-        with explained(self.folder.path / name, "write"):
+        with translate_errors(self.folder.path / name, "write"):
             fd = self.folder.open(name)
             try:
                 self.folder.disk.truncate(fd, 0)

@@ -28,7 +28,7 @@ from streamconv.errors import LockedError, OutputError, printable
 from streamconv.planning.parts import MOST
 from streamconv.run import journal
 from streamconv.run.claim import Claim, Home, Over, SharedFolder
-from streamconv.run.fs import Disk, Folder, Mark, explained
+from streamconv.run.fs import Disk, Folder, Mark, translate_errors
 from streamconv.run.inside import choose
 from streamconv.run.part_record import Record
 from streamconv.run.place import Place
@@ -209,7 +209,7 @@ class Claims:
 
     def remove(self) -> None:
         """The work is published, or given up; what others would begin with goes first."""
-        with explained(self.base.path, "remove"):
+        with translate_errors(self.base.path, "remove"):
             for again in range(5):
                 for name in sorted(self.base.names(), key=lambda name: (name != CLAIMS, name == PLAN)):
                     self.base.unlink(name)

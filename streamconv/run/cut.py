@@ -11,7 +11,7 @@ from streamconv.planning.reads import Reads
 from streamconv.run.journal import TileRecord
 
 JournalState = Mapping[int, Sequence[TileRecord]]
-"""Span -> row ranges that an earlier run finished, ascending."""
+"""RowRange -> row ranges that an earlier run finished, ascending."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from streamconv.lazy import Bytes, torch
-from streamconv.planning.plan import Span
+from streamconv.planning.plan import RowRange
 from streamconv.planning.tasks import EncodeTask
-from streamconv.quants.base import Findings
+from streamconv.quants.base import EncodeStats
 
 
-def encode(task: EncodeTask, span: Span, rows: int, block: Bytes, space: Bytes, findings: Findings) -> list[Bytes]:
+def encode(task: EncodeTask, span: RowRange, rows: int, block: Bytes, space: Bytes, stats: EncodeStats) -> list[Bytes]:
     """The bytes of each part for `rows` rows.
 
     Args:
@@ -38,11 +38,11 @@ def encode(task: EncodeTask, span: Span, rows: int, block: Bytes, space: Bytes, 
         space = space[-(-size // 64) * 64 :]
     kernel = encoding.kernel(dtype)
     if kernel is not None:
-        findings.add(kernel(block.view(dtype.storage), start, stride, rows, cols, outs))
+        stats.add(kernel(block.view(dtype.storage), start, stride, rows, cols, outs))
         return outs
     flat = torch.from_numpy(block).view(getattr(torch, dtype.torch))
     matrix = flat.reshape(rows, stride)[:, start : start + cols]
-    for out, made in zip(outs, encoding.encode(matrix, findings), strict=True):
+    for out, made in zip(outs, encoding.encode(matrix, stats), strict=True):
         out[:] = made.cpu().numpy()
     return outs
 

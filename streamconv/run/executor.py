@@ -9,9 +9,9 @@ from typing import Any
 from streamconv.device.pipeline import WorkerBuffers
 from streamconv.device.step import Job
 from streamconv.lazy import Bytes, np, torch
-from streamconv.planning.plan import Dest, Plan, Span
+from streamconv.planning.plan import Destination, Plan, RowRange
 from streamconv.planning.tasks import EncodeTask, encode_tasks
-from streamconv.quants.base import Findings
+from streamconv.quants.base import EncodeStats
 from streamconv.run.encode import encode
 from streamconv.run.results import ReductionResults
 
@@ -21,13 +21,13 @@ class Encoded:
     """Rows as they are stored in all of `dests`: uint8, one array for each part of the encoding."""
 
     task: EncodeTask
-    dests: list[Dest]
+    dests: list[Destination]
     parts: list[Bytes]
-    findings: Findings
+    stats: EncodeStats
 
 
 def encoded(
-    plan: Plan, span: Span, rows: int, block: Bytes, space: Bytes, results: ReductionResults, slot: WorkerBuffers | None
+    plan: Plan, span: RowRange, rows: int, block: Bytes, space: Bytes, results: ReductionResults, slot: WorkerBuffers | None
 ) -> Iterator[Encoded]:
     """Encode rows of a span for every matrix that takes them; equal requests are encoded once.
 
@@ -46,15 +46,15 @@ def encoded(
         space = slot.encode(list(jobs.values()), span, rows, block, space)
     for task, dests in wanted.items():
         if task in jobs:
-            yield Encoded(task, dests, jobs[task].parts, jobs[task].findings)
+            yield Encoded(task, dests, jobs[task].parts, jobs[task].stats)
             continue
-        findings = Findings()
-        parts = encode(task.bound(results, name), span, rows, block, space, findings)
+        stats = EncodeStats()
+        parts = encode(task.bound(results, name), span, rows, block, space, stats)
         space = space[-(-task.row_costs(span)[0] * rows // 64) * 64 :]
-        yield Encoded(task, dests, parts, findings)
+        yield Encoded(task, dests, parts, stats)
 
 
-def reduced(span: Span, rows: int, block: Bytes, results: ReductionResults, slot: WorkerBuffers | None) -> np.ndarray[Any, Any]:
+def reduced(span: RowRange, rows: int, block: Bytes, results: ReductionResults, slot: WorkerBuffers | None) -> np.ndarray[Any, Any]:
     """What rows contribute to the reduction of a span."""
     if span.reduce is None:
         raise AssertionError(f"{span.source.name}: nothing to reduce")

@@ -121,7 +121,7 @@ class Disk:
 
 
 @contextlib.contextmanager
-def explained(path: Path, doing: str) -> Iterator[None]:
+def translate_errors(path: Path, doing: str) -> Iterator[None]:
     """Turn an OSError into the OutputError a user can act on."""
     try:
         yield
@@ -325,7 +325,7 @@ def hidden(out: Path, what: str) -> Path:
 def free_space(path: Path) -> int | None:
     """Bytes free for us on the file system that holds (or will hold) `path`; None if it does not say (ramfs)."""
     place = path.absolute()
-    with explained(path, "look at"):
+    with translate_errors(path, "look at"):
         while not os.path.exists(place):
             place = place.parent
         status = os.statvfs(place)

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from streamconv.errors import VerifyError, printable
 from streamconv.lazy import Bytes, np, torch
 from streamconv.planning.memory_plan import CHECK_BYTES, CHECK_ELEMENT
-from streamconv.planning.plan import Dest, Plan, Span
+from streamconv.planning.plan import Destination, Plan, RowRange
 from streamconv.planning.tasks import encode_tasks
-from streamconv.quants.base import Encoding, Errors
+from streamconv.quants.base import Codec, Errors
 from streamconv.reports import TensorError
 from streamconv.run.executor import Encoded
 from streamconv.run.journal import TileRecord
@@ -34,7 +34,7 @@ class InlineCheck:
         self._found = {name: array("d", bytes(8 * len(plan.matrices))) for name in ("noise", "signal", "largest", "peak", "rows")}
         self._lock = threading.Lock()
 
-    def tile(self, span: Span, made: Encoded, block: Bytes, rows: int, results: ReductionResults) -> tuple[float, ...]:
+    def tile(self, span: RowRange, made: Encoded, block: Bytes, rows: int, results: ReductionResults) -> tuple[float, ...]:
         """Decode what was encoded of rows and compare.
 
         Args:
@@ -76,7 +76,7 @@ class InlineCheck:
             if kept:
                 self._add(dests, kept)
 
-    def _add(self, dests: Sequence[Dest], kept: Sequence[float]) -> None:
+    def _add(self, dests: Sequence[Destination], kept: Sequence[float]) -> None:
         with self._lock:
             for dest in dests:
                 for (name, values), value in zip(self._found.items(), kept, strict=True):
@@ -125,7 +125,7 @@ class InlineCheck:
         return told
 
 
-def _blocks(made: Encoded, span: Span, block: Bytes, rows: int, results: ReductionResults) -> Iterator[Errors]:
+def _blocks(made: Encoded, span: RowRange, block: Bytes, rows: int, results: ReductionResults) -> Iterator[Errors]:
     """The errors of rows, as many at a time as the working memory holds."""
     task = made.task.bound(results, span.source.name)
     encoding, columns, width = task.encoding, task.cols, task.width
@@ -151,7 +151,7 @@ def _blocks(made: Encoded, span: Span, block: Bytes, rows: int, results: Reducti
 
 
 def _decoded(
-    encoding: Encoding, span: Span, source: Bytes, columns: Sequence[tuple[int, int]], rows: int, parts: Sequence[Bytes]
+    encoding: Codec, span: RowRange, source: Bytes, columns: Sequence[tuple[int, int]], rows: int, parts: Sequence[Bytes]
 ) -> Errors:
     """The definition: `decode` against `values`, and the bound that is `error`."""
     whole = torch.from_numpy(source).view(getattr(torch, span.source.dtype.torch)).reshape(rows, span.source.cols)

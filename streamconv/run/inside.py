@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from streamconv.run.beside import Beside
-from streamconv.run.fs import Disk, Mark, explained, hidden
+from streamconv.run.fs import Disk, Mark, hidden, translate_errors
 from streamconv.run.place import CONFIG, WHATS, Found, Part, Place
 
 _HIDDEN = ".streamconv-"
@@ -44,7 +44,7 @@ class Inside(Place):
 
     def restore(self, ready: Sequence[str]) -> None:
         work, old = self._part("partial"), self._part("old")
-        with explained(self.out, "restore"):
+        with translate_errors(self.out, "restore"):
             if self.has_work():  # else the new output is all there
                 # a file that is ready and not among the work has been renamed already
                 moved = [name for name in reversed(ready) if work.look(name) is None and self.base.look(name) is not None]
@@ -84,7 +84,7 @@ class Inside(Place):
         return Part(self.base)
 
     def remove_old(self) -> None:
-        with explained(self.out, "remove"):
+        with translate_errors(self.out, "remove"):
             if self.has_old():
                 self._part("old").empty(self.ours, self._aside)
                 self.base.sync()
@@ -105,7 +105,7 @@ def choose(out: Path, disk: Disk, lenient: bool = False) -> Place:
     Args:
         out: resolved.
     """
-    with explained(out, "look at"):
+    with translate_errors(out, "look at"):
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             os.lstat(out)  # a name that cannot be
         why = disk.why_inside(out, os.path.lexists(hidden(out, "journal")))

@@ -13,7 +13,7 @@ from streamconv.errors import LockedError, OutputError, ResumeError, VerifyError
 from streamconv.run import journal, manifest
 from streamconv.run.claim import SharedFolder, differences
 from streamconv.run.claims import CLAIMS, PLAN, Claims
-from streamconv.run.fs import explained
+from streamconv.run.fs import translate_errors
 from streamconv.run.lock import OutputLock
 from streamconv.run.output_checks import check_free
 from streamconv.run.presence import Presence
@@ -60,7 +60,7 @@ def join(
         claims.told = found or run
         _files(claims, files, found is None)
         if not claims.place.lenient:
-            with explained(claims.base.path, "write in"):
+            with translate_errors(claims.base.path, "write in"):
                 claims.presence = Presence(claims.base, secrets.token_hex(4))
     return True
 
@@ -116,9 +116,9 @@ def _begin(claims: Claims, run: dict[str, Any], force: bool, past: journal.Journ
             f"{printable(str(claims.place.out))} was begun without --parts",
             hint="run that command again to finish it, or start over with --force",
         )
-    with explained(claims.place.out, "read"):
+    with translate_errors(claims.place.out, "read"):
         check_free(claims.place, force)
-    with explained(claims.place.base.path / claims.name, "create"):
+    with translate_errors(claims.place.base.path / claims.name, "create"):
         if not claims.folders:
             claims.disk.mkdir(claims.place.base, claims.name)
             claims.enter()
@@ -135,7 +135,7 @@ def _begin(claims: Claims, run: dict[str, Any], force: bool, past: journal.Journ
 
 def _files(claims: Claims, files: Sequence[tuple[str, int]], fresh: bool) -> None:
     """Every file at its full size; holes are zeros, so it does not matter who makes them, or how often."""
-    with explained(claims.place.base.path / claims.place.hidden("partial"), "create"):
+    with translate_errors(claims.place.base.path / claims.place.hidden("partial"), "create"):
         claims.place.begin(fresh=False)
         work, made = claims.place.work, False
         for name, size in files:

@@ -33,7 +33,7 @@ from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.untrusted import parse_json
 from streamconv.errors import OutputError, printable
 from streamconv.planning.plan import Plan
-from streamconv.run.fs import Disk, Folder, Mark, explained, write_all
+from streamconv.run.fs import Disk, Folder, Mark, translate_errors, write_all
 
 FORMAT = 2
 
@@ -147,7 +147,7 @@ def read(place: Home) -> JournalState | None:
         OutputError: it cannot be read, or something else has its name.
     """
     base, name = place.base, place.hidden("journal")
-    with explained(base.path / name, "read"):
+    with translate_errors(base.path / name, "read"):
         try:
             fd = base.open(name, make=False)
         except FileNotFoundError:
@@ -249,7 +249,7 @@ class Journal:
 
     def start(self, run: dict[str, Any]) -> None:
         """Begin an empty journal."""
-        with explained(self.path, "write"):
+        with translate_errors(self.path, "write"):
             self._fd, self._size = self.place.base.open(self.path.name, private=True), 0
             if os.fstat(self._fd).st_size:
                 self.disk.truncate(self._fd, 0)
@@ -258,7 +258,7 @@ class Journal:
 
     def resume(self, past: JournalState) -> None:
         """Go on after the last line that can be trusted."""
-        with explained(self.path, "write"):
+        with translate_errors(self.path, "write"):
             self._fd, self._size = self.place.base.open(self.path.name, make=False), past.size
             if os.fstat(self._fd).st_size != past.size:
                 self.disk.truncate(self._fd, past.size)
@@ -271,7 +271,7 @@ class Journal:
             found = [done.overflow, done.nonfinite]
             looked = {"errors": done.errors} if done.errors else {}
             lines.append(sealed({"tile": [done.span, done.start, done.stop], "hash": done.hashes, "found": found} | looked))
-        with explained(self.path, "write"):
+        with translate_errors(self.path, "write"):
             self._append(b"".join(lines))
 
     def ready(self, names: Sequence[str]) -> None:
@@ -280,7 +280,7 @@ class Journal:
         Raises:
             OutputError: the journal is not under its name any more, so a run that is killed now could not be finished.
         """
-        with explained(self.path, "write"):
+        with translate_errors(self.path, "write"):
             self.place.base.expect(self.path.name, Mark.of(os.fstat(self._fd)))
             self._append(sealed({"ready": names}))
 
@@ -293,7 +293,7 @@ class Journal:
         base, name = self.place.base, self.path.name
         mark = Mark.of(os.fstat(self._fd)) if self._fd >= 0 else past.mark if past is not None else None
         self.close()
-        with explained(self.path, "remove"):
+        with translate_errors(self.path, "remove"):
             there = base.look(name)
             if there is not None and Mark.of(there) == mark:  # else somebody has put something else there
                 self.disk.unlink(base, name, mark)

@@ -8,7 +8,7 @@ import socket
 import time
 
 from streamconv.errors import LockedError, OutputError, printable
-from streamconv.run.fs import Mark, explained, write_all
+from streamconv.run.fs import Mark, translate_errors, write_all
 from streamconv.run.place import Place
 
 
@@ -32,7 +32,7 @@ class OutputLock:
         """
         base, name = self.place.base, self.place.hidden("lock")
         for _ in range(1000):
-            with explained(base.path / name, "lock"):
+            with translate_errors(base.path / name, "lock"):
                 try:
                     fd = base.open(name, ours=False)
                 except (FileExistsError, FileNotFoundError):

@@ -12,7 +12,7 @@ from streamconv.checkpoint.rows import SourceTensor
 from streamconv.checkpoint.shard import Shard
 from streamconv.errors import UsageError
 from streamconv.options import Read
-from streamconv.planning.plan import Span
+from streamconv.planning.plan import RowRange
 from streamconv.planning.reads import Reads
 
 WORTH = 256 * 1024
@@ -30,7 +30,7 @@ class Mapped:
         self._guard, self._always = guard, always
         self._local: dict[Shard, bool] = {}
 
-    def window(self, shards: Sequence[Shard], span: Span, start: int, stop: int) -> Window | None:
+    def window(self, shards: Sequence[Shard], span: RowRange, start: int, stop: int) -> Window | None:
         """Rows [start, stop) of the span's source, if they lie in a file just as they are encoded and mapping them is the better way.
 
         Raises:
@@ -76,11 +76,11 @@ def mapped(read: Read, reads: Reads, kernels: bool) -> Iterator[Mapped | None]:
         yield Mapped(guard, read == "map")
 
 
-def _is_large(span: Span) -> bool:
+def _is_large(span: RowRange) -> bool:
     return (span.stop - span.start) * span.row_bytes >= WORTH and _place(span, span.start, span.start + 1) is not None
 
 
-def _place(span: Span, start: int, stop: int) -> tuple[int, int, int] | None:
+def _place(span: RowRange, start: int, stop: int) -> tuple[int, int, int] | None:
     """(shard, begin, end) of rows that lie in one run in one file and need nothing done to them; None if they do not."""
     source = span.source
     if type(source) is not SourceTensor or span.op.kind != "none":  # those derived from it read rows that lie otherwise

@@ -14,7 +14,7 @@ from streamconv.checkpoint.untrusted import open_regular
 from streamconv.errors import OutputError, StreamconvError, VerifyError, printable
 from streamconv.planning.plan import Plan
 from streamconv.run import manifest, sampled
-from streamconv.run.fs import Disk, explained
+from streamconv.run.fs import Disk, translate_errors
 from streamconv.run.inside import choose
 from streamconv.run.place import Found, Place, foreign
 
@@ -50,7 +50,7 @@ def check_place(place: Place, source: Path | None, read: Iterable[Path] = ()) ->
                 where = f"{printable(str(kept))} is where work for the output is kept"
                 raise OutputError(f"{printable(str(path))} is read, and {where}", hint=_ELSEWHERE)
         _check_hidden(kept)
-    with explained(out, "look at"):
+    with translate_errors(out, "look at"):
         if os.path.lexists(out) and not os.path.isdir(out):
             raise OutputError(f"output {printable(str(out))} exists and is not a folder", hint="choose another name")
 
@@ -59,7 +59,7 @@ def _used(source: Path | None, read: Iterable[Path]) -> Iterator[tuple[Path, Pat
     """Everything that is read, and what it leads to."""
     paths = [*read]
     if source is not None:
-        with explained(source, "read"):
+        with translate_errors(source, "read"):
             paths += [source, *(source.iterdir() if os.path.isdir(source) else [])]
     for path in paths:
         yield path, Path(os.path.realpath(path))
@@ -67,7 +67,7 @@ def _used(source: Path | None, read: Iterable[Path]) -> Iterator[tuple[Path, Pat
 
 def _check_hidden(path: Path) -> None:
     """A hidden name that leads away, or makes us wait."""
-    with explained(path, "look at"):
+    with translate_errors(path, "look at"):
         try:
             mode = os.lstat(path).st_mode
         except (FileNotFoundError, NotADirectoryError):
@@ -93,7 +93,7 @@ def check_free(place: Place, force: bool) -> Found:
         OutputError: it does.
     """
     shown = printable(str(place.out))
-    with explained(place.out, "read"):
+    with translate_errors(place.out, "read"):
         found = place.found()
     odd = foreign(found.files, place.ours, place.out / manifest.NAME)
     if odd:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from streamconv.errors import OutputError, printable
 from streamconv.memory import MIB, show_size
-from streamconv.run.fs import Disk, Mark, explained, free_space, write_all
+from streamconv.run.fs import Disk, Mark, free_space, translate_errors, write_all
 from streamconv.run.inside import choose
 from streamconv.run.place import CONFIG, Found, Part, Place
 
@@ -43,15 +43,15 @@ class OutputFolder:
         Args:
             fresh: remove what an earlier run left; otherwise keep the bytes that are there.
         """
-        with explained(self.place.top / self.place.hidden("partial"), "create"):
+        with translate_errors(self.place.top / self.place.hidden("partial"), "create"):
             self.place.begin(fresh)
         self._check_room(files)
         for name, size, header in files:
-            with explained(self._path(name), "write"):
+            with translate_errors(self._path(name), "write"):
                 self._fds[name] = self.place.work.open(name, fresh)
                 self._open(name, size)
             self.write(name, 0, header)
-        with explained(self.place.work.folder.path, "sync"):
+        with translate_errors(self.place.work.folder.path, "sync"):
             # the names are durable before the journal speaks of what is in the files
             self.place.work.folder.sync()
             if self.place.work.folder is not self.place.base:
@@ -97,7 +97,7 @@ class OutputFolder:
     def write(self, name: str, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Write all of `data` at `offset` and start pushing it to the disk."""
         size = memoryview(data).nbytes
-        with explained(self._path(name), "write"), self._turns[name]:  # the kernel lets one in; waiting here costs no spinning
+        with translate_errors(self._path(name), "write"), self._turns[name]:  # the kernel lets one in; waiting here costs no spinning
             self._check_size(name)  # each time: writing on would hide a hole that somebody cut
             write_all(self.disk, self._fds[name], data, offset)
         if size >= MIB:
@@ -114,7 +114,7 @@ class OutputFolder:
     def read_into(self, name: str, offset: int, buffer: memoryview) -> int:
         """Read bytes already written; fewer than asked for only where the file ends."""
         done = 0
-        with explained(self._path(name), "read"):
+        with translate_errors(self._path(name), "read"):
             while done < len(buffer):
                 got = os.preadv(self._fds[name], [buffer[done:]], offset + done)
                 if got == 0:
@@ -125,14 +125,14 @@ class OutputFolder:
     def sync(self, names: Iterable[str]) -> None:
         """Wait until what was written to these files is on the disk; then its pages need not be kept in memory."""
         for name in names:
-            with explained(self._path(name), "sync"):
+            with translate_errors(self._path(name), "sync"):
                 self.disk.sync_data(self._fds[name])
             with contextlib.suppress(OSError):
                 os.posix_fadvise(self._fds[name], 0, 0, os.POSIX_FADV_DONTNEED)
 
     def remove_last(self, names: Iterable[str]) -> None:
         """Take back what `complete` wrote: a folder being worked on must not look like a checkpoint."""
-        with explained(self.place.top / self.place.hidden("partial"), "remove"):
+        with translate_errors(self.place.top / self.place.hidden("partial"), "remove"):
             self.place.begin(fresh=False)
             for name in names:
                 self.place.work.unlink(name)
@@ -144,17 +144,17 @@ class OutputFolder:
             OutputError: a file is not what was written; it is not published.
         """
         for name, fd in self._fds.items():
-            with explained(self._path(name), "sync"):
+            with translate_errors(self._path(name), "sync"):
                 self.disk.sync(fd)
         for name, pieces in last:
-            with explained(self._path(name), "write"):
+            with translate_errors(self._path(name), "write"):
                 fd = self._fds[name] = self.place.work.open(name, fresh=True)
                 self._sizes[name] = 0
                 for piece in pieces:
                     write_all(self.disk, fd, piece, self._sizes[name])
                     self._sizes[name] += len(piece)
                 self.disk.sync(fd)
-        with explained(self.place.work.folder.path, "sync"):
+        with translate_errors(self.place.work.folder.path, "sync"):
             self.place.work.folder.sync()
 
     def names(self) -> list[str]:
@@ -178,7 +178,7 @@ class OutputFolder:
         Args:
             found: what the run has checked under the output's name.
         """
-        with explained(self.out, "publish"):
+        with translate_errors(self.out, "publish"):
             written, names = self._check(), self.names()
             self.close()  # some servers rename no folder with open files
             try:

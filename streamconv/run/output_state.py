@@ -10,8 +10,8 @@ import xxhash
 
 from streamconv import memory
 from streamconv.lazy import Bytes
-from streamconv.planning.plan import Dest, Plan, Span
-from streamconv.quants.base import Findings
+from streamconv.planning.plan import Destination, Plan, RowRange
+from streamconv.quants.base import EncodeStats
 from streamconv.run.cut import JournalState, Task
 from streamconv.run.executor import Encoded
 from streamconv.run.inline_check import InlineCheck
@@ -83,12 +83,12 @@ class OutputState:
             self._recorder = Recorder(self._journal, self._folder, failed)
             self._recorder.start()
 
-    def judge(self, span: Span, made: Encoded) -> None:
+    def judge(self, span: RowRange, made: Encoded) -> None:
         """See `judge.judge`; counts what was found."""
-        judge(self.plan, span, made.task, made.dests[0], made.findings, made.parts)
-        self._count(span.source.name, made.findings.overflow, made.findings.nonfinite)
+        judge(self.plan, span, made.task, made.dests[0], made.stats, made.parts)
+        self._count(span.source.name, made.stats.overflow, made.stats.nonfinite)
 
-    def write(self, dest: Dest, row: int, rows: int, parts: Sequence[Bytes]) -> int:
+    def write(self, dest: Destination, row: int, rows: int, parts: Sequence[Bytes]) -> int:
         """Write the parts of output rows [row, row + rows); gives how many bytes."""
         matrix = self.plan.matrices[dest.matrix]
         name = self.plan.files[matrix.file].name
@@ -114,7 +114,7 @@ class OutputState:
             self.hashes.put(matrix.file, place.position, digest.digest())
 
     def record(
-        self, task: Task, hashes: tuple[tuple[str, ...], ...], found: Findings, errors: tuple[tuple[float, ...], ...], written: int
+        self, task: Task, hashes: tuple[tuple[str, ...], ...], found: EncodeStats, errors: tuple[tuple[float, ...], ...], written: int
     ) -> None:
         """All of a task is written: the journal gets a line when it is on the disk."""
         if self._recorder is not None:

@@ -16,7 +16,7 @@ import xxhash
 from streamconv.errors import OutputError, printable
 from streamconv.memory import MIB
 from streamconv.planning.plan import OutputFile
-from streamconv.run.fs import Folder, explained, write_all
+from streamconv.run.fs import Folder, translate_errors, write_all
 from streamconv.run.output_folder import OutputFolder
 from streamconv.run.place import Place
 
@@ -56,19 +56,19 @@ class Aside:
         for file in files:
             self._at[file.name] = at
             at += -(-file.size // page) * page
-        with explained(self.path, "write"):
+        with translate_errors(self.path, "write"):
             self._fd = folder.open(name, make=fresh, fresh=fresh)
         self.dirty = False
 
     def write(self, name: str, offset: int, data: memoryview) -> None:
-        with explained(self.path, "write"):
+        with translate_errors(self.path, "write"):
             write_all(self.disk, self._fd, data, self._at[name] + offset)
         self.dirty = True  # after: a sync meanwhile may have missed it
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> int:
         """What was never written is zero; fewer bytes than asked for only where the file ends."""
         done = 0
-        with explained(self.path, "read"):
+        with translate_errors(self.path, "read"):
             while done < len(buffer) and (got := os.preadv(self._fd, [buffer[done:]], self._at[name] + offset + done)):
                 done += got
         return done
@@ -90,7 +90,7 @@ class Aside:
     def sync(self) -> None:
         if self.dirty:
             self.dirty = False  # before: what is written meanwhile is for the next time
-            with explained(self.path, "sync"):
+            with translate_errors(self.path, "sync"):
                 self.disk.sync_data(self._fd)
 
     def close(self) -> None:
@@ -135,7 +135,7 @@ class PartFolder(OutputFolder):
         """
         for name, own in self._own.items():
             if own:
-                with explained(self._path(name), "open"):
+                with translate_errors(self._path(name), "open"):
                     self.adopt(name, self._sizes[name])
                 for begin, end in own:
                     self.place.work.folder.lock_range(self._fds[name], begin, end)
@@ -182,7 +182,7 @@ class PartFolder(OutputFolder):
     def finish(self) -> str:
         """All of the part is written: wait until it is on the disk; gives the XXH3-128 (hex) of what is aside."""
         for name, fd in self._fds.items():
-            with explained(self._path(name), "sync"):
+            with translate_errors(self._path(name), "sync"):
                 self.disk.sync(fd)
         self.aside.sync()
         digest = xxhash.xxh3_128()

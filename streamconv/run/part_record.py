@@ -79,7 +79,7 @@ def sound(plan: Plan, part: Part, record: Record, fingerprint: str) -> bool:
 
 
 def counted(records: Sequence[Record], what: str) -> dict[str, int]:
-    """Findings of all parts together."""
+    """EncodeStats of all parts together."""
     total: dict[str, int] = {}
     for record in records:
         found: dict[str, Any] = getattr(record, what)

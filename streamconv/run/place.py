@@ -28,7 +28,7 @@ from pathlib import Path
 
 from streamconv.errors import OutputError, printable
 from streamconv.run import manifest
-from streamconv.run.fs import Disk, Folder, Mark, explained, hidden
+from streamconv.run.fs import Disk, Folder, Mark, hidden, translate_errors
 
 OURS = re.compile(r"config\.json|streamconv\.json|rank[0-9]+\.safetensors")
 """What every checkpoint folder may hold; an output's own names are `Place.ours`."""
@@ -156,7 +156,7 @@ class Place:
     def open(self) -> None:
         """Open the base, and make it and the folders above it; `remove_parents` takes back those that were made."""
         missing, place = list[str](), self.top
-        with explained(self.top, "create"):
+        with translate_errors(self.top, "create"):
             while not os.path.lexists(place):
                 missing.append(place.name)
                 place = place.parent

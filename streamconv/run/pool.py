@@ -15,7 +15,7 @@ from streamconv.checkpoint.shard import Shard
 from streamconv.device.pipeline import WorkerBuffers
 from streamconv.errors import BudgetError
 from streamconv.lazy import Bytes, np
-from streamconv.planning.memory_plan import Shares, TileCost
+from streamconv.planning.memory_plan import MemoryPlan, TileCost
 from streamconv.planning.reads import Reads
 from streamconv.process import start_thread
 from streamconv.run.cut import Tile, cut, tiles
@@ -66,7 +66,7 @@ class Pool:
         reads: Reads,
         outputs: Sequence[OutputState],
         shards: Sequence[Shard],
-        shares: Shares,
+        shares: MemoryPlan,
         costs: Sequence[TileCost],
         tile_rows: int | None,
         progress: Callable[[int, int], None],

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from streamconv.checkpoint.shard import Shard
 from streamconv.errors import TensorError, printable
 from streamconv.lazy import Bytes
-from streamconv.planning.plan import Span
+from streamconv.planning.plan import RowRange
 
 
-def read_rows(shards: Sequence[Shard], span: Span, start: int, stop: int, buffer: Bytes, scratch: Bytes) -> Bytes:
+def read_rows(shards: Sequence[Shard], span: RowRange, start: int, stop: int, buffer: Bytes, scratch: Bytes) -> Bytes:
     """Rows [start, stop) of the span's source, after its row operation.
 
     Args:

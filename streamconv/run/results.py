@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from streamconv.lazy import np
-from streamconv.planning.plan import Span
+from streamconv.planning.plan import RowRange
 from streamconv.run.order import Stop
 
 
@@ -18,7 +18,7 @@ class ReductionResults:
     always at work. What is kept is small: two bytes for each input channel, and scalars.
     """
 
-    def __init__(self, spans: Iterable[Span]) -> None:
+    def __init__(self, spans: Iterable[RowRange]) -> None:
         self._missing: dict[str, int] = {}
         for span in spans:
             if span.reduce is not None:

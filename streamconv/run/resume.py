@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from streamconv.planning.plan import Dest, Plan
+from streamconv.planning.plan import Destination, Plan
 from streamconv.planning.tasks import encode_tasks
 from streamconv.run.journal import TileRecord
 from streamconv.run.order import HashOrder
@@ -64,7 +64,7 @@ def verify_resumed_tile(plan: Plan, done: TileRecord, folder: OutputFolder, orde
 def _reread(
     plan: Plan,
     folder: OutputFolder,
-    dest: Dest,
+    dest: Destination,
     part: int,
     row: int,
     rows: int,

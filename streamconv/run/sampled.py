@@ -11,9 +11,9 @@ from typing import Any
 
 from streamconv.checkpoint.shard import Shard
 from streamconv.lazy import np
-from streamconv.planning.plan import Plan, Span
+from streamconv.planning.plan import Plan, RowRange
 from streamconv.planning.tasks import encode_tasks
-from streamconv.quants.base import Findings
+from streamconv.quants.base import EncodeStats
 from streamconv.run.encode import encode
 from streamconv.run.read import read_rows
 
@@ -37,7 +37,7 @@ def is_of(plan: Plan, shards: Sequence[Shard], out: Path) -> bool:
     return compared > 0
 
 
-def _same(plan: Plan, shards: Sequence[Shard], span: Span, out: Path) -> bool:
+def _same(plan: Plan, shards: Sequence[Shard], span: RowRange, out: Path) -> bool:
     source_rows = min(span.align, span.stop - span.start)
     rows = span.op.out_rows(source_rows)
     buffer = np.empty(source_rows * span.row_bytes, np.uint8)
@@ -45,7 +45,7 @@ def _same(plan: Plan, shards: Sequence[Shard], span: Span, out: Path) -> bool:
     block = read_rows(shards, span, span.start, span.start + source_rows, buffer, scratch)
     for task, dests in encode_tasks(span, plan.matrices).items():
         space = np.empty(sum(task.row_costs(span)) * rows + 65536, np.uint8)
-        made = encode(task.bound(_NOTHING, span.source.name), span, rows, block, space, Findings())
+        made = encode(task.bound(_NOTHING, span.source.name), span, rows, block, space, EncodeStats())
         for dest in dests:
             matrix = plan.matrices[dest.matrix]
             with open(out / plan.files[matrix.file].name, "rb") as file:

@@ -14,9 +14,9 @@ from streamconv.checkpoint.mapping import Window
 from streamconv.checkpoint.shard import Shard
 from streamconv.device.pipeline import WorkerBuffers
 from streamconv.lazy import Bytes
-from streamconv.planning.plan import Span
+from streamconv.planning.plan import RowRange
 from streamconv.planning.reads import Reads
-from streamconv.quants.base import Findings
+from streamconv.quants.base import EncodeStats
 from streamconv.run.cut import Task, Tile
 from streamconv.run.executor import encoded, reduced
 from streamconv.run.mapped import Mapped
@@ -52,7 +52,7 @@ class Rows:
     free: Bytes
     window: Window | None
 
-    def of(self, task: Task, span: Span) -> Bytes:
+    def of(self, task: Task, span: RowRange) -> Bytes:
         """Those of a task."""
         first, last = (span.op.out_rows(row - self.start) * span.row_bytes for row in (task.start, task.stop))
         return self.data[first:last]
@@ -93,7 +93,7 @@ class TileWorker:
         tally = Tally()
         with self._rows(tile, tally) as rows:
             for task in tile.tasks:
-                output, found, hashes, before = self.outputs[task.share.output], Findings(), [], tally.written
+                output, found, hashes, before = self.outputs[task.share.output], EncodeStats(), [], tally.written
                 errors: list[tuple[float, ...]] = []
                 span, (start, stop) = output.plan.spans[task.share.span], task.rows()
                 count, skipped = span.op.out_rows(stop - start), span.op.out_rows(start - span.start)
@@ -105,7 +105,7 @@ class TileWorker:
                     continue
                 for made in encoded(output.plan, span, count, rows.of(task, span), rows.free, output.results, self.slot):
                     output.judge(span, made)
-                    found.add(made.findings)
+                    found.add(made.stats)
                     if output.check is not None:
                         errors.append(output.check.tile(span, made, rows.of(task, span), count, output.results))
                     tally.lap("compute")
@@ -145,6 +145,6 @@ class TileWorker:
         if window is not None:
             self._drop(span, start, stop)
 
-    def _drop(self, span: Span, start: int, stop: int) -> None:
+    def _drop(self, span: RowRange, start: int, stop: int) -> None:
         if span.reduce is None:  # else a later pass reads them again
             span.source.drop_page_cache(self.shards, start, stop)

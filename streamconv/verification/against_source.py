@@ -1,6 +1,6 @@
 """`verify --source`: the source is encoded again, by the machinery of a conversion, and its bytes are compared with the output's.
 
-Encoding is deterministic, so a checkpoint of ours holds exactly these bytes. Of another tool's, other bytes may be as good: there every
+Codec is deterministic, so a checkpoint of ours holds exactly these bytes. Of another tool's, other bytes may be as good: there every
 row that differs is decoded, and the error that its format may make decides, and what our own encoding of the same rows reaches.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from streamconv import hub, memory
-from streamconv.allocation import costs_of, dearest, foresee, load_kernels
+from streamconv.allocation import costs_of, estimate_memory, load_kernels, most_expensive
 from streamconv.checkpoint.header_parse import Header
 from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.shard import Shard
@@ -203,13 +203,13 @@ def _compare(
 
     reads = Reads([plan])
     costs = [dataclasses.replace(cost, fixed=cost.fixed + BUFFER) for cost in costs_of(reads)]
-    foresee(reads, resources, costs)  # a budget that is far too small is refused before anything is loaded
+    estimate_memory(reads, resources, costs)  # a budget that is far too small is refused before anything is loaded
     load_kernels(reads)
     sink = Compared(plan, files, headers)
     state = OutputState(plan, sink)
     try:
         with mapped(resources.read, reads, any(cost.kernel for cost in costs)) as windows:
-            shares = memory_plan.share(resources.memory_budget, resources.workers, memory.resident(), dearest(reads, costs))
+            shares = memory_plan.allocate(resources.memory_budget, resources.workers, memory.resident(), most_expensive(reads, costs))
             meter.begin("comparing", plan.bytes_read, memory_budget=shares.budget)
             Pool(reads, [state], index.shards, shares, costs, resources.tile_rows, meter.tile, mapped=windows).run()
     except DataError as refused:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from streamconv.checkpoint.header_parse import Header
-from streamconv.planning.plan import PartPlace, Plan
-from streamconv.quants.base import Encoding
+from streamconv.planning.plan import PartLocation, Plan
+from streamconv.quants.base import Codec
 from streamconv.run.compared import Compared, Difference
 from streamconv.verification import measured
 from streamconv.verification.verdict import Verdict
@@ -32,7 +32,7 @@ def rows_to_decode(plan: Plan, sink: Compared, foreign: bool) -> dict[int, list[
     return chosen
 
 
-def _rows(found: Difference, place: PartPlace) -> list[tuple[int, int]]:
+def _rows(found: Difference, place: PartLocation) -> list[tuple[int, int]]:
     """Rows of a tensor with differences in them, ascending."""
     rows: list[tuple[int, int]] = []
     for begin, end in sorted(found.places):
@@ -84,7 +84,7 @@ def judge(
         verdict.warnings.append(f"{file}: {name}: {count} values are not finite")
 
 
-def _as_good(encoding: Encoding, error: measured.Error) -> bool:
+def _as_good(encoding: Codec, error: measured.Error) -> bool:
     """Another tool's values: within the error of the format and, where that is large, about as near as ours; or nearer than ours."""
     if error.wrong:
         return False

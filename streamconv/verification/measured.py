@@ -9,8 +9,8 @@ from typing import Any
 
 from streamconv.checkpoint.shard import Shard
 from streamconv.lazy import np, torch
-from streamconv.planning.plan import Dest, Plan, Span
-from streamconv.quants.base import Encoding, Findings
+from streamconv.planning.plan import Destination, Plan, RowRange
+from streamconv.quants.base import Codec, EncodeStats
 from streamconv.run.results import ReductionResults
 
 ELEMENT = 96
@@ -37,11 +37,11 @@ class Error:
     wrong: int = 0
     reached: float = 0.0
 
-    def add(self, encoding: Encoding, part: Any, got: Any, cols: int) -> None:
+    def add(self, encoding: Codec, part: Any, got: Any, cols: int) -> None:
         """Source rows [rows, cols] and what the output, whose matrix has `cols` columns, holds of them in float32."""
         self.rows += len(part)
         want = encoding.values(part)
-        parts = [data.reshape(-1).view(torch.uint8) for data in encoding.encode(part, Findings())]
+        parts = [data.reshape(-1).view(torch.uint8) for data in encoding.encode(part, EncodeStats())]
         made = encoding.decode(parts, len(part), cols)
         fine = torch.isfinite(want) & torch.isfinite(got) & torch.isfinite(made)
         same = (made == got) | (torch.isnan(made) & torch.isnan(got))
@@ -106,7 +106,7 @@ def measure(
     return errors
 
 
-def _source_rows(span: Span, dest: Dest, rows: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+def _source_rows(span: RowRange, dest: Destination, rows: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """Row ranges of a matrix as source rows of a span, whole blocks of rows."""
     found: list[tuple[int, int]] = []
     count = span.op.out_rows(span.stop - span.start)
@@ -125,8 +125,8 @@ def _source_rows(span: Span, dest: Dest, rows: Sequence[tuple[int, int]]) -> lis
 
 def _block(
     plan: Plan,
-    span: Span,
-    dest: Dest,
+    span: RowRange,
+    dest: Destination,
     start: int,
     stop: int,
     shards: Sequence[Shard],
@@ -147,7 +147,7 @@ def _block(
 
 
 def decoded(
-    plan: Plan, dest: Dest, skipped: int, rows: int, files: Sequence[Shard], encoding: Encoding | None = None
+    plan: Plan, dest: Destination, skipped: int, rows: int, files: Sequence[Shard], encoding: Codec | None = None
 ) -> Any:
     """float32 [rows, cols] of a matrix, from the bytes of the output.
 

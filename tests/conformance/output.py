@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from streamconv.checkpoint.index import Index
-from streamconv.checkpoint.rows import NoSource, PackedTensor, Piece, SourceTensor
+from streamconv.checkpoint.rows import Extent, NoSource, PackedTensor, SourceTensor
 from streamconv.checkpoint.shard import Shard
-from streamconv.planning.plan import Plan, Span
+from streamconv.planning.plan import Plan, RowRange
 from streamconv.quants.gptq import GroupScales
 from streamconv.run.read import read_rows
 from streamconv.run.results import ReductionResults
@@ -63,7 +63,7 @@ def decode(plan: Plan, index: Index, folder: Path) -> list[Decoded]:
     return made
 
 
-def _decode_span(plan: Plan, span: Span, index: Index, files: list[Shard], results: ReductionResults, made: list[Decoded]) -> None:
+def _decode_span(plan: Plan, span: RowRange, index: Index, files: list[Shard], results: ReductionResults, made: list[Decoded]) -> None:
     count = span.stop - span.start
     space = [np.empty(count * size, np.uint8) for size in (span.row_bytes, span.scratch_row_bytes)]
     rows = span.op.out_rows(count)
@@ -101,7 +101,7 @@ def _check_padding(plan: Plan, number: int, files: list[Shard]) -> None:
 # ---- what was read
 
 
-def _blocks(source: SourceTensor, start: int, stop: int) -> list[tuple[Piece, int, tuple[slice, ...], tuple[int, ...]]]:
+def _blocks(source: SourceTensor, start: int, stop: int) -> list[tuple[Extent, int, tuple[slice, ...], tuple[int, ...]]]:
     """(piece, bytes of an element, what of it, its shape) for rows [start, stop)."""
     piece = source.pieces[0]
     if isinstance(source, PackedTensor):

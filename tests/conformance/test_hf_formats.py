@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from streamconv.checkpoint.dtypes import BF16, F16, F32, DType
-from streamconv.quants.base import Encoding, Findings, Part
+from streamconv.quants.base import Codec, EncodeStats, Part
 from streamconv.targets.hf.config_json import quantization_config
 from streamconv.targets.hf.recipes import BLOCK, RECIPES, Recipe, Request, recipe_of
 from streamconv.targets.hf.stated import read_statement
@@ -30,7 +30,7 @@ class Largest:
         return self.top
 
 
-def codecs(recipe: Recipe, source: DType, block: torch.Tensor) -> list[Encoding]:
+def codecs(recipe: Recipe, source: DType, block: torch.Tensor) -> list[Codec]:
     """The row's codecs in every arithmetic, that of a weight within one tile too, with what they need known."""
     made = []
     for arithmetic in ARITHMETICS:
@@ -47,7 +47,7 @@ def test_bytes_values_and_sizes(recipe: Recipe, source: DType) -> None:
     block = torch.where(block.float().abs() > 1e30, 0.0, block)  # the bounds are those of rows that overflow nothing
     for codec in codecs(recipe, source, block):
         check(codec, block, source)
-        encoded = [part.clone() for part in codec.encode(block, Findings())]
+        encoded = [part.clone() for part in codec.encode(block, EncodeStats())]
         gap = (codec.decode(encoded, *block.shape) - codec.values(block)).abs()
         assert bool((gap <= codec.error(block)).all()), codec
         for part, data in zip(codec.parts(*block.shape), encoded, strict=True):

@@ -17,7 +17,7 @@ from streamconv.cli.main import main
 from streamconv.errors import StreamconvError, VerifyError
 from streamconv.options import Resources
 from streamconv.progress import Meter
-from streamconv.quants.base import Findings
+from streamconv.quants.base import EncodeStats
 from streamconv.quants.weight_only import WeightOnly
 from streamconv.targets.hf.target import HuggingFace
 from streamconv.targets.trtllm.options import TensorRTLLM
@@ -45,7 +45,7 @@ def test_the_kernel_sees_what_decoding_sees(bits: int, family: str, source: str,
     encoding, rows, cols = WeightOnly(bits, family, DTYPES[model_dtype]), 8, 256
     weights = (torch.randn(rows, cols, generator=torch.Generator().manual_seed(3)) * 0.02).to(getattr(torch, DTYPES[source].torch))
     weights[3], weights[5, 7], weights[6, 9] = 0, float("inf"), float("nan")
-    parts = encoding.encode(weights, Findings())
+    parts = encoding.encode(weights, EncodeStats())
     fine = torch.isfinite(weights)
     want = torch.where(fine, weights.double(), 0.0)
     gap = torch.where(fine, encoding.decode(parts, rows, cols).double(), 0.0) - want
@@ -108,7 +108,7 @@ def test_a_codec_that_is_broken_is_found(model: Path, tmp_path: Path, monkeypatc
     def broken(*of: Any) -> Any:
         kernel = real(*of)
 
-        def run(*arguments: Any) -> Findings:
+        def run(*arguments: Any) -> EncodeStats:
             found = kernel(*arguments)
             arguments[-1][0][5] ^= 0x40
             return found
@@ -125,8 +125,8 @@ def test_a_codec_that_is_broken_is_found(model: Path, tmp_path: Path, monkeypatc
 def test_a_torch_codec_that_is_broken_is_found(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from streamconv.quants.nvfp4 import NvFp4
 
-    def broken(self: NvFp4, block: torch.Tensor, findings: Findings) -> tuple[torch.Tensor, ...]:
-        weight, *others = real(self, block, findings)
+    def broken(self: NvFp4, block: torch.Tensor, stats: EncodeStats) -> tuple[torch.Tensor, ...]:
+        weight, *others = real(self, block, stats)
         return weight.roll(1), *others
 
     real = NvFp4.encode

@@ -15,7 +15,7 @@ import pytest
 
 from streamconv.cli import convert_checkpoint
 from streamconv.cli.main import main
-from streamconv.cli.output import arriving, block, line, note
+from streamconv.cli.output import block, flush_or_fail, line, note
 from streamconv.errors import RefusedError, StreamconvError, visible
 from tests import tiny
 
@@ -44,7 +44,7 @@ def test_errors_are_visible_however_they_are_made() -> None:
 
 @pytest.mark.parametrize("say", [line, note, block, lambda text: print(text), lambda text: print(text, file=sys.stderr)])
 def test_everything_printed_in_a_command_is_harmless(say: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    assert arriving(lambda: say("a" + EVIL) or 0) == 0
+    assert flush_or_fail(lambda: say("a" + EVIL) or 0) == 0
     told = capsys.readouterr()
     assert harmless(told.out) and harmless(told.err) and "a" in told.out + told.err
 

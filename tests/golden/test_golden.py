@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save
 from streamconv import memory
 from streamconv.cli.convert_checkpoint import main
 from streamconv.planning import memory_plan
-from streamconv.planning.memory_plan import Shares, TileCost
+from streamconv.planning.memory_plan import MemoryPlan, TileCost
 from tests.golden import cases, generate
 from tests.golden.cases import ROPE_TABLES, Case
 
@@ -109,10 +109,10 @@ def test_same_for_any_tile(name: str, rows: int, tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize("name", VARIED)
 def test_same_for_the_smallest_budget(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its tiles are other ones than those of a budget with room."""
-    seen: list[tuple[Shares, dict[str, TileCost]]] = []
+    seen: list[tuple[MemoryPlan, dict[str, TileCost]]] = []
     share = memory_plan.share
 
-    def spied(total: int | None, workers: int | None, base: int, costs: dict[str, TileCost], *more: int, **named: int) -> Shares:
+    def spied(total: int | None, workers: int | None, base: int, costs: dict[str, TileCost], *more: int, **named: int) -> MemoryPlan:
         seen.append((share(total, workers, base, costs, *more, **named), costs))
         return seen[-1][0]
 

@@ -1,4 +1,4 @@
-"""The fused device kernels give the bytes and the findings of the torch definitions on the CPU, bit for bit."""
+"""The fused device kernels give the bytes and the stats of the torch definitions on the CPU, bit for bit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from streamconv.checkpoint.dtypes import BF16, F16, F32, DType
 from streamconv.device.triton_launch import has_kernel, kernel_of, works
-from streamconv.quants.base import Encoding, Findings
+from streamconv.quants.base import Codec, EncodeStats
 from streamconv.quants.fp8_rowwise import Fp8Rowwise
 from streamconv.quants.fp8_tensor import Fp8Tensor
 from streamconv.quants.layout import FAMILIES
@@ -23,7 +23,7 @@ from tests.unit.test_kernels import any_bits, kind, weights
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, inside the interpreter
 FLOATS = (BF16, F16, F32)
 DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-PLAIN: list[Encoding] = [Plain(model, add_one=one, via_half=half) for model, one, half in itertools.product(FLOATS, *[(False, True)] * 2)]
+PLAIN: list[Codec] = [Plain(model, add_one=one, via_half=half) for model, one, half in itertools.product(FLOATS, *[(False, True)] * 2)]
 INTEGERS = [WeightOnly(bits, family, model) for bits, family, model in itertools.product((8, 4), FAMILIES, FLOATS)]
 FP8 = [Fp8Rowwise(), Fp8Rowwise(-0.1, 0.07), Fp8Rowwise(model=BF16), Fp8Rowwise(model=F16)]
 
@@ -40,10 +40,10 @@ SMOOTH = [
 ]  # fmt: skip
 
 
-def both(encoding: Encoding, block: torch.Tensor, source: DType, columns: slice = slice(None)) -> None:
+def both(encoding: Codec, block: torch.Tensor, source: DType, columns: slice = slice(None)) -> None:
     launch = kernel_of(encoding, source)
     assert launch is not None
-    on_cpu = Findings()
+    on_cpu = EncodeStats()
     right = encoding.encode(block[:, columns], on_cpu)
     there = block.to(DEVICE)[:, columns]
     outs = [torch.full((part.numel() + 64,), 0xA5, dtype=torch.uint8, device=DEVICE) for part in right]
@@ -56,7 +56,7 @@ def both(encoding: Encoding, block: torch.Tensor, source: DType, columns: slice 
             found, wanted = (_one_nan(scales.view(torch.float32)).view(torch.uint8) for scales in (found, wanted))
         wrong = (found != wanted).nonzero().reshape(-1)
         assert not wrong.numel(), f"{wrong.numel()} of {wanted.numel()} bytes, first {wrong[:5].tolist()}"
-    assert Findings(*counts.tolist()) == on_cpu
+    assert EncodeStats(*counts.tolist()) == on_cpu
 
 
 def _one_nan(values: torch.Tensor) -> torch.Tensor:
@@ -72,7 +72,7 @@ def awkward(block: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("source", FLOATS, ids=str)
 @pytest.mark.parametrize("encoding", PLAIN + INTEGERS + FP8, ids=repr)
-def test_same_bytes(encoding: Encoding, source: DType) -> None:
+def test_same_bytes(encoding: Codec, source: DType) -> None:
     values = weights(64, 192, source)
     both(encoding, values, source)
     both(encoding, any_bits(64, 64, source, 1), source)
@@ -105,7 +105,7 @@ def test_smoothed(encoding: SmoothWeight, source: DType) -> None:
 def _as_stored(bound: Bound) -> Bound:
     """With the array type that the module's own functions take."""
     try:
-        SmoothWeight(None, F16, None, bound=bound).encode(torch.ones(1, len(bound.smoother)).half(), Findings())  # type: ignore[arg-type]
+        SmoothWeight(None, F16, None, bound=bound).encode(torch.ones(1, len(bound.smoother)).half(), EncodeStats())  # type: ignore[arg-type]
         return bound
     except (TypeError, AttributeError):
         return Bound(bound.smoother.numpy(), bound.activation, None if bound.largest is None else float(bound.largest))

@@ -72,7 +72,7 @@ def _is_room(name: str) -> bool:
         ("import streamconv.api, os", {"streamconv.api"}),
         ("def f():\n    import streamconv.api as api", {"streamconv.api"}),
         ("from . import base", {"streamconv.quants"}),
-        ("from .base import Encoding", {"streamconv.quants.base"}),
+        ("from .base import Codec", {"streamconv.quants.base"}),
         ("from .. import api", {"streamconv.api"}),
         ("from ..device.pipeline import DevicePipeline", {"streamconv.device.pipeline"}),
         ("import os\nfrom pathlib import Path", set()),

@@ -214,14 +214,14 @@ def _tile(job_count: int, rows: int, cols: int) -> Any:
 
     from streamconv.checkpoint.dtypes import BF16, F16
     from streamconv.checkpoint.rows import SourceTensor
-    from streamconv.planning.plan import PLAIN_ROWS, Span
+    from streamconv.planning.plan import PLAIN_ROWS, RowRange
     from streamconv.planning.tasks import EncodeTask
     from streamconv.quants.fp8_rowwise import Fp8Rowwise
     from streamconv.quants.plain import Plain
     from streamconv.quants.weight_only import WeightOnly
 
     source = SourceTensor("w", BF16, (rows, cols), ())
-    span = Span(source, 0, rows, PLAIN_ROWS, (), 64)
+    span = RowRange(source, 0, rows, PLAIN_ROWS, (), 64)
     block = torch.randn(rows, cols, generator=torch.Generator().manual_seed(2)).bfloat16()
     encodings = (Plain(F16), Fp8Rowwise(), WeightOnly(8, "sm80", F16))[:job_count]
     return span, block, [device.Job(EncodeTask(((0, cols),), encoding)) for encoding in encodings]
@@ -232,7 +232,7 @@ def _tile(job_count: int, rows: int, cols: int) -> Any:
 def test_rows_are_copied_in_once(chunk: int, full: Callable[[int], bool]) -> None:
     import torch
 
-    from streamconv.quants.base import Findings
+    from streamconv.quants.base import EncodeStats
 
     span, block, jobs = _tile(3, 512, 256)
     ring, stand_in = _ring(1 << 24, chunk, full=full if chunk > 64 * 256 * 2 else lambda n: False)
@@ -241,7 +241,7 @@ def test_rows_are_copied_in_once(chunk: int, full: Callable[[int], bool]) -> Non
     slot.arena[: data.size] = data
     slot.encode(jobs, span, 512, slot.arena[: data.size], slot.arena[data.size :])
     for job in jobs:
-        wanted = [part.numpy().tobytes() for part in job.task.encoding.encode(block, Findings())]
+        wanted = [part.numpy().tobytes() for part in job.task.encoding.encode(block, EncodeStats())]
         assert [part.tobytes() for part in job.parts] == wanted
     assert ring.uploaded == data.size and ring.halvings == (3 if stand_in.full(0) else 0)
 
@@ -316,18 +316,18 @@ def test_findings_of_fused_kernels(fails: bool, full: Callable[[int], bool], mon
     import torch
 
     from streamconv.device import triton_launch as fused
-    from streamconv.quants.base import Encoding, Findings
+    from streamconv.quants.base import Codec, EncodeStats
 
     span, block, jobs = _tile(3, 512, 256)
     block[5, 7], block[300, 3], block[301] = float("nan"), float("inf"), 1e30
     launched = []
 
-    def kernel_of(encoding: Encoding, source: Any) -> Any:
+    def kernel_of(encoding: Codec, source: Any) -> Any:
         def launch(rows: torch.Tensor, outs: Any, counts: torch.Tensor) -> None:
             launched.append(len(rows))
             if fails and len(launched) == 5:
                 raise fused.Unfused("no compiler")
-            found = Findings()
+            found = EncodeStats()
             for out, made in zip(outs, encoding.encode(rows, found), strict=True):
                 out.copy_(made)
             counts += torch.tensor([found.nonfinite, found.overflow], dtype=torch.int32)
@@ -344,10 +344,10 @@ def test_findings_of_fused_kernels(fails: bool, full: Callable[[int], bool], mon
             job.parts.clear()
         slot.encode(jobs, span, 512, slot.arena[: data.size], slot.arena[data.size :])
         for job in jobs:
-            found = Findings()
+            found = EncodeStats()
             wanted = [part.numpy().tobytes() for part in job.task.encoding.encode(block, found)]
-            assert [part.tobytes() for part in job.parts] == wanted and job.findings == found, turn
-    assert jobs[0].findings.overflow == 256 and jobs[2].findings.nonfinite == 258
+            assert [part.tobytes() for part in job.parts] == wanted and job.stats == found, turn
+    assert jobs[0].stats.overflow == 256 and jobs[2].stats.nonfinite == 258
     assert ring.unfused == ("no compiler" if fails else None) and len(launched) >= (5 if fails else 8)
 
 

@@ -14,10 +14,10 @@ from streamconv.device import choice, sizing
 from streamconv.device.choice import Work
 from streamconv.errors import UsageError
 from streamconv.memory import GIB, KIB, MIB
-from streamconv.planning.plan import PLAIN_ROWS, Dest, Matrix, Span
+from streamconv.planning.plan import PLAIN_ROWS, Destination, Matrix, RowRange
 from streamconv.planning.reads import Reads
 from streamconv.quants.smooth_values import SmoothValue
-from streamconv.quants.smoothing import ColumnMaxima, Smoother
+from streamconv.quants.smoothing import InputChannelAmax, Smoother
 from streamconv.quants.smoothquant import SmoothWeight
 from streamconv.targets.trtllm.options import TensorRTLLM
 from tests import tiny
@@ -93,9 +93,9 @@ def test_smoothquant_of_a_wide_model_fits_two_gib() -> None:
     rows, blank = SourceTensor("w", BF16, (4096, 11264), ()), NoSource("s")
     matrices = tuple(Matrix(0, "w", 1, 1, 1, encoding, ()) for encoding in (weight, value))
     spans = [
-        Span(rows, 0, 4096, PLAIN_ROWS, (), 64, ColumnMaxima("m")),
-        Span(rows, 0, 4096, PLAIN_ROWS, (Dest(0, 0, ((0, 11264),)),), 64),
-        Span(blank, 0, 1, PLAIN_ROWS, (Dest(1, 0, ((0, 1),)),), 1),
+        RowRange(rows, 0, 4096, PLAIN_ROWS, (), 64, InputChannelAmax("m")),
+        RowRange(rows, 0, 4096, PLAIN_ROWS, (Destination(0, 0, ((0, 11264),)),), 64),
+        RowRange(blank, 0, 1, PLAIN_ROWS, (Destination(1, 0, ((0, 1),)),), 1),
     ]
     need = device.demand(spans, matrices)
     assert need.work == 24 and 0.5 < need.out < 0.51 and need.small == 4 * 11264

@@ -176,7 +176,7 @@ def test_the_table_of_codes_is_the_arithmetic() -> None:
     import numpy as np
 
     from streamconv.checkpoint.dtypes import F8_E4M3
-    from streamconv.quants.base import Findings
+    from streamconv.quants.base import EncodeStats
 
     codes = torch.arange(256, dtype=torch.uint8)
     for own, shared in ((1.0, 1.0), (0.5, 1.0), (0.7, 1.3), (0.001, 0.0017), (3e-5, 1.0), (0.875, 1.0), (0.9375, 1.0)):
@@ -184,7 +184,7 @@ def test_the_table_of_codes_is_the_arithmetic() -> None:
         encoding = Fp8Shared((("a", own32.item()), ("b", shared32.item())), own32.item())
         block = codes.view(torch.float8_e4m3fn).reshape(2, 128)
         wanted = (block.float() * own32 / shared32).to(torch.float8_e4m3fn).view(torch.uint8).reshape(-1)
-        (made,) = encoding.encode(block, Findings())
+        (made,) = encoding.encode(block, EncodeStats())
         assert torch.equal(made, wanted)
         kernel, out = encoding.kernel(F8_E4M3), np.empty(2 * 64, np.uint8)
         assert kernel is not None

@@ -14,7 +14,7 @@ from streamconv import api
 from streamconv.checkpoint.dtypes import BF16, F16, F32
 from streamconv.cli.main import main
 from streamconv.quants.awq import round_to_nearest
-from streamconv.quants.base import Findings
+from streamconv.quants.base import EncodeStats
 from streamconv.quants.int_group import RATIOS
 from streamconv.targets.hf.target import HuggingFace
 from streamconv.targets.trtllm.options import TensorRTLLM
@@ -90,7 +90,7 @@ def test_the_search_finds_the_least_squared_error() -> None:
     """Every ratio tried in float64, ties to the larger."""
     weight = torch.randn(8, 4 * GROUP, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16)
     encoding = round_to_nearest(GROUP, BF16, search=True)
-    got = encoding.decode(encoding.encode(weight, Findings()), 8, 4 * GROUP).reshape(-1, GROUP)
+    got = encoding.decode(encoding.encode(weight, EncodeStats()), 8, 4 * GROUP).reshape(-1, GROUP)
     groups = weight.float().reshape(-1, GROUP)
     tried = []
     for ratio in RATIOS:
@@ -105,7 +105,7 @@ def test_the_search_finds_the_least_squared_error() -> None:
 def test_kernel_and_definition_agree(dtype: Any) -> None:
     block = (torch.randn(64, 4 * GROUP, generator=torch.Generator().manual_seed(1)) / 30).to(getattr(torch, dtype.torch))
     encoding = round_to_nearest(GROUP, BF16 if dtype == BF16 else F16)
-    wanted, kernel = encoding.encode(block, Findings()), encoding.kernel(dtype)
+    wanted, kernel = encoding.encode(block, EncodeStats()), encoding.kernel(dtype)
     assert (kernel is None) == (dtype == F32)  # a source that is wider than the model is cast first
     if kernel is not None:
         outs = [np.zeros(part.nbytes(64), np.uint8) for part in encoding.parts(64, 4 * GROUP)]

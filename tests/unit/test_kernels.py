@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from streamconv.checkpoint.dtypes import BF16, F16, F32, DType
-from streamconv.quants.base import Encoding, Findings
+from streamconv.quants.base import Codec, EncodeStats
 from streamconv.quants.fp8_rowwise import Fp8Rowwise
 from streamconv.quants.layout import FAMILIES
 from streamconv.quants.plain import Plain
@@ -70,7 +70,7 @@ def weights(rows: int, cols: int, dtype: DType, seed: int = 0) -> torch.Tensor:
     return block[:rows].clamp(limits.min, limits.max).to(kind(dtype))
 
 
-def fused(encoding: Encoding, block: torch.Tensor, source: DType, start: int = 0, stride: int = 0) -> tuple[list[bytes], Findings]:
+def fused(encoding: Codec, block: torch.Tensor, source: DType, start: int = 0, stride: int = 0) -> tuple[list[bytes], EncodeStats]:
     """Run the kernel on `block`, set `start` elements into an array whose rows are `stride` long."""
     kernel = encoding.kernel(source)
     assert kernel is not None
@@ -83,18 +83,18 @@ def fused(encoding: Encoding, block: torch.Tensor, source: DType, start: int = 0
     sizes = [part.nbytes(rows) for part in encoding.parts(rows, cols)]
     spaces = [np.full(64 + size + 64, GUARD, np.uint8) for size in sizes]
     outs = [space[64 : 64 + size] for space, size in zip(spaces, sizes, strict=True)]
-    findings = kernel(flat, start, stride, rows, cols, outs)
+    stats = kernel(flat, start, stride, rows, cols, outs)
     for space, size in zip(spaces, sizes, strict=True):
         assert (space[:64] == GUARD).all() and (space[64 + size :] == GUARD).all(), "wrote outside its output"
-    return [out.tobytes() for out in outs], findings
+    return [out.tobytes() for out in outs], stats
 
 
-def defined(encoding: Encoding, block: torch.Tensor) -> tuple[list[bytes], Findings]:
-    findings = Findings()
-    return [part.numpy().tobytes() for part in encoding.encode(block, findings)], findings
+def defined(encoding: Codec, block: torch.Tensor) -> tuple[list[bytes], EncodeStats]:
+    stats = EncodeStats()
+    return [part.numpy().tobytes() for part in encoding.encode(block, stats)], stats
 
 
-def check(encoding: Encoding, block: torch.Tensor, source: DType, **place: int) -> Findings:
+def check(encoding: Codec, block: torch.Tensor, source: DType, **place: int) -> EncodeStats:
     got, found = fused(encoding, block, source, **place)
     want, wanted = defined(encoding, block)
     for part, left, right in zip(encoding.parts(*block.shape), got, want, strict=True):
@@ -138,15 +138,15 @@ def test_weight_only_of_values_that_should_have_stopped_the_run(bits: int, famil
         encoding = WeightOnly(bits, family, model)
         found = check(encoding, block, source)
         assert found.nonfinite - found.overflow == 4 + 4 + 4 + 64 + 64
-        parts = encoding.encode(block, Findings())
+        parts = encoding.encode(block, EncodeStats())
         assert torch.isfinite(encoding.decode(parts, 24, 64)[16:]).all()
 
 
 def test_a_finite_value_lost_in_the_cast_is_counted_as_both() -> None:
     block = torch.full((2, 64), 0.25)
     block[0, 5], block[0, 6], block[1, 7] = 65519.0, 65520.0, -1e30
-    assert check(WeightOnly(8, "sm80", F16), block, F32) == Findings(nonfinite=2, overflow=2)
-    assert check(Plain(F16), block, F32) == Findings(nonfinite=0, overflow=2)
+    assert check(WeightOnly(8, "sm80", F16), block, F32) == EncodeStats(nonfinite=2, overflow=2)
+    assert check(Plain(F16), block, F32) == EncodeStats(nonfinite=0, overflow=2)
 
 
 @pytest.mark.parametrize("source", FLOATS, ids=str)
@@ -158,7 +158,7 @@ def test_tiles_make_the_whole(bits: int, family: str, source: DType) -> None:
     step = encoding.row_align
     tiles = [fused(encoding, block[at : at + step], source) for at in range(0, 24, step)]
     assert [b"".join(tile[0][part] for tile in tiles) for part in range(2)] == whole
-    total = Findings()
+    total = EncodeStats()
     for tile in tiles:
         total.add(tile[1])
     assert total == found
@@ -169,7 +169,7 @@ def test_tiles_make_the_whole(bits: int, family: str, source: DType) -> None:
 def test_weight_only_comes_back_within_half_a_step(bits: int, family: str, model: DType) -> None:
     block = torch.randn(32, 128, generator=torch.Generator().manual_seed(3)).to(kind(model))
     encoding, half = WeightOnly(bits, family, model), 1 << (bits - 1)
-    back = encoding.decode(encoding.encode(block, Findings()), 32, 128)
+    back = encoding.decode(encoding.encode(block, EncodeStats()), 32, 128)
     step = block.float().abs().amax(1, keepdim=True) / half
     clipped = block.float() > step * (half - 0.5)  # the top of the range lost its code (§2.2): up to a whole step
     assert ((back - block.float()).abs() <= torch.where(clipped, step, step / 2) * 1.0001).all()
@@ -186,7 +186,7 @@ def test_weight_only_rounds_half_away_from_zero_right_at_the_half() -> None:
     check(WeightOnly(8, "sm80", F32), torch.stack([row, -row]), F32)
     for made in (row, -row):
         step = float(made.abs().max()) / 128
-        codes = WeightOnly(8, "sm90-0.16", F32).encode(made[None], Findings())[0].view(torch.int8)
+        codes = WeightOnly(8, "sm90-0.16", F32).encode(made[None], EncodeStats())[0].view(torch.int8)
         exact = made.double() / step
         wanted = (exact.abs() + 0.5).floor() * exact.sign()
         assert torch.equal(codes.double(), wanted.clamp(-128, 127))
@@ -234,16 +234,16 @@ def test_nan_stays_nan(source: DType, target: DType) -> None:
     block[1, 5], block[3, 32] = float("nan"), -float("nan")
     got, found = fused(Plain(target), block, source)
     back = torch.frombuffer(bytearray(got[0]), dtype=kind(target)).reshape(4, 33)
-    assert torch.equal(torch.isnan(back), torch.isnan(block)) and found == Findings()
+    assert torch.equal(torch.isnan(back), torch.isnan(block)) and found == EncodeStats()
 
 
 def test_add_one_widens_bfloat16_and_stays_with_the_definition() -> None:
     for source in FLOATS:
         assert Plain(F16, add_one=True, vector=True).kernel(source) is None
     # 1 + 2^-9 needs a tenth bit of mantissa: lost if the sum were made in bfloat16
-    made = Plain(F16, add_one=True, vector=True).encode(torch.tensor([[2.0**-9]]).bfloat16(), Findings())[0]
+    made = Plain(F16, add_one=True, vector=True).encode(torch.tensor([[2.0**-9]]).bfloat16(), EncodeStats())[0]
     assert made.view(torch.float16).item() == 1 + 2.0**-9
-    assert Plain(F16, add_one=True).encode(torch.tensor([[2.0**-12]]).half(), Findings())[0].view(torch.float16).item() == 1.0
+    assert Plain(F16, add_one=True).encode(torch.tensor([[2.0**-12]]).half(), EncodeStats())[0].view(torch.float16).item() == 1.0
 
 
 def test_plain_shapes() -> None:
@@ -272,7 +272,7 @@ def test_fp8_rowwise_around_every_halfway_point() -> None:
     middle = (every[:-1] + every[1:]) / 2
     row = torch.cat([every, middle, torch.nextafter(middle, every[1:]), torch.nextafter(middle, every[:-1])])
     check(Fp8Rowwise(), torch.stack([row, -row]), F32)  # its largest is 448: the scale is 1
-    made, scale = Fp8Rowwise().encode(row[None], Findings())
+    made, scale = Fp8Rowwise().encode(row[None], EncodeStats())
     assert scale.view(torch.float32).item() == 1.0 and torch.equal(made[: every.numel()], torch.arange(0x7F, dtype=torch.uint8))
 
 
@@ -280,18 +280,18 @@ def test_fp8_rowwise_around_every_halfway_point() -> None:
 def test_fp8_rowwise_of_values_that_should_have_stopped_the_run(source: DType) -> None:
     block = weights(20, 64, source)
     block[16, 3], block[17, 9], block[18, 30], block[19] = float("nan"), float("inf"), float("-inf"), float("nan")
-    assert check(Fp8Rowwise(), block, source) == Findings(nonfinite=3 + 64)
+    assert check(Fp8Rowwise(), block, source) == EncodeStats(nonfinite=3 + 64)
 
 
 def test_fp8_rowwise_comes_back_within_its_rounding() -> None:
     encoding, block = Fp8Rowwise(), torch.randn(32, 128, generator=torch.Generator().manual_seed(5))
-    back = encoding.decode(encoding.encode(block, Findings()), 32, 128)
+    back = encoding.decode(encoding.encode(block, EncodeStats()), 32, 128)
     scale = block.abs().amax(1, keepdim=True) / 448
     # three bits of mantissa, and below 2^-6 a unit of 2^-9
     assert ((back - block).abs() <= torch.maximum(block.abs() * 2.0**-4, scale * 2.0**-10) * 1.0001).all()
     block[0, 0] = 5000.0
     assert encoding.values(block)[0, 0] == 1200.0
-    assert encoding.decode(encoding.encode(block, Findings()), 32, 128)[0, 0] == 1200.0
+    assert encoding.decode(encoding.encode(block, EncodeStats()), 32, 128)[0, 0] == 1200.0
 
 
 @pytest.mark.parametrize("missing", [False, True])

@@ -15,12 +15,12 @@ from safetensors.numpy import save_file
 from streamconv.checkpoint.activation_ranges import Ranges
 from streamconv.checkpoint.dtypes import BF16, F16, F32, DType
 from streamconv.kernels import root_code
-from streamconv.quants.base import Findings, Reduction
+from streamconv.quants.base import EncodeStats, Reduction
 from streamconv.quants.fp8_tensor import Fp8Tensor, WeightMaximum
 from streamconv.quants.smooth_values import SmoothNorm, SmoothValue
 from streamconv.quants.smoothing import (
     Bound,
-    ColumnMaxima,
+    InputChannelAmax,
     Smoother,
     bound_to,
     inverse,
@@ -105,7 +105,7 @@ def test_smooth_weight_keeps_columns_and_counts_whole_rows(smoother: Smoother, v
     whole = encoding(smoother, block, BF16, variant, 2.0)
     for keep in ((0, 97), (13, 64), (96, 97)):
         kept = SmoothWeight(**{**whole.__dict__, "keep": keep})
-        assert check(kept, block, BF16) == Findings(nonfinite=2)
+        assert check(kept, block, BF16) == EncodeStats(nonfinite=2)
 
 
 @pytest.mark.parametrize("source", FLOATS, ids=str)
@@ -117,7 +117,7 @@ def test_smooth_weight_of_nan(smoother: Smoother, source: DType) -> None:
     for outputs in (None, 3.0):
         made = encoding(smoother, block, F16, variant, outputs)
         one = SmoothWeight(**{**made.__dict__, "largest": (("w", "a"),), "bound": Bound(columns(64), 0.37, 2.5)})
-        assert check(one, block, source) == Findings(nonfinite=3 + 64)
+        assert check(one, block, source) == EncodeStats(nonfinite=3 + 64)
         check(made, block[:16], source)
 
 
@@ -166,7 +166,7 @@ def reduced(reduction: Reduction, block: torch.Tensor, source: DType) -> tuple[A
 
 
 @pytest.mark.parametrize("source", FLOATS, ids=str)
-@pytest.mark.parametrize("reduction", [ColumnMaxima("k"), WeightMaximum("k")], ids=lambda r: type(r).__name__)
+@pytest.mark.parametrize("reduction", [InputChannelAmax("k"), WeightMaximum("k")], ids=lambda r: type(r).__name__)
 def test_reductions(reduction: Reduction, source: DType) -> None:
     bad = weights(20, 33, source)
     bad[16, 3], bad[17, 9], bad[18, 30], bad[3, 31] = NAN, INF, -INF, NAN
@@ -181,7 +181,7 @@ def test_column_maxima_of_float32_around_every_halfway_point() -> None:
     middle = ((every[:-1] + every[1:].clamp(max=65536.0)) / 2).float()
     block = torch.stack([middle, torch.nextafter(middle, torch.tensor(INF)), -torch.nextafter(middle, torch.tensor(0.0))])
     for row in block:
-        np.testing.assert_array_equal(*reduced(ColumnMaxima("k"), row[None], F32))
+        np.testing.assert_array_equal(*reduced(InputChannelAmax("k"), row[None], F32))
 
 
 def test_the_largest_smoothed_weight_from_column_maxima() -> None:
@@ -189,7 +189,7 @@ def test_the_largest_smoothed_weight_from_column_maxima() -> None:
         block, s = any_bits(40, 65, source, seed), columns(65, seed)
         block = torch.where(torch.isfinite(block.half()), block, torch.zeros((), dtype=block.dtype))
         for rows in (block, weights(14, 65, source)[2:4], block.clamp(-1, 1)):
-            maxima = ColumnMaxima("k").tile(rows, Known()).numpy()
+            maxima = InputChannelAmax("k").tile(rows, Known()).numpy()
             assert largest_smoothed(maxima, s) == float(smoothed(rows, s).abs().max())
 
 
@@ -258,7 +258,7 @@ def test_smoothers_give_the_bytes_of_torch(smoother: Smoother, alpha: float) -> 
     assert bound.doubt[0] <= sx <= bound.doubt[1] and np.float32(bound.activation) == np.float32(sx)
     every = from_bits(np.arange(0x7C00), F16).reshape(-1, 1).expand(-1, 129)
     assert torch.equal(smoothed(every, bound.smoother), smoothed(every, s))
-    norms = (SmoothNorm(found, BF16, b).encode(every, Findings())[0] for b in (bound, Bound(s, sx)))
+    norms = (SmoothNorm(found, BF16, b).encode(every, EncodeStats())[0] for b in (bound, Bound(s, sx)))
     assert torch.equal(*norms)
     np.testing.assert_array_equal(bound.smoother.astype(np.float32), s.astype(np.float32))
 
@@ -313,7 +313,7 @@ def test_fp8_tensor(source: DType, scale: float) -> None:
     check(made, any_bits(64, 64, source, 4), source, start=5, stride=70)
     bad = weights(20, 64, source)
     bad[16, 3], bad[17, 9], bad[18, 30], bad[19] = NAN, INF, -INF, NAN
-    assert check(made, bad, source) == Findings(nonfinite=3 + 64)
+    assert check(made, bad, source) == EncodeStats(nonfinite=3 + 64)
 
 
 def test_fp8_tensor_around_every_halfway_point() -> None:

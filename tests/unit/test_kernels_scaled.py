@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from streamconv.checkpoint.dtypes import BF16, F16, F32, DType
-from streamconv.quants.base import Encoding, Findings
+from streamconv.quants.base import Codec, EncodeStats
 from streamconv.quants.fp8_block import Fp8Block
 from streamconv.quants.fp8_rowwise import Fp8Rowwise
 from streamconv.quants.int_group import IntGroup
@@ -19,9 +19,9 @@ EPS = {F32: 2.0**-23, F16: 2.0**-10, BF16: 2.0**-7}
 INF = float("inf")
 
 
-def codecs(kind: DType) -> list[Encoding]:
+def codecs(kind: DType) -> list[Codec]:
     """Every codec in its three arithmetics: float32, scales in `kind`, quotients in `kind` too; and in ModelOpt's."""
-    made: list[Encoding] = []
+    made: list[Codec] = []
     for scale, quotient in ((F32, F32), (kind, F32), (kind, kind)):
         zero = EPS[scale]
         made += [Fp8Rowwise(-INF, INF, None, 0.0, zero, scale, quotient), Fp8Block(128, zero, 0.0, scale, quotient)]
@@ -32,7 +32,7 @@ def codecs(kind: DType) -> list[Encoding]:
     return made
 
 
-def shared(block: torch.Tensor, kind: DType) -> list[Encoding]:
+def shared(block: torch.Tensor, kind: DType) -> list[Codec]:
     top = float(torch.nan_to_num(block.float(), 0.0, 0.0, 0.0).abs().max())
     rules = (("divisor", F32), ("divisor", kind), ("multiplier", F32))
     return [NvFp4("key", rule, rounding, shared_scale(top, rule, rounding)) for rule, rounding in rules]  # type: ignore[arg-type]
@@ -53,7 +53,7 @@ def test_what_is_decoded_lies_within_the_bound(source: DType) -> None:
     block = weights(130, 192, source)
     block = torch.where(block.float().abs() > 1e30, 0.0, block)  # the bounds are those of rows that overflow nothing
     for codec in codecs(source) + shared(block, source):
-        parts = [part.clone() for part in codec.encode(block, Findings())]
+        parts = [part.clone() for part in codec.encode(block, EncodeStats())]
         gap = (codec.decode(parts, *block.shape) - codec.values(block)).abs()
         over = gap - codec.error(block)
         assert bool((over <= 0).all()), f"{codec}: {float(over.max())} in row {int(over.amax(1).argmax())}"
@@ -61,7 +61,7 @@ def test_what_is_decoded_lies_within_the_bound(source: DType) -> None:
 
 def test_edges_of_two_tiles_do_not_meet() -> None:
     block = torch.randn(200, 300, generator=torch.Generator().manual_seed(1))
-    codes, scales = Fp8Block().encode(block, Findings())
+    codes, scales = Fp8Block().encode(block, EncodeStats())
     grid = scales.view(torch.float32).reshape(2, 3)
     for i in range(2):
         for j in range(3):

@@ -13,7 +13,7 @@ import torch
 from streamconv.checkpoint.dtypes import BF16, F16, F32, I8, DType
 from streamconv.errors import RefusedError
 from streamconv.options import Version
-from streamconv.quants.base import Findings
+from streamconv.quants.base import EncodeStats
 from streamconv.quants.layout import FAMILIES, Layout, family_for
 from streamconv.quants.weight_only import WeightOnly
 from streamconv.targets.trtllm.recipes.weight_only import size_problem
@@ -152,9 +152,9 @@ def test_unpack_inverts_pack_and_groups_stand_alone(family: str, bits: int, fp8:
 def test_symmetric_quantization_with_many_ties(bits: int, dtype: DType) -> None:
     at_n, at_k = torch.arange(64)[:, None], torch.arange(1024)[None, :]
     weights = (((31 * at_n + 17 * at_k) % 513 - 256) / 1024).to(getattr(torch, dtype.torch))
-    findings = Findings()
-    made, scales = WeightOnly(bits, "sm80", dtype).encode(weights, findings)
-    assert findings == Findings()
+    stats = EncodeStats()
+    made, scales = WeightOnly(bits, "sm80", dtype).encode(weights, stats)
+    assert stats == EncodeStats()
     assert sha(made.numpy().tobytes()) == SYMMETRIC[bits][1]
     assert sha(unprocessed(Layout("sm80", bits).unpack(made, 64, 1024), bits)) == SYMMETRIC[bits][0]
     assert (scales.view(getattr(torch, dtype.torch)).float() == (1 / 512 if bits == 8 else 1 / 32)).all()

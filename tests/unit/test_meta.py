@@ -17,7 +17,7 @@ from streamconv.checkpoint.source_tensors import SourceTensors
 from streamconv.cli.convert_checkpoint import main
 from streamconv.errors import CheckpointError, StreamconvError, TensorError
 from streamconv.options import Resources
-from streamconv.planning.plan import PLAIN_ROWS, Span
+from streamconv.planning.plan import PLAIN_ROWS, RowRange
 from streamconv.run.read import read_rows
 from streamconv.targets.trtllm.options import TensorRTLLM
 from streamconv.targets.trtllm.target import make_plan
@@ -75,7 +75,7 @@ def whole(folder: Path) -> dict[str, torch.Tensor]:
     with open_index(folder) as index:
         for name, source in SourceTensors(index).items():
             row = source.cols * source.dtype.itemsize
-            span = Span(source, 0, source.rows, PLAIN_ROWS, (), 1)
+            span = RowRange(source, 0, source.rows, PLAIN_ROWS, (), 1)
             out = bytearray()
             for start in range(0, source.rows, 7):
                 stop = min(start + 7, source.rows)

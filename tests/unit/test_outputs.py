@@ -219,7 +219,7 @@ def test_errors_name_the_output(model: Path, tmp_path: Path) -> None:
 
 
 def test_the_memory_of_one(model: Path) -> None:
-    """Tasks of a tile follow each other: the smallest arena is that of the dearest output, not of all."""
+    """Tasks of a tile follow each other: the smallest arena is that of the most_expensive output, not of all."""
     from streamconv.allocation import costs_of
 
     plans = [api.open_and_plan(model, target)[1] for target in TARGETS.values()]

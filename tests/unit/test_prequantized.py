@@ -18,7 +18,7 @@ from streamconv.cli.convert_checkpoint import main
 from streamconv.errors import RefusedError, StreamconvError, TensorError, UsageError
 from streamconv.options import Resources
 from streamconv.quants.awq import PairedWeight
-from streamconv.quants.base import Findings
+from streamconv.quants.base import EncodeStats
 from streamconv.quants.gptq import GroupScales, PackedWeight
 from streamconv.quants.layout import Layout
 from streamconv.targets.trtllm.options import TensorRTLLM
@@ -495,7 +495,7 @@ def test_kernel_is_its_definition(bits: int, family: str) -> None:
     assert kernel is not None
     out = np.zeros(rows * cols * bits // 8, np.uint8)
     kernel(q.reshape(-1).view(np.uint8), 64, wide, rows, cols, [out])
-    (wanted,) = encoding.encode(torch.from_numpy(q)[:, 64 : 64 + cols], Findings())
+    (wanted,) = encoding.encode(torch.from_numpy(q)[:, 64 : 64 + cols], EncodeStats())
     assert bytes(out) == bytes(wanted.numpy()) == processed(q[:, 64 : 64 + cols].T.astype(int), bits, family)
     back = encoding.decode([torch.from_numpy(out)], rows, cols)
     assert torch.equal(back, torch.from_numpy(q[:, 64 : 64 + cols].astype(np.float32)))
@@ -515,14 +515,14 @@ def test_group_scales_kernel_is_its_definition(stored: DType, dtype: DType, bits
     block = torch.cat([zeros, scales.view(torch.uint8), rest], 1)
     cols = block.shape[1] - 7
     encoding = GroupScales(dtype, stored, bits, shuffled, middle)
-    kernel, findings, wanted_findings = encoding.kernel(U8), Findings(), Findings()
+    kernel, stats, wanted_findings = encoding.kernel(U8), EncodeStats(), EncodeStats()
     assert kernel is not None
     outs = [np.zeros(part.nbytes(rows), np.uint8) for part in encoding.parts(rows, cols)]
-    findings.add(kernel(block.reshape(-1).numpy(), 0, block.shape[1], rows, cols, outs))
+    stats.add(kernel(block.reshape(-1).numpy(), 0, block.shape[1], rows, cols, outs))
     wanted = encoding.encode(block[:, :cols], wanted_findings)
     assert [bytes(out) for out in outs] == [bytes(one.numpy()) for one in wanted]
-    assert findings == wanted_findings
-    assert findings.overflow or stored != F32 or dtype != F16  # the case is worth its name
+    assert stats == wanted_findings
+    assert stats.overflow or stored != F32 or dtype != F16  # the case is worth its name
 
 
 def test_paired_kernel_is_its_definition() -> None:
@@ -530,6 +530,6 @@ def test_paired_kernel_is_its_definition() -> None:
     kernel, out = PairedWeight().kernel(I8), np.zeros(6 * 24 // 2, np.uint8)
     assert kernel is not None
     kernel(q.reshape(-1).view(np.uint8), 8, 40, 6, 24, [out])
-    (wanted,) = PairedWeight().encode(torch.from_numpy(q)[:, 8:32], Findings())
+    (wanted,) = PairedWeight().encode(torch.from_numpy(q)[:, 8:32], EncodeStats())
     assert bytes(out) == bytes(wanted.numpy())
     assert torch.equal(PairedWeight().decode([wanted], 6, 24), torch.from_numpy(q[:, 8:32].astype(np.float32)))

@@ -9,18 +9,18 @@ import pytest
 
 from streamconv.checkpoint.dtypes import F16
 from streamconv.checkpoint.rows import SourceTensor
-from streamconv.planning.plan import PLAIN_ROWS, Dest, Span
+from streamconv.planning.plan import PLAIN_ROWS, Destination, RowRange
 from streamconv.planning.row_order import in_row_order
 
 COLS = ((0, 8),)
 
 
-def span(name: str, start: int, *dests: tuple[int, int], rows: int = 4) -> Span:
+def span(name: str, start: int, *dests: tuple[int, int], rows: int = 4) -> RowRange:
     source = SourceTensor(name, F16, (64, 8), ())
-    return Span(source, start, start + rows, PLAIN_ROWS, tuple(Dest(matrix, row, COLS) for matrix, row in dests), 1)
+    return RowRange(source, start, start + rows, PLAIN_ROWS, tuple(Destination(matrix, row, COLS) for matrix, row in dests), 1)
 
 
-def check(before: list[Span], after: list[Span]) -> None:
+def check(before: list[RowRange], after: list[RowRange]) -> None:
     """The same rows for the same matrices, each matrix's in order, and none needed twice at once."""
     flat = [[(s.source.name, s.start, s.stop, d) for s in spans for d in s.dests] for spans in (before, after)]
     assert sorted(flat[0], key=str) == sorted(flat[1], key=str)

@@ -33,7 +33,7 @@ def input_maxima(ranges: Ranges, wanted: Mapping[str, Fate]) -> dict[str, float]
         if line is not None:
             lines.append(line)
         else:
-            found[name] = ranges.largest([f"{name}.x"])
+            found[name] = ranges.amax([f"{name}.x"])
     for layer, names in layers.items():
         largest = max((found[name] for name in names if name in found), default=None)
         if largest is None:
@@ -57,4 +57,4 @@ def cache_maxima(ranges: Ranges, shapes: Mapping[str, tuple[int, ...]]) -> dict[
     if not cached:
         raise RefusedError(["--kv-cache fp8: there is no k_proj and v_proj whose outputs could have been measured"])
     ranges.check({name.removesuffix("weight") + "y": rows for name, _, rows in cached})
-    return {name: (match[1], match[2], ranges.largest([name.removesuffix("weight") + "y"])) for name, match, _ in cached}
+    return {name: (match[1], match[2], ranges.amax([name.removesuffix("weight") + "y"])) for name, match, _ in cached}

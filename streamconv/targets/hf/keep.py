@@ -13,7 +13,7 @@ from streamconv.checkpoint.quantized import SourceQuantization, source_quantizat
 from streamconv.checkpoint.rows import SourceTensor
 from streamconv.checkpoint.turned_rows import turned
 from streamconv.errors import CheckpointError, UsageError, printable
-from streamconv.quants.base import Encoding, Part
+from streamconv.quants.base import Codec, Part
 from streamconv.quants.given_codes import GivenZeros, Reciprocal, Words, ZeroPoints
 from streamconv.quants.plain import Plain
 from streamconv.targets.hf import config_json
@@ -107,7 +107,7 @@ class Maker:
     def __init__(self, kept: Kept, draft: Draft) -> None:
         self.kept, self.draft = kept, draft
 
-    def add(self, name: str, source: SourceTensor, encoding: Encoding, shape: tuple[int, ...]) -> None:
+    def add(self, name: str, source: SourceTensor, encoding: Codec, shape: tuple[int, ...]) -> None:
         def made(file: int) -> None:
             matrix = self.draft.matrix(file, name, source.rows, source.cols, encoding, spelling=Named(shape))
             self.draft.feed(matrix, source, 0, source.rows)

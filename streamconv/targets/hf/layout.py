@@ -18,7 +18,7 @@ from streamconv.planning.draft import Draft
 from streamconv.planning.plan import SideFile
 from streamconv.planning.tables import Cols
 from streamconv.quants.awq import PairedCodes
-from streamconv.quants.base import Encoding, Part
+from streamconv.quants.base import Codec, Part
 from streamconv.quants.fp8_tensor import Fp8Scale, WeightMaximum
 from streamconv.quants.given_codes import Words
 from streamconv.quants.plain import Plain
@@ -103,7 +103,7 @@ class Layout:
     changed: dict[str, ApartTensor] = field(default_factory=dict)
     decoded: int = 0
     whole: dict[Form, tuple[int, Cols]] = field(default_factory=dict)
-    codecs: dict[Form, tuple[Encoding, int, list[str]]] = field(default_factory=dict)
+    codecs: dict[Form, tuple[Codec, int, list[str]]] = field(default_factory=dict)
 
     def describe(self) -> None:
         stored, fates = self.stored, None
@@ -171,7 +171,7 @@ class Layout:
         cast = self.index.views or (self.target.dtype != "auto" and not self.decoded)
         return self.into if cast and form.dtype.name in _FLOATS else form.dtype
 
-    def _codec(self, form: Form, key: str) -> Encoding:
+    def _codec(self, form: Form, key: str) -> Codec:
         """How weights of a form are stored.
 
         Args:
@@ -185,7 +185,7 @@ class Layout:
         module, rows, cols = name[: -len(".weight")], form.rows, form.cols
         searched = self.searched.get(module)
         if searched is not None:
-            codec: Encoding = Words(4) if recipe.container == "compressed-tensors" else PairedCodes()
+            codec: Codec = Words(4) if recipe.container == "compressed-tensors" else PairedCodes()
             matrix = self.draft.matrix(file, module, rows, cols, codec, spelling=Spelled(recipe))
             self.draft.feed(matrix, searched.codes, 0, rows)
             made = [*self.draft.tensors(matrix), f"{module}.{recipe.tensors['scale']}"]

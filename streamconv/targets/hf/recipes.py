@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from streamconv.checkpoint.dtypes import F32, DType
 from streamconv.options import METHODS as INT4_METHODS
-from streamconv.quants.base import Encoding
+from streamconv.quants.base import Codec
 from streamconv.quants.fp8_block import Fp8Block
 from streamconv.quants.fp8_rowwise import Fp8Rowwise
 from streamconv.quants.fp8_tensor import Fp8Scale, Fp8Tensor
@@ -86,14 +86,14 @@ class Recipe:
     quant: str
     container: Container
     summary: str
-    codec: Callable[[Request], Encoding]
+    codec: Callable[[Request], Codec]
     tensors: dict[str, str]
     shapes: dict[str, Shape] = field(default_factory=dict)
     unit: int = 1
     whole: int = 1
     tiles: bool = False
-    lone: tuple[Callable[[Request], Encoding], Callable[[Request], Encoding]] | None = None
-    shared: tuple[str, Callable[[Request], Encoding]] | None = None
+    lone: tuple[Callable[[Request], Codec], Callable[[Request], Codec]] | None = None
+    shared: tuple[str, Callable[[Request], Codec]] | None = None
     weights: dict[str, Any] = field(default_factory=dict)
     inputs: dict[str, Any] | None = None
     form: str = ""
@@ -126,20 +126,20 @@ def _tiles4(rows: int, cols: int) -> tuple[int, ...]:
     return (-(-rows // BLOCK), 1, -(-cols // BLOCK), 1)
 
 
-def _fp8_channel(r: Request) -> Encoding:
+def _fp8_channel(r: Request) -> Codec:
     return Fp8Rowwise(-_INF, _INF, None, 0.0, _EPS[r.scale.name], r.scale, r.quotient)
 
 
-def _fp8_channel_modelopt(r: Request) -> Encoding:
+def _fp8_channel_modelopt(r: Request) -> Codec:
     return Fp8Rowwise(-_INF, _INF, None, _LEAST_NORMAL[r.kind.name] / 448.0, 1.0)
 
 
-def _fp8_tiles(r: Request) -> Encoding:
+def _fp8_tiles(r: Request) -> Codec:
     return Fp8Block(BLOCK, _EPS[r.scale.name], 0.0, r.scale, r.quotient)
 
 
-def _int(bits: int, packing: Packing, stored_kind: bool, whole_channel: bool = False) -> Callable[[Request], Encoding]:
-    def made(r: Request) -> Encoding:
+def _int(bits: int, packing: Packing, stored_kind: bool, whole_channel: bool = False) -> Callable[[Request], Codec]:
+    def made(r: Request) -> Codec:
         if r.method is not None:
             return _searched(r, packing)
         scale = r.kind if stored_kind else r.scale
@@ -149,8 +149,8 @@ def _int(bits: int, packing: Packing, stored_kind: bool, whole_channel: bool = F
     return made
 
 
-def _int_modelopt(bits: int, packing: Packing) -> Callable[[Request], Encoding]:
-    def made(r: Request) -> Encoding:
+def _int_modelopt(bits: int, packing: Packing) -> Callable[[Request], Codec]:
+    def made(r: Request) -> Codec:
         if r.method is not None:
             return _searched(r, packing)
         largest = float(2 ** (bits - 1) - 1)
@@ -160,7 +160,7 @@ def _int_modelopt(bits: int, packing: Packing) -> Callable[[Request], Encoding]:
     return made
 
 
-def _searched(r: Request, packing: Packing) -> Encoding:
+def _searched(r: Request, packing: Packing) -> Codec:
     """--method rtn divides a group's maximum by 8, for which there is a code; the search ends at that of 7, for which both ends have one.
 
     Scales are rounded to the weight's type in either container: engines cast them to it.
@@ -170,7 +170,7 @@ def _searched(r: Request, packing: Packing) -> Encoding:
     return IntGroup(4, r.group, 7.0 if search else 8.0, 1.0, r.kind, F32, packing, floor, packing == "pairs" and r.kind != F32, search)
 
 
-def _mx(element: Literal["fp4", "fp8"]) -> Callable[[Request], Encoding]:
+def _mx(element: Literal["fp4", "fp8"]) -> Callable[[Request], Codec]:
     return lambda r: Mx(element, "rounded", r.scale)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from streamconv.checkpoint.rows import Piece, SourceTensor
+from streamconv.checkpoint.rows import Extent, SourceTensor
 from streamconv.checkpoint.turned_rows import Turned, rows_of
 from streamconv.quants.decoded_rows import DecodedTensor, TurnedMx
 from streamconv.targets.hf.sources import Weight
@@ -96,4 +96,4 @@ def _expert(whole: Weight, name: str, expert: int, rows: _Rows, transposed: bool
     cols, outs = whole.shape[1:]
     piece = whole.pieces[0]
     begin = piece.begin + (expert * cols * outs + rows.first) * whole.dtype.itemsize
-    return Turned(name, whole.dtype, (rows.taken, cols), (Piece(piece.shard, begin, cols, outs),), 0, rows.step)
+    return Turned(name, whole.dtype, (rows.taken, cols), (Extent(piece.shard, begin, cols, outs),), 0, rows.step)

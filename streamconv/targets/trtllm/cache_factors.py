@@ -10,7 +10,7 @@ from streamconv.checkpoint.activation_ranges import Ranges
 from streamconv.checkpoint.dtypes import F32, DType
 
 if TYPE_CHECKING:
-    from streamconv.targets.trtllm.rank_layout import Decoder
+    from streamconv.targets.trtllm.rank_layout import RankLayout
 
 Constant = tuple[str, DType, tuple[int, ...], bytes]
 """Name, dtype, shape and bytes of a tensor that is known when a plan is made."""
@@ -18,7 +18,7 @@ _LARGEST = 448.0
 _ONE = struct.pack("<f", 1.0)
 
 
-def cache_constants(layout: Decoder, layer: int) -> list[Constant]:
+def cache_constants(layout: RankLayout, layer: int) -> list[Constant]:
     """Factor of a layer's KV cache, and its reciprocal, which 1.x keeps beside that of an FP8 KV cache; names begin at the layer."""
     options, known, made = layout.options, layout.cache_factors, list[Constant]()
     if options.kv_cache == "fp8" or (options.kv_cache and layer in known):
@@ -39,7 +39,7 @@ def cache_constants(layout: Decoder, layer: int) -> list[Constant]:
     return made
 
 
-def _fp8_factor(layout: Decoder, layer: int) -> bytes:
+def _fp8_factor(layout: RankLayout, layer: int) -> bytes:
     """float32: that of the source, max(y_k, y_v) / 448 but at least 1, which ModelOpt writes, or 1 without calibration."""
     if layer in layout.kv_scales:
         return struct.pack("<f", layout.kv_scales[layer])
@@ -50,7 +50,7 @@ def _fp8_factor(layout: Decoder, layer: int) -> bytes:
     return struct.pack("<f", max(1.0, _largest_output(layout.ranges, outputs) / _LARGEST))
 
 
-def _names(layout: Decoder, rows: Mapping[str, int], layer: int) -> dict[str, int] | None:
+def _names(layout: RankLayout, rows: Mapping[str, int], layer: int) -> dict[str, int] | None:
     """Weight name -> its rows; None if one is missing, which the roles report."""
     found = {layout.roles.found.get((role, layer, -1)): count for role, count in rows.items()}
     return None if None in found else {name: count for name, count in found.items() if name is not None}
@@ -59,4 +59,4 @@ def _names(layout: Decoder, rows: Mapping[str, int], layer: int) -> dict[str, in
 def _largest_output(ranges: Ranges, outputs: Mapping[str, int]) -> float:
     wanted = {name.removesuffix(".weight") + ".y": rows for name, rows in outputs.items()}
     ranges.check(wanted)
-    return ranges.largest(list(wanted))
+    return ranges.amax(list(wanted))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from streamconv.checkpoint.quantized import source_quantization
 from streamconv.targets.base import flag
-from streamconv.targets.trtllm.import_rules import take_over
+from streamconv.targets.trtllm.import_rules import import_prequantized
 from streamconv.targets.trtllm.inherited import inherited, origin_of
 from streamconv.targets.trtllm.recipes import all_quants, quant_of
 from streamconv.targets.trtllm.target import model_of
@@ -67,5 +67,5 @@ def _of_model(options: TensorRTLLM, source: Callable[[], Index], experts: bool) 
     if key != "none" and not experts:
         return key, False
     with contextlib.closing(source()) as index:
-        key = take_over(inherited(options, origin_of(index)), source_quantization(index)).quant
+        key = import_prequantized(inherited(options, origin_of(index)), source_quantization(index)).quant
         return key, experts and not model_of(index)[0].num_experts

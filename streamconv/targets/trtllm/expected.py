@@ -15,9 +15,8 @@ from streamconv.errors import CheckpointError, VerifyError, printable
 from streamconv.families import family_of
 from streamconv.memory import check_room
 from streamconv.planning.plan import OutputFile
-from streamconv.targets.trtllm.expected_forms import FORMS, SMOOTH, Facts, Form, Wanted
-from streamconv.targets.trtllm.parallel import Mapping as Grid
-from streamconv.targets.trtllm.parallel import Rank, stage_layers
+from streamconv.targets.trtllm.expected_forms import SMOOTH, SPECS, Facts, ModuleSpec, TensorSpec
+from streamconv.targets.trtllm.parallel import ParallelMapping, Rank, stage_layers
 
 MOST_RANKS = 4096
 _TAKES = 1500
@@ -35,8 +34,8 @@ class RankTensors:
         unknown: prefixes of modules in a format whose tensors are not known here.
     """
 
-    fixed: Form = field(default_factory=dict)
-    modules: dict[str, tuple[Form, ...]] = field(default_factory=dict)
+    fixed: ModuleSpec = field(default_factory=dict)
+    modules: dict[str, tuple[ModuleSpec, ...]] = field(default_factory=dict)
     unknown: tuple[str, ...] = ()
 
     def problems(self, found: Mapping[str, tuple[str, tuple[int, ...]]]) -> Iterator[str]:
@@ -88,7 +87,7 @@ def expected(config: Mapping[str, Any], files: Container[int] | None = None, ten
         if rank.pp == 0:
             held.fixed["transformer.vocab_embedding.weight"] = _embedding(facts)
         if rank.pp == facts.grid.pp_size - 1:
-            held.fixed["transformer.ln_f.weight"] = Wanted((facts.dtype,), (facts.hidden,))
+            held.fixed["transformer.ln_f.weight"] = TensorSpec((facts.dtype,), (facts.hidden,))
             held.fixed["lm_head.weight"] = _lm_head(facts)
         for number, layer in enumerate(stages[rank.pp]):
             _layer(facts, held, rank, f"transformer.layers.{number}.", layer, family.name, family.config_class, family.fused_mlp)
@@ -145,7 +144,7 @@ def _facts(config: Mapping[str, Any]) -> Facts:
         vocab=whole(config, "vocab_size"),
         positions=whole(config, "max_position_embeddings", 0, 0),
         dtype=_DTYPES[dtype],
-        grid=Grid(tp, pp, moe_tp if moe_tp > 0 else tp // moe_ep, moe_ep),
+        grid=ParallelMapping(tp, pp, moe_tp if moe_tp > 0 else tp // moe_ep, moe_ep),
         version="0.16" if old else "1.2",
         algo=None if algo in (None, "NO_QUANT") else str(algo),
         quantization=quantization,
@@ -153,7 +152,7 @@ def _facts(config: Mapping[str, Any]) -> Facts:
     )
 
 
-def _embedding(facts: Facts) -> Wanted:
+def _embedding(facts: Facts) -> TensorSpec:
     tp = facts.grid.tp_size
     if tp == 1 or not facts.config.get("use_parallel_embedding"):
         shape = (facts.vocab, facts.hidden)
@@ -161,15 +160,15 @@ def _embedding(facts: Facts) -> Wanted:
         shape = (facts.vocab, facts.hidden // tp)
     else:
         shape = (-(-facts.vocab // tp), facts.hidden)
-    return Wanted((facts.dtype,), shape)
+    return TensorSpec((facts.dtype,), shape)
 
 
-def _lm_head(facts: Facts) -> Wanted:
+def _lm_head(facts: Facts) -> TensorSpec:
     """It may be missing where the embedding of the same file takes its place (§3.6)."""
     rows = -(-facts.vocab // facts.grid.tp_size)
     tied = bool(facts.config.get("share_embedding_table") or facts.config.get("tie_word_embeddings"))
     shared = tied and facts.grid.pp_size == 1 and _embedding(facts).shape == (rows, facts.hidden)
-    return Wanted((facts.dtype,), (rows, facts.hidden), required=not shared)
+    return TensorSpec((facts.dtype,), (rows, facts.hidden), required=not shared)
 
 
 def _layer(facts: Facts, held: RankTensors, rank: Rank, at: str, layer: int, family: str, kind: str, fused: bool) -> None:
@@ -179,15 +178,15 @@ def _layer(facts: Facts, held: RankTensors, rank: Rank, at: str, layer: int, fam
     bias = bool(facts.config.get("attn_bias"))
 
     def vector(name: str, length: int) -> None:
-        held.fixed[at + name] = Wanted(plain, (length,))
+        held.fixed[at + name] = TensorSpec(plain, (length,))
 
     def linear(name: str, rows: int, cols: int, experts: int = 0) -> None:
         module = at + name
         if not facts.quantized(module, layer):
             shape = (experts, rows, cols) if experts else (rows, cols)
-            held.fixed[module + ".weight"] = Wanted(plain, shape)
-        elif facts.algo in FORMS:
-            held.modules[module + ".weight"] = tuple(FORMS[facts.algo](facts, module, rows, cols, experts))
+            held.fixed[module + ".weight"] = TensorSpec(plain, shape)
+        elif facts.algo in SPECS:
+            held.modules[module + ".weight"] = tuple(SPECS[facts.algo](facts, module, rows, cols, experts))
         else:
             held.unknown += (module + ".",)
 
@@ -208,7 +207,7 @@ def _layer(facts: Facts, held: RankTensors, rank: Rank, at: str, layer: int, fam
     if facts.experts:
         width = (facts.expert_width or facts.width) // facts.grid.moe_tp_size
         local = facts.experts // facts.grid.moe_ep_size
-        held.fixed[at + "mlp.router.weight"] = Wanted(("F32",), (facts.experts, hidden))
+        held.fixed[at + "mlp.router.weight"] = TensorSpec(("F32",), (facts.experts, hidden))
         linear("mlp.fc", width * (2 if gated else 1), hidden, local)
         linear("mlp.proj", hidden, width, local)
     else:
@@ -227,9 +226,9 @@ def _layer(facts: Facts, held: RankTensors, rank: Rank, at: str, layer: int, fam
 def _small(facts: Facts, held: RankTensors, at: str, layer: int) -> None:
     """Single numbers of a layer: the KV cache's factor, clamps, static activation scales."""
     if facts.quantization.get("kv_cache_quant_algo") in ("FP8", "INT8"):
-        held.fixed[at + "attention.kv_cache_scaling_factor"] = Wanted(("F32",), (1,))
+        held.fixed[at + "attention.kv_cache_scaling_factor"] = TensorSpec(("F32",), (1,))
         for name in ("k_cache_scaling_factor", "v_cache_scaling_factor", "kv_cache_rcp_scaling_factor"):
-            held.fixed[f"{at}attention.{name}"] = Wanted(("F32",), (1,), required=False)
+            held.fixed[f"{at}attention.{name}"] = TensorSpec(("F32",), (1,), required=False)
     if facts.algo == "FP8_PER_CHANNEL_PER_TOKEN":
         owners = ["post_layernorm", "mlp"]
         if facts.quantization.get("use_meta_recipe"):
@@ -237,13 +236,13 @@ def _small(facts: Facts, held: RankTensors, at: str, layer: int) -> None:
         else:
             owners = [*owners, "input_layernorm", "attention"]
         for owner in owners:
-            held.fixed[f"{at}{owner}.clamp_val"] = Wanted(("F32",), (2,), required=False)
+            held.fixed[f"{at}{owner}.clamp_val"] = TensorSpec(("F32",), (2,), required=False)
     if facts.algo in SMOOTH:
         for norm in ("input_layernorm", "post_layernorm"):
-            held.fixed[f"{at}{norm}.scale_to_int"] = Wanted(("F32",), (1,))
+            held.fixed[f"{at}{norm}.scale_to_int"] = TensorSpec(("F32",), (1,))
         if "PER_TOKEN" not in facts.algo:
             for owner in ("attention", "mlp"):
-                held.fixed[f"{at}{owner}.quantization_scaling_factor"] = Wanted(("F32",), (1,))
+                held.fixed[f"{at}{owner}.quantization_scaling_factor"] = TensorSpec(("F32",), (1,))
 
 
 def _rope_tables(facts: Facts, held: RankTensors) -> None:
@@ -256,10 +255,10 @@ def _rope_tables(facts: Facts, held: RankTensors) -> None:
         "embed_positions_for_gpt_attention": (1, length * dim),
     }
     for name, shape in shapes.items():
-        held.fixed[name] = Wanted(("F32",), shape if plain else None, required=False)
+        held.fixed[name] = TensorSpec(("F32",), shape if plain else None, required=False)
     if not plain:
         for name in _LONG_ROPE:
-            held.fixed[name] = Wanted(("F32",), None, required=False)
+            held.fixed[name] = TensorSpec(("F32",), None, required=False)
 
 
 _LONG_ROPE = (

@@ -12,7 +12,7 @@ from typing import Any
 
 from streamconv.errors import VerifyError, printable
 from streamconv.options import Version
-from streamconv.targets.trtllm.parallel import Mapping as Grid
+from streamconv.targets.trtllm.parallel import ParallelMapping
 
 EXCLUDED = ("*lm_head", "*router", "*vocab_embedding", "*position_embedding", "*block_embedding", "*shared_expert_gate")
 """What `exclude_modules: null` means (quantization spec §1.1)."""
@@ -20,7 +20,7 @@ _BYTES = {"F16": 2, "BF16": 2, "F32": 4}
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class TensorSpec:
     """One tensor.
 
     Attributes:
@@ -34,7 +34,7 @@ class Wanted:
     required: bool = True
 
 
-Form = dict[str, Wanted]
+ModuleSpec = dict[str, TensorSpec]
 """Name -> tensor: one way to store a module."""
 
 
@@ -54,7 +54,7 @@ class Facts:
     vocab: int
     positions: int
     dtype: str
-    grid: Grid
+    grid: ParallelMapping
     version: Version
     algo: str | None
     quantization: Mapping[str, Any]
@@ -76,70 +76,70 @@ class Facts:
         return not any(fnmatch.fnmatchcase(module, pattern) for pattern in patterns)
 
 
-def _weight_only(bits: int) -> Callable[[Facts, str, int, int, int], Iterator[Form]]:
-    def forms(facts: Facts, module: str, rows: int, cols: int, experts: int) -> Iterator[Form]:
+def _weight_only(bits: int) -> Callable[[Facts, str, int, int, int], Iterator[ModuleSpec]]:
+    def forms(facts: Facts, module: str, rows: int, cols: int, experts: int) -> Iterator[ModuleSpec]:
         lead = (experts,) if experts else ()
         yield {
-            f"{module}.weight": Wanted(("I8",), (*lead, cols, rows * bits // 8)),
-            f"{module}.per_channel_scale": Wanted((facts.dtype,), (*lead, rows)),
+            f"{module}.weight": TensorSpec(("I8",), (*lead, cols, rows * bits // 8)),
+            f"{module}.per_channel_scale": TensorSpec((facts.dtype,), (*lead, rows)),
         }
-        yield {f"{module}.weight": Wanted((facts.dtype,), (*lead, rows, cols))}  # quantized when it is loaded
+        yield {f"{module}.weight": TensorSpec((facts.dtype,), (*lead, rows, cols))}  # quantized when it is loaded
 
     return forms
 
 
-def _gptq(bits: int) -> Callable[[Facts, str, int, int, int], Iterator[Form]]:
-    def forms(facts: Facts, module: str, rows: int, cols: int, experts: int) -> Iterator[Form]:
+def _gptq(bits: int) -> Callable[[Facts, str, int, int, int], Iterator[ModuleSpec]]:
+    def forms(facts: Facts, module: str, rows: int, cols: int, experts: int) -> Iterator[ModuleSpec]:
         lead = (experts,) if experts else ()
-        scales = Wanted((facts.dtype,), (*lead, cols // _group(facts), rows))
+        scales = TensorSpec((facts.dtype,), (*lead, cols // _group(facts), rows))
         packed = (*lead, cols, rows * bits // (8 * _BYTES[facts.dtype]))
         zero = {f"{module}.zero": scales} if facts.quantization.get("has_zero_point") else {}
-        yield {f"{module}.weight": Wanted((facts.dtype,), packed), f"{module}.weights_scaling_factor": scales} | zero
+        yield {f"{module}.weight": TensorSpec((facts.dtype,), packed), f"{module}.weights_scaling_factor": scales} | zero
 
     return forms
 
 
-def _awq(facts: Facts, module: str, rows: int, cols: int, experts: int) -> Iterator[Form]:
+def _awq(facts: Facts, module: str, rows: int, cols: int, experts: int) -> Iterator[ModuleSpec]:
     prequant = facts.quantization.get("pre_quant_scale")
     groups = cols // _group(facts)
-    exported = {f"{module}.prequant_scaling_factor": Wanted((facts.dtype,), (cols,))} if prequant else {}
+    exported = {f"{module}.prequant_scaling_factor": TensorSpec((facts.dtype,), (cols,))} if prequant else {}
     yield {
-        f"{module}.weight": Wanted(("I8",), (rows // 2, cols)),
-        f"{module}.weights_scaling_factor": Wanted(("F32", facts.dtype), (rows, groups)),
+        f"{module}.weight": TensorSpec(("I8",), (rows // 2, cols)),
+        f"{module}.weights_scaling_factor": TensorSpec(("F32", facts.dtype), (rows, groups)),
     } | exported
-    laid_out = {f"{module}.prequant_scaling_factor": Wanted((facts.dtype,), (1, cols))} if prequant else {}
+    laid_out = {f"{module}.prequant_scaling_factor": TensorSpec((facts.dtype,), (1, cols))} if prequant else {}
     yield {
-        f"{module}.weight": Wanted((facts.dtype,), (cols, rows // (2 * _BYTES[facts.dtype]))),
-        f"{module}.weights_scaling_factor": Wanted((facts.dtype,), (groups, rows)),
+        f"{module}.weight": TensorSpec((facts.dtype,), (cols, rows // (2 * _BYTES[facts.dtype]))),
+        f"{module}.weights_scaling_factor": TensorSpec((facts.dtype,), (groups, rows)),
     } | laid_out
 
 
-def _smooth(facts: Facts, module: str, rows: int, cols: int, experts: int) -> Iterator[Form]:
+def _smooth(facts: Facts, module: str, rows: int, cols: int, experts: int) -> Iterator[ModuleSpec]:
     vector = "PER_CHANNEL" in str(facts.algo) or module.endswith("attention.qkv")
     form = {
-        f"{module}.weight": Wanted(("I8",), (rows, cols)),
-        f"{module}.per_channel_scale": Wanted(("F32",), (1, rows if vector else 1)),
+        f"{module}.weight": TensorSpec(("I8",), (rows, cols)),
+        f"{module}.per_channel_scale": TensorSpec(("F32",), (1, rows if vector else 1)),
     }
     if "PER_TOKEN" not in str(facts.algo):
-        form[f"{module}.act_scale"] = Wanted(("F32",), (1, 1))
+        form[f"{module}.act_scale"] = TensorSpec(("F32",), (1, 1))
     if module.endswith(("attention.dense", "mlp.proj")):
-        form[f"{module}.smoother"] = Wanted(("F32",), (1, cols))
+        form[f"{module}.smoother"] = TensorSpec(("F32",), (1, cols))
     yield form
 
 
-def _fp8(facts: Facts, module: str, rows: int, cols: int, experts: int) -> Iterator[Form]:
+def _fp8(facts: Facts, module: str, rows: int, cols: int, experts: int) -> Iterator[ModuleSpec]:
     lead = (experts,) if experts else ()
     yield {
-        f"{module}.weight": Wanted(("F8_E4M3", "I8"), (*lead, rows, cols)),
-        f"{module}.weights_scaling_factor": Wanted(("F32",), (experts, 1) if experts else (1,)),
-        f"{module}.activation_scaling_factor": Wanted(("F32",), (1,)),
+        f"{module}.weight": TensorSpec(("F8_E4M3", "I8"), (*lead, rows, cols)),
+        f"{module}.weights_scaling_factor": TensorSpec(("F32",), (experts, 1) if experts else (1,)),
+        f"{module}.activation_scaling_factor": TensorSpec(("F32",), (1,)),
     }
 
 
-def _fp8_rowwise(facts: Facts, module: str, rows: int, cols: int, experts: int) -> Iterator[Form]:
+def _fp8_rowwise(facts: Facts, module: str, rows: int, cols: int, experts: int) -> Iterator[ModuleSpec]:
     yield {
-        f"{module}.weight": Wanted(("F8_E4M3", "I8"), (rows, cols)),
-        f"{module}.per_channel_scale": Wanted(("F32",), (rows,)),
+        f"{module}.weight": TensorSpec(("F8_E4M3", "I8"), (rows, cols)),
+        f"{module}.per_channel_scale": TensorSpec(("F32",), (rows,)),
     }
 
 
@@ -156,7 +156,7 @@ SMOOTH = (
     "W8A8_SQ_PER_TENSOR_PER_TOKEN_PLUGIN",
     "W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN",
 )
-FORMS: dict[str, Callable[[Facts, str, int, int, int], Iterator[Form]]] = {
+SPECS: dict[str, Callable[[Facts, str, int, int, int], Iterator[ModuleSpec]]] = {
     "W8A16": _weight_only(8),
     "W4A16": _weight_only(4),
     "W8A16_GPTQ": _gptq(8),

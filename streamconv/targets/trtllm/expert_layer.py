@@ -9,15 +9,15 @@ from streamconv.quants.plain import Plain
 from streamconv.targets.trtllm.parallel import Rank, even
 
 if TYPE_CHECKING:
-    from streamconv.targets.trtllm.rank_layout import Decoder
+    from streamconv.targets.trtllm.rank_layout import RankLayout
 
 
-def describe_experts(layout: Decoder, ranks: list[Rank], layer: int, prefix: str) -> None:
+def describe_experts(layout: RankLayout, ranks: list[Rank], layer: int, prefix: str) -> None:
     """Experts of a rank, ascending; in each, this rank's up rows over its gate rows (§4)."""
     model, roles, builder, hidden = layout.model, layout.roles, layout.builder, layout.model.hidden_size
     total, width = model.num_experts, model.moe_intermediate_size or model.intermediate_size
     local, cut = total // layout.mapping.moe_ep_size, width // layout.mapping.moe_tp_size
-    router = roles.need("router", (total, hidden), layer)
+    router = roles.require("router", (total, hidden), layer)
     tp = layout.mapping.moe_tp_size
     fc_enc, fc_note = layout.encoding("mlp.fc", layer, 2 * cut, hidden, 2 * width, None, local, tp)
     proj_enc, proj_note = layout.encoding("mlp.proj", layer, hidden, cut, hidden, width, local, tp)
@@ -30,8 +30,8 @@ def describe_experts(layout: Decoder, ranks: list[Rank], layer: int, prefix: str
         projs.append(builder.matrix(rank.file, name + "proj", hidden, cut, proj_enc, experts=local, note=proj_note))
     stacked = roles.has("experts_gate_up", layer)
     if stacked:
-        gate_up = roles.need("experts_gate_up", (total, 2 * width, hidden), layer)
-        down_all = roles.need("experts_down", (total, hidden, width), layer)
+        gate_up = roles.require("experts_gate_up", (total, 2 * width, hidden), layer)
+        down_all = roles.require("experts_down", (total, hidden, width), layer)
     for expert in range(total):
         if stacked:
             base = expert * 2 * width
@@ -39,10 +39,10 @@ def describe_experts(layout: Decoder, ranks: list[Rank], layer: int, prefix: str
             down, down_base = down_all, expert * hidden
         else:
             up_gate = (
-                (roles.need("expert_up", (width, hidden), layer, expert), 0),
-                (roles.need("expert_gate", (width, hidden), layer, expert), 0),
+                (roles.require("expert_up", (width, hidden), layer, expert), 0),
+                (roles.require("expert_gate", (width, hidden), layer, expert), 0),
             )
-            down, down_base = roles.need("expert_down", (hidden, width), layer, expert), 0
+            down, down_base = roles.require("expert_down", (hidden, width), layer, expert), 0
         here = [(r, f, p) for r, f, p in zip(ranks, fcs, projs, strict=True) if expert // local == r.moe_ep]
         for source, row in up_gate:
             for rank, fc, _ in here:

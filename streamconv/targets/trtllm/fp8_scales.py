@@ -40,7 +40,7 @@ def add_scales(builder: Draft, ranges: Ranges, tensors: Mapping[str, SourceTenso
         file, path = builder.place(matrix)
         scale = builder.matrix(file, path, 1, 1, Fp8Scale(encoding.key))
         builder.feed(scale, NoSource(f"weights_scaling_factor, {encoding.key}"), 0, 1)
-        largest = ranges.largest([_module(name) + ".x" for name in sources])
+        largest = ranges.amax([_module(name) + ".x" for name in sources])
         builder.constant(file, f"{path}.activation_scaling_factor", F32, (1,), struct.pack("<f", largest / _LARGEST))
 
 

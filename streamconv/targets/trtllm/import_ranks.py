@@ -25,7 +25,7 @@ from streamconv.targets.trtllm.rank_views import SCALE, ZERO
 
 if TYPE_CHECKING:
     from streamconv.checkpoint.dtypes import DType
-    from streamconv.quants.base import Encoding
+    from streamconv.quants.base import Codec
     from streamconv.targets.trtllm.options import TensorRTLLM
     from streamconv.targets.trtllm.recipes import Module, Quant
     from streamconv.targets.trtllm.recipes.base import QuantInfo
@@ -46,7 +46,7 @@ class LaidOutQuant:
     def info(self) -> QuantInfo:
         return self.quant.info
 
-    def encoding(self, module: Module, options: TensorRTLLM, dtype: DType) -> Encoding | None:
+    def encoding(self, module: Module, options: TensorRTLLM, dtype: DType) -> Codec | None:
         made = self.quant.encoding(module, options, dtype)
         return PackedWeight(I8, made.layout) if isinstance(made, WeightOnly) else made
 

@@ -14,7 +14,7 @@ from streamconv.families.meta import META
 from streamconv.hub import open_source
 from streamconv.targets.trtllm.expected_forms import EXCLUDED
 from streamconv.targets.trtllm.import_scales import Stored
-from streamconv.targets.trtllm.lookup import MODULES, Roles
+from streamconv.targets.trtllm.lookup import MODULES, TensorLookup
 from streamconv.targets.trtllm.options import TensorRTLLM
 from streamconv.targets.trtllm.recipes import Quant
 from streamconv.targets.trtllm.recipes.awq import Awq
@@ -33,7 +33,7 @@ def brings_scales(source: str | Path) -> bool:
     return stated is not None and stated.brings_scales
 
 
-def take_over(options: TensorRTLLM, stated: SourceQuantization | None, experts: int = 0) -> TensorRTLLM:
+def import_prequantized(options: TensorRTLLM, stated: SourceQuantization | None, experts: int = 0) -> TensorRTLLM:
     """The options with the quantization that the source brings along; the source must be one that can be taken over.
 
     Args:
@@ -161,7 +161,7 @@ def quant_for(
     family: Family,
     stated: SourceQuantization | None,
     stored: Stored,
-    roles: Roles,
+    roles: TensorLookup,
     bound: float | None,
 ) -> Quant:
     """The quant of --quant, told what the source has done already.

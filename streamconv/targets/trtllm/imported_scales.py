@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from streamconv.checkpoint.dtypes import F8_E4M3, F32, U8, DType
-from streamconv.checkpoint.rows import PackedTensor, Piece, SourceTensor
+from streamconv.checkpoint.rows import Extent, PackedTensor, SourceTensor
 from streamconv.checkpoint.shard import Shard
 from streamconv.errors import printable
 from streamconv.planning.draft import Draft, Fed
@@ -86,7 +86,7 @@ def _group_scales(builder: Draft, file: int, name: str, feeds: Sequence[Fed], st
                 return f"{printable(source)}: no zeros"
             width = tensor.cols * tensor.dtype.itemsize
             starts[source] = at
-            pieces.append(Piece(tensor.pieces[0].shard, tensor.pieces[0].begin, tensor.rows, width))
+            pieces.append(Extent(tensor.pieces[0].shard, tensor.pieces[0].begin, tensor.rows, width))
             at += width
     title = " + ".join(one.scales.name for one in owned)
     joined = SourceTensor(title, U8, (owned[0].scales.rows, at), tuple(pieces), 1)

@@ -19,7 +19,7 @@ _ENOUGH = 1000
 _ATTENTION = {"q", "k", "v", "o", "qkv", "qkv_grouped"}
 _MLP = {"gate", "up", "down", "gate_up"}
 LINEAR = frozenset(_ATTENTION | _MLP | {"expert_gate", "expert_up", "expert_down", "experts_gate_up", "experts_down"})
-"""Roles of the matrices that a quantization encodes."""
+"""TensorLookup of the matrices that a quantization encodes."""
 MODULES = {
     "attention.qkv": ("q", "k", "v", "qkv", "qkv_grouped"),
     "attention.dense": ("o",),
@@ -31,7 +31,7 @@ MODULES = {
 
 
 @dataclass(slots=True)
-class Roles:
+class TensorLookup:
     """Source tensors by role. Asking for one marks it used; what is never used is reported.
 
     Attributes:
@@ -52,7 +52,7 @@ class Roles:
     def has(self, role: str, layer: int = -1, expert: int = -1) -> bool:
         return (role, layer, expert) in self.found
 
-    def need(self, role: str, shape: tuple[int, ...], layer: int = -1, expert: int = -1) -> SourceTensor | None:
+    def require(self, role: str, shape: tuple[int, ...], layer: int = -1, expert: int = -1) -> SourceTensor | None:
         """The tensor of a role. Missing or of another shape: None, and a line in `problems`."""
         name = self.found.get((role, layer, expert))
         if name is None:
@@ -84,7 +84,7 @@ class Roles:
             return None
         return tensor
 
-    def skip(self, role: str) -> None:
+    def ignore_role(self, role: str) -> None:
         """Nothing of this role is needed (a tied lm_head that the embedding replaces)."""
         self.used.update(name for key, name in self.found.items() if key[0] == role)
 
@@ -92,12 +92,12 @@ class Roles:
         """Names that nothing asked for."""
         return self._unmatched + [name for name in self.found.values() if name not in self.used]
 
-    def leave(self, names: Collection[str]) -> None:
+    def ignore(self, names: Collection[str]) -> None:
         """These are not needed, and that is known to be right."""
         self.used.update(names)
         self._unmatched = [name for name in self._unmatched if name not in names]
 
-    def finish(self) -> None:
+    def reject_unused(self) -> None:
         """Report what is left over.
 
         Raises:

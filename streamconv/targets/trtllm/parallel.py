@@ -19,7 +19,7 @@ class Rank:
 
 
 @dataclass(frozen=True, slots=True)
-class Mapping:
+class ParallelMapping:
     """Sizes of the parallel groups. Context parallel ranks share files, so they do not appear here (§1.1)."""
 
     tp_size: int

@@ -17,14 +17,13 @@ from streamconv.families.base import Family
 from streamconv.memory import MIB, check_room
 from streamconv.planning.draft import Draft
 from streamconv.planning.plan import PLAIN_ROWS, RowOp
-from streamconv.quants.base import Encoding
+from streamconv.quants.base import Codec
 from streamconv.quants.plain import Plain
 from streamconv.targets.trtllm.cache_factors import Constant, cache_constants
 from streamconv.targets.trtllm.expert_layer import describe_experts
-from streamconv.targets.trtllm.lookup import Roles
+from streamconv.targets.trtllm.lookup import TensorLookup
 from streamconv.targets.trtllm.options import TensorRTLLM
-from streamconv.targets.trtllm.parallel import Mapping as Grid
-from streamconv.targets.trtllm.parallel import Rank, even, kv_heads, padded, stage_layers
+from streamconv.targets.trtllm.parallel import ParallelMapping, Rank, even, kv_heads, padded, stage_layers
 from streamconv.targets.trtllm.recipes import Module, Quant
 from streamconv.targets.trtllm.smooth_layer import SmoothLayer
 
@@ -32,7 +31,7 @@ _Rows = tuple[int, int]
 
 
 @dataclass(slots=True)
-class Decoder:
+class RankLayout:
     """Describes one checkpoint to a Draft.
 
     Attributes:
@@ -48,8 +47,8 @@ class Decoder:
     family: Family
     options: TensorRTLLM
     dtype: DType
-    mapping: Grid
-    roles: Roles
+    mapping: ParallelMapping
+    roles: TensorLookup
     quant: Quant
     builder: Draft
     kv: int
@@ -78,7 +77,7 @@ class Decoder:
 
     def _embedding(self, ranks: list[Rank]) -> None:
         vocab, hidden, tp = self.model.vocab_size, self.model.hidden_size, self.mapping.tp_size
-        source = self.roles.need("embedding", (vocab, hidden))
+        source = self.roles.require("embedding", (vocab, hidden))
         parallel = self.options.use_parallel_embedding and tp > 1
         name, rows, cols = "transformer.vocab_embedding", vocab, hidden
         place: Callable[[Rank], _Rows] = lambda _: (0, vocab)  # noqa: E731
@@ -91,17 +90,17 @@ class Decoder:
 
     def _lm_head(self, ranks: list[Rank]) -> None:
         if self.shared:
-            self.roles.skip("lm_head")
+            self.roles.ignore_role("lm_head")
             return
         vocab, hidden, tp = self.model.vocab_size, self.model.hidden_size, self.mapping.tp_size
         role = "embedding" if self.tied else "lm_head"
         if self.tied:
-            self.roles.skip("lm_head")
-        source = self.roles.need(role, (vocab, hidden))
+            self.roles.ignore_role("lm_head")
+        source = self.roles.require(role, (vocab, hidden))
         self.each(ranks, "lm_head", (-(-vocab // tp), hidden), self._plain(), source, lambda rank: padded(vocab, tp, rank.tp))
 
     def _norm(self, ranks: list[Rank], name: str, role: str, layer: int, size: int) -> None:
-        source = self.roles.need(role, (size,), layer)
+        source = self.roles.require(role, (size,), layer)
         encoding = self._plain(vector=True, add_one=self.family.norm_add_one)
         self.each(ranks, name, (size, 1), encoding, source, lambda _: (0, size))
 
@@ -143,7 +142,7 @@ class Decoder:
         self._add_constants(ranks, layer, prefix)
 
     def each(
-        self, ranks: list[Rank], name: str, shape: tuple[int, int], encoding: Encoding, source: SourceTensor | None,
+        self, ranks: list[Rank], name: str, shape: tuple[int, int], encoding: Codec, source: SourceTensor | None,
         rows: Callable[[Rank], _Rows], cols: Callable[[Rank], _Rows] | None = None, note: str = "",
     ) -> None:  # fmt: skip
         """A matrix on each rank, made of one block of a source."""
@@ -191,15 +190,15 @@ class Decoder:
             return (rows * size, cols) if not suffix else (rows * size,)
 
         if not suffix and "qkv" in self.family.tensors:
-            fused = self.roles.need("qkv", shape(heads + 2 * source_kv), layer)
+            fused = self.roles.require("qkv", shape(heads + 2 * source_kv), layer)
             starts = {"q": 0, "k": heads * size, "v": (heads + source_kv) * size}
             parts = {role: (fused, start) for role, start in starts.items()}
         elif not suffix and "qkv_grouped" in self.family.tensors:
-            self._feed_grouped(ranks, made, self.roles.need("qkv_grouped", shape(heads + 2 * source_kv), layer))
+            self._feed_grouped(ranks, made, self.roles.require("qkv_grouped", shape(heads + 2 * source_kv), layer))
             return
         else:
             counts = {"q": heads, "k": source_kv, "v": source_kv}
-            parts = {r: (self.roles.need(r + suffix, shape(n), layer), 0) for r, n in counts.items()}
+            parts = {r: (self.roles.require(r + suffix, shape(n), layer), 0) for r, n in counts.items()}
         for role, (source, base) in parts.items():
             op = RowOp("rope", size) if role != "v" and self.model.source == "meta" else PLAIN_ROWS
             if wide == 2 and role != "q":
@@ -226,14 +225,14 @@ class Decoder:
 
     def _row_parallel(self, ranks: list[Rank], layer: int, prefix: str, name: str, role: str, width: int) -> None:
         hidden, tp = self.model.hidden_size, self.mapping.tp_size
-        source = self.roles.need(role, (hidden, width), layer)
+        source = self.roles.require(role, (hidden, width), layer)
         encoding, note = self.encoding(name, layer, hidden, width // tp, hidden, width)
         shape = hidden, width // tp
         self.each(ranks, prefix + name, shape, encoding, source, lambda _: (0, hidden), lambda rank: even(width, tp, rank.tp), note)
 
     def _column_parallel(self, ranks: list[Rank], layer: int, prefix: str, name: str, role: str) -> None:
         width, hidden, tp = self.model.intermediate_size, self.model.hidden_size, self.mapping.tp_size
-        source = self.roles.need(role, (width, hidden), layer)
+        source = self.roles.require(role, (width, hidden), layer)
         encoding, note = self.encoding(name, layer, width // tp, hidden, width, None)
         self.each(ranks, prefix + name, (width // tp, hidden), encoding, source, lambda rank: even(width, tp, rank.tp), note=note)
 
@@ -241,7 +240,7 @@ class Decoder:
         """A row-parallel bias is added once after the all-reduce: every rank keeps all of it (§3.7)."""
         if not wanted:
             return
-        source = self.roles.need(role, (self.model.hidden_size,), layer)
+        source = self.roles.require(role, (self.model.hidden_size,), layer)
         for number, rank in enumerate(ranks):
             vector = self._plain(vector=True, suffix="bias")
             matrix = self.builder.matrix(rank.file, name, self.model.hidden_size, 1, vector)
@@ -258,7 +257,7 @@ class Decoder:
         if self.model.mlp_bias:
             width, tp = self.model.intermediate_size, self.mapping.tp_size
             for name, role in (("mlp.fc", "gate_bias"), ("mlp.gate", "up_bias")):
-                source = self.roles.need(role, (width,), layer)
+                source = self.roles.require(role, (width,), layer)
                 vector = self._plain(vector=True, suffix="bias")
                 self.each(ranks, prefix + name, (width // tp, 1), vector, source, lambda rank: even(width, tp, rank.tp))
             self._full_bias(ranks, layer, prefix + "mlp.proj", "down_bias", True)
@@ -266,7 +265,7 @@ class Decoder:
     def _fused_mlp(self, ranks: list[Rank], layer: int, prefix: str) -> None:
         """Phi-3: gate over up becomes, on each rank, its up rows over its gate rows (§6.4)."""
         width, hidden, tp = self.model.intermediate_size, self.model.hidden_size, self.mapping.tp_size
-        source = self.roles.need("gate_up", (2 * width, hidden), layer)
+        source = self.roles.require("gate_up", (2 * width, hidden), layer)
         encoding, note = self.encoding("mlp.fc", layer, 2 * width // tp, hidden, 2 * width, None)
         for rank in ranks:
             matrix = self.builder.matrix(rank.file, prefix + "mlp.fc", 2 * width // tp, hidden, encoding, note=note)
@@ -287,7 +286,7 @@ class Decoder:
         full_cols: int | None,
         experts: int = 0,
         tp: int | None = None,
-    ) -> tuple[Encoding, str]:
+    ) -> tuple[Codec, str]:
         module = Module(
             name,
             layer,

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from streamconv.checkpoint.dtypes import F8_E4M3, F32
 from streamconv.checkpoint.header_parse import Header, TensorEntry
-from streamconv.checkpoint.rows import Piece, SourceTensor
+from streamconv.checkpoint.rows import Extent, SourceTensor
 from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.strided_rows import Strided
 from streamconv.errors import RefusedError, TensorError, printable
@@ -53,11 +53,11 @@ def groups(name: str, stored: str, held: Held, axis: int, headers: Sequence[Head
     Args:
         stored: last part of their name there.
     """
-    pieces, strides, kind = list[Piece](), list[int](), F8_E4M3
+    pieces, strides, kind = list[Extent](), list[int](), F8_E4M3
     for block, file, entry in _entries(held, stored, headers):
         (count, channels), kind = entry.shape, entry.dtype
         item = kind.itemsize
-        pieces.append(Piece(file, entry.begin + block.row * item, count, block.stop - block.start))
+        pieces.append(Extent(file, entry.begin + block.row * item, count, block.stop - block.start))
         strides.append(channels * item)
     rows = sum(piece.rows for piece in pieces) if axis else pieces[0].rows
     cols = pieces[0].cols if axis else sum(piece.cols for piece in pieces)
@@ -66,10 +66,10 @@ def groups(name: str, stored: str, held: Held, axis: int, headers: Sequence[Head
 
 def by_channel(name: str, held: Held, axis: int, headers: Sequence[Header]) -> SourceTensor:
     """Scales [N, groups] of W4A16_AWQ."""
-    pieces, kind = list[Piece](), F32
+    pieces, kind = list[Extent](), F32
     for block, file, entry in _entries(held, "weights_scaling_factor", headers):
         count, kind = entry.shape[1], entry.dtype
-        pieces.append(Piece(file, entry.begin + block.row * count * kind.itemsize, block.stop - block.start, count))
+        pieces.append(Extent(file, entry.begin + block.row * count * kind.itemsize, block.stop - block.start, count))
     rows = pieces[0].rows if axis else sum(piece.rows for piece in pieces)
     cols = sum(piece.cols for piece in pieces) if axis else pieces[0].cols
     return SourceTensor(name, kind, (rows, cols), tuple(pieces), axis)
@@ -78,7 +78,7 @@ def by_channel(name: str, held: Held, axis: int, headers: Sequence[Header]) -> S
 def by_input(name: str, held: Held, axis: int, headers: Sequence[Header]) -> SourceTensor:
     """What each input is multiplied by before it meets the weights, [K]."""
     found = list(_entries(held if axis else held[:1], "prequant_scaling_factor", headers))
-    pieces = tuple(Piece(file, entry.begin, entry.shape[-1], 1) for _, file, entry in found)
+    pieces = tuple(Extent(file, entry.begin, entry.shape[-1], 1) for _, file, entry in found)
     return SourceTensor(name, found[0][2].dtype, (sum(piece.rows for piece in pieces),), pieces)
 
 
@@ -109,14 +109,14 @@ def scalar(name: str, stored: str, held: Held, axis: int, headers: Sequence[Head
         TensorError: it is no scale. RefusedError: ranks have other scales for the same rows.
     """
     found = list[tuple[Block, float]]()
-    pieces = list[Piece]()
+    pieces = list[Extent]()
     for block, file, entry in _entries(held, stored, headers):
         with shards[file].window(entry.begin, entry.begin + 4) as data:
             value = float(struct.unpack("<f", bytes(data))[0])
         if not is_scale(value):
             raise TensorError(f"rank{file}.safetensors: {printable(entry.name)} is {value:g}, no scale")
         found.append((block, value))
-        pieces.append(Piece(file, entry.begin, 1, 1))
+        pieces.append(Extent(file, entry.begin, 1, 1))
     if len({value for _, value in found}) == 1:
         return SourceTensor(name, F32, (1,), (pieces[0],))
     if axis:

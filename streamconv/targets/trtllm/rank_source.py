@@ -39,9 +39,8 @@ from streamconv.targets.trtllm.config_sections import resolve_moe
 from streamconv.targets.trtllm.inherited import Origin
 from streamconv.targets.trtllm.lookup import MODULES
 from streamconv.targets.trtllm.options import TensorRTLLM
-from streamconv.targets.trtllm.parallel import Mapping as Grid
-from streamconv.targets.trtllm.parallel import stage_layers
-from streamconv.targets.trtllm.rank_layout import Decoder
+from streamconv.targets.trtllm.parallel import ParallelMapping, stage_layers
+from streamconv.targets.trtllm.rank_layout import RankLayout
 from streamconv.targets.trtllm.rank_views import Imagined, views_of
 from streamconv.targets.trtllm.recipes import quant_of
 from streamconv.targets.trtllm.recipes.fp8 import Fp8GivenQuant, Fp8Quant
@@ -217,7 +216,7 @@ class _Reader:
         """What the layout would have read and where it would have put it, at the places where the files have it."""
         options, model, family = self._options, self._model, self._family
         roles = Imagined(family, {}, dtype=self._dtype)
-        grid = Grid(options.tp_size, options.pp_size, *resolve_moe(options))
+        grid = ParallelMapping(options.tp_size, options.pp_size, *resolve_moe(options))
         draft = Draft(_Nothing())
         for shard in self._shards:
             draft.file(shard.path.name)
@@ -226,10 +225,10 @@ class _Reader:
         quant = quant_of(options.quant)
         if isinstance(quant, Fp8Quant):
             quant = Fp8GivenQuant(self._in_fp8())
-        decoder = Decoder(model, family, options, self._dtype, grid, roles, quant, draft, kv, shared, False)
-        decoder.describe()
-        if decoder.refused:
-            raise RefusedError(decoder.refused)
+        layout = RankLayout(model, family, options, self._dtype, grid, roles, quant, draft, kv, shared, False)
+        layout.describe()
+        if layout.refused:
+            raise RefusedError(layout.refused)
         _, matrices, spans, _ = draft.finish()
         return roles, matrices.moved(self._begin), spans
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from streamconv.checkpoint.dtypes import F8_E4M3, I8, MODEL_DTYPES, DType
 from streamconv.checkpoint.header_parse import Header
-from streamconv.checkpoint.rows import Piece, SourceTensor
+from streamconv.checkpoint.rows import Extent, SourceTensor
 from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.shifted_rows import less_one
 from streamconv.errors import RefusedError, printable
@@ -22,7 +22,7 @@ from streamconv.quants.laid_out import laid_out
 from streamconv.quants.paired_rows import paired_rows
 from streamconv.quants.plain import Plain
 from streamconv.quants.weight_only import WeightOnly
-from streamconv.targets.trtllm.lookup import Roles
+from streamconv.targets.trtllm.lookup import TensorLookup
 from streamconv.targets.trtllm.rank_scales import Block, Held, by_channel, by_input, groups, scalar
 
 SCALE, ZERO = "_scale", "_zero"
@@ -32,7 +32,7 @@ _INPUT_SCALE, _PRE_SCALE = ".input_scale", ".pre_quant_scale"
 
 
 @dataclass(slots=True)
-class Imagined(Roles):
+class Imagined(TensorLookup):
     """Every tensor that the layout asks for, there or not.
 
     Attributes:
@@ -46,10 +46,10 @@ class Imagined(Roles):
     def has(self, role: str, layer: int = -1, expert: int = -1) -> bool:
         return not role.startswith("experts_") and role in self.family.tensors
 
-    def need(self, role: str, shape: tuple[int, ...], layer: int = -1, expert: int = -1) -> SourceTensor | None:
+    def require(self, role: str, shape: tuple[int, ...], layer: int = -1, expert: int = -1) -> SourceTensor | None:
         name = example(self.family, role, layer, expert)
         rows, cols = (shape[0], 1) if len(shape) == 1 else (shape[0], shape[1])
-        return self.asked.setdefault(name, SourceTensor(name, self.dtype, shape, (Piece(0, 0, rows, cols),)))
+        return self.asked.setdefault(name, SourceTensor(name, self.dtype, shape, (Extent(0, 0, rows, cols),)))
 
 
 def views_of(
@@ -134,19 +134,19 @@ def _once(tensor: SourceTensor, blocks: Sequence[Block], axis: int) -> list[Bloc
     return taken
 
 
-def _pieces(held: Sequence[tuple[Block, Matrix]], part: int) -> tuple[Piece, ...]:
+def _pieces(held: Sequence[tuple[Block, Matrix]], part: int) -> tuple[Extent, ...]:
     """Where the rows of blocks lie; a head that is stored once stands there twice.
 
     Args:
         part: 0 for the weight, 1 for its scales, one for each row.
     """
-    found = list[Piece]()
+    found = list[Extent]()
     for block, matrix in held:
         place, cols, size = matrix.places[part], 1 if part else block.right - block.left, block.twice
         begin = place.offset + block.row * place.record_bytes
         if not size:
-            found.append(Piece(matrix.file, begin, block.stop - block.start, cols))
+            found.append(Extent(matrix.file, begin, block.stop - block.start, cols))
             continue
         heads = range((block.stop - block.start) // (2 * size))
-        found += [Piece(matrix.file, begin + head * size * place.record_bytes, size, cols) for head in heads for _ in range(2)]
+        found += [Extent(matrix.file, begin + head * size * place.record_bytes, size, cols) for head in heads for _ in range(2)]
     return tuple(found)

@@ -13,7 +13,7 @@ from streamconv.checkpoint.shard import Shard
 from streamconv.errors import printable
 from streamconv.families import Family
 from streamconv.targets.trtllm.config_sections import late_keys
-from streamconv.targets.trtllm.lookup import Roles
+from streamconv.targets.trtllm.lookup import TensorLookup
 from streamconv.targets.trtllm.options import TensorRTLLM
 from streamconv.targets.trtllm.recipes import quant_of
 
@@ -21,7 +21,7 @@ _PLACES = 16
 """Places of two tensors that are compared."""
 
 
-def same_bytes(index: Index, roles: Roles) -> bool:
+def same_bytes(index: Index, roles: TensorLookup) -> bool:
     """Whether lm_head is a bit-identical copy of the embedding (only asked with --use-embedding-sharing, §3.6)."""
     names = [roles.found.get((role, -1, -1)) for role in ("embedding", "lm_head")]
     if index.assembled is not None or index.views or any(name not in index.tensors for name in names):
@@ -40,7 +40,7 @@ def same_bytes(index: Index, roles: Roles) -> bool:
     return True
 
 
-def about_lm_head(index: Index, roles: Roles) -> list[str]:
+def about_lm_head(index: Index, roles: TensorLookup) -> list[str]:
     """A source that ties lm_head to the embedding and has another one all the same; the embedding is what 1.2 stores (§3.6).
 
     Places spread over both are compared, not all of them; nothing is fetched from the Hub for it.

@@ -12,7 +12,7 @@ from typing import Any
 
 from streamconv.checkpoint.dtypes import F32, DType
 from streamconv.checkpoint.model_config import ModelConfig
-from streamconv.checkpoint.rows import Piece
+from streamconv.checkpoint.rows import Extent
 from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.untrusted import shown_value
 from streamconv.errors import CheckpointError
@@ -38,7 +38,7 @@ class RopeTable:
         return F32
 
     @property
-    def pieces(self) -> tuple[Piece, ...]:
+    def pieces(self) -> tuple[Extent, ...]:
         return ()
 
     @property

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING
 
 from streamconv.checkpoint.activation_ranges import Ranges
 from streamconv.checkpoint.dtypes import F32
-from streamconv.checkpoint.rows import NoSource, Piece, SourceTensor
-from streamconv.quants.base import Encoding
+from streamconv.checkpoint.rows import Extent, NoSource, SourceTensor
+from streamconv.quants.base import Codec
 from streamconv.quants.smooth_values import SmoothNorm, SmoothValue
-from streamconv.quants.smoothing import ColumnMaxima, Smoother
+from streamconv.quants.smoothing import InputChannelAmax, Smoother
 from streamconv.quants.smoothquant import HALF, SmoothWeight
 from streamconv.targets.trtllm.parallel import Rank, even
 
 if TYPE_CHECKING:
-    from streamconv.targets.trtllm.rank_layout import Decoder
+    from streamconv.targets.trtllm.rank_layout import RankLayout
 
 _ONE = struct.pack("<f", 1.0)
 
@@ -38,18 +38,18 @@ def _columns(tensor: SourceTensor) -> str:
 
 @dataclass(slots=True)
 class SmoothLayer:
-    """Describes one layer to the decoder's builder; `prefix` ends with a dot."""
+    """Describes one layer to the layout's draft; `prefix` ends with a dot."""
 
-    decoder: Decoder
+    layout: RankLayout
     ranges: Ranges
     ranks: list[Rank]
     layer: int
     prefix: str
 
     def describe(self) -> None:
-        model = self.decoder.model
+        model = self.layout.model
         hidden, width, size = model.hidden_size, model.intermediate_size, model.head_size
-        q_rows, kv_rows = model.num_attention_heads * size, self.decoder.kv * size
+        q_rows, kv_rows = model.num_attention_heads * size, self.layout.kv * size
         shapes = {
             "q": (q_rows, hidden),
             "k": (kv_rows, hidden),
@@ -59,8 +59,8 @@ class SmoothLayer:
             "up": (width, hidden),
             "down": (hidden, width),
         }
-        found = {role: self.decoder.roles.need(role, shape, self.layer) for role, shape in shapes.items()}
-        norms = [self.decoder.roles.need(role, (hidden,), self.layer) for role in ("input_norm", "post_norm")]
+        found = {role: self.layout.roles.require(role, shape, self.layer) for role, shape in shapes.items()}
+        norms = [self.layout.roles.require(role, (hidden,), self.layer) for role in ("input_norm", "post_norm")]
         weights = {role: tensor for role, tensor in found.items() if tensor is not None}
         if len(weights) < len(shapes) or norms[0] is None or norms[1] is None:
             return  # reported by `roles`
@@ -81,32 +81,32 @@ class SmoothLayer:
         names = " and ".join(tensor.name for tensor in weights)
         keys = tuple(_columns(tensor) for tensor in weights)
         for tensor, key in zip(weights, keys, strict=True):
-            self.decoder.builder.reduce(tensor, ColumnMaxima(key))
-        options = self.decoder.options
+            self.layout.builder.reduce(tensor, InputChannelAmax(key))
+        options = self.layout.options
         return Smoother(keys, names, self.ranges, module_of(weights[0]), options.smoothquant, options.target_version != "0.16")
 
     def _largest(self, tensor: SourceTensor) -> tuple[tuple[str, str], ...]:
         """(source, key of its maxima), where one scale serves the matrix."""
-        return () if self.decoder.options.per_channel else ((tensor.name, _columns(tensor)),)
+        return () if self.layout.options.per_channel else ((tensor.name, _columns(tensor)),)
 
     def _outputs(self, *weights: SourceTensor) -> float | None:
-        if self.decoder.options.per_token:
+        if self.layout.options.per_token:
             return None
-        return self.ranges.largest([module_of(tensor) + ".y" for tensor in weights])
+        return self.ranges.amax([module_of(tensor) + ".y" for tensor in weights])
 
     def _qkv(self, norm: SourceTensor, weights: tuple[SourceTensor, ...]) -> None:
-        decoder = self.decoder
+        layout = self.layout
         smoother, outputs = self._smoother(*weights), self._outputs(*weights)
         self._norm("input_layernorm", norm, smoother)
         largest = tuple(pair for tensor in weights for pair in self._largest(tensor))
-        grouped = decoder.kv != decoder.model.num_attention_heads
+        grouped = layout.kv != layout.model.num_attention_heads
         encoding = SmoothWeight(smoother, HALF, outputs, largest, divide=grouped, single=False)
-        decoder.decisions.setdefault("attention.qkv", encoding.name)
-        each = (decoder.model.num_attention_heads + 2 * decoder.kv) // decoder.mapping.tp_size * decoder.model.head_size
-        made = [decoder.builder.matrix(rank.file, self.prefix + "attention.qkv", each, weights[0].cols, encoding) for rank in self.ranks]
+        layout.decisions.setdefault("attention.qkv", encoding.name)
+        each = (layout.model.num_attention_heads + 2 * layout.kv) // layout.mapping.tp_size * layout.model.head_size
+        made = [layout.builder.matrix(rank.file, self.prefix + "attention.qkv", each, weights[0].cols, encoding) for rank in self.ranks]
         for number, rank in enumerate(self.ranks):
             for tensor in weights:
-                decoder.builder.feed(made[number], tensor, *even(tensor.rows, decoder.mapping.tp_size, rank.tp))
+                layout.builder.feed(made[number], tensor, *even(tensor.rows, layout.mapping.tp_size, rank.tp))
         self._act_scale("attention.qkv", outputs)
 
     def _mlp_in(self, norm: SourceTensor, weights: tuple[SourceTensor, ...]) -> None:
@@ -114,12 +114,12 @@ class SmoothLayer:
         self._norm("post_layernorm", norm, smoother)
         for name, tensor in zip(("mlp.fc", "mlp.gate"), weights, strict=True):
             largest, outputs = self._largest(tensor), self._outputs(tensor)
-            encoding = SmoothWeight(smoother, self.decoder.dtype, outputs, largest)
-            self.decoder.decisions.setdefault(name, encoding.name)
+            encoding = SmoothWeight(smoother, self.layout.dtype, outputs, largest)
+            self.layout.decisions.setdefault(name, encoding.name)
             for rank in self.ranks:
-                start, stop = even(tensor.rows, self.decoder.mapping.tp_size, rank.tp)
-                matrix = self.decoder.builder.matrix(rank.file, self.prefix + name, stop - start, tensor.cols, encoding)
-                self.decoder.builder.feed(matrix, tensor, start, stop)
+                start, stop = even(tensor.rows, self.layout.mapping.tp_size, rank.tp)
+                matrix = self.layout.builder.matrix(rank.file, self.prefix + name, stop - start, tensor.cols, encoding)
+                self.layout.builder.feed(matrix, tensor, start, stop)
             self._act_scale(name, outputs)
             self._matrix_scale(name, smoother, outputs, largest)
 
@@ -128,14 +128,14 @@ class SmoothLayer:
         path = f"{owner}.{name}"
         smoother, outputs = self._smoother(tensor), self._outputs(tensor)
         largest = self._largest(tensor)
-        whole = SmoothWeight(smoother, self.decoder.dtype, outputs, largest)
-        self.decoder.decisions.setdefault(path, whole.name)
+        whole = SmoothWeight(smoother, self.layout.dtype, outputs, largest)
+        self.layout.decisions.setdefault(path, whole.name)
         for rank in self.ranks:
-            keep = even(tensor.cols, self.decoder.mapping.tp_size, rank.tp)
+            keep = even(tensor.cols, self.layout.mapping.tp_size, rank.tp)
             cut = keep[1] - keep[0]
             encoding = dataclasses.replace(whole, keep=keep)
-            matrix = self.decoder.builder.matrix(rank.file, self.prefix + path, tensor.rows, cut, encoding)
-            self.decoder.builder.feed(matrix, tensor, 0, tensor.rows)
+            matrix = self.layout.builder.matrix(rank.file, self.prefix + path, tensor.rows, cut, encoding)
+            self.layout.builder.feed(matrix, tensor, 0, tensor.rows)
             value = SmoothValue(smoother, "smoother", "smoother", (1, cut), keep=keep, inputs=tensor.cols)
             self._value(rank, path, value, cut)
         self._act_scale(path, outputs)
@@ -149,16 +149,16 @@ class SmoothLayer:
 
     def _number(self, *shape: int) -> tuple[int, ...]:
         """Shape of what is measured for a whole layer: Qwen's converter stores it without dimensions."""
-        return () if self.decoder.family.config_class == "qwen" else shape
+        return () if self.layout.family.config_class == "qwen" else shape
 
     def _norm(self, name: str, norm: SourceTensor, smoother: Smoother) -> None:
         """The weight seen as one row: element c is divided by smoother c."""
-        size, builder = norm.shape[0], self.decoder.builder
-        row = dataclasses.replace(norm, shape=(1, size), pieces=tuple(Piece(p.shard, p.begin, 1, p.rows) for p in norm.pieces))
-        encoding: Encoding = SmoothNorm(smoother, self.decoder.dtype)
+        size, builder = norm.shape[0], self.layout.builder
+        row = dataclasses.replace(norm, shape=(1, size), pieces=tuple(Extent(p.shard, p.begin, 1, p.rows) for p in norm.pieces))
+        encoding: Codec = SmoothNorm(smoother, self.layout.dtype)
         for rank in self.ranks:
             builder.feed(builder.matrix(rank.file, self.prefix + name, 1, size, encoding), row, 0, 1)
-            if self.decoder.options.per_token:
+            if self.layout.options.per_token:
                 builder.constant(rank.file, f"{self.prefix}{name}.scale_to_int", F32, (1,), _ONE)
             else:
                 self._value(rank, name, SmoothValue(smoother, "activation", "scale_to_int", self._number(1)))
@@ -167,7 +167,7 @@ class SmoothLayer:
         if outputs is not None:
             data = struct.pack("<f", outputs / 127)
             for rank in self.ranks:
-                self.decoder.builder.constant(rank.file, f"{self.prefix}{name}.act_scale", F32, self._number(1, 1), data)
+                self.layout.builder.constant(rank.file, f"{self.prefix}{name}.act_scale", F32, self._number(1, 1), data)
 
     def _matrix_scale(self, name: str, smoother: Smoother, outputs: float | None, largest: tuple[tuple[str, str], ...]) -> None:
         """The single weight scale of a matrix."""
@@ -177,5 +177,5 @@ class SmoothLayer:
 
     def _value(self, rank: Rank, name: str, value: SmoothValue, cols: int = 1) -> None:
         blank = NoSource(f"{value.suffix} of layer {self.layer} {name}")
-        builder = self.decoder.builder
+        builder = self.layout.builder
         builder.feed(builder.matrix(rank.file, self.prefix + name, 1, cols, value), blank, 0, 1)

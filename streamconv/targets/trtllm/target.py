@@ -27,10 +27,10 @@ from streamconv.targets.trtllm.config_json import build_config, dump
 from streamconv.targets.trtllm.config_sections import resolve_dtype, resolve_moe
 from streamconv.targets.trtllm.import_ranks import LaidOutQuant, add_channel_scales, add_group_scales, take_codes
 from streamconv.targets.trtllm.inherited import inherited, origin_of
-from streamconv.targets.trtllm.lookup import Roles
+from streamconv.targets.trtllm.lookup import TensorLookup
 from streamconv.targets.trtllm.options import TensorRTLLM
-from streamconv.targets.trtllm.parallel import Mapping
-from streamconv.targets.trtllm.rank_layout import Decoder
+from streamconv.targets.trtllm.parallel import ParallelMapping
+from streamconv.targets.trtllm.rank_layout import RankLayout
 from streamconv.targets.trtllm.recipes import quant_of
 from streamconv.targets.trtllm.recipes.awq import Awq
 from streamconv.targets.trtllm.recipes.gptq import Gptq
@@ -94,7 +94,7 @@ def check_request(index: Index, options: TensorRTLLM) -> None:
     model, family = model_of(index)
     stated = source_quantization(index)
     if stated is not None:
-        import_rules.take_over(options, stated, model.num_experts)
+        import_rules.import_prequantized(options, stated, model.num_experts)
         hint = "leave out --text" if stated.brings_scales else "measure on the unquantized model, and convert that"
         told = f"--text: {stated.stated_in}: quantized already ({stated.title}); nothing is measured on such a model"
         raise RefusedError([told], hint=hint)
@@ -120,7 +120,7 @@ def make_plan(index: Index, options: TensorRTLLM) -> Plan:
     check_options(options)
     model, family = model_of(index)
     stated = source_quantization(index)
-    options = _settled(import_rules.take_over(options, stated, model.num_experts), family)
+    options = _settled(import_rules.import_prequantized(options, stated, model.num_experts), family)
     check_options(options)
     moe = resolve_moe(options)
     kv = _kv_heads(model, options)
@@ -133,7 +133,7 @@ def make_plan(index: Index, options: TensorRTLLM) -> Plan:
     factors = origin.cache_factors if origin is not None else {}
     ranges = _ranges(dataclasses.replace(options, quant="none") if given else options, bool(factors))
     dtype = MODEL_DTYPES[resolve_dtype(options.dtype, model.dtype)]
-    mapping = Mapping(options.tp_size, options.pp_size, *moe)
+    mapping = ParallelMapping(options.tp_size, options.pp_size, *moe)
     tensors = SourceTensors(index)
     base = quant_of(options.quant)
     if origin is not None:
@@ -156,7 +156,7 @@ def make_plan(index: Index, options: TensorRTLLM) -> Plan:
         raise RefusedError(problems)
     if isinstance(base, Awq) and not stored.scales:
         base = Awq(None)  # a source of floats
-    roles = Roles(family, stored.tensors, getattr(base, "packings", None))
+    roles = TensorLookup(family, stored.tensors, getattr(base, "packings", None))
     bound = origin.bound if origin is not None else None
     quant = import_rules.quant_for(base, options, family, stated, stored, roles, bound)
     problems = import_rules.given_problems(options, quant)
@@ -170,20 +170,20 @@ def make_plan(index: Index, options: TensorRTLLM) -> Plan:
     builder = Draft(tensors)
     for number in range(options.tp_size * options.pp_size):
         builder.file(f"rank{number}.safetensors")
-    decoder = Decoder(model, family, options, dtype, mapping, roles, quant, builder, kv, shared, tied, ranges, stored.kv, factors)
-    decoder.describe()
-    decoder.refused += _without_scales(index, stored, roles)
-    roles.leave(import_scales.zero_biases(stored, roles.unused(), index.shards))
+    layout = RankLayout(model, family, options, dtype, mapping, roles, quant, builder, kv, shared, tied, ranges, stored.kv, factors)
+    layout.describe()
+    layout.refused += _without_scales(index, stored, roles)
+    roles.ignore(import_scales.zero_biases(stored, roles.unused(), index.shards))
     spare = [name for name in roles.unused() if name in index.unlisted]
-    roles.leave(set(spare))
-    if not roles.problems and not decoder.refused:
+    roles.ignore(set(spare))
+    if not roles.problems and not layout.refused:
         if not kept:
-            decoder.refused += imported_scales.add_scales(builder, stored, dtype, index.shards)
+            layout.refused += imported_scales.add_scales(builder, stored, dtype, index.shards)
         elif options.quant in import_rules.GROUPED:
             add_group_scales(builder, stored)
         else:
-            decoder.refused += add_channel_scales(builder, stored, model.num_experts // moe[1])
-        decoder.refused += fp8_scales.add_given_scales(builder, stored.fp8)
+            layout.refused += add_channel_scales(builder, stored, model.num_experts // moe[1])
+        layout.refused += fp8_scales.add_given_scales(builder, stored.fp8)
         if options.quant == "int4_awq" and not stored.scales:
             imported_scales.add_unit_prescales(builder, roles.tensors, dtype)
     if options.quant == "fp8" and not given and ranges is not None and not roles.problems:
@@ -191,10 +191,10 @@ def make_plan(index: Index, options: TensorRTLLM) -> Plan:
     if options.rope_tables and family.rope_tables and options.kv_cache != "int8" and options.quant != "smoothquant":
         rope.add_tables(builder, model, options)
     if codes is not None:
-        decoder.decisions["codes"] = codes.losses().line()
-    roles.finish()
-    if decoder.refused:
-        raise RefusedError(decoder.refused)
+        layout.decisions["codes"] = codes.losses().line()
+    roles.reject_unused()
+    if layout.refused:
+        raise RefusedError(layout.refused)
     calibrated = options.kv_cache == "int8" or options.quant == "smoothquant"
     config = build_config(
         model,
@@ -229,7 +229,7 @@ def make_plan(index: Index, options: TensorRTLLM) -> Plan:
             + list(index.notes)
             + remarks.about_index(index, spare)
         ),
-        decisions=decoder.decisions,
+        decisions=layout.decisions,
         losses=None if codes is None else codes.losses(),
         notes=remarks.late_notes(config),
         source_config=index.config if model.source == "hf" else None,
@@ -269,7 +269,7 @@ def _kv_heads(model: ModelConfig, options: TensorRTLLM) -> int:
     return kv // 2
 
 
-def _without_scales(index: Index, stored: import_scales.Stored, roles: Roles) -> list[str]:
+def _without_scales(index: Index, stored: import_scales.Stored, roles: TensorLookup) -> list[str]:
     """Weights whose stored numbers are not their values, where nothing says what they are times."""
     if not any(dtype.name in _CODES for dtype, _ in index.tensors.kinds()):
         return []

@@ -11,7 +11,7 @@ from streamconv.targets.trtllm.recipes.base import QuantInfo
 from streamconv.targets.trtllm.recipes.gptq import group_problem
 
 if TYPE_CHECKING:
-    from streamconv.quants.base import Encoding
+    from streamconv.quants.base import Codec
     from streamconv.targets.trtllm.options import TensorRTLLM
     from streamconv.targets.trtllm.recipes.base import Module
 
@@ -38,7 +38,7 @@ class Awq:
             evidence="specification",
         )
 
-    def encoding(self, module: Module, options: TensorRTLLM, dtype: DType) -> Encoding | None:
+    def encoding(self, module: Module, options: TensorRTLLM, dtype: DType) -> Codec | None:
         return PairedWeight() if self.packings else round_to_nearest(options.group_size, dtype, options.method == "mse")
 
     def problems(self, module: Module, options: TensorRTLLM, dtype: DType) -> str | None:

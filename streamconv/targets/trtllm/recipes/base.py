@@ -9,7 +9,7 @@ from streamconv.options import TARGET_VERSIONS, Version
 
 if TYPE_CHECKING:
     from streamconv.checkpoint.dtypes import DType
-    from streamconv.quants.base import Encoding
+    from streamconv.quants.base import Codec
     from streamconv.targets.trtllm.options import TensorRTLLM
 
 
@@ -70,7 +70,7 @@ class Quant(Protocol):
     @property
     def info(self) -> QuantInfo: ...
 
-    def encoding(self, module: Module, options: TensorRTLLM, dtype: DType) -> Encoding | None:
+    def encoding(self, module: Module, options: TensorRTLLM, dtype: DType) -> Codec | None:
         """How this module is stored, or None to leave it in the model dtype."""
 
     def problems(self, module: Module, options: TensorRTLLM, dtype: DType) -> str | None:

@@ -13,7 +13,7 @@ from streamconv.quants.plain import Plain
 from streamconv.targets.trtllm.recipes.base import QuantInfo
 
 if TYPE_CHECKING:
-    from streamconv.quants.base import Encoding
+    from streamconv.quants.base import Codec
     from streamconv.targets.trtllm.options import TensorRTLLM
     from streamconv.targets.trtllm.recipes.base import Module
 
@@ -32,7 +32,7 @@ class Fp8Quant:
         evidence="specification",
     )
 
-    def encoding(self, module: Module, options: TensorRTLLM, dtype: DType) -> Encoding | None:
+    def encoding(self, module: Module, options: TensorRTLLM, dtype: DType) -> Codec | None:
         return Fp8Tensor(f"largest weight of layer {module.layer} {module.name}")
 
     def problems(self, module: Module, options: TensorRTLLM, dtype: DType) -> str | None:
@@ -60,7 +60,7 @@ class Fp8GivenQuant:
     def info(self) -> QuantInfo:
         return Fp8Quant.info
 
-    def encoding(self, module: Module, options: TensorRTLLM, dtype: DType) -> Encoding | None:
+    def encoding(self, module: Module, options: TensorRTLLM, dtype: DType) -> Codec | None:
         given = self.scales.get((module.layer, module.name))
         if given is None:
             return None

@@ -12,7 +12,7 @@ from streamconv.quants.plain import Plain
 from streamconv.targets.trtllm.recipes.base import QuantInfo
 
 if TYPE_CHECKING:
-    from streamconv.quants.base import Encoding
+    from streamconv.quants.base import Codec
     from streamconv.targets.trtllm.options import TensorRTLLM
     from streamconv.targets.trtllm.recipes.base import Module
 
@@ -47,7 +47,7 @@ class Fp8RowwiseQuant:
             least_sm=89,
         )
 
-    def encoding(self, module: Module, options: TensorRTLLM, dtype: DType) -> Encoding | None:
+    def encoding(self, module: Module, options: TensorRTLLM, dtype: DType) -> Codec | None:
         if self._left_out(module, options):
             return None
         if (module.layer, module.name) in self.copied:

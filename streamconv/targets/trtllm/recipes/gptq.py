@@ -11,7 +11,7 @@ from streamconv.quants.layout import Layout, family_for
 from streamconv.targets.trtllm.recipes.base import QuantInfo
 
 if TYPE_CHECKING:
-    from streamconv.quants.base import Encoding
+    from streamconv.quants.base import Codec
     from streamconv.targets.trtllm.options import TensorRTLLM
     from streamconv.targets.trtllm.recipes.base import Module
 
@@ -38,7 +38,7 @@ class Gptq:
             stores=f"{self.bits} bits in the model dtype; scales and zeros in it",
         )
 
-    def encoding(self, module: Module, options: TensorRTLLM, dtype: DType) -> Encoding | None:
+    def encoding(self, module: Module, options: TensorRTLLM, dtype: DType) -> Codec | None:
         assert options.target_sm is not None
         family = family_for(options.target_sm, options.target_version, experts=False)
         return PackedWeight(dtype, Layout(family, self.bits))

@@ -8,7 +8,7 @@ from streamconv.checkpoint.dtypes import DType
 from streamconv.targets.trtllm.recipes.base import QuantInfo
 
 if TYPE_CHECKING:
-    from streamconv.quants.base import Encoding
+    from streamconv.quants.base import Codec
     from streamconv.targets.trtllm.options import TensorRTLLM
     from streamconv.targets.trtllm.recipes.base import Module
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class _Unquantized:
     info = QuantInfo("none", None, "weights in the model dtype", flags=("--dtype",), stores="model dtype")
 
-    def encoding(self, module: Module, options: TensorRTLLM, dtype: DType) -> Encoding | None:
+    def encoding(self, module: Module, options: TensorRTLLM, dtype: DType) -> Codec | None:
         return None
 
     def problems(self, module: Module, options: TensorRTLLM, dtype: DType) -> str | None:

@@ -8,7 +8,7 @@ from streamconv.checkpoint.dtypes import DType
 from streamconv.targets.trtllm.recipes.base import QuantInfo
 
 if TYPE_CHECKING:
-    from streamconv.quants.base import Encoding
+    from streamconv.quants.base import Codec
     from streamconv.targets.trtllm.options import TensorRTLLM
     from streamconv.targets.trtllm.recipes.base import Module
 
@@ -22,7 +22,7 @@ class _SmoothQuant:
         stores="I8; F32 scales and smoothers",
     )
 
-    def encoding(self, module: Module, options: TensorRTLLM, dtype: DType) -> Encoding | None:
+    def encoding(self, module: Module, options: TensorRTLLM, dtype: DType) -> Codec | None:
         return None  # a layer is smoothed as a whole: targets/trtllm/smooth_layer.py
 
     def problems(self, module: Module, options: TensorRTLLM, dtype: DType) -> str | None:

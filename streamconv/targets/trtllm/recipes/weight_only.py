@@ -11,7 +11,7 @@ from streamconv.quants.weight_only import WeightOnly
 from streamconv.targets.trtllm.recipes.base import QuantInfo
 
 if TYPE_CHECKING:
-    from streamconv.quants.base import Encoding
+    from streamconv.quants.base import Codec
     from streamconv.targets.trtllm.options import TensorRTLLM
     from streamconv.targets.trtllm.recipes.base import Module
 
@@ -32,7 +32,7 @@ class WeightOnlyQuant:
     bits: int
     info: QuantInfo
 
-    def encoding(self, module: Module, options: TensorRTLLM, dtype: DType) -> Encoding | None:
+    def encoding(self, module: Module, options: TensorRTLLM, dtype: DType) -> Codec | None:
         if options.encoding == "raw":
             return None
         assert options.target_sm is not None
