@@ -2,16 +2,16 @@
 
 import pytest
 
-from streamconv.targets.trtllm.parallel import Mapping, even, kv_heads, padded, stage_layers
+from streamconv.targets.trtllm.parallel import ParallelMapping, even, kv_heads, padded, stage_layers
 
 
 def test_tensor_parallel_is_the_fastest_index() -> None:
-    ranks = Mapping(2, 2, 2, 1).ranks()
+    ranks = ParallelMapping(2, 2, 2, 1).ranks()
     assert [(r.file, r.tp, r.pp) for r in ranks] == [(0, 0, 0), (1, 1, 0), (2, 0, 1), (3, 1, 1)]
 
 
 def test_expert_grid_of_a_rank() -> None:
-    rank = Mapping(4, 1, 2, 2).ranks()[3]
+    rank = ParallelMapping(4, 1, 2, 2).ranks()[3]
     assert (rank.moe_tp, rank.moe_ep) == (1, 1)
 
 
