@@ -104,6 +104,12 @@ def check_free(place: Place, force: bool) -> Found:
         )
     if found.files and not force:
         raise OutputError(f"output {shown} exists and is not empty", hint="--force replaces it")
+    # a model has the names that an output of it has: only the manifest tells them apart
+    if whose := foreign(found.files, (), place.out / manifest.NAME):
+        raise OutputError(
+            f"output {shown} holds {printable(whose[0])} and no {manifest.NAME} that lists it: it may be somebody's model",
+            hint="choose another folder, or empty it yourself: --force replaces nothing but an output",
+        )
     if changed := edited(place.out, found.files):
         names = ", ".join(printable(name) for name in changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
         raise OutputError(

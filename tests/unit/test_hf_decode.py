@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from streamconv import api
 from streamconv.errors import CheckpointError
+from streamconv.open_plan import open_and_plan
 from streamconv.options import Resources
 from streamconv.targets.hf.target import HuggingFace
 from streamconv.verification.check import verify
@@ -191,6 +192,9 @@ def test_gpt_oss_is_quantized_anew(tmp_path: Path, quant: str, rows: int | None)
     api.convert(tmp_path / "plain", tmp_path / "two", HuggingFace(quant=quant))
     assert (tmp_path / "one/model.safetensors").read_bytes() == (tmp_path / "two/model.safetensors").read_bytes()
     assert any("9 weights of the source are quantized" in line for line in report.warnings)
+    if rows and quant == "fp8_dynamic":  # nobody reads these experts unquantized
+        _, plan = open_and_plan(tmp_path / "one", HuggingFace())
+        assert any("experts of this model type as one tensor a layer" in line for line in plan.warnings)
     assert verify(tmp_path / "one", folder).problems == []
 
 

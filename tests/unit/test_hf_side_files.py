@@ -104,6 +104,15 @@ def test_force_keeps_what_no_manifest_lists(tmp_path: Path) -> None:
         api.convert(source, out, HuggingFace(quant="w4a16"), force=True)
 
 
+def test_force_keeps_a_model_that_no_run_wrote(tmp_path: Path) -> None:
+    """Its files have the names that an output's have."""
+    source, other = tiny.write(tmp_path / "source"), tiny.write(tmp_path / "other")
+    before = {path.name: path.read_bytes() for path in other.iterdir()}
+    with pytest.raises(OutputError, match="somebody's model"):
+        api.convert(source, other, FP8, force=True)
+    assert {path.name: path.read_bytes() for path in other.iterdir()} == before
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", NAME])
 def test_force_destroys_no_edit(tmp_path: Path, name: str) -> None:
     """Also one that leaves the size as it is."""

@@ -31,7 +31,7 @@ from streamconv.targets.hf.recipes import BLOCK, Recipe, Request
 from streamconv.targets.hf.rules import default_reason, partners
 from streamconv.targets.hf.shards import shards_of
 from streamconv.targets.hf.side_files import side_files
-from streamconv.targets.hf.stacked import unstack
+from streamconv.targets.hf.stacked import reads_stacked_alone, unstack
 from streamconv.targets.hf.stored import Form, Stored
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ class Whole:
         return self.recorded
 
 
+_EXPERT = re.compile(r"\.experts\.[0-9]+\.")
 _plain = cache(Plain)
 
 
@@ -259,6 +260,12 @@ class Layout:
             )
         recipe = self.recipe
         if recipe is None:
+            apart = next((name for name in self.stored.order if _EXPERT.search(name)), None)
+            if apart and reads_stacked_alone(self.index.config):
+                self.draft.warnings.append(
+                    f"{printable(apart)} and others: transformers reads the unquantized experts of this model type as one tensor a layer,"
+                    " and would start these with random values; the source holds them apart, and so does the output"
+                )
             return
         stacked = [name for name in self.stored.order if ".experts." in name and len(self.stored.form(name).shape) == 3]
         if stacked:

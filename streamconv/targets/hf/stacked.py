@@ -26,6 +26,15 @@ class _Rows(NamedTuple):
     taken: int
 
 
+def reads_stacked_alone(config: Mapping[str, Any]) -> bool:
+    """Whether transformers reads unquantized experts of this model type as stacked tensors, and starts others with random values."""
+    return bool(_model_types(config) & set(_TRANSPOSED))
+
+
+def _model_types(config: Mapping[str, Any]) -> set[Any]:
+    return {part.get("model_type") for part in (config.get("text_config"), config) if isinstance(part, dict)}
+
+
 def unstack(stored: Stored, config: Mapping[str, Any]) -> None:
     """`X.experts.gate_up_proj` -> `X.experts.{e}.gate_proj.weight`, `.up_proj.weight`; `X.experts.down_proj`, and biases, likewise.
 
@@ -34,7 +43,7 @@ def unstack(stored: Stored, config: Mapping[str, Any]) -> None:
     text = config.get("text_config")
     parts = [part for part in (text, config) if isinstance(part, dict)]
     hidden = next((part["hidden_size"] for part in parts if "hidden_size" in part), None)
-    types = {part.get("model_type") for part in parts}
+    types = _model_types(config)
     alternating = bool(types & set(_ALTERNATING))
     for name in [name for name in stored.order if len(stored.form(name).shape) == 3]:
         stem = name.removesuffix(".weight")
