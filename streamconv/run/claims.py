@@ -181,6 +181,7 @@ class Claims:
 
     def record(self, claim: Claim, record: Record) -> None:
         """A part is done; all of its bytes are on the disk."""
+        self.base.sync()  # the name of what it kept aside, before that of its record
         SharedFolder(self.base).write(f"{claim.part}.json", record.to_bytes(), f"{claim.part}.{claim.attempt}.new")
 
     def read(self, part: int) -> Record | None:

@@ -121,12 +121,14 @@ def _begin(claims: Claims, run: dict[str, Any], force: bool, past: journal.Journ
     with translate_errors(claims.place.base.path / claims.name, "create"):
         if not claims.folders:
             claims.disk.mkdir(claims.place.base, claims.name)
+            claims.place.base.sync()  # a power cut that took this name and left that of the work would make it one without parts
             claims.enter()
         claims.place.keep_parents()
         for name in sorted(claims.base.names(), key=lambda name: name != PLAN):
             claims.base.unlink(name)
         claims.place.begin(fresh=True)
         claims.disk.close(claims.base.open(CLAIMS, fresh=True))
+        claims.base.sync()  # the plan without it would be work that somebody has published
         SharedFolder(claims.base).write(PLAN, journal.sealed(run))
         if past is not None:
             journal.Journal(claims.place).remove(past)
@@ -149,6 +151,7 @@ def _files(claims: Claims, files: Sequence[tuple[str, int]], fresh: bool) -> Non
                 )
             fd, made = work.open(name), True
             claims.disk.truncate(fd, size)
+            claims.disk.sync(fd)  # before any part is begun: a file without its size is taken for a lost one
             claims.disk.close(fd)
         if made:
             work.folder.sync()

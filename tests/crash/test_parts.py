@@ -20,7 +20,7 @@ from streamconv.publishing import finish
 from streamconv.run import presence
 from streamconv.run.fs import Disk, Folder, hidden
 from streamconv.targets.trtllm.options import TensorRTLLM
-from tests.crash import kills
+from tests.crash import kills, powercut
 from tests.crash.disks import Counting, Killed, Killing, Tapped
 from tests.crash.world import World, fast_folder, no_thread, restore, snapshot, write_model
 
@@ -72,6 +72,38 @@ def test_killed_at_every_operation(make: Callable[..., InParts], settings: dict[
 @pytest.mark.parametrize("settings", [{"replaced": True}, {"mounted": True, "replaced": True}], ids=["replaced", "mounted"])
 def test_killed_at_some_operations(make: Callable[..., InParts], settings: dict[str, Any]) -> None:
     _kill_everywhere(make(**settings), depth=1, step=23)
+
+
+@pytest.mark.parametrize("settings", [{"replaced": True}, {"mounted": True}], ids=["replaced", "mounted"])
+def test_power_cuts(make: Callable[..., InParts], settings: dict[str, Any]) -> None:
+    """While parts are begun, done and published, by one worker and by those that go on after earlier cuts."""
+    count = powercut.cuts(make(**settings), 50)
+    assert not count.wrong, "\n".join(count.wrong[:10])
+    assert count.cases == 50
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{}, {"replaced": True}, {"mounted": True, "replaced": True}], ids=["new", "replaced", "both"])
+def test_many_power_cuts(make: Callable[..., InParts], settings: dict[str, Any]) -> None:
+    count = powercut.cuts(make(**settings), 2000)
+    assert not count.wrong, "\n".join(count.wrong[:10])
+
+
+def test_power_cuts_while_somebody_publishes(make: Callable[..., InParts]) -> None:
+    """All parts are done by workers that publish nothing; the power goes while `finalize` puts them in place."""
+    world = make(replaced=True)
+    world.reset()
+    for part in range(PARTS):
+        world.run(part=part, no_lock=True)
+    world.start = snapshot(world.place)
+    again = world.run
+
+    def publishing(disk: Disk | None = None, **resources: Any) -> Any:
+        return finish(world.out, disk=disk) if disk is not None else again(**resources)
+
+    world.run = publishing  # type: ignore[method-assign, assignment]
+    count = powercut.cuts(world, 40)
+    assert not count.wrong, "\n".join(count.wrong[:10])
 
 
 def test_one_after_the_other_and_once_more(make: Callable[..., InParts]) -> None:
