@@ -29,6 +29,9 @@ class DType:
     def __str__(self) -> str:
         return self.name
 
+    def __hash__(self) -> int:
+        return hash(self.name)  # asked for with every tensor
+
     @property
     def numpy(self) -> str | None:
         """The numpy type of the same values, e.g. "float16"; None where numpy has none."""

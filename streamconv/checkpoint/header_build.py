@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from json.encoder import encode_basestring
+from math import prod
 
 from streamconv.checkpoint.dtypes import DType
 from streamconv.errors import printable
@@ -27,20 +28,22 @@ class HeaderBuilder:
         if metadata:
             self._text += f'"{METADATA}":{json.dumps(metadata, ensure_ascii=False, separators=(",", ":"))}'.encode()
             self._comma = ","
+        self._forms: dict[tuple[DType, tuple[int, ...]], tuple[str, int]] = {}  # as they are spelled, and their bytes
         self.count = 0
 
     def add(self, name: str, dtype: DType, shape: tuple[int, ...]) -> int:
         """Append a tensor; gives where it begins, counted from the first data byte."""
         if name == METADATA or (name == self._last and self.count):
             raise ValueError(f"tensor name {printable(name)} is used twice or reserved")
-        begin, size = self._at, dtype.itemsize
-        for dim in shape:
-            size *= dim
+        if (dtype, shape) not in self._forms:
+            listed = ",".join(map(str, shape))
+            self._forms[dtype, shape] = f'{{"dtype":"{dtype.name}","shape":[{listed}],"data_offsets":[', dtype.itemsize * prod(shape)
+        form, size = self._forms[dtype, shape]
+        begin, comma = self._at, self._comma
         self._at += size
-        comma, listed = self._comma, ",".join(map(str, shape))
         self._comma = ","
         quoted = encode_basestring(name)  # json.dumps makes an encoder at each call
-        self._text += f'{comma}{quoted}:{{"dtype":"{dtype.name}","shape":[{listed}],"data_offsets":[{begin},{self._at}]}}'.encode()
+        self._text += f"{comma}{quoted}:{form}{begin},{self._at}]}}".encode()
         self._last, self.count = name, self.count + 1
         return begin
 

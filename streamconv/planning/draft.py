@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import itertools
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from math import prod
+from math import lcm, prod
 from typing import NamedTuple, cast
 
 from streamconv.checkpoint.dtypes import DType
@@ -78,14 +77,15 @@ class _Feeds:
         self._short.extend((_END, matrix, self._ops.number(op), self._spreads.number(cols)))
         self._long.extend((start, stop, row))
 
-    def of(self, source: int) -> Iterator[_Feed]:
+    def of(self, source: int) -> list[_Feed]:
         """The feeds of a source, by its number."""
-        at = self._head[source] if source < len(self._head) else _END
+        at, found = self._head[source] if source < len(self._head) else _END, list[_Feed]()
         while at != _END:
             following, matrix, op, cols = self._short[4 * at : 4 * at + 4]
             start, stop, row = self._long[3 * at : 3 * at + 3]
-            yield _Feed(start, stop, self._ops.values[op], matrix, row, self._spreads.values[cols])
+            found.append(_Feed(start, stop, self._ops.values[op], matrix, row, self._spreads.values[cols]))
             at = following
+        return found
 
 
 class Draft:
@@ -228,7 +228,7 @@ class Draft:
         files, constants = layout(self._files, self._matrices, self._fixed)
         spans = SpanTable(self._sources)
         for source in self._feeds.order:
-            self._cut(spans, source, list(self._feeds.of(source)))
+            self._cut(spans, source, self._feeds.of(source))
         if not spans.in_row_order():
             spans = self._table(in_row_order(list(spans)))
         return files, self._matrices, self._after_reductions(spans), constants
@@ -264,7 +264,8 @@ class Draft:
         """The spans of a source, by its number."""
         if len(feeds) == 1:
             feed = feeds[0]
-            align = _align_of(self._matrices.encoding(feed.matrix).row_align, self._sources.row_align(source), feed.op)
+            rows = self._matrices.encoding(feed.matrix).row_align, self._sources.row_align(source)
+            align = lcm(*rows) if feed.op is PLAIN_ROWS else align_of(rows, feed.op)
             spans.add(source, feed.start, feed.stop, feed.op, align)
             spans.add_dest(feed.matrix, feed.row, feed.cols)
             return
@@ -280,8 +281,3 @@ class Draft:
             spans.add(source, start, stop, op, align)
             for feed in active:
                 spans.add_dest(feed.matrix, feed.row + op.out_rows(start - feed.start), feed.cols)
-
-
-@cache
-def _align_of(row_align: int, stored: int, op: RowOp) -> int:
-    return align_of((row_align, stored), op)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -37,21 +38,24 @@ def layout(
     Raises:
         RefusedError: a file would hold more than a reader takes.
     """
-    keys: list[list[bytes]] = [[] for _ in named]  # all that sorting needs, in one string each: a tuple takes three times as much
-    total = 0
+    held = [(array("I"), array("I")) for _ in named]  # matrices and constants of each file
+    counts = [0] * len(named)
     for number in range(len(matrices)):
-        for at, part in enumerate(matrices.parts(number)):
-            keys[matrices.file(number)].append(_key(part.dtype, matrices.tensor(number, at), number, at))
-            total += 1
+        held[matrices.file(number)][0].append(number)
+        counts[matrices.file(number)] += len(matrices.parts(number))
     for number, one in enumerate(fixed):
-        keys[one.file].append(_key(one.dtype, one.name, number, _CONSTANT))
-    most = max(map(len, keys), default=0)
-    if most > MAX_TENSORS or total + len(fixed) > MAX_OUTPUT_TENSORS:
-        what = f"{most} tensors in one file" if most > MAX_TENSORS else f"{total + len(fixed)} tensors in all files together"
+        held[one.file][1].append(number)
+        counts[one.file] += 1
+    most, total = max(counts, default=0), sum(counts)
+    if most > MAX_TENSORS or total > MAX_OUTPUT_TENSORS:
+        what = f"{most} tensors in one file" if most > MAX_TENSORS else f"{total} tensors in all files together"
         limit = MAX_TENSORS if most > MAX_TENSORS else MAX_OUTPUT_TENSORS
         raise RefusedError([f"the output would have {what}, above streamconv's own limit of {limit}"])
     files, constants = [], list[Constant]()
-    for file, listed in enumerate(keys):
+    for file, (numbers, constant) in enumerate(held):
+        # all that sorting needs, in one string each: a tuple takes three times as much
+        listed = [_key(part.dtype, matrices.tensor(n, at), n, at) for n in numbers for at, part in enumerate(matrices.parts(n))]
+        listed += [_key(fixed[n].dtype, fixed[n].name, n, _CONSTANT) for n in constant]
         listed.sort()
         header, own = HeaderBuilder(named[file][1]), list[tuple[int, int, int]]()
         for position, key in enumerate(listed):

@@ -296,7 +296,8 @@ class Plan:
         for source in self.sources:
             digest.update(f"{source.name}\0{source.size}\0{source.header_hash}\n".encode())
         for side in self.side_files:
-            digest.update(f"{side.name}\0{side.size}\n".encode() + (side.data or b""))
+            digest.update(f"{side.name}\0{side.size}\n".encode())
+            digest.update(side.data or b"")
         for file in self.files:
             digest.update(file.name.encode())
             digest.update(file.header)

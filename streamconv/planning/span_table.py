@@ -104,10 +104,10 @@ class SpanTable(Table[RowRange]):
         Args:
             encoding: number of a matrix's encoding.
         """
-        source, op, reduction = self._short[4 * number : 4 * number + 3]
+        reduction = self._short[4 * number + 2]
         reduce = type(self._reductions[reduction - 1]) if reduction else None
         wanted = tuple([(self._dests[2 * at + 1], encoding(self._dests[2 * at])) for at in self._of(number)])
-        return (self.sources.kind(source), op, self._long[3 * number + 2], reduce, wanted)
+        return (self.sources.kind(self._short[4 * number]), self._short[4 * number + 1], self._long[3 * number + 2], reduce, wanted)
 
     def reducing(self) -> Iterator[RowRange]:
         """The spans that reduce."""

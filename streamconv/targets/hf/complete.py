@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from streamconv.checkpoint.index import Index
@@ -14,22 +14,24 @@ from streamconv.targets.hf.check_scales import SCALES, check_tensors, codes_of
 from streamconv.targets.hf.layers import Model, differences, in_order
 from streamconv.targets.hf.second_file import group_size
 from streamconv.targets.hf.stated import read_statement, stated_bits
-from streamconv.targets.hf.units import kinds
-from streamconv.targets.hf.weights import Tensors
+from streamconv.targets.hf.units import Kind
+from streamconv.targets.hf.weights import Tensors, Told
 
 _OF = re.compile(r"^(.*)-(\d{5})-of-(\d{5})\.safetensors$")
 _FP8 = ("F8_E4M3", "F8_E5M2")
 _SHOWN = 10
 
 
-def check_complete(index: Index) -> list[str]:
+def check_complete(index: Index, units: Sequence[Kind[Told]]) -> list[str]:
     """Compare the source with its own names and its config; gives what may be wrong.
+
+    Args:
+        units: its tensors.
 
     Raises:
         CheckpointError: a shard, a layer, a module or the scale of codes is missing, or a size is not what config.json says.
     """
     tensors = index.tensors.told()
-    units = kinds(tensors)
     some = {name: told for kind in units for name, told in kind.one().items()}
     stated, bits = source_quantization(index), None
     found = list(_shards(index))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping, Sequence
+from json.encoder import encode_basestring_ascii
 from typing import Any
 
 from streamconv import __version__
@@ -99,6 +101,12 @@ def dump(content: Mapping[str, Any]) -> bytes:
 
 def index_json(weight_map: Mapping[str, str], total: int) -> bytes:
     """model.safetensors.index.json: every tensor of every file, and the sum of their bytes."""
-    # a flat object with these separators is what indent=2 gives, which json writes ten times slower
-    listed = json.dumps(weight_map, sort_keys=True, separators=(",\n    ", ": "))
-    return f'{{\n  "metadata": {{\n    "total_size": {total}\n  }},\n  "weight_map": {{\n    {listed[1:-1]}\n  }}\n}}\n'.encode()
+    # what json.dumps gives with indent=2, ten times faster, and held once
+    files = {file: encode_basestring_ascii(file).encode() for file in set(weight_map.values())}
+    made, comma = io.BytesIO(), b""
+    made.write(f'{{\n  "metadata": {{\n    "total_size": {total}\n  }},\n  "weight_map": {{'.encode())
+    for name in sorted(weight_map):
+        made.write(b"%b\n    %b: %b" % (comma, encode_basestring_ascii(name).encode(), files[weight_map[name]]))
+        comma = b","
+    made.write(b"\n  }\n}\n")
+    return made.getvalue()

@@ -35,7 +35,7 @@ def describe_kept(index: Index, target: HuggingFace, draft: Draft) -> None:
     else:
         kept = keep(index, SourceTensors(index), wanted, draft)
     places: dict[str, str] = {}
-    for name, tensors in shards_of(index, kept.files.__getitem__, kept.nbytes, target.max_shard_size).items():
+    for name, tensors in shards_of(index, kept.nbytes, kept.files.__getitem__, kept.nbytes.__getitem__, target.max_shard_size).items():
         number = draft.file(name, {"format": "pt"})
         for tensor in tensors:
             kept.tensors[tensor](number)

@@ -135,8 +135,8 @@ class Layout:
 
     def _files(self) -> dict[str, list[str]]:
         """Output file -> names of the source's tensors that it takes, in order."""
-        sizes = {name: self.stored.form(name).nbytes for name in self.stored.order}
-        return shards_of(self.index, self.stored.file, sizes, self.target.max_shard_size)
+        stored = self.stored
+        return shards_of(self.index, stored.order, stored.file, lambda name: stored.form(name).nbytes, self.target.max_shard_size)
 
     def _tensor(self, file: int, name: str) -> list[str]:
         """Add one weight of the source; gives the names of the tensors it becomes."""

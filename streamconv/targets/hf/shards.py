@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 
 from streamconv.checkpoint.index import Index
 
@@ -10,12 +10,14 @@ _SHARD = 5 * 10**9
 """Bytes of a file where the source's files are cut in another way: what transformers takes."""
 
 
-def shards_of(index: Index, file: Callable[[str], int], sizes: Mapping[str, int], most: int | None) -> dict[str, list[str]]:
+def shards_of(
+    index: Index, tensors: Iterable[str], file: Callable[[str], int], size: Callable[[str], int], most: int | None
+) -> dict[str, list[str]]:
     """Output file -> the tensors that it takes, in order.
 
     Args:
         file: number of the source's shard that holds a tensor.
-        sizes: tensor -> bytes.
+        size: bytes of a tensor.
         most: bytes of a file; None splits as the source does.
     """
     if index.views:
@@ -23,17 +25,18 @@ def shards_of(index: Index, file: Callable[[str], int], sizes: Mapping[str, int]
     if most is None:
         names = output_names([shard.path.name for shard in index.shards])
         found: dict[str, list[str]] = {}
-        for tensor in sizes:
+        for tensor in tensors:
             found.setdefault(names[file(tensor)], []).append(tensor)
         return dict(sorted(found.items()))
     shards: list[list[str]] = [[]]
     held = 0
-    for tensor, size in sizes.items():
-        if shards[-1] and held + size > most:
+    for tensor in tensors:
+        nbytes = size(tensor)
+        if shards[-1] and held + nbytes > most:
             shards.append([])
             held = 0
         shards[-1].append(tensor)
-        held += size
+        held += nbytes
     if len(shards) == 1:
         return {"model.safetensors": shards[0]}
     return {f"model-{n:05d}-of-{len(shards):05d}.safetensors": part for n, part in enumerate(shards, 1)}

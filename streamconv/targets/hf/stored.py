@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple, cast
 
@@ -12,6 +12,7 @@ from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.rows import RowSource, SourceTensor
 from streamconv.targets.hf.sources import READ, Reader, Weight, reader
 from streamconv.targets.hf.units import Kind, kinds
+from streamconv.targets.hf.weights import Told
 
 _KEPT = 64
 """Weights that are kept after they were made."""
@@ -45,7 +46,7 @@ class Stored:
 
     # Units of one kind are alike: what the first one's weights are is worked out, the others are made when they are asked for.
 
-    def __init__(self, reader: Reader) -> None:
+    def __init__(self, reader: Reader, units: Sequence[Kind[Told]]) -> None:
         self._reader, self._table = reader, reader.index.tensors
         self._forms: list[Form] = []
         self._form = array("I", bytes(4 * len(self._table)))  # by number; 0 for what is left out
@@ -55,7 +56,7 @@ class Stored:
         self.dropped: list[str] = []
         self._apart: dict[Hashable, Form] = {}
         renamed: dict[int, tuple[int, str]] = {}  # form -> letters of a tensor's name that are cut off, and what comes in their place
-        for kind in kinds(self._table.told()):
+        for kind in units:
             alike = [Kind([head], kind.held) for head in kind.heads] if reader.index.views else [kind]
             for each in alike:
                 self._add(each, renamed)
@@ -68,7 +69,7 @@ class Stored:
             else:
                 self.order[name] = number
 
-    def _add(self, kind: Kind[tuple[str, tuple[int, ...]]], renamed: dict[int, tuple[int, str]]) -> None:
+    def _add(self, kind: Kind[Told], renamed: dict[int, tuple[int, str]]) -> None:
         first, reads = kind.heads[0], any(rest.rpartition(".")[2] in READ for rest in kind.held)
         for rest in kind.held:
             found = self._reader.weight(first + rest)
@@ -168,10 +169,13 @@ class _Weights(Mapping[str, Weight]):
         return len(self._stored.order)
 
 
-def stored_weights(index: Index, into: DType) -> Stored:
+def stored_weights(index: Index, into: DType, units: Sequence[Kind[Told]] | None = None) -> Stored:
     """Every tensor of the source; codes of quantized weights as floats of type `into`.
+
+    Args:
+        units: the tensors, where that is known already.
 
     Raises:
         CheckpointError: codes without scales, or in a form that is not read.
     """
-    return Stored(reader(index, into))
+    return Stored(reader(index, into), kinds(index.tensors.told()) if units is None else units)

@@ -130,13 +130,15 @@ class HuggingFace(Target):
         from streamconv.targets.hf.layout import Layout
         from streamconv.targets.hf.rules import check_patterns
         from streamconv.targets.hf.stored import stored_weights
+        from streamconv.targets.hf.units import kinds
 
         self.check_values()
         check_patterns(self.ignore, "--ignore")
         check_patterns(self.only, "--only")
         if index.assembled is not None:
             raise CheckpointError("a checkpoint in Meta's layout has no Hugging Face names", hint="convert it with transformers first")
-        odd = check_complete(index)
+        units = kinds(index.tensors.told())
+        odd = check_complete(index, units)
         draft, settled, dtype = Draft(SourceTensors(index)), self, self.model_dtype(index)
         codes: Codes | None = None
         ranges = self._ranges()
@@ -152,7 +154,7 @@ class HuggingFace(Target):
             if self.kv_cache is not None and (recipe is None or recipe.container == "hf"):
                 raise UsageError("--kv-cache: only quantized directories of compressed-tensors and ModelOpt hold scales of the cache")
             codes = codes_of(self.method, self.codes)
-            stored = stored_weights(index, dtype)
+            stored = stored_weights(index, dtype, units)
             draft = Draft(stored)
             layout = Layout(index, stored, settled, recipe, draft, dtype, ranges, codes)
             layout.describe()
