@@ -61,7 +61,7 @@ def _shapes(layers: int = LAYERS, experts: int = EXPERTS) -> dict[str, tuple[int
 
 def write_many(folder: Path, layers: int = LAYERS, experts: int = EXPERTS) -> Path:
     """A model of that many tensors, dense without experts; its files are holes."""
-    kind = {} if experts else {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+    kind = {} if experts else {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
     (folder / "config.json").write_text(json.dumps(CONFIG | kind | {"num_hidden_layers": layers}))
     shapes = list(_shapes(layers, experts).items())
     where = {}
