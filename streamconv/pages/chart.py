@@ -133,16 +133,19 @@ def heatmap(
     low: float = -math.inf,
     high_is_dark: bool = True,
     span: float = 0.0,
+    logarithm: bool = False,
 ) -> str:
     """A number and a shade for each (row, column). What is below `low` has a frame.
 
     Args:
         spell: how a value is written in a cell so many units wide.
+        logarithm: shades are of the values' logarithms.
         span: what lies closer together than this has shades that are close together too.
     """
     left, top, high = 40, 130, 20
     width = min(90.0, (WIDTH - left - 120) / max(len(columns), 1))  # slanted names need room at the right
-    finite = [value for value in cells.values() if math.isfinite(value)]
+    shown = {at: math.log(value) if value > 0 else -math.inf for at, value in cells.items()} if logarithm else cells
+    finite = [value for value in shown.values() if math.isfinite(value)]
     least, most = min(finite or [0]), max(finite or [1])
     least = min(least, most - span)
     parts = []
@@ -156,7 +159,8 @@ def heatmap(
             value = cells.get((row, column))
             if value is None:
                 continue
-            part = (value - least) / (most - least) if math.isfinite(value) and most > least else 1.0 - high_is_dark
+            place = shown[row, column]
+            part = (place - least) / (most - least) if math.isfinite(place) and most > least else 1.0 - high_is_dark
             shade = 0.06 + 0.5 * (part if high_is_dark else 1 - part)
             kind = "cell low" if value < low else "cell"
             colour = f"rgba(var(--{'low' if value < low else 'heat'}), {shade:.2f})"

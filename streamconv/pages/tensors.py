@@ -97,6 +97,10 @@ def _decibels(value: float, width: float) -> str:
     return "=" if value == math.inf else "-" if not math.isfinite(value) else f"{value:.1f}" if width >= 32 else f"{value:.0f}"
 
 
+def _short(value: float, _: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}" if value < 100_000 else f"{value:.1e}"
+
+
 def losses(told: Mapping[str, Any]) -> Section:
     """What a search for INT4 codes lost in each linear layer: all of them where the manifest names them, else the worst."""
     pairs = sorted(told.get("each", told["worst"]).items(), key=lambda pair: natural(pair[0]))
@@ -120,8 +124,9 @@ def ranges(amax: Iterable[tuple[str, float]]) -> list[Section]:
     if not cells:
         return []
     rows, columns = (sorted({at[axis] for at in cells}, key=natural) for axis in (0, 1))
-    picture = heatmap("Largest absolute input by layer and module", rows, columns, cells, lambda value, _: f"{value:.3g}")
+    picture = heatmap("Largest absolute input by layer and module", rows, columns, cells, _short, logarithm=True)
     listed = [(row, *(f"{cells[row, column]:.4g}" if (row, column) in cells else "" for column in columns)) for row in rows]
     text = "The largest absolute value that entered each linear module, of all channels and samples; of experts the largest of all of them."
+    text += " A shade is that of its logarithm."
     table = Table(("layer", *columns), listed, frozenset(range(1, len(columns) + 1)))
     return [Section("Largest inputs by layer and module", text, picture, table)]
