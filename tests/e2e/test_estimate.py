@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from streamconv import estimate
 from streamconv.cli.main import main
+from streamconv.hub.shard import HubShard
+from streamconv.planning.memory_plan import Shares
 from streamconv.run import probe
 from tests import tiny
 
@@ -96,3 +99,15 @@ def test_a_run_says_how_far_it_was_off(model: Path, tmp_path: Path, large: None,
     assert report["estimate"]["seconds"] > 0 and report["estimate"]["unknown"] == []
     assert "and it took" in page.read_text()
     assert told(capsys, "convert", str(model), str(tmp_path / "c"), "--no-probe")["estimate"] is None
+
+
+def test_a_download_is_not_foreseen(tmp_path: Path) -> None:
+    """Of a Hub model that is not in the cache only the writing is known, and that is said."""
+    shard = object.__new__(HubShard)
+    shard.path = tmp_path / "not-here.safetensors"
+    index, reads = SimpleNamespace(shards=(shard,)), SimpleNamespace(nbytes=1 << 30)
+    looking = estimate.look(index, reads, {tmp_path / "out": 1 << 30}, True)  # type: ignore[arg-type]
+    assert looking is not None
+    found = looking.estimate([], Shares(1 << 30, 0, 0, 1, 1 << 20), False)
+    assert found is not None and found.read_rate is None and found.unknown == ("how fast the model is downloaded",)
+    assert str(found).startswith("at least ") and "not known: how fast the model is downloaded" in str(found)
