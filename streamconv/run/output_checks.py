@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -9,14 +10,16 @@ from pathlib import Path
 
 import xxhash
 
+from streamconv.checkpoint.json_file import read_json
+from streamconv.checkpoint.limits import MAX_CONFIG
 from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.untrusted import open_regular
-from streamconv.errors import OutputError, StreamconvError, VerifyError, printable
+from streamconv.errors import CheckpointError, OutputError, StreamconvError, VerifyError, printable
 from streamconv.planning.plan import Plan
 from streamconv.run import manifest, sampled
 from streamconv.run.fs import Disk, translate_errors
 from streamconv.run.inside import choose
-from streamconv.run.place import Found, Place, foreign
+from streamconv.run.place import CONFIG, Found, Place, foreign
 
 _ELSEWHERE = "choose another folder"
 
@@ -81,7 +84,7 @@ def _check_hidden(path: Path) -> None:
 
 def check_free(place: Place, force: bool) -> Found:
     """Refuse to replace a folder that holds something, unless forced; and one that holds more than a checkpoint in any case,
-    or a side file that somebody edited.
+    or a side file or config.json that somebody edited.
 
     Args:
         place: opened.
@@ -120,13 +123,20 @@ def check_free(place: Place, force: bool) -> Found:
 
 
 def edited(out: Path, names: Collection[str]) -> list[str]:
-    """Which of these side files of an output hold other bytes than its manifest tells; none if it has no sound manifest."""
+    """Which of these files of an output, weights apart, hold other bytes than its manifest tells; none if it has no sound manifest.
+
+    A config.json that is no JSON object is damaged and not edited: --force mends it.
+    """
     try:
         told = manifest.read_head(out / manifest.NAME)
     except VerifyError:
         return []
-    wanted = {name: digest for name, (_, digest) in told.side.items()}
-    return [name for name, digest in wanted.items() if name in names and _hash_of(out / name) != digest]
+    wanted = {name: digest for name, (_, digest) in told.side.items()} | {CONFIG: told.config}
+    changed = [name for name, digest in wanted.items() if name in names and _hash_of(out / name) != digest]
+    with contextlib.suppress(CheckpointError):
+        read_json(out / CONFIG, MAX_CONFIG)
+        return changed
+    return [name for name in changed if name != CONFIG]
 
 
 def _hash_of(path: Path) -> str:
@@ -164,8 +174,8 @@ def check_apart(places: Sequence[Place], source: Path) -> None:
 
 
 def is_made(out: Path, source: Path, plan: Plan, shards: Sequence[Shard]) -> bool:
-    """A folder is the finished output of a plan: its manifest says so, its files have their sizes, nobody edited its side files, and
-    the weights are those of the source.
+    """A folder is the finished output of a plan: its manifest says so, its files have their sizes, nobody edited any but the weights, and
+    these are those of the source.
 
     They are if no file of the source is newer than the output, or else if some rows of it are what encoding the source gives.
     """

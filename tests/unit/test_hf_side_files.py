@@ -113,7 +113,7 @@ def test_force_keeps_a_model_that_no_run_wrote(tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in other.iterdir()} == before
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", NAME])
+@pytest.mark.parametrize("name", ["tokenizer.json", NAME, "config.json"])
 def test_force_destroys_no_edit(tmp_path: Path, name: str) -> None:
     """Also one that leaves the size as it is."""
     source, out = tiny.write(tmp_path / "source"), tmp_path / "out"
