@@ -17,7 +17,7 @@ from streamconv.calibration.folds import Fold, Folds
 from streamconv.calibration.gram import Gram
 from streamconv.calibration.grid import ParallelMapping
 from streamconv.calibration.search import Found, Site, nearest, search
-from streamconv.calibration.tiers import LINEAR, SAMPLE, SITES, SMALLER, gram_bytes, passes_of, search_bytes, tier_of
+from streamconv.calibration.tiers import LINEAR, SAMPLE, SITES, SMALLER, gram_bytes, losses_bytes, passes_of, search_bytes, tier_of
 from streamconv.checkpoint.codes_file import Losses
 from streamconv.errors import DataError, UsageError, printable
 
@@ -75,6 +75,9 @@ class CodesWork:
 
     def extra(self, facts: ModelConfig) -> int:
         return search_bytes(self._method, self._group, facts, self._device)
+
+    def kept(self, rows: int, cols: int) -> int:
+        return losses_bytes(rows, cols)
 
     # ---- the layer
 

@@ -14,7 +14,19 @@ from streamconv import memory
 from streamconv.calibration.before import SAMPLES, check_text, takes_codes
 from streamconv.calibration.held import Held
 from streamconv.calibration.request import Samples
-from streamconv.calibration.tiers import LINEAR, SAMPLE, SITES, SMALLER, Tier, gram_bytes, gram_room, passes_of, search_bytes, tier_of
+from streamconv.calibration.tiers import (
+    LINEAR,
+    SAMPLE,
+    SITES,
+    SMALLER,
+    Tier,
+    gram_bytes,
+    gram_room,
+    losses_bytes,
+    passes_of,
+    search_bytes,
+    tier_of,
+)
 from streamconv.calibration.torch_device import free_memory
 from streamconv.device import parse, visible
 from streamconv.errors import BudgetError, UsageError
@@ -113,7 +125,8 @@ def _search(
 ) -> Search:
     left = memory.available() if budget is None else max(1, budget - memory.resident())
     itemsize = 4 if device == "cpu" else {"float32": 4}.get(facts.dtype or "float16", 2)
-    held = Held.of(index, facts, family, samples.batch_size * samples.max_length, itemsize, search_bytes(method, group, facts, device))
+    extra = search_bytes(method, group, facts, device)
+    held = Held.of(index, facts, family, samples.batch_size * samples.max_length, itemsize, extra, losses_bytes)
     free = free_memory(device) if visible() else None
     held.check(left, device, SMALLER, free)
     room = gram_room(left if device == "cpu" else free)

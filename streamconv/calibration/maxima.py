@@ -85,6 +85,9 @@ class RangesWork:
     def extra(self, facts: ModelConfig) -> int:
         return 0
 
+    def kept(self, rows: int, cols: int) -> int:
+        return 2 * 4 * (2 * rows + cols)  # once more while they are written
+
     def open(self, layer: OneLayer, scratch: Scratch, tokens: int, facts: dict[str, Any]) -> None:
         """Nothing is needed."""
 

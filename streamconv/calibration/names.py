@@ -56,9 +56,13 @@ class Names:
         """Name of the token embedding."""
         return self._found.get(("embedding", -1, -1), "model.embed_tokens.weight")
 
-    def layer(self, number: int) -> list[str]:
-        """Names of the tensors of a layer."""
-        return [name for (_, layer, _), name in self._found.items() if layer == number]
+    def layers(self) -> dict[int, list[str]]:
+        """Names of the tensors of each layer."""
+        found: dict[int, list[str]] = {}
+        for (_, layer, _), name in self._found.items():
+            if layer >= 0:
+                found.setdefault(layer, []).append(name)
+        return found
 
     def known(self, name: str) -> bool:
         """Whether a tensor lies where this family keeps its layers."""

@@ -203,7 +203,8 @@ class Run:
         began = time.monotonic()
         self._spare(work)
         check_budget(self.index, self.facts, self.family, self.budget, self.batch * max_length, self.dtype.itemsize, self.device, work)
-        ids = tokenize(self.index.root, load_texts(text, samples), max_length, self.loop)
+        with memory.bounded(self.budget):
+            ids = tokenize(self.index.root, load_texts(text, samples), max_length, self.loop)
         if not ids:
             raise UsageError(f"--text {printable(text)}: the model's tokenizer makes no tokens of it", hint="is it this model's tokenizer?")
         batches = batches_of(ids, self.batch)
@@ -322,5 +323,5 @@ def check_budget(
     index: Index, facts: ModelConfig, family: Family, budget: int | None, tokens: int, itemsize: int, device: str, work: Work
 ) -> None:
     """Refuse a budget that one layer and one batch do not fit in; as `Held.check`."""
-    held = Held.of(index, facts, family, tokens, itemsize, work.extra(facts))
+    held = Held.of(index, facts, family, tokens, itemsize, work.extra(facts), work.kept)
     held.check(budget, device, work.smaller, free_memory(device))

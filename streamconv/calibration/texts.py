@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
+from typing import TextIO
 
 from streamconv.calibration.pretrained import read_tokenizer, told
 from streamconv.calibration.request import Loop
+from streamconv.checkpoint.untrusted import open_regular
 from streamconv.errors import UsageError, printable
+from streamconv.memory import check_room
 
 _COLUMNS = ("article", "text", "content")
+_LONGEST_LINE = 1 << 26
+_TOKENIZING, _TOKEN = 50, 32
+"""Bytes that tokenizing takes for each character, and that each token takes until the first layer (measured, rounded up)."""
 
 
 def load_texts(source: str, count: int) -> list[str]:
@@ -24,38 +32,65 @@ def load_texts(source: str, count: int) -> list[str]:
         UsageError: nothing readable is there.
     """
     path = Path(source)
+    found: Iterator[str]
     if os.path.isdir(path):
         files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl", ".md"))
         if not files:
             raise UsageError(f"--text {printable(source)}: no .txt or .jsonl file in the folder")
-        texts = [text for file in files for text in _file(file)]
+        found = (text for file in files for text in _file(file))
     elif os.path.exists(path):
-        texts = _file(path)
+        found = _file(path)
     elif path.suffix or source.startswith((".", "/")) or source.count("/") > 1:  # no name of a data set
         raise UsageError(f"--text {printable(source)} does not exist")
     else:
-        texts = _hub(source, count)
-    texts = [text for text in texts if text.strip()]
+        found = iter(_hub(source, count))
+    texts = list[str]()
+    for text in islice(filter(str.strip, found), count if count >= 0 else None):
+        check_room(_TOKENIZING * len(text), f"one sample of --text {printable(source)}, {len(text)} characters,")
+        texts.append(text)
     if not texts:
         raise UsageError(f"--text {printable(source)} holds no text")
-    return texts if count < 0 else texts[:count]
+    return texts
 
 
-def _file(path: Path) -> list[str]:
+def _file(path: Path) -> Iterator[str]:
+    """The samples of a file, one after the other: no more of it is read than is used."""
+    shown = f"--text {printable(str(path))}"
     try:
-        content = path.read_text(encoding="utf-8")
+        with open(open_regular(path, UsageError), encoding="utf-8") as file:
+            yield from (_rows if path.suffix == ".jsonl" else _blocks)(file, shown)
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--text {printable(str(path))}: {error}") from error
-    if path.suffix != ".jsonl":
-        return [block.strip() for block in content.split("\n\n")]
-    texts = []
-    for number, line in enumerate(content.splitlines(), 1):
+        raise UsageError(f"{shown}: {error}") from error
+
+
+def _blocks(file: TextIO, shown: str) -> Iterator[str]:
+    """What stands between blank lines."""
+    block = list[str]()
+    for line in _lines(file, shown):
+        if line == "\n":
+            yield "".join(block).strip()
+            block.clear()
+        else:
+            block.append(line)
+            check_room(len(line), f"a block of {shown}")
+    yield "".join(block).strip()
+
+
+def _rows(file: TextIO, shown: str) -> Iterator[str]:
+    """What each line of JSON holds."""
+    for number, line in enumerate(_lines(file, shown), 1):
         try:
             row = json.loads(line)
-            texts.append(next(str(row[key]) for key in _COLUMNS if key in row))
-        except (ValueError, StopIteration, TypeError) as error:
-            raise UsageError(f"--text {printable(str(path))}: line {number} has none of {', '.join(_COLUMNS)}") from error
-    return texts
+            yield next(str(row[key]) for key in _COLUMNS if key in row)
+        except (ValueError, StopIteration, TypeError, RecursionError) as error:
+            raise UsageError(f"{shown}: line {number} has none of {', '.join(_COLUMNS)}") from error
+
+
+def _lines(file: TextIO, shown: str) -> Iterator[str]:
+    while line := file.readline(_LONGEST_LINE):
+        if len(line) == _LONGEST_LINE:
+            raise UsageError(f"{shown} has a line of more than {_LONGEST_LINE} characters", hint="samples are blocks between blank lines")
+        yield line
 
 
 def _hub(name: str, count: int) -> list[str]:
@@ -88,9 +123,13 @@ def tokenize(folder: Path, texts: list[str], max_length: int, loop: Loop = "trtl
     Raises:
         CheckpointError: the model folder has no usable tokenizer.
     """
-    tokenizer, ids = read_tokenizer(folder), list[list[int]]()
+    tokenizer, ids, count = read_tokenizer(folder), list[list[int]](), 0
+    known: dict[int, int] = {}  # each number once
     with told(f"{printable(str(folder))}: the tokenizer fails"):
         for text in texts:
             prepared = text if loop == "modelopt" else (text + " TL;DR: ").strip().replace(" n't", "n't")
-            ids.append([int(token) for token in tokenizer(prepared, truncation=True, max_length=max_length)["input_ids"]])
+            made = tokenizer(prepared, truncation=True, max_length=max_length)["input_ids"]
+            ids.append([known.setdefault(token, token) for token in map(int, made)])
+            count += len(ids[-1])
+            check_room(_TOKEN * count, f"reading on after {len(ids)} of {len(texts)} samples ({count} tokens)")
     return [sample for sample in ids if sample]

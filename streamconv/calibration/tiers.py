@@ -47,6 +47,11 @@ def gram_bytes(tier: Tier, size: int, group: int) -> int:
     return 4 * size * ({"full": size, "block": group, "sample": SAMPLE}[tier] + 2)
 
 
+def losses_bytes(rows: int, cols: int) -> int:
+    """Bytes that the losses of one linear layer take until the end: a small tensor, whatever its size."""
+    return 1 << 10
+
+
 def rows_at_once(size: int, device: str) -> int:
     """Rows of K = `size` that a search takes at once on a kind of device."""
     return max(64, (_DEVICE_VALUES if device == "cuda" else _VALUES) // size)

@@ -36,6 +36,9 @@ class Work(Protocol):
     def extra(self, facts: ModelConfig) -> int:
         """Bytes that it needs beside the layer and a batch."""
 
+    def kept(self, rows: int, cols: int) -> int:
+        """Bytes that the results of a linear layer [rows, cols] take until the end."""
+
     def open(self, layer: OneLayer, scratch: Scratch, tokens: int, facts: dict[str, Any]) -> None:
         """The model and the samples are known to be good; called once, before the first layer.
 
