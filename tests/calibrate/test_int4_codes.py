@@ -217,7 +217,7 @@ def test_awq_scales_are_shared_and_undone(model: Path, text: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["clip", "gptq"])
+@pytest.mark.parametrize("method", ["clip", "awq", "gptq"])
 def test_batches_passes_and_interruptions_change_nothing(
     method: str, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

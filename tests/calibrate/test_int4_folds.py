@@ -182,6 +182,27 @@ def test_a_directory_holds_the_weights_with_every_pre_scale_undone(container: st
     assert set(changes) == {"self_attn.q", "self_attn.k", "mlp.gate", "self_attn.o", "mlp.down"} and min(changes.values()) > 0, changes
 
 
+@pytest.mark.slow
+def test_a_fold_is_the_same_product_as_explicit_pre_scales(model: Path, text: Path, tmp_path: Path) -> None:
+    """Weights as they act, pre-scales and norms multiplied out: equal but for the rounding of the norm, which ties feel."""
+    weights = loud(model, torch.bfloat16)
+    for fold in ("", "all"):
+        find_codes(model, tmp_path / f"c{fold}", str(text), method="awq", fold=fold, **SIZES)
+    free, folded = load_file(tmp_path / "c"), load_file(tmp_path / "call")
+    for layer in range(tiny.LAYERS):
+        for norm, names in (("input_layernorm", ("self_attn.q", "self_attn.k")), ("post_attention_layernorm", ("mlp.gate",))):
+            at = f"model.layers.{layer}."
+            before, after = weights[f"{at}{norm}.weight"].float(), folded[f"{at}{norm}.weight"].float()
+            for name in names:
+                module = f"{at}{name}_proj"
+                one = values(free, module) * free[f"{module}.pre_quant_scale"] * before
+                two = values(folded, module) * after
+                error = (one - weights[f"{module}.weight"].float() * before).norm()
+                assert float((one - two).norm()) < 0.5 * float(error), module  # codes and clips at a tie
+                assert float(((one - two).abs() <= 2.0**-6 * one.abs()).float().mean()) > 0.8, module
+                assert torch.allclose(free[f"{module}.losses"], folded[f"{module}.losses"], rtol=0.05)
+
+
 def test_what_does_not_go_together_is_refused(model: Path, text: Path, tmp_path: Path) -> None:
     paths = {fold: str(tmp_path / f"{fold or 'none'}.safetensors") for fold in ("", "norms", "all")}
     for fold, path in paths.items():
