@@ -6,10 +6,10 @@ import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from streamconv import device, hub, memory
 from streamconv.allocation import costs_of, estimate_memory
@@ -242,7 +242,8 @@ class Conversion:
         each = tuple(
             Written(
                 one.out, len(plan.files), sum(file.tensors for file in plan.files), plan.bytes_written, share.resumed,
-                share.published and not share.parts, (*plan.warnings, *share.warnings), parts=tuple(share.parts), published=share.published,
+                share.published and not share.parts, (*plan.warnings, *share.warnings), losses=_losses(plan), parts=tuple(share.parts),
+                published=share.published,
             )
             for one, plan, share in made
         )  # fmt: skip
@@ -262,7 +263,7 @@ class Conversion:
             device=next((share.where for _, _, share in made if share.where), ""),
             profile={},
             warnings=together(each),
-            outputs=each if self.several else (),
+            outputs=each,
             parts=tuple(part for one in each for part in one.parts or ()),
             published=all(one.published for one in each),
         )
@@ -302,5 +303,9 @@ def _written(output: Output, writer: Writer, state: OutputState | None) -> Writt
         writer.finished,
         (*plan.warnings, *(state.warnings() if state is not None else ())),
         tuple(state.check.errors()) if state is not None and state.check is not None else (),
-        plan.losses.to_json() if plan.losses is not None else None,
+        _losses(plan),
     )
+
+
+def _losses(plan: Plan) -> Mapping[str, Any] | None:
+    return plan.losses.to_json() if plan.losses is not None else None

@@ -15,14 +15,15 @@ def show(report: Report, as_json: bool, quiet: bool) -> None:
         output.note(f"warning: {warning}")
     if quiet or as_json:
         return
+    several = len(report.outputs) > 1
     if report.parts is not None:
-        for each in report.outputs:
+        for each in report.outputs if several else ():
             did = f"part{'s' * (len(each.parts) != 1)} {', '.join(map(str, each.parts))}" if each.parts else "no part"
             after = "complete" if each.published else f"other parts are missing, see `streamconv status {each.out}`"
             output.line(f"{each.out}: {did} done here; {after}")
         done = f"part{'s' * (len(report.parts) != 1)} {', '.join(map(str, report.parts))}" if report.parts else "no part"
-        done = f"{len(report.parts)} parts" if report.outputs else done
-        whole = "all outputs are complete" if report.outputs else "the output is complete"
+        done = f"{len(report.parts)} parts" if several else done
+        whole = "all outputs are complete" if several else "the output is complete"
         after = whole if report.published else "other parts are missing, see `streamconv status`"
         output.line(
             f"{report.out}: {done} done here, {show_size(report.bytes_read)} read in {report.seconds:.1f} s, peak memory "
@@ -31,13 +32,13 @@ def show(report: Report, as_json: bool, quiet: bool) -> None:
             + f"; {after}"
         )
         return
-    if len(report.outputs) > 1:
+    if several:
         for each in report.outputs:
             files = f"{each.files} file{'s' * (each.files != 1)}, {each.tensors} tensors"
             kept = f"; {each.resumed} tiles of an earlier run were kept" if each.resumed else ""
             what = "finished by an earlier run, skipped" if each.finished else f"{files}, {show_size(each.bytes_written)} written{kept}"
             output.line(f"{each.out}: {what}")
-    whole = f"{len(report.outputs)} outputs" if len(report.outputs) > 1 else report.out
+    whole = f"{len(report.outputs)} outputs" if several else report.out
     output.line(
         f"{whole}: {report.files} file{'s' * (report.files != 1)}, {report.tensors} tensors, "
         f"{show_size(report.bytes_written)} written, {show_size(report.bytes_read)} read in {report.seconds:.1f} s; "

@@ -90,7 +90,9 @@ def test_the_losses_are_those_of_the_whole_model(model: Path, text: Path, tmp_pa
 
 
 @pytest.mark.parametrize("method", ["clip", pytest.param("gptq", marks=pytest.mark.slow)])
-def test_both_targets_and_every_rank_hold_the_codes(method: str, model: Path, text: Path, tmp_path: Path) -> None:
+def test_both_targets_and_every_rank_hold_the_codes(
+    method: str, model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "c.safetensors"
     find_codes(model, path, str(text), method=method, **SIZES)
     found, module = load_file(path), "model.layers.1.mlp.down_proj"
@@ -107,6 +109,9 @@ def test_both_targets_and_every_rank_hold_the_codes(method: str, model: Path, te
         assert {name: each[kind] for name, each in told["each"].items()} == pytest.approx({n: s[at] for n, s in shares.items()}, rel=1e-3)
     assert told["mean"]["found"] == pytest.approx(sum(best for _, best in shares.values()) / len(shares), rel=1e-3)
     assert next(iter(told["worst"])) == max(shares, key=lambda name: shares[name][1]) and told["method"] == method
+    flags = ["--to", "hf", "--quant", "w4a16", "--group-size", str(GROUP), "--method", method, "--codes", str(path)]
+    assert main(["convert", str(model), str(tmp_path / "parts"), *flags, "--parts", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["outputs"][0]["losses"] == told
     other = {"clip": "gptq", "gptq": "clip"}[method]
     with pytest.raises(UsageError, match=f"are those of {method}"):
         api.open_and_plan(model, HuggingFace(quant="w4a16", **common | {"method": other}))
