@@ -110,14 +110,14 @@ def test_same_for_any_tile(name: str, rows: int, tmp_path: Path, monkeypatch: py
 def test_same_for_the_smallest_budget(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its tiles are other ones than those of a budget with room."""
     seen: list[tuple[MemoryPlan, dict[str, TileCost]]] = []
-    share = memory_plan.share
+    allocate = memory_plan.allocate
 
     def spied(total: int | None, workers: int | None, base: int, costs: dict[str, TileCost], *more: int, **named: int) -> MemoryPlan:
-        seen.append((share(total, workers, base, costs, *more, **named), costs))
+        seen.append((allocate(total, workers, base, costs, *more, **named), costs))
         return seen[-1][0]
 
     monkeypatch.setattr(memory, "resident", lambda: 100 * memory.MIB)
-    monkeypatch.setattr(memory_plan, "share", spied)
+    monkeypatch.setattr(memory_plan, "allocate", spied)
     convert(BY_NAME[name], tmp_path / "roomy", "--memory_budget", "1GiB")
     roomy, costs = seen[-1]
     smallest = roomy.base + memory_plan.MARGIN + max(cost.smallest() for cost in costs.values())
