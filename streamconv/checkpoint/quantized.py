@@ -55,6 +55,7 @@ class SourceQuantization:
         return self.method == "modelopt" and self.algo == "FP8"
 
 
+_MODELOPT, _GPTQ = "hf_quant_config.json", "quantize_config.json"
 _MOST = 1 << 20
 _LARGEST = 3.4028234e38
 """Of float32, in which a checkpoint states the bound."""
@@ -105,24 +106,37 @@ def stated_quantization(config: Mapping[str, Any], root: Path) -> SourceQuantiza
     Raises:
         CheckpointError: a file is not a JSON object, or states what is none, no name of a method or no bound.
     """
+    found = statement(config, root)
+    if found is None:
+        return None
+    stated, name = found
+    if name == _MODELOPT:
+        return _modelopt(stated, name)
+    method = stated.get("quant_method", "gptq" if name == _GPTQ else "unknown")
+    if not isinstance(method, str):
+        raise CheckpointError(f"{name}: quant_method is {shown_value(method)}, no name")
+    method = method.lower()
+    if method.startswith("modelopt") and name != _GPTQ:
+        return _modelopt(stated, name)
+    return _facts(method, stated, name)
+
+
+def statement(config: Mapping[str, Any], root: Path) -> tuple[dict[str, Any], str] | None:
+    """The statement that counts, and its file; None if there is none. As of `stated_quantization`.
+
+    Raises:
+        CheckpointError: it is not a JSON object.
+    """
     folder = root if os.path.isdir(root) else root.parent
     stated = config.get("quantization_config")
     if isinstance(stated, dict):
-        method = stated.get("quant_method", "unknown")
-        if not isinstance(method, str):
-            raise CheckpointError(f"config.json: quant_method is {shown_value(method)}, no name")
-        method = method.lower()
-        if method.startswith("modelopt"):
-            return _modelopt(stated, "config.json")
-        return _facts(method, stated, "config.json")
+        return stated, "config.json"
     if stated is not None:
         raise CheckpointError(f"config.json: quantization_config is {shown_value(stated)}, no object")
-    stated = _json(folder / "hf_quant_config.json")
-    if stated is not None:
-        return _modelopt(stated, "hf_quant_config.json")
-    stated = _json(folder / "quantize_config.json")
-    if stated is not None:
-        return _facts(str(stated.get("quant_method", "gptq")).lower(), stated, "quantize_config.json")
+    for name in (_MODELOPT, _GPTQ):
+        stated = _json(folder / name)
+        if stated is not None:
+            return stated, name
     return None
 
 

@@ -84,7 +84,7 @@ def check(folder: Path, config: Mapping[str, Any], shapes: Shapes) -> tuple[list
         return problems, warnings
     if not codes and not any(name.endswith("_blocks") for name in tensors):
         problems.append("config.json has a quantization_config, and no weight is quantized")
-    statement = read_statement(group_size(folder) | stated, any(name.endswith(".bitmask") for name in tensors))
+    statement = read_statement(group_size(folder) | stated, tensors)
     problems += statement.problems[:_SHOWN]
     warnings += dict.fromkeys(statement.warnings)
     told = check_tensors(codes, tensors, statement)

@@ -55,7 +55,7 @@ def _statement(told: Mapping[str, Any], tensors: Tensors, some: Tensors) -> list
     Args:
         some: the tensors of one unit of each kind.
     """
-    statement = read_statement(told, any(name.endswith(".bitmask") for name in some))
+    statement = read_statement(told, some)
     if statement.alike and not check_tensors(codes_of(some), some, statement)[0]:
         return statement.problems
     return statement.problems + check_tensors(codes_of(tensors), tensors, statement)[0]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from streamconv.checkpoint.unknown_statements import FORMATS
 from streamconv.checkpoint.untrusted import shown_value
 from streamconv.errors import printable
 from streamconv.targets.hf.weights import FLOATS, Tensors, Told
@@ -14,8 +15,6 @@ _SCHEME = ("targets", "weights", "input_activations", "output_activations", "for
 _ARGS = ("num_bits", "type", "symmetric", "dynamic", "strategy", "group_size", "block_structure", "scale_dtype", "zp_dtype", "observer",
          "observer_kwargs", "actorder")  # fmt: skip
 _STRATEGIES = ("tensor", "channel", "token", "group", "tensor_group", "block", "attn_head")
-_UNKNOWN = ("marlin-24", "sparse-24-bitmask", "sparse-bitmask", "dense", "mixed-precision")
-"""Formats that engines read and that are not known here."""
 _E4M3, _U8 = "torch.float8_e4m3fn", "torch.uint8"
 _DTYPES = {_E4M3: "F8_E4M3", _U8: "U8"}
 
@@ -139,7 +138,7 @@ def compressed_groups(stated: Mapping[str, Any], problems: list[str]) -> list[tu
 def _scheme(at: str, scheme: Mapping[str, Any], stated: Mapping[str, Any], problems: list[str]) -> list[Compressed | None]:
     """The scheme, None if it is not known here; nothing if no engine reads it, which has been told."""
     name = scheme.get("format") or stated.get("format")
-    if name in _UNKNOWN:
+    if name in FORMATS:
         return [None]
     form = _FORMS.get(name) if isinstance(name, str) else None
     if form is None:

@@ -12,6 +12,7 @@ from streamconv.checkpoint.dtypes import F32, I64
 from streamconv.checkpoint.quantized import SourceQuantization, source_quantization
 from streamconv.checkpoint.rows import SourceTensor
 from streamconv.checkpoint.turned_rows import turned
+from streamconv.checkpoint.unknown_statements import refuse_unknown, stated_by
 from streamconv.errors import CheckpointError, UsageError, printable
 from streamconv.quants.base import Codec, Part
 from streamconv.quants.given_codes import GivenZeros, Reciprocal, Words, ZeroPoints
@@ -85,7 +86,9 @@ def keep(index: Index, tensors: Mapping[str, SourceTensor], container: Container
         raise UsageError("--quant keep: the source is not quantized", hint="--quant none copies it")
     own = container_of(stated)
     if container is None or container == own:
+        draft.warnings += [f"{line}: it is kept as it is" for line in stated_by(index)]
         return _as_it_is(tensors, own, draft)
+    refuse_unknown(index, "without --format codes and statement stay as they are")
     if container == "compressed-tensors" and own in ("awq", "gptq"):
         return _integers(index, tensors, stated, draft)
     if {container, own} == {"compressed-tensors", "modelopt"} and _is_nvfp4(tensors, own):

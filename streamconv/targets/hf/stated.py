@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from streamconv.checkpoint.quantized import AUTO_ROUND, AUTO_ROUND_FORMS
+from streamconv.checkpoint.unknown_statements import METHODS as OTHERS
+from streamconv.checkpoint.unknown_statements import in_known_words, stored_sparse, unknown_statements
 from streamconv.checkpoint.untrusted import shown_value
 from streamconv.errors import printable
 from streamconv.targets.hf.compressed_scheme import compressed_groups
@@ -16,9 +18,8 @@ from streamconv.targets.hf.recipes import BLOCK, METHODS, RECIPES
 from streamconv.targets.hf.weights import Tensors, Told
 
 IGNORE = ("ignore", "modules_to_not_convert", "ignored_layers", "exclude_modules")
-_OTHERS = ("aqlm", "bitnet", "bitsandbytes", "eetq", "fbgemm_fp8", "fp_quant", "higgs", "hqq", "inc", "mxfp4", "mxfp8",
-           "nvfp4", "quanto", "quark", "quip", "spqr", "torchao", "vptq")  # fmt: skip
-"""Methods that engines read and that are not known here."""
+_UNCHECKED = ("fbgemm_fp8", "mxfp4")
+"""Methods that are decoded here, and whose tensors are not checked."""
 _OTHER_ALGOS = ("NVFP4_AWQ", "W4A8_AWQ", "W4A8_MXFP4_FP8", "W8A8_SQ_PER_CHANNEL", "MIXED_PRECISION", "MXFP4", "W4A8_NVFP4_FP8",
                 "W4A16_MXFP4")  # fmt: skip
 _CACHE = {"num_bits": 8, "type": "float"}
@@ -97,11 +98,11 @@ def stated_bits(stated: Mapping[str, Any]) -> int | None:
     return None
 
 
-def read_statement(stated: Mapping[str, Any], sparse: bool = False) -> Statement:
+def read_statement(stated: Mapping[str, Any], names: Collection[str] = ()) -> Statement:
     """Read a `quantization_config`; never fails, what is wrong is in `problems`.
 
     Args:
-        sparse: weights are stored with masks of their zeros.
+        names: of the tensors that it is about.
     """
     problems: list[str] = []
     method = stated.get("quant_method")
@@ -112,8 +113,9 @@ def read_statement(stated: Mapping[str, Any], sparse: bool = False) -> Statement
         listed = []
     made = Statement([], Patterns(listed, globs=method != "compressed-tensors"), bool(listed), problems=problems)
     problems += [f"quantization_config: {key} {line}" for line in made.ignore.wrong]
+    made.warnings += [f"{line}: what it is about is not checked" for line in unknown_statements(stated, names)]
     if method == "compressed-tensors":
-        _compressed(stated, made, sparse)
+        _compressed(stated, made, stored_sparse(names))
     elif method in METHODS:
         made.groups.append(Group(("Linear",), _tiles(stated, problems)))
     elif isinstance(method, str) and method.startswith("modelopt"):
@@ -122,8 +124,10 @@ def read_statement(stated: Mapping[str, Any], sparse: bool = False) -> Statement
         made.groups.append(Group(("Linear",), _words(method, stated, problems)))
     elif method in AUTO_ROUND:
         _auto_round(stated, made)
-    elif method in _OTHERS:
-        made.warnings.append(f"config.json states {printable(str(method))}, which is not known here: its tensors are not checked")
+    elif method in _UNCHECKED:
+        made.warnings.append(f"config.json states {printable(str(method))}: its tensors are not checked")
+        made.groups.append(Group(("Linear",), None))
+    elif method in OTHERS:
         made.groups.append(Group(("Linear",), None))
     else:
         problems.append(f"quantization_config: quant_method is {shown_value(method)}, which no engine reads")
@@ -137,22 +141,16 @@ def _compressed(stated: Mapping[str, Any], made: Statement, sparse: bool) -> Non
     made.groups += sorted(held, key=lambda group: "Linear" in group.targets)
     for group in held:
         made.problems += [f"quantization_config: targets {line}" for line in group.patterns.wrong]
-        if group.scheme is None:
-            made.warnings.append("config.json states a scheme that is not known here: its tensors are not checked")
     status = stated.get("quantization_status", "compressed")
     if status != "compressed":
         made.problems.append(f"quantization_config: quantization_status is {shown_value(status)}: readers take no weight for codes")
     sparsity = stated.get("sparsity_config")
-    if sparse:
-        made.warnings.append("weights are stored sparse, which is not known here: they are not checked")
-    elif sparsity not in (None, {}) and not (isinstance(sparsity, dict) and sparsity.get("format") == "dense"):
+    if not sparse and sparsity not in (None, {}) and not (isinstance(sparsity, dict) and sparsity.get("format") == "dense"):
         form = shown_value(sparsity.get("format") if isinstance(sparsity, dict) else sparsity)
         made.problems.append(f"quantization_config: sparsity_config states {form}: engines look for sparse weights, these are dense")
-    elif isinstance(sparsity, dict) and sparsity.get("sparsity_structure") not in (None, "unstructured", "dense"):
+    elif not sparse and isinstance(sparsity, dict) and sparsity.get("sparsity_structure") not in (None, "unstructured", "dense"):
         told = shown_value(sparsity["sparsity_structure"])
         made.problems.append(f"quantization_config: sparsity_config states the structure {told}: engines drop what does not fit it")
-    if stated.get("transform_config") not in (None, {}):
-        made.warnings.append("config.json states transforms of the weights, which are not known here")
     _cache(stated.get("kv_cache_scheme"), made)
 
 
@@ -213,10 +211,7 @@ def _auto_round(stated: Mapping[str, Any], made: Statement) -> None:
     """Layouts of GPTQ and AutoAWQ under another name; `extra_config` says what is different in single modules."""
     packing = stated.get("packing_format", "auto_round:auto_gptq")
     extra = stated.get("extra_config") or {}
-    known = isinstance(packing, str) and packing in AUTO_ROUND_FORMS and stated.get("data_type", "int") == "int"
-    if not known or not isinstance(extra, dict) or not all(isinstance(own, dict) for own in extra.values()):
-        told = f"packing_format {shown_value(packing)} and data_type {shown_value(stated.get('data_type'))}"
-        made.warnings.append(f"config.json states auto-round, {told}, which is not known here: its tensors are not checked")
+    if not in_known_words(stated):
         made.groups.append(Group(("Linear",), None))
         return
     form = AUTO_ROUND_FORMS[packing]

@@ -123,6 +123,7 @@ class HuggingFace(Target):
         from streamconv.checkpoint.rows import SourceFile
         from streamconv.checkpoint.source_files import source_files
         from streamconv.checkpoint.source_tensors import SourceTensors
+        from streamconv.checkpoint.unknown_statements import refuse_unknown
         from streamconv.planning.draft import Draft
         from streamconv.planning.plan import Plan
         from streamconv.targets.hf.complete import check_complete
@@ -137,6 +138,8 @@ class HuggingFace(Target):
         check_patterns(self.only, "--only")
         if index.assembled is not None:
             raise CheckpointError("a checkpoint in Meta's layout has no Hugging Face names", hint="convert it with transformers first")
+        if self.quant != KEEP:
+            refuse_unknown(index, "--quant keep keeps codes and statement; else convert the model that it was made from")
         units = kinds(index.tensors.told())
         odd = check_complete(index, units)
         draft, settled, dtype = Draft(SourceTensors(index)), self, self.model_dtype(index)

@@ -15,6 +15,7 @@ from streamconv.checkpoint.quantized import left_over, source_quantization
 from streamconv.checkpoint.rows import PackedTensor, SourceFile
 from streamconv.checkpoint.source_files import source_files
 from streamconv.checkpoint.source_tensors import Changed, SourceTensors
+from streamconv.checkpoint.unknown_statements import refuse_unknown
 from streamconv.errors import CheckpointError, RefusedError, UsageError, printable
 from streamconv.families import Family, family_of
 from streamconv.families.meta import META
@@ -120,6 +121,7 @@ def make_plan(index: Index, options: TensorRTLLM) -> Plan:
     check_options(options)
     model, family = model_of(index)
     stated = source_quantization(index)
+    refuse_unknown(index, "convert the model that it was made from")
     options = _settled(import_rules.import_prequantized(options, stated, model.num_experts), family)
     check_options(options)
     moe = resolve_moe(options)
