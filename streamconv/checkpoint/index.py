@@ -61,6 +61,7 @@ class Index:
         absent: tensors that the index file lists and no file holds.
         wrapped: `config` is that of the language model inside a multimodal model, and not config.json.
         notes: what the user should know of how the source was read.
+        left_behind: what a target of another kind does not take over, in words.
         beside: files that the Hub lists, weights too; None for a folder, which is looked through instead.
         repo: what the Hub calls it, org/name.
         views: the tensors of a source whose files hold them cut, joined or in codes, by name; empty for any other.
@@ -81,6 +82,7 @@ class Index:
     repo: str | None = None
     views: Mapping[str, SourceTensor] = field(default_factory=dict)
     origin: object = None
+    left_behind: tuple[str, ...] = ()
 
     def name_of(self, shard: Shard) -> str:
         """The file's path in the checkpoint, with "/": two files never share it, wherever the checkpoint lies."""

@@ -94,6 +94,8 @@ def test_what_is_not_given_is_kept(golden_inputs: Path, tmp_path: Path) -> None:
     assert _files(_convert(made, tmp_path / "same", TensorRTLLM())) == _files(made)
     again = _convert(made, tmp_path / "again", TensorRTLLM(tp_size=4))
     assert _files(again) == _files(_convert(source, tmp_path / "direct", TensorRTLLM(tp_size=4, **options)))
+    left = "the scales of the FP8 KV cache are left out"
+    assert left in streamconv.plan(made, HuggingFace()).warnings and left not in streamconv.plan(made, TensorRTLLM()).warnings
     one = _convert(made, tmp_path / "one", TensorRTLLM(tp_size=1, dtype="bfloat16"))
     assert _files(one) == _files(_convert(source, tmp_path / "direct", TensorRTLLM(**options | {"dtype": "bfloat16"})))
 

@@ -180,7 +180,7 @@ class HuggingFace(Target):
                 *(() if ranges is None else (SourceFile(ranges.path.name, ranges.size, ranges.digest()),)),
                 *(() if codes is None else (codes.identity(),)),
             ),
-            warnings=(*odd, *draft.warnings, *index.notes),
+            warnings=(*odd, *draft.warnings, *index.notes, *index.left_behind),
             decisions=draft.decisions,
             losses=None if codes is None else codes.losses(),
         )

@@ -181,7 +181,8 @@ class _Reader:
         origin = Origin(self._options, self._dtype.torch, self._bound, self._cache_factors())
         sm = f"nothing says for which GPU generation the integers are laid out: read as for --target-sm {self._options.target_sm}"
         notes = (*self._notes, sm) if guessed else self._notes
-        return Index(self._folder, self._config, self._shards, tensors, notes=notes, views=views, origin=origin)
+        left = (f"the scales of the {str(self._options.kv_cache).upper()} KV cache are left out",) if origin.cache_factors else ()
+        return Index(self._folder, self._config, self._shards, tensors, notes=notes, views=views, origin=origin, left_behind=left)
 
     def likeness(self) -> float:
         """How much the integers look like weights, read in the layout of these options.
