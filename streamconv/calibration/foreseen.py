@@ -183,6 +183,13 @@ def _weights(index: Index, family: Family) -> dict[int, list[tuple[tuple[str, in
     return found
 
 
+def searches_on(options: Target) -> bool:
+    """Whether a text beside these options would be searched on for INT4 codes, and for nothing else."""
+    if not isinstance(options, TensorRTLLM | HuggingFace) or options.codes is not None or options.activation_ranges is not None:
+        return False
+    return takes_codes(options) and not options.uses_ranges()
+
+
 def planned(
     model: str | Path, options: Target, samples: Samples | None, budget: int | None, device: str
 ) -> tuple[Target, Search | None]:

@@ -214,14 +214,14 @@ def plan(
 
     asked = dataclasses.replace(resources(memory_budget, workers, device, device_memory_budget), probe=not no_probe)
     given = {"memory_budget": memory_budget, "workers": workers, "device": device, "device_memory_budget": device_memory_budget}
-    outputs = several.asked(model, out, more, values.pop("output"), _recipe_keys(), ("text", "parts"))
+    outputs = several.asked(model, out, more, values.pop("output"), _recipe_keys(), ("parts",))
+    on = _samples(text, samples, max_length, batch_size)
     if outputs:
         effects.check(click.get_current_context(), model, None)
-        several.plan(model, outputs, asked, write_config, given, as_json)
+        several.plan(model, outputs, on, asked, write_config, given, as_json)
         return 0
     wanted = asked_target(to, values, more)
     effects.check(click.get_current_context(), model, wanted)
-    on = _samples(text, samples, max_length, batch_size)
     wanted, search = planned(model, wanted, on, asked.memory_budget, asked.device)
     index, made = api.open_and_plan(model, wanted, asked.memory_budget)
     if search is not None:

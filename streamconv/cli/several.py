@@ -17,6 +17,8 @@ from streamconv.targets import TARGETS, target_class
 from streamconv.targets.base import flag
 
 if TYPE_CHECKING:
+    from streamconv.calibration.foreseen import Search
+    from streamconv.calibration.request import Samples
     from streamconv.cli.recipe import Kind
     from streamconv.options import Resources
     from streamconv.targets.base import Output
@@ -147,19 +149,50 @@ def _output(table: Mapping[str, Any], kinds: Mapping[str, Kind]) -> tuple[Output
 
 
 def plan(
-    model: str, outputs: Sequence[Output], asked: Resources, write_config: str | None, given: Mapping[str, object], as_json: bool
+    model: str,
+    outputs: Sequence[Output],
+    samples: Samples | None,
+    asked: Resources,
+    write_config: str | None,
+    given: Mapping[str, object],
+    as_json: bool,
 ) -> None:
     """`streamconv plan` of several outputs.
 
     Args:
+        samples: what INT4 codes would be searched on, None without a text.
         given: flags that change no byte, for the recipe.
+
+    Raises:
+        UsageError: there is a text, and no output has codes to search. Others as of planning.
     """
     from streamconv.cli import recipe_option, several_view
     from streamconv.open_plan import open_and_plan_all
 
+    outputs, searches = _searched(model, outputs, samples, asked)
     index, plans = open_and_plan_all(model, outputs, asked.memory_budget)
+    plans = [search.of(made) if search is not None else made for made, search in zip(plans, searches, strict=True)]
     with contextlib.closing(index):
         if write_config:
             tables = [(output.out, made.target) for output, made in zip(outputs, plans, strict=True)]
             recipe_option.write(write_config, model, tables, given, index, several=True)
-        several_view.show(index, outputs, plans, asked, as_json)
+        several_view.show(index, outputs, plans, searches, asked, as_json)
+
+
+def _searched(
+    model: str, outputs: Sequence[Output], samples: Samples | None, asked: Resources
+) -> tuple[list[Output], list[Search | None]]:
+    """The outputs whose plans have the sizes of these, and the search for INT4 codes that comes before each, if one does."""
+    from streamconv.calibration.foreseen import planned, searches_on
+
+    made: list[Output] = []
+    searches: list[Search | None] = []
+    for output in outputs:
+        on = samples if searches_on(output.target) else None
+        with _about(f"output {printable(output.out)}"):
+            target, search = planned(model, output.target, on, asked.memory_budget, asked.device)
+        made.append(dataclasses.replace(output, target=target))
+        searches.append(search)
+    if samples is not None and not any(searches):
+        raise UsageError("--text has no effect: no output has INT4 codes to search", hint="leave it out")
+    return made, searches

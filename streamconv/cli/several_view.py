@@ -9,6 +9,8 @@ from typing import Any
 
 from streamconv import api
 from streamconv.allocation import costs_of, estimate_memory
+from streamconv.calibration.before import codes_path
+from streamconv.calibration.foreseen import Search
 from streamconv.checkpoint.index import Index
 from streamconv.cli import output, plan_view
 from streamconv.cli.view import table
@@ -28,8 +30,15 @@ from streamconv.run.output_checks import check_apart, is_made
 from streamconv.targets.base import Output
 
 
-def show(index: Index, outputs: Sequence[Output], plans: Sequence[Plan], asked: Resources, as_json: bool) -> None:
-    """Print the plans of several outputs."""
+def show(
+    index: Index,
+    outputs: Sequence[Output],
+    plans: Sequence[Plan],
+    searches: Sequence[Search | None],
+    asked: Resources,
+    as_json: bool,
+) -> None:
+    """Print the plans of several outputs, and the search for INT4 codes that each waits for."""
     finished = [is_made(Path(each.out), index.root, plan, index.shards) for each, plan in zip(outputs, plans, strict=True)]
     reads = Reads([plan for plan, done in zip(plans, finished, strict=True) if not done])
     costs = costs_of(reads)
@@ -39,8 +48,11 @@ def show(index: Index, outputs: Sequence[Output], plans: Sequence[Plan], asked: 
     }
     looking, chosen = look(index, reads, places, asked.probe), choose_device(reads, asked)
     each = [plan_view.content(plan, shares, costs, one.out) for one, plan in zip(outputs, plans, strict=True)]
-    for one, plan, done, told in zip(outputs, plans, finished, each, strict=True):
+    for one, plan, search, done, told in zip(outputs, plans, searches, finished, each, strict=True):
         problem = None if done else api.output_problem(index, plan, one.out)
+        if search is not None:
+            told["search"] = search.to_json()
+            problem = problem or _codes_first(one)
         told |= {"out": one.out, "finished": done, "output_problem": problem}
     try:
         check_apart([choose(Path(fs.named(one.out)).resolve(), fs.Disk()) for one in outputs], index.root)
@@ -57,10 +69,16 @@ def show(index: Index, outputs: Sequence[Output], plans: Sequence[Plan], asked: 
     if as_json:
         output.dump(content)
         return
-    _lines(plans, content, estimate)
+    _lines(plans, searches, content, estimate)
 
 
-def _lines(plans: Sequence[Plan], content: dict[str, Any], estimate: Estimate | None) -> None:
+def _codes_first(one: Output) -> str:
+    """Why an output that waits for a search is refused beside others."""
+    found = printable(str(codes_path(Path(fs.named(one.out)))))
+    return f"{printable(one.out)} needs codes=FILE: converted alone, with --text, it leaves them in {found}"
+
+
+def _lines(plans: Sequence[Plan], searches: Sequence[Search | None], content: dict[str, Any], estimate: Estimate | None) -> None:
     each, memory = content["outputs"], content["memory"]
     output.line(f"{plans[0].family}, {len(plans)} outputs from one read")
     output.line()
@@ -81,11 +99,14 @@ def _lines(plans: Sequence[Plan], content: dict[str, Any], estimate: Estimate | 
     )
     output.line(f"device   {content['device']}")
     if estimate is not None:
-        output.line(f"time     {estimate}")
+        output.line(f"time     {estimate}{'; the searches for codes come before' if any(searches) else ''}")
     for told in each:
         disk = told["disk"]
         free = "?" if disk["free"] is None else show_size(disk["free"])
         output.line(f"disk     {free} free, {show_size(disk['need'])} needed for {printable(told['out'])}")
+    for told, search in zip(each, searches, strict=True):
+        if search is not None:
+            output.block(["", f"{printable(told['out'])} waits for its codes", *search.lines()])
     said = dict[str, None]()
     for kind in ("note", "warning"):
         for told in each:

@@ -62,6 +62,35 @@ def test_plan_shows_them_side_by_side(model: Path, tmp_path: Path, capsys: pytes
     assert all(text in shown for text in ("2 outputs from one read", "finished, to be skipped", "layout of sm90", "named by --ignore"))
 
 
+def test_plan_foretells_the_search_of_each(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As the plans of one output do, from flags and from a recipe, with a text and without."""
+    two = {"a": ("hf", "w4a16", 32, "awq"), "b": ("trtllm", "int4_awq", 64, "clip")}
+    several, alone = list[str](), {}
+    for name, (to, quant, group, method) in two.items():
+        several += ["--output", f"{to}:{tmp_path}/{name}:quant={quant},group_size={group},method={method}"]
+        flags = ["--to", to, "--quant", quant, "--group-size", str(group), "--method", method]
+        assert main(["plan", str(model), *flags, "--device", "cpu", "--json"]) == 0
+        alone[name] = json.loads(capsys.readouterr().out)
+    recipe, several = tmp_path / "recipe.toml", [*several, "--output", f"hf:{tmp_path}/c", "--device", "cpu"]
+    assert main(["plan", str(model), *several, "--write-config", str(recipe)]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"{tmp_path}/{name} waits for its codes\nsearch   --method {method[3]}" in shown for name, method in two.items())
+    assert f"3 x full of {tiny.HIDDEN} channels" in shown and f"3 x block of {tiny.HIDDEN} channels" in shown
+    assert f"a needs codes=FILE: converted alone, with --text, it leaves them in {tmp_path}/a.int4.safetensors" in shown
+    for command in ([str(model), *several], ["--config", str(recipe)]):
+        assert main(["plan", *command, "--json"]) == 0
+        *each, plain = json.loads(capsys.readouterr().out)["outputs"]
+        assert "search" not in plain and plain["output_problem"] is None
+        for told, name in zip(each, two, strict=True):
+            same = {"method", "grams", "passes", "codes", "states", "tokens", "layers", "operations"}
+            assert {key: told["search"][key] for key in same} == {key: alone[name]["search"][key] for key in same}
+            assert told["options"] == alone[name]["options"] and told["search"]["host"] > 1 << 28
+    assert main(["plan", str(model), *several, "--text", "any.txt", "--samples", "4", "--json"]) == 0
+    assert [told["search"]["tokens"] for told in json.loads(capsys.readouterr().out)["outputs"][:2]] == [4 * 512] * 2
+    assert main(["plan", str(model), "--output", f"hf:{tmp_path}/c", "--text", "any.txt"]) == 2
+    assert "no output has INT4 codes to search" in capsys.readouterr().err
+
+
 def test_a_recipe(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = tmp_path / "recipe.toml"
     assert main(["plan", str(model), *outputs(tmp_path), "--workers", "2", "--write-config", str(recipe)]) == 0
@@ -87,7 +116,6 @@ def test_a_recipe(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["--output", "hf:a:quant=w2a16"], "--quant w2a16 is not known"),
         (["--output", "hf:a", "--quant", "int8"], "--quant: not beside --output"),
         (["--output", "hf:a", "--to", "hf"], "--to: not beside --output"),
-        (["--output", "hf:a", "--parts", "2"], "--parts: for one output"),
         (["--output", "hf:a", "--text", "x.txt"], "--text: for one output"),
         (["out", "--output", "hf:a"], "exclude each other"),
         (["--output", "trtllm:a:quant=int8,group_size=64"], "--group-size has no effect"),
