@@ -18,6 +18,8 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 _UNITS = {"": 1, "b": 1, "k": KIB, "kib": KIB, "m": MIB, "mib": MIB, "g": GIB, "gib": GIB, "t": 1 << 40, "tib": 1 << 40}
 _UNITS |= {"kb": 1000, "mb": 1000**2, "gb": 1000**3, "tb": 1000**4}
 _CGROUP = Path("/sys/fs/cgroup")
+_RESIDENT = re.compile(rb"VmHWM:\s*(\d+) kB\nVmRSS:\s*(\d+) kB")
+"""Neighbours in /proc/PID/status."""
 
 
 def parse_size(text: str) -> int:
@@ -55,8 +57,8 @@ def peak_resident() -> int:
 
 def resident_of(status: bytes) -> tuple[int, int]:
     """Resident set and the largest so far, in bytes, from /proc/PID/status; zeros of a process that has ended."""
-    found = [re.search(name + rb":\s*(\d+) kB", status) for name in (rb"VmRSS", rb"VmHWM")]
-    return tuple(int(each[1]) * KIB if each else 0 for each in found)  # type: ignore[return-value]
+    found = _RESIDENT.search(status)
+    return (int(found[2]) * KIB, int(found[1]) * KIB) if found else (0, 0)
 
 
 _ceiling: contextvars.ContextVar[int | None] = contextvars.ContextVar("ceiling", default=None)

@@ -1,6 +1,6 @@
 """Memory over time: a thread looks 20 times a second, writes a line of JSON for each look, and keeps what a picture needs.
 
-A look takes 0.1 to 0.2 ms of processor time.
+A look takes 0.05 ms of processor time: the files of /proc and of the cgroup stay open.
 """
 
 from __future__ import annotations
@@ -8,10 +8,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import IO, NamedTuple
@@ -24,6 +25,7 @@ from streamconv.progress import Meter
 EVERY = 0.05
 """Seconds between two looks."""
 _BEGINS = b'{"time": '
+_MOVED = re.compile(rb"rchar: (\d+)\nwchar: (\d+)\n")
 _KEPT = 2000
 """Samples that are kept in memory; when there are more, every second one goes and every second look is kept from then on."""
 
@@ -77,7 +79,7 @@ class MemoryTrace:
         self._meter, self._path = meter, file
         self.samples: list[Sample] = []
         self.problem: str | None = None
-        self._file: IO[str] | None = None
+        self._file: IO[bytes] | None = None
         self._end, self._closing = threading.Event(), contextlib.ExitStack()
         self._thread: threading.Thread | None = None
         self._looks, self._stride = 0, 1
@@ -86,14 +88,16 @@ class MemoryTrace:
         if self._path is not None:
             try:
                 self._check(self._path)
-                self._file = self._path.open("w", buffering=1, encoding="ascii")  # a process that is killed leaves its lines
+                self._file = self._path.open("wb", buffering=0)  # a process that is killed leaves its lines
             except OSError as error:
                 raise OutputError(f"--memory-trace {printable(str(self._path))} cannot be written: {error.strerror}") from None
         self._began, self._cpu = time.monotonic(), time.process_time()
         usage = memory.cgroup_usage()
-        self._status = self._closing.enter_context(open("/proc/self/status", "rb", buffering=0))
-        self._usage = self._closing.enter_context(usage.open("rb", buffering=0)) if usage is not None else None
-        self._transferred = _transferred()
+        self._status = self._open("/proc/self/status")
+        self._usage = self._open(usage) if usage is not None else None
+        self._children = self._open(f"/proc/self/task/{os.getpid()}/children")
+        self._io = self._open("/proc/self/io")
+        self._transferred = self._moved()
         self._thread = start_thread(self._run, "memory-trace")
         return self
 
@@ -114,6 +118,13 @@ class MemoryTrace:
                 if file.read(len(_BEGINS)) not in (_BEGINS, b""):
                     told = f"--memory-trace {printable(str(path))}: the file is no memory trace, and stays"
                     raise UsageError(told, hint="choose another name")
+
+    def _open(self, path: str | Path) -> int | None:
+        """A file of the kernel's that stays open until the end; None if it cannot be read here."""
+        try:
+            return self._closing.enter_context(open(path, "rb", buffering=0)).fileno()
+        except OSError:
+            return None
 
     def _run(self) -> None:
         due = self._began
@@ -136,7 +147,7 @@ class MemoryTrace:
         if self._file is not None:
             line = json.dumps({key: round(value, 4) if isinstance(value, float) else value for key, value in now._asdict().items()})
             file = self._file
-            self._give_up_on(lambda: file.write(line + "\n"))
+            self._give_up_on(lambda: file.write(line.encode("ascii") + b"\n"))
 
     def _give_up_on(self, write: Callable[[], object]) -> None:
         """A trace that cannot be written ends; the run goes on."""
@@ -151,15 +162,15 @@ class MemoryTrace:
 
     def _look(self) -> Sample:
         progress = self._meter.now()
-        resident, peak = memory.resident_of(os.pread(self._status.fileno(), 1 << 16, 0))
+        resident, peak = memory.resident_of(_read(self._status))
         read, written = progress.done, progress.written
         if progress.unit != "bytes":
-            read, written = (now - then for now, then in zip(_transferred(), self._transferred, strict=True))
+            read, written = (now - then for now, then in zip(self._moved(), self._transferred, strict=True))
         return Sample(
             time=time.monotonic() - self._began,
             resident=resident,
             peak=peak,
-            children=_children(),
+            children=_resident_of_all(_read(self._children).split()),
             cgroup=self._charged(),
             budget=progress.memory_budget,
             device=_on_devices(),
@@ -170,28 +181,30 @@ class MemoryTrace:
         )
 
     def _charged(self) -> int | None:
-        try:
-            return int(os.pread(self._usage.fileno(), 64, 0)) if self._usage is not None else None
-        except (OSError, ValueError):  # the cgroup is gone
-            return None
+        text = _read(self._usage).strip()
+        return int(text) if text.isdigit() else None  # the cgroup is gone
+
+    def _moved(self) -> tuple[int, int]:
+        """Bytes that this process has read and written, zeros on a kernel that does not count them."""
+        found = _MOVED.match(_read(self._io))
+        return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
-def _children() -> int:
-    """Resident sets of the processes that the main thread started; 0 on a kernel that does not list them."""
-    size = 0
-    with contextlib.suppress(OSError):  # one that has ended
-        for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
-            size += memory.resident_of(Path(f"/proc/{child}/status").read_bytes())[0]
-    return size
-
-
-def _transferred() -> tuple[int, int]:
+def _read(file: int | None) -> bytes:
+    """The beginning of a file of the kernel's; empty if it is not open, or what it tells of is gone."""
     try:
-        with open("/proc/self/io", "rb") as file:
-            read, written = (int(line.split()[1]) for line in file.readlines()[:2])
-    except (OSError, ValueError, IndexError):
-        return 0, 0
-    return read, written
+        return os.pread(file, 4096, 0) if file is not None else b""
+    except OSError:
+        return b""
+
+
+def _resident_of_all(processes: Iterable[bytes]) -> int:
+    """Sum of the resident sets of processes, by their ids."""
+    size = 0
+    for process in processes:
+        with contextlib.suppress(OSError):  # one that has ended
+            size += memory.resident_of(Path(f"/proc/{int(process)}/status").read_bytes())[0]
+    return size
 
 
 def _on_devices() -> int:

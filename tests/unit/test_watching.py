@@ -86,7 +86,7 @@ def test_a_trace_that_cannot_be_written(model: Path, tmp_path: Path, capsys: pyt
 
 def test_what_is_kept_in_memory_is_bounded_and_keeps_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_trace, "_KEPT", 40)
-    monkeypatch.setattr(memory_trace, "_children", lambda: 0)
+    monkeypatch.setattr(memory_trace, "_resident_of_all", lambda processes: 0)
     sizes = iter([*range(1, 1000), 10_000_000, *range(1, 1000)])
     monkeypatch.setattr(memory, "resident_of", lambda status: (next(sizes), 0))
     trace = MemoryTrace(Meter(unwatched))
