@@ -46,6 +46,7 @@ def as_float(stored: np.ndarray[Any, Any], dtype: str) -> Floats:
         return (stored.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
     if dtype == "F8_E4M3":
         return values("e4m3")[stored]
-    found = np.ldexp(np.float32(1.0), stored.astype(np.int32) - 127).astype(np.float32)
+    with np.errstate(over="ignore"):
+        found = np.ldexp(np.float32(1.0), stored.astype(np.int32) - 127).astype(np.float32)
     found[stored == 255] = np.nan  # all ones stand for NaN
     return found

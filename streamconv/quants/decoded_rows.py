@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -30,12 +30,17 @@ _TILE = 8 << 20
 
 @dataclass(frozen=True, slots=True)
 class _Decoded:
-    """A weight of `shape`, its leading dimensions flattened into rows; `dtype` is F32, F16 or BF16."""
+    """A weight of `shape`, its leading dimensions flattened into rows; `dtype` is F32, F16 or BF16.
+
+    Attributes:
+        sound: scales that are NaN or infinite are refused, not decoded.
+    """
 
     name: str
     dtype: DType
     shape: tuple[int, ...]
     codes: SourceTensor
+    sound: bool = field(default=False, kw_only=True)
 
     @property
     def row_align(self) -> int:
@@ -59,6 +64,20 @@ class _Decoded:
 
     def drop_page_cache(self, shards: Sequence[Shard], start: int, stop: int) -> None:
         """Nothing: the pages of a stripe hold parts of the next ones."""
+
+    def _check(self, shards: Sequence[Shard], scales: SourceTensor, found: Floats) -> None:
+        """Refuse scales as they were read.
+
+        Raises:
+            CheckpointError: one is NaN or infinite.
+        """
+        if not self.sound or not found.size or (math.isfinite(found.max()) and math.isfinite(found.min())):
+            return
+        from streamconv.errors import CheckpointError, printable
+
+        file, count = shards[scales.pieces[0].shard].path.name, int((~np.isfinite(found)).sum())
+        told = f"{printable(file)}: {printable(scales.name)} holds NaN or infinity, which is no scale ({count} of {found.size} read)"
+        raise CheckpointError(told, hint="the checkpoint is damaged: --allow-nonfinite decodes it all the same")
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +149,9 @@ class DecodedTensor(_Decoded):
             return np.empty(0, np.float32)
         raw = np.empty(self.inputs.nbytes, np.uint8)
         self.inputs.read(shards, 0, self.cols, raw, raw[:0])
-        return as_float(raw, self.inputs.dtype.name)
+        found = as_float(raw, self.inputs.dtype.name)
+        self._check(shards, self.inputs, found)
+        return found
 
     def factors(self, shards: Sequence[Shard], start: int, stop: int) -> Floats:
         """float32 [groups of rows, groups of columns]: what the codes of these rows are multiplied by."""
@@ -138,10 +159,12 @@ class DecodedTensor(_Decoded):
         raw = np.empty((last - first) * self.scales.stored_row_bytes, np.uint8)
         self.scales.read(shards, first, last, raw, raw[:0])
         scales = as_float(raw, self.scales.dtype.name).reshape(last - first, -1)
-        if self.factor == 1.0 and not self.divide:
-            return scales
-        factor = np.float32(self.factor)
-        return scales / factor if self.divide else scales * factor
+        if self.factor != 1.0 or self.divide:
+            factor = np.float32(self.factor)
+            with np.errstate(over="ignore"):
+                scales = scales / factor if self.divide else scales * factor
+        self._check(shards, self.scales, scales)
+        return scales
 
     def drop_page_cache(self, shards: Sequence[Shard], start: int, stop: int) -> None:
         self.codes.drop_page_cache(shards, start, stop)
@@ -180,6 +203,7 @@ class DecodedAffine(_Decoded):
             raw = np.empty(groups * count * tensor.dtype.itemsize, np.uint8)
             tensor.read_part(shards, (0, groups), (start, stop), raw)
             numbers.append(as_float(raw, tensor.dtype.name).reshape(groups, count))
+            self._check(shards, tensor, numbers[-1])
         decode_affine(codes.view(np.int8), *numbers, self.cols // groups, CODES[self.dtype.name], out.view(self.dtype.storage))
 
 
@@ -223,6 +247,7 @@ class DecodedIntegers(_Decoded):
         self.codes.read(shards, start, stop, codes, rest)
         raw = read_stripe(shards, self.scales.pieces[0], self.scales.dtype.itemsize, start, stop, rest)
         scales = as_float(raw, self.scales.dtype.name).reshape(groups, count).copy()
+        self._check(shards, self.scales, scales)
         words = read_stripe(shards, self.zeros.pieces[0], 4, start // unit, stop // unit, rest)
         zeros = unpacked_zeros(words, groups, self.codes.bits, self.codes.packing == "awq")
         middle = (1 << (self.codes.bits - 1)) - self.offset
@@ -303,6 +328,8 @@ class TurnedMx(_Decoded):
             last = min(k, first + stop - start)
             codes = self._stripe(shards, self.codes, expert, k // 2, first // 2, last // 2, scratch)
             scales = self._stripe(shards, self.scales, expert, k // 32, first // 32, last // 32, scratch[codes.size :])
+            if self.sound and scales.max() == 255:
+                self._check(shards, self.scales, as_float(scales, "U8"))
             made = out[: (last - first) * n * self.dtype.itemsize]
             decode_turned(codes, values("e2m1"), scales, last - first, n, CODES[self.dtype.name], made.view(self.dtype.storage))
             out, start = out[made.size :], start + last - first

@@ -87,18 +87,29 @@ def check(folder: Path, config: Mapping[str, Any], shapes: Shapes) -> tuple[list
     statement = read_statement(group_size(folder) | stated, tensors)
     problems += statement.problems[:_SHOWN]
     warnings += dict.fromkeys(statement.warnings)
-    told = check_tensors(codes, tensors, statement)
-    problems += [*told[0], *unordered(codes, tensors, statement)][:_SHOWN]
-    warnings += told[1]
-    problems += _scales(codes, tensors, any(group.scheme is None for group in statement.groups))
+    wrong, odd = check_tensors(codes, tensors, statement)
+    problems += wrong[:_SHOWN]
+    warnings += odd
     problems += check_values(folder, shapes, tensors, statement)[:_SHOWN]
+    wrong, odd = check_names(folder, stated, codes, tensors, statement, model)
+    return problems + wrong, warnings + odd
+
+
+def check_names(
+    folder: Path, stated: Mapping[str, Any], codes: set[str], tensors: Tensors, statement: Statement, model: Model
+) -> tuple[list[str], list[str]]:
+    """Problems and warnings that names alone tell: what --quant keep would keep, and engines refuse or misread.
+
+    Args:
+        stated: the `quantization_config`; `statement` is what was read of it.
+        codes: modules whose weights are codes.
+    """
+    problems = [*unordered(codes, tensors, statement)][:_SHOWN]
+    problems += _scales(codes, tensors, any(group.scheme is None for group in statement.groups))
     problems += _ignored(codes, tensors, statement, statement.listed or stated.get("quant_method") not in _WORDS)
     problems += _partners(codes, tensors)
     kept, loose = _cache(model, tensors, statement)
-    problems += kept
-    warnings += loose
-    problems += second_file(folder, stated, statement)
-    return problems, warnings
+    return problems + kept + second_file(folder, stated, statement), loose
 
 
 def _cache(model: Model, tensors: Tensors, statement: Statement) -> tuple[list[str], list[str]]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from streamconv.checkpoint.shard import Shard
 from streamconv.errors import printable
-from streamconv.lazy import np
 from streamconv.natural import natural
+from streamconv.quants.factors import odd_scales
 from streamconv.targets.hf.compressed_scheme import Compressed
 from streamconv.targets.hf.other_schemes import Words
 from streamconv.targets.hf.recipes import BLOCK
@@ -23,7 +22,8 @@ SHARED = ("weight_global_scale", "weight_scale_2")
 _OWN = (*SCALES, *SHARED, "weight_shape", "weight_zero_point", "weight", "weight_packed", "qweight", "qzeros")
 _CODES = ("weight_packed", "qweight", "weight")
 INPUTS = ("input_scale", "input_global_scale", "activation_scale", "k_scale", "v_scale")
-_READ = (*SCALES, *SHARED, *INPUTS, "weight_shape", "qzeros", "g_idx")
+MULTIPLIERS = ("pre_quant_scale",)
+_READ = frozenset((*SCALES, *SHARED, *INPUTS, *MULTIPLIERS, "weight_shape", "qzeros", "g_idx"))
 _WINDOW = 4 << 20
 
 
@@ -102,7 +102,7 @@ def check_values(folder: Path, shapes: Mapping[str, Tensors], tensors: Tensors, 
     problems: list[str] = []
     shared: dict[str, bytes] = {}
     for file, names in shapes.items():
-        wanted = [name for name in names if name.rpartition(".")[2] in _READ]
+        wanted = [name for name in names if has_values_to_check(name)]
         if not wanted:
             continue
         shard = Shard(folder / file)
@@ -112,7 +112,7 @@ def check_values(folder: Path, shapes: Mapping[str, Tensors], tensors: Tensors, 
                 entry = held[name]
                 for at in range(entry.begin, entry.end, _WINDOW):
                     with shard.window(at, min(at + _WINDOW, entry.end)) as window:
-                        odd = _wrong(name, bytes(window), entry.dtype.name, tensors, statement)
+                        odd = wrong_values(name, bytes(window), entry.dtype.name, tensors, statement)
                         if name.endswith(SHARED) and entry.end - entry.begin == 4:
                             shared[name] = bytes(window)
                     if odd:
@@ -120,14 +120,30 @@ def check_values(folder: Path, shapes: Mapping[str, Tensors], tensors: Tensors, 
                         break
         finally:
             shard.close()
-    return problems + list(_unequal(shared))
+    return problems + list(unequal(shared))
 
 
-def _wrong(name: str, data: bytes, dtype: str, tensors: Tensors, statement: Statement) -> str:
+def has_values_to_check(name: str) -> bool:
+    """Whether `wrong_values` looks at a tensor."""
+    leaf = name.rpartition(".")[2]
+    return leaf in _READ or leaf.endswith("_scales")
+
+
+def wrong_scales(name: str, data: bytes, dtype: str) -> str:
+    """What of a tensor's bytes is no scale, in words; "" if all is well, or the tensor holds none."""
+    leaf = name.rpartition(".")[2]
+    if leaf in SCALES + SHARED + INPUTS:
+        return odd_scales(data, dtype)
+    if leaf in MULTIPLIERS or (leaf.endswith("_scales") and dtype == "U8"):
+        return odd_scales(data, dtype, signed=True)
+    return ""
+
+
+def wrong_values(name: str, data: bytes, dtype: str, tensors: Tensors, statement: Statement) -> str:
     """What of a tensor's bytes cannot be, in words; "" if all is well."""
     module, _, leaf = name.rpartition(".")
-    if leaf in SCALES + SHARED + INPUTS:
-        return _odd(data, dtype)
+    if odd := wrong_scales(name, data, dtype):
+        return odd
     group = statement.scheme_of(module)
     scheme = group.scheme if group is not None else None
     if leaf == "g_idx":
@@ -146,28 +162,7 @@ def _wrong(name: str, data: bytes, dtype: str, tensors: Tensors, statement: Stat
     return "" if fits else f"[{rows}, {cols}], and the codes are {code[0]} {list(code[1])}"
 
 
-def _odd(data: bytes, dtype: str) -> str:
-    """What numbers are no scales, in words; "" if all are."""
-    if dtype in ("U8", "F8_E8M0"):
-        return "an exponent byte of 255, which is NaN" if 255 in data else ""
-    if dtype == "F8_E4M3":
-        raw: np.ndarray[Any, Any] = np.frombuffer(data, np.uint8)
-        nan, zero, negative = raw & 127 == 127, raw & 127 == 0, raw > 127
-    elif dtype in FLOATS:
-        if dtype == "BF16":
-            values = (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32)
-        else:
-            values = np.frombuffer(data, np.float32 if dtype == "F32" else np.float16)
-        nan, zero, negative = ~np.isfinite(values), values == 0, values < 0
-    else:
-        return ""
-    for found, text in ((nan, "NaN or infinity"), (zero, "0"), (negative, "a negative number")):
-        if found.any():
-            return f"{text}, which is no scale ({int(found.sum())} of {found.size})"
-    return ""
-
-
-def _unequal(shared: Mapping[str, bytes]) -> Iterator[str]:
+def unequal(shared: Mapping[str, bytes]) -> Iterator[str]:
     """Partners with scales of their own where engines take one for all."""
     for name, data in shared.items():
         module, _, leaf = name.rpartition(".")

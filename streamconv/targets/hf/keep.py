@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +19,19 @@ from streamconv.quants.base import Codec, Part
 from streamconv.quants.given_codes import GivenZeros, Reciprocal, Words, ZeroPoints
 from streamconv.quants.plain import Plain
 from streamconv.targets.hf import config_json
+from streamconv.targets.hf.check import check_names
+from streamconv.targets.hf.check_scales import SHARED, codes_of, has_values_to_check, unequal, wrong_scales, wrong_values
+from streamconv.targets.hf.kept_values import checked
+from streamconv.targets.hf.layers import Model
 from streamconv.targets.hf.packed_sources import PACKED, Integers, integers
 from streamconv.targets.hf.recipes import METHODS, NVFP4_FP4, recipe_of
 from streamconv.targets.hf.rules import default_reason
+from streamconv.targets.hf.second_file import group_size
 from streamconv.targets.hf.sources import raw_bytes
+from streamconv.targets.hf.stated import read_statement
 from streamconv.targets.hf.target import Container
+from streamconv.targets.hf.units import Kind
+from streamconv.targets.hf.weights import Told
 
 if TYPE_CHECKING:
     from streamconv.checkpoint.index import Index
@@ -74,8 +83,13 @@ class Kept:
     modules: list[str] = field(default_factory=list)
 
 
-def keep(index: Index, tensors: Mapping[str, SourceTensor], container: Container | None, draft: Draft) -> Kept:
+def keep(
+    index: Index, tensors: Mapping[str, SourceTensor], container: Container | None, units: Sequence[Kind[Told]], draft: Draft
+) -> Kept:
     """Plan it.
+
+    Args:
+        units: the tensors.
 
     Raises:
         UsageError: the source is not quantized, or has no way into this container without new codes.
@@ -85,9 +99,14 @@ def keep(index: Index, tensors: Mapping[str, SourceTensor], container: Container
     if stated is None:
         raise UsageError("--quant keep: the source is not quantized", hint="--quant none copies it")
     own = container_of(stated)
+    shared = {name: raw_bytes(index, tensors[name]) for name in tensors if name.endswith(SHARED) and tensors[name].nbytes == 4}
+    wrong = {name: wrong_scales(name, data, tensors[name].dtype.name) for name, data in shared.items()}
+    problems = [f"{printable(name)} holds {odd}" for name, odd in wrong.items() if odd] or [*unequal(shared)]
+    if problems:
+        raise CheckpointError(problems, hint="the checkpoint is damaged, or made by a tool that engines do not follow")
     if container is None or container == own:
         draft.warnings += [f"{line}: it is kept as it is" for line in stated_by(index)]
-        return _as_it_is(tensors, own, draft)
+        return _as_it_is(index, tensors, own, units, draft)
     refuse_unknown(index, "without --format codes and statement stay as they are")
     if container == "compressed-tensors" and own in ("awq", "gptq"):
         return _integers(index, tensors, stated, draft)
@@ -105,12 +124,19 @@ def container_of(stated: SourceQuantization) -> str:
 
 
 class Maker:
-    """Adds tensors to `Kept`."""
+    """Adds tensors to `Kept`.
 
-    def __init__(self, kept: Kept, draft: Draft) -> None:
-        self.kept, self.draft = kept, draft
+    Args:
+        wrong: (name, bytes, dtype) -> what of a copied tensor cannot be, in words.
+    """
+
+    def __init__(self, kept: Kept, draft: Draft, wrong: Callable[[str, bytes, str], str] = wrong_scales) -> None:
+        self.kept, self.draft, self._wrong = kept, draft, wrong
 
     def add(self, name: str, source: SourceTensor, encoding: Codec, shape: tuple[int, ...]) -> None:
+        if isinstance(encoding, Plain) and has_values_to_check(name):
+            source = checked(source, lambda data: self._wrong(name, data, encoding.dtype.name))
+
         def made(file: int) -> None:
             matrix = self.draft.matrix(file, name, source.rows, source.cols, encoding, spelling=Named(shape))
             self.draft.feed(matrix, source, 0, source.rows)
@@ -130,9 +156,18 @@ class Maker:
         self.kept.tensors[name], self.kept.files[name], self.kept.nbytes[name] = made, source.pieces[0].shard, nbytes
 
 
-def _as_it_is(tensors: Mapping[str, SourceTensor], own: str, draft: Draft) -> Kept:
+def _as_it_is(index: Index, tensors: Mapping[str, SourceTensor], own: str, units: Sequence[Kind[Told]], draft: Draft) -> Kept:
+    stated, told = index.config.get("quantization_config"), index.tensors.told()
+    if not isinstance(stated, dict):
+        hint = "put it there, or name a --format"
+        raise CheckpointError("config.json has no quantization_config: engines would take the codes for floats", hint=hint)
+    folder = index.root if os.path.isdir(index.root) else index.root.parent
+    statement = read_statement(group_size(folder) | stated, told)
+    problems, _ = check_names(folder, stated, codes_of(told), told, statement, Model(index.config, units, None))
+    if problems:
+        raise CheckpointError(problems, hint="engines would refuse or misread these weights as they are; --quant none decodes them")
     kept = Kept(own)
-    maker = Maker(kept, draft)
+    maker = Maker(kept, draft, lambda name, data, dtype: wrong_values(name, data, dtype, told, statement))
     for name, tensor in tensors.items():
         maker.copy(name, tensor)
     return kept

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from streamconv.checkpoint.index import Index
@@ -15,25 +16,32 @@ from streamconv.targets.hf.keep_ranks import keep_ranks
 from streamconv.targets.hf.shards import shards_of
 from streamconv.targets.hf.side_files import OLD, side_files
 from streamconv.targets.hf.target import CONTAINERS
+from streamconv.targets.hf.units import Kind
+from streamconv.targets.hf.weights import Told
 
 if TYPE_CHECKING:
     from streamconv.targets.hf.target import HuggingFace
 
 
-def describe_kept(index: Index, target: HuggingFace, draft: Draft) -> None:
+def describe_kept(index: Index, target: HuggingFace, units: Sequence[Kind[Told]], draft: Draft) -> None:
     """Describe it to a draft.
+
+    Args:
+        units: the tensors.
 
     Raises:
         UsageError: options that would change codes, or a container that does not take them.
     """
-    changed = [flag for flag, there in (("--ignore", target.ignore), ("--only", target.only), ("--dtype", target.dtype != "auto")) if there]
+    flags: dict[str, object] = {"--ignore": target.ignore, "--only": target.only, "--dtype": target.dtype != "auto"}
+    flags["--allow-nonfinite"] = target.allow_nonfinite
+    changed = [flag for flag, there in flags.items() if there]
     if changed:
         raise UsageError(f"{' and '.join(changed)}: --quant keep changes no weight")
     wanted = next((container for container in CONTAINERS if container == target.format), None)
     if index.views:
         kept = keep_ranks(index, SourceTensors(index), wanted, draft, target.model_dtype(index))
     else:
-        kept = keep(index, SourceTensors(index), wanted, draft)
+        kept = keep(index, SourceTensors(index), wanted, units, draft)
     places: dict[str, str] = {}
     for name, tensors in shards_of(index, kept.nbytes, kept.files.__getitem__, kept.nbytes.__getitem__, target.max_shard_size).items():
         number = draft.file(name, {"format": "pt"})

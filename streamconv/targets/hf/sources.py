@@ -37,6 +37,7 @@ class Reader:
         into: float type of what is decoded.
         facts: what config.json states of the quantization.
         block: rows and columns of a tile.
+        sound: as of what is decoded.
     """
 
     index: Index
@@ -45,6 +46,7 @@ class Reader:
     facts: Mapping[str, Any]
     told: SourceQuantization | None
     block: tuple[int, int]
+    sound: bool
 
     def weight(self, name: str) -> tuple[str, Weight] | None:
         """The weight that a tensor holds, codes as floats, and its name; None for what stands beside codes.
@@ -52,6 +54,12 @@ class Reader:
         Raises:
             CheckpointError: codes without scales, or in a form that is not read.
         """
+        found = self._weight(name)
+        if found is None or isinstance(found[1], SourceTensor) or not self.sound:
+            return found
+        return found[0], replace(found[1], sound=True)
+
+    def _weight(self, name: str) -> tuple[str, Weight] | None:
         tensors = self.tensors
         module, _, leaf = name.rpartition(".")
         if leaf in PACKED and leaf != "qweight" and f"{module}.qweight" in tensors:
@@ -79,11 +87,11 @@ class Reader:
         return name, tensor
 
 
-def reader(index: Index, into: DType) -> Reader:
+def reader(index: Index, into: DType, sound: bool) -> Reader:
     """For weights of this source, decoded to floats of type `into`."""
     stated = index.config.get("quantization_config")
     facts: Mapping[str, Any] = stated if isinstance(stated, dict) else {}
-    return Reader(index, into, SourceTensors(index), facts, stated_quantization(index.config, index.root), _block(facts))
+    return Reader(index, into, SourceTensors(index), facts, stated_quantization(index.config, index.root), _block(facts), sound)
 
 
 READ = frozenset(("weight_scale_2", "weight_global_scale", "weight_shape", "pre_quant_scale"))

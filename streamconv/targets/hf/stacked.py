@@ -97,7 +97,7 @@ def _expert(whole: Weight, name: str, expert: int, rows: _Rows, transposed: bool
         first = expert * n + rows.first
         codes = rows_of(whole.codes, name, first, (rows.taken, k // 2), rows.step)
         scales = rows_of(whole.scales, name, first, (rows.taken, k // 32), rows.step)
-        return DecodedTensor(name, whole.dtype, (rows.taken, k), codes, "e2m1", scales, 1, 32)
+        return DecodedTensor(name, whole.dtype, (rows.taken, k), codes, "e2m1", scales, 1, 32, sound=whole.sound)
     assert isinstance(whole, SourceTensor)
     if not transposed:
         outs, cols = whole.shape[1:]

@@ -169,13 +169,14 @@ class _Weights(Mapping[str, Weight]):
         return len(self._stored.order)
 
 
-def stored_weights(index: Index, into: DType, units: Sequence[Kind[Told]] | None = None) -> Stored:
+def stored_weights(index: Index, into: DType, units: Sequence[Kind[Told]] | None = None, sound: bool = False) -> Stored:
     """Every tensor of the source; codes of quantized weights as floats of type `into`.
 
     Args:
         units: the tensors, where that is known already.
+        sound: scales that are NaN or infinite are refused when they are read.
 
     Raises:
         CheckpointError: codes without scales, or in a form that is not read.
     """
-    return Stored(reader(index, into), kinds(index.tensors.told()) if units is None else units)
+    return Stored(reader(index, into, sound), kinds(index.tensors.told()) if units is None else units)

@@ -148,7 +148,7 @@ class HuggingFace(Target):
         if self.quant == KEEP:
             if self.kv_cache is not None:
                 raise UsageError("--kv-cache: --quant keep adds no scales")
-            describe_kept(index, self, draft)
+            describe_kept(index, self, units, draft)
         else:
             recipe = self._recipe()
             if self.method is not None and (recipe is None or self.method not in recipe.methods):
@@ -157,7 +157,7 @@ class HuggingFace(Target):
             if self.kv_cache is not None and (recipe is None or recipe.container == "hf"):
                 raise UsageError("--kv-cache: only quantized directories of compressed-tensors and ModelOpt hold scales of the cache")
             codes = codes_of(self.method, self.codes)
-            stored = stored_weights(index, dtype, units)
+            stored = stored_weights(index, dtype, units, sound=not self.allow_nonfinite)
             draft = Draft(stored)
             layout = Layout(index, stored, settled, recipe, draft, dtype, ranges, codes)
             layout.describe()

@@ -1,0 +1,56 @@
+"""Scales, and what else stands beside codes, that --quant keep copies: what `verify` would refuse is refused when it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from streamconv.checkpoint.rows import SourceTensor
+from streamconv.checkpoint.shard import Shard
+from streamconv.errors import CheckpointError, printable
+from streamconv.lazy import Bytes
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedValues(SourceTensor):
+    """A tensor as `tensor` reads it.
+
+    Attributes:
+        wrong: what of its bytes cannot be, in words; "" if all is well.
+    """
+
+    tensor: SourceTensor = field(kw_only=True)
+    wrong: Callable[[bytes], str] = field(kw_only=True)
+
+    @property
+    def row_align(self) -> int:
+        return self.tensor.row_align
+
+    @property
+    def stored_row_bytes(self) -> int:
+        return self.tensor.stored_row_bytes
+
+    @property
+    def scratch_row_bytes(self) -> int:
+        return self.tensor.scratch_row_bytes
+
+    def read(self, shards: Sequence[Shard], start: int, stop: int, out: Bytes, scratch: Bytes) -> None:
+        """Rows [start, stop).
+
+        Raises:
+            CheckpointError: they hold what no engine computes with.
+        """
+        self.tensor.read(shards, start, stop, out, scratch)
+        odd = self.wrong(out[: (stop - start) * self.cols * self.dtype.itemsize].tobytes())
+        if odd:
+            file = printable(shards[self.pieces[0].shard].path.name)
+            told = f"{file}: {printable(self.name)} holds {odd}"
+            raise CheckpointError(told, hint="the checkpoint is damaged: make it again, or start from the unquantized model")
+
+    def drop_page_cache(self, shards: Sequence[Shard], start: int, stop: int) -> None:
+        self.tensor.drop_page_cache(shards, start, stop)
+
+
+def checked(tensor: SourceTensor, wrong: Callable[[bytes], str]) -> CheckedValues:
+    """The tensor, refused if its bytes are wrong."""
+    return CheckedValues(tensor.name, tensor.dtype, tensor.shape, tensor.pieces, tensor.axis, tensor=tensor, wrong=wrong)
