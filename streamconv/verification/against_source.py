@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from streamconv.run.compared import BUFFER, Compared
 from streamconv.run.mapped import mapped
 from streamconv.targets.base import Target
 from streamconv.targets.trtllm.stated import options_of
-from streamconv.verification import decoded, judgement, measured, options_told
+from streamconv.verification import configs, decoded, judgement, measured, options_told
 from streamconv.verification.verdict import TensorError, Verdict
 
 _TORCH = 300 * memory.MIB
@@ -89,7 +89,9 @@ def check(
         if told is not None and plan.config != output.config:
             verdict.problems.append("config.json is not what this source gives")
         elif told is None:
-            verdict.warnings += _other_config(plan, config)
+            wrong, other = configs.of_ranks(config, json.loads(plan.config))
+            verdict.problems += wrong
+            verdict.warnings += other
         odd = [file.name for file in plan.files if told is not None and not _begins(file, files)]
         plan, problems = placed(plan, headers)
         verdict.problems += problems + [f"{name}: the header is not what this source gives" for name in odd]
@@ -179,13 +181,6 @@ def _begins(file: OutputFile, files: Sequence[Shard]) -> bool:
         return False
     with shard.window(0, len(file.header)) as held:
         return bytes(held) == file.header
-
-
-def _other_config(plan: Plan, config: Mapping[str, Any]) -> list[str]:
-    ours: dict[str, Any] = json.loads(plan.config)
-    odd = [key for key in ours if key in config and config[key] != ours[key]]
-    shown = [f"{key} is {printable(json.dumps(config[key]), 60)}, this source gives {printable(json.dumps(ours[key]), 60)}" for key in odd]
-    return [f"config.json: {line}" for line in shown]
 
 
 def _compare(

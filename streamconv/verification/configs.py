@@ -1,0 +1,116 @@
+"""What config.json tells an engine to compute, against what the source means: the weights may be right and the model another."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from streamconv.errors import printable
+from streamconv.targets.hf.model_types import text_config
+
+_ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
+_BOOKKEEPING = re.compile(
+    r"_.*|.*dtype|.*(dropout|_pdrop|_token_id|_loss_coef|_loss|_implementation)|transformers_version|quantization_config|auto_map|use_cache"
+    r"|initializer_range|output_(attentions|hidden_states|router_logits)|return_dict.*|torchscript|id2label|label2id|problem_type"
+    r"|pretraining_tp|tokenizer_class|task_specific_params|gradient_checkpointing|router_jitter_noise|name_or_path|layer_types"
+)
+"""Keys that no logit depends on, or that releases of transformers derive from others; types of weights are compared by themselves."""
+_FILLED = ("head_dim", "num_key_value_heads", "hidden_activation")
+"""What transformers computes where the source says null."""
+_ENGINE_ONLY = re.compile(
+    r"mapping|quantization\.(?!clamp_val|has_zero_point|pre_quant_scale).*|runtime_defaults|logits_dtype|dtype|num_labels|seq_length"
+    r"|max_position_embeddings|tie_word_embeddings|share_embedding_table|use_parallel_embedding|embedding_sharding_dim|moe\.tp_mode"
+    r"|disable_weight_only_quant_plugin|has_partial_lora_mask|quant_ckpt_path|load_model_on_cpu|device|qwen_type"
+)
+"""Keys of a TensorRT-LLM checkpoint that say how it is run or was made, or that follow from the options."""
+_SHOWN = 20
+
+Told = tuple[list[str], list[str]]
+
+
+def of_directory(config: Mapping[str, Any], source: Mapping[str, Any]) -> Told:
+    """Problems and warnings of a Hugging Face directory: other values than the source's, and keys that the source alone has.
+
+    Args:
+        config: its config.json.
+        source: that of a Hugging Face source.
+    """
+    own, theirs = text_config(config), text_config(source)
+    held, wanted = _facts(own), _facts(theirs)
+    if (own is config) == (theirs is source):
+        held |= {key: value for key, value in _facts(config).items() if not key.startswith("rope.")} if own is not config else {}
+        wanted |= {key: value for key, value in _facts(source).items() if not key.startswith("rope.")} if theirs is not source else {}
+    else:  # the language model alone, or put back into a wrapper
+        for facts in (held, wanted):
+            facts.pop("architectures", None)
+            facts.pop("model_type", None)
+    if theirs.get("use_sliding_window") is False:
+        for key in ("sliding_window", "max_window_layers"):
+            wanted.pop(key, None)
+    wanted = {key: value for key, value in wanted.items() if value is not None or key not in _FILLED}
+    lost = [key for key, value in wanted.items() if key not in held and value is not None]
+    problems = [_line(key, held[key], value, "in the source") for key, value in wanted.items() if key in held and held[key] != value]
+    told = f"config.json lacks {', '.join(map(printable, lost[:5]))}{' and others' if len(lost) > 5 else ''}, which the source's has"
+    return problems[:_SHOWN], [told] if lost else []
+
+
+def of_ranks(config: Mapping[str, Any], given: Mapping[str, Any]) -> Told:
+    """Problems and warnings of a TensorRT-LLM checkpoint: what the engine computes with is a problem.
+
+    Args:
+        config: its config.json.
+        given: what a conversion of the source writes.
+    """
+    held, wanted = (dict(_flat({**of, "rotary_scaling": _scaling(of.get("rotary_scaling"))}, "")) for of in (config, given))
+    problems, warnings = list[str](), list[str]()
+    for key, value in wanted.items():
+        if key in held and held[key] != value:
+            where = warnings if _ENGINE_ONLY.fullmatch(key) or key.startswith("mapping.") else problems
+            where.append(_line(key, held[key], value, "as this source gives it"))
+    return problems[:_SHOWN], warnings
+
+
+def _line(key: str, held: object, wanted: object, where: str) -> str:
+    shown, right = (printable(json.dumps(value), 60) for value in (held, wanted))
+    return f"config.json: {printable(key)} is {shown}, and {right} {where}"
+
+
+def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys of a config that count, those of inner objects with a dot; both spellings of rotary embedding are one."""
+    inner = {key: value for key, value in config.items() if key not in _ROPE and value is not text_config(config)}
+    return {key: value for key, value in _flat(inner, "") if not _is_bookkeeping(key)} | dict(_flat(_rope(config), "rope."))
+
+
+def _is_bookkeeping(key: str) -> bool:
+    return any(_BOOKKEEPING.fullmatch(part) for part in key.split("."))
+
+
+def _flat(config: Mapping[str, Any], at: str) -> Iterator[tuple[str, Any]]:
+    """(key, value) with the keys of inner objects after a dot; what is empty is null."""
+    for key, value in config.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{at}{key}.")
+        else:
+            yield f"{at}{key}", None if value in ([], {}) else value
+
+
+def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    new, old = (value if isinstance(value := config.get(key), dict) else {} for key in ("rope_parameters", "rope_scaling"))
+    if any(isinstance(value, dict) for value in new.values()):
+        return {key: _scaling(value) if isinstance(value, dict) else value for key, value in new.items()}
+    scaling = _scaling(old if _scaling(old)["type"] != "default" else new)
+    found: dict[str, Any] = {}
+    for key in ("rope_theta", "partial_rotary_factor"):
+        scaling.pop(key, None)
+        values = [of[key] for of in (new, old, config) if of.get(key) is not None]
+        found |= {key: values[0]} if values else {}
+    return found | scaling
+
+
+def _scaling(stated: object) -> dict[str, Any]:
+    """A scaling of rotary embedding, its type under one name, "default" where there is none."""
+    held = {key: value for key, value in stated.items() if value is not None} if isinstance(stated, dict) else {}
+    kind = held.pop("rope_type", None)
+    return held | {"type": held.get("type", kind or "default")}
