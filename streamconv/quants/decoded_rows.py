@@ -65,18 +65,26 @@ class _Decoded:
     def drop_page_cache(self, shards: Sequence[Shard], start: int, stop: int) -> None:
         """Nothing: the pages of a stripe hold parts of the next ones."""
 
-    def _check(self, shards: Sequence[Shard], scales: SourceTensor, found: Floats) -> None:
+    def _check(self, shards: Sequence[Shard], scales: SourceTensor, found: Floats, signed: bool = True) -> None:
         """Refuse scales as they were read.
 
+        Args:
+            signed: AutoRound's are negative where the smallest weight is the farthest from zero.
+
         Raises:
-            CheckpointError: one is NaN or infinite.
+            CheckpointError: one is NaN or infinite, or negative where no tool writes that.
         """
-        if not self.sound or not found.size or (math.isfinite(found.max()) and math.isfinite(found.min())):
+        if not self.sound or not found.size:
+            return
+        least, most = found.min(), found.max()
+        if math.isfinite(least) and math.isfinite(most) and (signed or least >= 0):
             return
         from streamconv.errors import CheckpointError, printable
 
-        file, count = shards[scales.pieces[0].shard].path.name, int((~np.isfinite(found)).sum())
-        told = f"{printable(file)}: {printable(scales.name)} holds NaN or infinity, which is no scale ({count} of {found.size} read)"
+        finite = np.isfinite(found)
+        what, odd = ("a negative number", found < 0) if finite.all() else ("NaN or infinity", ~finite)
+        file = printable(shards[scales.pieces[0].shard].path.name)
+        told = f"{file}: {printable(scales.name)} holds {what}, which is no scale ({int(odd.sum())} of {found.size} read)"
         raise CheckpointError(told, hint="the checkpoint is damaged: --allow-nonfinite decodes it all the same")
 
 
@@ -163,7 +171,7 @@ class DecodedTensor(_Decoded):
             factor = np.float32(self.factor)
             with np.errstate(over="ignore"):
                 scales = scales / factor if self.divide else scales * factor
-        self._check(shards, self.scales, scales)
+        self._check(shards, self.scales, scales, signed=self.code in ("uint4", "uint8"))
         return scales
 
     def drop_page_cache(self, shards: Sequence[Shard], start: int, stop: int) -> None:

@@ -62,27 +62,27 @@ def problem(tensor: str, dtype: DType, data: np.ndarray[Any, Any] | bytes, singl
     return f"{tensor}: {value:g} is {told}"
 
 
-def odd_scales(data: bytes, dtype: str, signed: bool = False) -> str:
+def odd_scales(data: bytes, dtype: str, signed: bool = False, zero: bool = False) -> str:
     """What numbers are no scales, in words; "" if all are.
 
     Args:
         data: whole numbers of a type of safetensors; of other types than floats and U8 nothing is said.
-        signed: zero and negative numbers are right.
+        signed, zero: negative numbers, and zero, are right.
     """
     if dtype in ("U8", "F8_E8M0"):
         return "an exponent byte of 255, which is NaN" if 255 in data else ""
     if dtype == "F8_E4M3":
         raw: np.ndarray[Any, Any] = np.frombuffer(data, np.uint8)
-        nan, zero, negative = raw & 127 == 127, raw & 127 == 0, raw > 127
+        nan, nothing, negative = raw & 127 == 127, raw & 127 == 0, raw > 127
     elif dtype in _BITS:
         if dtype == "BF16":
             values = (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32)
         else:
             values = np.frombuffer(data, np.float32 if dtype == "F32" else np.float16)
-        nan, zero, negative = ~np.isfinite(values), values == 0, values < 0
+        nan, nothing, negative = ~np.isfinite(values), values == 0, values < 0
     else:
         return ""
-    for found, text in ((nan, "NaN or infinity"), *(() if signed else ((zero, "0"), (negative, "a negative number")))):
-        if found.any():
+    for found, text, right in ((nan, "NaN or infinity", False), (nothing, "0", zero), (negative, "a negative number", signed)):
+        if not right and found.any():
             return f"{text}, which is no scale ({int(found.sum())} of {found.size})"
     return ""

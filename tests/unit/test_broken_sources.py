@@ -107,6 +107,9 @@ def test_scales_that_are_none(sources: Callable[[str], Path], tmp_path: Path, qu
             api.convert(source, tmp_path / "out", target)
         assert not (tmp_path / "out").exists() and (quant == "nvfp4a16" or "model.safetensors" in str(caught.value))
     if quant == "fp8_dynamic":
+        negative = changed(sources(quant), tmp_path / "negative", name, lambda t: t.neg_())
+        with pytest.raises(CheckpointError, match=f"{name} holds a negative number"):
+            api.convert(negative, tmp_path / "out", HuggingFace())
         api.convert(source, tmp_path / "forced", HuggingFace(quant="int8_dynamic", allow_nonfinite=True))
     zero = changed(sources(quant), tmp_path / "zero", name, lambda t: t.view(torch.uint8).zero_())
     if verify(zero).problems:
@@ -134,6 +137,10 @@ def test_group_scales_that_are_none(tmp_path: Path, value: float) -> None:
     for number, target in enumerate(targets):
         api.convert(folder, tmp_path / f"out{number}", target)
         assert not verify(tmp_path / f"out{number}").problems
+    weights[f"{GATE}.scales"][1, 5] = -0.01  # as AutoRound writes them
+    save_file(weights, folder / "model.safetensors")
+    assert not verify(folder).problems
+    api.convert(folder, tmp_path / "negative", HuggingFace(quant="keep"))
     weights[f"{GATE}.scales"][1, 5] = value
     save_file(weights, folder / "model.safetensors")
     for target in targets:

@@ -18,6 +18,8 @@ from streamconv.targets.hf.stated import Statement
 from streamconv.targets.hf.weights import FLOATS, Tensors
 
 SCALES = ("weight_scale", "weight_scale_inv", "scales")
+WORDS = ("scales",)
+"""Scales of integers in words: AutoRound's are negative where the smallest weight is the farthest from zero."""
 SHARED = ("weight_global_scale", "weight_scale_2")
 _OWN = (*SCALES, *SHARED, "weight_shape", "weight_zero_point", "weight", "weight_packed", "qweight", "qzeros")
 _CODES = ("weight_packed", "qweight", "weight")
@@ -133,9 +135,9 @@ def wrong_scales(name: str, data: bytes, dtype: str) -> str:
     """What of a tensor's bytes is no scale, in words; "" if all is well, or the tensor holds none."""
     leaf = name.rpartition(".")[2]
     if leaf in SCALES + SHARED + INPUTS:
-        return odd_scales(data, dtype)
+        return odd_scales(data, dtype, signed=leaf in WORDS)
     if leaf in MULTIPLIERS or (leaf.endswith("_scales") and dtype == "U8"):
-        return odd_scales(data, dtype, signed=True)
+        return odd_scales(data, dtype, signed=True, zero=True)
     return ""
 
 
