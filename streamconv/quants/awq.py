@@ -15,6 +15,7 @@ from streamconv.lazy import torch
 from streamconv.quants.base import Codec, EncodeStats, Kernel, Part
 from streamconv.quants.int_group import IntGroup
 from streamconv.quants.rounding import rounded
+from streamconv.quants.screen import Screen
 
 LEAST_F16 = 2.0**-14
 """The smallest scale of a float16 model: a normal number."""
@@ -71,6 +72,9 @@ class PairedRtn(IntGroup):
 
     def values(self, block: torch.Tensor) -> torch.Tensor:
         return rounded(block, self.scale) if block.dtype.itemsize > self.scale.itemsize else block.float()
+
+    def screen(self, source: DType) -> Screen | None:
+        return super().screen(source) if source.itemsize <= self.scale.itemsize else None
 
     def kernel(self, source: DType) -> Kernel | None:
         return super().kernel(source) if source.itemsize <= self.scale.itemsize else None

@@ -10,10 +10,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from streamconv.checkpoint.dtypes import DType
 from streamconv.lazy import np, torch
+
+if TYPE_CHECKING:
+    from streamconv.quants.screen import Screen
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +196,10 @@ class Codec(ABC):
 
     def error_kernel(self, source: DType) -> ErrorKernel | None:
         """The fused CPU kernel that holds stored rows against their source, or None to decode them."""
+        return None
+
+    def screen(self, source: DType) -> Screen | None:
+        """A look at stored rows that spares decoding them where all is well; None without one."""
         return None
 
     def prepare(self, source: DType) -> None:

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from streamconv.checkpoint.dtypes import F8_E4M3, F32, DType
+from streamconv.checkpoint.stored_codes import as_float
 from streamconv.kernels.launch import fp8_block_kernel
 from streamconv.lazy import torch
 from streamconv.quants.base import Codec, EncodeStats, Kernel, Part
-from streamconv.quants.rounding import FLOATS, divided, finite_rows, half_ulp, rounded
+from streamconv.quants.rounding import FLOATS, HALF_ULP, divided, finite_rows, half_ulp, rounded
+from streamconv.quants.screen import Screen, around, slack
 
 _LARGEST = 448.0
 
@@ -89,6 +91,12 @@ class Fp8Block(Codec):
         scale = self._spread(divided(self._tops(values), _LARGEST).clamp(min=max(self.floor, 1e-38)), *values.shape)
         ratio = values / scale
         return (half_ulp(ratio, F8_E4M3) + 2 * half_ulp(ratio, self.quotient)) * scale + 450 * half_ulp(scale, self.scale)
+
+    def screen(self, source: DType) -> Screen | None:
+        if source.name not in FLOATS:
+            return None
+        within = around(_LARGEST, 2 * HALF_ULP[self.scale.name][0] + 2.0**-20)
+        return Screen("e4m3", lambda parts: as_float(parts[1], self.scale.name), self.block, self.block, within, slack(self.quotient))
 
     def kernel(self, source: DType) -> Kernel | None:
         if source.name not in FLOATS:

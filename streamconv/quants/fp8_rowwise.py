@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from streamconv.checkpoint.dtypes import F8_E4M3, F32, DType
+from streamconv.checkpoint.stored_codes import as_float
 from streamconv.kernels.launch import fp8_kernel
 from streamconv.lazy import torch
 from streamconv.quants.base import Codec, EncodeStats, Kernel, Part
-from streamconv.quants.rounding import divided, half_ulp, rounded
+from streamconv.quants.rounding import FLOATS, HALF_ULP, divided, half_ulp, rounded
+from streamconv.quants.screen import Screen, around, slack
 
 _LARGEST = 448.0
 FLOOR = 1.0 / (448.0 * 512.0)
@@ -79,8 +81,16 @@ class Fp8Rowwise(Codec):
         ratio = values / scale
         return (half_ulp(ratio, F8_E4M3) + 2 * half_ulp(ratio, self.quotient)) * scale + 450 * half_ulp(scale, self.scale)
 
+    def screen(self, source: DType) -> Screen | None:
+        if source.name not in FLOATS or self.model not in (None, source):
+            return None
+        within = around(_LARGEST, 2 * HALF_ULP[self.scale.name][0])
+        unclamped = min(-self.lo, self.hi, 3e38)
+        steps = lambda parts: as_float(parts[1], self.scale.name)  # noqa: E731
+        return Screen("e4m3", steps, ratio=within, quotient=slack(self.quotient), most=unclamped)
+
     def kernel(self, source: DType) -> Kernel | None:
-        if source.name not in ("F32", "F16", "BF16"):
+        if source.name not in FLOATS:
             return None
         rules = (self.lo, self.hi, self.floor, self.zero)
         return fp8_kernel(source, self.model or source, *rules, self.scale, self.quotient)

@@ -12,6 +12,7 @@ from streamconv.lazy import Array, np, torch
 from streamconv.quants.base import Codec, EncodeStats, Kernel, Known, Part, ReduceKernel, Reduction
 from streamconv.quants.computed import Computed
 from streamconv.quants.rounding import FLOATS, half_ulp
+from streamconv.quants.screen import Screen, slack
 
 LARGEST = 448.0
 
@@ -73,6 +74,10 @@ class Fp8Tensor(Codec):
             values = torch.where(torch.isnan(values), 0.0, values)
         made = (values / torch.full_like(values[:1], self._known())).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
         return (made.contiguous().reshape(-1).view(torch.uint8),)
+
+    def screen(self, source: DType) -> Screen | None:
+        known = self._known
+        return Screen("e4m3", lambda parts: np.array([known()]), band=0, quotient=slack(F32)) if source.name in FLOATS else None
 
     def kernel_bytes_per_column(self) -> int:
         return 0

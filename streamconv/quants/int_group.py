@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from streamconv.checkpoint.dtypes import F32, I8, I32, U8, DType
+from streamconv.checkpoint.stored_codes import as_float
 from streamconv.kernels.launch import int_group_kernel
 from streamconv.lazy import np, torch
 from streamconv.quants.base import Codec, EncodeStats, Kernel, Part
-from streamconv.quants.rounding import FLOATS, divided, finite_rows, half_ulp, rounded
+from streamconv.quants.rounding import FLOATS, HALF_ULP, divided, finite_rows, half_ulp, rounded
+from streamconv.quants.screen import Codes, Screen, around, slack
 
 Packing = Literal["bytes", "words", "pairs"]
 """How codes are stored: "bytes", one int8 each [N, K]; "words", int32 [N, K * bits / 32], offset by half, the lowest column in the lowest
@@ -137,6 +139,21 @@ class IntGroup(Codec):
         over = (grouped.abs() - (self._half - 1) * step * (RATIOS[-1] if self.search else 1)).clamp(min=0)
         bound = torch.maximum(over, 0.5 * step) + 2 * half_ulp(grouped, self.quotient) + 2 * self._half * half_ulp(step, self.scale)
         return bound.reshape(rows, cols)
+
+    def screen(self, source: DType) -> Screen | None:
+        if source.name not in FLOATS or self.search:
+            return None
+        words: Codes = "uint4" if self.bits == 4 else "uint8"
+        codes: Codes = words if self.packing == "words" else "int4" if self.packing == "pairs" else "int8"
+        kind = F32 if self.wide else self.scale
+        return Screen(
+            codes,
+            lambda parts: as_float(parts[1], kind.name),
+            self.group,
+            ratio=around(self.divisor, 2 * HALF_ULP[self.scale.name][0] + 2.0**-20),
+            quotient=slack(self.quotient),
+            paired=self.packing == "pairs",
+        )
 
     def kernel(self, source: DType) -> Kernel | None:
         if source.name not in FLOATS or self.search:

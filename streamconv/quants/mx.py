@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from streamconv.checkpoint.dtypes import F8_E4M3, F32, U8, DType
+from streamconv.checkpoint.stored_codes import as_float
 from streamconv.kernels.launch import mx_kernel
 from streamconv.lazy import torch
 from streamconv.quants.base import Codec, EncodeStats, Kernel, Part
 from streamconv.quants.e2m1 import e2m1_codes, e2m1_values, pack_nibbles, unpack_nibbles
 from streamconv.quants.rounding import FLOATS, finite_rows, half_ulp
+from streamconv.quants.screen import Screen
 
 GROUP = 32
 _ROUND = {"F32": 1 << 21, "F16": 1 << 8, "BF16": 1 << 5}
@@ -94,6 +96,12 @@ class Mx(Codec):
             near = half_ulp(grouped / step, F8_E4M3) * step
         lost = torch.where(step < 2.0**-126, grouped.abs(), 0.0)  # read as float16, a subnormal amax has no exponent
         return torch.maximum(near, lost).reshape(rows, cols)
+
+    def screen(self, source: DType) -> Screen | None:
+        if source.name not in FLOATS:
+            return None
+        within = (223.0, 449.0) if self.element == "fp8" else (3.49, 7.01)
+        return Screen("e4m3" if self.element == "fp8" else "e2m1", lambda parts: as_float(parts[1], "F8_E8M0"), GROUP, ratio=within)
 
     def kernel(self, source: DType) -> Kernel | None:
         return mx_kernel(source, self.element, self.exponent, self.read_as) if source.name in FLOATS else None

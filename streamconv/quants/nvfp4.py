@@ -10,12 +10,14 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from streamconv.checkpoint.dtypes import F8_E4M3, F32, U8, DType
+from streamconv.checkpoint.stored_codes import as_float
 from streamconv.kernels.launch import nvfp4_kernel
-from streamconv.lazy import Array, np, torch
+from streamconv.lazy import Array, Bytes, np, torch
 from streamconv.quants.base import Codec, EncodeStats, Kernel, Known, Part
 from streamconv.quants.computed import Computed
 from streamconv.quants.e2m1 import e2m1_codes, e2m1_values, pack_nibbles, unpack_nibbles
 from streamconv.quants.rounding import FLOATS, divided, finite_rows, half_ulp, rounded
+from streamconv.quants.screen import Screen, around
 
 GROUP = 16
 Rule = Literal["divisor", "multiplier"]
@@ -113,6 +115,15 @@ class NvFp4(Codec):
         unit = 1.0 / self._known() if self.rule == "divisor" else self._known()
         step = (top / 6.0) + half_ulp(top / 6.0 / unit, F8_E4M3) * unit + 0.125 * unit
         return (step * 1.02).expand(rows, cols // GROUP, GROUP).reshape(rows, cols) + 0.07 * values.abs()
+
+    def screen(self, source: DType) -> Screen | None:
+        """An e4m3 scale is up to 1/16 off."""
+        return Screen("e2m1", self._steps, GROUP, ratio=around(6.0, 0.07)) if source.name in FLOATS else None
+
+    def _steps(self, parts: Sequence[Bytes]) -> Array:
+        scale, shared = as_float(parts[1], "F8_E4M3"), np.float32(self._known())
+        steps: Array = scale / shared if self.rule == "divisor" else scale * shared
+        return steps
 
     def kernel(self, source: DType) -> Kernel | None:
         return nvfp4_kernel(source, self.rule, self.kind, self.shared) if source.name in FLOATS else None

@@ -131,6 +131,14 @@ def _blocks(made: Encoded, span: RowRange, block: Bytes, rows: int, results: Red
     encoding, columns, width = task.encoding, task.cols, task.width
     compare = encoding.error_kernel(span.source.dtype)
     stored = encoding.parts(encoding.row_align, width)
+    screen = encoding.screen(span.source.dtype) if compare is None and len(columns) == 1 else None
+    if screen is not None:
+        start, stride = columns[0][0], span.source.cols
+        flat = block[: rows * span.row_bytes].view(span.source.dtype.storage)
+        quick = screen.errors(span.source.dtype, flat, start, stride, rows, width, made.parts)
+        if quick is not None:
+            yield quick
+            return
     step = rows
     if compare is None or len(columns) > 1:
         step = max(encoding.row_align, CHECK_BYTES // (width * CHECK_ELEMENT) // encoding.row_align * encoding.row_align)
