@@ -143,8 +143,9 @@ def convert(
         raise click.MissingParameter(param_hint="'OUT'", param_type="argument")
     wanted = None if outputs else asked_target(to, values, more)
     effects.check(click.get_current_context(), model, wanted)
-    place = outputs[0].out if out is None else out
-    with watching(place, quiet or as_json, progress, memory_trace, report) as watched:
+    places = [output.out for output in outputs] if out is None else [out]
+    place = places[0]
+    with watching(places, model, quiet or as_json, progress, memory_trace, report) as watched:
         if isinstance(wanted, TensorRTLLM | HuggingFace):
             wanted = measured(
                 model,

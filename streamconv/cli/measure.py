@@ -56,7 +56,7 @@ def calibrate(
     if not text:
         raise UsageError("calibrate needs --text", hint="a .txt or .jsonl file, a folder of them, or a data set on the Hub")
     limit = parse_size(memory_budget) if memory_budget else None
-    with watching(ranges, quiet or as_json, progress, memory_trace, report) as watched:
+    with watching((ranges,), model, quiet or as_json, progress, memory_trace, report) as watched:
         watch = {name: watched.layers[name] for name in ("progress", "sampled")}
         told = run_calibration(model, ranges, text, memory_budget=limit, **watch, **values)
     watched.write(report, lambda: pages_view.calibration(model, told, text, watched))

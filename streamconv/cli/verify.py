@@ -45,7 +45,7 @@ def verify(
     if source is None:
         noted = ("memory_budget", "workers", "every")
         effects.needs(click.get_current_context(), "source", options=("activation_ranges",), resources=noted)
-    with watching(out, quiet or as_json, progress, memory_trace, report) as watched:
+    with watching((out,), source, quiet or as_json, progress, memory_trace, report) as watched:
         verdict = check(
             out,
             source,

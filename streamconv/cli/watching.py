@@ -57,34 +57,39 @@ def command_line() -> str:
 
 
 @contextlib.contextmanager
-def watching(out: str, quiet: bool, progress: str, memory_trace: str | None, report: str | None) -> Iterator[Watched]:
+def watching(
+    outs: Sequence[str], model: str | None, quiet: bool, progress: str, memory_trace: str | None, report: str | None
+) -> Iterator[Watched]:
     """A context in which a run goes.
 
     Args:
-        out: the folder or file that it writes or reads.
+        outs: the folders or the file that it writes or reads.
+        model: the source. What lies in its folder would be taken for a part of it.
         quiet: nothing but warnings, unless --progress says what.
         report: the page that `Watched.write` will write; refused here where that cannot be.
 
     Raises:
-        UsageError: a file that is to be written lies in the output. OutputError: it cannot be written.
+        UsageError: a file that is to be written lies in an output or in the source. OutputError: it cannot be written.
     """
     meter = view.meter(progress, quiet)
     trace = None
     if report is not None:
         from streamconv.pages import page
 
-        page.check(_beside("--report", report, out))
+        page.check(_beside("--report", report, outs, model))
     if memory_trace is not None or report is not None:
-        trace = MemoryTrace(meter, None if memory_trace is None else _beside("--memory-trace", memory_trace, out))
+        trace = MemoryTrace(meter, None if memory_trace is None else _beside("--memory-trace", memory_trace, outs, model))
     with trace or contextlib.nullcontext():
         yield Watched(meter, trace, view.layers(meter, quiet))
     if trace is not None and trace.problem:
         output.note(f"warning: {trace.problem}")
 
 
-def _beside(flag: str, path: str, out: str) -> Path:
-    """The path of a file that is none of the output."""
-    place, folder = Path(path).resolve(), Path(out).resolve()
-    if place == folder or folder in place.parents:
-        raise UsageError(f"{flag} {printable(path)} lies in the output", hint=f"write it elsewhere: {flag} {folder.name}{place.suffix}")
+def _beside(flag: str, path: str, outs: Sequence[str], model: str | None) -> Path:
+    """The path of a file that is none of an output or the source."""
+    place = Path(path).resolve()
+    for what, name in [*(("output", out) for out in outs), *([("source", model)] if model else [])]:
+        folder = Path(name).resolve()
+        if place == folder or folder in place.parents:
+            raise UsageError(f"{flag} {printable(path)} lies in the {what}", hint=f"write it elsewhere: {flag} {folder.name}{place.suffix}")
     return place

@@ -63,6 +63,12 @@ def test_no_trace_in_the_output(model: Path, tmp_path: Path, place: str, capsys:
     assert "lies in the output" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+def test_no_trace_in_the_source(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """There it would be a side file that changes."""
+    assert main(["convert", str(model), str(tmp_path / "out"), "--to", "hf", "--memory-trace", str(model / "trace.jsonl")]) == 2
+    assert "lies in the source" in capsys.readouterr().err and not (model / "trace.jsonl").exists()
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_a_trace_replaces_a_trace_and_nothing_else(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     source = tiny.write(tmp_path / "source")
