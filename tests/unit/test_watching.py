@@ -71,12 +71,12 @@ def test_no_trace_in_the_source(model: Path, tmp_path: Path, capsys: pytest.Capt
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_a_trace_replaces_a_trace_and_nothing_else(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    source = tiny.write(tmp_path / "source")
-    before = {path.name: path.read_bytes() for path in source.iterdir()}
-    trace, wrong = tmp_path / "trace", source / name
+    source, other = tiny.write(tmp_path / "source"), tiny.write(tmp_path / "other")
+    before = {path.name: path.read_bytes() for path in other.iterdir()}
+    trace, wrong = tmp_path / "trace", other / name
     assert main(["convert", str(source), str(tmp_path / "out"), "--memory-trace", str(wrong)]) == 2
     assert f"{name}: the file is no memory trace, and stays" in capsys.readouterr().err
-    assert {path.name: path.read_bytes() for path in source.iterdir()} == before and not (tmp_path / "out").exists()
+    assert {path.name: path.read_bytes() for path in other.iterdir()} == before and not (tmp_path / "out").exists()
     for out in ("one", "two"):
         assert main(["convert", str(source), str(tmp_path / out), "--quiet", "--memory-trace", str(trace)]) == 0
     assert json.loads(trace.read_text().splitlines()[0])["time"] >= 0
