@@ -26,11 +26,12 @@ def costs_of(reads: Reads, on_device: bool = False, checked: bool = False) -> li
     """
     known: dict[object, TileCost] = {}
     costs = []
-    for number in range(len(reads)):
-        kind = reads.kind(number)
-        if kind not in known:
-            known[kind] = _with_check(reads, number, _cost(reads, number, on_device)) if checked else _cost(reads, number, on_device)
-        costs.append(known[kind])
+    for number, kind in enumerate(reads.kinds()):
+        cost = known.get(kind)
+        if cost is None:
+            cost = _cost(reads, number, on_device)
+            cost = known[kind] = _with_check(reads, number, cost) if checked else cost
+        costs.append(cost)
     return costs
 
 
@@ -110,7 +111,7 @@ def load_kernels(reads: Reads) -> None:
 
     seen = set[object]()
     for plan in reads.plans:
-        kinds = {plan.spans.kind(number, plan.matrices.encoding_number): number for number in range(len(plan.spans))}
+        kinds = {kind: number for number, kind in enumerate(plan.spans.kinds(plan.matrices.encodings()))}
         for span in map(plan.spans.__getitem__, sorted(kinds.values())):
             kernel = span.reduce.kernel(span.source.dtype) if span.reduce is not None else None
             if kernel is not None and (type(span.reduce), span.source.dtype) not in seen:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from functools import cache, lru_cache
 
-from streamconv.checkpoint.dtypes import DType
 from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.rows import Extent, SourceTensor
 
@@ -45,10 +44,10 @@ class SourceTensors(Mapping[str, SourceTensor]):
             return SourceTensor(name, dtype, shape, tuple(Extent(*block) for block in whole.blocks), whole.axis)
         return SourceTensor(name, dtype, shape, (Extent(shard, begin, *_matrix(shape)),))
 
-    def kind(self, place: int) -> tuple[DType, int]:
-        """Dtype and columns of a tensor by its number."""
+    def kind(self, place: int) -> tuple[str, int]:
+        """Name of the dtype and columns of a tensor by its number."""
         dtype, shape = self._table.kind(place)
-        return dtype, _matrix(shape)[1]
+        return dtype.name, _matrix(shape)[1]
 
     def row_bytes(self, place: int) -> int:
         """Bytes of a row of a tensor by its number."""

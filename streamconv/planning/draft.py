@@ -58,12 +58,13 @@ class _Feeds:
     def __init__(self) -> None:
         self.order = array("I")  # sources, in the order of their first feeds
         self._head, self._tail = array("I"), array("I")  # by source
-        self._short, self._long = array("I"), array("Q")  # next, matrix, op, cols; start, stop, row
-        self._ops, self._spreads = Pool[RowOp](), Pool[Cols]()
+        self._next, self.matrix, self.op, self.cols = array("I"), array("I"), array("I"), array("I")
+        self.start, self.stop, self.row = array("Q"), array("Q"), array("Q")
+        self.ops, self.spreads = Pool[RowOp](), Pool[Cols]()
 
     def add(self, source: int, start: int, stop: int, op: RowOp, matrix: int, row: int, cols: Cols) -> None:
         """Another feed of the source with a number."""
-        at = len(self._long) // 3
+        at = len(self._next)
         if source >= len(self._head):
             more = [_END] * (source + 1 + source // 4 - len(self._head))
             self._head.extend(more)
@@ -72,20 +73,28 @@ class _Feeds:
             self._head[source] = at
             self.order.append(source)
         else:
-            self._short[4 * self._tail[source]] = at
+            self._next[self._tail[source]] = at
         self._tail[source] = at
-        self._short.extend((_END, matrix, self._ops.number(op), self._spreads.number(cols)))
-        self._long.extend((start, stop, row))
+        self._next.append(_END)
+        self.matrix.append(matrix)
+        self.op.append(self.ops.number(op))
+        self.cols.append(self.spreads.number(cols))
+        self.start.append(start)
+        self.stop.append(stop)
+        self.row.append(row)
 
     def of(self, source: int) -> list[_Feed]:
         """The feeds of a source, by its number."""
         at, found = self._head[source] if source < len(self._head) else _END, list[_Feed]()
         while at != _END:
-            following, matrix, op, cols = self._short[4 * at : 4 * at + 4]
-            start, stop, row = self._long[3 * at : 3 * at + 3]
-            found.append(_Feed(start, stop, self._ops.values[op], matrix, row, self._spreads.values[cols]))
-            at = following
+            op, cols = self.ops.values[self.op[at]], self.spreads.values[self.cols[at]]
+            found.append(_Feed(self.start[at], self.stop[at], op, self.matrix[at], self.row[at], cols))
+            at = self._next[at]
         return found
+
+    def alone(self) -> bool:
+        """Every source has one feed, so that `order` is a column as the others are."""
+        return len(self.order) == len(self._next)
 
 
 class Draft:
@@ -109,7 +118,8 @@ class Draft:
         self._matrices = MatrixTable()
         self._feeds = _Feeds()
         self._fixed: list[Fixed] = []
-        self._reductions: dict[str, list[tuple[int, Reduction]]] = {}
+        self._reductions: dict[str, list[tuple[int, int, Reduction]]] = {}
+        self._reduced = set[str]()  # keys of those whose spans are there
 
     def file(self, name: str, metadata: Mapping[str, str] | None = None) -> int:
         """Add a safetensors file; gives its number."""
@@ -177,11 +187,14 @@ class Draft:
         """Its number; a tensor of the source has its own."""
         return self._sources.number(source)
 
-    def reduce(self, source: RowSource | int | None, reduction: Reduction) -> None:
-        """All rows of the source (or of that with a number) contribute to a reduction, before anything that needs it."""
+    def reduce(self, source: RowSource | None, reduction: Reduction) -> None:
+        """All rows of the source contribute to a reduction, before anything that needs it."""
         if source is not None:
-            number = source if isinstance(source, int) else self._sources.number(source)
-            self._reductions.setdefault(reduction.key, []).append((number, reduction))
+            self.reduce_whole(self._sources.number(source), source.rows, reduction)
+
+    def reduce_whole(self, source: int, rows: int, reduction: Reduction) -> None:
+        """As `reduce`, for the source with a number and all of its rows."""
+        self._reductions.setdefault(reduction.key, []).append((source, rows, reduction))
 
     def fed(self, sources: Iterable[str]) -> dict[int, list[Fed]]:
         """Matrix -> what it was given so far from these sources (by name), in the order of its rows."""
@@ -226,47 +239,49 @@ class Draft:
         check_room(_LAYOUT_TAKES * len(self._matrices), "laying out the files")
         self._matrices.complete()
         files, constants = layout(self._files, self._matrices, self._fixed)
-        spans = SpanTable(self._sources)
-        for source in self._feeds.order:
-            self._cut(spans, source, self._feeds.of(source))
+        spans, feeds = SpanTable(self._sources, self._feeds.ops, self._feeds.spreads), self._feeds
+        if feeds.alone() and not self._reductions:
+            aligns = map(self._align, feeds.order, feeds.matrix, map(feeds.ops.values.__getitem__, feeds.op))
+            spans.extend(feeds.order, feeds.start, feeds.stop, feeds.op, array("Q", aligns), feeds.matrix, feeds.row, feeds.cols)
+        else:
+            for source in feeds.order:
+                self._cut(spans, source, feeds.of(source))
         if not spans.in_row_order():
-            spans = self._table(in_row_order(list(spans)))
-        return files, self._matrices, self._after_reductions(spans), constants
+            spans = self._table(in_row_order([span for span in spans if span.reduce is None]))
+        return files, self._matrices, spans, constants
 
     def _table(self, spans: Iterable[RowRange]) -> SpanTable:
         made = SpanTable(self._sources)
+        self._reduced.clear()
         for span in spans:
+            for dest in span.dests:
+                self._before(made, dest.matrix)
             made.append(span)
         return made
 
-    def _after_reductions(self, spans: SpanTable) -> SpanTable:
-        """The spans, each reduction right before the first of them that needs it."""
-        if not self._reductions:
-            return spans
-        made, done = SpanTable(self._sources), set[str]()
+    def _before(self, spans: SpanTable, matrix: int) -> None:
+        """Each reduction comes right before the first span that needs it."""
+        if self._reductions:
+            self._reduce(spans, self._matrices.encoding(matrix).needs)
 
-        def before(keys: tuple[str, ...]) -> None:
-            for key in keys:
-                if key not in done:
-                    done.add(key)
-                    for number, reduction in self._reductions[key]:
-                        before(reduction.needs)
-                        source = self._sources[number]
-                        made.add(number, 0, source.rows, PLAIN_ROWS, source.row_align, reduction)
+    def _reduce(self, spans: SpanTable, keys: Iterable[str]) -> None:
+        for key in keys:
+            if key not in self._reduced:
+                self._reduced.add(key)
+                for number, rows, reduction in self._reductions[key]:
+                    self._reduce(spans, reduction.needs)
+                    spans.add(number, 0, rows, PLAIN_ROWS, self._sources.row_align(number), reduction)
 
-        for at in range(len(spans)):
-            for matrix in spans.takers(at):
-                before(self._matrices.encoding(matrix).needs)
-            made.take(spans, at)
-        return made
+    def _align(self, source: int, matrix: int, op: RowOp) -> int:
+        rows = self._matrices.row_align(matrix), self._sources.row_align(source)
+        return lcm(*rows) if op is PLAIN_ROWS else align_of(rows, op)
 
     def _cut(self, spans: SpanTable, source: int, feeds: list[_Feed]) -> None:
         """The spans of a source, by its number."""
         if len(feeds) == 1:
             feed = feeds[0]
-            rows = self._matrices.encoding(feed.matrix).row_align, self._sources.row_align(source)
-            align = lcm(*rows) if feed.op is PLAIN_ROWS else align_of(rows, feed.op)
-            spans.add(source, feed.start, feed.stop, feed.op, align)
+            self._before(spans, feed.matrix)
+            spans.add(source, feed.start, feed.stop, feed.op, self._align(source, feed.matrix, feed.op))
             spans.add_dest(feed.matrix, feed.row, feed.cols)
             return
         edges = sorted({feed.start for feed in feeds} | {feed.stop for feed in feeds})
@@ -277,7 +292,9 @@ class Draft:
             op = active[0].op
             if any(feed.op != op for feed in active):
                 raise AssertionError(f"{self._sources[source].name}: two row operations on the same rows")
-            align = align_of({self._sources.row_align(source), *(self._matrices.encoding(feed.matrix).row_align for feed in active)}, op)
+            for feed in active:
+                self._before(spans, feed.matrix)
+            align = align_of({self._sources.row_align(source), *(self._matrices.row_align(feed.matrix) for feed in active)}, op)
             spans.add(source, start, stop, op, align)
             for feed in active:
                 spans.add_dest(feed.matrix, feed.row + op.out_rows(start - feed.start), feed.cols)

@@ -73,6 +73,7 @@ class MatrixTable(Table[Matrix]):
         self._modules, self._forms, self._encodings = Pool[str](), Pool[Form](), Pool[Codec]()
         self._parts: list[tuple[Part, ...]] = []  # of each form
         self._encoding: list[int] = []  # the same
+        self._row_align: list[int] = []  # the same
         self.data_starts: list[int] = []
 
     def form(self, form: Form) -> int:
@@ -81,6 +82,7 @@ class MatrixTable(Table[Matrix]):
         if number == len(self._parts):
             self._parts.append(form.parts())
             self._encoding.append(self._encodings.number(form.encoding.unkeyed()))
+            self._row_align.append(form.encoding.row_align)
         return number
 
     def add(self, file: int, name: str, form: int) -> int:
@@ -174,9 +176,13 @@ class MatrixTable(Table[Matrix]):
     def encoding(self, number: int) -> Codec:
         return self._forms.values[self._form[number]].encoding
 
-    def encoding_number(self, number: int) -> int:
-        """Encodings that work alike have equal numbers."""
-        return self._encoding[self._form[number]]
+    def row_align(self, number: int) -> int:
+        """Rows of a tile of the encoding."""
+        return self._row_align[self._form[number]]
+
+    def encodings(self) -> Sequence[int]:
+        """A number for the encoding of each matrix; encodings that work alike have equal ones."""
+        return array("I", map(self._encoding.__getitem__, self._form))
 
     def __len__(self) -> int:
         return len(self._form)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Hashable, Iterator, Sequence
 
 from streamconv.checkpoint.rows import RowSource
@@ -64,10 +65,11 @@ class Reads:
         """Every span of every plan."""
         return ((plan, span) for plan in self.plans for span in plan.spans)
 
-    def kind(self, number: int) -> Hashable:
-        """Reads of one kind cost the same."""
+    def kinds(self) -> Iterator[Hashable]:
+        """Of each read what it is like: reads of one kind cost the same."""
+        own = (plan.spans.kinds(plan.matrices.encodings()) for plan in self.plans)
         if self._merged is None:
-            return self.plans[0].spans.kind(number, self.plans[0].matrices.encoding_number)
-        read = self._merged[number]
-        kinds = [(s.output, self.plans[s.output].spans.kind(s.span, self.plans[s.output].matrices.encoding_number)) for s in read.shares]
-        return (read.align, *kinds)
+            return next(own)
+        numbers: dict[Hashable, int] = {}
+        known = [array("I", [numbers.setdefault(kind, len(numbers)) for kind in kinds]) for kinds in own]
+        return ((read.align, *((s.output, known[s.output][s.span]) for s in read.shares)) for read in self._merged)

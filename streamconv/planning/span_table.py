@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain, islice
+from operator import mul, sub
 
 from streamconv.planning.plan import Destination, RowOp, RowRange
 from streamconv.planning.tables import Cols, Pool, Sources, Table
@@ -20,12 +22,14 @@ class SpanTable(Table[RowRange]):
         nbytes: bytes that all of them read from the checkpoint.
     """
 
-    def __init__(self, sources: Sources) -> None:
+    def __init__(self, sources: Sources, ops: Pool[RowOp] | None = None, spreads: Pool[Cols] | None = None) -> None:
         super().__init__()
         self.sources, self.reductions, self.nbytes = sources, array("I"), 0
-        self._short, self._long = array("I"), array("Q")  # source, op, reduction + 1, first destination; start, stop, align
-        self._dests, self._row = array("I"), array("Q")  # matrix, cols
-        self._ops, self._spreads = Pool[RowOp](), Pool[Cols]()
+        self._source, self._op, self._reduction = array("I"), array("I"), array("I")  # the last counted from 1
+        self._start, self._stop, self._align = array("Q"), array("Q"), array("Q")
+        self._first = array("I")  # destination
+        self._matrix, self._cols, self._row = array("I"), array("I"), array("Q")  # of destinations
+        self._ops, self._spreads = ops or Pool[RowOp](), spreads or Pool[Cols]()
         self._reductions: list[Reduction] = []
 
     def append(self, span: RowRange) -> None:
@@ -39,51 +43,72 @@ class SpanTable(Table[RowRange]):
             self.reductions.append(len(self))
             self._reductions.append(reduce)
         self.nbytes += (stop - start) * self.sources.stored_row_bytes(source)
-        reduction = 0 if reduce is None else len(self._reductions)
-        self._short.extend((source, self._ops.number(op), reduction, len(self._row)))
-        self._long.extend((start, stop, align))
+        self._source.append(source)
+        self._op.append(self._ops.number(op))
+        self._reduction.append(0 if reduce is None else len(self._reductions))
+        self._start.append(start)
+        self._stop.append(stop)
+        self._align.append(align)
+        self._first.append(len(self._row))
+
+    def extend(
+        self,
+        sources: array[int],
+        starts: array[int],
+        stops: array[int],
+        ops: array[int],
+        aligns: array[int],
+        matrices: array[int],
+        rows: array[int],
+        cols: array[int],
+    ) -> None:
+        """Spans of one destination each, a column for each fact; row operations and columns by their numbers."""
+        self.nbytes += sum(map(mul, map(sub, stops, starts), map(self.sources.stored_row_bytes, sources)))
+        self._first.extend(range(len(self._row), len(self._row) + len(rows)))
+        self._source.extend(sources)
+        self._op.extend(ops)
+        self._reduction.extend(array("I", bytes(4 * len(rows))))
+        self._start.extend(starts)
+        self._stop.extend(stops)
+        self._align.extend(aligns)
+        self._matrix.extend(matrices)
+        self._cols.extend(cols)
+        self._row.extend(rows)
 
     def add_dest(self, matrix: int, row: int, cols: Cols) -> None:
         """Another matrix that takes the rows of the last span."""
-        self._dests.extend((matrix, self._spreads.number(cols)))
+        self._matrix.append(matrix)
+        self._cols.append(self._spreads.number(cols))
         self._row.append(row)
-
-    def take(self, other: SpanTable, number: int) -> None:
-        """A span that writes, of another table over the same sources."""
-        source, op, _ = other._short[4 * number : 4 * number + 3]
-        start, stop, align = other._long[3 * number : 3 * number + 3]
-        self.add(source, start, stop, other._ops.values[op], align)
-        for at in other._of(number):
-            self.add_dest(other._dests[2 * at], other._row[at], other._spreads.values[other._dests[2 * at + 1]])
 
     def _of(self, number: int) -> range:
         """Where the destinations of a span are."""
-        after = 4 * number + 7
-        return range(self._short[4 * number + 3], self._short[after] if after < len(self._short) else len(self._row))
+        after = number + 1
+        return range(self._first[number], self._first[after] if after < len(self._first) else len(self._row))
 
-    def takers(self, number: int) -> list[int]:
+    def takers(self, number: int) -> Sequence[int]:
         """Numbers of the matrices that take the rows of a span."""
-        return [self._dests[2 * at] for at in self._of(number)]
+        own = self._of(number)
+        return self._matrix[own.start : own.stop]
 
     def place(self, number: int) -> tuple[int, int]:
         """Where a span begins: number of its source, which rises through the files of the checkpoint, and row."""
-        return self._short[4 * number], self._long[3 * number]
+        return self._source[number], self._start[number]
 
     def stored_row_bytes(self, number: int) -> int:
         """Bytes of the checkpoint that a row of a span is read from."""
-        return self.sources.stored_row_bytes(self._short[4 * number])
+        return self.sources.stored_row_bytes(self._source[number])
 
     def bytes_of(self, number: int) -> int:
         """Bytes of the checkpoint that a span reads."""
-        start, stop = self._long[3 * number : 3 * number + 2]
-        return (stop - start) * self.stored_row_bytes(number)
+        return (self._stop[number] - self._start[number]) * self.stored_row_bytes(number)
 
     def passes(self) -> int:
         """How often the rows of the most read source are read: once to write, and once for each reduction."""
         if not self._reductions:
             return 1
         keys = ["", *(reduction.key for reduction in self._reductions)]
-        counts = Counter(source for source, _ in {(s, keys[r]) for s, r in zip(self._short[::4], self._short[2::4], strict=True)})
+        counts = Counter(source for source, _ in {(s, keys[r]) for s, r in zip(self._source, self._reduction, strict=True)})
         return max(counts.values(), default=1)
 
     def only(self, numbers: Sequence[int], matrix: Mapping[int, int]) -> SpanTable:
@@ -98,16 +123,19 @@ class SpanTable(Table[RowRange]):
             made.append(replace(span, dests=tuple([replace(dest, matrix=matrix[dest.matrix]) for dest in span.dests])))
         return made
 
-    def kind(self, number: int, encoding: Callable[[int], int]) -> Hashable:
-        """Spans of one kind cost the same.
+    def kinds(self, encoding: Sequence[int]) -> Iterator[Hashable]:
+        """Of each span what it is like: spans of one kind cost the same.
 
         Args:
-            encoding: number of a matrix's encoding.
+            encoding: of each matrix, by number.
         """
-        reduction = self._short[4 * number + 2]
-        reduce = type(self._reductions[reduction - 1]) if reduction else None
-        wanted = tuple([(self._dests[2 * at + 1], encoding(self._dests[2 * at])) for at in self._of(number)])
-        return (self.sources.kind(self._short[4 * number]), self._short[4 * number + 1], self._long[3 * number + 2], reduce, wanted)
+        kind, cols, matrix = self.sources.kind, self._cols, self._matrix
+        types = [None, *map(type, self._reductions)]
+        after = islice(chain(self._first, [len(self._row)]), 1, None)
+        columns = zip(self._source, self._op, self._align, self._reduction, self._first, after, strict=True)
+        for source, op, align, reduction, first, stop in columns:
+            wanted = tuple([(cols[at], encoding[matrix[at]]) for at in range(first, stop)])
+            yield kind(source), op, align, types[reduction], wanted
 
     def reducing(self) -> Iterator[RowRange]:
         """The spans that reduce."""
@@ -115,23 +143,28 @@ class SpanTable(Table[RowRange]):
 
     def in_row_order(self) -> bool:
         """Every matrix gets its rows one below the other."""
-        following = array("Q", bytes(8 * (max(self._dests[::2], default=-1) + 1)))
+        following = array("Q", bytes(8 * (max(self._matrix, default=-1) + 1)))
         for number in range(len(self)):
             seen = -1
             for at in self._of(number):
-                matrix, row = self._dests[2 * at], self._row[at]
+                matrix, row = self._matrix[at], self._row[at]
                 if row < following[matrix] or matrix == seen:
                     return False
                 seen, following[matrix] = matrix, row + 1
         return True
 
     def __len__(self) -> int:
-        return len(self._short) // 4
+        return len(self._source)
 
     def _make(self, number: int) -> RowRange:
-        source, op, reduction = self._short[4 * number : 4 * number + 3]
-        start, stop, align = self._long[3 * number : 3 * number + 3]
-        spreads = self._spreads.values
-        dests = tuple([Destination(self._dests[2 * at], self._row[at], spreads[self._dests[2 * at + 1]]) for at in self._of(number)])
-        reduce = self._reductions[reduction - 1] if reduction else None
-        return RowRange(self.sources[source], start, stop, self._ops.values[op], dests, align, reduce)
+        spreads, reduction = self._spreads.values, self._reduction[number]
+        dests = tuple([Destination(self._matrix[at], self._row[at], spreads[self._cols[at]]) for at in self._of(number)])
+        return RowRange(
+            self.sources[self._source[number]],
+            self._start[number],
+            self._stop[number],
+            self._ops.values[self._op[number]],
+            dests,
+            self._align[number],
+            self._reductions[reduction - 1] if reduction else None,
+        )

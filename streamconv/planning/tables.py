@@ -9,7 +9,6 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import lru_cache
 from typing import Generic, Protocol, TypeVar, overload
 
-from streamconv.checkpoint.dtypes import DType
 from streamconv.checkpoint.rows import RowSource
 
 _T = TypeVar("_T")
@@ -73,7 +72,7 @@ class Stored(Protocol):
     def place(self, name: str) -> int | None: ...
     def at(self, place: int) -> RowSource: ...
     def holds(self, place: int, source: RowSource) -> bool: ...
-    def kind(self, place: int) -> tuple[DType, int]: ...
+    def kind(self, place: int) -> tuple[str, int]: ...
     def row_bytes(self, place: int) -> int: ...
     def row_align(self, place: int) -> int: ...
     def __len__(self) -> int: ...
@@ -83,7 +82,7 @@ class Sources:
     """What rows are read from, by number: a tensor of the checkpoint has its own, anything else is kept."""
 
     def __init__(self, stored: Stored) -> None:
-        self._stored = stored
+        self._stored, self._count = stored, len(stored)
         self._others: dict[int, RowSource] = {}
         self._numbers: dict[str, int] = {}
         self._last: tuple[RowSource | None, int] = None, 0
@@ -101,7 +100,7 @@ class Sources:
         place = self._stored.place(source.name)
         if place is not None and self._stored.holds(place, source):
             return place
-        known = self._numbers[source.name] = len(self._stored) + len(self._others)
+        known = self._numbers[source.name] = self._count + len(self._others)
         self._others[known] = source
         return known
 
@@ -111,18 +110,18 @@ class Sources:
         return self._stored.place(name) if known is None else known
 
     def __getitem__(self, number: int) -> RowSource:
-        return self._stored.at(number) if number < len(self._stored) else self._others[number]
+        return self._stored.at(number) if number < self._count else self._others[number]
 
-    def kind(self, number: int) -> tuple[DType, int]:
-        """Dtype and columns."""
-        if number < len(self._stored):
+    def kind(self, number: int) -> tuple[str, int]:
+        """Name of the dtype, and columns."""
+        if number < self._count:
             return self._stored.kind(number)
-        return self._others[number].dtype, self._others[number].cols
+        return self._others[number].dtype.name, self._others[number].cols
 
     def row_align(self, number: int) -> int:
         """Rows that are read together."""
-        return self._stored.row_align(number) if number < len(self._stored) else self._others[number].row_align
+        return self._stored.row_align(number) if number < self._count else self._others[number].row_align
 
     def stored_row_bytes(self, number: int) -> int:
         """Bytes of the checkpoint that a row is read from; 0 for what is computed."""
-        return self._stored.row_bytes(number) if number < len(self._stored) else self._others[number].stored_row_bytes
+        return self._stored.row_bytes(number) if number < self._count else self._others[number].stored_row_bytes

@@ -203,7 +203,7 @@ class Layout:
             if codec.needs:
                 key = self._key(module, form, recipe)
                 number = self.draft.form(rows, cols, self._codec(form, key), Spelled(recipe))
-                self.draft.reduce(source, WeightMaximum(key))
+                self.draft.reduce_whole(source, rows, WeightMaximum(key))
             self.draft.whole(file, module, number, source, rows, ((0, cols),))
             if key:
                 self._scale(file, module, form, recipe, key, made)

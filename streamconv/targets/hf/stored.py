@@ -128,9 +128,9 @@ class Stored:
     def holds(self, place: int, source: RowSource) -> bool:
         return source is (own := self.at(place)) or source == own
 
-    def kind(self, place: int) -> tuple[DType, int]:
+    def kind(self, place: int) -> tuple[str, int]:
         form = self._forms[self._form[place] - 1]
-        return form.dtype, form.cols
+        return form.dtype.name, form.cols
 
     def row_bytes(self, place: int) -> int:
         return self._forms[self._form[place] - 1].row_bytes

@@ -14,7 +14,7 @@ from typing import Any
 
 import xxhash
 
-from streamconv.checkpoint.dtypes import MODEL_DTYPES, DType
+from streamconv.checkpoint.dtypes import MODEL_DTYPES
 from streamconv.checkpoint.header_parse import Header
 from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.json_file import read_json
@@ -284,7 +284,7 @@ class _Nothing:
     def at(self, place: int) -> SourceTensor:
         raise AssertionError(place)
 
-    def kind(self, place: int) -> tuple[DType, int]:
+    def kind(self, place: int) -> tuple[str, int]:
         raise AssertionError(place)
 
     def row_bytes(self, place: int) -> int:
