@@ -145,14 +145,15 @@ class Draft:
         """What many matrices share; gives its number."""
         return self._matrices.form(Form(rows, cols, encoding, spelling=spelling))
 
-    def whole(self, file: int, name: str, form: int, place: int, rows: int, cols: Cols) -> int:
+    def whole(self, file: int, name: str, form: int, place: int, rows: int, cols: Cols, key: str = "") -> int:
         """Add a matrix that takes all rows of the source's tensor with a number; gives its number.
 
         Args:
             form: its number.
             rows, cols: all of the tensor's.
+            key: of the reduction that it needs, if the form's encoding leaves it open.
         """
-        matrix = self._matrices.add(file, name, form)
+        matrix = self._matrices.add(file, name, form, key)
         if rows:
             self._matrices.fill(matrix, rows)
             self._feeds.add(place, 0, rows, PLAIN_ROWS, matrix, 0, cols)
@@ -262,7 +263,7 @@ class Draft:
     def _before(self, spans: SpanTable, matrix: int) -> None:
         """Each reduction comes right before the first span that needs it."""
         if self._reductions:
-            self._reduce(spans, self._matrices.encoding(matrix).needs)
+            self._reduce(spans, self._matrices.needs(matrix))
 
     def _reduce(self, spans: SpanTable, keys: Iterable[str]) -> None:
         for key in keys:

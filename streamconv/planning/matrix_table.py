@@ -68,9 +68,9 @@ class MatrixTable(Table[Matrix]):
 
     def __init__(self) -> None:
         super().__init__()
-        self._file, self._form, self._filled, self._names = array("H"), array("I"), array("Q"), array("I")
+        self._file, self._form, self._filled, self._names, self._key = array("H"), array("I"), array("Q"), array("I"), array("I")
         self._first, self._offset, self._position = array("I", [0]), array("Q"), array("I")
-        self._modules, self._forms, self._encodings = Pool[str](), Pool[Form](), Pool[Codec]()
+        self._modules, self._keys, self._forms, self._encodings = Pool[str](), Pool[str](), Pool[Form](), Pool[Codec]()
         self._parts: list[tuple[Part, ...]] = []  # of each form
         self._encoding: list[int] = []  # the same
         self._row_align: list[int] = []  # the same
@@ -81,12 +81,17 @@ class MatrixTable(Table[Matrix]):
         number = self._forms.number(form)
         if number == len(self._parts):
             self._parts.append(form.parts())
-            self._encoding.append(self._encodings.number(form.encoding.unkeyed()))
+            self._encoding.append(self._encodings.number(form.encoding.keyed("")))
             self._row_align.append(form.encoding.row_align)
         return number
 
-    def add(self, file: int, name: str, form: int) -> int:
-        """A matrix of the form with a number; gives its own."""
+    def add(self, file: int, name: str, form: int, key: str = "") -> int:
+        """A matrix of the form with a number; gives its own.
+
+        Args:
+            key: of the encoding, if the form leaves it open.
+        """
+        self._key.append(self._keys.number(key))
         self._file.append(file)
         self._form.append(form)
         self._filled.append(0)
@@ -104,6 +109,7 @@ class MatrixTable(Table[Matrix]):
         """No matrix follows; `put` may place their tensors."""
         self._offset, self._position = array("Q", bytes(8 * self._first[-1])), array("I", bytes(4 * self._first[-1]))
         self._modules.close()
+        self._keys.close()
         self._forms.close()
         self._encodings.close()
 
@@ -147,7 +153,7 @@ class MatrixTable(Table[Matrix]):
         """These matrices at the same places, numbered from 0."""
         made = copy(self)
         made._made = lru_cache(KEPT)(made._make)
-        for name in ("_file", "_form", "_filled", "_names"):
+        for name in ("_file", "_form", "_filled", "_names", "_key"):
             held: array[int] = getattr(self, name)
             setattr(made, name, array(held.typecode, [held[number] for number in numbers]))
         made._first, made._offset, made._position = array("I", [0]), array("Q"), array("I")
@@ -174,7 +180,13 @@ class MatrixTable(Table[Matrix]):
         return (self._make(number) for number, form in enumerate(self._form) if self._filled[number] < wanted[form])
 
     def encoding(self, number: int) -> Codec:
-        return self._forms.values[self._form[number]].encoding
+        encoding, key = self._forms.values[self._form[number]].encoding, self._keys.values[self._key[number]]
+        return encoding.keyed(key) if key else encoding
+
+    def needs(self, number: int) -> tuple[str, ...]:
+        """Keys of the reductions that come before a matrix."""
+        key = self._keys.values[self._key[number]]
+        return (key,) if key else self._forms.values[self._form[number]].encoding.needs
 
     def row_align(self, number: int) -> int:
         """Rows of a tile of the encoding."""
@@ -200,4 +212,4 @@ class MatrixTable(Table[Matrix]):
             )
             for at, part in enumerate(self.parts(number))
         )
-        return Matrix(self._file[number], name, form.all_rows, form.cols, self._filled[number], form.encoding, places, form.note)
+        return Matrix(self._file[number], name, form.all_rows, form.cols, self._filled[number], self.encoding(number), places, form.note)

@@ -182,7 +182,7 @@ def _before(
     for number, read in enumerate(reads):
         for output, at, _ in read.shares:
             span = plans[output].spans[at]
-            needs = {key for dest in span.dests for key in plans[output].matrices.encoding(dest.matrix).needs}
+            needs = {key for dest in span.dests for key in plans[output].matrices.needs(dest.matrix)}
             for key in needs | set(span.reduce.needs if span.reduce is not None else ()):
                 before[number] += reducing.get((output, key), [])
     return before

@@ -155,8 +155,8 @@ class Codec(ABC):
         """This encoding with the results it needs, for rows of the source tensor `source`."""
         return self
 
-    def unkeyed(self) -> Codec:
-        """The same for any weight, where only the key of what it needs tells which weight it is for."""
+    def keyed(self, key: str) -> Codec:
+        """The same for another weight, where only the key of what it needs tells which weight it is for; "" is any weight."""
         return self
 
     def cause(self) -> str:

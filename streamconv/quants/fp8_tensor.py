@@ -57,8 +57,8 @@ class Fp8Tensor(Codec):
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]
         return (self.key,)
 
-    def unkeyed(self) -> Fp8Tensor:
-        return replace(self, key="")
+    def keyed(self, key: str) -> Fp8Tensor:
+        return replace(self, key=key)
 
     def bind(self, known: Known, source: str) -> Fp8Tensor:
         return replace(self, scale=scale_of(known.get(self.key), self.floor))
@@ -117,8 +117,8 @@ class Fp8Scale(Computed):
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]
         return (self.key,)
 
-    def unkeyed(self) -> Fp8Scale:
-        return replace(self, key="")
+    def keyed(self, key: str) -> Fp8Scale:
+        return replace(self, key=key)
 
     def bind(self, known: Known, source: str) -> Fp8Scale:
         return replace(self, scale=scale_of(known.get(self.key), self.floor))

@@ -74,8 +74,8 @@ class NvFp4(Codec):
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]
         return (self.key,)
 
-    def unkeyed(self) -> NvFp4:
-        return replace(self, key="")
+    def keyed(self, key: str) -> NvFp4:
+        return replace(self, key=key)
 
     def bind(self, known: Known, source: str) -> NvFp4:
         return replace(self, shared=shared_scale(float(known.get(self.key)), self.rule, self.kind))
@@ -154,8 +154,8 @@ class SharedScale(Computed):
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]
         return (self.key,)
 
-    def unkeyed(self) -> SharedScale:
-        return replace(self, key="")
+    def keyed(self, key: str) -> SharedScale:
+        return replace(self, key=key)
 
     def bind(self, known: Known, source: str) -> SharedScale:
         return replace(self, shared=shared_scale(float(known.get(self.key)), self.rule, self.kind))

@@ -85,7 +85,7 @@ class Layout:
         fates: module -> what becomes of it; inputs: module -> largest input; cached: weight -> attention, k or v, largest output;
             searched: module -> its codes; changed: norm or bias -> what takes its place.
         decoded: weights of the source that are decoded.
-        whole, codecs: what is known of forms of weights.
+        whole, codecs, scales: what is known of forms of weights.
     """
 
     index: Index
@@ -105,6 +105,7 @@ class Layout:
     decoded: int = 0
     whole: dict[Form, tuple[int, Cols]] = field(default_factory=dict)
     codecs: dict[Form, tuple[Codec, int, list[str]]] = field(default_factory=dict)
+    scales: dict[Form, tuple[str, int]] = field(default_factory=dict)
 
     def describe(self) -> None:
         stored, fates = self.stored, None
@@ -172,15 +173,11 @@ class Layout:
         cast = self.index.views or (self.target.dtype != "auto" and not self.decoded)
         return self.into if cast and form.dtype.name in _FLOATS else form.dtype
 
-    def _codec(self, form: Form, key: str) -> Codec:
-        """How weights of a form are stored.
-
-        Args:
-            key: of the maximum that their scale follows from, if there is one.
-        """
+    def _codec(self, form: Form) -> Codec:
+        """How weights of a form are stored; the key of a maximum that their scale follows from is left open."""
         recipe, target = cast(Recipe, self.recipe), self.target
         lone = recipe.lone if _within_tile(form) else None
-        return (lone[0] if lone else recipe.codec)(Request(form.dtype, target.group_size, target.arithmetic, key, target.method))
+        return (lone[0] if lone else recipe.codec)(Request(form.dtype, target.group_size, target.arithmetic, "", target.method))
 
     def _quantized(self, file: int, name: str, form: Form, recipe: Recipe) -> list[str]:
         module, rows, cols = name[: -len(".weight")], form.rows, form.cols
@@ -195,16 +192,15 @@ class Layout:
             self.draft.feed(scale, searched.scales, 0, rows)
         else:
             if form not in self.codecs:
-                codec = self._codec(form, "")
+                codec = self._codec(form)
                 number = self.draft.form(rows, cols, codec, Spelled(recipe))
                 self.codecs[form] = codec, number, [recipe.tensors[part.role] for part in codec.parts(rows, cols)]
             codec, number, endings = self.codecs[form]
             made, source, key = [f"{module}.{ending}" for ending in endings], self._source(name), ""
             if codec.needs:
                 key = self._key(module, form, recipe)
-                number = self.draft.form(rows, cols, self._codec(form, key), Spelled(recipe))
                 self.draft.reduce_whole(source, rows, WeightMaximum(key))
-            self.draft.whole(file, module, number, source, rows, ((0, cols),))
+            self.draft.whole(file, module, number, source, rows, ((0, cols),), key)
             if key:
                 self._scale(file, module, form, recipe, key, made)
         if recipe.input_scale is not None:
@@ -234,12 +230,14 @@ class Layout:
 
     def _scale(self, file: int, module: str, form: Form, recipe: Recipe, key: str, made: list[str]) -> None:
         """Add the scale of a whole weight."""
-        suffix, codec = recipe.shared or ("weight_scale", recipe.lone[1] if recipe.lone and _within_tile(form) else None)
-        request = Request(form.dtype, self.target.group_size, self.target.arithmetic, key, self.target.method)
-        shape = () if recipe.container == "modelopt" else (1,)
+        if form not in self.scales:
+            suffix, codec = recipe.shared or ("weight_scale", recipe.lone[1] if recipe.lone and _within_tile(form) else None)
+            request = Request(form.dtype, self.target.group_size, self.target.arithmetic, "", self.target.method)
+            shape = () if recipe.container == "modelopt" else (1,)
+            self.scales[form] = suffix, self.draft.form(1, 1, codec(request) if codec else Fp8Scale(""), Whole(shape))
+        suffix, number = self.scales[form]
         name = f"{module}.{suffix}"
-        matrix = self.draft.matrix(file, name, 1, 1, codec(request) if codec else Fp8Scale(key), spelling=Whole(shape))
-        self.draft.feed(matrix, NoSource(name), 0, 1)
+        self.draft.whole(file, name, number, self.draft.source(NoSource(name)), 1, ((0, 1),), key)
         made.append(name)
 
     def _constant(self, file: int, name: str, dtype: DType, shape: tuple[int, ...], data: bytes, made: list[str]) -> None:
