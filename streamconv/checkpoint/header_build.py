@@ -28,17 +28,18 @@ class HeaderBuilder:
         if metadata:
             self._text += f'"{METADATA}":{json.dumps(metadata, ensure_ascii=False, separators=(",", ":"))}'.encode()
             self._comma = ","
-        self._forms: dict[tuple[DType, tuple[int, ...]], tuple[str, int]] = {}  # as they are spelled, and their bytes
+        self._forms: dict[tuple[str, tuple[int, ...]], tuple[str, int]] = {}  # as they are spelled, and their bytes
         self.count = 0
 
     def add(self, name: str, dtype: DType, shape: tuple[int, ...]) -> int:
         """Append a tensor; gives where it begins, counted from the first data byte."""
         if name == METADATA or (name == self._last and self.count):
             raise ValueError(f"tensor name {printable(name)} is used twice or reserved")
-        if (dtype, shape) not in self._forms:
-            listed = ",".join(map(str, shape))
-            self._forms[dtype, shape] = f'{{"dtype":"{dtype.name}","shape":[{listed}],"data_offsets":[', dtype.itemsize * prod(shape)
-        form, size = self._forms[dtype, shape]
+        known = self._forms.get((dtype.name, shape))
+        if known is None:
+            spelled = f'{{"dtype":"{dtype.name}","shape":[{",".join(map(str, shape))}],"data_offsets":['
+            known = self._forms[dtype.name, shape] = spelled, dtype.itemsize * prod(shape)
+        form, size = known
         begin, comma = self._at, self._comma
         self._at += size
         self._comma = ","

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import lcm, prod
 from typing import NamedTuple, cast
@@ -53,38 +53,38 @@ _END = 0xFFFFFFFF
 
 
 class _Feeds:
-    """Feeds in the order in which they come, chained by source; some numbers each."""
+    """Feeds in the order in which they come, a column for each fact; those of a source are chained when they are asked for."""
 
     def __init__(self) -> None:
-        self.order = array("I")  # sources, in the order of their first feeds
-        self._head, self._tail = array("I"), array("I")  # by source
-        self._next, self.matrix, self.op, self.cols = array("I"), array("I"), array("I"), array("I")
+        self.source, self.matrix, self.op, self.cols = array("I"), array("I"), array("I"), array("I")
         self.start, self.stop, self.row = array("Q"), array("Q"), array("Q")
         self.ops, self.spreads = Pool[RowOp](), Pool[Cols]()
+        self._head, self._tail = array("I"), array("I")  # by source
+        self._next, self._followed = array("I"), 0
 
     def add(self, source: int, start: int, stop: int, op: RowOp, matrix: int, row: int, cols: Cols) -> None:
         """Another feed of the source with a number."""
-        at = len(self._next)
-        if source >= len(self._head):
-            more = [_END] * (source + 1 + source // 4 - len(self._head))
-            self._head.extend(more)
-            self._tail.extend(more)
-        if self._head[source] == _END:
-            self._head[source] = at
-            self.order.append(source)
-        else:
-            self._next[self._tail[source]] = at
-        self._tail[source] = at
-        self._next.append(_END)
-        self.matrix.append(matrix)
-        self.op.append(self.ops.number(op))
-        self.cols.append(self.spreads.number(cols))
+        self.source.append(source)
         self.start.append(start)
         self.stop.append(stop)
+        self.op.append(self.ops.number(op))
+        self.matrix.append(matrix)
         self.row.append(row)
+        self.cols.append(self.spreads.number(cols))
+
+    def extend(self, sources: Sequence[int], rows: Sequence[int], matrices: Sequence[int], cols: Iterable[int]) -> None:
+        """All rows of sources, each for a matrix of its own; columns by their numbers."""
+        self.source.extend(sources)
+        self.start.extend(array("Q", bytes(8 * len(rows))))
+        self.stop.extend(rows)
+        self.op.extend(array("I", [self.ops.number(PLAIN_ROWS)]) * len(rows))
+        self.matrix.extend(matrices)
+        self.row.extend(array("Q", bytes(8 * len(rows))))
+        self.cols.extend(cols)
 
     def of(self, source: int) -> list[_Feed]:
         """The feeds of a source, by its number."""
+        self._chain()
         at, found = self._head[source] if source < len(self._head) else _END, list[_Feed]()
         while at != _END:
             op, cols = self.ops.values[self.op[at]], self.spreads.values[self.cols[at]]
@@ -92,9 +92,31 @@ class _Feeds:
             at = self._next[at]
         return found
 
+    def order(self) -> Iterator[int]:
+        """The sources, in the order of their first feeds."""
+        self._chain()
+        return (source for at, source in enumerate(self.source) if self._head[source] == at)
+
     def alone(self) -> bool:
-        """Every source has one feed, so that `order` is a column as the others are."""
-        return len(self.order) == len(self._next)
+        """Every source has one feed."""
+        self._chain()
+        return not self._followed
+
+    def _chain(self) -> None:
+        if len(self._next) == len(self.source):
+            return
+        head, tail, following = self._head, self._tail, self._next
+        more = [_END] * (max(self.source) + 1 - len(head))
+        head.extend(more)
+        tail.extend(more)
+        for at, source in enumerate(self.source[len(following) :], len(following)):
+            if head[source] == _END:
+                head[source] = at
+            else:
+                following[tail[source]] = at
+                self._followed += 1
+            tail[source] = at
+            following.append(_END)
 
 
 class Draft:
@@ -158,6 +180,12 @@ class Draft:
             self._matrices.fill(matrix, rows)
             self._feeds.add(place, 0, rows, PLAIN_ROWS, matrix, 0, cols)
         return matrix
+
+    def wholes(self, file: int, names: Sequence[str], forms: Sequence[int], places: Sequence[int], rows: Sequence[int]) -> None:
+        """As `whole`, for tensors with rows, and all of their columns; columns of equal length."""
+        matrices = self._matrices.extend(file, names, forms, rows)
+        cols = {form: self._feeds.spreads.number(((0, self._matrices.cols(form)),)) for form in set(forms)}
+        self._feeds.extend(places, rows, matrices, map(cols.__getitem__, forms))
 
     def tensors(self, matrix: int) -> list[str]:
         """Names of the tensors of a matrix."""
@@ -242,10 +270,10 @@ class Draft:
         files, constants = layout(self._files, self._matrices, self._fixed)
         spans, feeds = SpanTable(self._sources, self._feeds.ops, self._feeds.spreads), self._feeds
         if feeds.alone() and not self._reductions:
-            aligns = map(self._align, feeds.order, feeds.matrix, map(feeds.ops.values.__getitem__, feeds.op))
-            spans.extend(feeds.order, feeds.start, feeds.stop, feeds.op, array("Q", aligns), feeds.matrix, feeds.row, feeds.cols)
+            aligns = map(self._align, feeds.source, feeds.matrix, map(feeds.ops.values.__getitem__, feeds.op))
+            spans.extend(feeds.source, feeds.start, feeds.stop, feeds.op, array("Q", aligns), feeds.matrix, feeds.row, feeds.cols)
         else:
-            for source in feeds.order:
+            for source in feeds.order():
                 self._cut(spans, source, feeds.of(source))
         if not spans.in_row_order():
             spans = self._table(in_row_order([span for span in spans if span.reduce is None]))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import accumulate, islice
 from typing import Protocol
 
 from streamconv.planning.plan import Matrix, PartLocation
@@ -85,6 +86,10 @@ class MatrixTable(Table[Matrix]):
             self._row_align.append(form.encoding.row_align)
         return number
 
+    def cols(self, form: int) -> int:
+        """Columns of the matrices of a form."""
+        return self._forms.values[form].cols
+
     def add(self, file: int, name: str, form: int, key: str = "") -> int:
         """A matrix of the form with a number; gives its own.
 
@@ -98,6 +103,17 @@ class MatrixTable(Table[Matrix]):
         self._names.append(self._modules.number(name))
         self._first.append(self._first[-1] + len(self._parts[form]))
         return len(self._form) - 1
+
+    def extend(self, file: int, names: Sequence[str], forms: Sequence[int], rows: Sequence[int]) -> range:
+        """Matrices of a file that all their rows have a source for; gives their numbers."""
+        numbers = range(len(self), len(self) + len(names))
+        self._file.extend([file] * len(names))
+        self._form.extend(forms)
+        self._filled.extend(rows)
+        self._names.extend(map(self._modules.number, names))
+        self._key.extend([self._keys.number("")] * len(names))
+        self._first.extend(islice(accumulate([len(self._parts[form]) for form in forms], initial=self._first[-1]), 1, None))
+        return numbers
 
     def fill(self, number: int, rows: int) -> int:
         """More rows have a source; gives how many had one before."""

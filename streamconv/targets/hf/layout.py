@@ -6,6 +6,7 @@ import re
 import struct
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import groupby
 from typing import TYPE_CHECKING, cast
 
 from streamconv.checkpoint.activation_ranges import Ranges
@@ -16,7 +17,6 @@ from streamconv.checkpoint.rows import NoSource
 from streamconv.errors import printable
 from streamconv.planning.draft import Draft
 from streamconv.planning.plan import SideFile
-from streamconv.planning.tables import Cols
 from streamconv.quants.awq import PairedCodes
 from streamconv.quants.base import Codec, Part
 from streamconv.quants.fp8_tensor import Fp8Scale, WeightMaximum
@@ -103,7 +103,7 @@ class Layout:
     searched: dict[str, Found] = field(default_factory=dict)
     changed: dict[str, ApartTensor] = field(default_factory=dict)
     decoded: int = 0
-    whole: dict[Form, tuple[int, Cols]] = field(default_factory=dict)
+    whole: dict[Form, int] = field(default_factory=dict)
     codecs: dict[Form, tuple[Codec, int, list[str]]] = field(default_factory=dict)
     scales: dict[Form, tuple[str, int]] = field(default_factory=dict)
 
@@ -126,9 +126,12 @@ class Layout:
         places: dict[str, str] = {}
         for name, tensors in self._files().items():
             number = self.draft.file(name, _METADATA)
-            for tensor in tensors:
-                for made in self._tensor(number, tensor):
-                    places[made] = name
+            for alone, some in groupby(tensors, self._stays):
+                if alone:
+                    self._stay(number, listed := [*some])
+                    places.update(dict.fromkeys(listed, name))
+                    continue
+                places.update((made, name) for tensor in some for made in self._tensor(number, tensor))
         self._say(fates)
         self._side_files(places)
 
@@ -139,6 +142,25 @@ class Layout:
         stored = self.stored
         return shards_of(self.index, stored.order, stored.file, lambda name: stored.form(name).nbytes, self.target.max_shard_size)
 
+    def _stays(self, name: str) -> bool:
+        """A weight becomes one tensor, of rows that the source holds."""
+        entry = self.stored.order[name]
+        if not isinstance(entry, int) or name in self.changed or name in self.cached or not self.stored.form(name).rows:
+            return False
+        fate = self.fates.get(name.removesuffix(".weight")) if self.fates else None
+        return fate is None or bool(fate.reason) or not name.endswith(".weight")
+
+    def _stay(self, file: int, names: list[str]) -> None:
+        """Add weights that stay."""
+        forms, places = [*map(self.stored.form, names)], [*map(self.stored.order.__getitem__, names)]
+        self.draft.wholes(file, names, [*map(self._whole, forms)], cast(list[int], places), [form.rows for form in forms])
+
+    def _whole(self, form: Form) -> int:
+        """Number of what stays of a form."""
+        if form not in self.whole:
+            self.whole[form] = self.draft.form(form.rows, form.cols, _plain(self._plain_dtype(form)), Whole(form.shape))
+        return self.whole[form]
+
     def _tensor(self, file: int, name: str) -> list[str]:
         """Add one weight of the source; gives the names of the tensors it becomes."""
         form, module = self.stored.form(name), name.removesuffix(".weight")
@@ -146,10 +168,7 @@ class Layout:
         fate = self.fates.get(module) if module != name else None
         if fate is not None and not fate.reason and self.recipe is not None:
             return self._quantized(file, name, form, self.recipe) + scales
-        if form not in self.whole:
-            made = self.draft.form(form.rows, form.cols, _plain(self._plain_dtype(form)), Whole(form.shape))
-            self.whole[form] = made, ((0, form.cols),)
-        self.draft.whole(file, name, self.whole[form][0], self._source(name), form.rows, self.whole[form][1])
+        self.draft.whole(file, name, self._whole(form), self._source(name), form.rows, ((0, form.cols),))
         return [name, *scales]
 
     def _source(self, name: str) -> int:
