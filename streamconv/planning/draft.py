@@ -10,7 +10,7 @@ import itertools
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import lcm, prod
+from math import lcm
 from typing import NamedTuple, cast
 
 from streamconv.checkpoint.dtypes import DType
@@ -60,7 +60,7 @@ class _Feeds:
         self.start, self.stop, self.row = array("Q"), array("Q"), array("Q")
         self.ops, self.spreads = Pool[RowOp](), Pool[Cols]()
         self._head, self._tail = array("I"), array("I")  # by source
-        self._next, self._followed = array("I"), 0
+        self._next = array("I")
 
     def add(self, source: int, start: int, stop: int, op: RowOp, matrix: int, row: int, cols: Cols) -> None:
         """Another feed of the source with a number."""
@@ -99,8 +99,10 @@ class _Feeds:
 
     def alone(self) -> bool:
         """Every source has one feed."""
-        self._chain()
-        return not self._followed
+        seen = bytearray(max(self.source, default=-1) + 1)
+        for source in self.source:
+            seen[source] = 1
+        return sum(seen) == len(self.source)
 
     def _chain(self) -> None:
         if len(self._next) == len(self.source):
@@ -114,7 +116,6 @@ class _Feeds:
                 head[source] = at
             else:
                 following[tail[source]] = at
-                self._followed += 1
             tail[source] = at
             following.append(_END)
 
@@ -193,8 +194,7 @@ class Draft:
 
     def tensor_bytes(self) -> int:
         """Bytes of all tensors described so far."""
-        parts = (part for number in range(len(self._matrices)) for part in self._matrices.parts(number))
-        return sum(part.dtype.itemsize * prod(part.shape) for part in parts) + sum(len(fixed.data) for fixed in self._fixed)
+        return self._matrices.recorded_bytes() + sum(len(fixed.data) for fixed in self._fixed)
 
     def feed(
         self,
@@ -271,7 +271,8 @@ class Draft:
         spans, feeds = SpanTable(self._sources, self._feeds.ops, self._feeds.spreads), self._feeds
         if feeds.alone() and not self._reductions:
             aligns = map(self._align, feeds.source, feeds.matrix, map(feeds.ops.values.__getitem__, feeds.op))
-            spans.extend(feeds.source, feeds.start, feeds.stop, feeds.op, array("Q", aligns), feeds.matrix, feeds.row, feeds.cols)
+            spans.take(feeds.source, feeds.start, feeds.stop, feeds.op, array("Q", aligns))
+            spans.take_dests(feeds.matrix, feeds.row, feeds.cols)
         else:
             for source in feeds.order():
                 self._cut(spans, source, feeds.of(source))

@@ -54,18 +54,19 @@ def layout(
     files, constants = [], list[Constant]()
     for file, (numbers, constant) in enumerate(held):
         # all that sorting needs, in one string each: a tuple takes three times as much
-        listed = [_key(part.dtype, matrices.tensor(n, at), n, at) for n in numbers for at, part in enumerate(matrices.parts(n))]
+        listed = [_key(part.dtype, name, n, at) for name, part, n, at in matrices.tensors(numbers)]
         listed += [_key(fixed[n].dtype, fixed[n].name, n, _CONSTANT) for n in constant]
         listed.sort()
         header, own = HeaderBuilder(named[file][1]), list[tuple[int, int, int]]()
+        add, put, owner = header.add, matrices.put, _OWNER.unpack
         for position, key in enumerate(listed):
-            name, number, at = key[1:-6].decode(), *_OWNER.unpack(key[-5:])
+            number, at = owner(key[-5:])
             part = fixed[number] if at == _CONSTANT else matrices.parts(number)[at]
-            begin = header.add(name, part.dtype, part.shape)
+            begin = add(key[1:-6].decode(), part.dtype, part.shape)
             if at == _CONSTANT:
                 own.append((number, begin, position))
             else:
-                matrices.put(number, at, begin, position)
+                put(number, at, begin, position)
         count = len(listed)
         listed.clear()  # before the header is copied: both are as large as the names
         text, size = header.finish()
@@ -84,4 +85,4 @@ _OWNER = struct.Struct(">IB")
 
 def _key(dtype: DType, name: str, number: int, part: int) -> bytes:
     """Sorts as the stock writer does: by dtype, then by name; ends with the matrix (or constant) and the part that the tensor is."""
-    return bytes([255 - dtype.order]) + name.encode() + b"\0" + _OWNER.pack(number, part)
+    return b"%c%b\0%b" % (255 - dtype.order, name.encode(), _OWNER.pack(number, part))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate, islice
+from math import prod
 from typing import Protocol
 
 from streamconv.planning.plan import Matrix, PartLocation
@@ -189,6 +191,20 @@ class MatrixTable(Table[Matrix]):
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(map(self.bytes_of, range(len(self))))
+
+    def recorded_bytes(self) -> int:
+        """Bytes of all tensors, in the shapes that are recorded."""
+        counts = Counter(self._form)
+        return sum(counts[at] * part.dtype.itemsize * prod(part.shape) for at, parts in enumerate(self._parts) for part in parts)
+
+    def tensors(self, numbers: Iterable[int]) -> Iterator[tuple[str, Part, int, int]]:
+        """Name, part, matrix and number of the part of every tensor of some matrices."""
+        forms, modules = self._forms.values, self._modules.values
+        for number in numbers:
+            form, module = self._form[number], modules[self._names[number]]
+            spelling = forms[form].spelling
+            for at, part in enumerate(self._parts[form]):
+                yield spelling.name(module, part.role), part, number, at
 
     def unfilled(self) -> Iterator[Matrix]:
         """Matrices that end in rows without a source."""

@@ -51,29 +51,15 @@ class SpanTable(Table[RowRange]):
         self._align.append(align)
         self._first.append(len(self._row))
 
-    def extend(
-        self,
-        sources: array[int],
-        starts: array[int],
-        stops: array[int],
-        ops: array[int],
-        aligns: array[int],
-        matrices: array[int],
-        rows: array[int],
-        cols: array[int],
-    ) -> None:
-        """Spans of one destination each, a column for each fact; row operations and columns by their numbers."""
-        self.nbytes += sum(map(mul, map(sub, stops, starts), map(self.sources.stored_row_bytes, sources)))
-        self._first.extend(range(len(self._row), len(self._row) + len(rows)))
-        self._source.extend(sources)
-        self._op.extend(ops)
-        self._reduction.extend(array("I", bytes(4 * len(rows))))
-        self._start.extend(starts)
-        self._stop.extend(stops)
-        self._align.extend(aligns)
-        self._matrix.extend(matrices)
-        self._cols.extend(cols)
-        self._row.extend(rows)
+    def take(self, source: array[int], start: array[int], stop: array[int], op: array[int], align: array[int]) -> None:
+        """All spans, a column for each fact; the arrays become those of the table. `take_dests` follows."""
+        self._source, self._start, self._stop, self._op, self._align = source, start, stop, op, align
+        self._reduction = array("I", bytes(4 * len(source)))
+        self.nbytes = sum(map(mul, map(sub, stop, start), map(self.sources.stored_row_bytes, source)))
+
+    def take_dests(self, matrix: array[int], row: array[int], cols: array[int]) -> None:
+        """The destinations of all spans, one for each."""
+        self._matrix, self._row, self._cols, self._first = matrix, row, cols, array("I", range(len(row)))
 
     def add_dest(self, matrix: int, row: int, cols: Cols) -> None:
         """Another matrix that takes the rows of the last span."""

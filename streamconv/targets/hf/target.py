@@ -127,7 +127,6 @@ class HuggingFace(Target):
         from streamconv.planning.draft import Draft
         from streamconv.planning.plan import Plan
         from streamconv.targets.hf.complete import check_complete
-        from streamconv.targets.hf.kept_layout import describe_kept
         from streamconv.targets.hf.layout import Layout
         from streamconv.targets.hf.rules import check_patterns
         from streamconv.targets.hf.stored import stored_weights
@@ -148,6 +147,8 @@ class HuggingFace(Target):
         if self.quant == KEEP:
             if self.kv_cache is not None:
                 raise UsageError("--kv-cache: --quant keep adds no scales")
+            from streamconv.targets.hf.kept_layout import describe_kept
+
             describe_kept(index, self, units, draft)
         else:
             recipe = self._recipe()
