@@ -6,8 +6,8 @@ from abc import abstractmethod
 from collections.abc import Sequence
 
 from streamconv.checkpoint.dtypes import DType
-from streamconv.lazy import Array, torch
-from streamconv.quants.base import Codec, EncodeStats, Kernel
+from streamconv.lazy import Array, np, torch
+from streamconv.quants.base import Codec, EncodeStats, ErrorKernel, Errors, Kernel
 
 
 class Computed(Codec):
@@ -35,6 +35,15 @@ class Computed(Codec):
         def run(flat: Array, start: int, stride: int, rows: int, cols: int, outs: Sequence[Array]) -> EncodeStats:
             outs[0][:] = self.value().view("u1")
             return EncodeStats()
+
+        return run
+
+    def error_kernel(self, source: DType) -> ErrorKernel | None:
+        def run(flat: Array, start: int, stride: int, rows: int, cols: int, parts: Sequence[Array]) -> Errors:
+            want, got = self.value().astype(np.float64), parts[0].view(np.float32).astype(np.float64)
+            gap = np.where(np.isfinite(want) & np.isfinite(got), got - want, 0.0)
+            wrong = int(not np.array_equal(want, got, equal_nan=True))
+            return Errors(float((gap**2).sum()), float((want**2).sum()), float(abs(gap).max()), float(abs(want).max()), wrong)
 
         return run
 

@@ -22,7 +22,7 @@ from streamconv.quants.fp8_rowwise import Fp8Rowwise
 from streamconv.quants.fp8_tensor import Fp8Tensor
 from streamconv.quants.int_group import IntGroup
 from streamconv.quants.mx import Mx
-from streamconv.quants.nvfp4 import NvFp4, shared_scale
+from streamconv.quants.nvfp4 import NvFp4, SharedScale, shared_scale
 from streamconv.run import inline_check
 from streamconv.targets.hf.target import HuggingFace
 from streamconv.targets.trtllm.options import TensorRTLLM
@@ -123,11 +123,8 @@ def test_a_run_is_looked_at_quickly_and_a_broken_kernel_is_found(target: Any, tm
     """Of a sound one nothing is decoded."""
     model, inline = tiny.write(tmp_path / "model"), Resources(verify_inline=True, tile_rows=256)
 
-    def decoded(codec: Codec, *of: Any) -> Errors:
-        assert codec.screen(F16) is None  # a shared scale
-        return real(codec, *of)
-
-    real = inline_check._decoded
+    def decoded(*of: Any) -> Errors:
+        raise AssertionError("decoded")
 
     with monkeypatch.context() as quick:
         quick.setattr(inline_check, "_decoded", decoded)
@@ -136,6 +133,15 @@ def test_a_run_is_looked_at_quickly_and_a_broken_kernel_is_found(target: Any, tm
         monkeypatch.setattr(kind, "kernel", broken(kind.kernel))
     with pytest.raises(VerifyError, match="decoded values are up to"):
         api.convert(model, tmp_path / "out", target, inline)
+
+
+def test_a_shared_scale_is_compared() -> None:
+    scale = SharedScale("", "divisor", BF16, 0.5)
+    look = scale.error_kernel(F32)
+    assert look is not None
+    none = np.empty(0, np.float32)
+    found = [look(none, 0, 1, 1, 1, [np.array([value], np.float32).view(np.uint8)]) for value in (0.5, 0.25, math.nan)]
+    assert [each.wrong for each in found] == [0, 1, 1] and (found[0].noise, found[1].noise, found[1].peak) == (0, 0.0625, 0.5)
 
 
 def broken(real: Any) -> Any:
