@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from streamconv.calibration.gram import Gram
-from streamconv.calibration.grid import ParallelMapping
+from streamconv.calibration.grid import Grid
 
 _STEPS = 20
 _SPREAD = 1e3
@@ -19,7 +19,7 @@ _ROWS = 256
 
 
 def prescale(
-    weights: Sequence[torch.Tensor], gram: Gram, grid: ParallelMapping, stored: Callable[[torch.Tensor], torch.Tensor] | None = None
+    weights: Sequence[torch.Tensor], gram: Gram, grid: Grid, stored: Callable[[torch.Tensor], torch.Tensor] | None = None
 ) -> torch.Tensor | None:
     """The multiplier p of the input [K], float32, as it is stored; None if no candidate is better than ones.
 
@@ -51,7 +51,7 @@ def prescale(
     return best
 
 
-def multiplier_of(scale: torch.Tensor, grid: ParallelMapping) -> torch.Tensor:
+def multiplier_of(scale: torch.Tensor, grid: Grid) -> torch.Tensor:
     """1 / s as it is stored: the weights are made from the rounded number, so that rounding it costs nothing."""
     multiplier = 1.0 / _limited(scale)
     if grid.dtype == torch.float16:
@@ -63,7 +63,7 @@ def _limited(scale: torch.Tensor) -> torch.Tensor:
     return scale.clamp(_SPREAD**-0.5, _SPREAD**0.5)
 
 
-def _share(weights: Sequence[torch.Tensor], grid: ParallelMapping) -> torch.Tensor:
+def _share(weights: Sequence[torch.Tensor], grid: Grid) -> torch.Tensor:
     """Mean over all rows of the magnitude of a weight within its group [K]."""
     total, count = torch.zeros(weights[0].shape[1], device=weights[0].device), 0
     for weight in weights:
@@ -75,7 +75,7 @@ def _share(weights: Sequence[torch.Tensor], grid: ParallelMapping) -> torch.Tens
     return total / count
 
 
-def _loss(weights: Sequence[torch.Tensor], multiplier: torch.Tensor | None, gram: Gram, grid: ParallelMapping) -> float:
+def _loss(weights: Sequence[torch.Tensor], multiplier: torch.Tensor | None, gram: Gram, grid: Grid) -> float:
     """Of plain rounding, in the sum over outputs; infinite if it is no number."""
     total = 0.0
     for weight in weights:

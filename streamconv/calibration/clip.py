@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from streamconv.calibration.grid import ParallelMapping
+from streamconv.calibration.grid import Grid
 from streamconv.calibration.tiers import rows_at_once
 from streamconv.quants.int_group import RATIOS
 
 
-def clipped(weight: torch.Tensor, blocks: torch.Tensor, grid: ParallelMapping) -> torch.Tensor:
+def clipped(weight: torch.Tensor, blocks: torch.Tensor, grid: Grid) -> torch.Tensor:
     """The scales of a weight, float32 [N, K/g].
 
     For each row and group the ratio minimizes eᵀ C e, with C the group's block of the Gram and e the rounding error; ties go to the

@@ -15,7 +15,7 @@ from streamconv.calibration.codes_writer import CodesWriter
 from streamconv.calibration.experts import Experts
 from streamconv.calibration.folds import Fold, Folds
 from streamconv.calibration.gram import Gram
-from streamconv.calibration.grid import ParallelMapping
+from streamconv.calibration.grid import Grid
 from streamconv.calibration.search import Found, Site, nearest, search
 from streamconv.calibration.tiers import LINEAR, SAMPLE, SITES, SMALLER, gram_bytes, losses_bytes, passes_of, search_bytes, tier_of
 from streamconv.checkpoint.codes_file import Losses
@@ -188,7 +188,7 @@ class CodesWork:
         for module, found in made.found.items():
             self._put(module, found, made.multiplier)
 
-    def _search(self, site: _Site, weights: Mapping[str, torch.Tensor], gram: Gram, grids: Mapping[str, ParallelMapping]) -> Site:
+    def _search(self, site: _Site, weights: Mapping[str, torch.Tensor], gram: Gram, grids: Mapping[str, Grid]) -> Site:
         role = self._layer.places[f"{site.first}.weight"].role
         if self._method != "awq" or self._folds.stores(role):
             return search(self._method, weights, gram, grids)
@@ -200,8 +200,8 @@ class CodesWork:
             self._folds.take(into, made.multiplier)
         return made
 
-    def _grid(self, place: Place) -> ParallelMapping:
-        return ParallelMapping(self._group, getattr(torch, place.record.dtype.torch if self._scale == "source" else self._scale))
+    def _grid(self, place: Place) -> Grid:
+        return Grid(self._group, getattr(torch, place.record.dtype.torch if self._scale == "source" else self._scale))
 
     def _instead(self, site: _Site, gram: Gram) -> Gram:
         """What stands in for an expert that few tokens reached: what all tokens of the layer are, or the outputs of all experts."""

@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 import torch
 
-from streamconv.calibration.grid import ParallelMapping
+from streamconv.calibration.grid import Grid
 from streamconv.calibration.tiers import DOUBLE, rows_at_once
 
 DAMPING = (0.01, 0.04, 0.16, 0.64, 1.0)
-"""MemoryPlan of the mean diagonal that are added to it; the next one is taken where the Cholesky factorization fails."""
+"""Shares of the mean diagonal that are added to it; the next one is taken where the Cholesky factorization fails."""
 _BLOCK = 128
 
 
@@ -54,7 +54,7 @@ def factor(moments: torch.Tensor) -> Factor | None:
     return None
 
 
-def rounded(weight: torch.Tensor, scales: torch.Tensor, grid: ParallelMapping, known: Factor) -> torch.Tensor:
+def rounded(weight: torch.Tensor, scales: torch.Tensor, grid: Grid, known: Factor) -> torch.Tensor:
     """Codes, float32 [N, K].
 
     Args:
@@ -68,7 +68,7 @@ def rounded(weight: torch.Tensor, scales: torch.Tensor, grid: ParallelMapping, k
     return torch.cat(made)
 
 
-def _rows(weight: torch.Tensor, scales: torch.Tensor, grid: ParallelMapping, known: Factor) -> torch.Tensor:
+def _rows(weight: torch.Tensor, scales: torch.Tensor, grid: Grid, known: Factor) -> torch.Tensor:
     order, upper = known
     size = weight.shape[1]
     left = weight[:, order].T.contiguous()  # [K, N]: a column is contiguous

@@ -12,7 +12,7 @@ _LEAST_F16 = 2.0**-14
 
 
 @dataclass(frozen=True)
-class ParallelMapping:
+class Grid:
     """Attributes:
     group: input channels that share a scale.
     dtype: what scales are rounded to.

@@ -11,7 +11,7 @@ from streamconv.calibration import gptq
 from streamconv.calibration.awq import prescale
 from streamconv.calibration.clip import clipped
 from streamconv.calibration.gram import Gram
-from streamconv.calibration.grid import NEAREST, ParallelMapping
+from streamconv.calibration.grid import NEAREST, Grid
 from streamconv.calibration.tiers import rows_at_once
 
 
@@ -41,7 +41,7 @@ class Site(NamedTuple):
     unfactored: bool = False
 
 
-def nearest(weight: torch.Tensor, grid: ParallelMapping) -> Found:
+def nearest(weight: torch.Tensor, grid: Grid) -> Found:
     """Plain rounding, where nothing is known of the inputs.
 
     Args:
@@ -58,7 +58,7 @@ def search(
     method: str,
     weights: Mapping[str, torch.Tensor],
     gram: Gram,
-    grids: Mapping[str, ParallelMapping],
+    grids: Mapping[str, Grid],
     stored: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> Site:
     """The codes of all weights of a site.
@@ -87,7 +87,7 @@ def _weight(
     weight: torch.Tensor,
     gram: Gram,
     blocks: torch.Tensor,
-    grid: ParallelMapping,
+    grid: Grid,
     multiplier: torch.Tensor | None,
     known: gptq.Factor | None,
 ) -> Found:

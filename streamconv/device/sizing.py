@@ -76,7 +76,7 @@ class Sizes:
 
 
 def demand(spans: Iterable[RowRange], matrices: Sequence[Matrix], fused: bool = False) -> Demand:
-    """The most_expensive of all spans in each respect; `fused`: what has a fused kernel runs it, and takes no temporaries."""
+    """The most expensive of all spans in each respect; `fused`: what has a fused kernel runs it, and takes no temporaries."""
     work, out, fixed, least, small = 0.0, 0.0, 0, 0, 0
     seen = set()
     for span in spans:

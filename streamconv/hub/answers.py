@@ -57,7 +57,7 @@ def _look(answer: Any, *_: Any, **__: Any) -> None:
     for name, value in answer.headers.items():
         if _CONTROL.search(value):
             raise HubError(f"the Hub answers with control characters in the header {printable(name, 40)}", hint=_HINT)
-    if answer.headers.get("Content-Codec", "identity").strip().lower() not in ("", "identity", "gzip", "deflate"):
+    if answer.headers.get("Content-Encoding", "identity").strip().lower() not in ("", "identity", "gzip", "deflate"):
         raise HubError("the Hub answers in an encoding that is not accepted", hint=_HINT)  # one in another unpacks without a bound
     if answer.request.method == "HEAD":
         for name in ("ETag", "X-Linked-Etag"):

@@ -152,7 +152,7 @@ class HubShard(Shard):
         client: Any = huggingface_hub.utils  # its names are public, but not declared to type checkers
 
         url = hf_hub_url(self.repo.name, self.file.name, revision=self.repo.commit)
-        headers = client.build_hf_headers() | {"Range": f"bytes={begin}-{end - 1}", "Accept-Codec": "identity"}
+        headers = client.build_hf_headers() | {"Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
         session: Any = client.get_session()
         with contextlib.ExitStack() as stack:
             if callable(getattr(session, "stream", None)):  # httpx, from huggingface_hub 1.0 on

@@ -124,7 +124,7 @@ def allocate(
         budget: bytes, None derives it from free memory.
         workers: threads, None chooses.
         base: bytes resident before the first tile.
-        costs: source name -> the cost of its most_expensive span.
+        costs: source name -> the cost of its most expensive span.
         best: bytes of an arena that more would not make faster.
         margin: bytes left free.
         spare: bytes that the base may turn out to be larger.

@@ -19,7 +19,7 @@ Packing = Literal["bytes", "words", "pairs"]
 bits; "pairs", uint8 [N / 2, K], two's complement nibbles of two neighbouring channels, the first in the low one."""
 
 RATIOS = tuple(1 - step / 40 for step in range(21))
-"""MemoryPlan of a group's maximum that a search for its scale tries, the largest first."""
+"""Shares of a group's maximum that a search for its scale tries, the largest first."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """`verify --source`: the source is encoded again, by the machinery of a conversion, and its bytes are compared with the output's.
 
-Codec is deterministic, so a checkpoint of ours holds exactly these bytes. Of another tool's, other bytes may be as good: there every
+Encoding is deterministic, so a checkpoint of ours holds exactly these bytes. Of another tool's, other bytes may be as good: there every
 row that differs is decoded, and the error that its format may make decides, and what our own encoding of the same rows reaches.
 """
 

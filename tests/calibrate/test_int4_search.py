@@ -13,13 +13,13 @@ from streamconv.calibration import gptq  # noqa: E402
 from streamconv.calibration.awq import multiplier_of  # noqa: E402
 from streamconv.calibration.clip import clipped  # noqa: E402
 from streamconv.calibration.gram import Gram  # noqa: E402
-from streamconv.calibration.grid import NEAREST, ParallelMapping  # noqa: E402
+from streamconv.calibration.grid import NEAREST, Grid  # noqa: E402
 from streamconv.calibration.search import Found, nearest, search  # noqa: E402
 from streamconv.calibration.tiers import SAMPLE  # noqa: E402
 from streamconv.quants.int_group import RATIOS  # noqa: E402
 
 N, K, GROUP, TOKENS = 64, 128, 32, 1024
-GRID = ParallelMapping(GROUP, torch.bfloat16)
+GRID = Grid(GROUP, torch.bfloat16)
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +43,7 @@ def gram(inputs: Any, tier: Any = "full", group: int = GROUP) -> Gram:
     return made
 
 
-def of(found: Found, grid: ParallelMapping = GRID) -> Any:
+def of(found: Found, grid: Grid = GRID) -> Any:
     return grid.values(found.codes.float(), found.scales)
 
 
@@ -167,7 +167,7 @@ def _at(weight: Any, ratio: float) -> tuple[Any, Any]:
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("method", ["clip", "awq", "gptq"])
 def test_weights_on_a_grid_come_back(method: str, dtype: str) -> None:
-    grid = ParallelMapping(GROUP, getattr(torch, dtype))
+    grid = Grid(GROUP, getattr(torch, dtype))
     codes = torch.randint(-8, 8, (N, K), generator=torch.Generator().manual_seed(1)).float()
     codes[:, ::GROUP] = -8
     scales = (torch.rand(N, K // GROUP, generator=torch.Generator().manual_seed(2)) + 0.5).to(grid.dtype).float()
@@ -189,7 +189,7 @@ def test_weights_on_a_grid_come_back(method: str, dtype: str) -> None:
 def test_what_each_method_is_for() -> None:
     """One loud channel is AWQ's; inputs of low rank are GPTQ's; for white inputs the scales alone matter."""
     wide, group = 512, 64
-    grid, weight = ParallelMapping(group, torch.bfloat16), normal(256, wide, seed=9)
+    grid, weight = Grid(group, torch.bfloat16), normal(256, wide, seed=9)
 
     def losses(inputs: Any) -> dict[str, float]:
         made = gram(inputs, group=group)
@@ -209,7 +209,7 @@ def test_what_each_method_is_for() -> None:
 def test_the_weights_follow_from_the_rounded_multiplier() -> None:
     scale = torch.logspace(-3, 3, K)
     for kind, most in ((torch.float16, 2.0**6), (torch.bfloat16, 1e9)):
-        multiplier = multiplier_of(scale, ParallelMapping(GROUP, kind))
+        multiplier = multiplier_of(scale, Grid(GROUP, kind))
         assert torch.equal(multiplier, multiplier.to(kind).float()) and float(multiplier.max()) <= most
         assert float(multiplier.max() / multiplier.min()) <= 1.01e3
 
@@ -224,7 +224,7 @@ def test_a_gram_without_a_factorization_leaves_the_clipped_scales() -> None:
 
 def test_subnormal_groups() -> None:
     weight = normal(N, K) * 1e-7
-    found = nearest(weight, ParallelMapping(GROUP, torch.float16))
+    found = nearest(weight, Grid(GROUP, torch.float16))
     assert float(found.scales.min()) == 2.0**-14 and not found.codes.any()
     assert torch.equal(nearest(torch.zeros(2, K), GRID).scales, torch.ones(2, K // GROUP))
     assert NEAREST in RATIOS

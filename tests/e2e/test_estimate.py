@@ -13,7 +13,7 @@ import pytest
 from streamconv import estimate
 from streamconv.cli.main import main
 from streamconv.hub.shard import HubShard
-from streamconv.planning.memory_plan import Shares
+from streamconv.planning.memory_plan import MemoryPlan
 from streamconv.run import probe
 from tests import tiny
 
@@ -108,6 +108,6 @@ def test_a_download_is_not_foreseen(tmp_path: Path) -> None:
     index, reads = SimpleNamespace(shards=(shard,)), SimpleNamespace(nbytes=1 << 30)
     looking = estimate.look(index, reads, {tmp_path / "out": 1 << 30}, True)  # type: ignore[arg-type]
     assert looking is not None
-    found = looking.estimate([], Shares(1 << 30, 0, 0, 1, 1 << 20), False)
+    found = looking.estimate([], MemoryPlan(1 << 30, 0, 0, 1, 1 << 20), False)
     assert found is not None and found.read_rate is None and found.unknown == ("how fast the model is downloaded",)
     assert str(found).startswith("at least ") and "not known: how fast the model is downloaded" in str(found)

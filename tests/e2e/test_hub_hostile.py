@@ -190,12 +190,12 @@ def zipped(times: int, data: bytes) -> bytes:
 @pytest.mark.parametrize("encoding", ["gzip", "gzip, gzip", "br", "zstd"])
 def test_a_listing_that_unpacks_to_too_much(hub: Hub, tmp_path: Path, encoding: str) -> None:
     bomb = zipped(encoding.count("gzip"), bytes(64 << 20))
-    hub.listing = lambda info: (bomb, {"Content-Codec": encoding})
+    hub.listing = lambda info: (bomb, {"Content-Encoding": encoding})
     fails(run(hub, tmp_path, "plan", REPO), 9, "more than was asked for" if encoding == "gzip" else "encoding that is not accepted")
 
 
 def test_a_listing_of_a_zipped_answer(hub: Hub, tmp_path: Path) -> None:
-    hub.listing = lambda info: (zipped(1, json.dumps(info).encode()), {"Content-Codec": "gzip"})
+    hub.listing = lambda info: (zipped(1, json.dumps(info).encode()), {"Content-Encoding": "gzip"})
     works(hub, tmp_path)
 
 
@@ -304,7 +304,7 @@ TEXTS = (
 )
 HEADERS = (
     *("X-Repo-Commit", "ETag", "X-Linked-Etag", "X-Linked-Size", "Content-Disposition", "X-HF-Warning", "Content-Type"),
-    *("X-Error-Message", "X-Xet-Hash", "Link", "Content-Codec", "X-Something-New"),
+    *("X-Error-Message", "X-Xet-Hash", "Link", "Content-Encoding", "X-Something-New"),
 )
 ASIDE = ("Content-Disposition", "Content-Type", "Link", "X-Something-New")
 """Never read: every third text is enough."""
