@@ -69,6 +69,7 @@ def test_goes_on_after_the_layer_it_was_stopped_in(
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.slow
 def test_an_interrupt_ends_the_child(model: Path, text: Path, tmp_path: Path) -> None:
     def stop(*_: object) -> None:
         raise KeyboardInterrupt

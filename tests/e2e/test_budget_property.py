@@ -86,7 +86,7 @@ GRID: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
 }
 
 
-QUICK = ("tiny, int8, tp 4", "many tensors", "rows of half a million columns, int8")
+QUICK = ("tiny, int8, tp 4", "rows of half a million columns, int8")
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in GRID])

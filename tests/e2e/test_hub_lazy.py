@@ -33,7 +33,10 @@ def ranges(hub: Hub) -> list[tuple[int, int]]:
     return [(int(begin), int(end) + 1) for begin, end in asked if int(begin)]
 
 
-@pytest.mark.parametrize(("key", "rows"), [("10:20", 10), ("-1", 1), ("200:100:-7, 3:5", 99), ("5, 7", 0)])
+SLICES = [("200:100:-7, 3:5", 99), ("5, 7", 0), *(pytest.param(*each, marks=pytest.mark.slow) for each in (("10:20", 10), ("-1", 1)))]
+
+
+@pytest.mark.parametrize(("key", "rows"), SLICES)
 def test_a_slice_asks_for_its_rows(hub: Hub, tmp_path: Path, key: str, rows: int) -> None:
     done = python(hub, tmp_path, "-c", READ, key)
     assert done.returncode == 0, done.stderr

@@ -88,7 +88,7 @@ def test_case(case: Case, tmp_path: Path) -> None:
     check_output(case, tmp_path / "out")
 
 
-THIRD = [pytest.param(case, marks=pytest.mark.slow if number % 3 else ()) for number, case in enumerate(SMALL_TILES)]
+THIRD = [pytest.param(case, marks=pytest.mark.slow if number % 6 else ()) for number, case in enumerate(SMALL_TILES)]
 
 
 @pytest.mark.parametrize("case", THIRD, ids=str)
@@ -98,7 +98,7 @@ def test_same_for_small_tiles_and_many_workers(case: Case, tmp_path: Path, monke
     check_output(case, tmp_path / "out")
 
 
-@pytest.mark.parametrize("rows", [1, 64])
+@pytest.mark.parametrize("rows", [1, pytest.param(64, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", VARIED)
 def test_same_for_any_tile(name: str, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STREAMCONV_TILE_ROWS", str(rows))

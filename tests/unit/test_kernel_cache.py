@@ -83,6 +83,7 @@ def test_a_folder_in_a_files_place(tmp_path: Path) -> None:
     assert _hits(base) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_disk_keeps_nothing_and_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = tmp_path / "cache"
