@@ -75,4 +75,5 @@ def refuse_unknown(index: Index, hint: str) -> None:
     """
     lines = stated_by(index)
     if lines:
-        raise RefusedError([f"{line}: the weights would be taken for others" for line in lines], hint=hint)
+        why = "its" if source_quantization(index) is None else "the source is already quantized, and its"
+        raise RefusedError([f"{line}: {why} weights would be taken for others" for line in lines], hint=hint)
