@@ -157,7 +157,7 @@ class Conversion:
             else:
                 reads = Reads([writer.plan for writer in unfinished])
                 places: dict[Path | None, int] = {writer.place.out: writer.plan.bytes_written for writer in unfinished}
-                looking = look(index, reads, places, resources.probe)
+                looking = look(index, reads, places, resources.probe, runs=True)
                 taken = hub.memory_of(index) + self.pinned
                 with executor(reads, resources, costs_of(reads, checked=resources.verify_inline), taken, self.instead) as execution:
                     shares, where = execution.shares, execution.where

@@ -10,7 +10,7 @@ from streamconv import mounts
 from streamconv.checkpoint.index import Index
 from streamconv.errors import StreamconvError, printable
 from streamconv.hub.shard import HubShard
-from streamconv.memory import MIB
+from streamconv.memory import GIB, MIB
 from streamconv.planning.memory_plan import MemoryPlan, TileCost, processors
 from streamconv.planning.reads import Reads
 from streamconv.process import start_thread
@@ -19,7 +19,9 @@ from streamconv.run import probe
 from streamconv.run.fs import free_space
 
 SMALLEST = 256 * MIB
-"""Bytes read and written below which nothing is estimated: looking at the disks would take as long as the conversion."""
+"""Bytes read and written below which a plan estimates nothing: looking at the disks would take as long as the conversion."""
+LARGE = 16 * GIB
+"""Bytes read and written below which a run does not look: half a second would be felt."""
 _SECONDS = 0.25
 """For each of the disks."""
 _START, _START_DEVICE = 0.6, 4.0
@@ -92,9 +94,9 @@ class Looking:
         return Estimate(seconds, self._read or None, min(self._writes, default=None), bound, tuple(self._unknown))
 
 
-def look(index: Index, reads: Reads, places: Mapping[Path | None, int], wanted: bool) -> Looking | None:
-    """Begin to look at the disks, if that is `wanted` and worth its time."""
-    return Looking(index, reads, places) if wanted and reads.nbytes + sum(places.values()) >= SMALLEST else None
+def look(index: Index, reads: Reads, places: Mapping[Path | None, int], wanted: bool, runs: bool = False) -> Looking | None:
+    """Begin to look at the disks, if that is `wanted` and worth its time: of a plan, or of a conversion that `runs`."""
+    return Looking(index, reads, places) if wanted and reads.nbytes + sum(places.values()) >= (LARGE if runs else SMALLEST) else None
 
 
 def _cpu_seconds(reads: Reads, costs: Sequence[TileCost], written: int, on_device: bool) -> float:

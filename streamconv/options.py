@@ -35,7 +35,7 @@ class Resources:
             page cache holds, on the CPU.
         verify_inline: decode each tile and hold it against its source before it is written; the manifest says what was found.
         min_snr: dB that every matrix must then reach, None for what its encoding promises.
-        probe: look at the disks for half a second, while kernels are loaded, to tell how long the run should take (not of small models).
+        probe: look at the disks for half a second, while kernels are loaded, to tell how long the run should take (of models above 16 GiB).
         parts: how many the work is cut into, the same for every process that does some of it; None: this process does all of it.
         part: do this one alone; None takes parts until none is left.
         begin: where among the parts this process begins, from 0 to 1; workers that begin apart share few source files.

@@ -96,7 +96,7 @@ class Report:
     together, and the final sync. Of `bytes_read`, `bytes_mapped` were encoded from a mapping of the source, without a copy.
     `parts` are those that this process did, None if it did not share the work; `published` if the output has its name.
     Of several outputs, `outputs` tells of each; the other figures are of all of them together, read once.
-    `estimate` was made before; None of small models and where nobody asked. It is of the whole work, without what an earlier run did.
+    `estimate` was made before; None below 16 GiB and where nobody asked. It is of the whole work, without what an earlier run did.
     """
 
     out: str

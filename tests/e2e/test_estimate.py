@@ -29,6 +29,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every model counts as large."""
     monkeypatch.setattr(estimate, "SMALLEST", 0)
+    monkeypatch.setattr(estimate, "LARGE", 0)
 
 
 def told(capsys: pytest.CaptureFixture[str], *command: str) -> dict[str, Any]:
@@ -84,6 +85,7 @@ def test_no_probe_and_small_models_take_no_time(
     command = ("plan", str(model), str(tmp_path / "out"), *INT8)
     assert told(capsys, *command)["time"] is None
     monkeypatch.setattr(estimate, "SMALLEST", 0)
+    monkeypatch.setattr(estimate, "LARGE", 0)
     assert told(capsys, *command, "--no-probe")["time"] is None
     several = ("--output", f"hf:{tmp_path / 'out'}:quant=fp8_dynamic", "--no-probe")
     assert told(capsys, "plan", str(model), *several)["time"] is None
