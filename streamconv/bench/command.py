@@ -142,9 +142,11 @@ def _cpu_seconds() -> float:
 
 def _charged(folder: Path | None, before: int | None) -> int | None:
     """The most that a cgroup has held; what was known before, if it does not say."""
-    for name in (names[1] for names in _NAMES.values()) if folder is not None else ():
+    if folder is None:
+        return before
+    for _, name in _NAMES.values():
         with contextlib.suppress(OSError, ValueError):
-            return int((folder / name).read_text())  # type: ignore[operator]
+            return int((folder / name).read_text())
     return before
 
 

@@ -66,16 +66,17 @@ ATTACKS = {
 """(conversion, its rank, rank that it is put in the place of)."""
 
 
-@pytest.mark.parametrize("recorded", [True, False])
-@pytest.mark.parametrize("attack", ATTACKS)
+TRIED = [(attack, recorded) for attack in ATTACKS for recorded in (True, False) if recorded or attack != "exchanged"]
+"""Without a manifest nothing in the files tells the order of two ranks."""
+
+
+@pytest.mark.parametrize(("attack", "recorded"), TRIED)
 def test_a_rank_that_does_not_belong_there(attack: str, recorded: bool, made: dict[str, Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(made["fp8"], tmp_path / "ranks"))
     for conversion, rank, place in ATTACKS[attack]:
         shutil.copyfile(made[conversion] / f"rank{rank}.safetensors", folder / f"rank{place}.safetensors")
     if not recorded:
         (folder / "streamconv.json").unlink()
-        if attack == "exchanged":
-            pytest.skip("nothing in the files tells their order")
     for target in (TensorRTLLM(), HuggingFace()):
         with pytest.raises(CheckpointError, match=r"rank\d"):
             streamconv.convert(folder, tmp_path / "out", target, resources=CPU)
