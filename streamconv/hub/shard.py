@@ -75,8 +75,8 @@ class HubShard(Shard):
         with self._downloading:
             if self._failed is not None:
                 raise self._failed  # once is enough for all workers
-            if self._checked:
-                return
+            if self._checked or (ahead and self.fetch is None):
+                return  # it is here, or was read and freed before its turn came
             try:
                 _, ours, hashed = download(self.repo, self.file, shown=True)
                 self._ours = self._ours or ours
