@@ -17,6 +17,7 @@ venv: $(STAMP)
 $(STAMP): pyproject.toml tests/constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -q $(PIP_FLAGS) -c tests/constraints.txt -e '.[dev]'
+	$(BIN)/python -m compileall -q streamconv  # pip does so only where it copies
 	touch $@
 
 # A file of tests stays in one process.

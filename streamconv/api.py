@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from streamconv import device, hub, memory
 from streamconv.allocation import costs_of, estimate_memory
 from streamconv.checkpoint.index import Index
-from streamconv.errors import LockedError, OutputError, UsageError, printable
+from streamconv.errors import LockedError, UsageError
 from streamconv.estimate import look
 from streamconv.execution import executor
 from streamconv.open_plan import open_and_plan as open_and_plan
@@ -27,23 +26,12 @@ from streamconv.progress import Meter, OutputProgress, unwatched
 from streamconv.reports import Report, Written, profile_of, together
 from streamconv.run.fs import Disk, named
 from streamconv.run.output_checks import check_apart
-from streamconv.run.writer import Writer, begin, check_plan
+from streamconv.run.writer import Writer, begin
 from streamconv.targets.base import Output, Target
 
 if TYPE_CHECKING:
     from streamconv.run.inline_check import InlineCheck
     from streamconv.run.output_state import OutputState
-
-
-def output_problem(index: Index, plan: Plan, out: str | Path) -> str | None:
-    """Why `convert` would refuse to write to `out`, as far as that shows without touching anything; None if nothing speaks against it."""
-    try:
-        place = check_plan(named(out), index.root, plan, index.shards, force=False).top
-    except OutputError as error:
-        return f"{error.message} ({error.hint})" if error.hint else error.message
-    while not os.path.exists(place):
-        place = place.parent
-    return None if os.access(place, os.W_OK | os.X_OK) else f"nothing can be written in {printable(str(place))}"
 
 
 def convert(

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING
 
 from streamconv import device, memory
 from streamconv.allocation import costs_of, growth, least, load_kernels, most_expensive
-from streamconv.device.backend import Backend, Cuda
-from streamconv.hub.fetch import Fetch
 from streamconv.options import Resources
 from streamconv.planning import memory_plan
 from streamconv.planning.memory_plan import MemoryPlan, TileCost
@@ -21,6 +19,7 @@ from streamconv.run.mapped import Mapped, mapped
 
 if TYPE_CHECKING:
     from streamconv.checkpoint.shard import Shard
+    from streamconv.device.backend import Backend
     from streamconv.run.output_state import OutputState
     from streamconv.run.pool import Outcome
 
@@ -53,6 +52,7 @@ class Execution:
             shards: of the source.
             progress: as of `Pool`.
         """
+        from streamconv.hub.fetch import Fetch
         from streamconv.run.pool import Pool
 
         fetch = Fetch(self.reads, shards, [output.past for output in outputs], self.resources.hub_keep)
@@ -100,7 +100,7 @@ def executor(reads: Reads, resources: Resources, costs: Sequence[TileCost], take
         DeviceLost: raised in the block by a device; `pinned` is set, and the rings are closed.
     """
     choice = choose_device(reads, resources)
-    backends: list[Backend] = [Cuda(name) for name in choice.devices]
+    backends: list[Backend] = [device.Cuda(name) for name in choice.devices]
     kernels, workers, best = any(cost.kernel for cost in costs), resources.workers, memory_plan.BEST_ARENA
     if resources.verify_inline:  # beside the tile, which keeps its size
         best += max((cost.fixed for cost in costs), default=0)

@@ -17,6 +17,7 @@ from streamconv.planning.plan import Plan
 from streamconv.progress import Meter, Progress
 from streamconv.progress_bar import Watching, watch_of
 from streamconv.reports import Report
+from streamconv.run.output_checks import output_problem
 from streamconv.targets.base import Output, Target
 from streamconv.targets.trtllm.options import TensorRTLLM
 from streamconv.verification.verdict import Verdict
@@ -67,7 +68,7 @@ def plan(source: Path, target: Target | None = None, out: Path | None = None) ->
     place = None if out is None else path_of(out, "out")
     index, made = api.open_and_plan(path_of(source, "source"), asked)
     with index:
-        problem = None if place is None else api.output_problem(index, made, place)
+        problem = None if place is None else output_problem(index, made, place)
     warnings = made.warnings if problem is None else (*made.warnings, f"convert would refuse this output: {problem}")
     return dataclasses.replace(made, warnings=warnings)
 

@@ -201,10 +201,6 @@ def planned(
     Raises:
         UsageError: nothing is searched on the text. RefusedError: the model is quantized already. BudgetError: as of `foreseen`.
     """
-    from streamconv.calibration.run import refuse_quantized
-    from streamconv.hub import open_source
-    from streamconv.targets.trtllm.target import model_of
-
     if not isinstance(options, TensorRTLLM | HuggingFace):
         return options, None
     if samples is not None:
@@ -214,6 +210,10 @@ def planned(
             raise UsageError(told, hint="run `streamconv calibrate`, then plan with --activation-ranges FILE")
     if options.codes is not None or not takes_codes(options) or (samples is None and options.method is None):
         return options, None
+    from streamconv.calibration.run import refuse_quantized
+    from streamconv.hub import open_source
+    from streamconv.targets.trtllm.target import model_of
+
     asked = samples or Samples("")
     with contextlib.closing(open_source(model)) as index:
         refuse_quantized(index)

@@ -203,15 +203,16 @@ def plan(
     **values: Any,
 ) -> int:
     """Show what convert would do, from the headers alone."""
-    from streamconv import api
     from streamconv.allocation import costs_of, estimate_memory
     from streamconv.calibration.foreseen import planned
     from streamconv.cli import plan_view, several
     from streamconv.estimate import look
     from streamconv.execution import choose_device
     from streamconv.hub import cache_need
+    from streamconv.open_plan import open_and_plan
     from streamconv.planning.parts import cut
     from streamconv.planning.reads import Reads
+    from streamconv.run.output_checks import output_problem
 
     asked = dataclasses.replace(resources(memory_budget, workers, device, device_memory_budget), probe=not no_probe)
     given = {"memory_budget": memory_budget, "workers": workers, "device": device, "device_memory_budget": device_memory_budget}
@@ -224,7 +225,7 @@ def plan(
     wanted = asked_target(to, values, more)
     effects.check(click.get_current_context(), model, wanted)
     wanted, search = planned(model, wanted, on, asked.memory_budget, asked.device)
-    index, made = api.open_and_plan(model, wanted, asked.memory_budget)
+    index, made = open_and_plan(model, wanted, asked.memory_budget)
     if search is not None:
         made = search.of(made)
     try:
@@ -235,7 +236,7 @@ def plan(
         chosen = choose_device(reads, asked)
         costs = costs_of(reads)
         shares = estimate_memory(reads, asked, costs)
-        refused = api.output_problem(index, made, out) if out is not None else None
+        refused = output_problem(index, made, out) if out is not None else None
         shared = cut(made, parts) if parts is not None else None
         estimate = looking.estimate(costs, shares, bool(chosen.devices)) if looking is not None else None
         plan_view.show(made, shares, costs, chosen.why, out, as_json, cache_need(index), refused, shared, search, estimate)

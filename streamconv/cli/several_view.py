@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from streamconv import api
 from streamconv.allocation import costs_of, estimate_memory
 from streamconv.calibration.before import codes_path
 from streamconv.calibration.foreseen import Search
@@ -26,7 +25,7 @@ from streamconv.planning.reads import Reads
 from streamconv.reports import Estimate
 from streamconv.run import fs
 from streamconv.run.inside import choose
-from streamconv.run.output_checks import check_apart, is_made
+from streamconv.run.output_checks import check_apart, is_made, output_problem
 from streamconv.targets.base import Output
 
 
@@ -49,7 +48,7 @@ def show(
     looking, chosen = look(index, reads, places, asked.probe), choose_device(reads, asked)
     each = [plan_view.content(plan, shares, costs, one.out) for one, plan in zip(outputs, plans, strict=True)]
     for one, plan, search, done, told in zip(outputs, plans, searches, finished, each, strict=True):
-        problem = None if done else api.output_problem(index, plan, one.out)
+        problem = None if done else output_problem(index, plan, one.out)
         if search is not None:
             told["search"] = search.to_json()
             problem = problem or _codes_first(one)

@@ -28,7 +28,7 @@ from streamconv.hub.problems import no_folder
 from streamconv.hub.repo import download, listing, named, note_revision, small_file
 from streamconv.hub.shard import AT_A_TIME, HubShard
 from streamconv.run.fs import free_space
-from streamconv.targets.trtllm.rank_source import is_rank_folder, open_ranks
+from streamconv.targets.trtllm.inherited import is_rank_folder
 
 _CONFIG = "config.json"
 MEMORY = 48 << 20
@@ -97,7 +97,11 @@ def open_stored(source: str | os.PathLike[str], tensors_only: bool = False) -> I
     hub = named(source)
     if hub is None:
         folder = Path(source)
-        return open_ranks(folder) if is_rank_folder(folder) else open_index(source, tensors_only)
+        if not is_rank_folder(folder):
+            return open_index(source, tensors_only)
+        from streamconv.targets.trtllm.rank_source import open_ranks
+
+        return open_ranks(folder)
     # The Xet client buffers gigabytes outside of any budget; plain HTTP does not. HF_HUB_DISABLE_XET=0 brings it back.
     os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
     with no_folder(os.fspath(source)):

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from streamconv.device.pipeline import WorkerBuffers
-from streamconv.device.step import Job
 from streamconv.lazy import Bytes, np, torch
 from streamconv.planning.plan import Destination, Plan, RowRange
 from streamconv.planning.tasks import EncodeTask, encode_tasks
 from streamconv.quants.base import EncodeStats
 from streamconv.run.encode import encode
 from streamconv.run.results import ReductionResults
+
+if TYPE_CHECKING:
+    from streamconv.device.pipeline import WorkerBuffers
+    from streamconv.device.step import Job
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +41,12 @@ def encoded(
     """
     name, dtype = span.source.name, span.source.dtype
     wanted = encode_tasks(span, plan.matrices)
-    jobs = {
-        task: Job(task.bound(results, name)) for task in wanted if slot is not None and not task.is_copy(dtype)
-    }
-    if slot is not None and jobs:
-        space = slot.encode(list(jobs.values()), span, rows, block, space)
+    jobs: dict[EncodeTask, Job] = {}
+    if slot is not None:
+        from streamconv.device.step import Job
+
+        jobs = {task: Job(task.bound(results, name)) for task in wanted if not task.is_copy(dtype)}
+        space = slot.encode(list(jobs.values()), span, rows, block, space) if jobs else space
     for task, dests in wanted.items():
         if task in jobs:
             yield Encoded(task, dests, jobs[task].parts, jobs[task].stats)

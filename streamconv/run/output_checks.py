@@ -10,6 +10,7 @@ from pathlib import Path
 
 import xxhash
 
+from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.json_file import read_json
 from streamconv.checkpoint.limits import MAX_CONFIG
 from streamconv.checkpoint.shard import Shard
@@ -17,7 +18,7 @@ from streamconv.checkpoint.untrusted import open_regular
 from streamconv.errors import CheckpointError, OutputError, StreamconvError, VerifyError, printable
 from streamconv.planning.plan import Plan
 from streamconv.run import manifest, sampled
-from streamconv.run.fs import Disk, translate_errors
+from streamconv.run.fs import Disk, named, translate_errors
 from streamconv.run.inside import choose
 from streamconv.run.place import CONFIG, Found, Place, foreign
 
@@ -221,3 +222,20 @@ def check_output(
         finally:
             place.close()
     return place
+
+
+def check_plan(out: Path, source: Path, plan: Plan, shards: Sequence[Shard], force: bool, disk: Disk | None = None) -> Place:
+    """See `check_output`."""
+    read = [shard.path for shard in shards] + [*plan.target.files_read]
+    return check_output(out, source, read, force, disk, plan.names)
+
+
+def output_problem(index: Index, plan: Plan, out: str | Path) -> str | None:
+    """Why `convert` would refuse to write to `out`, as far as that shows without touching anything; None if nothing speaks against it."""
+    try:
+        place = check_plan(named(out), index.root, plan, index.shards, force=False).top
+    except OutputError as error:
+        return f"{error.message} ({error.hint})" if error.hint else error.message
+    while not os.path.exists(place):
+        place = place.parent
+    return None if os.access(place, os.W_OK | os.X_OK) else f"nothing can be written in {printable(str(place))}"

@@ -9,10 +9,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from streamconv import memory
 from streamconv.checkpoint.shard import Shard
-from streamconv.device.pipeline import WorkerBuffers
 from streamconv.errors import BudgetError
 from streamconv.lazy import Bytes, np
 from streamconv.planning.memory_plan import MemoryPlan, TileCost
@@ -23,6 +23,9 @@ from streamconv.run.mapped import Mapped
 from streamconv.run.order import Stop
 from streamconv.run.output_state import OutputState
 from streamconv.run.tile import TileWorker
+
+if TYPE_CHECKING:
+    from streamconv.device.pipeline import WorkerBuffers
 
 FLOOR = 64 * memory.MIB
 """While less than this is free, only one worker goes on."""

@@ -7,12 +7,12 @@ import mmap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import xxhash
 
 from streamconv.checkpoint.mapping import Window
 from streamconv.checkpoint.shard import Shard
-from streamconv.device.pipeline import WorkerBuffers
 from streamconv.lazy import Bytes
 from streamconv.planning.plan import RowRange
 from streamconv.planning.reads import Reads
@@ -22,6 +22,9 @@ from streamconv.run.executor import encoded, reduced
 from streamconv.run.mapped import Mapped
 from streamconv.run.output_state import OutputState
 from streamconv.run.read import read_rows
+
+if TYPE_CHECKING:
+    from streamconv.device.pipeline import WorkerBuffers
 
 PHASES = ("read", "compute", "hash", "write")
 """What a worker does with a tile; waiting for its turn in a matrix counts as hash."""

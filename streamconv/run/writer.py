@@ -42,16 +42,10 @@ from streamconv.run.fs import Disk, free_space
 from streamconv.run.journal import Journal, TileRecord
 from streamconv.run.lock import OutputLock
 from streamconv.run.order import Hashes
-from streamconv.run.output_checks import check_free, check_output, is_made
+from streamconv.run.output_checks import check_free, check_plan, is_made
 from streamconv.run.output_folder import OutputFolder
-from streamconv.run.place import Found, Place
+from streamconv.run.place import Found
 from streamconv.run.resume import fits
-
-
-def check_plan(out: Path, source: Path, plan: Plan, shards: Sequence[Shard], force: bool, disk: Disk | None = None) -> Place:
-    """See `output_checks.check_output`."""
-    read = [shard.path for shard in shards] + [*plan.target.files_read]
-    return check_output(out, source, read, force, disk, plan.names)
 
 
 def begin(writers: Sequence[Writer]) -> None:

@@ -20,7 +20,7 @@ from streamconv.hub import open_stored
 from streamconv.quants.decoded_rows import DecodedAffine, DecodedIntegers, DecodedTensor
 from streamconv.targets.hf.sources import Weight
 from streamconv.targets.hf.stored import stored_weights
-from streamconv.targets.trtllm.rank_source import is_rank_folder
+from streamconv.targets.trtllm.inherited import is_rank_folder
 
 _RANK = re.compile(r"rank(0|[1-9]\d{0,3})\.safetensors")
 _CODES = {"e4m3": "F8_E4M3", "int8": "INT8", "uint8": "INT8", "e2m1": "FP4", "uint4": "INT4"}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from streamconv import execution, memory
+from streamconv import device, memory
 from streamconv.device import choice
 from tests.golden import cases
 from tests.golden.test_golden import VARIED, check_output, convert
@@ -31,7 +31,7 @@ def test_case(name: str, workers: int, golden_inputs: Path, tmp_path: Path, monk
         made.append(StandIn(delay=lambda n: 0.001 * (n % 3), name=name))
         return made[-1]
 
-    monkeypatch.setattr(execution, "Cuda", opened)
+    monkeypatch.setattr(device, "Cuda", opened)
     budget = str(memory.resident() + memory.GIB)  # this process has run other tests
     convert(BY_NAME[name], tmp_path / "out", "--device", "cuda", "--memory_budget", budget, "--workers", str(workers))
     check_output(BY_NAME[name], tmp_path / "out")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from streamconv import api, execution, memory
+from streamconv import api, device, memory
 from streamconv.device import choice
 from streamconv.options import Resources
 from streamconv.run.manifest import NAME
@@ -67,7 +67,7 @@ def test_on_a_device(case: Case, models: Models, tmp_path: Path, monkeypatch: py
 
     monkeypatch.setenv("STREAMCONV_TILE_ROWS", "128")
     monkeypatch.setattr(choice, "visible", lambda: 1)
-    monkeypatch.setattr(execution, "Cuda", opened)
+    monkeypatch.setattr(device, "Cuda", opened)
     convert(case, source, tmp_path / "out", "--device", "cuda", "--memory-budget", str(memory.resident() + memory.GIB), "--workers", "3")
     check(case, source, tmp_path / "out")
     assert len(made) == 1 and (made[0].kernels > 0 or case.arguments[1] == "none")

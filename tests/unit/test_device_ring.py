@@ -47,7 +47,7 @@ def devices(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, StandIn]]:
     """What `--device cuda:N` opens; put a StandIn under its name."""
     made: dict[str, StandIn] = {}
     monkeypatch.setattr(choice, "visible", lambda: 2)
-    monkeypatch.setattr(execution, "Cuda", lambda name: made.setdefault(name, StandIn(name=name)))
+    monkeypatch.setattr(device, "Cuda", lambda name: made.setdefault(name, StandIn(name=name)))
     yield made
 
 

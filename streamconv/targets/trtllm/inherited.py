@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from streamconv.checkpoint.index import Index
 from streamconv.errors import RefusedError
@@ -12,6 +14,11 @@ from streamconv.targets.trtllm.options import TensorRTLLM
 
 _EXPERTS = ("moe_tp_size", "moe_ep_size")
 """What follows from tp_size where nobody asks for something else."""
+
+
+def is_rank_folder(folder: Path) -> bool:
+    """Whether a folder holds rank files; config.json decides whether they can be read."""
+    return os.path.lexists(folder / "rank0.safetensors") and os.path.lexists(folder / "config.json")
 
 
 @dataclass(frozen=True, slots=True)

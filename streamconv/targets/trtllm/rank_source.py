@@ -53,11 +53,6 @@ _READ = ("none", "int8", "int4", "fp8_rowwise", "int4_gptq", "int8_gptq", "fp8",
 """Values of --quant whose weights are read back."""
 
 
-def is_rank_folder(folder: Path) -> bool:
-    """Whether a folder holds rank files; config.json decides whether they can be read."""
-    return os.path.lexists(folder / "rank0.safetensors") and os.path.lexists(folder / _CONFIG)
-
-
 def open_ranks(folder: Path) -> Index:
     """Open a TensorRT-LLM checkpoint under the names and with the config of the Hugging Face model. No weight is read but a few rows.
 
