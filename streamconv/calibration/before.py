@@ -167,7 +167,7 @@ class _Runs:
 
     def codes(self, options: _Measured) -> _Measured:
         """The options with a file of codes, and the method that found them."""
-        path, scale = codes_path(self._out), "source" if isinstance(options, HuggingFace) else _model_dtype(self._source, options)
+        path, scale = codes_path(self._out), _scale(self._source, options)
         arguments = {"group": options.group_size, "scale": scale, "fold": _fold(options)}
         for method in (options.method,) if options.method is not None else ("gptq", "clip"):
             try:
@@ -189,10 +189,15 @@ def _fold(options: TensorRTLLM | HuggingFace) -> str:
     return "norms" if options.format == "modelopt" else "all"
 
 
-def _model_dtype(source: str | Path, options: TensorRTLLM) -> str:
+def _scale(source: str | Path, options: TensorRTLLM | HuggingFace) -> str:
+    """What scales are rounded to: what engines compute with."""
     from streamconv.hub import open_source
     from streamconv.targets.trtllm.config_sections import resolve_dtype
     from streamconv.targets.trtllm.target import model_of
 
+    if isinstance(options, HuggingFace) and options.format != "awq":
+        return "source"
     with contextlib.closing(open_source(source)) as index:
+        if isinstance(options, HuggingFace):
+            return "bfloat16" if options.model_dtype(index).name == "BF16" else "float16"
         return resolve_dtype(options.dtype, model_of(index)[0].dtype)

@@ -53,12 +53,42 @@ class ApartCodes(PackedTensor):
         self.file.drop_page_cache(self.begin + start // 2 * self.cols, self.begin + stop // 2 * self.cols)
 
 
+    def turned(self) -> TurnedCodes:
+        """The same by input channels, [K, N]."""
+        return TurnedCodes(self.name, I8, (self.cols, self.rows), (), 0, 4, "modelopt", self.module, self.file, self.begin)
+
+
+@dataclass(frozen=True, slots=True)
+class TurnedCodes(ApartCodes):
+    """Codes read by columns of what is stored, [N/2, K]: `shape` is (K, N)."""
+
+    @property
+    def row_align(self) -> int:
+        return 1
+
+    def read(self, shards: Sequence[Shard], start: int, stop: int, out: Bytes, scratch: Bytes) -> None:
+        assert self.file is not None
+        count, pairs = stop - start, self.cols // 2
+        packed = scratch[: count * pairs]
+        self.file.read_rows_into(self.begin + start, self.rows, count, pairs, packed.data, count)
+        stored, made = packed.reshape(pairs, count).T, out[: count * self.cols].reshape(count, pairs, 2)
+        made[:, :, 0], made[:, :, 1] = (stored & 15) ^ 8, (stored >> 4) ^ 8  # two's complement
+        made -= 8
+
+    def drop_page_cache(self, shards: Sequence[Shard], start: int, stop: int) -> None:
+        """Nothing: the pages of a stripe hold parts of the next ones."""
+
+
 @dataclass(frozen=True, slots=True)
 class ApartTensor(SourceTensor):
     """A tensor of a file of its own; as `ApartCodes`."""
 
     file: Shard | None = None
     begin: int = 0
+
+    def turned(self) -> TurnedTensor:
+        """Its columns."""
+        return TurnedTensor(self.name, self.dtype, (self.cols, self.rows), (), 0, self.file, self.begin)
 
     def read(self, shards: Sequence[Shard], start: int, stop: int, out: Bytes, scratch: Bytes) -> None:
         assert self.file is not None
@@ -67,6 +97,22 @@ class ApartTensor(SourceTensor):
 
     def drop_page_cache(self, shards: Sequence[Shard], start: int, stop: int) -> None:
         """Nothing: scales are small."""
+
+
+@dataclass(frozen=True, slots=True)
+class TurnedTensor(ApartTensor):
+    """Columns of what is stored, [shape[1], shape[0]]."""
+
+    @property
+    def scratch_row_bytes(self) -> int:
+        return self.stored_row_bytes
+
+    def read(self, shards: Sequence[Shard], start: int, stop: int, out: Bytes, scratch: Bytes) -> None:
+        assert self.file is not None
+        item, count = self.dtype.itemsize, stop - start
+        stripe = scratch[: count * self.stored_row_bytes]
+        self.file.read_rows_into(self.begin + start * item, self.rows * item, count * item, self.cols, stripe.data, count * item)
+        out[: stripe.size].reshape(count, self.cols, item)[:] = stripe.reshape(self.cols, count, item).swapaxes(0, 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -191,6 +191,33 @@ def int_group_kernel(
 
 
 @cache
+def awq_kernel(source: DType, group: int, scale: DType, divisor: float, least: float, symmetric: bool) -> Kernel:
+    """`AwqWords`."""
+
+    def arguments(codes: Mapping[str, int], outs: Sequence[Any], cols: int) -> tuple[Any, ...]:
+        kinds = (codes[source.name], codes[scale.name])
+        return cols, *outs[:2], outs[2].view("u2"), *kinds, group, *_floats(divisor, least), symmetric
+
+    return _launch("awq_words_code.awq_rows", arguments, lambda told: EncodeStats(int(told[1]), int(told[0])))
+
+
+@cache
+def awq_given_kernel() -> Kernel:
+    """`AwqCodes`."""
+    return _launch("awq_words_code.awq_given_rows", lambda codes, outs, cols: (cols, outs[0]))
+
+
+@cache
+def awq_scale_kernel(source: DType) -> Kernel:
+    """`AwqScales`."""
+
+    def arguments(codes: Mapping[str, int], outs: Sequence[Any], cols: int) -> tuple[Any, ...]:
+        return cols, outs[0].view("u2"), outs[1], codes[source.name]
+
+    return _launch("awq_words_code.awq_scale_rows", arguments, _overflow)
+
+
+@cache
 def mx_kernel(source: DType, element: str, exponent: str, read_as: DType) -> Kernel:
     """`Mx`."""
 

@@ -78,12 +78,12 @@ class IntGroup(Codec):
         values = finite_rows(block, stats)
         rows, cols = values.shape
         grouped = values.reshape(rows, -1, self.group or cols)
-        stored = self._scales(grouped)
-        q = self._integers(grouped, stored).to(torch.int32).reshape(rows, cols)
+        stored = self.scales(grouped)
+        q = self.integers(grouped, stored).to(torch.int32).reshape(rows, cols)
         scales = stored.to(torch.float32 if self.wide else getattr(torch, self.scale.torch)).contiguous().reshape(-1).view(torch.uint8)
         return self._packed(q), scales
 
-    def _scales(self, grouped: torch.Tensor) -> torch.Tensor:
+    def scales(self, grouped: torch.Tensor) -> torch.Tensor:
         """[rows, groups, group] -> [rows, groups, 1]."""
         top = grouped.abs().amax(2, keepdim=True)
 
@@ -96,12 +96,12 @@ class IntGroup(Codec):
         best, least = scale(top), None
         for ratio in RATIOS:
             tried = scale(top * ratio)
-            loss = (self._integers(grouped, tried) * tried - grouped).square().sum(2, keepdim=True)
+            loss = (self.integers(grouped, tried) * tried - grouped).square().sum(2, keepdim=True)
             better = loss < least if least is not None else torch.ones_like(loss, dtype=torch.bool)
             best, least = torch.where(better, tried, best), torch.where(better, loss, loss if least is None else least)
         return best
 
-    def _integers(self, grouped: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
+    def integers(self, grouped: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
         return rounded(grouped / stored, self.quotient).clamp(-self._half, self._half - 1).round()
 
     def _packed(self, q: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -28,6 +29,7 @@ from streamconv.targets.trtllm.options import TensorRTLLM  # noqa: E402
 from streamconv.verification.check import verify  # noqa: E402
 from tests import tiny  # noqa: E402
 from tests.calibrate.test_streamed import WORDS, model  # noqa: E402
+from tests.unit.test_autoawq import decoded  # noqa: E402
 
 __all__ = ["model"]
 
@@ -117,6 +119,9 @@ def test_both_targets_and_every_rank_hold_the_codes(
         api.open_and_plan(model, HuggingFace(quant="w4a16", **common | {"method": other}))
     api.convert(model, tmp_path / "mo", HuggingFace(quant="w4a16", format="modelopt", **common))
     assert torch.equal(load_file(tmp_path / "mo/model.safetensors")[f"{module}.weight"], found[f"{module}.weight"])
+    api.convert(model, tmp_path / "awq", HuggingFace(quant="w4a16", format="awq", **common))
+    assert np.array_equal(decoded(load_file(tmp_path / "awq/model.safetensors"), module), values(found, module).numpy())
+    assert not verify(tmp_path / "awq", model).problems
     for tp in (1, 2):
         api.convert(model, tmp_path / f"t{tp}", TensorRTLLM(quant="int4_awq", tp_size=tp, **common))
         ranks = [load_file(tmp_path / f"t{tp}/rank{rank}.safetensors") for rank in range(tp)]

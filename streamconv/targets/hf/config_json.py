@@ -23,8 +23,8 @@ def quantization_config(recipe: Recipe, ignore: Sequence[str], group: int, kv_ca
         group: --group-size.
         kv_cache: FP8 scales of the KV cache are stored.
     """
-    if recipe.container == "hf":
-        return recipe.stated | {recipe.leaves: list(ignore)}
+    if recipe.stated:
+        return recipe.stated | ({"group_size": group} if recipe.grouped else {}) | {recipe.leaves: list(ignore)}
     if recipe.container == "modelopt":
         found: dict[str, Any] = {"quant_method": "modelopt", "quant_algo": recipe.algo, "ignore": list(ignore)}
         found["producer"] = {"name": "modelopt", "version": f"streamconv {__version__}"}

@@ -105,7 +105,7 @@ class Fates:
         for key, count in grouped(bad).items():
             one = next(m for m in bad if grouped([m]) == {key: 1})
             more = f" (and {count - 1} like it)" if count > 1 else ""
-            group = f"groups of {unit}" if recipe.unit != 1 else "pairs of rows"
+            group = f"groups of {unit}" if one.cols % unit else f"{recipe.whole} output channels at a time"
             refused.append(
                 f"{printable(one.name)}{more}: shape [{one.rows}, {one.cols}] does not divide into {group}: choose another --group-size,"
                 f" or leave it and its partners with --ignore 're:.*\\.{one.name.rpartition('.')[2]}$'"

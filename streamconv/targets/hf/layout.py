@@ -33,6 +33,7 @@ from streamconv.targets.hf.shards import shards_of
 from streamconv.targets.hf.side_files import side_files
 from streamconv.targets.hf.stacked import reads_stacked_alone, unstack
 from streamconv.targets.hf.stored import Form, Stored
+from streamconv.targets.hf.turned_layout import turned_weight
 
 if TYPE_CHECKING:
     from streamconv.targets.hf.target import HuggingFace
@@ -201,6 +202,8 @@ class Layout:
     def _quantized(self, file: int, name: str, form: Form, recipe: Recipe) -> list[str]:
         module, rows, cols = name[: -len(".weight")], form.rows, form.cols
         searched = self.searched.get(module)
+        if recipe.turned:
+            return turned_weight(self.draft, file, module, self.stored.weights[name], self._codec(form), searched, Spelled(recipe))
         if searched is not None:
             codec: Codec = Words(4) if recipe.container == "compressed-tensors" else PairedCodes()
             matrix = self.draft.matrix(file, module, rows, cols, codec, spelling=Spelled(recipe))

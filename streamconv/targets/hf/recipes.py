@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from streamconv.checkpoint.dtypes import F32, DType
+from streamconv.checkpoint.dtypes import F16, F32, DType
 from streamconv.options import METHODS as INT4_METHODS
+from streamconv.quants.awq_words import LEAST, AwqWords
 from streamconv.quants.base import Codec
 from streamconv.quants.fp8_block import Fp8Block
 from streamconv.quants.fp8_rowwise import Fp8Rowwise
@@ -75,11 +76,12 @@ class Recipe:
         form: compressed-tensors' `format`.
         algo: ModelOpt's `quant_algo`.
         extra: further keys of ModelOpt's config.
-        stated: what config.json says in the container hf, and `leaves`: the key of the list of what is left as it is.
+        stated: what config.json says in the containers hf and awq, and `leaves`: the key of the list of what is left as it is.
         weight_shape: the shape is a tensor of its own.
         pre_scales: last name of a vector [K] of ones, beside weights without partners: what the input is multiplied by.
         summary: one line for people.
         methods: values of --method.
+        turned: codecs see a weight by its input channels.
         ranges: activation ranges are needed; the input's scale is stored under this name.
     """
 
@@ -106,6 +108,7 @@ class Recipe:
     input_scale: tuple[str, Callable[[float], float], tuple[int, ...]] | None = None
     grouped: bool = False
     methods: tuple[str, ...] = ()
+    turned: bool = False
 
 
 _INF = math.inf
@@ -170,6 +173,14 @@ def _searched(r: Request, packing: Packing) -> Codec:
     return IntGroup(4, r.group, 7.0 if search else 8.0, 1.0, r.kind, F32, packing, floor, packing == "pairs" and r.kind != F32, search)
 
 
+def _words_awq(r: Request) -> Codec:
+    """Asymmetric where nothing is asked for, as AutoAWQ; a --method has the scales of the other containers, and zero points of 8."""
+    search, kind = r.method == "mse", F16 if r.kind == F32 else r.kind
+    if r.method is None:
+        return AwqWords(r.group, kind)
+    return AwqWords(r.group, kind, IntGroup(4, r.group, 7.0 if search else 8.0, 1.0, kind, F32, "words", LEAST, search=search))
+
+
 def _mx(element: Literal["fp4", "fp8"]) -> Callable[[Request], Codec]:
     return lambda r: Mx(element, "rounded", r.scale)
 
@@ -213,6 +224,9 @@ RECIPES: tuple[Recipe, ...] = (
     Recipe("w4a16", "modelopt", "INT4 weights in groups, pre-scales of 1 (TensorRT-LLM's W4A16_AWQ)", _int_modelopt(4, "pairs"),
            _CODES, unit=0, whole=2, algo="W4A16_AWQ", extra={"has_zero_point": False, "pre_quant_scale": True}, grouped=True,
            pre_scales="pre_quant_scale", methods=INT4_METHODS),
+    Recipe("w4a16", "awq", "INT4 weights in groups, asymmetric without --method: AutoAWQ's GEMM layout", _words_awq,
+           {"codes": "qweight", "zero": "qzeros", "scale": "scales"}, unit=0, whole=8, grouped=True, methods=INT4_METHODS, turned=True,
+           stated={"quant_method": "awq", "bits": 4, "zero_point": True, "version": "gemm"}),
     Recipe("w8a16", "compressed-tensors", "INT8 weights in groups", _int(8, "words", True), _PACKED, unit=0,
            form="pack-quantized", weights=_integer(8, "group"), weight_shape=True, grouped=True),
     Recipe("w8a16", "modelopt", "INT8 weights per channel", _int_modelopt(8, "bytes"), _CODES, {"scale": _vector}, algo="W8A16"),

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from streamconv.targets.hf.recipes import Recipe
 
 NOTHING, KEEP = "none", "keep"
-Container = Literal["compressed-tensors", "modelopt", "hf"]
-CONTAINERS: tuple[Container, ...] = ("compressed-tensors", "modelopt", "hf")
+Container = Literal["compressed-tensors", "modelopt", "awq", "hf"]
+CONTAINERS: tuple[Container, ...] = ("compressed-tensors", "modelopt", "awq", "hf")
 ARITHMETICS = ("float32", "llm-compressor", "llm-compressor-cpu")
 
 
@@ -155,7 +155,7 @@ class HuggingFace(Target):
             if self.method is not None and (recipe is None or self.method not in recipe.methods):
                 raise UsageError(f"--method {self.method}: --quant {self.quant} has no choice of scales", hint="it is for --quant w4a16")
             settled = dataclasses.replace(self, format=recipe.container if recipe else None)
-            if self.kv_cache is not None and (recipe is None or recipe.container == "hf"):
+            if self.kv_cache is not None and (recipe is None or recipe.stated):
                 raise UsageError("--kv-cache: only quantized directories of compressed-tensors and ModelOpt hold scales of the cache")
             codes = codes_of(self.method, self.codes)
             stored = stored_weights(index, dtype, units, sound=not self.allow_nonfinite)
