@@ -24,6 +24,7 @@ from streamconv.planning.plan import Plan
 from streamconv.planning.reads import Reads
 from streamconv.progress import Meter, OutputProgress, unwatched
 from streamconv.reports import Report, Written, profile_of, together
+from streamconv.run import source_record
 from streamconv.run.fs import Disk, named
 from streamconv.run.output_checks import check_apart
 from streamconv.run.writer import Writer, begin
@@ -143,6 +144,8 @@ class Conversion:
             if not unfinished:
                 meter.begin("converting", 0, outputs=each)
             else:
+                if resources.source_check:
+                    self._check_source(index, plans[0])
                 reads = Reads([writer.plan for writer in unfinished])
                 places: dict[Path | None, int] = {writer.place.out: writer.plan.bytes_written for writer in unfinished}
                 looking = look(index, reads, places, resources.probe, runs=True)
@@ -196,6 +199,11 @@ class Conversion:
             outputs=tuple(made),
             estimate=estimate,
         )
+
+    def _check_source(self, index: Index, plan: Plan) -> None:
+        if plan.bytes_checked:
+            self.meter.begin("checking", plan.bytes_checked)
+            source_record.check(index, self.meter.add)
 
     def _check(self, plan: Plan) -> InlineCheck | None:
         from streamconv.run.inline_check import InlineCheck

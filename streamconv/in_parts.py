@@ -24,7 +24,7 @@ from streamconv.planning.plan import Plan
 from streamconv.planning.reads import Reads
 from streamconv.progress import Meter
 from streamconv.publishing import POLL, anywhere, publish
-from streamconv.run import journal, sampled
+from streamconv.run import journal, sampled, source_record
 from streamconv.run.claim import Claim, Over, told
 from streamconv.run.claims import Claims
 from streamconv.run.fs import Disk
@@ -95,6 +95,7 @@ class Worker:
         self.parts = cut(plan, resources.parts)
         self.identity = journal.identity(plan, index.shards)  # reads some of every source file: once for all parts
         self.share = Share()
+        self._source = source_record.OfPart(plan)
         self._abandoned, self._wait = False, resources.wait
 
     def place(self) -> Place:
@@ -246,6 +247,8 @@ class Worker:
 
         reads, shards = Reads([plan]), self.index.shards
         state = OutputState(plan, folder, book, past)
+        if self.resources.source_check and plan.bytes_checked:
+            source_record.check(self.index, wanted=self._source.wanted(plan))
         with executor(reads, self.resources, costs_of(reads), hub.memory_of(self.index) + self.pinned, self.instead) as execution:
             try:
                 outcome = execution.run([state], shards, self.meter.tile)

@@ -13,6 +13,7 @@ from streamconv.checkpoint.index import Index, description_size
 from streamconv.errors import BudgetError, StreamconvError, printable
 from streamconv.families.naming import settle
 from streamconv.planning.plan import Plan
+from streamconv.run.source_record import record_of
 from streamconv.targets.base import Output, Target
 
 LOADS = {"numpy": 30 * memory.MIB, "numba": 160 * memory.MIB, "torch": 300 * memory.MIB}
@@ -51,12 +52,14 @@ def open_and_plan_all(source: str | Path, outputs: Sequence[Output], budget: int
                     if len(outputs) > 1:
                         error.about(f"output {printable(output.out)}")
                     raise
+            record = record_of(stored)
         except BaseException:
             stored.close()
             raise
     peak = memory.peak_resident()
     peak = peak if peak - before > _UNSEEN else 0  # less is within the margin
-    return index, [dataclasses.replace(plan, peak=peak) for plan in plans]
+    checked, more = (record.nbytes, record.warnings()) if record is not None else (0, ())
+    return index, [dataclasses.replace(plan, peak=peak, bytes_checked=checked, warnings=(*plan.warnings, *more)) for plan in plans]
 
 
 @contextlib.contextmanager

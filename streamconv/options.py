@@ -36,6 +36,7 @@ class Resources:
         verify_inline: decode each tile and hold it against its source before it is written; the manifest says what was found.
         min_snr: dB that every matrix must then reach, None for what its encoding promises.
         probe: look at the disks for half a second, while kernels are loaded, to tell how long the run should take (of models above 16 GiB).
+        source_check: hold a source that streamconv wrote against its own streamconv.json first, which reads it once more.
         parts: how many the work is cut into, the same for every process that does some of it; None: this process does all of it.
         part: do this one alone; None takes parts until none is left.
         begin: where among the parts this process begins, from 0 to 1; workers that begin apart share few source files.
@@ -55,6 +56,7 @@ class Resources:
     verify_inline: bool = False
     min_snr: float | None = None
     probe: bool = True
+    source_check: bool = True
     parts: int | None = None
     part: int | None = None
     begin: float = 0.0

@@ -11,7 +11,7 @@ import mmap
 import os
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -104,6 +104,10 @@ class Shard:
                     self._cold = 2 * cached_places(fd, 0, now.size, _SAMPLE) < _SAMPLE
                 self._identity, self._fd = now, fd
             return self._fd
+
+    def prove(self, proof: Callable[[Shard], object]) -> None:
+        """Call `proof` with the file: at once, or when it is there."""
+        proof(self)
 
     @property
     def idle(self) -> bool:

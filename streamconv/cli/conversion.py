@@ -83,6 +83,7 @@ def convert(
     on_device_loss: Any,
     read: Any,
     verify: str,
+    no_source_check: bool,
     min_snr: float | None,
     progress: str,
     memory_trace: str | None,
@@ -131,6 +132,7 @@ def convert(
         verify_inline=verify == "inline",
         min_snr=min_snr,
         probe=not no_probe,
+        source_check=not no_source_check,
         **sharing(parts, part, wait, private_parts),
     )
     if min_snr is not None and not asked.verify_inline:

@@ -13,7 +13,7 @@ import click
 from click.core import ParameterSource
 
 from streamconv.cli import output
-from streamconv.errors import UsageError
+from streamconv.errors import UsageError, printable
 from streamconv.targets.base import flag
 
 if TYPE_CHECKING:
@@ -73,6 +73,8 @@ def refuse(told: list[str]) -> None:
 def _resources(names: Collection[str], values: dict[str, Any], model: str) -> Iterator[str]:
     if "hub_keep" in names and os.path.lexists(model):
         yield "--hub-keep has no effect with a local model"
+    if "no_source_check" in names and os.path.isdir(model) and not os.path.lexists(os.path.join(model, "streamconv.json")):
+        yield f"--no-source-check has no effect: {printable(model)} holds no streamconv.json"
     asked = [name for name in _DEVICE if name in names]
     if asked and (why := _no_device(str(values["device"]))):
         yield from (f"{flag(name)} has no effect {why}" for name in asked)

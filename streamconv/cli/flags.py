@@ -143,6 +143,12 @@ OF_A_RUN: tuple[_Decorator, ...] = (
         "inline: decode each tile and hold it against its source before it is written; the manifest gets the SNR of each tensor.",
         "Resources",
     ),
+    click.option(
+        "--no-source-check",
+        is_flag=True,
+        help="Do not read a source that streamconv wrote once more first, to hold it against its own streamconv.json.",
+        **_OF_RESOURCES,
+    ),
     click.option("--min-snr", type=float, metavar="DB", help="--verify inline: fail if a tensor's SNR is below.", **_OF_RESOURCES),
 )
 """What only a command that converts can use."""

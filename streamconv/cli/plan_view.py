@@ -44,6 +44,7 @@ def content(plan: Plan, shares: MemoryPlan, costs: list[TileCost], out: str | No
         + [{"name": side.name, "size": side.size, "tensors": 0} for side in plan.side_files],
         "stored_as": dict(plan.decisions),
         "bytes_to_read": plan.bytes_read,
+        "bytes_to_check": plan.bytes_checked,
         "passes": plan.passes,
         "bytes_to_write": plan.bytes_written,
         "memory": {
@@ -59,6 +60,12 @@ def content(plan: Plan, shares: MemoryPlan, costs: list[TileCost], out: str | No
         "notes": list(plan.notes),
         "warnings": warnings,
     }
+
+
+def check_lines(plan: Plan) -> list[str]:
+    """What is read before the conversion, if anything is."""
+    size = show_size(plan.bytes_checked)
+    return [f"check    {size} of the source are read once more first, and held against its streamconv.json"] if plan.bytes_checked else []
 
 
 def show(
@@ -103,6 +110,7 @@ def show(
     output.block([*table(sorted(plan.decisions.items(), key=lambda pair: natural(pair[0])), ("module", "stored as")), ""])
     memory, disk = told["memory"], told["disk"]
     passes = f", weights in {plan.passes} passes" if plan.passes > 1 else ""
+    output.block(check_lines(plan))
     output.line(f"read     {show_size(plan.bytes_read)}{passes}")
     output.line(f"write    {show_size(plan.bytes_written)}")
     output.line(

@@ -89,6 +89,7 @@ def _lines(plans: Sequence[Plan], searches: Sequence[Search | None], content: di
     modules = sorted({name for plan in plans for name in plan.decisions}, key=natural)
     stored = [(name, *(plan.decisions.get(name, "") for plan in plans)) for name in modules]
     output.block([*table(stored, ("module", *(told["out"] for told in each))), ""])
+    output.block(plan_view.check_lines(plans[0]))
     output.line(f"read     {show_size(content['bytes_to_read'])} for all; one after the other {show_size(content['bytes_to_read_apart'])}")
     output.line(f"write    {show_size(content['bytes_to_write'])}")
     output.line(

@@ -19,7 +19,7 @@ from pathlib import Path
 from streamconv.checkpoint.foreign import foreign
 from streamconv.checkpoint.index import Beside, Index, build_index, open_index
 from streamconv.checkpoint.json_file import read_json
-from streamconv.checkpoint.limits import MAX_CONFIG, MAX_WEIGHT_MAP
+from streamconv.checkpoint.limits import MAX_CONFIG, MAX_MANIFEST, MAX_WEIGHT_MAP
 from streamconv.checkpoint.meta import PARAMS
 from streamconv.checkpoint.weight_files import choose, weight_files
 from streamconv.errors import CheckpointError, printable
@@ -27,6 +27,7 @@ from streamconv.families.naming import settle
 from streamconv.hub.problems import no_folder
 from streamconv.hub.repo import download, listing, named, note_revision, small_file
 from streamconv.hub.shard import AT_A_TIME, HubShard
+from streamconv.run import manifest
 from streamconv.run.fs import free_space
 from streamconv.targets.trtllm.inherited import is_rank_folder
 
@@ -120,6 +121,8 @@ def open_stored(source: str | os.PathLike[str], tensors_only: bool = False) -> I
     for name in _SMALL[1:]:
         if name in files:
             small_file(repo, files[name], MAX_CONFIG)
+    if manifest.NAME in files:
+        small_file(repo, files[manifest.NAME], MAX_MANIFEST)
     chosen = choose(files, lambda name: small_file(repo, files[name], MAX_WEIGHT_MAP), files)
     if not chosen.names:
         raise foreign(str(repo), files) or CheckpointError(f"no .safetensors file in {repo}, nor any pytorch_model*.bin")

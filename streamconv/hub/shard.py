@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,7 @@ class HubShard(Shard):
         folder: the snapshot's folder in the cache, where the file will appear.
     """
 
-    __slots__ = ("_believed", "_checked", "_downloading", "_failed", "_head", "_ours", "_remote", "fetch", "file", "repo")
+    __slots__ = ("_believed", "_checked", "_downloading", "_failed", "_head", "_ours", "_proof", "_remote", "fetch", "file", "repo")
 
     def __init__(self, repo: Repo, file: RepoFile, folder: Path) -> None:
         super().__init__(folder / file.name)
@@ -46,6 +47,7 @@ class HubShard(Shard):
         self._believed: list[tuple[int, int, bytes]] = []  # what the plan was made from: begin, end, SHA-256
         self._remote = Identity(file.size, 0, 0, 0, 0)
         self._head = b""
+        self._proof: Callable[[Shard], object] = lambda _: None
         self._failed: StreamconvError | None = None
         self._downloading = threading.Lock()
 
@@ -57,6 +59,9 @@ class HubShard(Shard):
     def sample(self) -> str:
         """The hash that the Hub lists says more than any sample."""
         return self.file.oid
+
+    def prove(self, proof: Callable[[Shard], object]) -> None:
+        self._proof = proof
 
     def fileno(self) -> int:
         if not self._checked and (self.fetch is not None or not self._there()):
@@ -87,7 +92,9 @@ class HubShard(Shard):
                     if hashlib.sha256(os.pread(fd, end - begin, begin)).digest() != digest:
                         raise self._changed("was served with other bytes while planning")
                 self._believed, self._checked = [], True
+                self._proof(self)
             except StreamconvError as error:
+                self._checked = False
                 self._failed = None if ahead else error
                 raise
 

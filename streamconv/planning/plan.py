@@ -245,6 +245,7 @@ class Plan:
         decisions: module suffix -> how it is stored and why, for the plan's table.
         losses: what a search for INT4 codes lost in each layer, for the manifest; None if nothing was searched.
         source_config: config.json of the source, where the output does not hold it and the manifest is to tell it.
+        bytes_checked: of the source, which are read once more, to hold it against what streamconv wrote of it; no part of what is planned.
         peak: largest resident set that planning took, 0 if it took no more than what came before it; no part of what is planned.
     """
 
@@ -262,6 +263,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     losses: Losses | None = None
     source_config: Mapping[str, Any] | None = None
+    bytes_checked: int = field(default=0, compare=False)
     peak: int = field(default=0, compare=False)
 
     @property

@@ -27,6 +27,8 @@ NAME = "streamconv.json"
 FORMAT = 2
 _READ = (1, 2)
 _BREAK = re.compile(rb"(,?)\n *")
+_LINE = re.compile(rb'\n   "header": "([0-9a-f]{32})"|\n    ("(?:[^"\\]|\\.)*"): "([0-9a-f]{32})"|\n  \}|"tensors": \{\}')
+"""The header of a file, a tensor, or its end."""
 _FILES = b'\n "files": {'
 _CHECK = re.compile(rb',\n "check": "([0-9a-f]{32})"\n}\n\Z')
 _PIECE = 1 << 20
@@ -222,23 +224,21 @@ def read_head(path: Path) -> Manifest:
     return Manifest(*facts, {}, {}, {})
 
 
-def recorded(path: Path, wanted: Mapping[str, Iterable[str]]) -> dict[tuple[str, str], str]:
-    """What a manifest that `read_head` has read tells of a few tensors; nothing is built from the lines of the others.
-
-    Args:
-        wanted: file -> names of its tensors.
+def recorded(path: Path, file: str) -> Iterator[tuple[str, str]]:
+    """What a manifest that `read_head` has read tells of one file: nothing if it does not know it.
 
     Returns:
-        (file, tensor) -> XXH3-128 hex, and (file, "") -> that of its header.
+        ("", XXH3-128 hex of its header), then (tensor, XXH3-128 hex) in the order of the data.
     """
-    data, found = read_file(path, MAX_MANIFEST, VerifyError), dict[tuple[str, str], str]()
-    for file, tensors in wanted.items():
-        begin = data.find(f"\n  {json.dumps(file)}: {{\n".encode(), max(0, data.find(_FILES)))
-        for tensor, key in [("", '\n   "header"'), *((tensor, f"\n    {json.dumps(tensor)}") for tensor in tensors)]:
-            at = data.find(f'{key}: "'.encode(), begin) if begin >= 0 else -1
-            if at >= 0:
-                found[file, tensor] = data[at : data.find(b"\n", at + 1)].decode().split('"')[-2]
-    return found
+    data = read_file(path, MAX_MANIFEST, VerifyError)
+    at = data.find(f"\n  {json.dumps(file)}: {{\n".encode(), max(0, data.find(_FILES)))
+    for line in _LINE.finditer(data, at + 1) if at >= 0 else ():
+        if line[1]:
+            yield "", line[1].decode()
+        elif line[2]:
+            yield json.loads(line[2]), line[3].decode()
+        else:
+            return
 
 
 def _changed(shown: str) -> VerifyError:

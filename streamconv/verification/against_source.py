@@ -28,7 +28,7 @@ from streamconv.planning.parts import cut
 from streamconv.planning.plan import OutputFile, Plan
 from streamconv.planning.reads import Reads
 from streamconv.progress import Meter
-from streamconv.run import manifest
+from streamconv.run import manifest, source_record
 from streamconv.run.compared import BUFFER, Compared
 from streamconv.run.mapped import mapped
 from streamconv.targets.base import Target
@@ -84,6 +84,10 @@ def check(
         for file in files:
             stack.callback(file.close)
         index, plan = _planned(place, choices, headers, files, stack, told is None, resources.memory_budget)
+        mine = cut(plan, part[1])[part[0]].of(plan) if part is not None else plan
+        if plan.bytes_checked and resources.source_check:
+            meter.begin("checking", plan.bytes_checked)
+            source_record.check(index, meter.add, source_record.OfPart(plan).wanted(mine))
         if told is not None and plan.sources != told.sources:
             verdict.warnings.append(f"{printable(str(source))} is not made of the files that the manifest names; their bytes decide")
         if told is not None and plan.config != output.config:

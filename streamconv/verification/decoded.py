@@ -23,6 +23,7 @@ from streamconv.natural import natural
 from streamconv.options import Resources
 from streamconv.planning import memory_plan
 from streamconv.progress import Meter
+from streamconv.run import source_record
 from streamconv.targets.hf.model_types import text_config
 from streamconv.targets.hf.sources import Weight
 from streamconv.targets.hf.stacked import unstack
@@ -98,6 +99,9 @@ def check(folder: Path, config: Mapping[str, Any], source: str | Path, resources
             if side.note:
                 raise UsageError(f"--source: values cannot be compared: {side.note}", hint="leave --source out")
         names = sorted({*a.weights, *b.weights}, key=natural)
+        if resources.source_check:
+            meter.begin("checking", sum(shard.size for shard in raw[0].index.shards))
+            source_record.check(raw[0].index, meter.add)
         meter.begin("comparing", sum(weight.nbytes for weight in a.weights.values()))
         tied = text_config(config).get("tie_word_embeddings") is True
         stated = config.get("quantization_config")

@@ -116,10 +116,9 @@ def _check_peers(
     problems = [f"{printable(str(folder))}: {problem}" for problem in rank_peers.problems(config, held, sampled)]
     if recorded and not problems:
         small = {name: rank_peers.small_tensors(config, header) for name, (_, header) in by_name.items()}
-        names = {name: [entry.name for entry in entries] for name, entries in small.items()}
-        told = manifest.recorded(folder / manifest.NAME, names)
         for name, entries in small.items():
-            wrong = [entry.name for entry in entries if told.get((name, entry.name)) != rank_peers.hash_of(by_name[name][0], entry)]
+            told = set(manifest.recorded(folder / manifest.NAME, name))
+            wrong = [entry.name for entry in entries if (entry.name, rank_peers.hash_of(by_name[name][0], entry)) not in told]
             if wrong:
                 why = f"{printable(wrong[0])} holds other bytes than {manifest.NAME} tells"
                 problems.append(f"{printable(str(folder))}: {name} is not the file that was written there: {why}")
