@@ -56,10 +56,14 @@ def test_a_quantized_source_is_fetched_in_order(hub: Hub, tmp_path: Path) -> Non
     for path in hub.folder.iterdir():
         path.unlink()
     for path in (tmp_path / "remote2").iterdir():
-        if path.name != "streamconv.json":
-            (hub.folder / path.name).write_bytes(path.read_bytes())
+        (hub.folder / path.name).write_bytes(path.read_bytes())
     done = run(hub, tmp_path, "convert", REPO, "out", "--to", "hf", "--hub-keep", "none", "--quiet")
     assert done.returncode == 0, done.stderr
     local = run(hub, tmp_path, "convert", str(hub.folder), "local", "--to", "hf", "--quiet")
     assert local.returncode == 0 and content(tmp_path / "out") == content(tmp_path / "local"), local.stderr
     assert not [path for path in (tmp_path / "home").rglob("*.safetensors")]
+    changed = max(hub.folder.glob("*.safetensors"))
+    changed.write_bytes(changed.read_bytes()[:-1] + b"\x55")
+    refused = run(hub, tmp_path, "convert", REPO, "bad", "--to", "hf", "--hub-keep", "none", "--quiet")
+    assert refused.returncode == 3 and f"{changed.name}: " in refused.stderr and "streamconv.json" in refused.stderr, refused.stderr
+    assert not (tmp_path / "bad").exists()

@@ -89,6 +89,7 @@ def awq(folder: Path) -> Path:
         cols = held[f"{module}.weight"].shape[1]
         held[f"{module}.pre_quant_scale"] = shared.setdefault(key, (torch.rand(cols) + 0.5).half())
     save_file({name: tensor.clone() for name, tensor in held.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "streamconv.json").unlink()  # it tells of the other file
     return folder
 
 
