@@ -5,6 +5,7 @@ Tiles read a source in pieces and out of order, and the hashes of tensors run fr
 
 from __future__ import annotations
 
+import os
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable
@@ -56,7 +57,7 @@ class Record:
 def record_of(index: Index) -> Record | None:
     """The streamconv.json beside a source; None if there is none."""
     path = index.shards[0].path.parent / manifest.NAME if index.shards else None
-    if path is None or not path.exists():
+    if path is None or not os.path.lexists(path):
         return None
     nbytes = sum(shard.size for shard in index.shards)
     try:
