@@ -270,7 +270,10 @@ class Worker:
         """Publish if all parts are done, unless another process is at it, or locks would not keep it away."""
         if self.resources.no_lock:
             return
-        if all(claims.done(part) for part in range(len(self.parts))):
-            patience = max(10.0, self.resources.wait)
-            self.share.warnings += publish(claims, self.index, self.plan, self.parts, self.disk, self.meter, patience)
-            self.share.published = True
+        if not all(claims.done(part) for part in range(len(self.parts))):
+            if not claims.is_there():  # the records went with the work
+                raise Over
+            return
+        patience = max(10.0, self.resources.wait)
+        self.share.warnings += publish(claims, self.index, self.plan, self.parts, self.disk, self.meter, patience)
+        self.share.published = True

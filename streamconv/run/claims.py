@@ -136,9 +136,10 @@ class Claims:
         return claim
 
     def _open_claims(self) -> int:
-        if self.base.look(CLAIMS) is None:
-            raise Over
-        return self.base.open(CLAIMS, make=False)
+        try:
+            return self.base.open(CLAIMS, make=False)
+        except FileNotFoundError:
+            raise Over from None
 
     def publisher(self) -> Claim | None:
         """The right to publish, which nobody has while a part is held; None if another has it.

@@ -240,9 +240,13 @@ class Folder:
         self.disk.rename(self, old, new, Mark.of(there))
 
     def unlink(self, name: str) -> None:
-        """Remove a file that a run made; a missing one is fine."""
+        """Remove a file that a run made; a missing one is fine, also if it went just now."""
         if (there := self.made(name)) is not None:
-            self.disk.unlink(self, name, Mark.of(there))
+            try:
+                self.disk.unlink(self, name, Mark.of(there))
+            except (FileNotFoundError, OutputError):
+                if self.look(name) is not None:
+                    raise
 
     def sync(self) -> None:
         """Make the names in the folder durable."""

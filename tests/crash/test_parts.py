@@ -20,7 +20,7 @@ from streamconv.publishing import finish
 from streamconv.run import presence
 from streamconv.run.fs import Disk, Folder, hidden
 from streamconv.targets.trtllm.options import TensorRTLLM
-from tests.crash import kills, powercut
+from tests.crash import kills, powercut, turns
 from tests.crash.disks import Counting, Killed, Killing, Tapped
 from tests.crash.world import World, fast_folder, no_thread, restore, snapshot, write_model
 
@@ -72,6 +72,24 @@ def test_killed_at_every_operation(make: Callable[..., InParts], settings: dict[
 @pytest.mark.parametrize("settings", [{"replaced": True}, {"mounted": True, "replaced": True}], ids=["replaced", "mounted"])
 def test_killed_at_some_operations(make: Callable[..., InParts], settings: dict[str, Any]) -> None:
     _kill_everywhere(make(**settings), depth=1, step=23)
+
+
+@pytest.mark.parametrize("settings", [{}, {"mounted": True, "replaced": True}], ids=["new", "both"])
+def test_two_at_once_and_one_killed(make: Callable[..., InParts], settings: dict[str, Any]) -> None:
+    """Two Disks take turns, operation by operation: whoever lives ends well, with the output in its place."""
+    _two_at_once(make(**settings), 14)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{}, {"replaced": True}, {"mounted": True}, {"tile_rows": 16}], ids=str)
+def test_two_at_once_anywhere(make: Callable[..., InParts], settings: dict[str, Any]) -> None:
+    _two_at_once(make(**settings), 600)
+
+
+def _two_at_once(world: InParts, cases: int) -> None:
+    count = turns.many(world, cases)
+    assert not count.wrong, "\n".join(count.wrong[:10])
+    assert count.facts["changes of turns"] >= 5 * cases
 
 
 @pytest.mark.parametrize("settings", [{"replaced": True}, {"mounted": True}], ids=["replaced", "mounted"])
