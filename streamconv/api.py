@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from streamconv import device, hub, memory
 from streamconv.allocation import costs_of, estimate_memory
 from streamconv.checkpoint.index import Index
-from streamconv.errors import LockedError, UsageError
+from streamconv.errors import LockedError
 from streamconv.estimate import look
 from streamconv.execution import executor
 from streamconv.open_plan import open_and_plan as open_and_plan
@@ -214,8 +214,6 @@ class Conversion:
         """As `_run`, for one of the processes that share the work."""
         from streamconv.in_parts import Worker
 
-        if self.resources.verify_inline:
-            raise UsageError("--verify inline and --parts exclude each other so far", hint="verify --part N checks a part")
         began, resources, meter = self.clock(), self.resources, self.meter
         index, plans = open_and_plan_all(self.source, self.outputs, resources.memory_budget)
         with contextlib.closing(index):
@@ -238,8 +236,8 @@ class Conversion:
         each = tuple(
             Written(
                 one.out, len(plan.files), sum(file.tensors for file in plan.files), plan.bytes_written, share.resumed,
-                share.published and not share.parts, (*plan.warnings, *share.warnings), losses=_losses(plan), parts=tuple(share.parts),
-                published=share.published,
+                share.published and not share.parts, (*plan.warnings, *share.warnings), tuple(share.errors), _losses(plan),
+                tuple(share.parts), share.published,
             )
             for one, plan, share in made
         )  # fmt: skip

@@ -24,6 +24,7 @@ from streamconv.planning.plan import Plan
 from streamconv.planning.reads import Reads
 from streamconv.progress import Meter
 from streamconv.publishing import POLL, anywhere, publish
+from streamconv.reports import TensorError
 from streamconv.run import journal, sampled, source_record
 from streamconv.run.claim import Claim, Over, told
 from streamconv.run.claims import Claims
@@ -46,6 +47,7 @@ class Share:
     Attributes:
         parts: those that it did; `resumed` tiles of them were there.
         published: the output has its name.
+        errors: of the matrices of these parts, with `verify_inline`.
         where: devices, or the CPU and why.
     """
 
@@ -58,6 +60,7 @@ class Share:
     where: str = ""
     shares: MemoryPlan | None = None
     warnings: list[str] = dataclasses.field(default_factory=list)
+    errors: list[TensorError] = dataclasses.field(default_factory=list)
 
 
 class Worker:
@@ -243,13 +246,16 @@ class Worker:
         attempt: str,
         evidence: tuple[tuple[int, ...], ...],
     ) -> Record:
+        from streamconv.run.inline_check import InlineCheck
         from streamconv.run.output_state import OutputState
 
         reads, shards = Reads([plan]), self.index.shards
-        state = OutputState(plan, folder, book, past)
+        check = InlineCheck(plan, self.resources.min_snr) if self.resources.verify_inline else None
+        state = OutputState(plan, folder, book, past, check=check)
         if self.resources.source_check and plan.bytes_checked:
             source_record.check(self.index, wanted=self._source.wanted(plan))
-        with executor(reads, self.resources, costs_of(reads), hub.memory_of(self.index) + self.pinned, self.instead) as execution:
+        costs = costs_of(reads, checked=self.resources.verify_inline)
+        with executor(reads, self.resources, costs, hub.memory_of(self.index) + self.pinned, self.instead) as execution:
             try:
                 outcome = execution.run([state], shards, self.meter.tile)
             finally:
@@ -258,13 +264,17 @@ class Worker:
             self.share.warnings += [warning for warning in execution.warnings() if warning not in self.share.warnings]
         for shard in shards:
             shard.check_unchanged()
+        if check is not None:
+            check.finish()
+            self.share.errors += check.errors()
         self.share.bytes_read += outcome.bytes_read
         self.share.bytes_mapped += outcome.bytes_mapped
         self.share.tiles += outcome.tiles
         self.share.resumed += state.resumed
         found = state.overflow, state.nonfinite
         hashes = hashes_of(self.plan, part, state.hashes)
-        return Record(self.plan.fingerprint(), attempt, hashes, evidence, "", *found, outcome.tiles, outcome.bytes_read)
+        snr = check.manifest() if check is not None else {}
+        return Record(self.plan.fingerprint(), attempt, hashes, evidence, "", *found, outcome.tiles, outcome.bytes_read, snr)
 
     def _publish(self, claims: Claims) -> None:
         """Publish if all parts are done, unless another process is at it, or locks would not keep it away."""

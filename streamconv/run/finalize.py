@@ -16,7 +16,7 @@ from streamconv.run.claims import Claims
 from streamconv.run.order import Hashes
 from streamconv.run.output_folder import OutputFolder
 from streamconv.run.part_folder import Aside, own_pages, shared
-from streamconv.run.part_record import Record, put_hashes, sound
+from streamconv.run.part_record import Record, measured, put_hashes, sound
 from streamconv.run.writer import Writer
 
 
@@ -67,7 +67,7 @@ def finalize(claims: Claims, writer: Writer, plan: Plan, parts: Sequence[Part], 
                 aside.close()
     if check:
         _read_back(writer.folder, plan, hashes)
-    writer.publish(hashes)
+    writer.publish(hashes, measured(records))
 
 
 def _into_place(aside: Aside, folder: OutputFolder, plan: Plan, part: Part, page: int, private: bool) -> str:

@@ -72,7 +72,7 @@ def build(
     if plan.losses is not None:
         head["losses"] = plan.losses.to_json()
     if snr is not None:
-        head["snr"] = snr
+        head["snr"] = {file: dict(sorted(found.items())) for file, found in sorted(snr.items())}
     if no_lock:
         head["no_lock"] = True
     pairs = zip(plan.files, hashes, strict=True)

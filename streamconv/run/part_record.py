@@ -5,7 +5,7 @@ One line as of a journal, in a file that gets its name when all bytes of the par
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,7 @@ class Record:
         evidence: what each source file was: modification and change time, inode.
         overflow, nonfinite: as of `OutputState`.
         tiles, bytes_read: of this attempt.
+        snr: what `--verify inline` measured, as of `run.manifest`.
     """
 
     fingerprint: str
@@ -38,6 +39,7 @@ class Record:
     nonfinite: dict[str, int] = field(default_factory=dict)
     tiles: int = 0
     bytes_read: int = 0
+    snr: Mapping[str, Mapping[str, float | str]] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
         values = {name: getattr(self, name) for name in self.__slots__}
@@ -76,6 +78,15 @@ def sound(plan: Plan, part: Part, record: Record, fingerprint: str) -> bool:
     """A record is of this part of this plan."""
     right = all(isinstance(digest, str) and len(digest) == 2 * Hashes.SIZE for digest in record.hashes)
     return right and record.fingerprint == fingerprint and len(record.hashes) == sum(1 for _ in tensors(plan, part))
+
+
+def measured(records: Sequence[Record]) -> Mapping[str, Mapping[str, float | str]] | None:
+    """The SNR of every matrix that some part looked at; None if none did."""
+    total: dict[str, dict[str, float | str]] = {}
+    for record in records:
+        for file, found in record.snr.items():
+            total.setdefault(file, {}).update(found)
+    return total or None
 
 
 def counted(records: Sequence[Record], what: str) -> dict[str, int]:

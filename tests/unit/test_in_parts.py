@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,22 @@ def test_rank_files(recipe: Recipe, quant: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("quant", ["none", "fp8_dynamic", "mxfp4"])
 def test_a_hugging_face_directory(quant: str, tmp_path: Path) -> None:
     _in_parts_and_alone(tiny.write(tmp_path / "in"), HuggingFace(quant=quant), tmp_path)
+
+
+def test_inline_verification(tmp_path: Path) -> None:
+    """Each worker measures the matrices of its parts; the manifest has those of all of them."""
+    model, options = tiny.write(tmp_path / "in"), HuggingFace(quant="w4a16", group_size=32)
+    checked = _resources(verify_inline=True)
+    alone = api.convert(model, tmp_path / "alone", options, checked).outputs[0].errors
+    found = list(api.convert(model, tmp_path / "parts", options, replace(checked, parts=3, part=1)).outputs[0].errors)
+    assert 0 < len(found) < len(alone)
+    found += api.convert(model, tmp_path / "parts", options, replace(checked, parts=3)).outputs[0].errors
+    assert {error.name: error for error in found} == {error.name: error for error in alone} and len(found) == len(alone)
+    _same(tmp_path / "alone", tmp_path / "parts")
+    assert len(json.loads((tmp_path / "parts" / "streamconv.json").read_text())["snr"]) == 1
+    with pytest.raises(VerifyError, match="--min-snr 60"):
+        api.convert(model, tmp_path / "low", options, replace(checked, parts=3, min_snr=60.0))
+    assert not (tmp_path / "low").exists()
 
 
 def test_partners_share_a_reduction(tmp_path: Path) -> None:
