@@ -217,10 +217,10 @@ class Conversion:
         began, resources, meter = self.clock(), self.resources, self.meter
         index, plans = open_and_plan_all(self.source, self.outputs, resources.memory_budget)
         with contextlib.closing(index):
-            foreseen = [_estimated([plan], resources) for plan in plans]
+            foreseen, instead = [_estimated([plan], resources) for plan in plans], (self.instead, self.pinned)
             workers = [
-                Worker(self.source, Path(named(one.out)), index, plan, resources, self.force, meter, self.disk, self.instead, self.pinned)
-                for one, plan in zip(self.outputs, plans, strict=True)
+                Worker(self.source, Path(named(one.out)), index, plan, resources, told.budget, self.force, meter, self.disk, *instead)
+                for one, plan, told in zip(self.outputs, plans, foreseen, strict=True)
             ]
             if self.several:
                 check_apart([worker.place() for worker in workers], index.root)

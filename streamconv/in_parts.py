@@ -68,6 +68,7 @@ class Worker:
 
     Args:
         source: what is converted, as it was asked for.
+        budget: bytes of memory that a part may take.
         instead, pinned: as of `api.convert`.
     """
 
@@ -78,6 +79,7 @@ class Worker:
         index: Index,
         plan: Plan,
         resources: Resources,
+        budget: int,
         force: bool,
         meter: Meter,
         disk: Disk | None,
@@ -94,7 +96,7 @@ class Worker:
                 hint="give each worker its part, with --part K/N, or add --private-parts",
             )
         self.source, self.out, self.index, self.plan, self.resources = source, out, index, plan, resources
-        self.force, self.meter, self.disk, self.instead, self.pinned = force, meter, disk, instead, pinned
+        self.budget, self.force, self.meter, self.disk, self.instead, self.pinned = budget, force, meter, disk, instead, pinned
         self.parts = cut(plan, resources.parts)
         self.identity = journal.identity(plan, index.shards)  # reads some of every source file: once for all parts
         self.share = Share()
@@ -133,7 +135,7 @@ class Worker:
                 raise ResumeError(f"the work was begun on a machine with pages of {claims.told['page']} bytes; here they have {page}")
             if self.resources.part is None and not private:
                 claims.check_reach()
-            self.meter.begin("converting", sum(part.read for part in self.parts))
+            self.meter.begin("converting", sum(part.read for part in self.parts), memory_budget=self.budget)
             self._take(claims)
             self._publish(claims)
         except Over:
