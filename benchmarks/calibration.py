@@ -29,13 +29,13 @@ from streamconv.memory import parse_size, peak_resident, show_size
 SHAPE = Shape(hidden=2048, layers=16, intermediate=8192, heads=32, kv_heads=8, vocab=32768, head_dim=64, dtype="bf16")
 
 
-def make(folder: Path, text: Path, samples: int, length: int) -> None:
+def make(folder: Path, text: Path, samples: int, length: int, shape: Shape = SHAPE) -> None:
     """The model, a tokenizer of made-up words, and random text in them."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     if not (folder / "config.json").exists():
-        write_model(folder, SHAPE)
-    words = [f"w{number}" for number in range(SHAPE.vocab - 2)]
+        write_model(folder, shape)
+    words = [f"w{number}" for number in range(shape.vocab - 2)]
     tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1} | {w: n + 2 for n, w in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
     tokenizer.save(str(folder / "tokenizer.json"))

@@ -168,7 +168,7 @@ class Conversion:
                             writer.abandoned = execution.busy
                     warnings = execution.warnings()
                 laps.append(self.clock())
-                for shard in index.shards:
+                for shard in (*index.shards, *(file for writer in unfinished for file in writer.plan.beside)):
                     shard.check_unchanged()
                 meter.phase("syncing")
                 for state in states.values():

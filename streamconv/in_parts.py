@@ -264,7 +264,7 @@ class Worker:
                 self._abandoned = execution.busy
             self.share.where, self.share.shares = execution.where, execution.shares
             self.share.warnings += [warning for warning in execution.warnings() if warning not in self.share.warnings]
-        for shard in shards:
+        for shard in (*shards, *plan.beside):
             shard.check_unchanged()
         if check is not None:
             check.finish()

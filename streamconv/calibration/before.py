@@ -140,8 +140,7 @@ class _Runs:
     ) -> None:
         self._source, self._out, self._samples, self._progress, self._told = source, out, samples, progress, told
         self._sampled = sampled
-        left = max(1, budget - memory.resident()) if budget is not None else None
-        self._common: dict[str, Any] = {"device": device, "memory_budget": left, "reuse": True}
+        self._common: dict[str, Any] = {"device": device, "memory_budget": budget, "reuse": True}
 
     def _run(self, out: Path, what: str, arguments: dict[str, Any]) -> dict[str, Any]:
         from streamconv.calibration.child import calibrate_apart
@@ -151,6 +150,7 @@ class _Runs:
         if asked["samples"] is None:
             asked["samples"] = SAMPLES["codes" if "method" in arguments else "ranges"]
         asked |= {"model": str(local_folder(self._source)), "out": str(out), **self._common, **arguments}
+        asked["beside"] = memory.resident() if asked["memory_budget"] is not None else 0
         done = calibrate_apart(asked, self._progress, [self._out], self._sampled)
         how = "measured before" if done["reused"] else f"measured in {done['seconds']:.1f} s"
         self._told(f"{out}: {done['tensors']} {what} from {done['samples']} samples, {how}")

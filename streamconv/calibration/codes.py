@@ -18,7 +18,7 @@ from streamconv.calibration.gram import Gram
 from streamconv.calibration.grid import Grid
 from streamconv.calibration.search import Found, Site, nearest, search
 from streamconv.calibration.tiers import LINEAR, SAMPLE, SITES, SMALLER, gram_bytes, losses_bytes, passes_of, search_bytes, tier_of
-from streamconv.checkpoint.codes_file import Losses
+from streamconv.checkpoint.codes_file import Losses, mark_of
 from streamconv.errors import DataError, UsageError, printable
 
 if TYPE_CHECKING:
@@ -98,7 +98,8 @@ class CodesWork:
         if not modules:
             raise UsageError(f"--group-size {self._group}: no linear layer divides into such groups", hint="--group-size 64")
         self._tokens = tokens
-        path, told = scratch.folder / "codes", facts | {"method": self._method} | ({"folded": self._fold} if self._fold else {})
+        told = facts | {"method": self._method, "weights": mark_of(layer.index, modules)} | ({"folded": self._fold} if self._fold else {})
+        path = scratch.folder / "codes"
         self._writer = CodesWriter(path, modules, self._group, multipliers, others, told, begun=scratch.done > 0)
 
     def _folds_of(self, layer: OneLayer, places: Mapping[str, Place]) -> Folds:

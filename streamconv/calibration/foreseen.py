@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamconv import memory
+from streamconv.allocation import SPARE
 from streamconv.calibration.before import SAMPLES, check_text, takes_codes
 from streamconv.calibration.held import Held
 from streamconv.calibration.request import Samples
@@ -123,12 +124,13 @@ def foreseen(
 def _search(
     index: Index, facts: ModelConfig, family: Family, method: str, group: int, samples: Samples, budget: int | None, device: str
 ) -> Search:
-    left = memory.available() if budget is None else max(1, budget - memory.resident())
+    beside = 0 if budget is None else memory.resident() + SPARE
+    left = memory.available() if budget is None else max(1, budget - beside)
     itemsize = 4 if device == "cpu" else {"float32": 4}.get(facts.dtype or "float16", 2)
     extra = search_bytes(method, group, facts, device)
     held = Held.of(index, facts, family, samples.batch_size * samples.max_length, itemsize, extra, losses_bytes)
     free = free_memory(device) if visible() else None
-    held.check(left, device, SMALLER, free)
+    held.check(left if budget is None else budget, device, SMALLER, free, beside)
     room = gram_room(left if device == "cpu" else free)
     layers = _weights(index, family)
     tokens = max(0, SAMPLES["codes"] if samples.samples is None else samples.samples) * samples.max_length

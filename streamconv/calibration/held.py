@@ -21,6 +21,8 @@ _TORCH_BASE = 450 * MIB
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _TOKENIZER = 24
 """Bytes that a tokenizer takes for each of its file (measured for word-level and BPE ones of 200,000 tokens, rounded up)."""
+_JITTER = 4
+"""MiB by which the other process may differ when the hinted budget is used."""
 _MODULE = 16 << 10
 """Bytes of a linear module beside its weights."""
 
@@ -68,24 +70,26 @@ class Held:
         """Bytes of the process."""
         return _TORCH_BASE + self.layer + self.batch + self.words + self.results + (self.extra if device == "cpu" else 0)
 
-    def check(self, budget: int | None, device: str, smaller: str, room: int | None = None) -> None:
+    def check(self, budget: int | None, device: str, smaller: str, room: int | None = None, beside: int = 0) -> None:
         """Refuse a budget, or a device, that it does not fit in.
 
         Args:
             budget: bytes; None: what is free.
             device: "cpu" or another.
             smaller: end of the hint.
-        room: free bytes of the device; None for the CPU, or if nobody knows.
+            room: free bytes of the device; None for the CPU, or if nobody knows.
+            beside: bytes of the budget that another process takes.
 
         Raises:
             BudgetError: says what is needed.
         """
-        need, free = self.host(device), memory.available() if budget is None else budget
+        need, free = self.host(device) + beside, memory.available() if budget is None else budget
         if need > free:
             told = f"one layer {show_size(self.layer)}, tokenizer {show_size(self.words)}, results {show_size(self.results)}"
+            smallest = -(-need // MIB) + (_JITTER if beside else 0)
             raise BudgetError(
                 f"calibration takes about {show_size(need)} ({told}), and only {show_size(free)} may be used",
-                hint=f"--memory-budget {-(-need // MIB)}MiB, or a smaller --batch-size or --max-length" + smaller,
+                hint=f"--memory-budget {smallest}MiB, or a smaller --batch-size or --max-length" + smaller,
             )
         need = self.layer + self.batch + self.extra
         if room is not None and need > room:

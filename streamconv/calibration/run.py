@@ -20,10 +20,8 @@ from streamconv.calibration.names import Names
 from streamconv.calibration.request import DTYPES, Loop
 from streamconv.calibration.torch_device import current, free_memory, give_back, torch_device
 from streamconv.checkpoint.index import Index
-from streamconv.checkpoint.model_config import ModelConfig
 from streamconv.checkpoint.quantized import source_quantization
 from streamconv.errors import CheckpointError, OutputError, RefusedError, UsageError, printable
-from streamconv.families import Family
 from streamconv.hub import local_folder, open_source
 from streamconv.lazy import torch
 from streamconv.run.fs import beside, named, translate_errors
@@ -55,6 +53,7 @@ def calibrate(
     loop: Loop = "trtllm",
     device: str = "auto",
     memory_budget: int | None = None,
+    beside: int = 0,
     reuse: bool = False,
     progress: Progress = _silent,
     sampled: Sampled = lambda layer, layers, sample, samples: None,
@@ -74,6 +73,7 @@ def calibrate(
         loop: whose samples: "trtllm" (SmoothQuant, INT8 KV cache) or "modelopt" (FP8); quantization spec §16.
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...
         memory_budget: bytes; refused before work starts if one layer and a batch do not fit.
+        beside: bytes of it that another process takes.
         reuse: leave a file that the same request made as it is.
         progress: called after each layer with (done, all, seconds left).
         sampled: called within a layer, at most once a second, with (layers done, all layers, samples through this one, all samples).
@@ -95,7 +95,7 @@ def calibrate(
         refuse_quantized(index)
         from streamconv.calibration.maxima import RangesWork
 
-        run = Run(index, out, batch_size, dtype, loop, device, memory_budget)
+        run = Run(index, out, batch_size, dtype, loop, device, memory_budget, beside)
         return run.measure(RangesWork(run.kind), text, samples, max_length, reuse, progress, sampled)
 
 
@@ -115,6 +115,7 @@ def find_codes(
     loop: Loop = "modelopt",
     device: str = "auto",
     memory_budget: int | None = None,
+    beside: int = 0,
     reuse: bool = False,
     progress: Progress = _silent,
     sampled: Sampled = lambda layer, layers, sample, samples: None,
@@ -139,8 +140,8 @@ def find_codes(
         refuse_quantized(index)
         if dtype == "auto" and torch_device(device) == "cpu":
             dtype = "float32"  # which holds all that 16 bits hold, and is several times faster there
-        run = Run(index, out, batch_size, dtype, loop, device, memory_budget)
-        free = memory.available() if memory_budget is None else memory_budget
+        run = Run(index, out, batch_size, dtype, loop, device, memory_budget, beside)
+        free = memory.available() if run.budget is None else run.budget
         room = gram_room(free if run.device == "cpu" else free_memory(run.device))
         return run.measure(CodesWork(method, group, scale, room, run.device, fold), text, samples, max_length, reuse, progress, sampled)
 
@@ -171,13 +172,19 @@ class Run:
 
     Args:
         out: the file of the results.
-        batch, dtype, loop, device, budget: as of `calibrate`.
+        batch, dtype, loop, device, budget, beside: as of `calibrate`.
+
+    Attributes:
+        budget: what this process may take.
     """
 
-    def __init__(self, index: Index, out: Path, batch: int, dtype: str, loop: Loop, device: str, budget: int | None) -> None:
+    def __init__(
+        self, index: Index, out: Path, batch: int, dtype: str, loop: Loop, device: str, budget: int | None, beside: int = 0
+    ) -> None:
         from streamconv.targets.trtllm.target import model_of
 
-        self.index, self.out, self.batch, self.loop, self.budget = index, out, batch, loop, budget
+        self.index, self.out, self.batch, self.loop, self._beside = index, out, batch, loop, beside
+        self.budget = None if budget is None else max(1, budget - beside)
         self.facts, self.family = model_of(index)
         self.kind = (self.facts.dtype or "float16") if dtype == "auto" else dtype
         self.dtype: torch.dtype = getattr(torch, self.kind)
@@ -202,7 +209,10 @@ class Run:
 
         began = time.monotonic()
         self._spare(work)
-        check_budget(self.index, self.facts, self.family, self.budget, self.batch * max_length, self.dtype.itemsize, self.device, work)
+        tokens, extra = self.batch * max_length, work.extra(self.facts)
+        held = Held.of(self.index, self.facts, self.family, tokens, self.dtype.itemsize, extra, work.kept)
+        whole = None if self.budget is None else self.budget + self._beside
+        held.check(whole, self.device, work.smaller, free_memory(self.device), self._beside)
         with memory.bounded(self.budget):
             ids = tokenize(self.index.root, load_texts(text, samples), max_length, self.loop)
         if not ids:
@@ -305,7 +315,7 @@ class Run:
             newest = max(max(shard.identity.mtime_ns, shard.identity.ctime_ns) for shard in self.index.shards)
             fits = json.loads(header.metadata.get("calibration", "{}")).get("request") == mark
             return len(header.tensors) if fits and self.out.stat().st_mtime_ns >= newest else 0
-        except (OSError, ValueError, AttributeError, CheckpointError):
+        except (OSError, ValueError, AttributeError, RecursionError, CheckpointError):
             return 0
 
     def _write(self, work: Work, results: dict[str, torch.Tensor], facts: dict[str, Any]) -> int:
@@ -317,11 +327,3 @@ class Run:
                 os.fsync(file.fileno())
             os.replace(new, self.out)
         return count
-
-
-def check_budget(
-    index: Index, facts: ModelConfig, family: Family, budget: int | None, tokens: int, itemsize: int, device: str, work: Work
-) -> None:
-    """Refuse a budget that one layer and one batch do not fit in; as `Held.check`."""
-    held = Held.of(index, facts, family, tokens, itemsize, work.extra(facts), work.kept)
-    held.check(budget, device, work.smaller, free_memory(device))

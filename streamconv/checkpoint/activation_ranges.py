@@ -27,6 +27,9 @@ _LEAST = 448 * 2.0**-126
 class Ranges:
     """An open activation-ranges file; equal only to itself. Safe to read from any thread.
 
+    Attributes:
+        shard: the file.
+
     Raises:
         UsageError: there is no such file. HeaderError: it is no safetensors file.
     """
@@ -36,19 +39,19 @@ class Ranges:
         if not os.path.isfile(self.path):
             raise UsageError(f"--activation-ranges {printable(str(path))}: no such file", hint=HINT)
         self._entries = read_header(self.path).tensors
-        self._shard = Shard(self.path)
-        weakref.finalize(self, self._shard.close)  # plans and encodings refer to it: the last of them closes it
+        self.shard = Shard(self.path)
+        weakref.finalize(self, self.shard.close)  # plans and encodings refer to it: the last of them closes it
 
     @property
     def size(self) -> int:
         """Bytes of the file."""
-        return self._shard.size
+        return self.shard.size
 
     def digest(self) -> str:
         """SHA-256 of the content, hex."""
         digest = hashlib.sha256()
         for at in range(0, self.size, 1 << 20):
-            with self._shard.window(at, min(at + (1 << 20), self.size)) as window:
+            with self.shard.window(at, min(at + (1 << 20), self.size)) as window:
                 digest.update(window)
         return digest.hexdigest()
 
@@ -76,7 +79,7 @@ class Ranges:
         """float32 [channels]."""
         entry = self._entries[name]
         values = np.empty(entry.shape, np.float32)
-        self._shard.read_into(entry.begin, values.view(np.uint8).data)
+        self.shard.read_into(entry.begin, values.view(np.uint8).data)
         return values
 
     def amax(self, names: list[str]) -> float:

@@ -9,25 +9,36 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import struct
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from streamconv.checkpoint.dtypes import F32, I8
+import xxhash
+
+from streamconv.checkpoint.dtypes import F32, I8, DType
 from streamconv.checkpoint.header import read_header
 from streamconv.checkpoint.header_parse import TensorEntry
 from streamconv.checkpoint.packed_rows import read_channels
 from streamconv.checkpoint.rows import PackedTensor, SourceFile, SourceTensor
 from streamconv.checkpoint.shard import Shard
-from streamconv.errors import TensorError, UsageError, printable
-from streamconv.lazy import Bytes
+from streamconv.errors import DataError, TensorError, UsageError, printable
+from streamconv.lazy import Bytes, np
 from streamconv.options import SEARCHED
 
+if TYPE_CHECKING:
+    from streamconv.checkpoint.index import Index
+
 HINT = "--text FILE finds them now"
+_RANGE = {"F16": (2.0**-24, 65504.0), "BF16": (2.0**-126, 3.3895e38), "F32": (2.0**-126, 3.4028e38)}
+"""The smallest and largest scale in a type; engines take numbers below the normal ones of the wide types for zero."""
+_FOLDS = ("", "norms", "all")
+_MARK, _MARKED = 4096, 64
+"""Bytes of a weight that `mark_of` reads, and of about how many weights."""
 _FEW = 1024
 """Linear layers that a manifest names one by one."""
 
@@ -81,19 +92,36 @@ class TurnedCodes(ApartCodes):
 
 @dataclass(frozen=True, slots=True)
 class ApartTensor(SourceTensor):
-    """A tensor of a file of its own; as `ApartCodes`."""
+    """A tensor of a file of its own; as `ApartCodes`.
+
+    Attributes:
+        into: the type that these scales are rounded to; None if they are none.
+    """
 
     file: Shard | None = None
     begin: int = 0
+    into: DType | None = None
 
     def turned(self) -> TurnedTensor:
         """Its columns."""
-        return TurnedTensor(self.name, self.dtype, (self.cols, self.rows), (), 0, self.file, self.begin)
+        return TurnedTensor(self.name, self.dtype, (self.cols, self.rows), (), 0, self.file, self.begin, self.into)
+
+    def check(self, data: Bytes) -> None:
+        """Raises DataError for what is no scale: not positive, or not finite, before or after it is rounded."""
+        if self.into is None or not data.size:
+            return
+        values, (least, most) = data.view(np.float32), _RANGE[self.into.name]
+        bad = ~((values >= least) & (values <= most))  # NaN is in no range
+        if bad.any():
+            assert self.file is not None
+            told = f"{printable(str(self.file.path))}: {printable(self.name)} holds {float(values[bad.argmax()]):g}, which is no scale"
+            raise DataError(told if self.into == F32 else f"{told} in {self.into.torch}", hint=HINT)
 
     def read(self, shards: Sequence[Shard], start: int, stop: int, out: Bytes, scratch: Bytes) -> None:
         assert self.file is not None
         each = self.stored_row_bytes
         self.file.read_into(self.begin + start * each, out.data[: (stop - start) * each])
+        self.check(out[: (stop - start) * each])
 
     def drop_page_cache(self, shards: Sequence[Shard], start: int, stop: int) -> None:
         """Nothing: scales are small."""
@@ -112,6 +140,7 @@ class TurnedTensor(ApartTensor):
         item, count = self.dtype.itemsize, stop - start
         stripe = scratch[: count * self.stored_row_bytes]
         self.file.read_rows_into(self.begin + start * item, self.rows * item, count * item, self.cols, stripe.data, count * item)
+        self.check(stripe)
         out[: stripe.size].reshape(count, self.cols, item)[:] = stripe.reshape(self.cols, count, item).swapaxes(0, 1)
 
 
@@ -164,7 +193,7 @@ class Losses:
         def pair(rtn: float, found: float) -> dict[str, float]:
             return {"rtn": float(f"{rtn:.4g}"), "found": float(f"{found:.4g}")}
 
-        told = {"method": self.method, "linear_layers": len(self.each), "mean": pair(*self.mean())}
+        told: dict[str, Any] = {"method": self.method, "linear_layers": len(self.each), "mean": pair(*self.mean())}
         told["worst"] = {name: pair(*both) for name, both in self.worst().items()}
         return told | ({"each": {name: pair(*both) for name, both in self.each.items()}} if len(self.each) <= _FEW else {})
 
@@ -173,15 +202,31 @@ def _told(metadata: Mapping[str, str]) -> Mapping[str, Any]:
     """What a file says of the search that made it."""
     try:
         told = json.loads(metadata.get("calibration", "{}"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return told if isinstance(told, dict) else {}
+
+
+def mark_of(index: Index, modules: Iterable[str]) -> str:
+    """XXH3-128 (hex) of the first bytes of some weights, in whatever files they lie: tells the model that codes were found for.
+
+    Args:
+        modules: that have codes.
+    """
+    names = sorted(name for name in (f"{module}.weight" for module in modules) if name in index.tensors)
+    digest = xxhash.xxh3_128()
+    for name in names[:: len(names) // _MARKED + 1]:
+        record = index.tensors[name]
+        with index.shards[record.shard].window(record.begin, record.begin + min(record.nbytes, _MARK)) as data:
+            digest.update(data)
+    return digest.hexdigest()
 
 
 class Codes:
     """An open file of codes; equal only to itself. Safe to read from any thread.
 
     Attributes:
+        shard: the file.
         method: that found them; None if the file does not say.
         folded: which pre-scales the layers before take: "", "norms" or "all".
 
@@ -195,17 +240,27 @@ class Codes:
             raise UsageError(f"--codes {printable(str(path))}: no such file", hint=HINT)
         header = read_header(self.path)
         told = _told(header.metadata)
-        self._entries, self.folded = header.tensors, str(told.get("folded", ""))
+        self._entries, self._weights = header.tensors, told.get("weights")
+        self.folded = str(told.get("folded", ""))
         self.method: str | None = told.get("method") if told.get("method") in SEARCHED else None
-        self._shard = Shard(self.path)
-        weakref.finalize(self, self._shard.close)  # plans refer to it: the last of them closes it
+        self.shard = Shard(self.path)
+        weakref.finalize(self, self.shard.close)  # plans refer to it: the last of them closes it
+        stray = next((name for name in self.changed() if not self.folded), None)
+        if self.folded not in _FOLDS or stray is not None:
+            why = "it does not say where pre-scales are" if stray is None else f"{printable(stray)} is none of a linear layer's codes"
+            raise TensorError(f"--codes {printable(str(path))}: {why}", hint=HINT)
 
     def identity(self) -> SourceFile:
         """The header says which calibration it was, so its hash stands for the content."""
-        with self._shard.window(0, 8) as length:
+        with self.shard.window(0, 8) as length:
             size = 8 + int(struct.unpack("<Q", bytes(length[:8]))[0])
-        with self._shard.window(0, size) as header:
-            return SourceFile(self.path.name, self._shard.size, hashlib.sha256(header).hexdigest())
+        with self.shard.window(0, size) as header:
+            return SourceFile(self.path.name, self.shard.size, hashlib.sha256(header).hexdigest())
+
+    def check_model(self, index: Index) -> None:
+        """Raises TensorError if the codes were found for other weights; files of earlier releases do not say it."""
+        if self._weights is not None and self._weights != mark_of(index, self.modules()):
+            raise TensorError(f"--codes {printable(str(self.path))}: they were found for other weights than these", hint=HINT)
 
     def has(self, module: str) -> bool:
         return f"{module}.weight_scale" in self._entries
@@ -217,7 +272,7 @@ class Codes:
     def changed(self) -> dict[str, ApartTensor]:
         """Norms and biases of the source with pre-scales in them, by name."""
         mine = {f"{module}.{leaf}" for module in self.modules() for leaf in ("weight", "weight_scale", "losses", "pre_quant_scale")}
-        return {name: self._apart(entry) for name, entry in self._entries.items() if name not in mine}
+        return {name: self._apart(entry, None) for name, entry in self._entries.items() if name not in mine}
 
     def found(self, module: str, shape: tuple[int, ...], weight: str) -> Found:
         """The codes of a module.
@@ -238,22 +293,23 @@ class Codes:
         if not fits or scales.shape[0] != rows or not groups or cols % groups or rows % 2:
             raise TensorError(f"{where}: codes {list(codes.shape)} and scales {list(scales.shape)} are not those of [{rows}, {cols}]")
         multiplier = self._entries.get(f"{module}.pre_quant_scale")
-        if multiplier is not None and multiplier.shape != (cols,):
-            raise TensorError(f"{where}: pre_quant_scale {list(multiplier.shape)}, and the inputs are {cols}")
-        made = ApartCodes(weight, I8, (rows, cols), (), 0, 4, "modelopt", module, self._shard, codes.begin)
-        return Found(made, self._apart(scales), None if multiplier is None else self._apart(multiplier))
+        if multiplier is not None and (multiplier.shape != (cols,) or multiplier.dtype != F32):
+            told = f"pre_quant_scale {multiplier.dtype} {list(multiplier.shape)}, and the inputs mean F32 [{cols}]"
+            raise TensorError(f"{where}: {told}")
+        made = ApartCodes(weight, I8, (rows, cols), (), 0, 4, "modelopt", module, self.shard, codes.begin)
+        return Found(made, self._apart(scales, F32), None if multiplier is None else self._apart(multiplier, F32))
 
-    def _apart(self, entry: TensorEntry) -> ApartTensor:
-        return ApartTensor(entry.name, entry.dtype, entry.shape, (), 0, self._shard, entry.begin)
+    def _apart(self, entry: TensorEntry, into: DType | None) -> ApartTensor:
+        return ApartTensor(entry.name, entry.dtype, entry.shape, (), 0, self.shard, entry.begin, into)
 
     def losses(self) -> Losses:
         """What the search lost in each linear layer that tokens reached."""
         each = {}
         for name, entry in self._entries.items():
             if name.endswith(".losses") and entry.shape == (3,) and entry.dtype == F32:
-                with self._shard.window(entry.begin, entry.end) as data:
+                with self.shard.window(entry.begin, entry.end) as data:
                     energy, rtn, best = struct.unpack("<3f", bytes(data[:12]))
-                if energy > 0:
+                if 0 < energy < math.inf and 0 <= rtn < math.inf and 0 <= best < math.inf:
                     each[name.removesuffix(".losses")] = (rtn / energy, best / energy)
         return Losses(self.method or "", each)
 

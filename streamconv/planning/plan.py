@@ -25,6 +25,7 @@ from streamconv.quants.base import Codec, Reduction
 
 if TYPE_CHECKING:
     from streamconv.checkpoint.codes_file import Losses
+    from streamconv.checkpoint.shard import Shard
     from streamconv.planning.matrix_table import MatrixTable
     from streamconv.planning.span_table import SpanTable
 
@@ -244,6 +245,7 @@ class Plan:
         notes: what is right, and worth a line in the plan.
         decisions: module suffix -> how it is stored and why, for the plan's table.
         losses: what a search for INT4 codes lost in each layer, for the manifest; None if nothing was searched.
+        beside: files that are read beside the source (ranges, codes), in the order of `sources`.
         source_config: config.json of the source, where the output does not hold it and the manifest is to tell it.
         bytes_checked: of the source, which are read once more, to hold it against what streamconv wrote of it; no part of what is planned.
         peak: largest resident set that planning took, 0 if it took no more than what came before it; no part of what is planned.
@@ -262,6 +264,7 @@ class Plan:
     decisions: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     losses: Losses | None = None
+    beside: tuple[Shard, ...] = field(default=(), compare=False)
     source_config: Mapping[str, Any] | None = None
     bytes_checked: int = field(default=0, compare=False)
     peak: int = field(default=0, compare=False)

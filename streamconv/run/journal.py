@@ -105,7 +105,7 @@ def identity(plan: Plan, shards: Sequence[Shard]) -> dict[str, Any]:
         "files": sorted(plan.names),
         "sources": [
             [source.name, source.size, source.header_hash, *(shard.evidence() if shard is not None else ())]
-            for source, shard in zip_longest(plan.sources, shards)  # the activation ranges have a hash of all, and no shard
+            for source, shard in zip_longest(plan.sources, (*shards, *plan.beside))
         ],
     }
 

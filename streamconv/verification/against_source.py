@@ -215,7 +215,7 @@ def _compare(
         verdict.problems.append(f"this source gives no checkpoint: {refused}")
         return
     sink.padding()
-    for shard in (*index.shards, *files):
+    for shard in (*index.shards, *plan.beside, *files):
         shard.check_unchanged()
     encoded = sum(len(matrix.places) for matrix in plan.matrices) + len(plan.constants)
     verdict.encoded = encoded - len(sink.differences)

@@ -1,16 +1,22 @@
-"""What `convert` ends with 0, `verify` accepts: random small models of every family, by any config.json, converted in any way.
+"""What `plan` accepts, `convert` does within its budget; what `convert` ends with 0, `verify` accepts, with its source and without.
 
-By hand: python -m tests.fuzz.accepted --count 2000 --seed 7
+Random small models of every family, by any config.json, and what became of them (quantized directories, rank files), converted into one
+or several outputs, in one go or in parts, killed and resumed. By hand: python -m tests.fuzz.accepted --count 2000 --seed 7
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import re
 import shutil
 import tempfile
+import time
+import traceback
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -18,139 +24,93 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from streamconv import api
-from streamconv.errors import StreamconvError
-from streamconv.families import Family, all_families
-from streamconv.options import Resources
+from streamconv import api, memory
+from streamconv.allocation import costs_of, estimate_memory
+from streamconv.errors import BudgetError, StreamconvError
+from streamconv.families import all_families
+from streamconv.open_plan import open_and_plan_all
+from streamconv.options import TARGET_SMS, TARGET_VERSIONS, Resources
+from streamconv.planning.reads import Reads
 from streamconv.run import manifest
+from streamconv.targets.base import Output, Target
+from streamconv.targets.hf.recipes import RECIPES as FORMATS
+from streamconv.targets.hf.target import ARITHMETICS, KEEP, HuggingFace
 from streamconv.targets.trtllm.options import TensorRTLLM
 from streamconv.targets.trtllm.recipes import all_quants
 from streamconv.verification.check import verify
+from tests.conformance.recipes import RECIPES as MODELS
+from tests.conformance.sources import RUNS, make
+from tests.crash.disks import Killing
+from tests.fuzz.models import DTYPES, config_of, sizes_of, tensors_of
 
-Tensors = dict[str, torch.Tensor]
-_QUANTS = [key for key in all_quants() if "gptq" not in key and "awq" not in key]
-_DTYPES = ("float16", "bfloat16", "float32")
-_ROPE: tuple[Any, ...] = (
-    None, {"type": "linear", "factor": 2.0}, {"rope_type": "dynamic", "factor": 4.0}, {"type": "default"},
-    {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32},
-)  # fmt: skip
-_LINEAR = ("q", "k", "v", "qkv", "qkv_grouped", "o", "gate", "up", "gate_up", "down")
-_BIASES = ("q_bias", "k_bias", "v_bias", "o_bias", "gate_bias", "up_bias", "down_bias")
+FAMILIES = {family.name: family for family in all_families() if family.architectures}
+_QUANTIZED = [(quant, run) for quant, runs in RUNS.items() for run in runs if run.source != "float"]
+_IGNORED = ("lm_head", "*.down_proj", "re:.*layers\\.0\\..*", "*.self_attn.*", "*.0.*")
+_MEMORY = Path("/dev/shm")  # where a sync costs nothing
+
+
+class Wrong(Exception):
+    """The property does not hold."""
 
 
 @dataclass(frozen=True)
-class Sizes:
-    heads: int
-    kv: int
-    size: int
-    hidden: int
-    width: int
-    expert_width: int
-    vocab: int
-    layers: int
-    experts: int
+class Source:
+    """A model to convert.
 
-    def shape(self, role: str) -> tuple[int, ...]:
-        q, kv, h, w, x = self.heads * self.size, self.kv * self.size, self.hidden, self.width, self.expert_width
-        return {
-            "embedding": (self.vocab, h), "lm_head": (self.vocab, h), "q": (q, h), "k": (kv, h), "v": (kv, h), "o": (h, q),
-            "q_bias": (q,), "k_bias": (kv,), "v_bias": (kv,), "q_norm": (self.size,), "k_norm": (self.size,),
-            "qkv": (q + 2 * kv, h), "qkv_grouped": (q + 2 * kv, h), "gate": (w, h), "up": (w, h), "down": (h, w), "gate_up": (2 * w, h),
-            "gate_bias": (w,), "up_bias": (w,), "router": (self.experts, h), "expert_gate": (x, h), "expert_up": (x, h),
-            "expert_down": (h, x), "experts_gate_up": (self.experts, 2 * x, h), "experts_down": (self.experts, h, x),
-        }.get(role, (h,))  # fmt: skip
+    Attributes:
+        ranges: a file of activation ranges of it.
+        kind: for the count.
+        fits: options of TensorRT-LLM that take over what another tool quantized.
+    """
+
+    folder: Path
+    ranges: Path
+    kind: str
+    fits: Mapping[str, Any] = field(default_factory=dict)
 
 
-def sizes_of(random: Random, family: Family) -> Sizes:
-    heads, size = random.choice((2, 4, 4, 8)), random.choice((16, 32, 32, 64))
-    kv = random.choice([n for n in (1, 2, 4, 8) if heads % n == 0])
-    hidden = heads * size if random.random() < 0.7 else random.choice((64, 128, 192))
-    width, expert = random.choice((128, 128, 256, 256, 100)), random.choice((64, 128))
-    experts = random.choice((2, 4)) if "router" in family.tensors else 0
-    return Sizes(heads, kv, size, hidden, width, expert, random.choice((16, 37, 64, 65)), random.choice((1, 2, 3)), experts)
+def float_model(random: Random, place: Path) -> Source:
+    family = random.choice([*FAMILIES.values()])
+    sizes = sizes_of(random, family)
+    told = config_of(random, family, sizes)
+    made, ranges = tensors_of(random, family, sizes, told)
+    model = place / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(told))
+    names = sorted(made)
+    cut = random.randrange(1, len(names)) if random.random() < 0.3 else len(names)
+    shards = [shard for shard in (names[:cut], names[cut:]) if shard]
+    files = ["model.safetensors"] if len(shards) == 1 else [f"model-{n + 1:05d}-of-00002.safetensors" for n in range(2)]
+    for file, shard in zip(files, shards, strict=True):
+        save_file({name: made[name] for name in shard}, model / file)
+    if len(files) > 1:
+        where = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    save_file(ranges, place / "ranges.safetensors") if ranges else None
+    return Source(model, place / "ranges.safetensors", family.name)
 
 
-def _config(random: Random, family: Family, sizes: Sizes) -> dict[str, Any]:
-    """config.json, right in its sizes and odd in everything else."""
-    told: dict[str, Any] = {
-        "architectures": [random.choice(family.architectures)], "model_type": family.name, "hidden_size": sizes.hidden,
-        "intermediate_size": sizes.width, "num_hidden_layers": sizes.layers, "num_attention_heads": sizes.heads,
-        "num_key_value_heads": sizes.kv, "vocab_size": sizes.vocab, "max_position_embeddings": random.choice((32, 64)),
-        "hidden_act": random.choice(("silu", "silu", "gelu", "gelu_pytorch_tanh", "swiglu")), "rms_norm_eps": 1e-6,
-        "rope_theta": 1e4, "torch_dtype": random.choice(_DTYPES), "tie_word_embeddings": random.random() < 0.4,
-    }  # fmt: skip
-    if sizes.heads * sizes.size != sizes.hidden or random.random() < 0.5:
-        told["head_dim"] = sizes.size
-    if sizes.experts:
-        told[random.choice(("num_local_experts", "num_experts"))] = sizes.experts
-        told["num_experts_per_tok"] = random.choice((1, 2))
-        if sizes.expert_width != sizes.width or random.random() < 0.5:
-            told["moe_intermediate_size"] = sizes.expert_width
-    for key in ("bias", "attention_bias", "mlp_bias"):
-        if random.random() < 0.2:
-            told[key] = random.random() < 0.6
-    if random.random() < 0.3:
-        told["rope_scaling"] = random.choice(_ROPE)
-    if random.random() < 0.4:
-        told["model_type"] = random.choice(("llama", "mixtral", "qwen2", "qwen3", "gemma", "", None, "anything"))
-    strays: tuple[tuple[str, Any], ...] = (
-        ("rotary_pct", 0.5), ("num_local_experts", 0), ("num_experts", 0), ("moe_intermediate_size", 0), ("kv_channels", sizes.size),
-        ("parallel_attn_mlp_res", True), ("attention_multiplier", 0.5), ("logits_scaling", 8.0), ("sliding_window", 16), ("seq_length", 99),
-        ("num_experts_per_tok", 2), ("partial_rotary_factor", 0.5), ("query_pre_attn_scalar", 64), ("hidden_activation", "silu"),
-    )  # fmt: skip
-    for key, value in random.sample(strays, random.choice((0, 0, 1, 2))):
-        told[key] = value
-    absent = ("model_type", "tie_word_embeddings", "torch_dtype", "hidden_act", "rope_theta", "rms_norm_eps", "max_position_embeddings")
-    for key in random.sample(absent, random.choice((0, 0, 0, 1, 2))):
-        told.pop(key)
-    if sizes.kv == sizes.heads and random.random() < 0.3:
-        told.pop("num_key_value_heads")
-    return told
+def quantized_model(random: Random, place: Path) -> Source:
+    """By another tool: GPTQ, AutoAWQ, ModelOpt, FBGEMM."""
+    quant, run = random.choice(_QUANTIZED)
+    recipe = random.choice([recipe for recipe in MODELS if recipe.family in FAMILIES and not recipe.experts])
+    made = make(recipe, FAMILIES[recipe.family], run, place / "model")
+    return Source(made.folder, made.ranges, f"{recipe.family} {run.source}", {"quant": quant, **run.options})
 
 
-def tensors_of(random: Random, family: Family, sizes: Sizes, told: dict[str, Any]) -> tuple[Tensors, Tensors]:
-    """Weights, mostly those that config.json asks for, and ranges."""
-    biased = family.qkv_bias == "always" or (family.qkv_bias == "config" and told.get("bias", told.get("attention_bias")))
-    have = {"q_bias", "k_bias", "v_bias"} if biased else set()
-    have |= {"o_bias"} if family.dense_bias == "config" and told.get("bias", told.get("attention_bias")) else set()
-    have |= {"gate_bias", "up_bias", "down_bias"} if told.get("mlp_bias") else set()
-    if random.random() < 0.05:
-        have ^= {random.choice(_BIASES)}
-    stacked = random.random() < 0.3
-    skip = {role for role in _BIASES if role not in have}
-    skip |= {"expert_gate", "expert_up", "expert_down"} if stacked else {"experts_gate_up", "experts_down"}
-    if random.random() < (0.7 if told.get("tie_word_embeddings", "gemma" in family.name) else 0.05):
-        skip.add("lm_head")
-    dtype = getattr(torch, str(told.get("torch_dtype", "float16")))
-    made, ranges = Tensors(), Tensors()
-    generator = torch.Generator().manual_seed(random.randrange(1 << 30))
-    for role, patterns in family.tensors.items():
-        if role in skip:
-            continue
-        pattern = random.choice(patterns) if "expert" not in role else patterns[0]
-        for layer in range(sizes.layers) if "{layer}" in pattern else (0,):
-            for expert in range(sizes.experts) if "{expert}" in pattern else (0,):
-                name = pattern.replace("{layer}", str(layer)).replace("{expert}", str(expert))
-                made[name] = (torch.randn(sizes.shape(role), generator=generator) * 0.05).to(dtype)
-                if role in _LINEAR:
-                    module, shape = name.removesuffix(".weight"), sizes.shape(role)
-                    ranges[module + ".x"], ranges[module + ".y"] = torch.full((shape[1],), 3.0), torch.full((shape[0],), 5.0)
-    return made, ranges
-
-
-def _options(random: Random, ranges: Path) -> TensorRTLLM:
-    tp = random.choice((1, 1, 1, 2, 2, 4))
-    quant = random.choice(("none", "none", "none", *_QUANTS))
+def trtllm(random: Random, source: Source) -> TensorRTLLM:
+    quants = [*all_quants()]
     options = TensorRTLLM(
-        tp_size=tp,
+        tp_size=random.choice((1, 1, 1, 2, 2, 4)),
         pp_size=random.choice((1, 1, 1, 1, 2)),
         cp_size=random.choice((1,) * 15 + (2,)),
         moe_ep_size=random.choice((-1, -1, 1, 2)),
-        dtype=random.choice(("auto", "auto", *_DTYPES)),
-        quant=quant,
-        kv_cache=random.choice((None, None, None, "fp8", "int8")),
-        target_sm=random.choice((70, 80, 80, 90, 90, 100)),
-        target_version=random.choice(("0.16", "1.2", "1.2")),
+        dtype=random.choice(("auto", "auto", *DTYPES)),
+        quant=random.choice(("none", "none", "none", *quants)),
+        kv_cache=random.choice((None, None, None, "fp8", "int8")) if source.ranges.exists() else None,
+        group_size=random.choice((128, 128, 64, 32)),
+        target_sm=random.choice((80, 80, 90, 90, *TARGET_SMS)),
+        target_version=random.choice(("0.16", "1.2", "1.2", *TARGET_VERSIONS)),
         encoding=random.choice(("processed", "processed", "raw")),
         use_parallel_embedding=random.random() < 0.3,
         embedding_sharding_dim=random.choice((0, 1)),
@@ -162,58 +122,213 @@ def _options(random: Random, ranges: Path) -> TensorRTLLM:
         rope_tables=random.random() < 0.2,
         max_position_embeddings=random.choice((None, None, None, 48)),
     )
-    asked = options.needs_ranges() is not None or (options.kv_cache == "fp8" and random.random() < 0.5)
-    return TensorRTLLM(**(options.to_json() | {"activation_ranges": str(ranges) if asked else None}))  # type: ignore[arg-type]
+    more: dict[str, Any] = {"method": random.choice((None, "rtn", "mse"))} if options.quant == "int4_awq" else {}
+    more |= source.fits if random.random() < 0.8 else {}
+    options = TensorRTLLM(**(options.to_json() | more))
+    if source.ranges.exists() and (options.needs_ranges() is not None or (options.kv_cache == "fp8" and random.random() < 0.5)):
+        more["activation_ranges"] = str(source.ranges)
+    return TensorRTLLM(**(options.to_json() | more))
 
 
-def one(random: Random, folder: Path) -> tuple[str, str | None]:
-    """One model, converted.
+def rank_options(random: Random, source: Source) -> TensorRTLLM:
+    """Few options of another rank layout: what is not passed stays the source's."""
+    asked = {
+        "tp_size": random.choice((1, 2, 4)), "pp_size": random.choice((1, 2)), "dtype": random.choice(DTYPES),
+        "target_sm": random.choice((80, 90, 100)), "target_version": random.choice(TARGET_VERSIONS),
+        "quant": random.choice(("none", "int8")),
+    }  # fmt: skip
+    return TensorRTLLM(**{key: asked[key] for key in random.sample([*asked], random.choice((0, 1, 1, 2)))})  # type: ignore[arg-type]
 
-    Returns:
-        (family, or "refused"; what is wrong, None if nothing is).
+
+def hugging_face(random: Random, source: Source) -> HuggingFace:
+    form = random.choice(FORMATS)
+    quant, container = random.choice((("none", None), (KEEP, None), *[(form.quant, random.choice((None, form.container)))] * 4))
+    more: dict[str, Any] = {"method": random.choice((None, "rtn", "mse"))} if form.methods and quant == form.quant else {}
+    options = HuggingFace(
+        quant=quant,
+        format=container,
+        group_size=random.choice((128, 64, 32, 16)),
+        arithmetic=random.choice(("float32", "float32", *ARITHMETICS)),
+        dtype=random.choice(("auto", "auto", "auto", *DTYPES)),
+        ignore=tuple(random.sample(_IGNORED, random.choice((0, 0, 1, 2)))),
+        only=random.choice(((), (), (), ("*.mlp.*", "*proj"))),
+        kv_cache=random.choice((None, None, None, "fp8")) if source.ranges.exists() else None,
+        max_shard_size=random.choice((None, None, 1 << 20)),
+        **more,
+    )
+    ranges = {"activation_ranges": str(source.ranges)} if options.needs_ranges() is not None and source.ranges.exists() else {}
+    return HuggingFace(**(options.to_json() | ranges))
+
+
+def outputs_of(random: Random, source: Source, place: Path, seen: Counter[str]) -> list[Output]:
+    """Up to three outputs, each of which `plan` accepts by itself."""
+    made: list[Output] = []
+    for number in range(random.choice((1, 1, 1, 2, 3))):
+        for _ in range(4):
+            ranks = trtllm if not source.kind.startswith("ranks") or random.random() < 0.3 else rank_options
+            target: Target = random.choice((ranks, ranks, hugging_face))(random, source)
+            try:
+                api.open_and_plan(source.folder, target)[0].close()
+            except StreamconvError as refused:
+                seen["refused"] += 1
+                seen["* " + re.sub(r"[0-9]+|'[^']*'", "#", refused.message)[:70]] += 1
+            else:
+                made.append(target.to(place / f"out{number}"))
+                break
+    return made
+
+
+def smallest_budget(source: Path, outputs: Sequence[Output]) -> int:
+    """The smallest --memory-budget that `plan` accepts, in bytes: the one that its hint names.
+
+    Raises:
+        StreamconvError: it accepts none.
+        Wrong: the budget that it names is refused as well.
     """
-    family = random.choice([family for family in all_families() if family.architectures])
-    sizes = sizes_of(random, family)
-    told = _config(random, family, sizes)
-    made, ranges = tensors_of(random, family, sizes, told)
-    model, out = folder / "model", folder / "out"
-    model.mkdir()
-    (model / "config.json").write_text(json.dumps(told))
-    save_file(made, model / "model.safetensors")
-    save_file(ranges, folder / "ranges.safetensors") if ranges else None
-    options = _options(random, folder / "ranges.safetensors")
-    wrong = f"{json.dumps(told)} {options}"
+
+    def accept(budget: int) -> None:
+        index, plans = open_and_plan_all(source, outputs, budget)
+        with contextlib.closing(index):
+            reads = Reads(plans)
+            estimate_memory(reads, Resources(memory_budget=budget), costs_of(reads))
+
     try:
-        api.convert(model, out, options, Resources(workers=1))
-    except StreamconvError:
-        return "refused", None
-    except Exception as error:
-        return family.name, f"{type(error).__name__}: {error}: {wrong}"
-    for source in (None, model if random.random() < 0.3 else None):
-        problems = verify(out, source, resources=Resources(workers=1)).problems
+        accept(1 << 20)
+    except BudgetError as error:
+        named = int(re.findall(r"([0-9]+)MiB", error.hint or "")[0]) << 20
+    try:
+        accept(named)
+    except BudgetError as error:
+        raise Wrong(f"the budget of a hint is refused: {error}") from None
+    return named
+
+
+def convert(random: Random, source: Path, outputs: Sequence[Output], budget: int) -> str:
+    """In one go or in parts, killed before any operation and resumed; tells how."""
+    parts = random.choice((None, None, 2, 3))
+    single = len(outputs) == 1 and random.random() < 0.5
+    shares = [None] if parts is None else random.sample(range(parts), parts) if random.random() < 0.5 else [None]
+    how = [f"{len(outputs)} outputs, parts {parts}: {shares}"]
+
+    def run(part: int | None, disk: Killing | None) -> None:
+        rows, workers = random.choice((None, 16, 40)), random.choice((1, 1, 2))
+        asked = Resources(budget, workers, "cpu", tile_rows=rows, parts=parts, part=part, wait=5.0)
+        if single:
+            api.convert(source, outputs[0].out, outputs[0].target, asked, disk=disk)
+        else:
+            api.convert_all(source, outputs, asked, disk=disk)
+
+    def die() -> None:
+        raise SystemExit  # which also ends a thread in silence
+
+    for part in shares:
+        for _ in range(random.choice((0, 0, 1, 2))):
+            disk = Killing(random.choice((20, 60, 150)) + random.randrange(40), die)
+            try:
+                run(part, disk)
+                break
+            except SystemExit:
+                how.append(f"part {part} killed at {disk.k}")
+            finally:
+                disk.bury()
+        else:
+            run(part, None)
+    return "; ".join(how)
+
+
+def check(out: Path, source: Path, target: Target) -> None:
+    """Raises Wrong if `verify` finds something, or another tool's checkpoint of the same bytes would not pass."""
+    workers = Resources(workers=1)
+    for against in (None, source):
+        problems = verify(out, against, resources=workers).problems
         if problems:
-            return family.name, f"{problems[:3]}: {wrong}"
+            raise Wrong(f"verify {'--source' if against else ''}: {problems[:3]}")
+    kept = (out / manifest.NAME).read_bytes()
     (out / manifest.NAME).unlink()
-    problems = verify(out).problems
-    return family.name, f"without a manifest: {problems[:3]}: {wrong}" if problems else None
+    try:
+        for against in (None, source):
+            problems = verify(out, against, resources=workers, activation_ranges=getattr(target, "activation_ranges", None)).problems
+            if problems:
+                raise Wrong(f"verify without a manifest {'--source' if against else ''}: {problems[:3]}")
+    finally:
+        (out / manifest.NAME).write_bytes(kept)
 
 
-def run(count: int, seed: int) -> tuple[Counter[str], list[str]]:
-    """`count` models; the same seed gives the same ones.
+def held(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def step(random: Random, source: Source, place: Path, seen: Counter[str]) -> list[Output]:
+    """One command on a source; gives the outputs, none if it is refused.
+
+    Raises:
+        Wrong: the property does not hold.
+    """
+    outputs = outputs_of(random, source, place, seen)
+    if not outputs:
+        return []
+    told = f"{source.kind}: {[output.target for output in outputs]}"
+    how = ""
+    try:
+        budget = smallest_budget(source.folder, outputs)
+        Path("/proc/self/clear_refs").write_text("5")  # the largest resident set so far is forgotten
+        how = convert(random, source.folder, outputs, budget)
+        if (peak := memory.peak_resident()) > budget:
+            raise Wrong(f"a peak of {peak / memory.MIB:.1f} MiB, the budget is {budget / memory.MIB:.1f}")
+        for output in outputs:
+            check(Path(output.out), source.folder, output.target)
+            if how != "1 outputs, parts None: [None]":
+                alone = place / "alone"
+                api.convert(source.folder, alone, output.target, Resources(workers=1))
+                if held(alone) != held(Path(output.out)):
+                    raise Wrong(f"{output.out} has other bytes than a run in one go")
+                shutil.rmtree(alone)
+    except (Wrong, StreamconvError) as wrong:
+        raise Wrong(f"{type(wrong).__name__}: {wrong}: {told}; {how}") from wrong
+    for output in outputs:
+        seen[f"{output.target.key} {getattr(output.target, 'quant', '')}"] += 1
+    seen[source.kind] += 1
+    return outputs
+
+
+def one(random: Random, place: Path, seen: Counter[str]) -> None:
+    """A model, converted, and what became of it converted again.
+
+    Raises:
+        Wrong: the property does not hold.
+    """
+    source = random.choice((float_model, float_model, quantized_model))(random, place)
+    for number in range(random.choice((1, 1, 2, 2, 3))):
+        (place / str(number)).mkdir()
+        outputs = step(random, source, place / str(number), seen)
+        if not outputs:
+            return
+        again = random.choice(outputs)
+        kind = "ranks" if isinstance(again.target, TensorRTLLM) else "directory"
+        source = Source(Path(again.out), source.ranges, f"{kind} {again.target.quant}")  # type: ignore[attr-defined]
+
+
+def run(count: int, seed: int, seconds: float = 1e9, first: int = 0) -> tuple[Counter[str], list[str]]:
+    """`count` models, or as many as go into the time; the same seed gives the same ones.
 
     Returns:
-        conversions of each family, with those refused, and what is wrong.
+        conversions by source and target, with those refused, and what is wrong.
     """
-    seen, wrong = Counter[str](), []
-    for number in range(count):
-        folder = Path(tempfile.mkdtemp(prefix="accepted-"))
+    seen, wrong, end = Counter[str](), list[str](), time.monotonic() + seconds
+    torch.set_num_threads(1)  # matrices are tiny
+    for number in range(first, first + count):
+        if time.monotonic() > end:
+            break
+        place = Path(tempfile.mkdtemp(prefix="accepted-", dir=_MEMORY if _MEMORY.is_dir() else None))
+        seen["models"] += 1
         try:
-            kind, problem = one(Random(f"{seed} {number}"), folder)
-        finally:
-            shutil.rmtree(folder)
-        seen[kind] += 1
-        if problem:
+            one(Random(f"{seed} {number}"), place, seen)
+        except Wrong as problem:
             wrong.append(f"seed {seed} number {number}: {problem}")
+        except Exception:
+            wrong.append(f"seed {seed} number {number}: {traceback.format_exc()}")
+        finally:
+            shutil.rmtree(place)
     return seen, wrong
 
 
@@ -221,9 +336,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--first", type=int, default=0, help="number of the first model")
+    parser.add_argument("--seconds", type=float, default=1e9)
     asked = parser.parse_args()
-    seen, wrong = run(asked.count, asked.seed)
-    print(dict(seen))
+    seen, wrong = run(asked.count, asked.seed, asked.seconds, asked.first)
+    print("\n".join(f"{count:6} {what}" for what, count in sorted(seen.items())))
     print("\n".join(wrong))
     return 1 if wrong else 0
 

@@ -16,7 +16,7 @@ from streamconv.families import all_families
 from streamconv.targets.trtllm.options import TensorRTLLM
 from streamconv.verification.check import verify
 from tests.conformance.recipes import RECIPES, config, names, values, write
-from tests.fuzz import accepted
+from tests.fuzz import accepted, models
 
 FAMILIES = {family.name: family for family in all_families()}
 
@@ -78,10 +78,10 @@ _TOLD_BEFORE = "head_dim 16 is not hidden_size / num_attention_heads 32, which T
 @pytest.mark.parametrize(("name", "version", "says"), [("internlm2", "1.2", _NOT_LOADED), ("qwen2", "0.16", _TOLD_BEFORE)])
 def test_head_sizes_that_config_json_cannot_say(tmp_path: Path, name: str, version: Any, says: str) -> None:
     """The loader takes hidden_size / num_attention_heads there; nothing that it would not load is written."""
-    sizes = accepted.Sizes(heads=4, kv=2, size=16, hidden=128, width=128, expert_width=0, vocab=37, layers=1, experts=0)
+    sizes = models.Sizes(heads=4, kv=2, size=16, hidden=128, width=128, expert_width=0, vocab=37, layers=1, experts=0)
     told = config(next(recipe for recipe in RECIPES if recipe.family == name), FAMILIES[name])
     told |= {"head_dim": 16, "intermediate_size": 128, "num_hidden_layers": 1, "torch_dtype": "float16"}
-    made, _ = accepted.tensors_of(Random(5), FAMILIES[name], sizes, told)
+    made, _ = models.tensors_of(Random(5), FAMILIES[name], sizes, told)
     (tmp_path / "config.json").write_text(json.dumps(told))
     save_file(made, tmp_path / "model.safetensors")
     with pytest.raises(RefusedError, match=says):

@@ -11,6 +11,7 @@ from streamconv.families.naming import settle
 from streamconv.natural import natural
 from streamconv.targets.hf.fates import Fate
 from streamconv.targets.hf.recipes import Recipe
+from streamconv.targets.hf.rules import partners
 from streamconv.targets.hf.stored import Stored
 
 
@@ -27,7 +28,9 @@ def taken(
     Raises:
         UsageError: the codes are for another group size, container or choice of modules. TensorError: they are not those of the model.
     """
-    known = {(r.shard, r.begin): name for name, r in settle(index).tensors.items()}
+    named = settle(index)
+    codes.check_model(named)
+    known = {(r.shard, r.begin): name for name, r in named.tensors.items()}
     settled = {name: known.get((w.pieces[0].shard, w.pieces[0].begin), name) for name, w in stored.weights.items() if w.pieces}
     modules = {name: name if codes.has(name) else settled[f"{name}.weight"].removesuffix(".weight") for name in wanted}
     _check_folds(codes, set(modules.values()), recipe)
@@ -37,9 +40,15 @@ def taken(
         if found[name].group != group:
             told = f"--group-size {group}: the codes of {printable(name)} have groups of {found[name].group}"
             raise UsageError(told, hint=f"--group-size {found[name].group}")
+        multiplier = found[name].multiplier
+        if multiplier is not None and (not recipe.pre_scales or partners(name)):
+            told = f"{printable(multiplier.name)} is in the codes, and a directory of {recipe.container} has no place for it"
+            raise TensorError(f"{printable(str(codes.path))}: {told}", hint=HINT)
     changed = codes.changed()
     others = {name: changed[own] for name, own in settled.items() if own in changed}
     for name, tensor in others.items():
+        if len(tensor.shape) > 1:
+            raise TensorError(f"{printable(str(codes.path))}: {printable(name)} is neither a norm nor a bias", hint=HINT)
         if (tensor.shape, tensor.dtype) != (stored.form(name).shape, stored.form(name).dtype):
             raise TensorError(f"{printable(str(codes.path))}: {printable(name)} is not of the model's shape and type", hint=HINT)
     return found, others

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import groupby
 from typing import TYPE_CHECKING, cast
@@ -209,9 +209,9 @@ class Layout:
             matrix = self.draft.matrix(file, module, rows, cols, codec, spelling=Spelled(recipe))
             self.draft.feed(matrix, searched.codes, 0, rows)
             made = [*self.draft.tensors(matrix), f"{module}.{recipe.tensors['scale']}"]
-            kind = Plain(form.dtype if recipe.container == "compressed-tensors" else F32)
-            scale = self.draft.matrix(file, made[-1], rows, searched.scales.cols, kind, spelling=Whole(searched.scales.shape))
-            self.draft.feed(scale, searched.scales, 0, rows)
+            into = form.dtype if recipe.container == "compressed-tensors" else F32
+            scale = self.draft.matrix(file, made[-1], rows, searched.scales.cols, Plain(into), spelling=Whole(searched.scales.shape))
+            self.draft.feed(scale, replace(searched.scales, into=into), 0, rows)
         else:
             if form not in self.codecs:
                 codec = self._codec(form)
@@ -239,7 +239,7 @@ class Layout:
             self._constant(file, name, form.dtype, (form.cols,), _ONE[form.dtype.name] * form.cols, made)
             return
         matrix = self.draft.matrix(file, name, form.cols, 1, Plain(form.dtype), spelling=Whole((form.cols,)))
-        self.draft.feed(matrix, searched.multiplier, 0, form.cols)
+        self.draft.feed(matrix, replace(searched.multiplier, into=form.dtype), 0, form.cols)
         made.append(name)
 
     def _key(self, module: str, form: Form, recipe: Recipe) -> str:

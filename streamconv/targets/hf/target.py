@@ -184,6 +184,7 @@ class HuggingFace(Target):
             warnings=(*odd, *draft.warnings, *index.notes, *index.left_behind),
             decisions=draft.decisions,
             losses=None if codes is None else codes.losses(),
+            beside=tuple(file.shard for file in (ranges, codes) if file is not None),
         )
 
     def _recipe(self) -> Recipe | None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from streamconv.checkpoint.codes_file import Found
+from streamconv.checkpoint.dtypes import F16
 from streamconv.checkpoint.rows import RowSource, SourceTensor
 from streamconv.checkpoint.turned_rows import turned
 from streamconv.errors import UsageError, printable
@@ -32,7 +35,7 @@ def turned_weight(
             raise UsageError(told, hint="--format compressed-tensors, or --quant none first")
         sources = [(codec, turned(weight))]
     else:
-        sources = [(AwqCodes(), searched.codes.turned()), (AwqScales(), searched.scales.turned())]
+        sources = [(AwqCodes(), searched.codes.turned()), (AwqScales(), replace(searched.scales, into=F16).turned())]
     made = []
     for each, source in sources:
         matrix = draft.matrix(file, module, source.rows, source.cols, each, spelling=spelling)

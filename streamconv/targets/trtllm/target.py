@@ -152,6 +152,7 @@ def make_plan(index: Index, options: TensorRTLLM) -> Plan:
         if codes.folded:
             told = "--codes: their pre-scales are folded into the layers before, for a Hugging Face directory"
             raise UsageError(told, hint="--text FILE finds those of a TensorRT-LLM checkpoint")
+        codes.check_model(index)
         import_scales.take_codes(stored, family, codes)
     problems = stored.problems + import_rules.group_problems(options, stored)
     if problems:
@@ -233,6 +234,7 @@ def make_plan(index: Index, options: TensorRTLLM) -> Plan:
         ),
         decisions=layout.decisions,
         losses=None if codes is None else codes.losses(),
+        beside=tuple(file.shard for file in (ranges, codes) if file is not None),
         notes=remarks.late_notes(config),
         source_config=index.config if model.source == "hf" else None,
     )
