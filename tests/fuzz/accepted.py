@@ -285,6 +285,7 @@ def step(random: Random, source: Source, place: Path, seen: Counter[str]) -> lis
                 shutil.rmtree(alone)
     except (Wrong, StreamconvError) as wrong:
         raise Wrong(f"{type(wrong).__name__}: {wrong}: {told}; {how}") from wrong
+    seen["converted"] += len(outputs)
     for output in outputs:
         seen[f"{output.target.key} {getattr(output.target, 'quant', '')}"] += 1
     seen[source.kind] += 1

@@ -32,10 +32,11 @@ def _model(folder: Path, name: str, **changes: Any) -> Path:
     return folder
 
 
-def test_random_models() -> None:
-    seen, wrong = accepted.run(40, 3)
+@pytest.mark.parametrize("count", [6, pytest.param(200, marks=pytest.mark.slow)])
+def test_random_models(count: int) -> None:
+    seen, wrong = accepted.run(count, 5)
     assert not wrong, wrong[0]
-    assert seen["refused"] < 30
+    assert seen["converted"] >= count
 
 
 @pytest.mark.parametrize("model_type", [None, "llama", "anything"])

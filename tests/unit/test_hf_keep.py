@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from streamconv import api
-from streamconv.errors import DataError, UsageError
+from streamconv.errors import CheckpointError, DataError, UsageError
 from streamconv.options import Resources
 from streamconv.targets.hf.target import HuggingFace
 from streamconv.verification.check import verify
@@ -233,3 +233,18 @@ def test_mxfp8_in_two_containers(tmp_path: Path) -> None:
     }
     assert (tmp_path / "modelopt_back/model.safetensors").read_bytes() == (tmp_path / "hf_back/model.safetensors").read_bytes()
     assert config(tmp_path / "hf")["weight_block_size"] == [1, 32] and config(tmp_path / "hf")["ignored_layers"] == ["lm_head"]
+
+
+@pytest.mark.parametrize("rows", [None, 8])
+def test_an_order_is_judged_as_a_whole(tmp_path: Path, rows: int | None) -> None:
+    """g_idx of the second tile does not begin with the first group."""
+    made, _ = integer_weight(72, 128, 32, "gptq")
+    stated = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False}
+    made["g_idx"] = torch.arange(128, dtype=torch.int32) // 32
+    folder = source(tmp_path / "source", stated, named(made))
+    api.convert(folder, tmp_path / "out", HuggingFace(quant="keep"), Resources(tile_rows=rows))
+    assert verify(tmp_path / "out", folder).problems == []
+    made["g_idx"][100] = 0
+    save_file(named(made), folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match="an order of its own"):
+        api.convert(folder, tmp_path / "other", HuggingFace(quant="keep"), Resources(tile_rows=rows))

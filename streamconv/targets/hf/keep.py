@@ -135,7 +135,8 @@ class Maker:
 
     def add(self, name: str, source: SourceTensor, encoding: Codec, shape: tuple[int, ...]) -> None:
         if isinstance(encoding, Plain) and has_values_to_check(name):
-            source = checked(source, lambda data: self._wrong(name, data, encoding.dtype.name))
+            whole = name.endswith((".g_idx", ".weight_shape"))
+            source = checked(source, lambda data: self._wrong(name, data, encoding.dtype.name), whole)
 
         def made(file: int) -> None:
             matrix = self.draft.matrix(file, name, source.rows, source.cols, encoding, spelling=Named(shape))

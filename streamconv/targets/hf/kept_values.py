@@ -17,14 +17,16 @@ class CheckedValues(SourceTensor):
 
     Attributes:
         wrong: what of its bytes cannot be, in words; "" if all is well.
+        whole: only all of them together can be judged: an order, a shape.
     """
 
     tensor: SourceTensor = field(kw_only=True)
     wrong: Callable[[bytes], str] = field(kw_only=True)
+    whole: bool = field(kw_only=True)
 
     @property
     def row_align(self) -> int:
-        return self.tensor.row_align
+        return self.rows if self.whole else self.tensor.row_align
 
     @property
     def stored_row_bytes(self) -> int:
@@ -51,6 +53,7 @@ class CheckedValues(SourceTensor):
         self.tensor.drop_page_cache(shards, start, stop)
 
 
-def checked(tensor: SourceTensor, wrong: Callable[[bytes], str]) -> CheckedValues:
+def checked(tensor: SourceTensor, wrong: Callable[[bytes], str], whole: bool) -> CheckedValues:
     """The tensor, refused if its bytes are wrong."""
-    return CheckedValues(tensor.name, tensor.dtype, tensor.shape, tensor.pieces, tensor.axis, tensor=tensor, wrong=wrong)
+    own = (tensor.name, tensor.dtype, tensor.shape, tensor.pieces, tensor.axis)
+    return CheckedValues(*own, tensor=tensor, wrong=wrong, whole=whole)
