@@ -37,19 +37,23 @@ class OutputFolder:
         self._sizes: dict[str, int] = {}
         self._turns: dict[str, threading.Lock] = {}
 
-    def create(self, files: list[tuple[str, int, bytes]], fresh: bool) -> None:
+    def create(self, files: list[tuple[str, int, bytes]], fresh: bool, made: bool = False) -> None:
         """Make every (name, size, header) at its full size.
 
         Args:
             fresh: remove what an earlier run left; otherwise keep the bytes that are there.
+            made: all are there; one that is gone is an OutputError, for zeros would take its place.
         """
         with translate_errors(self.place.top / self.place.hidden("partial"), "create"):
             self.place.begin(fresh)
         self._check_room(files)
         for name, size, header in files:
             with translate_errors(self._path(name), "write"):
-                self._fds[name] = self.place.work.open(name, fresh)
-                self._open(name, size)
+                if made:
+                    self.adopt(name, size)
+                else:
+                    self._fds[name] = self.place.work.open(name, fresh)
+                    self._open(name, size)
             self.write(name, 0, header)
         with translate_errors(self.place.work.folder.path, "sync"):
             # the names are durable before the journal speaks of what is in the files

@@ -168,7 +168,7 @@ class Writer:
                     if self.finished:
                         return
             self._past = None
-        if self._past is None and self._skip:
+        if self._past is None and (self._skip or (self.parts and self._was_published())):
             self.finished = True
             return
         self._found = check_free(self.place, self.force)
@@ -194,6 +194,19 @@ class Writer:
             )
         if changed or not self.place.has_work() or (self._past is not None and not self._past.tiles):
             self._past = None
+
+    def _was_published(self) -> bool:
+        """Whoever published the parts died before their records were gone.
+
+        Raises:
+            OutputError: the files of the work are gone, and no output was made of them.
+        """
+        if self.place.has_work():
+            return False
+        with contextlib.suppress(VerifyError):
+            if manifest.read_head(self.folder.out / manifest.NAME).fingerprint == self._run["fingerprint"]:
+                return True
+        raise OutputError(f"the work on {printable(str(self.folder.out))} is gone, its parts with it", hint="start over with --force")
 
     def device(self) -> int:
         """The file system of the output."""
@@ -239,7 +252,7 @@ class Writer:
         if self._past is not None:
             self.past = {span: [done for done in tiles if fits(self.plan, done)] for span, tiles in self._past.tiles.items()}
         files = [(file.name, file.size, file.header) for file in self.plan.files]
-        self.folder.create(files, fresh=self._past is None and not self.parts)
+        self.folder.create(files, fresh=self._past is None and not self.parts, made=self.parts)
         self._created = True
 
     def publish(self, hashes: Hashes, snr: Mapping[str, Mapping[str, float | str]] | None = None) -> None:

@@ -74,16 +74,16 @@ def test_killed_at_some_operations(make: Callable[..., InParts], settings: dict[
     _kill_everywhere(make(**settings), depth=1, step=23)
 
 
-@pytest.mark.parametrize("settings", [{}, {"mounted": True, "replaced": True}], ids=["new", "both"])
+@pytest.mark.parametrize("settings", [{"replaced": True}, {"mounted": True}], ids=["replaced", "mounted"])
 def test_two_at_once_and_one_killed(make: Callable[..., InParts], settings: dict[str, Any]) -> None:
     """Two Disks take turns, operation by operation: whoever lives ends well, with the output in its place."""
-    _two_at_once(make(**settings), 14)
+    _two_at_once(make(**settings), 12)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"replaced": True}, {"mounted": True}, {"tile_rows": 16}], ids=str)
 def test_two_at_once_anywhere(make: Callable[..., InParts], settings: dict[str, Any]) -> None:
-    _two_at_once(make(**settings), 600)
+    _two_at_once(make(**settings), 400)
 
 
 def _two_at_once(world: InParts, cases: int) -> None:

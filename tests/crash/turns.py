@@ -24,7 +24,8 @@ class Turns:
 
     Args:
         seed: of the order.
-        victim, at: the worker that is killed, instead of its operation `at`.
+        victim, at: the worker that is killed, instead of its operation `at`; -1 takes the one that gives the output its name, and `at`
+            counts from there.
     """
 
     def __init__(self, seed: int, victim: int, at: int) -> None:
@@ -67,7 +68,10 @@ class Alternating(Tapped):
         if self.dead or (self.worker == self.turns.victim and self.number >= self.turns.at):
             self.dead = True
             raise Killed
-        return do(*args)
+        done = do(*args)
+        if self.turns.victim < 0 and name == "rename" and args[2] in ("out", "config.json"):  # the last one of a mounted output
+            self.turns.victim, self.turns.at = self.worker, self.number + 1 + self.turns.at
+        return done
 
 
 @contextlib.contextmanager
@@ -123,13 +127,14 @@ def _twice(world: World) -> str:
 
 
 def many(world: World, cases: int) -> Count:
-    """Kill one of two at operations spread over all of a run, each in an order of turns of its own."""
+    """Kill one of two at operations spread over all of a run, and one that has published, each in an order of turns of its own."""
     count, longest = Count(), operations(world)
+    kills = [(case % 2, case * longest // cases) for case in range(cases)] + [(-1, case % 24) for case in range(cases)]
     changes = 0
-    for case in range(cases):
+    for seed, (victim, at) in enumerate(kills):
         world.reset()
-        problem, changed = together(world, case, victim=case % 2, at=case * longest // cases)
+        problem, changed = together(world, seed, victim, at)
         changes += changed
-        count.note(f"case {case}", problem)
+        count.note(f"seed {seed}, worker {victim} at {at}", problem)
     count.facts["changes of turns"] = changes
     return count
