@@ -8,6 +8,7 @@ import torch
 
 from streamconv.calibration.gram import Gram
 from streamconv.calibration.grid import Grid
+from streamconv.calibration.tiers import rows_at_once
 
 _STEPS = 20
 _SPREAD = 1e3
@@ -32,7 +33,7 @@ def prescale(
     """
     device = weights[0].device
     step = [max(1, len(weight) // _ROWS) if device.type == "cpu" else 1 for weight in weights]
-    chosen = [weight[::each].float() for weight, each in zip(weights, step, strict=True)]
+    chosen = [weight[::each] for weight, each in zip(weights, step, strict=True)]
     share = _share(weights, grid)
     mean = gram.absolute.clone()
     alive = mean > 0
@@ -79,8 +80,11 @@ def _loss(weights: Sequence[torch.Tensor], multiplier: torch.Tensor | None, gram
     """Of plain rounding, in the sum over outputs; infinite if it is no number."""
     total = 0.0
     for weight in weights:
-        scaled = weight if multiplier is None else weight * (1.0 / multiplier)
-        scales = grid.scales(grid.largest(scaled), 1.0)
-        error = grid.values(grid.codes(scaled, scales), scales) - scaled
-        total += float(gram.energies(error if multiplier is None else error * multiplier).double().sum())
+        found = []
+        for rows in weight.split(rows_at_once(weight.shape[1], weight.device.type)):  # type: ignore[no-untyped-call]
+            scaled = rows.float() if multiplier is None else rows.float() * (1.0 / multiplier)
+            scales = grid.scales(grid.largest(scaled), 1.0)
+            error = grid.values(grid.codes(scaled, scales), scales) - scaled
+            found.append(gram.energies(error if multiplier is None else error * multiplier))
+        total += float(torch.cat(found).double().sum())
     return total if total == total else float("inf")

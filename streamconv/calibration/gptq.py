@@ -49,8 +49,11 @@ def factor(moments: torch.Tensor) -> Factor | None:
             upper = torch.eye(size, dtype=kind, device=device).T  # columns lie together: solved in place
             torch.linalg.solve_triangular(lower, upper, upper=False, out=upper)
             del lower
-            if bool(upper.isfinite().all()):
-                return Factor(order, upper.flip(0, 1).float().contiguous())
+            least, most = upper.aminmax()  # NaN in both if there is one; no matrix of its own as isfinite makes
+            if bool(least.isfinite()) and bool(most.isfinite()):
+                turned_back = upper.flip(0, 1)
+                del upper
+                return Factor(order, turned_back.float().contiguous())
     return None
 
 

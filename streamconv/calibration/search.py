@@ -97,14 +97,14 @@ def _weight(
         values = rows.float()
         scaled = values if multiplier is None else values * (1.0 / multiplier)
         own = clipped(scaled, inner, grid)
-        choices = [(grid.codes(scaled, own), own)]
+        choices = [(grid.codes(scaled, own).to(torch.int8), own)]
         if known is not None:
-            choices.append((gptq.rounded(scaled, own, grid, known), own))
+            choices.append((gptq.rounded(scaled, own, grid, known).to(torch.int8), own))
         for ratio in (NEAREST, 1.0):
             plain = grid.scales(grid.largest(scaled), ratio)
-            choices.append((grid.codes(scaled, plain), plain))
+            choices.append((grid.codes(scaled, plain).to(torch.int8), plain))
         factor = 1.0 if multiplier is None else multiplier
-        losses = [gram.energies((grid.values(*choice) - scaled) * factor) for choice in choices]
+        losses = [gram.energies((grid.values(made.float(), step) - scaled) * factor) for made, step in choices]
         best, least = choices[0], losses[0]
         for choice, loss in zip(choices[1:], losses[1:], strict=True):
             better = loss < least
@@ -115,7 +115,7 @@ def _weight(
             plain = grid.scales(grid.largest(values), NEAREST)
             rtn = gram.energies(grid.values(grid.codes(values, plain), plain) - values)
         totals += torch.stack([gram.energies(values).double().sum(), rtn.double().sum(), least.double().sum()]).cpu()
-        codes.append(best[0].to(torch.int8))
+        codes.append(best[0])
         scales.append(best[1])
     return Found(torch.cat(codes), torch.cat(scales), totals.float())
 

@@ -29,8 +29,8 @@ DOUBLE = 4096
 """Up to so many channels GPTQ factorizes in float64 on the CPU."""
 _VALUES, _DEVICE_VALUES = 8 << 20, 64 << 20
 """Numbers of the rows that a search works on at once."""
-_COPIES = 9
-"""Of these rows, in float32."""
+_COPIES = 8
+"""Of these rows, in float32 (measured: at most 7)."""
 
 _Site = TypeVar("_Site")
 
@@ -58,17 +58,19 @@ def rows_at_once(size: int, device: str) -> int:
 
 
 def search_bytes(method: str, group: int, facts: ModelConfig, device: str) -> int:
-    """Bytes that the search for the codes of one site takes beside the layer: its Gram, GPTQ's factors of it, some rows.
+    """Bytes that the search for the codes of one site takes beside the layer: its Gram, GPTQ's factors of it, some rows, the codes.
 
     Args:
         device: "cpu", or another.
     """
     width, kind = facts.moe_intermediate_size or facts.intermediate_size, device.partition(":")[0]
     sizes = (facts.hidden_size, width, facts.num_attention_heads * facts.head_size)
+    # codes and scales of the weights of a site, and those of one of them once more while its rows are put together
+    made = round(3 * width * facts.hidden_size * (1 + 4 / group))
 
     def taken(size: int) -> int:
         gram = gram_bytes(tier_of(method, size), size, group)
-        rows = 4 * _COPIES * size * min(rows_at_once(size, kind), max(width, facts.hidden_size))
+        rows = 4 * _COPIES * size * min(rows_at_once(size, kind), max(width, facts.hidden_size)) + made
         if method != "gptq":
             return gram + rows
         return max((5 if kind == "cpu" and size <= DOUBLE else 3) * gram, 2 * gram + rows)  # while it factorizes; and then

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +10,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from streamconv.calibration import gptq  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
+from streamconv.calibration import awq, clip, gptq, tiers  # noqa: E402
+from streamconv.calibration import search as search_module  # noqa: E402
 from streamconv.calibration.awq import multiplier_of  # noqa: E402
 from streamconv.calibration.clip import clipped  # noqa: E402
 from streamconv.calibration.gram import Gram  # noqa: E402
@@ -220,6 +224,52 @@ def test_a_gram_without_a_factorization_leaves_the_clipped_scales() -> None:
     assert gptq.factor(moments.moments) is None
     made = search("gptq", {"one": normal(N, K)}, moments, {"one": GRID})
     assert made.unfactored
+
+
+class Live(TorchDispatchMode):
+    """Counts bytes of tensors that operations make, while they live, on any device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._seen: dict[int, int] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self._seen:
+                storage = tensor.untyped_storage()
+                self._seen[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self._gone, storage._cdata)
+        return made
+
+    def _gone(self, key: int) -> None:
+        self.now -= self._seen.pop(key)
+
+
+@pytest.mark.parametrize(("double", "times"), [(0, 3), (4096, 5)])
+def test_a_factor_holds_no_more_than_is_planned(double: int, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32, as on a GPU, and in float64."""
+    monkeypatch.setattr(gptq, "DOUBLE", double)
+    moments = gram(normal(300, 256)).moments + torch.eye(256)
+    with Live() as live:
+        assert gptq.factor(moments) is not None
+    assert (times - 0.2) * moments.nbytes < live.most < (times + 0.2) * moments.nbytes
+
+
+@pytest.mark.parametrize("method", ["clip", "awq", "gptq"])
+def test_a_search_holds_no_more_than_is_planned(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the Gram: copies of a tile of rows, and what is made."""
+    for module in (awq, clip, gptq, search_module):
+        monkeypatch.setattr(module, "rows_at_once", lambda size, device: 64)
+    weight, known = normal(256, K, seed=3).bfloat16(), gram(normal(300, K))
+    with Live() as live:
+        search(method, {"w": weight}, known, {"w": GRID})
+    tile, made = 4 * 64 * K, weight.numel() * (1 + 4 / GROUP)
+    factors = 2 * known.moments.nbytes if method == "gptq" else known.moments.nbytes
+    assert live.most < tiers._COPIES * tile + factors + known.blocks().nbytes + made + weight.nbytes
 
 
 def test_subnormal_groups() -> None:
