@@ -219,11 +219,13 @@ class Conversion:
         with contextlib.closing(index):
             foreseen, instead = [_estimated([plan], resources) for plan in plans], (self.instead, self.pinned)
             workers = [
-                Worker(self.source, Path(named(one.out)), index, plan, resources, told.budget, self.force, meter, self.disk, *instead)
-                for one, plan, told in zip(self.outputs, plans, foreseen, strict=True)
+                Worker(self.source, Path(named(one.out)), index, plan, resources, self.force, meter, self.disk, *instead)
+                for one, plan in zip(self.outputs, plans, strict=True)
             ]
             if self.several:
                 check_apart([worker.place() for worker in workers], index.root)
+            each_of = (lambda: [worker.progress() for worker in workers]) if self.several else tuple
+            meter.begin("converting", sum(worker.read for worker in workers), memory_budget=foreseen[0].budget, outputs=each_of)
             if len(workers) > 1 and resources.part is None:
                 for worker in workers:  # what nobody holds, of all outputs; then what others held
                     with contextlib.suppress(LockedError):

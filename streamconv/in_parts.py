@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from streamconv import hub
 from streamconv.allocation import costs_of
@@ -22,7 +23,7 @@ from streamconv.planning.memory_plan import MemoryPlan
 from streamconv.planning.parts import Part, cut
 from streamconv.planning.plan import Plan
 from streamconv.planning.reads import Reads
-from streamconv.progress import Meter
+from streamconv.progress import Meter, OutputProgress
 from streamconv.publishing import POLL, anywhere, publish
 from streamconv.reports import TensorError
 from streamconv.run import journal, sampled, source_record
@@ -36,6 +37,9 @@ from streamconv.run.part_folder import Aside, PartFolder
 from streamconv.run.part_record import Record, hashes_of
 from streamconv.run.place import Place
 from streamconv.run.resume import fits
+
+if TYPE_CHECKING:
+    from streamconv.run.output_state import OutputState
 
 PAGE = 4096
 
@@ -68,7 +72,6 @@ class Worker:
 
     Args:
         source: what is converted, as it was asked for.
-        budget: bytes of memory that a part may take.
         instead, pinned: as of `api.convert`.
     """
 
@@ -79,7 +82,6 @@ class Worker:
         index: Index,
         plan: Plan,
         resources: Resources,
-        budget: int,
         force: bool,
         meter: Meter,
         disk: Disk | None,
@@ -96,12 +98,33 @@ class Worker:
                 hint="give each worker its part, with --part K/N, or add --private-parts",
             )
         self.source, self.out, self.index, self.plan, self.resources = source, out, index, plan, resources
-        self.budget, self.force, self.meter, self.disk, self.instead, self.pinned = budget, force, meter, disk, instead, pinned
+        self.force, self.meter, self.disk, self.instead, self.pinned = force, meter, disk, instead, pinned
         self.parts = cut(plan, resources.parts)
         self.identity = journal.identity(plan, index.shards)  # reads some of every source file: once for all parts
         self.share = Share()
         self._source = source_record.OfPart(plan)
         self._abandoned, self._wait = False, resources.wait
+        self._there = set[int]()  # parts that are done, as far as this worker has seen
+        self._state: OutputState | None = None
+
+    @property
+    def read(self) -> int:
+        """Source bytes of all parts."""
+        return sum(part.read for part in self.parts)
+
+    def progress(self) -> OutputProgress:
+        """How far the output is, with the parts that others did."""
+        written, state = [part.written for part in self.parts], self._state
+        done = sum(written[part] for part in self._there) + (state.done if state is not None else 0)
+        finished = self.share.published and not self.share.parts
+        return OutputProgress(str(self.out), sum(written) if self.share.published else done, sum(written), finished)
+
+    def _see(self, part: int) -> None:
+        """A part is done, by whomever: from now on it counts."""
+        if part not in self._there:
+            self._there.add(part)
+            if part not in self.share.parts:  # its tiles have counted
+                self.meter.add(self.parts[part].read)
 
     def place(self) -> Place:
         """Where the output is made."""
@@ -135,7 +158,7 @@ class Worker:
                 raise ResumeError(f"the work was begun on a machine with pages of {claims.told['page']} bytes; here they have {page}")
             if self.resources.part is None and not private:
                 claims.check_reach()
-            self.meter.begin("converting", sum(part.read for part in self.parts), memory_budget=self.budget)
+            self.meter.phase("converting")
             self._take(claims)
             self._publish(claims)
         except Over:
@@ -175,6 +198,7 @@ class Worker:
             waiting, claim = list[int](), None
             for part in self._order():
                 if claims.done(part):
+                    self._see(part)
                     continue
                 claim = claims.claim(part)
                 if claim is not None:
@@ -210,6 +234,7 @@ class Worker:
         if not part.matrices and not part.constants:
             claims.record(claim, Record(fingerprint, claim.attempt, (), evidence))
             self.share.parts.append(claim.part)
+            self._see(claim.part)
             return
         told, plan = claims.told, part.of(self.plan)
         aside = Aside(claims.base, f"{claim.part}.{claim.attempt}.aside", plan.files, told["page"], fresh=True)
@@ -232,6 +257,8 @@ class Worker:
             record = self._run(part, plan, folder, book, done, claim.attempt, evidence)
             claims.record(claim, dataclasses.replace(record, aside=folder.finish()))
             self.share.parts.append(claim.part)
+            self._state = None
+            self._see(claim.part)
         finally:
             if not self._abandoned:
                 with contextlib.suppress(OSError):

@@ -1,7 +1,8 @@
 """Parts as tasks of Ray, for those who have a Ray cluster on one shared file system: `convert --engine ray --parts N`.
 
-A task does one part, as `--part K/N` does. One that is lost with its node is given to another, where it goes on from its journal; one that
-fails by itself is not tried again, for a full disk stays full. Runs inside the cluster: ray:// needs the same Python and Ray on both sides.
+A task does one part, of every output, as `--part K/N` does. One that is lost with its node is given to another, where it goes on from its
+journal; one that fails by itself is not tried again, for a full disk stays full. Runs inside the cluster: ray:// needs the same Python and
+Ray on both sides.
 """
 
 from __future__ import annotations
@@ -9,36 +10,47 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from streamconv.api import convert
+from streamconv.api import convert, convert_all
 from streamconv.errors import StreamconvError, UsageError
 from streamconv.options import Resources
 from streamconv.progress import Meter
-from streamconv.reports import Report
-from streamconv.targets.base import Target
+from streamconv.reports import Report, Written
+from streamconv.targets.base import Output
 
 RETRIES = 3
 """How often a part is given to another worker after its own was lost."""
 
 
-def _part(source: str, out: str, target: Target, resources: Resources, force: bool) -> Report | StreamconvError:
+def _part(source: str, outputs: Sequence[Output], resources: Resources, force: bool, several: bool) -> Report | StreamconvError:
     """A task: one part; its error is told and not raised, so that it keeps its type."""
     try:
-        return convert(source, out, target, resources, force=force)
+        if several:
+            return convert_all(source, outputs, resources, force=force)
+        return convert(source, outputs[0].out, outputs[0].target, resources, force=force)
     except StreamconvError as error:
         return error
 
 
 def convert_on_ray(
-    address: str | None, source: str | Path, out: str | Path, target: Target, resources: Resources, *, force: bool, meter: Meter
+    address: str | None,
+    source: str | Path,
+    outputs: Sequence[Output],
+    resources: Resources,
+    *,
+    force: bool,
+    meter: Meter,
+    several: bool = False,
 ) -> Report:
     """Do all parts on a cluster; gives the figures of its tasks together.
 
     Args:
         address: of the cluster; None takes the one that this process is in, or begins one here.
         resources: of a task; `parts` says how many there are, `workers` how many processors each takes (1 unless given).
+        several: as `convert_all` does it; otherwise as `convert`.
 
     Raises:
         UsageError: Ray is not installed, or no parts were asked for. Else the first error of any task.
@@ -54,7 +66,8 @@ def convert_on_ray(
     here = os.path.realpath(source) if os.path.lexists(source) else str(source)
     task: Any = ray.remote(max_retries=RETRIES, retry_exceptions=False, num_cpus=resources.workers or 1)(_part)
     each = [dataclasses.replace(resources, part=part, workers=resources.workers or 1) for part in range(resources.parts)]
-    left = [task.remote(here, os.path.realpath(out), target, one, force) for one in each]
+    named = [dataclasses.replace(output, out=os.path.realpath(output.out)) for output in outputs]
+    left = [task.remote(here, named, one, force, several) for one in each]
     meter.begin("converting", len(left), unit="parts")
     reports = list[Report]()
     while left:
@@ -68,11 +81,33 @@ def convert_on_ray(
         reports.append(report)
         meter.add(1)
     meter.end()
+    made = tuple(_together([report.outputs[at] for report in reports], output.out) for at, output in enumerate(outputs))
     sums = {name: sum(getattr(report, name) for report in reports) for name in ("bytes_read", "bytes_mapped", "tiles", "resumed")}
-    done = tuple(sorted(part for report in reports for part in report.parts or ()))
     warnings = tuple(dict.fromkeys(warning for report in reports for warning in report.warnings))
-    seconds, peak = time.monotonic() - began, max(report.peak_memory for report in reports)
-    published = any(report.published for report in reports)
     return dataclasses.replace(
-        reports[0], out=str(out), parts=done, published=published, warnings=warnings, seconds=seconds, peak_memory=peak, **sums
+        reports[0],
+        out=", ".join(output.out for output in outputs),
+        outputs=made,
+        parts=tuple(part for one in made for part in one.parts or ()),
+        published=all(one.published for one in made),
+        warnings=warnings,
+        seconds=time.monotonic() - began,
+        peak_memory=max(report.peak_memory for report in reports),
+        **sums,
+    )
+
+
+def _together(told: Sequence[Written], out: str) -> Written:
+    """What all tasks did of an output."""
+    parts, published = tuple(sorted(part for one in told for part in one.parts or ())), any(one.published for one in told)
+    warnings = tuple(dict.fromkeys(warning for one in told for warning in one.warnings))
+    return dataclasses.replace(
+        told[0],
+        out=out,
+        parts=parts,
+        published=published,
+        finished=published and not parts,
+        warnings=warnings,
+        errors=tuple(error for one in told for error in one.errors),
+        resumed=sum(one.resumed for one in told),
     )

@@ -1,4 +1,4 @@
-"""Parts on a local Ray cluster of three nodes, one of which is killed: the bytes of a single run. Needs streamconv[ray].
+"""Two outputs in parts on a local Ray cluster of three nodes, one of which is killed: the bytes of a single run. Needs streamconv[ray].
 
     python -m tests.ray_cluster
 
@@ -20,22 +20,25 @@ from streamconv.options import Resources
 from streamconv.progress import Meter, unwatched
 from streamconv.run.fs import hidden
 from streamconv.run_on_ray import convert_on_ray
+from streamconv.targets.base import Output
+from streamconv.targets.hf.target import HuggingFace
 from streamconv.targets.trtllm.options import TensorRTLLM
 from tests.crash.world import snapshot, write_model
 
-OPTIONS = TensorRTLLM(tp_size=2)
+TARGETS = (TensorRTLLM(tp_size=2), HuggingFace(quant="fp8_dynamic"))
 
 
 def main() -> None:
     root = Path(tempfile.mkdtemp(prefix="ray-cluster-"))
-    model, out = write_model(root / "model", hidden=512, layers=4), root / "out"
-    api.convert(model, root / "right", OPTIONS, Resources(device="cpu", memory_budget=4 << 30))
+    model = write_model(root / "model", hidden=512, layers=4)
+    outs, right = ([Output(str(root / f"{kind}{number}"), target) for number, target in enumerate(TARGETS)] for kind in ("out", "right"))
+    api.convert_all(model, right, Resources(device="cpu", memory_budget=4 << 30))
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
     cluster.wait_for_nodes()
 
     def kill() -> None:
-        while not list(hidden(out, "parts").glob("[0-9]*.journal")):
+        while not list(hidden(Path(outs[0].out), "parts").glob("[0-9]*.journal")):
             time.sleep(0.02)
         cluster.remove_node(nodes[0], allow_graceful=False)
         print("a node was killed", flush=True)
@@ -43,9 +46,10 @@ def main() -> None:
     threading.Thread(target=kill, daemon=True).start()
     try:
         asked = Resources(device="cpu", memory_budget=1 << 30, workers=1, parts=12, tile_rows=32)
-        report = convert_on_ray(cluster.address, model, out, OPTIONS, asked, force=False, meter=Meter(unwatched))
-        same = snapshot(out) == snapshot(root / "right")
-        print(f"parts {report.parts} in {report.seconds:.1f} s, published: {report.published}, the bytes of a single run: {same}")
+        report = convert_on_ray(cluster.address, model, outs, asked, force=False, meter=Meter(unwatched), several=True)
+        same = [snapshot(Path(one.out)) for one in outs] == [snapshot(Path(one.out)) for one in right]
+        done = [one.parts for one in report.outputs]
+        print(f"parts {done} in {report.seconds:.1f} s, published: {report.published}, the bytes of a single run: {same}")
     finally:
         ray.shutdown()
         cluster.shutdown()

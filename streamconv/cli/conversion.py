@@ -138,9 +138,10 @@ def convert(
     if min_snr is not None and not asked.verify_inline:
         raise UsageError("--min-snr has no effect without --verify inline", hint="add --verify inline, or leave it out")
     if asked.parts and text:
-        hint = "on one machine: `streamconv calibrate`, then --activation-ranges FILE; for INT4 the command without --parts, then --codes"
+        hint = "on one machine: `streamconv calibrate`, then --activation-ranges FILE"
+        hint += "; for INT4 the command without --parts, then --codes OUT.int4.safetensors"
         raise UsageError("--text and --parts exclude each other: what is measured is measured once for all parts", hint=hint)
-    outputs = several.asked(model, out, more, values.pop("output"), _recipe_keys(), ("text", "engine"))
+    outputs = several.asked(model, out, more, values.pop("output"), _recipe_keys(), ("text",))
     if out is None and not outputs:
         raise click.MissingParameter(param_hint="'OUT'", param_type="argument")
     wanted = None if outputs else asked_target(to, values, more)
@@ -161,8 +162,8 @@ def convert(
             )
         alone = [wanted.to(place)] if wanted is not None else []
         facts = pages_view.planned(model, outputs or alone, asked, bool(outputs)) if report else ([], "")
-        if engine is not None and wanted is not None:
-            made = on_ray(engine, model, place, wanted, asked, force, watched.meter)
+        if engine is not None:
+            made = on_ray(engine, model, outputs or alone, asked, force, watched.meter, several=bool(outputs))
         elif wanted is not None:
             made = api.convert(model, place, wanted, asked, force=force, meter=watched.meter)
         else:

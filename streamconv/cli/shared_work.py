@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from streamconv.options import Resources
     from streamconv.progress import Meter
     from streamconv.reports import Report
-    from streamconv.targets.base import Target
+    from streamconv.targets.base import Output
 
 
 @click.command()
@@ -59,8 +60,10 @@ def _content(out: str) -> dict[str, Any]:
             if claims.done(part):
                 done += 1
                 continue
-            with contextlib.suppress(Over):
+            try:
                 holder = claims.held(part)
+            except Over:  # published since
+                return _content(out)
             past = journal.read(Home(claims.base, part))
             tiles = sum(map(len, past.tiles.values())) if past is not None else 0
             if holder is not None:
@@ -88,7 +91,7 @@ def finalize(out: str, check: bool, no_lock: bool, as_json: bool) -> int:
     return 0
 
 
-def on_ray(engine: str, model: str, out: str, wanted: Target, asked: Resources, force: bool, meter: Meter) -> Report:
+def on_ray(engine: str, model: str, outputs: Sequence[Output], asked: Resources, force: bool, meter: Meter, several: bool) -> Report:
     """`convert --engine`.
 
     Raises:
@@ -99,4 +102,4 @@ def on_ray(engine: str, model: str, out: str, wanted: Target, asked: Resources, 
     name, _, address = engine.partition("=")
     if name != "ray":
         raise UsageError(f"--engine {printable(engine)} is not known", hint="ray, or ray=ADDRESS; without it this process does the work")
-    return convert_on_ray(address or None, model, out, wanted, asked, force=force, meter=meter)
+    return convert_on_ray(address or None, model, outputs, asked, force=force, meter=meter, several=several)

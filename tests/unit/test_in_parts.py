@@ -147,12 +147,10 @@ def test_several_outputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     for name, target in zip(names, targets, strict=True):
         api.convert(model, tmp_path / f"{name} alone", target, _resources())
     asked = [target.to(tmp_path / name) for name, target in zip(names, targets, strict=True)]
-    seen = 0
 
     def late(now: Progress) -> None:
-        nonlocal seen
-        seen += now.phase == "converting" and now.done == 0
-        if seen == 2 and now.done > now.total / 2:  # in the second output
+        if now.outputs[1].done > now.outputs[1].total / 2:
+            assert now.outputs[0].done == now.outputs[0].total and now.done > now.total / 2
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -167,7 +165,9 @@ def test_several_outputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert f"{tmp_path / 'a'}: no part done here; complete" in told and "all outputs are complete" in told
     for name in names:
         _same(tmp_path / f"{name} alone", tmp_path / name)
-    again = api.convert_all(model, asked, _resources(parts=4))
+    seen: list[Progress] = []
+    again = api.convert_all(model, asked, _resources(parts=4), meter=Meter(seen.append))
+    assert [(one.done, one.finished) for one in seen[-1].outputs] == [(one.total, True) for one in seen[-1].outputs]
     assert again.published and again.bytes_read == 0 and [one.finished for one in again.outputs] == [True, True]
 
 
