@@ -24,7 +24,7 @@ from streamconv.lazy import Bytes, np
 if TYPE_CHECKING:
     Floats = Any  # float32 arrays: numpy types its own operations too widely
 
-_TILE = 8 << 20
+STRIPE = 8 << 20
 """Bytes of a decoded stripe of an expert: the wider, the fewer stored bytes are passed over."""
 
 
@@ -311,7 +311,7 @@ class TurnedMx(_Decoded):
     def row_align(self) -> int:
         """Whole blocks, the most of an expert's that make a moderate stripe."""
         blocks = self.shape[1] // 32
-        fit = max(1, _TILE // (32 * self.cols * self.dtype.itemsize))
+        fit = max(1, STRIPE // (32 * self.cols * self.dtype.itemsize))
         return 32 * max(n for n in range(1, min(blocks, fit) + 1) if blocks % n == 0)
 
     @property

@@ -28,10 +28,11 @@ from streamconv.targets.hf.fates import Fate, Fates
 from streamconv.targets.hf.found_codes import taken
 from streamconv.targets.hf.input_scales import cache_maxima, input_maxima
 from streamconv.targets.hf.recipes import BLOCK, Recipe, Request
+from streamconv.targets.hf.restacked import restack
 from streamconv.targets.hf.rules import default_reason, partners
 from streamconv.targets.hf.shards import shards_of
 from streamconv.targets.hf.side_files import side_files
-from streamconv.targets.hf.stacked import reads_stacked_alone, unstack
+from streamconv.targets.hf.stacked import unstack
 from streamconv.targets.hf.stored import Form, Stored
 from streamconv.targets.hf.turned_layout import turned_weight
 
@@ -56,7 +57,6 @@ class Whole:
         return self.recorded
 
 
-_EXPERT = re.compile(r"\.experts\.[0-9]+\.")
 _plain = cache(Plain)
 
 
@@ -124,6 +124,7 @@ class Layout:
                 found = taken(self.codes, self.index, stored, fates.wanted(), self.target.group_size, self.recipe)
                 self.searched, self.changed = found
         self.decoded = stored.decoded
+        apart = restack(stored, self.index.config) if self.recipe is None else []
         places: dict[str, str] = {}
         for name, tensors in self._files().items():
             number = self.draft.file(name, _METADATA)
@@ -133,7 +134,7 @@ class Layout:
                     places.update(dict.fromkeys(listed, name))
                     continue
                 places.update((made, name) for tensor in some for made in self._tensor(number, tensor))
-        self._say(fates)
+        self._say(fates, apart)
         self._side_files(places)
 
     # ---- files
@@ -268,7 +269,7 @@ class Layout:
 
     # ---- what is told
 
-    def _say(self, fates: Fates | None) -> None:
+    def _say(self, fates: Fates | None, apart: list[str]) -> None:
         for (name, reason), count in fates.grouped().items() if fates is not None else ():
             times = f" ({count})" if count > 1 else ""
             how = self.recipe.quant if self.recipe and not reason else reason
@@ -280,11 +281,10 @@ class Layout:
             )
         recipe = self.recipe
         if recipe is None:
-            apart = next((name for name in self.stored.order if _EXPERT.search(name)), None)
-            if apart and reads_stacked_alone(self.index.config):
+            if apart:
                 self.draft.warnings.append(
-                    f"{printable(apart)} and others: transformers reads the unquantized experts of this model type as one tensor a layer,"
-                    " and would start these with random values; the source holds them apart, and so does the output"
+                    f"{printable(apart[0])} and others: transformers reads the unquantized experts of this model type as one tensor a"
+                    " layer, and would start these with random values; the source holds them apart, and so does the output"
                 )
             return
         stacked = [name for name in self.stored.order if ".experts." in name and len(self.stored.form(name).shape) == 3]

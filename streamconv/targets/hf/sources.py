@@ -17,10 +17,12 @@ from streamconv.checkpoint.stored_codes import Code
 from streamconv.checkpoint.strided_rows import Strided
 from streamconv.errors import CheckpointError, printable
 from streamconv.quants.decoded_rows import DecodedAffine, DecodedIntegers, DecodedTensor, TurnedMx
+from streamconv.quants.stacked_rows import Stacked
 from streamconv.targets.hf.packed_sources import PACKED, integers, mx_experts
 from streamconv.targets.hf.stated import stated_bits
 
-Weight = SourceTensor | DecodedTensor | DecodedAffine | DecodedIntegers | TurnedMx
+_Read = SourceTensor | DecodedTensor | DecodedAffine | DecodedIntegers | TurnedMx
+Weight = _Read | Stacked
 
 _SCALES = ("weight_scale_inv", "weight_scale", "weight_scale_2", "weight_global_scale", "weight_shape")
 _OTHERS = ("weight_zero", "input_scale", "input_global_scale", "k_scale", "v_scale", "weight_zero_point", "output_scale",
@@ -59,7 +61,7 @@ class Reader:
             return found
         return found[0], replace(found[1], sound=True)
 
-    def _weight(self, name: str) -> tuple[str, Weight] | None:
+    def _weight(self, name: str) -> tuple[str, _Read] | None:
         tensors = self.tensors
         module, _, leaf = name.rpartition(".")
         if leaf in PACKED and leaf != "qweight" and f"{module}.qweight" in tensors:

@@ -12,8 +12,13 @@ from streamconv.targets.hf.sources import Weight
 from streamconv.targets.hf.stored import Stored
 
 _PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-_TRANSPOSED = ("llama4", "llama4_text", "gpt_oss", "qwen3_vl_moe", "qwen3_vl_moe_text")
+_TRANSPOSED = ("llama4", "llama4_text", "gpt_oss", "openai_privacy_filter", "qwen3_vl_moe", "qwen3_vl_moe_text")
 """Model types that store stacked experts as [E, in, out], where the sizes do not tell."""
+_UPRIGHT = ("gemma4", "gemma4_text")
+"""Model types that store them as [E, out, in], and of which transformers reads no others."""
+_EITHER = ("qwen3_vl_moe_text",)
+"""Model types that different versions of transformers store differently, where they are not the text model of a larger one."""
+_BIASED = ("gpt_oss", "openai_privacy_filter")
 _ALTERNATING = ("gpt_oss",)
 """Model types whose gate and up rows take turns; elsewhere the gate is the first half."""
 
@@ -26,9 +31,27 @@ class _Rows(NamedTuple):
     taken: int
 
 
-def reads_stacked_alone(config: Mapping[str, Any]) -> bool:
-    """Whether transformers reads unquantized experts of this model type as stacked tensors, and starts others with random values."""
-    return bool(_model_types(config) & set(_TRANSPOSED))
+class StackedForm(NamedTuple):
+    """How transformers stores the unquantized experts of a model type: as stacked tensors, and it starts others with random values.
+
+    Attributes:
+        transposed: [E, in, out]; None: not known.
+        alternating: gate and up rows take turns.
+        biased: there are biases.
+    """
+
+    transposed: bool | None
+    alternating: bool
+    biased: bool
+
+
+def stacked_form(config: Mapping[str, Any]) -> StackedForm | None:
+    """The form of a model's stacked experts; None where transformers reads experts apart, or that is not known."""
+    types = _model_types(config)
+    if not types & {*_TRANSPOSED, *_UPRIGHT}:
+        return None
+    transposed = None if types <= set(_EITHER) else bool(types & set(_TRANSPOSED))
+    return StackedForm(transposed, bool(types & set(_ALTERNATING)), bool(types & set(_BIASED)))
 
 
 def _model_types(config: Mapping[str, Any]) -> set[Any]:
