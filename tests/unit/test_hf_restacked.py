@@ -150,8 +150,8 @@ def test_transformers_misses_nothing(kind: str, tmp_path: Path) -> None:
     sizes: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 160}
     more: dict[str, dict[str, Any]] = {
         "gpt_oss": {"num_local_experts": E}, "llama4_text": {"num_local_experts": E, "interleave_moe_layer_step": 1},
-        "gemma4_text": {"num_experts": E, "moe_intermediate_size": INNER, "top_k_experts": 1, "enable_moe_block": True, "global_head_dim": 32,
-                        "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0},
+        "gemma4_text": {"num_experts": E, "moe_intermediate_size": INNER, "top_k_experts": 1, "enable_moe_block": True,
+                        "global_head_dim": 32, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0},
     }  # fmt: skip
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "num_experts_per_tok": 1, "max_position_embeddings": 64}
     config = AutoConfig.for_model(kind, hidden_size=HIDDEN, intermediate_size=INNER, **sizes, **more[kind], **ids)
