@@ -190,6 +190,23 @@ class NoSource:
         """Nothing was read."""
 
 
+class RowForm(NamedTuple):
+    """What the rows of a source are like.
+
+    Attributes:
+        dtype: its name.
+        stored: bytes of the checkpoint that a row is read from; 0 for what is computed.
+        scratch: further bytes of memory that reading a row takes.
+        align: rows that are read together.
+    """
+
+    dtype: str
+    cols: int
+    stored: int
+    scratch: int
+    align: int
+
+
 @dataclass(frozen=True, slots=True)
 class SourceFile:
     """Identity of a source file: what a resume and a verify compare."""
@@ -197,3 +214,8 @@ class SourceFile:
     name: str
     size: int
     header_hash: str
+
+
+def row_form(source: RowSource) -> RowForm:
+    """What the rows of a source are like."""
+    return RowForm(source.dtype.name, source.cols, source.stored_row_bytes, source.scratch_row_bytes, source.row_align)

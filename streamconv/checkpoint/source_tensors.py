@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from functools import cache, lru_cache
 
 from streamconv.checkpoint.index import Index
-from streamconv.checkpoint.rows import Extent, SourceTensor
+from streamconv.checkpoint.rows import Extent, RowForm, SourceTensor, row_form
 
 _KEPT = 64
 """Tensors that are kept after they were made: whoever plans asks for one several times."""
@@ -44,19 +44,14 @@ class SourceTensors(Mapping[str, SourceTensor]):
             return SourceTensor(name, dtype, shape, tuple(Extent(*block) for block in whole.blocks), whole.axis)
         return SourceTensor(name, dtype, shape, (Extent(shard, begin, *_matrix(shape)),))
 
-    def kind(self, place: int) -> tuple[str, int]:
-        """Name of the dtype and columns of a tensor by its number."""
-        dtype, shape = self._table.kind(place)
-        return dtype.name, _matrix(shape)[1]
+    def rows_of(self, place: int) -> RowForm:
+        """What the rows of a tensor are like, by its number."""
+        return row_form(self.at(place))
 
-    def row_bytes(self, place: int) -> int:
-        """Bytes of a row of a tensor by its number."""
-        dtype, shape = self._table.kind(place)
-        return dtype.itemsize * _matrix(shape)[1]
-
-    def row_align(self, place: int) -> int:
-        """Rows of a tensor that are read together, by its number."""
-        return 1
+    @property
+    def alike(self) -> Sequence[int]:
+        """Of each tensor a number; those with equal ones have equal `rows_of`."""
+        return range(len(self)) if self._views else self._table.kind_numbers
 
     def holds(self, place: int, source: object) -> bool:
         """Whether a source is the tensor with a number, as it is stored."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from array import array
-from collections.abc import ItemsView, Iterable, Iterator, Mapping
+from collections.abc import ItemsView, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from streamconv.checkpoint.dtypes import DType
@@ -82,6 +82,11 @@ class TensorTable(Mapping[str, TensorRecord]):
         """The tensor with a number."""
         dtype, shape, nbytes = self._kinds[self._kind[place]]
         return TensorRecord(self._names[place], dtype, shape, self._shard[place], self._begin[place], nbytes)
+
+    @property
+    def kind_numbers(self) -> Sequence[int]:
+        """Of each tensor a number; those with equal ones are of one dtype and shape."""
+        return self._kind
 
     def kinds(self) -> list[tuple[DType, tuple[int, ...]]]:
         """What dtypes and shapes there are."""

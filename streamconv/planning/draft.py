@@ -21,7 +21,7 @@ from streamconv.planning.file_layout import Fixed, layout
 from streamconv.planning.matrix_table import BY_ROLE, Form, MatrixTable, Spelling
 from streamconv.planning.plan import PLAIN_ROWS, Constant, OutputFile, RowOp, RowRange, SideFile, align_of
 from streamconv.planning.row_order import in_row_order
-from streamconv.planning.span_table import SpanTable
+from streamconv.planning.span_table import Reducing, SpanTable
 from streamconv.planning.tables import Cols, Pool, Sources, Stored
 from streamconv.quants import factors
 from streamconv.quants.base import Codec, Reduction
@@ -72,7 +72,7 @@ class _Feeds:
         self.row.append(row)
         self.cols.append(self.spreads.number(cols))
 
-    def extend(self, sources: Sequence[int], rows: Sequence[int], matrices: Sequence[int], cols: Iterable[int]) -> None:
+    def extend(self, sources: Iterable[int], rows: Sequence[int], matrices: Iterable[int], cols: Iterable[int]) -> None:
         """All rows of sources, each for a matrix of its own; columns by their numbers."""
         self.source.extend(sources)
         self.start.extend(array("Q", bytes(8 * len(rows))))
@@ -168,25 +168,21 @@ class Draft:
         """What many matrices share; gives its number."""
         return self._matrices.form(Form(rows, cols, encoding, spelling=spelling))
 
-    def whole(self, file: int, name: str, form: int, place: int, rows: int, cols: Cols, key: str = "") -> int:
-        """Add a matrix that takes all rows of the source's tensor with a number; gives its number.
+    def wholes(
+        self, file: int, names: Sequence[str], forms: Sequence[int], sources: Sequence[int], rows: Sequence[int], keys: Sequence[str] = ()
+    ) -> None:
+        """Add matrices of a file that take all rows and columns of a source each; columns of equal length.
 
         Args:
-            form: its number.
-            rows, cols: all of the tensor's.
-            key: of the reduction that it needs, if the form's encoding leaves it open.
+            forms, sources: their numbers.
+            keys: of the reductions that are needed, where the encoding of a form leaves it open.
         """
-        matrix = self._matrices.add(file, name, form, key)
-        if rows:
-            self._matrices.fill(matrix, rows)
-            self._feeds.add(place, 0, rows, PLAIN_ROWS, matrix, 0, cols)
-        return matrix
-
-    def wholes(self, file: int, names: Sequence[str], forms: Sequence[int], places: Sequence[int], rows: Sequence[int]) -> None:
-        """As `whole`, for tensors with rows, and all of their columns; columns of equal length."""
-        matrices = self._matrices.extend(file, names, forms, rows)
+        matrices: Iterable[int] = self._matrices.extend(file, names, forms, rows, keys)
         cols = {form: self._feeds.spreads.number(((0, self._matrices.cols(form)),)) for form in set(forms)}
-        self._feeds.extend(places, rows, matrices, map(cols.__getitem__, forms))
+        if not all(rows):
+            fed = [each for each in zip(sources, rows, matrices, forms, strict=True) if each[1]]
+            sources, rows, matrices, forms = [[*column] for column in zip(*fed, strict=True)] or [[]] * 4
+        self._feeds.extend(sources, rows, matrices, map(cols.__getitem__, forms))
 
     def tensors(self, matrix: int) -> list[str]:
         """Names of the tensors of a matrix."""
@@ -269,9 +265,13 @@ class Draft:
         self._matrices.complete()
         files, constants = layout(self._files, self._matrices, self._fixed)
         spans, feeds = SpanTable(self._sources, self._feeds.ops, self._feeds.spreads), self._feeds
-        if feeds.alone() and not self._reductions:
-            aligns = map(self._align, feeds.source, feeds.matrix, map(feeds.ops.values.__getitem__, feeds.op))
-            spans.take(feeds.source, feeds.start, feeds.stop, feeds.op, array("Q", aligns))
+        if feeds.alone():
+            rows, ops = self._sources.rows_of(feeds.source), feeds.ops.values
+            columns = zip(self._matrices.row_aligns(feeds.matrix), rows, feeds.op, strict=True)
+            aligns = array("Q", [_align(own, each.align, ops[op]) for own, each, op in columns])
+            needs = self._matrices.needs if self._reductions else lambda number: ()
+            reducing = [Reducing(at, *each) for at, number in enumerate(feeds.matrix) for each in self._wanted(needs(number))]
+            spans.take(feeds.source, feeds.start, feeds.stop, feeds.op, aligns, reducing)
             spans.take_dests(feeds.matrix, feeds.row, feeds.cols)
         else:
             for source in feeds.order():
@@ -291,27 +291,25 @@ class Draft:
 
     def _before(self, spans: SpanTable, matrix: int) -> None:
         """Each reduction comes right before the first span that needs it."""
-        if self._reductions:
-            self._reduce(spans, self._matrices.needs(matrix))
+        for number, rows, reduction in self._wanted(self._matrices.needs(matrix)) if self._reductions else ():
+            spans.add(number, 0, rows, PLAIN_ROWS, self._sources.rows(number).align, reduction)
 
-    def _reduce(self, spans: SpanTable, keys: Iterable[str]) -> None:
+    def _wanted(self, keys: Iterable[str]) -> Iterator[tuple[int, int, Reduction]]:
+        """What of these reductions, and of those that they need, is not there yet."""
         for key in keys:
             if key not in self._reduced:
                 self._reduced.add(key)
                 for number, rows, reduction in self._reductions[key]:
-                    self._reduce(spans, reduction.needs)
-                    spans.add(number, 0, rows, PLAIN_ROWS, self._sources.row_align(number), reduction)
-
-    def _align(self, source: int, matrix: int, op: RowOp) -> int:
-        rows = self._matrices.row_align(matrix), self._sources.row_align(source)
-        return lcm(*rows) if op is PLAIN_ROWS else align_of(rows, op)
+                    yield from self._wanted(reduction.needs)
+                    yield number, rows, reduction
 
     def _cut(self, spans: SpanTable, source: int, feeds: list[_Feed]) -> None:
         """The spans of a source, by its number."""
         if len(feeds) == 1:
             feed = feeds[0]
             self._before(spans, feed.matrix)
-            spans.add(source, feed.start, feed.stop, feed.op, self._align(source, feed.matrix, feed.op))
+            align = _align(self._matrices.row_align(feed.matrix), self._sources.rows(source).align, feed.op)
+            spans.add(source, feed.start, feed.stop, feed.op, align)
             spans.add_dest(feed.matrix, feed.row, feed.cols)
             return
         edges = sorted({feed.start for feed in feeds} | {feed.stop for feed in feeds})
@@ -324,7 +322,12 @@ class Draft:
                 raise AssertionError(f"{self._sources[source].name}: two row operations on the same rows")
             for feed in active:
                 self._before(spans, feed.matrix)
-            align = align_of({self._sources.row_align(source), *(self._matrices.row_align(feed.matrix) for feed in active)}, op)
+            align = align_of({self._sources.rows(source).align, *(self._matrices.row_align(feed.matrix) for feed in active)}, op)
             spans.add(source, start, stop, op, align)
             for feed in active:
                 spans.add_dest(feed.matrix, feed.row + op.out_rows(start - feed.start), feed.cols)
+
+
+def _align(encoded: int, read: int, op: RowOp) -> int:
+    """Source rows that a tile holds a multiple of, by what the encoding and the source want."""
+    return lcm(encoded, read) if op is PLAIN_ROWS else align_of((encoded, read), op)

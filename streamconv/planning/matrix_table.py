@@ -106,14 +106,14 @@ class MatrixTable(Table[Matrix]):
         self._first.append(self._first[-1] + len(self._parts[form]))
         return len(self._form) - 1
 
-    def extend(self, file: int, names: Sequence[str], forms: Sequence[int], rows: Sequence[int]) -> range:
-        """Matrices of a file that all their rows have a source for; gives their numbers."""
+    def extend(self, file: int, names: Sequence[str], forms: Sequence[int], rows: Sequence[int], keys: Sequence[str]) -> range:
+        """Matrices of a file that all their rows have a source for; gives their numbers. Keys as of `add`."""
         numbers = range(len(self), len(self) + len(names))
         self._file.extend([file] * len(names))
         self._form.extend(forms)
         self._filled.extend(rows)
-        self._names.extend(map(self._modules.number, names))
-        self._key.extend([self._keys.number("")] * len(names))
+        self._names.extend(self._modules.numbers(names))
+        self._key.extend(self._keys.numbers(keys) if any(keys) else [self._keys.number("")] * len(names))
         self._first.extend(islice(accumulate([len(self._parts[form]) for form in forms], initial=self._first[-1]), 1, None))
         return numbers
 
@@ -223,6 +223,11 @@ class MatrixTable(Table[Matrix]):
     def row_align(self, number: int) -> int:
         """Rows of a tile of the encoding."""
         return self._row_align[self._form[number]]
+
+    def row_aligns(self, numbers: Iterable[int]) -> Iterator[int]:
+        """As `row_align`, for many."""
+        aligns, forms = self._row_align, self._form
+        return (aligns[forms[number]] for number in numbers)
 
     def encodings(self) -> Sequence[int]:
         """A number for the encoding of each matrix; encodings that work alike have equal ones."""

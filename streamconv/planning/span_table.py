@@ -4,14 +4,41 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain, islice
-from operator import mul, sub
+from itertools import chain, count, islice
+from operator import add, sub
+from typing import NamedTuple
 
-from streamconv.planning.plan import Destination, RowOp, RowRange
+from streamconv.planning.plan import PLAIN_ROWS, Destination, RowOp, RowRange
 from streamconv.planning.tables import Cols, Pool, Sources, Table
 from streamconv.quants.base import Reduction
+
+
+class Reducing(NamedTuple):
+    """All rows of a source, by its number, are reduced.
+
+    Attributes:
+        before: number that the span which comes next would have if nothing were reduced.
+    """
+
+    before: int
+    source: int
+    rows: int
+    reduction: Reduction
+
+
+def _woven(column: array[int], before: Sequence[int], values: Iterable[int]) -> array[int]:
+    """A column with further values, each put before the one at a place; places ascend."""
+    if not before:
+        return column
+    made, done = array(column.typecode), 0
+    for place, value in zip(before, values, strict=True):
+        made.extend(column[done:place])
+        made.append(value)
+        done = place
+    made.extend(column[done:])
+    return made
 
 
 class SpanTable(Table[RowRange]):
@@ -31,6 +58,7 @@ class SpanTable(Table[RowRange]):
         self._matrix, self._cols, self._row = array("I"), array("I"), array("Q")  # of destinations
         self._ops, self._spreads = ops or Pool[RowOp](), spreads or Pool[Cols]()
         self._reductions: list[Reduction] = []
+        self._passes: int | None = None
 
     def append(self, span: RowRange) -> None:
         self.add(self.sources.number(span.source), span.start, span.stop, span.op, span.align, span.reduce)
@@ -42,7 +70,7 @@ class SpanTable(Table[RowRange]):
         if reduce is not None:
             self.reductions.append(len(self))
             self._reductions.append(reduce)
-        self.nbytes += (stop - start) * self.sources.stored_row_bytes(source)
+        self.nbytes += (stop - start) * self.sources.rows(source).stored
         self._source.append(source)
         self._op.append(self._ops.number(op))
         self._reduction.append(0 if reduce is None else len(self._reductions))
@@ -51,15 +79,36 @@ class SpanTable(Table[RowRange]):
         self._align.append(align)
         self._first.append(len(self._row))
 
-    def take(self, source: array[int], start: array[int], stop: array[int], op: array[int], align: array[int]) -> None:
-        """All spans, a column for each fact; the arrays become those of the table. `take_dests` follows."""
-        self._source, self._start, self._stop, self._op, self._align = source, start, stop, op, align
-        self._reduction = array("I", bytes(4 * len(source)))
-        self.nbytes = sum(map(mul, map(sub, stop, start), map(self.sources.stored_row_bytes, source)))
+    def take(
+        self, source: array[int], start: array[int], stop: array[int], op: array[int], align: array[int], reducing: Sequence[Reducing] = ()
+    ) -> None:
+        """All spans, a column for each fact; the arrays may become those of the table. `take_dests` follows.
+
+        Args:
+            reducing: what is reduced before them.
+        """
+        before, rows = [at.before for at in reducing], self.sources.rows_of([at.source for at in reducing])
+        none = array("I", bytes(4 * len(source)))
+        self._source = _woven(source, before, [at.source for at in reducing])
+        self._start = _woven(start, before, [0] * len(reducing))
+        self._stop = _woven(stop, before, [at.rows for at in reducing])
+        self._op = _woven(op, before, [self._ops.number(PLAIN_ROWS)] * len(reducing))
+        self._align = _woven(align, before, [each.align for each in rows])
+        self._reduction = _woven(none, before, range(1, len(reducing) + 1))
+        self._reductions = [at.reduction for at in reducing]
+        self.reductions = array("I", map(add, before, count()))
+        sizes = map(sub, self._stop, self._start)
+        self.nbytes = sum(many * rows.stored for many, rows in zip(sizes, self.sources.rows_of(self._source), strict=True))
 
     def take_dests(self, matrix: array[int], row: array[int], cols: array[int]) -> None:
-        """The destinations of all spans, one for each."""
-        self._matrix, self._row, self._cols, self._first = matrix, row, cols, array("I", range(len(row)))
+        """The destinations of all spans but those that reduce, one for each, in order."""
+        self._matrix, self._row, self._cols = matrix, row, cols
+        first = array("I")
+        for at, number in enumerate([*self.reductions, len(self._source)]):
+            first.extend(range(len(first) - at, number - at))
+            first.append(number - at)
+        first.pop()
+        self._first = first
 
     def add_dest(self, matrix: int, row: int, cols: Cols) -> None:
         """Another matrix that takes the rows of the last span."""
@@ -83,7 +132,7 @@ class SpanTable(Table[RowRange]):
 
     def stored_row_bytes(self, number: int) -> int:
         """Bytes of the checkpoint that a row of a span is read from."""
-        return self.sources.stored_row_bytes(self._source[number])
+        return self.sources.rows(self._source[number]).stored
 
     def bytes_of(self, number: int) -> int:
         """Bytes of the checkpoint that a span reads."""
@@ -91,11 +140,13 @@ class SpanTable(Table[RowRange]):
 
     def passes(self) -> int:
         """How often the rows of the most read source are read: once to write, and once for each reduction."""
-        if not self._reductions:
-            return 1
-        keys = ["", *(reduction.key for reduction in self._reductions)]
-        counts = Counter(source for source, _ in {(s, keys[r]) for s, r in zip(self._source, self._reduction, strict=True)})
-        return max(counts.values(), default=1)
+        if self._passes is None:
+            keys = [reduction.key for reduction in self._reductions]
+            reduced = {(self._source[number], key) for number, key in zip(self.reductions, keys, strict=True)}
+            counts = Counter(source for source, _ in reduced)
+            written = {source for source, reduction in zip(self._source, self._reduction, strict=True) if counts and not reduction}
+            self._passes = max((many + (source in written) for source, many in counts.items()), default=1)
+        return self._passes
 
     def only(self, numbers: Sequence[int], matrix: Mapping[int, int]) -> SpanTable:
         """These spans, in their order.
@@ -115,13 +166,16 @@ class SpanTable(Table[RowRange]):
         Args:
             encoding: of each matrix, by number.
         """
-        kind, cols, matrix = self.sources.kind, self._cols, self._matrix
+        cols, matrix = self._cols, self._matrix
         types = [None, *map(type, self._reductions)]
         after = islice(chain(self._first, [len(self._row)]), 1, None)
-        columns = zip(self._source, self._op, self._align, self._reduction, self._first, after, strict=True)
-        for source, op, align, reduction, first, stop in columns:
+        columns = zip(self.sources.rows_of(self._source), self._op, self._align, self._reduction, self._first, after, strict=True)
+        for rows, op, align, reduction, first, stop in columns:
+            if stop - first == 1:  # nearly all
+                yield rows, op, align, types[reduction], cols[first], encoding[matrix[first]]
+                continue
             wanted = tuple([(cols[at], encoding[matrix[at]]) for at in range(first, stop)])
-            yield kind(source), op, align, types[reduction], wanted
+            yield rows, op, align, types[reduction], wanted
 
     def reducing(self) -> Iterator[RowRange]:
         """The spans that reduce."""
@@ -129,6 +183,8 @@ class SpanTable(Table[RowRange]):
 
     def in_row_order(self) -> bool:
         """Every matrix gets its rows one below the other."""
+        if len({*self._matrix}) == len(self._matrix):  # all at once
+            return True
         following = array("Q", bytes(8 * (max(self._matrix, default=-1) + 1)))
         for number in range(len(self)):
             seen = -1

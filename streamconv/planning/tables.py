@@ -5,11 +5,11 @@ A quarter of a million tensors over a few ranks are a million of them, and as Py
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Generic, Protocol, TypeVar, overload
 
-from streamconv.checkpoint.rows import RowSource
+from streamconv.checkpoint.rows import RowForm, RowSource, row_form
 
 _T = TypeVar("_T")
 _H = TypeVar("_H", bound=Hashable)
@@ -35,6 +35,16 @@ class Pool(Generic[_H]):
             found = self._numbers[value] = len(self.values)
             self.values.append(value)
         self._last = value, found
+        return found
+
+    def numbers(self, values: Iterable[_H]) -> list[int]:
+        """As `number`, for many of which most are new."""
+        known, held, found = self._numbers, self.values, list[int]()
+        for value in values:
+            number = known.setdefault(value, len(held))
+            if number == len(held):
+                held.append(value)
+            found.append(number)
         return found
 
     def close(self) -> None:
@@ -72,9 +82,11 @@ class Stored(Protocol):
     def place(self, name: str) -> int | None: ...
     def at(self, place: int) -> RowSource: ...
     def holds(self, place: int, source: RowSource) -> bool: ...
-    def kind(self, place: int) -> tuple[str, int]: ...
-    def row_bytes(self, place: int) -> int: ...
-    def row_align(self, place: int) -> int: ...
+    def rows_of(self, place: int) -> RowForm: ...
+    @property
+    def alike(self) -> Sequence[int]:
+        """Of each tensor a number; those with equal ones have equal `rows_of`."""
+
     def __len__(self) -> int: ...
 
 
@@ -84,6 +96,7 @@ class Sources:
     def __init__(self, stored: Stored) -> None:
         self._stored, self._count = stored, len(stored)
         self._others: dict[int, RowSource] = {}
+        self._rows: dict[int, RowForm] = {}
         self._numbers: dict[str, int] = {}
         self._last: tuple[RowSource | None, int] = None, 0
 
@@ -112,16 +125,18 @@ class Sources:
     def __getitem__(self, number: int) -> RowSource:
         return self._stored.at(number) if number < self._count else self._others[number]
 
-    def kind(self, number: int) -> tuple[str, int]:
-        """Name of the dtype, and columns."""
-        if number < self._count:
-            return self._stored.kind(number)
-        return self._others[number].dtype.name, self._others[number].cols
+    def rows(self, number: int) -> RowForm:
+        """What its rows are like."""
+        return next(self.rows_of((number,)))
 
-    def row_align(self, number: int) -> int:
-        """Rows that are read together."""
-        return self._stored.row_align(number) if number < self._count else self._others[number].row_align
-
-    def stored_row_bytes(self, number: int) -> int:
-        """Bytes of the checkpoint that a row is read from; 0 for what is computed."""
-        return self._stored.row_bytes(number) if number < self._count else self._others[number].stored_row_bytes
+    def rows_of(self, numbers: Iterable[int]) -> Iterator[RowForm]:
+        """As `rows`, for many."""
+        known, alike, count, stored = self._rows, self._stored.alike, self._count, self._stored
+        for number in numbers:
+            if number >= count:
+                yield row_form(self._others[number])
+                continue
+            found = known.get(alike[number])
+            if found is None:
+                found = known[alike[number]] = stored.rows_of(number)
+            yield found

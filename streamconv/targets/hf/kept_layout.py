@@ -43,7 +43,8 @@ def describe_kept(index: Index, target: HuggingFace, units: Sequence[Kind[Told]]
     else:
         kept = keep(index, SourceTensors(index), wanted, units, draft)
     places: dict[str, str] = {}
-    for name, tensors in shards_of(index, kept.nbytes, kept.files.__getitem__, kept.nbytes.__getitem__, target.max_shard_size).items():
+    sizes = ((name, kept.files[name], nbytes) for name, nbytes in kept.nbytes.items())
+    for name, tensors in shards_of(index, sizes, target.max_shard_size).items():
         number = draft.file(name, {"format": "pt"})
         for tensor in tensors:
             kept.tensors[tensor](number)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import groupby
@@ -117,7 +118,7 @@ class Layout:
             if self.refused:
                 return
             if self.ranges is not None:
-                shapes = {name: stored.form(name).shape for name in stored.order}
+                shapes = {name: form.shape for name, form in zip(stored.order, stored.forms(), strict=True)}
                 self.inputs = input_maxima(self.ranges, fates.wanted()) if self.recipe.input_scale is not None else {}
                 self.cached = cache_maxima(self.ranges, shapes) if self.target.kv_cache is not None else {}
             if self.codes is not None:
@@ -128,12 +129,8 @@ class Layout:
         places: dict[str, str] = {}
         for name, tensors in self._files().items():
             number = self.draft.file(name, _METADATA)
-            for alone, some in groupby(tensors, self._stays):
-                if alone:
-                    self._stay(number, listed := [*some])
-                    places.update(dict.fromkeys(listed, name))
-                    continue
-                places.update((made, name) for tensor in some for made in self._tensor(number, tensor))
+            for way, some in groupby(tensors, self._way):
+                places.update(dict.fromkeys(way(number, [*some]), name))
         self._say(fates, apart)
         self._side_files(places)
 
@@ -142,36 +139,76 @@ class Layout:
     def _files(self) -> dict[str, list[str]]:
         """Output file -> names of the source's tensors that it takes, in order."""
         stored = self.stored
-        return shards_of(self.index, stored.order, stored.file, lambda name: stored.form(name).nbytes, self.target.max_shard_size)
+        sizes = (form.nbytes for form in stored.forms())
+        return shards_of(self.index, zip(stored.order, stored.files(), sizes, strict=True), self.target.max_shard_size)
 
-    def _stays(self, name: str) -> bool:
-        """A weight becomes one tensor, of rows that the source holds."""
-        entry = self.stored.order[name]
-        if not isinstance(entry, int) or name in self.changed or name in self.cached or not self.stored.form(name).rows:
-            return False
-        fate = self.fates.get(name.removesuffix(".weight")) if self.fates else None
-        return fate is None or bool(fate.reason) or not name.endswith(".weight")
+    def _way(self, name: str) -> Callable[[int, list[str]], list[str]]:
+        """What adds a weight, and those beside it that it adds too, to a file; gives the names of the tensors that they become."""
+        fate = self.fates.get(name[: -len(".weight")]) if self.fates and name.endswith(".weight") else None
+        if fate is None or fate.reason:
+            return self._stay
+        if self.recipe is not None and self.recipe.turned:
+            return self._turn
+        return self._take_found if name[: -len(".weight")] in self.searched else self._quantize
 
-    def _stay(self, file: int, names: list[str]) -> None:
-        """Add weights that stay."""
-        forms, places = [*map(self.stored.form, names)], [*map(self.stored.order.__getitem__, names)]
-        self.draft.wholes(file, names, [*map(self._whole, forms)], cast(list[int], places), [form.rows for form in forms])
+    def _stay(self, file: int, names: list[str]) -> list[str]:
+        """Weights that become one tensor each."""
+        forms = [*map(self.stored.form, names)]
+        self.draft.wholes(file, names, [*map(self._whole, forms)], [*map(self._source, names)], [form.rows for form in forms])
+        return names + self._cache_scales(file, names)
+
+    def _quantize(self, file: int, names: list[str]) -> list[str]:
+        recipe, made = cast(Recipe, self.recipe), self._cache_scales(file, names)
+        listed: list[tuple[str, int, int, int, str]] = []
+        for name in names:
+            form, module, source, key = self.stored.form(name), name[: -len(".weight")], self._source(name), ""
+            if form not in self.codecs:
+                codec = self._codec(form)
+                number = self.draft.form(form.rows, form.cols, codec, Spelled(recipe))
+                self.codecs[form] = codec, number, [recipe.tensors[part.role] for part in codec.parts(form.rows, form.cols)]
+            codec, number, endings = self.codecs[form]
+            made += [f"{module}.{ending}" for ending in endings]
+            if codec.needs:
+                key = self._key(module, form, recipe)
+                self.draft.reduce_whole(source, form.rows, WeightMaximum(key))
+            listed.append((module, number, source, form.rows, key))
+            if key:
+                scale, number = self._scale(module, form, recipe)
+                listed.append((scale, number, self.draft.source(NoSource(scale)), 1, key))
+                made.append(scale)
+            self._beside(file, module, form, recipe, None, made)
+        self.draft.wholes(file, *zip(*listed, strict=True))
+        return made
+
+    def _turn(self, file: int, names: list[str]) -> list[str]:
+        made, spelling = self._cache_scales(file, names), Spelled(cast(Recipe, self.recipe))
+        for name in names:
+            module, codec = name[: -len(".weight")], self._codec(self.stored.form(name))
+            made += turned_weight(self.draft, file, module, self.stored.weights[name], codec, self.searched.get(module), spelling)
+        return made
+
+    def _take_found(self, file: int, names: list[str]) -> list[str]:
+        """Weights whose codes were searched."""
+        recipe, made = cast(Recipe, self.recipe), self._cache_scales(file, names)
+        codec: Codec = Words(4) if recipe.container == "compressed-tensors" else PairedCodes()
+        for name in names:
+            form, module = self.stored.form(name), name[: -len(".weight")]
+            searched = self.searched[module]
+            matrix = self.draft.matrix(file, module, form.rows, form.cols, codec, spelling=Spelled(recipe))
+            self.draft.feed(matrix, searched.codes, 0, form.rows)
+            scale = f"{module}.{recipe.tensors['scale']}"
+            made += [*self.draft.tensors(matrix), scale]
+            into = form.dtype if recipe.container == "compressed-tensors" else F32
+            matrix = self.draft.matrix(file, scale, form.rows, searched.scales.cols, Plain(into), spelling=Whole(searched.scales.shape))
+            self.draft.feed(matrix, replace(searched.scales, into=into), 0, form.rows)
+            self._beside(file, module, form, recipe, searched, made)
+        return made
 
     def _whole(self, form: Form) -> int:
         """Number of what stays of a form."""
         if form not in self.whole:
             self.whole[form] = self.draft.form(form.rows, form.cols, _plain(self._plain_dtype(form)), Whole(form.shape))
         return self.whole[form]
-
-    def _tensor(self, file: int, name: str) -> list[str]:
-        """Add one weight of the source; gives the names of the tensors it becomes."""
-        form, module = self.stored.form(name), name.removesuffix(".weight")
-        scales = self._cache_scale(file, name)
-        fate = self.fates.get(module) if module != name else None
-        if fate is not None and not fate.reason and self.recipe is not None:
-            return self._quantized(file, name, form, self.recipe) + scales
-        self.draft.whole(file, name, self._whole(form), self._source(name), form.rows, ((0, form.cols),))
-        return [name, *scales]
 
     def _source(self, name: str) -> int:
         """What the rows of a weight are read from, by its number."""
@@ -180,15 +217,14 @@ class Layout:
             return self.draft.source(self.changed[name])
         return place if isinstance(place, int) else self.draft.source(place.weight)
 
-    def _cache_scale(self, file: int, weight: str) -> list[str]:
-        """Add the scale of the FP8 KV cache that stands beside k_proj or v_proj."""
-        if weight not in self.cached or self.recipe is None:
-            return []
-        attention, which, largest = self.cached[weight]
-        modelopt = self.recipe.container == "modelopt"
-        name = f"{attention}.{which}_proj.{which}_scale" if modelopt else f"{attention}.{which}_scale"
-        self.draft.constant(file, name, F32, () if modelopt else (1,), struct.pack("<f", largest / 448.0))
-        return [name]
+    def _cache_scales(self, file: int, weights: list[str]) -> list[str]:
+        """Add the scales of the FP8 KV cache that stand beside k_proj and v_proj."""
+        made: list[str] = []
+        for attention, which, largest in filter(None, map(self.cached.get, weights if self.recipe is not None else ())):
+            modelopt = cast(Recipe, self.recipe).container == "modelopt"
+            name = f"{attention}.{which}_proj.{which}_scale" if modelopt else f"{attention}.{which}_scale"
+            self._constant(file, name, F32, () if modelopt else (1,), struct.pack("<f", largest / 448.0), made)
+        return made
 
     def _plain_dtype(self, form: Form) -> DType:
         cast = self.index.views or (self.target.dtype != "auto" and not self.decoded)
@@ -200,40 +236,15 @@ class Layout:
         lone = recipe.lone if _within_tile(form) else None
         return (lone[0] if lone else recipe.codec)(Request(form.dtype, target.group_size, target.arithmetic, "", target.method))
 
-    def _quantized(self, file: int, name: str, form: Form, recipe: Recipe) -> list[str]:
-        module, rows, cols = name[: -len(".weight")], form.rows, form.cols
-        searched = self.searched.get(module)
-        if recipe.turned:
-            return turned_weight(self.draft, file, module, self.stored.weights[name], self._codec(form), searched, Spelled(recipe))
-        if searched is not None:
-            codec: Codec = Words(4) if recipe.container == "compressed-tensors" else PairedCodes()
-            matrix = self.draft.matrix(file, module, rows, cols, codec, spelling=Spelled(recipe))
-            self.draft.feed(matrix, searched.codes, 0, rows)
-            made = [*self.draft.tensors(matrix), f"{module}.{recipe.tensors['scale']}"]
-            into = form.dtype if recipe.container == "compressed-tensors" else F32
-            scale = self.draft.matrix(file, made[-1], rows, searched.scales.cols, Plain(into), spelling=Whole(searched.scales.shape))
-            self.draft.feed(scale, replace(searched.scales, into=into), 0, rows)
-        else:
-            if form not in self.codecs:
-                codec = self._codec(form)
-                number = self.draft.form(rows, cols, codec, Spelled(recipe))
-                self.codecs[form] = codec, number, [recipe.tensors[part.role] for part in codec.parts(rows, cols)]
-            codec, number, endings = self.codecs[form]
-            made, source, key = [f"{module}.{ending}" for ending in endings], self._source(name), ""
-            if codec.needs:
-                key = self._key(module, form, recipe)
-                self.draft.reduce_whole(source, rows, WeightMaximum(key))
-            self.draft.whole(file, module, number, source, rows, ((0, cols),), key)
-            if key:
-                self._scale(file, module, form, recipe, key, made)
+    def _beside(self, file: int, module: str, form: Form, recipe: Recipe, searched: Found | None, made: list[str]) -> None:
+        """Add what stands beside codes and scales."""
         if recipe.input_scale is not None:
             suffix, of, shape = recipe.input_scale
             self._constant(file, f"{module}.{suffix}", F32, shape, struct.pack("<f", of(self.inputs[module])), made)
         if recipe.weight_shape:
-            self._constant(file, f"{module}.weight_shape", I64, (2,), struct.pack("<2q", rows, cols), made)
+            self._constant(file, f"{module}.weight_shape", I64, (2,), struct.pack("<2q", form.rows, form.cols), made)
         if recipe.pre_scales and not partners(module):
             self._pre_scale(file, f"{module}.{recipe.pre_scales}", form, searched, made)
-        return made
 
     def _pre_scale(self, file: int, name: str, form: Form, searched: Found | None, made: list[str]) -> None:
         if searched is None or searched.multiplier is None:
@@ -251,17 +262,15 @@ class Layout:
             shares = ".experts." not in first and _within_tile(self.stored.form(f"{first}.weight"))
         return "amax of " + (first if shares else module)
 
-    def _scale(self, file: int, module: str, form: Form, recipe: Recipe, key: str, made: list[str]) -> None:
-        """Add the scale of a whole weight."""
+    def _scale(self, module: str, form: Form, recipe: Recipe) -> tuple[str, int]:
+        """Name and number of the form of the scale of a whole weight."""
         if form not in self.scales:
             suffix, codec = recipe.shared or ("weight_scale", recipe.lone[1] if recipe.lone and _within_tile(form) else None)
             request = Request(form.dtype, self.target.group_size, self.target.arithmetic, "", self.target.method)
             shape = () if recipe.container == "modelopt" else (1,)
             self.scales[form] = suffix, self.draft.form(1, 1, codec(request) if codec else Fp8Scale(""), Whole(shape))
         suffix, number = self.scales[form]
-        name = f"{module}.{suffix}"
-        self.draft.whole(file, name, number, self.draft.source(NoSource(name)), 1, ((0, 1),), key)
-        made.append(name)
+        return f"{module}.{suffix}", number
 
     def _constant(self, file: int, name: str, dtype: DType, shape: tuple[int, ...], data: bytes, made: list[str]) -> None:
         self.draft.constant(file, name, dtype, shape, data)
@@ -287,7 +296,8 @@ class Layout:
                     " layer, and would start these with random values; the source holds them apart, and so does the output"
                 )
             return
-        stacked = [name for name in self.stored.order if ".experts." in name and len(self.stored.form(name).shape) == 3]
+        forms = zip(self.stored.order, self.stored.forms(), strict=True)
+        stacked = [name for name, form in forms if len(form.shape) == 3 and ".experts." in name]
         if stacked:
             self.draft.warnings.append(
                 f"{printable(stacked[0])} and {len(stacked) - 1} more hold all experts of a layer in a form that is not quantized here:"
@@ -310,7 +320,7 @@ class Layout:
         told, quantization = (ignore, self.target.group_size, bool(self.cached)), None
         if self.recipe is not None:
             quantization = config_json.quantization_config(self.recipe, *told)
-        forms = {self.stored.form(name) for name in self.stored.order}
+        forms = {*self.stored.forms()}
         floats = {self._plain_dtype(form) for form in forms if form.dtype.name in _FLOATS}
         changed = self.target.dtype != "auto" and self.recipe is None and floats == {self.into}
         config = config_json.output_config(self.index.config, quantization, self.into.torch if changed else None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from streamconv.checkpoint.index import Index
 
@@ -10,14 +10,11 @@ _SHARD = 5 * 10**9
 """Bytes of a file where the source's files are cut in another way: what transformers takes."""
 
 
-def shards_of(
-    index: Index, tensors: Iterable[str], file: Callable[[str], int], size: Callable[[str], int], most: int | None
-) -> dict[str, list[str]]:
+def shards_of(index: Index, tensors: Iterable[tuple[str, int, int]], most: int | None) -> dict[str, list[str]]:
     """Output file -> the tensors that it takes, in order.
 
     Args:
-        file: number of the source's shard that holds a tensor.
-        size: bytes of a tensor.
+        tensors: name, number of the source's shard that holds it, and bytes.
         most: bytes of a file; None splits as the source does.
     """
     if index.views:
@@ -25,13 +22,12 @@ def shards_of(
     if most is None:
         names = output_names([shard.path.name for shard in index.shards])
         found: dict[str, list[str]] = {}
-        for tensor in tensors:
-            found.setdefault(names[file(tensor)], []).append(tensor)
+        for tensor, file, _ in tensors:
+            found.setdefault(names[file], []).append(tensor)
         return dict(sorted(found.items()))
     shards: list[list[str]] = [[]]
     held = 0
-    for tensor in tensors:
-        nbytes = size(tensor)
+    for tensor, _, nbytes in tensors:
         if shards[-1] and held + nbytes > most:
             shards.append([])
             held = 0

@@ -103,7 +103,7 @@ READ = frozenset(("weight_scale_2", "weight_global_scale", "weight_shape", "pre_
 def _has_codes(tensors: SourceTensors, module: str) -> bool:
     place = tensors.place(f"{module}.weight")
     if place is not None:
-        return tensors.kind(place)[0] in ("F8_E4M3", "I8", "U8") or f"{module}.weight_packed" in tensors
+        return tensors.rows_of(place).dtype in ("F8_E4M3", "I8", "U8") or f"{module}.weight_packed" in tensors
     if f"{module}.weight_packed" in tensors:
         return True
     return any(f"{module}.{part}.weight" in tensors or f"{module}.{part}.weight_packed" in tensors for part in ("k_proj", "v_proj"))

@@ -9,7 +9,7 @@ from typing import NamedTuple, cast
 
 from streamconv.checkpoint.dtypes import DType
 from streamconv.checkpoint.index import Index
-from streamconv.checkpoint.rows import RowSource, SourceTensor
+from streamconv.checkpoint.rows import RowForm, RowSource, SourceTensor, row_form
 from streamconv.targets.hf.sources import READ, Reader, Weight, reader
 from streamconv.targets.hf.units import Kind, kinds
 from streamconv.targets.hf.weights import Told
@@ -24,7 +24,7 @@ class Form:
     def __init__(self, weight: Weight, shape: tuple[int, ...] | None = None) -> None:
         self.dtype, self.rows, self.cols = weight.dtype, weight.rows, weight.cols
         self.shape = weight.shape if shape is None else shape
-        self.nbytes, self.row_bytes, self.row_align = weight.nbytes, weight.stored_row_bytes, weight.row_align
+        self.nbytes, self.rows_like = weight.nbytes, row_form(weight)
         self.decoded = not isinstance(weight, SourceTensor)
 
 
@@ -88,7 +88,7 @@ class Stored:
     def put(self, name: str, weight: Weight, shape: tuple[int, ...], file: int) -> None:
         """A part of a tensor, with the shape that it is recorded with."""
         made = Form(weight, shape)
-        alike = made.dtype.name, shape, made.rows, made.cols, made.row_bytes, made.row_align, made.decoded
+        alike = shape, made.rows, made.rows_like, made.decoded
         self.order[name] = Apart(weight, file, self._apart.setdefault(alike, made))
 
     def take(self, name: str) -> tuple[Weight, int]:
@@ -114,10 +114,23 @@ class Stored:
         """Where the rows of each come from."""
         return _Weights(self)
 
+    def forms(self) -> Iterator[Form]:
+        """What each weight is, in their order."""
+        forms, numbers = [None, *self._forms], self._form
+        for entry in self.order.values():
+            yield cast(Form, forms[numbers[entry]]) if isinstance(entry, int) else entry.form
+
+    def files(self) -> Iterator[int]:
+        """As `file`, of each weight in their order."""
+        if self._reader.index.views:
+            return map(self.file, self.order)
+        shard = self._table.shard
+        return (shard(entry) if isinstance(entry, int) else entry.file for entry in self.order.values())
+
     @property
     def decoded(self) -> int:
         """How many weights are decoded."""
-        return sum(self.form(name).decoded for name in self.order)
+        return sum(form.decoded for form in self.forms())
 
     # ---- by number
 
@@ -128,15 +141,12 @@ class Stored:
     def holds(self, place: int, source: RowSource) -> bool:
         return source is (own := self.at(place)) or source == own
 
-    def kind(self, place: int) -> tuple[str, int]:
-        form = self._forms[self._form[place] - 1]
-        return form.dtype.name, form.cols
+    @property
+    def alike(self) -> Sequence[int]:
+        return self._form
 
-    def row_bytes(self, place: int) -> int:
-        return self._forms[self._form[place] - 1].row_bytes
-
-    def row_align(self, place: int) -> int:
-        return self._forms[self._form[place] - 1].row_align
+    def rows_of(self, place: int) -> RowForm:
+        return self._forms[self._form[place] - 1].rows_like
 
     def __len__(self) -> int:
         return len(self._form)

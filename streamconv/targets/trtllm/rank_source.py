@@ -20,7 +20,7 @@ from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.json_file import read_json
 from streamconv.checkpoint.limits import MAX_CONFIG
 from streamconv.checkpoint.model_config import from_hf, is_tied
-from streamconv.checkpoint.rows import SourceTensor
+from streamconv.checkpoint.rows import RowForm, SourceTensor
 from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.tensor_table import TensorTable
 from streamconv.errors import CheckpointError, RefusedError, TensorError, UsageError, VerifyError, printable
@@ -278,13 +278,11 @@ class _Nothing:
     def at(self, place: int) -> SourceTensor:
         raise AssertionError(place)
 
-    def kind(self, place: int) -> tuple[str, int]:
-        raise AssertionError(place)
+    @property
+    def alike(self) -> Sequence[int]:
+        return ()
 
-    def row_bytes(self, place: int) -> int:
-        raise AssertionError(place)
-
-    def row_align(self, place: int) -> int:
+    def rows_of(self, place: int) -> RowForm:
         raise AssertionError(place)
 
     def holds(self, place: int, source: object) -> bool:
