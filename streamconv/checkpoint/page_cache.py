@@ -11,16 +11,19 @@ from streamconv.checkpoint.private_mapping import private_mapping
 _libc = ctypes.CDLL(None)
 
 
-def cached_places(fd: int, begin: int, end: int, places: int) -> int:
+def cached_places(fd: int, begin: int, end: int, places: int, mapping: mmap.mmap | None = None) -> int:
     """How many of some places between two offsets are in the page cache; all of them where the system does not tell.
 
     mincore asks without touching anything, but tells only a file's owner. A read that may not wait (RWF_NOWAIT), for the others,
     starts to read what is not there, with its neighbours; a quick disk has them before the call is over.
+
+    Args:
+        mapping: of the file from its first byte on; making one takes longer than asking.
     """
     if end <= begin:
         return places
     at = [begin + (end - begin) * (2 * place + 1) // (2 * places) for place in range(places)]
-    if os.geteuid() in (0, os.fstat(fd).st_uid) and (resident := _resident(fd, at)) is not None:
+    if os.geteuid() in (0, os.fstat(fd).st_uid) and (resident := _resident(fd, at, mapping)) is not None:
         return resident
     here = 0
     for offset in at:
@@ -33,18 +36,20 @@ def cached_places(fd: int, begin: int, end: int, places: int) -> int:
     return here
 
 
-def _resident(fd: int, places: list[int]) -> int | None:
+def _resident(fd: int, places: list[int], mapping: mmap.mmap | None) -> int | None:
     """How many of the pages with these offsets are there; None where the system cannot map the file or does not say."""
     try:
-        with private_mapping(fd, os.fstat(fd).st_size) as mapped:
-            base, flag, here = ctypes.c_char.from_buffer(mapped), (ctypes.c_ubyte * 1)(), 0
-            first = ctypes.addressof(base)
-            del base  # or the mapping could not be closed
-            for place in places:
-                page = first + place // mmap.PAGESIZE * mmap.PAGESIZE
-                if _libc.mincore(ctypes.c_void_p(page), ctypes.c_size_t(mmap.PAGESIZE), flag):
-                    return None
-                here += flag[0] & 1
-            return here
+        if mapping is None:
+            with private_mapping(fd, os.fstat(fd).st_size) as made:
+                return _resident(fd, places, made)
+        base, flag, here = ctypes.c_char.from_buffer(mapping), (ctypes.c_ubyte * 1)(), 0
+        first = ctypes.addressof(base)
+        del base  # or the mapping could not be closed
+        for place in places:
+            page = first + place // mmap.PAGESIZE * mmap.PAGESIZE
+            if _libc.mincore(ctypes.c_void_p(page), ctypes.c_size_t(mmap.PAGESIZE), flag):
+                return None
+            here += flag[0] & 1
+        return here
     except (OSError, ValueError, OverflowError, AttributeError):
         return None

@@ -248,7 +248,11 @@ class Shard:
     def cached(self, begin: int, end: int) -> bool:
         """Most of the file was in the page cache before we read any of it, and all of this range seems to be."""
         with self.descriptor() as fd:
-            return not self._cold and cached_places(fd, begin, end, _SAMPLE) == _SAMPLE
+            if self._cold:
+                return False
+            with contextlib.suppress(OSError, ValueError), self._lock:  # ValueError: the file is shorter now
+                self._mapping = self._mapping or private_mapping(fd, self.size)
+            return cached_places(fd, begin, end, _SAMPLE, self._mapping) == _SAMPLE
 
     def lost(self, end: int) -> CheckpointError:
         """The error for bytes up to `end` that could not be had."""
