@@ -78,7 +78,7 @@ class Comparison:
 
     Attributes:
         tensors: one for each name of either, in natural order.
-        beside: tensors of one side alone that belong to its quantized weights.
+        beside: tensors that belong to quantized weights which are stored in another form on the other side.
     """
 
     tensors: list[TensorDifference] = field(default_factory=list)
@@ -139,8 +139,8 @@ def _pairs(a: Side, b: Side, made: Comparison) -> Iterator[tuple[str, Weight | N
     owners = {module.rpartition(".")[0] for module in alike} | alike
     for name in sorted(names, key=natural):
         first, second = (side.weights.get(name) or side.beside.get(name) for side in (a, b))
-        lonely = first is None or second is None
-        if lonely and (name in a.beside or name in b.beside) and name.rpartition(".")[0] not in owners:
+        of_codes = all(name in side.beside or name not in side.weights for side in (a, b))
+        if of_codes and name.rpartition(".")[0] not in owners:
             made.beside += 1
         else:
             yield name, first, second

@@ -10,11 +10,17 @@ from pathlib import Path
 
 from streamconv.checkpoint.dtypes import F32
 from streamconv.checkpoint.index import Index
+from streamconv.checkpoint.meta import ShardedTensor, output_rows
+from streamconv.checkpoint.model_config import from_meta
+from streamconv.checkpoint.rotary_rows import RotaryRows
 from streamconv.checkpoint.rows import SourceTensor
 from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.source_tensors import SourceTensors
 from streamconv.checkpoint.tensor_table import TensorTable
 from streamconv.errors import CheckpointError, RefusedError
+from streamconv.families.llama import FAMILIES as LLAMAS
+from streamconv.families.matching import example, match
+from streamconv.families.meta import META
 from streamconv.families.naming import settle
 from streamconv.hub import open_stored
 from streamconv.quants.decoded_rows import DecodedAffine, DecodedIntegers, DecodedTensor
@@ -22,6 +28,7 @@ from streamconv.targets.hf.sources import Weight
 from streamconv.targets.hf.stored import stored_weights
 from streamconv.targets.trtllm.inherited import is_rank_folder
 
+(LLAMA,) = LLAMAS
 _RANK = re.compile(r"rank(0|[1-9]\d{0,3})\.safetensors")
 _CODES = {"e4m3": "F8_E4M3", "int8": "INT8", "uint8": "INT8", "e2m1": "FP4", "uint4": "INT4"}
 
@@ -74,7 +81,9 @@ def open_sides(a: str, b: str) -> tuple[Side, Side]:
 
 
 def settled(side: Side) -> Side:
-    """The same without the prefixes of wrappers, if there are some that can be taken off."""
+    """The same under the names of Hugging Face: without the prefixes of wrappers, if there are some that can be taken off."""
+    if side.index.assembled is not None:
+        return _of_meta(side.index, side.index.assembled)
     with contextlib.suppress(CheckpointError):
         return _side(settle(side.index))
     return side
@@ -87,6 +96,19 @@ def _side(index: Index) -> Side:
     except CheckpointError as error:
         return Side(index, tensors, {}, error.message)
     return Side(index, stored.weights, {name: tensors[name] for name in stored.dropped})
+
+
+def _of_meta(index: Index, assembled: Mapping[str, ShardedTensor]) -> Side:
+    """A checkpoint in Meta's layout, with the names of Hugging Face and its order of the rows of queries and keys."""
+    model, tensors = from_meta(index.config, output_rows(assembled)), SourceTensors(index)
+    found, others = match(META, tensors)
+    weights: dict[str, Weight] = {name: tensors[name] for name in others}
+    for (role, layer, expert), name in found.items():
+        held = tensors[name]
+        if role in ("q", "k") and not (model.head_size % 2 or held.rows % model.head_size):
+            held = RotaryRows(name, held.dtype, held.shape, held.pieces, held.axis, model.head_size)
+        weights[example(LLAMA, role, layer, expert)] = held
+    return Side(index, weights, {})
 
 
 def _by_rank(folder: Path) -> Side:

@@ -106,6 +106,14 @@ def test_a_quantized_model_is_compared_by_its_values(tmp_path: Path, quant: str)
     assert compare(str(tmp_path / "b"), str(tmp_path / "b")).within()
 
 
+def test_scales_of_two_forms_are_not_compared(tmp_path: Path) -> None:
+    a = tiny.write(tmp_path / "a")
+    for quant in ("fp8_dynamic", "w4a16"):
+        streamconv.convert(a, tmp_path / quant, streamconv.HuggingFace(quant=quant))
+    made = compare(str(tmp_path / "fp8_dynamic"), str(tmp_path / "w4a16"))
+    assert {t.name for t in made.tensors} == set(tiny.tensors()) and made.beside > 0 and _of(made, UP).snr_db > 15
+
+
 def test_scales_count_between_models_of_one_form(tmp_path: Path) -> None:
     """An input scale has no part in the decoded weight; a change of it is still one."""
     a = tiny.write(tmp_path / "a")

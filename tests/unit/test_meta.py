@@ -21,6 +21,7 @@ from streamconv.planning.plan import PLAIN_ROWS, RowRange
 from streamconv.run.read import read_rows
 from streamconv.targets.trtllm.options import TensorRTLLM
 from streamconv.targets.trtllm.target import make_plan
+from streamconv.verification.difference import compare
 from tests import tiny
 
 H, WIDTH, HEADS, KV, V, LAYERS = 64, 128, 4, 2, 80, 2
@@ -150,6 +151,7 @@ def test_same_as_hugging_face(tmp_path: Path) -> None:
     right = converted(write(tmp_path / "m", 2), tmp_path / "b", tp_size=2, rope_tables=False)
     assert left.keys() == right.keys()
     assert all(left[name] == right[name] for name in left if name != "config")
+    assert compare(str(tmp_path / "m"), str(hf)).within()
 
 
 def test_split_folders(tmp_path: Path) -> None:
