@@ -32,6 +32,7 @@ SCHEMES = {
     "w4a16": "W4A16",
     "nvfp4a16": "NVFP4A16",
     "mxfp4": "MXFP4",
+    "mxfp8": "MXFP8",
 }
 """--quant -> scheme of llm-compressor."""
 
@@ -40,14 +41,14 @@ def measured(folder: Path, ids: torch.Tensor) -> float:
     """Perplexity of a directory, run in its own dtype: transformers casts no quantized model."""
     from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto")  # type: ignore[no-untyped-call]
+    model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto")
     return perplexity(model.eval(), ids)
 
 
-def directories(source: Path, work: Path, group: int, peer: str | None) -> Iterator[tuple[str, str, Path | str]]:
+def directories(source: Path, work: Path, quants: list[str], group: int, peer: str | None) -> Iterator[tuple[str, str, Path | str]]:
     """(format, who made it, the directory or why there is none)."""
     yield "source, bfloat16", "", source
-    for quant, scheme in SCHEMES.items():
+    for quant in quants:
         ours, theirs = work / "ours", work / "theirs"
         shutil.rmtree(ours, ignore_errors=True)
         api.convert(source, ours, HuggingFace(quant=quant, format="compressed-tensors", group_size=group))
@@ -55,7 +56,7 @@ def directories(source: Path, work: Path, group: int, peer: str | None) -> Itera
         if peer is None:
             continue
         shutil.rmtree(theirs, ignore_errors=True)
-        done = subprocess.run([peer, str(PEER), str(source), str(theirs), scheme], capture_output=True, text=True, check=False)
+        done = subprocess.run([peer, str(PEER), str(source), str(theirs), SCHEMES[quant]], capture_output=True, text=True, check=False)
         yield quant, "llm-compressor", theirs if not done.returncode else done.stderr.strip().splitlines()[-1][:200]
 
 
@@ -67,16 +68,17 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--group-size", type=int, default=64, help="of w4a16 and w8a16: 576 input features are no multiple of 128")
+    parser.add_argument("--quants", default=",".join(SCHEMES))
     parser.add_argument("--peer")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "hf_quality.json")
     args = parser.parse_args()
-    tokenizer: Any = AutoTokenizer.from_pretrained(str(args.model))  # type: ignore[no-untyped-call]
+    tokenizer: Any = AutoTokenizer.from_pretrained(str(args.model))
     ids = torch.tensor(tokenizer(plain_text())["input_ids"][: args.tokens])
     source = args.work / "source"
     shutil.rmtree(source, ignore_errors=True)
     api.convert(args.model, source, HuggingFace(dtype="bfloat16"))
     results: list[dict[str, Any]] = []
-    for quant, maker, made in directories(source, args.work, args.group_size, args.peer):
+    for quant, maker, made in directories(source, args.work, args.quants.split(","), args.group_size, args.peer):
         line: dict[str, Any] = {"format": quant, "by": maker}
         if isinstance(made, Path):
             line["perplexity"] = measured(made, ids)

@@ -1,7 +1,9 @@
 """What INT4 in groups costs on a real model, by method and target: perplexity on held-out text, from weights decoded out of the files.
 
-    python -m benchmarks.int4 MODEL --work FOLDER [--methods rtn,clip,awq,gptq] [--out results.json]
+    python -m benchmarks.int4 MODEL --work FOLDER [--methods rtn,clip,awq,gptq] [--targets trtllm,hf] [--out results.json]
+    python -m benchmarks.int4 MODEL --work FOLDER --methods none --targets awq
 
+It ends with 1 where a method costs more than it may (`LIMITS`). "none" is the container's own rounding, "awq" AutoAWQ's container.
 Calibration and perplexity are on different parts of the standard library's help topics. The files are decoded here by a few lines of their
 own, none of the package's, and put into a transformers model in float32.
 """
@@ -22,6 +24,8 @@ from benchmarks.quality import answer, load, perplexity, plain_text
 from streamconv.cli.main import main as streamconv
 
 PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+LIMITS = {"rtn": 50.0, "clip": 25.0, "awq": 18.0, "gptq": 11.0}
+"""Per cent that the perplexity of SmolLM2-135M may rise by, groups of 64, 16 x 512 tokens of calibration."""
 FUSED = {"attention.dense": "self_attn.o_proj", "mlp.fc": "mlp.gate_proj", "mlp.gate": "mlp.up_proj", "mlp.proj": "mlp.down_proj"}
 
 
@@ -59,6 +63,21 @@ def from_directory(path: Path) -> dict[str, torch.Tensor]:
             module = name.removesuffix(".weight_packed")
             codes = torch.stack([(words >> (4 * place)) & 15 for place in range(8)], 2).reshape(len(words), -1) - 8
             found[f"{module}.weight"] = scaled(codes, held[f"{module}.weight_scale"])
+    return found
+
+
+def from_autoawq(path: Path) -> dict[str, torch.Tensor]:
+    """Linear weights and norms of a directory of AutoAWQ's."""
+    held = load_file(path)
+    found = {name: values for name, values in held.items() if name.endswith("norm.weight")}
+    order = [0, 4, 1, 5, 2, 6, 3, 7]  # nibble of each channel
+    for name in [name for name in held if name.endswith(".qweight")]:
+        module = name.removesuffix(".qweight")
+        words = [held[f"{module}.{leaf}"] for leaf in ("qweight", "qzeros")]
+        both = [torch.stack([(each >> (4 * place)) & 15 for place in order], 2).flatten(1) for each in words]
+        scales = held[f"{module}.scales"].float()
+        group = len(both[0]) // len(scales)
+        found[f"{module}.weight"] = ((both[0] - both[1].repeat_interleave(group, 0)) * scales.repeat_interleave(group, 0)).T
     return found
 
 
@@ -106,11 +125,13 @@ def main() -> None:
             out = args.work / f"{target}-{method}"
             shutil.rmtree(out, ignore_errors=True)
             quant = ["--quant", "int4_awq"] if target == "trtllm" else ["--to", "hf", "--quant", "w4a16"]
-            words = ["convert", str(args.model), str(out), *quant, "--group-size", str(args.group_size), "--method", method]
+            quant += ["--format", "awq"] if target == "awq" else []
+            words = ["convert", str(args.model), str(out), *quant, "--group-size", str(args.group_size)]
+            words += ["--method", method] if method != "none" else []
             known = args.work / f"trtllm-{method}.int4.safetensors"  # both targets hold the same codes, but for folded pre-scales
-            if method in ("clip", "gptq") and target == "hf" and known.exists():
+            if method in ("clip", "gptq") and target != "trtllm" and known.exists():
                 words += ["--codes", str(known)]
-            elif method != "rtn":
+            elif method not in ("rtn", "none"):
                 words += ["--text", str(text), "--device", args.device, "--batch-size", "4"]
             began = time.monotonic()
             status = streamconv([*words, "--quiet"])
@@ -120,7 +141,7 @@ def main() -> None:
             if target == "trtllm":
                 weights = from_rank(out / "rank0.safetensors", heads, kv, config["hidden_size"] // heads)
             else:
-                weights = from_directory(out / "model.safetensors")
+                weights = (from_autoawq if target == "awq" else from_directory)(out / "model.safetensors")
             model = load(args.model, None)
             put(model, weights)
             found = perplexity(model, ids)
@@ -129,6 +150,9 @@ def main() -> None:
             print(f"{target} {method}: {found:.3f}, {row['percent']:+.1f} %, {seconds:.0f} s: {rows[-1]['answer']!r}", flush=True)
     if args.out is not None:
         args.out.write_text(json.dumps(rows, indent=1) + "\n")
+    over = [row for row in rows if row.get("percent", 0.0) > LIMITS.get(row["method"], float("inf"))]
+    if over:
+        raise SystemExit("\n".join(f"{row['target']} {row['method']}: more than {LIMITS[row['method']]:+.0f} %" for row in over))
 
 
 if __name__ == "__main__":
