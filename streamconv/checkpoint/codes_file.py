@@ -26,6 +26,7 @@ from streamconv.checkpoint.header_parse import TensorEntry
 from streamconv.checkpoint.packed_rows import read_channels
 from streamconv.checkpoint.rows import PackedTensor, SourceFile, SourceTensor
 from streamconv.checkpoint.shard import Shard
+from streamconv.checkpoint.turned_rows import BLOCK, WIDE, turn
 from streamconv.errors import DataError, TensorError, UsageError, printable
 from streamconv.lazy import Bytes, np
 from streamconv.options import SEARCHED
@@ -75,16 +76,20 @@ class TurnedCodes(ApartCodes):
 
     @property
     def row_align(self) -> int:
-        return 1
+        return WIDE
 
     def read(self, shards: Sequence[Shard], start: int, stop: int, out: Bytes, scratch: Bytes) -> None:
         assert self.file is not None
         count, pairs = stop - start, self.cols // 2
         packed = scratch[: count * pairs]
         self.file.read_rows_into(self.begin + start, self.rows, count, pairs, packed.data, count)
-        stored, made = packed.reshape(pairs, count).T, out[: count * self.cols].reshape(count, pairs, 2)
-        made[:, :, 0], made[:, :, 1] = (stored & 15) ^ 8, (stored >> 4) ^ 8  # two's complement
-        made -= 8
+        stored, made = packed.reshape(pairs, count), out[: count * self.cols]
+        turned = made.view(np.uint16).reshape(count, pairs)  # an item is a pair of channels
+        for first in range(0, pairs, BLOCK):
+            block = stored[first : first + BLOCK]
+            turned[:, first : first + BLOCK] = ((block & 15) | ((block >> 4).astype(np.uint16) << 8)).T
+        np.bitwise_xor(made, 8, out=made)  # two's complement
+        np.subtract(made, 8, out=made)
 
     def drop_page_cache(self, shards: Sequence[Shard], start: int, stop: int) -> None:
         """Nothing: the pages of a stripe hold parts of the next ones."""
@@ -141,7 +146,7 @@ class TurnedTensor(ApartTensor):
         stripe = scratch[: count * self.stored_row_bytes]
         self.file.read_rows_into(self.begin + start * item, self.rows * item, count * item, self.cols, stripe.data, count * item)
         self.check(stripe)
-        out[: stripe.size].reshape(count, self.cols, item)[:] = stripe.reshape(self.cols, count, item).swapaxes(0, 1)
+        turn(stripe, (self.cols, count), item, out)
 
 
 @dataclass(frozen=True, slots=True)

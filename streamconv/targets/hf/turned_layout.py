@@ -7,7 +7,7 @@ from dataclasses import replace
 from streamconv.checkpoint.codes_file import Found
 from streamconv.checkpoint.dtypes import F16
 from streamconv.checkpoint.rows import RowSource, SourceTensor
-from streamconv.checkpoint.turned_rows import turned
+from streamconv.checkpoint.turned_rows import WIDE, turned
 from streamconv.errors import UsageError, printable
 from streamconv.planning.draft import Draft
 from streamconv.planning.matrix_table import Spelling
@@ -33,7 +33,7 @@ def turned_weight(
         if type(weight) is not SourceTensor or len(weight.pieces) != 1:
             told = f"{printable(module)}: --format awq takes weights that are floats in a tensor of their own"
             raise UsageError(told, hint="--format compressed-tensors, or --quant none first")
-        sources = [(codec, turned(weight))]
+        sources = [(codec, turned(weight, WIDE))]
     else:
         sources = [(AwqCodes(), searched.codes.turned()), (AwqScales(), replace(searched.scales, into=F16).turned())]
     made = []
