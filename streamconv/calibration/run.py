@@ -67,7 +67,7 @@ def calibrate(
         model: Hugging Face folder with tokenizer, or a model of the Hub, which is downloaded.
         out: safetensors file to write.
         text: see `texts.load_texts`.
-        samples, max_length: how many samples, how many tokens of each.
+        samples, max_length: how many samples (-1: all), how many tokens of each.
         batch_size: samples of equal length that go through a layer together; 1 is what the official loop does.
         dtype: computing type; float16 is what SmoothQuant is measured in, "auto" the source's own (INT8 KV cache, FP8).
         loop: whose samples: "trtllm" (SmoothQuant, INT8 KV cache) or "modelopt" (FP8); quantization spec §16.
@@ -88,8 +88,6 @@ def calibrate(
         raise UsageError("calibration needs transformers", hint="pip install 'streamconv[calibrate]'") from None
     if dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype} is not one of {', '.join(DTYPES)}")
-    if batch_size < 1 or max_length < 1 or samples == 0:
-        raise UsageError("--samples, --max-length and --batch-size must be at least 1")
     out = named(out)
     with contextlib.closing(open_source(local_folder(model))) as index:
         refuse_quantized(index)
@@ -194,6 +192,8 @@ class Run:
         self, work: Work, text: str, samples: int, max_length: int, reuse: bool, progress: Progress, sampled: Sampled
     ) -> dict[str, Any]:
         """The work on these samples; arguments and errors as of `calibrate`."""
+        if self.batch < 1 or max_length < 1 or samples == 0 or samples < -1:
+            raise UsageError("--samples, --max-length and --batch-size must be at least 1", hint="--samples -1 takes all")
         try:
             return self._measure(work, text, samples, max_length, reuse, progress, sampled)
         finally:

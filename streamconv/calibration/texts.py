@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -11,11 +12,14 @@ from typing import TextIO
 
 from streamconv.calibration.pretrained import read_tokenizer, told
 from streamconv.calibration.request import Loop
-from streamconv.checkpoint.untrusted import open_regular
+from streamconv.checkpoint.untrusted import open_regular, shown_value
 from streamconv.errors import UsageError, printable
 from streamconv.memory import check_room
 
 _COLUMNS = ("article", "text", "content")
+_TABLES = (".json", ".csv", ".tsv", ".parquet", ".arrow")
+_HALF = re.compile("[\ud800-\udfff]")
+"""Half a character, which JSON can spell and no tokenizer takes."""
 _LONGEST_LINE = 1 << 26
 _TOKENIZING, _TOKEN = 50, 32
 """Bytes that tokenizing takes for each character, and that each token takes until the first layer (measured, rounded up)."""
@@ -56,8 +60,10 @@ def load_texts(source: str, count: int) -> list[str]:
 def _file(path: Path) -> Iterator[str]:
     """The samples of a file, one after the other: no more of it is read than is used."""
     shown = f"--text {printable(str(path))}"
+    if path.suffix in _TABLES:
+        raise UsageError(f"{shown} is a table, and not text", hint="write it as .jsonl, a line for each sample: {\"text\": ...}")
     try:
-        with open(open_regular(path, UsageError), encoding="utf-8") as file:
+        with open(open_regular(path, UsageError), encoding="utf-8-sig") as file:
             yield from (_rows if path.suffix == ".jsonl" else _blocks)(file, shown)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{shown}: {error}") from error
@@ -77,13 +83,18 @@ def _blocks(file: TextIO, shown: str) -> Iterator[str]:
 
 
 def _rows(file: TextIO, shown: str) -> Iterator[str]:
-    """What each line of JSON holds."""
+    """What each line of JSON holds; empty lines hold nothing."""
     for number, line in enumerate(_lines(file, shown), 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
-            yield next(str(row[key]) for key in _COLUMNS if key in row)
+            text = next(row[key] for key in _COLUMNS if key in row)
         except (ValueError, StopIteration, TypeError, RecursionError) as error:
             raise UsageError(f"{shown}: line {number} has none of {', '.join(_COLUMNS)}") from error
+        if not isinstance(text, str | int | float) or isinstance(text, bool) or _HALF.search(str(text)):
+            raise UsageError(f"{shown}: line {number} holds no text, but {shown_value(text)}")
+        yield str(text)
 
 
 def _lines(file: TextIO, shown: str) -> Iterator[str]:

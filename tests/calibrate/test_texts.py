@@ -26,6 +26,26 @@ def test_samples_of_every_form(tmp_path: Path) -> None:
     assert load_texts(str(tmp_path), -1) == found and load_texts(str(tmp_path), 2) == found[:2]
 
 
+def test_marks_and_empty_lines_are_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone")
+    (tmp_path / "b.jsonl").write_text('{"text": "two"}\n\n   \n{"text": "three"}\n\n')
+    assert load_texts(str(tmp_path), -1) == ["one", "two", "three"]
+
+
+@pytest.mark.parametrize("value", [None, True, ["one"], {"one": 1}, "half \ud800"])
+def test_values_that_are_no_text(tmp_path: Path, value: object) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n' + json.dumps({"text": value}))
+    with pytest.raises(UsageError, match="line 2 holds no text"):
+        load_texts(str(tmp_path / "a.jsonl"), -1)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.csv", "a.parquet"])
+def test_tables_are_no_text(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('[{"text": "one"}]')
+    with pytest.raises(UsageError, match="is a table"):
+        load_texts(str(tmp_path / name), -1)
+
+
 def test_no_more_is_read_than_is_used(tmp_path: Path) -> None:
     """Neither of a large file nor of what comes after the last sample."""
     path = tmp_path / "a.txt"
