@@ -9,6 +9,7 @@ with 1 MiB, which it refuses; then it runs in a group of the budget that the hin
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import re
 import shutil
@@ -63,11 +64,12 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", default=[*WAYS])
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=SHAPE.layers)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     model, text = args.model or args.work / "model", args.work / "text.txt"
-    calibration.make(args.work / "model", text, args.samples, args.length, SHAPE)
+    calibration.make(args.work / "model", text, args.samples, args.length, dataclasses.replace(SHAPE, layers=args.layers))
     found = {}
     for name in args.only:
         found[name] = measure(WAYS[name], model, text, args.work / "place", args.samples, args.length)

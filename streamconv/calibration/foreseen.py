@@ -23,6 +23,7 @@ from streamconv.calibration.tiers import (
     Tier,
     gram_bytes,
     gram_room,
+    largest_gram,
     losses_bytes,
     passes_of,
     search_bytes,
@@ -131,7 +132,8 @@ def _search(
     held = Held.of(index, facts, family, samples.batch_size * samples.max_length, itemsize, extra, losses_bytes)
     free = free_memory(device) if visible() else None
     held.check(left if budget is None else budget, device, SMALLER, free, beside)
-    room = gram_room(left if device == "cpu" else free)
+    large = largest_gram(method, group, facts)
+    room = gram_room(left, held.host(device), large) if device == "cpu" else gram_room(free, held.on_device, large)
     layers = _weights(index, family)
     tokens = max(0, SAMPLES["codes"] if samples.samples is None else samples.samples) * samples.max_length
     passes, codes, work, beside, most = 1, 0, 0.0, 0, Counter[tuple[int, Tier]]()
@@ -151,7 +153,6 @@ def _search(
             work += 2.0 * 21 * rows * cols * wide
         if method == "gptq":
             work += sum(4 / 3 * size**3 for size, _ in kept) + sum(3.0 * rows * cols * cols for rows, cols in whole)
-    device_bytes = held.layer + held.batch + held.extra + beside
     return Search(
         method=method,
         device=device,
@@ -159,8 +160,8 @@ def _search(
         tokens=tokens,
         grams=tuple((size, tier, count) for (size, tier), count in sorted(most.items())),
         passes=passes,
-        host=held.host(device),
-        device_bytes=0 if device == "cpu" else device_bytes,
+        host=held.host(device) + (beside if device == "cpu" else 0),
+        device_bytes=0 if device == "cpu" else held.on_device + beside,
         codes=codes,
         states=2 * tokens * facts.hidden_size * itemsize,
         operations=work,

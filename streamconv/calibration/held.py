@@ -70,6 +70,11 @@ class Held:
         """Bytes of the process."""
         return _TORCH_BASE + self.layer + self.batch + self.words + self.results + (self.extra if device == "cpu" else 0)
 
+    @property
+    def on_device(self) -> int:
+        """Bytes of the device."""
+        return self.layer + self.batch + self.extra
+
     def check(self, budget: int | None, device: str, smaller: str, room: int | None = None, beside: int = 0) -> None:
         """Refuse a budget, or a device, that it does not fit in.
 
@@ -91,7 +96,7 @@ class Held:
                 f"calibration takes about {show_size(need)} ({told}), and only {show_size(free)} may be used",
                 hint=f"--memory-budget {smallest}MiB, or a smaller --batch-size or --max-length" + smaller,
             )
-        need = self.layer + self.batch + self.extra
+        need = self.on_device
         if room is not None and need > room:
             told = f"calibration takes about {show_size(need)} of {device} (one layer {show_size(self.layer)}), which has"
             hint = "a GPU with more memory, a smaller --batch-size or --max-length" + smaller + ", or --device cpu"

@@ -131,7 +131,7 @@ def find_codes(
         as `calibrate`; DataError: weights or inputs that are NaN or infinite.
     """
     from streamconv.calibration.codes import CodesWork
-    from streamconv.calibration.tiers import gram_room
+    from streamconv.calibration.tiers import gram_room, largest_gram, losses_bytes, search_bytes
 
     out = named(out)
     with contextlib.closing(open_source(local_folder(model))) as index:
@@ -139,8 +139,12 @@ def find_codes(
         if dtype == "auto" and torch_device(device) == "cpu":
             dtype = "float32"  # which holds all that 16 bits hold, and is several times faster there
         run = Run(index, out, batch_size, dtype, loop, device, memory_budget, beside)
-        free = memory.available() if run.budget is None else run.budget
-        room = gram_room(free if run.device == "cpu" else free_memory(run.device))
+        held = run.held(batch_size * max_length, search_bytes(method, group, run.facts, run.device), losses_bytes)
+        large = largest_gram(method, group, run.facts)
+        if run.device == "cpu":
+            room = gram_room(memory.available() if run.budget is None else run.budget, held.host("cpu"), large)
+        else:
+            room = gram_room(free_memory(run.device), held.on_device, large)
         return run.measure(CodesWork(method, group, scale, room, run.device, fold), text, samples, max_length, reuse, progress, sampled)
 
 
@@ -188,6 +192,10 @@ class Run:
         self.dtype: torch.dtype = getattr(torch, self.kind)
         self.device = torch_device(device)
 
+    def held(self, tokens: int, extra: int, kept: Callable[[int, int], int]) -> Held:
+        """What it takes; arguments as of `Held.of`."""
+        return Held.of(self.index, self.facts, self.family, tokens, self.dtype.itemsize, extra, kept)
+
     def measure(
         self, work: Work, text: str, samples: int, max_length: int, reuse: bool, progress: Progress, sampled: Sampled
     ) -> dict[str, Any]:
@@ -209,8 +217,7 @@ class Run:
 
         began = time.monotonic()
         self._spare(work)
-        tokens, extra = self.batch * max_length, work.extra(self.facts)
-        held = Held.of(self.index, self.facts, self.family, tokens, self.dtype.itemsize, extra, work.kept)
+        held = self.held(self.batch * max_length, work.extra(self.facts), work.kept)
         whole = None if self.budget is None else self.budget + self._beside
         held.check(whole, self.device, work.smaller, free_memory(self.device), self._beside)
         with memory.bounded(self.budget):

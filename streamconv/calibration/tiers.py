@@ -64,9 +64,10 @@ def search_bytes(method: str, group: int, facts: ModelConfig, device: str) -> in
         device: "cpu", or another.
     """
     width, kind = facts.moe_intermediate_size or facts.intermediate_size, device.partition(":")[0]
-    sizes = (facts.hidden_size, width, facts.num_attention_heads * facts.head_size)
-    # codes and scales of the weights of a site, and those of one of them once more while its rows are put together
-    made = round(3 * width * facts.hidden_size * (1 + 4 / group))
+    # codes and scales of the two weights of a site, and those of one of them once more while its rows are put together; with AWQ those of
+    # a multiplier that did harm; on the CPU, which computes in float32, the weights in the type of their scales
+    made = round((5 if method == "awq" else 3) * width * facts.hidden_size * (1 + 4 / group))
+    made += 4 * width * facts.hidden_size if kind == "cpu" else 0
 
     def taken(size: int) -> int:
         gram = gram_bytes(tier_of(method, size), size, group)
@@ -75,16 +76,28 @@ def search_bytes(method: str, group: int, facts: ModelConfig, device: str) -> in
             return gram + rows
         return max((5 if kind == "cpu" and size <= DOUBLE else 3) * gram, 2 * gram + rows)  # while it factorizes; and then
 
-    return max(map(taken, sizes))
+    return max(map(taken, _inputs(facts)))
 
 
-def gram_room(free: int | None) -> int:
-    """Bytes that the Grams of a pass may take together.
+def largest_gram(method: str, group: int, facts: ModelConfig) -> int:
+    """Bytes of the largest Gram of a model."""
+    return max(gram_bytes(tier_of(method, size), size, group) for size in _inputs(facts))
+
+
+def _inputs(facts: ModelConfig) -> tuple[int, ...]:
+    """Input channels of the linear layers."""
+    width = facts.moe_intermediate_size or facts.intermediate_size
+    return facts.hidden_size, width, facts.num_attention_heads * facts.head_size
+
+
+def gram_room(free: int | None, need: int, largest: int) -> int:
+    """Bytes that the Grams of a pass may take together: `largest`, which is counted, and what is left.
 
     Args:
         free: memory of what they lie in; None if nobody knows.
+        need: what the search takes of it.
     """
-    return MOST if free is None else max(64 * MIB, min(MOST, free // 8))
+    return MOST if free is None else min(max(MOST, largest), largest + max(0, free - need))
 
 
 def passes_of(sites: Iterable[tuple[_Site, int]], room: int) -> list[list[_Site]]:

@@ -18,7 +18,7 @@ from streamconv.checkpoint.foreign import ADAPTER_WEIGHTS, foreign
 from streamconv.checkpoint.json_file import file_size, read_json
 from streamconv.checkpoint.limits import MAX_CONFIG, MAX_FILES, MAX_HEADER, MAX_TENSORS
 from streamconv.checkpoint.links import links_out
-from streamconv.checkpoint.meta import PARAMS, ShardedTensor, assemble, is_meta, meta_files
+from streamconv.checkpoint.meta import PARAMS, ShardedTensor, assemble, check_parts, is_meta, meta_files
 from streamconv.checkpoint.rows import SourceTensor
 from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.tensor_table import TensorTable
@@ -177,6 +177,7 @@ def _open_meta(folder: Path) -> Index:
     shards = tuple(Shard(folder / name) for names in files for name in names)
     held: list[dict[str, tuple[int, TorchTensor]]] = []
     digests: dict[int, str] = {}
+    archives: list[str] = []
     try:
         for names in files:
             union: dict[str, tuple[int, TorchTensor]] = {}
@@ -189,7 +190,9 @@ def _open_meta(folder: Path) -> Index:
                         raise TensorError(f"tensor {printable(name)} is in two files of consolidated.{len(held):02d}")
                     union[name] = (number, tensor)
             held.append(union)
+            archives.append(content.archive)
         assembled = assemble(held, params)
+        check_parts(held, archives, shards)
     except BaseException:
         for shard in shards:
             shard.close()

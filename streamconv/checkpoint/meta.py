@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from streamconv.checkpoint.dtypes import DType
+from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.torch_zip import TorchTensor
 from streamconv.errors import CheckpointError, TensorError, printable
 
 PARAMS = "params.json"
 _FILE = re.compile(r"consolidated\.([0-9]{2})(\.pth)?")
 _PART = re.compile(r"consolidated-.*\.pth")
+_SAMPLE, _SAMPLED = 4096, 16
+"""Bytes of a weight, and weights of a file, that tell it from a copy of another."""
 
 
 class Block(NamedTuple):
@@ -103,6 +106,37 @@ def assemble(files: Sequence[Found], params: Mapping[str, Any]) -> dict[str, Sha
                 raise TensorError(f"tensor {printable(lacking)} is not in consolidated.{number:02d}, but in other files")
     vocab = _vocabulary(files, params)
     return {name: _join(name, [file[name] for file in files], vocab) for name in files[0]}
+
+
+def check_parts(files: Sequence[Found], archives: Sequence[str], shards: Sequence[Shard]) -> None:
+    """Meta's F files are the parts of one checkpoint, each in its place, as far as that shows without reading weights.
+
+    Args:
+        archives: the name that each was saved under.
+
+    Raises:
+        CheckpointError: what every file holds whole differs, two files begin with the same weights, or files were exchanged.
+    """
+    names = [f"consolidated.{number:02d}" for number in range(len(files))]
+    if sorted(archives) == names and list(archives) != names:
+        odd = next(number for number, archive in enumerate(archives) if archive != names[number])
+        raise CheckpointError(f"{names[odd]}.pth was saved as {archives[odd]}.pth", hint="give the files their own names again")
+
+    def begins(number: int, name: str, most: int) -> bytes:
+        shard, tensor = files[number][name]
+        with shards[shard].window(tensor.begin, tensor.begin + min(tensor.nbytes, most)) as data:
+            return bytes(data)
+
+    cut = [name for name, (_, tensor) in files[0].items() if len(tensor.shape) > 1][:_SAMPLED]
+    held = [tuple(begins(number, name, _SAMPLE) for name in cut) for number in range(len(files))]
+    for number in range(1, len(files)):
+        for name, (_, tensor) in files[0].items():
+            if len(tensor.shape) < 2 and begins(number, name, tensor.nbytes) != begins(0, name, tensor.nbytes):
+                told = f"{printable(name)} differs between {names[0]}.pth and {names[number]}.pth"
+                raise CheckpointError(told, hint="they are parts of different checkpoints, or one is damaged")
+        first = held.index(held[number])
+        if first < number and any(data.strip(data[:1]) for data in held[number]):  # a constant says nothing
+            raise CheckpointError(f"{names[number]}.pth holds the weights of {names[first]}.pth", hint="download it again")
 
 
 def output_rows(tensors: Mapping[str, ShardedTensor]) -> int | None:

@@ -281,7 +281,8 @@ def from_meta(params: Mapping[str, Any], vocab_rows: int | None = None) -> Model
         eps = float(params["norm_eps"])
         kv = int(params.get("n_kv_heads") or heads)
     except (KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
-        raise CheckpointError(f"params.json: {printable(str(error))} is missing or not a number") from None
+        what = f"{error} is missing" if isinstance(error, KeyError) else f"a size is no number: {printable(str(error))}"
+        raise CheckpointError(f"params.json: {what}") from None
     if min(dim, layers, heads, kv, inter) < 1 or max(dim, layers, inter, vocab) >= 1 << 40:
         raise CheckpointError("params.json: sizes must be positive, and below 2^40")
     theta, stated = params.get("rope_theta", 10000), params.get("rope_scaling")

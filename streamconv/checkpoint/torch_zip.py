@@ -40,10 +40,12 @@ class TorchFile(NamedTuple):
     Attributes:
         tensors: by name, in the order of the state dict.
         digest: SHA-256 (hex) of the directory and data.pkl, which fix where every tensor lies.
+        archive: the folder inside the zip: torch.save gives it the name of the file.
     """
 
     tensors: dict[str, TorchTensor]
     digest: str
+    archive: str
 
 
 class _Entry(NamedTuple):
@@ -87,7 +89,7 @@ def read_torch(shard: Shard) -> TorchFile:
         tensors[name] = _tensor(shown, name, view, *places[key])
     digest = hashlib.sha256(directory)
     digest.update(pickled)
-    return TorchFile(tensors, digest.hexdigest())
+    return TorchFile(tensors, digest.hexdigest(), prefix.rstrip("/"))
 
 
 # ---- the zip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,25 @@ def test_files_that_do_not_fit(tmp_path: Path, change: Any, message: str) -> Non
         open_index(break_file(write(tmp_path / "m"), change))
 
 
+def test_files_that_are_no_parts_of_one_checkpoint(tmp_path: Path) -> None:
+    """A copy of another part, a part of another model, exchanged files."""
+    folder = write(tmp_path / "in", 4)
+    paths = [folder / f"consolidated.{number:02d}.pth" for number in range(4)]
+    right = [path.read_bytes() for path in paths]
+    paths[2].write_bytes(right[1])
+    with pytest.raises(CheckpointError, match=r"consolidated\.02\.pth holds the weights of consolidated\.01\.pth"):
+        open_index(folder)
+    paths[1].write_bytes(right[2])
+    with pytest.raises(CheckpointError, match=r"consolidated\.01\.pth was saved as consolidated\.02\.pth"):
+        open_index(folder)
+    paths[1].write_bytes(right[1])
+    part = torch.load(io.BytesIO(right[2]))
+    part["layers.1.ffn_norm.weight"][3] += 1
+    torch.save(part, paths[2])
+    with pytest.raises(CheckpointError, match=r"layers\.1\.ffn_norm\.weight differs between .*00.* and .*02"):
+        open_index(folder)
+
+
 def test_unknown_and_missing_tensors_are_named(tmp_path: Path) -> None:
     state = weights()
     state["layers.0.feed_forward.gate.weight"] = torch.ones(4, H).bfloat16()
@@ -232,8 +252,8 @@ def test_missing_files(tmp_path: Path) -> None:
         ({"rope_theta": "x"}, "rope_theta is 'x', not a number"),
         ({"norm_eps": float("nan")}, "norm_eps is nan, not a number"),
         ({"rope_scaling": [1]}, "rope_scaling is"),
-        ({"n_kv_heads": "x"}, "is missing or not a number"),
-        ({"dim": float("inf")}, "is missing or not a number"),
+        ({"n_kv_heads": "x"}, "a size is no number"),
+        ({"dim": float("inf")}, "a size is no number"),
         ({"dim": 10**30}, "below 2"),
         ({"hidden_dim": -5}, "must be positive"),
         ({"n_layers": 10**9}, "says 1000000000 layers, but the source holds only"),
