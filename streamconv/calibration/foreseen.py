@@ -136,12 +136,12 @@ def _search(
     room = gram_room(left, held.host(device), large) if device == "cpu" else gram_room(free, held.on_device, large)
     layers = _weights(index, family)
     tokens = max(0, SAMPLES["codes"] if samples.samples is None else samples.samples) * samples.max_length
-    passes, codes, work, beside, most = 1, 0, 0.0, 0, Counter[tuple[int, Tier]]()
+    passes, codes, work, surplus, most = 1, 0, 0.0, 0, Counter[tuple[int, Tier]]()
     for weights in layers.values():
         sites = {key: cols for key, _, cols in weights if not cols % group}
         kept = [(size, tier_of(method, size)) for size in sites.values()]
         groups = passes_of(((grams, grams) for grams in (gram_bytes(tier, size, group) for size, tier in kept)), room)
-        beside = max([beside, *(sum(grams) - max(grams) for grams in groups)])
+        surplus = max([surplus, *(sum(grams) - large for grams in groups)])  # the largest is counted
         passes = max(passes, len(groups))
         most |= Counter(kept)
         whole = [(rows, cols) for _, rows, cols in weights if not cols % group]
@@ -160,8 +160,8 @@ def _search(
         tokens=tokens,
         grams=tuple((size, tier, count) for (size, tier), count in sorted(most.items())),
         passes=passes,
-        host=held.host(device) + (beside if device == "cpu" else 0),
-        device_bytes=0 if device == "cpu" else held.on_device + beside,
+        host=held.host(device) + (surplus if device == "cpu" else 0),
+        device_bytes=0 if device == "cpu" else held.on_device + surplus,
         codes=codes,
         states=2 * tokens * facts.hidden_size * itemsize,
         operations=work,
