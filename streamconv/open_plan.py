@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from streamconv import hub, memory
 from streamconv.checkpoint.index import Index, description_size
 from streamconv.errors import BudgetError, StreamconvError, printable
 from streamconv.families.naming import settle
+from streamconv.memory import without_collection
 from streamconv.planning.plan import Plan
 from streamconv.run.source_record import record_of
 from streamconv.targets.base import Output, Target
@@ -74,18 +74,3 @@ def _bounded(source: str | Path, targets: Sequence[Target], budget: int | None) 
         except BudgetError as error:
             error.hint = f"a budget of {-(-(enough + sum(LOADS.values())) // memory.MIB)}MiB is enough to plan it and to begin"
             raise
-
-
-@contextlib.contextmanager
-def without_collection() -> Iterator[None]:
-    """A plan is a million small objects and no cycles: looking for some takes a third of the time."""
-    if not gc.isenabled():
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.unfreeze()  # both together: what was made is old now, and is not looked at again at once
-        gc.enable()

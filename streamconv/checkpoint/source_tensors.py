@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, MutableMapping, Sequence
 from functools import cache, lru_cache
 
 from streamconv.checkpoint.index import Index
@@ -52,6 +52,11 @@ class SourceTensors(Mapping[str, SourceTensor]):
     def alike(self) -> Sequence[int]:
         """Of each tensor a number; those with equal ones have equal `rows_of`."""
         return range(len(self)) if self._views else self._table.kind_numbers
+
+    @property
+    def origin(self) -> Hashable:
+        """Of equal origins tensors with the same number are equal."""
+        return id(self._table)
 
     def holds(self, place: int, source: object) -> bool:
         """Whether a source is the tensor with a number, as it is stored."""

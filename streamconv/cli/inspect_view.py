@@ -12,9 +12,8 @@ from streamconv.errors import StreamconvError, printable
 from streamconv.families import Family
 from streamconv.families.matching import match
 from streamconv.hub import open_source
-from streamconv.memory import show_size
+from streamconv.memory import show_size, without_collection
 from streamconv.natural import natural
-from streamconv.open_plan import without_collection
 from streamconv.planning.plan import Plan
 from streamconv.targets.trtllm.options import TensorRTLLM
 from streamconv.targets.trtllm.target import make_plan, model_of

@@ -14,8 +14,8 @@ from itertools import pairwise
 from math import lcm
 from typing import NamedTuple
 
-from streamconv.checkpoint.rows import SourceTensor
-from streamconv.planning.plan import Plan, RowRange
+from streamconv.checkpoint.rows import RowSource, SourceTensor
+from streamconv.planning.plan import Plan
 
 
 class Share(NamedTuple):
@@ -67,13 +67,7 @@ class _Interval(NamedTuple):
 
 def merge(plans: Sequence[Plan]) -> tuple[list[Read], set[Owned]]:
     """The reads of all plans together, and the loose matrices: (output, matrix)."""
-    tracks: dict[Hashable, list[_Interval]] = {}
-    for output, plan in enumerate(plans):
-        for number, span in enumerate(plan.spans):
-            key, shift = _track(span, (output, number))
-            rows = (shift, shift + span.source.rows)
-            share = Share(output, number, shift)
-            tracks.setdefault(key, []).append(_Interval(span.start + shift, span.stop + shift, span.align, share, rows))
+    tracks = _tracks(plans)
     apart, loose = set[tuple[int, int]](), set[Owned]()
     while True:
         reads = sorted((read for track in tracks.values() for read in _reads(sorted(track), apart)), key=_first)
@@ -94,19 +88,38 @@ def _first(read: Read) -> tuple[tuple[int, int], int]:
     return min(share[:2] for share in read.shares), read.start
 
 
-def _track(span: RowRange, place: Hashable) -> tuple[Hashable, int]:
-    """What rows are compared by, and by how much this span's are shifted there.
+def _tracks(plans: Sequence[Plan]) -> dict[Hashable, list[_Interval]]:
+    """The spans of all plans by what their rows are compared by."""
+    tracks: dict[Hashable, list[_Interval]] = {}
+    numbers: dict[Hashable, int] = {}
+    known: dict[Hashable, tuple[int, int, int]] = {}  # source -> number of its identity, shift, and rows; sources of several plans are one
+    for output, plan in enumerate(plans):
+        spans = plan.spans
+        for number in range(len(spans)):
+            source, start, stop, align = spans.extent(number)
+            place = spans.sources.identity(source) or (output, source)
+            if place not in known:
+                identity, shift = _identified(spans.sources[source], (output, number))
+                known[place] = numbers.setdefault(identity, len(numbers)), shift, spans.sources[source].rows
+            own, shift, rows = known[place]
+            interval = _Interval(start + shift, stop + shift, align, Share(output, number, shift), (shift, shift + rows))
+            tracks.setdefault((own, spans.op(number), type(spans.reduction(number))), []).append(interval)
+    return tracks
+
+
+def _identified(source: RowSource, place: Hashable) -> tuple[Hashable, int]:
+    """What tells rows from others, and by how much a source's are shifted there.
 
     Rows of plain tensors are known by where their bytes lie, whatever the tensor is called and wherever it begins.
 
     Args:
         place: of the span; what is read from nowhere is never shared.
     """
-    source, kind, size = span.source, (span.op, type(span.reduce)), span.row_bytes
+    size = source.cols * source.dtype.itemsize
     if type(source) is SourceTensor and len(source.pieces) == 1 and size:
         piece = source.pieces[0]
-        return ("bytes", piece.shard, piece.begin % size, size, source.dtype, kind), piece.begin // size
-    return (_identity(source) if source.pieces else place, kind), 0
+        return ("bytes", piece.shard, piece.begin % size, size, source.dtype), piece.begin // size
+    return _identity(source) if source.pieces else place, 0
 
 
 def _identity(value: object) -> Hashable:
@@ -140,6 +153,9 @@ def _alone(interval: _Interval) -> Read:
 
 def _cut(together: list[_Interval]) -> Iterator[Read]:
     """Reads of intervals that overlap, cut where the outputs that want the rows change, and every output allows it."""
+    if len(together) == 1:
+        yield _alone(together[0])
+        return
     edges = sorted({edge for held in together for edge in held[:2]})
     edges = [at for at in edges if all((at - held.start) % held.align == 0 for held in together if held.start < at < held.stop)]
     for start, stop in pairwise(edges):
@@ -167,23 +183,25 @@ def _before(
     rows: dict[tuple[int, int], list[tuple[int, int, int]]] = {}  # (output, matrix) -> (row, read, row of it)
     for number, read in enumerate(reads):
         for output, at, shift in read.shares:
-            span = plans[output].spans[at]
-            if span.reduce is not None:
-                reducing.setdefault((output, span.reduce.key), []).append(number)
-            at_row = max(read.start, span.start + shift)
-            skipped = span.op.out_rows(at_row - shift - span.start)
-            for dest in span.dests:
-                rows.setdefault((output, dest.matrix), []).append((dest.row + skipped, number, at_row))
-    for matrix, placed in rows.items():
-        for (_, one, first), (_, other, then) in pairwise(sorted(placed) if matrix not in loose else ()):
+            spans = plans[output].spans
+            if (reduction := spans.reduction(at)) is not None:
+                reducing.setdefault((output, reduction.key), []).append(number)
+            start = spans.place(at)[1]
+            at_row = max(read.start, start + shift)
+            skipped = spans.op(at).out_rows(at_row - shift - start)
+            for matrix, row in spans.dests(at):
+                rows.setdefault((output, matrix), []).append((row + skipped, number, at_row))
+    for owned, placed in rows.items():
+        for (_, one, first), (_, other, then) in pairwise(sorted(placed) if owned not in loose and len(placed) > 1 else ()):
             if one != other or then <= first:  # the rows of a read ascend
                 before[other].append(one)
-                above.setdefault((one, other), set()).add(matrix)
+                above.setdefault((one, other), set()).add(owned)
     for number, read in enumerate(reads):
         for output, at, _ in read.shares:
-            span = plans[output].spans[at]
-            needs = {key for dest in span.dests for key in plans[output].matrices.needs(dest.matrix)}
-            for key in needs | set(span.reduce.needs if span.reduce is not None else ()):
+            spans = plans[output].spans
+            needs = {key for matrix in spans.takers(at) for key in plans[output].matrices.needs(matrix)}
+            reduction = spans.reduction(at)
+            for key in needs | set(reduction.needs if reduction is not None else ()):
                 before[number] += reducing.get((output, key), [])
     return before
 

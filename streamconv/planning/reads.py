@@ -6,6 +6,7 @@ from array import array
 from collections.abc import Hashable, Iterator, Sequence
 
 from streamconv.checkpoint.rows import RowSource
+from streamconv.memory import without_collection
 from streamconv.planning.merge import Owned, Read, Share, merge
 from streamconv.planning.plan import Plan, RowRange
 
@@ -23,7 +24,8 @@ class Reads:
         self._merged: list[Read] | None = None  # one plan reads what its spans say
         loose = set[Owned]()
         if len(plans) > 1:
-            self._merged, loose = merge(self.plans)
+            with without_collection():
+                self._merged, loose = merge(self.plans)
         self.loose = [{matrix for output, matrix in loose if output == number} for number in range(len(plans))]
         if self._merged is None:
             self.nbytes = sum(plan.bytes_read for plan in plans)

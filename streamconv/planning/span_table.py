@@ -130,6 +130,21 @@ class SpanTable(Table[RowRange]):
         """Where a span begins: number of its source, which rises through the files of the checkpoint, and row."""
         return self._source[number], self._start[number]
 
+    def extent(self, number: int) -> tuple[int, int, int, int]:
+        """Number of the source of a span, its rows [start, stop), and the rows that a tile holds a multiple of."""
+        return self._source[number], self._start[number], self._stop[number], self._align[number]
+
+    def op(self, number: int) -> RowOp:
+        return self._ops.values[self._op[number]]
+
+    def reduction(self, number: int) -> Reduction | None:
+        """What a span reduces to."""
+        return self._reductions[self._reduction[number] - 1] if self._reduction[number] else None
+
+    def dests(self, number: int) -> Iterator[tuple[int, int]]:
+        """(matrix, its first row there) of those that take the rows of a span."""
+        return ((self._matrix[at], self._row[at]) for at in self._of(number))
+
     def stored_row_bytes(self, number: int) -> int:
         """Bytes of the checkpoint that a row of a span is read from."""
         return self.sources.rows(self._source[number]).stored
@@ -199,14 +214,14 @@ class SpanTable(Table[RowRange]):
         return len(self._source)
 
     def _make(self, number: int) -> RowRange:
-        spreads, reduction = self._spreads.values, self._reduction[number]
+        spreads = self._spreads.values
         dests = tuple([Destination(self._matrix[at], self._row[at], spreads[self._cols[at]]) for at in self._of(number)])
         return RowRange(
             self.sources[self._source[number]],
             self._start[number],
             self._stop[number],
-            self._ops.values[self._op[number]],
+            self.op(number),
             dests,
             self._align[number],
-            self._reductions[reduction - 1] if reduction else None,
+            self.reduction(number),
         )

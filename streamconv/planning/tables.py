@@ -87,6 +87,10 @@ class Stored(Protocol):
     def alike(self) -> Sequence[int]:
         """Of each tensor a number; those with equal ones have equal `rows_of`."""
 
+    @property
+    def origin(self) -> Hashable:
+        """Where they come from: of equal origins tensors with the same number are equal."""
+
     def __len__(self) -> int: ...
 
 
@@ -124,6 +128,10 @@ class Sources:
 
     def __getitem__(self, number: int) -> RowSource:
         return self._stored.at(number) if number < self._count else self._others[number]
+
+    def identity(self, number: int) -> Hashable:
+        """Equal for equal sources of several plans; None for what is not known by its number."""
+        return (self._stored.origin, number) if number < self._count else None
 
     def rows(self, number: int) -> RowForm:
         """What its rows are like."""

@@ -142,6 +142,10 @@ class Stored:
         return source is (own := self.at(place)) or source == own
 
     @property
+    def origin(self) -> Hashable:
+        return id(self._reader.index), self._reader.into, self._reader.sound
+
+    @property
     def alike(self) -> Sequence[int]:
         return self._form
 

@@ -279,6 +279,10 @@ class _Nothing:
         raise AssertionError(place)
 
     @property
+    def origin(self) -> None:
+        return None
+
+    @property
     def alike(self) -> Sequence[int]:
         return ()
 
