@@ -75,7 +75,8 @@ def convert_on_ray(
         try:
             report = ray.get(ready)
         except ray.exceptions.RayError as error:
-            raise StreamconvError(f"Ray: {str(error).splitlines()[0]}", hint="run the same command again to go on") from error
+            line = -1 if isinstance(error, ray.exceptions.RayTaskError) else 0  # the last one of a traceback
+            raise StreamconvError(f"Ray: {str(error).splitlines()[line]}", hint="run the same command again to go on") from error
         if isinstance(report, StreamconvError):
             raise report
         reports.append(report)

@@ -83,7 +83,7 @@ def test_two_at_once_and_one_killed(make: Callable[..., InParts], settings: dict
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"replaced": True}, {"mounted": True}, {"tile_rows": 16}], ids=str)
 def test_two_at_once_anywhere(make: Callable[..., InParts], settings: dict[str, Any]) -> None:
-    _two_at_once(make(**settings), 400)
+    _two_at_once(make(**settings), 150)
 
 
 def _two_at_once(world: InParts, cases: int) -> None:
