@@ -31,6 +31,8 @@ SOURCES: dict[str, Target] = {
     "fp8_block": HuggingFace(quant="fp8_block", format="hf"),
 }
 
+LONG = ("fp8_rowwise", "int8", "fp8_block")
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
@@ -61,7 +63,7 @@ def _large(folder: Path) -> tuple[Path, str, int, int]:
     return max(_tensors(folder), key=lambda tensor: tensor[3] - tensor[2])
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in SOURCES])
 def test_a_flipped_bit_of_any_tensor_is_found(name: str, made: dict[str, Path], tmp_path: Path) -> None:
     folder = _copy(made[name], tmp_path)
     index = open_stored(folder)
@@ -79,7 +81,7 @@ def test_a_flipped_bit_of_any_tensor_is_found(name: str, made: dict[str, Path], 
     index.close()
 
 
-@pytest.mark.parametrize("name", ["int8", "w4a16"])
+@pytest.mark.parametrize("name", ["w4a16", pytest.param("int8", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("how", [(), ("--parts", "2"), ("--part", "0/2")], ids=" ".join)
 def test_convert_publishes_nothing(
     name: str, how: tuple[str, ...], made: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -14,7 +14,7 @@ from streamconv.targets.hf.model_types import Sizes, text_config
 from streamconv.targets.hf.stacked import StackedForm, stacked_form
 from streamconv.targets.hf.stored import Stored
 
-_APART = re.compile(r"(.*\bexperts)(?:\.experts)?\.(\d+)\.((?:gate|up|down)_proj\.(?:weight|bias))")
+_APART = re.compile(r"(.*?\bexperts)(?:\.experts)?\.(\d+)\.((?:gate|up|down)_proj\.(?:weight|bias))")
 _TENSORS = {"gate_up_proj": ("gate_proj.weight", "up_proj.weight"), "down_proj": ("down_proj.weight",)}
 _BIASES = {"gate_up_proj_bias": ("gate_proj.bias", "up_proj.bias"), "down_proj_bias": ("down_proj.bias",)}
 

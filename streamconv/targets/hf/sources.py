@@ -27,6 +27,10 @@ Weight = _Read | Stacked
 _SCALES = ("weight_scale_inv", "weight_scale", "weight_scale_2", "weight_global_scale", "weight_shape")
 _OTHERS = ("weight_zero", "input_scale", "input_global_scale", "k_scale", "v_scale", "weight_zero_point", "output_scale",
            "pre_quant_scale")  # fmt: skip
+_OF_STACKED = ("_weight_scale", "_weight_scale_2", "_input_scale")
+STACKED = ("gate_up_proj", "down_proj")
+"""Last names of tensors that hold all experts of a layer."""
+_CODES = ("F8_E4M3", "I8", "U8")
 _BESIDE = frozenset((*_SCALES, *_OTHERS))
 """What stands beside codes and says nothing of a float weight."""
 
@@ -70,7 +74,12 @@ class Reader:
             return None
         if leaf in _BESIDE and _has_codes(tensors, module):
             return None
+        whole = next((name.removesuffix(ending) for ending in _OF_STACKED if name.endswith(ending)), "")
+        if whole in tensors and tensors[whole].dtype.name in _CODES:
+            return None
         tensor = tensors[name]
+        if leaf in STACKED and len(tensor.shape) == 3 and tensor.dtype.name in _CODES:
+            return name, _stacked_codes(tensor, tensors.get(f"{name}_weight_scale"), self.into)
         zeros = tensors.get(f"{name}_zero") if isinstance(tensor, PackedTensor) else None
         if isinstance(zeros, Strided) and isinstance(tensor, PackedTensor):
             scales = tensors[f"{name}_scale"]
@@ -107,6 +116,18 @@ def _has_codes(tensors: SourceTensors, module: str) -> bool:
     if f"{module}.weight_packed" in tensors:
         return True
     return any(f"{module}.{part}.weight" in tensors or f"{module}.{part}.weight_packed" in tensors for part in ("k_proj", "v_proj"))
+
+
+def _stacked_codes(codes: SourceTensor, scale: SourceTensor | None, into: DType) -> DecodedTensor:
+    """Experts [E, ...] as ModelOpt stores those of Llama 4: FP8 with one scale, or one for each expert."""
+    count, rows, cols = codes.shape
+    if codes.dtype.name != "F8_E4M3" or scale is None or math.prod(scale.shape) not in (1, count):
+        beside = "no scales" if scale is None else f"scales {scale.dtype} {list(scale.shape)}"
+        told = f"{printable(codes.name)} holds {codes.dtype} codes of all experts with {beside}, which are not decoded here"
+        raise CheckpointError(told, hint="convert the unquantized model")
+    scales = math.prod(scale.shape)
+    per_row = count * rows // scales
+    return DecodedTensor(codes.name, into, codes.shape, codes, "e4m3", _as_matrix(scale, (scales, 1)), per_row, cols)
 
 
 def _decoded(
