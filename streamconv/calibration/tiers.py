@@ -29,8 +29,8 @@ DOUBLE = 4096
 """Up to so many channels GPTQ factorizes in float64 on the CPU."""
 _VALUES, _DEVICE_VALUES = 8 << 20, 64 << 20
 """Numbers of the rows that a search works on at once."""
-_COPIES = 8
-"""Of these rows, in float32 (measured: at most 7)."""
+_COPIES, _HEAP = 8, 1
+"""Of these rows, in float32 (measured: at most 7), and what the heap of the CPU keeps beside them (measured: most of one)."""
 
 _Site = TypeVar("_Site")
 
@@ -71,7 +71,7 @@ def search_bytes(method: str, group: int, facts: ModelConfig, device: str) -> in
 
     def taken(size: int) -> int:
         gram = gram_bytes(tier_of(method, size), size, group)
-        rows = 4 * _COPIES * size * min(rows_at_once(size, kind), max(width, facts.hidden_size)) + made
+        rows = 4 * (_COPIES + (_HEAP if kind == "cpu" else 0)) * size * min(rows_at_once(size, kind), max(width, facts.hidden_size)) + made
         if method != "gptq":
             return gram + rows
         return max((5 if kind == "cpu" and size <= DOUBLE else 3) * gram, 2 * gram + rows)  # while it factorizes; and then
