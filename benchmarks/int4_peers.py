@@ -38,6 +38,8 @@ from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
+from llmcompressor.pipelines.cache import IntermediatesCache
+IntermediatesCache.pin_memory = lambda self, *more, **facts: None  # 0.14.0.1 pins for AWQ on machines without an accelerator, too
 args = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": int(group)}
 scheme = {"ignore": ["lm_head"], "config_groups": {"group_0": {"targets": ["Linear"], "weights": args}}}
 recipe = [GPTQModifier(**scheme)] if method == "gptq" else [AWQModifier(), QuantizationModifier(**scheme)]
@@ -72,11 +74,11 @@ save_file(made, out + "/effective.safetensors")
 
 
 def run(words: list[str], log: Path) -> dict[str, Any]:
-    """Seconds, processor seconds and memory of a command; ends with its last words if it failed."""
+    """Seconds, processor seconds and memory of a command, or the end of what it said when it failed."""
     settings = [f"PYTHONPATH={ROOT}", "HF_HUB_OFFLINE=1", "TOKENIZERS_PARALLELISM=false"]
     done = measured(["env", *settings, *words], log, Group())
     if done.status:
-        raise SystemExit(f"{done.error}\n{words[0]} ended with {done.status}")
+        return {"failed": done.error[-400:]}
     return {"seconds": done.seconds, "cpu": done.cpu, "peak": done.peak}
 
 
@@ -101,6 +103,10 @@ def main() -> None:
     def show(tool: str, method: str, words: list[str]) -> None:
         shutil.rmtree(args.work / "made", ignore_errors=True)
         told, net = run(words, args.work / "log"), load(args.model, None)
+        if "failed" in told:
+            rows.append({"tool": tool, "method": method} | told)
+            print(f"{tool} {method}: {told['failed']}", flush=True)
+            return
         saved = args.work / "made" / "effective.safetensors"
         put(net, load_file(saved) if saved.exists() else from_directory(args.work / "made" / "model.safetensors"))
         found = perplexity(net, ids)
@@ -112,7 +118,7 @@ def main() -> None:
         words = [sys.executable, "-m", "streamconv", "convert", str(args.model), str(args.work / "made"), "--to", "hf", "--quant", "w4a16"]
         words += ["--group-size", str(args.group_size), "--method", method, "--text", str(text), "--max-length", str(args.length)]
         show("streamconv", method, [*words, "--device", "cpu", "--batch-size", "4", "--quiet"])
-        (args.work / "made.int4.safetensors").unlink()
+        (args.work / "made.int4.safetensors").unlink(missing_ok=True)
 
     asked = [str(args.model), str(args.work / "made"), str(text), str(args.group_size), str(args.length)]
     for method in args.methods.split(",") if args.llm_compressor else ():
