@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import save_file
 
 from streamconv import api, memory
-from streamconv.allocation import costs_of, estimate_memory
+from streamconv.allocation import costs_of, estimate_memory, load_kernels
 from streamconv.errors import BudgetError, StreamconvError
 from streamconv.families import all_families
 from streamconv.open_plan import open_and_plan_all
@@ -115,7 +115,6 @@ def trtllm(random: Random, source: Source) -> TensorRTLLM:
         use_parallel_embedding=random.random() < 0.3,
         embedding_sharding_dim=random.choice((0, 1)),
         use_embedding_sharing=random.random() < 0.1,
-        remove_duplicated_kv_heads=random.random() < 0.02,
         use_meta_fp8_rowwise_recipe=random.random() < 0.3,
         per_channel=random.random() < 0.5,
         per_token=random.random() < 0.5,
@@ -185,6 +184,10 @@ def smallest_budget(source: Path, outputs: Sequence[Output]) -> int:
         StreamconvError: it accepts none.
         Wrong: the budget that it names is refused as well.
     """
+
+    index, plans = open_and_plan_all(source, outputs)
+    with contextlib.closing(index):
+        load_kernels(Reads(plans))  # what a process of its own would load is counted there, and would count twice here
 
     def accept(budget: int) -> None:
         index, plans = open_and_plan_all(source, outputs, budget)
