@@ -13,9 +13,10 @@ grow again later. A device that is lost: the CPU does the rest and the report sa
 
 from typing import TYPE_CHECKING
 
+from streamconv.device.choice import HOST_COST, Choice, choose, parse, visible
+
 if TYPE_CHECKING:
     from streamconv.device.backend import Cuda
-    from streamconv.device.choice import HOST_COST, Choice, choose, parse, visible
     from streamconv.device.pipeline import DeviceLost, DevicePipeline, WorkerBuffers
     from streamconv.device.sizing import BEST_ARENA, Demand, NoRoom, Sizes, arena, demand, fit, pinned_size, reserve, slots
     from streamconv.device.step import Job
@@ -31,8 +32,8 @@ if not TYPE_CHECKING:  # what runs on the CPU loads none of it
     def __getattr__(name: str) -> object:
         import importlib
 
-        for module in ("choice", "sizing", "backend", "pipeline", "step") if name in __all__ else ():
+        for module in ("sizing", "backend", "pipeline", "step") if name in __all__ else ():
             found = importlib.import_module(f"{__name__}.{module}")
             if name in vars(found):
-                return globals().setdefault(name, vars(found)[name])
+                return vars(found)[name]
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
