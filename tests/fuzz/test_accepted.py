@@ -34,7 +34,7 @@ def _model(folder: Path, name: str, **changes: Any) -> Path:
 
 @pytest.mark.parametrize("count", [6, pytest.param(200, marks=pytest.mark.slow)])
 def test_random_models(count: int) -> None:
-    seen, wrong = accepted.run(count, 6)
+    seen, wrong = accepted.run(count, 14)
     assert not wrong, wrong[0]
     assert seen["converted"] >= count // 2
 
