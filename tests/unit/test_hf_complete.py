@@ -186,6 +186,18 @@ def test_layers_that_share_keys_and_values_are_taken(tmp_path: Path) -> None:
     assert not refusal(source) and not streamconv.verify(source).problems
 
 
+def test_a_hybrid_model_is_taken(tmp_path: Path) -> None:
+    """Linear attention, Mamba or a convolution in the place of attention; a layer that has nothing there is refused."""
+
+    def hybrid(held: Tensors) -> None:
+        without("layers.0.self_attn")(held)
+        held["model.layers.0.linear_attn.in_proj_qkvz.weight"] = np.zeros((64, tiny.HIDDEN), np.float16)
+
+    source = written(tmp_path / "in", hybrid, model_type="qwen3_next", architectures=["Qwen3NextForCausalLM"])
+    assert not refusal(source) and not streamconv.verify(source).problems
+    assert "layers.0.self_attn" in refusal(written(tmp_path / "less", without("layers.0.self_attn"), model_type="new"))
+
+
 def test_a_shard_that_its_names_tell_of(tmp_path: Path) -> None:
     source = written(tmp_path / "in", name="model-00001-of-00002.safetensors")
     with pytest.raises(CheckpointError, match=r"model-00002-of-00002\.safetensors is missing"):

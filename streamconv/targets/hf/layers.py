@@ -185,6 +185,11 @@ def _groups(held: set[str]) -> dict[str, frozenset[str]]:
     return {module: frozenset(names) for module, names in found.items()}
 
 
+def _tops(kind: Iterable[tuple[str, frozenset[str]]]) -> set[str]:
+    """The children of a layer."""
+    return {module.partition(".")[0] for module, _ in kind}
+
+
 def _alike(model: Model) -> Iterator[str]:
     """Layers that lack something of what others of their kind have."""
     if "block_configs" in model.text or model.fragment:  # layers with parts left out on purpose
@@ -209,6 +214,9 @@ def _alike(model: Model) -> Iterator[str]:
                 if lacking and not (sharing and all(_KV.search(f".{name}") for name in lacking) and len(lacking) > 1):
                     yield f"{at}.{printable(lacking[0])} is missing{more}, other layers have it"
             whole = min((other for other in modules if own < other), key=len, default=own)
+            theirs = {top for other, core in zip(kinds, modules, strict=True) if core == whole for top in _tops(other)}
+            if not _tops(kind) <= theirs:  # hybrid models: linear attention, Mamba or a convolution in the place of attention
+                continue
             yield from (f"{at}.{printable(module)} is missing{more}, other layers have it" for module in sorted(whole - own))
 
 
