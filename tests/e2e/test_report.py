@@ -83,7 +83,7 @@ def test_a_page_stands_alone_and_its_names_are_text(folder: Path, name: str) -> 
     assert any(ODD in words for words in parsed.words)
     assert "prefers-color-scheme: dark" in text and "@media print" in text
     figures = text.count("<svg")
-    assert figures and len(re.findall(r"</svg>\s*<details>", text)) == figures  # each has its table
+    assert figures and len(re.findall(r"</svg>\s*</div>\s*<details>", text)) == figures  # each has its table
 
 
 def test_a_page_says_what_the_run_did(folder: Path) -> None:
