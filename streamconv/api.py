@@ -148,11 +148,11 @@ class Conversion:
                     self._check_source(index, plans[0])
                 reads = Reads([writer.plan for writer in unfinished])
                 places: dict[Path | None, int] = {writer.place.out: writer.plan.bytes_written for writer in unfinished}
-                looking = look(index, reads, places, resources.probe, runs=True)
+                looking = look(index, [*places], reads.nbytes + sum(places.values()), runs=True) if resources.probe else None
                 taken = hub.memory_of(index) + self.pinned
                 with executor(reads, resources, costs_of(reads, checked=resources.verify_inline), taken, self.instead) as execution:
                     shares, where = execution.shares, execution.where
-                    estimate = looking.estimate(execution.costs, shares, bool(execution.rings)) if looking is not None else None
+                    estimate = looking.estimate(reads, places, execution.costs, shares, bool(execution.rings)) if looking else None
                     meter.begin("converting", reads.nbytes, memory_budget=shares.budget, estimate=estimate, outputs=each)
                     laps.append(self.clock())
                     begin(unfinished)

@@ -32,17 +32,19 @@ encoded by a kernel of ours, and by torch."""
 
 
 class Looking:
-    """Looks at the disks of a conversion in a thread of its own.
+    """Looks at the disks of a conversion in a thread of its own; it may begin before the conversion is planned.
 
     Args:
-        places: output folder -> bytes that will be written there; None: not known which.
+        places: output folders; None: not known which.
     """
 
-    def __init__(self, index: Index, reads: Reads, places: Mapping[Path | None, int]) -> None:
-        self._index, self._reads, self._places = index, reads, places
-        self._busy = dict[int, float]()
-        """Device -> seconds that its files take."""
-        self._read, self._writes = None if not index.shards else 0.0, list[float]()
+    def __init__(self, index: Index, places: Sequence[Path | None]) -> None:
+        self._index, self._places = index, places
+        self._read, self._writes = None if not index.shards else 0.0, dict[Path | None, float]()
+        self._source, self._devices = 0, dict[Path | None, int]()
+        """Devices: of the source, of each place."""
+        self._here = 1.0
+        """Share of the source's files that need no download."""
         self._unknown = list[str]()
         self._thread = start_thread(self._look, "disk-probe")
 
@@ -53,11 +55,11 @@ class Looking:
             self._unknown.append("how fast the model is downloaded")
         try:
             if here:
+                self._here, self._source = len(here) / len(shards), os.stat(here[0]).st_dev
                 self._read = probe.read_rate(here[:: max(1, len(here) // 16)], _SECONDS)
-                self._take(here[0], self._reads.nbytes * len(here) / len(shards), self._read)
         except (OSError, StreamconvError) as error:
             self._unknown.append(f"how fast the source is read ({getattr(error, 'strerror', None) or error})")
-        for out, nbytes in self._places.items():
+        for out in self._places:
             if out is None:
                 self._unknown.append("how fast the output is written (no OUT is given)")
                 continue
@@ -69,34 +71,46 @@ class Looking:
             try:
                 if (free_space(place) or SMALLEST) < SMALLEST:
                     raise OSError(0, "too little is free to try it")
-                self._writes.append(probe.write_rate(place, _SECONDS / len(self._places)))
-                self._take(place, nbytes, self._writes[-1])
+                self._devices[out] = os.stat(place).st_dev
+                self._writes[out] = probe.write_rate(place, _SECONDS / len(self._places))
             except (OSError, StreamconvError) as error:
                 reason = getattr(error, "strerror", None) or str(error)
                 self._unknown.append(f"how fast {printable(str(out))} is written ({reason})")
 
-    def _take(self, path: Path, nbytes: float, rate: float) -> None:
-        device = os.stat(path).st_dev
-        self._busy[device] = self._busy.get(device, 0.0) + nbytes / max(rate, 1.0)
+    def estimate(
+        self, reads: Reads, written: Mapping[Path | None, int], costs: Sequence[TileCost], shares: MemoryPlan, on_device: bool
+    ) -> Estimate | None:
+        """Wait for what was found, but not long; None if a disk is still busy with the samples.
 
-    def estimate(self, costs: Sequence[TileCost], shares: MemoryPlan, on_device: bool) -> Estimate | None:
-        """Wait for what was found, but not long; None if a disk is still busy with the samples."""
+        Args:
+            written: place -> bytes that will be written there.
+        """
         if self._thread is None:
             return None
         self._thread.join(4 * _SECONDS)
         if self._thread.is_alive():
             return None
-        disks = max(self._busy.values(), default=0.0)
+        busy = dict[int, float]()  # device -> seconds that its files take
+        if self._read:
+            busy[self._source] = reads.nbytes * self._here / max(self._read, 1.0)
+        for place, rate in self._writes.items():
+            busy[self._devices[place]] = busy.get(self._devices[place], 0.0) + written[place] / max(rate, 1.0)
+        disks = max(busy.values(), default=0.0)
         cores = max(1, min(shares.workers, processors()))
-        cpu = _cpu_seconds(self._reads, costs, sum(self._places.values()), on_device) / cores
+        cpu = _cpu_seconds(reads, costs, sum(written.values()), on_device) / cores
         seconds = (_START_DEVICE if on_device else _START) + max(disks, cpu)
         bound = "the disks" if disks > cpu else "the processors"
-        return Estimate(seconds, self._read or None, min(self._writes, default=None), bound, tuple(self._unknown))
+        return Estimate(seconds, self._read or None, min(self._writes.values(), default=None), bound, tuple(self._unknown))
 
 
-def look(index: Index, reads: Reads, places: Mapping[Path | None, int], wanted: bool, runs: bool = False) -> Looking | None:
-    """Begin to look at the disks, if that is `wanted` and worth its time: of a plan, or of a conversion that `runs`."""
-    return Looking(index, reads, places) if wanted and reads.nbytes + sum(places.values()) >= (LARGE if runs else SMALLEST) else None
+def look(index: Index, places: Sequence[Path | None], nbytes: int, runs: bool = False) -> Looking | None:
+    """Begin to look at the disks, if so many bytes are worth its time: of a plan, or of a conversion that `runs`."""
+    return Looking(index, places) if nbytes >= (LARGE if runs else SMALLEST) else None
+
+
+def size_of(index: Index) -> int:
+    """Bytes of a source's files."""
+    return sum(shard.identity.size for shard in index.shards)
 
 
 def _cpu_seconds(reads: Reads, costs: Sequence[TileCost], written: int, on_device: bool) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from streamconv import hub, memory
@@ -24,18 +24,23 @@ _UNSEEN = 16 * memory.MIB
 """What planning may take without being counted apart: tiles have more beside them."""
 
 
-def open_and_plan(source: str | Path, target: Target, budget: int | None = None) -> tuple[Index, Plan]:
+def open_and_plan(
+    source: str | Path, target: Target, budget: int | None = None, opened: Callable[[Index], object] | None = None
+) -> tuple[Index, Plan]:
     """As `open_and_plan_all`, for one output."""
-    index, (plan,) = open_and_plan_all(source, (Output("", target),), budget)
+    index, (plan,) = open_and_plan_all(source, (Output("", target),), budget, opened)
     return index, plan
 
 
-def open_and_plan_all(source: str | Path, outputs: Sequence[Output], budget: int | None = None) -> tuple[Index, list[Plan]]:
+def open_and_plan_all(
+    source: str | Path, outputs: Sequence[Output], budget: int | None = None, opened: Callable[[Index], object] | None = None
+) -> tuple[Index, list[Plan]]:
     """Read the headers of a source, once, and plan its conversion into each output. No weight is read.
 
     Args:
         outputs: errors name the folder, if there are several.
         budget: bytes that the process may take; planning itself stops before it takes more.
+        opened: told of the source before it is planned.
 
     Raises:
         BudgetError: the headers alone do not fit.
@@ -44,6 +49,8 @@ def open_and_plan_all(source: str | Path, outputs: Sequence[Output], budget: int
     with without_collection(), _bounded(source, [output.target for output in outputs], budget):
         stored = hub.open_stored(source)
         try:
+            if opened is not None:
+                opened(stored)
             index = stored if all(output.target.raw_names for output in outputs) else settle(stored)
             for output in outputs:
                 try:

@@ -29,6 +29,7 @@ from streamconv.errors import UsageError
 
 if TYPE_CHECKING:
     from streamconv.calibration.request import Samples
+    from streamconv.checkpoint.index import Index
     from streamconv.targets.base import Target
 
 
@@ -209,7 +210,7 @@ def plan(
     from streamconv.allocation import costs_of, estimate_memory
     from streamconv.calibration.foreseen import planned
     from streamconv.cli import plan_view, several
-    from streamconv.estimate import look
+    from streamconv.estimate import Looking, look, size_of
     from streamconv.execution import choose_device
     from streamconv.hub import cache_need
     from streamconv.open_plan import open_and_plan
@@ -228,20 +229,25 @@ def plan(
     wanted = asked_target(to, values, more)
     effects.check(click.get_current_context(), model, wanted)
     wanted, search = planned(model, wanted, on, asked.memory_budget, asked.device)
-    index, made = open_and_plan(model, wanted, asked.memory_budget)
+    place, looks = Path(out) if out is not None else None, list[Looking | None]()
+
+    def opened(index: Index) -> None:
+        looks.append(look(index, [place], size_of(index)) if asked.probe else None)
+
+    index, made = open_and_plan(model, wanted, asked.memory_budget, opened)
     if search is not None:
         made = search.of(made)
     try:
         if write_config:
             recipe_option.write(write_config, model, [(out, made.target)], given, index)
         reads = Reads([made])
-        looking = look(index, reads, {Path(out) if out is not None else None: made.bytes_written}, asked.probe)
         chosen = choose_device(reads, asked)
         costs = costs_of(reads)
         shares = estimate_memory(reads, asked, costs)
         refused = output_problem(index, made, out) if out is not None else None
         shared = cut(made, parts) if parts is not None else None
-        estimate = looking.estimate(costs, shares, bool(chosen.devices)) if looking is not None else None
+        looking, written = looks[0], {place: made.bytes_written}
+        estimate = looking.estimate(reads, written, costs, shares, bool(chosen.devices)) if looking is not None else None
         plan_view.show(made, shares, costs, chosen.why, out, as_json, cache_need(index), refused, shared, search, estimate)
     finally:
         index.close()

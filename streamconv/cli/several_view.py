@@ -45,7 +45,8 @@ def show(
     places: dict[Path | None, int] = {
         Path(one.out): plan.bytes_written for one, plan, done in zip(outputs, plans, finished, strict=True) if not done
     }
-    looking, chosen = look(index, reads, places, asked.probe), choose_device(reads, asked)
+    looking = look(index, [*places], reads.nbytes + sum(places.values())) if asked.probe else None
+    chosen = choose_device(reads, asked)
     each = [plan_view.content(plan, shares, costs, one.out) for one, plan in zip(outputs, plans, strict=True)]
     for one, plan, search, done, told in zip(outputs, plans, searches, finished, each, strict=True):
         problem = None if done else output_problem(index, plan, one.out)
@@ -63,7 +64,7 @@ def show(
     shared = {name: each[0][name] for name in ("memory", "workers", "largest_tile")}
     content = {"outputs": each, "bytes_to_read": reads.nbytes, "bytes_to_read_apart": alone, "bytes_to_write": written, **shared}
     content |= {"device": chosen.why, "cache": cache_need(index), "output_problem": crossing}
-    estimate = looking.estimate(costs, shares, bool(chosen.devices)) if looking is not None else None
+    estimate = looking.estimate(reads, places, costs, shares, bool(chosen.devices)) if looking is not None else None
     content["time"] = dataclasses.asdict(estimate) if estimate is not None else None
     if as_json:
         output.dump(content)

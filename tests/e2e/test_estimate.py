@@ -108,8 +108,9 @@ def test_a_download_is_not_foreseen(tmp_path: Path) -> None:
     shard = object.__new__(HubShard)
     shard.path = tmp_path / "not-here.safetensors"
     index, reads = SimpleNamespace(shards=(shard,)), SimpleNamespace(nbytes=1 << 30)
-    looking = estimate.look(index, reads, {tmp_path / "out": 1 << 30}, True)  # type: ignore[arg-type]
+    places = {tmp_path / "out": 1 << 30}
+    looking = estimate.look(index, [*places], 2 << 30)  # type: ignore[arg-type]
     assert looking is not None
-    found = looking.estimate([], MemoryPlan(1 << 30, 0, 0, 1, 1 << 20), False)
+    found = looking.estimate(reads, places, [], MemoryPlan(1 << 30, 0, 0, 1, 1 << 20), False)
     assert found is not None and found.read_rate is None and found.unknown == ("how fast the model is downloaded",)
     assert str(found).startswith("at least ") and "not known: how fast the model is downloaded" in str(found)
