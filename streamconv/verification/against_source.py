@@ -140,15 +140,19 @@ def _planned(
 
 
 def _likeness(index: Index, plan: Plan, headers: Sequence[Header], files: Sequence[Shard]) -> float:
-    """SNR of the first rows of the first matrix whose bytes depend on the layout, dB."""
+    """SNR of rows whose bytes depend on the layout, dB: the least of a matrix for each layout and width (64 inputs lie alike)."""
     plan, problems = placed(plan, headers)
-    laid_out = [number for number, matrix in enumerate(plan.matrices) if getattr(matrix.encoding, "layout", None) is not None]
-    if problems or not laid_out:
+    kinds: dict[object, int] = {}
+    for number, matrix in enumerate(plan.matrices):
+        if (layout := getattr(matrix.encoding, "layout", None)) is not None:
+            kinds.setdefault((layout, matrix.cols), number)
+    if problems or not kinds:
         return -1e9
     from streamconv.run.results import ReductionResults
 
-    rows = {laid_out[0]: [(0, 8)]}
-    return measured.measure(plan, index.shards, files, ReductionResults(()), rows, 1)[laid_out[0]].snr()
+    rows = {number: [(0, 8)] for number in kinds.values()}
+    found = measured.measure(plan, index.shards, files, ReductionResults(()), rows, 1)
+    return min(found[number].snr() for number in kinds.values())
 
 
 def placed(plan: Plan, headers: Sequence[Header]) -> tuple[Plan, list[str]]:

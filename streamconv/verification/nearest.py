@@ -82,7 +82,7 @@ def nearest(want: Floats, form: Format) -> tuple[Floats, Floats]:
         scale = (high - low) / (2**form.bits - 1)
         scale[scale == 0] = 1.0
         made: Floats = np.clip(np.rint((want - low) / scale), 0, 2**form.bits - 1) * scale + low
-        return made, 1.6 * scale
+        return made, _clipped(want, np.maximum(-low, high), scale, form)
     amax = _tiles(np.maximum, np.abs(want), form)
     top = _FLOATS[form.code][2] if form.code else (2**form.bits - 1) / 2
     scale = np.full_like(amax, form.scale) if form.scale else amax / top
@@ -92,12 +92,18 @@ def nearest(want: Floats, form: Format) -> tuple[Floats, Floats]:
     scale[scale == 0] = 1.0
     x = want / scale
     if not form.code:
-        return np.clip(np.rint(x), -(2 ** (form.bits - 1)), 2 ** (form.bits - 1) - 1) * scale, 1.6 * scale
+        return np.clip(np.rint(x), -(2 ** (form.bits - 1)), 2 ** (form.bits - 1) - 1) * scale, _clipped(want, amax, scale, form)
     mantissa, least, largest = _FLOATS[form.code]
     step = np.ldexp(1.0, np.maximum(np.frexp(x)[1] - 1, least) - mantissa)
     made = np.clip(np.rint(x / step) * step, -largest, largest) * scale
     gap = 2.0**least * 2.0**-mantissa * scale
     return made, np.maximum(np.abs(want) * 1.1 * 2.0**-mantissa, 2.2 * gap)
+
+
+def _clipped(want: Floats, amax: Floats, scale: Floats, form: Format) -> Floats:
+    """How far off integers may be: a step and a half; in few bits tools that search scales cut off what is above half the largest value."""
+    step: Floats = 1.6 * scale
+    return step if form.bits >= 8 else np.maximum(step, np.abs(want) - amax / 2 + 0.6 * scale)
 
 
 def _tiles(function: Any, values: Floats, form: Format) -> Floats:

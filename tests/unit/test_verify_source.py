@@ -16,6 +16,7 @@ from streamconv import api
 from streamconv.cli.main import main
 from streamconv.errors import UsageError
 from streamconv.run import manifest
+from streamconv.targets.hf.target import HuggingFace
 from streamconv.targets.trtllm.options import TensorRTLLM
 from streamconv.verification import measured
 from streamconv.verification.check import Verdict, verify
@@ -214,6 +215,32 @@ def test_another_tool_may_round_otherwise(tmp_path: Path) -> None:
     (tmp_path / "out" / manifest.NAME).unlink()
     verdict = verify(tmp_path / "out", tmp_path / "in")
     assert not verdict.problems and any("1 tensors are other bytes" in line for line in verdict.warnings)
+
+
+@pytest.mark.parametrize("options", [{"target_sm": 80}, {"target_sm": 90}, {"target_sm": 90, "target_version": "0.16"}], ids=str)
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+def test_the_layout_is_found(quant: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """config.json does not tell the GPU generation, and layouts are alike where a matrix has 64 inputs."""
+    config = tiny.config(hidden_size=64, num_attention_heads=2, num_key_value_heads=1)
+    weights = {name: np.ascontiguousarray(value[tuple(slice(64 if size == 128 else size) for size in value.shape)])
+               for name, value in tiny.tensors().items()}  # fmt: skip
+    for name in weights:
+        if "k_proj" in name or "v_proj" in name:
+            weights[name] = np.ascontiguousarray(weights[name][:32])
+    api.convert(tiny.write(tmp_path / "in", weights, config), tmp_path / "out", TensorRTLLM(quant=quant, **options))
+    (tmp_path / "out" / manifest.NAME).unlink()
+    verdict = verify(tmp_path / "out", tmp_path / "in")
+    assert not verdict.problems and not [line for line in verdict.warnings if "other bytes" in line], verdict
+
+
+@pytest.mark.parametrize("method", ["rtn", "mse"])
+def test_a_tool_may_cut_large_values_off(method: str, tmp_path: Path) -> None:
+    weights = tiny.tensors(dtype="float32")
+    weights[WEIGHT] = (np.random.default_rng(0).standard_t(4, weights[WEIGHT].shape) / 50).astype(np.float32)
+    source = tiny.write(tmp_path / "in", weights, tiny.config(torch_dtype="float32"))
+    api.convert(source, tmp_path / "out", HuggingFace(quant="w4a16", method=method, group_size=128, arithmetic="llm-compressor-cpu"))
+    (tmp_path / "out" / manifest.NAME).unlink()
+    assert not verify(tmp_path / "out", source).problems
 
 
 @pytest.mark.parametrize("what", ["reversed", "half as large again", "zero"])
