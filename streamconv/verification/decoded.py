@@ -137,9 +137,13 @@ def _unstacked(side: Side, into: DType) -> Side:
     return replace(side, weights=stored.weights, beside={name: tensors[name] for name in stored.dropped})
 
 
+_ADDED = (".pre_quant_scale", ".k_scale", ".v_scale")
+"""What a quantizer adds beside weights that stayed as they are: of a KV cache too."""
+
+
 def _lonely(name: str, added: bool, tied: bool) -> list[str]:
     if added:
-        return [] if name.endswith(".pre_quant_scale") else [f"{printable(name)} is not in the source"]
+        return [] if name.endswith(_ADDED) else [f"{printable(name)} is not in the source"]
     spare = name.endswith("rotary_emb.inv_freq") or (tied and name.endswith("lm_head.weight"))
     return [] if spare else [f"{printable(name)} is missing, the source has it"]
 

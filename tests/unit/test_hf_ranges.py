@@ -160,3 +160,13 @@ def test_refusals(tmp_path: Path) -> None:
     save_file(ranges_of(experts()), file)
     with pytest.raises(RefusedError, match="no k_proj and v_proj"):
         api.open_and_plan(source, HuggingFace(quant="fp8_dynamic", kv_cache="fp8", activation_ranges=file))
+
+
+def test_scales_of_a_cache_beside_weights_that_stayed(tmp_path: Path) -> None:
+    """`verify --source` without a manifest: nothing of the source has these names."""
+    weights = tiny.tensors()
+    model, ranges = setting(tmp_path, weights, ranges_of(weights))
+    target = HuggingFace(quant="fp8_static", kv_cache="fp8", ignore=("*.self_attn.*",), activation_ranges=ranges)
+    api.convert(model, tmp_path / "out", target)
+    (tmp_path / "out" / "streamconv.json").unlink()
+    assert not verify(tmp_path / "out", model).problems
