@@ -90,7 +90,8 @@ def decoders(rows: int, cols: int) -> Iterator[tuple[str, Callable[[], object], 
         width = cols // 2 if code in NIBBLES else cols
         stored = noise.integers(0, 120, rows * width, np.uint8)
         scales = noise.uniform(0.5, 1, (-(-rows // per_row), -(-cols // per_col))).astype(np.float32)
-        what = (stored, decode_code.CODES[code], scales, 0, per_row, per_col, rows, cols, 2, out)
+        none = np.empty((0, 0), np.float32)  # no zero points, no factors of inputs
+        what = (stored, decode_code.CODES[code], scales, none, none.reshape(-1), 0, per_row, per_col, rows, cols, 2, out)
         yield name, functools.partial(decode_code.decode_rows, *what), stored.size
 
 
