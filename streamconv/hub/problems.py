@@ -16,12 +16,16 @@ _WAIT = 1.0
 """Seconds before the second try; doubled before the third. A server that says Retry-After is obeyed."""
 _NOT_PASSING = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
 """An answer of another form than huggingface_hub expects."""
+_BUSY = (408, 429, 500, 502, 503, 504)
 _LONGEST = 60.0
 """A longer Retry-After is the user's to wait for."""
 
 
-def retry(call: Callable[[], Result]) -> Result:
-    """Call, and again after a failure that may pass: a cut connection, 429, 5xx.
+def retry(call: Callable[[], Result], transient: Callable[[BaseException | None], bool] | None = None) -> Result:
+    """Call, and again after a failure that may pass.
+
+    Args:
+        transient: whether what huggingface_hub raised may pass; a cut connection, 429 and 5xx by default.
 
     Raises:
         HubError: it did not pass; also whatever `call` raises itself.
@@ -31,8 +35,9 @@ def retry(call: Callable[[], Result]) -> Result:
         try:
             return call()
         except HubError as error:
-            asked = retry_after(error.__cause__)
-            if attempt == _TRIES - 1 or not is_transient(error.__cause__) or (asked or 0.0) > _LONGEST:
+            cause = origin(error.__cause__)
+            asked = retry_after(cause)
+            if attempt == _TRIES - 1 or not (transient or is_transient)(cause) or (asked or 0.0) > _LONGEST:
                 raise
         time.sleep(wait if asked is None else asked)
         wait *= 2
@@ -45,14 +50,26 @@ def retry_after(error: BaseException | None) -> float | None:
     return float(value) if value is not None and value.isdecimal() else None
 
 
+def origin(error: BaseException | None) -> BaseException | None:
+    """What the server answered, where huggingface_hub says only that a file is not in its cache."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    return error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None else error
+
+
+def is_busy(error: BaseException | None) -> bool:
+    """The server answered that it cannot now."""
+    return getattr(getattr(error, "response", None), "status_code", None) in _BUSY
+
+
 def is_transient(error: BaseException | None) -> bool:
     """Worth another try."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     if error is None or isinstance(error, OfflineModeIsEnabled):  # a refusal of ours; a ConnectionError, but nobody was asked
         return False
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    return status in (408, 429, 500, 502, 503, 504) if status is not None else not isinstance(error, _NOT_PASSING)
+    answered = getattr(getattr(error, "response", None), "status_code", None) is not None
+    return is_busy(error) if answered else not isinstance(error, _NOT_PASSING)
 
 
 @contextlib.contextmanager
@@ -81,9 +98,7 @@ def _told(error: Exception, repo: str, revision: str | None, file: str | None) -
     from huggingface_hub import errors
 
     what = f"hf://{repo}" + (f"@{printable(revision[:12])}" if revision else "") + (f"/{printable(file)}" if file else "")
-    cause: BaseException = error
-    if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
-        cause = error.__cause__
+    cause = origin(error)
     status = getattr(getattr(cause, "response", None), "status_code", None)
     login = "run `hf auth login`, or set HF_TOKEN"
     if isinstance(cause, errors.GatedRepoError):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from streamconv.errors import CheckpointError, HubError, StreamconvError, printable
 from streamconv.hub.answers import at_most, watch
 from streamconv.hub.cache import Brought, blobs, brought, check_content, remove
-from streamconv.hub.problems import retry, translate_errors
+from streamconv.hub.problems import is_busy, retry, translate_errors
 
 _NAME = re.compile(r"(?:hf://)?([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?!.*\.\.)([\w][\w./-]*))?")
 _CONFIG = "config.json"
@@ -115,12 +115,23 @@ def _cached(name: str, revision: str | None) -> tuple[Repo, dict[str, RepoFile]]
 
 def note_revision(repo: Repo, revision: str | None) -> None:
     """Let the cache know which commit a branch means, so that it is found offline."""
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import try_to_load_from_cache
 
     there = try_to_load_from_cache(repo.name, _CONFIG, revision=revision)
     if not isinstance(there, str) or Path(there).parent.name != repo.commit:
-        with quiet(True), translate_errors(repo.name, revision, _CONFIG):
-            hf_hub_download(repo.name, _CONFIG, revision=revision)
+        with quiet(True):
+            _bring(repo.name, _CONFIG, revision)
+
+
+def _bring(name: str, file: str, revision: str | None) -> Path:
+    """Download a file into the cache; huggingface_hub takes up a cut connection itself, but asks a busy server once."""
+    from huggingface_hub import hf_hub_download
+
+    def once() -> Path:
+        with translate_errors(name, revision, file):
+            return Path(hf_hub_download(name, file, revision=revision))
+
+    return retry(once, is_busy)
 
 
 @contextlib.contextmanager
@@ -154,7 +165,7 @@ def download(repo: Repo, file: RepoFile, shown: bool) -> tuple[Path, Brought | N
     Raises:
         HubError: the Hub did not give it. SourceChangedError: it holds something else than the Hub lists; what came is removed.
     """
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import try_to_load_from_cache
 
     told, ours = f"{repo}/{printable(file.name)}", None
     there = try_to_load_from_cache(repo.name, file.name, revision=repo.commit)
@@ -162,8 +173,8 @@ def download(repo: Repo, file: RepoFile, shown: bool) -> tuple[Path, Brought | N
         path = Path(there)
     else:
         held = blobs(cached_folder(repo))
-        with quiet(not (shown and sys.stderr.isatty())), translate_errors(repo.name, repo.commit, file.name), at_most(file.size):
-            path = Path(hf_hub_download(repo.name, file.name, revision=repo.commit))
+        with quiet(not (shown and sys.stderr.isatty())), at_most(file.size):
+            path = _bring(repo.name, file.name, repo.commit)
         if path.parent != cached_folder(repo):
             raise HubError(f"{told} came as a file of another commit", hint="check HF_ENDPOINT")
         ours = brought(path, held)

@@ -48,7 +48,8 @@ def test_plan_tries_again(hub: Hub, tmp_path: Path, piece: str, answer: tuple[in
 
 @pytest.mark.parametrize("answer", [(429, {"Retry-After": "1"}), (503, {})])
 def test_download_tries_again(hub: Hub, tmp_path: Path, answer: tuple[int, dict[str, str]]) -> None:
-    hub.begun = lambda name: hub.moods.append(("blobs/model-00003", *answer)) if "00002" in name and not hub.moods else None
+    """Twice: the thread that fetches ahead may get one of the answers, and a worker the other."""
+    hub.begun = lambda name: hub.moods.extend([("blobs/model-00003", *answer)] * 2) if "00002" in name else None
     done = run(hub, tmp_path, "convert", REPO, "out", "--quiet")
     assert done.returncode == 0 and not hub.moods, done.stderr
     api.convert(hub.folder, tmp_path / "local", TensorRTLLM())
