@@ -32,6 +32,7 @@ SHAPES = {
     "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8},
     "tiny": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
 }
+SHAPES["8b-8layers"] = SHAPES["8b"] | {"num_hidden_layers": 8}
 VOCAB = 4096
 LARGE_VOCAB = 32768
 """Of the shape 1b, 2.2 GB with it."""
