@@ -37,9 +37,8 @@ def main() -> None:
     weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": args.group_size}
     recipe = GPTQModifier(ignore=["lm_head"], config_groups={"group_0": {"targets": ["Linear"], "weights": weights}})
     loaded = time.monotonic()
-    oneshot(
-        model=net, dataset=data, recipe=[recipe], max_seq_length=args.length, num_calibration_samples=len(samples), shuffle_calibration_samples=False
-    )  # fmt: skip
+    facts = {"max_seq_length": args.length, "num_calibration_samples": len(samples), "shuffle_calibration_samples": False}
+    oneshot(model=net, dataset=data, recipe=[recipe], **facts)
     torch.cuda.synchronize()
     told = {"layers": net.config.num_hidden_layers, "tokens": sum(map(len, samples)), "load_seconds": loaded - began}
     told |= {"seconds": time.monotonic() - loaded, "device_tensors": torch.cuda.max_memory_allocated()}
