@@ -5,6 +5,7 @@ The scales are fixed beforehand and stay with their own groups, so the codes lie
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -77,21 +78,40 @@ def _rows(weight: torch.Tensor, scales: torch.Tensor, grid: Grid, known: Factor)
     left = weight[:, order].T.contiguous()  # [K, N]: a column is contiguous
     codes = torch.empty_like(left)
     groups = order // grid.group
+    columns = _kernel() if weight.device.type == "cuda" else _columns
     for first in range(0, size, _BLOCK):
         last = min(first + _BLOCK, size)
         block, steps = left[first:last], scales[:, groups[first:last]].T.contiguous()
-        inner = upper[first:last, first:last]
         errors = torch.empty_like(block)
-        diagonal = inner.diagonal()
-        for at in range(last - first):
-            column, step = block[at], steps[at]
-            code = (column / step).round_().clamp_(-8, 7)
-            codes[first + at] = code
-            errors[at] = (column - code * step) / diagonal[at]
-            if at + 1 < last - first:
-                block[at + 1 :].addr_(inner[at, at + 1 :], errors[at], alpha=-1)
+        columns(block, steps, upper[first:last, first:last], codes[first:last], errors)
         if last < size:
             left[last:].addmm_(upper[first:last, last:].T, errors, alpha=-1)
     back = torch.empty_like(order)
     back[order] = torch.arange(size, device=order.device)
     return codes[back].T.contiguous()
+
+
+def _columns(block: torch.Tensor, steps: torch.Tensor, upper: torch.Tensor, codes: torch.Tensor, errors: torch.Tensor) -> None:
+    """Round the columns of a block, one after another.
+
+    Args:
+        block: float32 [B, N]; what it holds afterwards is nobody's.
+        steps: float32 [B, N], the scale of each.
+        upper: float32 [B, B].
+        codes, errors: float32 [B, N], written.
+    """
+    diagonal = upper.diagonal()
+    for at, (column, step) in enumerate(zip(block, steps, strict=True)):
+        codes[at] = (column / step).round_().clamp_(-8, 7)
+        errors[at] = (column - codes[at] * step) / diagonal[at]
+        if at + 1 < len(block):
+            block[at + 1 :].addr_(upper[at, at + 1 :], errors[at], alpha=-1)
+
+
+def _kernel() -> Callable[..., None]:
+    """All columns of a block in one launch, where there is Triton."""
+    try:
+        from streamconv.calibration.gptq_kernel import columns
+    except ImportError:
+        return _columns
+    return columns

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from streamconv.calibration import gptq
 from streamconv.checkpoint.dtypes import BF16, F16, F32, DType
 from streamconv.device.triton_launch import has_kernel, kernel_of, works
 from streamconv.quants.base import Codec, EncodeStats
@@ -135,3 +136,22 @@ def test_many_random_quotients(source: DType) -> None:
 def test_who_has_a_kernel() -> None:
     assert works(DEVICE) is None
     assert has_kernel(Plain(F16), BF16) and not has_kernel(Fp8Tensor("k"), BF16)
+
+
+@pytest.mark.parametrize(("size", "rows"), [(128, 70), (48, 33), (1, 1)])
+def test_columns_of_gptq(size: int, rows: int) -> None:
+    """Here sums may be fused otherwise: codes but for ties, and what a tie leads to."""
+    kernel = pytest.importorskip("streamconv.calibration.gptq_kernel")
+    known = torch.Generator().manual_seed(size)
+    block, steps = torch.randn(size, rows, generator=known), torch.rand(size, rows, generator=known) / 5 + 0.05
+    whole = torch.randn(300, 300, generator=known).triu() / 5
+    whole.diagonal().copy_(torch.rand(300, generator=known) + 0.5)
+    made = []
+    for columns in (gptq._columns, kernel.columns):
+        codes, errors = (torch.full((size + 2, rows), 99.0, device=DEVICE) for _ in range(2))
+        columns(block.clone().to(DEVICE), steps.to(DEVICE), whole.to(DEVICE)[50 : 50 + size, 50 : 50 + size], codes[:size], errors[:size])
+        assert bool((codes[size:] == 99).all()) and bool((errors[size:] == 99).all())
+        made.append((codes[:size].cpu(), errors[:size].cpu()))
+    (codes, errors), (found, left) = made
+    assert float((codes == found).float().mean()) > 0.99
+    assert float((errors - left)[codes == found].abs().median()) < 1e-5
