@@ -64,7 +64,7 @@ def push(out: str, repo: str, private: bool, revision: str | None, as_json: bool
 
 @click.command("list")
 @click.argument("what", type=click.Choice(["families", "quants", "formats", "targets"]))
-@click.option("--markdown", is_flag=True, help="As a Markdown table.")
+@click.option("--markdown", is_flag=True, help="As a Markdown table; of formats and targets in short.")
 def list_(what: str, markdown: bool) -> int:
     """Print the model families, the weight formats, or the targets and their options."""
     from streamconv.cli import list_view

@@ -16,7 +16,12 @@ warning. LoRA adapters, GGUF, Git LFS pointers and the like are refused by name,
 FP8 KV cache) and fbgemm FP8; groups are 64 or 128. --to hf --quant none decodes FP8 (scales of any float type or E8M0), INT8, INT4,
 NVFP4, MX, GPTQ (act order too), AutoAWQ and the MXFP4 experts of gpt-oss. --quant keep keeps the codes: alone it copies a quantized
 model; --format compressed-tensors takes AutoAWQ, GPTQ in order and ModelOpt NVFP4, --format modelopt takes NVFP4 of
-compressed-tensors."""
+compressed-tensors.
+
+A TensorRT-LLM checkpoint as MODEL: what is not given (format, dtype, ranks, release) stays as it is. Unquantized, INT8, INT4, FP8
+rowwise, GPTQ and AutoAWQ ranks become other ranks; INT8, INT4 and FP8 rowwise keep --tp-size, as a rank's scales are those of its own
+inputs. --to hf decodes these, FP8 per tensor and W4A16_AWQ too, and --quant keep keeps codes and scales: integers pack-quantized, FP8
+in either container, AWQ in ModelOpt's. Names and config are the model's own where streamconv.json has them, else worked out."""
 
 OUTPUT = """OUT appears when it is complete and on the disk. An interrupted run leaves a hidden folder beside OUT; the same command
 resumes it. If the source or the flags changed meanwhile, the error says what changed, and --force starts over. A copied or touched
@@ -39,6 +44,19 @@ reject.
 --to hf copies the files beside the weights; README.md becomes a model card. Folders, links out of the model and names that are not
 UTF-8 are left out, with a warning. Modules that share an input (q, k and v; gate and up) share its scale; experts that no token
 reached take the largest of their layer.
+
+--text with --quant int4_awq or w4a16 searches codes and scales: --method clip, awq or gptq, one decoder layer in memory at a time;
+without --method the best that fits, gptq, else clip. --to hf folds the pre-scales of awq into norms (none that a router reads) and the
+rows of the layer before; --format awq takes every method. The codes stay in OUT.int4.safetensors; --codes FILE uses them for another
+--tp-size and, but for awq, for the other target. The manifest tells the error of each linear layer, rounded to nearest and as found.
+
+--verify inline decodes each tile before it is written; a value farther off than its format allows ends the run (status 7). It
+is slow for casts, SmoothQuant and searched scales, which torch decodes instead of a kernel. Of models
+above 16 GiB convert tells how long it should take, plan of those above 256 MiB, from half a second's look at the disks.
+
+--parts: a part whose worker died is resumed by another, and starting any of them again does no harm. Workers notice locks that do not
+reach other machines: then give each its part, --no-lock --part K/N, and run finalize; or add --private-parts. With several --output
+each part reads the source once for each output.
 
 Hub models: a shard is downloaded when the plan reaches it, the next one meanwhile. --hub-keep none removes each shard after its
 last use, and only what this run downloaded, so the disk holds OUT and about two shards. Errors 429 (Retry-After up to 60 s) and 5xx

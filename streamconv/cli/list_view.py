@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 from streamconv.cli.view import table
 from streamconv.targets import TARGETS, target_class
@@ -76,7 +77,25 @@ def targets() -> tuple[tuple[str, ...], Rows]:
     return ("target", "option", "values", "default", "what it is"), rows
 
 
+def _targets_in_short() -> tuple[tuple[str, ...], Rows]:
+    """(header, rows) of the targets with the names of their options."""
+    options = {key: " ".join(flag(field.name) for field in dataclasses.fields(target_class(key))) for key in TARGETS}
+    return ("--to", "what it writes", "flags"), [(key, target_class(key).summary, options[key]) for key in TARGETS]
+
+
+def _formats_in_short() -> tuple[tuple[str, ...], Rows]:
+    """(header, rows) of the formats of a Hugging Face directory, one for each --quant."""
+    header, all_rows = formats()
+    rows: Rows = []
+    for quant, same in itertools.groupby(all_rows, key=lambda row: row[0]):
+        containers = [*same]
+        _, _, _, ranges, summary = containers[0]
+        rows.append((quant, ", ".join(f"`{container}` ({said})" for _, container, said, _, _ in containers), ranges, summary))
+    return ("--quant", "--format (in config.json)", *header[3:]), rows
+
+
 LISTS = {"families": families, "quants": quants, "formats": formats, "targets": targets}
+_IN_SHORT = {"formats": _formats_in_short, "targets": _targets_in_short}
 
 
 def show(what: str, markdown: bool) -> str:
@@ -84,13 +103,13 @@ def show(what: str, markdown: bool) -> str:
 
     Args:
         what: a key of LISTS.
-        markdown: for a README.
+        markdown: for a README, which has a row for each target, and for each --quant of a Hugging Face directory.
     """
-    header, rows = LISTS[what]()
+    header, rows = (_IN_SHORT if markdown else LISTS).get(what, LISTS[what])()
     if not markdown:
         lead = [(f"--to {key}", target_class(key).summary) for key in TARGETS] if what == "targets" else []
         return "\n".join([*table(lead), *([""] if lead else []), *table(rows, header)])
-    code = {"--quant", "--format", "family", "architectures", "quant", "quant_algo", "flags", "target", "option"}
+    code = {"--quant", "family", "architectures", "quant", "quant_algo", "flags", "--to"}
     lines = [header, tuple("---" for _ in header)]
     for row in rows:
         named = zip(header, row, strict=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
+import click
 import pytest
 
-from streamconv.cli import list_view
-from streamconv.cli.main import main
+from streamconv.cli import list_view, official_flags
+from streamconv.cli.main import cli, main
 from streamconv.families import all_families
 from streamconv.targets import TARGETS
 from streamconv.targets.trtllm.recipes import all_quants
@@ -39,6 +41,29 @@ def test_every_promise_of_the_readme_names_tests_that_exist() -> None:
             file = ROOT / "tests" / path
             assert file.exists(), f"{path}: {row}"
             assert not function or f"def {function}(" in file.read_text(), f"{function}: {row}"
+
+
+def test_every_command_of_the_readme_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.toml").touch()
+    commands = re.findall(r"`streamconv ([^`]+)`", README.read_text())
+    assert len(commands) > 20
+    for command in commands:
+        verb, *words = shlex.split(command.replace("OUT/streamconv.json", "recipe.toml"))  # a recipe is read while flags are parsed
+        if verb != "COMMAND":  # --help
+            found = cli.get_command(click.Context(cli), verb)
+            assert found, command
+            found.make_context(verb, words, obj=words)
+    (official,) = re.findall(r"`streamconv-convert-checkpoint ([^`]+)`", README.read_text())
+    official_flags.parse(shlex.split(official))
+
+
+def test_every_link_of_the_readme_leads_somewhere() -> None:
+    links = re.findall(r"\]\((?!https:)([^)#]+)(?:#([^)]+))?\)", README.read_text())
+    assert len(links) > 3
+    for path, heading in links:
+        headings = re.findall(r"^#+ (.*)$", (ROOT / path).read_text(), re.MULTILINE) if heading else []
+        assert (ROOT / path).exists() and (not heading or heading in [name.lower().replace(" ", "-") for name in headings]), path
 
 
 @pytest.mark.parametrize("what", list_view.LISTS)

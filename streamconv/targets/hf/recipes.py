@@ -205,7 +205,7 @@ RECIPES: tuple[Recipe, ...] = (
            weights=_float(8, "channel"), inputs=_float(8, "token") | _DYNAMIC_TOKEN),
     Recipe("fp8_dynamic", "modelopt", "the same numbers for TensorRT-LLM first", _fp8_channel_modelopt,
            _PLAIN, {"per_channel_scale": _vector}, algo="FP8_PER_CHANNEL_PER_TOKEN"),
-    Recipe("fp8_block", "hf", "FP8 weights in tiles of 128 x 128, DeepSeek's container",
+    Recipe("fp8_block", "hf", "FP8 weights in tiles of 128 x 128; hf: DeepSeek's container",
            lambda r: Fp8Block(BLOCK, multiply=True), {"codes": "weight", "scale": "weight_scale_inv"}, tiles=True,
            stated={"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK], "fmt": "e4m3"}),
     Recipe("fp8_block", "compressed-tensors", "FP8 weights in tiles of 128 x 128", _fp8_tiles, _CODES, tiles=True,
