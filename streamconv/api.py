@@ -50,7 +50,6 @@ def convert(
 
     Args:
         out: folder to write; appears only when it is complete.
-        options: what decides the bytes.
     """
     run = Conversion(source, (Output(str(out), options),), resources or Resources(), force, meter or Meter(unwatched), clock, disk)
     return run.run()
@@ -72,10 +71,6 @@ def convert_all(
 
     Args:
         source: folder or file of the source checkpoint, or a model of the Hub (org/name[@revision]).
-        resources: what decides no byte.
-        force: replace existing outputs.
-        meter: told about progress.
-        disk: the file system operations to use (tests).
 
     Raises:
         StreamconvError: see streamconv.errors. After a mistake or a bad source nothing is left behind; after a full

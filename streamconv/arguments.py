@@ -63,7 +63,6 @@ def settled(value: object, kind: type[Value], name: str) -> Value:
 
     Args:
         kind: a frozen dataclass.
-        name: of the argument, for errors.
 
     Raises:
         UsageError: it is of another class, or a field holds something else; names the field.

@@ -15,7 +15,6 @@ def cache_folder(name: str, base: str | None = None) -> Path | None:
     a downloaded model.
 
     Args:
-        name: relative, of the folder.
         base: where it lies; default: `streamconv` in the user's cache (XDG_CACHE_HOME).
     """
     if not base:

@@ -31,7 +31,6 @@ class Execution:
     Attributes:
         where: devices, or the CPU and why.
         mapped: maps tiles that need not be read.
-        rings: of the devices.
         busy: a thread was still at work when an interruption stopped waiting for it; it may use the folders.
     """
 
@@ -49,7 +48,6 @@ class Execution:
 
         Args:
             outputs: those of `reads`.
-            shards: of the source.
             progress: as of `Pool`.
         """
         from streamconv.hub.fetch import Fetch
@@ -134,11 +132,7 @@ def _share_devices(
     costs: Sequence[TileCost],
     closing: contextlib.ExitStack,
 ) -> tuple[MemoryPlan, list[device.DevicePipeline]]:
-    """Rings that fit the free memory of their devices, and as many workers as they have slots, with pinned arenas.
-
-    Args:
-        closing: closes the rings.
-    """
+    """Rings that fit the free memory of their devices, and as many workers as they have slots, with pinned arenas."""
     fused = all(backend.unfused() is None for backend in backends)
     need = functools.reduce(device.Demand.larger, (device.demand(plan.spans, plan.matrices, fused) for plan in reads.plans))
     each = max(1, shares.workers // len(backends))

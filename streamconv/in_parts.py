@@ -71,7 +71,6 @@ class Worker:
     """Does parts of a plan, until none is left.
 
     Args:
-        source: what is converted, as it was asked for.
         instead, pinned: as of `api.convert`.
     """
 

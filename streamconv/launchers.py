@@ -22,7 +22,6 @@ class Place:
 
     Attributes:
         launcher: its name, for people.
-        index: from 0.
         count: how many there are, None if the launcher does not say.
     """
 

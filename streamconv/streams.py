@@ -14,11 +14,7 @@ _CURSOR = re.compile(r"(?:\x1b\[A|[\r\n])+")
 
 
 class VisibleStream:
-    """A text stream that shows what a terminal would act upon, and escapes what its encoding lacks; line ends stay.
-
-    Args:
-        stream: what is written to.
-    """
+    """A text stream that shows what a terminal would act upon, and escapes what its encoding lacks; line ends stay."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream

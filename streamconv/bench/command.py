@@ -110,12 +110,7 @@ def _by_systemd(limit: int | None) -> tuple[str, ...]:
 
 
 def measured(words: Sequence[str], log: Path, place: Group) -> Measured:
-    """Run a command and wait for it.
-
-    Args:
-        log: file for what it prints.
-        place: its cgroup.
-    """
+    """Run a command and wait for it."""
     began, before = time.monotonic(), _cpu_seconds()
     child = process.start_command((*place.before, *words), log, place.folder / "cgroup.procs" if place.folder is not None else None)
     peak, held = 0, None

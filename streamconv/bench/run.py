@@ -66,7 +66,6 @@ def run(
     """Measure; everything that was made is removed.
 
     Args:
-        model: its folder.
         work: folder for outputs, on the disk to be measured.
         runs: rounds of `cp` and all jobs, to and fro by turns; one more that is not counted comes before.
         warm: the page cache holds the model before each run, as far as it fits; else it is empty, where that can be.

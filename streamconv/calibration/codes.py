@@ -51,7 +51,6 @@ class CodesWork:
         group: input channels that share a scale.
         scale: the type that scales are rounded to, "source" for that of the weight.
         room: bytes that the Grams of a pass may take together.
-        device: torch device.
         fold: where AWQ's pre-scales go.
     """
 

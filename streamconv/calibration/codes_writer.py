@@ -33,7 +33,6 @@ class CodesWriter:
         group: input channels that share a scale.
         multipliers: modules that have pre-scales.
         others: tensors of the source that change.
-        facts: about the calibration.
         begun: some layers are in the file already.
 
     Raises:

@@ -80,7 +80,6 @@ class Folds:
     """The folds of a layer, and what they make of it.
 
     Args:
-        kind: which there are.
         places: parameter of the layer -> where it comes from.
         heads: KV heads, query heads of each, head size.
         added: see `Norm`.
@@ -100,7 +99,6 @@ class Folds:
         """Where the pre-scale of a site goes; None if nothing can take it.
 
         Args:
-            role, module: of a linear layer of the site.
             inputs: K.
         """
         name = self._norm(role)

@@ -109,7 +109,6 @@ def foreseen(
 
     Args:
         budget: --memory-budget in bytes.
-        device: --device.
 
     Raises:
         BudgetError: it does not fit, as the search itself will say.

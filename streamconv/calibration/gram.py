@@ -20,8 +20,6 @@ class Gram:
     Args:
         tier: what is kept.
         size: channels K.
-        group: of the blocks.
-        device: where it is summed.
         every: of so many tokens one goes into a sample.
     """
 

@@ -16,7 +16,6 @@ class _Queries(torch.nn.Module):
 
     Args:
         heads: query heads of a KV head.
-        size: of a head.
     """
 
     def __init__(self, like: torch.nn.Linear, rows: int, heads: int, size: int) -> None:
@@ -51,7 +50,6 @@ def group(layer: torch.nn.Module, heads: int, size: int) -> None:
 
     Args:
         heads: query heads of a KV head.
-        size: of a head.
     """
     attention: Any = layer.get_submodule("self_attn")
     rows = sum(getattr(attention, name).out_features for name in ("q_proj", "k_proj", "v_proj"))

@@ -80,7 +80,6 @@ class Held:
 
         Args:
             budget: bytes; None: what is free.
-            device: "cpu" or another.
             smaller: end of the hint.
             room: free bytes of the device; None for the CPU, or if nobody knows.
             beside: bytes of the budget that another process takes.

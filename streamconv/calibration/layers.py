@@ -45,11 +45,7 @@ class OneLayer:
     library's own.
 
     Args:
-        index: the opened source.
-        model: what its config.json says.
-        family: the table of its names.
         dtype: computing type.
-        device: torch device.
         uses: how often states of each shape will go through every layer.
         watch: puts hooks on a layer that was built.
 

@@ -41,8 +41,6 @@ class Names:
     """Places of parameters.
 
     Args:
-        index: the opened source.
-        family: its table.
         built: the architecture that transformers runs it as.
     """
 
@@ -74,7 +72,6 @@ class Names:
 
         Args:
             parameter: its name inside the layer.
-            shape: that it must have.
 
         Raises:
             TensorError: the source lacks it, or has it in another shape.

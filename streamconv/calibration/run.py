@@ -173,7 +173,6 @@ class Run:
     """A run over the layers of a model.
 
     Args:
-        out: the file of the results.
         batch, dtype, loop, device, budget, beside: as of `calibrate`.
 
     Attributes:

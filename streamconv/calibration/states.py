@@ -37,9 +37,7 @@ class Files:
     """States in a file of each layer.
 
     Args:
-        scratch: the folder.
         dtype: computing type.
-        device: torch device of the layer.
     """
 
     def __init__(self, scratch: Scratch, dtype: torch.dtype, device: str) -> None:
@@ -82,9 +80,7 @@ class OnDevice:
 
     Args:
         scratch: the folder, whose states they are if a run was interrupted.
-        tokens: of all samples.
         hidden: size of a state.
-        dtype, device: of the states.
     """
 
     def __init__(self, scratch: Scratch, tokens: int, hidden: int, dtype: torch.dtype, device: str) -> None:

@@ -40,12 +40,7 @@ class Work(Protocol):
         """Bytes that the results of a linear layer [rows, cols] take until the end."""
 
     def open(self, layer: OneLayer, scratch: Scratch, tokens: int, facts: dict[str, Any]) -> None:
-        """The model and the samples are known to be good; called once, before the first layer.
-
-        Args:
-            tokens: of all samples.
-            facts: about the calibration, for the file.
-        """
+        """The model and the samples are known to be good; called once, before the first layer."""
 
     def watch(self, layer: torch.nn.Module) -> None:
         """Put hooks on a layer that was built anew."""

@@ -27,9 +27,6 @@ _LEAST = 448 * 2.0**-126
 class Ranges:
     """An open activation-ranges file; equal only to itself. Safe to read from any thread.
 
-    Attributes:
-        shard: the file.
-
     Raises:
         UsageError: there is no such file. HeaderError: it is no safetensors file.
     """

@@ -213,11 +213,7 @@ def _told(metadata: Mapping[str, str]) -> Mapping[str, Any]:
 
 
 def mark_of(index: Index, modules: Iterable[str]) -> str:
-    """XXH3-128 (hex) of the first bytes of some weights, in whatever files they lie: tells the model that codes were found for.
-
-    Args:
-        modules: that have codes.
-    """
+    """XXH3-128 (hex) of the first bytes of some weights, in whatever files they lie: tells the model that codes were found for."""
     names = sorted(name for name in (f"{module}.weight" for module in modules) if name in index.tensors)
     digest = xxhash.xxh3_128()
     for name in names[:: len(names) // _MARKED + 1]:
@@ -231,7 +227,6 @@ class Codes:
     """An open file of codes; equal only to itself. Safe to read from any thread.
 
     Attributes:
-        shard: the file.
         method: that found them; None if the file does not say.
         folded: which pre-scales the layers before take: "", "norms" or "all".
 

@@ -64,7 +64,6 @@ def check_counts(
 
     Args:
         shown: what messages call it.
-        error: what to raise.
         values: how many it may hold.
 
     Raises:

@@ -26,7 +26,6 @@ def read_pickle(data: bytes, shown: str, most_steps: int) -> Any:
     """What the pickle describes: dict, list, tuple, numbers, text, bytes, TensorView.
 
     Args:
-        data: the pickle.
         shown: file name for messages.
         most_steps: opcodes after which it is given up.
 

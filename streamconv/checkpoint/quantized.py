@@ -22,7 +22,6 @@ class SourceQuantization:
     Attributes:
         method: "gptq", "awq", "fbgemm_fp8", "modelopt" or another tool's name, lower case.
         algo: ModelOpt's quant_algo, upper case.
-        bits: bits per weight.
         group_size: input channels that share a scale; -1 for a whole column.
         format: checkpoint_format of GPTQ ("gptq", "gptq_v2") or the version of AWQ ("gemm").
         act_order: desc_act of GPTQ.
@@ -100,7 +99,6 @@ def stated_quantization(config: Mapping[str, Any], root: Path) -> SourceQuantiza
     """What the files beside the weights say.
 
     Args:
-        config: config.json.
         root: the source, a folder or a file in it.
 
     Raises:

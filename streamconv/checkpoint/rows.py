@@ -194,7 +194,6 @@ class RowForm(NamedTuple):
     """What the rows of a source are like.
 
     Attributes:
-        dtype: its name.
         stored: bytes of the checkpoint that a row is read from; 0 for what is computed.
         scratch: further bytes of memory that reading a row takes.
         align: rows that are read together.

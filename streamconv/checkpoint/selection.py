@@ -26,9 +26,6 @@ def shape_of(chosen: Chosen) -> tuple[int, ...]:
 def select(chosen: Chosen, key: Any, name: str) -> Chosen:
     """`chosen[key]`, with the meaning that numpy gives to ints, slices and one Ellipsis.
 
-    Args:
-        name: of the tensor, for errors.
-
     Raises:
         SelectionError: too many indices, one outside of its dimension, or something else than ints, slices and Ellipsis.
     """

@@ -20,11 +20,7 @@ def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 class SourceTensors(Mapping[str, SourceTensor]):
-    """By name, and by number as in the index.
-
-    Args:
-        index: the opened source.
-    """
+    """By name, and by number as in the index."""
 
     def __init__(self, index: Index) -> None:
         self._table, self._assembled, self._views = index.tensors, index.assembled, index.views

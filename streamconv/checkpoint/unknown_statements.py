@@ -26,11 +26,7 @@ def transforms(stated: Mapping[str, Any]) -> list[str]:
 
 
 def unknown_statements(stated: Mapping[str, Any], names: Collection[str]) -> list[str]:
-    """Statements that change what the weights mean and are not known here, one line each; verify, conversion and import share this list.
-
-    Args:
-        names: of the tensors.
-    """
+    """Statements that change what the weights mean and are not known here, one line each; verify, conversion and import share this list."""
     method, lines = stated.get("quant_method"), transforms(stated)
     if isinstance(method, str) and method in METHODS:
         lines.append(f"quantization_config: quant_method is {printable(method)}, which is not known here")

@@ -32,7 +32,6 @@ def open_regular(path: Path, error: type[StreamconvError] = CheckpointError, *, 
     """A descriptor of a regular file, for reading. At the limit of open files `frees_descriptors` make room.
 
     Args:
-        error: what to raise.
         hint: what to say of a file that is not there.
 
     Raises:
@@ -95,7 +94,6 @@ def parse_json(
 
     Args:
         shown: what messages call it.
-        error: what to raise.
         twice: what to raise for an object that has a key twice; None keeps the last, as plain JSON reading does.
 
     Raises:

@@ -32,7 +32,6 @@ def check(context: click.Context, model: str, target: Target | None) -> None:
     """Refuse options of `convert` and `plan` that have no effect in this call; note resources that have none.
 
     Args:
-        context: of the command.
         target: of the one output; None for several, which say more for themselves.
         model: the source; opened only if a flag was typed whose effect depends on it.
 

@@ -102,7 +102,6 @@ def show(what: str, markdown: bool) -> str:
     """A table as text.
 
     Args:
-        what: a key of LISTS.
         markdown: for a README, which has a row for each target, and for each --quant of a Hugging Face directory.
     """
     header, rows = (_IN_SHORT if markdown else LISTS).get(what, LISTS[what])()

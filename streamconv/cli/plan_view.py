@@ -86,9 +86,6 @@ def show(
     Args:
         cache: see `hub.cache_need`.
         refused: why `convert` would not write to `out`.
-        parts: how the work is cut, if that is to be shown.
-        search: for INT4 codes, before the conversion.
-        estimate: of the conversion's time.
     """
     why = inside.choose(Path(os.path.realpath(out)), fs.Disk()).inside if out else None
     told = content(plan, shares, costs, out) | {"device": device, "output_problem": refused, "work_inside_output": why}

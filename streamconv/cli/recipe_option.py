@@ -54,11 +54,7 @@ def _kind(param: click.Parameter) -> Kind:
 
 
 def option(known: Callable[[], dict[str, Kind]]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """The --config option of a command.
-
-    Args:
-        known: gives the keys a recipe may hold.
-    """
+    """The --config option of a command."""
 
     def take(context: click.Context, _: click.Parameter, value: str | None) -> None:
         if value is None:
@@ -96,7 +92,6 @@ def text(
         outputs: folder and target of each.
         several: a table for each; else it is one, whose folder may be missing.
         others: flags that change no byte.
-        index: the opened source.
     """
     from streamconv.cli import recipe
 

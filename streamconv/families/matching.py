@@ -28,7 +28,6 @@ def match(family: Family, names: Iterable[str]) -> tuple[dict[Key, str], list[st
     """Sort source names into roles.
 
     Args:
-        family: the table.
         names: source tensor names, as `naming.settle` gives them.
 
     Returns:

@@ -62,7 +62,6 @@ def conversion(
     """The page of a conversion.
 
     Args:
-        plans: of its outputs.
         recipe: TOML that gives the same conversion.
         least: --min-snr, dB.
     """
@@ -180,7 +179,6 @@ def calibration(
     """The page of `calibrate`.
 
     Args:
-        told: what `calibrate` gives.
         amax: largest absolute input of each module, in any order.
     """
     facts = [

@@ -123,9 +123,6 @@ class _Feeds:
 class Draft:
     """Mutable while a target describes its output; `finish` freezes it.
 
-    Args:
-        stored: the tensors of the source.
-
     Attributes:
         side_files: everything of the output that is no tensor file; the last one makes it a checkpoint.
         warnings: things the user should know, one line each.

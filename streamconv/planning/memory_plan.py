@@ -83,7 +83,6 @@ class MemoryPlan:
         budget: the ceiling, bytes.
         base: resident before the first tile.
         margin: left free.
-        workers: threads.
         arena: bytes of tile memory of each.
     """
 

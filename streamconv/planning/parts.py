@@ -29,7 +29,6 @@ class Part:
 
     Attributes:
         matrices, spans: their numbers in the plan, ascending.
-        constants: those that it writes.
         read, written: bytes of the source and of the output's tensors.
         alone: it is one unit.
     """

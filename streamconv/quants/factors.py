@@ -41,7 +41,6 @@ def problem(tensor: str, dtype: DType, data: np.ndarray[Any, Any] | bytes, singl
     A scale of zero is right for a channel or group of zeros; one scale of a whole matrix is divided by.
 
     Args:
-        tensor: its name, which tells what it is.
         data: uint8, whole values.
         single: the tensor has one value.
     """

@@ -23,7 +23,6 @@ class LaidOut(PackedTensor):
     Attributes:
         pieces: matrices [rows, cols] one above the other (axis 0) or side by side (axis 1), each laid out by itself; `begin` is the
             first byte of the record of their first row.
-        layout: of all of them.
     """
 
     layout: Layout = Layout("sm80", 8)  # noqa: RUF009  frozen

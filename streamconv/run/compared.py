@@ -47,7 +47,6 @@ class Compared:
 
     Args:
         files: of the plan, in its order.
-        headers: theirs.
 
     Attributes:
         differences: (file, tensor) -> where it differs.

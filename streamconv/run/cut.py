@@ -30,11 +30,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Source rows that are read at once, for one task or more; a finished one is alone.
-
-    Attributes:
-        read: number of the read.
-    """
+    """Source rows that are read at once, for one task or more; a finished one is alone."""
 
     read: int
     tasks: tuple[Task, ...]
@@ -52,7 +48,6 @@ def tiles(reads: Reads, past: Sequence[JournalState], rows: Callable[[int], int]
     """All tiles of all reads, in their order; in every output the rows of a span ascend.
 
     Args:
-        past: of each output.
         rows: read -> source rows of a tile, a multiple of the read's `align`.
     """
     for number, read in enumerate(reads):

@@ -36,7 +36,6 @@ def encoded(
     Args:
         rows: output rows, whose source rows are in `block`.
         space: uint8; holds what is encoded until the last of it was used.
-        results: of the reductions that encodings need.
         slot: of a device, which encodes all that is no copy; None encodes on the CPU.
     """
     name, dtype = span.source.name, span.source.dtype

@@ -76,7 +76,6 @@ class JournalState:
         tiles: span -> finished row ranges, ascending, disjoint.
         ready: the files that are to be published, if that is the last thing written.
         size: bytes of the file to go on after: what can be trusted, without a last "ready".
-        mark: the file.
     """
 
     run: dict[str, Any]
@@ -233,11 +232,7 @@ def _done(record: dict[str, Any]) -> TileRecord:
 
 
 class Journal:
-    """The open journal of a run, which holds the lock of the output, or of its part of it.
-
-    Args:
-        place: of the output, or of the part.
-    """
+    """The open journal of a run, which holds the lock of the output, or of its part of it."""
 
     def __init__(self, place: Home) -> None:
         self.place, self.disk = place, place.disk

@@ -19,11 +19,7 @@ class Stop(Exception):
 
 
 class Hashes:
-    """XXH3-128 of every tensor of the output, 16 bytes each.
-
-    Args:
-        files: those of the plan.
-    """
+    """XXH3-128 of every tensor of the output, 16 bytes each."""
 
     SIZE = 16
 

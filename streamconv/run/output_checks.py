@@ -155,9 +155,6 @@ def _hash_of(path: Path) -> str:
 def check_apart(places: Sequence[Place], source: Path) -> None:
     """Refuse outputs of one run that would get into each other's way.
 
-    Args:
-        source: the model's folder or file.
-
     Raises:
         OutputError: two are the same folder, or one lies in another, or in the source.
     """
@@ -202,7 +199,6 @@ def check_output(
     """What can be said of an output without touching anything.
 
     Args:
-        disk: the operations to use (tests).
         ours: names of files that such an output has.
 
     Returns:

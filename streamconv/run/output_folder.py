@@ -20,8 +20,6 @@ class OutputFolder:
     """Writes one output folder. `write`, `read_into` and `sync` may be called from any thread.
 
     Args:
-        out: where the folder will appear.
-        disk: the operations to use (tests).
         lenient: see `fs.Folder`.
         place: where it is built, if that was chosen.
 

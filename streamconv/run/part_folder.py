@@ -104,7 +104,6 @@ class PartFolder(OutputFolder):
 
     Args:
         place: of the output, where the work is open.
-        files: of the plan.
         extents: for each file the byte ranges of the part.
         page: bytes that one machine writes at once.
         aside: takes what others have a share of; its name tells this attempt from others.

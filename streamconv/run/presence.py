@@ -24,11 +24,7 @@ _NAME = re.compile(r"worker-(.+)-(\d+)-([0-9a-f]+)")
 
 
 class Presence:
-    """This worker, as others see it, until `close`.
-
-    Args:
-        folder: that of the work.
-    """
+    """This worker, as others see it, until `close`."""
 
     def __init__(self, folder: Folder, token: str, host: str = "") -> None:
         self.folder, self.host = folder, re.sub(r"[^\w.-]", "_", host or socket.gethostname())[:64]

@@ -96,10 +96,7 @@ class Writer:
     """Context of one conversion's output; on exit decides what of an unfinished one is kept.
 
     Args:
-        out: where the folder will appear.
-        source: the folder that is read.
         force: replace an existing folder, give up unfinished work for something else.
-        disk: the operations to use (tests).
         no_lock: go on where the file system has no locks, or cannot sync a folder; the manifest says so.
         parts: the files were written in parts (claims.py): they are published as they are, and never given up.
         skip: an output that this very plan has made is finished, and not in the way.

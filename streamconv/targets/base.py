@@ -115,11 +115,7 @@ class Target(ABC):
         """
 
     def to(self, out: str | os.PathLike[str]) -> Output:
-        """This target as an output of `convert`.
-
-        Args:
-            out: folder to write.
-        """
+        """This target as an output of `convert`."""
         return Output(path_of(out, "out"), self)
 
     def check_values(self, spelled: Callable[[str], str] = flag) -> None:

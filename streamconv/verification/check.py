@@ -37,7 +37,6 @@ def verify(
     """Check an output folder.
 
     Args:
-        out: the folder.
         source: the checkpoint it was made from; it is encoded again, and the bytes are compared. A model of the Hub is downloaded.
         with_tensorrt_llm: its own reader has to accept every rank too; `reader` in the verdict then says what it did.
         activation_ranges: where the ranges are now that the output was made with; None if they did not move.

@@ -34,7 +34,6 @@ def of_directory(config: Mapping[str, Any], source: Mapping[str, Any]) -> Told:
     """Problems and warnings of a Hugging Face directory: other values than the source's, and keys that the source alone has.
 
     Args:
-        config: its config.json.
         source: that of a Hugging Face source.
     """
     own, theirs = text_config(config), text_config(source)
@@ -60,7 +59,6 @@ def of_ranks(config: Mapping[str, Any], given: Mapping[str, Any]) -> Told:
     """Problems and warnings of a TensorRT-LLM checkpoint: what the engine computes with is a problem.
 
     Args:
-        config: its config.json.
         given: what a conversion of the source writes.
     """
     held, wanted = (dict(_flat({**of, "rotary_scaling": _scaling(of.get("rotary_scaling"))}, "")) for of in (config, given))

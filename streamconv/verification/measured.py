@@ -92,7 +92,6 @@ def measure(
 
     Args:
         files: of the plan, with its places.
-        results: finished reductions.
         rows: matrix -> ranges of its rows, ascending; more is done where rows belong together.
         memory: working memory to use.
     """

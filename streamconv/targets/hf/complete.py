@@ -25,9 +25,6 @@ _SHOWN = 10
 def check_complete(index: Index, units: Sequence[Kind[Told]]) -> list[str]:
     """Compare the source with its own names and its config; gives what may be wrong.
 
-    Args:
-        units: its tensors.
-
     Raises:
         CheckpointError: a shard, a layer, a module or the scale of codes is missing, or a size is not what config.json says.
     """

@@ -20,7 +20,6 @@ def quantization_config(recipe: Recipe, ignore: Sequence[str], group: int, kv_ca
 
     Args:
         ignore: full names of every linear-like module that is left as it is.
-        group: --group-size.
         kv_cache: FP8 scales of the KV cache are stored.
     """
     if recipe.stated:
@@ -71,7 +70,6 @@ def output_config(source: Mapping[str, Any], quantization: Mapping[str, Any] | N
     """config.json.
 
     Args:
-        source: the source's.
         quantization: `quantization_config`; None takes the source's out.
         dtype: what the float tensors now are, if that changed.
     """

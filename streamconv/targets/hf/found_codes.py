@@ -21,9 +21,7 @@ def taken(
     """(module -> its codes, norm or bias -> what takes its place); a search knows them by the names of the family tables.
 
     Args:
-        stored: the weights of the source.
         wanted: linear modules that are quantized.
-        group: --group-size.
 
     Raises:
         UsageError: the codes are for another group size, container or choice of modules. TensorError: they are not those of the model.

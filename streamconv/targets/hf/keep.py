@@ -88,9 +88,6 @@ def keep(
 ) -> Kept:
     """Plan it.
 
-    Args:
-        units: the tensors.
-
     Raises:
         UsageError: the source is not quantized, or has no way into this container without new codes.
         CheckpointError: tensors do not fit together.

@@ -26,9 +26,6 @@ if TYPE_CHECKING:
 def describe_kept(index: Index, target: HuggingFace, units: Sequence[Kind[Told]], draft: Draft) -> None:
     """Describe it to a draft.
 
-    Args:
-        units: the tensors.
-
     Raises:
         UsageError: options that would change codes, or a container that does not take them.
     """

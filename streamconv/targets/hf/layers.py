@@ -44,8 +44,6 @@ class Model:
     """The weights of a model, by stack and layer.
 
     Args:
-        config: config.json.
-        units: its tensors.
         bits: of integers in words, as the config says.
     """
 

@@ -32,8 +32,6 @@ class Request:
 
     Attributes:
         kind: the weight's dtype, that of the checkpoint.
-        group: --group-size.
-        arithmetic: --arithmetic.
         key: of the shared maximum of a weight and its partners.
         method: --method, None for the container's own rule.
     """

@@ -99,11 +99,7 @@ def stated_bits(stated: Mapping[str, Any]) -> int | None:
 
 
 def read_statement(stated: Mapping[str, Any], names: Collection[str] = ()) -> Statement:
-    """Read a `quantization_config`; never fails, what is wrong is in `problems`.
-
-    Args:
-        names: of the tensors that it is about.
-    """
+    """Read a `quantization_config`; never fails, what is wrong is in `problems`."""
     problems: list[str] = []
     method = stated.get("quant_method")
     key = next((key for key in IGNORE if stated.get(key)), "")

@@ -20,12 +20,9 @@ def write_config(
     """Write a folder that holds config.json and nothing else. It appears when it is complete.
 
     Args:
-        out: the folder.
-        data: the file's bytes.
         source: the checkpoint it is about; `out` must not be it.
         force: replace a folder that holds something.
         no_lock: go on where the file system has no locks, or cannot sync a folder.
-        disk: the operations to use (tests).
 
     Raises:
         OutputError: the folder holds something, an unfinished conversion to it is kept, or it cannot be written.

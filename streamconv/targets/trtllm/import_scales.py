@@ -83,8 +83,6 @@ def assemble(tensors: Mapping[str, SourceTensor], stated: SourceQuantization | N
     """Put the packed weights of a source together.
 
     Args:
-        tensors: the source's tensors by name.
-        stated: what the source says about itself.
         bits: 4 or 8, bits of a weight where the source states none.
         shards: for g_idx, the only content that is read.
     """

@@ -26,7 +26,6 @@ class Origin:
     """How the rank files of a source were made.
 
     Attributes:
-        options: with which they were.
         dtype: of what is not quantized, and of the scales of integers.
         cache_factors: layer -> float32 factor of its quantized KV cache.
         bound: that FP8 weights and activations were clamped to.

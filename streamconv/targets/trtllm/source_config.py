@@ -39,7 +39,6 @@ def model_config(config: Mapping[str, Any], source: Mapping[str, Any] | None) ->
     """A Hugging Face config.json with the dtype that the checkpoint has now.
 
     Args:
-        config: config.json of the checkpoint.
         source: that of the model, where it is recorded.
 
     Raises:

@@ -107,10 +107,6 @@ def check_request(index: Index, options: TensorRTLLM) -> None:
 def make_plan(index: Index, options: TensorRTLLM) -> Plan:
     """Fix every output byte.
 
-    Args:
-        index: the opened source.
-        options: what is asked for.
-
     Raises:
         UsageError: an option no model makes right.
         CheckpointError: the source lacks something, or has something nobody asked for.
