@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -109,141 +109,120 @@ def target(to: str, values: dict[str, Any], given: Collection[str]) -> Target:
     return made
 
 
-def _choice(name: str, choices: Sequence[str], text: str, heading: str) -> _Decorator:
-    """A flag with a few values, the first of which is the default."""
-    return click.option(name, type=click.Choice(choices), default=choices[0], show_default=True, help=text, cls=Flag, heading=heading)
+def _under(heading: str) -> Callable[..., _Decorator]:
+    """Makes the flags of a heading: (name, help, settings of click)."""
+
+    def made(name: str, text: str, **settings: Any) -> _Decorator:
+        settings = {"show_default": settings.get("default") is not None} | settings
+        return click.option(name, help=text, cls=Flag, heading=heading, **settings)
+
+    return made
 
 
-_OF_RESOURCES: dict[str, Any] = {"cls": Flag, "heading": "Resources"}
-_OF_CALIBRATION: dict[str, Any] = {"cls": Flag, "heading": "Calibration"}
+def _first(*choices: str) -> dict[str, Any]:
+    """Settings of a flag with a few values, the first of which is the default."""
+    return {"type": click.Choice(choices), "default": choices[0]}
+
+
+_resource, _calibration, _part, _watching = map(_under, ("Resources", "Calibration", "Several machines", "Watching"))
+
 RESOURCES: tuple[_Decorator, ...] = (
-    click.option("--memory-budget", help="Ceiling of this process's memory, e.g. 2GiB. Default: from what is free.", **_OF_RESOURCES),
-    click.option("--workers", default="auto", show_default=True, help="Worker threads, or auto.", **_OF_RESOURCES),
-    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:0 or cuda:0,cuda:1.", **_OF_RESOURCES),
-    click.option("--device-memory-budget", help="Device memory to use, e.g. 2GiB.", **_OF_RESOURCES),
-    click.option("--no-probe", is_flag=True, help="Do not look at the disks to tell how long it should take.", **_OF_RESOURCES),
+    _resource("--memory-budget", "Ceiling of this process's memory, e.g. 2GiB. Default: from what is free."),
+    _resource("--workers", "Worker threads, or auto.", default="auto"),
+    _resource("--device", "auto, cpu, cuda, cuda:0 or cuda:0,cuda:1.", default="auto"),
+    _resource("--device-memory-budget", "Device memory to use, e.g. 2GiB."),
+    _resource("--no-probe", "Do not look at the disks to tell how long it should take.", is_flag=True),
 )
+
 OF_A_RUN: tuple[_Decorator, ...] = (
-    _choice("--hub-keep", ["all", "none"], "Hub model: keep its shards in the cache, or remove each once it was read.", "Resources"),
-    _choice(
+    _resource("--hub-keep", "Hub model: keep its shards in the cache, or remove each once it was read.", **_first("all", "none")),
+    _resource(
         "--on-device-loss",
-        ["cpu", "stop"],
         "A GPU that fails: finish on the CPU, or stop so that the same command goes on later.",
-        "Resources",
+        **_first("cpu", "stop"),
     ),
-    _choice(
+    _resource(
         "--read",
-        ["auto", "map", "pread"],
         "On the CPU: map the source, copy it into memory, or map what the page cache holds. Network file systems are never mapped.",
-        "Resources",
+        **_first("auto", "map", "pread"),
     ),
-    _choice(
+    _resource(
         "--verify",
-        ["none", "inline"],
         "inline: decode each tile and hold it against its source before it is written; the manifest gets the SNR of each tensor.",
-        "Resources",
+        **_first("none", "inline"),
     ),
-    click.option(
+    _resource(
         "--no-source-check",
+        "Do not read a source that streamconv wrote once more first, to hold it against its own streamconv.json.",
         is_flag=True,
-        help="Do not read a source that streamconv wrote once more first, to hold it against its own streamconv.json.",
-        **_OF_RESOURCES,
     ),
-    click.option("--min-snr", type=float, metavar="DB", help="--verify inline: fail if a tensor's SNR is below.", **_OF_RESOURCES),
+    _resource("--min-snr", "--verify inline: fail if a tensor's SNR is below.", type=float, metavar="DB"),
 )
 """What only a command that converts can use."""
+
 OUTPUTS: tuple[_Decorator, ...] = (
-    click.option(
+    _under("Several outputs")(
         "--output",
+        "An output in the place of OUT; repeat it, and all are made from one read: trtllm:OUT1:tp_size=2,quant=int8,target_sm=90. "
+        "Keys are the options of the target with _; modules of a list are joined by +. What is finished is skipped.",
         multiple=True,
         type=click.UNPROCESSED,
         metavar="TARGET:FOLDER:KEY=VALUE,...",
-        cls=Flag,
-        heading="Several outputs",
-        help="An output in the place of OUT; repeat it, and all are made from one read: trtllm:OUT1:tp_size=2,quant=int8,target_sm=90. "
-        "Keys are the options of the target with _; modules of a list are joined by +. What is finished is skipped.",
     ),
 )
 """More than one output."""
-_OF_PARTS: dict[str, Any] = {"cls": Flag, "heading": "Several machines"}
+
 PARTS: tuple[_Decorator, ...] = (
-    click.option(
+    _part(
         "--parts",
+        "Share the work: cut it into N parts, do those that nobody has, and publish the output if the last one is done. "
+        "Start the same command as often as you like, anywhere, on one shared folder.",
         type=click.IntRange(1),
         metavar="N",
-        help="Share the work: cut it into N parts, do those that nobody has, and publish the output if the last one is done. "
-        "Start the same command as often as you like, anywhere, on one shared folder.",
-        **_OF_PARTS,
     ),
-    click.option(
-        "--part",
-        metavar="K/N",
-        help="Do part K (0 to N-1) of N alone; auto/N takes K from the launcher (Slurm, Kubernetes, ...).",
-        **_OF_PARTS,
-    ),
-    click.option(
+    _part("--part", "Do part K (0 to N-1) of N alone; auto/N takes K from the launcher (Slurm, Kubernetes, ...).", metavar="K/N"),
+    _part(
         "--wait",
+        "Wait so long for parts that others hold while nothing goes on.",
         type=click.FloatRange(0),
-        metavar="SECONDS",
         default=300,
-        show_default=True,
-        help="Wait so long for parts that others hold while nothing goes on.",
-        **_OF_PARTS,
+        metavar="SECONDS",
     ),
-    click.option(
+    _part(
         "--private-parts",
+        "Write each part into a file of its own, for file systems whose locks do not reach other machines.",
         is_flag=True,
-        help="Write each part into a file of its own, for file systems whose locks do not reach other machines.",
-        **_OF_PARTS,
     ),
-    click.option(
+    _part(
         "--engine",
+        "Give the parts to a Ray cluster, as tasks (streamconv[ray]); run it inside the cluster.",
         metavar="ray[=ADDRESS]",
-        help="Give the parts to a Ray cluster, as tasks (streamconv[ray]); run it inside the cluster.",
-        **_OF_PARTS,
     ),
 )
 """How several processes share a conversion."""
+
 SAMPLES: tuple[_Decorator, ...] = (
-    click.option(
-        "--text",
-        metavar="FILE",
-        help="Calibrate on this: a .txt or .jsonl file, a folder of them, or a data set on the Hub.",
-        **_OF_CALIBRATION,
-    ),
-    click.option(
-        "--samples",
-        type=int,
-        default=512,
-        show_default="512, and 128 for INT4 codes",
-        help="Calibration samples, -1 for all.",
-        **_OF_CALIBRATION,
-    ),
-    click.option("--max-length", type=int, default=512, show_default=True, help="Tokens of a calibration sample.", **_OF_CALIBRATION),
-    click.option(
-        "--batch-size", type=int, default=1, show_default=True, help="Calibration samples of equal length at once.", **_OF_CALIBRATION
-    ),
+    _calibration("--text", "Calibrate on this: a .txt or .jsonl file, a folder of them, or a data set on the Hub.", metavar="FILE"),
+    _calibration("--samples", "Calibration samples, -1 for all.", default=512, show_default="512, and 128 for INT4 codes"),
+    _calibration("--max-length", "Tokens of a calibration sample.", default=512),
+    _calibration("--batch-size", "Calibration samples of equal length at once.", default=1),
 )
 
-_OF_WATCHING: dict[str, Any] = {"cls": Flag, "heading": "Watching"}
 WATCHING: tuple[_Decorator, ...] = (
-    _choice(
+    _watching(
         "--progress",
-        ["auto", "live", "lines", "json", "none"],
         "One live line, a line every 10 s, or a JSON object a second. auto: live on a terminal, lines elsewhere and in CI.",
-        "Watching",
+        **_first("auto", "live", "lines", "json", "none"),
     ),
-    click.option(
+    _watching(
         "--memory-trace",
+        "Write 20 lines of JSON a second: time, memory of the process, its cgroup and devices, bytes read and written, phase.",
         metavar="FILE",
-        help="Write 20 lines of JSON a second: time, memory of the process, its cgroup and devices, bytes read and written, phase.",
-        **_OF_WATCHING,
     ),
-    click.option(
+    _watching(
         "--report",
+        "Write one HTML page about the run: memory and rates over time, sizes, errors (streamconv[report]).",
         metavar="FILE.html",
-        help="Write one HTML page about the run: memory and rates over time, sizes, errors (streamconv[report]).",
-        **_OF_WATCHING,
     ),
 )
 
