@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
+import kubernetes_validate
 import pytest
 import yaml
 
@@ -78,9 +79,8 @@ def test_a_job_for_kubernetes(capsys: pytest.CaptureFixture[str]) -> None:
     assert job["spec"]["completions"] == job["spec"]["parallelism"] == 4
     (container,) = job["spec"]["template"]["spec"]["containers"]
     assert container["command"][:6] == ["streamconv", "convert", "/work/in", "/work/out", "--parts", "16"]
-    validate = pytest.importorskip("kubernetes_validate", reason="pip install kubernetes-validate")
-    for version in ("1.31", "1.33", validate.latest_version()):
-        validate.validate(job, version, strict=True)
+    for version in ("1.31", "1.33", kubernetes_validate.latest_version()):
+        kubernetes_validate.validate(job, version, strict=True)
 
 
 @pytest.mark.parametrize(
