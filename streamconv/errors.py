@@ -172,6 +172,11 @@ def shorten(problems: Sequence[str]) -> list[str]:
     return [*problems[:MOST_SHOWN], *([f"and {more} more"] if more > 0 else [])]
 
 
+def few(names: Sequence[str], most: int) -> str:
+    """The first names of a list, and how many more there are: "a, b and 3 more"."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def printable(name: str, limit: int = 200) -> str:
     """`name` with control characters escaped and its middle cut, so that it can be shown on one line."""
     text = name.encode("unicode_escape", "backslashreplace").decode("ascii")

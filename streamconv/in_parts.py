@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from streamconv import hub
 from streamconv.allocation import costs_of
 from streamconv.checkpoint.index import Index
-from streamconv.errors import Interrupted, LockedError, OutputError, ResumeError, UsageError, printable
+from streamconv.errors import Interrupted, LockedError, OutputError, ResumeError, UsageError, few, printable
 from streamconv.execution import executor
 from streamconv.options import Resources
 from streamconv.planning.memory_plan import MemoryPlan
@@ -220,9 +220,8 @@ class Worker:
                 seen, since = now, time.monotonic()
             if time.monotonic() - since >= self._wait:
                 who = claims.held(waiting[0]) or "another process"
-                numbers = ", ".join(map(str, waiting[:5])) + (f" and {len(waiting) - 5} more" if len(waiting) > 5 else "")
                 raise LockedError(
-                    f"of {len(self.parts)} parts {numbers} are held by {who}; nothing went on for {self._wait:g} s",
+                    f"of {len(self.parts)} parts {few([*map(str, waiting)], 5)} are held by {who}; nothing went on for {self._wait:g} s",
                     hint="run the same command again later; a lock of a machine that is gone ends with its lease",
                 )
             time.sleep(POLL)

@@ -95,17 +95,13 @@ def available() -> int:
     """Bytes this process may still take: the least of the host's and every enclosing container's free memory."""
     import psutil
 
-    return max(0, min([int(psutil.virtual_memory().available), *_cgroup_free()]))
+    return max(0, min([int(psutil.virtual_memory().available), *(top - used for top, used in _cgroup_levels())]))
 
 
 def limit() -> int | None:
     """The tightest memory limit of the enclosing containers, None without one."""
     limits = [top for top, _ in _cgroup_levels()]
     return min(limits) if limits else None
-
-
-def _cgroup_free() -> list[int]:
-    return [top - used for top, used in _cgroup_levels()]
 
 
 def cgroup_usage() -> Path | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from streamconv.checkpoint.index import Index
-from streamconv.errors import LockedError, OutputError, printable
+from streamconv.errors import LockedError, OutputError, few, printable
 from streamconv.open_plan import open_and_plan
 from streamconv.planning.parts import Part, cut
 from streamconv.planning.plan import Plan
@@ -70,9 +70,8 @@ def finish(out: str | Path, *, check: bool = False, meter: Meter | None = None, 
                 return
             missing = [number for number in range(len(parts)) if not claims.done(number)]
             if missing:
-                more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
                 raise OutputError(
-                    f"{shown}: of {len(parts)} parts {', '.join(map(str, missing[:10]))}{more} are not done",
+                    f"{shown}: of {len(parts)} parts {few([*map(str, missing)], 10)} are not done",
                     hint="`streamconv status` shows who is at them; any worker does what is free",
                 )
             publish(claims, index, plan, parts, disk, meter, 60.0, check, no_lock)

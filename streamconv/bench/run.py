@@ -76,7 +76,7 @@ def run(
     weights = max((path for path in model.iterdir() if os.path.isfile(path)), key=lambda path: path.stat().st_size)
     rates = machine.disk_rates(weights, work)
     rates |= {f"encode {quant}": machine.kernel_rate(quant) for quant in ("int8", "int4")}
-    cold, rounds = not warm and _can_drop_caches(), list[_Round]()
+    cold, rounds = not warm and os.access("/proc/sys/vm/drop_caches", os.W_OK), list[_Round]()
     for number in range(runs + 1):
         before, made = rounds[-1] if rounds else {}, _Round()
         for job in (_COPY, *asked) if number % 2 else (*reversed(asked), _COPY):
@@ -141,10 +141,6 @@ def warm_up(folder: Path) -> None:
         with path.open("rb", buffering=0) as file:
             while file.read(1 << 24):
                 pass
-
-
-def _can_drop_caches() -> bool:
-    return os.access("/proc/sys/vm/drop_caches", os.W_OK)
 
 
 def size_of(folder: Path) -> int:

@@ -58,29 +58,13 @@ def calibrate(
     progress: Progress = _silent,
     sampled: Sampled = lambda layer, layers, sample, samples: None,
 ) -> dict[str, Any]:
-    """Write the activation ranges of a model.
-
-    For every linear module M the file holds, in float32, `M.x` [in], `M.y` [out] and `M.w` [out]: the largest absolute
-    input of each channel, output of each channel, and weight of each row (quantization spec §6.3).
+    """Write the activation ranges of a model; see `verbs.calibrate`.
 
     Args:
-        model: Hugging Face folder with tokenizer, or a model of the Hub, which is downloaded.
-        out: safetensors file to write.
-        text: see `texts.load_texts`.
-        samples, max_length: how many samples (-1: all), how many tokens of each.
-        batch_size: samples of equal length that go through a layer together; 1 is what the official loop does.
-        dtype: computing type; float16 is what SmoothQuant is measured in, "auto" the source's own (INT8 KV cache, FP8).
-        loop: whose samples: "trtllm" (SmoothQuant, INT8 KV cache) or "modelopt" (FP8); quantization spec §16.
-        device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...
-        memory_budget: bytes; refused before work starts if one layer and a batch do not fit.
-        beside: bytes of it that another process takes.
+        beside: bytes of the memory budget that another process takes.
         reuse: leave a file that the same request made as it is.
         progress: called after each layer with (done, all, seconds left).
         sampled: called within a layer, at most once a second, with (layers done, all layers, samples through this one, all samples).
-
-    Raises:
-        UsageError: no text, unknown dtype, no such device. CheckpointError: no tokenizer, no such model.
-        BudgetError: too small. OutputError: no room, or not writable.
     """
     try:
         import transformers  # noqa: F401

@@ -15,7 +15,7 @@ from streamconv.checkpoint.json_file import read_json
 from streamconv.checkpoint.limits import MAX_CONFIG
 from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.untrusted import open_regular
-from streamconv.errors import CheckpointError, OutputError, StreamconvError, VerifyError, printable
+from streamconv.errors import CheckpointError, OutputError, StreamconvError, VerifyError, few, printable
 from streamconv.planning.plan import Plan
 from streamconv.run import manifest, sampled
 from streamconv.run.fs import Disk, named, translate_errors
@@ -101,9 +101,8 @@ def check_free(place: Place, force: bool) -> Found:
         found = place.found()
     odd = foreign(found.files, place.ours, place.out / manifest.NAME)
     if odd:
-        names = ", ".join(printable(name) for name in odd[:3]) + (f" and {len(odd) - 3} more" if len(odd) > 3 else "")
         raise OutputError(
-            f"output {shown} exists and is not empty, and is no checkpoint folder: it holds {names}",
+            f"output {shown} exists and is not empty, and is no checkpoint folder: it holds {few([*map(printable, odd)], 3)}",
             hint="choose another folder, or empty it yourself: --force replaces nothing but a checkpoint",
         )
     if found.files and not force:
@@ -115,9 +114,8 @@ def check_free(place: Place, force: bool) -> Found:
             hint="choose another folder, or empty it yourself: --force replaces nothing but an output",
         )
     if changed := edited(place.out, found.files):
-        names = ", ".join(printable(name) for name in changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
         raise OutputError(
-            f"output {shown} holds {names}, changed after it was written: --force would destroy the change",
+            f"output {shown} holds {few([*map(printable, changed)], 3)}, changed after it was written: --force would destroy the change",
             hint="move what you want to keep out of the folder, remove the rest, then run again; or choose another folder",
         )
     return found

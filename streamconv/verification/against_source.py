@@ -21,6 +21,7 @@ from streamconv.checkpoint.header_parse import Header
 from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.shard import Shard
 from streamconv.errors import BudgetError, DataError, RefusedError, StreamconvError, UsageError, VerifyError, printable
+from streamconv.natural import natural
 from streamconv.open_plan import open_and_plan
 from streamconv.options import Resources
 from streamconv.planning import memory_plan
@@ -70,7 +71,8 @@ def check(
     folder, told = output.folder, output.told
     place = hub.local_folder(source)
     config: dict[str, Any] = json.loads(output.config)
-    paths = [folder / name for name in told.sizes] if told is not None else _ranks(folder)
+    names = [*told.sizes] if told is not None else sorted((path.name for path in folder.glob("rank*.safetensors")), key=natural)
+    paths = [folder / name for name in names]
     if not paths:
         if part is not None:
             raise UsageError("--part: a directory without streamconv.json is compared as a whole")
@@ -103,10 +105,6 @@ def check(
             plan = cut(plan, part[1])[part[0]].of(plan)
         if not problems:
             _compare(plan, index, files, headers, resources, verdict, meter, told is None)
-
-
-def _ranks(folder: Path) -> list[Path]:
-    return sorted(folder.glob("rank*.safetensors"), key=lambda path: int(path.name[4:-12]))
 
 
 def _planned(

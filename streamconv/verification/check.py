@@ -34,20 +34,11 @@ def verify(
     meter: Meter | None = None,
     part: tuple[int, int] | None = None,
 ) -> Verdict:
-    """Check an output folder.
+    """Check an output folder; see `verbs.verify`.
 
     Args:
-        source: the checkpoint it was made from; it is encoded again, and the bytes are compared. A model of the Hub is downloaded.
-        with_tensorrt_llm: its own reader has to accept every rank too; `reader` in the verdict then says what it did.
-        activation_ranges: where the ranges are now that the output was made with; None if they did not move.
-        resources: memory, workers and tiles for `source`; the CPU encodes.
         meter: told about progress: the bytes of the rank files, then those read of the source.
         part: (K, N): of N machines that share the work this is number K, from 0; structure is checked by each.
-
-    Raises:
-        UsageError: TensorRT-LLM is not installed, or the activation ranges are not where they were.
-        StreamconvError: the source cannot be read or planned, or the memory budget is too small.
-        VerifyError: the folder is not a checkpoint at all. Everything else is collected in the verdict.
     """
     folder, verdict, meter = Path(out), Verdict(), meter or Meter(unwatched)
     config, config_bytes = _config(folder, verdict)

@@ -78,11 +78,8 @@ def _line(key: str, held: object, wanted: object, where: str) -> str:
 def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
     """Keys of a config that count, those of inner objects with a dot; both spellings of rotary embedding are one."""
     inner = {key: value for key, value in config.items() if key not in _ROPE and value is not text_config(config)}
-    return {key: value for key, value in _flat(inner, "") if not _is_bookkeeping(key)} | dict(_flat(_rope(config), "rope."))
-
-
-def _is_bookkeeping(key: str) -> bool:
-    return any(_BOOKKEEPING.fullmatch(part) for part in key.split("."))
+    told = {key: value for key, value in _flat(inner, "") if not any(_BOOKKEEPING.fullmatch(part) for part in key.split("."))}
+    return told | dict(_flat(_rope(config), "rope."))
 
 
 def _flat(config: Mapping[str, Any], at: str) -> Iterator[tuple[str, Any]]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from streamconv.checkpoint.index import Beside, Index
-from streamconv.errors import CheckpointError, printable
+from streamconv.errors import CheckpointError, few, printable
 from streamconv.planning.plan import SideFile
 
 _WEIGHTS = (
@@ -62,16 +62,12 @@ def _left(file: Beside, root: Path) -> str:
         return _HIDDEN
     if file.size == NO_FILE:
         return _ODD
-    return _ELSEWHERE if "/" in file.name or file.size > _LARGEST or not _utf8(file.name) or _leads_out(file.path, root) else ""
+    odd = any("\ud800" <= letter <= "\udfff" for letter in file.name)  # no UTF-8
+    return _ELSEWHERE if "/" in file.name or file.size > _LARGEST or odd or _leads_out(file.path, root) else ""
 
 
 def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(printable(name) for name in sorted(names)[:_SHOWN]) + more
-
-
-def _utf8(name: str) -> bool:
-    return not any("\ud800" <= letter <= "\udfff" for letter in name)
+    return few([printable(name) for name in sorted(names)], _SHOWN)
 
 
 def _leads_out(path: Path, root: Path) -> bool:

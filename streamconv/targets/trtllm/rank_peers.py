@@ -90,7 +90,7 @@ def sampled(shards: Mapping[str, Shard], headers: Mapping[str, Header]) -> Diges
             return hash_of(shards[file], entry)
         starts = sorted({entry.begin, entry.begin + max(0, size - _SAMPLE) // 2, max(entry.begin, entry.end - _SAMPLE)})
         read = b"".join(_read(shards[file], at, min(at + _SAMPLE, entry.end)) for at in starts)
-        return _hash(read) if read[8:] != read[:-8] else ""
+        return xxhash.xxh3_128(read).hexdigest() if read[8:] != read[:-8] else ""
 
     return digest
 
@@ -114,7 +114,3 @@ def hash_of(shard: Shard, entry: TensorEntry) -> str:
 def _read(shard: Shard, begin: int, end: int) -> bytes:
     with shard.window(begin, end) as data:
         return bytes(data)
-
-
-def _hash(data: bytes) -> str:
-    return xxhash.xxh3_128(data).hexdigest()

@@ -65,7 +65,8 @@ def open_ranks(folder: Path) -> Index:
         count = expected.rank_count(config)
         shards = tuple(Shard(folder / f"rank{number}.safetensors") for number in range(count))
         headers = [shard.header() for shard in shards]
-        held = {shard.path.name: _shapes(header) for shard, header in zip(shards, headers, strict=True)}
+        shapes = [{entry.name: (entry.dtype.name, entry.shape) for entry in header.tensors.values()} for header in headers]
+        held = {shard.path.name: found for shard, found in zip(shards, shapes, strict=True)}
         problems, _ = expected.check(config, held)
         if problems:
             raise TensorError([f"{printable(str(folder))}: {problem}" for problem in problems])
@@ -86,10 +87,6 @@ def open_ranks(folder: Path) -> Index:
         why = f"{printable(str(folder))}: nothing says for which GPU generation its group-wise integers are laid out"
         raise RefusedError([why], hint="streamconv.json does, of a checkpoint that streamconv made")
     return max(readers, key=_Reader.likeness).index(guessed=True)
-
-
-def _shapes(header: Header) -> dict[str, tuple[str, tuple[int, ...]]]:
-    return {entry.name: (entry.dtype.name, entry.shape) for entry in header.tensors.values()}
 
 
 def _manifest(folder: Path, config: Mapping[str, Any]) -> manifest.Manifest | None:
