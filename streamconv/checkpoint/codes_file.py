@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from streamconv.checkpoint.derived_rows import BLOCK, WIDE, turn
 from streamconv.checkpoint.dtypes import F32, I8, DType
 from streamconv.checkpoint.header import read_header
 from streamconv.checkpoint.header_parse import TensorEntry
 from streamconv.checkpoint.packed_rows import read_channels
 from streamconv.checkpoint.rows import PackedTensor, SourceFile, SourceTensor
 from streamconv.checkpoint.shard import Shard
-from streamconv.checkpoint.turned_rows import BLOCK, WIDE, turn
 from streamconv.errors import DataError, TensorError, UsageError, printable
 from streamconv.lazy import Bytes, np
 from streamconv.options import SEARCHED

@@ -17,7 +17,6 @@ from streamconv.checkpoint.dtypes import DType
 from streamconv.checkpoint.foreign import ADAPTER_WEIGHTS, foreign
 from streamconv.checkpoint.json_file import file_size, read_json
 from streamconv.checkpoint.limits import MAX_CONFIG, MAX_FILES, MAX_HEADER, MAX_TENSORS
-from streamconv.checkpoint.links import links_out
 from streamconv.checkpoint.meta import PARAMS, ShardedTensor, assemble, check_parts, is_meta, meta_files
 from streamconv.checkpoint.rows import SourceTensor
 from streamconv.checkpoint.shard import Shard
@@ -142,7 +141,7 @@ def open_index(path: str | os.PathLike[str], tensors_only: bool = False) -> Inde
         known = foreign(printable(str(root.parent)), [root.name])
         raise known or CheckpointError(f"{shown} is neither a folder nor a weight file (.safetensors, .bin, .pth, .pt)")
     shards = tuple(Shard(folder / name) for name in chosen.names)
-    return build_index(root, config, shards, chosen, links_out(folder, chosen.names))
+    return build_index(root, config, shards, chosen, _links_out(folder, chosen.names))
 
 
 def build_index(root: Path, config: dict[str, Any], shards: tuple[Shard, ...], chosen: Choice, notes: Sequence[str] = ()) -> Index:
@@ -201,7 +200,7 @@ def _open_meta(folder: Path) -> Index:
     for name, whole in assembled.items():
         first = whole.blocks[0]
         tensors.add(name, whole.dtype, whole.shape, first.shard, first.begin)
-    notes = links_out(folder, [shard.path.name for shard in shards])
+    notes = _links_out(folder, [shard.path.name for shard in shards])
     return Index(folder, params, shards, tensors, digests, assembled, notes=notes)
 
 
@@ -282,3 +281,16 @@ def _held(
         return [*content.tensors], forms, range(len(held)), [tensor.begin for tensor in held]
     header = shard.header()
     return header.names, header.forms, header.form, header.begins[:-1]
+
+
+def _links_out(folder: Path, names: Sequence[str]) -> tuple[str, ...]:
+    """A note on weight files that are links out of the folder, other than those of the Hub's cache into its blobs/."""
+    home = folder.resolve()
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
+    links = {name: Path(os.path.realpath(folder / name)) for name in names if os.path.islink(folder / name)}
+    out = {name: real for name, real in links.items() if home not in real.parents and real.parent != blobs}
+    if not out:
+        return ()
+    name, real = next(iter(out.items()))
+    more = f" (and {len(out) - 1} more files are links out of the folder)" if len(out) > 1 else ""
+    return (f"{printable(name)} is a link to {printable(str(real))}{more}",)

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+from streamconv.checkpoint.derived_rows import read_stripe
 from streamconv.checkpoint.dtypes import DType
 from streamconv.checkpoint.packed_rows import AWQ_POSITION
 from streamconv.checkpoint.rows import Extent, PackedTensor, SourceTensor
 from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.stored_codes import NIBBLES, Code, as_float, values
 from streamconv.checkpoint.strided_rows import Strided
-from streamconv.checkpoint.turned_rows import read_stripe
 from streamconv.lazy import Bytes, np
 
 if TYPE_CHECKING:

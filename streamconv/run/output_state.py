@@ -9,14 +9,15 @@ from typing import Protocol
 import xxhash
 
 from streamconv import memory
+from streamconv.errors import DataError, printable
 from streamconv.lazy import Bytes
 from streamconv.planning.plan import Destination, Plan, RowRange
+from streamconv.quants import factors
 from streamconv.quants.base import EncodeStats
 from streamconv.run.cut import JournalState, Task
 from streamconv.run.executor import Encoded
 from streamconv.run.inline_check import InlineCheck
 from streamconv.run.journal import Journal, TileRecord
-from streamconv.run.judge import judge
 from streamconv.run.order import Hashes, HashOrder
 from streamconv.run.output_folder import OutputFolder
 from streamconv.run.recorder import Recorder
@@ -84,8 +85,8 @@ class OutputState:
             self._recorder.start()
 
     def judge(self, span: RowRange, made: Encoded) -> None:
-        """See `judge.judge`; counts what was found."""
-        judge(self.plan, span, made.task, made.dests[0], made.stats, made.parts)
+        """Values that would ruin the checkpoint stop the conversion; counts what was found."""
+        _judge(self.plan, span, made)
         self._count(span.source.name, made.stats.overflow, made.stats.nonfinite)
 
     def write(self, dest: Destination, row: int, rows: int, parts: Sequence[Bytes]) -> int:
@@ -159,3 +160,24 @@ class OutputState:
             for counts, found in ((self.overflow, overflow), (self.nonfinite, nonfinite)):
                 if found:
                     counts[name] = counts.get(name, 0) + found
+
+
+def _judge(plan: Plan, span: RowRange, made: Encoded) -> None:
+    """Look at a tile before it is written.
+
+    Raises:
+        DataError: names the tensor, the value and what it follows from.
+    """
+    name, matrix, encoding, stats = printable(span.source.name), plan.matrices[made.dests[0].matrix], made.task.encoding, made.stats
+    if stats.nonfinite and encoding.quantizes and not plan.target.allow_nonfinite:
+        raise DataError(
+            f"{name}: NaN or infinity in a weight that is to be quantized",
+            hint="--allow-nonfinite goes on: NaN becomes 0, infinity the largest finite value of its channel",
+        )
+    if stats.overflow and encoding.computed:
+        told = f"{stats.overflow} values of {name} become infinite"
+        raise DataError(f"{matrix.places[0].tensor}: {told}", hint=encoding.cause() or None)
+    for place, part, data in zip(matrix.places, encoding.parts(encoding.row_align, made.task.width), made.parts, strict=True):
+        problem = factors.problem(place.tensor, part.dtype, data, matrix.rows == matrix.cols == 1)
+        if problem:
+            raise DataError(f"{problem}, from {name}", hint=encoding.cause() or None)

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from streamconv.checkpoint.derived_rows import RotaryRows
 from streamconv.checkpoint.dtypes import F32
 from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.meta import ShardedTensor, output_rows
 from streamconv.checkpoint.model_config import from_meta
-from streamconv.checkpoint.rotary_rows import RotaryRows
 from streamconv.checkpoint.rows import SourceTensor
 from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.source_tensors import SourceTensors

@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from streamconv.checkpoint.derived_rows import turned
 from streamconv.checkpoint.dtypes import F32, I64
 from streamconv.checkpoint.quantized import SourceQuantization, source_quantization
 from streamconv.checkpoint.rows import SourceTensor
-from streamconv.checkpoint.turned_rows import turned
 from streamconv.checkpoint.unknown_statements import refuse_unknown, stated_by
 from streamconv.errors import CheckpointError, UsageError, printable
 from streamconv.quants.base import Codec, Part

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from streamconv.checkpoint.derived_rows import Turned, rows_of
 from streamconv.checkpoint.rows import Extent, SourceTensor
-from streamconv.checkpoint.turned_rows import Turned, rows_of
 from streamconv.quants.decoded_rows import DecodedTensor, TurnedMx
 from streamconv.targets.hf.sources import Weight
 from streamconv.targets.hf.stored import Stored

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from streamconv.checkpoint.codes_file import Found
+from streamconv.checkpoint.derived_rows import WIDE, turned
 from streamconv.checkpoint.dtypes import F16
 from streamconv.checkpoint.rows import RowSource, SourceTensor
-from streamconv.checkpoint.turned_rows import WIDE, turned
 from streamconv.errors import UsageError, printable
 from streamconv.planning.draft import Draft
 from streamconv.planning.matrix_table import Spelling

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from streamconv.checkpoint.derived_rows import less_one, paired_rows
 from streamconv.checkpoint.dtypes import F8_E4M3, I8, MODEL_DTYPES, DType
 from streamconv.checkpoint.header_parse import Header
 from streamconv.checkpoint.rows import Extent, SourceTensor
 from streamconv.checkpoint.shard import Shard
-from streamconv.checkpoint.shifted_rows import less_one
 from streamconv.errors import RefusedError, printable
 from streamconv.families.matching import example
 from streamconv.planning.matrix_table import MatrixTable
@@ -19,7 +19,6 @@ from streamconv.quants.awq import PairedWeight
 from streamconv.quants.fp8_rowwise import Fp8Rowwise
 from streamconv.quants.gptq import PackedWeight
 from streamconv.quants.laid_out import laid_out
-from streamconv.quants.paired_rows import paired_rows
 from streamconv.quants.plain import Plain
 from streamconv.quants.weight_only import WeightOnly
 from streamconv.targets.trtllm.lookup import TensorLookup
