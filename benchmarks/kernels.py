@@ -1,4 +1,5 @@
-"""GB/s of source that the fused CPU kernels make on one core, beside their torch definitions on one thread.
+"""GB/s of source that the fused CPU kernels make on one core, beside their torch definitions on one thread; "its errors": the
+kernel of `--verify inline`, which decodes and compares.
 
     python -m benchmarks.kernels [--rows 512] [--cols 4096] [--only PART OF A NAME] [--out benchmarks/results/kernels.json]
 
@@ -130,6 +131,15 @@ def main() -> None:
             lambda k=kernel, s=stored, o=outs: k(s, 0, cols, rows, cols, o),
             lambda e=encoding, b=block: e.encode(b, EncodeStats()),
         )  # fmt: skip
+        errors, screen = encoding.error_kernel(source), encoding.screen(source)
+        if errors is None and screen is not None:
+            errors = functools.partial(screen.errors, source)
+        kernel(stored, 0, cols, rows, cols, outs)
+        if errors is not None and encoding.quantizes:
+            if errors(stored, 0, cols, rows, cols, outs) is None:
+                raise SystemExit(f"{name}: the kernel leaves these values to torch")
+            work = functools.partial(errors, stored, 0, cols, rows, cols, outs)
+            note(f"{name}, its errors", rows * cols * source.itemsize, work, None)
     block, stored = flat(BF16)
     maxima: Any = InputChannelAmax("key")
     note("column maxima, BF16", rows * cols * 2, lambda: maxima.kernel(BF16)(stored, rows, cols), lambda: maxima.tile(block, None))
