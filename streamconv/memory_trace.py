@@ -98,6 +98,7 @@ class MemoryTrace:
         self._children = self._open(f"/proc/self/task/{os.getpid()}/children")
         self._io = self._open("/proc/self/io")
         self._transferred = self._moved()
+        self._add()  # the beginning, however late the thread comes
         self._thread = start_thread(self._run, "memory-trace")
         return self
 
@@ -127,11 +128,10 @@ class MemoryTrace:
             return None
 
     def _run(self) -> None:
-        due = self._began
-        while not self._end.is_set():
+        due = self._began + EVERY
+        while not self._end.wait(due - time.monotonic()):
             self._add()
             due = max(due + EVERY, time.monotonic())
-            self._end.wait(due - time.monotonic())
 
     def _add(self) -> None:
         now = self._look()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,8 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+
+import psutil
 
 from streamconv import api
 from streamconv.errors import LockedError, OutputError
@@ -41,8 +44,26 @@ def fork(work: Callable[[], None]) -> int:
         os._exit(1)
 
 
+def _ended(pid: int) -> resource.struct_rusage:
+    """Wait for a child's success; gives what it used."""
+    _, status, used = os.wait4(pid, 0)
+    assert status == 0
+    return used
+
+
+def _works(pid: int, seconds: float) -> None:
+    """Wait until a child has used so much processor time, or has ended: a moment of its work, however busy the machine is."""
+    child = psutil.Process(pid)
+    while child.status() != psutil.STATUS_ZOMBIE and sum(child.cpu_times()[:2]) < seconds:
+        time.sleep(0.002)
+
+
 class Runs:
-    """Conversions of one model by real workers and the journal's thread, in children."""
+    """Conversions of one model by real workers and the journal's thread, in children.
+
+    Attributes:
+        seconds: of processor time that one takes.
+    """
 
     def __init__(self, root: Path, quant: str = "none", megabytes: int = 64) -> None:
         self.root, self.options = root, TensorRTLLM(quant=quant, target_sm=80)
@@ -50,10 +71,11 @@ class Runs:
         self.place.mkdir(parents=True)
         hidden = 512
         self.model = write_model(root / "model", hidden=hidden, vocab=256, layers=max(1, megabytes * 1000 // 2900))
-        began = time.monotonic()
         self.convert(self.out, 4)
-        self.seconds = time.monotonic() - began
         self.right = snapshot(self.out)
+        shutil.rmtree(self.out)
+        used = _ended(fork(lambda: self.convert(self.out, 4)))  # by now everything is loaded
+        self.seconds = used.ru_utime + used.ru_stime
         shutil.rmtree(self.out)
 
     def convert(self, out: Path, workers: int, budget: int = 4 << 30, disk: Disk | None = None) -> None:
@@ -73,7 +95,8 @@ def random_kills(runs: Runs, rounds: int, seed: int = 1) -> Count:
         for _ in range(rng.randint(1, 4)):
             workers = rng.randint(1, 6)
             pid = fork(lambda workers=workers: runs.convert(runs.out, workers))  # type: ignore[misc]
-            time.sleep(rng.uniform(0, runs.seconds * 1.2))
+            _works(pid, rng.uniform(0, runs.seconds * 1.2))
+            time.sleep(rng.uniform(0, 0.01))  # processor time is told in hundredths of a second
             os.kill(pid, signal.SIGKILL)
             _, status = os.waitpid(pid, 0)
             count.facts["killed"] += os.WIFSIGNALED(status)
@@ -90,16 +113,17 @@ def random_kills(runs: Runs, rounds: int, seed: int = 1) -> Count:
 
 
 class Slow(Disk):
-    """Long enough at work for the others to come, and a witness that nobody else is."""
+    """At work until the others have come (the pipe `through` is closed), and a witness that nobody else is."""
 
-    def __init__(self, marker: Path) -> None:
-        self.marker, self.inside = marker, False
+    def __init__(self, marker: Path, through: int) -> None:
+        self.marker, self.through, self.inside = marker, through, False
 
     def truncate(self, fd: int, size: int) -> None:
-        if not self.inside:
+        if not self.inside:  # this one is of the lock's file
             os.close(os.open(self.marker, os.O_CREAT | os.O_EXCL))  # fails if another run is at work
             self.inside = True
-        time.sleep(0.02)
+        else:
+            os.read(self.through, 1)
         super().truncate(fd, size)
 
     def rename(self, folder: Folder, old: str, new: str, known: Mark) -> None:
@@ -112,35 +136,41 @@ def lock_races(runs: Runs, rounds: int, crowd: int = 5, seed: int = 1) -> Count:
     rng, count = random.Random(seed), Count(facts={"locked out": 0, "holders killed": 0})
     marker = runs.root / "at-work"
     for number in range(rounds):
-        gate_out, gate_in = os.pipe()
+        (gate_out, gate_in), (through_out, through_in) = os.pipe(), os.pipe()
 
-        def wait_and_run(gate_out: int = gate_out, gate_in: int = gate_in) -> None:
-            os.close(gate_in)
-            os.read(gate_out, 1)
-            runs.convert(runs.out, 2, disk=Slow(marker))
+        def wait_and_run(gate: tuple[int, int] = (gate_out, gate_in), through: tuple[int, int] = (through_out, through_in)) -> None:
+            os.close(gate[1])
+            os.close(through[1])
+            os.read(gate[0], 1)
+            runs.convert(runs.out, 2, disk=Slow(marker, through[0]))
 
-        pids = [fork(wait_and_run) for _ in range(crowd)]
-        os.close(gate_out)
-        os.close(gate_in)
+        pids = {fork(wait_and_run) for _ in range(crowd)}
+        for end in (gate_out, gate_in, through_out):
+            os.close(end)
         victim = None
         if number % 2:
-            until = time.monotonic() + 5
             lock = runs.place / ".out.streamconv-lock"
-            while victim is None and time.monotonic() < until:
+            while victim not in pids:
                 with contextlib.suppress(OSError, ValueError, IndexError):
                     victim = int(lock.read_text().split()[1])
             time.sleep(rng.uniform(0, 0.02))
-            with contextlib.suppress(OSError):
-                os.kill(victim or 0 or os.getpid(), signal.SIGKILL if victim else 0)
-        ends = []
-        for pid in pids:
-            _, status = os.waitpid(pid, 0)
-            ends.append("killed" if os.WIFSIGNALED(status) else os.WEXITSTATUS(status))
+            os.kill(victim, signal.SIGKILL)
+        ends, waiting = list[str | int](), True
+        while pids:
+            if waiting and (len(pids) == 1 or victim is not None):  # after a kill, another one may be at work
+                os.close(through_in)
+                waiting = False
+            for pid in [*pids]:
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                if ended:
+                    pids.remove(pid)
+                    ends.append("killed" if os.WIFSIGNALED(status) else os.WEXITSTATUS(status))
+            time.sleep(0.002)
         marker.unlink(missing_ok=True)
         count.facts["locked out"] += ends.count(3)
         count.facts["holders killed"] += ends.count("killed")
         # a killed witness leaves its marker, so after a kill others may fail at it: only "two at once" counts then
-        problem = "" if victim is not None or (ends.count(0) == 1 and not ends.count(1)) else f"ended with {ends}"
+        problem = "" if victim is not None or sorted(map(str, ends)) == ["0", *["3"] * (crowd - 1)] else f"ended with {ends}"
         with contextlib.suppress(OutputError):
             runs.convert(runs.out, 2)  # at once, whoever was killed
         left = set(os.listdir(runs.place)) - {"out"}

@@ -26,7 +26,7 @@ from streamconv.run.journal import read as read_journal
 from streamconv.run.lock import OutputLock
 from streamconv.targets.trtllm.options import TensorRTLLM
 from tests.crash.kills import operations, raised
-from tests.crash.world import World, slowly, snapshot, write_model
+from tests.crash.world import World, held, snapshot, write_model
 
 
 @pytest.fixture
@@ -206,16 +206,16 @@ def test_a_torn_journal_ends_before_the_tear(world: World) -> None:
     assert read(path) is None
 
 
-def _slow_run(tmp_path: Path) -> tuple[subprocess.Popen[str], list[str]]:
+def _held_run(tmp_path: Path) -> tuple[subprocess.Popen[str], list[str]]:
     model = write_model(tmp_path / "model", hidden=256, layers=4)
     (tmp_path / "place").mkdir()
     arguments = ["convert", str(model), str(tmp_path / "place" / "out"), "--workers", "2", "--memory-budget", "2GiB"]
-    return slowly(arguments, tmp_path / "place" / ".out.streamconv-journal", tile_rows=16), arguments
+    return held(arguments, tmp_path / "place" / ".out.streamconv-journal", tile_rows=16), arguments
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_in_order(tmp_path: Path, number: signal.Signals) -> None:
-    child, arguments = _slow_run(tmp_path)
+    child, arguments = _held_run(tmp_path)
     child.send_signal(number)
     _, said = child.communicate(timeout=200)
     assert child.returncode == 128 + number
@@ -230,7 +230,7 @@ def test_a_signal_ends_the_run_in_order(tmp_path: Path, number: signal.Signals) 
 
 
 def test_a_second_signal_kills(tmp_path: Path) -> None:
-    child, _ = _slow_run(tmp_path)
+    child, _ = _held_run(tmp_path)
     child.send_signal(signal.SIGTERM)
     while child.poll() is None and _catches(child.pid, signal.SIGTERM):  # two that come before the first was seen are one
         time.sleep(0.0005)
@@ -248,7 +248,7 @@ def _catches(pid: int, number: signal.Signals) -> bool:
 
 def test_workers_step_back_while_memory_is_short(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     free, active, most = [1 << 20], [0], [0]
-    lock = threading.Lock()
+    lock, two = threading.Lock(), threading.Event()
     monkeypatch.setattr(memory, "available", lambda: free[0])
     monkeypatch.setattr(pool, "_LOOK", 0.01)
     do = pool.Pool._do
@@ -257,7 +257,9 @@ def test_workers_step_back_while_memory_is_short(world: World, monkeypatch: pyte
         with lock:
             active[0] += 1
             most[0] = max(most[0], active[0])
-        time.sleep(0.005)
+            if active[0] > 1:
+                two.set()
+        two.wait(0.005 if free[0] == 1 << 20 else 100)  # time for another one to come
         do(self, *args)  # type: ignore[arg-type]
         with lock:
             active[0] -= 1

@@ -192,29 +192,31 @@ class World:
         return "" if snapshot(self.out) == self.right else "other bytes"
 
 
-_SLOWLY = """
-import signal, sys, time
-from streamconv.run import recorder
-from streamconv.run import output_folder
+_HELD = """
+import itertools, signal, sys, threading
+from streamconv.run import output_folder, pool, recorder
 from streamconv.cli import main, signals
 for number, means in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
     signal.signal(number, means)  # whoever runs the tests may ignore them: a shell's background job does
 signals.GRACE = 250  # on a busy machine, too
-push, seconds = output_folder.OutputFolder.write, float(sys.argv[1])
-def slow(self, *args):
+push, fail, count, stopped = output_folder.OutputFolder.write, pool.Pool.fail, itertools.count(1), threading.Event()
+def held(self, *args):
     push(self, *args)
-    time.sleep(seconds)
-output_folder.OutputFolder.write = slow
+    if next(count) >= 20:
+        stopped.wait()
+def stop(self, error):
+    stopped.set()
+    fail(self, error)
+output_folder.OutputFolder.write, pool.Pool.fail = held, stop
 recorder.BATCH_SECONDS = 0.05
-sys.argv = ["streamconv", *sys.argv[2:]]
 main.run()
 """
 
 
-def slowly(arguments: list[str], journal: Path, seconds: float = 0.01, tile_rows: int | None = None) -> subprocess.Popen[str]:
-    """A command whose every write takes `seconds` more, with some tiles in its journal and many to come."""
+def held(arguments: list[str], journal: Path, tile_rows: int | None = None) -> subprocess.Popen[str]:
+    """A command with some tiles in its journal and many to come: its 20th write ends when the run is stopped, however late that is."""
     environment = os.environ | ({"STREAMCONV_TILE_ROWS": str(tile_rows)} if tile_rows else {})
-    command = [sys.executable, "-c", _SLOWLY, str(seconds), *arguments]
+    command = [sys.executable, "-c", _HELD, *arguments]
     child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     while not (journal.exists() and journal.read_bytes().count(b"\n") > 5):
         assert child.poll() is None, child.communicate()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -65,15 +64,20 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def on_disk(folder: Path) -> int:
     """Bytes of all files in it, a link counted as none, and a file that is renamed meanwhile once."""
-    found: dict[int, int] = {}
-    for place, _, names in os.walk(folder):
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):
-                told = os.lstat(os.path.join(place, name))
-                if stat.S_ISREG(told.st_mode):
-                    found[told.st_ino] = told.st_size
-    return sum(found.values())
+    return sum({told.st_ino: told.st_size for _, told in _files(folder, os.lstat) if stat.S_ISREG(told.st_mode)}.values())
 
 
 def cached(tmp_path: Path) -> list[Path]:
-    return [path for path in (tmp_path / "home").rglob("*") if path.is_file() and path.stat().st_size > 20_000]
+    """Shards and links to them, also while a run brings and removes them."""
+    return [path for path, told in _files(tmp_path / "home", os.stat) if told.st_size > 20_000]
+
+
+def _files(folder: Path, look: Callable[[Path], os.stat_result]) -> Iterator[tuple[Path, os.stat_result]]:
+    """What is below a folder that another process changes."""
+    for place, _, names in os.walk(folder):
+        for path in (Path(place, name) for name in names):
+            try:
+                told = look(path)
+            except FileNotFoundError:
+                continue
+            yield path, told

@@ -56,12 +56,12 @@ class Hub:
         self.etags: dict[str, str] = {}
         self.headers: dict[str, str] = {}
         self.sent: Callable[[str, bytes, str | None], bytes] = lambda name, data, asked: data
-        hub = self
+        self.lock = threading.Lock()
+        """Each connection has a thread; two of one client may ask at once."""
 
         class Handler(_Handler):
-            pass
+            hub = self
 
-        Handler.hub = hub
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -87,7 +87,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(False)
 
     def do_GET(self) -> None:
-        self.hub.gets += 1
+        with self.hub.lock:
+            self.hub.gets += 1
         self._answer(True)
 
     def _error(self, status: int, code: str = "") -> None:
@@ -105,10 +106,9 @@ class _Handler(BaseHTTPRequestHandler):
         path = self.path.split("?")[0]
         self.hub.asked.append(path)
         self.hub.tokens.setdefault(self.headers["Host"].split(":")[0], set()).add(self.headers.get("Authorization") or "")
-        for mood in self.hub.moods:
-            if mood[0] in path and (self.command == "GET" or "blobs" not in mood[0]):
-                self.hub.moods.remove(mood)
-                return self._send(mood[1], mood[2], b"{}")
+        mood = self._mood(path)
+        if mood is not None:
+            return self._send(*mood, b"{}")
         for piece, (status, code) in self.hub.fail.items():
             if piece in path:
                 return self._error(status, code)
@@ -125,6 +125,13 @@ class _Handler(BaseHTTPRequestHandler):
         if found:
             return self._blob(found[1])
         return self._error(404, "EntryNotFound" if REPO in path else "RepoNotFound")
+
+    def _mood(self, path: str) -> tuple[int, dict[str, str]] | None:
+        with self.hub.lock:
+            for number, (piece, _, _) in enumerate(self.hub.moods):
+                if piece in path and (self.command == "GET" or "blobs" not in piece):
+                    return self.hub.moods.pop(number)[1:]
+        return None
 
     def _info(self) -> dict[str, Any]:
         siblings = []
@@ -163,11 +170,13 @@ class _Handler(BaseHTTPRequestHandler):
         (self.hub.whole.append(name) if asked is None else self.hub.ranges.append((name, asked)))
         if asked is None:
             self.hub.begun(name)
-        cut = self.hub.cuts.pop(name, None)
+        with self.hub.lock:
+            cut = self.hub.cuts.pop(name, None)
         if cut is not None:
             data = data[:cut]
+        with self.hub.lock:  # before the client has all of it, and may end
+            self.hub.served[name] = self.hub.served.get(name, 0) + len(data)
         self._send(status, headers, data)
-        self.hub.served[name] = self.hub.served.get(name, 0) + len(data)
         if cut is not None:
             self.wfile.flush()
             self.close_connection = True

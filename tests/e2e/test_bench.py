@@ -12,10 +12,9 @@ from safetensors import safe_open
 from streamconv.bench import command, machine, model
 from streamconv.cli.main import main
 
-EATER = (
-    f"{sys.executable} -S -c \"import shutil, time; held = bytearray(200 << 20); shutil.copytree('{{model}}', '{{out}}'); time.sleep(0.3)\""
-)
-"""It holds what it took for long enough to be seen: resident sets are looked at 50 times a second."""
+EATER = """{} -S -c "import os, shutil, time; held = bytearray(200 << 20); shutil.copytree('{{model}}', '{{out}}')
+while not os.path.exists('{}'): time.sleep(0.01)" """
+"""It holds what it took until that was seen."""
 
 
 @pytest.fixture
@@ -26,20 +25,29 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_conversion_beside_a_command_of_the_users_and_one_that_fails(
-    tmp_path: Path, quick: None, capsys: pytest.CaptureFixture[str]
+    tmp_path_factory: pytest.TempPathFactory, quick: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    tmp_path, seen, resident = tmp_path_factory.mktemp("work"), tmp_path_factory.mktemp("eater") / "seen", command._resident
     page = tmp_path / "page.html"
+    eater = EATER.format(sys.executable, seen).strip()
+
+    def looked(pid: int) -> int:
+        if (size := resident(pid)) >= 200 << 20:
+            seen.touch()
+        return size
+
+    monkeypatch.setattr(command, "_resident", looked)
     flags = ["--runs", "1", "--budget", "300MiB", "--quant", "none", "--work", str(tmp_path), "--report", str(page), "--json"]
-    assert main(["bench", "--shape", "llama-tiny", *flags, "--against", EATER, "--against", "false {model} {out}", "--warm"]) == 8
+    assert main(["bench", "--shape", "llama-tiny", *flags, "--against", eater, "--against", "false {model} {out}", "--warm"]) == 8
     told = json.loads(capsys.readouterr().out)
     ours, theirs, failing = told["jobs"]
     assert ours["limit"] == 300 << 20 and 30 << 20 < ours["peak"] <= 300 << 20 and told["cache"] == "warm"
-    assert 200 << 20 <= theirs["peak"] < 300 << 20 and theirs["name"] == EATER
+    assert 200 << 20 <= theirs["peak"] < 300 << 20 and theirs["name"] == eater
     assert all(job["status"] == 0 and len(job["seconds"]) == 1 and job["ratio"] > 0 for job in (ours, theirs))
     assert failing["status"] == 1 and failing["ratio"] is None
     beside = {each["name"]: each for each in ours["against"]}
-    assert beside[EATER]["faster"] == pytest.approx(theirs["seconds"][0] / ours["seconds"][0])
-    assert beside[EATER]["memory"] == pytest.approx(ours["peak"] / theirs["peak"])
+    assert beside[eater]["faster"] == pytest.approx(theirs["seconds"][0] / ours["seconds"][0])
+    assert beside[eater]["memory"] == pytest.approx(ours["peak"] / theirs["peak"])
     assert beside["false {model} {out}"] == {"name": "false {model} {out}", "faster": None, "memory": None}
     assert "Benchmark of llama-tiny" in page.read_text() and [path.name for path in tmp_path.iterdir()] == ["page.html"]
 
