@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
 from streamconv import memory
-from streamconv.open_plan import LOADS
+from streamconv.open_plan import KERNELS, loading
 from streamconv.options import Resources
 from streamconv.planning import memory_plan
 from streamconv.planning.memory_plan import MemoryPlan, TileCost
@@ -87,9 +86,8 @@ def estimate_memory(reads: Reads, resources: Resources, costs: Sequence[TileCost
         costs: `costs_of` the reads.
         spare: bytes that a run may differ; 0 in the run itself.
     """
-    loads = {"numpy": True, "numba": any(cost.kernel for cost in costs), "torch": any(cost.torch for cost in costs)}
-    base = memory.resident() + growth(reads)
-    base += sum(LOADS[name] for name, needed in loads.items() if needed and name not in sys.modules)
+    kernels, torch = (KERNELS if any(cost.kernel for cost in costs) else ()), (("torch",) if any(cost.torch for cost in costs) else ())
+    base = memory.resident() + growth(reads) + loading("numpy", *kernels, *torch)
     peak = max((plan.peak for plan in reads.plans), default=0)
     peak += peak // 32 + spare if peak and spare else 0
     return memory_plan.allocate(resources.memory_budget, resources.workers, base, most_expensive(reads, costs), spare=spare, least=peak)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from streamconv import device, memory
 from streamconv.allocation import costs_of, growth, least, load_kernels, most_expensive
+from streamconv.open_plan import KERNELS, loading
 from streamconv.options import Resources
 from streamconv.planning import memory_plan
 from streamconv.planning.memory_plan import MemoryPlan, TileCost
@@ -111,6 +112,8 @@ def executor(reads: Reads, resources: Resources, costs: Sequence[TileCost], take
     with contextlib.ExitStack() as closing:
         windows = closing.enter_context(mapped("pread" if backends else resources.read, reads, kernels))
         base = memory.resident() + taken + growth(reads)
+        if kernels and not backends:  # a run may meet one that is not on the disk
+            base += loading(*KERNELS)
         shares = memory_plan.allocate(resources.memory_budget, workers, base, most_expensive(reads, costs), best)
         made = Execution(reads, resources, ", ".join(choice.devices) or f"cpu ({instead or choice.why})", costs, shares, windows)
         if backends:

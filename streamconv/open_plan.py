@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -16,12 +17,19 @@ from streamconv.planning.plan import Plan
 from streamconv.run.source_record import record_of
 from streamconv.targets.base import Output, Target
 
-LOADS = {"numpy": 30 * memory.MIB, "numba": 160 * memory.MIB, "torch": 300 * memory.MIB}
-"""Bytes that loading a library takes, compiled kernels and what comes with it included (measured, rounded up); a run measures its own."""
+_LOADS = {"numpy": 30 * memory.MIB, "llvmlite": 80 * memory.MIB, "numba": 80 * memory.MIB, "torch": 300 * memory.MIB}
+"""Bytes that loading a library takes, what comes with it included (measured, rounded up); a run measures its own."""
+KERNELS = ("llvmlite", "numba")
+"""What compiled kernels need; the second only where one is not on the disk yet."""
 _LITTLE = 64 * memory.MIB
 """Bytes that planning may take whatever the budget is; Python and the headers of nearly every model take less together."""
 _UNSEEN = 16 * memory.MIB
 """What planning may take without being counted apart: tiles have more beside them."""
+
+
+def loading(*libraries: str) -> int:
+    """Bytes that loading these takes, as far as they are not loaded."""
+    return sum(_LOADS[name] for name in libraries if name not in sys.modules)
 
 
 def open_and_plan(
@@ -79,5 +87,5 @@ def _bounded(source: str | Path, targets: Sequence[Target], budget: int | None) 
         try:
             yield
         except BudgetError as error:
-            error.hint = f"a budget of {-(-(enough + sum(LOADS.values())) // memory.MIB)}MiB is enough to plan it and to begin"
+            error.hint = f"a budget of {-(-(enough + loading(*_LOADS)) // memory.MIB)}MiB is enough to plan it and to begin"
             raise

@@ -113,12 +113,14 @@ def convert(
     """
     from streamconv import api
     from streamconv.calibration.before import measured
-    from streamconv.cli import convert_view, pages_view, several
+    from streamconv.cli import convert_view, several
     from streamconv.cli.shared_work import on_ray
     from streamconv.cli.watching import watching
     from streamconv.targets.hf.target import HuggingFace
     from streamconv.targets.trtllm.options import TensorRTLLM
 
+    if report:
+        from streamconv.cli import pages_view
     if quiet or as_json:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if text and hub_keep == "none":

@@ -4,85 +4,69 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
+import json
 import os
-import pickle
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-import llvmlite
-import numba
-from numba.core.caching import _Cache
-from numba.core.compiler import CompileResult
-from numba.core.serialize import dumps
+from llvmlite import __version__, binding
 
-from streamconv.cache_folder import is_own
-
-_dumps: Any = dumps
-_rebuild: Any = CompileResult._rebuild
-_VERSIONS = (sys.version, numba.__version__, llvmlite.__version__)
+from streamconv.cache_folder import cache_folder, is_own
 
 
-class KernelCache(_Cache):
-    """The compiled versions of one function, a file each: SHA-256 of the rest, then a pickle of numba's.
+class Code(NamedTuple):
+    """A compiled function.
 
-    Numba's own cache believes its files: a flipped bit is a traceback, or another kernel.
-
-    Args:
-        folder: a `cache_folder`.
-        function: what is compiled.
+    Attributes:
+        symbol: its name in `machine`, an object file.
+        returns: types of what it gives, as numba names them; a string for one that is not a tuple, None for nothing.
+        alone: needs nothing of the process that compiled it.
     """
 
-    def __init__(self, folder: Path, function: Callable[..., Any]) -> None:
-        self._folder, self._name = folder, f"{function.__module__}.{function.__qualname__}"
-
-    @property
-    def cache_path(self) -> str:
-        return str(self._folder)
-
-    def load_overload(self, sig: Any, target_context: Any) -> Any:
-        """The compiled version for argument types, None if there is none that can be used."""
-        target_context.refresh()
-        path = self._path(sig, target_context.codegen())
-        try:
-            content = _read(path)
-            return _rebuild(target_context, *pickle.loads(content)) if content is not None else None
-        except Exception:  # the pickle of another world
-            return None
-
-    def save_overload(self, sig: Any, data: Any) -> None:
-        """Keep a compiled version, if there is room."""
-        if data.library.has_dynamic_globals or any(not lifted.can_cache for lifted in data.lifted):
-            return
-        content = _dumps(data._reduce())
-        path = self._path(sig, data.codegen)
-        new = path.with_name(f".{path.name}.{os.getpid()}")
-        with contextlib.suppress(OSError):
-            try:
-                with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "wb") as file:
-                    file.write(hashlib.sha256(content).digest() + content)
-                os.replace(new, path)
-            except BaseException:
-                new.unlink(missing_ok=True)
-                raise
-
-    def enable(self) -> None:
-        """Always."""
-
-    def disable(self) -> None:
-        """Never."""
-
-    def flush(self) -> None:
-        """Nothing waits."""
-
-    def _path(self, sig: Any, codegen: Any) -> Path:
-        key = repr((_VERSIONS, self._name, sig, codegen.magic_tuple()))
-        return self._folder / f"{self._name.rpartition('.')[2]}-{hashlib.sha256(key.encode()).hexdigest()[:24]}"
+    symbol: str
+    returns: list[str] | str | None
+    machine: bytes
+    alone: bool = True
 
 
-def _read(path: Path) -> bytes | None:
-    """What was kept, None if it is not there or is not what was written."""
+def kept(name: str, types: str, compile_it: Callable[[], Code]) -> Code:
+    """The compiled function for these types of arguments, from the disk if it is there."""
+    folder = kernel_folder()
+    if folder is None:
+        return compile_it()
+    path = folder / f"{name}-{hashlib.sha256(f'{name} {types} {_circumstances()}'.encode()).hexdigest()[:24]}"
+    found = _read(path)
+    if found is None:
+        found = compile_it()
+        if found.alone:
+            _write(path, found)
+    return found
+
+
+@cache
+def kernel_folder() -> Path | None:
+    """A folder of its own for every state of the kernels: a function is compiled together with those that it calls."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return cache_folder(os.path.join("numba", digest.hexdigest()[:16]), os.environ.get("NUMBA_CACHE_DIR"))
+
+
+@cache
+def _circumstances() -> str:
+    """What else decides the code: interpreter, compiler and its settings, processor."""
+    found = importlib.util.find_spec("numba")
+    numba = os.stat(found.origin).st_mtime_ns if found and found.origin else 0  # to ask for its version would load it
+    settings = sorted(item for item in os.environ.items() if item[0].startswith("NUMBA_") and item[0] != "NUMBA_CACHE_DIR")
+    return repr((sys.version, __version__, numba, settings, binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten()))
+
+
+def _read(path: Path) -> Code | None:
+    """What was kept, None if it is not there or is not what was written: SHA-256 of the rest, a line of JSON, the object file."""
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
             if not is_own(os.fstat(file.fileno())):
@@ -90,4 +74,21 @@ def _read(path: Path) -> bytes | None:
             data = file.read()
     except OSError:
         return None
-    return data[32:] if hashlib.sha256(data[32:]).digest() == data[:32] else None
+    if hashlib.sha256(data[32:]).digest() != data[:32]:
+        return None
+    head, _, machine = data[32:].partition(b"\n")
+    symbol, returns = json.loads(head)
+    return Code(symbol, returns, machine)
+
+
+def _write(path: Path, code: Code) -> None:
+    content = json.dumps([code.symbol, code.returns]).encode() + b"\n" + code.machine
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    with contextlib.suppress(OSError):
+        try:
+            with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "wb") as file:
+                file.write(hashlib.sha256(content).digest() + content)
+            os.replace(new, path)
+        except BaseException:
+            new.unlink(missing_ok=True)
+            raise

@@ -7,8 +7,6 @@ table of machine words of its own; `on_fault` with signal number 0 gives that ta
 from __future__ import annotations
 
 import ctypes
-import threading
-from functools import cache
 from typing import Any
 
 from llvmlite import ir
@@ -16,7 +14,6 @@ from numba import types
 from numba.extending import intrinsic
 
 from streamconv.checkpoint.fault_guard import MOST, Slot, Table
-from streamconv.kernels.jit import callback
 
 _MMAP, _SIGACTION, _THROW, _OLD, _DEFAULT, _ONCE, _PAGE, _SLOTS = (
     getattr(Table, name).offset for name in ("mmap", "sigaction", "throw", "old", "default", "once", "page", "slots")
@@ -74,7 +71,10 @@ def _call(typing: Any, function: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f:
     return types.uint64(*[types.uint64] * 7), code
 
 
-def _on_fault(number: int, info: int, context: int) -> None:
+SIGNATURE = types.void(types.int32, types.uint64, types.uint64)
+
+
+def on_fault(number: int, info: int, context: int) -> None:
     table = _table()
     if number == 0:
         _store(info, 0, table)
@@ -98,20 +98,3 @@ def _on_fault(number: int, info: int, context: int) -> None:
         return
     _call(_load(table, _SIGACTION), number, _load(table, _DEFAULT), 0, 0, 0, 0)
     _call(_load(table, _THROW), number, 0, 0, 0, 0, 0)  # waits until we return
-
-
-_lock = threading.Lock()
-
-
-def handler() -> tuple[int, int]:
-    """(address of the handler, address of its table), the same at each call; compiled at the first."""
-    with _lock:
-        return _compiled()
-
-
-@cache
-def _compiled() -> tuple[int, int]:
-    address = callback(types.void(types.int32, types.uint64, types.uint64), _on_fault)
-    told = ctypes.c_uint64()
-    ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)(address)(0, ctypes.addressof(told), None)
-    return address, told.value

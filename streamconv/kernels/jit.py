@@ -1,84 +1,148 @@
-"""Numba, set up so that kernels release the interpreter lock, are cached, and never fail for want of a cache folder."""
+"""Kernels: compiled by numba for the types of their arguments, kept on the disk, and called without numba from then on."""
 
 from __future__ import annotations
 
-import hashlib
-import importlib
-import os
+import ctypes
+import threading
 from collections.abc import Callable
-from pathlib import Path
+from functools import cache, cached_property, update_wrapper
 from typing import Any
 
-from streamconv.cache_folder import cache_folder
+import numpy as np
+from llvmlite import binding
 
-_CONFIG = ".numba_config.yaml"
+from streamconv.kernels.cache import Code, kept
 
-
-def _import_numba() -> None:
-    """Numba takes settings from the current folder, at its import and later, and that may be a downloaded model."""
-    here = os.open(os.curdir, os.O_RDONLY | os.O_DIRECTORY) if os.path.lexists(_CONFIG) else None
-    try:
-        if here is not None:
-            os.chdir(os.sep)
-        importlib.import_module("numba.core.config").__dict__["_config_fname"] = os.devnull
-    finally:
-        if here is not None:
-            os.fchdir(here)
-            os.close(here)
+_WORD, _ADDRESS = ctypes.c_int64, ctypes.c_void_p
+_C = {"int": _WORD, "bool": ctypes.c_bool, "float": ctypes.c_double} | {
+    name: getattr(ctypes, f"c_{name}") for name in (f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
+}
+_C |= {"float32": ctypes.c_float, "float64": ctypes.c_double}
+_lock = threading.RLock()
 
 
-_import_numba()
+@cache
+def _engine() -> Any:
+    """What puts machine code into memory; what kernels allocate with is there."""
 
-import numba  # noqa: E402
-from numba.extending import intrinsic  # noqa: E402
+    def compile_it() -> Code:
+        from streamconv.kernels import compiler
+
+        return compiler.compile_allocation()
+
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    made = binding.create_mcjit_compiler(binding.parse_assembly(""), binding.Target.from_default_triple().create_target_machine(jit=True))
+    made.add_object_file(binding.ObjectFileRef.from_data(kept("allocation", "", compile_it).machine))
+    return made
 
 
-def _kernel_folder() -> Path | None:
-    """A folder of its own for every state of the kernels: a function is compiled together with those that it calls."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    return cache_folder(os.path.join("numba", digest.hexdigest()[:16]), os.environ.get("NUMBA_CACHE_DIR"))
+def address(name: str, types: str, compile_it: Callable[[], Code]) -> tuple[int, Code]:
+    """Where a compiled function lies, and what it is; for good."""
+    with _lock:
+        code = kept(name, types, compile_it)
+        _engine().add_object_file(binding.ObjectFileRef.from_data(code.machine))
+        _engine().finalize_object()
+        return _engine().get_function_address(code.symbol), code
 
 
-_FOLDER = _kernel_folder()
+class Compiled:
+    """A kernel; it releases the interpreter lock.
+
+    Takes arrays, numbers and numpy's numbers; gives a number, a tuple of them, or nothing.
+
+    Attributes:
+        calls: the versions that are in memory, by the types of their arguments.
+
+    Raises:
+        MemoryError: there is no room for an array that the kernel makes.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        update_wrapper(self, function)
+        self._function = function
+        self.calls: dict[tuple[Any, ...], Callable[[tuple[Any, ...]], Any]] = {}
+
+    @cached_property
+    def _dispatcher(self) -> Any:
+        from streamconv.kernels import compiler
+
+        return compiler.dispatcher(self._function)
+
+    @property
+    def _numba_type_(self) -> Any:
+        """How numba sees this name in another kernel."""
+        return self._dispatcher._numba_type_
+
+    def __call__(self, *arguments: Any) -> Any:
+        kinds = tuple([_kind(value) for value in arguments])
+        call = self.calls.get(kinds)
+        if call is None:
+            call = self.calls[kinds] = self._load(kinds, arguments)
+        return call(arguments)
+
+    def _load(self, kinds: tuple[Any, ...], arguments: tuple[Any, ...]) -> Callable[[tuple[Any, ...]], Any]:
+        def compile_it() -> Code:
+            from streamconv.kernels import compiler
+
+            return compiler.compile_kernel(self._dispatcher, arguments)
+
+        where, code = address(f"{self._function.__module__.rpartition('.')[2]}.{self._function.__name__}", repr(kinds), compile_it)
+        return _call(where, code, kinds)
 
 
 def jit(function: Callable[..., Any]) -> Any:
-    """Compile on first use, once per argument types; cached on disk where that is possible."""
-    return _cached(numba.njit(nogil=True, error_model="numpy")(function), function)
+    """Compile on first use, once for each list of types of arguments."""
+    return Compiled(function)
 
 
-def callback(signature: Any, function: Callable[..., Any]) -> int:
-    """Address of a C function that never enters the interpreter; compiled here and now, and cached like a kernel."""
-    from numba.core.ccallback import CFunc
-
-    made: Any = _cached(CFunc(function, (signature.args, signature.return_type), {}, {"error_model": "numpy"}), function)
-    made.compile()
-    return int(made.address)
+def _kind(value: Any) -> Any:
+    """What the machine code for an argument depends on."""
+    if isinstance(value, np.ndarray):
+        return value.dtype.str, value.ndim, value.flags.num & _LAYOUT
+    return value.dtype.name if isinstance(value, np.generic) else type(value).__name__
 
 
-def _cached(compiled: Any, function: Callable[..., Any]) -> Any:
-    if _FOLDER is not None:
-        try:
-            from streamconv.kernels.cache import KernelCache
-        except ImportError:  # a numba that is made otherwise inside
-            return compiled
-        compiled._cache = KernelCache(_FOLDER, function)
-    return compiled
+_LAYOUT = 0x1 | 0x2 | 0x100 | 0x400
+"""numpy's C_CONTIGUOUS, F_CONTIGUOUS, ALIGNED, WRITEABLE."""
 
 
-def _reinterpret(source: Any, target: Any) -> Any:
-    """A function for kernels that takes a scalar's bits for another type."""
+def _call(where: int, code: Code, kinds: tuple[Any, ...]) -> Callable[[tuple[Any, ...]], Any]:
+    """Calls a function as numba's own code would: status f(place of the result, place of an exception, arguments...).
 
-    def made(context: Any, value: Any) -> Any:
-        def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return builder.bitcast(args[0], context.get_value_type(target))
+    An array is six things: its owner, its object, elements, bytes of one, address, shape, strides.
+    """
+    named = [code.returns] if isinstance(code.returns, str) else code.returns or []
+    names = [f"r{number}" for number in range(len(named))]
+    result: Any = type("Result", (ctypes.Structure,), {"_fields_": list(zip(names, map(_C.__getitem__, named), strict=True))})
+    flat: list[Any] = []
+    for kind in kinds:
+        flat += [_C[kind]] if isinstance(kind, str) else [_ADDRESS, _ADDRESS, _WORD, _WORD, _ADDRESS, *[_WORD] * (2 * kind[1])]
+    function = ctypes.CFUNCTYPE(ctypes.c_int32, _ADDRESS, _ADDRESS, *flat)(where)
 
-        return target(source), code
+    def call(arguments: tuple[Any, ...]) -> Any:
+        given: list[Any] = []
+        for value in arguments:
+            if isinstance(value, np.ndarray):
+                given += (None, None, value.size, value.itemsize, value.ctypes.data, *value.shape, *value.strides)
+            else:
+                given.append(value.item() if isinstance(value, np.generic) else value)
+        made, error = result(), _ADDRESS()
+        if function(ctypes.addressof(made), ctypes.addressof(error), *given):
+            raise MemoryError("no room for what a kernel works on")
+        values = [getattr(made, name) for name in names]
+        return None if not values else values[0] if isinstance(code.returns, str) else tuple(values)
 
-    return intrinsic(made)
+    return call
 
 
-float_of = _reinterpret(numba.types.uint32, numba.types.float32)
-bits_of = _reinterpret(numba.types.float32, numba.types.uint32)
+@jit
+def float_of(bits: np.uint32) -> Any:
+    """The float32 that has these bits."""
+    return np.uint32(bits).view(np.float32)
+
+
+@jit
+def bits_of(value: np.float32) -> Any:
+    """The bits of a float32."""
+    return np.float32(value).view(np.uint32)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from streamconv import __version__
@@ -21,6 +20,8 @@ def processors() -> int:
 
 def facts() -> dict[str, str]:
     """Processor, memory, kernel and versions, by what they are; none of the packages is imported."""
+    from importlib.metadata import PackageNotFoundError, version
+
     import psutil
 
     name = platform.machine()

@@ -64,7 +64,7 @@ def mapped(read: Read, reads: Reads, kernels: bool) -> Iterator[Mapped | None]:
         try:
             if not known_platform():
                 raise OSError("unknown platform")
-            from streamconv.kernels.fault_code import handler
+            from streamconv.kernels.fault import handler
 
             guard = stack.enter_context(FaultGuard(*handler()))
         except (OSError, ImportError, AttributeError):

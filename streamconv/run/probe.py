@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import random
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -74,6 +73,6 @@ def _rate(sample: Callable[[int], int], seconds: float) -> float:
         now = time.monotonic()
         rates.append(count / max(now - began, 1e-9))
         if not count or now >= until:
-            return statistics.median(rates)
+            return sorted(rates)[len(rates) // 2]
         if now - began < _LONG and pieces < _MOST:
             pieces, rates = 2 * pieces, []

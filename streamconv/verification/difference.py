@@ -6,7 +6,6 @@ Both sides are streamed in blocks of elements, a quantized weight as float32 val
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ from streamconv.checkpoint.stored_codes import as_float
 from streamconv.errors import BudgetError, printable
 from streamconv.lazy import np
 from streamconv.natural import natural
-from streamconv.open_plan import LOADS
+from streamconv.open_plan import KERNELS, loading
 from streamconv.planning import memory_plan
 from streamconv.progress import Meter, unwatched
 from streamconv.targets.hf.sources import Weight
@@ -127,7 +126,7 @@ def opened(a: str, b: str, budget: int | None) -> tuple[Side, Side]:
             return sides if alike else (settled(sides[0]), settled(sides[1]))
     except BudgetError as error:
         told = sum(description_size(Path(side)) for side in (a, b))
-        enough = memory.resident() + LOADS["numba"] + memory_plan.MARGIN + _BLOCK * ELEMENT + _HEADERS * told
+        enough = memory.resident() + loading(*KERNELS) + memory_plan.MARGIN + _BLOCK * ELEMENT + _HEADERS * told
         error.hint = f"a budget of {-(-enough // memory.MIB)}MiB is enough to begin"
         raise
 
@@ -154,7 +153,7 @@ class _Steps:
 
         self._total = memory_plan.default_budget() if budget is None else budget
         decodes = any(not isinstance(weight, SourceTensor) for side in sides for weight in side.weights.values())
-        load = LOADS["numba"] if decodes and "numba" not in sys.modules else 0
+        load = loading(*KERNELS) if decodes else 0
         self._base = memory.resident() + load + memory_plan.MARGIN
 
     def of(self, name: str, a: Weight, b: Weight) -> int:

@@ -230,7 +230,7 @@ def test_a_nested_output_is_not_swept_away(model: Path, tmp_path: Path, monkeypa
 
 
 def test_the_kernel_cache_is_private_whatever_the_umask(tmp_path: Path) -> None:
-    code = "import os; os.umask(0); from streamconv.kernels import jit; print(jit._kernel_folder())"
+    code = "import os; os.umask(0); from streamconv.kernels import cache; print(cache.kernel_folder())"
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
     said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert Path(said.stdout.strip()).stat().st_mode & 0o077 == 0

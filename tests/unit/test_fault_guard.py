@@ -18,7 +18,7 @@ WORLD = """
 import ctypes, faulthandler, mmap, os, signal, sys
 import numpy as np
 from streamconv.checkpoint.fault_guard import FaultGuard
-from streamconv.kernels.fault_code import handler
+from streamconv.kernels.fault import handler
 
 def cut(pages=4):
     fd = os.memfd_create("cut")
@@ -118,7 +118,7 @@ cut()[0].sum()  # the old handler is back
 
 
 def test_more_than_fit_are_not_guarded() -> None:
-    from streamconv.kernels.fault_code import handler
+    from streamconv.kernels.fault import handler
 
     with FaultGuard(*handler()) as guard:
         slots = [guard.take(PAGE * number, PAGE * number + 1) for number in range(1, MOST + 1)]

@@ -38,7 +38,7 @@ JOBS = {"int8": TensorRTLLM(quant="int8", target_sm=80), "cast": TensorRTLLM(dty
 
 @pytest.fixture
 def guard() -> Any:
-    from streamconv.kernels.fault_code import handler
+    from streamconv.kernels.fault import handler
 
     with FaultGuard(*handler()) as made:
         yield made

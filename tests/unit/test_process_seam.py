@@ -29,7 +29,6 @@ ALLOWED = {
     ("run/pool.py", "STARTS"): {"Thread"},  # the type
     ("run/recorder.py", "STARTS"): {"Thread"},  # the type
     ("memory_trace.py", "STARTS"): {"Thread"},  # the type
-    ("kernels/cache.py", "RUNS"): {"pickle"},  # files that nobody else can write, checked by hash
     ("hub/push.py", "TALKS"): {"stderr"},  # whether somebody watches
     ("hub/repo.py", "TALKS"): {"stderr"},  # whether somebody watches
     ("cli/output.py", "TALKS"): {"print", "stdout", "stderr"},
