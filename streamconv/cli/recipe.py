@@ -123,7 +123,7 @@ def _parse(file: Path) -> dict[Any, Any]:
     except UnicodeDecodeError as error:
         raise UsageError(f"{name}: {error}") from None
     try:
-        found = _toml(text) if file.suffix.lower() == ".toml" else _yaml(text)
+        found = _from_toml(text) if file.suffix.lower() == ".toml" else _yaml(text)
     except RecursionError:
         raise UsageError(f"{name} is nested too deeply: a recipe has one line for each flag") from None
     except (ValueError, ArithmeticError, TypeError, LookupError, AttributeError) as error:  # what parsers make of odd numbers and dates
@@ -135,7 +135,7 @@ def _parse(file: Path) -> dict[Any, Any]:
     return found
 
 
-def _toml(text: str) -> Any:
+def _from_toml(text: str) -> Any:
     if sys.version_info >= (3, 11):
         import tomllib
     else:
