@@ -58,7 +58,6 @@ class Index:
         assembled: for a Meta source, the same tensors with all their blocks; None for Hugging Face.
         unlisted: tensors that the index file does not list.
         absent: tensors that the index file lists and no file holds.
-        wrapped: `config` is that of the language model inside a multimodal model, and not config.json.
         notes: what the user should know of how the source was read.
         left_behind: what a target of another kind does not take over, in words.
         beside: files that the Hub lists, weights too; None for a folder, which is looked through instead.
@@ -75,7 +74,6 @@ class Index:
     assembled: dict[str, ShardedTensor] | None = None
     unlisted: frozenset[str] = frozenset()
     absent: tuple[str, ...] = ()
-    wrapped: bool = False
     notes: tuple[str, ...] = ()
     beside: tuple[Beside, ...] | None = None
     repo: str | None = None

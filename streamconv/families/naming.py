@@ -68,7 +68,7 @@ def settle(index: Index) -> Index:
         more = [*more, told]
     unlisted = frozenset(new.get(name, name) for name in index.unlisted)
     return dataclasses.replace(
-        index, config=config, tensors=tensors, wrapped=wrapped, unlisted=unlisted, notes=(*index.notes, *notes, *more)
+        index, config=config, tensors=tensors, unlisted=unlisted, notes=(*index.notes, *notes, *more)
     )
 
 

@@ -88,16 +88,13 @@ def default_reason(name: str) -> str:
     return ""
 
 
-def classify(
-    shapes: Mapping[str, tuple[int, ...]], ignore: Sequence[str], only: Sequence[str], also: Mapping[str, str] | None = None
-) -> list[Module]:
+def classify(shapes: Mapping[str, tuple[int, ...]], ignore: Sequence[str], only: Sequence[str]) -> list[Module]:
     """The fate of every 2-D `X.weight`.
 
     Args:
         shapes: tensor name -> shape, of the floating-point tensors.
         ignore: patterns of modules to leave as they are, beside those left by default.
         only: patterns of the modules to quantize, those left by default too; none of the others.
-        also: module -> reason to leave it, of the format asked for.
 
     Returns:
         In the order of `shapes`. Nothing that is left by default has been asked for with `only`.
@@ -110,7 +107,7 @@ def classify(
         reason = "" if matches(name, only) else "not named by --only" if only else default_reason(name)
         if matches(name, ignore):
             reason = "named by --ignore"
-        found.append(Module(name, *shape, reason or (also or {}).get(name, "")))
+        found.append(Module(name, *shape, reason))
     return found
 
 

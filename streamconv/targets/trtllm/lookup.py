@@ -49,8 +49,8 @@ class TensorLookup:
     def __post_init__(self) -> None:
         self.found, self._unmatched = match(self.family, self.tensors)
 
-    def has(self, role: str, layer: int = -1, expert: int = -1) -> bool:
-        return (role, layer, expert) in self.found
+    def has(self, role: str, layer: int = -1) -> bool:
+        return (role, layer, -1) in self.found
 
     def require(self, role: str, shape: tuple[int, ...], layer: int = -1, expert: int = -1) -> SourceTensor | None:
         """The tensor of a role. Missing or of another shape: None, and a line in `problems`."""

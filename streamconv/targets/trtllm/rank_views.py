@@ -42,7 +42,7 @@ class Imagined(TensorLookup):
     dtype: DType = MODEL_DTYPES["float16"]
     asked: dict[str, SourceTensor] = field(default_factory=dict)
 
-    def has(self, role: str, layer: int = -1, expert: int = -1) -> bool:
+    def has(self, role: str, layer: int = -1) -> bool:
         return not role.startswith("experts_") and role in self.family.tensors
 
     def require(self, role: str, shape: tuple[int, ...], layer: int = -1, expert: int = -1) -> SourceTensor | None:
