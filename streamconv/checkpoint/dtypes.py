@@ -73,5 +73,7 @@ I32, I64, F8_E4M3 = DTYPES["I32"], DTYPES["I64"], DTYPES["F8_E4M3"]
 
 BY_TORCH_NAME: dict[str, DType] = {d.torch: d for d in DTYPES.values()}
 
+FLOATS = ("F32", "F16", "BF16")
+"""Names of the types of a weight that is not quantized."""
 MODEL_DTYPES: dict[str, DType] = {d.torch: d for d in (F16, BF16, F32)}
 """What `dtype` in a TensorRT-LLM config.json may be."""

@@ -241,6 +241,9 @@ class Draft:
         """Rows given so far."""
         return self._matrices.filled(matrix)
 
+    def side_file(self, name: str, data: bytes) -> None:
+        self.side_files.append(SideFile(name, len(data), data))
+
     def constant(self, file: int, name: str, dtype: DType, shape: tuple[int, ...], data: bytes) -> None:
         """Add a small tensor whose bytes are known.
 

@@ -41,6 +41,19 @@ BY_ROLE = ByRole()
 
 
 @dataclass(frozen=True, slots=True)
+class Named:
+    """The module's name alone, with this shape."""
+
+    recorded: tuple[int, ...]
+
+    def name(self, module: str, role: str) -> str:
+        return module
+
+    def shape(self, part: Part, rows: int, cols: int) -> tuple[int, ...]:
+        return self.recorded
+
+
+@dataclass(frozen=True, slots=True)
 class Form:
     """What matrices that differ in file and name alone share: [rows, cols], or [experts, rows, cols]."""
 

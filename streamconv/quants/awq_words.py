@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from streamconv.checkpoint.dtypes import F16, I8, I32, DType
+from streamconv.checkpoint.dtypes import F16, FLOATS, I8, I32, DType
 from streamconv.checkpoint.packed_rows import AWQ_POSITION
 from streamconv.kernels.launch import awq_given_kernel, awq_kernel, awq_scale_kernel
 from streamconv.lazy import torch
 from streamconv.quants.base import Codec, EncodeStats, Kernel, Part
 from streamconv.quants.int_group import IntGroup
-from streamconv.quants.rounding import FLOATS, divided, finite_rows, half_ulp, rounded
+from streamconv.quants.rounding import divided, finite_rows, half_ulp, rounded
 
 _CHANNELS = [AWQ_POSITION.index(nibble) for nibble in range(8)]
 _MIDDLE = 8

@@ -6,12 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from streamconv.checkpoint.dtypes import F8_E4M3, F32, DType
+from streamconv.checkpoint.dtypes import F8_E4M3, F32, FLOATS, DType
 from streamconv.checkpoint.stored_codes import as_float
 from streamconv.kernels.launch import fp8_kernel
 from streamconv.lazy import torch
 from streamconv.quants.base import Codec, EncodeStats, Kernel, Part
-from streamconv.quants.rounding import FLOATS, HALF_ULP, divided, half_ulp, rounded
+from streamconv.quants.rounding import HALF_ULP, divided, half_ulp, rounded
 from streamconv.quants.screen import Screen, around, slack
 
 _LARGEST = 448.0

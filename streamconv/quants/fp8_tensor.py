@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from streamconv.checkpoint.dtypes import F8_E4M3, F32, DType
+from streamconv.checkpoint.dtypes import F8_E4M3, F32, FLOATS, DType
 from streamconv.kernels.launch import fp8_tensor_kernel, weight_maximum
 from streamconv.lazy import Array, np, torch
 from streamconv.quants.base import Codec, EncodeStats, Kernel, Known, Part, ReduceKernel, Reduction
 from streamconv.quants.computed import Computed
-from streamconv.quants.rounding import FLOATS, half_ulp
+from streamconv.quants.rounding import half_ulp
 from streamconv.quants.screen import Screen, slack
 
 LARGEST = 448.0

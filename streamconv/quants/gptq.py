@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from streamconv.checkpoint.dtypes import I8, DType
+from streamconv.checkpoint.dtypes import FLOATS, I8, DType
 from streamconv.kernels.launch import group_scales_kernel, packed_kernel
 from streamconv.lazy import torch
 from streamconv.quants.base import Codec, EncodeStats, Kernel, Part
@@ -115,7 +115,7 @@ class GroupScales(Codec):
         return torch.cat([scale, factor.float().abs() * scale + half_ulp(factor * stored.float() * 1.01, self.dtype)], 1)
 
     def kernel(self, source: DType) -> Kernel | None:
-        if self.source.name not in ("F32", "F16", "BF16") or self.dtype.itemsize != 2:
+        if self.source.name not in FLOATS or self.dtype.itemsize != 2:
             return None
         return group_scales_kernel(self.source, self.dtype, self.bits, self.shuffled, self.middle)
 

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from streamconv.checkpoint.dtypes import F32, I8, I32, U8, DType
+from streamconv.checkpoint.dtypes import F32, FLOATS, I8, I32, U8, DType
 from streamconv.checkpoint.stored_codes import as_float
 from streamconv.kernels.launch import int_group_kernel
 from streamconv.lazy import np, torch
 from streamconv.quants.base import Codec, EncodeStats, Kernel, Part
-from streamconv.quants.rounding import FLOATS, HALF_ULP, divided, finite_rows, half_ulp, rounded
+from streamconv.quants.rounding import HALF_ULP, divided, finite_rows, half_ulp, rounded
 from streamconv.quants.screen import Codes, Screen, around, slack
 
 Packing = Literal["bytes", "words", "pairs"]

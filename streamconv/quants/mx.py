@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from streamconv.checkpoint.dtypes import F8_E4M3, F32, U8, DType
+from streamconv.checkpoint.dtypes import F8_E4M3, F32, FLOATS, U8, DType
 from streamconv.checkpoint.stored_codes import as_float
 from streamconv.kernels.launch import mx_kernel
 from streamconv.lazy import torch
 from streamconv.quants.base import Codec, EncodeStats, Kernel, Part
 from streamconv.quants.e2m1 import e2m1_codes, e2m1_values, pack_nibbles, unpack_nibbles
-from streamconv.quants.rounding import FLOATS, finite_rows, half_ulp
+from streamconv.quants.rounding import finite_rows, half_ulp
 from streamconv.quants.screen import Screen
 
 GROUP = 32

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from streamconv.checkpoint.dtypes import F8_E4M3, F32, U8, DType
+from streamconv.checkpoint.dtypes import F8_E4M3, F32, FLOATS, U8, DType
 from streamconv.checkpoint.stored_codes import as_float
 from streamconv.kernels.launch import nvfp4_kernel
 from streamconv.lazy import Array, Bytes, np, torch
 from streamconv.quants.base import Codec, EncodeStats, Kernel, Known, Part
 from streamconv.quants.computed import Computed
 from streamconv.quants.e2m1 import e2m1_codes, e2m1_values, pack_nibbles, unpack_nibbles
-from streamconv.quants.rounding import FLOATS, divided, finite_rows, half_ulp, rounded
+from streamconv.quants.rounding import divided, finite_rows, half_ulp, rounded
 from streamconv.quants.screen import Screen, around
 
 GROUP = 16

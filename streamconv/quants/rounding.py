@@ -16,7 +16,6 @@ def half_ulp(values: torch.Tensor, dtype: DType) -> torch.Tensor:
     return (values.float().abs() * relative).clamp(min=least)
 
 
-FLOATS = ("F32", "F16", "BF16")
 """What weights are stored in before they are quantized."""
 
 

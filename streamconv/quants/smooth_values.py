@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from streamconv.checkpoint.dtypes import F32, DType
+from streamconv.checkpoint.dtypes import F32, FLOATS, DType
 from streamconv.kernels.launch import divided_kernel
 from streamconv.lazy import Array, np, torch
 from streamconv.quants.base import Codec, EncodeStats, Kernel, Known, Part
 from streamconv.quants.computed import Computed
 from streamconv.quants.rounding import half_ulp
-from streamconv.quants.smoothing import COLUMN_BYTES, FLOATS, Bound, Smoother, bound_to, one_scale, output_scale, unbound
+from streamconv.quants.smoothing import COLUMN_BYTES, Bound, Smoother, bound_to, one_scale, output_scale, unbound
 
 
 @dataclass(frozen=True)

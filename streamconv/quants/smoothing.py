@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
 from streamconv.checkpoint.activation_ranges import Ranges
-from streamconv.checkpoint.dtypes import DType
+from streamconv.checkpoint.dtypes import FLOATS, DType
 from streamconv.errors import DataError, printable
 from streamconv.kernels.launch import input_channel_amax_kernel
 from streamconv.lazy import Array, np, torch
@@ -35,7 +35,6 @@ class InputChannelAmax(Reduction):
         return input_channel_amax_kernel(source) if source.name in FLOATS else None
 
 
-FLOATS = ("F32", "F16", "BF16")
 """Source types that have kernels."""
 
 _LEAST = 1e-5

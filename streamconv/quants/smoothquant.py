@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from streamconv.checkpoint.dtypes import F16, F32, I8, DType
+from streamconv.checkpoint.dtypes import F16, F32, FLOATS, I8, DType
 from streamconv.kernels.launch import smooth_kernel
 from streamconv.lazy import np, torch
 from streamconv.quants.base import Codec, EncodeStats, Kernel, Known, Part
 from streamconv.quants.rounding import half_ulp
 from streamconv.quants.smoothing import (
     COLUMN_BYTES,
-    FLOATS,
     Bound,
     Smoother,
     bound_to,

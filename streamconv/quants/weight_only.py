@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from streamconv.checkpoint.dtypes import I8, DType
+from streamconv.checkpoint.dtypes import FLOATS, I8, DType
 from streamconv.kernels.launch import weight_only_errors, weight_only_kernel
 from streamconv.lazy import torch
 from streamconv.quants.base import Codec, EncodeStats, ErrorKernel, Kernel, Part
 from streamconv.quants.layout import Layout
-from streamconv.quants.rounding import FLOATS, half_ulp
+from streamconv.quants.rounding import half_ulp
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+from streamconv.checkpoint.dtypes import FLOATS
 from streamconv.checkpoint.shard import Shard
 from streamconv.errors import printable
 from streamconv.natural import natural
@@ -15,7 +16,7 @@ from streamconv.targets.hf.other_schemes import Words
 from streamconv.targets.hf.recipes import BLOCK
 from streamconv.targets.hf.rules import partners
 from streamconv.targets.hf.stated import Statement
-from streamconv.targets.hf.weights import FLOATS, Tensors
+from streamconv.targets.hf.weights import Tensors
 
 SCALES = ("weight_scale", "weight_scale_inv", "scales")
 WORDS = ("scales",)

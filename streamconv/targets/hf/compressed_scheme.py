@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from streamconv.checkpoint.dtypes import FLOATS
 from streamconv.checkpoint.unknown_statements import FORMATS
 from streamconv.checkpoint.untrusted import shown_value
 from streamconv.errors import printable
-from streamconv.targets.hf.weights import FLOATS, Tensors, Told
+from streamconv.targets.hf.weights import Tensors, Told
 
 _SCHEME = ("targets", "weights", "input_activations", "output_activations", "format")
 _ARGS = ("num_bits", "type", "symmetric", "dynamic", "strategy", "group_size", "block_structure", "scale_dtype", "zp_dtype", "observer",

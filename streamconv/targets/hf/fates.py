@@ -8,12 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from streamconv.checkpoint.dtypes import FLOATS
 from streamconv.errors import printable
 from streamconv.targets.hf.recipes import BLOCK, Recipe
 from streamconv.targets.hf.rules import Module, classify, grouped, matches, partners, split_groups, starred
 from streamconv.targets.hf.stored import Form, Stored
 from streamconv.targets.hf.units import kinds
-from streamconv.targets.hf.weights import FLOATS
 
 if TYPE_CHECKING:
     from streamconv.targets.hf.target import HuggingFace

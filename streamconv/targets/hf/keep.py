@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from streamconv.checkpoint.derived_rows import turned
-from streamconv.checkpoint.dtypes import F32, I64
+from streamconv.checkpoint.dtypes import F32, FLOATS, I64
 from streamconv.checkpoint.quantized import SourceQuantization, source_quantization
 from streamconv.checkpoint.rows import SourceTensor
 from streamconv.checkpoint.unknown_statements import refuse_unknown, stated_by
 from streamconv.errors import CheckpointError, UsageError, printable
-from streamconv.quants.base import Codec, Part
+from streamconv.planning.matrix_table import Named
+from streamconv.quants.base import Codec
 from streamconv.quants.given_codes import GivenZeros, Reciprocal, Words, ZeroPoints
 from streamconv.quants.plain import Plain
 from streamconv.targets.hf import config_json
@@ -45,19 +46,6 @@ _NVFP4 = {
 """Container -> codes, block scales, and the two scales that one container has as reciprocals of the other's."""
 _KV_SCALE = re.compile(r"(.+?)\.(?:[kv]_proj\.)?([kv])_scale")
 """Scales of the FP8 KV cache: of the attention, or, in ModelOpt's container, of k_proj and v_proj."""
-
-
-@dataclass(frozen=True, slots=True)
-class Named:
-    """A tensor with this name and shape."""
-
-    recorded: tuple[int, ...]
-
-    def name(self, module: str, role: str) -> str:
-        return module
-
-    def shape(self, part: Part, rows: int, cols: int) -> tuple[int, ...]:
-        return self.recorded
 
 
 @dataclass(slots=True)
@@ -291,7 +279,7 @@ def ignored(tensors: Mapping[str, SourceTensor], quantized: list[str]) -> list[s
     found = {
         name.removesuffix(".weight")
         for name, tensor in tensors.items()
-        if name.endswith(".weight") and len(tensor.shape) == 2 and tensor.dtype.name in ("F32", "F16", "BF16")
+        if name.endswith(".weight") and len(tensor.shape) == 2 and tensor.dtype.name in FLOATS
     }
     names = {name for name in found - done if default_reason(name) not in ("embedding", "not a linear layer")}
     return sorted(names | ({"lm_head"} - done))

@@ -9,7 +9,6 @@ from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.source_tensors import SourceTensors
 from streamconv.errors import UsageError
 from streamconv.planning.draft import Draft
-from streamconv.planning.plan import SideFile
 from streamconv.targets.hf import config_json
 from streamconv.targets.hf.keep import keep
 from streamconv.targets.hf.keep_ranks import keep_ranks
@@ -50,13 +49,9 @@ def describe_kept(index: Index, target: HuggingFace, units: Sequence[Kind[Told]]
     draft.warnings += left_out
     draft.side_files += copied
     if set(places.values()) != {"model.safetensors"}:
-        _add(draft, "model.safetensors.index.json", config_json.index_json(places, draft.tensor_bytes()))
+        draft.side_file("model.safetensors.index.json", config_json.index_json(places, draft.tensor_bytes()))
     if kept.second is not None:
-        _add(draft, "hf_quant_config.json", kept.second)
+        draft.side_file("hf_quant_config.json", kept.second)
     stated = index.config.get("quantization_config") if kept.quantization is None else kept.quantization
-    _add(draft, "config.json", config_json.output_config(index.config, stated if isinstance(stated, dict) else None, None))
+    draft.side_file("config.json", config_json.output_config(index.config, stated if isinstance(stated, dict) else None, None))
     draft.decisions["weights"] = f"kept as they are, in the container {kept.container}"
-
-
-def _add(draft: Draft, name: str, data: bytes) -> None:
-    draft.side_files.append(SideFile(name, len(data), data))

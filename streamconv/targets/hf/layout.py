@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, cast
 
 from streamconv.checkpoint.activation_ranges import Ranges
 from streamconv.checkpoint.codes_file import ApartTensor, Codes, Found
-from streamconv.checkpoint.dtypes import F32, I64, DType
+from streamconv.checkpoint.dtypes import F32, FLOATS, I64, DType
 from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.rows import NoSource
 from streamconv.errors import printable
 from streamconv.planning.draft import Draft
-from streamconv.planning.plan import SideFile
+from streamconv.planning.matrix_table import Named
 from streamconv.quants.awq import PairedCodes
 from streamconv.quants.base import Codec, Part
 from streamconv.quants.fp8_tensor import Fp8Scale, WeightMaximum
@@ -40,22 +40,8 @@ from streamconv.targets.hf.turned_layout import turned_weight
 if TYPE_CHECKING:
     from streamconv.targets.hf.target import HuggingFace
 
-_FLOATS = ("F32", "F16", "BF16")
 _METADATA = {"format": "pt"}
 _ONE = {"F32": b"\0\0\x80\x3f", "F16": b"\0\x3c", "BF16": b"\x80\x3f"}
-
-
-@dataclass(frozen=True, slots=True)
-class Whole:
-    """A tensor that keeps its name, with this shape."""
-
-    recorded: tuple[int, ...]
-
-    def name(self, module: str, role: str) -> str:
-        return module
-
-    def shape(self, part: Part, rows: int, cols: int) -> tuple[int, ...]:
-        return self.recorded
 
 
 _plain = cache(Plain)
@@ -199,7 +185,7 @@ class Layout:
             scale = f"{module}.{recipe.tensors['scale']}"
             made += [*self.draft.tensors(matrix), scale]
             into = form.dtype if recipe.container == "compressed-tensors" else F32
-            matrix = self.draft.matrix(file, scale, form.rows, searched.scales.cols, Plain(into), spelling=Whole(searched.scales.shape))
+            matrix = self.draft.matrix(file, scale, form.rows, searched.scales.cols, Plain(into), spelling=Named(searched.scales.shape))
             self.draft.feed(matrix, replace(searched.scales, into=into), 0, form.rows)
             self._beside(file, module, form, recipe, searched, made)
         return made
@@ -207,7 +193,7 @@ class Layout:
     def _whole(self, form: Form) -> int:
         """Number of what stays of a form."""
         if form not in self.whole:
-            self.whole[form] = self.draft.form(form.rows, form.cols, _plain(self._plain_dtype(form)), Whole(form.shape))
+            self.whole[form] = self.draft.form(form.rows, form.cols, _plain(self._plain_dtype(form)), Named(form.shape))
         return self.whole[form]
 
     def _source(self, name: str) -> int:
@@ -228,7 +214,7 @@ class Layout:
 
     def _plain_dtype(self, form: Form) -> DType:
         cast = self.index.views or (self.target.dtype != "auto" and not self.decoded)
-        return self.into if cast and form.dtype.name in _FLOATS else form.dtype
+        return self.into if cast and form.dtype.name in FLOATS else form.dtype
 
     def _codec(self, form: Form) -> Codec:
         """How weights of a form are stored; the key of a maximum that their scale follows from is left open."""
@@ -250,7 +236,7 @@ class Layout:
         if searched is None or searched.multiplier is None:
             self._constant(file, name, form.dtype, (form.cols,), _ONE[form.dtype.name] * form.cols, made)
             return
-        matrix = self.draft.matrix(file, name, form.cols, 1, Plain(form.dtype), spelling=Whole((form.cols,)))
+        matrix = self.draft.matrix(file, name, form.cols, 1, Plain(form.dtype), spelling=Named((form.cols,)))
         self.draft.feed(matrix, replace(searched.multiplier, into=form.dtype), 0, form.cols)
         made.append(name)
 
@@ -268,7 +254,7 @@ class Layout:
             suffix, codec = recipe.shared or ("weight_scale", recipe.lone[1] if recipe.lone and _within_tile(form) else None)
             request = Request(form.dtype, self.target.group_size, self.target.arithmetic, "", self.target.method)
             shape = () if recipe.container == "modelopt" else (1,)
-            self.scales[form] = suffix, self.draft.form(1, 1, codec(request) if codec else Fp8Scale(""), Whole(shape))
+            self.scales[form] = suffix, self.draft.form(1, 1, codec(request) if codec else Fp8Scale(""), Named(shape))
         suffix, number = self.scales[form]
         return f"{module}.{suffix}", number
 
@@ -321,7 +307,7 @@ class Layout:
         if self.recipe is not None:
             quantization = config_json.quantization_config(self.recipe, *told)
         forms = {*self.stored.forms()}
-        floats = {self._plain_dtype(form) for form in forms if form.dtype.name in _FLOATS}
+        floats = {self._plain_dtype(form) for form in forms if form.dtype.name in FLOATS}
         changed = self.target.dtype != "auto" and self.recipe is None and floats == {self.into}
         config = config_json.output_config(self.index.config, quantization, self.into.torch if changed else None)
         copied, left_out = side_files(self.index)
@@ -332,13 +318,10 @@ class Layout:
             copied = [file for file in copied if file.name != NAME] + [card(self.index, done, copied)]
         self.draft.side_files += copied
         if len(set(places.values())) > 1 or set(places.values()) != {"model.safetensors"}:
-            self._add("model.safetensors.index.json", config_json.index_json(places, self.draft.tensor_bytes()))
+            self.draft.side_file("model.safetensors.index.json", config_json.index_json(places, self.draft.tensor_bytes()))
         if self.recipe is not None and self.recipe.container == "modelopt":
-            self._add("hf_quant_config.json", config_json.hf_quant_config(self.recipe, *told))
-        self._add("config.json", config)
-
-    def _add(self, name: str, data: bytes) -> None:
-        self.draft.side_files.append(SideFile(name, len(data), data))
+            self.draft.side_file("hf_quant_config.json", config_json.hf_quant_config(self.recipe, *told))
+        self.draft.side_file("config.json", config)
 
 
 def _within_tile(weight: Form) -> bool:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from streamconv.checkpoint.dtypes import BF16
+from streamconv.checkpoint.dtypes import BF16, FLOATS
 from streamconv.lazy import np
 from streamconv.targets.hf.recipes import BLOCK, Recipe, Request
 from streamconv.targets.hf.rules import partners
-from streamconv.targets.hf.weights import FLOATS, Tensors, Told
+from streamconv.targets.hf.weights import Tensors, Told
 
 
 @dataclass(frozen=True, slots=True)

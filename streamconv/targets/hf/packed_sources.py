@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from streamconv.checkpoint.dtypes import I8, DType
+from streamconv.checkpoint.dtypes import FLOATS, I8, DType
 from streamconv.checkpoint.quantized import SourceQuantization
 from streamconv.checkpoint.rows import PackedTensor, SourceTensor
 from streamconv.errors import CheckpointError, printable
@@ -13,7 +13,6 @@ from streamconv.quants.decoded_rows import DecodedIntegers, TurnedMx
 
 PACKED = ("qweight", "qzeros", "scales", "g_idx")
 """Last names of the tensors of a GPTQ or AutoAWQ weight."""
-_SCALES = ("F16", "BF16", "F32")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +58,7 @@ def integers(tensors: Mapping[str, SourceTensor], module: str, stated: SourceQua
     groups, n = scales.rows, scales.cols
     packing = "gptq" if weight.cols == n else "awq"
     k = weight.rows * (32 // bits if packing == "gptq" else 1)
-    fits = weight.dtype.name == zeros.dtype.name == "I32" and scales.dtype.name in _SCALES and len(weight.shape) == len(scales.shape) == 2
+    fits = weight.dtype.name == zeros.dtype.name == "I32" and scales.dtype.name in FLOATS and len(weight.shape) == len(scales.shape) == 2
     fits = fits and groups > 0 and k % groups == 0 and zeros.shape == (groups, n * bits // 32) and n * bits % 32 == 0
     fits = fits and (packing == "gptq" or (bits == 4 and weight.cols * 8 == n))
     fits = fits and (order is None or (order.dtype.name == "I32" and order.shape == (k,)))

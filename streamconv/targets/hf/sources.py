@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple
 
-from streamconv.checkpoint.dtypes import I8, DType
+from streamconv.checkpoint.dtypes import FLOATS, I8, DType
 from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.quantized import SourceQuantization, stated_quantization
 from streamconv.checkpoint.rows import PackedTensor, SourceTensor
@@ -165,7 +165,7 @@ def _decoded(
         told = f"{printable(zeros.name)} is {zeros.dtype} {list(zeros.shape)}: zero points of this form are not decoded here"
         raise CheckpointError(told, hint="convert the unquantized model")
     inputs = tensors.get(f"{module}.pre_quant_scale")
-    if inputs is not None and (inputs.shape != (cols,) or inputs.dtype.name not in ("F32", "F16", "BF16")):
+    if inputs is not None and (inputs.shape != (cols,) or inputs.dtype.name not in FLOATS):
         raise CheckpointError(f"{printable(inputs.name)} is {inputs.dtype} {list(inputs.shape)}, not a number for each of {cols} inputs")
     return DecodedTensor(
         name, into, shape, codes, code, _as_matrix(scale, grid.shape), grid.per_row, grid.per_col, factor, divide, zeros, inputs

@@ -9,7 +9,6 @@ Told = tuple[str, tuple[int, ...]]
 Tensors = Mapping[str, Told]
 Shape = tuple[int, ...]
 
-FLOATS = ("F32", "F16", "BF16")
 _BESIDE = frozenset(
     ("weight_scale", "weight_scale_inv", "weight_scale_2", "weight_global_scale", "weight_shape", "weight_zero", "weight_zero_point",
      "weight_g_idx", "input_scale", "input_global_scale", "input_zero_point", "activation_scale", "pre_quant_scale", "output_scale",
