@@ -22,6 +22,12 @@ from streamconv.planning.plan import PlannedTarget
 from streamconv.run import manifest
 from streamconv.targets import target_from_json
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
 
 @dataclass(frozen=True, slots=True)
 class Kind:
@@ -123,7 +129,7 @@ def _parse(file: Path) -> dict[Any, Any]:
     except UnicodeDecodeError as error:
         raise UsageError(f"{name}: {error}") from None
     try:
-        found = _from_toml(text) if file.suffix.lower() == ".toml" else _yaml(text)
+        found = tomllib.loads(text) if file.suffix.lower() == ".toml" else _yaml(text)
     except RecursionError:
         raise UsageError(f"{name} is nested too deeply: a recipe has one line for each flag") from None
     except (ValueError, ArithmeticError, TypeError, LookupError, AttributeError) as error:  # what parsers make of odd numbers and dates
@@ -133,14 +139,6 @@ def _parse(file: Path) -> dict[Any, Any]:
     if not isinstance(found, dict):
         raise UsageError(f"{name} holds no keys", hint="write one line for each flag: tp-size: 2")
     return found
-
-
-def _from_toml(text: str) -> Any:
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
-    return tomllib.loads(text)
 
 
 def _yaml(text: str) -> Any:
