@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from streamconv.checkpoint.dtypes import F32, I8, U8, DType
 from streamconv.kernels.launch import paired_kernel
 from streamconv.lazy import torch
-from streamconv.quants.base import Codec, EncodeStats, Kernel, Part
+from streamconv.quants.base import EncodeStats, Exact, Kernel, Part
 from streamconv.quants.int_group import IntGroup
 from streamconv.quants.rounding import rounded
 from streamconv.quants.screen import Screen
@@ -22,7 +22,7 @@ LEAST_F16 = 2.0**-14
 
 
 @dataclass(frozen=True, slots=True)
-class PairedWeight(Codec):
+class PairedWeight(Exact):
     """Signed integers [N, K] (int8) -> int8 [N/2, K]: low nibble the even channel, high nibble the odd one."""
 
     name = "int4 per group, ModelOpt orientation"
@@ -39,10 +39,6 @@ class PairedWeight(Codec):
         packed = parts[0].reshape(rows // 2, cols)
         nibbles = torch.stack([packed & 15, packed >> 4], 1).reshape(rows, cols)
         return ((nibbles ^ 8).to(torch.float32)) - 8.0
-
-    def error(self, block: torch.Tensor) -> torch.Tensor:
-        """None: integers."""
-        return block.float() * 0.0
 
     def kernel(self, source: DType) -> Kernel | None:
         return paired_kernel() if source == I8 else None

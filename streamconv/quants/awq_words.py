@@ -14,7 +14,7 @@ from streamconv.checkpoint.dtypes import F16, FLOATS, I8, I32, DType
 from streamconv.checkpoint.packed_rows import AWQ_POSITION
 from streamconv.kernels.launch import awq_given_kernel, awq_kernel, awq_scale_kernel
 from streamconv.lazy import torch
-from streamconv.quants.base import Codec, EncodeStats, Kernel, Part
+from streamconv.quants.base import Codec, EncodeStats, Exact, Kernel, Part
 from streamconv.quants.int_group import IntGroup
 from streamconv.quants.rounding import divided, finite_rows, half_ulp, rounded
 
@@ -118,7 +118,7 @@ class AwqWords(Codec):
 
 
 @dataclass(frozen=True)
-class AwqCodes(Codec):
+class AwqCodes(Exact):
     """Signed integers [K, N] (int8), found elsewhere -> words."""
 
     name = "INT4, as found, AutoAWQ's words"
@@ -131,10 +131,6 @@ class AwqCodes(Codec):
 
     def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:
         return _unpacked(parts[0], cols) - _MIDDLE
-
-    def error(self, block: torch.Tensor) -> torch.Tensor:
-        """None: integers."""
-        return block.float() * 0.0
 
     def kernel(self, source: DType) -> Kernel | None:
         return awq_given_kernel() if source == I8 else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from streamconv.checkpoint.dtypes import DType
@@ -217,3 +217,23 @@ class Codec(ABC):
     def kernel_bytes_per_column(self) -> int:
         """The same of the fused kernel, which holds a row in float32 and, for packing, once more in bytes; 0 if it works in blocks."""
         return 16
+
+
+class Exact(Codec):
+    """What `decode` gives back without an error."""
+
+    def error(self, block: torch.Tensor) -> torch.Tensor:
+        return self.values(block) * 0.0
+
+
+class OfMaximum(Codec):
+    """What follows from one reduction, that of `key`."""
+
+    key: str
+
+    @property
+    def needs(self) -> tuple[str, ...]:  # type: ignore[override]
+        return (self.key,)
+
+    def keyed(self, key: str) -> Codec:
+        return replace(self, key=key)  # type: ignore[type-var]

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 from streamconv.checkpoint.dtypes import DType
 from streamconv.lazy import Array, np, torch
-from streamconv.quants.base import Codec, EncodeStats, ErrorKernel, Errors, Kernel
+from streamconv.quants.base import EncodeStats, ErrorKernel, Errors, Exact, Kernel
 
 
-class Computed(Codec):
+class Computed(Exact):
     """Float32 values of one row, which are exact; the source is a `NoSource`."""
 
     name = "F32"
@@ -27,9 +27,6 @@ class Computed(Codec):
 
     def values(self, block: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(self.value()).reshape(1, -1)
-
-    def error(self, block: torch.Tensor) -> torch.Tensor:
-        return self.values(block) * 0.0
 
     def kernel(self, source: DType) -> Kernel | None:
         def run(flat: Array, start: int, stride: int, rows: int, cols: int, outs: Sequence[Array]) -> EncodeStats:

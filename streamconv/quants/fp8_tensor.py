@@ -9,7 +9,7 @@ from typing import Any
 from streamconv.checkpoint.dtypes import F8_E4M3, F32, FLOATS, DType
 from streamconv.kernels.launch import fp8_tensor_kernel, weight_maximum
 from streamconv.lazy import Array, np, torch
-from streamconv.quants.base import Codec, EncodeStats, Kernel, Known, Part, ReduceKernel, Reduction
+from streamconv.quants.base import EncodeStats, Kernel, Known, OfMaximum, Part, ReduceKernel, Reduction
 from streamconv.quants.computed import Computed
 from streamconv.quants.rounding import half_ulp
 from streamconv.quants.screen import Screen, slack
@@ -37,7 +37,7 @@ def scale_of(largest: np.ndarray[Any, Any], floor: float = 0.0) -> float:
 
 
 @dataclass(frozen=True)
-class Fp8Tensor(Codec):
+class Fp8Tensor(OfMaximum):
     """e4m3 weights, quantized straight from the source dtype: round(W / scale), the division in float32.
 
     Attributes:
@@ -52,13 +52,6 @@ class Fp8Tensor(Codec):
 
     name = "FP8 per tensor"
     quantizes = True
-
-    @property
-    def needs(self) -> tuple[str, ...]:  # type: ignore[override]
-        return (self.key,)
-
-    def keyed(self, key: str) -> Fp8Tensor:
-        return replace(self, key=key)
 
     def bind(self, known: Known, source: str) -> Fp8Tensor:
         return replace(self, scale=scale_of(known.get(self.key), self.floor))
@@ -106,19 +99,12 @@ class Fp8Tensor(Codec):
 
 
 @dataclass(frozen=True)
-class Fp8Scale(Computed):
+class Fp8Scale(OfMaximum, Computed):
     """`weights_scaling_factor` of a matrix; the source is a `NoSource`."""
 
     key: str
     scale: float | None = None
     floor: float = 0.0
-
-    @property
-    def needs(self) -> tuple[str, ...]:  # type: ignore[override]
-        return (self.key,)
-
-    def keyed(self, key: str) -> Fp8Scale:
-        return replace(self, key=key)
 
     def bind(self, known: Known, source: str) -> Fp8Scale:
         return replace(self, scale=scale_of(known.get(self.key), self.floor))

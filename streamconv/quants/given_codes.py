@@ -10,7 +10,7 @@ from streamconv.checkpoint.dtypes import F32, I8, I32, DType
 from streamconv.checkpoint.packed_rows import AWQ_POSITION
 from streamconv.errors import DataError, printable
 from streamconv.lazy import np, torch
-from streamconv.quants.base import Codec, EncodeStats, Kernel, Known, Part, Reduction
+from streamconv.quants.base import Codec, EncodeStats, Exact, Kernel, Known, Part, Reduction
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class ZeroPoints(Reduction):
 
 
 @dataclass(frozen=True)
-class Words(Codec):
+class Words(Exact):
     """Signed integers [N, K] (int8) -> int32 words along K, offset by half, the lowest column in the lowest bits.
 
     Attributes:
@@ -75,10 +75,6 @@ class Words(Codec):
             stored = torch.stack([stored & 15, stored >> 4], 2)
         return stored.reshape(rows, cols).float() - float(1 << (self.bits - 1))
 
-    def error(self, block: torch.Tensor) -> torch.Tensor:
-        """None: integers."""
-        return block.float() * 0.0
-
     def kernel(self, source: DType) -> Kernel | None:
         if source != I8:
             return None
@@ -101,7 +97,7 @@ class Words(Codec):
 
 
 @dataclass(frozen=True)
-class GivenZeros(Codec):
+class GivenZeros(Exact):
     """Zero points packed along N, int32 [N * bits / 32, groups] -> the same with the first channel in the lowest bits.
 
     Attributes:
@@ -141,9 +137,6 @@ class GivenZeros(Codec):
 
     def values(self, block: torch.Tensor) -> torch.Tensor:
         return self.decode([torch.from_numpy(self._in_order(block.contiguous().view(torch.uint8).numpy()))], *block.shape)
-
-    def error(self, block: torch.Tensor) -> torch.Tensor:
-        return self.values(block) * 0.0
 
     def kernel(self, source: DType) -> Kernel | None:
         if source != I32:

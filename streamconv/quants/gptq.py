@@ -10,18 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from streamconv.checkpoint.dtypes import FLOATS, I8, DType
+from streamconv.checkpoint.packed_rows import AWQ_POSITION
 from streamconv.kernels.launch import group_scales_kernel, packed_kernel
 from streamconv.lazy import torch
-from streamconv.quants.base import Codec, EncodeStats, Kernel, Part
+from streamconv.quants.base import Codec, EncodeStats, Exact, Kernel, Part
 from streamconv.quants.layout import Layout
 from streamconv.quants.rounding import half_ulp
 
-AWQ_POSITION = (0, 4, 1, 5, 2, 6, 3, 7)
-"""Where AutoAWQ keeps channel j of eight: the number of its nibble, counted from the least significant (§5.2)."""
-
 
 @dataclass(frozen=True, slots=True)
-class PackedWeight(Codec):
+class PackedWeight(Exact):
     """Signed integers [N, K] (int8) -> the processed bytes of §3, viewed as the model dtype (§4.1)."""
 
     dtype: DType
@@ -47,10 +45,6 @@ class PackedWeight(Codec):
     def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:
         """The integers; scales and zeros are compared on their own."""
         return self.layout.unpack(parts[0], rows, cols).to(torch.float32)
-
-    def error(self, block: torch.Tensor) -> torch.Tensor:
-        """None: integers."""
-        return block.float() * 0.0
 
     def kernel(self, source: DType) -> Kernel | None:
         if source != I8 or self.layout.family == "sm70":

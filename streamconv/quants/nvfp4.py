@@ -13,7 +13,7 @@ from streamconv.checkpoint.dtypes import F8_E4M3, F32, FLOATS, U8, DType
 from streamconv.checkpoint.stored_codes import as_float
 from streamconv.kernels.launch import nvfp4_kernel
 from streamconv.lazy import Array, Bytes, np, torch
-from streamconv.quants.base import Codec, EncodeStats, Kernel, Known, Part
+from streamconv.quants.base import EncodeStats, Kernel, Known, OfMaximum, Part
 from streamconv.quants.computed import Computed
 from streamconv.quants.e2m1 import e2m1_codes, e2m1_values, pack_nibbles, unpack_nibbles
 from streamconv.quants.rounding import divided, finite_rows, half_ulp, rounded
@@ -53,7 +53,7 @@ def _rounded(value: np.float32, kind: DType) -> np.float32:
 
 
 @dataclass(frozen=True)
-class NvFp4(Codec):
+class NvFp4(OfMaximum):
     """Codes [N, K / 2] and block scales [N, K / 16]; the shared scale is a tensor of its own (`SharedScale`).
 
     Attributes:
@@ -69,13 +69,6 @@ class NvFp4(Codec):
 
     name = "NVFP4"
     quantizes = True
-
-    @property
-    def needs(self) -> tuple[str, ...]:  # type: ignore[override]
-        return (self.key,)
-
-    def keyed(self, key: str) -> NvFp4:
-        return replace(self, key=key)
 
     def bind(self, known: Known, source: str) -> NvFp4:
         return replace(self, shared=shared_scale(float(known.get(self.key)), self.rule, self.kind))
@@ -142,20 +135,13 @@ class NvFp4(Codec):
 
 
 @dataclass(frozen=True)
-class SharedScale(Computed):
+class SharedScale(OfMaximum, Computed):
     """The shared scale of NVFP4 partners, one float32; the source is a `NoSource`."""
 
     key: str
     rule: Rule
     kind: DType = F32
     shared: float | None = None
-
-    @property
-    def needs(self) -> tuple[str, ...]:  # type: ignore[override]
-        return (self.key,)
-
-    def keyed(self, key: str) -> SharedScale:
-        return replace(self, key=key)
 
     def bind(self, known: Known, source: str) -> SharedScale:
         return replace(self, shared=shared_scale(float(known.get(self.key)), self.rule, self.kind))

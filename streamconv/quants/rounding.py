@@ -16,9 +16,6 @@ def half_ulp(values: torch.Tensor, dtype: DType) -> torch.Tensor:
     return (values.float().abs() * relative).clamp(min=least)
 
 
-"""What weights are stored in before they are quantized."""
-
-
 def rounded(values: torch.Tensor, dtype: DType) -> torch.Tensor:
     """float32 values rounded to `dtype` and back."""
     return values if dtype.name == "F32" else values.to(getattr(torch, dtype.torch)).float()

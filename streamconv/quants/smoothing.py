@@ -35,8 +35,6 @@ class InputChannelAmax(Reduction):
         return input_channel_amax_kernel(source) if source.name in FLOATS else None
 
 
-"""Source types that have kernels."""
-
 _LEAST = 1e-5
 """Of a smoother and, in 1.x, of a weight maximum."""
 
