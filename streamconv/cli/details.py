@@ -51,8 +51,8 @@ rows of the layer before; --format awq takes every method. The codes stay in OUT
 --tp-size and, but for awq, for the other target. The manifest tells the error of each linear layer, rounded to nearest and as found.
 
 --verify inline decodes each tile before it is written; a value farther off than its format allows ends the run (status 7). It
-is slow for casts, SmoothQuant and searched scales, which torch decodes instead of a kernel. Of models
-above 16 GiB convert tells how long it should take, plan of those above 256 MiB, from half a second's look at the disks.
+is slow for casts, SmoothQuant and searched scales, which torch decodes instead of a kernel. Of models above 16 GiB convert tells how
+long it should take, plan of those above 256 MiB, from half a second's look at the disks.
 
 --parts: a part whose worker died is resumed by another, and starting any of them again does no harm. Workers notice locks that do not
 reach other machines: then give each its part, --no-lock --part K/N, and run finalize; or add --private-parts. With several --output
@@ -75,8 +75,9 @@ CALIBRATE = """Every sample goes through layer 0, the hidden states wait in a sc
 layer 0 is released, layer 1 is read. An interrupted calibration resumes after its last saved layer. --text is a .txt file (samples
 separated by blank lines), a .jsonl file, a folder of these, or a data set of the Hub (with the package datasets). convert --text
 measures in a process of its own and keeps the ranges in OUT.ranges.safetensors. --memory-budget is an estimate of torch's needs
-here, no ceiling. Quantized sources are refused. With ranges, --kv-cache fp8 of convert writes measured factors (at least 1),
-without them 1; where q, k and v are one tensor (phi3, internlm2) it stays 1."""
+here, no ceiling. Quantized sources are refused. No code of the model runs, and nothing is fetched once model and text are here.
+With ranges, --kv-cache fp8 of convert writes measured factors (at least 1), without them 1; where q, k and v are one tensor (phi3,
+internlm2) it stays 1."""
 
 
 def paragraphs(*texts: str) -> str:
