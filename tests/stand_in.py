@@ -27,18 +27,21 @@ class Stream:
     """A thread that does what it is given, in order."""
 
     def __init__(self) -> None:
-        self.todo: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self.todo: queue.SimpleQueue[Callable[[], Callable[[], None] | None]] = queue.SimpleQueue()
         self.error: BaseException | None = None
         threading.Thread(target=self._serve, daemon=True).start()
 
     def _serve(self) -> None:
         while True:
-            work = self.todo.get()
+            work, then = self.todo.get(), None
             try:
-                work()
+                then = work()
             except BaseException as error:
                 self.error = error
             del work  # and the memory it names
+            if then is not None:
+                then()
+            del then
 
 
 class StandIn:
@@ -118,18 +121,19 @@ class StandIn:
             number, self.kernels = self.kernels, self.kernels + 1
         answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
-        def kernel() -> None:
-            began = time.monotonic()
+        def kernel() -> Callable[[], None]:
+            began, told = time.monotonic(), list[Any]()
             try:
                 if self.dies is not None and number >= self.dies:
                     raise Lost("unspecified launch failure\nmore lines")
                 if self.full(number):
                     raise Full("out of memory")
                 time.sleep(self.delay(number))
-                answer.put((work(), None))
+                told.append((work(), None))
             except BaseException as error:
-                answer.put((None, error))
+                told.append((None, error))
             self.seen.append(("kernel", began, time.monotonic()))
+            return lambda: answer.put(told.pop())  # when this thread holds nothing of the kernel any more
 
         stream.todo.put(kernel)
         made, error = answer.get()

@@ -99,7 +99,7 @@ class Slurm:
             raise RuntimeError(f"{command[0]}: {done.stderr.strip()}")
         return done.stdout.strip()
 
-    def wait_up(self, seconds: float = 30) -> None:
+    def wait_up(self, seconds: float = 100) -> None:
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             with contextlib.suppress(RuntimeError):

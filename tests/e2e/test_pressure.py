@@ -121,28 +121,33 @@ def test_a_parked_worker_gives_its_memory_back(tmp_path: Path, monkeypatch: pyte
 # ---- a real container
 
 _CONVERT = """
-import itertools, os, sys, threading, time
+import os, sys, threading, time
 from streamconv import api, memory
 from streamconv.run import pool
 from streamconv.options import Resources
 from streamconv.targets.trtllm.options import TensorRTLLM
 
-model, out, log, enough = sys.argv[1:]
-active, lock, do, log, count = [0], threading.Lock(), pool.Pool._do, open(log, "w", buffering=1), itertools.count()
+model, out, log, short, enough = sys.argv[1:]
+active, lock, do, log = [0], threading.Lock(), pool.Pool._do, open(log, "w", buffering=1)
+begun, again = [], threading.Event()
 
 def watched(self, *args):
     with lock:
         active[0] += 1
         print(time.monotonic(), active[0], file=log)
-    time.sleep(0.02)
-    while next(count) > 400 and not os.path.exists(enough):  # some tiles are left for the time after the shortage
+        begun.append(self)
+        if active[0] > 1 and os.path.exists(enough):
+            again.set()
+    while len(begun) > 40 and not os.path.exists(short):  # most are left for the shortage, however late it comes
+        time.sleep(0.01)
+    if not again.is_set():
         time.sleep(0.02)
     do(self, *args)
     with lock:
         active[0] -= 1
 
 pool.Pool._do = watched
-api.convert(model, out, TensorRTLLM(), Resources(memory_budget=160 << 20, workers=4, device="cpu", tile_rows=32))
+api.convert(model, out, TensorRTLLM(), Resources(memory_budget=160 << 20, workers=4, device="cpu", tile_rows=8))
 """
 
 _EAT = """
@@ -186,16 +191,18 @@ def test_another_process_eats_the_memory_of_the_container(tmp_path: Path) -> Non
     subprocess.run([sys.executable, "-m", "streamconv", "convert", str(model), str(tmp_path / "alone"), "--quiet"], check=True)
     try:
         with memory_group(320 * MIB) as (version, group):
-            convert = _inside(group, _CONVERT, str(model), str(tmp_path / "out"), str(log), str(tmp_path / "enough"))
+            out, short, enough = (tmp_path / name for name in ("out", "short", "enough"))
+            convert = _inside(group, _CONVERT, *map(str, (model, out, log, short, enough)))
             _until(lambda: len(_tiles(log)) >= 20 and max(active for _, active in _tiles(log)) > 1, convert)
-            eat = _inside(group, _EAT, str(pool.FLOOR // 2), str(tmp_path / "enough"))
+            eat = _inside(group, _EAT, str(pool.FLOOR // 2), str(enough))
             assert eat.stdout is not None
             began = float(eat.stdout.readline() or "nan")
+            short.touch()
             # the others have stepped back, and the eater has what they gave back
             _until(lambda: [active for at, active in _tiles(log) if at > began][-30:] == [1] * 30, convert)
             begin = time.monotonic()
             _until(lambda: sum(at > begin for at, _ in _tiles(log)) > 20, convert)
-            (tmp_path / "enough").touch()
+            enough.touch()
             told, trouble = eat.communicate(timeout=200)
             assert eat.returncode == 0, trouble
             _, trouble = convert.communicate(timeout=200)

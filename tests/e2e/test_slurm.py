@@ -20,17 +20,25 @@ from tests.e2e import slurm
 
 pytestmark = pytest.mark.skipif(slurm.missing() is not None, reason=slurm.missing() or "")
 
-_SLOWLY = """import sys, time
+_HELD = """import os, time
 from streamconv.cli import main
-from streamconv.run import output_folder, recorder
-push = output_folder.OutputFolder.write
-def slow(self, *args):
-    push(self, *args)
-    time.sleep(0.04)
-output_folder.OutputFolder.write = slow
+from streamconv.run import pool, recorder
+do, first = pool.Pool._do, os.environ["SLURM_ARRAY_TASK_ID"] == "1"
+def until(name):
+    while not os.path.exists(os.path.join({root!r}, name)):
+        time.sleep(0.01)
+def held(self, *args):
+    if not first:
+        until("begun")
+    do(self, *args)
+    if first:
+        open(os.path.join({root!r}, "begun"), "w").close()
+        until("go")
+pool.Pool._do = held
 recorder.BATCH_SECONDS = 0.05
 main.run()
 """
+"""Task 1 is in the middle of a part until somebody says "go", and the others do nothing before it is there."""
 
 
 @pytest.fixture(scope="module")
@@ -47,22 +55,26 @@ class Work:
     """One conversion, and the job that does it."""
 
     def __init__(self, cluster: slurm.Slurm, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        self.cluster, self.out, slow = cluster, root / "out", root / "slow.py"
+        self.cluster, self.root, self.out, held = cluster, root, root / "out", root / "held.py"
         model = write_model(root / "model", hidden=256, layers=3)
         api.convert(model, root / "right", TensorRTLLM(tp_size=2), Resources(device="cpu", memory_budget=4 << 30))
         self.right = snapshot(root / "right")
-        slow.write_text(_SLOWLY)
+        held.write_text(_HELD.format(root=str(root)))
         words = ["--", "convert", str(model), str(self.out), "--tp-size", "2", "--device", "cpu", "--workers", "1", "--wait", "60"]
         assert main(["submit", "slurm", "--nodes", "4", "--cpus", "1", "--memory", "1GiB", "--parts", "12", *words]) == 0
-        script = capsys.readouterr().out.replace("-m streamconv", str(slow))
+        script = capsys.readouterr().out.replace("-m streamconv", str(held))
         self.script = script.replace("exec ", "export STREAMCONV_TILE_ROWS=32\nexec ")
-        assert str(slow) in self.script
+        assert str(held) in self.script
 
     def start(self) -> str:
         """The job, once its task 1 has written something of a part."""
         job = self.cluster.submit(self.script)
-        _until(lambda: self._at_work(job), "task 1 is at work")
+        _until(lambda: (self.root / "begun").exists() and self._at_work(job), "task 1 is at work")
         return job
+
+    def go(self) -> None:
+        """Task 1 goes on."""
+        (self.root / "go").touch()
 
     def _at_work(self, job: str) -> bool:
         mine = self.cluster.processes(job, 1)
@@ -97,6 +109,7 @@ def work(cluster: slurm.Slurm, tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 def test_an_array(cluster: slurm.Slurm, work: Work) -> None:
     job = work.start()
+    work.go()
     work.ends()
     _until(lambda: {state for state, _ in cluster.tasks(job).values()} == {"COMPLETED"}, "all tasks end with 0")
     again = cluster.submit(work.script, "--array=2")  # a task that is started once more finds nothing to do
@@ -130,6 +143,7 @@ def test_a_node_is_cut_off_and_its_task_lives(cluster: slurm.Slurm, work: Work) 
     slurm.kill(mine, signal.SIGSTOP)
     other = cluster.submit(work.script, "--array=1", f"--exclude={node}")
     time.sleep(1)
+    work.go()
     slurm.kill(mine, signal.SIGCONT)
     work.ends()
     _until(lambda: not cluster.processes(job, 1), "the cut off task ends")

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import gc
 import hashlib
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -91,8 +92,9 @@ def test_several_outputs_from_one_read(dies: int | None, model: Path, right: Any
 
 
 def test_two_devices_share_the_tiles(model: Path, right: Any, devices: dict[str, StandIn], tmp_path: Path) -> None:
+    met = threading.Barrier(2, timeout=100)  # the first copies, then the first kernels, however late a worker comes
     for name in ("cuda:0", "cuda:1"):
-        devices[name] = StandIn(delay=lambda n: 0.01, name=name)
+        devices[name] = StandIn(delay=lambda n: 0.0 if n else 0.0 * met.wait(), name=name)
     convert(model, tmp_path / "out", JOBS["int8 tp2"], device="cuda:0,cuda:1", tile_rows=64)
     assert files(tmp_path / "out") == right["int8 tp2"]
     assert devices["cuda:0"].kernels > 0 < devices["cuda:1"].kernels
