@@ -36,11 +36,16 @@ def _change(folder: Path, file: str = "config.json", **changes: Any) -> None:
     (folder / file).write_text(json.dumps(content | changes))
 
 
-SLOWLY = [pytest.param(how, marks=pytest.mark.slow) for how in ("command", "PYTHONPATH")]
+WAYS = [pytest.param("module", "place"), *(pytest.param(*way, marks=pytest.mark.slow) for way in (
+    ("module", "copy"), ("command", "place"), ("command", "copy"), ("PYTHONPATH", "copy")
+))]  # fmt: skip
+"""How it is started, and the current folder: others' modules lie in the model's as well, whichever it is."""
 
 
-@pytest.mark.parametrize("how", ["module", *SLOWLY])
-def test_no_interpreter_imports_from_the_current_the_model_or_the_output_folder(how: str, copy: Path, text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("how", "where"), WAYS)
+def test_no_interpreter_imports_from_the_current_the_model_or_the_output_folder(
+    how: str, where: str, copy: Path, text: Path, tmp_path: Path
+) -> None:
     place, trace = tmp_path / "place", tmp_path / "ran"
     place.mkdir()
     for folder in (copy, place):
@@ -52,22 +57,19 @@ def test_no_interpreter_imports_from_the_current_the_model_or_the_output_folder(
         "PYTHONPATH": ["-m", "streamconv"],
     }[how]
     words = ["convert", str(copy), str(place / "out"), "--quant", "smoothquant", "--text", str(text), *SIZES]
-    for here in (copy, place):
-        env = dict(os.environ)
-        if how == "PYTHONPATH":
-            env["PYTHONPATH"] = f"{place}{os.pathsep}{copy}"
-            # Python itself runs sitecustomize of PYTHONPATH before any program; and what is not in the current folder is the user's wish
-            for folder in (copy, place):
-                for name in NAMES:
-                    if folder != here or name in ("sitecustomize", "usercustomize", "streamconv"):
-                        (folder / f"{name}.py").unlink(missing_ok=True)
-        elif how == "module":
-            (here / "streamconv.py").unlink()  # Python itself looks for what -m names in the current folder
-        done = subprocess.run([sys.executable, *start, *words, "--force"], cwd=here, env=env, capture_output=True, text=True, timeout=200)
-        assert not trace.exists(), trace.read_text()
-        assert done.returncode == 0, done.stderr
-        if how == "PYTHONPATH":
-            break
+    here, env = {"copy": copy, "place": place}[where], dict(os.environ)
+    if how == "PYTHONPATH":
+        env["PYTHONPATH"] = f"{place}{os.pathsep}{copy}"
+        # Python itself runs sitecustomize of PYTHONPATH before any program; and what is not in the current folder is the user's wish
+        for folder in (copy, place):
+            for name in NAMES:
+                if folder != here or name in ("sitecustomize", "usercustomize", "streamconv"):
+                    (folder / f"{name}.py").unlink(missing_ok=True)
+    elif how == "module":
+        (here / "streamconv.py").unlink()  # Python itself looks for what -m names in the current folder
+    done = subprocess.run([sys.executable, *start, *words], cwd=here, env=env, capture_output=True, text=True, timeout=200)
+    assert not trace.exists(), trace.read_text()
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "_attn_implementation_internal", "experts_implementation"])

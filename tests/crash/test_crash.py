@@ -52,7 +52,7 @@ def test_killed_at_every_operation_any_number_of_times(make: MakeWorld, settings
 
 def test_killed_twice_while_a_mounted_output_is_replaced(make: MakeWorld) -> None:
     """The state in which the most can be lost: old and new lie in one folder, and only the journal tells which is which."""
-    good(kills.every_state(make(mounted=True, replaced=True), depth=2), 100)
+    good(kills.every_state(make(mounted=True, replaced=True, tile_rows=1000), depth=2), 100)
 
 
 def test_killed_at_every_operation_int8_on_two_ranks(make: MakeWorld) -> None:
@@ -66,8 +66,8 @@ def test_sigkill_at_every_operation(make: MakeWorld) -> None:
 
 
 def test_sigkill_at_random_moments(make: MakeWorld) -> None:
-    count = processes.random_kills(make(processes.Runs), 12)
-    good(count, 12)
+    count = processes.random_kills(make(processes.Runs, megabytes=32), 8)
+    good(count, 8)
     assert count.facts["killed"] >= 6, count
     assert count.facts["journals"] >= 2, count
 

@@ -98,8 +98,12 @@ def test_same_for_small_tiles_and_many_workers(case: Case, tmp_path: Path, monke
     check_output(case, tmp_path / "out")
 
 
-@pytest.mark.parametrize("rows", [1, pytest.param(64, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", VARIED)
+ALIKE = {"gqa_tp4_kvdup", "mha_int8_tp2", "gqa_sq_tensor_tp2", "gqa_int8_kv8_tp2", "gptq8_tp2", "gptq_tp1_bf16_sm90", "mha_tp2_fp8kv"}
+"""Cut into rows as others of `VARIED` are."""
+ANY = [pytest.param(name, rows, marks=pytest.mark.slow if rows > 1 or name in ALIKE else ()) for name in VARIED for rows in (1, 64)]
+
+
+@pytest.mark.parametrize(("name", "rows"), ANY)
 def test_same_for_any_tile(name: str, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STREAMCONV_TILE_ROWS", str(rows))
     convert(BY_NAME[name], tmp_path / "out", "--workers", "2")

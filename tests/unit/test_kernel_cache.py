@@ -95,11 +95,16 @@ def test_a_full_disk_keeps_nothing_and_stops_nothing(tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize("umask", [pytest.param("000", marks=pytest.mark.slow), "002", pytest.param("077", marks=pytest.mark.slow)])
 def test_nobody_else_can_write_there(umask: str, tmp_path: Path) -> None:
+    """And a file that others could write is not loaded; nor do settings of the current folder reach numba."""
+    (tmp_path / ".numba_config.yaml").write_text("disable_jit: 1\n")
     base = tmp_path / "cache"
-    _hits(base, umask)
+    assert _hits(base, umask, cwd=tmp_path) == 0
     for path in (base, *base.rglob("*")):
         assert not path.lstat().st_mode & 0o077, path
     assert _hits(base, umask) == 1
+    for path in _files(base):
+        path.chmod(0o666)
+    assert _hits(base, umask) == 0 and _hits(base, umask) == 1
 
 
 def test_what_others_could_write_is_not_believed(tmp_path: Path) -> None:
@@ -114,16 +119,3 @@ def test_what_others_could_write_is_not_believed(tmp_path: Path) -> None:
     folder.symlink_to(tmp_path / "elsewhere")
     assert cache_folder("numba", str(tmp_path)) is None
     assert cache_folder("numba", "relative") is None
-
-
-def test_a_file_that_others_could_write_is_not_loaded(tmp_path: Path) -> None:
-    base = tmp_path / "cache"
-    _hits(base)
-    for path in _files(base):
-        path.chmod(0o666)
-    assert _hits(base) == 0 and _hits(base) == 1
-
-
-def test_settings_of_the_current_folder_do_not_reach_numba(tmp_path: Path) -> None:
-    (tmp_path / ".numba_config.yaml").write_text("disable_jit: 1\n")
-    assert _hits(tmp_path / "cache", cwd=tmp_path) == 0
