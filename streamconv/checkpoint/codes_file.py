@@ -7,7 +7,6 @@ norms and biases that change are in the file under their own names.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -252,10 +251,7 @@ class Codes:
 
     def identity(self) -> SourceFile:
         """The header says which calibration it was, so its hash stands for the content."""
-        with self.shard.window(0, 8) as length:
-            size = 8 + int(struct.unpack("<Q", bytes(length[:8]))[0])
-        with self.shard.window(0, size) as header:
-            return SourceFile(self.path.name, self.shard.size, hashlib.sha256(header).hexdigest())
+        return SourceFile(self.path.name, self.shard.size, self.shard.header_hash())
 
     def check_model(self, index: Index) -> None:
         """Raises TensorError if the codes were found for other weights; files of earlier releases do not say it."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from streamconv import mounts
 from streamconv.checkpoint.fault_guard import FaultGuard, Slot
+from streamconv.checkpoint.page_cache import NORESERVE
 from streamconv.lazy import np
 
 if TYPE_CHECKING:
@@ -20,8 +21,8 @@ _LOCAL = {
     "jfs", "msdos", "ntfs3", "overlay", "ramfs", "reiserfs", "squashfs", "tmpfs", "udf", "vfat", "xfs", "zfs",
 }  # fmt: skip
 """Types of file systems whose files are on this machine. Pages of the others may be gone, or wait for a network, at any touch."""
-_NORESERVE, _POPULATE_READ = 0x4000, 22
-"""MAP_NORESERVE and MADV_POPULATE_READ of Linux, which older Pythons have no names for."""
+_POPULATE_READ = 22
+"""MADV_POPULATE_READ of Linux, which older Pythons have no name for."""
 _EHWPOISON = 133
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)  # and not mmap.madvise, which keeps the interpreter's lock
@@ -70,7 +71,7 @@ def window(shard: Shard, begin: int, end: int, guard: FaultGuard) -> Window | No
     try:
         with shard.descriptor() as fd:
             # writable and private: kernels are compiled for writable arrays
-            kind, access = mmap.MAP_PRIVATE | _NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+            kind, access = mmap.MAP_PRIVATE | NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
             mapped = mmap.mmap(fd, end - low, flags=kind, prot=access, offset=low)
     except ValueError:  # says Python, before the system would
         raise shard.lost(end) from None

@@ -1,7 +1,7 @@
 """Where rows come from: every source of rows is a small class that reads them into a worker's buffer.
 
 A tensor of a shard or of several Meta files is a `SourceTensor`, packed integers are a `PackedTensor`.
-More of them: turned_rows.py, and quants/decoded_rows.py for codes that are decoded on the way. Whoever reads rows does not know which.
+More of them: derived_rows.py, and quants/decoded_rows.py for codes that are decoded on the way. Whoever reads rows does not know which.
 """
 
 from __future__ import annotations

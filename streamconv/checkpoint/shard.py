@@ -7,6 +7,7 @@ page cache; a mapped page of a file that someone cuts off gives SIGBUS, even whe
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import mmap
 import os
 import threading
@@ -20,8 +21,7 @@ import xxhash
 
 from streamconv.checkpoint.header import read_header
 from streamconv.checkpoint.header_parse import Header
-from streamconv.checkpoint.page_cache import cached_places
-from streamconv.checkpoint.private_mapping import private_mapping
+from streamconv.checkpoint.page_cache import cached_places, private_mapping
 from streamconv.checkpoint.untrusted import frees_descriptors, open_regular
 from streamconv.errors import CheckpointError, SourceChangedError, UnreadableError, printable
 
@@ -159,6 +159,13 @@ class Shard:
         """
         with self.descriptor() as fd:
             return read_header(fd, self.path)
+
+    def header_hash(self) -> str:
+        """SHA-256 (hex) of the header of a safetensors file with its length, which fixes where every tensor lies."""
+        with self.window(0, 8) as length:
+            size = 8 + int.from_bytes(length, "little")
+        with self.window(0, size) as header:
+            return hashlib.sha256(header).hexdigest()
 
     def close(self) -> None:
         """Give the descriptor back; a later read opens the file again, and checks that it is the same one."""

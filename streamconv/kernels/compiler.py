@@ -51,7 +51,7 @@ def compile_kernel(dispatcher: Any, arguments: tuple[Any, ...]) -> Code:
     dispatcher.compile(types)
     made = dispatcher.overloads[types]
     given: Any = made.fndesc.restype
-    returns = [str(kind) for kind in given] if hasattr(given, "__iter__") else str(given)
+    returns = [str(kind) for kind in given] if hasattr(given, "__iter__") else str(getattr(given, "literal_type", given))
     return _code(made.library, made.fndesc.llvm_func_name, None if returns == "none" else returns)
 
 
