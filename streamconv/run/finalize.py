@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import xxhash
 
 from streamconv.checkpoint.header import parse_header
 from streamconv.errors import OutputError, SourceChangedError, VerifyError, printable
-from streamconv.memory import MIB
 from streamconv.planning.parts import Part
 from streamconv.planning.plan import Plan
 from streamconv.run.claims import Claims
-from streamconv.run.order import Hashes
+from streamconv.run.order import Hashes, hash_of
 from streamconv.run.output_folder import OutputFolder
 from streamconv.run.part_folder import Aside, own_pages, shared
 from streamconv.run.part_record import Record, measured, put_hashes, sound
@@ -96,13 +95,3 @@ def _read_back(folder: OutputFolder, plan: Plan, hashes: Hashes) -> None:
                     f"{file.name}: {printable(name)} is not what was written: another machine wrote over it",
                     hint="do the locks of this file system reach other machines? start over with --force --private-parts",
                 )
-
-
-def hash_of(read_into: Callable[[int, memoryview], object], begin: int, end: int) -> str:
-    """XXH3-128 (hex) of bytes that `read_into(offset, buffer)` reads."""
-    digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(min(end - begin, MIB)))
-    for at in range(begin, end, MIB):
-        piece = buffer[: min(MIB, end - at)]
-        read_into(at, piece)
-        digest.update(piece)
-    return digest.hexdigest()

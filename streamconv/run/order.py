@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 from array import array
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from streamconv.memory import MIB
 from streamconv.planning.plan import Matrix, OutputFile
 
 if TYPE_CHECKING:
@@ -41,6 +42,16 @@ class Hashes:
     def _hex(self, data: bytearray) -> Iterator[str]:
         for at in range(0, len(data), self.SIZE):
             yield data[at : at + self.SIZE].hex()
+
+
+def hash_of(read_into: Callable[[int, memoryview], object], begin: int, end: int) -> str:
+    """XXH3-128 (hex) of bytes that `read_into(offset, buffer)` reads."""
+    digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(min(end - begin, MIB)))
+    for at in range(begin, end, MIB):
+        piece = buffer[: min(MIB, end - at)]
+        read_into(at, piece)
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 class HashOrder:

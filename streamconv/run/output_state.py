@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
@@ -18,7 +19,7 @@ from streamconv.run.cut import JournalState, Task
 from streamconv.run.executor import Encoded
 from streamconv.run.inline_check import InlineCheck
 from streamconv.run.journal import Journal, TileRecord
-from streamconv.run.order import Hashes, HashOrder
+from streamconv.run.order import Hashes, HashOrder, hash_of
 from streamconv.run.output_folder import OutputFolder
 from streamconv.run.recorder import Recorder
 from streamconv.run.results import ReductionResults
@@ -105,14 +106,9 @@ class OutputState:
             self.done += sum(end - begin for begin, end in (place.extent(0, rows) for place in matrix.places))
         if not self.order.is_last(number, rows) or not isinstance(self._folder, OutputFolder):
             return
-        buffer = memoryview(bytearray(memory.MIB))
+        read_into = functools.partial(self._folder.read_into, self.plan.files[matrix.file].name)
         for place in matrix.places:
-            digest, (at, end) = xxhash.xxh3_128(), place.extent(0, matrix.rows)
-            while at < end:
-                view = buffer[: min(len(buffer), end - at)]
-                digest.update(view[: self._folder.read_into(self.plan.files[matrix.file].name, at, view)])
-                at += len(view)
-            self.hashes.put(matrix.file, place.position, digest.digest())
+            self.hashes.put(matrix.file, place.position, bytes.fromhex(hash_of(read_into, *place.extent(0, matrix.rows))))
 
     def record(
         self, task: Task, hashes: tuple[tuple[str, ...], ...], found: EncodeStats, errors: tuple[tuple[float, ...], ...], written: int
