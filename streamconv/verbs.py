@@ -164,9 +164,7 @@ def verify(
     given = settled(Resources() if resources is None else resources, Resources, "resources")
     place = None if source is None else path_of(source, "source")
     meter = Meter(watch_of(watch))
-    return check(
-        path_of(out, "out"), place, with_tensorrt_llm=with_tensorrt_llm, activation_ranges=ranges, resources=given, meter=meter
-    )
+    return check(path_of(out, "out"), place, with_tensorrt_llm=with_tensorrt_llm, activation_ranges=ranges, resources=given, meter=meter)
 
 
 def diff(a: Path, b: Path, *, memory_budget: int | None = None, watch: Watching = None) -> Comparison:

@@ -192,9 +192,7 @@ def searches_on(options: Target) -> bool:
     return takes_codes(options) and not options.uses_ranges()
 
 
-def planned(
-    model: str | Path, options: Target, samples: Samples | None, budget: int | None, device: str
-) -> tuple[Target, Search | None]:
+def planned(model: str | Path, options: Target, samples: Samples | None, budget: int | None, device: str) -> tuple[Target, Search | None]:
     """The options whose plan has the sizes of this conversion, and the search that comes before it, if one does.
 
     Args:

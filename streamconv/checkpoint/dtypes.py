@@ -62,10 +62,7 @@ _TABLE = (
     ("U64", 8, "uint64", "u8"),
 )
 
-DTYPES: dict[str, DType] = {
-    name: DType(name, size, torch, storage, order)
-    for order, (name, size, torch, storage) in enumerate(_TABLE)
-}
+DTYPES: dict[str, DType] = {name: DType(name, size, torch, storage, order) for order, (name, size, torch, storage) in enumerate(_TABLE)}
 
 BOOL, U8, I8 = DTYPES["BOOL"], DTYPES["U8"], DTYPES["I8"]
 F16, BF16, F32 = DTYPES["F16"], DTYPES["BF16"], DTYPES["F32"]

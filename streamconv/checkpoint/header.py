@@ -81,9 +81,7 @@ def _data_start(data: bytes | bytearray | memoryview, file_size: int, path: str)
     return 8 + length
 
 
-def parse_header(
-    data: bytes | bytearray | memoryview, file_size: int, path: str | os.PathLike[str] = "header"
-) -> Header:
+def parse_header(data: bytes | bytearray | memoryview, file_size: int, path: str | os.PathLike[str] = "header") -> Header:
     """Check and parse the first bytes of a file.
 
     Args:

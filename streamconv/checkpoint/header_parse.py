@@ -204,9 +204,8 @@ class HeaderParser:
         if len(names) > MAX_TENSORS or len({*names}) < len(names) or METADATA in names:
             return None
         return (names, forms, form, array("Q", [base, *(base + stop for stop in stops)])), base - len(rest) + 1
-    def entry(
-        self, name: str, dtype: bytes | None, shape: bytes | None, begin: bytes | None, end: bytes | None
-    ) -> TensorEntry:
+
+    def entry(self, name: str, dtype: bytes | None, shape: bytes | None, begin: bytes | None, end: bytes | None) -> TensorEntry:
         if dtype is None or shape is None or begin is None or end is None:
             self.fail(f"tensor {printable(name)} has a key twice")  # three fields, yet one of the three is missing
         (kind, dims), size = self.form(name, dtype, shape)

@@ -93,9 +93,7 @@ class Index:
     def __enter__(self) -> Index:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
 
@@ -232,9 +230,7 @@ def _listed(folder: Path) -> list[str]:
         raise CheckpointError(f"cannot list {printable(str(folder))}: {error.strerror}") from None
 
 
-def read_tensors(
-    shards: Sequence[Shard], weight_map: dict[str, str] | None, digests: dict[int, str]
-) -> tuple[TensorTable, frozenset[str]]:
+def read_tensors(shards: Sequence[Shard], weight_map: dict[str, str] | None, digests: dict[int, str]) -> tuple[TensorTable, frozenset[str]]:
     """What the headers of the files say, checked against the index file if there is one.
 
     Args:

@@ -27,9 +27,7 @@ _ADDS_ROPE_TYPE = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "
 """Classes of transformers that add `rope_type` to an object with `type` alone while loading; others leave it as it is."""
 
 
-def rope(
-    raw: dict[str, Any], architecture: str, problems: list[str], notes: list[str], number: Any
-) -> tuple[float, dict[str, Any] | None]:
+def rope(raw: dict[str, Any], architecture: str, problems: list[str], notes: list[str], number: Any) -> tuple[float, dict[str, Any] | None]:
     """(theta, scaling) from either spelling; type "default" means no scaling (§2.6).
 
     A base inside an object counts before the one at the top level, where a release that does not know the object writes its

@@ -180,9 +180,7 @@ def _place(shard: Shard, shown: str, name: str, entry: _Entry) -> tuple[int, int
         raise CheckpointError(f"{told} is encrypted")
     if entry.method != 0 or entry.compressed != entry.size:
         raise CheckpointError(f"{told} is compressed", hint="torch.save stores entries; do not zip the file again")
-    mark, _, flags, method, _, _, _, _, _, named, extra = _LOCAL.unpack(
-        _read(shard, entry.header, entry.header + _LOCAL.size)
-    )
+    mark, _, flags, method, _, _, _, _, _, named, extra = _LOCAL.unpack(_read(shard, entry.header, entry.header + _LOCAL.size))
     begin = entry.header + _LOCAL.size + named + extra
     if mark != b"PK\x03\x04" or method != 0 or flags & 0x41 or begin + entry.size > shard.size:
         raise CheckpointError(f"{told} does not lie where the directory says", hint="is the download complete?")
@@ -263,9 +261,7 @@ def _tensor(shown: str, name: str, view: TensorView, begin: int, size: int) -> T
     told = f"{shown}: {printable(name)}"
     unit = view.storage.dtype.itemsize if view.storage.dtype else 1
     if view.storage.numel * unit != size:
-        raise TensorError(
-            f"{told}: data.pkl says {view.storage.numel * unit} bytes, the storage {printable(view.storage.key)} has {size}"
-        )
+        raise TensorError(f"{told}: data.pkl says {view.storage.numel * unit} bytes, the storage {printable(view.storage.key)} has {size}")
     if len(view.shape) != len(view.strides):
         raise TensorError(f"{told}: {len(view.shape)} dimensions, {len(view.strides)} strides")
     count = 1

@@ -83,9 +83,7 @@ def compare(out: str) -> None:
         output.note(f"warning: {out} is not what {found.path} tells of: {why}")
 
 
-def text(
-    model: str, outputs: Sequence[tuple[str | None, PlannedTarget]], others: Mapping[str, object], index: Any, several: bool
-) -> str:
+def text(model: str, outputs: Sequence[tuple[str | None, PlannedTarget]], others: Mapping[str, object], index: Any, several: bool) -> str:
     """The recipe of plans; a model of the Hub is named by its commit.
 
     Args:

@@ -179,9 +179,7 @@ def plan(
         several_view.show(index, outputs, plans, searches, asked, as_json)
 
 
-def _searched(
-    model: str, outputs: Sequence[Output], samples: Samples | None, asked: Resources
-) -> tuple[list[Output], list[Search | None]]:
+def _searched(model: str, outputs: Sequence[Output], samples: Samples | None, asked: Resources) -> tuple[list[Output], list[Search | None]]:
     """The outputs whose plans have the sizes of these, and the search for INT4 codes that comes before each, if one does."""
     from streamconv.calibration.foreseen import planned, searches_on
 

@@ -120,9 +120,7 @@ def slurm(words: list[str], nodes: int, cpus: int, memory: int, name: str, more:
     return [*lines, "exec " + shlex.join([sys.executable, "-m", "streamconv", *words])]
 
 
-def kubernetes(
-    words: list[str], nodes: int, cpus: int, memory: int, name: str, image: str, claim: str, mount: str
-) -> dict[str, Any]:
+def kubernetes(words: list[str], nodes: int, cpus: int, memory: int, name: str, image: str, claim: str, mount: str) -> dict[str, Any]:
     """An Indexed Job, for Kubernetes 1.31 and later: `backoffLimitPerIndex` and `podReplacementPolicy` keep one index from using up
     the retries of all, and from running twice."""
     quantities = {"cpu": str(cpus), "memory": str(memory)}

@@ -67,9 +67,7 @@ def settle(index: Index) -> Index:
         tensors, told = alias
         more = [*more, told]
     unlisted = frozenset(new.get(name, name) for name in index.unlisted)
-    return dataclasses.replace(
-        index, config=config, tensors=tensors, unlisted=unlisted, notes=(*index.notes, *notes, *more)
-    )
+    return dataclasses.replace(index, config=config, tensors=tensors, unlisted=unlisted, notes=(*index.notes, *notes, *more))
 
 
 def _renamed(index: Index, new: Mapping[str, str]) -> TensorTable:

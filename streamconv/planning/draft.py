@@ -226,9 +226,7 @@ class Draft:
             for feed in self._feeds.of(number) if number is not None else ():
                 taken = Fed(self._sources[cast(int, number)], feed.start, feed.stop, feed.cols)
                 found.setdefault(feed.matrix, []).append((feed.row, taken))
-        return {
-            matrix: [fed for _, fed in sorted(found[matrix], key=lambda pair: pair[0])] for matrix in sorted(found)
-        }
+        return {matrix: [fed for _, fed in sorted(found[matrix], key=lambda pair: pair[0])] for matrix in sorted(found)}
 
     def place(self, matrix: int) -> tuple[int, str]:
         """File and name of a matrix."""

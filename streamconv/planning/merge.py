@@ -170,9 +170,7 @@ def _cut(together: list[_Interval]) -> Iterator[Read]:
             yield from (_alone(held._replace(start=max(held.start, start), stop=min(held.stop, stop))) for held in inside)
 
 
-def _before(
-    plans: Sequence[Plan], reads: Sequence[Read], above: dict[tuple[int, int], set[Owned]], loose: set[Owned]
-) -> list[list[int]]:
+def _before(plans: Sequence[Plan], reads: Sequence[Read], above: dict[tuple[int, int], set[Owned]], loose: set[Owned]) -> list[list[int]]:
     """For each read those that come before it: rows of its matrices above its own, and reductions that it needs.
 
     Args:

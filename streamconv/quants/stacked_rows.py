@@ -97,9 +97,7 @@ class Stacked:
         """Nothing: the pages of a stripe hold parts of the next ones."""
 
 
-def stacked(
-    name: str, shape: tuple[int, ...], of: Callable[[int], Expert], parts: int, turned: bool, alternating: bool
-) -> Stacked | None:
+def stacked(name: str, shape: tuple[int, ...], of: Callable[[int], Expert], parts: int, turned: bool, alternating: bool) -> Stacked | None:
     """`of` the weights, which are alike in shape and dtype; None if they are stored in a way that is not cut into stripes.
 
     Args:

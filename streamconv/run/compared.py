@@ -81,9 +81,7 @@ class Compared:
             self._files[name].read_into(offset + at, held.data)
             self._hold((name, tensor.name), tensor, offset + at - tensor.begin, want, held)
 
-    def _hold(
-        self, key: tuple[str, str], tensor: _Tensor, at: int, want: np.ndarray[Any, Any], held: np.ndarray[Any, Any]
-    ) -> None:
+    def _hold(self, key: tuple[str, str], tensor: _Tensor, at: int, want: np.ndarray[Any, Any], held: np.ndarray[Any, Any]) -> None:
         odd = nonfinite(tensor.dtype, held) if tensor.dtype is not None else 0
         same = np.array_equal(want, held)
         if same and not odd:

@@ -60,9 +60,7 @@ def build(
         "dtype": plan.dtype.torch,
         "fingerprint": plan.fingerprint(),
         "options": plan.target.to_json(),
-        "source": [
-            {"file": source.name, "size": source.size, "header_sha256": source.header_hash} for source in plan.sources
-        ],
+        "source": [{"file": source.name, "size": source.size, "header_sha256": source.header_hash} for source in plan.sources],
         "hash": "xxh3_128",
         "config": xxhash.xxh3_128(plan.config).hexdigest(),
         "side": {name: [size, digest] for name, size, digest in side},

@@ -191,9 +191,7 @@ def is_made(out: Path, source: Path, plan: Plan, shards: Sequence[Shard]) -> boo
         return False
 
 
-def check_output(
-    out: Path, source: Path, read: Iterable[Path], force: bool, disk: Disk | None = None, ours: Iterable[str] = ()
-) -> Place:
+def check_output(out: Path, source: Path, read: Iterable[Path], force: bool, disk: Disk | None = None, ours: Iterable[str] = ()) -> Place:
     """What can be said of an output without touching anything.
 
     Args:

@@ -192,9 +192,7 @@ def read_elements(weight: Weight, shards: tuple[Shard, ...], begin: int, end: in
     return out
 
 
-def _compared(
-    name: str, a: Weight | None, b: Weight | None, sides: tuple[Side, Side], steps: _Steps, meter: Meter
-) -> TensorDifference:
+def _compared(name: str, a: Weight | None, b: Weight | None, sides: tuple[Side, Side], steps: _Steps, meter: Meter) -> TensorDifference:
     dtypes = None if a is None else kind_of(a), None if b is None else kind_of(b)
     shapes = None if a is None else a.shape, None if b is None else b.shape
     if a is None or b is None:

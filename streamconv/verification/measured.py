@@ -145,9 +145,7 @@ def _block(
     errors.setdefault(dest.matrix, Error()).add(encoding, part, got, plan.matrices[dest.matrix].cols)
 
 
-def decoded(
-    plan: Plan, dest: Destination, skipped: int, rows: int, files: Sequence[Shard], encoding: Codec | None = None
-) -> Any:
+def decoded(plan: Plan, dest: Destination, skipped: int, rows: int, files: Sequence[Shard], encoding: Codec | None = None) -> Any:
     """float32 [rows, cols] of a matrix, from the bytes of the output.
 
     Args:

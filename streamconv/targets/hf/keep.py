@@ -71,9 +71,7 @@ class Kept:
     modules: list[str] = field(default_factory=list)
 
 
-def keep(
-    index: Index, tensors: Mapping[str, SourceTensor], container: Container | None, units: Sequence[Kind[Told]], draft: Draft
-) -> Kept:
+def keep(index: Index, tensors: Mapping[str, SourceTensor], container: Container | None, units: Sequence[Kind[Told]], draft: Draft) -> Kept:
     """Plan it.
 
     Raises:

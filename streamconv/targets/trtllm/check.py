@@ -36,9 +36,7 @@ def tensor_files(folder: Path, config: Mapping[str, Any], problems: list[str]) -
     return sorted(wanted & present, key=lambda text: int(text[4:-12]))
 
 
-def check(
-    config: Mapping[str, Any], shapes: Shapes, hashes: Mapping[tuple[str, str], str], copies: bool
-) -> tuple[list[str], list[str]]:
+def check(config: Mapping[str, Any], shapes: Shapes, hashes: Mapping[tuple[str, str], str], copies: bool) -> tuple[list[str], list[str]]:
     """Problems and warnings.
 
     Args:

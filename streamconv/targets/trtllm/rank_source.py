@@ -99,9 +99,7 @@ def _manifest(folder: Path, config: Mapping[str, Any]) -> manifest.Manifest | No
     return told if same and told.target == TensorRTLLM.key else None
 
 
-def _check_peers(
-    folder: Path, config: Mapping[str, Any], shards: Sequence[Shard], headers: Sequence[Header], recorded: bool
-) -> None:
+def _check_peers(folder: Path, config: Mapping[str, Any], shards: Sequence[Shard], headers: Sequence[Header], recorded: bool) -> None:
     """The rank files are of one conversion, and each is in its place as far as a few tensors and a manifest tell.
 
     Raises:
