@@ -23,7 +23,7 @@ class SourceQuantization:
         method: "gptq", "awq", "fbgemm_fp8", "modelopt" or another tool's name, lower case.
         algo: ModelOpt's quant_algo, upper case.
         group_size: input channels that share a scale; -1 for a whole column.
-        format: checkpoint_format of GPTQ ("gptq", "gptq_v2") or the version of AWQ ("gemm").
+        format: checkpoint_format of GPTQ ("gptq", "gptq_v2"), which its tool calls format too, or the version of AWQ ("gemm").
         act_order: desc_act of GPTQ.
         symmetric: sym of GPTQ: every zero point is the middle one.
         activation_bound: activation_scale_ub of fbgemm.
@@ -138,8 +138,13 @@ def statement(config: Mapping[str, Any], root: Path) -> tuple[dict[str, Any], st
     return None
 
 
+def gptq_format(stated: Mapping[str, Any]) -> object:
+    """The layout of GPTQ; its tools write it under either name."""
+    return stated.get("checkpoint_format", stated.get("format"))
+
+
 def _facts(method: str, stated: Mapping[str, Any], name: str) -> SourceQuantization:
-    form = stated.get("checkpoint_format", None if method == "gptq" else stated.get("version"))
+    form = gptq_format(stated) if method == "gptq" else stated.get("checkpoint_format", stated.get("version"))
     if method in AUTO_ROUND:
         form = AUTO_ROUND_FORMS.get(str(stated.get("packing_format")), stated.get("packing_format"))
     bound = stated.get("activation_scale_ub")

@@ -38,9 +38,23 @@ def unknown_statements(stated: Mapping[str, Any], names: Collection[str]) -> lis
     if method in AUTO_ROUND and not in_known_words(stated):
         told = f"packing_format {shown_value(stated.get('packing_format'))} and data_type {shown_value(stated.get('data_type'))}"
         lines.append(f"quantization_config: {told} of auto-round are not known here")
+    if overrides(stated):
+        lines.append("quantization_config: dynamic states other bits or groups for some modules (GPTQModel), which are not known here")
+    layouts = [stated.get(key) for key in ("checkpoint_format", "format") if stated.get(key) is not None]
+    if method == "gptq" and len({str(form).lower() for form in layouts}) > 1:
+        told = f"checkpoint_format is {shown_value(layouts[0])}, and format {shown_value(layouts[1])}"
+        lines.append(f"quantization_config: {told}: which of them counts is not known here")
     if method == "compressed-tensors" and stored_sparse(names):
         lines.append("weights are stored sparse, with masks (bitmask), which is not known here")
     return lines
+
+
+def overrides(stated: Mapping[str, Any]) -> bool:
+    """GPTQModel quantized some modules otherwise: a regular expression -> what is different; with "-:" before it, not at all."""
+    dynamic = stated.get("dynamic") if stated.get("quant_method") == "gptq" else None
+    if not isinstance(dynamic, Mapping):
+        return bool(dynamic)
+    return any(own not in ({}, None) for key, own in dynamic.items() if not str(key).startswith("-:"))
 
 
 def stored_sparse(names: Collection[str]) -> bool:

@@ -62,6 +62,10 @@ def settle(index: Index) -> Index:
     if moved is not None:
         new = {old: moved[name] for old, name in zip(index.tensors, names, strict=True) if name in moved}
     tensors = _renamed(index, new) if new else index.tensors
+    outer = index.config.get("tie_word_embeddings") is True  # it is the wrapper's that transformers obeys
+    if wrapped and outer and config.get("tie_word_embeddings") is False and "lm_head.weight" not in tensors:
+        config = config | {"tie_word_embeddings": True}
+        notes.append("there is no lm_head.weight: it is the embedding, as the config of the whole model says (tie_word_embeddings)")
     alias = _tied(config, family, tensors)
     if alias is not None:
         tensors, told = alias

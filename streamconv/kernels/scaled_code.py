@@ -99,7 +99,8 @@ def fp8_block_rows(
                 tops[t] = max(tops[t], top_of(bits[t * block : min((t + 1) * block, cols)]))
         for t in range(across):
             if multiply:
-                steps[t] = np.float32(1) if tops[t] == 0 else np.float32(np.float32(np.float32(1) / float_of(tops[t])) * np.float32(448))
+                factor = np.float32(np.float32(np.float32(1) / float_of(tops[t])) * np.float32(448))
+                steps[t] = np.float32(1) if tops[t] == 0 else min(factor, np.float32(3.4028234663852886e38))
                 stored = np.float32(np.float32(1) / steps[t])
             else:
                 stored = steps[t] = scale_from(tops[t], np.float32(448), scale_kind, zero, floor)

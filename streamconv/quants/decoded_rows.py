@@ -20,6 +20,7 @@ from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.stored_codes import NIBBLES, Code, as_float, values
 from streamconv.checkpoint.strided_rows import Strided
 from streamconv.lazy import Bytes, np
+from streamconv.quants.act_order import groups_of
 
 if TYPE_CHECKING:
     Floats = Any  # float32 arrays: numpy types its own operations too widely
@@ -100,6 +101,7 @@ class DecodedTensor(_Decoded):
         factor: what every scale is multiplied by; the exact inverse is taken first where `divide`.
         zeros: of integers, int32 [N * bits / 32, columns of scales], the lowest row in the lowest bits, offset by half.
         inputs: [K], what an engine multiplies the input by before it meets the codes (ModelOpt's pre_quant_scale).
+        order: int32 [K], the column of scales of each column (act order); None for groups one after the other.
     """
 
     code: Code
@@ -110,15 +112,17 @@ class DecodedTensor(_Decoded):
     divide: bool = False
     zeros: SourceTensor | None = None
     inputs: SourceTensor | None = None
+    order: SourceTensor | None = None
 
     @property
     def pieces(self) -> tuple[Extent, ...]:
-        more = [tensor.pieces for tensor in (self.zeros, self.inputs) if tensor is not None]
+        more = [tensor.pieces for tensor in (self.zeros, self.inputs, self.order) if tensor is not None]
         return (*self.codes.pieces, *self.scales.pieces, *chain(*more))
 
     @property
     def scratch_row_bytes(self) -> int:
         codes, scale = self._code_bytes + self.codes.scratch_row_bytes, self.scales.stored_row_bytes
+        codes += 0 if self.order is None else 12 * self.cols  # a scale and a zero point for every column
         return codes + -(-(scale + (8 if self.zeros is None else 40) * self.scales.cols) // self.per_row)
 
     @property
@@ -132,10 +136,13 @@ class DecodedTensor(_Decoded):
 
         stored = scratch[: (stop - start) * self._code_bytes]
         self.codes.read(shards, start, stop, stored, scratch[stored.size :])
-        scales = self.factors(shards, start, stop)
+        scales, zeros, per_col = self.factors(shards, start, stop), self._zeros(shards, start, stop), self.per_col
+        if self.order is not None:
+            groups, per_col = groups_of(self.order, self.cols, self.scales.cols, shards), 1
+            scales, zeros = scales.take(groups, 1), zeros.take(groups, 1) if zeros.size else zeros
         decode_code.decode_rows(
-            stored, decode_code.CODES[self.code], scales, self._zeros(shards, start, stop), self._inputs(shards), start % self.per_row,
-            self.per_row, self.per_col, stop - start, self.cols, CODES[self.dtype.name], out.view(self.dtype.storage),
+            stored, decode_code.CODES[self.code], scales, zeros, self._inputs(shards), start % self.per_row,
+            self.per_row, per_col, stop - start, self.cols, CODES[self.dtype.name], out.view(self.dtype.storage),
         )  # fmt: skip
 
     def _zeros(self, shards: Sequence[Shard], start: int, stop: int) -> Floats:
@@ -265,23 +272,8 @@ class DecodedIntegers(_Decoded):
         )  # fmt: skip
 
     def groups(self, shards: Sequence[Shard]) -> np.ndarray[Any, Any]:
-        """int32 [K]: the group of each input channel.
-
-        Raises:
-            CheckpointError: the file names a group that there is not.
-        """
-        from streamconv.errors import CheckpointError, printable
-
-        groups = self.scales.rows
-        if self.order is None:
-            return np.arange(self.cols, dtype=np.int32) // np.int32(self.cols // groups)
-        found = np.empty(self.cols, np.int32)
-        self.order.read(shards, 0, self.cols, found.view(np.uint8), found.view(np.uint8)[:0])
-        if found.min() < 0 or found.max() >= groups:
-            raise CheckpointError(f"{printable(self.order.name)} names a group that there is not: there are {groups}")
-        if (np.bincount(found, minlength=groups) != self.cols // groups).any():
-            raise CheckpointError(f"{printable(self.order.name)} does not give {self.cols // groups} input features to each group")
-        return found
+        """As `groups_of`."""
+        return groups_of(self.order, self.cols, self.scales.rows, shards)
 
 
 def unpacked_zeros(words: Bytes, groups: int, bits: int, shuffled: bool) -> Bytes:

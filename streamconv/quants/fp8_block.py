@@ -14,6 +14,8 @@ from streamconv.quants.rounding import HALF_ULP, divided, finite_rows, half_ulp,
 from streamconv.quants.screen import Screen, around, slack
 
 _LARGEST = 448.0
+FINITE = 3.4028234663852886e38
+"""The largest float32: a factor that becomes infinite would leave a scale of 0."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Fp8Block(Codec):
         rows, cols = values.shape
         top = self._tops(values)
         if self.multiply:
-            factor = torch.where(top == 0, 1.0, top.reciprocal() * _LARGEST)  # what torch makes of a number divided by a tensor
+            factor = torch.where(top == 0, 1.0, (top.reciprocal() * _LARGEST).clamp(max=FINITE))  # torch's number / tensor
             stored, made = 1.0 / factor, values * self._spread(factor, rows, cols)
         else:
             stored = rounded(divided(top, _LARGEST), self.scale)

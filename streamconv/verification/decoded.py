@@ -111,8 +111,8 @@ def check(folder: Path, config: Mapping[str, Any], source: str | Path, resources
             first, second = a.weights.get(name), b.weights.get(name)
             if first is None or second is None:
                 verdict.problems += _lonely(name, first is None, tied)
-            elif first.shape != second.shape:
-                verdict.problems.append(f"{printable(name)} is {list(second.shape)}, and {list(first.shape)} in the source")
+            elif (wanted := _recorded(name, first.shape)) != second.shape:
+                verdict.problems.append(f"{printable(name)} is {list(second.shape)}, and {list(wanted)} in the source")
             else:
                 _judge(name, first, rounded[name], second, (a, b), symmetric, room, verdict)
             meter.add(first.nbytes if first is not None else 0)
@@ -139,6 +139,11 @@ def _unstacked(side: Side, into: DType) -> Side:
 
 _ADDED = (".pre_quant_scale", ".k_scale", ".v_scale")
 """What a quantizer adds beside weights that stayed as they are: of a KV cache too."""
+
+
+def _recorded(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """An expert's bias is [N]; in a stacked one its numbers lie apart, as rows of one."""
+    return shape[:1] if name.endswith(".bias") and shape[1:] == (1,) else shape
 
 
 def _lonely(name: str, added: bool, tied: bool) -> list[str]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from streamconv.checkpoint.rows import PackedTensor, SourceTensor
 from streamconv.checkpoint.shard import Shard
 from streamconv.lazy import np
+from streamconv.quants.act_order import groups_of
 from streamconv.quants.decoded_rows import DecodedIntegers, DecodedTensor
 from streamconv.targets.hf.sources import Weight
 
@@ -68,7 +69,8 @@ def format_of(weight: Weight, shards: tuple[Shard, ...], symmetric: bool) -> For
         scale = float(weight.factors(shards, 0, 1).max())
     shared = 1.0 / weight.factor if weight.divide else weight.factor
     floor = shared / 16 if weight.scales.dtype.name == "F8_E4M3" else _floor(weight.scales, 1 << (bits - 1))
-    return Format(code, bits, min(weight.per_row, weight.rows), weight.per_col, power, weight.zeros is not None, scale, floor)
+    order = None if weight.order is None else groups_of(weight.order, weight.cols, weight.scales.cols, shards)
+    return Format(code, bits, min(weight.per_row, weight.rows), weight.per_col, power, weight.zeros is not None, scale, floor, order)
 
 
 def _floor(scales: SourceTensor, largest: int) -> float:

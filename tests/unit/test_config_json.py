@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from streamconv.checkpoint.model_config import ModelConfig, from_hf, from_meta
-from streamconv.errors import CheckpointError
+from streamconv.errors import CheckpointError, RefusedError
+from streamconv.open_plan import open_and_plan
 from streamconv.targets.trtllm.config_json import build_config, dump
 from streamconv.targets.trtllm.config_sections import resolve_dtype
 from streamconv.targets.trtllm.options import TensorRTLLM
@@ -258,6 +260,12 @@ def test_a_bad_value_is_named_and_never_replaced(keys: dict[str, Any], message: 
     with pytest.raises(CheckpointError) as caught:
         from_hf(tiny.config(**keys))
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("act", ["x", None])
+def test_an_activation_that_the_loader_does_not_know(tmp_path: Path, act: str | None) -> None:
+    with pytest.raises(RefusedError, match="hidden_act is"):
+        open_and_plan(tiny.write(tmp_path / "in", settings=tiny.config(hidden_act=act)), TensorRTLLM())
 
 
 def test_all_bad_values_are_named_at_once() -> None:

@@ -60,6 +60,7 @@ BROKEN: dict[str, tuple[Callable[[Tensors], object], dict[str, object], str]] = 
     "head": (without("lm_head"), {"tie_word_embeddings": False}, "lm_head.weight is missing"),
     "halves": (cut, {}, "gate_proj is .* and up_proj"),
     "count": (nothing, {"num_hidden_layers": 3}, r"layers\.2 is missing"),
+    "type": (nothing, {"model_type": ["llama"]}, r"model_type is \['llama'\], not a name"),
     "words": (nothing, {"num_hidden_layers": "two"}, "no number of layers"),
 }
 
@@ -92,6 +93,18 @@ def test_every_tensor_counts(name: str, tmp_path: Path) -> None:
         source = written(tmp_path / folder, lambda held, lost=lost: [held.pop(one) for one in lost])  # type: ignore[misc]
         assert module in refusal(source)
     assert any(module in line for line in streamconv.verify(source).problems)
+
+
+@pytest.mark.parametrize("key", [*tiny.config(), "text_config", "dtype", "quantization_config", "rope_scaling", "head_dim", "layer_types"])
+def test_any_value_of_the_config_is_read_or_refused(key: str, tmp_path: Path) -> None:
+    source = written(tmp_path / "in")
+    for value in (["x"], {"x": [1]}, 1.5, None, "x"):
+        (source / "config.json").write_text(json.dumps(tiny.config() | {key: value}))
+        for options in (FP8, TensorRTLLM(quant="int8", target_sm=90)):
+            try:
+                open_and_plan(source, options, None)[0].close()
+            except StreamconvError as error:
+                assert str(error).strip(), value
 
 
 SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size", "num_hidden_layers", "head_dim")

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from streamconv import api
-from streamconv.errors import CheckpointError
+from streamconv.errors import CheckpointError, RefusedError
 from streamconv.open_plan import open_and_plan
 from streamconv.options import Resources
 from streamconv.targets.hf.target import HuggingFace
@@ -92,6 +92,77 @@ def test_auto_round(tmp_path: Path, packing: str) -> None:
     api.convert(folder, tmp_path / "out", HuggingFace(dtype="float32"))
     want = torch.from_numpy(np.ascontiguousarray(weight)).float()
     assert torch.equal(load_file(tmp_path / "out/model.safetensors")[f"{name}.weight"], want)
+
+
+def act_ordered(folder: Path, symmetric: bool, actorder: object = "group", leave: str = "") -> tuple[Path, Any]:
+    """A weight of compressed-tensors whose groups do not come one after the other, and the weight as float64."""
+    random = np.random.default_rng(7)
+    n, k, group = 24, 128, 32
+    codes, index = random.integers(0, 16, (n, k)), random.permutation(np.arange(k) // group)
+    zeros = np.full((n, k // group), 8) if symmetric else random.integers(0, 16, (n, k // group))
+    scales = random.uniform(0.001, 0.02, (n, k // group)).astype(np.float16)
+    made = {"weight_packed": packed(codes, 4, 1), "weight_scale": torch.from_numpy(scales), "weight_shape": torch.tensor([n, k])}
+    made |= {"weight_g_idx": torch.from_numpy(index.astype(np.int32))}
+    made |= {} if symmetric else {"weight_zero_point": packed(zeros, 4, 0)}
+    made = {leaf: held for leaf, held in made.items() if leaf != leave}
+    args = {"num_bits": 4, "type": "int", "symmetric": symmetric, "strategy": "group", "group_size": group, "actorder": actorder}
+    stated = {"quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed", "ignore": ["lm_head"]}
+    stated["config_groups"] = {"group_0": {"targets": ["Linear"], "weights": args}}  # type: ignore[assignment]
+    weight = (codes - zeros[:, index]) * scales[:, index].astype(np.float64)
+    return source(folder, stated, {f"model.layers.0.mlp.up_proj.{leaf}": held for leaf, held in made.items()}), weight
+
+
+@pytest.mark.parametrize("rows", [None, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_act_order_of_compressed_tensors(tmp_path: Path, symmetric: bool, rows: int | None) -> None:
+    folder, weight = act_ordered(tmp_path / "source", symmetric)
+    api.convert(folder, tmp_path / "out", HuggingFace(dtype="float32"), Resources(tile_rows=rows, workers=2))
+    got = load_file(tmp_path / "out/model.safetensors")
+    assert got.keys() == {"model.layers.0.mlp.up_proj.weight"}
+    assert torch.equal(got["model.layers.0.mlp.up_proj.weight"], torch.from_numpy(weight).float())
+    assert verify(tmp_path / "out", folder).problems == []
+    report = api.convert(folder, tmp_path / "kept", HuggingFace(quant="keep"))
+    assert any("act order" in line for line in report.warnings)
+    assert (tmp_path / "kept/model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("quant", ["none", "keep"])
+@pytest.mark.parametrize(
+    ("actorder", "leave", "says"),
+    [(None, "", "weight_g_idx is no part"), ("group", "weight_g_idx", "no weight_g_idx"), ("odd", "", "actorder is 'odd'")],
+)
+def test_act_order_that_is_half_told(tmp_path: Path, quant: str, actorder: object, leave: str, says: str) -> None:
+    folder, _ = act_ordered(tmp_path / "source", True, actorder, leave)
+    with pytest.raises(CheckpointError, match=says):
+        api.convert(folder, tmp_path / "out", HuggingFace(quant=quant))
+
+
+@pytest.mark.parametrize("key", ["format", "checkpoint_format"])
+def test_both_names_of_a_gptq_format(tmp_path: Path, key: str) -> None:
+    made, weight = integer_weight(72, 128, 32, "gptq", v2=True)
+    stated = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False, key: "gptq_v2"}
+    folder = source(tmp_path / "source", stated, {f"model.layers.0.mlp.up_proj.{leaf}": t for leaf, t in made.items()})
+    api.convert(folder, tmp_path / "out", HuggingFace(dtype="float32"))
+    want = torch.from_numpy(np.ascontiguousarray(weight)).float()
+    assert torch.equal(load_file(tmp_path / "out/model.safetensors")["model.layers.0.mlp.up_proj.weight"], want)
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"dynamic": {"-:.*down.*": {}, "+:.*up.*": {"bits": 8}}}, "dynamic states other bits"),
+        ({"dynamic": {".*up.*": {"group_size": 64}}}, "dynamic states other bits"),
+        ({"checkpoint_format": "gptq", "format": "bitblas"}, "format 'bitblas'"),
+    ],
+)
+def test_gptq_that_says_more(tmp_path: Path, more: dict[str, Any], says: str) -> None:
+    made, _ = integer_weight(72, 128, 32, "gptq")
+    stated = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False}
+    names = {f"model.layers.0.mlp.up_proj.{leaf}": t for leaf, t in made.items()}
+    with pytest.raises(RefusedError, match=says):
+        api.open_and_plan(source(tmp_path / "source", stated | more, names), NONE)
+    left = {"dynamic": {"-:.*down.*": {}}}
+    api.open_and_plan(source(tmp_path / "left", stated | left, names), NONE)
 
 
 def test_decoded_integers_are_quantized_anew(tmp_path: Path) -> None:

@@ -68,3 +68,15 @@ def test_edges_of_two_tiles_do_not_meet() -> None:
             tile = block[128 * i : 128 * (i + 1), 128 * j : 128 * (j + 1)]
             assert float(grid[i, j]) == float(np.float32(tile.abs().max().numpy()) / np.float32(448))
     assert codes.numel() == 200 * 300
+
+
+def test_tiles_too_small_for_a_factor() -> None:
+    """Where 448 / amax is infinite the scale is not 0, and the values come back."""
+    codec = Fp8Block(multiply=True)
+    for value in (1e-44, 1e-39, 1e-37, 1.2e-36):
+        block = torch.full((130, 192), value)
+        block[:, 1::2] = 0
+        check(codec, block, F32)
+        parts = codec.encode(block, EncodeStats())
+        assert bool((parts[1].view(torch.float32) > 0).all())
+        assert bool(((codec.decode(parts, 130, 192) - block).abs() <= value / 16 + 3e-42).all())  # half of the least code

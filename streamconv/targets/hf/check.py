@@ -10,6 +10,7 @@ from typing import Any
 
 from streamconv.checkpoint.limits import MAX_WEIGHT_MAP
 from streamconv.checkpoint.quantized import AUTO_ROUND
+from streamconv.checkpoint.unknown_statements import overrides
 from streamconv.checkpoint.untrusted import parse_json, read_file, shown_value
 from streamconv.errors import VerifyError, printable
 from streamconv.natural import natural
@@ -72,7 +73,8 @@ def check(folder: Path, config: Mapping[str, Any], shapes: Shapes) -> tuple[list
         problems += _total(folder, tensors)
     stated = config.get("quantization_config")
     facts: Mapping[str, Any] = stated if isinstance(stated, dict) else {}
-    model = Model(config, kinds(tensors), stated_bits(facts) or (4 if facts.get("quant_method") in _WORDS else None))
+    bits = stated_bits(facts) or (4 if facts.get("quant_method") in _WORDS else None)
+    model = Model(config, kinds(tensors), None if overrides(facts) else bits)
     wrong, odd = differences(model)
     problems += in_order(wrong)[:_SHOWN]
     warnings += odd
@@ -106,7 +108,8 @@ def check_names(
     """
     problems = [*unordered(codes, tensors, statement)][:_SHOWN]
     problems += _scales(codes, tensors, any(group.scheme is None for group in statement.groups))
-    problems += _ignored(codes, tensors, statement, statement.listed or stated.get("quant_method") not in _WORDS)
+    method = stated.get("quant_method")
+    problems += _ignored(codes, tensors, statement, method != "mxfp4" and (statement.listed or method not in _WORDS))
     problems += _partners(codes, tensors)
     kept, loose = _cache(model, tensors, statement)
     return problems + kept + second_file(folder, stated, statement), loose
@@ -153,7 +156,7 @@ def _scales(codes: set[str], tensors: Tensors, unknown: bool) -> list[str]:
 
 def _ignored(codes: set[str], tensors: Tensors, statement: Statement, complete: bool) -> list[str]:
     """Args:
-    complete: readers take what is not ignored for codes.
+    complete: readers take what is not ignored for codes; of MXFP4 none does, which is for experts alone.
     """
     lines = []
     for module in sorted(codes, key=natural):

@@ -12,7 +12,7 @@ from streamconv.errors import printable
 from streamconv.natural import natural
 from streamconv.quants.factors import odd_scales
 from streamconv.targets.hf.compressed_scheme import Compressed
-from streamconv.targets.hf.other_schemes import Words
+from streamconv.targets.hf.other_schemes import Words, other_groups
 from streamconv.targets.hf.recipes import BLOCK
 from streamconv.targets.hf.rules import partners
 from streamconv.targets.hf.stated import Statement
@@ -22,11 +22,11 @@ SCALES = ("weight_scale", "weight_scale_inv", "scales")
 WORDS = ("scales",)
 """Scales of integers in words: AutoRound's are negative where the smallest weight is the farthest from zero."""
 SHARED = ("weight_global_scale", "weight_scale_2")
-_OWN = (*SCALES, *SHARED, "weight_shape", "weight_zero_point", "weight", "weight_packed", "qweight", "qzeros")
+_OWN = (*SCALES, *SHARED, "weight_shape", "weight_zero_point", "weight", "weight_packed", "weight_g_idx", "qweight", "qzeros")
 _CODES = ("weight_packed", "qweight", "weight")
 INPUTS = ("input_scale", "input_global_scale", "activation_scale", "k_scale", "v_scale")
 MULTIPLIERS = ("pre_quant_scale",)
-_READ = frozenset((*SCALES, *SHARED, *INPUTS, *MULTIPLIERS, "weight_shape", "qzeros", "g_idx"))
+_READ = frozenset((*SCALES, *SHARED, *INPUTS, *MULTIPLIERS, "weight_shape", "weight_g_idx", "qzeros", "g_idx"))
 _WINDOW = 4 << 20
 
 
@@ -63,7 +63,8 @@ def check_tensors(codes: Iterable[str], tensors: Tensors, statement: Statement) 
             if told is None:
                 problems.append(f"{shown} has codes and no {leaf}, which {scheme.title} needs")
             elif told not in choices:
-                right = f"{choices[0][0]} {list(choices[0][1])}"
+                dtype, shape = next((choice for choice in choices if choice[0] == told[0]), choices[0])
+                right = f"{dtype} {list(shape)}"
                 problems.append(f"{shown}.{leaf} is {told[0]} {list(told[1])}, and must be {right}")
         if others := own.get(module, set()) - wanted.keys():
             problems += [f"{shown}.{leaf} is no part of {scheme.title}, which config.json states" for leaf in _OWN if leaf in others]
@@ -149,6 +150,8 @@ def wrong_values(name: str, data: bytes, dtype: str, tensors: Tensors, statement
         return odd
     group = statement.scheme_of(module)
     scheme = group.scheme if group is not None else None
+    if leaf == "weight_g_idx":
+        return other_groups(data, scheme.weights.group or -1) if isinstance(scheme, Compressed) else ""
     if leaf == "g_idx":
         return scheme.wrong_order(data) if isinstance(scheme, Words) and scheme.method == "gptq" else ""
     if leaf == "qzeros":

@@ -9,6 +9,7 @@ from typing import Any
 
 from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.quantized import source_quantization
+from streamconv.checkpoint.unknown_statements import overrides
 from streamconv.errors import CheckpointError, printable
 from streamconv.targets.hf.check_scales import SCALES, check_tensors, codes_of
 from streamconv.targets.hf.layers import Model, differences, in_order
@@ -34,7 +35,7 @@ def check_complete(index: Index, units: Sequence[Kind[Told]]) -> list[str]:
     found = list(_shards(index))
     if stated is not None:
         told = index.config.get("quantization_config") or {}
-        bits = stated.bits or stated_bits(told) or 4
+        bits = None if overrides(told) else stated.bits or stated_bits(told) or 4
         found += _statement(group_size(index.root) | told, tensors, some) if told else []
     wrong, odd = differences(Model(index.config, units, bits))
     found += in_order(wrong)

@@ -16,6 +16,9 @@ _SCHEME = ("targets", "weights", "input_activations", "output_activations", "for
 _ARGS = ("num_bits", "type", "symmetric", "dynamic", "strategy", "group_size", "block_structure", "scale_dtype", "zp_dtype", "observer",
          "observer_kwargs", "actorder")  # fmt: skip
 _STRATEGIES = ("tensor", "channel", "token", "group", "tensor_group", "block", "attn_head")
+_ORDERED = ("group", "dynamic", True)
+"""Values of actorder with weight_g_idx, the group of each input feature; compressed-tensors reads them until mid-2026."""
+_ORDERS = (None, False, "weight", "static", *_ORDERED)
 _E4M3, _U8 = "torch.float8_e4m3fn", "torch.uint8"
 _DTYPES = {_E4M3: "F8_E4M3", _U8: "U8"}
 
@@ -56,6 +59,7 @@ class Args:
     group: int | None
     block: tuple[int, int]
     scale: str | None
+    ordered: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +95,8 @@ class Compressed:
         kinds = FLOATS if self.weights.scale is None else (self.weights.scale,)
         found: dict[str, list[Told]] = {self.main: [code], "weight_scale": [(kind, grid) for kind in kinds]}
         scalar: list[Told] = [(kind, (1,)) for kind in FLOATS]
+        if self.weights.ordered:
+            found["weight_g_idx"] = [("I32", (cols,))]
         if self.name == "pack-quantized":
             found["weight_shape"] = [("I64", (2,))]
             found |= {"weight_zero_point": [("I32", (-(-rows * bits // 32), grid[1]))]} if not self.weights.symmetric else {}
@@ -172,7 +178,8 @@ def _args(at: str, held: object, form: _Form, problems: list[str]) -> Args | Non
     wrong = [f"{printable(key, 40)} is no arg: readers refuse it" for key in held if key not in _ARGS]
     bits, kind, group = held.get("num_bits", 8), held.get("type", "int"), held.get("group_size")
     symmetric, dynamic, block = held.get("symmetric", True), held.get("dynamic", False), held.get("block_structure")
-    strategy = held.get("strategy")
+    strategy, order = held.get("strategy"), held.get("actorder")
+    order = order.lower() if isinstance(order, str) else order
     if strategy is None:
         strategy = "tensor" if group is None else "channel" if group == -1 else "group"
     checks = {
@@ -183,6 +190,7 @@ def _args(at: str, held: object, form: _Form, problems: list[str]) -> Args | Non
         "strategy": isinstance(strategy, str) and strategy in _STRATEGIES,
         "group_size": group is None or (type(group) is int and (group == -1 or 0 < group < 1 << 20)),
         "block_structure": block is None or _block(block) is not None,
+        "actorder": any(order is known or (order == known and isinstance(order, str)) for known in _ORDERS),
     }
     wrong += [f"{key} is {shown_value(held.get(key))}" for key, right in checks.items() if not right]
     if wrong:
@@ -190,7 +198,7 @@ def _args(at: str, held: object, form: _Form, problems: list[str]) -> Args | Non
         return None
     stated = held.get("scale_dtype")
     scale = form.scale if stated is None else _DTYPES.get(str(stated))
-    return Args(bits, kind, symmetric, dynamic, strategy, group, _block(block) or (128, 128), scale)
+    return Args(bits, kind, symmetric, dynamic, strategy, group, _block(block) or (128, 128), scale, order in _ORDERED)
 
 
 def _block(stated: object) -> tuple[int, int] | None:

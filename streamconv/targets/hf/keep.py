@@ -118,7 +118,7 @@ class Maker:
 
     def add(self, name: str, source: SourceTensor, encoding: Codec, shape: tuple[int, ...]) -> None:
         if isinstance(encoding, Plain) and has_values_to_check(name):
-            whole = name.endswith((".g_idx", ".weight_shape"))
+            whole = name.endswith(("g_idx", ".weight_shape"))
             source = checked(source, lambda data: self._wrong(name, data, encoding.dtype.name), whole)
 
         def made(file: int) -> None:
@@ -150,6 +150,7 @@ def _as_it_is(index: Index, tensors: Mapping[str, SourceTensor], own: str, units
     problems, _ = check_names(folder, stated, codes_of(told), told, statement, Model(index.config, units, None))
     if problems:
         raise CheckpointError(problems, hint="engines would refuse or misread these weights as they are; --quant none decodes them")
+    draft.warnings += [line for line in statement.warnings if not line.startswith(tuple(stated_by(index)) or "\0")]
     kept = Kept(own)
     maker = Maker(kept, draft, lambda name, data, dtype: wrong_values(name, data, dtype, told, statement))
     for name, tensor in tensors.items():

@@ -47,7 +47,8 @@ class CheckedValues(SourceTensor):
         if odd:
             file = printable(shards[self.pieces[0].shard].path.name)
             told = f"{file}: {printable(self.name)} holds {odd}"
-            raise CheckpointError(told, hint="--quant none decodes a scale of 0; anything else is damage: make the checkpoint again")
+            hint = "--quant none decodes a scale of 0 and any order; all else is damage: make the checkpoint again"
+            raise CheckpointError(told, hint=hint)
 
     def drop_page_cache(self, shards: Sequence[Shard], start: int, stop: int) -> None:
         self.tensor.drop_page_cache(shards, start, stop)

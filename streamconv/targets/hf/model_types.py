@@ -71,6 +71,8 @@ class Sizes:
     def __init__(self, text: Mapping[str, Any]) -> None:
         self.problems: list[str] = []
         self._text = text
+        if not isinstance(text.get("model_type", ""), str):
+            self.problems.append(f"config.json: model_type is {shown_value(text['model_type'])}, not a name")
 
     def of(self, *keys: str) -> int | None:
         """The first of the keys that the config has; None if it has none of them, or a list with a number for each layer."""

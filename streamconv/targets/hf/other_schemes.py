@@ -116,11 +116,10 @@ class Words:
     def wrong_order(self, data: bytes) -> str:
         """What of a g_idx cannot be, in words; "" if all is well."""
         order = np.frombuffer(data, np.int32)
-        group = self.group if self.group > 0 else len(order)
-        plain = np.arange(len(order), dtype=np.int32) // np.int32(group)
-        if not self.ordered:
-            return "" if (order == plain).all() else "an order of its own, and config.json says no desc_act: engines leave it out"
-        return "" if (np.sort(order) == plain).all() else f"other groups than those of {group} input features that config.json states"
+        if self.ordered:
+            return other_groups(data, self.group)
+        plain = np.arange(len(order), dtype=np.int32) // np.int32(self.group if self.group > 0 else len(order))
+        return "" if (order == plain).all() else "an order of its own, and config.json says no desc_act: engines leave it out"
 
     def wanted(self, module: str, tensors: Tensors) -> dict[str, list[Told]] | None:
         code = tensors.get(f"{module}.qweight")
@@ -134,3 +133,15 @@ class Words:
         if f"{module}.g_idx" in tensors:
             found["g_idx"] = [("I32", (k,))]
         return found
+
+
+def other_groups(data: bytes, group: int) -> str:
+    """What of the group of each input feature, int32, cannot be, in words; "" if all is well.
+
+    Args:
+        group: features of a group; -1 for all.
+    """
+    order = np.frombuffer(data, np.int32)
+    size = group if group > 0 else len(order)
+    plain = np.arange(len(order), dtype=np.int32) // np.int32(size)
+    return "" if (np.sort(order) == plain).all() else f"other groups than those of {size} input features that config.json states"

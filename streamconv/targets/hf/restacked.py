@@ -69,6 +69,10 @@ def _layer(
     return whole if len(whole) == len(made) else None
 
 
+def _ordered(weight: Expert) -> bool:
+    return isinstance(weight, DecodedTensor) and weight.order is not None
+
+
 def _stacked(
     stored: Stored, name: str, form: StackedForm, held: Mapping[tuple[int, str], str], parts: Sequence[str], count: int
 ) -> Stacked | None:
@@ -78,7 +82,7 @@ def _stacked(
         return None
     of = cast(Callable[[int], Expert], lambda number: stored.at(cast(int, places[number])))
     weights = [of(number) for number in range(len(places))]
-    if any(not isinstance(weight, SourceTensor | DecodedTensor) or weight.dtype != first.dtype for weight in weights):
+    if any(not isinstance(weight, SourceTensor | DecodedTensor) or weight.dtype != first.dtype or _ordered(weight) for weight in weights):
         return None
     outs, turned = len(parts) * first.rows, bool(form.transposed)
     if name.endswith("_bias"):

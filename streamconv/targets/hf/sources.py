@@ -25,7 +25,7 @@ _Read = SourceTensor | DecodedTensor | DecodedAffine | DecodedIntegers | TurnedM
 Weight = _Read | Stacked
 
 _SCALES = ("weight_scale_inv", "weight_scale", "weight_scale_2", "weight_global_scale", "weight_shape")
-_OTHERS = ("weight_zero", "input_scale", "input_global_scale", "k_scale", "v_scale", "weight_zero_point", "output_scale",
+_OTHERS = ("weight_zero", "weight_g_idx", "input_scale", "input_global_scale", "k_scale", "v_scale", "weight_zero_point", "output_scale",
            "pre_quant_scale")  # fmt: skip
 _OF_STACKED = ("_weight_scale", "_weight_scale_2", "_input_scale")
 STACKED = ("gate_up_proj", "down_proj")
@@ -167,9 +167,11 @@ def _decoded(
     inputs = tensors.get(f"{module}.pre_quant_scale")
     if inputs is not None and (inputs.shape != (cols,) or inputs.dtype.name not in FLOATS):
         raise CheckpointError(f"{printable(inputs.name)} is {inputs.dtype} {list(inputs.shape)}, not a number for each of {cols} inputs")
-    return DecodedTensor(
-        name, into, shape, codes, code, _as_matrix(scale, grid.shape), grid.per_row, grid.per_col, factor, divide, zeros, inputs
-    )
+    order = tensors.get(f"{module}.weight_g_idx")
+    if order is not None and (order.shape != (cols,) or order.dtype.name != "I32" or grid.per_row != 1):
+        raise CheckpointError(f"{printable(order.name)} is {order.dtype} {list(order.shape)}: no group for each of {cols} inputs")
+    scales = _as_matrix(scale, grid.shape)
+    return DecodedTensor(name, into, shape, codes, code, scales, grid.per_row, grid.per_col, factor, divide, zeros, inputs, order)
 
 
 def _code(

@@ -54,8 +54,9 @@ def stacked_form(config: Mapping[str, Any]) -> StackedForm | None:
     return StackedForm(transposed, bool(types & set(_ALTERNATING)), bool(types & set(_BIASED)))
 
 
-def _model_types(config: Mapping[str, Any]) -> set[Any]:
-    return {part.get("model_type") for part in (config.get("text_config"), config) if isinstance(part, dict)}
+def _model_types(config: Mapping[str, Any]) -> set[str]:
+    named = [part.get("model_type") for part in (config.get("text_config"), config) if isinstance(part, dict)]
+    return {kind for kind in named if isinstance(kind, str)}
 
 
 def unstack(stored: Stored, config: Mapping[str, Any]) -> None:

@@ -6,9 +6,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from streamconv.checkpoint.quantized import AUTO_ROUND, AUTO_ROUND_FORMS
+from streamconv.checkpoint.quantized import AUTO_ROUND, AUTO_ROUND_FORMS, gptq_format
 from streamconv.checkpoint.unknown_statements import METHODS as OTHERS
-from streamconv.checkpoint.unknown_statements import in_known_words, stored_sparse, unknown_statements
+from streamconv.checkpoint.unknown_statements import in_known_words, overrides, stored_sparse, unknown_statements
 from streamconv.checkpoint.untrusted import shown_value
 from streamconv.errors import printable
 from streamconv.targets.hf.compressed_scheme import compressed_groups
@@ -117,7 +117,7 @@ def read_statement(stated: Mapping[str, Any], names: Collection[str] = ()) -> St
     elif isinstance(method, str) and method.startswith("modelopt"):
         _modelopt(stated, made)
     elif method in ("gptq", "awq"):
-        made.groups.append(Group(("Linear",), _words(method, stated, problems)))
+        made.groups.append(Group(("Linear",), None if overrides(stated) else _words(method, stated, problems)))
     elif method in AUTO_ROUND:
         _auto_round(stated, made)
     elif method in _UNCHECKED:
@@ -135,6 +135,8 @@ def _compressed(stated: Mapping[str, Any], made: Statement, sparse: bool) -> Non
     groups = compressed_groups(stated, made.problems)
     held = [Group(targets, scheme) for targets, scheme in groups]
     made.groups += sorted(held, key=lambda group: "Linear" in group.targets)
+    if any(scheme is not None and scheme.weights.ordered for _, scheme in groups):
+        made.warnings.append("config.json states the act order \"group\": compressed-tensors reads it no more since mid-2026")
     for group in held:
         made.problems += [f"quantization_config: targets {line}" for line in group.patterns.wrong]
     status = stated.get("quantization_status", "compressed")
@@ -230,7 +232,7 @@ def _words(method: str, stated: Mapping[str, Any], problems: list[str]) -> Words
         return None
     if bits == 3:
         return None
-    form = str(stated.get("checkpoint_format", "gptq")).lower()
+    form = str(gptq_format(stated) or "gptq").lower()
     middle = None
     if method == "gptq" and stated.get("sym") is True:
         middle = (1 << (bits - 1)) - (0 if form == "gptq_v2" else 1)

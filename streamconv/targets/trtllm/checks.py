@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from streamconv.checkpoint.model_config import ModelConfig
+from streamconv.checkpoint.untrusted import shown_value
 from streamconv.families.base import Family
 from streamconv.targets.trtllm import import_rules
 from streamconv.targets.trtllm.options import TensorRTLLM
+
+_ACTIVATIONS = ("fast-swiglu", "geglu", "gegelu", "gelu", "gelu_fast", "gelu_new", "gelu_pytorch_tanh", "identity", "openai-gelu",
+                "quick_gelu", "relu", "relu2", "sigmoid", "silu", "softplus", "squared-relu", "swiglu", "tanh")  # fmt: skip
+"""What TensorRT-LLM knows by name."""
 
 
 def refusals(model: ModelConfig, family: Family, options: TensorRTLLM, kv: int, moe: tuple[int, int]) -> list[str]:
@@ -45,6 +50,10 @@ def refusals(model: ModelConfig, family: Family, options: TensorRTLLM, kv: int, 
     refuse(
         options.target_version == "0.16" and p <= layers and layers % p != 0,
         f"--pp-size {p} does not divide num_hidden_layers {layers}: 0.16 would lose the last layers (--target-version 1.2 allows it)",
+    )
+    refuse(
+        model.hidden_act not in _ACTIVATIONS and (model.hidden_act is not None or not family.name.startswith("gemma")),
+        f"config.json: hidden_act is {shown_value(model.hidden_act)}, an activation that TensorRT-LLM does not know",
     )
     problems += _versions(model, family, options) + _context_parallel(model, family, options)
     if options.use_embedding_sharing and options.target_version == "0.16":
