@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,19 @@ def small_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
     real = memory.resident
     monkeypatch.setattr(memory, "resident", lambda: min(real(), 200 * memory.MIB))
+
+
+_threads: list[int] = []
+
+
+@pytest.fixture(autouse=True)
+def one_thread(request: pytest.FixtureRequest) -> None:
+    """torch's threads beside those of the other test processes cost twice the processor time of one: they wait for each other. Calibration
+    keeps them: its sums are held against those of processes of their own, which are as a user's."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        _threads[:] = _threads or [torch.get_num_threads()]
+        torch.set_num_threads(_threads[0] if "calibrate" in request.path.parts else 1)
 
 
 @pytest.fixture(scope="session")
