@@ -155,8 +155,10 @@ def _scales(codes: set[str], tensors: Tensors, unknown: bool) -> list[str]:
 
 
 def _ignored(codes: set[str], tensors: Tensors, statement: Statement, complete: bool) -> list[str]:
-    """Args:
-    complete: readers take what is not ignored for codes; of MXFP4 none does, which is for experts alone.
+    """Modules that the ignore list should name, or should not.
+
+    Args:
+        complete: readers take what is not ignored for codes; of MXFP4 none does, which is for experts alone.
     """
     lines = []
     for module in sorted(codes, key=natural):
