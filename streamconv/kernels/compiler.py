@@ -50,8 +50,8 @@ def compile_kernel(dispatcher: Any, arguments: tuple[Any, ...]) -> Code:
     types = tuple(map(numba.typeof, arguments))
     dispatcher.compile(types)
     made = dispatcher.overloads[types]
-    given: Any = made.fndesc.restype
-    returns = [str(kind) for kind in given] if hasattr(given, "__iter__") else str(getattr(given, "literal_type", given))
+    given: Any = numba.types.unliteral(made.fndesc.restype)
+    returns = [str(kind) for kind in given] if hasattr(given, "__iter__") else str(given)
     return _code(made.library, made.fndesc.llvm_func_name, None if returns == "none" else returns)
 
 

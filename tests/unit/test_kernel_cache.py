@@ -10,9 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from streamconv.cache_folder import cache_folder
+from streamconv.kernels.decode_code import decode_rows
 
 CODE = """
 import os, sys
@@ -119,3 +121,9 @@ def test_what_others_could_write_is_not_believed(tmp_path: Path) -> None:
     folder.symlink_to(tmp_path / "elsewhere")
     assert cache_folder("numba", str(tmp_path)) is None
     assert cache_folder("numba", "relative") is None
+
+
+def test_no_room_for_a_row_is_an_error_and_no_crash() -> None:
+    codes, scales, zeros, inputs = np.empty(0, np.uint8), np.ones((1, 1), np.float32), np.empty((0, 0), np.float32), np.empty(0, np.float32)
+    with pytest.raises(MemoryError):
+        decode_rows(codes, 0, scales, zeros, inputs, 0, 1, 1, 1, 1 << 50, 2, np.empty(0, np.uint16))
