@@ -36,6 +36,7 @@ from numba.core.ccallback import CFunc  # noqa: E402
 _ALLOCATE, _FREE = "NRT_MemInfo_alloc_aligned", "NRT_MemInfo_call_dtor"
 """What numba's arrays ask for: memory behind a header, and that it is freed."""
 _njit: Any = numba.njit
+_unliteral: Any = numba.types.unliteral
 _HEADER = 64
 """At least numba's header: count of references, two words, the place of the memory, two words."""
 
@@ -50,7 +51,7 @@ def compile_kernel(dispatcher: Any, arguments: tuple[Any, ...]) -> Code:
     types = tuple(map(numba.typeof, arguments))
     dispatcher.compile(types)
     made = dispatcher.overloads[types]
-    given: Any = numba.types.unliteral(made.fndesc.restype)
+    given: Any = _unliteral(made.fndesc.restype)
     returns = [str(kind) for kind in given] if hasattr(given, "__iter__") else str(given)
     return _code(made.library, made.fndesc.llvm_func_name, None if returns == "none" else returns)
 
