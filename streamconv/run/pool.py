@@ -31,6 +31,8 @@ FLOOR = 64 * memory.MIB
 """While less than this is free, only one worker goes on."""
 _LOOK = 0.25
 """Seconds between two looks at the free memory."""
+_PATIENCE = 3.0
+"""Seconds that an interrupted run waits for its workers and, in the last one, for the journals."""
 
 
 @dataclass(slots=True)
@@ -127,7 +129,7 @@ class Pool:
     def _abandon(self) -> None:
         """Interrupted: let the workers end their tiles and the journals note them, but only for so long."""
         self.fail(None)
-        until = time.monotonic() + 3
+        until = time.monotonic() + _PATIENCE
         for thread in self._threads:
             thread.join(max(0.0, until - 1 - time.monotonic()))
         self._idle = not any(thread.is_alive() for thread in self._threads)

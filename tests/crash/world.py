@@ -198,7 +198,7 @@ from streamconv.run import output_folder, pool, recorder
 from streamconv.cli import main, signals
 for number, means in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
     signal.signal(number, means)  # whoever runs the tests may ignore them: a shell's background job does
-signals.GRACE = 250  # on a busy machine, too
+signals.GRACE = pool._PATIENCE = 250  # on a busy machine, too
 push, fail, count, stopped = output_folder.OutputFolder.write, pool.Pool.fail, itertools.count(1), threading.Event()
 def held(self, *args):
     push(self, *args)

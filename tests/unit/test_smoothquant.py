@@ -359,5 +359,5 @@ def test_a_waiting_worker_is_released(model: Path) -> None:
     thread = threading.Thread(target=wait, daemon=True)
     thread.start()
     results.stop()
-    thread.join(5)
+    thread.join(100)
     assert met == ["stopped"]
