@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from streamconv.checkpoint.dtypes import FLOATS
 from streamconv.errors import printable
+from streamconv.targets.hf.ignored import is_table
 from streamconv.targets.hf.recipes import BLOCK, Recipe
 from streamconv.targets.hf.rules import Module, classify, grouped, matches, partners, split_groups, starred
 from streamconv.targets.hf.stored import Form, Stored
@@ -45,18 +46,22 @@ class Fates:
         refused: what engines would refuse, one line each.
     """
 
-    def __init__(self, stored: Stored, target: HuggingFace, recipe: Recipe) -> None:
-        self._target, self._recipe = target, recipe
+    def __init__(self, stored: Stored, target: HuggingFace, recipe: Recipe, vocab: int | None = None) -> None:
+        self._target, self._recipe, self._vocab = target, recipe, vocab
         shapes = {name: form for name in stored.order if name.endswith(".weight") and _linear(form := stored.form(name))}
         self.by_name: dict[str, Fate] = dict.fromkeys((name[:-7] for name in shapes), _NONE)
-        some: list[Module] = []
+        some, turned = list[Module](), list[str]()
         for kind in kinds(shapes):
             for heads in self._alike(kind.heads, kind.held):
                 modules = self._modules({heads[0] + rest: form.shape for rest, form in kind.held.items()})
                 some += modules
+                turned += [module.name for module in modules if _is_turned(stored, module)]
                 for rest, module in zip(kind.held, modules, strict=True):
                     fate = Fate(starred(module.name), module.rows, module.cols, module.reason)
                     self.by_name.update(((head + rest)[:-7], fate) for head in heads)
+        if turned:
+            self.refused = [_TURNED.format(printable(turned[0]))]
+            return
         self.refused = self._check(some) and self._check([Module(name, f.rows, f.cols, f.reason) for name, f in self.by_name.items()])
 
     def wanted(self) -> dict[str, Fate]:
@@ -83,6 +88,14 @@ class Fates:
 
     def _modules(self, shapes: Mapping[str, tuple[int, ...]]) -> list[Module]:
         modules = classify(shapes, self._target.ignore, self._target.only)
+        table = "embedding or output projection: a row for each token"
+        named = self._target.only
+        modules = [
+            dataclasses.replace(m, reason=table)
+            if not m.reason and is_table(m.name, m.rows, self._vocab) and not matches(m.name, named)
+            else m
+            for m in modules
+        ]
         odd = {m.name for m in modules if not m.reason and self._left(m)}
         odd |= {other for name in odd for other in partners(name)}
         why = "a size is no multiple of 128, alone or of a partner"
@@ -120,6 +133,18 @@ class Fates:
 
 
 _NONE = Fate("", 0, 0, "")
+_TURNED = (
+    "{}: its weight stands as [in, out] (its bias has a number for each column: Conv1D, as in GPT-2), and readers quantize nn.Linear alone:"
+    " they would take its codes for floats"
+)
+
+
+def _is_turned(stored: Stored, module: Module) -> bool:
+    """Transformers' Conv1D; that of as many outputs as inputs does not tell, but it is not the only one of a model."""
+    if module.reason or f"{module.name}.bias" not in stored.order:
+        return False
+    bias = stored.form(f"{module.name}.bias").shape
+    return bias == (module.cols,) != (module.rows,)
 
 
 def _linear(form: Form) -> bool:

@@ -22,11 +22,11 @@ from streamconv.quants.plain import Plain
 from streamconv.targets.hf import config_json
 from streamconv.targets.hf.check import check_names
 from streamconv.targets.hf.check_scales import SHARED, codes_of, has_values_to_check, unequal, wrong_scales, wrong_values
+from streamconv.targets.hf.ignored import ignored
 from streamconv.targets.hf.kept_values import checked
 from streamconv.targets.hf.layers import Model
 from streamconv.targets.hf.packed_sources import PACKED, Integers, integers
 from streamconv.targets.hf.recipes import METHODS, NVFP4_FP4, recipe_of
-from streamconv.targets.hf.rules import default_reason
 from streamconv.targets.hf.second_file import group_size
 from streamconv.targets.hf.sources import raw_bytes
 from streamconv.targets.hf.stated import read_statement
@@ -182,7 +182,7 @@ def _integers(index: Index, tensors: Mapping[str, SourceTensor], stated: SourceQ
     weights = {"num_bits": bits, "type": "int", "symmetric": symmetric, "dynamic": False, "strategy": "group", "group_size": group}
     if not symmetric:
         draft.warnings.append(ZERO_POINTS)
-    kept.quantization = compressed("pack-quantized", weights, None, ignored(tensors, kept.modules))
+    kept.quantization = compressed("pack-quantized", weights, None, left(tensors, kept.modules, kept.container))
     return kept
 
 
@@ -246,7 +246,7 @@ def _nvfp4(index: Index, tensors: Mapping[str, SourceTensor], own: str, containe
             raise CheckpointError(f"{printable(name)} must be one float32 number, and is {tensor.dtype} {list(tensor.shape)}")
         inputs |= at == 3
         maker.add(f"{module}.{there[at]}", tensor, Reciprocal(), shape)
-    ignore = ignored(tensors, kept.modules)
+    ignore = left(tensors, kept.modules, kept.container)
     if container == "compressed-tensors":
         args = {"num_bits": 4, "type": "float", "symmetric": True, "dynamic": False, "strategy": "tensor_group", **NVFP4_FP4}
         kept.quantization = compressed("nvfp4-pack-quantized", args, args | {"dynamic": "local"} if inputs else None, ignore)
@@ -272,14 +272,12 @@ def compressed(form: str, weights: Mapping[str, Any], inputs: Mapping[str, Any] 
     }
 
 
-def ignored(tensors: Mapping[str, SourceTensor], quantized: list[str]) -> list[str]:
-    """Every linear-like module that is stored as floats."""
-    done = set(quantized)
+def left(tensors: Mapping[str, SourceTensor], quantized: list[str], container: str) -> list[str]:
+    """What the config says of every linear-like module that is stored as floats."""
     found = {
         name.removesuffix(".weight")
         for name, tensor in tensors.items()
         if name.endswith(".weight") and len(tensor.shape) == 2 and tensor.dtype.name in FLOATS
     }
-    names = {name for name in found - done if default_reason(name) not in ("embedding", "not a linear layer")}
-    return sorted(names | ({"lm_head"} - done))
+    return ignored(found - {*quantized}, quantized, container)
 

@@ -18,7 +18,7 @@ from streamconv.quants.given_codes import Words, ZeroPoints
 from streamconv.quants.kept_groups import by_channel, zero_words
 from streamconv.quants.plain import Plain
 from streamconv.targets.hf import config_json
-from streamconv.targets.hf.keep import ZERO_POINTS, Kept, Maker, compressed, ignored
+from streamconv.targets.hf.keep import ZERO_POINTS, Kept, Maker, compressed, left
 from streamconv.targets.hf.recipes import recipe_of
 from streamconv.targets.hf.target import Container
 
@@ -89,9 +89,9 @@ def keep_ranks(index: Index, tensors: Mapping[str, SourceTensor], container: Con
             _words(maker, module, cast(PackedTensor, tensor), tensors, lacking)
         else:
             _copied(maker, module, tensor, tensors, kept.container)
-    left = ignored(tensors, kept.modules)
+    ignore = left(tensors, kept.modules, kept.container)
     if form.kind == _CODES:
-        kept.quantization = _packed(forms, counts, not lacking, left)
+        kept.quantization = _packed(forms, counts, not lacking, ignore)
         draft.warnings += [ZERO_POINTS] if lacking else []
         if odd := sorted({other.group for other in counts} - {0, 32, 64, 128}):
             told = f"scales are those of the inputs of a rank: groups of {odd[0]}"
@@ -101,8 +101,8 @@ def keep_ranks(index: Index, tensors: Mapping[str, SourceTensor], container: Con
     assert recipe is not None
     if form.kind == _AWQ and not any(name.endswith(".pre_quant_scale") for name in tensors):
         recipe = replace(recipe, extra=recipe.extra | {"pre_quant_scale": False})
-    kept.quantization = config_json.quantization_config(recipe, left, form.group)
-    kept.second = config_json.hf_quant_config(recipe, left, form.group) if kept.container == "modelopt" else None
+    kept.quantization = config_json.quantization_config(recipe, ignore, form.group)
+    kept.second = config_json.hf_quant_config(recipe, ignore, form.group) if kept.container == "modelopt" else None
     return kept
 
 

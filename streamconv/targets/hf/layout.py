@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -27,10 +26,11 @@ from streamconv.targets.hf import config_json
 from streamconv.targets.hf.card import NAME, Done, card, left
 from streamconv.targets.hf.fates import Fate, Fates
 from streamconv.targets.hf.found_codes import taken
+from streamconv.targets.hf.ignored import ignored, tied_heads, vocabulary
 from streamconv.targets.hf.input_scales import cache_maxima, input_maxima
 from streamconv.targets.hf.recipes import BLOCK, Recipe, Request
 from streamconv.targets.hf.restacked import restack
-from streamconv.targets.hf.rules import default_reason, partners
+from streamconv.targets.hf.rules import partners
 from streamconv.targets.hf.shards import shards_of
 from streamconv.targets.hf.side_files import side_files
 from streamconv.targets.hf.stacked import unstack
@@ -99,7 +99,7 @@ class Layout:
         stored, fates = self.stored, None
         if self.recipe is not None:
             unstack(stored, self.index.config)
-            fates = Fates(stored, self.target, self.recipe)
+            fates = Fates(stored, self.target, self.recipe, vocabulary(self.index.config))
             self.fates, self.refused = fates.by_name, fates.refused
             if self.refused:
                 return
@@ -299,11 +299,12 @@ class Layout:
             self.draft.warnings.append("TensorRT-LLM reads an INT8 directory as FP8, which is wrong; vLLM and SGLang read it right")
 
     def _side_files(self, places: dict[str, str]) -> None:
-        ignore = [n for n, fate in self.fates.items() if fate.reason and default_reason(n) not in ("embedding", "not a linear layer")]
-        if "lm_head" not in ignore and ("lm_head" not in self.fates or self.fates["lm_head"].reason):
-            ignore.append("lm_head")
-        ignore.sort(key=natural)
-        told, quantization = (ignore, self.target.group_size, bool(self.cached)), None
+        ignore, quantization = list[str](), None
+        if self.recipe is not None:
+            kept = {name for name, fate in self.fates.items() if fate.reason}
+            heads = tied_heads(self.stored, self.index.config)
+            ignore = ignored({*kept, *heads}, self.fates.keys() - kept, self.recipe.container)
+        told = ignore, self.target.group_size, bool(self.cached)
         if self.recipe is not None:
             quantization = config_json.quantization_config(self.recipe, *told)
         forms = {*self.stored.forms()}
@@ -314,7 +315,8 @@ class Layout:
         self.draft.warnings += left_out
         if self.recipe is not None:
             count = sum(not fate.reason for fate in self.fates.values())
-            done = Done(self.recipe.quant, self.recipe.container, self.target.arithmetic, count, left(ignore))
+            named = left([name for name in ignore if not name.startswith(("re:", "*"))])
+            done = Done(self.recipe.quant, self.recipe.container, self.target.arithmetic, count, named)
             copied = [file for file in copied if file.name != NAME] + [card(self.index, done, copied)]
         self.draft.side_files += copied
         if len(set(places.values())) > 1 or set(places.values()) != {"model.safetensors"}:
@@ -326,8 +328,3 @@ class Layout:
 
 def _within_tile(weight: Form) -> bool:
     return weight.rows <= BLOCK and weight.cols <= BLOCK
-
-
-def natural(name: str) -> list[tuple[int, str]]:
-    """Sorts layer 2 before layer 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

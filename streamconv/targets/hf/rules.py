@@ -57,6 +57,12 @@ def is_other_part(name: str) -> bool:
     return _OTHER_PARTS.search(name) is not None
 
 
+def part_of(name: str) -> str:
+    """The last name of the vision tower, audio encoder or projector that a module belongs to; "" if it belongs to none."""
+    found = _OTHER_PARTS.search(name)
+    return found[0].strip(".") if found is not None else ""
+
+
 def check_patterns(patterns: Sequence[str], flag: str) -> None:
     """Every pattern can be used.
 
