@@ -143,7 +143,7 @@ def test_the_budget_holds(tmp_path: Path) -> None:
         told[read] = json.loads(done.stdout)
         assert told[read]["peak_memory"] <= 320 << 20
     assert told["map"]["bytes_mapped"] == told["map"]["bytes_read"]
-    assert told["map"]["peak_memory"] < told["pread"]["peak_memory"] + (12 << 20)
+    assert told["map"]["bytes_mapped"] > 170 << 20 and told["map"]["peak_memory"] < 240 << 20  # without the mappings it is 100 MiB at least
 
 
 @pytest.mark.parametrize("quant", sorted(RUNS))
