@@ -71,3 +71,32 @@ def _as_loaded(params: dict[str, torch.Tensor], module: str) -> torch.Tensor:
     if last in ("down_proj", "w2"):
         return params[f"{layer}.experts.down_proj"][int(expert)]
     return params[f"{layer}.experts.gate_up_proj"][int(expert)].chunk(2)[last in ("up_proj", "w3")]
+
+
+@pytest.mark.parametrize("kind", ["llava", "mistral3", "gemma3"])
+@pytest.mark.parametrize(("quant", "container"), [("fp8_dynamic", "compressed-tensors"), ("fp8_block", "hf")])
+def test_a_vision_tower_as_loaded(kind: str, quant: str, container: str, tmp_path: Path) -> None:
+    """Transformers has it below `model.`, without a level that the files have."""
+    text = {"vocab_size": 128, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text |= {
+        "num_key_value_heads": 1,
+        "head_dim": 64,
+        "model_type": {"llava": "llama", "mistral3": "mistral", "gemma3": "gemma3_text"}[kind],
+    }
+    tower = {"llava": "clip_vision_model", "mistral3": "pixtral", "gemma3": "siglip_vision_model"}[kind]
+    vision = {"model_type": tower, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.AutoConfig.for_model(
+        kind, text_config=text, vision_config=vision | {"image_size": 28, "patch_size": 14}, image_token_index=5
+    )
+    made = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+    made.save_pretrained(tmp_path / "in")
+    flags = ["--to", "hf", "--quant", quant, "--format", container, "--quiet"]
+    assert main(["convert", str(tmp_path / "in"), str(tmp_path / "out"), *flags]) == 0
+    loaded = type(made).from_pretrained(tmp_path / "out", dtype="auto")
+    loaded(torch.arange(12)[None] + 10)  # codes are decoded when they are met first
+    seen, params = 0, dict(loaded.named_parameters())
+    for name, wanted in made.named_parameters():
+        if "language_model" not in name and "lm_head" not in name:
+            assert torch.equal(params[name].to(wanted.dtype), wanted), name
+            seen += 1
+    assert seen > 8
