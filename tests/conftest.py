@@ -5,9 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from streamconv.kernels.cache import Code
 
 with contextlib.suppress(ImportError):  # the GPU tests do without
     from hypothesis import HealthCheck, settings
@@ -28,6 +33,21 @@ def small_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
     real = memory.resident
     monkeypatch.setattr(memory, "resident", lambda: min(real(), 200 * memory.MIB))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def every_kernel_is_kept() -> None:
+    """Machine code that needs something of the compiler's process is compiled again in every run, which takes seconds."""
+    from streamconv.kernels import jit
+
+    real = jit.kept
+
+    def kept(name: str, types: str, compile_it: Callable[[], Code]) -> Code:
+        code = real(name, types, compile_it)
+        assert code.alone, name
+        return code
+
+    jit.kept = kept
 
 
 _threads: list[int] = []

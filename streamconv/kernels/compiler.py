@@ -35,6 +35,9 @@ from numba.core.ccallback import CFunc  # noqa: E402
 
 _ALLOCATE, _FREE = "NRT_MemInfo_alloc_aligned", "NRT_MemInfo_call_dtor"
 """What numba's arrays ask for: memory behind a header, and that it is freed."""
+_PLAIN, _RAW, _FREE_RAW = "NRT_MemInfo_alloc", "NRT_Allocate", "NRT_Free"
+"""The same without an alignment; and memory without a header, for the shapes of a view."""
+_ALIGNMENT = 32
 _njit: Any = numba.njit
 _unliteral: Any = numba.types.unliteral
 _HEADER = 64
@@ -65,7 +68,8 @@ def compile_callback(signature: Any, function: Callable[..., Any]) -> Code:
 
 def _code(library: Any, symbol: str, returns: list[str] | str | None) -> Code:
     _, _, (machine, _) = library.serialize_using_object_code()
-    asked = {function.name for function in library._final_module.functions if function.is_declaration} - {_ALLOCATE, _FREE}
+    asked = {function.name for function in library._final_module.functions if function.is_declaration}
+    asked -= {_ALLOCATE, _FREE, _PLAIN, _RAW, _FREE_RAW}
     here = ctypes.CDLL(None)
     return Code(symbol, returns, machine, all(name.startswith("llvm.") or hasattr(here, name) for name in asked))
 
@@ -85,9 +89,14 @@ def compile_allocation() -> Code:
         for place, value in enumerate((word(1), word(0), word(0), build.sub(after, build.urem(after, align)), size, word(0))):
             build.store(value, build.gep(words, [word(place)]))
     build.ret(header)
-    release = ir.Function(module, ir.FunctionType(ir.VoidType(), [byte]), _FREE)
-    build = ir.IRBuilder(release.append_basic_block())
-    build.call(free, release.args)
-    build.ret_void()
+    for name, made, more in ((_PLAIN, allocate, [ir.IntType(32)(_ALIGNMENT)]), (_RAW, malloc, [])):
+        function = ir.Function(module, ir.FunctionType(byte, [word]), name)
+        build = ir.IRBuilder(function.append_basic_block())
+        build.ret(build.call(made, [function.args[0], *more]))
+    for name in (_FREE, _FREE_RAW):
+        function = ir.Function(module, ir.FunctionType(ir.VoidType(), [byte]), name)
+        build = ir.IRBuilder(function.append_basic_block())
+        build.call(free, function.args)
+        build.ret_void()
     machine = binding.Target.from_default_triple().create_target_machine(reloc="pic", jit=True)
     return Code(_ALLOCATE, None, machine.emit_object(binding.parse_assembly(str(module))))
