@@ -23,7 +23,7 @@ def other_root(value: np.float64, near: np.float64) -> Any:
     high = c - (c - near)
     low = near - high
     rest = ((value - high * high) - 2.0 * high * low) - low * low
-    other = np.nextafter(near, np.inf if rest > 0.0 else 0.0)
+    other = np.int64(np.float64(near).view(np.int64) + (1 if rest > 0.0 else -1)).view(np.float64)
     return other if abs(rest) > 0.4375 * 2.0 * near * abs(other - near) else near
 
 
