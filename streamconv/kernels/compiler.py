@@ -38,6 +38,8 @@ _ALLOCATE, _FREE = "NRT_MemInfo_alloc_aligned", "NRT_MemInfo_call_dtor"
 _PLAIN, _RAW, _FREE_RAW = "NRT_MemInfo_alloc", "NRT_Allocate", "NRT_Free"
 """The same without an alignment; and memory without a header, for the shapes of a view."""
 _ALIGNMENT = 32
+_LDEXP = "numba_ldexp"
+"""`math.ldexp`: of the C library."""
 _njit: Any = numba.njit
 _unliteral: Any = numba.types.unliteral
 _HEADER = 64
@@ -69,7 +71,7 @@ def compile_callback(signature: Any, function: Callable[..., Any]) -> Code:
 def _code(library: Any, symbol: str, returns: list[str] | str | None) -> Code:
     _, _, (machine, _) = library.serialize_using_object_code()
     asked = {function.name for function in library._final_module.functions if function.is_declaration}
-    asked -= {_ALLOCATE, _FREE, _PLAIN, _RAW, _FREE_RAW}
+    asked -= {_ALLOCATE, _FREE, _PLAIN, _RAW, _FREE_RAW, _LDEXP}
     here = ctypes.CDLL(None)
     return Code(symbol, returns, machine, all(name.startswith("llvm.") or hasattr(here, name) for name in asked))
 
@@ -93,6 +95,10 @@ def compile_allocation() -> Code:
         function = ir.Function(module, ir.FunctionType(byte, [word]), name)
         build = ir.IRBuilder(function.append_basic_block())
         build.ret(build.call(made, [function.args[0], *more]))
+    double, exponent = ir.DoubleType(), ir.IntType(32)
+    ldexp, function = (ir.Function(module, ir.FunctionType(double, [double, exponent]), name) for name in ("ldexp", _LDEXP))
+    build = ir.IRBuilder(function.append_basic_block())
+    build.ret(build.call(ldexp, function.args))
     for name in (_FREE, _FREE_RAW):
         function = ir.Function(module, ir.FunctionType(ir.VoidType(), [byte]), name)
         build = ir.IRBuilder(function.append_basic_block())
