@@ -106,8 +106,8 @@ def act_ordered(folder: Path, symmetric: bool, actorder: object = "group", leave
     made |= {} if symmetric else {"weight_zero_point": packed(zeros, 4, 0)}
     made = {leaf: held for leaf, held in made.items() if leaf != leave}
     args = {"num_bits": 4, "type": "int", "symmetric": symmetric, "strategy": "group", "group_size": group, "actorder": actorder}
-    stated = {"quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed", "ignore": ["lm_head"]}
-    stated["config_groups"] = {"group_0": {"targets": ["Linear"], "weights": args}}  # type: ignore[assignment]
+    stated = {"quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed", "ignore": ["lm_head"],
+              "config_groups": {"group_0": {"targets": ["Linear"], "weights": args}}}  # fmt: skip
     weight = (codes - zeros[:, index]) * scales[:, index].astype(np.float64)
     return source(folder, stated, {f"model.layers.0.mlp.up_proj.{leaf}": held for leaf, held in made.items()}), weight
 
@@ -212,6 +212,17 @@ def gpt_oss(folder: Path) -> tuple[Path, Tensors]:
         want[at] = plain.transpose(1, 2).contiguous().bfloat16()
     stated = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
     return source(folder, stated, weights, model_type="gpt_oss"), want
+
+
+def test_the_statement_of_gpt_oss_is_kept(tmp_path: Path) -> None:
+    """Its list names attentions by a pattern of transformers; MXFP4 is for experts alone."""
+    folder, _ = gpt_oss(tmp_path / "source")
+    held = load_file(folder / "model.safetensors")
+    held["model.layers.0.self_attn.o_proj.weight"] = torch.ones(64, 64, dtype=torch.bfloat16)
+    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+    assert not [line for line in verify(folder).problems if "self_attn" in line]
+    api.convert(folder, tmp_path / "kept", HuggingFace(quant="keep"))
+    assert (tmp_path / "kept/model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("rows", [None, 32, 64])

@@ -113,6 +113,18 @@ def test_nothing_is_lost_that_was_not_quantized(kind: str, tmp_path: Path) -> No
     assert all(torch.equal(tensor, whole[name]) for name, tensor in found.items() if ".experts." in name)
 
 
+def test_biases_of_experts_are_held_against_a_stacked_source(tmp_path: Path) -> None:
+    """Without a manifest, too: an expert's bias is [N], and lies apart in the source."""
+    made = quantized(tmp_path, "gpt_oss", "fp8_dynamic", None)
+    (made / "streamconv.json").unlink()
+    problems = streamconv.verify(made, tmp_path / "model").problems
+    assert not [line for line in problems if "bias" in line], problems
+    held = load_file(made / "model.safetensors")
+    held["model.layers.1.mlp.experts.0.down_proj.bias"][3] += 1
+    save_file(held, made / "model.safetensors", metadata={"format": "pt"})
+    assert any("down_proj.bias" in line for line in streamconv.verify(made, tmp_path / "model").problems)
+
+
 WRONG: dict[str, dict[str, Any]] = {
     "fewer experts": {"num_local_experts": 2}, "more experts": {"num_local_experts": 4}, "no count": {"num_local_experts": None},
     "another size": {"hidden_size": 64}, "of either form": {"model_type": "qwen3_vl_moe_text"},

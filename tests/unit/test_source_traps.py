@@ -8,9 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import streamconv
 from streamconv import api
 from streamconv.cli.main import main
-from streamconv.errors import RefusedError
+from streamconv.errors import RefusedError, StreamconvError
 from streamconv.targets.trtllm.options import TensorRTLLM
 from tests import tiny
 
@@ -74,3 +75,14 @@ def test_settings_that_cannot_work(tmp_path: Path, capfd: pytest.CaptureFixture[
     assert main(["convert", str(model), str(tmp_path / "out"), *flags]) == 2
     assert said in capfd.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_wrapper_ties_the_head_of_its_language_model(tmp_path: Path) -> None:
+    """The outer tie_word_embeddings is the one that transformers obeys."""
+    weights = {f"model.language_{name}": held for name, held in tiny.tensors().items() if "lm_head" not in name}
+    inner = tiny.config(tie_word_embeddings=False) | {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+    outer = {"architectures": ["Mistral3ForConditionalGeneration"], "model_type": "mistral3", "text_config": inner}
+    report = streamconv.plan(tiny.write(tmp_path / "tied", weights, outer | {"tie_word_embeddings": True}))
+    assert any("there is no lm_head.weight" in line for line in report.warnings)
+    with pytest.raises(StreamconvError, match=r"lm_head\.weight"):
+        streamconv.plan(tiny.write(tmp_path / "untied", weights, outer | {"tie_word_embeddings": False}))
