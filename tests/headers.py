@@ -11,7 +11,7 @@ from streamconv.checkpoint.header_build import HeaderBuilder, file_order
 def build_header(
     entries: Iterable[tuple[str, DType, tuple[int, ...]]],
 ) -> tuple[bytes, dict[str, tuple[int, int]]]:
-    """The first bytes of a file as the stock writer writes them without metadata (spec: checkpoint §1.2).
+    """The first bytes of a file as the stock writer writes them without metadata.
 
     Returns:
         The header with its length, and by name where in the file each tensor begins and ends.

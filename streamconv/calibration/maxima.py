@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from streamconv.checkpoint.model_config import ModelConfig
 
 _LEAST_WEIGHT = 1e-8
-"""Floor of a row's weight maximum (quantization spec §6.3)."""
+"""Floor of a row's weight maximum."""
 
 
 class Maxima:

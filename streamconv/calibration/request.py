@@ -29,7 +29,7 @@ class Samples:
 
 
 def measured_in(options: TensorRTLLM) -> tuple[str, Loop]:
-    """Computing type and loop that NVIDIA's tools measure this format with (quantization spec §16).
+    """Computing type and loop that NVIDIA's tools measure this format with.
 
     SmoothQuant loads the model as float16, the INT8 KV cache alone in its own type; FP8 is ModelOpt's, whose samples have no suffix.
     """

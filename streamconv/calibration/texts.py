@@ -1,4 +1,4 @@
-"""Calibration samples: where they come from and how the official loop prepares them (quantization spec §16.1)."""
+"""Calibration samples: where they come from and how the official loop prepares them."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def _hub(name: str, count: int) -> list[str]:
             f"there is no file or folder {printable(name)} here to calibrate on, and a data set of the Hub needs the package datasets",
             hint="a text file works offline: --text FILE.txt (NVIDIA's flag: --calib_dataset FILE.txt); or pip install datasets",
         ) from None
-    # the columns and splits of the official converter (spec §16.1)
+    # the columns and splits of the official converter
     split, column, config = "train", "text", None
     if "cnn_dailymail" in name:
         column, config = "article", "3.0.0"
@@ -129,7 +129,7 @@ def _hub(name: str, count: int) -> list[str]:
 
 
 def tokenize(folder: Path, texts: list[str], max_length: int, loop: Loop = "trtllm") -> list[list[int]]:
-    """Token ids of each sample, prepared as the official loop does (ModelOpt adds no suffix, §16.2).
+    """Token ids of each sample, prepared as the official loop does (ModelOpt adds no suffix).
 
     Raises:
         CheckpointError: the model folder has no usable tokenizer.

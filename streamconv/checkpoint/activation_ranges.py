@@ -1,7 +1,7 @@
 """Activation ranges: what a calibration run measured, read from a safetensors file.
 
-For a linear module M the file holds `M.x` [in] and `M.y` [out]: the largest absolute input and output of each channel
-(quantization spec §6.3). `M.w` may be there; it is not used. Vectors are read when they are asked for and not kept.
+For a linear module M the file holds `M.x` [in] and `M.y` [out]: the largest absolute input and output of each channel.
+`M.w` may be there; it is not used. Vectors are read when they are asked for and not kept.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The element types of safetensors, and how the rest of the world names them.
 
-Spec: checkpoint §1.2 rule 1 (order in a file written by the stock writer) and §2.7 (names in config.json).
+Their order is that of a file of safetensors' own writer, their names those of config.json.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Strict reader of the safetensors header; header_build.py writes it.
 
 A file is an 8-byte little-endian length, a JSON object of that length (header_parse.py), and the data. The reader is stricter
-than the stock one: whatever it accepts, stock reads the same. Spec: checkpoint §1.2 (byte layout of a rank file).
+than the stock one: whatever it accepts, stock reads the same.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Exact writer of the safetensors header. Spec: checkpoint §1.2 (byte layout of a rank file)."""
+"""Writer of the safetensors header: the bytes of safetensors' own writer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Meta checkpoints: params.json and consolidated.NN.pth, each tensor cut over F files (checkpoint spec §5).
+"""Meta checkpoints: params.json and consolidated.NN.pth, each tensor cut over F files.
 
 Whatever F and the ranks wanted are, a tensor is the assembled whole: its pieces lie one above the other (axis 0) or side by
 side (axis 1), and are never copied together.
@@ -140,7 +140,7 @@ def check_parts(files: Sequence[Found], archives: Sequence[str], shards: Sequenc
 
 
 def output_rows(tensors: Mapping[str, ShardedTensor]) -> int | None:
-    """Rows of the output matrix: the number of tokens where params.json states none (§2.9)."""
+    """Rows of the output matrix: the number of tokens where params.json states none."""
     output = tensors.get("output.weight")
     return output.shape[0] if output is not None and output.shape else None
 
@@ -154,7 +154,7 @@ def _vocabulary(files: Sequence[Found], params: Mapping[str, Any]) -> int:
 
 
 def _axis(name: str, shapes: list[tuple[int, ...]], vocab: int) -> int | None:
-    """How Meta cuts this tensor (§5.2); None if every file holds all of it."""
+    """How Meta cuts this tensor; None if every file holds all of it."""
     if len(shapes[0]) < 2:
         return None
     if name.endswith((".attention.wo.weight", ".feed_forward.w2.weight")):

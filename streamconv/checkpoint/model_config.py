@@ -1,6 +1,6 @@
 """What a source's config says, whatever its spelling: Hugging Face config.json (old and transformers 5) or Meta params.json.
 
-Checkpoint spec §2.2, §2.6 - §2.9. Number spelling is kept (an integer stays an integer), because it reaches config.json.
+Number spelling is kept (an integer stays an integer), because it reaches config.json.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ _SWITCHES = ("bias", "attention_bias", "mlp_bias", "tie_word_embeddings", "use_l
 _NEVER_NULL = {"attention_multiplier": (0.0, 1e30), "logits_scaling": (1e-30, 1e30)}
 
 
-# class defaults of transformers that files may rely on (§2.8); dimensions are never guessed
+# class defaults of transformers that files may rely on; dimensions are never guessed
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "": {"rms_norm_eps": 1e-06, "rope_theta": 10000.0, "hidden_act": "silu", "max_position_embeddings": 2048},
     "MistralForCausalLM": {"num_key_value_heads": 8, "max_position_embeddings": 131072},
@@ -262,7 +262,7 @@ def _sparse_layers(raw: Mapping[str, Any], problems: list[str]) -> None:
 
 
 def from_meta(params: Mapping[str, Any], vocab_rows: int | None = None) -> ModelConfig:
-    """Read Meta's params.json (§2.9).
+    """Read Meta's params.json.
 
     Args:
         vocab_rows: rows of the output matrix, used where params.json has no usable vocab_size; else 32000.

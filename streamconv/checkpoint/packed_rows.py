@@ -1,7 +1,7 @@
 """Read channels of a packed integer weight and turn them into rows of signed int8.
 
 GPTQ and AutoAWQ store weights input-major: a block of output channels is a stripe of columns, one run of bytes in each
-source row (quantization spec §3.5, §4.2, §5.2). ModelOpt packs two neighbouring channels in a byte (§5.3).
+source row. ModelOpt packs two neighbouring channels in a byte.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from streamconv.checkpoint.shard import Shard
 from streamconv.lazy import Bytes, np
 
 AWQ_POSITION = (0, 4, 1, 5, 2, 6, 3, 7)
-"""Where AutoAWQ keeps channel j of eight: the number of its nibble, counted from the least significant (§5.2)."""
+"""Where AutoAWQ keeps channel j of eight: the number of its nibble, counted from the least significant."""
 
 _LOW = [AWQ_POSITION.index(2 * byte) for byte in range(4)]
 _HIGH = [AWQ_POSITION.index(2 * byte + 1) for byte in range(4)]

@@ -28,7 +28,7 @@ _ADDS_ROPE_TYPE = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "
 
 
 def rope(raw: dict[str, Any], architecture: str, problems: list[str], notes: list[str], number: Any) -> tuple[float, dict[str, Any] | None]:
-    """(theta, scaling) from either spelling; type "default" means no scaling (§2.6).
+    """(theta, scaling) from either spelling; type "default" means no scaling.
 
     A base inside an object counts before the one at the top level, where a release that does not know the object writes its
     default; of two scalings the old key's counts, as in transformers, unless it is "default".

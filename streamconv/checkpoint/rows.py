@@ -140,7 +140,7 @@ class PackedTensor(SourceTensor):
     Attributes:
         shape: (N, K); `dtype` is I8; the one piece covers the stored bytes (its rows and cols are those of the file).
         bits: 4 or 8.
-        packing: how the file stores it (quantization spec §4.2, §5.2, §5.3): "gptq", int32 [K*bits/32, N] along K;
+        packing: how the file stores it: "gptq", int32 [K*bits/32, N] along K;
             "awq", int32 [K, N/8] along shuffled channels; "modelopt", one byte for two neighbouring channels [N/2, K].
         module: name without the last component, e.g. "model.layers.0.mlp.up_proj".
     """

@@ -1,4 +1,4 @@
-"""config.json from the size flags of the official command line, when it names no checkpoint (checkpoint spec §8).
+"""config.json from the size flags of the official command line, when it names no checkpoint.
 
 NVIDIA's script writes fewer keys here than for a checkpoint; its loader has defaults for the others.
 """

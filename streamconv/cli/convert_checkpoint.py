@@ -54,7 +54,7 @@ def _source(request: OfficialRequest) -> str | None:
 
 
 def _with_default_dtype(request: OfficialRequest, source: str) -> OfficialRequest:
-    """InternLM2's script takes float16 where --dtype is not given, the others the source's dtype (checkpoint spec §2.7)."""
+    """InternLM2's script takes float16 where --dtype is not given, the others the source's dtype."""
     if request.states_dtype or source == request.meta_ckpt_dir:
         return request
     from streamconv.hub import open_source
@@ -68,7 +68,7 @@ def _with_default_dtype(request: OfficialRequest, source: str) -> OfficialReques
 
 
 def _refuse_fp8(request: OfficialRequest, source: str) -> None:
-    """NVIDIA's script makes no usable scales from unquantized weights (quantization spec §8), and measures none for this flag.
+    """NVIDIA's script makes no usable scales from unquantized weights, and measures none for this flag.
 
     Raises:
         RefusedError: --use_fp8 or --enable_fp8, no activation ranges, and a source that brings none along either.

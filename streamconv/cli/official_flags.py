@@ -1,4 +1,4 @@
-"""NVIDIA's command line, flag by flag (checkpoint spec §8), and what each asks of us.
+"""NVIDIA's command line, flag by flag, and what each asks of us.
 
 The flags of both release lines and of the Llama, Qwen, Phi and Gemma scripts are known; `_` and `-` are the same.
 """

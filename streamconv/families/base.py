@@ -60,8 +60,8 @@ class Family:
         tensors: role -> pattern. A role may have alternatives.
         ignored: patterns of tensors that carry nothing a checkpoint needs (old rotary buffers).
         qkv_bias, dense_bias: biases of q/k/v and of the attention output: "config" follows `attention_bias`.
-        fused_mlp: the target stores [up; gate] as one matrix (Phi-3, spec §6.4).
-        norm_add_one: norms are stored as value + 1 (Gemma, spec §6.5).
+        fused_mlp: the target stores [up; gate] as one matrix (Phi-3).
+        norm_add_one: norms are stored as value + 1 (Gemma).
         versions: releases that know the architecture.
         evidence: where the rules come from: "golden" cases, or the specification alone.
         limits: refused options: "pp" (pipeline), "quant" ...
@@ -107,7 +107,7 @@ LLAMA_TENSORS: dict[str, tuple[str, ...]] = {
     "up_bias": ("model.layers.{layer}.mlp.up_proj.bias",),
     "down_bias": ("model.layers.{layer}.mlp.down_proj.bias",),
 }
-"""Names that most decoder families share with Llama (spec §3.1)."""
+"""Names that most decoder families share with Llama."""
 
 QKV_BIASES = ("q_bias", "k_bias", "v_bias")
 MLP_BIASES = ("gate_bias", "up_bias", "down_bias")

@@ -1,4 +1,4 @@
-"""Exaone: Llama under other names (spec §6.7)."""
+"""Exaone: Llama under other names."""
 
 from streamconv.families.base import Family
 

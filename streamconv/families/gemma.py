@@ -1,4 +1,4 @@
-"""Gemma and Gemma-2: norms stored as value + 1, embeddings always tied (spec §6.5)."""
+"""Gemma and Gemma-2: norms stored as value + 1, embeddings always tied."""
 
 from streamconv.families.base import LLAMA_TENSORS, MLP_BIASES, QKV_BIASES, Family, without
 

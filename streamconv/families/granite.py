@@ -1,4 +1,4 @@
-"""Granite dense: Llama whose multipliers live in config.json; 1.2 only, as 0.16 would ignore them (spec §2.10)."""
+"""Granite dense: Llama whose multipliers live in config.json; 1.2 only, as 0.16 would ignore them."""
 
 from streamconv.families.base import LLAMA_TENSORS, Family
 

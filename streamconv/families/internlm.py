@@ -1,4 +1,4 @@
-"""InternLM (Llama with `bias`) and InternLM2, whose wqkv is grouped by KV head (spec §6.6)."""
+"""InternLM (Llama with `bias`) and InternLM2, whose wqkv is grouped by KV head."""
 
 from streamconv.families.base import LLAMA_TENSORS, MLP_BIASES, Family, without
 

@@ -1,4 +1,4 @@
-"""Llama and everything that is spelled like it (spec §3)."""
+"""Llama and everything that is spelled like it."""
 
 from streamconv.families.base import LLAMA_TENSORS, Family
 

@@ -1,4 +1,4 @@
-"""Meta's own names for Llama, in consolidated.NN.pth (spec §5.3). No config.json names it: the layout of the folder does."""
+"""Meta's own names for Llama, in consolidated.NN.pth. No config.json names it: the layout of the folder does."""
 
 from streamconv.families.base import Family
 

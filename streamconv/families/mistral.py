@@ -1,4 +1,4 @@
-"""Mistral and Mistral-NeMo: Llama with its own head size; the sliding window leaves no trace (spec §6.1)."""
+"""Mistral and Mistral-NeMo: Llama with its own head size; the sliding window leaves no trace."""
 
 from streamconv.families.base import LLAMA_TENSORS, MLP_BIASES, Family, without
 

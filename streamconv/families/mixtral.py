@@ -1,4 +1,4 @@
-"""Mixtral: experts in a grid of tensor and expert parallel ranks, router in float32 (spec §4)."""
+"""Mixtral: experts in a grid of tensor and expert parallel ranks, router in float32."""
 
 from streamconv.families.base import LLAMA_TENSORS, MLP_BIASES, Family, without
 

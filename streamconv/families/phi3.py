@@ -1,4 +1,4 @@
-"""Phi-3 and Phi-3.5 mini and medium: fused QKV and fused gate/up (spec §6.4)."""
+"""Phi-3 and Phi-3.5 mini and medium: fused QKV and fused gate/up."""
 
 from streamconv.families.base import LLAMA_TENSORS, MLP_BIASES, QKV_BIASES, Family, without
 

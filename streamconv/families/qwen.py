@@ -1,4 +1,4 @@
-"""Qwen2, Qwen2.5, Qwen3 and Qwen3-MoE (spec §6.2, §6.3)."""
+"""Qwen2, Qwen2.5, Qwen3 and Qwen3-MoE."""
 
 from streamconv.families.base import LLAMA_TENSORS, MLP_BIASES, QKV_BIASES, Family, without
 

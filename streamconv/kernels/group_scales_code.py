@@ -1,4 +1,4 @@
-"""The compiled part of `group_scales` (quantization spec §4.3). Types are numbers: 0 float32, 1 float16, 2 bfloat16."""
+"""The compiled part of `group_scales`. Types are numbers: 0 float32, 1 float16, 2 bfloat16."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The compiled part of `packed`. Layout families are their places in `quants.layout.FAMILIES`; 64 divides K.
 
-A and D share the order inside a block (§3.4): eight words hold channels i, i+8 (int8) or i, i+8, i+16, i+24 (int4).
+A and D share the order inside a block: eight words hold channels i, i+8 (int8) or i, i+8, i+16, i+24 (int4).
 """
 
 from __future__ import annotations

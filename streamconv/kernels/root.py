@@ -6,7 +6,7 @@ from streamconv.lazy import Array, np
 
 
 def half_power_smoother(inputs: Array, maxima: Array) -> tuple[Array, float, tuple[float, float]] | None:
-    """s of quantization spec §6.4 for alpha 1/2.
+    """The smoother of SmoothQuant for alpha 1/2.
 
     Torch gives the rounded square root or, in one of a hundred cases, its neighbour: only where the exact root lies almost in
     the middle (the farthest seen in twelve million: 0.03 units of it; 0.0625 are allowed for here). Where that may be so, both

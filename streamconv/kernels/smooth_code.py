@@ -1,4 +1,4 @@
-"""The compiled part of `smooth` (quantization spec §6.5). Types are numbers: 0 float32, 1 float16, 2 bfloat16."""
+"""The compiled part of `smooth`. Types are numbers: 0 float32, 1 float16, 2 bfloat16."""
 
 from __future__ import annotations
 

@@ -106,8 +106,8 @@ class RowOp:
     """What happens to source rows before they are encoded; `block` source rows always stay together.
 
     Attributes:
-        kind: "none"; "rope", undo Meta's interleaved rotary rows inside each head (checkpoint spec §5.5);
-            "dedup", keep the first of two equal heads after checking that they are equal (§3.4).
+        kind: "none"; "rope", undo Meta's interleaved rotary rows inside each head;
+            "dedup", keep the first of two equal heads after checking that they are equal.
         block: source rows that belong together.
     """
 

@@ -1,4 +1,4 @@
-"""W4A16_AWQ weights of TensorRT-LLM: codes that are taken over, and our own round-to-nearest (quantization spec §5.3).
+"""W4A16_AWQ weights of TensorRT-LLM: codes that are taken over, and our own round-to-nearest.
 
 Written in ModelOpt's own orientation, which the loader lays out for the GPU it builds for: the same files for every GPU
 generation and release.

@@ -1,4 +1,4 @@
-"""FP8 weights and scales that a ModelOpt export brings along, taken over: FP8 per tensor (quantization spec §8)."""
+"""FP8 weights and scales that a ModelOpt export brings along, taken over: FP8 per tensor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FP8 with one float32 scale for each output channel of the rank-local matrix (quantization spec §9)."""
+"""FP8 with one float32 scale for each output channel of the rank-local matrix."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Fp8Rowwise(Codec):
     """e4m3 weights, clamped to [lo, hi] first.
 
     Attributes:
-        model: what the source is rounded to before anything else, as the loader of Meta's files does; None: nothing (§9).
+        model: what the source is rounded to before anything else, as the loader of Meta's files does; None: nothing.
         floor: the smallest scale.
         zero: the scale of a row whose scale would be 0; the floor applies to it too.
         scale: type that scales are rounded to and stored in.

@@ -1,4 +1,4 @@
-"""FP8 with one float32 scale for the whole matrix, before the tensor parallel split (quantization spec §8)."""
+"""FP8 with one float32 scale for the whole matrix, before the tensor parallel split."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class Fp8Tensor(OfMaximum):
         return parts[0].view(torch.float8_e4m3fn).float().reshape(rows, cols) * self._known()
 
     def error(self, block: torch.Tensor) -> torch.Tensor:
-        """e4m3's rounding of W / scale (§8), and some of float32's."""
+        """e4m3's rounding of W / scale, and some of float32's."""
         return half_ulp(block.float() / self._known(), F8_E4M3) * self._known() + 4 * half_ulp(block, F32)
 
     def _known(self) -> float:

@@ -1,4 +1,4 @@
-"""GPTQ and AutoAWQ weights, taken over as they are: W4A16_GPTQ and W8A16_GPTQ (quantization spec §4, §5.2).
+"""GPTQ and AutoAWQ weights, taken over as they are: W4A16_GPTQ and W8A16_GPTQ.
 
 The source's integers are laid out for the GPU generation; group scales and zeros become `weights_scaling_factor` and
 `zero`, both [K/g, N] row-major. Nothing is rounded but scale and zero, when the model dtype is not the source's.
@@ -20,7 +20,7 @@ from streamconv.quants.rounding import half_ulp
 
 @dataclass(frozen=True, slots=True)
 class PackedWeight(Exact):
-    """Signed integers [N, K] (int8) -> the processed bytes of §3, viewed as the model dtype (§4.1)."""
+    """Signed integers [N, K] (int8) -> the bytes that the GPU kernel reads, viewed as the model dtype."""
 
     dtype: DType
     layout: Layout
@@ -54,7 +54,7 @@ class PackedWeight(Exact):
 
 @dataclass(frozen=True, slots=True)
 class GroupScales(Codec):
-    """Zeros and scales side by side, as bytes -> `weights_scaling_factor` and `zero` (§4.3).
+    """Zeros and scales side by side, as bytes -> `weights_scaling_factor` and `zero`.
 
     A row is a group: first the packed zeros of all channels, then their scales.
 
@@ -103,7 +103,7 @@ class GroupScales(Codec):
         return torch.cat([scale, factor * scale], 1)
 
     def error(self, block: torch.Tensor) -> torch.Tensor:
-        """A rounding of the scale; of the zero a second one, of the product (§4.3)."""
+        """A rounding of the scale; of the zero a second one, of the product."""
         stored, factor = self._split(block)
         scale = half_ulp(stored, self.dtype)
         return torch.cat([scale, factor.float().abs() * scale + half_ulp(factor * stored.float() * 1.01, self.dtype)], 1)

@@ -1,6 +1,6 @@
-"""The mixed-GEMM weight layout: how signed integers become the bytes a GPU kernel reads (quantization spec §3).
+"""The mixed-GEMM weight layout: how signed integers become the bytes a GPU kernel reads.
 
-Output channels come in groups of `interleave`; a group's record is contiguous, so rows can be laid out block by block (§3.5).
+Output channels come in groups of `interleave`; a group's record is contiguous, so rows can be laid out block by block.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from streamconv.lazy import torch
 from streamconv.options import Version
 
 FAMILIES = ("sm80", "sm70", "sm90-0.16", "sm90")
-"""Layouts by a GPU that reads them (§3.3): sm75 to sm89, sm100 and later, and experts on sm90; Volta; Hopper, whose order of bytes is
+"""Layouts by a GPU that reads them: sm75 to sm89, sm100 and later, and experts on sm90; Volta; Hopper, whose order of bytes is
 plain, with TensorRT-LLM 0.16; Hopper with later releases. Kernels know them by their place here."""
 _INT8 = (0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15)
 _INT4 = tuple(8 * j + i for i in range(8) for j in range(4))
@@ -24,7 +24,7 @@ _B_INT4 = (0, 2, 4, 6, 1, 3, 5, 7)
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """A layout family for one integer width (§3.1, §3.2).
+    """A layout family for one integer width.
 
     Attributes:
         family: one of `FAMILIES`.
@@ -55,7 +55,7 @@ class Layout:
 
     @property
     def table(self) -> tuple[int, ...]:
-        """Order inside a block: output element i is input element table[i] (§3.4)."""
+        """Order inside a block: output element i is input element table[i]."""
         if self.family == "sm90-0.16":
             return (0,)
         if self.family == "sm70":
@@ -97,7 +97,7 @@ class Layout:
 
 
 def family_for(sm: int, version: Version, experts: bool) -> str:
-    """Layout family for a GPU generation and release line (§3.3).
+    """Layout family for a GPU generation and release line.
 
     For SM 100 and above releases of the 1.x line differ; this is the state of the spec's "later" column.
 

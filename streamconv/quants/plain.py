@@ -1,4 +1,4 @@
-"""Weights as they are, in the model dtype: one direct cast, round to nearest even (checkpoint spec §3.1)."""
+"""Weights as they are, in the model dtype: one direct cast, round to nearest even."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Plain(Codec):
     """Values cast to `dtype`.
 
     Attributes:
-        add_one: store value + 1 (Gemma norms, spec §6.5): added in float32 for BF16 sources, else in the source dtype.
+        add_one: store value + 1 (Gemma norms): added in float32 for BF16 sources, else in the source dtype.
         vector: a matrix of one column that is stored as a vector.
         suffix: last component of the tensor's name.
-        via_half: rounded to float16 first, as everything beside SmoothQuant is (quantization spec §6.4).
+        via_half: rounded to float16 first, as everything beside SmoothQuant is.
     """
 
     dtype: DType

@@ -1,4 +1,4 @@
-"""What SmoothQuant stores beside the integers: divided norms, scales and smoothers (quantization spec §6.2, §6.5)."""
+"""What SmoothQuant stores beside the integers: divided norms, scales and smoothers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The smoother of SmoothQuant, the maxima it is made from, and the scales (quantization spec §6.4, §6.5).
+"""The smoother of SmoothQuant, the maxima it is made from, and the scales.
 
 Each weight is read once for its column maxima. They give the smoother, and, where one scale serves the whole matrix, the
 largest smoothed weight too.
@@ -22,7 +22,7 @@ from streamconv.quants.base import EncodeStats, Known, ReduceKernel, Reduction
 
 @dataclass(frozen=True)
 class InputChannelAmax(Reduction):
-    """float16 [cols]: the largest absolute value of each column of the float16 copies of one weight; m of §6.4."""
+    """float16 [cols]: the largest absolute value of each column of the float16 copies of one weight."""
 
     key: str
     bytes_per_element = 16
@@ -61,7 +61,7 @@ class Smoother:
     wide: bool
 
     def find(self, known: Known, exact: bool = False) -> Bound:
-        """s, and sx = 127 / the largest smoothed input (§6.5).
+        """s, and sx = 127 / the largest smoothed input.
 
         Args:
             exact: torch's powers in any case; else only where they decide a byte of a weight, a norm or a smoother.
@@ -137,7 +137,7 @@ def smoothed(block: torch.Tensor, smoother: Array) -> torch.Tensor:
 
 
 def largest_smoothed(columns: Array, smoother: Array) -> float:
-    """AW (§6.5), the largest absolute smoothed weight, from the weight's column maxima: products and roundings keep the order."""
+    """AW, the largest absolute smoothed weight, from the weight's column maxima: products and roundings keep the order."""
     products = columns.astype(np.float64) * smoother
     with np.errstate(over="ignore"):
         return float(products.astype(np.float32).astype(np.float16).max())

@@ -1,4 +1,4 @@
-"""--quant smoothquant: INT8 weights and activations, four variants (quantization spec §6).
+"""--quant smoothquant: INT8 weights and activations, four variants.
 
 The arithmetic is that of the official converter, bit for bit: a float16 model, a float64 smoother, powers of the weight
 maxima in float16, weight scales rounded twice. Everything is computed over whole rows and then cut.
@@ -122,7 +122,7 @@ class SmoothWeight(Codec):
         return half if self.keep is None else half[:, self.keep[0] : self.keep[1]]
 
     def error(self, block: torch.Tensor) -> torch.Tensor:
-        """Half a step of the smoothed weight (§6.5), the roundings of its value before, and those of the scale, undone by 1 / s."""
+        """Half a step of the smoothed weight, the roundings of its value before, and those of the scale, undone by 1 / s."""
         bound = self._known()
         weight = smoothed(block, bound.smoother).float()
         largest = weight.abs().amax(1) if bound.largest is None else torch.tensor([bound.largest])

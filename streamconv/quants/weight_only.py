@@ -1,4 +1,4 @@
-"""W8A16 and W4A16: symmetric, one scale for each output channel of the rank-local matrix (quantization spec §2)."""
+"""W8A16 and W4A16: symmetric, one scale for each output channel of the rank-local matrix."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class WeightOnly(Codec):
 
     Attributes:
         bits: 8 or 4.
-        family: layout family (§3.3).
+        family: layout family.
         dtype: model dtype; weights are cast to it first, scales are stored in it.
     """
 
@@ -50,7 +50,7 @@ class WeightOnly(Codec):
         )
 
     def encode(self, block: torch.Tensor, stats: EncodeStats) -> tuple[torch.Tensor, ...]:
-        """§2.2. NaN counts as 0 and infinity as the largest finite value of its channel (the engine stops on both unless told)."""
+        """NaN counts as 0 and infinity as the largest finite value of its channel (the engine stops on both unless told)."""
         cast = block.to(getattr(torch, self.dtype.torch))
         values = cast.to(torch.float32)
         finite = torch.isfinite(values)
@@ -76,7 +76,7 @@ class WeightOnly(Codec):
         return self.layout.unpack(parts[0], rows, cols).to(torch.float32) * scale[:, None]
 
     def error(self, block: torch.Tensor) -> torch.Tensor:
-        """Half a step (§2.2), a whole one at +max, which has no integer; the casts of weight and scale come on top."""
+        """Half a step, a whole one at +max, which has no integer; the casts of weight and scale come on top."""
         values = block.float()
         half = 1 << (self.bits - 1)
         step = values.abs().amax(1, keepdim=True) / half

@@ -1,4 +1,4 @@
-"""Prove a written checkpoint: the acceptance list of checkpoint spec §7, the manifest's hashes, and the source."""
+"""Prove a written checkpoint: what the engine's loader asks, the manifest's hashes, and the source."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FP8 per tensor and the FP8 KV cache from ranges, against the formulas of quantization spec §7 and §8 written once more in numpy."""
+"""FP8 per tensor and the FP8 KV cache from ranges, against ModelOpt's formulas written once more in numpy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a checkpoint must hold, said once more without the planner: modules from roles (spec §3 - §6), ranks from modules."""
+"""What a checkpoint must hold, said once more without the planner: modules from roles, ranks from modules."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.conformance.recipes import EXPERTS, HEADS, LAYERS, SIZE, Key, Recipe
 Array = torch.Tensor
 Get = Callable[[str, int, int], Array | None]
 ADD_ONE = ("gemma", "gemma2")
-"""Families whose norms are stored as value + 1 (spec §6.5)."""
+"""Families whose norms are stored as value + 1."""
 ROW_PARALLEL = ("attention.dense", "mlp.proj")
 
 _VECTORS = {
@@ -97,7 +97,7 @@ def plain(recipe: Recipe, held: Mapping[Key, Array]) -> dict[str, Array]:
 
 
 def shared(recipe: Recipe, options: TensorRTLLM) -> bool:
-    """Whether 0.16 finds lm_head in the embedding, so that it is not stored (spec §3.6, §6.2, §6.5)."""
+    """Whether 0.16 finds lm_head in the embedding, so that it is not stored."""
     if options.target_version != "0.16" or options.pp_size > 1 or not recipe.tied:
         return False
     return recipe.family in ADD_ONE or (recipe.family == "qwen2" and options.tp_size == 1)
@@ -111,10 +111,10 @@ def inputs(held: Mapping[Key, Array]) -> dict[str, Array]:
 
 
 def uses(recipe: Recipe, role: str, tp: int, *, split_embedding: bool, once: bool) -> int:
-    """How often each element of a role is stored over all ranks of `tp` (spec §3.3, §3.5 - §3.7, §4).
+    """How often each element of a role is stored over all ranks of `tp`.
 
     Args:
-        once: the bias of a row-parallel layer is on the first rank only (quantization spec §4.4).
+        once: the bias of a row-parallel layer is on the first rank only.
     """
     if role == "embedding":
         return (1 if split_embedding else tp) + recipe.tied
@@ -183,7 +183,7 @@ def _join_qkv(recipe: Recipe, parts: list[Array]) -> Array:
 
 
 def _join_experts(short: str, suffix: str, parts: list[Array], moe_ep: int) -> Array:
-    """Rank r is place r // ep of the experts' tensor parallel group and place r % ep of the expert parallel one (§4)."""
+    """Rank r is place r // ep of the experts' tensor parallel group and place r % ep of the expert parallel one."""
     local = EXPERTS // moe_ep
     by_expert = []
     for place in range(moe_ep):

@@ -1,7 +1,7 @@
 """Every family and every quant that is listed, each with each: who adds one adds a recipe, and everything here holds for it.
 
 Names, shapes and dtypes against config.json; every source byte used once; values within the error that the format states and
-where spec says they belong; the same bytes for small tiles; the ranks' slices joined against the single rank.
+where they belong; the same bytes for small tiles; the ranks' slices joined against the single rank.
 """
 
 from __future__ import annotations
@@ -222,7 +222,7 @@ def _against_reference(source: Source, options: TensorRTLLM, made: Decoded) -> N
     for name, got in made.got.items():
         if name in made.derived:
             continue
-        assert name in wanted, f"{name} was written, and spec says nothing of it"
+        assert name in wanted, f"{name} was written, and no role asks for it"
         want = wanted.pop(name).reshape(got.shape)
         slack = made.error[name] + (want.abs() * 2.0**-10 if options.quant == "smoothquant" else 0.0)
         worst = float(((got - want).abs() - slack).max())
@@ -271,7 +271,7 @@ def _against_single(source: Source, options: TensorRTLLM, single: Decoded, ranks
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "internlm2"])
 def test_int8_kv_factor(family: str, tmp_path: Path) -> None:
-    """max(y_q, y_k, y_v) / 127 in float32, where the three are one tensor too; the same on every rank (quantization spec §7)."""
+    """max(y_q, y_k, y_v) / 127 in float32, where the three are one tensor too; the same on every rank."""
     recipe = next(recipe for recipe in RECIPES if recipe.family == family and not recipe.variant)
     run = next(run for run in RUNS["none"] if run.options.get("kv_cache") == "int8")
     source = make(recipe, FAMILIES[family], run, tmp_path / "in")

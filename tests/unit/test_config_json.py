@@ -1,4 +1,4 @@
-"""config.json against the worked examples of checkpoint spec §2.12 - §2.14, and the spellings that sources use (§2.6 - §2.9)."""
+"""config.json against whole files of NVIDIA's convert_checkpoint.py, and the spellings that sources use."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ QUANTIZATION = {
     "pre_quant_scale": False,
     "exclude_modules": None,
 }
-# §2.12, in its order
+# in NVIDIA's order
 EXAMPLE_016: dict[str, Any] = {
     "mlp_bias": False,
     "attn_bias": False,
@@ -128,7 +128,7 @@ EXAMPLE_016: dict[str, Any] = {
 
 
 def _example_12() -> dict[str, Any]:
-    """§2.13: the same for 1.2."""
+    """The same for 1.2."""
     made: dict[str, Any] = {}
     for key, value in EXAMPLE_016.items():
         if key == "architecture":
@@ -156,7 +156,6 @@ def _example_12() -> dict[str, Any]:
     return made | {"tie_word_embeddings": False}
 
 
-# §2.14
 EXAMPLE_MIXTRAL = EXAMPLE_016 | {
     "rotary_base": 1000000.0,
     "rotary_scaling": None,
@@ -276,7 +275,7 @@ def test_all_bad_values_are_named_at_once() -> None:
 
 
 def test_meta_params() -> None:
-    """§2.9 and its check values."""
+    """The sizes that Meta's params.json means."""
     params = {"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "multiple_of": 1024, "ffn_dim_multiplier": 1.3}
     model = from_meta(params | {"norm_eps": 1e-05, "vocab_size": -1, "use_scaled_rope": True})
     assert (model.intermediate_size, model.vocab_size, model.max_position_embeddings) == (14336, 32000, 2048)

@@ -1,4 +1,4 @@
-"""ModelOpt FP8 exports taken over, against a whole-matrix implementation of quantization spec §7, §8."""
+"""ModelOpt FP8 exports taken over, against a whole-matrix implementation."""
 
 from __future__ import annotations
 

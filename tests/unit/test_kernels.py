@@ -171,7 +171,7 @@ def test_weight_only_comes_back_within_half_a_step(bits: int, family: str, model
     encoding, half = WeightOnly(bits, family, model), 1 << (bits - 1)
     back = encoding.decode(encoding.encode(block, EncodeStats()), 32, 128)
     step = block.float().abs().amax(1, keepdim=True) / half
-    clipped = block.float() > step * (half - 0.5)  # the top of the range lost its code (§2.2): up to a whole step
+    clipped = block.float() > step * (half - 0.5)  # the top of the range lost its code: up to a whole step
     assert ((back - block.float()).abs() <= torch.where(clipped, step, step / 2) * 1.0001).all()
 
 

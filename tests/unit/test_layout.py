@@ -1,4 +1,4 @@
-"""Mixed-GEMM layouts and weight-only definitions against the vectors and formulas of the quantization spec (§2, §3, §18.1)."""
+"""Mixed-GEMM layouts and weight-only definitions against the vectors and formulas of the quantization spec."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ SYMMETRIC = {
         "9d72775afaef587d42468775feb243726dc9ab587fa845c864e6a2d1a0e2d666",
     ),
 }
-# §3.1: permutation p of the rows of k, and register order s
+# permutation p of the rows of k, and register order s
 PERMUTE = {
     (8, False): [0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15],
     (4, False): [0, 1, 8, 9, 16, 17, 24, 25, 2, 3, 10, 11, 18, 19, 26, 27, 4, 5, 12, 13, 20, 21, 28, 29, 6, 7, 14, 15, 22, 23, 30, 31],
@@ -58,7 +58,7 @@ KINDS = [(family, bits, fp8) for family in FAMILIES for bits, fp8 in ((8, False)
 
 
 def integers(k: int, n: int, bits: int, expert: int = 0) -> torch.Tensor:
-    """§18.1: int8 [n, k], that is output channels first."""
+    """int8 [n, k], that is output channels first."""
     at_k, at_n = torch.arange(k)[None, :], torch.arange(n)[:, None]
     wide = (7 * at_k + 13 * at_n + (at_k * at_n) % 5 + 3 * expert) % (1 << bits)
     return (wide - (1 << (bits - 1))).to(torch.int8)
@@ -73,7 +73,7 @@ def unprocessed(q: torch.Tensor, bits: int) -> bytes:
 
 
 def gathered(q: torch.Tensor, layout: Layout) -> bytes:
-    """§3.4, gather form, element by element; shares nothing with `pack` but the family's letter."""
+    """The gather form, element by element; shares nothing with `pack` but the family's letter."""
     n_count, k_count = q.shape
     family, bits, fp8 = layout.family, layout.bits, layout.fp8_activations
     tile = 128 if fp8 else 64
@@ -131,7 +131,7 @@ def test_pack_is_the_gather_formula(family: str, bits: int, fp8: bool) -> None:
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_plain_and_volta_rows_need_not_fill_a_tile(bits: int) -> None:
-    """§3.4: with one channel per record the tile does not matter."""
+    """With one channel per record the tile does not matter."""
     for family, k in (("sm70", 40), ("sm90-0.16", 40), ("sm90", 96)):
         q = integers(k, 3, bits)
         assert packed(Layout(family, bits), q) == gathered(q, Layout(family, bits))

@@ -1,4 +1,4 @@
-"""Rank arithmetic and slices: the test vectors of checkpoint spec §3.10."""
+"""Rank arithmetic and slices: worked out by hand."""
 
 import pytest
 

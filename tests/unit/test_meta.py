@@ -355,7 +355,7 @@ def test_errors_are_typed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stored", ["float16", "float32", "bfloat16"])
 def test_fp8_rows_are_rounded_to_the_model_dtype_first(tmp_path: Path, stored: str) -> None:
-    """The loader of Meta's files casts every weight before it quantizes (quantization spec §9); the definition, by hand."""
+    """The loader of Meta's files casts every weight before it quantizes; the definition, by hand."""
     state = {name: (value.float() * 1.0009765625).to(getattr(torch, stored)) for name, value in weights().items()}
     folder = tmp_path / "m"
     folder.mkdir()

@@ -1,4 +1,4 @@
-"""Every flag of NVIDIA's scripts (checkpoint spec §8): it does its work, or is refused or noted with a reason. None is forgotten."""
+"""Every flag of NVIDIA's scripts: it does its work, or is refused or noted with a reason. None is forgotten."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def test_it_is_noted_and_changes_nothing(name: str, tmp_path: Path, capsys: pyte
 @pytest.mark.parametrize("flag", ["--use_fp8", "--enable_fp8"])
 @pytest.mark.parametrize("more", [[], ["--save_config_only"]])
 def test_fp8_of_an_unquantized_model_needs_ranges(tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str, more: list[str]) -> None:
-    """NVIDIA's script measures nothing for it and writes scales that are of no use (quantization spec §8)."""
+    """NVIDIA's script measures nothing for it and writes scales that are of no use."""
     model = tiny.write(tmp_path / "model")
     assert main(["--model_dir", str(model), "--output_dir", str(tmp_path / "out"), flag, *more]) == 4
     told = capsys.readouterr().err
@@ -223,7 +223,7 @@ def test_every_flag_has_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_without_any_flag_it_is_the_config_of_the_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As NVIDIA's script does, into the folder of that name (checkpoint spec §8)."""
+    """As NVIDIA's script does, into the folder of that name."""
     monkeypatch.chdir(tmp_path)
     assert main([]) == 0
     assert [path.name for path in (tmp_path / "tllm_checkpoint").iterdir()] == ["config.json"]

@@ -1,4 +1,4 @@
-"""Sources that are quantized already, against a whole-matrix implementation of quantization spec §3.4, §4, §5, §9."""
+"""Sources that are quantized already, against a whole-matrix implementation."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ PERMUTE = {
 
 
 def processed(q: np.ndarray[Any, Any], bits: int, family: str) -> bytes:
-    """Signed q [K, N] -> processed bytes, by the gather form of §3.4."""
+    """Signed q [K, N] -> processed bytes, by the gather form."""
     k_count, n_count = q.shape
     slots = (0, 2, 1, 3) if bits == 8 else (0, 2, 4, 6, 1, 3, 5, 7)
     block = len(PERMUTE[bits])
@@ -274,7 +274,7 @@ def test_refused_by_name(tmp_path: Path, change: dict[str, Any], said: str) -> N
 
 
 def test_gptq_formats_that_nothing_is_known_of(tmp_path: Path) -> None:
-    """What a zero point means depends on the format (§4.3)."""
+    """What a zero point means depends on the format."""
     stated = {"quant_method": "gptq", "bits": 4, "group_size": 64, "checkpoint_format": "marlin"}
     model = write(tmp_path / "in", rest() | packed("v1", 4, linears(4, 64)), stated)
     with pytest.raises(RefusedError, match="checkpoint_format 'marlin' is not supported, gptq and gptq_v2 are"):
@@ -283,7 +283,7 @@ def test_gptq_formats_that_nothing_is_known_of(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("rows", "version", "fine"), [(128, "0.16", False), (129, "0.16", True), (64, "1.2", True)])
 def test_awq_scales_that_a_release_would_turn(rows: int, version: str, fine: bool) -> None:
-    """8192 inputs in groups of 64 are 128 groups; only releases 0.13 to 0.16 guess from the shape (§5.3)."""
+    """8192 inputs in groups of 64 are 128 groups; only releases 0.13 to 0.16 guess from the shape."""
     module = Module("mlp.proj", 0, 1, rows, 8192, rows, 8192, 0, 1)
     options = TensorRTLLM(quant="int4_awq", group_size=64, target_version=version)  # type: ignore[arg-type]
     said = quant_of("int4_awq").problems(module, options, F16)

@@ -1,4 +1,4 @@
-"""SmoothQuant and the INT8 KV cache against the recipe of quantization spec §6 on whole matrices, written with numpy."""
+"""SmoothQuant and the INT8 KV cache against NVIDIA's recipe on whole matrices, written with numpy."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def ask(model: Path, **changes: Any) -> TensorRTLLM:
     return TensorRTLLM(**(settings | changes))
 
 
-# ---- the reference: whole matrices, rounding as §6.5 writes it
+# ---- the reference: whole matrices, rounding as NVIDIA's converter does
 
 
 def smooth(group: list[Array], x: Array, version: str) -> tuple[Array, list[Array]]:

@@ -30,7 +30,7 @@ def tied(folder: Path, head: str) -> Path:
 
 @pytest.mark.parametrize(("head", "warned"), [("copy", False), ("other", True), ("near", True)])
 def test_a_tied_model_with_another_head(tmp_path: Path, capfd: pytest.CaptureFixture[str], head: str, warned: bool) -> None:
-    """1.2 stores the embedding all the same (checkpoint spec §3.6), so it must be said."""
+    """1.2 stores the embedding all the same, so it must be said."""
     model = tied(tmp_path / "in", head)
     assert main(["convert", str(model), str(tmp_path / "out"), "--quiet"]) == 0
     assert ("lm_head.weight is not the embedding, to which config.json ties it" in capfd.readouterr().err) == warned

@@ -1,4 +1,4 @@
-"""What TensorRT-LLM 1.x wants otherwise than 0.16, for models that no golden case has (checkpoint spec §1.1, §2.3 - §2.10, §6)."""
+"""What TensorRT-LLM 1.x wants otherwise than 0.16, for models that no golden case has."""
 
 from __future__ import annotations
 

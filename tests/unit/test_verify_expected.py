@@ -92,7 +92,7 @@ def test_what_is_not_known_is_said() -> None:
 
 
 def test_raw_weights_are_quantized_when_they_are_loaded() -> None:
-    """W8A16 in config.json and floating-point weights: legal (quantization spec §2.5)."""
+    """W8A16 in config.json and floating-point weights: legal."""
     raw = _with("mha_tp1", quantization={"quant_algo": "W8A16"})
     assert check(raw, _files("mha_tp1")) == ([], [])
 

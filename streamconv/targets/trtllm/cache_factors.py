@@ -1,4 +1,4 @@
-"""The factors of a quantized KV cache: measured, brought along by the source, or one (quantization spec §7)."""
+"""The factors of a quantized KV cache: measured, brought along by the source, or one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What spec marks REFUSE: sizes that would make a broken checkpoint. All problems are found, not only the first."""
+"""Sizes and combinations that would make a broken checkpoint. All problems are found, not only the first."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _ACTIVATIONS = ("fast-swiglu", "geglu", "gegelu", "gelu", "gelu_fast", "gelu_new
 
 
 def refusals(model: ModelConfig, family: Family, options: TensorRTLLM, kv: int, moe: tuple[int, int]) -> list[str]:
-    """Reasons why this model cannot be cut as asked (checkpoint spec §1.5, §2.1, §3.3, §3.6, §4, §6).
+    """Reasons why this model cannot be cut as asked.
 
     Args:
         kv: KV heads after `--remove_duplicated_kv_heads`.
@@ -76,7 +76,7 @@ def refusals(model: ModelConfig, family: Family, options: TensorRTLLM, kv: int, 
 
 
 def _versions(model: ModelConfig, family: Family, options: TensorRTLLM) -> list[str]:
-    """What a release cannot say in config.json, so that it would compute something else (§2.5, §6.2 - §6.4)."""
+    """What a release cannot say in config.json, so that it would compute something else."""
     problems: list[str] = []
     old, factor, size = options.target_version == "0.16", model.partial_rotary_factor, model.hidden_size // model.num_attention_heads
     if family.config_class == "phi3" and factor != 1 and old:
@@ -99,7 +99,7 @@ def _versions(model: ModelConfig, family: Family, options: TensorRTLLM) -> list[
 
 
 def _context_parallel(model: ModelConfig, family: Family, options: TensorRTLLM) -> list[str]:
-    """Combinations that TensorRT-LLM's converter or loader stops at (§1.1)."""
+    """Combinations that TensorRT-LLM's converter or loader stops at."""
     if options.cp_size == 1:
         return []
     at = f"--cp-size {options.cp_size}"
@@ -117,7 +117,7 @@ def _context_parallel(model: ModelConfig, family: Family, options: TensorRTLLM) 
 
 
 def _calibrated(model: ModelConfig, family: Family, options: TensorRTLLM, kv: int) -> list[str]:
-    """What SmoothQuant and the INT8 KV cache cannot do (quantization spec §6.6, §7)."""
+    """What SmoothQuant and the INT8 KV cache cannot do."""
     problems: list[str] = []
     if options.quant != "smoothquant":
         return problems
@@ -142,7 +142,7 @@ def _calibrated(model: ModelConfig, family: Family, options: TensorRTLLM, kv: in
 
 
 def embedding_is_shared(model: ModelConfig, options: TensorRTLLM, *, lm_head_missing: bool, qwen: bool) -> bool:
-    """Whether `lm_head.weight` is left out and shared with the embedding (checkpoint spec §3.6); 0.16 only.
+    """Whether `lm_head.weight` is left out and shared with the embedding; 0.16 only.
 
     Llama shares when asked to; Qwen shares tied models by itself wherever the loader accepts the result.
     """

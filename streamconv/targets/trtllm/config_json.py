@@ -1,4 +1,4 @@
-"""config.json, key for key and byte for byte (checkpoint spec §2, §6; quantization spec §1).
+"""config.json, key for key and byte for byte.
 
 Key order is the official one: a family's own attributes come first where its class sets them first.
 """
@@ -46,12 +46,12 @@ def build_config(
 
 
 def dump(config: Config) -> bytes:
-    """The bytes of config.json (§1.3): four spaces, ASCII, no newline at the end."""
+    """The bytes of config.json: four spaces, ASCII, no newline at the end."""
     return json.dumps(config, indent=4).encode()
 
 
 def _base(model: ModelConfig, options: TensorRTLLM, dtype: str, shared: bool, **changes: Any) -> Config:
-    """Keys #13 - #34 of §2.2."""
+    """The keys that all classes of models share."""
     kv = model.num_key_value_heads // (2 if options.remove_duplicated_kv_heads else 1)
     config = {
         "architecture": model.architecture,
@@ -139,12 +139,12 @@ def _qwen(model: ModelConfig, options: TensorRTLLM, dtype: str, shared: bool) ->
         head["use_logn_attn"] = bool(raw.get("use_logn_attn", False))
     if options.target_version == "1.2":
         head |= {"mlp_only_layers": raw.get("mlp_only_layers") or [], "decoder_sparse_step": raw.get("decoder_sparse_step", 1)}
-    # NVIDIA writes 0 for every model, and those with norm_topk_prob then compute wrong weights of experts (§2.5)
+    # NVIDIA writes 0 for every model, and those with norm_topk_prob then compute wrong weights of experts
     mode = 1 if moe and raw.get("norm_topk_prob") else 0
     head["moe"] = moe_section(model.num_experts, model.experts_per_token if moe else 0, mode)
     size = model.head_size
     if not new and raw.get("kv_channels") is None:
-        size = model.hidden_size // model.num_attention_heads  # 0.16 does not look at head_dim (§6.2)
+        size = model.hidden_size // model.num_attention_heads  # 0.16 does not look at head_dim
     config = head | _base(
         model,
         options,
@@ -179,7 +179,7 @@ def _phi3(model: ModelConfig, options: TensorRTLLM, dtype: str, shared: bool) ->
         rotary_embedding_dim=int(size * model.partial_rotary_factor),
         mapping=mapping_section(options, attention_sizes=True),
     )
-    if options.target_version != "0.16":  # rotary_pct: the loader fails without it (§6.4)
+    if options.target_version != "0.16":  # rotary_pct: the loader fails without it
         config |= {"rotary_pct": model.partial_rotary_factor, "tie_word_embeddings": model.tie_word_embeddings}
     if long:
         config |= {
@@ -194,7 +194,7 @@ def _gemma(model: ModelConfig, options: TensorRTLLM, dtype: str, shared: bool) -
     second = model.architecture.startswith("Gemma2")
     mapping = mapping_section(options, attention_sizes=True)
     config = _base(model, options, dtype, shared, hidden_act=model.hidden_act or "gelu", mapping=mapping)
-    # quirks of this family's own command line (§6.5)
+    # quirks of this family's own command line
     config["quantization"]["smoothquant_val"] = None
     if options.quant in ("int8", "int4"):
         config["quantization"]["pre_quant_scale"] = True

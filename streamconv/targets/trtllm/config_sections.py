@@ -1,4 +1,4 @@
-"""Parts of config.json that all model classes share: dtype, `mapping`, `quantization`, `moe` (checkpoint spec §2.3 - §2.7).
+"""Parts of config.json that all model classes share: dtype, `mapping`, `quantization`, `moe`.
 
 0.16 rejects unknown keys inside `mapping` and `quantization`, and so does an early 1.x: each release gets exactly its own.
 """
@@ -17,7 +17,7 @@ _SHORT = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
 
 def resolve_dtype(requested: str, source: str | None) -> str:
-    """The checkpoint's dtype (§2.7): auto takes the source's, float16 where that is float32 or unstated.
+    """The checkpoint's dtype: auto takes the source's, float16 where that is float32 or unstated.
 
     Raises:
         UsageError: not a dtype TensorRT-LLM has.
@@ -34,7 +34,7 @@ def _known(name: str) -> str:
 
 
 def resolve_moe(options: TensorRTLLM) -> tuple[int, int]:
-    """(moe_tp_size, moe_ep_size) as the official command line settles them (§2.3).
+    """(moe_tp_size, moe_ep_size) as the official command line settles them.
 
     Raises:
         RefusedError: their product is not tp_size.
@@ -58,11 +58,11 @@ LATE_KEYS: dict[str, Config] = {
     "mapping": {"cp_config": {}, "enable_attention_dp": False, "enable_lm_head_tp_in_adp": False},
     "quantization": {"mamba_ssm_cache_dtype": None},
 }
-"""Keys of the late 1.x releases, with what they always hold here; an early 1.x reader rejects them (§2.3, §2.4)."""
+"""Keys of the late 1.x releases, with what they always hold here; an early 1.x reader rejects them."""
 
 
 def mapping_section(options: TensorRTLLM, *, attention_sizes: bool = False) -> Config:
-    """`mapping` (§2.3).
+    """`mapping`.
 
     Args:
         attention_sizes: the family's converter leaves the resolved sizes of attention in, where others write -1 (1.x).
@@ -93,7 +93,7 @@ def _late(section: str, options: TensorRTLLM) -> Config:
 
 
 def quantization_section(options: TensorRTLLM) -> Config:
-    """`quantization` with the keys of the target version, in official order (§2.4; quantization spec §1).
+    """`quantization` with the keys of the target version, in official order.
 
     --group-size counts for formats with groups only.
     """
@@ -119,7 +119,7 @@ def quantization_section(options: TensorRTLLM) -> Config:
 
 
 def smoothquant_algo(options: TensorRTLLM) -> str:
-    """One of the four plugin variants (quantization spec §6.1)."""
+    """One of the four plugin variants."""
     weights = "PER_CHANNEL" if options.per_channel else "PER_TENSOR"
     if not options.per_channel and not options.per_token:
         return "W8A8_SQ_PER_TENSOR_PLUGIN"

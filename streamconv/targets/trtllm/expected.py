@@ -1,7 +1,6 @@
 """The tensors a checkpoint must hold, from its config.json alone: names, shapes and dtypes of every rank, as the loader works them out.
 
-Checkpoint spec §3.11 (shapes), §4, §6 (families), §7 (rules); quantization spec §6.2, §7, §9 (small tensors). Nothing here asks the
-planner, so that it can tell when the planner is wrong.
+Nothing here asks the planner, so that it can tell when the planner is wrong.
 """
 
 from __future__ import annotations
@@ -130,7 +129,7 @@ def _facts(config: Mapping[str, Any]) -> Facts:
     excluded = quantization.get("exclude_modules")
     if excluded is not None and not (isinstance(excluded, list) and all(isinstance(pattern, str) for pattern in excluded)):
         raise VerifyError(f"config.json: quantization.exclude_modules is {printable(repr(excluded), 60)}, not a list of names")
-    old = "share_embedding_table" in config and layers % pp == 0  # both releases cut such a model alike (§1.5)
+    old = "share_embedding_table" in config and layers % pp == 0  # both releases cut such a model alike
     return Facts(
         config=config,
         hidden=hidden,
@@ -164,7 +163,7 @@ def _embedding(facts: Facts) -> TensorSpec:
 
 
 def _lm_head(facts: Facts) -> TensorSpec:
-    """It may be missing where the embedding of the same file takes its place (§3.6)."""
+    """It may be missing where the embedding of the same file takes its place."""
     rows = -(-facts.vocab // facts.grid.tp_size)
     tied = bool(facts.config.get("share_embedding_table") or facts.config.get("tie_word_embeddings"))
     shared = tied and facts.grid.pp_size == 1 and _embedding(facts).shape == (rows, facts.hidden)
@@ -246,7 +245,7 @@ def _small(facts: Facts, held: RankTensors, at: str, layer: int) -> None:
 
 
 def _rope_tables(facts: Facts, held: RankTensors) -> None:
-    """Left behind by NVIDIA's converter; the loader takes them if their shape is right (§1.7)."""
+    """Left behind by NVIDIA's converter; the loader takes them if their shape is right."""
     length, dim = facts.positions, facts.rotary or facts.size
     plain = facts.config.get("position_embedding_type") != "long_rope"
     shapes = {

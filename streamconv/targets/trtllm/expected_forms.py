@@ -1,4 +1,4 @@
-"""How each quant_algo stores a linear layer: names, shapes and dtypes (quantization spec §2.1, §4.1, §5.3, §6.2, §8, §9).
+"""How each quant_algo stores a linear layer: names, shapes and dtypes.
 
 A format is a function (facts, module, rows N, columns K, local experts or 0) -> the ways to store the module, the usual one first.
 """
@@ -15,7 +15,7 @@ from streamconv.options import Version
 from streamconv.targets.trtllm.parallel import ParallelMapping
 
 EXCLUDED = ("*lm_head", "*router", "*vocab_embedding", "*position_embedding", "*block_embedding", "*shared_expert_gate")
-"""What `exclude_modules: null` means (quantization spec §1.1)."""
+"""What `exclude_modules: null` means."""
 _BYTES = {"F16": 2, "BF16": 2, "F32": 4}
 
 

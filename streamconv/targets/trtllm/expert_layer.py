@@ -1,4 +1,4 @@
-"""The mixture of experts of a layer in rank files (checkpoint spec §4): whole experts for moe_ep, rows and columns of each for moe_tp."""
+"""The mixture of experts of a layer in rank files: whole experts for moe_ep, rows and columns of each for moe_tp."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def describe_experts(layout: RankLayout, ranks: list[Rank], layer: int, prefix: str) -> None:
-    """Experts of a rank, ascending; in each, this rank's up rows over its gate rows (§4)."""
+    """Experts of a rank, ascending; in each, this rank's up rows over its gate rows."""
     model, roles, builder, hidden = layout.model, layout.roles, layout.builder, layout.model.hidden_size
     total, width = model.num_experts, model.moe_intermediate_size or model.intermediate_size
     local, cut = total // layout.mapping.moe_ep_size, width // layout.mapping.moe_tp_size

@@ -1,4 +1,4 @@
-"""What FP8 per tensor and the FP8 KV cache need of a calibration: scales that go with the matrices (quantization spec §7, §8)."""
+"""What FP8 per tensor and the FP8 KV cache need of a calibration: scales that go with the matrices."""
 
 from __future__ import annotations
 

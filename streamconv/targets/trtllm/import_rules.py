@@ -95,7 +95,7 @@ def _key(stated: SourceQuantization) -> str:
 
 
 def refusals(options: TensorRTLLM, kv: int) -> list[str]:
-    """What group-wise formats rule out (quantization spec §4.4)."""
+    """What group-wise formats rule out."""
     problems = []
     if options.quant in GROUPED:
         if kv < options.tp_size:
@@ -142,7 +142,7 @@ def group_problems(options: TensorRTLLM, stored: Stored) -> list[str]:
 
 
 def config_entries(options: TensorRTLLM, quant: Quant) -> dict[str, object]:
-    """What config.json must say of the quantization, whatever the family writes (quantization spec §1, §4.5)."""
+    """What config.json must say of the quantization, whatever the family writes."""
     if options.quant in GROUPED:
         awq = options.quant == "int4_awq"
         return {"group_size": options.group_size, "has_zero_point": not awq, "pre_quant_scale": awq}

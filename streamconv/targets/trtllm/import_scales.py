@@ -1,4 +1,4 @@
-"""Sources quantized already: which tensors belong together, and where their scales go (quantization spec §4, §5, §9).
+"""Sources quantized already: which tensors belong together, and where their scales go.
 
 A packed weight takes part in a plan under the name `<module>.weight`, so that the family tables serve it; its scales
 follow afterwards: wherever rows and columns of a weight went, the scales of those rows and columns go too.
@@ -104,7 +104,7 @@ def assemble(tensors: Mapping[str, SourceTensor], stated: SourceQuantization | N
 
 
 def _grouped(stored: Stored, name: str, stated: SourceQuantization | None, bits: int, shards: Sequence[Shard]) -> None:
-    """GPTQ (§4.2) and AutoAWQ (§5.2); the shapes tell which."""
+    """GPTQ and AutoAWQ; the shapes tell which."""
     module = name[: -len(".qweight")]
     weight = stored.take(name, name, (I32,))
     zeros = stored.take(module + ".qzeros", name, (I32,))
@@ -134,7 +134,7 @@ def _grouped(stored: Stored, name: str, stated: SourceQuantization | None, bits:
         stored.problems.append(f"{printable(name)}: AWQ version {stated.format!r} is not supported, only GEMM is")
         return
     if packing == "gptq" and stated is not None and stated.format not in (None, "gptq", "gptq_v2"):
-        # zero points mean one thing in "gptq" and another in "gptq_v2" (§4.3); of others nothing is known
+        # zero points mean one thing in "gptq" and another in "gptq_v2"; of others nothing is known
         stored.problems.append(f"{printable(name)}: GPTQ checkpoint_format {stated.format!r} is not supported, gptq and gptq_v2 are")
         return
     _in_order(stored, module, order, k, k // groups, stated, shards)
@@ -150,7 +150,7 @@ def _in_order(
     stated: SourceQuantization | None,
     shards: Sequence[Shard],
 ) -> None:
-    """g_idx[k] must be k // g: act-order has no representation (§4.2)."""
+    """g_idx[k] must be k // g: act-order has no representation."""
     if order is None:
         in_order = stated is None or not stated.act_order
     elif order.dtype != I32 or order.shape != (k,):
@@ -166,7 +166,7 @@ def _in_order(
 
 
 def _modelopt(stored: Stored, name: str) -> None:
-    """ModelOpt AWQ: two channels in a byte, F32 scales [N, K/g] (§5.3)."""
+    """ModelOpt AWQ: two channels in a byte, F32 scales [N, K/g]."""
     module = name[: -len(".weight")]
     weight = stored.take(name, name, (U8, I8))
     scales = stored.take(module + ".weight_scale", name, _SCALES)
@@ -183,7 +183,7 @@ def _modelopt(stored: Stored, name: str) -> None:
 
 
 def _fbgemm(stored: Stored, name: str) -> None:
-    """FP8 weight with one scale for each output channel (§9)."""
+    """FP8 weight with one scale for each output channel."""
     module = name[: -len(".weight")]
     weight = stored.tensors[name]
     scales = stored.take(module + ".weight_scale", name, (F32,))
@@ -197,7 +197,7 @@ def _fbgemm(stored: Stored, name: str) -> None:
 
 
 def read_fp8(stored: Stored, shards: Sequence[Shard]) -> None:
-    """ModelOpt FP8: a scale for each weight and for its input, and of the KV cache (quantization spec §7, §8)."""
+    """ModelOpt FP8: a scale for each weight and for its input, and of the KV cache."""
     owners: dict[str, list[SourceTensor]] = {}
     for name in [name for name, tensor in stored.tensors.items() if name.endswith(".weight") and tensor.dtype == F8_E4M3]:
         module = name.removesuffix(".weight")

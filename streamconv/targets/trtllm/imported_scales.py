@@ -68,7 +68,7 @@ def _prequant(tensor: SourceTensor | None, shards: Sequence[Shard]) -> bytes:
 
 
 def _group_scales(builder: Draft, file: int, name: str, feeds: Sequence[Fed], stored: Stored, dtype: DType) -> str | None:
-    """`weights_scaling_factor` and `zero`: groups are rows; zeros and scales of all channels side by side (§4.1)."""
+    """`weights_scaling_factor` and `zero`: groups are rows; zeros and scales of all channels side by side."""
     sources = {feed.source.name: feed.source for feed in feeds}
     owned = [stored.scales[source] for source in sources]
     kind = owned[0].scales.dtype

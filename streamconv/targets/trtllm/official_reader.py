@@ -1,4 +1,4 @@
-"""TensorRT-LLM's own reader over every rank of a checkpoint, where it is installed (checkpoint spec §7).
+"""TensorRT-LLM's own reader over every rank of a checkpoint, where it is installed.
 
 It builds the model from config.json and gives it the rank's tensors, as `trtllm-build` does; it may need a GPU, and holds one rank in
 memory.

@@ -1,4 +1,4 @@
-"""Which rank holds what: rank arithmetic, pipeline stages and tensor parallel slices (checkpoint spec §1.4, §1.5, §3.3)."""
+"""Which rank holds what: rank arithmetic, pipeline stages and tensor parallel slices."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Rank:
 
 @dataclass(frozen=True, slots=True)
 class ParallelMapping:
-    """Sizes of the parallel groups. Context parallel ranks share files, so they do not appear here (§1.1)."""
+    """Sizes of the parallel groups. Context parallel ranks share files, so they do not appear here."""
 
     tp_size: int
     pp_size: int
@@ -40,7 +40,7 @@ class ParallelMapping:
 
 
 def stage_layers(layers: int, pp_size: int, version: Version) -> list[range]:
-    """Global layers owned by each stage (§1.5). 0.16 needs pp_size to divide layers: the caller refuses first."""
+    """Global layers owned by each stage. 0.16 needs pp_size to divide layers: the caller refuses first."""
     base, extra = divmod(layers, pp_size)
     if version == "0.16":
         return [range(p * base, (p + 1) * base) for p in range(pp_size)]
@@ -49,7 +49,7 @@ def stage_layers(layers: int, pp_size: int, version: Version) -> list[range]:
 
 
 def kv_heads(kv: int, tp_size: int, tp: int) -> tuple[int, int]:
-    """KV heads [first, last) of a rank; fewer heads than ranks means that consecutive ranks share one (§3.3)."""
+    """KV heads [first, last) of a rank; fewer heads than ranks means that consecutive ranks share one."""
     if kv >= tp_size:
         each = kv // tp_size
         return tp * each, (tp + 1) * each
@@ -63,6 +63,6 @@ def even(size: int, parts: int, part: int) -> tuple[int, int]:
 
 
 def padded(size: int, parts: int, part: int) -> tuple[int, int]:
-    """Slice of ceil(size/parts) rows cut at `size`: vocabulary rows of a rank, padding left off (§3.5)."""
+    """Slice of ceil(size/parts) rows cut at `size`: vocabulary rows of a rank, padding left off."""
     chunk = -(-size // parts)
     return min(part * chunk, size), min((part + 1) * chunk, size)

@@ -1,7 +1,6 @@
 """The tensors of a decoder model: which rows and columns of which source make up each module of each rank.
 
-Checkpoint spec §3 (dense), §4 (experts), §5.5 (Meta rows), §6 (families). Module names follow TensorRT-LLM: in a dense MLP
-`fc` is the activated projection (gate_proj) and `gate` the linear one (up_proj), §3.2.
+Module names are TensorRT-LLM's: in a dense MLP `fc` is the activated projection (gate_proj) and `gate` the linear one (up_proj).
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ class RankLayout:
 
     Attributes:
         kv: KV heads written (after removing duplicates).
-        shared: lm_head is left out, the embedding serves (§3.6).
+        shared: lm_head is left out, the embedding serves.
         tied: lm_head is made from the embedding.
         ranges: what a calibration run measured, where a format needs it.
         kv_scales: layer -> scale of its FP8 KV cache, where the source has it.
@@ -181,7 +180,7 @@ class RankLayout:
             self._feed_qkv(ranks, made, layer, 1, "_bias")
 
     def _feed_qkv(self, ranks: list[Rank], made: list[int], layer: int, cols: int, suffix: str) -> None:
-        """Rows of a rank: its query heads, its key heads, its value heads (§3.3)."""
+        """Rows of a rank: its query heads, its key heads, its value heads."""
         size, heads, tp = self.model.head_size, self.model.num_attention_heads, self.mapping.tp_size
         wide = 2 if self.options.remove_duplicated_kv_heads else 1
         source_kv = self.kv * wide
@@ -209,7 +208,7 @@ class RankLayout:
                 self.builder.feed(matrix, source, base + first * scale, base + last * scale, op=op)
 
     def _feed_grouped(self, ranks: list[Rank], made: list[int], source: SourceTensor | None) -> None:
-        """InternLM2: each KV head's group holds its query heads, its key head and its value head (§6.6)."""
+        """InternLM2: each KV head's group holds its query heads, its key head and its value head."""
         size, tp, kv = self.model.head_size, self.mapping.tp_size, self.kv
         heads = self.model.num_attention_heads
         per = heads // kv
@@ -237,7 +236,7 @@ class RankLayout:
         self.each(ranks, prefix + name, (width // tp, hidden), encoding, source, lambda rank: even(width, tp, rank.tp), note=note)
 
     def _full_bias(self, ranks: list[Rank], layer: int, name: str, role: str, wanted: bool) -> None:
-        """A row-parallel bias is added once after the all-reduce: every rank keeps all of it (§3.7)."""
+        """A row-parallel bias is added once after the all-reduce: every rank keeps all of it."""
         if not wanted:
             return
         source = self.roles.require(role, (self.model.hidden_size,), layer)
@@ -245,7 +244,7 @@ class RankLayout:
             vector = self._plain(vector=True, suffix="bias")
             matrix = self.builder.matrix(rank.file, name, self.model.hidden_size, 1, vector)
             if number and getattr(self.quant, "row_bias_once", False):
-                continue  # left zero: the group-wise kernel adds it before the all-reduce (quantization spec §4.4)
+                continue  # left zero: the group-wise kernel adds it before the all-reduce
             self.builder.feed(matrix, source, 0, self.model.hidden_size)
 
     # ---- MLPs
@@ -263,7 +262,7 @@ class RankLayout:
             self._full_bias(ranks, layer, prefix + "mlp.proj", "down_bias", True)
 
     def _fused_mlp(self, ranks: list[Rank], layer: int, prefix: str) -> None:
-        """Phi-3: gate over up becomes, on each rank, its up rows over its gate rows (§6.4)."""
+        """Phi-3: gate over up becomes, on each rank, its up rows over its gate rows."""
         width, hidden, tp = self.model.intermediate_size, self.model.hidden_size, self.mapping.tp_size
         source = self.roles.require("gate_up", (2 * width, hidden), layer)
         encoding, note = self.encoding("mlp.fc", layer, 2 * width // tp, hidden, 2 * width, None)

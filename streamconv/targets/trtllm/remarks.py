@@ -22,10 +22,10 @@ _PLACES = 16
 
 
 def same_bytes(index: Index, roles: TensorLookup) -> bool:
-    """Whether lm_head is a bit-identical copy of the embedding (only asked with --use-embedding-sharing, §3.6)."""
+    """Whether lm_head is a bit-identical copy of the embedding (only asked with --use-embedding-sharing)."""
     names = [roles.found.get((role, -1, -1)) for role in ("embedding", "lm_head")]
     if index.assembled is not None or index.views or any(name not in index.tensors for name in names):
-        return False  # Meta's path never shares (§5.7)
+        return False  # Meta's path never shares
     first, second = (index.tensors[name] for name in names if name is not None)
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
@@ -41,7 +41,7 @@ def same_bytes(index: Index, roles: TensorLookup) -> bool:
 
 
 def about_lm_head(index: Index, roles: TensorLookup) -> list[str]:
-    """A source that ties lm_head to the embedding and has another one all the same; the embedding is what 1.2 stores (§3.6).
+    """A source that ties lm_head to the embedding and has another one all the same; the embedding is what 1.2 stores.
 
     Places spread over both are compared, not all of them; nothing is fetched from the Hub for it.
     """

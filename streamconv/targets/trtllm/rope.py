@@ -1,4 +1,4 @@
-"""The three rotary tables that NVIDIA's converter leaves in its rank files (checkpoint spec §1.7); off by default.
+"""The three rotary tables that NVIDIA's converter leaves in its rank files; off by default.
 
 The loader recomputes them, and the last bit depends on the math library, so they are written only with --rope-tables.
 """
@@ -63,7 +63,7 @@ class RopeTable:
         """Rows [start, stop) as float32."""
         if self.kind == "frequencies":
             return _frequencies(self.base, 2 * self.rows, dict(self.scaling))[start:stop].reshape(-1, 1)
-        # positions use base 10000 without scaling whatever the model says (§1.7)
+        # positions use base 10000 without scaling whatever the model says
         positions = self.kind == "positions"
         freq = _frequencies(10000.0, self.cols, {}) if positions else _frequencies(self.base, self.cols, dict(self.scaling))
         angle = np.arange(start, stop, dtype=np.float32)[:, None] * freq[None, :]
@@ -79,7 +79,7 @@ def _frequencies(base: float, dim: int, scaling: dict[str, Any]) -> np.ndarray[A
     if kind == "linear":
         scale = 1.0 / float(scaling.get("factor", 1.0))
     elif kind not in ("none", "llama3", "default"):
-        scale = float(scaling.get("factor", 1.0))  # sic: the raw factor (§1.7 rule 1)
+        scale = float(scaling.get("factor", 1.0))  # sic: the raw factor
     power = (float(base) ** (np.arange(0, dim, 2, dtype=np.float64) / dim)).astype(np.float32)
     freq = (np.float32(scale) / power).astype(np.float32)
     if kind != "llama3":

@@ -1,7 +1,6 @@
 """A decoder layer under SmoothQuant: which weights share a smoother, and the tensors that come with it.
 
-Quantization spec §6.2 (tensors), §6.4 (groups), §6.6 (tensor parallelism). Maxima are taken over whole matrices, so the
-integers and scales do not depend on the split.
+Maxima are taken over whole matrices, so the integers and scales do not depend on the tensor parallel split.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from streamconv.targets.trtllm.options import TensorRTLLM
 from streamconv.targets.trtllm.recipes import all_quants
 
 _GENERATIONS: dict[Version, tuple[int, ...]] = {"0.16": (80, 90, 70), "1.2": (80, 90)}
-"""A GPU for each weight layout (quantization spec §3.3)."""
+"""A GPU for each weight layout."""
 
 
 def options_of(config: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) -> list[TensorRTLLM]:
@@ -81,7 +81,7 @@ def _quant(algo: object) -> tuple[str, dict[str, Any]]:
 
 
 def _versions(config: Mapping[str, Any], quantization: Mapping[str, Any]) -> tuple[Version, ...]:
-    """The release lines that may have written a config.json, from the keys that only one of them has (checkpoint spec §2)."""
+    """The release lines that may have written a config.json, from the keys that only one of them has."""
     if "mamba_ssm_cache_dtype" in quantization or "moe_cluster_size" in config["mapping"]:
         return ("1.2",)
     if config.get("architecture") != "InternLM2ForCausalLM":

@@ -1,4 +1,4 @@
-"""--quant fp8: one scale for each matrix, calibrated or taken over (quantization spec §8)."""
+"""--quant fp8: one scale for each matrix, calibrated or taken over."""
 
 from __future__ import annotations
 

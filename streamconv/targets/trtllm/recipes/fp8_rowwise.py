@@ -1,4 +1,4 @@
-"""--quant fp8_rowwise: a scale for each output channel and for each token (quantization spec §9)."""
+"""--quant fp8_rowwise: a scale for each output channel and for each token."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Fp8RowwiseQuant:
     Attributes:
         bound: weights and activations are clamped to [-bound, bound].
         copied: (layer, module) that the source stores in FP8 already (fbgemm): taken over as they are.
-        cast: weights are rounded to the model dtype first: Meta's files (§9: their loader is not the unified one).
+        cast: weights are rounded to the model dtype first: Meta's files, as NVIDIA's loader of them does.
     """
 
     bound: float = CLAMP

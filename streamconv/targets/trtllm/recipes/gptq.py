@@ -22,7 +22,7 @@ class Gptq:
 
     bits: int
     row_bias_once: bool = True
-    """The group-wise kernel adds the bias before the all-reduce: ranks > 0 hold zeros (§4.4)."""
+    """The group-wise kernel adds the bias before the all-reduce: ranks > 0 hold zeros."""
     packings: tuple[str, ...] = ("gptq", "awq")
 
     @property
@@ -64,7 +64,7 @@ EXPERTS = (
 
 
 def group_problem(key: str, module: Module, group: int) -> str | None:
-    """Sizes that have no group-wise form (§4.4); sizes are those of the whole layer in the message."""
+    """Sizes that have no group-wise form; sizes are those of the whole layer in the message."""
     if module.experts:
         return EXPERTS
     if group not in GROUP_SIZES:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def size_problem(name: str, full_rows: int, full_cols: int, tp: int) -> str | None:
-    """Why a matrix cannot be stored: NVIDIA pads such sizes, wrongly for qkv; refused here (§2.4)."""
+    """Why a matrix cannot be stored: NVIDIA pads such sizes, wrongly for qkv; refused here."""
     step = 64 * tp
     bad = [f"{what} {size}" for what, size in (("outputs", full_rows), ("inputs", full_cols)) if size % step]
     if not bad:
