@@ -187,7 +187,7 @@ def int_group_kernel(
         form = ("bytes", "words", "pairs").index(packing)
         return cols, outs[0], outs[1].view(scale.storage), *kinds, bits, group or cols, *_floats(divisor, zero, floor), form
 
-    return _launch("scaled_code.int_group_rows", arguments)
+    return _launch("int_group_code.int_group_rows", arguments)
 
 
 @cache

@@ -58,22 +58,6 @@ def to_int(y: np.float32, low: np.float32, high: np.float32) -> np.int32:
 
 
 @jit
-def int_row(values: _Array, half: np.int32, offset: np.int32, out: _Array) -> None:
-    """RNE(clamp(value, -half, half - 1)) + offset, as uint8."""
-    low, high = np.float32(-half), np.float32(half - np.int32(1))
-    for i in range(values.size):
-        out[i] = np.uint8(to_int(values[i], low, high) + offset)
-
-
-@jit
-def int_quotients(bits: _Array, scale: np.float32, half: np.int32, offset: np.int32, out: _Array) -> None:
-    """`int_row` of value / scale."""
-    low, high = np.float32(-half), np.float32(half - np.int32(1))
-    for i in range(bits.size):
-        out[i] = np.uint8(to_int(np.float32(float_of(bits[i]) / scale), low, high) + offset)
-
-
-@jit
 def e4m3_products(bits: _Array, factor: np.float32, out: _Array) -> None:
     """e4m3(value * factor)."""
     for i in range(bits.size):
@@ -117,47 +101,4 @@ def fp8_block_rows(
                 else:
                     divide(bits[low:high], steps[t], quotient, values)
                     e4m3_row(values[: high - low], to)
-    return bad
-
-
-@jit
-def int_group_rows(
-    source: _Array, start: int, stride: int, rows: int, cols: int, out: _Array, scales: _Array,
-    kind: int, scale_kind: int, quotient: int, width: int, group: int,
-    divisor: np.float32, zero: np.float32, floor: np.float32, form: int,
-) -> int:  # fmt: skip
-    """Rows -> codes and scales; gives how many values were not finite. `form`: 0 bytes, 1 words, 2 pairs."""
-    bits, values = np.empty(cols, np.uint32), np.empty(group, np.float32)
-    per_word = 32 // width
-    padded = (cols + per_word - 1) // per_word * per_word
-    codes = np.zeros(padded, np.uint8)
-    half = np.int32(1 << (width - 1))
-    offset = half if form == 1 else np.int32(0)
-    groups, bad = cols // group, 0
-    direct = form == 0 or (form == 1 and width == 8 and padded == cols)
-    for r in range(rows):
-        bad += load_finite(source[start + r * stride : start + r * stride + cols], kind, bits)
-        to = out[r * cols : (r + 1) * cols] if direct else codes
-        for g in range(groups):
-            part, made = bits[g * group : (g + 1) * group], to[g * group : (g + 1) * group]
-            scale = scale_from(top_of(part), divisor, scale_kind, zero, floor)
-            store_scale(scale_kind, scale, scales, r * groups + g)
-            if quotient == 0:
-                int_quotients(part, scale, half, offset, made)
-            else:
-                divide(part, scale, quotient, values)
-                int_row(values, half, offset, made)
-        if direct:
-            continue
-        if form == 2:
-            pair = out[r // 2 * cols : r // 2 * cols + cols]
-            for i in range(cols):
-                if r % 2:
-                    pair[i] = np.uint8(pair[i] | (codes[i] << np.uint8(4)))
-                else:
-                    pair[i] = np.uint8(codes[i] & np.uint8(15))
-        elif width == 4:
-            nibbles(codes.view(np.uint16), out[r * padded // 2 : (r + 1) * padded // 2])
-        else:
-            out[r * padded : (r + 1) * padded] = codes
     return bad

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from streamconv.checkpoint.dtypes import BF16, F16, F32, DType
 from streamconv.quants.base import Codec, EncodeStats
 from streamconv.quants.fp8_block import Fp8Block
 from streamconv.quants.fp8_rowwise import Fp8Rowwise
-from streamconv.quants.int_group import IntGroup
+from streamconv.quants.int_group import IntGroup, Packing
 from streamconv.quants.mx import Mx
 from streamconv.quants.nvfp4 import NvFp4, shared_scale
 from tests.unit.test_kernels import any_bits, check, weights
@@ -57,6 +59,13 @@ def test_what_is_decoded_lies_within_the_bound(source: DType) -> None:
         gap = (codec.decode(parts, *block.shape) - codec.values(block)).abs()
         over = gap - codec.error(block)
         assert bool((over <= 0).all()), f"{codec}: {float(over.max())} in row {int(over.amax(1).argmax())}"
+
+
+@pytest.mark.parametrize("packing, bits", [("words", 4), ("words", 8), ("bytes", 8), ("pairs", 4)])
+def test_groups_that_split_a_pair_of_columns(packing: Packing, bits: int) -> None:
+    for cols, groups in ((45, (0, 1, 3, 15)), (36, (0, 2, 3, 6, 12))):
+        for group, quotient in itertools.product(groups, (F32, BF16)):
+            check(IntGroup(bits, group, 7.5, EPS[F32], F32, quotient, packing), weights(30, cols, BF16), BF16)
 
 
 def test_edges_of_two_tiles_do_not_meet() -> None:
