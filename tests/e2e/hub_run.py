@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import save_file
 
-from tests import tiny
+from tests import tiny, warm
 from tests.e2e.hub_server import LARGE, Hub
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,15 +43,19 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 
 def run(hub: Hub, tmp_path: Path, *arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
     """The command in its own process."""
-    return python(hub, tmp_path, "-m", "streamconv", *arguments, **changes)
+    return warm.run(["-m", "streamconv", *arguments], cwd=tmp_path, env=environment(hub, tmp_path) | changes)
 
 
 def python(hub: Hub, tmp_path: Path, *arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
-    """An interpreter of its own: huggingface_hub reads its variables once."""
+    """A new interpreter."""
+    env = environment(hub, tmp_path) | changes
+    return subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True, timeout=240, cwd=tmp_path)
+
+
+def environment(hub: Hub, tmp_path: Path) -> dict[str, str]:
+    """Of a command that knows only this Hub."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    env = kept | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT), "NO_PROXY": "*", "no_proxy": "*"}
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, env=env | changes, capture_output=True, text=True, timeout=240, cwd=tmp_path)
+    return kept | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT), "NO_PROXY": "*", "no_proxy": "*"}
 
 
 def weights(names: Iterator[str] | list[str]) -> list[str]:

@@ -8,7 +8,6 @@ import gzip
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import pytest
 from streamconv import api
 from streamconv.hub import cache
 from streamconv.targets.trtllm.options import TensorRTLLM
-from tests.e2e.hub_run import ROOT, cached, content, hub, run
+from tests.e2e.hub_run import cached, content, hub, python, run
 from tests.e2e.hub_server import REPO, SHA, Hub
 
 __all__ = ["hub"]  # the fixture
@@ -262,10 +261,7 @@ for number in range(int(sys.argv[1])):
 
 def many(hub: Hub, tmp_path: Path, count: int, *arguments: str) -> list[tuple[Any, str]]:
     """The command `count` times in one process: (status or exception, output)."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    env |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT), "NO_PROXY": "*", "no_proxy": "*"}
-    command = [sys.executable, "-c", PROGRAM, str(count), *arguments]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, cwd=tmp_path)
+    done = python(hub, tmp_path, "-c", PROGRAM, str(count), *arguments)
     assert done.returncode == 0 and done.stderr.replace("\n", "").isprintable(), done.stderr
     return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
 
