@@ -80,7 +80,7 @@ class Names:
         stem, _, last = module.rpartition(".")
         before, _, expert = stem.rpartition(".")
         if before.endswith("experts") and expert.isdecimal() and last in EXPERT_ROLES and leaf == "weight":
-            return self._expert(layer, before, int(expert), last, shape)
+            return self._expert(layer, int(expert), last, shape)
         full = f"model.layers.{layer}.{parameter}"
         name = full if last != GROUPED else self._found.get(("qkv_grouped", layer, -1), full)
         if name not in self._index.tensors:
@@ -96,7 +96,7 @@ class Names:
             raise TensorError(f"{printable(name)}: shape {list(record.shape)}, not {list(shape)}")
         return Place(record, 0, shape[0], name.removesuffix(".weight"), role)
 
-    def _expert(self, layer: int, before: str, expert: int, last: str, shape: tuple[int, ...]) -> Place:
+    def _expert(self, layer: int, expert: int, last: str, shape: tuple[int, ...]) -> Place:
         role = EXPERT_ROLES[last]
         single = self._found.get((role, layer, expert))
         if single is not None:

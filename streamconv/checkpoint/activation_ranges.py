@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from streamconv.checkpoint.header import read_header
+from streamconv.checkpoint.rows import SourceFile
 from streamconv.checkpoint.shard import Shard
 from streamconv.errors import DataError, TensorError, UsageError, printable
 from streamconv.lazy import np
@@ -39,18 +40,13 @@ class Ranges:
         self.shard = Shard(self.path)
         weakref.finalize(self, self.shard.close)  # plans and encodings refer to it: the last of them closes it
 
-    @property
-    def size(self) -> int:
-        """Bytes of the file."""
-        return self.shard.size
-
-    def digest(self) -> str:
-        """SHA-256 of the content, hex."""
-        digest = hashlib.sha256()
-        for at in range(0, self.size, 1 << 20):
-            with self.shard.window(at, min(at + (1 << 20), self.size)) as window:
+    def identity(self) -> SourceFile:
+        """The hash is the SHA-256 of the content."""
+        digest, size = hashlib.sha256(), self.shard.size
+        for at in range(0, size, 1 << 20):
+            with self.shard.window(at, min(at + (1 << 20), size)) as window:
                 digest.update(window)
-        return digest.hexdigest()
+        return SourceFile(self.path.name, size, digest.hexdigest())
 
     def problem(self, name: str, length: int) -> str | None:
         """What is wrong with the vector `name` that must hold `length` float32 values, all finite and not negative."""

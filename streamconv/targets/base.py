@@ -10,14 +10,13 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from streamconv.arguments import as_declared, path_of
 from streamconv.errors import UsageError, printable
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from streamconv.checkpoint.index import Index
     from streamconv.planning.plan import Plan
 
@@ -101,9 +100,8 @@ class Target(ABC):
         """
         for name, value in as_declared(self).items():
             object.__setattr__(self, name, value)
-        for field in dataclasses.fields(self):
-            if field.metadata["metavar"] == FILE and getattr(self, field.name) is not None:
-                path_of(getattr(self, field.name), flag(field.name))
+        for name, path in self._files().items():
+            path_of(path, flag(name))
 
     @abstractmethod
     def plan(self, index: Index) -> Plan:
@@ -149,7 +147,12 @@ class Target(ABC):
     @property
     def files_read(self) -> tuple[Path, ...]:
         """Files beside the source that decide the output."""
-        return ()
+        return tuple(map(Path, self._files().values()))
+
+    def _files(self) -> dict[str, str]:
+        """Name of an option -> the file that it names."""
+        named = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.metadata["metavar"] == FILE}
+        return {name: path for name, path in named.items() if path is not None}
 
     @property
     def headline(self) -> str:
@@ -163,7 +166,8 @@ class Target(ABC):
 
     def fingerprint(self) -> dict[str, Any]:
         """The options that decide bytes; files count by their content and not by their place."""
-        return self.to_json()
+        files = {field.name for field in dataclasses.fields(self) if field.metadata["metavar"] == FILE}
+        return {name: value for name, value in self.to_json().items() if name not in files}
 
     @classmethod
     def from_json(cls: type[_T], values: object) -> _T:

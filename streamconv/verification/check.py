@@ -41,7 +41,7 @@ def verify(
         part: (K, N): of N machines that share the work this is number K, from 0; structure is checked by each.
     """
     folder, verdict, meter = Path(out), Verdict(), meter or Meter(unwatched)
-    config, config_bytes = _config(folder, verdict)
+    config, config_bytes = _config(folder)
     told = manifest.load(folder)
     key = told.target if told is not None else "trtllm" if "mapping" in config else "hf"
     if told is None:
@@ -94,7 +94,7 @@ def _is_in(part: tuple[int, int] | None, before: int, total: int, at: int) -> bo
     return part is None or (before + at) * part[1] // total == part[0]
 
 
-def _config(folder: Path, verdict: Verdict) -> tuple[dict[str, Any], bytes]:
+def _config(folder: Path) -> tuple[dict[str, Any], bytes]:
     path = folder / "config.json"
     if not os.path.isdir(folder):
         raise VerifyError(f"{printable(str(folder))} is not a folder")

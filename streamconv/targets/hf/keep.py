@@ -94,7 +94,7 @@ def keep(index: Index, tensors: Mapping[str, SourceTensor], container: Container
     if container == "compressed-tensors" and own in ("awq", "gptq"):
         return _integers(index, tensors, stated, draft)
     if {container, own} == {"compressed-tensors", "modelopt"} and _is_nvfp4(tensors, own):
-        return _nvfp4(index, tensors, own, container, draft)
+        return _nvfp4(tensors, own, container, draft)
     raise UsageError(
         f"--quant keep: codes of {printable(stated.title)} have no place in --format {container} as they are",
         hint="leave --format out to copy them, or quantize anew: --quant fp8_dynamic, for example",
@@ -220,7 +220,7 @@ def _is_nvfp4(tensors: Mapping[str, SourceTensor], own: str) -> bool:
     return own in _NVFP4 and any(name.endswith("." + _NVFP4[own][2]) for name in tensors)
 
 
-def _nvfp4(index: Index, tensors: Mapping[str, SourceTensor], own: str, container: Container, draft: Draft) -> Kept:
+def _nvfp4(tensors: Mapping[str, SourceTensor], own: str, container: Container, draft: Draft) -> Kept:
     """Codes and block scales get other names; what one container multiplies with, the other divides by."""
     kept = Kept(container)
     maker = Maker(kept, draft)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from streamconv.checkpoint.dtypes import BY_TORCH_NAME, MODEL_DTYPES, DType
 from streamconv.errors import CheckpointError, RefusedError, UsageError, printable
-from streamconv.options import METHODS, SEARCHED
+from streamconv.options import METHODS
 from streamconv.targets.base import FILE, Target, option
 
 if TYPE_CHECKING:
@@ -77,17 +76,6 @@ class HuggingFace(Target):
         container = f" in the container of {self.format}" if self.format else ""
         return f"Hugging Face directory, {self.quant}{container}, arithmetic {self.arithmetic}"
 
-    @property
-    def files_read(self) -> tuple[Path, ...]:
-        return tuple(Path(name) for name in (self.activation_ranges, self.codes) if name is not None)
-
-    def fingerprint(self) -> dict[str, Any]:
-        return {key: value for key, value in self.to_json().items() if key not in ("activation_ranges", "codes")}
-
-    def searches(self) -> bool:
-        """Whether the codes of weights are found on text beforehand."""
-        return self.method in SEARCHED
-
     def needs_ranges(self) -> str | None:
         """The flag that cannot do without activation ranges, None if there is none."""
         from streamconv.targets.hf.recipes import RECIPES
@@ -120,7 +108,6 @@ class HuggingFace(Target):
 
     def plan(self, index: Index) -> Plan:
         from streamconv.checkpoint.codes_file import codes_of
-        from streamconv.checkpoint.rows import SourceFile
         from streamconv.checkpoint.source_files import source_files
         from streamconv.checkpoint.source_tensors import SourceTensors
         from streamconv.checkpoint.unknown_statements import refuse_unknown
@@ -176,11 +163,7 @@ class HuggingFace(Target):
             matrices=matrices,
             spans=spans,
             constants=tuple(constants),
-            sources=(
-                *source_files(index),
-                *(() if ranges is None else (SourceFile(ranges.path.name, ranges.size, ranges.digest()),)),
-                *(() if codes is None else (codes.identity(),)),
-            ),
+            sources=(*source_files(index), *(file.identity() for file in (ranges, codes) if file is not None)),
             warnings=(*odd, *draft.warnings, *index.notes, *index.left_behind),
             decisions=draft.decisions,
             losses=None if codes is None else codes.losses(),

@@ -15,7 +15,7 @@ from streamconv.families import family_of
 from streamconv.memory import check_room
 from streamconv.planning.plan import OutputFile
 from streamconv.targets.trtllm.expected_forms import SMOOTH, SPECS, Facts, ModuleSpec, TensorSpec
-from streamconv.targets.trtllm.parallel import ParallelMapping, Rank, stage_layers
+from streamconv.targets.trtllm.parallel import ParallelMapping, stage_layers
 
 MOST_RANKS = 4096
 _TAKES = 1500
@@ -89,7 +89,7 @@ def expected(config: Mapping[str, Any], files: Container[int] | None = None, ten
             held.fixed["transformer.ln_f.weight"] = TensorSpec((facts.dtype,), (facts.hidden,))
             held.fixed["lm_head.weight"] = _lm_head(facts)
         for number, layer in enumerate(stages[rank.pp]):
-            _layer(facts, held, rank, f"transformer.layers.{number}.", layer, family.name, family.config_class, family.fused_mlp)
+            _layer(facts, held, f"transformer.layers.{number}.", layer, family.name, family.config_class, family.fused_mlp)
         _rope_tables(facts, held)
     return ranks
 
@@ -170,7 +170,7 @@ def _lm_head(facts: Facts) -> TensorSpec:
     return TensorSpec((facts.dtype,), (rows, facts.hidden), required=not shared)
 
 
-def _layer(facts: Facts, held: RankTensors, rank: Rank, at: str, layer: int, family: str, kind: str, fused: bool) -> None:
+def _layer(facts: Facts, held: RankTensors, at: str, layer: int, family: str, kind: str, fused: bool) -> None:
     tp, hidden, size = facts.grid.tp_size, facts.hidden, facts.size
     plain = (facts.dtype,)
     heads = facts.heads // tp + 2 * ((facts.kv + tp - 1) // tp)

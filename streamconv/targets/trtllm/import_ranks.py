@@ -6,55 +6,16 @@ What a direct conversion would have measured over other inputs than the source's
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING
 
-from streamconv.checkpoint.dtypes import I8
 from streamconv.checkpoint.rows import SourceTensor
 from streamconv.checkpoint.source_tensors import Changed
 from streamconv.checkpoint.strided_rows import Strided, beside
 from streamconv.errors import printable
 from streamconv.planning.draft import Draft
-from streamconv.quants.gptq import PackedWeight
-from streamconv.quants.laid_out import LAID_OUT
 from streamconv.quants.plain import Plain
-from streamconv.quants.weight_only import WeightOnly
 from streamconv.targets.trtllm.import_scales import Scales, Stored
 from streamconv.targets.trtllm.rank_views import SCALE, ZERO
-
-if TYPE_CHECKING:
-    from streamconv.checkpoint.dtypes import DType
-    from streamconv.quants.base import Codec
-    from streamconv.targets.trtllm.options import TensorRTLLM
-    from streamconv.targets.trtllm.recipes import Module, Quant
-    from streamconv.targets.trtllm.recipes.base import QuantInfo
-
-
-@dataclass(frozen=True, slots=True)
-class LaidOutQuant:
-    """A format of integers, from integers: `quant` says which weights have them, and how they are laid out."""
-
-    quant: Quant
-    packings: tuple[str, ...] = (LAID_OUT,)
-
-    @property
-    def row_bias_once(self) -> bool:
-        return bool(getattr(self.quant, "row_bias_once", False))
-
-    @property
-    def info(self) -> QuantInfo:
-        return self.quant.info
-
-    def encoding(self, module: Module, options: TensorRTLLM, dtype: DType) -> Codec | None:
-        made = self.quant.encoding(module, options, dtype)
-        return PackedWeight(I8, made.layout) if isinstance(made, WeightOnly) else made
-
-    def problems(self, module: Module, options: TensorRTLLM, dtype: DType) -> str | None:
-        return self.quant.problems(module, options, dtype)
-
-    def reason(self, module: Module, options: TensorRTLLM) -> str:
-        return self.quant.reason(module, options)
 
 
 def take_codes(tensors: Mapping[str, SourceTensor]) -> Stored:

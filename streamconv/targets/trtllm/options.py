@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from streamconv.options import METHODS, SEARCHED, TARGET_SMS, TARGET_VERSIONS, Version
+from streamconv.options import METHODS, TARGET_SMS, TARGET_VERSIONS, Version
 from streamconv.targets.base import FILE, Target, option
 
 if TYPE_CHECKING:
@@ -96,17 +95,6 @@ class TensorRTLLM(Target):
     @property
     def headline(self) -> str:
         return f"TensorRT-LLM {self.target_version}, tp {self.tp_size} x pp {self.pp_size}"
-
-    @property
-    def files_read(self) -> tuple[Path, ...]:
-        return tuple(Path(name) for name in (self.activation_ranges, self.codes) if name is not None)
-
-    def fingerprint(self) -> dict[str, object]:
-        return {key: value for key, value in self.to_json().items() if key not in ("activation_ranges", "codes")}
-
-    def searches(self) -> bool:
-        """Whether the codes of weights are found on text beforehand."""
-        return self.method in SEARCHED
 
     def needs_ranges(self) -> str | None:
         """The flag that cannot do without activation ranges, None if there is none."""

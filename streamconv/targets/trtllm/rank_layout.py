@@ -18,7 +18,7 @@ from streamconv.planning.draft import Draft
 from streamconv.planning.plan import PLAIN_ROWS, RowOp
 from streamconv.quants.base import Codec
 from streamconv.quants.plain import Plain
-from streamconv.targets.trtllm.cache_factors import Constant, cache_constants
+from streamconv.targets.trtllm.cache_factors import cache_constants
 from streamconv.targets.trtllm.expert_layer import describe_experts
 from streamconv.targets.trtllm.lookup import TensorLookup
 from streamconv.targets.trtllm.options import TensorRTLLM
@@ -153,9 +153,7 @@ class RankLayout:
         return Plain(self.dtype, add_one, vector, suffix, via_half=self.options.quant == "smoothquant")
 
     def _add_constants(self, ranks: list[Rank], layer: int, prefix: str) -> None:
-        extra: Callable[[int, int, TensorRTLLM], list[Constant]] | None = getattr(self.quant, "constants", None)
-        constants = extra(layer, self.model.num_hidden_layers, self.options) if extra else []
-        constants += cache_constants(self, layer)
+        constants = self.quant.constants(layer, self.model.num_hidden_layers, self.options) + cache_constants(self, layer)
         for rank in ranks:
             for name, dtype, shape, data in constants:
                 self.builder.constant(rank.file, prefix + name, dtype, shape, data)
@@ -243,7 +241,7 @@ class RankLayout:
         for number, rank in enumerate(ranks):
             vector = self._plain(vector=True, suffix="bias")
             matrix = self.builder.matrix(rank.file, name, self.model.hidden_size, 1, vector)
-            if number and getattr(self.quant, "row_bias_once", False):
+            if number and self.quant.row_bias_once:
                 continue  # left zero: the group-wise kernel adds it before the all-reduce
             self.builder.feed(matrix, source, 0, self.model.hidden_size)
 
@@ -298,7 +296,7 @@ class RankLayout:
             tp or self.mapping.tp_size,
         )
         problem = self.quant.problems(module, self.options, self.dtype)
-        encoding = None if problem else self.quant.encoding(module, self.options, self.dtype)
+        encoding = None if problem else self.quant.codec(module, self.options, self.dtype)
         if problem and problem not in self.refused:
             self.refused.append(problem)
         if encoding is None:

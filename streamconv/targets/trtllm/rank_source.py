@@ -70,7 +70,7 @@ def open_ranks(folder: Path) -> Index:
         problems, _ = expected.check(config, held)
         if problems:
             raise TensorError([f"{printable(str(folder))}: {problem}" for problem in problems])
-        told = _manifest(folder, config)
+        told = _manifest(folder)
         _check_peers(folder, config, shards, headers, told is not None)
         choices = _options(told, config, headers[0])
     except VerifyError as error:
@@ -89,7 +89,7 @@ def open_ranks(folder: Path) -> Index:
     return max(readers, key=_Reader.likeness).index(guessed=True)
 
 
-def _manifest(folder: Path, config: Mapping[str, Any]) -> manifest.Manifest | None:
+def _manifest(folder: Path) -> manifest.Manifest | None:
     """The manifest, where it is of this config.json."""
     if not os.path.lexists(folder / manifest.NAME):
         return None

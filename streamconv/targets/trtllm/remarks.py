@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping as MappingType
 from collections.abc import Sequence
 from typing import Any
 
@@ -86,7 +85,7 @@ def about_index(index: Index, spare: Sequence[str]) -> list[str]:
     return [f"{printable(names[0])}{f' (and {len(names) - 1} more)' if len(names) > 1 else ''} {why}" for names, why in told if names]
 
 
-def about_model(model: ModelConfig, options: TensorRTLLM, family: Family, found: MappingType[tuple[str, int, int], str]) -> list[str]:
+def about_model(model: ModelConfig, options: TensorRTLLM, family: Family) -> list[str]:
     lines = list(model.notes)
     scaling = model.rope_scaling or {}
     kind = scaling.get("type", scaling.get("rope_type"))

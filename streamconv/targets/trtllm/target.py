@@ -12,7 +12,7 @@ from streamconv.checkpoint.limits import MAX_TENSORS
 from streamconv.checkpoint.meta import output_rows
 from streamconv.checkpoint.model_config import ModelConfig, from_hf, from_meta
 from streamconv.checkpoint.quantized import left_over, source_quantization
-from streamconv.checkpoint.rows import PackedTensor, SourceFile
+from streamconv.checkpoint.rows import PackedTensor
 from streamconv.checkpoint.source_files import source_files
 from streamconv.checkpoint.source_tensors import Changed, SourceTensors
 from streamconv.checkpoint.unknown_statements import refuse_unknown
@@ -22,11 +22,12 @@ from streamconv.families.meta import META
 from streamconv.natural import natural
 from streamconv.planning.draft import Draft
 from streamconv.planning.plan import Plan, SideFile
+from streamconv.quants.laid_out import LAID_OUT
 from streamconv.targets.trtllm import expected, fp8_scales, import_rules, import_scales, imported_scales, remarks, rope
 from streamconv.targets.trtllm.checks import embedding_is_shared, refusals
 from streamconv.targets.trtllm.config_json import build_config, dump
 from streamconv.targets.trtllm.config_sections import resolve_dtype, resolve_moe
-from streamconv.targets.trtllm.import_ranks import LaidOutQuant, add_channel_scales, add_group_scales, take_codes
+from streamconv.targets.trtllm.import_ranks import add_channel_scales, add_group_scales, take_codes
 from streamconv.targets.trtllm.inherited import inherited, origin_of
 from streamconv.targets.trtllm.lookup import TensorLookup
 from streamconv.targets.trtllm.options import TensorRTLLM
@@ -136,7 +137,8 @@ def make_plan(index: Index, options: TensorRTLLM) -> Plan:
     base = quant_of(options.quant)
     if origin is not None:
         stored = take_codes(tensors)
-        base = LaidOutQuant(base) if stored.scales and isinstance(base, WeightOnlyQuant | Gptq) else base
+        if stored.scales and isinstance(base, WeightOnlyQuant | Gptq):
+            base = dataclasses.replace(base, packings=(LAID_OUT,))
     elif family is META:  # Meta quantizes nothing, and its tensors have many pieces
         stored = import_scales.Stored(Changed(tensors))
     else:
@@ -155,7 +157,7 @@ def make_plan(index: Index, options: TensorRTLLM) -> Plan:
         raise RefusedError(problems)
     if isinstance(base, Awq) and not stored.scales:
         base = Awq(None)  # a source of floats
-    roles = TensorLookup(family, stored.tensors, getattr(base, "packings", None))
+    roles = TensorLookup(family, stored.tensors, base.packings)
     bound = origin.bound if origin is not None else None
     quant = import_rules.quant_for(base, options, family, stated, stored, roles, bound)
     problems = import_rules.given_problems(options, quant)
@@ -219,9 +221,9 @@ def make_plan(index: Index, options: TensorRTLLM) -> Plan:
         matrices=matrices,
         spans=spans,
         constants=tuple(constants),
-        sources=source_files(index) + _ranges_file(ranges) + (() if codes is None else (codes.identity(),)),
+        sources=(*source_files(index), *(file.identity() for file in (ranges, codes) if file is not None)),
         warnings=tuple(
-            remarks.about_model(model, options, family, roles.found)
+            remarks.about_model(model, options, family)
             + (remarks.about_lm_head(index, roles) if tied and has_head else [])
             + list(filter(None, [left_over(index)]))
             + remarks.about_kv_cache(stated, options)
@@ -253,11 +255,6 @@ def _ranges(options: TensorRTLLM, known: bool) -> Ranges | None:
     if options.activation_ranges is None or known:
         return None
     return Ranges(options.activation_ranges)
-
-
-def _ranges_file(ranges: Ranges | None) -> tuple[SourceFile, ...]:
-    """Here the hash is that of the content."""
-    return () if ranges is None else (SourceFile(ranges.path.name, ranges.size, ranges.digest()),)
 
 
 def _kv_heads(model: ModelConfig, options: TensorRTLLM) -> int:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from streamconv.checkpoint.dtypes import DType
 from streamconv.quants.awq import PairedWeight, round_to_nearest
-from streamconv.targets.trtllm.recipes.base import QuantInfo
+from streamconv.targets.trtllm.recipes.base import Quant, QuantInfo
 from streamconv.targets.trtllm.recipes.gptq import group_problem
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Awq:
+class Awq(Quant):
     """--quant int4_awq.
 
     Attributes:
@@ -28,17 +28,16 @@ class Awq:
 
     @property
     def info(self) -> QuantInfo:
-        summary = "int4 weights with a scale for each group; ModelOpt AWQ exports are taken over"
         return QuantInfo(
             "int4_awq",
             "W4A16_AWQ",
-            summary,
+            "int4 weights with a scale for each group; ModelOpt AWQ exports are taken over",
             flags=("--group-size", "--method"),
             stores="I8, two weights a byte; F32 scales",
             evidence="specification",
         )
 
-    def encoding(self, module: Module, options: TensorRTLLM, dtype: DType) -> Codec | None:
+    def codec(self, module: Module, options: TensorRTLLM, dtype: DType) -> Codec | None:
         return PairedWeight() if self.packings else round_to_nearest(options.group_size, dtype, options.method == "mse")
 
     def problems(self, module: Module, options: TensorRTLLM, dtype: DType) -> str | None:
@@ -50,10 +49,7 @@ class Awq:
                 f"{where}: with fewer output channels than groups, releases 0.13 to 0.16 read the scales turned;"
                 " later ones do not: --target-version 1.2"
             )
-        return group_problem("int4_awq", module, options.group_size)
-
-    def reason(self, module: Module, options: TensorRTLLM) -> str:
-        return "left as it is"
+        return group_problem(module, options.group_size)
 
 
 QUANTS = (Awq(),)

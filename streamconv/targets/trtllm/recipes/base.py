@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 from streamconv.options import TARGET_VERSIONS, Version
 
@@ -64,17 +65,34 @@ class Module:
     tp: int
 
 
-class Quant(Protocol):
-    """One value of --quant."""
+class Quant(ABC):
+    """One value of --quant.
+
+    Attributes:
+        packings: how the linear layers of a source must be packed to be taken over; None: they are floats.
+        row_bias_once: the bias of a row-parallel layer is added before the all-reduce: ranks other than the first hold zeros.
+    """
+
+    __slots__ = ()
+    packings: tuple[str, ...] | None = None
+    row_bias_once: bool = False
 
     @property
+    @abstractmethod
     def info(self) -> QuantInfo: ...
 
-    def encoding(self, module: Module, options: TensorRTLLM, dtype: DType) -> Codec | None:
+    def codec(self, module: Module, options: TensorRTLLM, dtype: DType) -> Codec | None:
         """How this module is stored, or None to leave it in the model dtype."""
+        return None
 
     def problems(self, module: Module, options: TensorRTLLM, dtype: DType) -> str | None:
         """Why this module cannot be stored so, naming sizes; None if it can."""
+        return None
 
     def reason(self, module: Module, options: TensorRTLLM) -> str:
         """Why a module is left unquantized."""
+        return "left as it is"
+
+    def constants(self, layer: int, layers: int, options: TensorRTLLM) -> list[tuple[str, DType, tuple[int, ...], bytes]]:
+        """Tensors of a layer that no weight decides: (name inside the layer, dtype, shape, bytes)."""
+        return []

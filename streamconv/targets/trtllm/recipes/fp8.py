@@ -10,7 +10,7 @@ from streamconv.checkpoint.dtypes import F8_E4M3, DType
 from streamconv.quants.fp8_given import Fp8Shared, Scales
 from streamconv.quants.fp8_tensor import Fp8Tensor
 from streamconv.quants.plain import Plain
-from streamconv.targets.trtllm.recipes.base import QuantInfo
+from streamconv.targets.trtllm.recipes.base import Quant, QuantInfo
 
 if TYPE_CHECKING:
     from streamconv.quants.base import Codec
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Fp8Quant:
+class Fp8Quant(Quant):
     """ModelOpt's format: all linear layers; the scales are added once the sources are known (targets/trtllm/fp8_scales.py)."""
 
     info = QuantInfo(
@@ -32,7 +32,7 @@ class Fp8Quant:
         evidence="specification",
     )
 
-    def encoding(self, module: Module, options: TensorRTLLM, dtype: DType) -> Codec | None:
+    def codec(self, module: Module, options: TensorRTLLM, dtype: DType) -> Codec | None:
         return Fp8Tensor(f"largest weight of layer {module.layer} {module.name}")
 
     def problems(self, module: Module, options: TensorRTLLM, dtype: DType) -> str | None:
@@ -40,12 +40,9 @@ class Fp8Quant:
             return "--quant fp8: mixture-of-experts weights are not supported; use --quant int8 or int4"
         return None
 
-    def reason(self, module: Module, options: TensorRTLLM) -> str:
-        return "not quantized"
-
 
 @dataclass(frozen=True, slots=True)
-class Fp8GivenQuant:
+class Fp8GivenQuant(Quant):
     """--quant fp8 from a source that is FP8 already.
 
     Attributes:
@@ -53,14 +50,11 @@ class Fp8GivenQuant:
         left_out: (layer, module) of those.
     """
 
+    info = Fp8Quant.info
     scales: Mapping[tuple[int, str], Scales] = field(default_factory=dict)
     left_out: tuple[tuple[int, str], ...] = ()
 
-    @property
-    def info(self) -> QuantInfo:
-        return Fp8Quant.info
-
-    def encoding(self, module: Module, options: TensorRTLLM, dtype: DType) -> Codec | None:
+    def codec(self, module: Module, options: TensorRTLLM, dtype: DType) -> Codec | None:
         given = self.scales.get((module.layer, module.name))
         if given is None:
             return None

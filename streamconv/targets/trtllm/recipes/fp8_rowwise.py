@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from streamconv.checkpoint.dtypes import F8_E4M3, F32, DType
 from streamconv.quants.fp8_rowwise import Fp8Rowwise
 from streamconv.quants.plain import Plain
-from streamconv.targets.trtllm.recipes.base import QuantInfo
+from streamconv.targets.trtllm.recipes.base import Quant, QuantInfo
 
 if TYPE_CHECKING:
     from streamconv.quants.base import Codec
@@ -22,7 +22,7 @@ CLAMP = 1200.0
 
 
 @dataclass(frozen=True, slots=True)
-class Fp8RowwiseQuant:
+class Fp8RowwiseQuant(Quant):
     """All linear layers, or by Meta's Llama-3.1 recipe only the MLPs of all but the first and last layer.
 
     Attributes:
@@ -31,23 +31,19 @@ class Fp8RowwiseQuant:
         cast: weights are rounded to the model dtype first: Meta's files, as NVIDIA's loader of them does.
     """
 
+    info = QuantInfo(
+        "fp8_rowwise",
+        "FP8_PER_CHANNEL_PER_TOKEN",
+        "FP8 weights with a scale for each output channel, activations for each token",
+        flags=("--use-meta-fp8-rowwise-recipe",),
+        stores="F8_E4M3, F32 scales",
+        least_sm=89,
+    )
     bound: float = CLAMP
     copied: frozenset[tuple[int, str]] = frozenset()
     cast: bool = False
 
-    @property
-    def info(self) -> QuantInfo:
-        summary = "FP8 weights with a scale for each output channel, activations for each token"
-        return QuantInfo(
-            "fp8_rowwise",
-            "FP8_PER_CHANNEL_PER_TOKEN",
-            summary,
-            flags=("--use-meta-fp8-rowwise-recipe",),
-            stores="F8_E4M3, F32 scales",
-            least_sm=89,
-        )
-
-    def encoding(self, module: Module, options: TensorRTLLM, dtype: DType) -> Codec | None:
+    def codec(self, module: Module, options: TensorRTLLM, dtype: DType) -> Codec | None:
         if self._left_out(module, options):
             return None
         if (module.layer, module.name) in self.copied:
@@ -65,7 +61,7 @@ class Fp8RowwiseQuant:
         return "Meta's recipe leaves attention out"
 
     def constants(self, layer: int, layers: int, options: TensorRTLLM) -> list[tuple[str, DType, tuple[int, ...], bytes]]:
-        """The activation clamps of a layer: (name inside the layer, dtype, shape, bytes)."""
+        """The activation clamps of a layer."""
         if not options.use_meta_fp8_rowwise_recipe:
             owners = ["input_layernorm", "post_layernorm", "attention", "mlp"]
         else:

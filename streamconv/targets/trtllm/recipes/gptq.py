@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from streamconv.checkpoint.dtypes import DType
 from streamconv.quants.gptq import PackedWeight
 from streamconv.quants.layout import Layout, family_for
-from streamconv.targets.trtllm.recipes.base import QuantInfo
+from streamconv.targets.trtllm.recipes.base import Quant, QuantInfo
 
 if TYPE_CHECKING:
     from streamconv.quants.base import Codec
@@ -17,13 +17,12 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Gptq:
+class Gptq(Quant):
     """--quant int4_gptq, int8_gptq."""
 
     bits: int
+    packings: tuple[str, ...] | None = ("gptq", "awq")
     row_bias_once: bool = True
-    """The group-wise kernel adds the bias before the all-reduce: ranks > 0 hold zeros."""
-    packings: tuple[str, ...] = ("gptq", "awq")
 
     @property
     def info(self) -> QuantInfo:
@@ -38,7 +37,7 @@ class Gptq:
             stores=f"{self.bits} bits in the model dtype; scales and zeros in it",
         )
 
-    def encoding(self, module: Module, options: TensorRTLLM, dtype: DType) -> Codec | None:
+    def codec(self, module: Module, options: TensorRTLLM, dtype: DType) -> Codec | None:
         assert options.target_sm is not None
         family = family_for(options.target_sm, options.target_version, experts=False)
         return PackedWeight(dtype, Layout(family, self.bits))
@@ -48,10 +47,7 @@ class Gptq:
             return f"--quant {self.info.key}: these weights are always stored processed; leave out --encoding raw"
         if dtype.itemsize != 2:
             return f"--quant {self.info.key}: group-wise weights need --dtype float16 or bfloat16, not {dtype.torch}"
-        return group_problem(self.info.key, module, options.group_size)
-
-    def reason(self, module: Module, options: TensorRTLLM) -> str:
-        return "left as it is"
+        return group_problem(module, options.group_size)
 
 
 GROUP_SIZES = (64, 128)
@@ -63,7 +59,7 @@ EXPERTS = (
 )
 
 
-def group_problem(key: str, module: Module, group: int) -> str | None:
+def group_problem(module: Module, group: int) -> str | None:
     """Sizes that have no group-wise form; sizes are those of the whole layer in the message."""
     if module.experts:
         return EXPERTS

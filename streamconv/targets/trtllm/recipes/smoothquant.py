@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from streamconv.checkpoint.dtypes import DType
-from streamconv.targets.trtllm.recipes.base import QuantInfo
+from streamconv.targets.trtllm.recipes.base import Quant, QuantInfo
 
 if TYPE_CHECKING:
-    from streamconv.quants.base import Codec
+    from streamconv.checkpoint.dtypes import DType
     from streamconv.targets.trtllm.options import TensorRTLLM
     from streamconv.targets.trtllm.recipes.base import Module
 
 
-class _SmoothQuant:
+class _SmoothQuant(Quant):
+    """A layer is smoothed as a whole (targets/trtllm/smooth_layer.py), so that no module has a codec of its own."""
+
     info = QuantInfo(
         "smoothquant",
         "W8A8_SQ_PER_TENSOR_PLUGIN",
@@ -21,9 +22,6 @@ class _SmoothQuant:
         flags=("--activation-ranges", "--smoothquant", "--per-channel", "--per-token"),
         stores="I8; F32 scales and smoothers",
     )
-
-    def encoding(self, module: Module, options: TensorRTLLM, dtype: DType) -> Codec | None:
-        return None  # a layer is smoothed as a whole: targets/trtllm/smooth_layer.py
 
     def problems(self, module: Module, options: TensorRTLLM, dtype: DType) -> str | None:
         if module.experts:

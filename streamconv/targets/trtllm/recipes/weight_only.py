@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from streamconv.checkpoint.dtypes import DType
+from streamconv.checkpoint.dtypes import I8, DType
+from streamconv.quants.gptq import PackedWeight
 from streamconv.quants.layout import family_for
 from streamconv.quants.weight_only import WeightOnly
-from streamconv.targets.trtllm.recipes.base import QuantInfo
+from streamconv.targets.trtllm.recipes.base import Quant, QuantInfo
 
 if TYPE_CHECKING:
     from streamconv.quants.base import Codec
@@ -25,18 +26,34 @@ def size_problem(name: str, full_rows: int, full_cols: int, tp: int) -> str | No
     return f"{name}: {' and '.join(bad)} must be a multiple of 64 * tp = {step} for weight-only quantization"
 
 
-@dataclass(frozen=True)
-class WeightOnlyQuant:
-    """--quant int8, int4."""
+@dataclass(frozen=True, slots=True)
+class WeightOnlyQuant(Quant):
+    """--quant int8, int4.
+
+    Attributes:
+        packings: of integers that a TensorRT-LLM checkpoint holds already, and that stay what they are.
+    """
 
     bits: int
-    info: QuantInfo
+    packings: tuple[str, ...] | None = None
 
-    def encoding(self, module: Module, options: TensorRTLLM, dtype: DType) -> Codec | None:
+    @property
+    def info(self) -> QuantInfo:
+        return QuantInfo(
+            f"int{self.bits}",
+            f"W{self.bits}A16",
+            f"INT{self.bits} weights, one scale per channel",
+            sm_dependent=True,
+            flags=("--target-sm", "--encoding"),
+            stores="I8" + ", two weights a byte" * (self.bits == 4) + "; scales in the model dtype",
+        )
+
+    def codec(self, module: Module, options: TensorRTLLM, dtype: DType) -> Codec | None:
         if options.encoding == "raw":
             return None
         assert options.target_sm is not None
-        return WeightOnly(self.bits, family_for(options.target_sm, options.target_version, module.experts > 0), dtype)
+        made = WeightOnly(self.bits, family_for(options.target_sm, options.target_version, module.experts > 0), dtype)
+        return PackedWeight(I8, made.layout) if self.packings else made
 
     def problems(self, module: Module, options: TensorRTLLM, dtype: DType) -> str | None:
         return size_problem(module.name, module.full_rows, module.full_cols, module.tp)
@@ -45,18 +62,4 @@ class WeightOnlyQuant:
         return "--encoding raw: trtllm-build quantizes it when it loads"
 
 
-def _info(bits: int) -> QuantInfo:
-    return QuantInfo(
-        f"int{bits}",
-        f"W{bits}A16",
-        f"INT{bits} weights, one scale per channel",
-        sm_dependent=True,
-        flags=("--target-sm", "--encoding"),
-        stores="I8" + ", two weights a byte" * (bits == 4) + "; scales in the model dtype",
-    )
-
-
-QUANTS = (
-    WeightOnlyQuant(8, _info(8)),
-    WeightOnlyQuant(4, _info(4)),
-)
+QUANTS = (WeightOnlyQuant(8), WeightOnlyQuant(4))
