@@ -12,24 +12,56 @@ from __future__ import annotations
 TYPE_CHECKING = False  # type checkers take the name for true; importing typing would take most of the time
 
 if TYPE_CHECKING:
-    from streamconv.checkpoint.lazy_tensor import LazyTensor as LazyTensor
-    from streamconv.errors import BudgetError as BudgetError
-    from streamconv.errors import CheckpointError as CheckpointError
-    from streamconv.errors import DataError as DataError
-    from streamconv.errors import HeaderError as HeaderError
-    from streamconv.errors import HubError as HubError
-    from streamconv.errors import Interrupted as Interrupted
-    from streamconv.errors import LockedError as LockedError
-    from streamconv.errors import OutputError as OutputError
-    from streamconv.errors import RefusedError as RefusedError
-    from streamconv.errors import ResumeError as ResumeError
-    from streamconv.errors import SourceChangedError as SourceChangedError
-    from streamconv.errors import StreamconvError as StreamconvError
-    from streamconv.errors import TensorError as TensorError
-    from streamconv.errors import UnreadableError as UnreadableError
-    from streamconv.errors import UsageError as UsageError
-    from streamconv.errors import VerifyError as VerifyError
+    from streamconv.errors import (
+        BudgetError as BudgetError,
+    )
+    from streamconv.errors import (
+        CheckpointError as CheckpointError,
+    )
+    from streamconv.errors import (
+        DataError as DataError,
+    )
+    from streamconv.errors import (
+        HeaderError as HeaderError,
+    )
+    from streamconv.errors import (
+        HubError as HubError,
+    )
+    from streamconv.errors import (
+        Interrupted as Interrupted,
+    )
+    from streamconv.errors import (
+        LockedError as LockedError,
+    )
+    from streamconv.errors import (
+        OutputError as OutputError,
+    )
+    from streamconv.errors import (
+        RefusedError as RefusedError,
+    )
+    from streamconv.errors import (
+        ResumeError as ResumeError,
+    )
+    from streamconv.errors import (
+        SourceChangedError as SourceChangedError,
+    )
+    from streamconv.errors import (
+        StreamconvError as StreamconvError,
+    )
+    from streamconv.errors import (
+        TensorError as TensorError,
+    )
+    from streamconv.errors import (
+        UnreadableError as UnreadableError,
+    )
+    from streamconv.errors import (
+        UsageError as UsageError,
+    )
+    from streamconv.errors import (
+        VerifyError as VerifyError,
+    )
     from streamconv.opening import Checkpoint as Checkpoint
+    from streamconv.opening import LazyTensor as LazyTensor
     from streamconv.opening import open as open
     from streamconv.options import Resources as Resources
     from streamconv.planning.plan import Plan as Plan
@@ -38,12 +70,24 @@ if TYPE_CHECKING:
     from streamconv.targets.base import Output as Output
     from streamconv.targets.hf.target import HuggingFace as HuggingFace
     from streamconv.targets.trtllm.options import TensorRTLLM as TensorRTLLM
-    from streamconv.verbs import CalibrationReport as CalibrationReport
-    from streamconv.verbs import calibrate as calibrate
-    from streamconv.verbs import convert as convert
-    from streamconv.verbs import diff as diff
-    from streamconv.verbs import plan as plan
-    from streamconv.verbs import verify as verify
+    from streamconv.verbs import (
+        CalibrationReport as CalibrationReport,
+    )
+    from streamconv.verbs import (
+        calibrate as calibrate,
+    )
+    from streamconv.verbs import (
+        convert as convert,
+    )
+    from streamconv.verbs import (
+        diff as diff,
+    )
+    from streamconv.verbs import (
+        plan as plan,
+    )
+    from streamconv.verbs import (
+        verify as verify,
+    )
     from streamconv.verification.difference import Comparison as Comparison
     from streamconv.verification.verdict import Verdict as Verdict
 
@@ -61,30 +105,20 @@ _MODULES = {
     "Output": "streamconv.targets.base",
     "Resources": "streamconv.options",
     "Checkpoint": "streamconv.opening",
-    "LazyTensor": "streamconv.checkpoint.lazy_tensor",
+    "LazyTensor": "streamconv.opening",
     "Plan": "streamconv.planning.plan",
     "Report": "streamconv.reports",
     "Verdict": "streamconv.verification.verdict",
     "Comparison": "streamconv.verification.difference",
     "CalibrationReport": "streamconv.verbs",
     "Progress": "streamconv.progress",
-    "StreamconvError": "streamconv.errors",
-    "UsageError": "streamconv.errors",
-    "CheckpointError": "streamconv.errors",
-    "HeaderError": "streamconv.errors",
-    "SourceChangedError": "streamconv.errors",
-    "UnreadableError": "streamconv.errors",
-    "TensorError": "streamconv.errors",
-    "RefusedError": "streamconv.errors",
-    "BudgetError": "streamconv.errors",
-    "OutputError": "streamconv.errors",
-    "LockedError": "streamconv.errors",
-    "ResumeError": "streamconv.errors",
-    "VerifyError": "streamconv.errors",
-    "DataError": "streamconv.errors",
-    "HubError": "streamconv.errors",
-    "Interrupted": "streamconv.errors",
-}
+} | dict.fromkeys(
+    (
+        "StreamconvError", "UsageError", "CheckpointError", "HeaderError", "SourceChangedError", "UnreadableError", "TensorError",
+        "RefusedError", "BudgetError", "OutputError", "LockedError", "ResumeError", "VerifyError", "DataError", "HubError", "Interrupted",
+    ),
+    "streamconv.errors",
+)
 """Public name -> the module that has it."""
 
 __all__ = [*_MODULES]

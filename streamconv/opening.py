@@ -9,11 +9,111 @@ from typing import Any
 
 from streamconv.arguments import path_of
 from streamconv.checkpoint.index import Index, nearest
-from streamconv.checkpoint.lazy_tensor import LazyTensor
-from streamconv.checkpoint.stored import stored
-from streamconv.errors import TensorError, printable
+from streamconv.checkpoint.selection import Chosen, everything, select, shape_of
+from streamconv.checkpoint.stored import Stored, stored
+from streamconv.errors import TensorError, UsageError, printable
 from streamconv.hub import open_stored
+from streamconv.lazy import np, torch
 from streamconv.memory import show_size
+
+
+class LazyTensor:
+    """A tensor, or a slice of one, that has not been read.
+
+    Indexing with ints, slices and `...` gives another LazyTensor and reads nothing. `numpy()` and `torch()` then read: of a local file
+    they give views of its mapping, which copy nothing, and the system reads the pages that are used; of a model of the Hub they
+    request the bytes from the first to the last element; of a Meta checkpoint they copy what lies in more than one file.
+
+    The memory of a view is shared with all views of the same file from the same `open`, and stays valid after `close`. It is never
+    written back. A file that is truncated while a view of it is in use ends the process (SIGBUS), as with any mapping.
+    """
+
+    __slots__ = ("_chosen", "_stored", "name")
+
+    def __init__(self, name: str, stored: Stored, chosen: Chosen | None = None) -> None:
+        self.name = name
+        self._stored = stored
+        self._chosen = everything(stored.sizes) if chosen is None else chosen
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Elements in each dimension."""
+        return shape_of(self._chosen)
+
+    @property
+    def dtype(self) -> str:
+        """The name that safetensors gives the type: "BF16", "F16", "F32", "F8_E4M3", "I32", "BOOL", ..."""
+        return self._stored.dtype.name
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the elements: their number times the size of one."""
+        count = self._stored.dtype.itemsize
+        for size in self.shape:
+            count *= size
+        return count
+
+    def numpy(self, *, raw: bool = False) -> np.ndarray[Any, Any]:
+        """The values as a read-only array of `shape`.
+
+        Args:
+            raw: give the unsigned integers that carry the bits: uint16 for BF16 and F16, uint8 for F8, ...
+
+        Raises:
+            UsageError: numpy has no such type (BF16, F8), and `raw` was not asked for.
+            CheckpointError: the file changed or cannot be read. HubError: the Hub did not give the bytes.
+        """
+        kind = self._stored.dtype
+        if kind.numpy is None and not raw:
+            raise UsageError(
+                f"{printable(self.name)} is {kind}, a type that numpy does not have",
+                hint=f"torch() has it; numpy(raw=True) gives the bits as uint{8 * kind.itemsize}",
+            )
+        values = self._stored.read(self._chosen)
+        found = values if raw or kind.numpy is None else values.view(kind.numpy)
+        found.flags.writeable = False
+        return found
+
+    def torch(self) -> torch.Tensor:
+        """The values as a CPU tensor of `shape`, a view of the file where that is possible.
+
+        Writing to it is safe and changes no file, but what other views of the same file show: `clone()` it first.
+
+        Raises:
+            UsageError: this release of torch has no such type.
+            CheckpointError, HubError: as numpy.
+        """
+        kind = self._stored.dtype
+        dtype = getattr(torch, kind.torch, None)
+        if dtype is None:
+            raise UsageError(f"{printable(self.name)} is {kind}, a type that torch {torch.__version__} does not have")
+        values = self._stored.read(self._chosen)
+        if not (values.flags.writeable and values.flags.aligned and min(values.strides, default=0) >= 0):
+            values = values.copy()  # torch knows neither read-only memory nor negative strides
+        return torch.from_numpy(values.view(f"i{kind.itemsize}")).view(dtype)
+
+    def __getitem__(self, key: Any) -> LazyTensor:
+        """A part of the tensor, not read either.
+
+        Raises:
+            UsageError: no such element, or an index that is neither int, slice nor `...`; it is an IndexError, too.
+        """
+        return LazyTensor(self.name, self._stored, select(self._chosen, key, printable(self.name)))
+
+    def __len__(self) -> int:
+        if not self.shape:
+            raise TypeError("a tensor without dimensions has no length")
+        return self.shape[0]
+
+    def __iter__(self) -> Iterator[LazyTensor]:
+        return (self[row] for row in range(len(self)))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
+        found = self.numpy()
+        return np.array(found, dtype) if copy or dtype not in (None, found.dtype) else found
+
+    def __repr__(self) -> str:
+        return f"LazyTensor({printable(self.name)!r}, {self.dtype}, {list(self.shape)})"
 
 
 class NoSuchTensor(TensorError, KeyError):

@@ -8,15 +8,18 @@ import shlex
 import shutil
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from streamconv.bench import command, machine
+from streamconv.bench import command
 from streamconv.bench.command import Measured
-from streamconv.errors import UsageError, printable
+from streamconv.errors import StreamconvError, UsageError, printable
+from streamconv.lazy import np
 from streamconv.memory import show_size
+from streamconv.run import probe
 
 OURS = (sys.executable, "-I", "-c", "from streamconv.__main__ import run; run()")
 
@@ -74,8 +77,8 @@ def run(
         the machine's rates and, for each job, seconds, ratios to `cp` and to commands of the user's, and memory, as JSON has them.
     """
     weights = max((path for path in model.iterdir() if os.path.isfile(path)), key=lambda path: path.stat().st_size)
-    rates = machine.disk_rates(weights, work)
-    rates |= {f"encode {quant}": machine.kernel_rate(quant) for quant in ("int8", "int4")}
+    rates = disk_rates(weights, work)
+    rates |= {f"encode {quant}": kernel_rate(quant) for quant in ("int8", "int4")}
     cold, rounds = not warm and os.access("/proc/sys/vm/drop_caches", os.W_OK), list[_Round]()
     for number in range(runs + 1):
         before, made = rounds[-1] if rounds else {}, _Round()
@@ -155,3 +158,38 @@ def folder(at: Path) -> Iterator[Path]:
 
     with tempfile.TemporaryDirectory(prefix="streamconv-bench-", dir=at) as made:
         yield Path(made)
+
+
+def disk_rates(file: Path, folder: Path) -> dict[str, float | None]:
+    """Bytes a second that are read from a file, out of the page cache's reach where the kernel does that, and written to a folder.
+
+    None of what cannot be measured.
+    """
+    kinds: dict[str, Callable[[], float]]
+    kinds = {"read": lambda: probe.read_rate([file], 1.0, cold=True), "write": lambda: probe.write_rate(folder, 1.0)}
+    rates = dict[str, float | None]()
+    for name, measure in kinds.items():
+        try:
+            rates[name] = measure()
+        except (OSError, StreamconvError):
+            rates[name] = None
+    return rates
+
+
+def kernel_rate(quant: str, seconds: float = 0.5) -> float:
+    """Bytes of bfloat16 weights a second that one thread encodes as int8 or int4 for Ampere."""
+    from streamconv.checkpoint.dtypes import BF16
+    from streamconv.quants.weight_only import WeightOnly
+
+    rows, cols = 256, 4096
+    encoding = WeightOnly(8 if quant == "int8" else 4, "sm80", BF16)
+    kernel = encoding.kernel(BF16)
+    assert kernel is not None
+    block = (np.random.default_rng(0).standard_normal(rows * cols).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    outs = [np.empty(part.nbytes(rows), np.uint8) for part in encoding.parts(rows, cols)]
+    kernel(block, 0, cols, rows, cols, outs)  # compiled
+    rounds, began = 0, time.monotonic()
+    while time.monotonic() - began < seconds:
+        kernel(block, 0, cols, rows, cols, outs)
+        rounds += 1
+    return rounds * block.nbytes / (time.monotonic() - began)

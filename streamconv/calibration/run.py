@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from streamconv import __version__, memory
 from streamconv.calibration import pretrained
-from streamconv.calibration.batches import batches_of, groups_of
 from streamconv.calibration.held import Held
 from streamconv.calibration.names import Names
 from streamconv.calibration.request import DTYPES, Loop
+from streamconv.calibration.texts import batches_of, groups_of
 from streamconv.calibration.torch_device import current, free_memory, give_back, torch_device
 from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.quantized import source_quantization

@@ -9,10 +9,10 @@ import torch
 
 from streamconv.calibration import gptq
 from streamconv.calibration.awq import prescale
-from streamconv.calibration.clip import clipped
 from streamconv.calibration.gram import Gram
 from streamconv.calibration.grid import NEAREST, Grid
 from streamconv.calibration.tiers import rows_at_once
+from streamconv.quants.int_group import RATIOS
 
 
 class Found(NamedTuple):
@@ -123,3 +123,28 @@ def _weight(
 def _outer(multiplier: torch.Tensor, group: int) -> torch.Tensor:
     grouped = multiplier.reshape(-1, group)
     return grouped[:, :, None] * grouped[:, None, :]
+
+
+def clipped(weight: torch.Tensor, blocks: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """The scales of a weight, float32 [N, K/g].
+
+    For each row and group the ratio minimizes eᵀ C e, with C the group's block of the Gram and e the rounding error; ties go to the
+    larger ratio. All ratios are tried.
+
+    Args:
+        weight: float32 [N, K].
+        blocks: [K/g, g, g].
+    """
+    made = []
+    for rows in weight.split(max(64, rows_at_once(weight.shape[1], weight.device.type) // 2)):  # type: ignore[no-untyped-call]
+        largest = grid.largest(rows)
+        best = grid.scales(largest, RATIOS[0])
+        least = torch.full_like(largest, float("inf"))
+        for ratio in RATIOS:
+            scales = grid.scales(largest, ratio)
+            error = (grid.values(grid.codes(rows, scales), scales) - rows).reshape(*scales.shape, grid.group).transpose(0, 1)
+            loss = ((error @ blocks) * error).sum(2).T
+            better = loss < least
+            best, least = torch.where(better, scales, best), torch.where(better, loss, least)
+        made.append(best)
+    return torch.cat(made)

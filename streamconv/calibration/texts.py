@@ -14,7 +14,7 @@ from streamconv.calibration.pretrained import read_tokenizer, told
 from streamconv.calibration.request import Loop
 from streamconv.checkpoint.untrusted import open_regular, shown_value
 from streamconv.errors import UsageError, printable
-from streamconv.memory import check_room
+from streamconv.memory import MIB, check_room
 
 _COLUMNS = ("article", "text", "content")
 _TABLES = (".json", ".csv", ".tsv", ".parquet", ".arrow")
@@ -144,3 +144,30 @@ def tokenize(folder: Path, texts: list[str], max_length: int, loop: Loop = "trtl
             count += len(ids[-1])
             check_room(_TOKEN * count, f"reading on after {len(ids)} of {len(texts)} samples ({count} tokens)")
     return [sample for sample in ids if sample]
+
+
+_GROUP = 32 * MIB
+"""Bytes of embedded samples that are made together."""
+
+
+def batches_of(ids: list[list[int]], size: int) -> list[list[list[int]]]:
+    """Neighbours of equal length go together: no padding, so batching changes nothing but speed."""
+    batches: list[list[list[int]]] = []
+    for sample in ids:
+        if batches and len(batches[-1]) < size and len(batches[-1][0]) == len(sample):
+            batches[-1].append(sample)
+        else:
+            batches.append([sample])
+    return batches
+
+
+def groups_of(samples: list[list[int]], token_bytes: int) -> Iterator[list[list[int]]]:
+    """Samples whose embeddings are read together, so that rows that they share are read once."""
+    group: list[list[int]] = []
+    for sample in samples:
+        if group and sum(map(len, group), len(sample)) * token_bytes > _GROUP:
+            yield group
+            group = []
+        group.append(sample)
+    if group:
+        yield group

@@ -10,12 +10,12 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from streamconv.calibration.clip import clipped  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
-from streamconv.calibration import awq, clip, gptq, tiers  # noqa: E402
+from streamconv.calibration import awq, gptq, tiers  # noqa: E402
 from streamconv.calibration import search as search_module  # noqa: E402
 from streamconv.calibration.awq import multiplier_of  # noqa: E402
-from streamconv.calibration.clip import clipped  # noqa: E402
 from streamconv.calibration.gram import Gram  # noqa: E402
 from streamconv.calibration.grid import NEAREST, Grid  # noqa: E402
 from streamconv.calibration.search import Found, nearest, search  # noqa: E402
@@ -262,7 +262,7 @@ def test_a_factor_holds_no_more_than_is_planned(double: int, times: int, monkeyp
 @pytest.mark.parametrize("method", ["clip", "awq", "gptq"])
 def test_a_search_holds_no_more_than_is_planned(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside the Gram: copies of a tile of rows, and what is made."""
-    for module in (awq, clip, gptq, search_module):
+    for module in (awq, gptq, search_module):
         monkeypatch.setattr(module, "rows_at_once", lambda size, device: 64)
     weight, known = normal(256, K, seed=3).bfloat16(), gram(normal(300, K))
     with Live() as live:

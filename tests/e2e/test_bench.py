@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from streamconv.bench import command, machine, model
+from streamconv.bench import command, model, run
 from streamconv.cli.main import main
 
 EATER = """{} -S -c "import os, shutil, time; held = bytearray(200 << 20); shutil.copytree('{{model}}', '{{out}}')
@@ -20,8 +20,8 @@ while not os.path.exists('{}'): time.sleep(0.01)" """
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine's own rates are not measured."""
-    monkeypatch.setattr(machine, "disk_rates", lambda *_: {"read": 1e9, "write": None})
-    monkeypatch.setattr(machine, "kernel_rate", lambda _: 1e9)
+    monkeypatch.setattr(run, "disk_rates", lambda *_: {"read": 1e9, "write": None})
+    monkeypatch.setattr(run, "kernel_rate", lambda _: 1e9)
 
 
 def test_a_conversion_beside_a_command_of_the_users_and_one_that_fails(
@@ -54,9 +54,9 @@ def test_a_conversion_beside_a_command_of_the_users_and_one_that_fails(
 
 def test_the_rates_of_this_machine(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(bytes(1 << 20))
-    rates = machine.disk_rates(tmp_path / "file", tmp_path)
-    assert all(rate is not None and rate > 1e6 for rate in rates.values()) and machine.kernel_rate("int8", 0.05) > 1e6
-    assert machine.disk_rates(tmp_path / "missing", tmp_path / "missing") == {"read": None, "write": None}
+    rates = run.disk_rates(tmp_path / "file", tmp_path)
+    assert all(rate is not None and rate > 1e6 for rate in rates.values()) and run.kernel_rate("int8", 0.05) > 1e6
+    assert run.disk_rates(tmp_path / "missing", tmp_path / "missing") == {"read": None, "write": None}
 
 
 def test_without_root_systemd_makes_the_cgroup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from streamconv.families import Family
 from streamconv.families.matching import match
 from streamconv.lazy import np
 from streamconv.targets.trtllm.lookup import LINEAR
+from streamconv.targets.trtllm.rank_views import SCALE, ZERO
 from streamconv.targets.trtllm.recipes.gptq import EXPERTS
 from streamconv.targets.trtllm.scalars import is_scale, read_scalars
 
@@ -226,6 +227,18 @@ def _add(stored: Stored, module: str, weight: SourceTensor, shape: tuple[int, in
         return
     stored.tensors[name] = PackedTensor(weight.name, I8, shape, weight.pieces, 0, bits, packing, module)
     stored.scales[weight.name] = scales
+
+
+def take_stored(tensors: Mapping[str, SourceTensor]) -> Stored:
+    """The tensors of a checkpoint, the scales of codes apart."""
+    stored = Stored(Changed(tensors))
+    for name in tensors:
+        if name.endswith(".weight" + SCALE):
+            weight, scales = name.removesuffix(SCALE), stored.tensors.pop(name)
+            zeros = stored.tensors.pop(weight + ZERO, None)
+            group = tensors[weight].cols // scales.rows if zeros is not None else 0
+            stored.scales[weight] = Scales(scales, zeros, None, group)
+    return stored
 
 
 def take_codes(stored: Stored, family: Family, codes: Codes) -> None:

@@ -23,11 +23,10 @@ from streamconv.natural import natural
 from streamconv.planning.draft import Draft
 from streamconv.planning.plan import Plan, SideFile
 from streamconv.quants.laid_out import LAID_OUT
-from streamconv.targets.trtllm import expected, fp8_scales, import_rules, import_scales, imported_scales, remarks, rope
+from streamconv.targets.trtllm import expected, import_rules, import_scales, remarks, rope, scales
 from streamconv.targets.trtllm.checks import embedding_is_shared, refusals
 from streamconv.targets.trtllm.config_json import build_config, dump
 from streamconv.targets.trtllm.config_sections import resolve_dtype, resolve_moe
-from streamconv.targets.trtllm.import_ranks import add_channel_scales, add_group_scales, take_codes
 from streamconv.targets.trtllm.inherited import inherited, origin_of
 from streamconv.targets.trtllm.lookup import TensorLookup
 from streamconv.targets.trtllm.options import TensorRTLLM
@@ -136,7 +135,7 @@ def make_plan(index: Index, options: TensorRTLLM) -> Plan:
     tensors = SourceTensors(index)
     base = quant_of(options.quant)
     if origin is not None:
-        stored = take_codes(tensors)
+        stored = import_scales.take_stored(tensors)
         if stored.scales and isinstance(base, WeightOnlyQuant | Gptq):
             base = dataclasses.replace(base, packings=(LAID_OUT,))
     elif family is META:  # Meta quantizes nothing, and its tensors have many pieces
@@ -179,16 +178,16 @@ def make_plan(index: Index, options: TensorRTLLM) -> Plan:
     roles.ignore(set(spare))
     if not roles.problems and not layout.refused:
         if not kept:
-            layout.refused += imported_scales.add_scales(builder, stored, dtype, index.shards)
+            layout.refused += scales.add_imported(builder, stored, dtype, index.shards)
         elif options.quant in import_rules.GROUPED:
-            add_group_scales(builder, stored)
+            scales.add_group_scales(builder, stored)
         else:
-            layout.refused += add_channel_scales(builder, stored, model.num_experts // moe[1])
-        layout.refused += fp8_scales.add_given_scales(builder, stored.fp8)
+            layout.refused += scales.add_channel_scales(builder, stored, model.num_experts // moe[1])
+        layout.refused += scales.add_given_scales(builder, stored.fp8)
         if options.quant == "int4_awq" and not stored.scales:
-            imported_scales.add_unit_prescales(builder, roles.tensors, dtype)
+            scales.add_unit_prescales(builder, roles.tensors, dtype)
     if options.quant == "fp8" and not given and ranges is not None and not roles.problems:
-        fp8_scales.add_scales(builder, ranges, roles.tensors)
+        scales.add_calibrated(builder, ranges, roles.tensors)
     if options.rope_tables and family.rope_tables and options.kv_cache != "int8" and options.quant != "smoothquant":
         rope.add_tables(builder, model, options)
     if codes is not None:

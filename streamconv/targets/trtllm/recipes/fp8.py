@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Fp8Quant(Quant):
-    """ModelOpt's format: all linear layers; the scales are added once the sources are known (targets/trtllm/fp8_scales.py)."""
+    """ModelOpt's format: all linear layers; the scales are added once the sources are known (targets/trtllm/scales.py)."""
 
     info = QuantInfo(
         "fp8",

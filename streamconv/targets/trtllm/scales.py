@@ -1,21 +1,31 @@
-"""The scales of sources that are quantized already, as tensors of the rank files: they follow the rows and columns of their weights."""
+"""Scales as tensors of the rank files: those that a quantized source brings along, which follow the rows and columns of their weights, and
+those of FP8 per tensor, which a calibration measured."""
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 
+from streamconv.checkpoint.activation_ranges import Ranges
 from streamconv.checkpoint.dtypes import F8_E4M3, F32, U8, DType
-from streamconv.checkpoint.rows import Extent, PackedTensor, SourceTensor
+from streamconv.checkpoint.rows import Extent, NoSource, PackedTensor, SourceTensor
 from streamconv.checkpoint.shard import Shard
+from streamconv.checkpoint.strided_rows import Strided, beside
 from streamconv.errors import printable
 from streamconv.planning.draft import Draft, Fed
 from streamconv.quants.awq import PairedRtn
+from streamconv.quants.fp8_given import Fp8Shared
+from streamconv.quants.fp8_tensor import Fp8Scale, Fp8Tensor, WeightMaximum
 from streamconv.quants.gptq import GroupScales
 from streamconv.quants.plain import Plain
 from streamconv.targets.trtllm.import_scales import Stored, content
 
+_LARGEST = 448.0
+"""Of FP8 E4M3."""
 
-def add_scales(builder: Draft, stored: Stored, dtype: DType, shards: Sequence[Shard]) -> list[str]:
+
+def add_imported(builder: Draft, stored: Stored, dtype: DType, shards: Sequence[Shard]) -> list[str]:
     """Describe the scale tensors of every weight that was fed from a packed or FP8 source; gives what is wrong."""
     problems: dict[str, None] = dict.fromkeys(_misfits(builder, stored))
     checked: set[tuple[str, ...]] = set()
@@ -148,3 +158,98 @@ def add_unit_prescales(builder: Draft, tensors: Mapping[str, SourceTensor], dtyp
     for matrix, feeds in builder.fed(tensors).items():
         if isinstance(builder.encoding(matrix), PairedRtn):
             _unit_prescale(builder, *builder.place(matrix), dtype, sum(stop - start for start, stop in feeds[0].cols))
+
+
+def add_group_scales(builder: Draft, stored: Stored) -> None:
+    """Describe scales and zeros [groups, N] of every matrix that was fed with group-wise integers."""
+    for matrix, feeds in builder.fed(stored.scales).items():
+        file, name = builder.place(matrix)
+        sources = list(dict.fromkeys(feed.source.name for feed in feeds))
+        owned = [stored.scales[source] for source in sources]
+        left, right = feeds[0].cols[0]
+        first, last = left // owned[0].group, right // owned[0].group
+        for suffix, tensors in (("weights_scaling_factor", [s.scales for s in owned]), ("zero", [s.zeros for s in owned])):
+            held = [tensor for tensor in tensors if isinstance(tensor, Strided)]
+            whole = held[0] if len(held) == 1 else beside(" + ".join(tensor.name for tensor in held), held)
+            starts = dict(zip(sources, accumulate((tensor.cols for tensor in held), initial=0), strict=False))
+            cols = [(starts[feed.source.name] + feed.start, starts[feed.source.name] + feed.stop) for feed in feeds]
+            made = builder.matrix(file, name, last - first, sum(b - a for a, b in cols), Plain(whole.dtype, suffix=suffix))
+            builder.feed(made, whole, first, last, cols=cols)
+
+
+def add_channel_scales(builder: Draft, stored: Stored, experts: int) -> list[str]:
+    """Describe the scales of every matrix that was fed with codes; gives what is wrong.
+
+    Args:
+        experts: on a rank, 0 for a dense model.
+    """
+    odd: list[tuple[str, int, int]] = []
+    for matrix, feeds in builder.fed(stored.scales).items():
+        file, name = builder.place(matrix)
+        local = experts if ".mlp." in name else 0
+        kind = stored.scales[feeds[0].source.name].scales.dtype
+        vector = Plain(kind, vector=True, suffix="per_channel_scale")
+        rows = sum(feed.stop - feed.start for feed in feeds)
+        made = builder.matrix(file, name, rows // max(local, 1), 1, vector, experts=local)
+        for feed in feeds:
+            scales, (left, right) = stored.scales[feed.source.name].scales, feed.cols[0]
+            each = feed.source.cols // scales.cols
+            if right - left != each or left % each:
+                odd.append((feed.source.name, each, right - left))
+            builder.feed(made, scales, feed.start, feed.stop, cols=[(left // each, left // each + 1)])
+    if not odd:
+        return []
+    (name, each, now), count = odd[0], len({name for name, _, _ in odd})
+    more = f" (and {count - 1} more)" if count > 1 else ""
+    told = f"a scale in the source is that of the {each} inputs of a rank, which would now have {now}, with another scale"
+    return [f"{printable(name)}{more}: {told}; keep --tp-size, or decode the source (--to hf) and convert that"]
+
+
+def add_calibrated(builder: Draft, ranges: Ranges, tensors: Mapping[str, SourceTensor]) -> None:
+    """Describe both scales of every FP8 matrix that was fed: one for the fused matrix, the same on all ranks.
+
+    The largest weight is taken over the whole sources, the input over all of them (q, k and v see the same one).
+
+    Raises:
+        TensorError: ranges are missing or wrong.
+    """
+    fed = {matrix: feeds for matrix, feeds in builder.fed(tensors).items() if isinstance(builder.encoding(matrix), Fp8Tensor)}
+    inputs = {_module(feed.source.name) + ".x": feed.source.cols for feeds in fed.values() for feed in feeds}
+    ranges.check(inputs)
+    reduced: set[tuple[str, str]] = set()
+    for matrix, feeds in fed.items():
+        encoding = builder.encoding(matrix)
+        assert isinstance(encoding, Fp8Tensor)
+        sources = {feed.source.name: feed.source for feed in feeds}
+        for name, source in sources.items():
+            if (encoding.key, name) not in reduced:
+                reduced.add((encoding.key, name))
+                builder.reduce(source, WeightMaximum(encoding.key))
+        file, path = builder.place(matrix)
+        scale = builder.matrix(file, path, 1, 1, Fp8Scale(encoding.key))
+        builder.feed(scale, NoSource(f"weights_scaling_factor, {encoding.key}"), 0, 1)
+        largest = ranges.amax([_module(name) + ".x" for name in sources])
+        builder.constant(file, f"{path}.activation_scaling_factor", F32, (1,), struct.pack("<f", largest / _LARGEST))
+
+
+def add_given_scales(builder: Draft, fp8: Mapping[str, tuple[float, float]]) -> list[str]:
+    """Describe the scales that the source brings along: for a fused matrix the largest of each kind. Gives what is wrong.
+
+    Args:
+        fp8: weight name -> (its scale, that of its input).
+    """
+    problems = []
+    for matrix, feeds in builder.fed(fp8).items():
+        (file, path), encoding = builder.place(matrix), builder.encoding(matrix)
+        if not (isinstance(encoding, Fp8Shared) or encoding == Plain(F8_E4M3)):
+            problems.append(f"{printable(feeds[0].source.name)} is FP8, but TensorRT-LLM keeps {path} in the model dtype")
+        elif sum(feed.stop - feed.start for feed in feeds) != builder.filled(matrix):
+            problems.append(f"{printable(feeds[0].source.name)} is FP8 and other weights that {path} fuses are not")
+        sources = dict.fromkeys(feed.source.name for feed in feeds)
+        for suffix, kind in (("weights_scaling_factor", 0), ("activation_scaling_factor", 1)):
+            builder.constant(file, f"{path}.{suffix}", F32, (1,), struct.pack("<f", max(fp8[name][kind] for name in sources)))
+    return list(dict.fromkeys(problems))
+
+
+def _module(weight: str) -> str:
+    return weight.removesuffix(".weight")
