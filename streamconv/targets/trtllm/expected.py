@@ -1,6 +1,8 @@
 """The tensors a checkpoint must hold, from its config.json alone: names, shapes and dtypes of every rank, as the loader works them out.
 
-Nothing here asks the planner, so that it can tell when the planner is wrong.
+A description beside `RankLayout`, which writes and reads ranks: `plan` holds against it what that lays out, so that nothing is written
+that the loader rejects, and `verify` needs it for folders of other tools, which may hold forms that are never written here (weights to be
+quantized when they are loaded, numbers without dimensions, excluded modules, tensors that may be missing).
 """
 
 from __future__ import annotations
@@ -180,12 +182,12 @@ def _layer(facts: Facts, held: RankTensors, at: str, layer: int, family: str, ki
         held.fixed[at + name] = TensorSpec(plain, (length,))
 
     def linear(name: str, rows: int, cols: int, experts: int = 0) -> None:
-        module = at + name
+        module, lead = at + name, (experts,) if experts else ()
         if not facts.quantized(module, layer):
-            shape = (experts, rows, cols) if experts else (rows, cols)
-            held.fixed[module + ".weight"] = TensorSpec(plain, shape)
+            held.fixed[module + ".weight"] = TensorSpec(plain, (*lead, rows, cols))
         elif facts.algo in SPECS:
-            held.modules[module + ".weight"] = tuple(SPECS[facts.algo](facts, module, rows, cols, experts))
+            forms = SPECS[facts.algo](facts, module, rows, cols, lead)
+            held.modules[module + ".weight"] = tuple({f"{module}.{leaf}": tensor for leaf, tensor in form.items()} for form in forms)
         else:
             held.unknown += (module + ".",)
 

@@ -1,6 +1,7 @@
 """How each quant_algo stores a linear layer: names, shapes and dtypes.
 
-A format is a function (facts, module, rows N, columns K, local experts or 0) -> the ways to store the module, the usual one first.
+A format is a function (facts, module, rows N, columns K, (local experts,) or ()) -> the ways to store the module, the usual one first: last
+names and tensors.
 """
 
 from __future__ import annotations
@@ -76,71 +77,56 @@ class Facts:
         return not any(fnmatch.fnmatchcase(module, pattern) for pattern in patterns)
 
 
-def _weight_only(bits: int) -> Callable[[Facts, str, int, int, int], Iterator[ModuleSpec]]:
-    def forms(facts: Facts, module: str, rows: int, cols: int, experts: int) -> Iterator[ModuleSpec]:
-        lead = (experts,) if experts else ()
-        yield {
-            f"{module}.weight": TensorSpec(("I8",), (*lead, cols, rows * bits // 8)),
-            f"{module}.per_channel_scale": TensorSpec((facts.dtype,), (*lead, rows)),
-        }
-        yield {f"{module}.weight": TensorSpec((facts.dtype,), (*lead, rows, cols))}  # quantized when it is loaded
+_Format = Callable[[Facts, str, int, int, tuple[int, ...]], Iterator[ModuleSpec]]
+
+
+def _tensor(dtype: str, *shape: int) -> TensorSpec:
+    return TensorSpec((dtype,), shape)
+
+
+def _weight_only(bits: int) -> _Format:
+    def forms(facts: Facts, module: str, rows: int, cols: int, lead: tuple[int, ...]) -> Iterator[ModuleSpec]:
+        yield {"weight": _tensor("I8", *lead, cols, rows * bits // 8), "per_channel_scale": _tensor(facts.dtype, *lead, rows)}
+        yield {"weight": _tensor(facts.dtype, *lead, rows, cols)}  # quantized when it is loaded
 
     return forms
 
 
-def _gptq(bits: int) -> Callable[[Facts, str, int, int, int], Iterator[ModuleSpec]]:
-    def forms(facts: Facts, module: str, rows: int, cols: int, experts: int) -> Iterator[ModuleSpec]:
-        lead = (experts,) if experts else ()
-        scales = TensorSpec((facts.dtype,), (*lead, cols // _group(facts), rows))
-        packed = (*lead, cols, rows * bits // (8 * _BYTES[facts.dtype]))
-        zero = {f"{module}.zero": scales} if facts.quantization.get("has_zero_point") else {}
-        yield {f"{module}.weight": TensorSpec((facts.dtype,), packed), f"{module}.weights_scaling_factor": scales} | zero
+def _gptq(bits: int) -> _Format:
+    def forms(facts: Facts, module: str, rows: int, cols: int, lead: tuple[int, ...]) -> Iterator[ModuleSpec]:
+        scales = _tensor(facts.dtype, *lead, cols // _group(facts), rows)
+        packed = _tensor(facts.dtype, *lead, cols, rows * bits // (8 * _BYTES[facts.dtype]))
+        zero = {"zero": scales} if facts.quantization.get("has_zero_point") else {}
+        yield {"weight": packed, "weights_scaling_factor": scales} | zero
 
     return forms
 
 
-def _awq(facts: Facts, module: str, rows: int, cols: int, experts: int) -> Iterator[ModuleSpec]:
-    prequant = facts.quantization.get("pre_quant_scale")
-    groups = cols // _group(facts)
-    exported = {f"{module}.prequant_scaling_factor": TensorSpec((facts.dtype,), (cols,))} if prequant else {}
-    yield {
-        f"{module}.weight": TensorSpec(("I8",), (rows // 2, cols)),
-        f"{module}.weights_scaling_factor": TensorSpec(("F32", facts.dtype), (rows, groups)),
-    } | exported
-    laid_out = {f"{module}.prequant_scaling_factor": TensorSpec((facts.dtype,), (1, cols))} if prequant else {}
-    yield {
-        f"{module}.weight": TensorSpec((facts.dtype,), (cols, rows // (2 * _BYTES[facts.dtype]))),
-        f"{module}.weights_scaling_factor": TensorSpec((facts.dtype,), (groups, rows)),
-    } | laid_out
+def _awq(facts: Facts, module: str, rows: int, cols: int, lead: tuple[int, ...]) -> Iterator[ModuleSpec]:
+    dtype, groups = facts.dtype, cols // _group(facts)
+    exported = {"weight": _tensor("I8", rows // 2, cols), "weights_scaling_factor": TensorSpec(("F32", dtype), (rows, groups))}
+    laid_out = {"weight": _tensor(dtype, cols, rows // (2 * _BYTES[dtype])), "weights_scaling_factor": _tensor(dtype, groups, rows)}
+    for form, shape in ((exported, (cols,)), (laid_out, (1, cols))):
+        yield form | ({"prequant_scaling_factor": _tensor(dtype, *shape)} if facts.quantization.get("pre_quant_scale") else {})
 
 
-def _smooth(facts: Facts, module: str, rows: int, cols: int, experts: int) -> Iterator[ModuleSpec]:
+def _smooth(facts: Facts, module: str, rows: int, cols: int, lead: tuple[int, ...]) -> Iterator[ModuleSpec]:
     vector = "PER_CHANNEL" in str(facts.algo) or module.endswith("attention.qkv")
-    form = {
-        f"{module}.weight": TensorSpec(("I8",), (rows, cols)),
-        f"{module}.per_channel_scale": TensorSpec(("F32",), (1, rows if vector else 1)),
-    }
+    form = {"weight": _tensor("I8", rows, cols), "per_channel_scale": _tensor("F32", 1, rows if vector else 1)}
     if "PER_TOKEN" not in str(facts.algo):
-        form[f"{module}.act_scale"] = TensorSpec(("F32",), (1, 1))
+        form["act_scale"] = _tensor("F32", 1, 1)
     if module.endswith(("attention.dense", "mlp.proj")):
-        form[f"{module}.smoother"] = TensorSpec(("F32",), (1, cols))
+        form["smoother"] = _tensor("F32", 1, cols)
     yield form
 
 
-def _fp8(facts: Facts, module: str, rows: int, cols: int, experts: int) -> Iterator[ModuleSpec]:
-    lead = (experts,) if experts else ()
-    yield {
-        f"{module}.weight": TensorSpec(("F8_E4M3", "I8"), (*lead, rows, cols)),
-        f"{module}.weights_scaling_factor": TensorSpec(("F32",), (experts, 1) if experts else (1,)),
-        f"{module}.activation_scaling_factor": TensorSpec(("F32",), (1,)),
-    }
+def _fp8(facts: Facts, module: str, rows: int, cols: int, lead: tuple[int, ...]) -> Iterator[ModuleSpec]:
+    scales = {"weights_scaling_factor": _tensor("F32", *lead, 1), "activation_scaling_factor": _tensor("F32", 1)}
+    yield {"weight": TensorSpec(("F8_E4M3", "I8"), (*lead, rows, cols))} | scales
 
 
-def _fp8_rowwise(facts: Facts, module: str, rows: int, cols: int, experts: int) -> Iterator[ModuleSpec]:
-    yield {
-        f"{module}.weight": TensorSpec(("F8_E4M3", "I8"), (rows, cols)),
-        f"{module}.per_channel_scale": TensorSpec(("F32",), (rows,)),
-    }
+def _fp8_rowwise(facts: Facts, module: str, rows: int, cols: int, lead: tuple[int, ...]) -> Iterator[ModuleSpec]:
+    yield {"weight": TensorSpec(("F8_E4M3", "I8"), (rows, cols)), "per_channel_scale": _tensor("F32", rows)}
 
 
 def _group(facts: Facts) -> int:
@@ -156,7 +142,7 @@ SMOOTH = (
     "W8A8_SQ_PER_TENSOR_PER_TOKEN_PLUGIN",
     "W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN",
 )
-SPECS: dict[str, Callable[[Facts, str, int, int, int], Iterator[ModuleSpec]]] = {
+SPECS: dict[str, _Format] = {
     "W8A16": _weight_only(8),
     "W4A16": _weight_only(4),
     "W8A16_GPTQ": _gptq(8),
