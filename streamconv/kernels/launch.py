@@ -222,9 +222,9 @@ def mx_kernel(source: DType, element: str, exponent: str, read_as: DType) -> Ker
     """`Mx`."""
 
     def arguments(codes: Mapping[str, int], outs: Sequence[Any], cols: int) -> tuple[Any, ...]:
-        return cols, *outs[:2], codes[source.name], codes[read_as.name], element == "fp4", exponent == "ceiling"
+        return cols, *outs[:2], codes[source.name], codes[read_as.name], exponent == "ceiling"
 
-    return _launch("small_groups_code.mx_rows", arguments)
+    return _launch("fp4_code.mx_fp4_rows" if element == "fp4" else "small_groups_code.mx_fp8_rows", arguments)
 
 
 def nvfp4_kernel(source: DType, rule: str, kind: DType, shared: float | None) -> Kernel:
@@ -233,7 +233,7 @@ def nvfp4_kernel(source: DType, rule: str, kind: DType, shared: float | None) ->
     def arguments(codes: Mapping[str, int], outs: Sequence[Any], cols: int) -> tuple[Any, ...]:
         return cols, *outs[:2], codes[source.name], codes[kind.name], *_floats(_known(shared)), rule == "divisor"
 
-    return _launch("small_groups_code.nvfp4_rows", arguments)
+    return _launch("fp4_code.nvfp4_rows", arguments)
 
 
 # ---- SmoothQuant

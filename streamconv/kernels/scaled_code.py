@@ -42,13 +42,6 @@ def top_of(bits: _Array) -> np.uint32:
 
 
 @jit
-def nibbles(codes: _Array, out: _Array) -> None:
-    """Pairs of 4-bit codes (`codes` as uint16), the even column in the low nibble."""
-    for i in range(codes.size):
-        out[i] = np.uint8(codes[i] | (codes[i] >> np.uint16(4)))
-
-
-@jit
 def to_int(y: np.float32, low: np.float32, high: np.float32) -> np.int32:
     """RNE(clamp(y, low, high))."""
     y = y if y > low else low
