@@ -58,11 +58,11 @@ def _with_check(reads: Reads, number: int, cost: TileCost) -> TileCost:
         for task in encode_tasks(span, plan.matrices):
             if task.is_copy(span.source.dtype):
                 continue
-            if task.encoding.error_kernel(span.source.dtype) is not None and len(task.cols) == 1:
+            if task.codec.error_kernel(span.source.dtype) is not None and len(task.cols) == 1:
                 fixed = max(fixed, task.width * memory_plan.CHECK_COLUMN)
                 continue
-            torch = torch or task.encoding.error_kernel(span.source.dtype) is None
-            fixed = max(fixed, memory_plan.CHECK_BYTES, task.encoding.row_align * task.width * memory_plan.CHECK_ELEMENT)
+            torch = torch or task.codec.error_kernel(span.source.dtype) is None
+            fixed = max(fixed, memory_plan.CHECK_BYTES, task.codec.row_align * task.width * memory_plan.CHECK_ELEMENT)
     return replace(cost, fixed=cost.fixed + fixed, torch=torch)
 
 
@@ -109,21 +109,21 @@ def load_kernels(reads: Reads) -> None:
 
     seen = set[object]()
     for plan in reads.plans:
-        kinds = {kind: number for number, kind in enumerate(plan.spans.kinds(plan.matrices.encodings()))}
+        kinds = {kind: number for number, kind in enumerate(plan.spans.kinds(plan.matrices.codecs()))}
         for span in map(plan.spans.__getitem__, sorted(kinds.values())):
             kernel = span.reduce.kernel(span.source.dtype) if span.reduce is not None else None
             if kernel is not None and (type(span.reduce), span.source.dtype) not in seen:
                 seen.add((type(span.reduce), span.source.dtype))
                 kernel(np.zeros(2, span.source.dtype.storage), 1, 2)
             for task in encode_tasks(span, plan.matrices):
-                key = (type(task.encoding), task.encoding, span.source.dtype)
+                key = (type(task.codec), task.codec, span.source.dtype)
                 if key in seen or task.is_copy(span.source.dtype):
                     continue
                 seen.add(key)
-                if task.encoding.needs:  # it cannot run yet
-                    task.encoding.prepare(span.source.dtype)
+                if task.codec.needs:  # it cannot run yet
+                    task.codec.prepare(span.source.dtype)
                     continue
-                rows = task.encoding.row_align
+                rows = task.codec.row_align
                 block = np.zeros(rows * span.row_bytes, np.uint8)
                 space = np.empty(sum(task.row_costs(span)) * rows + 65536, np.uint8)
                 encode(task, span, rows, block, space, EncodeStats())

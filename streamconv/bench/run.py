@@ -182,11 +182,11 @@ def kernel_rate(quant: str, seconds: float = 0.5) -> float:
     from streamconv.quants.weight_only import WeightOnly
 
     rows, cols = 256, 4096
-    encoding = WeightOnly(8 if quant == "int8" else 4, "sm80", BF16)
-    kernel = encoding.kernel(BF16)
+    codec = WeightOnly(8 if quant == "int8" else 4, "sm80", BF16)
+    kernel = codec.kernel(BF16)
     assert kernel is not None
     block = (np.random.default_rng(0).standard_normal(rows * cols).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
-    outs = [np.empty(part.nbytes(rows), np.uint8) for part in encoding.parts(rows, cols)]
+    outs = [np.empty(part.nbytes(rows), np.uint8) for part in codec.parts(rows, cols)]
     kernel(block, 0, cols, rows, cols, outs)  # compiled
     rounds, began = 0, time.monotonic()
     while time.monotonic() - began < seconds:

@@ -38,7 +38,7 @@ class Ranges:
             raise UsageError(f"--activation-ranges {printable(str(path))}: no such file", hint=HINT)
         self._entries = read_header(self.path).tensors
         self.shard = Shard(self.path)
-        weakref.finalize(self, self.shard.close)  # plans and encodings refer to it: the last of them closes it
+        weakref.finalize(self, self.shard.close)  # plans and codecs refer to it: the last of them closes it
 
     def identity(self) -> SourceFile:
         """The hash is the SHA-256 of the content."""

@@ -172,7 +172,7 @@ class PackedTensor(SourceTensor):
 
 @dataclass(frozen=True, slots=True)
 class NoSource:
-    """One zero in the place of a source: the encoding gives the stored values from reductions alone."""
+    """One zero in the place of a source: the codec gives the stored values from reductions alone."""
 
     name: str
     dtype: DType = F32

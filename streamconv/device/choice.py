@@ -27,7 +27,7 @@ _DEFINITION = 5e9
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What runs the encodings.
+    """What runs the codecs.
 
     Attributes:
         devices: torch device names; empty for the CPU.
@@ -103,13 +103,13 @@ def work_of(reads: Reads) -> Work:
             fused = span.reduce.kernel(span.source.dtype) is not None
             kernel, torch = kernel + size * fused, torch + size * (not fused)
         for task in encode_tasks(span, plan.matrices):
-            encoding, cols = task.encoding, task.width
+            codec, cols = task.codec, task.width
             if task.is_copy(span.source.dtype):
                 continue
             share = size * cols // span.source.cols
-            fused = encoding.kernel(span.source.dtype) is not None
+            fused = codec.kernel(span.source.dtype) is not None
             kernel, torch = kernel + share * fused, torch + share * (not fused)
-            back += sum(part.nbytes(rows) for part in encoding.parts(encoding.row_align, cols))
+            back += sum(part.nbytes(rows) for part in codec.parts(codec.row_align, cols))
     return Work(reads.nbytes + sum(file.size for plan in reads.plans for file in plan.files), kernel, torch, back)
 
 

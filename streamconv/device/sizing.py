@@ -88,13 +88,13 @@ def demand(spans: Iterable[RowRange], matrices: Sequence[Matrix], fused: bool = 
         seen.add(key)
         made, each = 0, 0.0
         for task in wanted:
-            encoding, cols = task.encoding, task.width
-            align = encoding.row_align
-            made += -(-sum(part.nbytes(align) for part in encoding.parts(align, cols)) // align)
+            codec, cols = task.codec, task.width
+            align = codec.row_align
+            made += -(-sum(part.nbytes(align) for part in codec.parts(align, cols)) // align)
             gathered = cols * span.source.dtype.itemsize * (len(task.cols) > 1)
-            definition = not (fused and has_kernel(encoding, span.source.dtype))
-            each = max(each, (gathered + definition * cols * encoding.torch_bytes_per_element()) / span.row_bytes)
-            fixed = max(fixed, encoding.torch_bytes_per_column() * cols)
+            definition = not (fused and has_kernel(codec, span.source.dtype))
+            each = max(each, (gathered + definition * cols * codec.torch_bytes_per_element()) / span.row_bytes)
+            fixed = max(fixed, codec.torch_bytes_per_column() * cols)
         if span.reduce is not None:
             each = max(each, span.source.cols * span.reduce.bytes_per_element / span.row_bytes)
             fixed = max(fixed, span.source.cols * span.reduce.bytes_per_column)

@@ -1,4 +1,4 @@
-"""What a step of a tile computes: every encoding of its rows, by fused kernels where there are some."""
+"""What a step of a tile computes: every codec of its rows, by fused kernels where there are some."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Job:
     """One encoding of a tile.
 
     Attributes:
-        task: columns and encoding, bound to its reductions.
+        task: columns and codec, bound to its reductions.
         parts: set by `Slot.encode`: one uint8 view of the worker's arena for each part.
         stats: what was met.
     """
@@ -41,8 +41,8 @@ def lay_out(jobs: Sequence[Job], rows: int, space: Bytes) -> Bytes:
 
 
 def _records(job: Job) -> Sequence[Part]:
-    encoding = job.task.encoding
-    return encoding.parts(encoding.row_align, job.task.width)
+    codec = job.task.codec
+    return codec.parts(codec.row_align, job.task.width)
 
 
 class Batch:
@@ -57,7 +57,7 @@ class Batch:
 
     def __init__(self, jobs: Sequence[Job], span: RowRange, fusable: int) -> None:
         self.jobs = jobs
-        self._launches = [fused.kernel_of(job.task.encoding, span.source.dtype) if at < fusable else None for at, job in enumerate(jobs)]
+        self._launches = [fused.kernel_of(job.task.codec, span.source.dtype) if at < fusable else None for at, job in enumerate(jobs)]
         self.notes = NOTE * len(jobs) if any(self._launches) else 0
         for job in jobs:
             job.stats = EncodeStats()
@@ -69,7 +69,7 @@ class Batch:
         for job, launch, told in zip(self.jobs, self._launches, found, strict=True):
             block = _columns(matrix, job.task)
             if launch is None:
-                made.append(job.task.encoding.encode(block, told))
+                made.append(job.task.codec.encode(block, told))
                 continue
             waiting.append((len(made), launch, block))
             sizes = [part.nbytes(matrix.shape[0]) for part in _records(job)]

@@ -1,4 +1,4 @@
-"""Triton kernels of the encodings, bit for bit the torch definitions. Needs triton: imported by `launch` alone.
+"""Triton kernels of the codecs, bit for bit the torch definitions. Needs triton: imported by `launch` alone.
 
 Launched with enable_fp_fusion=False: where torch rounds a product and then a sum, so do these. Divisions are div_rn, the others of
 Triton are approximate. bfloat16 comes and goes as int16: Triton's interpreter does not round it as devices do. Each kernel is told

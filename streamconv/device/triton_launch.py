@@ -1,4 +1,4 @@
-"""Which encodings have a fused device kernel, and how it is launched."""
+"""Which codecs have a fused device kernel, and how it is launched."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ class Unfused(Exception):
     """A fused kernel could not be compiled or launched. The torch definition can do the same."""
 
 
-def has_kernel(encoding: Codec, source: DType) -> bool:
+def has_kernel(codec: Codec, source: DType) -> bool:
     """Arithmetic only; a kernel may still turn out not to work on a device."""
-    if isinstance(encoding, Fp8Rowwise) and encoding != Fp8Rowwise(encoding.lo, encoding.hi, encoding.model):
+    if isinstance(codec, Fp8Rowwise) and codec != Fp8Rowwise(codec.lo, codec.hi, codec.model):
         return False  # other rules for scales
-    return type(encoding) in _KERNELS and source.name in _FLOATS and _stored(encoding) <= _FLOATS
+    return type(codec) in _KERNELS and source.name in _FLOATS and _stored(codec) <= _FLOATS
 
 
-def kernel_of(encoding: Codec, source: DType) -> Launch | None:
+def kernel_of(codec: Codec, source: DType) -> Launch | None:
     """What encodes rows of this dtype on a CUDA device, or None where the torch definition must."""
-    return _KERNELS[type(encoding)](encoding) if has_kernel(encoding, source) else None
+    return _KERNELS[type(codec)](codec) if has_kernel(codec, source) else None
 
 
 def works(device: torch.device) -> str | None:
@@ -61,65 +61,65 @@ def works(device: torch.device) -> str | None:
     return None if good else "Triton gives wrong results"
 
 
-def _stored(encoding: Codec) -> set[str]:
-    dtype = getattr(encoding, "dtype", None)
+def _stored(codec: Codec) -> set[str]:
+    dtype = getattr(codec, "dtype", None)
     return {dtype.name} if isinstance(dtype, DType) else set()
 
 
-def _cast(encoding: Any) -> Launch:
+def _cast(codec: Any) -> Launch:
     def launch(block: torch.Tensor, outs: Sequence[torch.Tensor], counts: torch.Tensor) -> None:
-        target = _torch(encoding.dtype)
-        summed = torch.float32 if encoding.add_one and block.dtype == torch.bfloat16 else block.dtype
+        target = _torch(codec.dtype)
+        summed = torch.float32 if codec.add_one and block.dtype == torch.bfloat16 else block.dtype
         total, cols = block.numel(), block.shape[1]
         _run("cast", -(-total // _CAST_BLOCK), block, outs[0].view(target), counts, total, cols, block.stride(0),
-             MODEL=encoding.dtype.name, ADD_ONE=encoding.add_one, VIA_HALF=encoding.via_half,
-             COUNT=target != summed or encoding.via_half, BLOCK=_CAST_BLOCK)  # fmt: skip
+             MODEL=codec.dtype.name, ADD_ONE=codec.add_one, VIA_HALF=codec.via_half,
+             COUNT=target != summed or codec.via_half, BLOCK=_CAST_BLOCK)  # fmt: skip
 
     return launch
 
 
-def _weight_only(encoding: Any) -> Launch:
-    layout = encoding.layout
+def _weight_only(codec: Any) -> Launch:
+    layout = codec.layout
     table = layout.table
 
     def launch(block: torch.Tensor, outs: Sequence[torch.Tensor], counts: torch.Tensor) -> None:
         rows, cols = block.shape
         order = _kept(table, block.device, lambda torch: torch.tensor(table, dtype=torch.int32))
-        _run("weight_only", rows, block, outs[0], outs[1].view(_torch(encoding.dtype)), counts, order, cols, block.stride(0),
-             MODEL=encoding.dtype.name, BITS=encoding.bits, BIASED=layout.biased, PERIOD=len(table), SHARED=layout.interleave,
-             RUN=layout.tile * encoding.bits // 8, BLOCK=_ROW_BLOCK)  # fmt: skip
+        _run("weight_only", rows, block, outs[0], outs[1].view(_torch(codec.dtype)), counts, order, cols, block.stride(0),
+             MODEL=codec.dtype.name, BITS=codec.bits, BIASED=layout.biased, PERIOD=len(table), SHARED=layout.interleave,
+             RUN=layout.tile * codec.bits // 8, BLOCK=_ROW_BLOCK)  # fmt: skip
 
     return launch
 
 
-def _fp8_rowwise(encoding: Any) -> Launch:
+def _fp8_rowwise(codec: Any) -> Launch:
     def launch(block: torch.Tensor, outs: Sequence[torch.Tensor], counts: torch.Tensor) -> None:
         rows, cols = block.shape
         _run("fp8_rowwise", rows, block, outs[0], outs[1].view(torch.float32), counts, cols, block.stride(0),
-             float(encoding.lo), float(encoding.hi), FLOOR,
-             MODEL=encoding.model.name if encoding.model else "", BLOCK=_ROW_BLOCK)  # fmt: skip
+             float(codec.lo), float(codec.hi), FLOOR,
+             MODEL=codec.model.name if codec.model else "", BLOCK=_ROW_BLOCK)  # fmt: skip
 
     return launch
 
 
-def _smooth(encoding: Any) -> Launch:
+def _smooth(codec: Any) -> Launch:
     from streamconv.quants.smoothing import output_scale, weight_scale
 
-    bound = encoding.bound
+    bound = codec.bound
 
     def launch(block: torch.Tensor, outs: Sequence[torch.Tensor], counts: torch.Tensor) -> None:
         rows, cols = block.shape
-        first, last = encoding.keep or (0, cols)
+        first, last = codec.keep or (0, cols)
         factors = _kept(bound.smoother, block.device, lambda torch: torch.as_tensor(bound.smoother, dtype=torch.float64))
         vector = len(outs) > 1
         scales = outs[1].view(torch.float32) if vector else counts.view(torch.float32)  # not touched
         scale = 0.0 if bound.largest is None else float(weight_scale(torch.as_tensor(bound.largest, dtype=torch.float16).reshape(1)))
-        output = 0.0 if encoding.outputs is None else float(output_scale(encoding.outputs))
+        output = 0.0 if codec.outputs is None else float(output_scale(codec.outputs))
         _run("smooth", rows, block, factors, outs[0].view(torch.int8), scales, counts, cols, block.stride(0), first, last - first,
              scale, float(bound.activation), output,
-             MODEL=encoding.dtype.name, GIVEN=bound.largest is not None, DIVIDE=bound.largest is not None and encoding.divide,
-             SINGLE=bound.largest is not None and encoding.single, VECTOR=vector,
-             TOKEN=encoding.outputs is None, BLOCK=_ROW_BLOCK)  # fmt: skip
+             MODEL=codec.dtype.name, GIVEN=bound.largest is not None, DIVIDE=bound.largest is not None and codec.divide,
+             SINGLE=bound.largest is not None and codec.single, VECTOR=vector,
+             TOKEN=codec.outputs is None, BLOCK=_ROW_BLOCK)  # fmt: skip
 
     return launch
 

@@ -152,18 +152,18 @@ class Draft:
         name: str,
         rows: int,
         cols: int,
-        encoding: Codec,
+        codec: Codec,
         *,
         experts: int = 0,
         note: str = "",
         spelling: Spelling = BY_ROLE,
     ) -> int:
         """Add a matrix [rows, cols], or [experts, rows, cols]; gives its number."""
-        return self._matrices.add(file, name, self._matrices.form(Form(rows, cols, encoding, experts, note, spelling)))
+        return self._matrices.add(file, name, self._matrices.form(Form(rows, cols, codec, experts, note, spelling)))
 
-    def form(self, rows: int, cols: int, encoding: Codec, spelling: Spelling) -> int:
+    def form(self, rows: int, cols: int, codec: Codec, spelling: Spelling) -> int:
         """What many matrices share; gives its number."""
-        return self._matrices.form(Form(rows, cols, encoding, spelling=spelling))
+        return self._matrices.form(Form(rows, cols, codec, spelling=spelling))
 
     def wholes(
         self, file: int, names: Sequence[str], forms: Sequence[int], sources: Sequence[int], rows: Sequence[int], keys: Sequence[str] = ()
@@ -172,7 +172,7 @@ class Draft:
 
         Args:
             forms, sources: their numbers.
-            keys: of the reductions that are needed, where the encoding of a form leaves it open.
+            keys: of the reductions that are needed, where the codec of a form leaves it open.
         """
         matrices: Iterable[int] = self._matrices.extend(file, names, forms, rows, keys)
         cols = {form: self._feeds.spreads.number(((0, self._matrices.cols(form)),)) for form in set(forms)}
@@ -232,8 +232,8 @@ class Draft:
         """File and name of a matrix."""
         return self._matrices.file(matrix), self._matrices.name(matrix)
 
-    def encoding(self, matrix: int) -> Codec:
-        return self._matrices.encoding(matrix)
+    def codec(self, matrix: int) -> Codec:
+        return self._matrices.codec(matrix)
 
     def filled(self, matrix: int) -> int:
         """Rows given so far."""
@@ -327,5 +327,5 @@ class Draft:
 
 
 def _align(encoded: int, read: int, op: RowOp) -> int:
-    """Source rows that a tile holds a multiple of, by what the encoding and the source want."""
+    """Source rows that a tile holds a multiple of, by what the codec and the source want."""
     return lcm(encoded, read) if op is PLAIN_ROWS else align_of((encoded, read), op)

@@ -59,7 +59,7 @@ class Form:
 
     rows: int
     cols: int
-    encoding: Codec
+    codec: Codec
     experts: int = 0
     note: str = ""
     spelling: Spelling = BY_ROLE
@@ -71,7 +71,7 @@ class Form:
 
     def parts(self) -> tuple[Part, ...]:
         """The tensors of such a matrix."""
-        parts = self.encoding.parts(self.rows, self.cols, self.experts)
+        parts = self.codec.parts(self.rows, self.cols, self.experts)
         return tuple([replace(part, shape=self.spelling.shape(part, self.rows, self.cols)) for part in parts])
 
 
@@ -86,9 +86,9 @@ class MatrixTable(Table[Matrix]):
         super().__init__()
         self._file, self._form, self._filled, self._names, self._key = array("H"), array("I"), array("Q"), array("I"), array("I")
         self._first, self._offset, self._position = array("I", [0]), array("Q"), array("I")
-        self._modules, self._keys, self._forms, self._encodings = Pool[str](), Pool[str](), Pool[Form](), Pool[Codec]()
+        self._modules, self._keys, self._forms, self._codecs = Pool[str](), Pool[str](), Pool[Form](), Pool[Codec]()
         self._parts: list[tuple[Part, ...]] = []  # of each form
-        self._encoding: list[int] = []  # the same
+        self._codec: list[int] = []  # the same
         self._row_align: list[int] = []  # the same
         self.data_starts: list[int] = []
 
@@ -97,8 +97,8 @@ class MatrixTable(Table[Matrix]):
         number = self._forms.number(form)
         if number == len(self._parts):
             self._parts.append(form.parts())
-            self._encoding.append(self._encodings.number(form.encoding.keyed("")))
-            self._row_align.append(form.encoding.row_align)
+            self._codec.append(self._codecs.number(form.codec.keyed("")))
+            self._row_align.append(form.codec.row_align)
         return number
 
     def cols(self, form: int) -> int:
@@ -109,7 +109,7 @@ class MatrixTable(Table[Matrix]):
         """A matrix of the form with a number; gives its own.
 
         Args:
-            key: of the encoding, if the form leaves it open.
+            key: of the codec, if the form leaves it open.
         """
         self._key.append(self._keys.number(key))
         self._file.append(file)
@@ -142,7 +142,7 @@ class MatrixTable(Table[Matrix]):
         self._modules.close()
         self._keys.close()
         self._forms.close()
-        self._encodings.close()
+        self._codecs.close()
 
     def put(self, number: int, part: int, offset: int, position: int) -> None:
         """Where a part lies: byte of the file's data, and its place in the order of them."""
@@ -224,17 +224,17 @@ class MatrixTable(Table[Matrix]):
         wanted = [form.all_rows for form in self._forms.values]
         return (self._make(number) for number, form in enumerate(self._form) if self._filled[number] < wanted[form])
 
-    def encoding(self, number: int) -> Codec:
-        encoding, key = self._forms.values[self._form[number]].encoding, self._keys.values[self._key[number]]
-        return encoding.keyed(key) if key else encoding
+    def codec(self, number: int) -> Codec:
+        codec, key = self._forms.values[self._form[number]].codec, self._keys.values[self._key[number]]
+        return codec.keyed(key) if key else codec
 
     def needs(self, number: int) -> tuple[str, ...]:
         """Keys of the reductions that come before a matrix."""
         key = self._keys.values[self._key[number]]
-        return (key,) if key else self._forms.values[self._form[number]].encoding.needs
+        return (key,) if key else self._forms.values[self._form[number]].codec.needs
 
     def row_align(self, number: int) -> int:
-        """Rows of a tile of the encoding."""
+        """Rows of a tile of the codec."""
         return self._row_align[self._form[number]]
 
     def row_aligns(self, numbers: Iterable[int]) -> Iterator[int]:
@@ -242,9 +242,9 @@ class MatrixTable(Table[Matrix]):
         aligns, forms = self._row_align, self._form
         return (aligns[forms[number]] for number in numbers)
 
-    def encodings(self) -> Sequence[int]:
-        """A number for the encoding of each matrix; encodings that work alike have equal ones."""
-        return array("I", map(self._encoding.__getitem__, self._form))
+    def codecs(self) -> Sequence[int]:
+        """A number for the codec of each matrix; codecs that work alike have equal ones."""
+        return array("I", map(self._codec.__getitem__, self._form))
 
     def __len__(self) -> int:
         return len(self._form)
@@ -262,4 +262,4 @@ class MatrixTable(Table[Matrix]):
             )
             for at, part in enumerate(self.parts(number))
         )
-        return Matrix(self._file[number], name, form.all_rows, form.cols, self._filled[number], self.encoding(number), places, form.note)
+        return Matrix(self._file[number], name, form.all_rows, form.cols, self._filled[number], self.codec(number), places, form.note)

@@ -154,7 +154,7 @@ def _units(plan: Plan) -> list[Part]:
         reducing[number] = key(span.reduce.key)
         join([reducing[number], *map(key, span.reduce.needs)])
     for number in range(len(matrices)):
-        join([number, *map(key, matrices.encoding(number).needs)])
+        join([number, *map(key, matrices.codec(number).needs)])
     takers = [spans.takers(number) if number not in reducing else [reducing[number]] for number in range(len(spans))]
     for nodes in takers:
         join(nodes)

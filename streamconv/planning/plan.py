@@ -87,7 +87,7 @@ class Matrix:
         rows: output rows, over all experts.
         cols: source columns of each row.
         filled: rows that come from sources; the rest, at the end, is zero padding.
-        places: one for each part of the encoding.
+        places: one for each part of the codec.
         note: why it is or is not quantized, for the plan's table.
     """
 
@@ -96,7 +96,7 @@ class Matrix:
     rows: int
     cols: int
     filled: int
-    encoding: Codec
+    codec: Codec
     places: tuple[PartLocation, ...]
     note: str = ""
 
@@ -310,6 +310,6 @@ class Plan:
 
 
 def align_of(row_aligns: Collection[int], op: RowOp) -> int:
-    """Source rows that a tile must hold a multiple of, for encodings with these `row_align`."""
+    """Source rows that a tile must hold a multiple of, for codecs with these `row_align`."""
     rows = lcm(*row_aligns)
     return lcm(op.source_rows(rows), op.block)

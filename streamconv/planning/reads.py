@@ -69,7 +69,7 @@ class Reads:
 
     def kinds(self) -> Iterator[Hashable]:
         """Of each read what it is like: reads of one kind cost the same."""
-        own = (plan.spans.kinds(plan.matrices.encodings()) for plan in self.plans)
+        own = (plan.spans.kinds(plan.matrices.codecs()) for plan in self.plans)
         if self._merged is None:
             return next(own)
         numbers: dict[Hashable, int] = {}

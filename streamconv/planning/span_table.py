@@ -175,11 +175,11 @@ class SpanTable(Table[RowRange]):
             made.append(replace(span, dests=tuple([replace(dest, matrix=matrix[dest.matrix]) for dest in span.dests])))
         return made
 
-    def kinds(self, encoding: Sequence[int]) -> Iterator[Hashable]:
+    def kinds(self, codec: Sequence[int]) -> Iterator[Hashable]:
         """Of each span what it is like: spans of one kind cost the same.
 
         Args:
-            encoding: of each matrix, by number.
+            codec: of each matrix, by number.
         """
         cols, matrix = self._cols, self._matrix
         types = [None, *map(type, self._reductions)]
@@ -187,9 +187,9 @@ class SpanTable(Table[RowRange]):
         columns = zip(self.sources.rows_of(self._source), self._op, self._align, self._reduction, self._first, after, strict=True)
         for rows, op, align, reduction, first, stop in columns:
             if stop - first == 1:  # nearly all
-                yield rows, op, align, types[reduction], cols[first], encoding[matrix[first]]
+                yield rows, op, align, types[reduction], cols[first], codec[matrix[first]]
                 continue
-            wanted = tuple([(cols[at], encoding[matrix[at]]) for at in range(first, stop)])
+            wanted = tuple([(cols[at], codec[matrix[at]]) for at in range(first, stop)])
             yield rows, op, align, types[reduction], wanted
 
     def reducing(self) -> Iterator[RowRange]:

@@ -12,10 +12,10 @@ from streamconv.quants.plain import Plain
 
 
 class EncodeTask(NamedTuple):
-    """Columns of a span's rows in an encoding: two destinations with the same task get the same bytes."""
+    """Columns of a span's rows in a codec: two destinations with the same task get the same bytes."""
 
     cols: tuple[tuple[int, int], ...]
-    encoding: Codec
+    codec: Codec
 
     @property
     def width(self) -> int:
@@ -23,13 +23,13 @@ class EncodeTask(NamedTuple):
         return sum(stop - start for start, stop in self.cols)
 
     def bound(self, results: Known, source: str) -> EncodeTask:
-        """The task with the results of the reductions that its encoding needs."""
-        return self._replace(encoding=self.encoding.bind(results, source))
+        """The task with the results of the reductions that its codec needs."""
+        return self._replace(codec=self.codec.bind(results, source))
 
     def is_copy(self, dtype: DType) -> bool:
         """The stored bytes are the source's, column slices apart."""
-        encoding = self.encoding
-        return isinstance(encoding, Plain) and encoding.dtype == dtype and not encoding.add_one and not encoding.halved(dtype)
+        codec = self.codec
+        return isinstance(codec, Plain) and codec.dtype == dtype and not codec.add_one and not codec.halved(dtype)
 
     def is_whole_copy(self, span: RowRange) -> bool:
         """The stored bytes are the rows as they were read: nothing to do."""
@@ -39,20 +39,20 @@ class EncodeTask(NamedTuple):
         """(bytes of output, bytes of working memory) that encoding one row takes."""
         if self.is_whole_copy(span):
             return 0, 0
-        encoding, dtype = self.encoding, span.source.dtype
-        align = encoding.row_align
-        out = -(-sum(part.nbytes(align) for part in encoding.parts(align, self.width)) // align)
+        codec, dtype = self.codec, span.source.dtype
+        align = codec.row_align
+        out = -(-sum(part.nbytes(align) for part in codec.parts(align, self.width)) // align)
         if self.is_copy(dtype):
             return out, 0
         gathered = self.width * dtype.itemsize if len(self.cols) > 1 else 0
-        if encoding.kernel(dtype) is not None:
+        if codec.kernel(dtype) is not None:
             return out, gathered
-        return out, gathered + self.width * encoding.torch_bytes_per_element() + out
+        return out, gathered + self.width * codec.torch_bytes_per_element() + out
 
 
 def encode_tasks(span: RowRange, matrices: Sequence[Matrix]) -> dict[EncodeTask, list[Destination]]:
     """The span's destinations grouped by what they need, in order."""
     found: dict[EncodeTask, list[Destination]] = {}
     for dest in span.dests:
-        found.setdefault(EncodeTask(dest.cols, matrices[dest.matrix].encoding), []).append(dest)
+        found.setdefault(EncodeTask(dest.cols, matrices[dest.matrix].codec), []).append(dest)
     return found

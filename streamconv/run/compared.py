@@ -59,7 +59,7 @@ class Compared:
         self.odd: dict[tuple[str, str], int] = {}
         self._lock, self._local = threading.Lock(), threading.local()
         self._files = {file.name: shard for file, shard in zip(plan.files, files, strict=True)}
-        packed = {p.tensor for m in plan.matrices if isinstance(m.encoding, PackedWeight) for p in m.places}
+        packed = {p.tensor for m in plan.matrices if isinstance(m.codec, PackedWeight) for p in m.places}
         self._tensors = {
             file.name: sorted(
                 (_Tensor(t.begin, t.end, t.name, None if t.name in packed else t.dtype) for t in header.tensors.values()),

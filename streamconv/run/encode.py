@@ -18,7 +18,7 @@ def encode(task: EncodeTask, span: RowRange, rows: int, block: Bytes, space: Byt
     Returns:
         One uint8 array per part, views of block or space.
     """
-    columns, encoding = task
+    columns, codec = task
     dtype, total = span.source.dtype, span.source.cols
     if task.is_whole_copy(span):
         return [block]
@@ -32,17 +32,17 @@ def encode(task: EncodeTask, span: RowRange, rows: int, block: Bytes, space: Byt
     else:
         start, stride, cols = columns[0][0], total, columns[0][1] - columns[0][0]
     outs = []
-    for part in encoding.parts(encoding.row_align, cols):
+    for part in codec.parts(codec.row_align, cols):
         size = part.nbytes(rows)
         outs.append(space[:size])
         space = space[-(-size // 64) * 64 :]
-    kernel = encoding.kernel(dtype)
+    kernel = codec.kernel(dtype)
     if kernel is not None:
         stats.add(kernel(block.view(dtype.storage), start, stride, rows, cols, outs))
         return outs
     flat = torch.from_numpy(block).view(getattr(torch, dtype.torch))
     matrix = flat.reshape(rows, stride)[:, start : start + cols]
-    for out, made in zip(outs, encoding.encode(matrix, stats), strict=True):
+    for out, made in zip(outs, codec.encode(matrix, stats), strict=True):
         out[:] = made.cpu().numpy()
     return outs
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Rows as they are stored in all of `dests`: uint8, one array for each part of the encoding."""
+    """Rows as they are stored in all of `dests`: uint8, one array for each part of the codec."""
 
     task: EncodeTask
     dests: list[Destination]

@@ -19,7 +19,7 @@ from streamconv.run.journal import TileRecord
 from streamconv.run.results import ReductionResults
 
 _SLACK = 1.001
-"""The bounds of encodings are float32."""
+"""The bounds of codecs are float32."""
 
 
 class InlineCheck:
@@ -55,7 +55,7 @@ class InlineCheck:
             place = self._plan.matrices[made.dests[0].matrix].places[0].tensor
             raise VerifyError(
                 f"{printable(place)}: decoded values are up to {errors.largest:.3g} off those of {printable(span.source.name)}, "
-                f"whose largest is {errors.peak:.3g}: more than {made.task.encoding.name} allows",
+                f"whose largest is {errors.peak:.3g}: more than {made.task.codec.name} allows",
                 hint="memory or processor are at fault, or streamconv is: run it again, and report it if it comes back",
             )
         kept = errors.noise, errors.signal, errors.largest, errors.peak, float(rows)
@@ -128,10 +128,10 @@ class InlineCheck:
 def _blocks(made: Encoded, span: RowRange, block: Bytes, rows: int, results: ReductionResults) -> Iterator[Errors]:
     """The errors of rows, as many at a time as the working memory holds."""
     task = made.task.bound(results, span.source.name)
-    encoding, columns, width = task.encoding, task.cols, task.width
-    compare = encoding.error_kernel(span.source.dtype)
-    stored = encoding.parts(encoding.row_align, width)
-    screen = encoding.screen(span.source.dtype) if compare is None and len(columns) == 1 else None
+    codec, columns, width = task.codec, task.cols, task.width
+    compare = codec.error_kernel(span.source.dtype)
+    stored = codec.parts(codec.row_align, width)
+    screen = codec.screen(span.source.dtype) if compare is None and len(columns) == 1 else None
     if screen is not None:
         start, stride = columns[0][0], span.source.cols
         flat = block[: rows * span.row_bytes].view(span.source.dtype.storage)
@@ -141,14 +141,14 @@ def _blocks(made: Encoded, span: RowRange, block: Bytes, rows: int, results: Red
             return
     step = rows
     if compare is None or len(columns) > 1:
-        step = max(encoding.row_align, CHECK_BYTES // (width * CHECK_ELEMENT) // encoding.row_align * encoding.row_align)
+        step = max(codec.row_align, CHECK_BYTES // (width * CHECK_ELEMENT) // codec.row_align * codec.row_align)
     for at in range(0, rows, step):
         stop = min(at + step, rows)
         source = block[at * span.row_bytes : stop * span.row_bytes]
         ends = [(at // part.record_rows * part.record_bytes, -(-stop // part.record_rows) * part.record_bytes) for part in stored]
         parts = [data[first:last] for data, (first, last) in zip(made.parts, ends, strict=True)]
         if compare is None:
-            yield _decoded(encoding, span, source, columns, stop - at, parts)
+            yield _decoded(codec, span, source, columns, stop - at, parts)
             continue
         start, stride = columns[0][0], span.source.cols
         if len(columns) > 1:
@@ -159,19 +159,19 @@ def _blocks(made: Encoded, span: RowRange, block: Bytes, rows: int, results: Red
 
 
 def _decoded(
-    encoding: Codec, span: RowRange, source: Bytes, columns: Sequence[tuple[int, int]], rows: int, parts: Sequence[Bytes]
+    codec: Codec, span: RowRange, source: Bytes, columns: Sequence[tuple[int, int]], rows: int, parts: Sequence[Bytes]
 ) -> Errors:
     """The definition: `decode` against `values`, and the bound that is `error`."""
     whole = torch.from_numpy(source).view(getattr(torch, span.source.dtype.torch)).reshape(rows, span.source.cols)
     part = torch.cat([whole[:, a:b] for a, b in columns], 1)
-    want = encoding.values(part)
-    got = encoding.decode([torch.from_numpy(data) for data in parts], rows, want.shape[1])
+    want = codec.values(part)
+    got = codec.decode([torch.from_numpy(data) for data in parts], rows, want.shape[1])
     sound = torch.isfinite(want)
     fine = sound & torch.isfinite(got)
     want, got = (torch.where(fine, values, 0.0).double() for values in (want, got))
     gap = got - want
     if not gap.numel():
         return Errors()
-    bound = torch.nan_to_num(encoding.error(part).expand(gap.shape).double(), nan=0.0, posinf=0.0) * _SLACK
-    wrong = int((gap.abs() > bound).sum()) + (int((sound & ~fine).sum()) if encoding.quantizes else 0)
+    bound = torch.nan_to_num(codec.error(part).expand(gap.shape).double(), nan=0.0, posinf=0.0) * _SLACK
+    wrong = int((gap.abs() > bound).sum()) + (int((sound & ~fine).sum()) if codec.quantizes else 0)
     return Errors(float((gap * gap).sum()), float((want * want).sum()), float(gap.abs().max()), float(want.abs().max()), wrong)

@@ -164,16 +164,16 @@ def _judge(plan: Plan, span: RowRange, made: Encoded) -> None:
     Raises:
         DataError: names the tensor, the value and what it follows from.
     """
-    name, matrix, encoding, stats = printable(span.source.name), plan.matrices[made.dests[0].matrix], made.task.encoding, made.stats
-    if stats.nonfinite and encoding.quantizes and not plan.target.allow_nonfinite:
+    name, matrix, codec, stats = printable(span.source.name), plan.matrices[made.dests[0].matrix], made.task.codec, made.stats
+    if stats.nonfinite and codec.quantizes and not plan.target.allow_nonfinite:
         raise DataError(
             f"{name}: NaN or infinity in a weight that is to be quantized",
             hint="--allow-nonfinite goes on: NaN becomes 0, infinity the largest finite value of its channel",
         )
-    if stats.overflow and encoding.computed:
+    if stats.overflow and codec.computed:
         told = f"{stats.overflow} values of {name} become infinite"
-        raise DataError(f"{matrix.places[0].tensor}: {told}", hint=encoding.cause() or None)
-    for place, part, data in zip(matrix.places, encoding.parts(encoding.row_align, made.task.width), made.parts, strict=True):
+        raise DataError(f"{matrix.places[0].tensor}: {told}", hint=codec.cause() or None)
+    for place, part, data in zip(matrix.places, codec.parts(codec.row_align, made.task.width), made.parts, strict=True):
         problem = factors.problem(place.tensor, part.dtype, data, matrix.rows == matrix.cols == 1)
         if problem:
-            raise DataError(f"{problem}, from {name}", hint=encoding.cause() or None)
+            raise DataError(f"{problem}, from {name}", hint=codec.cause() or None)

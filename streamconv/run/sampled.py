@@ -30,7 +30,7 @@ def is_of(plan: Plan, shards: Sequence[Shard], out: Path) -> bool:
     step, compared = max(1, len(plan.spans) // MOST), 0
     for number in range(0, len(plan.spans), step):
         span = plan.spans[number]
-        if span.reduce is None and not any(plan.matrices.encoding(dest.matrix).needs for dest in span.dests):
+        if span.reduce is None and not any(plan.matrices.codec(dest.matrix).needs for dest in span.dests):
             if not _same(plan, shards, span, out):
                 return False
             compared += 1

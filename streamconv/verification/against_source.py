@@ -147,7 +147,7 @@ def _likeness(index: Index, plan: Plan, headers: Sequence[Header], files: Sequen
     plan, problems = placed(plan, headers)
     kinds: dict[object, int] = {}
     for number, matrix in enumerate(plan.matrices):
-        if (layout := getattr(matrix.encoding, "layout", None)) is not None:
+        if (layout := getattr(matrix.codec, "layout", None)) is not None:
             kinds.setdefault((layout, matrix.cols), number)
     if problems or not kinds:
         return -1e9

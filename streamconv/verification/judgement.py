@@ -21,7 +21,7 @@ def rows_to_decode(plan: Plan, sink: Compared, foreign: bool) -> dict[int, list[
     """Matrix -> rows to decode: the first ones, and what differs (of our own checkpoints the first of it, which shows by how much)."""
     chosen = {}
     for number, matrix in enumerate(plan.matrices):
-        sample = max(matrix.encoding.row_align, _SAMPLE // max(matrix.cols, 1))
+        sample = max(matrix.codec.row_align, _SAMPLE // max(matrix.cols, 1))
         rows = [(0, min(sample, matrix.filled))]
         for place in matrix.places:
             found = sink.differences.get((plan.files[matrix.file].name, place.tensor))
@@ -69,7 +69,7 @@ def judge(
                 continue
             error = errors.get(number)
             padded = any(last > matrix.filled for _, last in _rows(found, place))
-            if foreign and error is not None and not padded and _as_good(matrix.encoding, error):
+            if foreign and error is not None and not padded and _as_good(matrix.codec, error):
                 as_good += 1
                 continue
             row = place.rows(found.first, found.first + 1)[0]
@@ -84,13 +84,13 @@ def judge(
         verdict.warnings.append(f"{file}: {name}: {count} values are not finite")
 
 
-def _as_good(encoding: Codec, error: measured.Error) -> bool:
+def _as_good(codec: Codec, error: measured.Error) -> bool:
     """Another tool's values: within the error of the format and, where that is large, about as near as ours; or nearer than ours."""
     if error.wrong:
         return False
-    if error.within and (not encoding.quantizes or error.snr() >= error.best() - _SLACK):
+    if error.within and (not codec.quantizes or error.snr() >= error.best() - _SLACK):
         return True
-    return encoding.quantizes and error.snr() >= error.best()
+    return codec.quantizes and error.snr() >= error.best()
 
 
 def _told(key: tuple[str, str], found: Difference, size: int, where: str) -> str:

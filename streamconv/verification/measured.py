@@ -37,12 +37,12 @@ class Error:
     wrong: int = 0
     reached: float = 0.0
 
-    def add(self, encoding: Codec, part: Any, got: Any, cols: int) -> None:
+    def add(self, codec: Codec, part: Any, got: Any, cols: int) -> None:
         """Source rows [rows, cols] and what the output, whose matrix has `cols` columns, holds of them in float32."""
         self.rows += len(part)
-        want = encoding.values(part)
-        parts = [data.reshape(-1).view(torch.uint8) for data in encoding.encode(part, EncodeStats())]
-        made = encoding.decode(parts, len(part), cols)
+        want = codec.values(part)
+        parts = [data.reshape(-1).view(torch.uint8) for data in codec.encode(part, EncodeStats())]
+        made = codec.decode(parts, len(part), cols)
         fine = torch.isfinite(want) & torch.isfinite(got) & torch.isfinite(made)
         same = (made == got) | (torch.isnan(made) & torch.isnan(got))
         self.wrong += int((~fine & ~same).sum())
@@ -50,7 +50,7 @@ class Error:
         gap = got - want
         if not gap.numel():
             return
-        bound = torch.nan_to_num(encoding.error(part).expand(gap.shape).double(), nan=0.0, posinf=0.0)
+        bound = torch.nan_to_num(codec.error(part).expand(gap.shape).double(), nan=0.0, posinf=0.0)
         self.within = self.within and bool((gap.abs() <= bound).all())
         self.largest = max(self.largest, float(gap.abs().max()))
         self.noise += float((gap * gap).sum())
@@ -139,18 +139,18 @@ def _block(
     block = read_rows(shards, span, start, stop, buffer, spare)
     rows = span.op.out_rows(stop - start)
     whole = torch.from_numpy(block).view(getattr(torch, span.source.dtype.torch)).reshape(rows, span.source.cols)
-    encoding = plan.matrices[dest.matrix].encoding.bind(results, span.source.name)
-    got = decoded(plan, dest, span.op.out_rows(start - span.start), rows, files, encoding)
+    codec = plan.matrices[dest.matrix].codec.bind(results, span.source.name)
+    got = decoded(plan, dest, span.op.out_rows(start - span.start), rows, files, codec)
     part = torch.cat([whole[:, a:b] for a, b in dest.cols], 1)
-    errors.setdefault(dest.matrix, Error()).add(encoding, part, got, plan.matrices[dest.matrix].cols)
+    errors.setdefault(dest.matrix, Error()).add(codec, part, got, plan.matrices[dest.matrix].cols)
 
 
-def decoded(plan: Plan, dest: Destination, skipped: int, rows: int, files: Sequence[Shard], encoding: Codec | None = None) -> Any:
+def decoded(plan: Plan, dest: Destination, skipped: int, rows: int, files: Sequence[Shard], codec: Codec | None = None) -> Any:
     """float32 [rows, cols] of a matrix, from the bytes of the output.
 
     Args:
         skipped: rows of the span's part of the matrix that come before.
-        encoding: bound to its reductions, where it has some.
+        codec: bound to its reductions, where it has some.
     """
     matrix = plan.matrices[dest.matrix]
     parts = []
@@ -159,4 +159,4 @@ def decoded(plan: Plan, dest: Destination, skipped: int, rows: int, files: Seque
         data = np.empty(end - begin, np.uint8)
         files[matrix.file].read_into(begin, data.data)
         parts.append(torch.from_numpy(data))
-    return (encoding or matrix.encoding).decode(parts, rows, matrix.cols)
+    return (codec or matrix.codec).decode(parts, rows, matrix.cols)

@@ -55,7 +55,7 @@ def decode(plan: Plan, index: Index, folder: Path) -> list[Decoded]:
         for file in files:
             file.close()
     for matrix in plan.matrices:
-        if isinstance(matrix.encoding, GroupScales):  # groups are rows: turned to [N, groups, scale and zero]
+        if isinstance(matrix.codec, GroupScales):  # groups are rows: turned to [N, groups, scale and zero]
             for held in (made[matrix.file].got, made[matrix.file].error):
                 name = matrix.places[0].tensor
                 scale, zero = held[name].chunk(2, 1)
@@ -73,7 +73,7 @@ def _decode_span(plan: Plan, span: RowRange, index: Index, files: list[Shard], r
         results.add(span.reduce.key, rows, span.reduce.tile(whole, results).numpy())
     for dest in span.dests:
         matrix = plan.matrices[dest.matrix]
-        encoding = matrix.encoding.bind(results, span.source.name)
+        encoding = matrix.codec.bind(results, span.source.name)
         part = torch.cat([whole[:, a:b] for a, b in dest.cols], 1)
         got, want = decoded(plan, dest, 0, rows, files, encoding), encoding.values(part)
         bound = encoding.error(part).expand(want.shape)
@@ -144,7 +144,7 @@ def elements_used(plan: Plan) -> dict[str, Counts]:
             continue
         held = found.setdefault(span.source.name, np.zeros((span.source.rows, span.source.cols), np.int64))
         for dest in span.dests:
-            keep = getattr(plan.matrices[dest.matrix].encoding, "keep", None)
+            keep = getattr(plan.matrices[dest.matrix].codec, "keep", None)
             for first, last in [keep] if keep else dest.cols:
                 held[span.start : span.stop, first:last] += 1
     return found

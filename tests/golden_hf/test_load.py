@@ -54,7 +54,7 @@ def test_every_weight_as_loaded(model: str, quant: str, container: str, models: 
         rounding *= 2.01
     seen = 0
     for matrix in plan.matrices:
-        if not matrix.encoding.quantizes:
+        if not matrix.codec.quantizes:
             continue
         weight, wanted = _as_loaded(params, matrix.name).float(), held[matrix.places[0].tensor]
         assert float((weight - wanted).abs().max()) <= rounding * float(wanted.abs().max()), matrix.name

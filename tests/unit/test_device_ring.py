@@ -243,7 +243,7 @@ def test_rows_are_copied_in_once(chunk: int, full: Callable[[int], bool]) -> Non
     slot.arena[: data.size] = data
     slot.encode(jobs, span, 512, slot.arena[: data.size], slot.arena[data.size :])
     for job in jobs:
-        wanted = [part.numpy().tobytes() for part in job.task.encoding.encode(block, EncodeStats())]
+        wanted = [part.numpy().tobytes() for part in job.task.codec.encode(block, EncodeStats())]
         assert [part.tobytes() for part in job.parts] == wanted
     assert ring.uploaded == data.size and ring.halvings == (3 if stand_in.full(0) else 0)
 
@@ -347,7 +347,7 @@ def test_findings_of_fused_kernels(fails: bool, full: Callable[[int], bool], mon
         slot.encode(jobs, span, 512, slot.arena[: data.size], slot.arena[data.size :])
         for job in jobs:
             found = EncodeStats()
-            wanted = [part.numpy().tobytes() for part in job.task.encoding.encode(block, found)]
+            wanted = [part.numpy().tobytes() for part in job.task.codec.encode(block, found)]
             assert [part.tobytes() for part in job.parts] == wanted and job.stats == found, turn
     assert jobs[0].stats.overflow == 256 and jobs[2].stats.nonfinite == 258
     assert ring.unfused == ("no compiler" if fails else None) and len(launched) >= (5 if fails else 8)

@@ -34,7 +34,7 @@ def _check(plan: Plan, count: int) -> None:
         alone = part.of(plan)
         reduced = {span.reduce.key for span in alone.spans if span.reduce is not None}
         for matrix in alone.matrices:
-            assert set(matrix.encoding.needs) <= reduced
+            assert set(matrix.codec.needs) <= reduced
         assert {dest.matrix for span in alone.spans for dest in span.dests} <= set(range(len(part.matrices)))
         fed = [0] * len(part.matrices)
         for span in alone.spans:

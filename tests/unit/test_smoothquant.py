@@ -269,7 +269,7 @@ def test_passes_are_planned_in_order_and_counted(model: Path) -> None:
     assert channel.bytes_read == tensor.bytes_read == once + linear
     done = set[str]()
     for span in tensor.spans:
-        needs = span.reduce.needs if span.reduce else [k for d in span.dests for k in tensor.matrices[d.matrix].encoding.needs]
+        needs = span.reduce.needs if span.reduce else [k for d in span.dests for k in tensor.matrices[d.matrix].codec.needs]
         assert set(needs) <= done
         if span.reduce:
             done.add(span.reduce.key)

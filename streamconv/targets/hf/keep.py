@@ -116,13 +116,13 @@ class Maker:
     def __init__(self, kept: Kept, draft: Draft, wrong: Callable[[str, bytes, str], str] = wrong_scales) -> None:
         self.kept, self.draft, self._wrong = kept, draft, wrong
 
-    def add(self, name: str, source: SourceTensor, encoding: Codec, shape: tuple[int, ...]) -> None:
-        if isinstance(encoding, Plain) and has_values_to_check(name):
+    def add(self, name: str, source: SourceTensor, codec: Codec, shape: tuple[int, ...]) -> None:
+        if isinstance(codec, Plain) and has_values_to_check(name):
             whole = name.endswith(("g_idx", ".weight_shape"))
-            source = checked(source, lambda data: self._wrong(name, data, encoding.dtype.name), whole)
+            source = checked(source, lambda data: self._wrong(name, data, codec.dtype.name), whole)
 
         def made(file: int) -> None:
-            matrix = self.draft.matrix(file, name, source.rows, source.cols, encoding, spelling=Named(shape))
+            matrix = self.draft.matrix(file, name, source.rows, source.cols, codec, spelling=Named(shape))
             self.draft.feed(matrix, source, 0, source.rows)
 
         self._put(name, source, source.nbytes, made)

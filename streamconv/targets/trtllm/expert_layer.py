@@ -19,8 +19,8 @@ def describe_experts(layout: RankLayout, ranks: list[Rank], layer: int, prefix: 
     local, cut = total // layout.mapping.moe_ep_size, width // layout.mapping.moe_tp_size
     router = roles.require("router", (total, hidden), layer)
     tp = layout.mapping.moe_tp_size
-    fc_enc, fc_note = layout.encoding("mlp.fc", layer, 2 * cut, hidden, 2 * width, None, local, tp)
-    proj_enc, proj_note = layout.encoding("mlp.proj", layer, hidden, cut, hidden, width, local, tp)
+    fc_enc, fc_note = layout.codec("mlp.fc", layer, 2 * cut, hidden, 2 * width, None, local, tp)
+    proj_enc, proj_note = layout.codec("mlp.proj", layer, hidden, cut, hidden, width, local, tp)
     fcs, projs = [], []
     for rank in ranks:
         matrix = builder.matrix(rank.file, prefix + "mlp.router", total, hidden, Plain(F32))

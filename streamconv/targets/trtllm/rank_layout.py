@@ -100,8 +100,8 @@ class RankLayout:
 
     def _norm(self, ranks: list[Rank], name: str, role: str, layer: int, size: int) -> None:
         source = self.roles.require(role, (size,), layer)
-        encoding = self._plain(vector=True, add_one=self.family.norm_add_one)
-        self.each(ranks, name, (size, 1), encoding, source, lambda _: (0, size))
+        codec = self._plain(vector=True, add_one=self.family.norm_add_one)
+        self.each(ranks, name, (size, 1), codec, source, lambda _: (0, size))
 
     # ---- one layer
 
@@ -141,12 +141,12 @@ class RankLayout:
         self._add_constants(ranks, layer, prefix)
 
     def each(
-        self, ranks: list[Rank], name: str, shape: tuple[int, int], encoding: Codec, source: SourceTensor | None,
+        self, ranks: list[Rank], name: str, shape: tuple[int, int], codec: Codec, source: SourceTensor | None,
         rows: Callable[[Rank], _Rows], cols: Callable[[Rank], _Rows] | None = None, note: str = "",
     ) -> None:  # fmt: skip
         """A matrix on each rank, made of one block of a source."""
         for rank in ranks:
-            matrix = self.builder.matrix(rank.file, name, *shape, encoding, note=note)
+            matrix = self.builder.matrix(rank.file, name, *shape, codec, note=note)
             self.builder.feed(matrix, source, *rows(rank), cols=None if cols is None else [cols(rank)])
 
     def _plain(self, *, vector: bool = False, add_one: bool = False, suffix: str = "weight") -> Plain:
@@ -168,9 +168,9 @@ class RankLayout:
         size, heads, tp = self.model.head_size, self.model.num_attention_heads, self.mapping.tp_size
         each = heads // tp + 2 * max(self.kv // tp, 1)
         full = (heads + 2 * max(self.kv, tp)) * size
-        encoding, note = self.encoding("attention.qkv", layer, each * size, self.model.hidden_size, full, None)
+        codec, note = self.codec("attention.qkv", layer, each * size, self.model.hidden_size, full, None)
         name = prefix + "attention.qkv"
-        made = [self.builder.matrix(rank.file, name, each * size, self.model.hidden_size, encoding, note=note) for rank in ranks]
+        made = [self.builder.matrix(rank.file, name, each * size, self.model.hidden_size, codec, note=note) for rank in ranks]
         self._feed_qkv(ranks, made, layer, self.model.hidden_size, "")
         if self._has_qkv_bias():
             vector = self._plain(vector=True, suffix="bias")
@@ -223,15 +223,15 @@ class RankLayout:
     def _row_parallel(self, ranks: list[Rank], layer: int, prefix: str, name: str, role: str, width: int) -> None:
         hidden, tp = self.model.hidden_size, self.mapping.tp_size
         source = self.roles.require(role, (hidden, width), layer)
-        encoding, note = self.encoding(name, layer, hidden, width // tp, hidden, width)
+        codec, note = self.codec(name, layer, hidden, width // tp, hidden, width)
         shape = hidden, width // tp
-        self.each(ranks, prefix + name, shape, encoding, source, lambda _: (0, hidden), lambda rank: even(width, tp, rank.tp), note)
+        self.each(ranks, prefix + name, shape, codec, source, lambda _: (0, hidden), lambda rank: even(width, tp, rank.tp), note)
 
     def _column_parallel(self, ranks: list[Rank], layer: int, prefix: str, name: str, role: str) -> None:
         width, hidden, tp = self.model.intermediate_size, self.model.hidden_size, self.mapping.tp_size
         source = self.roles.require(role, (width, hidden), layer)
-        encoding, note = self.encoding(name, layer, width // tp, hidden, width, None)
-        self.each(ranks, prefix + name, (width // tp, hidden), encoding, source, lambda rank: even(width, tp, rank.tp), note=note)
+        codec, note = self.codec(name, layer, width // tp, hidden, width, None)
+        self.each(ranks, prefix + name, (width // tp, hidden), codec, source, lambda rank: even(width, tp, rank.tp), note=note)
 
     def _full_bias(self, ranks: list[Rank], layer: int, name: str, role: str, wanted: bool) -> None:
         """A row-parallel bias is added once after the all-reduce: every rank keeps all of it."""
@@ -263,9 +263,9 @@ class RankLayout:
         """Phi-3: gate over up becomes, on each rank, its up rows over its gate rows."""
         width, hidden, tp = self.model.intermediate_size, self.model.hidden_size, self.mapping.tp_size
         source = self.roles.require("gate_up", (2 * width, hidden), layer)
-        encoding, note = self.encoding("mlp.fc", layer, 2 * width // tp, hidden, 2 * width, None)
+        codec, note = self.codec("mlp.fc", layer, 2 * width // tp, hidden, 2 * width, None)
         for rank in ranks:
-            matrix = self.builder.matrix(rank.file, prefix + "mlp.fc", 2 * width // tp, hidden, encoding, note=note)
+            matrix = self.builder.matrix(rank.file, prefix + "mlp.fc", 2 * width // tp, hidden, codec, note=note)
             start, stop = even(width, tp, rank.tp)
             self.builder.feed(matrix, source, width + start, width + stop)
             self.builder.feed(matrix, source, start, stop)
@@ -273,7 +273,7 @@ class RankLayout:
 
     # ---- how a matrix is stored
 
-    def encoding(
+    def codec(
         self,
         name: str,
         layer: int,
@@ -296,15 +296,15 @@ class RankLayout:
             tp or self.mapping.tp_size,
         )
         problem = self.quant.problems(module, self.options, self.dtype)
-        encoding = None if problem else self.quant.codec(module, self.options, self.dtype)
+        codec = None if problem else self.quant.codec(module, self.options, self.dtype)
         if problem and problem not in self.refused:
             self.refused.append(problem)
-        if encoding is None:
+        if codec is None:
             note = self.quant.reason(module, self.options)
             self.decisions.setdefault(name, f"{self.dtype.name}: {note}")
             return self._plain(), note
-        self.decisions.setdefault(name, encoding.name)
-        return encoding, ""
+        self.decisions.setdefault(name, codec.name)
+        return codec, ""
 
     def _left_out(self) -> list[tuple[str, str]]:
         kind = self.dtype.name

@@ -189,30 +189,30 @@ def views_of(
     for name, tensor in roles.asked.items():
         axis = int(any(block.right - block.left < tensor.cols for block in blocks[name]))
         held = [(block, matrices[block.matrix]) for block in _once(tensor, blocks[name], axis)]
-        encoding, pieces = held[0][1].encoding, _pieces(held, 0)
-        if isinstance(encoding, Plain):
-            plain = SourceTensor(name, encoding.dtype, tensor.shape, pieces, axis)
-            found[name] = less_one(plain) if encoding.add_one else plain
-            if encoding.dtype == F8_E4M3:
+        codec, pieces = held[0][1].codec, _pieces(held, 0)
+        if isinstance(codec, Plain):
+            plain = SourceTensor(name, codec.dtype, tensor.shape, pieces, axis)
+            found[name] = less_one(plain) if codec.add_one else plain
+            if codec.dtype == F8_E4M3:
                 for scale, stored in ((name + SCALE, "weights"), (name.removesuffix(".weight") + _INPUT_SCALE, "activation")):
                     found[scale] = scalar(scale, f"{stored}_scaling_factor", held, axis, headers, shards)
             continue
-        if isinstance(encoding, PairedWeight):
+        if isinstance(codec, PairedWeight):
             found |= _paired(SourceTensor(name, I8, tensor.shape, pieces, axis), held, headers)
             continue
-        if isinstance(encoding, PackedWeight):
-            found[name] = laid_out(SourceTensor(name, encoding.dtype, tensor.shape, pieces, axis), encoding.layout)
+        if isinstance(codec, PackedWeight):
+            found[name] = laid_out(SourceTensor(name, codec.dtype, tensor.shape, pieces, axis), codec.layout)
             for suffix, stored in ((SCALE, "weights_scaling_factor"), (ZERO, "zero")):
                 found[name + suffix] = groups(name + suffix, stored, held, axis, headers)
             continue
-        if isinstance(encoding, WeightOnly):
-            found[name] = laid_out(SourceTensor(name, encoding.dtype, tensor.shape, pieces, axis), encoding.layout)
-            kind = encoding.dtype
-        elif isinstance(encoding, Fp8Rowwise):
+        if isinstance(codec, WeightOnly):
+            found[name] = laid_out(SourceTensor(name, codec.dtype, tensor.shape, pieces, axis), codec.layout)
+            kind = codec.dtype
+        elif isinstance(codec, Fp8Rowwise):
             found[name] = SourceTensor(name, F8_E4M3, tensor.shape, pieces, axis)
-            kind = encoding.scale
+            kind = codec.scale
         else:
-            raise RefusedError([f"{printable(name)} is stored as {encoding.name}, which is not read back"])
+            raise RefusedError([f"{printable(name)} is stored as {codec.name}, which is not read back"])
         cuts = len(held) if axis else 1
         found[name + SCALE] = SourceTensor(name + SCALE, kind, (tensor.rows, cuts), _pieces(held, 1), axis)
     return found

@@ -134,7 +134,7 @@ def add_tables(builder: Draft, model: ModelConfig, options: TensorRTLLM) -> None
     made = []
     for file in range(options.tp_size * options.pp_size):
         for table in tables:
-            encoding = _Shaped(F32, suffix=table.name)
-            made.append((builder.matrix(file, table.name, table.rows, table.cols, encoding), table))
+            codec = _Shaped(F32, suffix=table.name)
+            made.append((builder.matrix(file, table.name, table.rows, table.cols, codec), table))
     for matrix, table in made:
         builder.feed(matrix, table, 0, table.rows)

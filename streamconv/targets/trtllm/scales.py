@@ -66,7 +66,7 @@ def _misfits(builder: Draft, stored: Stored) -> list[str]:
             step = 32 // source.bits
             if any(feed.start % step or feed.stop % step for feed in feeds):
                 found.append(f"{printable(source.name)}: heads of {name} are no multiple of {step} channels, a word")
-        elif builder.encoding(matrix) != Plain(F8_E4M3):
+        elif builder.codec(matrix) != Plain(F8_E4M3):
             found.append(f"{printable(source.name)} is FP8 already, but --quant leaves {name} out of FP8")
         elif sum(feed.stop - feed.start for feed in feeds) != builder.filled(matrix):
             found.append(f"{printable(source.name)} is FP8 and other weights that {name} fuses are not")
@@ -113,10 +113,10 @@ def _group_scales(builder: Draft, file: int, name: str, feeds: Sequence[Fed], st
     middle = 1 << (bits - 1)
     if packed.packing == "gptq" and stored.v1:
         middle -= 1
-    encoding = GroupScales(dtype, kind, bits, packed.packing == "awq", middle)
+    codec = GroupScales(dtype, kind, bits, packed.packing == "awq", middle)
     low, high = feeds[0].cols[0]
     first, last = low // owned[0].group, high // owned[0].group
-    made = builder.matrix(file, name, last - first, sum(b - a for a, b in cols), encoding)
+    made = builder.matrix(file, name, last - first, sum(b - a for a, b in cols), codec)
     builder.feed(made, joined, first, last, cols=_joined(cols))
     return None
 
@@ -136,8 +136,8 @@ def _modelopt_scales(builder: Draft, file: int, name: str, feeds: Sequence[Fed],
     owned = stored.scales[feeds[0].source.name]
     low, high = feeds[0].cols[0]
     rows = sum(feed.stop - feed.start for feed in feeds)
-    encoding = Plain(F32, suffix="weights_scaling_factor")
-    made = builder.matrix(file, name, rows, (high - low) // owned.group, encoding)
+    codec = Plain(F32, suffix="weights_scaling_factor")
+    made = builder.matrix(file, name, rows, (high - low) // owned.group, codec)
     for feed in feeds:
         scales = stored.scales[feed.source.name]
         builder.feed(made, scales.scales, feed.start, feed.stop, cols=[(low // scales.group, high // scales.group)])
@@ -156,7 +156,7 @@ def _unit_prescale(builder: Draft, file: int, name: str, dtype: DType, cols: int
 def add_unit_prescales(builder: Draft, tensors: Mapping[str, SourceTensor], dtype: DType) -> None:
     """W4A16_AWQ has a pre-scale for each input channel; weights that are rounded to nearest here have ones."""
     for matrix, feeds in builder.fed(tensors).items():
-        if isinstance(builder.encoding(matrix), PairedRtn):
+        if isinstance(builder.codec(matrix), PairedRtn):
             _unit_prescale(builder, *builder.place(matrix), dtype, sum(stop - start for start, stop in feeds[0].cols))
 
 
@@ -213,21 +213,21 @@ def add_calibrated(builder: Draft, ranges: Ranges, tensors: Mapping[str, SourceT
     Raises:
         TensorError: ranges are missing or wrong.
     """
-    fed = {matrix: feeds for matrix, feeds in builder.fed(tensors).items() if isinstance(builder.encoding(matrix), Fp8Tensor)}
+    fed = {matrix: feeds for matrix, feeds in builder.fed(tensors).items() if isinstance(builder.codec(matrix), Fp8Tensor)}
     inputs = {_module(feed.source.name) + ".x": feed.source.cols for feeds in fed.values() for feed in feeds}
     ranges.check(inputs)
     reduced: set[tuple[str, str]] = set()
     for matrix, feeds in fed.items():
-        encoding = builder.encoding(matrix)
-        assert isinstance(encoding, Fp8Tensor)
+        codec = builder.codec(matrix)
+        assert isinstance(codec, Fp8Tensor)
         sources = {feed.source.name: feed.source for feed in feeds}
         for name, source in sources.items():
-            if (encoding.key, name) not in reduced:
-                reduced.add((encoding.key, name))
-                builder.reduce(source, WeightMaximum(encoding.key))
+            if (codec.key, name) not in reduced:
+                reduced.add((codec.key, name))
+                builder.reduce(source, WeightMaximum(codec.key))
         file, path = builder.place(matrix)
-        scale = builder.matrix(file, path, 1, 1, Fp8Scale(encoding.key))
-        builder.feed(scale, NoSource(f"weights_scaling_factor, {encoding.key}"), 0, 1)
+        scale = builder.matrix(file, path, 1, 1, Fp8Scale(codec.key))
+        builder.feed(scale, NoSource(f"weights_scaling_factor, {codec.key}"), 0, 1)
         largest = ranges.amax([_module(name) + ".x" for name in sources])
         builder.constant(file, f"{path}.activation_scaling_factor", F32, (1,), struct.pack("<f", largest / _LARGEST))
 
@@ -240,8 +240,8 @@ def add_given_scales(builder: Draft, fp8: Mapping[str, tuple[float, float]]) -> 
     """
     problems = []
     for matrix, feeds in builder.fed(fp8).items():
-        (file, path), encoding = builder.place(matrix), builder.encoding(matrix)
-        if not (isinstance(encoding, Fp8Shared) or encoding == Plain(F8_E4M3)):
+        (file, path), codec = builder.place(matrix), builder.codec(matrix)
+        if not (isinstance(codec, Fp8Shared) or codec == Plain(F8_E4M3)):
             problems.append(f"{printable(feeds[0].source.name)} is FP8, but TensorRT-LLM keeps {path} in the model dtype")
         elif sum(feed.stop - feed.start for feed in feeds) != builder.filled(matrix):
             problems.append(f"{printable(feeds[0].source.name)} is FP8 and other weights that {path} fuses are not")

@@ -99,10 +99,10 @@ class SmoothLayer:
         self._norm("input_layernorm", norm, smoother)
         largest = tuple(pair for tensor in weights for pair in self._largest(tensor))
         grouped = layout.kv != layout.model.num_attention_heads
-        encoding = SmoothWeight(smoother, HALF, outputs, largest, divide=grouped, single=False)
-        layout.decisions.setdefault("attention.qkv", encoding.name)
+        codec = SmoothWeight(smoother, HALF, outputs, largest, divide=grouped, single=False)
+        layout.decisions.setdefault("attention.qkv", codec.name)
         each = (layout.model.num_attention_heads + 2 * layout.kv) // layout.mapping.tp_size * layout.model.head_size
-        made = [layout.builder.matrix(rank.file, self.prefix + "attention.qkv", each, weights[0].cols, encoding) for rank in self.ranks]
+        made = [layout.builder.matrix(rank.file, self.prefix + "attention.qkv", each, weights[0].cols, codec) for rank in self.ranks]
         for number, rank in enumerate(self.ranks):
             for tensor in weights:
                 layout.builder.feed(made[number], tensor, *even(tensor.rows, layout.mapping.tp_size, rank.tp))
@@ -113,11 +113,11 @@ class SmoothLayer:
         self._norm("post_layernorm", norm, smoother)
         for name, tensor in zip(("mlp.fc", "mlp.gate"), weights, strict=True):
             largest, outputs = self._largest(tensor), self._outputs(tensor)
-            encoding = SmoothWeight(smoother, self.layout.dtype, outputs, largest)
-            self.layout.decisions.setdefault(name, encoding.name)
+            codec = SmoothWeight(smoother, self.layout.dtype, outputs, largest)
+            self.layout.decisions.setdefault(name, codec.name)
             for rank in self.ranks:
                 start, stop = even(tensor.rows, self.layout.mapping.tp_size, rank.tp)
-                matrix = self.layout.builder.matrix(rank.file, self.prefix + name, stop - start, tensor.cols, encoding)
+                matrix = self.layout.builder.matrix(rank.file, self.prefix + name, stop - start, tensor.cols, codec)
                 self.layout.builder.feed(matrix, tensor, start, stop)
             self._act_scale(name, outputs)
             self._matrix_scale(name, smoother, outputs, largest)
@@ -132,8 +132,8 @@ class SmoothLayer:
         for rank in self.ranks:
             keep = even(tensor.cols, self.layout.mapping.tp_size, rank.tp)
             cut = keep[1] - keep[0]
-            encoding = dataclasses.replace(whole, keep=keep)
-            matrix = self.layout.builder.matrix(rank.file, self.prefix + path, tensor.rows, cut, encoding)
+            codec = dataclasses.replace(whole, keep=keep)
+            matrix = self.layout.builder.matrix(rank.file, self.prefix + path, tensor.rows, cut, codec)
             self.layout.builder.feed(matrix, tensor, 0, tensor.rows)
             value = SmoothValue(smoother, "smoother", "smoother", (1, cut), keep=keep, inputs=tensor.cols)
             self._value(rank, path, value, cut)
@@ -154,9 +154,9 @@ class SmoothLayer:
         """The weight seen as one row: element c is divided by smoother c."""
         size, builder = norm.shape[0], self.layout.builder
         row = dataclasses.replace(norm, shape=(1, size), pieces=tuple(Extent(p.shard, p.begin, 1, p.rows) for p in norm.pieces))
-        encoding: Codec = SmoothNorm(smoother, self.layout.dtype)
+        codec: Codec = SmoothNorm(smoother, self.layout.dtype)
         for rank in self.ranks:
-            builder.feed(builder.matrix(rank.file, self.prefix + name, 1, size, encoding), row, 0, 1)
+            builder.feed(builder.matrix(rank.file, self.prefix + name, 1, size, codec), row, 0, 1)
             if self.layout.options.per_token:
                 builder.constant(rank.file, f"{self.prefix}{name}.scale_to_int", F32, (1,), _ONE)
             else:
