@@ -1,4 +1,8 @@
-"""The compiled part of `awq_words`: rows are input channels. Types are numbers: 0 float32, 1 float16, 2 bfloat16."""
+"""The compiled part of `awq_words`: rows are input channels. Types are numbers: 0 float32, 1 float16, 2 bfloat16.
+
+A row is read as pairs of channels, so that channels 0 2 4 6 and 1 3 5 7 of a word lie in the halves of 32-bit lanes; what belongs to a
+channel is kept in that order: those of even channels, then those of odd ones.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from streamconv.kernels.jit import float_of, jit
-from streamconv.kernels.nearest import load_bits, round_bits
+from streamconv.kernels.nearest import from_f16, load_bits, round_bits
 from streamconv.kernels.rows import to_f16
 from streamconv.kernels.scaled_code import load_finite, to_int
 
@@ -15,13 +19,13 @@ _Array = np.ndarray[Any, Any]
 
 
 @jit
-def awq_pack(codes: _Array, out: _Array) -> None:
-    """Codes of 8 channels -> the bytes of a word: channels 0 2 4 6 1 3 5 7, the first in the lowest bits."""
-    for word in range(codes.size // 8):
-        for half in range(2):
-            for byte in range(2):
-                at = 8 * word + 4 * byte + half
-                out[4 * word + 2 * half + byte] = np.uint8(codes[at] | (codes[at + 2] << np.uint8(4)))
+def awq_pack(pairs: _Array, out: _Array) -> None:
+    """Codes of two channels in each number, 16 bits apart -> words of 8 channels: 0 2 4 6 1 3 5 7, the first in the lowest bits."""
+    words = out.view(np.uint32)
+    for i in range(words.size):
+        low = np.uint32(pairs[4 * i] | np.uint32(pairs[4 * i + 1] << np.uint32(4)))
+        high = np.uint32(pairs[4 * i + 2] | np.uint32(pairs[4 * i + 3] << np.uint32(4)))
+        words[i] = np.uint32(low | np.uint32(high << np.uint32(8)))
 
 
 @jit
@@ -38,8 +42,50 @@ def awq_steps(
         step = steps[i] if steps[i] != 0 else np.float32(1)
         steps[i] = step if step > least else least
         lost += steps[i] >= np.float32(65520)
-        zeros[i] = np.uint8(8) if symmetric else np.uint8(to_int(np.float32(-low[i] / steps[i]), np.float32(0), np.float32(15)))
+        zeros[i] = np.uint32(8) if symmetric else np.uint32(to_int(np.float32(-low[i] / steps[i]), np.float32(0), np.float32(15)))
     return lost
+
+
+@jit
+def widen_ends(line: _Array, low: _Array, high: _Array) -> None:
+    """The ends of each column so far and a row more, by bits of the stored type: of those with a sign the largest are the least values."""
+    sign = line.dtype.type(1 << (8 * line.itemsize - 1))
+    for i in range(line.size):
+        low[i], high[i] = max(low[i], line[i]), max(high[i], line.dtype.type(line[i] ^ sign))
+
+
+@jit
+def as_ends(ends: _Array, kind: int, flip: int, out: _Array) -> np.uint32:
+    """Bits of a type -> float32 of even columns, then of odd ones; gives the largest magnitude's bits."""
+    half, top = ends.size // 2, np.uint32(0)
+    for i in range(ends.size):
+        wide = np.uint32(np.uint32(ends[i]) ^ np.uint32(flip))
+        wide = np.uint32(wide << np.uint32(16)) if kind == 2 else from_f16(wide) if kind == 1 else wide
+        top = max(top, np.uint32(wide & np.uint32(0x7FFFFFFF)))
+        out[i // 2 + i % 2 * half] = float_of(wide)
+    return top
+
+
+@jit
+def awq_code(b: np.uint32, step: np.float32, zero: np.uint32) -> np.uint32:
+    z = np.float32(zero)
+    return np.uint32(np.uint32(to_int(np.float32(float_of(b) / step), np.float32(-z), np.float32(np.float32(15) - z))) + zero)
+
+
+@jit
+def awq_codes(words: _Array, packed: bool, steps: _Array, zeros: _Array, out: _Array) -> None:
+    """A row -> codes of two channels in each number, 16 bits apart. `packed`: as in `each_pair`."""
+    half = np.uint64(out.size)
+    if packed:
+        for i in range(half):
+            first = awq_code(np.uint32(words[i] << np.uint32(16)), steps[i], zeros[i])
+            second = awq_code(np.uint32(words[i] & np.uint32(0xFFFF0000)), steps[half + i], zeros[half + i])
+            out[i] = np.uint32(first | np.uint32(second << np.uint32(16)))
+    else:
+        for i in range(half):
+            two = np.uint64(2) * i
+            first, second = awq_code(words[two], steps[i], zeros[i]), awq_code(words[two + np.uint64(1)], steps[half + i], zeros[half + i])
+            out[i] = np.uint32(first | np.uint32(second << np.uint32(16)))
 
 
 @jit
@@ -48,38 +94,56 @@ def awq_rows(
     kind: int, scale_kind: int, group: int, divisor: np.float32, least: np.float32, symmetric: bool,
 ) -> tuple[int, int]:  # fmt: skip
     """Groups of rows -> packed codes, packed zero points, scales; gives how many values, and how many scales, were not finite."""
-    values, low, high = np.empty(cols, np.float32), np.empty(cols, np.float32), np.empty(cols, np.float32)
-    steps, bits = np.empty(cols, np.float32), values.view(np.uint32)
-    codes, zeros = np.empty(cols, np.uint8), np.empty(cols, np.uint8)
-    bad, lost = 0, 0
+    half, bits = cols // 2, np.empty(cols, np.uint32)
+    least_bits, most_bits, wide_least, wide_most = (
+        np.empty(cols, source.dtype),
+        np.empty(cols, source.dtype),
+        np.empty_like(bits),
+        np.empty_like(bits),
+    )
+    low, high, steps = np.empty(cols, np.float32), np.empty(cols, np.float32), np.empty(cols, np.float32)
+    codes, zeros = np.empty(half, np.uint32), np.empty(cols, np.uint32)
+    sign, bad, lost = 1 << (8 * source.itemsize - 1), 0, 0
     for g in range(rows // group):
-        low[:], high[:] = np.float32(0), np.float32(0)
+        least_bits[:], most_bits[:] = source.dtype.type(sign), source.dtype.type(sign)
         for r in range(g * group, (g + 1) * group):
-            bad += load_finite(source[start + r * stride : start + r * stride + cols], kind, bits)
-            for i in range(cols):
-                low[i], high[i] = min(low[i], values[i]), max(high[i], values[i])
+            widen_ends(source[start + r * stride : start + r * stride + cols], least_bits, most_bits)
+        top = max(as_ends(least_bits, kind, 0, low), as_ends(most_bits, kind, sign, high))
+        finite = top < np.uint32(0x7F800000)
+        if not finite:
+            wide_least[:], wide_most[:] = np.uint32(0x80000000), np.uint32(0x80000000)
+            for r in range(g * group, (g + 1) * group):
+                bad += load_finite(source[start + r * stride : start + r * stride + cols], kind, bits)
+                widen_ends(bits, wide_least, wide_most)
+            as_ends(wide_least, 0, 0, low)
+            as_ends(wide_most, 0, 0x80000000, high)
         lost += awq_steps(low, high, zeros, steps, scale_kind, divisor, least, symmetric)
-        awq_pack(zeros, zero[g * cols // 2 : (g + 1) * cols // 2])
+        for i in range(half):
+            codes[i] = np.uint32(zeros[i] | np.uint32(zeros[half + i] << np.uint32(16)))
+        awq_pack(codes, zero[g * half : (g + 1) * half])
         stored, made = steps.view(np.uint32), scales[g * cols : (g + 1) * cols]
-        for i in range(cols):
-            made[i] = to_f16(stored[i])
+        for i in range(half):
+            made[2 * i], made[2 * i + 1] = to_f16(stored[i]), to_f16(stored[half + i])
         for r in range(g * group, (g + 1) * group):
-            load_finite(source[start + r * stride : start + r * stride + cols], kind, bits)
-            for i in range(cols):
-                z = np.float32(zeros[i])
-                codes[i] = np.uint8(to_int(np.float32(values[i] / steps[i]), -z, np.float32(15) - z) + np.int32(zeros[i]))
-            awq_pack(codes, out[r * cols // 2 : (r + 1) * cols // 2])
+            line = source[start + r * stride : start + r * stride + cols]
+            if kind == 2 and finite:
+                awq_codes(line.view(np.uint32), True, steps, zeros, codes)
+            else:
+                load_finite(line, kind, bits)
+                awq_codes(bits, False, steps, zeros, codes)
+            awq_pack(codes, out[r * half : (r + 1) * half])
     return bad, lost
 
 
 @jit
 def awq_given_rows(source: _Array, start: int, stride: int, rows: int, cols: int, out: _Array) -> int:
     """Signed integers from -8 to 7 -> packed codes."""
-    codes = np.empty(cols, np.uint8)
+    codes = np.empty(cols // 2, np.uint32)
     for r in range(rows):
         row = source[start + r * stride : start + r * stride + cols]
-        for i in range(cols):
-            codes[i] = np.uint8(row[i] + np.uint8(8))
+        for i in range(codes.size):
+            first, second = np.uint32(np.uint8(row[2 * i] + np.uint8(8))), np.uint32(np.uint8(row[2 * i + 1] + np.uint8(8)))
+            codes[i] = np.uint32(first | np.uint32(second << np.uint32(16)))
         awq_pack(codes, out[r * cols // 2 : (r + 1) * cols // 2])
     return 0
 

@@ -198,7 +198,7 @@ def awq_kernel(source: DType, group: int, scale: DType, divisor: float, least: f
         kinds = (codes[source.name], codes[scale.name])
         return cols, *outs[:2], outs[2].view("u2"), *kinds, group, *_floats(divisor, least), symmetric
 
-    return _launch("awq_words_code.awq_rows", arguments, lambda told: EncodeStats(int(told[1]), int(told[0])))
+    return _launch("awq_words_code.awq_rows", arguments, lambda told: EncodeStats(int(told[0]), int(told[1])))
 
 
 @cache

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from streamconv.checkpoint.dtypes import BF16, F16, F32, DType
+from streamconv.quants.awq_words import LEAST, AwqWords
 from streamconv.quants.base import Codec, EncodeStats
 from streamconv.quants.fp8_block import Fp8Block
 from streamconv.quants.fp8_rowwise import Fp8Rowwise
@@ -66,6 +67,16 @@ def test_groups_that_split_a_pair_of_columns(packing: Packing, bits: int) -> Non
     for cols, groups in ((45, (0, 1, 3, 15)), (36, (0, 2, 3, 6, 12))):
         for group, quotient in itertools.product(groups, (F32, BF16)):
             check(IntGroup(bits, group, 7.5, EPS[F32], F32, quotient, packing), weights(30, cols, BF16), BF16)
+
+
+@pytest.mark.parametrize("source", [F32, F16, BF16], ids=str)
+def test_groups_of_input_channels(source: DType) -> None:
+    spoilt = weights(64, 72, source, 5)
+    spoilt[3, ::7], spoilt[40, 5], spoilt[41, 6], spoilt[:, 9] = INF, -INF, float("nan"), -0.0
+    kind = F16 if source == F32 else source
+    for symmetric in (None, IntGroup(4, 32, 8.0, 1.0, kind, F32, "words", LEAST)):
+        for block in (weights(64, 72, source), any_bits(64, 72, source, 4), spoilt):
+            check(AwqWords(32, kind, symmetric), block, source, start=7, stride=101)
 
 
 def test_edges_of_two_tiles_do_not_meet() -> None:
