@@ -19,9 +19,9 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from streamconv.checkpoint.dtypes import F16  # noqa: E402
-from streamconv.checkpoint.header_build import build_header  # noqa: E402
 from streamconv.checkpoint.index import nearest  # noqa: E402
 from tests.fuzz import hostile  # noqa: E402
+from tests.headers import build_header  # noqa: E402
 from tests.unit.test_plan_scale import TENSORS, write_many  # noqa: E402
 
 MANY = 200_000

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
+from streamconv.checkpoint import header_build
 from streamconv.checkpoint.dtypes import DType
-from streamconv.checkpoint.header_build import HeaderBuilder, file_order
+from streamconv.checkpoint.header_build import Shaped
 
 
 def build_header(
@@ -16,14 +18,11 @@ def build_header(
     Returns:
         The header with its length, and by name where in the file each tensor begins and ends.
     """
-    builder, spans = HeaderBuilder(), dict[str, tuple[int, int]]()
-    for name, dtype, shape in sorted(entries, key=lambda entry: file_order(entry[1], entry[0])):
-        if name in spans:
-            raise ValueError(f"tensor name {name} is used twice or reserved")
-        begin = builder.add(name, dtype, shape)
-        size = dtype.itemsize
-        for dim in shape:
-            size *= dim
-        spans[name] = begin, begin + size
-    header, _ = builder.finish()
-    return header, {name: (len(header) + begin, len(header) + end) for name, (begin, end) in spans.items()}
+    listed = [*entries]
+    names, forms = [name for name, _, _ in listed], [Shaped(dtype, shape) for _, dtype, shape in listed]
+    header, _, order, begins = header_build.build_header(names, forms)
+    places = {}
+    for at, begin in zip(order, begins, strict=True):
+        size = math.prod(forms[at].shape) * forms[at].dtype.itemsize
+        places[names[at]] = len(header) + begin, len(header) + begin + size
+    return header, places

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from streamconv.checkpoint.dtypes import F32, U8, DType
-from streamconv.checkpoint.header_build import HeaderBuilder, file_order
+from streamconv.checkpoint.dtypes import F32, U8
+from streamconv.checkpoint.header_build import Form, Shaped, build_header
 from streamconv.checkpoint.tensor_table import TensorRecord
 from streamconv.errors import CheckpointError, printable
 
@@ -43,17 +43,16 @@ class CodesWriter:
         self, path: Path, modules: Mapping[str, tuple[int, int]], group: int, multipliers: Collection[str],
         others: Collection[TensorRecord], facts: dict[str, Any], begun: bool,
     ) -> None:  # fmt: skip
-        entries: list[tuple[str, DType, tuple[int, ...]]] = [(other.name, other.dtype, other.shape) for other in others]
+        entries: list[tuple[str, Form]] = [(other.name, other) for other in others]
         for module, (rows, cols) in modules.items():
-            entries.append((f"{module}.weight", U8, (rows // 2, cols)))
-            entries.append((f"{module}.weight_scale", F32, (rows, cols // group)))
-            entries.append((f"{module}.losses", F32, (3,)))
+            entries.append((f"{module}.weight", Shaped(U8, (rows // 2, cols))))
+            entries.append((f"{module}.weight_scale", Shaped(F32, (rows, cols // group))))
+            entries.append((f"{module}.losses", Shaped(F32, (3,))))
             if module in multipliers:
-                entries.append((f"{module}.pre_quant_scale", F32, (cols,)))
-        builder = HeaderBuilder({"calibration": json.dumps(facts)})
-        entries.sort(key=lambda entry: file_order(entry[1], entry[0]))
-        self._places = {name: builder.add(name, dtype, shape) for name, dtype, shape in entries}
-        header, size = builder.finish()
+                entries.append((f"{module}.pre_quant_scale", Shaped(F32, (cols,))))
+        names, forms = zip(*entries, strict=True)
+        header, size, order, begins = build_header(names, forms, {"calibration": json.dumps(facts)})
+        self._places = {names[at]: begin for at, begin in zip(order, begins, strict=True)}
         self._start, self.size, self.path = len(header), size, path
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         if os.fstat(self._fd).st_size != size or os.pread(self._fd, len(header), 0) != header:

@@ -4,63 +4,88 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 from json.encoder import encode_basestring
 from math import prod
+from typing import NamedTuple, Protocol
 
 from streamconv.checkpoint.dtypes import DType
-from streamconv.errors import printable
+from streamconv.errors import RefusedError, printable
 
 METADATA = "__metadata__"
+_PIECE = 1 << 12
+"""Entries that are spelled at a time."""
 _ENTRY = re.compile(rb'[{,]("(?:[^"\\]|\\.)*"):\{"dtype":"(\w+)","shape":\[([0-9,]*)\]')
 
 
-class HeaderBuilder:
-    """A header that grows tensor by tensor, which come in `file_order`.
+class Form(Protocol):
+    """What `build_header` knows of a tensor; asked for once for each object."""
+
+    @property
+    def dtype(self) -> DType: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+class Shaped(NamedTuple):
+    """A form that is nothing more."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+
+
+class BuiltHeader(NamedTuple):
+    """The first bytes of a file, and where its tensors lie.
+
+    Attributes:
+        size: of the whole file.
+        order: numbers of the tensors, in the order of their data: by dtype, then by name, as the stock writer has them.
+        begins: where each of these begins, counted from the first data byte.
+    """
+
+    text: bytes
+    size: int
+    order: list[int]
+    begins: list[int]
+
+
+def build_header(names: Sequence[str], forms: Sequence[Form], metadata: Mapping[str, str] | None = None) -> BuiltHeader:
+    """The header of a file with these tensors, a column for each fact.
 
     Args:
         metadata: what `__metadata__` says; it comes first, as the stock writer puts it.
+
+    Raises:
+        RefusedError: a name is there twice, or reserved.
     """
-
-    def __init__(self, metadata: Mapping[str, str] | None = None) -> None:
-        self._text, self._at, self._last = bytearray(b"\0" * 8 + b"{"), 0, ""
-        self._comma = ""
-        if metadata:
-            self._text += f'"{METADATA}":{json.dumps(metadata, ensure_ascii=False, separators=(",", ":"))}'.encode()
-            self._comma = ","
-        self._forms: dict[tuple[str, tuple[int, ...]], tuple[str, int]] = {}  # as they are spelled, and their bytes
-        self.count = 0
-
-    def add(self, name: str, dtype: DType, shape: tuple[int, ...]) -> int:
-        """Append a tensor; gives where it begins, counted from the first data byte."""
-        if name == METADATA or (name == self._last and self.count):
-            raise ValueError(f"tensor name {printable(name)} is used twice or reserved")
-        known = self._forms.get((dtype.name, shape))
-        if known is None:
-            spelled = f'{{"dtype":"{dtype.name}","shape":[{",".join(map(str, shape))}],"data_offsets":['
-            known = self._forms[dtype.name, shape] = spelled, dtype.itemsize * prod(shape)
-        form, size = known
-        begin, comma = self._at, self._comma
-        self._at += size
-        self._comma = ","
-        quoted = encode_basestring(name)  # json.dumps makes an encoder at each call
-        self._text += f"{comma}{quoted}:{form}{begin},{self._at}]}}".encode()
-        self._last, self.count = name, self.count + 1
-        return begin
-
-    def finish(self) -> tuple[bytes, int]:
-        """The first bytes of the file, and the size of all of it."""
-        self._text += b"}"
-        self._text += b" " * (-(len(self._text) - 8) % 8)
-        self._text[:8] = (len(self._text) - 8).to_bytes(8, "little")
-        made = bytes(self._text)
-        self._text.clear()
-        return made, len(made) + self._at
-
-
-def file_order(dtype: DType, name: str) -> tuple[int, bytes]:
-    """Sorts tensors as the stock writer does."""
-    return -dtype.order, name.encode()
+    if METADATA in names or len(set(names)) < len(names):
+        twice = next(name for name, many in Counter([METADATA, *names]).items() if many > 1)
+        raise RefusedError(f"tensor name {printable(twice)} is used twice or reserved")
+    known = {id(form): form for form in forms}  # hashing one takes longer
+    ranks, sizes, spelled = dict[int, int](), dict[int, int](), dict[int, str]()
+    for key, form in known.items():
+        ranks[key], sizes[key] = -form.dtype.order, form.dtype.itemsize * prod(form.shape)
+        spelled[key] = f'{{"dtype":"{form.dtype.name}","shape":[{",".join(map(str, form.shape))}],"data_offsets":['
+    keys = [*map(id, forms)]
+    order = sorted(range(len(names)), key=names.__getitem__)  # code points sort as their UTF-8 does
+    order.sort(key=[*map(ranks.__getitem__, keys)].__getitem__)
+    ends = [*accumulate([sizes[keys[at]] for at in order])]
+    begins = [0, *ends][: len(ends)]
+    text, comma = bytearray(b"\0" * 8 + b"{"), ""
+    if metadata:
+        text += f'"{METADATA}":{json.dumps(metadata, ensure_ascii=False, separators=(",", ":"))}'.encode()
+        comma = ","
+    for at in range(0, len(order), _PIECE):
+        told = zip(*(column[at : at + _PIECE] for column in (order, begins, ends)), strict=True)
+        entries = [f"{encode_basestring(names[n])}:{spelled[keys[n]]}{begin},{end}]}}" for n, begin, end in told]
+        text += f"{comma}{','.join(entries)}".encode()
+        comma = ","
+    text += b"}"
+    text += b" " * (-(len(text) - 8) % 8)
+    text[:8] = (len(text) - 8).to_bytes(8, "little")
+    return BuiltHeader(bytes(text), len(text) + (ends[-1] if ends else 0), order, begins)
 
 
 def header_entries(header: bytes) -> Iterator[tuple[str, str, tuple[int, ...]]]:

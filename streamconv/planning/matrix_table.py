@@ -20,8 +20,8 @@ from streamconv.quants.base import Codec, Part
 class Spelling(Hashable, Protocol):
     """What a target calls the tensors of a matrix, and the shapes that it records; hashable."""
 
-    def name(self, module: str, role: str) -> str:
-        """The tensor of a part with this role."""
+    def ending(self, role: str) -> str:
+        """What the tensor of a part with this role has after the module's name."""
 
     def shape(self, part: Part, rows: int, cols: int) -> tuple[int, ...]:
         """The recorded shape of a part of a matrix [rows, cols]."""
@@ -30,8 +30,8 @@ class Spelling(Hashable, Protocol):
 class ByRole:
     """The module's name and the role, the part's own shape."""
 
-    def name(self, module: str, role: str) -> str:
-        return f"{module}.{role}" if role else module
+    def ending(self, role: str) -> str:
+        return role and f".{role}"
 
     def shape(self, part: Part, rows: int, cols: int) -> tuple[int, ...]:
         return part.shape
@@ -46,8 +46,8 @@ class Named:
 
     recorded: tuple[int, ...]
 
-    def name(self, module: str, role: str) -> str:
-        return module
+    def ending(self, role: str) -> str:
+        return ""
 
     def shape(self, part: Part, rows: int, cols: int) -> tuple[int, ...]:
         return self.recorded
@@ -88,6 +88,7 @@ class MatrixTable(Table[Matrix]):
         self._first, self._offset, self._position = array("I", [0]), array("Q"), array("I")
         self._modules, self._keys, self._forms, self._codecs = Pool[str](), Pool[str](), Pool[Form](), Pool[Codec]()
         self._parts: list[tuple[Part, ...]] = []  # of each form
+        self._endings: list[list[str]] = []  # the same
         self._codec: list[int] = []  # the same
         self._row_align: list[int] = []  # the same
         self.data_starts: list[int] = []
@@ -97,6 +98,7 @@ class MatrixTable(Table[Matrix]):
         number = self._forms.number(form)
         if number == len(self._parts):
             self._parts.append(form.parts())
+            self._endings.append([form.spelling.ending(part.role) for part in self._parts[-1]])
             self._codec.append(self._codecs.number(form.codec.keyed("")))
             self._row_align.append(form.codec.row_align)
         return number
@@ -144,9 +146,16 @@ class MatrixTable(Table[Matrix]):
         self._forms.close()
         self._codecs.close()
 
-    def put(self, number: int, part: int, offset: int, position: int) -> None:
-        """Where a part lies: byte of the file's data, and its place in the order of them."""
-        self._offset[self._first[number] + part], self._position[self._first[number] + part] = offset, position
+    def put(self, tensors: Sequence[int], order: Iterable[int], offsets: Iterable[int]) -> None:
+        """Where the tensors of a file lie, as `tensors` numbers them.
+
+        Args:
+            order: place in `tensors` of each tensor of the file, in the order of its data; of others the end of `tensors` or more.
+            offsets: where each begins, counted from the first data byte.
+        """
+        for position, (at, offset) in enumerate(zip(order, offsets, strict=True)):
+            if at < len(tensors):
+                self._offset[tensors[at]], self._position[tensors[at]] = offset, position
 
     def parts(self, number: int) -> tuple[Part, ...]:
         """The tensors of a matrix."""
@@ -154,8 +163,7 @@ class MatrixTable(Table[Matrix]):
 
     def tensor(self, number: int, part: int) -> str:
         """The name of a part's tensor."""
-        form = self._form[number]
-        return self._forms.values[form].spelling.name(self.name(number), self._parts[form][part].role)
+        return self.name(number) + self._endings[self._form[number]][part]
 
     def name(self, number: int) -> str:
         return self._modules.values[self._names[number]]
@@ -210,14 +218,24 @@ class MatrixTable(Table[Matrix]):
         counts = Counter(self._form)
         return sum(counts[at] * part.dtype.itemsize * prod(part.shape) for at, parts in enumerate(self._parts) for part in parts)
 
-    def tensors(self, numbers: Iterable[int]) -> Iterator[tuple[str, Part, int, int]]:
-        """Name, part, matrix and number of the part of every tensor of some matrices."""
-        forms, modules = self._forms.values, self._modules.values
-        for number in numbers:
-            form, module = self._form[number], modules[self._names[number]]
-            spelling = forms[form].spelling
-            for at, part in enumerate(self._parts[form]):
-                yield spelling.name(module, part.role), part, number, at
+    def tensors(self, numbers: Sequence[int]) -> tuple[list[str], list[Part], list[int]]:
+        """Name, part and number of every tensor of some matrices, a column for each."""
+        first, parts, endings, modules = self._first, self._parts, self._endings, self._modules.values
+        forms = [self._form[number] for number in numbers]
+        named = zip([modules[self._names[number]] for number in numbers], forms, strict=True)
+        names = [module + ending for module, form in named for ending in endings[form]]
+        tensors = [tensor for number in numbers for tensor in range(first[number], first[number + 1])]
+        return names, [part for form in forms for part in parts[form]], tensors
+
+    def held(self, files: int) -> tuple[list[array[int]], list[int]]:
+        """The matrices of each file, and how many tensors it has of them."""
+        found = [array("I") for _ in range(files)]
+        for number, file in enumerate(self._file):
+            found[file].append(number)
+        counts = [0] * files
+        for (file, form), many in Counter(zip(self._file, self._form, strict=True)).items():
+            counts[file] += many * len(self._parts[form])
+        return found, counts
 
     def unfilled(self) -> Iterator[Matrix]:
         """Matrices that end in rows without a source."""
@@ -254,7 +272,7 @@ class MatrixTable(Table[Matrix]):
         form = self._forms.values[self._form[number]]
         places = tuple(
             PartLocation(
-                form.spelling.name(name, part.role),
+                self.tensor(number, at),
                 start + self._offset[first + at],
                 part.record_bytes,
                 self._position[first + at],

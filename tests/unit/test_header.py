@@ -23,7 +23,7 @@ from streamconv.checkpoint.dtypes import DTYPES, F16, F32
 from streamconv.checkpoint.header import parse_header, read_header
 from streamconv.checkpoint.header_parse import Header
 from streamconv.checkpoint.limits import MAX_HEADER
-from streamconv.errors import CheckpointError, HeaderError
+from streamconv.errors import CheckpointError, HeaderError, RefusedError
 from tests.headers import build_header
 
 GOOD = '{"dtype":"U8","shape":[2],"data_offsets":[0,2]}'
@@ -304,7 +304,7 @@ def test_metadata_agrees_with_stock(tmp_path: Path) -> None:
 
 def test_build_refuses_a_name_twice() -> None:
     for names in (["a", "a"], ["__metadata__"]):
-        with pytest.raises(ValueError, match="twice or reserved"):
+        with pytest.raises(RefusedError, match="twice or reserved"):
             build_header([(name, F32, (1,)) for name in names])
 
 

@@ -53,8 +53,8 @@ class Spelled:
 
     recipe: Recipe
 
-    def name(self, module: str, role: str) -> str:
-        return f"{module}.{self.recipe.tensors[role]}"
+    def ending(self, role: str) -> str:
+        return f".{self.recipe.tensors[role]}"
 
     def shape(self, part: Part, rows: int, cols: int) -> tuple[int, ...]:
         own = self.recipe.shapes.get(part.role)
