@@ -10,6 +10,7 @@ import itertools
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import lcm
 from typing import NamedTuple, cast
 
@@ -181,9 +182,17 @@ class Draft:
             sources, rows, matrices, forms = [[*column] for column in zip(*fed, strict=True)] or [[]] * 4
         self._feeds.extend(sources, rows, matrices, map(cols.__getitem__, forms))
 
-    def tensors(self, matrix: int) -> list[str]:
-        """Names of the tensors of a matrix."""
-        return [self._matrices.tensor(matrix, at) for at in range(len(self._matrices.parts(matrix)))]
+    @property
+    def files(self) -> list[str]:
+        """Names of the files, by number."""
+        return [name for name, _ in self._files]
+
+    def places(self) -> dict[str, int]:
+        """Tensor -> number of its file, of all that is described so far."""
+        found = {one.name: one.file for one in self._fixed}
+        for file, numbers in enumerate(self._matrices.held(len(self._files))[0]):
+            found.update(dict.fromkeys(self._matrices.tensors(numbers)[0], file))
+        return found
 
     def tensor_bytes(self) -> int:
         """Bytes of all tensors described so far."""
@@ -208,6 +217,10 @@ class Draft:
     def source(self, source: RowSource) -> int:
         """Its number; a tensor of the source has its own."""
         return self._sources.number(source)
+
+    def nothing(self, name: str) -> int:
+        """The number of a `NoSource`."""
+        return self._sources.nothing(name)
 
     def reduce(self, source: RowSource | None, reduction: Reduction) -> None:
         """All rows of the source contribute to a reduction, before anything that needs it."""
@@ -264,11 +277,11 @@ class Draft:
         files, constants = layout(self._files, self._matrices, self._fixed)
         spans, feeds = SpanTable(self._sources, self._feeds.ops, self._feeds.spreads), self._feeds
         if feeds.alone():
-            rows, ops = self._sources.rows_of(feeds.source), feeds.ops.values
-            columns = zip(self._matrices.row_aligns(feeds.matrix), rows, feeds.op, strict=True)
-            aligns = array("Q", [_align(own, each.align, ops[op]) for own, each, op in columns])
-            needs = self._matrices.needs if self._reductions else lambda number: ()
-            reducing = [Reducing(at, *each) for at, number in enumerate(feeds.matrix) for each in self._wanted(needs(number))]
+            ops, read = feeds.ops.values, [rows.align for rows in self._sources.rows_of(feeds.source)]
+            align = cache(lambda encoded, read, op: _align(encoded, read, ops[op]))
+            aligns = array("Q", map(align, self._matrices.row_aligns(feeds.matrix), read, feeds.op))
+            needing = self._matrices.needing(feeds.matrix) if self._reductions else ()
+            reducing = [Reducing(at, *each) for at, keys in needing for each in self._wanted(keys)]
             spans.take(feeds.source, feeds.start, feeds.stop, feeds.op, aligns, reducing)
             spans.take_dests(feeds.matrix, feeds.row, feeds.cols)
         else:

@@ -87,6 +87,7 @@ class MatrixTable(Table[Matrix]):
         self._file, self._form, self._filled, self._names, self._key = array("H"), array("I"), array("Q"), array("I"), array("I")
         self._first, self._offset, self._position = array("I", [0]), array("Q"), array("I")
         self._modules, self._keys, self._forms, self._codecs = Pool[str](), Pool[str](), Pool[Form](), Pool[Codec]()
+        self._keys.number("")
         self._parts: list[tuple[Part, ...]] = []  # of each form
         self._endings: list[list[str]] = []  # the same
         self._codec: list[int] = []  # the same
@@ -122,13 +123,14 @@ class MatrixTable(Table[Matrix]):
         return len(self._form) - 1
 
     def extend(self, file: int, names: Sequence[str], forms: Sequence[int], rows: Sequence[int], keys: Sequence[str]) -> range:
-        """Matrices of a file that all their rows have a source for; gives their numbers. Keys as of `add`."""
+        """Matrices of new names that all their rows have a source for; gives their numbers. Keys as of `add`."""
         numbers = range(len(self), len(self) + len(names))
         self._file.extend([file] * len(names))
         self._form.extend(forms)
         self._filled.extend(rows)
-        self._names.extend(self._modules.numbers(names))
-        self._key.extend(self._keys.numbers(keys) if any(keys) else [self._keys.number("")] * len(names))
+        self._names.extend(range(len(self._modules.values), len(self._modules.values) + len(names)))
+        self._modules.values.extend(names)
+        self._key.extend(self._keys.numbers(keys) if any(keys) else [0] * len(names))
         self._first.extend(islice(accumulate([len(self._parts[form]) for form in forms], initial=self._first[-1]), 1, None))
         return numbers
 
@@ -250,6 +252,16 @@ class MatrixTable(Table[Matrix]):
         """Keys of the reductions that come before a matrix."""
         key = self._keys.values[self._key[number]]
         return (key,) if key else self._forms.values[self._form[number]].codec.needs
+
+    def needing(self, numbers: Iterable[int]) -> Iterator[tuple[int, tuple[str, ...]]]:
+        """Place among these matrices, and keys that it needs, of each that does not need the same as one before it."""
+        seen = set[tuple[int, int]]()
+        for at, number in enumerate(numbers):
+            key = self._key[number]
+            own = key, 0 if key else self._form[number]
+            if own not in seen:
+                seen.add(own)
+                yield at, self.needs(number)
 
     def row_align(self, number: int) -> int:
         """Rows of a tile of the codec."""

@@ -28,17 +28,9 @@ class Reducing(NamedTuple):
     reduction: Reduction
 
 
-def _woven(column: array[int], before: Sequence[int], values: Iterable[int]) -> array[int]:
-    """A column with further values, each put before the one at a place; places ascend."""
-    if not before:
-        return column
-    made, done = array(column.typecode), 0
-    for place, value in zip(before, values, strict=True):
-        made.extend(column[done:place])
-        made.append(value)
-        done = place
-    made.extend(column[done:])
-    return made
+def _woven(column: array[int], order: Sequence[int], values: Iterable[int]) -> array[int]:
+    """A column and further values in another order, in which none is the one they have."""
+    return array(column.typecode, map([*column, *values].__getitem__, order)) if order else column
 
 
 class SpanTable(Table[RowRange]):
@@ -89,12 +81,14 @@ class SpanTable(Table[RowRange]):
         """
         before, rows = [at.before for at in reducing], self.sources.rows_of([at.source for at in reducing])
         none = array("I", bytes(4 * len(source)))
-        self._source = _woven(source, before, [at.source for at in reducing])
-        self._start = _woven(start, before, [0] * len(reducing))
-        self._stop = _woven(stop, before, [at.rows for at in reducing])
-        self._op = _woven(op, before, [self._ops.number(PLAIN_ROWS)] * len(reducing))
-        self._align = _woven(align, before, [each.align for each in rows])
-        self._reduction = _woven(none, before, range(1, len(reducing) + 1))
+        places = [*range(1, 2 * len(source), 2), *[2 * place for place in before]]
+        order = sorted(range(len(places)), key=places.__getitem__) if before else []
+        self._source = _woven(source, order, [at.source for at in reducing])
+        self._start = _woven(start, order, [0] * len(reducing))
+        self._stop = _woven(stop, order, [at.rows for at in reducing])
+        self._op = _woven(op, order, [self._ops.number(PLAIN_ROWS)] * len(reducing))
+        self._align = _woven(align, order, [each.align for each in rows])
+        self._reduction = _woven(none, order, range(1, len(reducing) + 1))
         self._reductions = [at.reduction for at in reducing]
         self.reductions = array("I", map(add, before, count()))
         sizes = map(sub, self._stop, self._start)

@@ -9,12 +9,14 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Generic, Protocol, TypeVar, overload
 
-from streamconv.checkpoint.rows import RowForm, RowSource, row_form
+from streamconv.checkpoint.rows import NoSource, RowForm, RowSource, row_form
 
 _T = TypeVar("_T")
 _H = TypeVar("_H", bound=Hashable)
 KEPT = 512
 """Objects that are kept after they were made: workers ask for the same ones again and again."""
+
+_NOTHING = row_form(NoSource(""))
 
 Cols = tuple[tuple[int, int], ...]
 
@@ -99,7 +101,7 @@ class Sources:
 
     def __init__(self, stored: Stored) -> None:
         self._stored, self._count = stored, len(stored)
-        self._others: dict[int, RowSource] = {}
+        self._others: list[RowSource | str] = []  # a name stands for a `NoSource`
         self._rows: dict[int, RowForm] = {}
         self._numbers: dict[str, int] = {}
         self._last: tuple[RowSource | None, int] = None, 0
@@ -117,9 +119,17 @@ class Sources:
         place = self._stored.place(source.name)
         if place is not None and self._stored.holds(place, source):
             return place
-        known = self._numbers[source.name] = self._count + len(self._others)
-        self._others[known] = source
-        return known
+        return self._add(source.name, source)
+
+    def _add(self, name: str, source: RowSource | str) -> int:
+        self._others.append(source)
+        number = self._numbers[name] = self._count + len(self._others) - 1
+        return number
+
+    def nothing(self, name: str) -> int:
+        """The number of a `NoSource`, which is made when it is asked for."""
+        known = self._numbers.get(name)
+        return self._add(name, name) if known is None else known
 
     def known(self, name: str) -> int | None:
         """The number of a name, if there is one."""
@@ -127,7 +137,10 @@ class Sources:
         return self._stored.place(name) if known is None else known
 
     def __getitem__(self, number: int) -> RowSource:
-        return self._stored.at(number) if number < self._count else self._others[number]
+        if number < self._count:
+            return self._stored.at(number)
+        source = self._others[number - self._count]
+        return NoSource(source) if isinstance(source, str) else source
 
     def identity(self, number: int) -> Hashable:
         """Equal for equal sources of several plans; None for what is not known by its number."""
@@ -142,7 +155,8 @@ class Sources:
         known, alike, count, stored = self._rows, self._stored.alike, self._count, self._stored
         for number in numbers:
             if number >= count:
-                yield row_form(self._others[number])
+                other = self._others[number - count]
+                yield _NOTHING if isinstance(other, str) else row_form(other)
                 continue
             found = known.get(alike[number])
             if found is None:

@@ -9,8 +9,11 @@ from json.encoder import encode_basestring_ascii
 from typing import Any
 
 from streamconv import __version__
+from streamconv.planning.draft import Draft
 from streamconv.targets.hf.recipes import Recipe
 
+_PIECE = 1 << 12
+"""Lines that are spelled at a time."""
 KV_CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
 """`kv_cache_scheme` of an FP8 KV cache."""
 
@@ -97,14 +100,17 @@ def dump(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def index_json(weight_map: Mapping[str, str], total: int) -> bytes:
-    """model.safetensors.index.json: every tensor of every file, and the sum of their bytes."""
+def add_index(draft: Draft) -> None:
+    """Add model.safetensors.index.json to an output of several files: every tensor of every file, and the sum of their bytes."""
+    if draft.files == ["model.safetensors"]:
+        return
     # what json.dumps gives with indent=2, ten times faster, and held once
-    files = {file: encode_basestring_ascii(file).encode() for file in set(weight_map.values())}
-    made, comma = io.BytesIO(), b""
-    made.write(f'{{\n  "metadata": {{\n    "total_size": {total}\n  }},\n  "weight_map": {{'.encode())
-    for name in sorted(weight_map):
-        made.write(b"%b\n    %b: %b" % (comma, encode_basestring_ascii(name).encode(), files[weight_map[name]]))
-        comma = b","
+    weight_map, files = draft.places(), [*map(encode_basestring_ascii, draft.files)]
+    made, names, comma = io.BytesIO(), sorted(weight_map), ""
+    made.write(f'{{\n  "metadata": {{\n    "total_size": {draft.tensor_bytes()}\n  }},\n  "weight_map": {{'.encode())
+    for at in range(0, len(names), _PIECE):
+        lines = [f"\n    {encode_basestring_ascii(name)}: {files[weight_map[name]]}" for name in names[at : at + _PIECE]]
+        made.write(f"{comma}{','.join(lines)}".encode())
+        comma = ","
     made.write(b"\n  }\n}\n")
-    return made.getvalue()
+    draft.side_file("model.safetensors.index.json", made.getvalue())

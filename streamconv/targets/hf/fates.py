@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from streamconv.checkpoint.dtypes import FLOATS
 from streamconv.errors import printable
 from streamconv.targets.hf.ignored import is_table
 from streamconv.targets.hf.recipes import BLOCK, Recipe
 from streamconv.targets.hf.rules import Module, classify, grouped, matches, partners, split_groups, starred
-from streamconv.targets.hf.stored import Form, Stored
-from streamconv.targets.hf.units import kinds
+from streamconv.targets.hf.stored import Stored
 
 if TYPE_CHECKING:
     from streamconv.targets.hf.target import HuggingFace
@@ -48,17 +46,18 @@ class Fates:
 
     def __init__(self, stored: Stored, target: HuggingFace, recipe: Recipe, vocab: int | None = None) -> None:
         self._target, self._recipe, self._vocab = target, recipe, vocab
-        shapes = {name: form for name in stored.order if name.endswith(".weight") and _linear(form := stored.form(name))}
-        self.by_name: dict[str, Fate] = dict.fromkeys((name[:-7] for name in shapes), _NONE)
+        forms = zip(stored.order, stored.forms(), strict=True)
+        self.by_name: dict[str, Fate] = {name[:-7]: _NONE for name, form in forms if form.linear and name.endswith(".weight")}
         some, turned = list[Module](), list[str]()
-        for kind in kinds(shapes):
-            for heads in self._alike(kind.heads, kind.held):
-                modules = self._modules({heads[0] + rest: form.shape for rest, form in kind.held.items()})
+        for kind in stored.kinds():
+            held = {rest[:-7]: form.shape for rest, form in kind.held.items() if form.linear and rest.endswith(".weight")}
+            for heads in self._alike(kind.heads, held) if held else ():
+                modules = self._modules({f"{heads[0]}{rest}.weight": shape for rest, shape in held.items()})
                 some += modules
                 turned += [module.name for module in modules if _is_turned(stored, module)]
-                for rest, module in zip(kind.held, modules, strict=True):
+                for rest, module in zip(held, modules, strict=True):
                     fate = Fate(starred(module.name), module.rows, module.cols, module.reason)
-                    self.by_name.update(((head + rest)[:-7], fate) for head in heads)
+                    self.by_name.update(dict.fromkeys([head + rest for head in heads], fate))
         if turned:
             self.refused = [_TURNED.format(printable(turned[0]))]
             return
@@ -75,14 +74,14 @@ class Fates:
             found[fate.pattern, fate.reason] += count
         return found
 
-    def _alike(self, heads: list[str], held: Mapping[str, Form]) -> Iterable[list[str]]:
+    def _alike(self, heads: list[str], held: Collection[str]) -> Iterable[list[str]]:
         """The units of a kind by what the flags say of their modules."""
         patterns = (self._target.ignore, self._target.only)
         if not any(patterns):
             return [heads]
         found: dict[tuple[bool, ...], list[str]] = {}
         for head in heads:
-            names = [(head + rest)[:-7] for rest in held]
+            names = [head + rest for rest in held]
             found.setdefault(tuple(matches(name, pattern) for name in names for pattern in patterns), []).append(head)
         return found.values()
 
@@ -146,6 +145,3 @@ def _is_turned(stored: Stored, module: Module) -> bool:
     bias = stored.form(f"{module.name}.bias").shape
     return bias == (module.cols,) != (module.rows,)
 
-
-def _linear(form: Form) -> bool:
-    return len(form.shape) == 2 and form.dtype.name in FLOATS

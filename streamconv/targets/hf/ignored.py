@@ -25,7 +25,8 @@ def ignored(left: Collection[str], quantized: Collection[str], container: str) -
     """
     names = {name for name in left if default_reason(name) not in ("embedding", "not a linear layer")}
     names |= {"lm_head"} - set(quantized)
-    parts = {part_of(name) for name in names} - {part_of(name) for name in quantized} - {""}
+    parts = {part_of(name) for name in names} - {""}
+    parts -= {part_of(name) for name in quantized} if parts else set()
     if container == "compressed-tensors":
         names |= {rf"re:.*\b{re.escape(part)}\..*" for part in parts}
     elif container == "modelopt":

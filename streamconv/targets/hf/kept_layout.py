@@ -38,18 +38,15 @@ def describe_kept(index: Index, target: HuggingFace, units: Sequence[Kind[Told]]
         kept = keep_ranks(index, SourceTensors(index), wanted, draft, target.model_dtype(index))
     else:
         kept = keep(index, SourceTensors(index), wanted, units, draft)
-    places: dict[str, str] = {}
     sizes = ((name, kept.files[name], nbytes) for name, nbytes in kept.nbytes.items())
     for name, tensors in shards_of(index, sizes, target.max_shard_size).items():
         number = draft.file(name, {"format": "pt"})
         for tensor in tensors:
             kept.tensors[tensor](number)
-            places[tensor] = name
     copied, left_out = side_files(index, OLD if kept.quantization is None else ())
     draft.warnings += left_out
     draft.side_files += copied
-    if set(places.values()) != {"model.safetensors"}:
-        draft.side_file("model.safetensors.index.json", config_json.index_json(places, draft.tensor_bytes()))
+    config_json.add_index(draft)
     if kept.second is not None:
         draft.side_file("hf_quant_config.json", kept.second)
     stated = index.config.get("quantization_config") if kept.quantization is None else kept.quantization

@@ -67,9 +67,14 @@ class Model:
         first = kind.heads[0]
         held = [(name[len(first) :], shape) for name, shape in weights(kind.one(), bits)]
         starred: dict[str, frozenset[str]] = {}  # one for all layers
+        alike: dict[str, dict[int, set[str]]] = {}  # name of all experts of a layer -> what each holds
         right = len(self.odd) + len(self.halves)
         for head in kind.heads:
             look = head is first or len(self.odd) + len(self.halves) > right
+            outer = head[: head.rfind(".", 0, -1)]
+            if outer in alike and not look:
+                alike[outer].setdefault(int(head[len(outer) + 1 : -1][:9]), set()).update(name for name, _ in held)
+                continue
             found = _STACK.match(f"{head}*")
             if found is None:
                 self.beside.update(head + name for name, _ in held)
@@ -85,6 +90,8 @@ class Model:
             if at := re.search(r"\bexperts\.(\d+)\.", rest):
                 experts = self.experts.setdefault((stem, number, rest[: at.start()] + "experts"), {})
                 experts.setdefault(int(at[1][:9]), set()).update(rest[at.end() :] + name for name, _ in held)
+                if at.end() == len(rest):
+                    alike[outer] = experts
             for name, shape in held if look else ():
                 self._pair(head + name, shape)
                 if not is_other_part(stem):

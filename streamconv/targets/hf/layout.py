@@ -7,13 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import groupby
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from streamconv.checkpoint.activation_ranges import Ranges
 from streamconv.checkpoint.codes_file import ApartTensor, Codes, Found
 from streamconv.checkpoint.dtypes import F32, FLOATS, I64, DType
 from streamconv.checkpoint.index import Index
-from streamconv.checkpoint.rows import NoSource
 from streamconv.errors import printable
 from streamconv.planning.draft import Draft
 from streamconv.planning.matrix_table import Named
@@ -61,6 +60,21 @@ class Spelled:
         return own(rows, cols) if own else part.shape
 
 
+class Quantized(NamedTuple):
+    """How the quantized weights of a form are stored.
+
+    Attributes:
+        number: of the form of their matrices.
+        cut: letters of a module's last name, in whose place the module whose maximum it shares has `first`.
+        scale: last name, and number of the form, of a scale that follows from this maximum.
+    """
+
+    number: int
+    cut: int
+    first: str
+    scale: tuple[str, int] | None
+
+
 @dataclass(slots=True)
 class Layout:
     """Describes one output to a Draft.
@@ -73,7 +87,7 @@ class Layout:
         fates: module -> what becomes of it; inputs: module -> largest input; cached: weight -> attention, k or v, largest output;
             searched: module -> its codes; changed: norm or bias -> what takes its place.
         decoded: weights of the source that are decoded.
-        whole, codecs, scales: what is known of forms of weights.
+        whole, quantized: what is known of forms of weights.
     """
 
     index: Index
@@ -92,8 +106,7 @@ class Layout:
     changed: dict[str, ApartTensor] = field(default_factory=dict)
     decoded: int = 0
     whole: dict[Form, int] = field(default_factory=dict)
-    codecs: dict[Form, tuple[Codec, int, list[str]]] = field(default_factory=dict)
-    scales: dict[Form, tuple[str, int]] = field(default_factory=dict)
+    quantized: dict[Form, Quantized] = field(default_factory=dict)
 
     def describe(self) -> None:
         stored, fates = self.stored, None
@@ -112,13 +125,12 @@ class Layout:
                 self.searched, self.changed = found
         self.decoded = stored.decoded
         apart = restack(stored, self.index.config) if self.recipe is None else []
-        places: dict[str, str] = {}
         for name, tensors in self._files().items():
             number = self.draft.file(name, _METADATA)
             for way, some in groupby(tensors, self._way):
-                places.update(dict.fromkeys(way(number, [*some]), name))
+                way(number, [*some])
         self._say(fates, apart)
-        self._side_files(places)
+        self._side_files()
 
     # ---- files
 
@@ -128,8 +140,8 @@ class Layout:
         sizes = (form.nbytes for form in stored.forms())
         return shards_of(self.index, zip(stored.order, stored.files(), sizes, strict=True), self.target.max_shard_size)
 
-    def _way(self, name: str) -> Callable[[int, list[str]], list[str]]:
-        """What adds a weight, and those beside it that it adds too, to a file; gives the names of the tensors that they become."""
+    def _way(self, name: str) -> Callable[[int, list[str]], None]:
+        """What adds a weight, and those beside it that it adds too, to a file."""
         fate = self.fates.get(name[: -len(".weight")]) if self.fates and name.endswith(".weight") else None
         if fate is None or fate.reason:
             return self._stay
@@ -137,45 +149,51 @@ class Layout:
             return self._turn
         return self._take_found if name[: -len(".weight")] in self.searched else self._quantize
 
-    def _stay(self, file: int, names: list[str]) -> list[str]:
+    def _stay(self, file: int, names: list[str]) -> None:
         """Weights that become one tensor each."""
-        forms = [*map(self.stored.form, names)]
-        self.draft.wholes(file, names, [*map(self._whole, forms)], [*map(self._source, names)], [form.rows for form in forms])
-        return names + self._cache_scales(file, names)
+        forms = self.stored.forms_of(names)
+        self.draft.wholes(file, names, [*map(self._whole, forms)], self._sources(names), [form.rows for form in forms])
+        self._cache_scales(file, names)
 
-    def _quantize(self, file: int, names: list[str]) -> list[str]:
-        recipe, made = cast(Recipe, self.recipe), self._cache_scales(file, names)
+    def _quantize(self, file: int, names: list[str]) -> None:
+        recipe = cast(Recipe, self.recipe)
+        beside = bool(recipe.input_scale or recipe.weight_shape or recipe.pre_scales)
         listed: list[tuple[str, int, int, int, str]] = []
-        for name in names:
-            form, module, source, key = self.stored.form(name), name[: -len(".weight")], self._source(name), ""
-            if form not in self.codecs:
-                codec = self._codec(form)
-                number = self.draft.form(form.rows, form.cols, codec, Spelled(recipe))
-                self.codecs[form] = codec, number, [recipe.tensors[part.role] for part in codec.parts(form.rows, form.cols)]
-            codec, number, endings = self.codecs[form]
-            made += [f"{module}.{ending}" for ending in endings]
-            if codec.needs:
-                key = self._key(module, form, recipe)
+        for name, form, source in zip(names, self.stored.forms_of(names), self._sources(names), strict=True):
+            module = name[: -len(".weight")]
+            known = self.quantized.get(form) or self._quantized(form, module, recipe)
+            if known.scale is None:
+                listed.append((module, known.number, source, form.rows, ""))
+            else:
+                first, (ending, scale) = module[: len(module) - known.cut] + known.first, known.scale
+                key, beyond = f"amax of {first}", f"{module}.{ending}"
                 self.draft.reduce_whole(source, form.rows, WeightMaximum(key))
-            listed.append((module, number, source, form.rows, key))
-            if key:
-                scale, number = self._scale(module, form, recipe)
-                listed.append((scale, number, self.draft.source(NoSource(scale)), 1, key))
-                made.append(scale)
-            self._beside(file, module, form, recipe, None, made)
+                listed.append((module, known.number, source, form.rows, key))
+                listed.append((beyond, scale, self.draft.nothing(beyond), 1, key))
+            if beside:
+                self._beside(file, module, form, recipe, None)
         self.draft.wholes(file, *zip(*listed, strict=True))
+        self._cache_scales(file, names)
+
+    def _quantized(self, form: Form, module: str, recipe: Recipe) -> Quantized:
+        """How the weights of a form are stored, one of which is that of a module."""
+        codec = self._codec(form)
+        first = self._first(module, form, recipe) if codec.needs else module
+        number = self.draft.form(form.rows, form.cols, codec, Spelled(recipe))
+        scale = self._scale(form, recipe) if codec.needs else None
+        made = self.quantized[form] = Quantized(number, len(module.rpartition(".")[2]), first.rpartition(".")[2], scale)
         return made
 
-    def _turn(self, file: int, names: list[str]) -> list[str]:
-        made, spelling = self._cache_scales(file, names), Spelled(cast(Recipe, self.recipe))
+    def _turn(self, file: int, names: list[str]) -> None:
+        spelling = Spelled(cast(Recipe, self.recipe))
         for name in names:
             module, codec = name[: -len(".weight")], self._codec(self.stored.form(name))
-            made += turned_weight(self.draft, file, module, self.stored.weights[name], codec, self.searched.get(module), spelling)
-        return made
+            turned_weight(self.draft, file, module, self.stored.weights[name], codec, self.searched.get(module), spelling)
+        self._cache_scales(file, names)
 
-    def _take_found(self, file: int, names: list[str]) -> list[str]:
+    def _take_found(self, file: int, names: list[str]) -> None:
         """Weights whose codes were searched."""
-        recipe, made = cast(Recipe, self.recipe), self._cache_scales(file, names)
+        recipe = cast(Recipe, self.recipe)
         codec: Codec = Words(4) if recipe.container == "compressed-tensors" else PairedCodes()
         for name in names:
             form, module = self.stored.form(name), name[: -len(".weight")]
@@ -183,12 +201,11 @@ class Layout:
             matrix = self.draft.matrix(file, module, form.rows, form.cols, codec, spelling=Spelled(recipe))
             self.draft.feed(matrix, searched.codes, 0, form.rows)
             scale = f"{module}.{recipe.tensors['scale']}"
-            made += [*self.draft.tensors(matrix), scale]
             into = form.dtype if recipe.container == "compressed-tensors" else F32
             matrix = self.draft.matrix(file, scale, form.rows, searched.scales.cols, Plain(into), spelling=Named(searched.scales.shape))
             self.draft.feed(matrix, replace(searched.scales, into=into), 0, form.rows)
-            self._beside(file, module, form, recipe, searched, made)
-        return made
+            self._beside(file, module, form, recipe, searched)
+        self._cache_scales(file, names)
 
     def _whole(self, form: Form) -> int:
         """Number of what stays of a form."""
@@ -196,21 +213,18 @@ class Layout:
             self.whole[form] = self.draft.form(form.rows, form.cols, _plain(self._plain_dtype(form)), Named(form.shape))
         return self.whole[form]
 
-    def _source(self, name: str) -> int:
-        """What the rows of a weight are read from, by its number."""
-        place = self.stored.order[name]
-        if name in self.changed:
-            return self.draft.source(self.changed[name])
-        return place if isinstance(place, int) else self.draft.source(place.weight)
+    def _sources(self, names: list[str]) -> list[int]:
+        """What the rows of weights are read from, by their numbers."""
+        places, source = [*map(self.stored.order.__getitem__, names)], self.draft.source
+        found = [place if isinstance(place, int) else source(place.weight) for place in places]
+        return [source(self.changed[n]) if n in self.changed else at for n, at in zip(names, found, strict=True)] if self.changed else found
 
-    def _cache_scales(self, file: int, weights: list[str]) -> list[str]:
+    def _cache_scales(self, file: int, weights: list[str]) -> None:
         """Add the scales of the FP8 KV cache that stand beside k_proj and v_proj."""
-        made: list[str] = []
         for attention, which, largest in filter(None, map(self.cached.get, weights if self.recipe is not None else ())):
             modelopt = cast(Recipe, self.recipe).container == "modelopt"
             name = f"{attention}.{which}_proj.{which}_scale" if modelopt else f"{attention}.{which}_scale"
-            self._constant(file, name, F32, () if modelopt else (1,), struct.pack("<f", largest / 448.0), made)
-        return made
+            self.draft.constant(file, name, F32, () if modelopt else (1,), struct.pack("<f", largest / 448.0))
 
     def _plain_dtype(self, form: Form) -> DType:
         cast = self.index.views or (self.target.dtype != "auto" and not self.decoded)
@@ -222,45 +236,37 @@ class Layout:
         lone = recipe.lone if _within_tile(form) else None
         return (lone[0] if lone else recipe.codec)(Request(form.dtype, target.group_size, target.arithmetic, "", target.method))
 
-    def _beside(self, file: int, module: str, form: Form, recipe: Recipe, searched: Found | None, made: list[str]) -> None:
+    def _beside(self, file: int, module: str, form: Form, recipe: Recipe, searched: Found | None) -> None:
         """Add what stands beside codes and scales."""
         if recipe.input_scale is not None:
             suffix, of, shape = recipe.input_scale
-            self._constant(file, f"{module}.{suffix}", F32, shape, struct.pack("<f", of(self.inputs[module])), made)
+            self.draft.constant(file, f"{module}.{suffix}", F32, shape, struct.pack("<f", of(self.inputs[module])))
         if recipe.weight_shape:
-            self._constant(file, f"{module}.weight_shape", I64, (2,), struct.pack("<2q", form.rows, form.cols), made)
+            self.draft.constant(file, f"{module}.weight_shape", I64, (2,), struct.pack("<2q", form.rows, form.cols))
         if recipe.pre_scales and not partners(module):
-            self._pre_scale(file, f"{module}.{recipe.pre_scales}", form, searched, made)
+            self._pre_scale(file, f"{module}.{recipe.pre_scales}", form, searched)
 
-    def _pre_scale(self, file: int, name: str, form: Form, searched: Found | None, made: list[str]) -> None:
+    def _pre_scale(self, file: int, name: str, form: Form, searched: Found | None) -> None:
         if searched is None or searched.multiplier is None:
-            self._constant(file, name, form.dtype, (form.cols,), _ONE[form.dtype.name] * form.cols, made)
+            self.draft.constant(file, name, form.dtype, (form.cols,), _ONE[form.dtype.name] * form.cols)
             return
         matrix = self.draft.matrix(file, name, form.cols, 1, Plain(form.dtype), spelling=Named((form.cols,)))
         self.draft.feed(matrix, replace(searched.multiplier, into=form.dtype), 0, form.cols)
-        made.append(name)
 
-    def _key(self, module: str, form: Form, recipe: Recipe) -> str:
-        """The maximum that a weight's scale follows from: its own, or that of all its partners."""
+    def _first(self, module: str, form: Form, recipe: Recipe) -> str:
+        """Whose maximum a weight's scale follows from: its own, or, as that of all its partners, the first one's."""
         first = next((name for name in partners(module) if f"{name}.weight" in self.stored.order), module)
         shares = recipe.shared is not None
         if not shares and recipe.lone is not None and _within_tile(form):  # ModelOpt: if the first has only one; but experts keep their own
             shares = ".experts." not in first and _within_tile(self.stored.form(f"{first}.weight"))
-        return "amax of " + (first if shares else module)
+        return first if shares else module
 
-    def _scale(self, module: str, form: Form, recipe: Recipe) -> tuple[str, int]:
-        """Name and number of the form of the scale of a whole weight."""
-        if form not in self.scales:
-            suffix, codec = recipe.shared or ("weight_scale", recipe.lone[1] if recipe.lone and _within_tile(form) else None)
-            request = Request(form.dtype, self.target.group_size, self.target.arithmetic, "", self.target.method)
-            shape = () if recipe.container == "modelopt" else (1,)
-            self.scales[form] = suffix, self.draft.form(1, 1, codec(request) if codec else Fp8Scale(""), Named(shape))
-        suffix, number = self.scales[form]
-        return f"{module}.{suffix}", number
-
-    def _constant(self, file: int, name: str, dtype: DType, shape: tuple[int, ...], data: bytes, made: list[str]) -> None:
-        self.draft.constant(file, name, dtype, shape, data)
-        made.append(name)
+    def _scale(self, form: Form, recipe: Recipe) -> tuple[str, int]:
+        """Last name and number of the form of the scale of a whole weight."""
+        ending, codec = recipe.shared or ("weight_scale", recipe.lone[1] if recipe.lone and _within_tile(form) else None)
+        request = Request(form.dtype, self.target.group_size, self.target.arithmetic, "", self.target.method)
+        shape = () if recipe.container == "modelopt" else (1,)
+        return ending, self.draft.form(1, 1, codec(request) if codec else Fp8Scale(""), Named(shape))
 
     # ---- what is told
 
@@ -298,7 +304,7 @@ class Layout:
         if recipe.quant == "int8_dynamic":
             self.draft.warnings.append("TensorRT-LLM reads an INT8 directory as FP8, which is wrong; vLLM and SGLang read it right")
 
-    def _side_files(self, places: dict[str, str]) -> None:
+    def _side_files(self) -> None:
         ignore, quantization = list[str](), None
         if self.recipe is not None:
             kept = {name for name, fate in self.fates.items() if fate.reason}
@@ -319,8 +325,7 @@ class Layout:
             done = Done(self.recipe.quant, self.recipe.container, self.target.arithmetic, count, named)
             copied = [file for file in copied if file.name != NAME] + [card(self.index, done, copied)]
         self.draft.side_files += copied
-        if len(set(places.values())) > 1 or set(places.values()) != {"model.safetensors"}:
-            self.draft.side_file("model.safetensors.index.json", config_json.index_json(places, self.draft.tensor_bytes()))
+        config_json.add_index(self.draft)
         if self.recipe is not None and self.recipe.container == "modelopt":
             self.draft.side_file("hf_quant_config.json", config_json.hf_quant_config(self.recipe, *told))
         self.draft.side_file("config.json", config)

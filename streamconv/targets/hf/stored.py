@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple, cast
 
-from streamconv.checkpoint.dtypes import DType
+from streamconv.checkpoint.dtypes import FLOATS, DType
 from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.rows import RowForm, RowSource, SourceTensor, row_form
 from streamconv.targets.hf.sources import READ, Reader, Weight, reader
@@ -26,6 +26,7 @@ class Form:
         self.shape = weight.shape if shape is None else shape
         self.nbytes, self.rows_like = weight.nbytes, row_form(weight)
         self.decoded = not isinstance(weight, SourceTensor)
+        self.linear = len(self.shape) == 2 and self.dtype.name in FLOATS
 
 
 class Apart(NamedTuple):
@@ -55,6 +56,7 @@ class Stored:
         self.order: dict[str, int | Apart] = {}
         self.dropped: list[str] = []
         self._apart: dict[Hashable, Form] = {}
+        self._kinds: list[Kind[Form]] = []
         renamed: dict[int, tuple[int, str]] = {}  # form -> letters of a tensor's name that are cut off, and what comes in their place
         for kind in units:
             alike = [Kind([head], kind.held) for head in kind.heads] if reader.index.views else [kind]
@@ -71,12 +73,14 @@ class Stored:
 
     def _add(self, kind: Kind[Told], renamed: dict[int, tuple[int, str]]) -> None:
         first, reads = kind.heads[0], any(rest.rpartition(".")[2] in READ for rest in kind.held)
+        held = dict[str, Form]()
         for rest in kind.held:
             found = self._reader.weight(first + rest)
             if found is None:
                 continue
             self._forms.append(Form(found[1]))
             form = len(self._forms)
+            held[found[0][len(first) :]] = self._forms[-1]
             if found[0] != first + rest:
                 renamed[form] = len(rest), found[0][len(first) :]
             for head in kind.heads:
@@ -84,11 +88,12 @@ class Stored:
                 self._form[number] = form
                 if reads:
                     self._made[number] = self._read(head + rest)
+        self._kinds.append(Kind(kind.heads, held))
 
     def put(self, name: str, weight: Weight, shape: tuple[int, ...], file: int) -> None:
         """A part of a tensor, with the shape that it is recorded with."""
         made = Form(weight, shape)
-        alike = shape, made.rows, made.rows_like, made.decoded
+        alike = *name.split(".")[-2:-1], shape, made.rows, made.rows_like, made.decoded
         self.order[name] = Apart(weight, file, self._apart.setdefault(alike, made))
 
     def take(self, name: str) -> tuple[Weight, int]:
@@ -97,10 +102,20 @@ class Stored:
         del self.order[name]
         return whole, file
 
+    def kinds(self) -> list[Kind[Form]]:
+        """The units by what they hold; what was taken is held still."""
+        return self._kinds + kinds({name: entry.form for name, entry in self.order.items() if not isinstance(entry, int)})
+
     def form(self, name: str) -> Form:
         """What a weight is, but for its place."""
         entry = self.order[name]
         return self._forms[self._form[entry] - 1] if isinstance(entry, int) else entry.form
+
+    def forms_of(self, names: Iterable[str]) -> list[Form]:
+        """As `form`, of many."""
+        forms, numbers = self._forms, self._form
+        entries = [*map(self.order.__getitem__, names)]
+        return [forms[numbers[entry] - 1] if isinstance(entry, int) else entry.form for entry in entries]
 
     def file(self, name: str) -> int:
         """Number of the shard that holds a weight, or its codes."""
@@ -116,9 +131,7 @@ class Stored:
 
     def forms(self) -> Iterator[Form]:
         """What each weight is, in their order."""
-        forms, numbers = [None, *self._forms], self._form
-        for entry in self.order.values():
-            yield cast(Form, forms[numbers[entry]]) if isinstance(entry, int) else entry.form
+        return iter(self.forms_of(self.order))
 
     def files(self) -> Iterator[int]:
         """As `file`, of each weight in their order."""

@@ -18,8 +18,8 @@ from streamconv.targets.hf.sources import Weight
 
 def turned_weight(
     draft: Draft, file: int, module: str, weight: Weight, codec: Codec, searched: Found | None, spelling: Spelling
-) -> list[str]:
-    """Add a weight [N, K]; gives the names of the tensors it becomes.
+) -> None:
+    """Add a weight [N, K].
 
     Args:
         codec: of rows [K, N].
@@ -36,9 +36,6 @@ def turned_weight(
         sources = [(codec, turned(weight, WIDE))]
     else:
         sources = [(AwqCodes(), searched.codes.turned()), (AwqScales(), replace(searched.scales, into=F16).turned())]
-    made = []
     for each, source in sources:
         matrix = draft.matrix(file, module, source.rows, source.cols, each, spelling=spelling)
         draft.feed(matrix, source, 0, source.rows)
-        made += draft.tensors(matrix)
-    return made

@@ -50,12 +50,17 @@ def kinds(tensors: Mapping[str, _T]) -> list[Kind[_T]]:
             plain.add(rest)
             unit = units.setdefault(head, [])
         unit.append((rest, told))
-    made: dict[tuple[str, tuple[tuple[str, _T], ...]], Kind[_T]] = {}
+    made: dict[tuple[str, frozenset[tuple[str, _T]]], Kind[_T]] = {}
+    known: dict[tuple[str, tuple[tuple[str, _T], ...]], Kind[_T]] = {}  # the same by the order in which they hold it
+    stars: dict[str, str] = {}
     for head, held in units.items():
-        key = _NUMBER.sub("*", head), tuple(sorted(held, key=lambda pair: pair[0]) if len(held) > 1 else held)
-        kind = made.get(key)
+        outer = head[: head.rfind(".", 0, -1) + 1]  # many units lie in one
+        star = stars.get(outer)
+        if star is None:
+            star = stars[outer] = _NUMBER.sub("*", outer)
+        key = star, tuple(held)
+        kind = known.get(key)
         if kind is None:
-            made[key] = Kind([head], dict(held))
-        else:
-            kind.heads.append(head)
+            kind = known[key] = made.setdefault((star, frozenset(held)), Kind([], dict(held)))
+        kind.heads.append(head)
     return [*made.values()]
