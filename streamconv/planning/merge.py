@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from math import lcm
 from typing import NamedTuple
 
 from streamconv.checkpoint.rows import RowSource, SourceTensor
-from streamconv.planning.plan import Plan
+from streamconv.planning.plan import Plan, RowOp
 
 
 class Share(NamedTuple):
@@ -30,8 +29,7 @@ Owned = tuple[int, int]
 """(output, matrix)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Read:
+class Read(NamedTuple):
     """Rows [start, stop), read once for the spans of all outputs that want them.
 
     Attributes:
@@ -51,6 +49,8 @@ class Read:
         return tuple(dict.fromkeys(share.output for share in self.shares))
 
 
+_ALL = 1 << 62
+"""Rows, as many as there are."""
 _FIELDS: dict[type, tuple[str, ...] | None] = {}
 """What makes a source, its names apart; None for what is no record."""
 
@@ -85,7 +85,7 @@ def merge(plans: Sequence[Plan]) -> tuple[list[Read], set[Owned]]:
 
 def _first(read: Read) -> tuple[tuple[int, int], int]:
     """Reads come in the order of the first plan, then in that of the next one."""
-    return min(share[:2] for share in read.shares), read.start
+    return min(read.shares)[:2], read.start
 
 
 def _tracks(plans: Sequence[Plan]) -> dict[Hashable, list[_Interval]]:
@@ -93,17 +93,19 @@ def _tracks(plans: Sequence[Plan]) -> dict[Hashable, list[_Interval]]:
     tracks: dict[Hashable, list[_Interval]] = {}
     numbers: dict[Hashable, int] = {}
     known: dict[Hashable, tuple[int, int, int]] = {}  # source -> number of its identity, shift, and rows; sources of several plans are one
+    apart = all(plan.spans.sources.whole for plan in plans) and len({plan.spans.sources.origin for plan in plans}) == 1
+    ways: dict[tuple[RowOp, type], int] = {}
     for output, plan in enumerate(plans):
-        spans = plan.spans
-        for number in range(len(spans)):
-            source, start, stop, align = spans.extent(number)
-            place = spans.sources.identity(source) or (output, source)
+        sources = plan.spans.sources
+        for number, (source, start, stop, align, way) in enumerate(plan.spans.extents(ways)):
+            place = sources.identity(source) or (output, source)
             if place not in known:
-                identity, shift = _identified(spans.sources[source], (output, number))
-                known[place] = numbers.setdefault(identity, len(numbers)), shift, spans.sources[source].rows
+                # tensors of one checkpoint never overlap
+                identity, shift = (place, 0) if apart else _identified(sources[source], (output, number))
+                known[place] = numbers.setdefault(identity, len(numbers)), shift, _ALL if apart else sources[source].rows
             own, shift, rows = known[place]
             interval = _Interval(start + shift, stop + shift, align, Share(output, number, shift), (shift, shift + rows))
-            tracks.setdefault((own, spans.op(number), type(spans.reduction(number))), []).append(interval)
+            tracks.setdefault((own, way), []).append(interval)
     return tracks
 
 
@@ -156,6 +158,10 @@ def _cut(together: list[_Interval]) -> Iterator[Read]:
     if len(together) == 1:
         yield _alone(together[0])
         return
+    if len({held[:2] for held in together}) == 1 and len({held.share.output for held in together}) == len(together):  # nearly all
+        start, stop, _, share, _ = together[0]
+        yield Read(start, stop, lcm(*(held.align for held in together)), tuple([held.share for held in together]), share)
+        return
     edges = sorted({edge for held in together for edge in held[:2]})
     edges = [at for at in edges if all((at - held.start) % held.align == 0 for held in together if held.start < at < held.stop)]
     for start, stop in pairwise(edges):
@@ -178,14 +184,17 @@ def _before(plans: Sequence[Plan], reads: Sequence[Read], above: dict[tuple[int,
     """
     before: list[list[int]] = [[] for _ in reads]
     reducing: dict[tuple[int, str], list[int]] = {}
+    once = [plan.spans.alone() for plan in plans]
     rows: dict[tuple[int, int], list[tuple[int, int, int]]] = {}  # (output, matrix) -> (row, read, row of it)
     for number, read in enumerate(reads):
         for output, at, shift in read.shares:
             spans = plans[output].spans
             if (reduction := spans.reduction(at)) is not None:
                 reducing.setdefault((output, reduction.key), []).append(number)
-            start = spans.place(at)[1]
+            start, stop = spans.rows(at)
             at_row = max(read.start, start + shift)
+            if once[output] and read.stop - at_row == stop - start:
+                continue  # its matrices get no other rows
             skipped = spans.op(at).out_rows(at_row - shift - start)
             for matrix, row in spans.dests(at):
                 rows.setdefault((output, matrix), []).append((row + skipped, number, at_row))

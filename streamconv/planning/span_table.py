@@ -124,9 +124,22 @@ class SpanTable(Table[RowRange]):
         """Where a span begins: number of its source, which rises through the files of the checkpoint, and row."""
         return self._source[number], self._start[number]
 
-    def extent(self, number: int) -> tuple[int, int, int, int]:
-        """Number of the source of a span, its rows [start, stop), and the rows that a tile holds a multiple of."""
-        return self._source[number], self._start[number], self._stop[number], self._align[number]
+    def rows(self, number: int) -> tuple[int, int]:
+        """The rows [start, stop) of a span."""
+        return self._start[number], self._stop[number]
+
+    def extents(self, ways: dict[tuple[RowOp, type], int]) -> Iterator[tuple[int, int, int, int, int]]:
+        """Of each span the number of its source, its rows [start, stop), the rows that a tile holds a multiple of, and its way.
+
+        Args:
+            ways: number of what happens to rows; gets those that are new.
+        """
+        types, known = [type(None), *map(type, self._reductions)], dict[tuple[int, type], int]()
+        for *extent, op, reduction in zip(self._source, self._start, self._stop, self._align, self._op, self._reduction, strict=True):
+            way = known.get((op, types[reduction]))
+            if way is None:
+                way = known[op, types[reduction]] = ways.setdefault((self._ops.values[op], types[reduction]), len(ways))
+            yield *extent, way
 
     def op(self, number: int) -> RowOp:
         return self._ops.values[self._op[number]]
@@ -190,9 +203,13 @@ class SpanTable(Table[RowRange]):
         """The spans that reduce."""
         return map(self._make, self.reductions)
 
+    def alone(self) -> bool:
+        """Every matrix gets all its rows from one span."""
+        return len({*self._matrix}) == len(self._matrix)
+
     def in_row_order(self) -> bool:
         """Every matrix gets its rows one below the other."""
-        if len({*self._matrix}) == len(self._matrix):  # all at once
+        if self.alone():
             return True
         following = array("Q", bytes(8 * (max(self._matrix, default=-1) + 1)))
         for number in range(len(self)):

@@ -142,6 +142,16 @@ class Sources:
         source = self._others[number - self._count]
         return NoSource(source) if isinstance(source, str) else source
 
+    @property
+    def whole(self) -> bool:
+        """Each is a tensor of the checkpoint, or nothing."""
+        return all(isinstance(other, str) for other in self._others)
+
+    @property
+    def origin(self) -> Hashable:
+        """As of the tensors."""
+        return self._stored.origin
+
     def identity(self, number: int) -> Hashable:
         """Equal for equal sources of several plans; None for what is not known by its number."""
         return (self._stored.origin, number) if number < self._count else None
