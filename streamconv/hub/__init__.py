@@ -16,6 +16,7 @@ import functools
 import os
 from pathlib import Path
 
+from streamconv import targets
 from streamconv.checkpoint.foreign import foreign
 from streamconv.checkpoint.index import Beside, Index, build_index, open_index
 from streamconv.checkpoint.json_file import read_json
@@ -29,7 +30,6 @@ from streamconv.hub.repo import download, listing, named, note_revision, small_f
 from streamconv.hub.shard import AT_A_TIME, HubShard
 from streamconv.run import manifest
 from streamconv.run.fs import free_space
-from streamconv.targets.trtllm.inherited import is_rank_folder
 
 _CONFIG = "config.json"
 MEMORY = 48 << 20
@@ -97,12 +97,8 @@ def open_stored(source: str | os.PathLike[str], tensors_only: bool = False) -> I
     """
     hub = named(source)
     if hub is None:
-        folder = Path(source)
-        if not is_rank_folder(folder):
-            return open_index(source, tensors_only)
-        from streamconv.targets.trtllm.rank_source import open_ranks
-
-        return open_ranks(folder)
+        output = targets.opened(Path(source))
+        return output if output is not None else open_index(source, tensors_only)
     # The Xet client buffers gigabytes outside of any budget; plain HTTP does not. HF_HUB_DISABLE_XET=0 brings it back.
     os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
     with no_folder(os.fspath(source)):

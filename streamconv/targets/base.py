@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -111,6 +111,34 @@ class Target(ABC):
             UsageError: an option no model makes right. CheckpointError: the source lacks something.
             RefusedError: the request cannot give a correct output; every reason is listed.
         """
+
+    @classmethod
+    def has_written(cls, config: Mapping[str, Any]) -> bool:
+        """Whether a config.json is that of an output of this kind."""
+        return False
+
+    @classmethod
+    def opened(cls, folder: Path, as_stored: bool = False) -> Index | None:
+        """An output as a source, where outputs of this kind are read in a way of their own.
+
+        Args:
+            as_stored: with the tensors that its files hold, and not those that they mean.
+
+        Returns:
+            None if it is none, or one that is read as any checkpoint is.
+        """
+        return None
+
+    def with_files(self, folder: Path, source: Path, ranges: str | None) -> Target:
+        """The options with the files beside the source that decided an output, where they are now.
+
+        Args:
+            folder: the output. ranges: the activation ranges file that the user names.
+
+        Raises:
+            UsageError: one is not there, or `ranges` had no effect.
+        """
+        return self
 
     def to(self, out: str | os.PathLike[str]) -> Output:
         """This target as an output of `convert`."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +21,6 @@ from streamconv.checkpoint.header_parse import Header
 from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.shard import Shard
 from streamconv.errors import BudgetError, DataError, RefusedError, StreamconvError, UsageError, VerifyError, printable
-from streamconv.natural import natural
 from streamconv.open_plan import open_and_plan
 from streamconv.options import Resources
 from streamconv.planning import memory_plan
@@ -33,13 +31,9 @@ from streamconv.progress import Meter
 from streamconv.run import manifest, source_record
 from streamconv.run.compared import BUFFER, Compared
 from streamconv.run.mapped import mapped
-from streamconv.targets import target_from_json
+from streamconv.targets import checks_of, target_from_json, target_of
 from streamconv.targets.base import Target
-from streamconv.targets.hf.target import HuggingFace
-from streamconv.targets.trtllm.import_rules import brings_scales
-from streamconv.targets.trtllm.options import TensorRTLLM
-from streamconv.targets.trtllm.stated import options_of
-from streamconv.verification import configs, decoded, judgement, measured
+from streamconv.verification import decoded, judgement, measured
 from streamconv.verification.verdict import TensorError, Verdict
 
 _TORCH = 300 * memory.MIB
@@ -76,17 +70,17 @@ def check(
     folder, told = output.folder, output.told
     place = hub.local_folder(source)
     config: dict[str, Any] = json.loads(output.config)
-    names = [*told.sizes] if told is not None else sorted((path.name for path in folder.glob("rank*.safetensors")), key=natural)
-    paths = [folder / name for name in names]
-    if not paths:
+    kind = checks_of(told.target if told is not None else target_of(config).key)
+    names = [*told.sizes] if told is not None else kind.tensor_files(folder, config, [])
+    choices: Sequence[Target] = [_asked(told, folder)] if told is not None else kind.made_with(config, folder / names[0])
+    if not choices:
         if part is not None:
             raise UsageError("--part: a directory without streamconv.json is compared as a whole")
         decoded.check(folder, config, place, resources, verdict, meter)
         return
-    headers = [Shard(path).header() for path in paths]
-    choices: Sequence[Target] = [_asked(told, folder)] if told is not None else options_of(config, headers[0].tensors)
-    choices = [_with_ranges(folder, place, options, output.ranges) for options in choices]
-    files = [Shard(path) for path in paths]
+    choices = [options.with_files(folder, place, output.ranges) for options in choices]
+    files = [Shard(folder / name) for name in names]
+    headers = [file.header() for file in files]
     with contextlib.ExitStack() as stack:
         for file in files:
             stack.callback(file.close)
@@ -100,7 +94,7 @@ def check(
         if told is not None and plan.config != output.config:
             verdict.problems.append("config.json is not what this source gives")
         elif told is None:
-            wrong, other = configs.of_ranks(config, json.loads(plan.config))
+            wrong, other = kind.config_differences(config, json.loads(plan.config))
             verdict.problems += wrong
             verdict.warnings += other
         odd = [file.name for file in plan.files if told is not None and not _begins(file, files)]
@@ -162,11 +156,11 @@ def placed(plan: Plan, headers: Sequence[Header]) -> tuple[Plan, list[str]]:
     """The plan with the places that the tensors have in these files, and what is there that it does not mean.
 
     Args:
-        headers: of the rank files, in the plan's order.
+        headers: of the files, in the plan's order.
     """
     problems: list[str] = []
     if len(headers) != len(plan.files):
-        return plan, [f"{len(headers)} rank files, this source gives {len(plan.files)}"]
+        return plan, [f"{len(headers)} weight files, this source gives {len(plan.files)}"]
     for file, header in zip(plan.files, headers, strict=True):
         names = set[str]()
         for name, dtype, shape in file.tensors_of():
@@ -186,7 +180,7 @@ def placed(plan: Plan, headers: Sequence[Header]) -> tuple[Plan, list[str]]:
 
 
 def _begins(file: OutputFile, files: Sequence[Shard]) -> bool:
-    """A rank file begins with this header."""
+    """A file begins with this header."""
     shard = next((shard for shard in files if shard.path.name == file.name), None)
     if shard is None or shard.size < len(file.header):
         return False
@@ -250,32 +244,3 @@ def _asked(told: manifest.Manifest, folder: Path) -> Target:
         return target_from_json(told.target, told.asked)
     except UsageError as error:
         raise VerifyError(f"{printable(str(folder / manifest.NAME))} is not a streamconv manifest: {error.message}") from None
-
-
-def _with_ranges(folder: Path, source: Path, options: Target, ranges: str | None) -> Target:
-    """The options with a ranges file that is there: the one that is named, or of the same name beside the output."""
-    if not isinstance(options, TensorRTLLM | HuggingFace):
-        return options
-    if ranges is not None:
-        if not options.uses_ranges():
-            raise UsageError("--activation-ranges: this checkpoint was made without any")
-        return dataclasses.replace(options, activation_ranges=ranges)
-    if options.codes is not None and not os.path.isfile(options.codes):
-        near = [folder.absolute().parent / name for name in (Path(options.codes).name, f"{folder.absolute().name}.int4.safetensors")]
-        found = next((place for place in near if os.path.isfile(place)), None)
-        if found is None:
-            told = f"the INT4 codes {printable(options.codes)} are not there, and they cannot be made again from the source alone"
-            raise UsageError(told, hint="put the file beside the output; without --source the output is checked by its hashes")
-        options = dataclasses.replace(options, codes=str(found))
-    if options.activation_ranges is None:
-        brought = isinstance(options, TensorRTLLM) and options.quant == "fp8" and brings_scales(source)
-        if options.needs_ranges() and not brought:
-            raise UsageError("--source: this checkpoint was made with activation ranges", hint="name their file: --activation-ranges FILE")
-        return options
-    known = Path(options.activation_ranges)
-    places = [known, folder.absolute().parent / known.name, folder.absolute().parent / f"{folder.absolute().name}.ranges.safetensors"]
-    found = next((place for place in places if os.path.isfile(place)), None)
-    if found is None:
-        shown = printable(str(known))
-        raise UsageError(f"the activation ranges {shown} are not there", hint="say where they are: --activation-ranges FILE")
-    return dataclasses.replace(options, activation_ranges=str(found))

@@ -18,8 +18,8 @@ from streamconv.errors import StreamconvError, VerifyError, printable
 from streamconv.options import Resources
 from streamconv.progress import Meter, unwatched
 from streamconv.run import manifest
-from streamconv.targets.hf import check as hf
-from streamconv.targets.trtllm import check as trtllm
+from streamconv.targets import checks_of, target_of
+from streamconv.targets.checks import Held
 from streamconv.verification import against_source
 from streamconv.verification.verdict import Verdict
 
@@ -37,35 +37,32 @@ def verify(
     """Check an output folder; see `verbs.verify`.
 
     Args:
-        meter: told about progress: the bytes of the rank files, then those read of the source.
+        meter: told about progress: the bytes of the weight files, then those read of the source.
         part: (K, N): of N machines that share the work this is number K, from 0; structure is checked by each.
     """
     folder, verdict, meter = Path(out), Verdict(), meter or Meter(unwatched)
     config, config_bytes = _config(folder)
     told = manifest.load(folder)
-    key = told.target if told is not None else "trtllm" if "mapping" in config else "hf"
+    kind = checks_of(told.target if told is not None else target_of(config).key)
     if told is None:
         verdict.warnings.append(f"no {manifest.NAME}: another tool wrote this; hashes cannot be checked")
     elif xxhash.xxh3_128(config_bytes).hexdigest() != told.config:
         verdict.problems.append("config.json: the bytes are not those that were written")
-    names = hf.tensor_files(folder, verdict.problems) if key == "hf" else trtllm.tensor_files(folder, config, verdict.problems)
+    names = kind.tensor_files(folder, config, verdict.problems)
     shapes: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
     hashes: dict[tuple[str, str], str] = {}
     total, before = sum((folder / name).stat().st_size for name in names), 0
     meter.begin("checking", total)
     for name in names:
         try:
-            loadable = hf.LOADABLE if key == "hf" else trtllm.LOADABLE
             mine = partial(_is_in, part, before, total)
-            shapes[name] = _tensor_file(folder / name, told, verdict, hashes, meter.add, loadable, mine)
+            shapes[name] = _tensor_file(folder / name, told, verdict, hashes, meter.add, kind.LOADABLE, mine)
             before += (folder / name).stat().st_size
         except StreamconvError as error:
             verdict.problems.append(str(error))
         verdict.files += 1
-    if key == "hf":
-        problems, warnings = hf.check(folder, config, shapes)
-    else:  # of an output of ours hashes tell already whether a rank is in its place
-        problems, warnings = trtllm.check(config, shapes, hashes if part is None else {}, copies=told is None)
+    # of an output of ours hashes tell already whether a file is in its place
+    problems, warnings = kind.check(Held(folder, config, shapes, hashes if part is None else {}, copies=told is None))
     verdict.problems += problems
     verdict.warnings += warnings
     if told is not None:
@@ -80,11 +77,8 @@ def verify(
         output = against_source.Output(folder, config_bytes, told, activation_ranges)
         against_source.check(output, source, resources or Resources(), verdict, meter, part)
     if with_tensorrt_llm:
-        from streamconv.targets.trtllm.official_reader import read_ranks
-
-        version, accepted, refused = read_ranks(folder)
+        verdict.reader, refused = kind.engine_reads(folder)
         verdict.problems += refused
-        verdict.reader = f"TensorRT-LLM {version} accepted {accepted} ranks, refused {len(refused)}"
     meter.end()
     return verdict
 

@@ -24,12 +24,12 @@ from streamconv.options import Resources
 from streamconv.planning import memory_plan
 from streamconv.progress import Meter
 from streamconv.run import source_record
+from streamconv.targets.hf.config_differences import config_differences
 from streamconv.targets.hf.model_types import text_config
 from streamconv.targets.hf.sources import Weight
 from streamconv.targets.hf.stacked import unstack
 from streamconv.targets.hf.stored import stored_weights
 from streamconv.targets.hf.target import HuggingFace
-from streamconv.verification import configs
 from streamconv.verification.difference import numbers, opened, read_elements
 from streamconv.verification.nearest import Format, format_of, nearest
 from streamconv.verification.side import Side
@@ -89,7 +89,7 @@ def check(folder: Path, config: Mapping[str, Any], source: str | Path, resources
     budget = resources.memory_budget
     raw = opened(str(source), str(folder), budget)
     if not raw[0].index.views:
-        wrong, other = configs.of_directory(config, raw[0].index.config)
+        wrong, other = config_differences(config, raw[0].index.config)
         verdict.problems += wrong
         verdict.warnings += other
     a, b = sides = tuple(_unstacked(side, F32) for side in raw)

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from streamconv import targets
 from streamconv.checkpoint.derived_rows import RotaryRows
 from streamconv.checkpoint.dtypes import F32
 from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.meta import ShardedTensor, output_rows
 from streamconv.checkpoint.model_config import from_meta
 from streamconv.checkpoint.rows import SourceTensor
-from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.source_tensors import SourceTensors
-from streamconv.checkpoint.tensor_table import TensorTable
 from streamconv.errors import CheckpointError, RefusedError
 from streamconv.families.llama import FAMILIES as LLAMAS
 from streamconv.families.matching import example, match
@@ -26,10 +24,8 @@ from streamconv.hub import open_stored
 from streamconv.quants.decoded_rows import DecodedAffine, DecodedIntegers, DecodedTensor
 from streamconv.targets.hf.sources import Weight
 from streamconv.targets.hf.stored import stored_weights
-from streamconv.targets.trtllm.inherited import is_rank_folder
 
 (LLAMA,) = LLAMAS
-_RANK = re.compile(r"rank(0|[1-9]\d{0,3})\.safetensors")
 _CODES = {"e4m3": "F8_E4M3", "int8": "INT8", "uint8": "INT8", "e2m1": "FP4", "uint4": "INT4"}
 
 
@@ -69,15 +65,18 @@ def open_sides(a: str, b: str) -> tuple[Side, Side]:
     Raises:
         CheckpointError, HubError: one cannot be opened. RefusedError: rank files in a format that is not read back, on one side alone.
     """
-    ranks = is_rank_folder(Path(a)) and is_rank_folder(Path(b))
+    refused: RefusedError | None = None
     try:
         sides = open_stored(a, tensors_only=True), open_stored(b, tensors_only=True)
-        if not (ranks and sides[0].origin == sides[1].origin):
+        if sides[0].origin is None or sides[0].origin != sides[1].origin:
             return _side(sides[0]), _side(sides[1])
-    except RefusedError:
-        if not ranks:
-            raise
-    return _by_rank(Path(a)), _by_rank(Path(b))
+    except RefusedError as error:
+        refused = error
+    first, second = (targets.opened(Path(folder), as_stored=True) for folder in (a, b))
+    if refused is not None and (first is None or second is None):
+        raise refused
+    assert first is not None and second is not None  # outputs alone have an origin
+    return Side(first, SourceTensors(first), {}), Side(second, SourceTensors(second), {})
 
 
 def settled(side: Side) -> Side:
@@ -109,14 +108,3 @@ def _of_meta(index: Index, assembled: Mapping[str, ShardedTensor]) -> Side:
             held = RotaryRows(name, held.dtype, held.shape, held.pieces, held.axis, model.head_size)
         weights[example(LLAMA, role, layer, expert)] = held
     return Side(index, weights, {})
-
-
-def _by_rank(folder: Path) -> Side:
-    """A TensorRT-LLM checkpoint with its own tensors, each behind the name of its rank."""
-    found = sorted((int(known[1]), path) for path in folder.iterdir() if (known := _RANK.fullmatch(path.name)))
-    shards, tensors = tuple(Shard(path) for _, path in found), TensorTable()
-    for number, shard in enumerate(shards):
-        for tensor in shard.header().tensors.values():
-            tensors.add(f"{shard.path.stem}.{tensor.name}", tensor.dtype, tensor.shape, number, tensor.begin)
-    index = Index(folder, {}, shards, tensors)
-    return Side(index, SourceTensors(index), {})

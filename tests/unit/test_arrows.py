@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 
 import streamconv
+from streamconv.targets import TARGETS, checks_of
+from streamconv.targets.checks import Checks
 from tests import tiny
 
 ROOT = Path(streamconv.__file__).parent
@@ -145,3 +148,18 @@ def _loaded(command: list[str], program: str = "main") -> set[str]:
     done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return set(done.stderr.rpartition("modules: ")[2].split())
+
+
+def test_verification_knows_no_target() -> None:
+    """What a kind of output means, its folder says: nothing else names the files of a rank, nor how config.json spells a format."""
+    named = re.compile(r"""rank(\d|\[|\\d)[^"']*safetensors|["']quant_algo["']|["']mapping["']""")
+    apart = ("targets/", "checkpoint/quantized.py", "cli/official_flags.py", "cli/config_from_flags.py", "cli/list_view.py")
+    found = [str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py") if named.search(path.read_text())]
+    # run/place.py: an interrupted run with more ranks leaves files that no manifest lists yet
+    assert [name for name in found if not name.startswith(apart)] == ["run/place.py"]
+
+
+@pytest.mark.parametrize("key", TARGETS)
+def test_a_target_answers_what_verify_asks(key: str) -> None:
+    asked = {name for name in vars(Checks) if not name.startswith("_")} | set(Checks.__annotations__)
+    assert len(asked) == 6 and not asked - set(vars(checks_of(key)))

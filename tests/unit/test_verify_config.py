@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from streamconv import api
+from streamconv.targets.hf.config_differences import config_differences
 from streamconv.targets.hf.target import HuggingFace
 from streamconv.targets.trtllm.options import TensorRTLLM
 from streamconv.verification.check import verify
-from streamconv.verification.configs import of_directory
 from tests import tiny
 
 Config = dict[str, Any]
@@ -45,7 +45,7 @@ def test_other_values_are_named(change: Callable[[Config], object], says: str, w
     config = copy.deepcopy(SOURCE)
     change(config)
     source = {"model_type": "llava", "text_config": SOURCE} if wrapped else SOURCE
-    problems, _ = of_directory({"model_type": "llava", "text_config": config} if wrapped else config, source)
+    problems, _ = config_differences({"model_type": "llava", "text_config": config} if wrapped else config, source)
     assert len(problems) == 1 and says in problems[0]
 
 
@@ -61,11 +61,11 @@ def test_other_values_are_named(change: Callable[[Config], object], says: str, w
 def test_what_tools_change_is_no_problem(change: Callable[[Config], object]) -> None:
     config = copy.deepcopy(SOURCE)
     change(config)
-    assert of_directory(config, SOURCE) == ([], []) == of_directory(config, {"text_config": SOURCE, "model_type": "llava"})
+    assert config_differences(config, SOURCE) == ([], []) == config_differences(config, {"text_config": SOURCE, "model_type": "llava"})
 
 
 def test_what_the_source_alone_has_is_told() -> None:
-    problems, (line,) = of_directory({key: value for key, value in SOURCE.items() if key != "rms_norm_eps"}, SOURCE)
+    problems, (line,) = config_differences({key: value for key, value in SOURCE.items() if key != "rms_norm_eps"}, SOURCE)
     assert not problems and "lacks rms_norm_eps" in line
 
 

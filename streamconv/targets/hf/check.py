@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +12,18 @@ from streamconv.checkpoint.limits import MAX_WEIGHT_MAP
 from streamconv.checkpoint.quantized import AUTO_ROUND
 from streamconv.checkpoint.unknown_statements import overrides
 from streamconv.checkpoint.untrusted import parse_json, read_file, shown_value
-from streamconv.errors import VerifyError, printable
+from streamconv.errors import UsageError, VerifyError, printable
 from streamconv.natural import natural
+from streamconv.targets.base import Target
+from streamconv.targets.checks import Held, Told
 from streamconv.targets.hf.check_scales import SCALES, SHARED, check_tensors, check_values, codes_of, unordered
+from streamconv.targets.hf.config_differences import config_differences as config_differences
 from streamconv.targets.hf.layers import Model, differences, in_order
 from streamconv.targets.hf.rules import default_reason, is_other_part, partners
 from streamconv.targets.hf.second_file import group_size, second_file
 from streamconv.targets.hf.stated import Statement, read_statement, stated_bits
 from streamconv.targets.hf.units import kinds
 from streamconv.targets.hf.weights import Tensors
-
-Shapes = Mapping[str, Tensors]
-"""File -> tensor -> (dtype, shape)."""
 
 LOADABLE = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "I16", "I32", "I64", "BOOL"}
 INDEX = "model.safetensors.index.json"
@@ -33,7 +33,7 @@ _WORDS = ("gptq", "awq", *AUTO_ROUND)
 _SHOWN = 20
 
 
-def tensor_files(folder: Path, problems: list[str]) -> list[str]:
+def tensor_files(folder: Path, config: Mapping[str, Any], problems: list[str]) -> list[str]:
     """The safetensors files of a directory, held against its index."""
     present = sorted(path.name for path in folder.iterdir() if path.name.endswith(".safetensors"))
     listed = _weight_map(folder, problems)
@@ -58,17 +58,18 @@ def _weight_map(folder: Path, problems: list[str]) -> dict[str, str] | None:
     return listed
 
 
-def check(folder: Path, config: Mapping[str, Any], shapes: Shapes) -> tuple[list[str], list[str]]:
+def check(held: Held) -> Told:
     """Problems and warnings: the index, the config against the tensors, partners, what is left out of `ignore`."""
     problems: list[str] = []
     warnings: list[str] = []
+    folder, config, shapes = held.folder, held.config, held.shapes
     tensors = {name: told for file in shapes.values() for name, told in file.items()}
     if sum(map(len, shapes.values())) != len(tensors):
         problems.append("a tensor is in two files")
     listed = _weight_map(folder, [])
     if listed is not None:
-        held = {name: file for file, names in shapes.items() for name in names}
-        odd = sorted((name for name in {*listed, *held} if listed.get(name) != held.get(name)), key=natural)
+        places = {name: file for file, names in shapes.items() for name in names}
+        odd = sorted((name for name in {*listed, *places} if listed.get(name) != places.get(name)), key=natural)
         problems += [f"{INDEX}: {printable(name)} is not where it says" for name in odd[:20]]
         problems += _total(folder, tensors)
     stated = config.get("quantization_config")
@@ -95,6 +96,16 @@ def check(folder: Path, config: Mapping[str, Any], shapes: Shapes) -> tuple[list
     problems += check_values(folder, shapes, tensors, statement)[:_SHOWN]
     wrong, odd = check_names(folder, stated, codes, tensors, statement, model)
     return problems + wrong, warnings + odd
+
+
+def made_with(config: Mapping[str, Any], first: Path) -> Sequence[Target]:
+    """None: how another tool rounds is not known, so values are compared."""
+    return ()
+
+
+def engine_reads(folder: Path) -> tuple[str, list[str]]:
+    """No engine's own reader is asked."""
+    raise UsageError("--with-tensorrt-llm is for rank files, and this is a Hugging Face directory", hint="leave it out")
 
 
 def check_names(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from streamconv.checkpoint.dtypes import BY_TORCH_NAME, MODEL_DTYPES, DType
@@ -70,6 +71,11 @@ class HuggingFace(Target):
     )
     kv_cache: str | None = option(None, "type of the KV cache whose scales are stored", choices=("fp8",), typed=str)
     max_shard_size: int | None = option(None, "split the output anew, not as the source is", size=True, typed=int, least=1 << 20)
+
+    def with_files(self, folder: Path, source: Path, ranges: str | None) -> HuggingFace:
+        from streamconv.targets.files_beside import files_beside
+
+        return dataclasses.replace(self, **files_beside(self, folder, ranges))
 
     @property
     def headline(self) -> str:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from streamconv.checkpoint.shard import Shard
 from streamconv.errors import VerifyError, printable
 from streamconv.natural import natural
+from streamconv.targets.checks import Held, Told
+from streamconv.targets.config_keys import SHOWN, flat, line, rope_scaling
 from streamconv.targets.trtllm import expected, rank_peers
-
-Shapes = Mapping[str, Mapping[str, tuple[str, tuple[int, ...]]]]
-"""File -> tensor -> (dtype, shape)."""
+from streamconv.targets.trtllm.options import TensorRTLLM
 
 LOADABLE = {"F16", "BF16", "F32", "I8", "I32", "I64", "BOOL", "F8_E4M3"}
 _REQUIRED = ("architecture", "dtype", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "mapping")
+_ENGINE_ONLY = re.compile(
+    r"mapping|quantization\.(?!clamp_val|has_zero_point|pre_quant_scale).*|runtime_defaults|logits_dtype|dtype|num_labels|seq_length"
+    r"|max_position_embeddings|tie_word_embeddings|share_embedding_table|use_parallel_embedding|embedding_sharding_dim|moe\.tp_mode"
+    r"|disable_weight_only_quant_plugin|has_partial_lora_mask|quant_ckpt_path|load_model_on_cpu|device|qwen_type"
+)
+"""Keys of a TensorRT-LLM checkpoint that say how it is run or was made, or that follow from the options."""
 
 
 def tensor_files(folder: Path, config: Mapping[str, Any], problems: list[str]) -> list[str]:
@@ -36,16 +43,40 @@ def tensor_files(folder: Path, config: Mapping[str, Any], problems: list[str]) -
     return sorted(wanted & present, key=lambda text: int(text[4:-12]))
 
 
-def check(config: Mapping[str, Any], shapes: Shapes, hashes: Mapping[tuple[str, str], str], copies: bool) -> tuple[list[str], list[str]]:
-    """Problems and warnings.
+def check(held: Held) -> Told:
+    """Problems and warnings."""
+    problems, warnings = expected.check(dict(held.config), {name: dict(tensors) for name, tensors in held.shapes.items()})
+    return problems + _peers(held), warnings
+
+
+def made_with(config: Mapping[str, Any], first: Path) -> Sequence[TensorRTLLM]:
+    """Options that may have given this checkpoint, see `stated`."""
+    from streamconv.targets.trtllm.stated import options_of
+
+    return options_of(config, Shard(first).header().tensors)
+
+
+def config_differences(config: Mapping[str, Any], given: Mapping[str, Any]) -> Told:
+    """Problems and warnings of a TensorRT-LLM checkpoint: what the engine computes with is a problem.
 
     Args:
-        hashes: (file, tensor) -> hash of its bytes.
-        copies: look for rank files that are copies of each other.
+        given: what a conversion of the source writes.
     """
-    problems, warnings = expected.check(dict(config), {name: dict(held) for name, held in shapes.items()})
-    problems += _peers(config, shapes, hashes, copies)
-    return problems, warnings
+    held, wanted = (dict(flat({**of, "rotary_scaling": rope_scaling(of.get("rotary_scaling"))}, "")) for of in (config, given))
+    problems, warnings = list[str](), list[str]()
+    for key, value in wanted.items():
+        if key in held and held[key] != value:
+            where = warnings if _ENGINE_ONLY.fullmatch(key) or key.startswith("mapping.") else problems
+            where.append(line(key, held[key], value, "as this source gives it"))
+    return problems[:SHOWN], warnings
+
+
+def engine_reads(folder: Path) -> tuple[str, list[str]]:
+    """What TensorRT-LLM's own reader says, see `official_reader`: a line for people, and a line for each rank that it refused."""
+    from streamconv.targets.trtllm.official_reader import read_ranks
+
+    version, accepted, refused = read_ranks(folder)
+    return f"TensorRT-LLM {version} accepted {accepted} ranks, refused {len(refused)}", refused
 
 
 def _world(config: Mapping[str, Any], problems: list[str]) -> int:
@@ -65,12 +96,12 @@ def _world(config: Mapping[str, Any], problems: list[str]) -> int:
     return tp * pp
 
 
-def _peers(config: Mapping[str, Any], shapes: Shapes, hashes: Mapping[tuple[str, str], str], copies: bool) -> list[str]:
+def _peers(held: Held) -> list[str]:
     """Rank files that are not those of one conversion."""
-    found, tp = list[str](), int(config["mapping"].get("tp_size", 1))
-    for name in shapes:
+    found, tp = list[str](), int(held.config["mapping"].get("tp_size", 1))
+    for name in held.shapes:
         first = f"rank{int(name[4:-12]) // tp * tp}.safetensors"
-        if first in shapes and (odd := set(shapes[first]) ^ set(shapes[name])):
+        if first in held.shapes and (odd := set(held.shapes[first]) ^ set(held.shapes[name])):
             found.append(f"{first} and {name} hold different tensors, for example {printable(min(odd, key=natural))}")
-    held = {name: tuple(tensors) for name, tensors in shapes.items()}
-    return found + list(rank_peers.problems(config, held, lambda file, tensor: hashes.get((file, tensor), ""), copies))
+    names = {name: tuple(tensors) for name, tensors in held.shapes.items()}
+    return found + list(rank_peers.problems(held.config, names, lambda file, tensor: held.hashes.get((file, tensor), ""), held.copies))

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from streamconv.checkpoint.index import Index
+from streamconv.checkpoint.shard import Shard
+from streamconv.checkpoint.tensor_table import TensorTable
 from streamconv.errors import RefusedError
 from streamconv.targets.trtllm.options import TensorRTLLM
 
+_RANK = re.compile(r"rank(0|[1-9]\d{0,3})\.safetensors")
 _EXPERTS = ("moe_tp_size", "moe_ep_size")
 """What follows from tp_size where nobody asks for something else."""
 
@@ -19,6 +23,16 @@ _EXPERTS = ("moe_tp_size", "moe_ep_size")
 def is_rank_folder(folder: Path) -> bool:
     """Whether a folder holds rank files; config.json decides whether they can be read."""
     return os.path.lexists(folder / "rank0.safetensors") and os.path.lexists(folder / "config.json")
+
+
+def stored_ranks(folder: Path) -> Index:
+    """The tensors of all rank files, each behind the name of its rank; reads headers alone."""
+    found = sorted((int(known[1]), path) for path in folder.iterdir() if (known := _RANK.fullmatch(path.name)))
+    shards, tensors = tuple(Shard(path) for _, path in found), TensorTable()
+    for number, shard in enumerate(shards):
+        for tensor in shard.header().tensors.values():
+            tensors.add(f"{shard.path.stem}.{tensor.name}", tensor.dtype, tensor.shape, number, tensor.begin)
+    return Index(folder, {}, shards, tensors)
 
 
 @dataclass(frozen=True, slots=True)

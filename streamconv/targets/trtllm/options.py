@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from streamconv.options import METHODS, TARGET_SMS, TARGET_VERSIONS, Version
 from streamconv.targets.base import FILE, Target, option
@@ -91,6 +92,29 @@ class TensorRTLLM(Target):
         from streamconv.targets.trtllm.effects import without_effect
 
         return without_effect(self, given, source)
+
+    @classmethod
+    def has_written(cls, config: Mapping[str, Any]) -> bool:
+        return "mapping" in config
+
+    @classmethod
+    def opened(cls, folder: Path, as_stored: bool = False) -> Index | None:
+        from streamconv.targets.trtllm import inherited
+
+        if not inherited.is_rank_folder(folder):
+            return None
+        if as_stored:
+            return inherited.stored_ranks(folder)
+        from streamconv.targets.trtllm.rank_source import open_ranks
+
+        return open_ranks(folder)
+
+    def with_files(self, folder: Path, source: Path, ranges: str | None) -> TensorRTLLM:
+        from streamconv.targets.files_beside import files_beside
+        from streamconv.targets.trtllm.import_rules import brings_scales
+
+        brought = self.quant == "fp8" and ranges is None and self.activation_ranges is None and brings_scales(source)
+        return replace(self, **files_beside(self, folder, ranges, brought))
 
     @property
     def headline(self) -> str:

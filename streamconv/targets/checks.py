@@ -1,0 +1,57 @@
+"""What `verify` asks of a kind of output: each target answers in the module `check` of its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from streamconv.targets.base import Target
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What `verify` knows of an output.
+
+    Attributes:
+        config: config.json, an object.
+        shapes: file -> tensor -> (dtype, shape).
+        hashes: (file, tensor) -> hash of its bytes, of what was hashed.
+        copies: files may be copies of each other: no manifest tells their hashes.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    shapes: Mapping[str, Mapping[str, tuple[str, tuple[int, ...]]]]
+    hashes: Mapping[tuple[str, str], str]
+    copies: bool
+
+
+Told = tuple[list[str], list[str]]
+"""Problems and warnings."""
+
+
+class Checks(Protocol):
+    """What `verify` asks of a kind of output."""
+
+    LOADABLE: Collection[str]
+
+    def tensor_files(self, folder: Path, config: Mapping[str, Any], problems: list[str]) -> list[str]:
+        """The weight files that are there and belong to the output, in order; adds to `problems`."""
+
+    def check(self, held: Held) -> Told:
+        """What can be said without the source."""
+
+    def made_with(self, config: Mapping[str, Any], first: Path) -> Sequence[Target]:
+        """Options that may have given another tool's output, whose bytes are then compared; none: values are.
+
+        Args:
+            first: the first of its files.
+        """
+
+    def config_differences(self, config: Mapping[str, Any], given: Mapping[str, Any]) -> Told:
+        """What a config.json tells an engine to compute, against the one that conversion gives, or that of the source."""
+
+    def engine_reads(self, folder: Path) -> tuple[str, list[str]]:
+        """What the engine's own reader says: a line for people, and a line for each file that it refuses."""
