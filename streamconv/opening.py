@@ -9,8 +9,7 @@ from typing import Any
 
 from streamconv.arguments import path_of
 from streamconv.checkpoint.index import Index, nearest
-from streamconv.checkpoint.selection import Chosen, everything, select, shape_of
-from streamconv.checkpoint.stored import Stored, stored
+from streamconv.checkpoint.stored import Chosen, Stored, everything, select, shape_of, stored
 from streamconv.errors import TensorError, UsageError, printable
 from streamconv.hub import open_stored
 from streamconv.lazy import np, torch

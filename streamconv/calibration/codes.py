@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from streamconv.calibration.codes_writer import CodesWriter
-from streamconv.calibration.experts import Experts
 from streamconv.calibration.folds import Fold, Folds
 from streamconv.calibration.gram import Gram
 from streamconv.calibration.grid import Grid
+from streamconv.calibration.layers import Experts
 from streamconv.calibration.search import Found, Site, nearest, search
 from streamconv.calibration.tiers import LINEAR, SAMPLE, SITES, SMALLER, gram_bytes, losses_bytes, passes_of, search_bytes, tier_of
 from streamconv.checkpoint.codes_file import Losses, mark_of

@@ -24,7 +24,7 @@ from streamconv.checkpoint.dtypes import F32, I8, DType
 from streamconv.checkpoint.header import read_header
 from streamconv.checkpoint.header_parse import TensorEntry
 from streamconv.checkpoint.packed_rows import read_channels
-from streamconv.checkpoint.rows import PackedTensor, SourceFile, SourceTensor
+from streamconv.checkpoint.rows import KeepsPages, PackedTensor, SourceFile, SourceTensor
 from streamconv.checkpoint.shard import Shard
 from streamconv.errors import DataError, TensorError, UsageError, printable
 from streamconv.lazy import Bytes, np
@@ -95,7 +95,7 @@ class TurnedCodes(ApartCodes):
 
 
 @dataclass(frozen=True, slots=True)
-class ApartTensor(SourceTensor):
+class ApartTensor(KeepsPages, SourceTensor):
     """A tensor of a file of its own; as `ApartCodes`.
 
     Attributes:
@@ -126,9 +126,6 @@ class ApartTensor(SourceTensor):
         each = self.stored_row_bytes
         self.file.read_into(self.begin + start * each, out.data[: (stop - start) * each])
         self.check(out[: (stop - start) * each])
-
-    def drop_page_cache(self, shards: Sequence[Shard], start: int, stop: int) -> None:
-        """Nothing: scales are small."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from streamconv.checkpoint.dtypes import F32, I8
-from streamconv.checkpoint.rows import Extent, PackedTensor, SourceTensor
+from streamconv.checkpoint.rows import Extent, KeepsPages, PackedTensor, SourceTensor
 from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.stored_codes import as_float
 from streamconv.lazy import Bytes, np
@@ -21,7 +21,7 @@ WIDE = 512
 
 
 @dataclass(frozen=True, slots=True)
-class Turned(SourceTensor):
+class Turned(KeepsPages, SourceTensor):
     """A stored matrix read by its columns: `shape` is (columns wanted, stored rows); the one piece is as it is stored.
 
     Attributes:
@@ -46,12 +46,9 @@ class Turned(SourceTensor):
         stripe = read_stripe(shards, self.pieces[0], item, first, last, scratch)
         turn(stripe, (self.cols, last - first), item, out, self.step)
 
-    def drop_page_cache(self, shards: Sequence[Shard], start: int, stop: int) -> None:
-        """Nothing: the pages of a stripe hold parts of the next ones."""
-
 
 @dataclass(frozen=True, slots=True)
-class EveryRow(SourceTensor):
+class EveryRow(KeepsPages, SourceTensor):
     """Every `step`-th row of a stored matrix; the one piece begins with the first of them."""
 
     step: int = 1
@@ -59,9 +56,6 @@ class EveryRow(SourceTensor):
     def read(self, shards: Sequence[Shard], start: int, stop: int, out: Bytes, scratch: Bytes) -> None:
         piece, row = self.pieces[0], self.stored_row_bytes
         shards[piece.shard].read_rows_into(piece.begin + start * self.step * row, self.step * row, row, stop - start, out.data, row)
-
-    def drop_page_cache(self, shards: Sequence[Shard], start: int, stop: int) -> None:
-        """Nothing: the rows between are wanted too."""
 
 
 def rows_of(tensor: SourceTensor, name: str, first: int, shape: tuple[int, int], step: int = 1) -> SourceTensor:

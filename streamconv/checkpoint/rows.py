@@ -64,6 +64,15 @@ class Extent(NamedTuple):
     cols: int
 
 
+class KeepsPages:
+    """Rows whose pages of the files hold parts of other rows that are wanted later, or that are read from no file."""
+
+    __slots__ = ()
+
+    def drop_page_cache(self, shards: Sequence[Shard], start: int, stop: int) -> None:
+        """Nothing is dropped."""
+
+
 @dataclass(frozen=True, slots=True)
 class SourceTensor:
     """A tensor of the checkpoint seen as a matrix: a vector is a column, leading dimensions are flattened into rows.
@@ -134,7 +143,7 @@ class SourceTensor:
 
 
 @dataclass(frozen=True, slots=True)
-class PackedTensor(SourceTensor):
+class PackedTensor(KeepsPages, SourceTensor):
     """An integer weight [N, K] that the source stores packed; reading it gives signed int8, one row per output channel.
 
     Attributes:
@@ -166,12 +175,9 @@ class PackedTensor(SourceTensor):
         at = (piece.begin, piece.rows, piece.cols)
         read_channels(shards[piece.shard], at, self.packing, self.bits, self.cols, start, stop, out, scratch)
 
-    def drop_page_cache(self, shards: Sequence[Shard], start: int, stop: int) -> None:
-        """Nothing: the pages of a stripe of channels hold parts of the next stripes."""
-
 
 @dataclass(frozen=True, slots=True)
-class NoSource:
+class NoSource(KeepsPages):
     """One zero in the place of a source: the codec gives the stored values from reductions alone."""
 
     name: str
@@ -185,9 +191,6 @@ class NoSource:
 
     def read(self, shards: Sequence[Shard], start: int, stop: int, out: Bytes, scratch: Bytes) -> None:
         out[:] = 0
-
-    def drop_page_cache(self, shards: Sequence[Shard], start: int, stop: int) -> None:
-        """Nothing was read."""
 
 
 class RowForm(NamedTuple):

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from streamconv.checkpoint.rows import SourceTensor
+from streamconv.checkpoint.rows import KeepsPages, SourceTensor
 from streamconv.checkpoint.shard import Shard
 from streamconv.lazy import Bytes
 
 
 @dataclass(frozen=True, slots=True)
-class Strided(SourceTensor):
+class Strided(KeepsPages, SourceTensor):
     """Pieces one above the other (axis 0) or side by side (axis 1), each some columns of a stored matrix.
 
     Attributes:
@@ -35,9 +35,6 @@ class Strided(SourceTensor):
                 to = out.data[(low - rows[0]) * width + (left - cols[0]) * item :]
                 shards[piece.shard].read_rows_into(begin, stride, (right - left) * item, high - low, to, width)
             row, col = (row + piece.rows, col) if self.axis == 0 else (row, col + piece.cols)
-
-    def drop_page_cache(self, shards: Sequence[Shard], start: int, stop: int) -> None:
-        """Nothing: the pages hold parts of other columns."""
 
 
 def beside(name: str, tensors: Sequence[Strided]) -> Strided:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from streamconv.checkpoint.derived_rows import read_stripe
 from streamconv.checkpoint.dtypes import DType
 from streamconv.checkpoint.packed_rows import AWQ_POSITION
-from streamconv.checkpoint.rows import Extent, PackedTensor, SourceTensor
+from streamconv.checkpoint.rows import Extent, KeepsPages, PackedTensor, SourceTensor
 from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.stored_codes import NIBBLES, Code, as_float, values
 from streamconv.checkpoint.strided_rows import Strided
@@ -30,7 +30,7 @@ STRIPE = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class _Decoded:
+class _Decoded(KeepsPages):
     """A weight of `shape`, its leading dimensions flattened into rows; `dtype` is F32, F16 or BF16.
 
     Attributes:
@@ -62,9 +62,6 @@ class _Decoded:
     @property
     def nbytes(self) -> int:
         return self.rows * self.cols * self.dtype.itemsize
-
-    def drop_page_cache(self, shards: Sequence[Shard], start: int, stop: int) -> None:
-        """Nothing: the pages of a stripe hold parts of the next ones."""
 
     def _check(self, shards: Sequence[Shard], scales: SourceTensor, found: Floats, signed: bool = True) -> None:
         """Refuse scales as they were read.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from streamconv.checkpoint.dtypes import I32
-from streamconv.checkpoint.rows import SourceTensor
+from streamconv.checkpoint.rows import KeepsPages, SourceTensor
 from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.stored_codes import as_float
 from streamconv.checkpoint.strided_rows import Strided
@@ -15,7 +15,7 @@ from streamconv.lazy import Bytes, np
 
 
 @dataclass(frozen=True, slots=True)
-class ByChannel(SourceTensor):
+class ByChannel(KeepsPages, SourceTensor):
     """[groups, N] read as [N, groups]."""
 
     grouped: Strided = field(kw_only=True)
@@ -30,12 +30,9 @@ class ByChannel(SourceTensor):
         self.grouped.read_part(shards, (0, groups), (start, stop), stored)
         out.reshape(count, groups, item)[:] = stored.reshape(groups, count, item).swapaxes(0, 1)
 
-    def drop_page_cache(self, shards: Sequence[Shard], start: int, stop: int) -> None:
-        """Nothing: the pages hold parts of other channels."""
-
 
 @dataclass(frozen=True, slots=True)
-class ZeroWords(SourceTensor):
+class ZeroWords(KeepsPages, SourceTensor):
     """Zero points [N * bits / 32, groups], int32 words of unsigned integers, the lowest channel in the lowest bits.
 
     A TensorRT-LLM checkpoint has (half - zero point) * scale in the model's type instead, half being 2^(bits-1).
@@ -71,9 +68,6 @@ class ZeroWords(SourceTensor):
         shifts = np.arange(0, 32, self.bits, dtype=np.uint32)[None, :, None]
         words = points.T.astype(np.uint32).reshape(stop - start, each, groups) << shifts
         out.view(np.uint32)[:] = np.bitwise_or.reduce(words, 1).reshape(-1)
-
-    def drop_page_cache(self, shards: Sequence[Shard], start: int, stop: int) -> None:
-        """Nothing: the pages hold parts of other channels."""
 
 
 def by_channel(grouped: Strided) -> ByChannel:

@@ -13,7 +13,7 @@ from itertools import chain
 
 from streamconv.checkpoint.dtypes import DType
 from streamconv.checkpoint.packed_rows import unpack
-from streamconv.checkpoint.rows import Extent, PackedTensor, SourceTensor
+from streamconv.checkpoint.rows import Extent, KeepsPages, PackedTensor, SourceTensor
 from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.strided_rows import Strided
 from streamconv.lazy import Bytes
@@ -23,7 +23,7 @@ Expert = SourceTensor | DecodedTensor
 
 
 @dataclass(frozen=True, slots=True)
-class Stacked:
+class Stacked(KeepsPages):
     """Weights [N, K] of `parts` matrices of each of E experts, as [E, parts * N, K], or as [E, K, parts * N] where they are turned.
 
     Attributes:
@@ -92,9 +92,6 @@ class Stacked:
             stripe = scratch[: self.outs * (high - low) * self.dtype.itemsize]
             columns(weight, low, high).read(shards, 0, self.outs, stripe, scratch[stripe.size :])
             whole[low - first : high - first, outs] = stripe.view(kind).reshape(self.outs, high - low).T
-
-    def drop_page_cache(self, shards: Sequence[Shard], start: int, stop: int) -> None:
-        """Nothing: the pages of a stripe hold parts of the next ones."""
 
 
 def stacked(name: str, shape: tuple[int, ...], of: Callable[[int], Expert], parts: int, turned: bool, alternating: bool) -> Stacked | None:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from streamconv.checkpoint.derived_rows import less_one, paired_rows
 from streamconv.checkpoint.dtypes import F8_E4M3, F32, I8, MODEL_DTYPES, DType
 from streamconv.checkpoint.header_parse import Header, TensorEntry
-from streamconv.checkpoint.rows import Extent, SourceTensor
+from streamconv.checkpoint.rows import Extent, KeepsPages, SourceTensor
 from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.strided_rows import Strided
 from streamconv.errors import RefusedError, TensorError, printable
@@ -94,7 +94,7 @@ def by_input(name: str, held: Held, axis: int, headers: Sequence[Header]) -> Sou
 
 
 @dataclass(frozen=True, slots=True)
-class Steps(SourceTensor):
+class Steps(KeepsPages, SourceTensor):
     """A column of a few float32 numbers, each for many rows.
 
     Attributes:
@@ -108,9 +108,6 @@ class Steps(SourceTensor):
         for rows, number in self.steps:
             to[max(first - start, 0) : max(first + rows - start, 0)] = number
             first += rows
-
-    def drop_page_cache(self, shards: Sequence[Shard], start: int, stop: int) -> None:
-        """Nothing is read."""
 
 
 def scalar(name: str, stored: str, held: Held, axis: int, headers: Sequence[Header], shards: Sequence[Shard]) -> SourceTensor:

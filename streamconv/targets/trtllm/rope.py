@@ -12,7 +12,7 @@ from typing import Any
 
 from streamconv.checkpoint.dtypes import F32, DType
 from streamconv.checkpoint.model_config import ModelConfig
-from streamconv.checkpoint.rows import Extent
+from streamconv.checkpoint.rows import Extent, KeepsPages
 from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.untrusted import shown_value
 from streamconv.errors import CheckpointError
@@ -23,7 +23,7 @@ from streamconv.targets.trtllm.options import TensorRTLLM
 
 
 @dataclass(frozen=True, slots=True)
-class RopeTable:
+class RopeTable(KeepsPages):
     """A table whose rows are computed when they are needed. kind: "positions", "frequencies" or "pairs"."""
 
     name: str
@@ -55,9 +55,6 @@ class RopeTable:
 
     def read(self, shards: Sequence[Shard], start: int, stop: int, out: Bytes, scratch: Bytes) -> None:
         out[:] = np.ascontiguousarray(self.fill(start, stop)).reshape(-1).view(np.uint8)
-
-    def drop_page_cache(self, shards: Sequence[Shard], start: int, stop: int) -> None:
-        """Nothing was read."""
 
     def fill(self, start: int, stop: int) -> np.ndarray[Any, Any]:
         """Rows [start, stop) as float32."""
