@@ -8,7 +8,7 @@ import numpy as np
 
 from streamconv.kernels.jit import jit
 from streamconv.kernels.nearest import load_bits, round_bits
-from streamconv.kernels.rows import BLOCK, store_row
+from streamconv.kernels.rows import BLOCK, as_bf16, as_f16, as_f32, each, magnitude
 
 _Array = np.ndarray[Any, Any]
 
@@ -24,13 +24,28 @@ def cast_rows(source: _Array, start: int, stride: int, rows: int, cols: int, out
         for c in range(0, cols, BLOCK):
             part = bits[: min(BLOCK, cols - c)]
             at, to = start + r * stride + c, r * cols + c
-            top = load_bits(source[at : at + part.size], kind, part)
-            if (target != 0 or via != 0) and top >= limit:
+            line, made = source[at : at + part.size], out[to : to + part.size]
+            if (target != 0 or via != 0) and magnitude(line, kind) >= limit:
+                load_bits(line, kind, part)
                 for i in range(part.size):
                     a = part[i] & np.uint32(0x7FFFFFFF)
                     if limit <= a and a < np.uint32(0x7F800000):
                         lost += 1
             if via != 0:
+                load_bits(line, kind, part)
                 round_bits(via, part)
-            store_row(part, target, out[to : to + part.size])
+                store(part, 0, target, made)
+            else:
+                store(line, kind, target, made)
     return lost
+
+
+@jit
+def store(line: _Array, kind: int, target: int, out: _Array) -> None:
+    """A row of type `kind` rounded to type `target`."""
+    if target == 0:
+        each(as_f32, line, kind, np.float32(0), out)
+    elif target == 1:
+        each(as_f16, line, kind, np.float32(0), out)
+    else:
+        each(as_bf16, line, kind, np.float32(0), out)

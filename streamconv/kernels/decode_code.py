@@ -8,12 +8,18 @@ import numpy as np
 
 from streamconv.kernels.jit import bits_of, float_of, jit
 from streamconv.kernels.rows import to_bf16, to_f16
-from streamconv.kernels.small_groups_code import spread
 
 _Array = np.ndarray[Any, Any]
 
 CODES = {"e4m3": 0, "int8": 1, "uint8": 2, "e2m1": 3, "uint4": 4}
 """Numbers of the codes of `stored_codes`."""
+
+
+@jit
+def spread(few: _Array, each: int, many: _Array) -> None:
+    """Every number `each` times, the last one as often as there is room for."""
+    for g in range(few.size):
+        many[g * each : (g + 1) * each] = few[g]
 
 
 @jit

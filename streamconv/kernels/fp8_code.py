@@ -8,7 +8,7 @@ import numpy as np
 
 from streamconv.kernels.jit import bits_of, float_of, jit
 from streamconv.kernels.nearest import load_bits, round_bits
-from streamconv.kernels.rows import BLOCK
+from streamconv.kernels.rows import BLOCK, each, magnitude
 from streamconv.kernels.scale_code import divide, scale_from, store_scale
 
 _Array = np.ndarray[Any, Any]
@@ -42,16 +42,21 @@ def repair(bits: _Array) -> int:
 
 
 @jit
-def quotients(bits: _Array, scale: np.float32, out: _Array) -> None:
-    """e4m3(value / scale)."""
-    for i in range(bits.size):
-        out[i] = to_e4m3(np.float32(float_of(bits[i]) / scale))
+def e4m3_quotient(b: np.uint32, scale: np.float32) -> Any:
+    return to_e4m3(np.float32(float_of(b) / scale))
 
 
 @jit
-def e4m3_row(values: _Array, out: _Array) -> None:
-    for i in range(values.size):
-        out[i] = to_e4m3(values[i])
+def e4m3_product(b: np.uint32, factor: np.float32) -> Any:
+    return to_e4m3(np.float32(float_of(b) * factor))
+
+
+@jit
+def rounded_quotients(bits: _Array, scale: np.float32, quotient: int, out: _Array) -> None:
+    """e4m3(value / scale), the quotient rounded to type `quotient` first; `bits` is lost."""
+    divide(bits, scale, quotient, bits.view(np.float32))
+    for i in range(bits.size):
+        out[i] = to_e4m3(float_of(bits[i]))
 
 
 @jit
@@ -85,14 +90,17 @@ def fp8_rows(
     """Rows of type `kind`, rounded to type `model` -> e4m3 bytes and scales; gives how many values were NaN or infinite."""
     bits = np.empty(cols, np.uint32)
     bad = 0
-    values = np.empty(cols, np.float32)
     least = min(-lo, hi)
     for r in range(rows):
-        top = load_bits(source[start + r * stride : start + r * stride + cols], kind, bits)
-        if model != kind:
-            top = round_bits(model, bits)
-        if top >= np.uint32(0x7F800000):
-            bad += repair(bits)
+        line, to = source[start + r * stride : start + r * stride + cols], out[r * cols : (r + 1) * cols]
+        top = magnitude(line, kind)
+        as_it_is = model == kind and quotient == 0 and top < np.uint32(0x7F800000) and float_of(top) <= least
+        if not as_it_is:
+            load_bits(line, kind, bits)
+            if model != kind:
+                top = round_bits(model, bits)
+            if top >= np.uint32(0x7F800000):
+                bad += repair(bits)
         if top >= np.uint32(0x7F800000) or float_of(top) > least:
             low, high = lo, hi
             if hi == np.float32(np.inf):  # nothing is clamped: infinity becomes the largest finite value
@@ -107,12 +115,10 @@ def fp8_rows(
                 top = max(top, np.uint32(bits[i] & np.uint32(0x7FFFFFFF)))
         scale = scale_from(top, np.float32(448), scale_kind, zero, floor)
         store_scale(scale_kind, scale, scales, r)
-        to = out[r * cols : (r + 1) * cols]
-        if quotient == 0:
-            quotients(bits, scale, to)
+        if as_it_is:
+            each(e4m3_quotient, line, kind, scale, to)
         else:
-            divide(bits, scale, quotient, values)
-            e4m3_row(values, to)
+            rounded_quotients(bits, scale, quotient, to)
     return bad
 
 
@@ -125,9 +131,13 @@ def fp8_tensor_rows(source: _Array, start: int, stride: int, rows: int, cols: in
         for c in range(0, cols, BLOCK):
             part = bits[: min(BLOCK, cols - c)]
             at, to = start + r * stride + c, r * cols + c
-            if load_bits(source[at : at + part.size], kind, part) >= np.uint32(0x7F800000):
+            line, made = source[at : at + part.size], out[to : to + part.size]
+            if magnitude(line, kind) >= np.uint32(0x7F800000):
+                load_bits(line, kind, part)
                 bad += repair(part)
-            quotients(part, scale, out[to : to + part.size])
+                rounded_quotients(part, scale, 0, made)
+            else:
+                each(e4m3_quotient, line, kind, scale, made)
     return bad
 
 

@@ -273,12 +273,11 @@ def input_channel_amax_kernel(source: DType) -> ReduceKernel:
     """The largest magnitude of each input channel, float16 [cols]."""
 
     def run(flat: Any, rows: int, cols: int) -> Array:
-        from streamconv.kernels.rows import CODES
-        from streamconv.kernels.smooth_code import column_maxima, halves
+        from streamconv.kernels.rows import CODES, column_tops
+        from streamconv.kernels.smooth_code import halves
 
-        top = np.zeros(cols, flat.dtype)
-        made = np.empty(cols, np.uint16)
-        column_maxima(flat, rows, cols, flat.dtype.type((1 << (8 * flat.itemsize - 1)) - 1), top)
+        top, made = np.empty(cols, flat.dtype), np.empty(cols, np.uint16)
+        column_tops(flat, 0, cols, rows, top)
         halves(top, CODES[source.name], made)
         return made.view(np.float16)
 

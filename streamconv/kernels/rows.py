@@ -11,10 +11,13 @@ from typing import Any
 import numpy as np
 
 from streamconv.kernels.jit import bits_of, float_of, jit
+from streamconv.kernels.nearest import from_f16
 
 CODES = {"F32": 0, "F16": 1, "BF16": 2}
 BLOCK = 1 << 16
 """Columns that are worked on at a time where nothing depends on the whole row; a row may be longer than the memory budget."""
+RUN = 32
+"""Values that share a number in `each_run`: two vectors of 16, a length that LLVM must know."""
 
 _Array = np.ndarray[Any, Any]
 
@@ -43,14 +46,78 @@ def to_f16(b: np.uint32) -> np.uint32:
 
 
 @jit
-def store_row(bits: _Array, target: int, out: _Array) -> None:
-    """Round float32 bit patterns to type `target`."""
-    if target == 0:
-        for i in range(bits.size):
-            out[i] = bits[i]
-    elif target == 1:
-        for i in range(bits.size):
-            out[i] = to_f16(bits[i])
+def as_f32(b: np.uint32, by: np.float32) -> np.uint32:
+    return b
+
+
+@jit
+def as_f16(b: np.uint32, by: np.float32) -> Any:
+    return to_f16(b)
+
+
+@jit
+def as_bf16(b: np.uint32, by: np.float32) -> Any:
+    return to_bf16(b)
+
+
+@jit
+def widened(bits: Any, kind: int) -> Any:
+    """Bits of a value of type `kind` -> float32 bits."""
+    wide = np.uint32(bits)
+    return np.uint32(wide << np.uint32(16)) if kind == 2 else from_f16(wide) if kind == 1 else wide
+
+
+@jit
+def magnitude(source: _Array, kind: int) -> Any:
+    """The largest magnitude of a row of type `kind`, as float32 bits: at or above 0x7F800000 if a value is not finite.
+
+    Bit patterns without their signs are in the order of the values, so it works on the stored type, 16 to a vector of 256 bits.
+    """
+    mask = source.dtype.type(0x7FFFFFFF if source.itemsize == 4 else 0x7FFF)
+    top = source.dtype.type(0)
+    for i in range(source.size):
+        top = max(top, source.dtype.type(source[i] & mask))
+    return widened(top, kind)
+
+
+@jit
+def column_tops(source: _Array, start: int, stride: int, rows: int, tops: _Array) -> None:
+    """Largest magnitude of each column, as bits of the stored type."""
+    mask = source.dtype.type(0x7FFFFFFF if source.itemsize == 4 else 0x7FFF)
+    tops[:] = 0
+    for r in range(rows):
+        line = source[start + r * stride : start + r * stride + tops.size]
+        for i in range(tops.size):
+            tops[i] = max(tops[i], source.dtype.type(line[i] & mask))
+
+
+@jit
+def each(what: Any, source: _Array, kind: int, by: np.float32, out: _Array) -> None:
+    """out = what(float32 bits of a value, by) for each value of a row of type `kind`: in one loop, nothing goes through memory."""
+    if source.itemsize == 4:  # known when this is compiled, as the rest is then not
+        for i in range(source.size):
+            out[i] = what(np.uint32(source[i]), by)
+    elif kind == 1:
+        for i in range(source.size):
+            out[i] = what(from_f16(np.uint32(source[i])), by)
     else:
-        for i in range(bits.size):
-            out[i] = to_bf16(bits[i])
+        for i in range(source.size):
+            out[i] = what(np.uint32(np.uint32(source[i]) << np.uint32(16)), by)
+
+
+@jit
+def each_run(what: Any, source: _Array, kind: int, by: _Array, out: _Array) -> None:
+    """`each`, with a number of its own for every RUN values."""
+    for g in range(source.size // RUN):
+        line, to, number = source[g * RUN : (g + 1) * RUN], out[g * RUN : (g + 1) * RUN], by[g]
+        if source.itemsize == 4:
+            for i in range(RUN):
+                to[i] = what(np.uint32(line[i]), number)
+        elif kind == 1:
+            for i in range(RUN):
+                to[i] = what(from_f16(np.uint32(line[i])), number)
+        else:
+            for i in range(RUN):
+                to[i] = what(np.uint32(np.uint32(line[i]) << np.uint32(16)), number)
+    for i in range(source.size // RUN * RUN, source.size):
+        out[i] = what(widened(source[i], kind), by[i // RUN])

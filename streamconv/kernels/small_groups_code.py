@@ -1,7 +1,4 @@
-"""The compiled part of `mx`: exponents, and FP8 elements. Types are numbers, as in `rows`.
-
-LLVM makes vectors of long loops alone, so each step runs over a whole row: maxima of pairs of pairs, and a factor for every value.
-"""
+"""The compiled part of `mx`: exponents, and FP8 elements. Types are numbers, as in `rows`."""
 
 from __future__ import annotations
 
@@ -9,39 +6,23 @@ from typing import Any
 
 import numpy as np
 
-from streamconv.kernels.fp8_code import to_e4m3
+from streamconv.kernels.fp8_code import e4m3_product
 from streamconv.kernels.jit import bits_of, float_of, jit
-from streamconv.kernels.rows import to_f16
+from streamconv.kernels.rows import RUN, each_run, to_f16, widened
 from streamconv.kernels.scaled_code import load_finite
+from streamconv.kernels.vector import top_of_run
 
 _Array = np.ndarray[Any, Any]
 
 
 @jit
-def tops_of(bits: _Array, levels: int, tops: _Array) -> None:
-    """Largest magnitude of each 2 ** levels values, at the beginning of `tops`, which has room for half as many as there are values."""
-    count = bits.size // 2
-    for i in range(count):
-        one, other = np.uint32(bits[2 * i] & np.uint32(0x7FFFFFFF)), np.uint32(bits[2 * i + 1] & np.uint32(0x7FFFFFFF))
-        tops[i] = max(one, other)
-    for _ in range(levels - 1):
-        count //= 2
-        for i in range(count):
-            tops[i] = max(tops[2 * i], tops[2 * i + 1])
-
-
-@jit
-def spread(few: _Array, each: int, many: _Array) -> None:
-    """Every number `each` times, the last one as often as there is room for."""
-    for g in range(few.size):
-        many[g * each : (g + 1) * each] = few[g]
-
-
-@jit
-def e4m3_products(bits: _Array, factors: _Array, out: _Array) -> None:
-    """e4m3(value * factor)."""
-    for i in range(bits.size):
-        out[i] = to_e4m3(np.float32(float_of(bits[i]) * factors[i]))
+def run_tops(line: _Array, kind: int, tops: _Array) -> Any:
+    """Largest magnitude of each RUN values of type `kind`, and of all, as float32 bits."""
+    top = np.uint32(0)
+    for g in range(tops.size):
+        tops[g] = widened(top_of_run(line, g * RUN, RUN), kind)
+        top = max(top, tops[g])
+    return top
 
 
 @jit
@@ -89,12 +70,17 @@ def mx_fp8_rows(
     kind: int, read_as: int, ceiling: bool,
 ) -> int:  # fmt: skip
     """Rows -> codes and exponent bytes; gives how many values were not finite."""
-    bits, groups, bad = np.empty(cols, np.uint32), cols // 32, 0
-    tops, inverses, factors = np.empty(cols // 2, np.uint32), np.empty(groups, np.float32), np.empty(cols, np.float32)
+    bits, groups, bad = np.empty(cols, np.uint32), cols // RUN, 0
+    tops, inverses = np.empty(groups, np.uint32), np.empty(groups, np.float32)
     for r in range(rows):
-        bad += load_finite(source[start + r * stride : start + r * stride + cols], kind, bits)
-        tops_of(bits, 5, tops)
+        line, to = source[start + r * stride : start + r * stride + cols], out[r * cols : (r + 1) * cols]
+        finite = run_tops(line, kind, tops) < np.uint32(0x7F800000)
+        if not finite:
+            bad += load_finite(line, kind, bits)
+            run_tops(bits, 0, tops)
         mx_inverses(tops, read_as, False, ceiling, scales[r * groups : (r + 1) * groups], inverses)
-        spread(inverses, 32, factors)
-        e4m3_products(bits, factors, out[r * cols : (r + 1) * cols])
+        if finite:
+            each_run(e4m3_product, line, kind, inverses, to)
+        else:
+            each_run(e4m3_product, bits, 0, inverses, to)
     return bad

@@ -103,16 +103,6 @@ def smooth_rows(
 
 
 @jit
-def column_maxima(source: _Array, rows: int, cols: int, mask: Any, top: _Array) -> None:
-    """The largest magnitude of each column, as bit patterns of the source type (`mask`: all but the sign): same order."""
-    for r in range(rows):
-        row = source[r * cols : (r + 1) * cols]
-        for i in range(cols):
-            a = row[i] & mask
-            top[i] = a if a > top[i] else top[i]
-
-
-@jit
 def halves(top: _Array, kind: int, out: _Array) -> None:
     """Bit patterns of type `kind` -> those of float16."""
     bits = np.empty(top.size, np.uint32)
