@@ -29,7 +29,7 @@ from streamconv.quants.plain import Plain
 from streamconv.quants.smoothing import Bound, InputChannelAmax
 from streamconv.quants.smoothquant import SmoothWeight
 from streamconv.quants.weight_only import WeightOnly
-from streamconv.targets.hf.recipes import RECIPES, Request
+from streamconv.targets.hf.recipes import RECIPES, CodecOptions
 
 ROOT = Path(__file__).parent.parent
 
@@ -68,7 +68,7 @@ def encodings(cols: int) -> list[tuple[str, Codec, DType]]:
 def hf_encodings() -> Iterator[tuple[str, Codec, DType]]:
     """The same of every format of `--to hf`, as `convert` runs them unless told otherwise."""
     for recipe in RECIPES:
-        encoding = recipe.codec(Request(BF16, 128, "float32", "key"))
+        encoding = recipe.codec(CodecOptions(BF16, 128, "float32", "key"))
         bound = encoding.bind(_Given(), "weight") if encoding.needs else encoding
         yield f"{recipe.quant}, {recipe.container}", bound, BF16
 

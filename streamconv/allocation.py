@@ -125,5 +125,5 @@ def load_kernels(reads: Reads) -> None:
                     continue
                 rows = task.codec.row_align
                 block = np.zeros(rows * span.row_bytes, np.uint8)
-                space = np.empty(sum(task.row_costs(span)) * rows + 65536, np.uint8)
-                encode(task, span, rows, block, space, EncodeStats())
+                out_arena = np.empty(sum(task.row_costs(span)) * rows + 65536, np.uint8)
+                encode(task, span, rows, block, out_arena, EncodeStats())

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 from streamconv.checkpoint.dtypes import F32, DType
 from streamconv.checkpoint.packed_rows import read_channels
 from streamconv.checkpoint.shard import Shard
-from streamconv.lazy import Bytes
+from streamconv.lazy import Bytes, np
 
 
 class RowSource(Protocol):
@@ -216,6 +216,13 @@ class SourceFile:
     name: str
     size: int
     header_hash: str
+
+
+def content(tensor: SourceTensor, shards: Sequence[Shard]) -> bytes:
+    """What is stored of a small tensor."""
+    data = np.empty(tensor.nbytes, np.uint8)
+    tensor.read(shards, 0, tensor.rows, data, data[:0])
+    return data.tobytes()
 
 
 def row_form(source: RowSource) -> RowForm:

@@ -24,7 +24,7 @@ from streamconv.device.triton_launch import Unfused, abandon
 from streamconv.errors import StreamconvError
 from streamconv.lazy import Bytes, torch
 from streamconv.planning.plan import RowRange
-from streamconv.quants.base import Known
+from streamconv.quants.base import FinishedReductions
 
 _PATIENCE = (0.05, 0.1, 0.2, 0.4)
 """Seconds to wait for memory, time after time, when even the smallest step finds none."""
@@ -148,26 +148,26 @@ class WorkerBuffers:
         self._buffers: list[torch.Tensor] = []
         self._counts: torch.Tensor | None = None
 
-    def encode(self, jobs: Sequence[Job], span: RowRange, rows: int, block: Bytes, space: Bytes) -> Bytes:
+    def encode(self, jobs: Sequence[Job], span: RowRange, rows: int, block: Bytes, out_arena: Bytes) -> Bytes:
         """`stages.encode.encode` for all jobs of a tile; the same bytes. When it returns, all of them are in the arena.
 
         Args:
             rows: output rows, whose `span.row_bytes` source bytes each are in `block`.
-            space: where the parts go; both are views of `arena`.
+            out_arena: where the parts go; both are views of `arena`.
 
         Returns:
-            What is left of `space`.
+            What is left of `out_arena`.
 
         Raises:
             DeviceLost: the device does not answer any more, or is full even for the smallest step.
         """
-        space = lay_out(jobs, rows, space)
+        out_arena = lay_out(jobs, rows, out_arena)
         try:
             self._encode(jobs, span, rows, block, _NOTES // NOTE if self.pipeline.unfused is None else 0)
         except Unfused as error:
             self.pipeline.unfused = str(error)
             self._encode(jobs, span, rows, block, 0)
-        return space
+        return out_arena
 
     def _encode(self, jobs: Sequence[Job], span: RowRange, rows: int, block: Bytes, fusable: int) -> None:
         batch = Batch(jobs, span, fusable)
@@ -181,7 +181,7 @@ class WorkerBuffers:
         if batch.notes:
             batch.count(self._notes[_NOTES:][: batch.notes].numpy())
 
-    def reduce(self, span: RowRange, rows: int, block: Bytes, known: Known) -> torch.Tensor:
+    def reduce(self, span: RowRange, rows: int, block: Bytes, known: FinishedReductions) -> torch.Tensor:
         """`span.reduce.tile` of a tile, on the CPU. Raises what `encode` does."""
         if span.reduce is None:
             raise AssertionError(f"{span.source.name}: nothing to reduce")

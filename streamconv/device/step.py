@@ -30,14 +30,14 @@ class Job:
     stats: EncodeStats = field(default_factory=EncodeStats)
 
 
-def lay_out(jobs: Sequence[Job], rows: int, space: Bytes) -> Bytes:
-    """Give all parts of `rows` rows their places in `space`; what is left of it."""
+def lay_out(jobs: Sequence[Job], rows: int, out_arena: Bytes) -> Bytes:
+    """Give all parts of `rows` rows their places in `out_arena`; what is left of it."""
     for job in jobs:
         for part in _records(job):
             size = part.nbytes(rows)
-            job.parts.append(space[:size])
-            space = space[-(-size // 64) * 64 :]
-    return space
+            job.parts.append(out_arena[:size])
+            out_arena = out_arena[-(-size // 64) * 64 :]
+    return out_arena
 
 
 def _records(job: Job) -> Sequence[Part]:

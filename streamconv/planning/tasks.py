@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from streamconv.checkpoint.dtypes import DType
 from streamconv.planning.plan import Destination, Matrix, RowRange
-from streamconv.quants.base import Codec, Known
+from streamconv.quants.base import Codec, FinishedReductions
 from streamconv.quants.plain import Plain
 
 
@@ -22,7 +22,7 @@ class EncodeTask(NamedTuple):
         """Columns that are encoded."""
         return sum(stop - start for start, stop in self.cols)
 
-    def bound(self, results: Known, source: str) -> EncodeTask:
+    def bound(self, results: FinishedReductions, source: str) -> EncodeTask:
         """The task with the results of the reductions that its codec needs."""
         return self._replace(codec=self.codec.bind(results, source))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from streamconv.checkpoint.rows import SourceTensor
+from streamconv.checkpoint.rows import SourceTensor, content
 from streamconv.checkpoint.shard import Shard
 from streamconv.errors import CheckpointError, printable
 from streamconv.lazy import np
@@ -26,3 +26,8 @@ def groups_of(order: SourceTensor | None, cols: int, groups: int, shards: Sequen
     if (np.bincount(found, minlength=groups) != cols // groups).any():
         raise CheckpointError(f"{printable(order.name)} does not give {cols // groups} input features to each group")
     return found
+
+
+def in_order(order: SourceTensor, shards: Sequence[Shard], group: int) -> bool:
+    """Whether g_idx, int32 [K], says that groups come one after the other: K / group whole ones."""
+    return content(order, shards) == np.repeat(np.arange(order.rows // group, dtype="<i4"), group).tobytes()

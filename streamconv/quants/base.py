@@ -81,7 +81,7 @@ class Errors:
         self.largest, self.peak = max(self.largest, other.largest), max(self.peak, other.peak)
 
 
-class Known(Protocol):
+class FinishedReductions(Protocol):
     """Finished reductions; `get` waits for one."""
 
     def get(self, key: str) -> np.ndarray[Any, Any]: ...
@@ -103,7 +103,7 @@ class Reduction(ABC):
     bytes_per_column: int = 0
 
     @abstractmethod
-    def tile(self, block: torch.Tensor, known: Known) -> torch.Tensor:
+    def tile(self, block: torch.Tensor, known: FinishedReductions) -> torch.Tensor:
         """The definition: source rows [r, cols] -> their maxima; those of all tiles are merged by an elementwise maximum."""
 
     def kernel(self, source: DType) -> ReduceKernel | None:
@@ -151,7 +151,7 @@ class Codec(ABC):
     loads_torch: bool = False
     """Something that comes before the kernel takes torch."""
 
-    def bind(self, known: Known, source: str) -> Codec:
+    def bind(self, known: FinishedReductions, source: str) -> Codec:
         """This encoding with the results it needs, for rows of the source tensor `source`."""
         return self
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from streamconv.checkpoint.dtypes import F8_E4M3, F32, DType
 from streamconv.lazy import np, torch
-from streamconv.quants.base import Codec, EncodeStats, Kernel, Known, Part
+from streamconv.quants.base import Codec, EncodeStats, FinishedReductions, Kernel, Part
 from streamconv.quants.rounding import half_ulp
 
 Scales = tuple[tuple[str, float], ...]
@@ -49,7 +49,7 @@ class Fp8Shared(Codec):
     def shared(self) -> float:
         return max(scale for _, scale in self.scales)
 
-    def bind(self, known: Known, source: str) -> Fp8Shared:
+    def bind(self, known: FinishedReductions, source: str) -> Fp8Shared:
         return replace(self, own=dict(self.scales)[source])
 
     def parts(self, rows: int, cols: int, experts: int = 0) -> tuple[Part, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 from streamconv.checkpoint.dtypes import F8_E4M3, F32, FLOATS, DType
 from streamconv.kernels.launch import fp8_tensor_kernel, weight_maximum
 from streamconv.lazy import Array, np, torch
-from streamconv.quants.base import EncodeStats, Kernel, Known, OfMaximum, Part, ReduceKernel, Reduction
+from streamconv.quants.base import EncodeStats, FinishedReductions, Kernel, OfMaximum, Part, ReduceKernel, Reduction
 from streamconv.quants.computed import Computed
 from streamconv.quants.rounding import half_ulp
 from streamconv.quants.screen import Screen, slack
@@ -24,7 +24,7 @@ class WeightMaximum(Reduction):
     key: str
     bytes_per_element = 12
 
-    def tile(self, block: torch.Tensor, known: Known) -> torch.Tensor:
+    def tile(self, block: torch.Tensor, known: FinishedReductions) -> torch.Tensor:
         return torch.nan_to_num(block.float(), 0.0, 0.0, 0.0).abs().max()
 
     def kernel(self, source: DType) -> ReduceKernel | None:
@@ -53,7 +53,7 @@ class Fp8Tensor(OfMaximum):
     name = "FP8 per tensor"
     quantizes = True
 
-    def bind(self, known: Known, source: str) -> Fp8Tensor:
+    def bind(self, known: FinishedReductions, source: str) -> Fp8Tensor:
         return replace(self, scale=scale_of(known.get(self.key), self.floor))
 
     def parts(self, rows: int, cols: int, experts: int = 0) -> tuple[Part, ...]:
@@ -106,7 +106,7 @@ class Fp8Scale(OfMaximum, Computed):
     scale: float | None = None
     floor: float = 0.0
 
-    def bind(self, known: Known, source: str) -> Fp8Scale:
+    def bind(self, known: FinishedReductions, source: str) -> Fp8Scale:
         return replace(self, scale=scale_of(known.get(self.key), self.floor))
 
     def parts(self, rows: int, cols: int, experts: int = 0) -> tuple[Part, ...]:

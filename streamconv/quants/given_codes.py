@@ -10,7 +10,7 @@ from streamconv.checkpoint.dtypes import F32, I8, I32, DType
 from streamconv.checkpoint.packed_rows import AWQ_POSITION
 from streamconv.errors import DataError, printable
 from streamconv.lazy import np, torch
-from streamconv.quants.base import Codec, EncodeStats, Exact, Kernel, Known, Part, Reduction
+from streamconv.quants.base import Codec, EncodeStats, Exact, FinishedReductions, Kernel, Part, Reduction
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class ZeroPoints(Reduction):
     bits: int
     middle: int
 
-    def tile(self, block: torch.Tensor, known: Known) -> torch.Tensor:
+    def tile(self, block: torch.Tensor, known: FinishedReductions) -> torch.Tensor:
         stored = block.contiguous().view(torch.uint8).to(torch.int16)
         if self.bits == 4:
             stored = torch.cat([stored & 15, stored >> 4])
@@ -53,7 +53,7 @@ class Words(Exact):
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]
         return (self.key,) if self.key else ()
 
-    def bind(self, known: Known, source: str) -> Words:
+    def bind(self, known: FinishedReductions, source: str) -> Words:
         if self.key and float(known.get(self.key)) > 0:
             raise DataError(f"{printable(source)} says that it is symmetric, and has zero points", hint="--quant none decodes it")
         return replace(self, key="")
@@ -117,7 +117,7 @@ class GivenZeros(Exact):
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]
         return (self.key,) if self.key else ()
 
-    def bind(self, known: Known, source: str) -> GivenZeros:
+    def bind(self, known: FinishedReductions, source: str) -> GivenZeros:
         if self.key and float(known.get(self.key)) + self.lacking >= 1 << self.bits:
             told = f"{printable(source)} has a zero point of {1 << self.bits}, which {self.bits} bits do not hold"
             raise DataError(told, hint="--quant none decodes it")

@@ -13,7 +13,7 @@ from streamconv.checkpoint.dtypes import F8_E4M3, F32, FLOATS, U8, DType
 from streamconv.checkpoint.stored_codes import as_float
 from streamconv.kernels.launch import nvfp4_kernel
 from streamconv.lazy import Array, Bytes, np, torch
-from streamconv.quants.base import EncodeStats, Kernel, Known, OfMaximum, Part
+from streamconv.quants.base import EncodeStats, FinishedReductions, Kernel, OfMaximum, Part
 from streamconv.quants.computed import Computed
 from streamconv.quants.e2m1 import e2m1_codes, e2m1_values, pack_nibbles, unpack_nibbles
 from streamconv.quants.rounding import divided, finite_rows, half_ulp, rounded
@@ -70,7 +70,7 @@ class NvFp4(OfMaximum):
     name = "NVFP4"
     quantizes = True
 
-    def bind(self, known: Known, source: str) -> NvFp4:
+    def bind(self, known: FinishedReductions, source: str) -> NvFp4:
         return replace(self, shared=shared_scale(float(known.get(self.key)), self.rule, self.kind))
 
     def parts(self, rows: int, cols: int, experts: int = 0) -> tuple[Part, ...]:
@@ -143,7 +143,7 @@ class SharedScale(OfMaximum, Computed):
     kind: DType = F32
     shared: float | None = None
 
-    def bind(self, known: Known, source: str) -> SharedScale:
+    def bind(self, known: FinishedReductions, source: str) -> SharedScale:
         return replace(self, shared=shared_scale(float(known.get(self.key)), self.rule, self.kind))
 
     def parts(self, rows: int, cols: int, experts: int = 0) -> tuple[Part, ...]:

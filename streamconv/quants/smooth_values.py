@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from streamconv.checkpoint.dtypes import F32, FLOATS, DType
 from streamconv.kernels.launch import divided_kernel
 from streamconv.lazy import Array, np, torch
-from streamconv.quants.base import Codec, EncodeStats, Kernel, Known, Part
+from streamconv.quants.base import Codec, EncodeStats, FinishedReductions, Kernel, Part
 from streamconv.quants.computed import Computed
 from streamconv.quants.rounding import half_ulp
 from streamconv.quants.smoothing import COLUMN_BYTES, Bound, Smoother, bound_to, one_scale, output_scale, unbound
@@ -39,7 +39,7 @@ class SmoothNorm(Codec):
     def cause(self) -> str:
         return self.smoother.cause(None)
 
-    def bind(self, known: Known, source: str) -> SmoothNorm:
+    def bind(self, known: FinishedReductions, source: str) -> SmoothNorm:
         return replace(self, bound=bound_to(self.smoother, known, None))
 
     def parts(self, rows: int, cols: int, experts: int = 0) -> tuple[Part, ...]:
@@ -113,7 +113,7 @@ class SmoothValue(Computed):
     def cause(self) -> str:
         return self.smoother.cause(self.outputs)
 
-    def bind(self, known: Known, source: str) -> SmoothValue:
+    def bind(self, known: FinishedReductions, source: str) -> SmoothValue:
         bound = bound_to(self.smoother, known, self.largest)
         made = [replace(self, bound=replace(bound, activation=sx)).value() for sx in bound.doubt]
         if made[0].tobytes() != made[1].tobytes():

@@ -17,7 +17,7 @@ from streamconv.checkpoint.dtypes import FLOATS, DType
 from streamconv.errors import DataError, printable
 from streamconv.kernels.launch import input_channel_amax_kernel
 from streamconv.lazy import Array, np, torch
-from streamconv.quants.base import EncodeStats, Known, ReduceKernel, Reduction
+from streamconv.quants.base import EncodeStats, FinishedReductions, ReduceKernel, Reduction
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class InputChannelAmax(Reduction):
     bytes_per_element = 16
     bytes_per_column = 12
 
-    def tile(self, block: torch.Tensor, known: Known) -> torch.Tensor:
+    def tile(self, block: torch.Tensor, known: FinishedReductions) -> torch.Tensor:
         return block.to(torch.float16).abs().amax(0)
 
     def kernel(self, source: DType) -> ReduceKernel | None:
@@ -60,7 +60,7 @@ class Smoother:
     alpha: float
     wide: bool
 
-    def find(self, known: Known, exact: bool = False) -> Bound:
+    def find(self, known: FinishedReductions, exact: bool = False) -> Bound:
         """s, and sx = 127 / the largest smoothed input.
 
         Args:
@@ -191,7 +191,7 @@ _RECENT = 8
 """Bounds that are kept: those of the tiles at work."""
 
 
-def bound_to(smoother: Smoother, known: Known, largest: str | None, exact: bool = False) -> Bound:
+def bound_to(smoother: Smoother, known: FinishedReductions, largest: str | None, exact: bool = False) -> Bound:
     """What an encoding needs to know.
 
     Args:

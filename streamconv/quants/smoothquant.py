@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from streamconv.checkpoint.dtypes import F16, F32, FLOATS, I8, DType
 from streamconv.kernels.launch import smooth_kernel
 from streamconv.lazy import np, torch
-from streamconv.quants.base import Codec, EncodeStats, Kernel, Known, Part
+from streamconv.quants.base import Codec, EncodeStats, FinishedReductions, Kernel, Part
 from streamconv.quants.rounding import half_ulp
 from streamconv.quants.smoothing import (
     COLUMN_BYTES,
@@ -71,7 +71,7 @@ class SmoothWeight(Codec):
     def cause(self) -> str:
         return self.smoother.cause(self.outputs)
 
-    def bind(self, known: Known, source: str) -> SmoothWeight:
+    def bind(self, known: FinishedReductions, source: str) -> SmoothWeight:
         return replace(self, bound=bound_to(self.smoother, known, dict(self.largest).get(source)))
 
     @property

@@ -8,15 +8,15 @@ from streamconv.planning.tasks import EncodeTask
 from streamconv.quants.base import EncodeStats
 
 
-def encode(task: EncodeTask, span: RowRange, rows: int, block: Bytes, space: Bytes, stats: EncodeStats) -> list[Bytes]:
+def encode(task: EncodeTask, span: RowRange, rows: int, block: Bytes, out_arena: Bytes, stats: EncodeStats) -> list[Bytes]:
     """The bytes of each part for `rows` rows.
 
     Args:
         block: uint8, rows * span.row_bytes bytes, row-major.
-        space: uint8, where outputs (and a gathered copy) may go.
+        out_arena: uint8, where outputs (and a gathered copy) may go.
 
     Returns:
-        One uint8 array per part, views of block or space.
+        One uint8 array per part, views of block or out_arena.
     """
     columns, codec = task
     dtype, total = span.source.dtype, span.source.cols
@@ -24,18 +24,18 @@ def encode(task: EncodeTask, span: RowRange, rows: int, block: Bytes, space: Byt
         return [block]
     item = dtype.itemsize
     if task.is_copy(dtype):
-        return [_gather(columns, block, space, rows, total, item)]
+        return [_gather(columns, block, out_arena, rows, total, item)]
     if len(columns) > 1:
-        gathered = _gather(columns, block, space, rows, total, item)
-        space = space[gathered.size :]
+        gathered = _gather(columns, block, out_arena, rows, total, item)
+        out_arena = out_arena[gathered.size :]
         block, start, stride, cols = gathered, 0, task.width, task.width
     else:
         start, stride, cols = columns[0][0], total, columns[0][1] - columns[0][0]
     outs = []
     for part in codec.parts(codec.row_align, cols):
         size = part.nbytes(rows)
-        outs.append(space[:size])
-        space = space[-(-size // 64) * 64 :]
+        outs.append(out_arena[:size])
+        out_arena = out_arena[-(-size // 64) * 64 :]
     kernel = codec.kernel(dtype)
     if kernel is not None:
         stats.add(kernel(block.view(dtype.storage), start, stride, rows, cols, outs))
@@ -47,9 +47,9 @@ def encode(task: EncodeTask, span: RowRange, rows: int, block: Bytes, space: Byt
     return outs
 
 
-def _gather(columns: tuple[tuple[int, int], ...], block: Bytes, space: Bytes, rows: int, total: int, item: int) -> Bytes:
+def _gather(columns: tuple[tuple[int, int], ...], block: Bytes, out_arena: Bytes, rows: int, total: int, item: int) -> Bytes:
     cols = sum(stop - start for start, stop in columns)
-    out = space[: rows * cols * item]
+    out = out_arena[: rows * cols * item]
     source, target, at = block.reshape(rows, total * item), out.reshape(rows, cols * item), 0
     for start, stop in columns:
         target[:, at : at + (stop - start) * item] = source[:, start * item : stop * item]

@@ -29,13 +29,13 @@ class Encoded:
 
 
 def encoded(
-    plan: Plan, span: RowRange, rows: int, block: Bytes, space: Bytes, results: ReductionResults, slot: WorkerBuffers | None
+    plan: Plan, span: RowRange, rows: int, block: Bytes, out_arena: Bytes, results: ReductionResults, slot: WorkerBuffers | None
 ) -> Iterator[Encoded]:
     """Encode rows of a span for every matrix that takes them; equal requests are encoded once.
 
     Args:
         rows: output rows, whose source rows are in `block`.
-        space: uint8; holds what is encoded until the last of it was used.
+        out_arena: uint8; holds what is encoded until the last of it was used.
         slot: of a device, which encodes all that is no copy; None encodes on the CPU.
     """
     name, dtype = span.source.name, span.source.dtype
@@ -45,14 +45,14 @@ def encoded(
         from streamconv.device.step import Job
 
         jobs = {task: Job(task.bound(results, name)) for task in wanted if not task.is_copy(dtype)}
-        space = slot.encode(list(jobs.values()), span, rows, block, space) if jobs else space
+        out_arena = slot.encode(list(jobs.values()), span, rows, block, out_arena) if jobs else out_arena
     for task, dests in wanted.items():
         if task in jobs:
             yield Encoded(task, dests, jobs[task].parts, jobs[task].stats)
             continue
         stats = EncodeStats()
-        parts = encode(task.bound(results, name), span, rows, block, space, stats)
-        space = space[-(-task.row_costs(span)[0] * rows // 64) * 64 :]
+        parts = encode(task.bound(results, name), span, rows, block, out_arena, stats)
+        out_arena = out_arena[-(-task.row_costs(span)[0] * rows // 64) * 64 :]
         yield Encoded(task, dests, parts, stats)
 
 

@@ -88,9 +88,9 @@ class Target(ABC):
     allow_nonfinite: bool = option(False, "quantize NaN (as 0) and infinity (as the channel's maximum)", added=True)
 
     def __new__(cls: type[_T], **options: object) -> _T:
-        made: _T = object.__new__(cls)
-        object.__setattr__(made, "given", frozenset(options))
-        return made
+        target: _T = object.__new__(cls)
+        object.__setattr__(target, "given", frozenset(options))
+        return target
 
     def __post_init__(self) -> None:
         """Every option is of its type, and a path one that a file can have; it becomes a string.
@@ -158,8 +158,9 @@ class Target(ABC):
             if value is None and field.default is None:
                 continue
             if choices is not None and value not in choices:
-                told = printable(str(value))
-                raise UsageError(f"{spelled(field.name)} {told} is not known", hint=f"one of {', '.join(map(str, choices))}")
+                raise UsageError(
+                    f"{spelled(field.name)} {printable(str(value))} is not known", hint=f"one of {', '.join(map(str, choices))}"
+                )
             if least is not None and value < least:
                 raise UsageError(f"{spelled(field.name)} {value} must be at least {least}")
 
@@ -207,14 +208,14 @@ class Target(ABC):
         fields = {field.name: field for field in dataclasses.fields(cls)}
         if not isinstance(values, dict) or set(values) != set(fields):
             raise UsageError("the options are not those of this version of streamconv")
-        made: dict[str, Any] = {}
+        options: dict[str, Any] = {}
         for name, value in values.items():
-            made[name] = tuple(value) if isinstance(value, list) else value
-            if not _possible(made[name], fields[name]):
+            options[name] = tuple(value) if isinstance(value, list) else value
+            if not _possible(options[name], fields[name]):
                 from streamconv.checkpoint.untrusted import shown_value
 
                 raise UsageError(f"option {name} holds {shown_value(value)}")
-        return cls(**made)
+        return cls(**options)
 
 
 @dataclass(frozen=True, slots=True)

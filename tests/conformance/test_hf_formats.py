@@ -11,7 +11,7 @@ import torch
 from streamconv.checkpoint.dtypes import BF16, F16, F32, DType
 from streamconv.quants.base import Codec, EncodeStats, Part
 from streamconv.targets.hf.config_json import quantization_config
-from streamconv.targets.hf.recipes import BLOCK, RECIPES, Recipe, Request, recipe_of
+from streamconv.targets.hf.recipes import BLOCK, RECIPES, CodecOptions, Recipe, recipe_of
 from streamconv.targets.hf.stated import read_statement
 from streamconv.targets.hf.target import ARITHMETICS
 from tests.unit.test_kernels import check, weights
@@ -34,7 +34,7 @@ def codecs(recipe: Recipe, source: DType, block: torch.Tensor) -> list[Codec]:
     """The row's codecs in every arithmetic, that of a weight within one tile too, with what they need known."""
     made = []
     for arithmetic in ARITHMETICS:
-        request = Request(source, GROUP, arithmetic, "amax")
+        request = CodecOptions(source, GROUP, arithmetic, "amax")
         both = [recipe.codec(request), *([recipe.lone[0](request)] if recipe.lone else [])]
         made += [codec.bind(Largest(block), "weight") for codec in both]
     return made
@@ -67,7 +67,7 @@ def test_what_its_config_says_is_found_again(recipe: Recipe) -> None:
     assert found.problems == [] == found.warnings and found.ignore.match("lm_head")
     scheme = found.groups[0].scheme
     assert scheme is not None
-    parts = recipe.codec(Request(BF16, group, "float32", "amax")).parts(256, 384)
+    parts = recipe.codec(CodecOptions(BF16, group, "float32", "amax")).parts(256, 384)
     told = {f"m.o_proj.{recipe.tensors[part.role]}": (part.dtype.name, _recorded(recipe, part)) for part in parts}
     told |= {"m.o_proj.weight_shape": ("I64", (2,))} if recipe.weight_shape else {}
     wanted = scheme.wanted("m.o_proj", told)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from streamconv.checkpoint.dtypes import BF16
 from streamconv.targets.base import flag
-from streamconv.targets.hf.recipes import RECIPES, Recipe, Request
+from streamconv.targets.hf.recipes import RECIPES, CodecOptions, Recipe
 from streamconv.targets.hf.target import ARITHMETICS, KEEP
 
 _OF_FORMATS = ("group_size", "arithmetic", "method")
@@ -42,6 +42,6 @@ def without_effect(quant: str, recipe: Recipe | None, given: Collection[str]) ->
 
 def _rounds_otherwise(recipe: Recipe) -> bool:
     """Whether --arithmetic decides bytes of a format: whether its codecs differ (of a bfloat16 model; a float32 one rounds nothing)."""
-    request = Request(kind=BF16, group=128, arithmetic=ARITHMETICS[0], key="")
+    request = CodecOptions(dtype=BF16, group=128, arithmetic=ARITHMETICS[0], key="")
     codecs = [recipe.codec, *([recipe.shared[1]] if recipe.shared else [])]
     return any(codec(request) != codec(replace(request, arithmetic=other)) for codec in codecs for other in ARITHMETICS[1:])

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from streamconv.checkpoint.derived_rows import turned
 from streamconv.checkpoint.dtypes import F32, FLOATS, I64
 from streamconv.checkpoint.quantized import SourceQuantization, source_quantization
-from streamconv.checkpoint.rows import SourceTensor
+from streamconv.checkpoint.rows import SourceTensor, content
 from streamconv.checkpoint.unknown_statements import refuse_unknown, stated_by
 from streamconv.errors import CheckpointError, UsageError, printable
 from streamconv.planning.matrix_table import Named
+from streamconv.quants.act_order import in_order
 from streamconv.quants.base import Codec
 from streamconv.quants.given_codes import GivenZeros, Reciprocal, Words, ZeroPoints
 from streamconv.quants.plain import Plain
@@ -28,7 +29,6 @@ from streamconv.targets.hf.layers import Model
 from streamconv.targets.hf.packed_sources import PACKED, Integers, integers
 from streamconv.targets.hf.recipes import METHODS, NVFP4_FP4, recipe_of
 from streamconv.targets.hf.second_file import group_size
-from streamconv.targets.hf.sources import raw_bytes
 from streamconv.targets.hf.stated import read_statement
 from streamconv.targets.hf.target import Container
 from streamconv.targets.hf.units import Kind
@@ -82,7 +82,7 @@ def keep(index: Index, tensors: Mapping[str, SourceTensor], container: Container
     if stated is None:
         raise UsageError("--quant keep: the source is not quantized", hint="--quant none copies it")
     own = container_of(stated)
-    shared = {name: raw_bytes(index, tensors[name]) for name in tensors if name.endswith(SHARED) and tensors[name].nbytes == 4}
+    shared = {name: content(tensors[name], index.shards) for name in tensors if name.endswith(SHARED) and tensors[name].nbytes == 4}
     wrong = {name: wrong_scales(name, data, tensors[name].dtype.name) for name, data in shared.items()}
     problems = [f"{printable(name)} holds {odd}" for name, odd in wrong.items() if odd] or [*unequal(shared)]
     if problems:
@@ -192,12 +192,7 @@ def _check_order(index: Index, module: str, one: Integers, stated: SourceQuantiz
     Raises:
         UsageError: they do not.
     """
-    k = one.codes.shape[1]
-    if one.order is None:
-        in_order = not stated.act_order
-    else:
-        in_order = raw_bytes(index, one.order) == b"".join(struct.pack("<i", at) * one.group for at in range(k // one.group))
-    if not in_order:
+    if not (in_order(one.order, index.shards, one.group) if one.order is not None else not stated.act_order):
         told = f"--quant keep: {printable(module)} has act order (desc_act), which has no place in compressed-tensors"
         raise UsageError(told, hint="--quant none decodes it")
 

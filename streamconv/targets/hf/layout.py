@@ -27,7 +27,7 @@ from streamconv.targets.hf.fates import Fate, Fates
 from streamconv.targets.hf.found_codes import taken
 from streamconv.targets.hf.ignored import ignored, tied_heads, vocabulary
 from streamconv.targets.hf.input_scales import cache_maxima, input_maxima
-from streamconv.targets.hf.recipes import BLOCK, Recipe, Request
+from streamconv.targets.hf.recipes import BLOCK, CodecOptions, Recipe
 from streamconv.targets.hf.restacked import restack
 from streamconv.targets.hf.rules import partners
 from streamconv.targets.hf.shards import shards_of
@@ -234,7 +234,7 @@ class Layout:
         """How weights of a form are stored; the key of a maximum that their scale follows from is left open."""
         recipe, target = cast(Recipe, self.recipe), self.target
         lone = recipe.lone if _within_tile(form) else None
-        return (lone[0] if lone else recipe.codec)(Request(form.dtype, target.group_size, target.arithmetic, "", target.method))
+        return (lone[0] if lone else recipe.codec)(CodecOptions(form.dtype, target.group_size, target.arithmetic, "", target.method))
 
     def _beside(self, file: int, module: str, form: Form, recipe: Recipe, searched: Found | None) -> None:
         """Add what stands beside codes and scales."""
@@ -264,7 +264,7 @@ class Layout:
     def _scale(self, form: Form, recipe: Recipe) -> tuple[str, int]:
         """Last name and number of the form of the scale of a whole weight."""
         ending, codec = recipe.shared or ("weight_scale", recipe.lone[1] if recipe.lone and _within_tile(form) else None)
-        request = Request(form.dtype, self.target.group_size, self.target.arithmetic, "", self.target.method)
+        request = CodecOptions(form.dtype, self.target.group_size, self.target.arithmetic, "", self.target.method)
         shape = () if recipe.container == "modelopt" else (1,)
         return ending, self.draft.form(1, 1, codec(request) if codec else Fp8Scale(""), Named(shape))
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from streamconv.checkpoint.dtypes import BF16, FLOATS
 from streamconv.lazy import np
-from streamconv.targets.hf.recipes import BLOCK, Recipe, Request
+from streamconv.targets.hf.recipes import BLOCK, CodecOptions, Recipe
 from streamconv.targets.hf.rules import partners
 from streamconv.targets.hf.weights import Tensors, Told
 
@@ -64,7 +64,7 @@ class Modelopt:
 
     def wanted(self, module: str, tensors: Tensors) -> dict[str, list[Told]] | None:
         recipe, code = self.recipe, tensors.get(f"{module}.{self.main}")
-        codec = recipe.codec(Request(BF16, self.group, "float32", ""))
+        codec = recipe.codec(CodecOptions(BF16, self.group, "float32", ""))
         first = codec.parts(256, 256)[0]
         if code is None or len(code[1]) != 2 or code[0] != first.dtype.name:
             return None

@@ -27,16 +27,16 @@ _LEAST_NORMAL = {"F32": 2.0**-126, "F16": 2.0**-14, "BF16": 2.0**-126}
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class CodecOptions:
     """What a codec is made from.
 
     Attributes:
-        kind: the weight's dtype, that of the checkpoint.
+        dtype: the weight's, that of the checkpoint.
         key: of the shared maximum of a weight and its partners.
         method: --method, None for the container's own rule.
     """
 
-    kind: DType
+    dtype: DType
     group: int
     arithmetic: str
     key: str
@@ -45,12 +45,12 @@ class Request:
     @property
     def scale(self) -> DType:
         """The type that scales are rounded to."""
-        return F32 if self.arithmetic == "float32" else self.kind
+        return F32 if self.arithmetic == "float32" else self.dtype
 
     @property
     def quotient(self) -> DType:
         """The type that weight / scale is rounded to."""
-        return self.kind if self.arithmetic == "llm-compressor-cpu" else F32
+        return self.dtype if self.arithmetic == "llm-compressor-cpu" else F32
 
 
 Shape = Callable[[int, int], tuple[int, ...]]
@@ -86,14 +86,14 @@ class Recipe:
     quant: str
     container: Container
     summary: str
-    codec: Callable[[Request], Codec]
+    codec: Callable[[CodecOptions], Codec]
     tensors: dict[str, str]
     shapes: dict[str, Shape] = field(default_factory=dict)
     unit: int = 1
     whole: int = 1
     tiles: bool = False
-    lone: tuple[Callable[[Request], Codec], Callable[[Request], Codec]] | None = None
-    shared: tuple[str, Callable[[Request], Codec]] | None = None
+    lone: tuple[Callable[[CodecOptions], Codec], Callable[[CodecOptions], Codec]] | None = None
+    shared: tuple[str, Callable[[CodecOptions], Codec]] | None = None
     weights: dict[str, Any] = field(default_factory=dict)
     inputs: dict[str, Any] | None = None
     form: str = ""
@@ -127,59 +127,59 @@ def _tiles4(rows: int, cols: int) -> tuple[int, ...]:
     return (-(-rows // BLOCK), 1, -(-cols // BLOCK), 1)
 
 
-def _fp8_channel(r: Request) -> Codec:
+def _fp8_channel(r: CodecOptions) -> Codec:
     return Fp8Rowwise(-_INF, _INF, None, 0.0, _EPS[r.scale.name], r.scale, r.quotient)
 
 
-def _fp8_channel_modelopt(r: Request) -> Codec:
-    return Fp8Rowwise(-_INF, _INF, None, _LEAST_NORMAL[r.kind.name] / 448.0, 1.0)
+def _fp8_channel_modelopt(r: CodecOptions) -> Codec:
+    return Fp8Rowwise(-_INF, _INF, None, _LEAST_NORMAL[r.dtype.name] / 448.0, 1.0)
 
 
-def _fp8_tiles(r: Request) -> Codec:
+def _fp8_tiles(r: CodecOptions) -> Codec:
     return Fp8Block(BLOCK, _EPS[r.scale.name], 0.0, r.scale, r.quotient)
 
 
-def _int(bits: int, packing: Packing, stored_kind: bool, whole_channel: bool = False) -> Callable[[Request], Codec]:
-    def made(r: Request) -> Codec:
+def _int(bits: int, packing: Packing, stored_kind: bool, whole_channel: bool = False) -> Callable[[CodecOptions], Codec]:
+    def made(r: CodecOptions) -> Codec:
         if r.method is not None:
             return _searched(r, packing)
-        scale = r.kind if stored_kind else r.scale
+        scale = r.dtype if stored_kind else r.scale
         divisor = (2**bits - 1) / 2
         return IntGroup(bits, 0 if whole_channel else r.group, divisor, _EPS[scale.name], scale, r.quotient, packing)
 
     return made
 
 
-def _int_modelopt(bits: int, packing: Packing) -> Callable[[Request], Codec]:
-    def made(r: Request) -> Codec:
+def _int_modelopt(bits: int, packing: Packing) -> Callable[[CodecOptions], Codec]:
+    def made(r: CodecOptions) -> Codec:
         if r.method is not None:
             return _searched(r, packing)
         largest = float(2 ** (bits - 1) - 1)
-        least = _LEAST_NORMAL[r.kind.name if bits == 8 else "F32"]
+        least = _LEAST_NORMAL[r.dtype.name if bits == 8 else "F32"]
         return IntGroup(bits, 0 if bits == 8 else r.group, largest, 1.0, F32, F32, packing, least / largest)
 
     return made
 
 
-def _searched(r: Request, packing: Packing) -> Codec:
+def _searched(r: CodecOptions, packing: Packing) -> Codec:
     """--method rtn divides a group's maximum by 8, for which there is a code; the search ends at that of 7, for which both ends have one.
 
     Scales are rounded to the weight's type in either container: engines cast them to it.
     """
     search = r.method == "mse"
-    floor = _LEAST_NORMAL["F16"] if r.kind.name == "F16" else 0.0
-    return IntGroup(4, r.group, 7.0 if search else 8.0, 1.0, r.kind, F32, packing, floor, packing == "pairs" and r.kind != F32, search)
+    floor = _LEAST_NORMAL["F16"] if r.dtype.name == "F16" else 0.0
+    return IntGroup(4, r.group, 7.0 if search else 8.0, 1.0, r.dtype, F32, packing, floor, packing == "pairs" and r.dtype != F32, search)
 
 
-def _words_awq(r: Request) -> Codec:
+def _words_awq(r: CodecOptions) -> Codec:
     """Asymmetric where nothing is asked for, as AutoAWQ; a --method has the scales of the other containers, and zero points of 8."""
-    search, kind = r.method == "mse", F16 if r.kind == F32 else r.kind
+    search, kind = r.method == "mse", F16 if r.dtype == F32 else r.dtype
     if r.method is None:
         return AwqWords(r.group, kind)
     return AwqWords(r.group, kind, IntGroup(4, r.group, 7.0 if search else 8.0, 1.0, kind, F32, "words", LEAST, search=search))
 
 
-def _mx(element: Literal["fp4", "fp8"]) -> Callable[[Request], Codec]:
+def _mx(element: Literal["fp4", "fp8"]) -> Callable[[CodecOptions], Codec]:
     return lambda r: Mx(element, "rounded", r.scale)
 
 
@@ -210,9 +210,9 @@ RECIPES: tuple[Recipe, ...] = (
            form="float-quantized", weights=_float(8, "block", block_structure=[BLOCK, BLOCK]),
            inputs=_float(8, "group", group_size=BLOCK) | {"dynamic": True}),
     Recipe("fp8_block", "modelopt", "FP8 weights in tiles of 128 x 128",
-           lambda r: Fp8Block(BLOCK, 1.0, _LEAST_NORMAL[r.kind.name] / 448.0), _CODES | {"weight": "weight"}, {"scale": _tiles4},
-           tiles=True, lone=(lambda r: Fp8Tensor(r.key, None, _LEAST_NORMAL[r.kind.name] / 448.0),
-                             lambda r: Fp8Scale(r.key, None, _LEAST_NORMAL[r.kind.name] / 448.0)), algo="fp8_pb_wo"),
+           lambda r: Fp8Block(BLOCK, 1.0, _LEAST_NORMAL[r.dtype.name] / 448.0), _CODES | {"weight": "weight"}, {"scale": _tiles4},
+           tiles=True, lone=(lambda r: Fp8Tensor(r.key, None, _LEAST_NORMAL[r.dtype.name] / 448.0),
+                             lambda r: Fp8Scale(r.key, None, _LEAST_NORMAL[r.dtype.name] / 448.0)), algo="fp8_pb_wo"),
     Recipe("int8_dynamic", "compressed-tensors", "INT8 weights per channel, activations per token at run time",
            _int(8, "bytes", False, True), _CODES, {"scale": _column}, form="int-quantized",
            weights=_integer(8, "channel"), inputs=_integer(8, "token") | _DYNAMIC_TOKEN),

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from streamconv.checkpoint.dtypes import FLOATS, I8, DType
 from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.quantized import SourceQuantization, stated_quantization
-from streamconv.checkpoint.rows import PackedTensor, SourceTensor
+from streamconv.checkpoint.rows import PackedTensor, SourceTensor, content
 from streamconv.checkpoint.source_tensors import SourceTensors
 from streamconv.checkpoint.stored_codes import Code
 from streamconv.checkpoint.strided_rows import Strided
@@ -242,19 +242,12 @@ def _as_matrix(scale: SourceTensor, shape: tuple[int, int]) -> SourceTensor:
     return replace(scale, shape=shape, pieces=(piece,))
 
 
-def raw_bytes(index: Index, tensor: SourceTensor) -> bytes:
-    """What is stored of a small tensor."""
-    piece = tensor.pieces[0]
-    with index.shards[piece.shard].window(piece.begin, piece.begin + tensor.nbytes) as data:
-        return bytes(data)
-
-
 def _number(index: Index, tensor: SourceTensor) -> float:
     import struct
 
     if tensor.nbytes != 4 or tensor.dtype.name != "F32":
         raise CheckpointError(f"{printable(tensor.name)} must be one float32 number, and is {tensor.dtype} {list(tensor.shape)}")
-    value = float(struct.unpack("<f", raw_bytes(index, tensor))[0])
+    value = float(struct.unpack("<f", content(tensor, index.shards))[0])
     if not math.isfinite(value) or value <= 0:
         raise CheckpointError(f"{printable(tensor.name)} is {value}, which is no scale")
     return value
@@ -265,4 +258,4 @@ def _integers(index: Index, tensor: SourceTensor) -> tuple[int, ...]:
 
     if tensor.dtype.name != "I64" or tensor.nbytes != 16:
         raise CheckpointError(f"{printable(tensor.name)} must be two int64 numbers, and is {tensor.dtype} {list(tensor.shape)}")
-    return struct.unpack("<2q", raw_bytes(index, tensor))
+    return struct.unpack("<2q", content(tensor, index.shards))

@@ -7,20 +7,19 @@ follow afterwards: wherever rows and columns of a weight went, the scales of tho
 from __future__ import annotations
 
 import re
-import struct
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 
 from streamconv.checkpoint.codes_file import Codes
 from streamconv.checkpoint.dtypes import BF16, F8_E4M3, F16, F32, I8, I32, U8, DType
 from streamconv.checkpoint.quantized import SourceQuantization
-from streamconv.checkpoint.rows import PackedTensor, SourceTensor
+from streamconv.checkpoint.rows import PackedTensor, SourceTensor, content
 from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.source_tensors import Changed
 from streamconv.errors import RefusedError, printable
 from streamconv.families import Family
 from streamconv.families.matching import match
-from streamconv.lazy import np
+from streamconv.quants.act_order import in_order
 from streamconv.targets.trtllm.lookup import LINEAR
 from streamconv.targets.trtllm.rank_views import SCALE, ZERO
 from streamconv.targets.trtllm.recipes.gptq import EXPERTS
@@ -153,13 +152,13 @@ def _in_order(
 ) -> None:
     """g_idx[k] must be k // g: act-order has no representation."""
     if order is None:
-        in_order = stated is None or not stated.act_order
+        right = stated is None or not stated.act_order
     elif order.dtype != I32 or order.shape != (k,):
         stored.problems.append(f"{printable(order.name)}: {order.dtype} {list(order.shape)} is not I32 [{k}]")
         return
     else:
-        in_order = content(order, shards) == b"".join(struct.pack("<i", at) * group for at in range(k // group))
-    if not in_order:
+        right = in_order(order, shards, group)
+    if not right:
         stored.problems.append(
             f"{printable(module)}.g_idx: act-order (desc_act) weights have no place in TensorRT-LLM;"
             " use a checkpoint made with desc_act false"
@@ -260,9 +259,3 @@ def zero_biases(stored: Stored, unused: Sequence[str], shards: Sequence[Shard]) 
         tensor.module + ".bias" for tensor in stored.tensors.values() if isinstance(tensor, PackedTensor) and tensor.packing == "gptq"
     }
     return [name for name in unused if name in modules and not any(content(stored.tensors[name], shards))]
-
-
-def content(tensor: SourceTensor, shards: Sequence[Shard]) -> bytes:
-    data = np.empty(tensor.nbytes, np.uint8)
-    tensor.read(shards, 0, tensor.rows, data, data[:0])
-    return data.tobytes()

@@ -9,7 +9,7 @@ from itertools import accumulate
 
 from streamconv.checkpoint.activation_ranges import Ranges
 from streamconv.checkpoint.dtypes import F8_E4M3, F32, U8, DType
-from streamconv.checkpoint.rows import Extent, NoSource, PackedTensor, SourceTensor
+from streamconv.checkpoint.rows import Extent, NoSource, PackedTensor, SourceTensor, content
 from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.strided_rows import Strided, beside
 from streamconv.errors import printable
@@ -19,7 +19,7 @@ from streamconv.quants.fp8_given import Fp8Shared
 from streamconv.quants.fp8_tensor import Fp8Scale, Fp8Tensor, WeightMaximum
 from streamconv.quants.gptq import GroupScales
 from streamconv.quants.plain import Plain
-from streamconv.targets.trtllm.import_scales import Stored, content
+from streamconv.targets.trtllm.import_scales import Stored
 
 _LARGEST = 448.0
 """Of FP8 E4M3."""
