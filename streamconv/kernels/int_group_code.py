@@ -8,20 +8,10 @@ import numpy as np
 
 from streamconv.kernels.jit import bits_of, float_of, jit
 from streamconv.kernels.nearest import round_bits
-from streamconv.kernels.pairs_code import each_pair, group_steps, int4_pair, int8_pair, pairs_of, spread
+from streamconv.kernels.pairs_code import each_pair, group_steps, int4_pair, int8_pair, pairs_of, spread, tops_of
 from streamconv.kernels.scaled_code import load_finite
 
 _Array = np.ndarray[Any, Any]
-
-
-@jit
-def tops_of(bits: _Array, group: int, tops: _Array) -> None:
-    """Largest magnitude of each group."""
-    for g in range(tops.size):
-        top = np.uint32(0)
-        for i in range(np.uint64(g * group), np.uint64((g + 1) * group)):
-            top = max(top, np.uint32(bits[i] & np.uint32(0x7FFFFFFF)))
-        tops[g] = top
 
 
 @jit

@@ -64,24 +64,43 @@ def group_tops(tops: _Array, each: int, other: _Array) -> _Array:
 
 
 @jit
+def tops_of(line: _Array, group: int, tops: _Array) -> None:
+    """Largest magnitude of each group of a row of float32 bits, or of bfloat16 numbers, as float32 bits."""
+    mask = line.dtype.type(0x7FFFFFFF if line.itemsize == 4 else 0x7FFF)
+    for g in range(line.size // group):
+        at, top = np.uint64(g * group), line.dtype.type(0)
+        for i in range(np.uint64(group)):
+            top = max(top, line.dtype.type(line[at + i] & mask))
+        tops[g] = np.uint32(np.uint32(top) << np.uint32(0 if line.itemsize == 4 else 16))
+
+
+@jit
+def group_tops_of(line: _Array, words: _Array, packed: bool, each: int, tops: _Array, other: _Array) -> _Array:
+    """The largest magnitude of each `each` pairs, at the beginning of `tops` or `other`."""
+    if each >= 32:
+        tops_of(line, 2 * each, tops)
+        return tops
+    nothing = np.float32(0)
+    each_pair(larger, words, packed, tops.view(np.float32), nothing, nothing, tops)
+    return group_tops(tops, each, other)
+
+
+@jit
 def pairs_of(line: _Array, kind: int, each: int, bits: _Array, tops: _Array, other: _Array) -> Any:
     """A row for `each_pair`, `packed`, the largest magnitude of each `each` pairs, and how many values were not finite.
 
     Args:
         bits: room for the row as float32 bits, and one more if its length is odd; `tops`, `other`: for a number of each pair.
     """
-    nothing = np.float32(0)
     if kind == 2 and line.size % 2 == 0:
         words = line.view(np.uint32)
-        each_pair(larger, words, True, tops.view(np.float32), nothing, nothing, tops)
-        made, top = group_tops(tops, each, other), np.uint32(0)
+        made, top = group_tops_of(line, words, True, each, tops, other), np.uint32(0)
         for g in range(tops.size // each):
             top = max(top, made[g])
         if top < np.uint32(0x7F800000):
             return words, True, made, 0
     bad = load_finite(line, kind, bits[: line.size])
-    each_pair(larger, bits, False, tops.view(np.float32), nothing, nothing, tops)
-    return bits, False, group_tops(tops, each, other), bad
+    return bits, False, group_tops_of(bits, bits, False, each, tops, other), bad
 
 
 @jit
