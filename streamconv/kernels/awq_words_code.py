@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from streamconv.kernels.jit import float_of, jit
+from streamconv.kernels.jit import bits_of, float_of, jit
 from streamconv.kernels.nearest import from_f16, load_bits, round_bits
 from streamconv.kernels.rows import to_f16
 from streamconv.kernels.scaled_code import load_finite, to_int
@@ -68,8 +68,10 @@ def as_ends(ends: _Array, kind: int, flip: int, out: _Array) -> np.uint32:
 
 @jit
 def awq_code(b: np.uint32, step: np.float32, zero: np.uint32) -> np.uint32:
-    z = np.float32(zero)
-    return np.uint32(np.uint32(to_int(np.float32(float_of(b) / step), np.float32(-z), np.float32(np.float32(15) - z))) + zero)
+    """clamp(RNE(value / step) + zero, 0, 15), in the lowest 16 bits; the quotient is no larger than 16, a step being a 15th of a range."""
+    made = np.uint32(bits_of(np.float32(np.float32(float_of(b) / step) + np.float32(12582912))) + zero)
+    made = made if made > np.uint32(0x4B400000) else np.uint32(0x4B400000)
+    return made if made < np.uint32(0x4B40000F) else np.uint32(0x4B40000F)
 
 
 @jit
@@ -80,12 +82,12 @@ def awq_codes(words: _Array, packed: bool, steps: _Array, zeros: _Array, out: _A
         for i in range(half):
             first = awq_code(np.uint32(words[i] << np.uint32(16)), steps[i], zeros[i])
             second = awq_code(np.uint32(words[i] & np.uint32(0xFFFF0000)), steps[half + i], zeros[half + i])
-            out[i] = np.uint32(first | np.uint32(second << np.uint32(16)))
+            out[i] = np.uint32(np.uint32(first & np.uint32(15)) | np.uint32(second << np.uint32(16)))
     else:
         for i in range(half):
             two = np.uint64(2) * i
             first, second = awq_code(words[two], steps[i], zeros[i]), awq_code(words[two + np.uint64(1)], steps[half + i], zeros[half + i])
-            out[i] = np.uint32(first | np.uint32(second << np.uint32(16)))
+            out[i] = np.uint32(np.uint32(first & np.uint32(15)) | np.uint32(second << np.uint32(16)))
 
 
 @jit
@@ -95,12 +97,8 @@ def awq_rows(
 ) -> tuple[int, int]:  # fmt: skip
     """Groups of rows -> packed codes, packed zero points, scales; gives how many values, and how many scales, were not finite."""
     half, bits = cols // 2, np.empty(cols, np.uint32)
-    least_bits, most_bits, wide_least, wide_most = (
-        np.empty(cols, source.dtype),
-        np.empty(cols, source.dtype),
-        np.empty_like(bits),
-        np.empty_like(bits),
-    )
+    least_bits, most_bits = np.empty(cols, source.dtype), np.empty(cols, source.dtype)
+    wide_least, wide_most = np.empty(cols, np.uint32), np.empty(cols, np.uint32)
     low, high, steps = np.empty(cols, np.float32), np.empty(cols, np.float32), np.empty(cols, np.float32)
     codes, zeros = np.empty(half, np.uint32), np.empty(cols, np.uint32)
     sign, bad, lost = 1 << (8 * source.itemsize - 1), 0, 0

@@ -75,7 +75,7 @@ def tops_of(line: _Array, group: int, tops: _Array) -> None:
 
 
 @jit
-def group_tops_of(line: _Array, words: _Array, packed: bool, each: int, tops: _Array, other: _Array) -> _Array:
+def group_tops_of(line: _Array, words: _Array, packed: bool, each: int, tops: _Array, other: _Array) -> Any:
     """The largest magnitude of each `each` pairs, at the beginning of `tops` or `other`."""
     if each >= 32:
         tops_of(line, 2 * each, tops)
