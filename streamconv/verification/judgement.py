@@ -34,14 +34,7 @@ def rows_to_decode(plan: Plan, sink: Compared, foreign: bool) -> dict[int, list[
 
 def _rows(found: Difference, place: PartLocation) -> list[tuple[int, int]]:
     """Rows of a tensor with differences in them, ascending."""
-    rows: list[tuple[int, int]] = []
-    for begin, end in sorted(found.places):
-        first, last = place.rows(begin, end)
-        if rows and first <= rows[-1][1]:
-            rows[-1] = (rows[-1][0], max(last, rows[-1][1]))
-        else:
-            rows.append((first, last))
-    return rows
+    return _merged([place.rows(begin, end) for begin, end in found.places])
 
 
 def _merged(rows: list[tuple[int, int]]) -> list[tuple[int, int]]:

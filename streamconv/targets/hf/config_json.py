@@ -35,16 +35,19 @@ def quantization_config(recipe: Recipe, ignore: Sequence[str], group: int, kv_ca
         return found | ({"config_groups": {"group_0": groups}} if groups else {})
     weights = recipe.weights | ({"group_size": group} if recipe.grouped else {})
     scheme = {"targets": ["Linear"], "weights": weights, "input_activations": recipe.inputs, "format": recipe.form}
-    found = {
+    found = compressed(recipe.form, {key: value for key, value in scheme.items() if value is not None}, ignore)
+    return found | ({"kv_cache_scheme": dict(KV_CACHE)} if kv_cache else {})
+
+
+def compressed(form: str, scheme: Mapping[str, Any], ignore: Sequence[str]) -> dict[str, Any]:
+    """`quantization_config` of compressed-tensors, with one scheme for all that is not ignored."""
+    return {
         "quant_method": "compressed-tensors",
-        "format": recipe.form,
+        "format": form,
         "quantization_status": "compressed",
-        "config_groups": {"group_0": {key: value for key, value in scheme.items() if value is not None}},
+        "config_groups": {"group_0": dict(scheme)},
         "ignore": list(ignore),
     }
-    if kv_cache:
-        found["kv_cache_scheme"] = dict(KV_CACHE)
-    return found
 
 
 def _modelopt_group(recipe: Recipe) -> dict[str, Any] | None:

@@ -254,17 +254,10 @@ def _nvfp4(tensors: Mapping[str, SourceTensor], own: str, container: Container, 
     return kept
 
 
-def compressed(form: str, weights: Mapping[str, Any], inputs: Mapping[str, Any] | None, ignore: list[str]) -> dict[str, Any]:
+def compressed(form: str, weights: Mapping[str, Any], inputs: Mapping[str, Any] | None, ignore: Sequence[str]) -> dict[str, Any]:
+    """`quantization_config` of kept codes: args of weights, and of inputs where these are quantized."""
     scheme: dict[str, Any] = {"targets": ["Linear"], "weights": dict(weights), "format": form}
-    if inputs is not None:
-        scheme["input_activations"] = dict(inputs)
-    return {
-        "quant_method": "compressed-tensors",
-        "format": form,
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": scheme},
-        "ignore": ignore,
-    }
+    return config_json.compressed(form, scheme | ({"input_activations": dict(inputs)} if inputs is not None else {}), ignore)
 
 
 def left(tensors: Mapping[str, SourceTensor], quantized: list[str], container: str) -> list[str]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.model_config import ModelConfig
 from streamconv.checkpoint.quantized import SourceQuantization
 from streamconv.checkpoint.shard import Shard
+from streamconv.checkpoint.tensor_table import TensorRecord
 from streamconv.errors import printable
 from streamconv.families import Family
 from streamconv.targets.trtllm.config_sections import late_keys
@@ -16,27 +17,16 @@ from streamconv.targets.trtllm.lookup import TensorLookup
 from streamconv.targets.trtllm.options import TensorRTLLM
 from streamconv.targets.trtllm.recipes import quant_of
 
+_STEP = 4 << 20
+"""Bytes of them that are compared at a time."""
 _PLACES = 16
 """Places of two tensors that are compared."""
 
 
 def same_bytes(index: Index, roles: TensorLookup) -> bool:
     """Whether lm_head is a bit-identical copy of the embedding (only asked with --use-embedding-sharing)."""
-    names = [roles.found.get((role, -1, -1)) for role in ("embedding", "lm_head")]
-    if index.assembled is not None or index.views or any(name not in index.tensors for name in names):
-        return False  # Meta's path never shares
-    first, second = (index.tensors[name] for name in names if name is not None)
-    if (first.dtype, first.shape) != (second.dtype, second.shape):
-        return False
-    step = 4 << 20
-    for at in range(0, first.nbytes, step):
-        size = min(step, first.nbytes - at)
-        with index.shards[first.shard].window(first.begin + at, first.begin + at + size) as a:
-            left = bytes(a)
-        with index.shards[second.shard].window(second.begin + at, second.begin + at + size) as b:
-            if left != bytes(b):
-                return False
-    return True
+    pair = _stored_pair(index, roles)  # Meta's path never shares
+    return pair is not None and _alike(index, pair, range(0, pair[0].nbytes, _STEP), _STEP)
 
 
 def about_lm_head(index: Index, roles: TensorLookup) -> list[str]:
@@ -44,25 +34,35 @@ def about_lm_head(index: Index, roles: TensorLookup) -> list[str]:
 
     Places spread over both are compared, not all of them; nothing is fetched from the Hub for it.
     """
-    names = [roles.found.get((role, -1, -1)) for role in ("embedding", "lm_head")]
-    if index.assembled is not None or index.views or any(name not in index.tensors for name in names):
+    pair = _stored_pair(index, roles)
+    if pair is None or any(type(index.shards[record.shard]) is not Shard for record in pair):
         return []
-    first, second = (index.tensors[name] for name in names if name is not None)
-    shards = [index.shards[record.shard] for record in (first, second)]
-    if any(type(shard) is not Shard for shard in shards):
-        return []
-    same = (first.dtype, first.shape) == (second.dtype, second.shape)
-    size = min(4096, first.nbytes)
-    for number in range(_PLACES if same else 0):
-        at = (first.nbytes - size) * number // (_PLACES - 1)
-        with shards[0].window(first.begin + at, first.begin + at + size) as a:
-            left = bytes(a)
-        with shards[1].window(second.begin + at, second.begin + at + size) as b:
-            same = same and left == bytes(b)
-    if same:
+    size = min(4096, pair[0].nbytes)
+    if _alike(index, pair, ((pair[0].nbytes - size) * number // (_PLACES - 1) for number in range(_PLACES)), size):
         return []
     told = "is not the embedding, to which config.json ties it (tie_word_embeddings): the embedding is stored, as TensorRT-LLM 1.2 does"
-    return [f"{printable(names[1] or '')} {told}; set tie_word_embeddings to false to keep it"]
+    name = printable(roles.found["lm_head", -1, -1])
+    return [f"{name} {told}; set tie_word_embeddings to false to keep it"]
+
+
+def _stored_pair(index: Index, roles: TensorLookup) -> tuple[TensorRecord, TensorRecord] | None:
+    """Embedding and lm_head, where both are tensors of the files."""
+    first, second = (index.tensors.get(roles.found.get((role, -1, -1), "")) for role in ("embedding", "lm_head"))
+    return None if index.assembled is not None or index.views or first is None or second is None else (first, second)
+
+
+def _alike(index: Index, pair: tuple[TensorRecord, TensorRecord], places: Iterable[int], size: int) -> bool:
+    """Whether two tensors are of one dtype and shape, and hold the same `size` bytes at each of the places."""
+    if (pair[0].dtype, pair[0].shape) != (pair[1].dtype, pair[1].shape):
+        return False
+    for at in places:
+        held = list[bytes]()
+        for record in pair:
+            with index.shards[record.shard].window(record.begin + at, record.begin + min(at + size, record.nbytes)) as data:
+                held.append(bytes(data))
+        if held[0] != held[1]:
+            return False
+    return True
 
 
 def about_kv_cache(stated: SourceQuantization | None, options: TensorRTLLM) -> list[str]:
