@@ -20,12 +20,12 @@ $(STAMP): pyproject.toml tests/constraints.txt
 	$(BIN)/python -m compileall -q streamconv  # pip does so only where it copies
 	touch $@
 
-# A file of tests stays in one process.
+# A file of tests stays in one process; long files are among the first, and calibration, which takes memory, is the last.
 test: venv
-	$(BIN)/python -m pytest -q -n logical --dist loadfile -m 'not slow'
+	$(BIN)/python -m pytest -q -n logical --dist loadfile --no-loadscope-reorder -m 'not slow'
 
 test-all: venv
-	$(BIN)/python -m pytest -q -n logical --dist loadfile
+	$(BIN)/python -m pytest -q -n logical --dist loadfile --no-loadscope-reorder
 
 lint: venv
 	$(BIN)/ruff check .

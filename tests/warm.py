@@ -7,6 +7,7 @@ environment, folder, output and end are its own. Tests of how an interpreter sta
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import importlib
 import json
@@ -19,12 +20,14 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import streamconv
 
 ROOT = Path(__file__).resolve().parents[1]
-OTHERS = ("numpy", "yaml", "safetensors.numpy", "huggingface_hub.hf_api", "huggingface_hub.file_download")
-LEFT = ("calibration", "device", "kernels.compiler", "__main__")
+OTHERS = ("numpy", "yaml", "safetensors.numpy", "asyncio", "filelock", "tqdm.auto", "typing_extensions", "fsspec", "httpx", "httpx2")
+"""What huggingface_hub needs, as far as it is there; that itself reads its variables when it is loaded, and a command sets some before."""
+LEFT = ("calibration", "device", "kernels.compiler", "kernels.fault_code", "__main__")
 """Of streamconv, what wants torch, numba, or to be the command."""
 
 
@@ -71,42 +74,30 @@ def _forked() -> tuple[str, str]:
     sys.exit()
 
 
-def _become(told: dict[str, object]) -> tuple[str, str]:
+def _become(told: dict[str, Any]) -> tuple[str, str]:
     null = os.open(os.devnull, os.O_RDONLY)
-    files = [os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600) for path in told["files"]]  # type: ignore[attr-defined]
+    files = [os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600) for path in told["files"]]
     for number, fd in enumerate((null, *files)):
         os.dup2(fd, number)
         os.close(fd)
     os.environ.clear()
-    os.environ.update(told["env"])  # type: ignore[call-overload]
-    os.chdir(told["cwd"])  # type: ignore[arg-type]
-    how, what, *more = told["arguments"]  # type: ignore[misc]
+    os.environ.update(told["env"])
+    os.chdir(told["cwd"])
+    how, what, *more = told["arguments"]
     sys.argv = ["-c" if how == "-c" else what, *more]
-    _read_again()
     return how, what
-
-
-def _read_again() -> None:
-    """huggingface_hub reads its variables when it is loaded, and keeps copies of what they say."""
-    constants = sys.modules["huggingface_hub.constants"]
-    before = {name: value for name, value in vars(constants).items() if name.isupper()}
-    importlib.reload(constants)
-    for name, module in list(sys.modules.items()):
-        if name.startswith("huggingface_hub.") and module is not constants:
-            held = {key for key in before.keys() & vars(module).keys() if vars(module)[key] is before[key]}
-            for key in held:
-                setattr(module, key, getattr(constants, key))
 
 
 def _load() -> None:
     ours = [info.name for info in pkgutil.walk_packages(streamconv.__path__, "streamconv.")]
     for name in (*OTHERS, *(name for name in ours if not name.partition(".")[2].startswith(LEFT))):
-        importlib.import_module(name)
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
 
 
 if __name__ == "__main__":
     _load()
-    assert "torch" not in sys.modules
+    assert not {"torch", "numba", "huggingface_hub"} & sys.modules.keys()
     _how, _what = _forked()
     if _how == "-m":
         runpy.run_module(_what, run_name="__main__", alter_sys=True)

@@ -46,15 +46,27 @@ def _quick(recipe: Recipe, quant: str, number: int) -> bool:
     return (quant in ("none", "int8") and not number) or (recipe.family in EVERY_RUN and (not number or recipe.family == "llama"))
 
 
+def _quick_in_tiles(recipe: Recipe, quant: str, number: int) -> bool:
+    """Every layout and every format once: how rows are cut is decided by the family, what a tile holds by the format."""
+    return not number and (quant == "none" or (recipe.family == "llama" and not recipe.variant))
+
+
 CASES = [
-    pytest.param(recipe, quant, run, id=f"{recipe}-{quant}-{run.name}", marks=() if _quick(recipe, quant, number) else pytest.mark.slow)
+    pytest.param(
+        *(recipe, quant, run, tiles),
+        id=f"{recipe}-{quant}-{run.name}{'-tiles' * tiles}",
+        marks=() if _quick(recipe, quant, number) and tiles == _quick_in_tiles(recipe, quant, number) else pytest.mark.slow,
+    )
     for recipe in RECIPES
     for quant in all_quants()
     if recipe.quants is None or quant in recipe.quants
     for number, run in enumerate(RUNS.get(quant, ()))
     if not number or run.everywhere or (recipe.family in EVERY_RUN and not recipe.variant)
     if recipe.family in FAMILIES and run.options.get("target_version", "1.2") in FAMILIES[recipe.family].versions
+    for tiles in (False, True)
+    if tiles or not _quick_in_tiles(recipe, quant, number)
 ]
+"""(recipe, quant, run, whether tiles are small too, and what is written is held against the source's bytes)"""
 
 
 def refused(recipe: Recipe, quant: str, run: Run) -> str | None:
@@ -113,8 +125,8 @@ def test_no_tensor_is_left_out_silently(recipe: Recipe, tmp_path: Path) -> None:
         api.open_and_plan(tmp_path / "in", TensorRTLLM())
 
 
-@pytest.mark.parametrize(("recipe", "quant", "run"), CASES)
-def test_family_with_quant(recipe: Recipe, quant: str, run: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("recipe", "quant", "run", "tiles"), CASES)
+def test_family_with_quant(recipe: Recipe, quant: str, run: Run, tiles: bool, tmp_path: Path) -> None:
     family = FAMILIES[recipe.family]
     source = make(recipe, family, run, tmp_path / "in")
     says = refused(recipe, quant, run)
@@ -142,25 +154,26 @@ def test_family_with_quant(recipe: Recipe, quant: str, run: Run, tmp_path: Path)
             with pytest.raises(RefusedError, match=says):
                 api.open_and_plan(source.folder, options)
             continue
-        ranks = _convert(source, options, tmp_path / f"cut{number}")
+        # where experts go has no say in how rows are cut
+        ranks = _convert(source, options, tmp_path / f"cut{number}", tiles=tiles and options.tp_size == 2 and options.moe_ep_size <= 1)
         _against_single(source, options, single[0], ranks)
 
 
-def _convert(source: Source, options: TensorRTLLM, out: Path) -> list[Decoded]:
-    """Convert, with large tiles and with small ones; check everything that one output says; gives its values."""
+def _convert(source: Source, options: TensorRTLLM, out: Path, tiles: bool = False) -> list[Decoded]:
+    """Convert, with small tiles too if asked; check everything that one output says; gives its values."""
     index, plan = api.open_and_plan(source.folder, options)
     with index:
         check_places(plan)
         api.convert(source.folder, out, options, Resources(workers=1))
         tensors = sum(file.tensors for file in plan.files)
-        if options.tp_size == 2 and options.moe_ep_size <= 1:  # where experts go has no say in how rows are cut
+        if tiles:
             _small_tiles(source, plan, out)  # and every byte of it, against the source
             verdict = verify(out, source.folder, resources=Resources(workers=2, tile_rows=13))
             assert (verdict.problems, verdict.warnings, verdict.encoded) == ([], [], tensors)
         (out / manifest.NAME).unlink()  # only config.json says what must be there
-        verdict = verify(out, source.folder if options.tp_size == 2 else None, activation_ranges=options.activation_ranges)
+        verdict = verify(out, source.folder if tiles else None, activation_ranges=options.activation_ranges)
         assert not verdict.problems and len(verdict.warnings) == 1, (verdict.problems, verdict.warnings)
-        assert verdict.encoded == (tensors if options.tp_size == 2 else 0)
+        assert verdict.encoded == (tensors if tiles else 0)
         assert json.loads((out / "config.json").read_text())["mapping"]["world_size"] == len(plan.files)
         _every_byte_once(source, plan, index)
         return decode(plan, index, out)

@@ -74,18 +74,18 @@ def test_sigkill_at_random_moments(make: MakeWorld) -> None:
 
 @KINDS
 def test_every_operation_fails(make: MakeWorld, settings: dict[str, Any]) -> None:
-    good(faults.every_operation(make(**settings), step=8), 120)
+    good(faults.every_operation(make(**settings), step=14), 60)
 
 
 @KINDS
 def test_intruders_between_any_two_operations(make: MakeWorld, settings: dict[str, Any]) -> None:
-    good(intruders.every_operation(make(**settings | {"tile_rows": 1000}), step=20), 80)
+    good(intruders.every_operation(make(**settings | {"tile_rows": 1000}), step=40), 40)
 
 
 @KINDS
 def test_power_cuts(make: MakeWorld, settings: dict[str, Any]) -> None:
-    count = powercut.cuts(make(**settings), 300)
-    good(count, 300)
+    count = powercut.cuts(make(**settings), 150)
+    good(count, 150)
     assert count.facts["distinct"] >= 50, count
 
 

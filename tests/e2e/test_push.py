@@ -7,7 +7,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,8 +17,7 @@ import pytest
 
 from streamconv import api
 from streamconv.targets.hf.target import HuggingFace
-from tests import tiny
-from tests.e2e.hub_run import ROOT
+from tests import tiny, warm
 
 REPO = "org/made"
 
@@ -134,9 +132,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def push(taker: Taker, out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     env = kept | {"HF_ENDPOINT": taker.url, "HF_HOME": str(out.parent / "home"), "HF_TOKEN": "hf_x", "NO_PROXY": "*"}
-    env["PYTHONPATH"] = str(ROOT)
-    command = [sys.executable, "-m", "streamconv", "push", str(out), *arguments]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    return warm.run(["-m", "streamconv", "push", str(out), *arguments], env=env)
 
 
 def content(folder: Path) -> dict[str, bytes]:

@@ -17,16 +17,23 @@ import pytest
 
 from streamconv.checkpoint.dtypes import F16
 from streamconv.checkpoint.limits import MAX_HEADER
-from tests import tiny
+from tests import tiny, warm
 from tests.fuzz import hostile
 from tests.headers import build_header
 
 PEAK = 256 << 20
+TIGHT = ("one escaped wide letter in 33 MB", "escaped wide names")
+"""Cases that come so near to it that what a warm interpreter holds is too much."""
 
 
-def read(kind: str, path: Path) -> dict[str, Any]:
-    """What tests/fuzz/child.py says, and what the command said to the user."""
-    done = subprocess.run([sys.executable, "-m", "tests.fuzz.child", kind, str(path)], capture_output=True, text=True, timeout=250)
+def read(kind: str, path: Path, *, anew: bool = False) -> dict[str, Any]:
+    """What tests/fuzz/child.py says, and what the command said to the user.
+
+    Args:
+        anew: by a new interpreter; a warm one has more in memory to begin with.
+    """
+    words = ["-m", "tests.fuzz.child", kind, str(path)]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=250) if anew else warm.run(words)
     assert done.returncode == 0, done.stderr
     told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return told | {"shown": done.stderr}
@@ -35,7 +42,7 @@ def read(kind: str, path: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(("kind", "name", "make", "says"), hostile.CASES, ids=[f"{kind}: {name}" for kind, name, _, _ in hostile.CASES])
 def test_refused_in_little_memory(kind: str, name: str, make: Callable[[], bytes], says: str, tmp_path: Path) -> None:
     path = hostile.write(tmp_path, kind, make)
-    told = read(kind, path)
+    told = read(kind, path, anew=name in TIGHT)
     path.unlink()
     assert told["error"] in ("HeaderError", "CheckpointError", "TensorError")
     assert says in told["message"]

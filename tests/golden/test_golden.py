@@ -26,6 +26,7 @@ VARIED += ["meta_gqa_tp4_kvdup", "gptq_tp2", "gptq8_tp2", "gptq_tp1_bf16_sm90", 
 WITH_ROPE_TABLES = ["mha_tp1", "mistral_tp2", "mha_int8_tp2", "gqa_int4_tp1"]
 
 BY_NAME = cases.load()
+SPECS = {spec["name"]: spec for spec in generate.load_specs()}
 SMALL_TILES = [case for case in cases.every() if case.model and (case.version == "0.16" or case.name not in BY_NAME or "_sq_" in case.name)]
 """Cases that differ in how they are tiled: the others of 1.2 have the bytes of 0.16."""
 
@@ -88,17 +89,40 @@ def test_case(case: Case, tmp_path: Path) -> None:
     check_output(case, tmp_path / "out")
 
 
-THIRD = [pytest.param(case, marks=pytest.mark.slow if number % 6 else ()) for number, case in enumerate(SMALL_TILES)]
+GRID = ("--tp_size", "--pp_size", "--cp_size", "--world-size", "--model_dir", "--model-dir", "--meta_ckpt_dir", "--output_dir")
+"""Flags that have no say in what is in a tile."""
 
 
-@pytest.mark.parametrize("case", THIRD, ids=str)
+def _told(case: Case) -> set[tuple[str, ...]]:
+    """What a tile of the case depends on: the family, the dtype it is stored in, every flag and its value."""
+    spec = SPECS[Path(str(case.model)).name]
+    values = [() if value.startswith("--") or "/" in value else (value,) for value in (*case.argv[1:], "--")]
+    flags = {(flag, *value) for flag, value in zip(case.argv, values, strict=True) if flag.startswith("--") and flag not in GRID}
+    return {("family", spec["arch"]), ("stored", spec["dtype"]), *flags}
+
+
+def _quick() -> set[str]:
+    """Enough cases that each such thing is in one of them; in the others they only stand together in other ways."""
+    left, chosen = set[tuple[str, ...]]().union(*map(_told, SMALL_TILES)), list[Case]()
+    while left:
+        chosen.append(max(SMALL_TILES, key=lambda case: len(_told(case) & left)))
+        left -= _told(chosen[-1])
+    return {str(case) for case in chosen}
+
+
+QUICK = _quick()
+COVERED = [pytest.param(case, marks=() if str(case) in QUICK else pytest.mark.slow) for case in SMALL_TILES]
+
+
+@pytest.mark.parametrize("case", COVERED, ids=str)
 def test_same_for_small_tiles_and_many_workers(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("STREAMCONV_TILE_ROWS", "3")
+    monkeypatch.setenv("STREAMCONV_TILE_ROWS", "5")
     convert(case, tmp_path / "out", "--workers", "8")
     check_output(case, tmp_path / "out")
 
 
-ALIKE = {"gqa_tp4_kvdup", "mha_int8_tp2", "gqa_sq_tensor_tp2", "gqa_int8_kv8_tp2", "gptq8_tp2", "gptq_tp1_bf16_sm90", "mha_tp2_fp8kv"}
+ALIKE = {"mha_tp2_pp2", "gqa_tp4_kvdup", "mha_int8_tp2", "gqa_sq_tensor_tp2", "mha_sq_tensor_tp2", "gqa_int8_kv8_tp2", "gptq8_tp2"}
+ALIKE |= {"gptq_tp1_bf16_sm90", "mha_tp2_fp8kv", "meta_gqa_tp4_kvdup"}
 """Cut into rows as others of `VARIED` are."""
 ANY = [pytest.param(name, rows, marks=pytest.mark.slow if rows > 1 or name in ALIKE else ()) for name in VARIED for rows in (1, 64)]
 

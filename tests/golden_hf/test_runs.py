@@ -38,7 +38,7 @@ def target(case: Case) -> HuggingFace:
 @pytest.mark.parametrize("case", VARIED, ids=str)
 def test_small_tiles_and_many_workers(case: Case, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = models.source(case)
-    monkeypatch.setenv("STREAMCONV_TILE_ROWS", "3")
+    monkeypatch.setenv("STREAMCONV_TILE_ROWS", "5")
     convert(case, source, tmp_path / "out", "--workers", "8")
     check(case, source, tmp_path / "out")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,10 +56,15 @@ def _names(tree: ast.AST) -> Iterator[str]:
             yield from [*(node.module or "").split("."), *(alias.name for alias in node.names)]
 
 
+@functools.cache
+def _all_names(code: str) -> frozenset[str]:
+    return frozenset(_names(ast.parse(code)))
+
+
 def _found(code: str, kind: str) -> set[str]:
-    names = set(_names(ast.parse(code)))
+    names = _all_names(code)
     more = {name for name in names if name.startswith(("execv", "execl", "spawnv", "spawnl"))} if kind == "STARTS" else set()
-    return (names & globals()[kind]) | more
+    return {*(names & globals()[kind]), *more}
 
 
 @pytest.mark.parametrize("kind", ["STARTS", "RUNS", "TALKS"])

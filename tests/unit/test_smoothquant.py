@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -187,10 +188,14 @@ def cut(name: str, whole: Array, rank: int) -> Array:
     return whole
 
 
-@pytest.mark.parametrize("version", ["0.16", "1.2"])
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("per_token", [False, True])
-@pytest.mark.parametrize("per_channel", [False, True])
+WAYS = list(itertools.product(("float16", "bfloat16"), (False, True), (False, True), ("0.16", "1.2")))
+HALF = [
+    pytest.param(*way, marks=pytest.mark.slow if sum(value in ("bfloat16", True, "1.2") for value in way) % 2 else ()) for way in WAYS
+]
+"""Any three of the four stand together in every way."""
+
+
+@pytest.mark.parametrize(("dtype", "per_channel", "per_token", "version"), HALF)
 def test_whole_matrix_reference(
     model: Path, weights: dict[str, Array], tmp_path: Path, dtype: str, per_channel: bool, per_token: bool, version: str
 ) -> None:
