@@ -1,6 +1,6 @@
 """DeepSeek-V3 as it is published, FP8 tiles in 163 files: planned from headers alone, and one cut down decoded in 512 MiB.
 
-    python -m benchmarks.deepseek [--work FOLDER] [--runs 5] [--limit 512MiB] [--out benchmarks/results/deepseek.json]
+    python -m benchmarks.deepseek [--work FOLDER] [--runs 5] [--only plan|decode] [--limit 512MiB] [--out benchmarks/results/deepseek.json]
 
 The whole model is headers over holes: 671 billion parameters take no room. The cut-down one has the same tensors of fewer layers and
 experts with random codes, and is decoded inside a memory cgroup (needs root). Both are removed at the end.
@@ -9,8 +9,10 @@ experts with random codes, and is decoded inside a memory cgroup (needs root). B
 from __future__ import annotations
 
 import argparse
+import compileall
 import json
 import math
+import resource
 import shutil
 import statistics
 import subprocess
@@ -154,15 +156,23 @@ def planned(work: Path, runs: int) -> dict[str, Any]:
     """Seconds of `streamconv plan` on the whole model, the interpreter's start too."""
     model = work / "deepseek-v3"
     told = write(model, config_of(), 163, sparse=True)
-    command = [sys.executable, "-m", "streamconv", "plan", str(model), str(work / "out"), "--to", "hf", "--quant", "none"]
-    seconds = []
-    for _ in range(runs):
-        began = time.monotonic()
-        subprocess.run(command, check=True, capture_output=True)
-        seconds.append(time.monotonic() - began)
+    compileall.compile_dir(ROOT / "streamconv", quiet=1)  # as an installer does
+    each = {quant: [str(work / "out"), "--to", "hf", "--quant", quant] for quant in ("none", "fp8_dynamic", "w4a16", "nvfp4a16")}
+    each["fp8_dynamic and nvfp4a16"] = [f"--output=hf:{work / quant}:quant={quant}" for quant in ("fp8_dynamic", "nvfp4a16")]
+    print(f"plan: {told['parameters'] / 1e9:.0f}B parameters, {told['tensors']} tensors", flush=True)
+    found = dict[str, Any]()
+    for name, flags in each.items():
+        seconds, cpu = list[float](), list[float]()
+        for _ in range(runs):
+            began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
+            subprocess.run([sys.executable, "-m", "streamconv", "plan", str(model), *flags], check=True, capture_output=True)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            seconds.append(round(time.monotonic() - began, 3))
+            cpu.append(round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 3))
+        found[name] = {"seconds": seconds, "median seconds": statistics.median(seconds), "CPU": cpu, "median CPU": statistics.median(cpu)}
+        print(f"{name}: {statistics.median(seconds):.2f} s, {statistics.median(cpu):.2f} s of CPU", flush=True)
     shutil.rmtree(model)
-    print(f"plan: {told['parameters'] / 1e9:.0f}B parameters, {told['tensors']} tensors: {statistics.median(seconds):.2f} s", flush=True)
-    return told | {"files": 163, "seconds": seconds, "median seconds": statistics.median(seconds)}
+    return told | {"files": 163, "plans": found}
 
 
 def decoded(work: Path, limit: str) -> dict[str, Any]:
@@ -189,12 +199,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=ROOT / "benchmarks" / "work")
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--only", choices=("plan", "decode"), help="keep the other one's figures")
     parser.add_argument("--limit", default="512MiB")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "deepseek.json")
     args = parser.parse_args()
     work = args.work / "deepseek"
     shutil.rmtree(work, ignore_errors=True)
-    results = {"plan": planned(work, args.runs), "decode": decoded(work, args.limit)}
+    results = json.loads(args.out.read_text()) if args.only else {}
+    if args.only != "decode":
+        results["plan"] = planned(work, args.runs)
+    if args.only != "plan":
+        results["decode"] = decoded(work, args.limit)
     args.out.write_text(json.dumps(results, indent=1) + "\n")
     shutil.rmtree(work)
 
