@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import lcm
+from operator import mul, sub
 from typing import NamedTuple, cast
 
 from streamconv.checkpoint.dtypes import DType
@@ -277,12 +278,13 @@ class Draft:
         files, constants = layout(self._files, self._matrices, self._fixed)
         spans, feeds = SpanTable(self._sources, self._feeds.ops, self._feeds.spreads), self._feeds
         if feeds.alone():
-            ops, read = feeds.ops.values, [rows.align for rows in self._sources.rows_of(feeds.source)]
+            ops, rows = feeds.ops.values, [*self._sources.rows_of(feeds.source)]
+            nbytes = sum(map(mul, map(sub, feeds.stop, feeds.start), [each.stored for each in rows]))
             align = cache(lambda encoded, read, op: _align(encoded, read, ops[op]))
-            aligns = array("Q", map(align, self._matrices.row_aligns(feeds.matrix), read, feeds.op))
+            aligns = array("Q", map(align, self._matrices.row_aligns(feeds.matrix), [each.align for each in rows], feeds.op))
             needing = self._matrices.needing(feeds.matrix) if self._reductions else ()
             reducing = [Reducing(at, *each) for at, keys in needing for each in self._wanted(keys)]
-            spans.take(feeds.source, feeds.start, feeds.stop, feeds.op, aligns, reducing)
+            spans.take(feeds.source, feeds.start, feeds.stop, feeds.op, aligns, nbytes, reducing)
             spans.take_dests(feeds.matrix, feeds.row, feeds.cols)
         else:
             for source in feeds.order():
@@ -311,7 +313,8 @@ class Draft:
             if key not in self._reduced:
                 self._reduced.add(key)
                 for number, rows, reduction in self._reductions[key]:
-                    yield from self._wanted(reduction.needs)
+                    if reduction.needs:
+                        yield from self._wanted(reduction.needs)
                     yield number, rows, reduction
 
     def _cut(self, spans: SpanTable, source: int, feeds: list[_Feed]) -> None:

@@ -93,7 +93,8 @@ def _tracks(plans: Sequence[Plan]) -> dict[Hashable, list[_Interval]]:
     tracks: dict[Hashable, list[_Interval]] = {}
     numbers: dict[Hashable, int] = {}
     known: dict[Hashable, tuple[int, int, int]] = {}  # source -> number of its identity, shift, and rows; sources of several plans are one
-    apart = all(plan.spans.sources.whole for plan in plans) and len({plan.spans.sources.origin for plan in plans}) == 1
+    origins = {plan.spans.sources.origin for plan in plans}
+    apart = len(origins) == 1 and None not in origins
     ways: dict[tuple[RowOp, type], int] = {}
     for output, plan in enumerate(plans):
         sources = plan.spans.sources

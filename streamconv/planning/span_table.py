@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, count, islice
-from operator import add, sub
+from operator import add
 from typing import NamedTuple
 
 from streamconv.planning.plan import PLAIN_ROWS, Destination, RowOp, RowRange
@@ -72,14 +72,16 @@ class SpanTable(Table[RowRange]):
         self._first.append(len(self._row))
 
     def take(
-        self, source: array[int], start: array[int], stop: array[int], op: array[int], align: array[int], reducing: Sequence[Reducing] = ()
-    ) -> None:
+        self, source: array[int], start: array[int], stop: array[int], op: array[int], align: array[int], nbytes: int,
+        reducing: Sequence[Reducing],
+    ) -> None:  # fmt: skip
         """All spans, a column for each fact; the arrays may become those of the table. `take_dests` follows.
 
         Args:
+            nbytes: that they read from the checkpoint.
             reducing: what is reduced before them.
         """
-        before, rows = [at.before for at in reducing], self.sources.rows_of([at.source for at in reducing])
+        before, rows = [at.before for at in reducing], [*self.sources.rows_of([at.source for at in reducing])]
         none = array("I", bytes(4 * len(source)))
         places = [*range(1, 2 * len(source), 2), *[2 * place for place in before]]
         order = sorted(range(len(places)), key=places.__getitem__) if before else []
@@ -91,8 +93,7 @@ class SpanTable(Table[RowRange]):
         self._reduction = _woven(none, order, range(1, len(reducing) + 1))
         self._reductions = [at.reduction for at in reducing]
         self.reductions = array("I", map(add, before, count()))
-        sizes = map(sub, self._stop, self._start)
-        self.nbytes = sum(many * rows.stored for many, rows in zip(sizes, self.sources.rows_of(self._source), strict=True))
+        self.nbytes = nbytes + sum(at.rows * each.stored for at, each in zip(reducing, rows, strict=True))
 
     def take_dests(self, matrix: array[int], row: array[int], cols: array[int]) -> None:
         """The destinations of all spans but those that reduce, one for each, in order."""

@@ -143,14 +143,9 @@ class Sources:
         return NoSource(source) if isinstance(source, str) else source
 
     @property
-    def whole(self) -> bool:
-        """Each is a tensor of the checkpoint, or nothing."""
-        return all(isinstance(other, str) for other in self._others)
-
-    @property
     def origin(self) -> Hashable:
-        """As of the tensors."""
-        return self._stored.origin
+        """As of the tensors, if each is one, or nothing; None if there are others."""
+        return self._stored.origin if all(isinstance(other, str) for other in self._others) else None
 
     def identity(self, number: int) -> Hashable:
         """Equal for equal sources of several plans; None for what is not known by its number."""
