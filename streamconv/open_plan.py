@@ -11,7 +11,6 @@ from pathlib import Path
 from streamconv import hub, memory
 from streamconv.checkpoint.index import Index, description_size
 from streamconv.errors import BudgetError, StreamconvError, printable
-from streamconv.families.naming import settle
 from streamconv.memory import without_collection
 from streamconv.planning.plan import Plan
 from streamconv.run.source_record import record_of
@@ -59,7 +58,11 @@ def open_and_plan_all(
         try:
             if opened is not None:
                 opened(stored)
-            index = stored if all(output.target.raw_names for output in outputs) else settle(stored)
+            index = stored
+            if not all(output.target.raw_names for output in outputs):
+                from streamconv.families.naming import settle
+
+                index = settle(stored)
             for output in outputs:
                 try:
                     plans.append(output.target.plan(stored if output.target.raw_names else index))

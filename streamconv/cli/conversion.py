@@ -210,7 +210,6 @@ def plan(
 ) -> int:
     """Show what convert would do, from the headers alone."""
     from streamconv.allocation import costs_of, estimate_memory
-    from streamconv.calibration.foreseen import planned
     from streamconv.cli import plan_view, several
     from streamconv.estimate import Looking, look, size_of
     from streamconv.execution import choose_device
@@ -230,7 +229,11 @@ def plan(
         return 0
     wanted = asked_target(to, values, more)
     effects.check(click.get_current_context(), model, wanted)
-    wanted, search = planned(model, wanted, on, asked.memory_budget, asked.device)
+    search = None
+    if on is not None or getattr(wanted, "method", None) is not None:
+        from streamconv.calibration.foreseen import planned
+
+        wanted, search = planned(model, wanted, on, asked.memory_budget, asked.device)
     place, looks = Path(out) if out is not None else None, list[Looking | None]()
 
     def opened(index: Index) -> None:

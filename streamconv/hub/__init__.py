@@ -24,7 +24,6 @@ from streamconv.checkpoint.limits import MAX_CONFIG, MAX_MANIFEST, MAX_WEIGHT_MA
 from streamconv.checkpoint.meta import PARAMS
 from streamconv.checkpoint.weight_files import choose, weight_files
 from streamconv.errors import CheckpointError, printable
-from streamconv.families.naming import settle
 from streamconv.hub.problems import no_folder
 from streamconv.hub.repo import download, listing, named, note_revision, small_file
 from streamconv.hub.shard import AT_A_TIME, HubShard
@@ -83,6 +82,8 @@ def open_source(source: str | os.PathLike[str]) -> Index:
     Raises:
         HubError: the Hub did not give what was asked for; else as open_index and settle.
     """
+    from streamconv.families.naming import settle
+
     return settle(open_stored(source))
 
 

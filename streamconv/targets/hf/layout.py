@@ -9,22 +9,17 @@ from functools import cache
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple, cast
 
-from streamconv.checkpoint.activation_ranges import Ranges
-from streamconv.checkpoint.codes_file import ApartTensor, Codes, Found
 from streamconv.checkpoint.dtypes import F32, FLOATS, I64, DType
 from streamconv.checkpoint.index import Index
 from streamconv.errors import printable
 from streamconv.planning.draft import Draft
 from streamconv.planning.matrix_table import Named
-from streamconv.quants.awq import PairedCodes
 from streamconv.quants.base import Codec, Part
 from streamconv.quants.fp8_tensor import Fp8Scale, WeightMaximum
-from streamconv.quants.given_codes import Words
 from streamconv.quants.plain import Plain
 from streamconv.targets.hf import config_json
 from streamconv.targets.hf.card import NAME, Done, card, left
 from streamconv.targets.hf.fates import Fate, Fates
-from streamconv.targets.hf.found_codes import taken
 from streamconv.targets.hf.ignored import ignored, tied_heads, vocabulary
 from streamconv.targets.hf.input_scales import cache_maxima, input_maxima
 from streamconv.targets.hf.recipes import BLOCK, CodecOptions, Recipe
@@ -34,9 +29,10 @@ from streamconv.targets.hf.shards import shards_of
 from streamconv.targets.hf.side_files import side_files
 from streamconv.targets.hf.stacked import unstack
 from streamconv.targets.hf.stored import Form, Stored
-from streamconv.targets.hf.turned_layout import turned_weight
 
 if TYPE_CHECKING:
+    from streamconv.checkpoint.activation_ranges import Ranges
+    from streamconv.checkpoint.codes_file import ApartTensor, Codes, Found
     from streamconv.targets.hf.target import HuggingFace
 
 _METADATA = {"format": "pt"}
@@ -121,6 +117,8 @@ class Layout:
                 self.inputs = input_maxima(self.ranges, fates.wanted()) if self.recipe.input_scale is not None else {}
                 self.cached = cache_maxima(self.ranges, shapes) if self.target.kv_cache is not None else {}
             if self.codes is not None:
+                from streamconv.targets.hf.found_codes import taken
+
                 found = taken(self.codes, self.index, stored, fates.wanted(), self.target.group_size, self.recipe)
                 self.searched, self.changed = found
         self.decoded = stored.decoded
@@ -185,6 +183,8 @@ class Layout:
         return made
 
     def _turn(self, file: int, names: list[str]) -> None:
+        from streamconv.targets.hf.turned_layout import turned_weight
+
         spelling = Spelled(cast(Recipe, self.recipe))
         for name in names:
             module, codec = name[: -len(".weight")], self._codec(self.stored.form(name))
@@ -193,6 +193,9 @@ class Layout:
 
     def _take_found(self, file: int, names: list[str]) -> None:
         """Weights whose codes were searched."""
+        from streamconv.quants.awq import PairedCodes
+        from streamconv.quants.given_codes import Words
+
         recipe = cast(Recipe, self.recipe)
         codec: Codec = Words(4) if recipe.container == "compressed-tensors" else PairedCodes()
         for name in names:

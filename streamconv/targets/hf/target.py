@@ -113,7 +113,6 @@ class HuggingFace(Target):
         return Ranges(self.activation_ranges)
 
     def plan(self, index: Index) -> Plan:
-        from streamconv.checkpoint.codes_file import codes_of
         from streamconv.checkpoint.source_files import source_files
         from streamconv.checkpoint.source_tensors import SourceTensors
         from streamconv.checkpoint.unknown_statements import refuse_unknown
@@ -150,7 +149,10 @@ class HuggingFace(Target):
             settled = dataclasses.replace(self, format=recipe.container if recipe else None)
             if self.kv_cache is not None and (recipe is None or recipe.stated):
                 raise UsageError("--kv-cache: only quantized directories of compressed-tensors and ModelOpt hold scales of the cache")
-            codes = codes_of(self.method, self.codes)
+            if self.method is not None or self.codes is not None:
+                from streamconv.checkpoint.codes_file import codes_of
+
+                codes = codes_of(self.method, self.codes)
             stored = stored_weights(index, dtype, units, sound=not self.allow_nonfinite)
             draft = Draft(stored)
             layout = Layout(index, stored, settled, recipe, draft, dtype, ranges, codes)
