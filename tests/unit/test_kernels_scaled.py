@@ -79,6 +79,19 @@ def test_groups_of_input_channels(source: DType) -> None:
             check(AwqWords(32, kind, symmetric), block, source, start=7, stride=101)
 
 
+def test_every_bfloat16_weight_beside_every_maximum() -> None:
+    """Of one power of two, down to 2**-5; both signs."""
+    tops = torch.arange(0x3F80, 0x4000, dtype=torch.int16)
+    weights_of = [torch.arange(0x3D00, int(top) + 1, dtype=torch.int16) for top in tops]
+    rows = [torch.nn.functional.pad(line, (0, -len(line) % 15)).reshape(-1, 15) for line in weights_of]
+    block = torch.cat([torch.cat([top.expand(len(line), 1), line], 1) for top, line in zip(tops, rows, strict=True)]).view(torch.bfloat16)
+    block = torch.cat([block, -block], 1)
+    halves = [NvFp4("key", rule, BF16, shared_scale(1.99, rule, BF16)) for rule in ("divisor", "multiplier")]  # type: ignore[arg-type]
+    for codec in (*halves, Mx("fp4"), Mx("fp8"), *(IntGroup(4, 16, divisor, 1.0, F32, F32, "words") for divisor in (7.0, 7.5))):
+        check(codec, block, BF16)
+    check(AwqWords(32, BF16), block[: len(block) // 8 * 8].T.contiguous(), BF16)
+
+
 def test_edges_of_two_tiles_do_not_meet() -> None:
     block = torch.randn(200, 300, generator=torch.Generator().manual_seed(1))
     codes, scales = Fp8Block().encode(block, EncodeStats())
