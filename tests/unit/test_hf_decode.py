@@ -280,15 +280,21 @@ def test_gpt_oss_is_quantized_anew(tmp_path: Path, quant: str, rows: int | None)
     assert verify(tmp_path / "one", folder).problems == []
 
 
-@pytest.mark.parametrize("kind", ["llama4", "gpt_oss", "unheard_of"])
-def test_stacked_and_transposed(tmp_path: Path, kind: str) -> None:
-    """[E, in, out] float experts: as from a model that holds one weight [out, in] for each."""
+@pytest.mark.parametrize(
+    ("kind", "width", "transposed"),
+    [("llama4", 48, True), ("gpt_oss", 48, True), ("unheard_of", 48, True), ("unheard_of", 32, True), ("unheard_of", 32, False),
+     ("qwen3_vl_moe", 32, False), ("unheard_of", 64, True), ("qwen3_vl_moe", 64, False)],
+)  # fmt: skip
+def test_stacked_either_way(tmp_path: Path, kind: str, width: int, transposed: bool) -> None:
+    """Float experts [E, in, out] or [E, out, in], also where one of the two tensors is square: as from a weight [out, in] for each."""
     random, at = torch.Generator().manual_seed(4), "model.layers.0.mlp.experts"
-    gate_up = torch.randn(3, 64, 96, generator=random).bfloat16()
-    down = torch.randn(3, 48, 64, generator=random).bfloat16()
+    gate_up = torch.randn(3, 64, 2 * width, generator=random).bfloat16()
+    down = torch.randn(3, width, 64, generator=random).bfloat16()
     gate, up = (gate_up[..., ::2], gate_up[..., 1::2]) if kind == "gpt_oss" else gate_up.chunk(2, 2)
     plain = {f"{at}.{e}.{part}_proj.weight": whole[e].T.contiguous() for e in range(3) for part, whole in
              (("gate", gate), ("up", up), ("down", down))}  # fmt: skip
+    if not transposed:
+        gate_up, down = gate_up.transpose(1, 2).contiguous(), down.transpose(1, 2).contiguous()
     stacked = {f"{at}.gate_up_proj": gate_up, f"{at}.down_proj": down}
     for name, weights, model_type in (("stacked", stacked, kind), ("plain", plain, "other")):
         (tmp_path / name).mkdir()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from streamconv.checkpoint.derived_rows import Turned, rows_of
@@ -69,21 +69,30 @@ def unstack(stored: Stored, config: Mapping[str, Any]) -> None:
     hidden = next((part["hidden_size"] for part in parts if "hidden_size" in part), None)
     types = _model_types(config)
     alternating = bool(types & set(_ALTERNATING))
-    for name in [name for name in stored.order if len(stored.form(name).shape) == 3]:
+    names = [name for name in stored.order if len(stored.form(name).shape) == 3]
+    turned = dict(_orientations(((name, stored.form(name).shape) for name in names), hidden))
+    for name in names:
         stem = name.removesuffix(".weight")
         module, _, last = stem.rpartition(".")
         whole = stored.weights[name]
         if not module.endswith("experts") or last not in _PARTS or not isinstance(whole, SourceTensor | TurnedMx):
             continue
-        inner, outer = whole.shape[1:] if last == "gate_up_proj" else whole.shape[:0:-1]
-        if hidden is not None and hidden not in (inner, outer):
+        if hidden is not None and hidden not in whole.shape[1:]:
             continue
-        transposed = bool(types & set(_TRANSPOSED)) if inner == outer or hidden is None else hidden == inner
+        transposed = turned.get(module, bool(types & set(_TRANSPOSED)))
         outs = whole.shape[2 if transposed else 1]
         made = list(_named(module, last, outs, alternating))
         _split(stored, name, made, transposed)
         if f"{stem}_bias" in stored.order:
             _split_bias(stored, f"{stem}_bias", made)
+
+
+def _orientations(shapes: Iterable[tuple[str, tuple[int, ...]]], hidden: object) -> Iterator[tuple[str, bool]]:
+    """(experts, whether they are [E, in, out]), where the hidden size tells: of two tensors one may be square, and both lie alike."""
+    for name, (_, first, second) in shapes:
+        module, _, last = name.removesuffix(".weight").rpartition(".")
+        if last in _PARTS and first != second and hidden in (first, second):
+            yield module, hidden == (first if last == "gate_up_proj" else second)
 
 
 def _named(module: str, last: str, outs: int, alternating: bool) -> Iterator[tuple[str, str, _Rows]]:
