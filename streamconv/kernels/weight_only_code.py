@@ -8,7 +8,7 @@ import numpy as np
 
 from streamconv.kernels.jit import bits_of, float_of, jit
 from streamconv.kernels.nearest import load_bits, nonfinite, round_bits
-from streamconv.kernels.rows import to_bf16, to_f16
+from streamconv.kernels.rows import each, magnitude, to_bf16, to_f16
 
 _Array = np.ndarray[Any, Any]
 
@@ -51,21 +51,42 @@ def quantize_row(values: _Array, scale: np.float32, half: np.int32, bias: np.int
         return
     low, high = np.float32(-half), np.float32(half - np.int32(1))
     for i in range(q.size):
-        y = np.float32(values[i] / scale)
-        # the float before 1/2, with the sign of y: what is left after cutting is rounded half away from zero
-        y = np.float32(y + float_of(np.uint32(np.uint32(bits_of(y) & np.uint32(0x80000000)) | np.uint32(0x3EFFFFFF))))
-        y = y if y > low else low
-        y = y if y < high else high
-        q[i] = np.uint8(np.int32(y) + bias)
+        q[i] = np.uint8(whole(np.float32(values[i] / scale), low, high) + bias)
 
 
 @jit
-def weave8(q: _Array, out: _Array) -> None:
-    """int8 block order of families A and D: element i next to element i + 8 of each 16."""
-    for block in range(q.size // 16):
-        low, high, to = q[block * 16 : block * 16 + 8], q[block * 16 + 8 : block * 16 + 16], out[block * 8 : block * 8 + 8]
-        for i in range(8):
-            to[i] = np.uint16(low[i]) | (np.uint16(high[i]) << np.uint16(8))
+def whole(y: np.float32, low: np.float32, high: np.float32) -> Any:
+    """clip(round half away from zero(y))."""
+    # the float before 1/2, with the sign of y: what is left after cutting is rounded half away from zero
+    y = np.float32(y + float_of(np.uint32(np.uint32(bits_of(y) & np.uint32(0x80000000)) | np.uint32(0x3EFFFFFF))))
+    y = y if y > low else low
+    return np.int32(y if y < high else high)
+
+
+@jit
+def int8_code(b: np.uint32, scale: np.float32) -> Any:
+    return np.uint8(whole(np.float32(float_of(b) / scale), np.float32(-128), np.float32(127)))
+
+
+@jit
+def offset_code(b: np.uint32, scale: np.float32) -> Any:
+    return np.uint8(whole(np.float32(float_of(b) / scale), np.float32(-128), np.float32(127)) + np.int32(128))
+
+
+@jit
+def int8_as_stored(line: _Array, kind: int, target: int, bias: np.int32, q: _Array, scale: _Array) -> bool:
+    """Codes and scale of a row of finite values that the model dtype leaves as they are, or changes where the code is 0; else False."""
+    top = magnitude(line, kind)
+    # from 2**-5 on, what float16 rounds (below 2**-14) is less than half a step of top / 128
+    fits = kind == target or target == 0 or (kind == 2 and target == 1 and np.uint32(0x3D000000) <= top and top < np.uint32(0x477FF000))
+    if not fits or top < np.uint32(0x04800000) or top >= np.uint32(0x7F800000):  # below it the scale would be subnormal
+        return False
+    scale[0] = float_of(top) * np.float32(0.0078125)
+    if bias == np.int32(0):
+        each(int8_code, line, kind, scale[0], q)
+    else:
+        each(offset_code, line, kind, scale[0], q)
+    return True
 
 
 @jit
@@ -73,6 +94,16 @@ def spaced(b: np.uint64) -> np.uint64:
     """The four low bytes, each in the low half of 16 bits."""
     b = np.uint64((b | (b << np.uint64(16))) & np.uint64(0x0000FFFF0000FFFF))
     return np.uint64((b | (b << np.uint64(8))) & np.uint64(0x00FF00FF00FF00FF))
+
+
+@jit
+def weave8(q: _Array, out: _Array) -> None:
+    """int8 block order of families A and D: element i next to element i + 8 of each 16."""
+    eights, words = q.view(np.uint64), out.view(np.uint64)
+    for block in range(np.uint64(q.size // 16)):
+        low, high = eights[np.uint64(2) * block], eights[np.uint64(2) * block + np.uint64(1)]
+        words[np.uint64(2) * block] = spaced(low & np.uint64(0xFFFFFFFF)) | (spaced(high & np.uint64(0xFFFFFFFF)) << np.uint64(8))
+        words[np.uint64(2) * block + np.uint64(1)] = spaced(low >> np.uint64(32)) | (spaced(high >> np.uint64(32)) << np.uint64(8))
 
 
 @jit
@@ -132,12 +163,13 @@ def int8_rows(
     bad = lost = 0
     bias = np.int32(0) if family == 2 else np.int32(128)
     for r in range(rows):
-        top, b, o = prepare_row(source[start + r * stride : start + r * stride + cols], kind, target, bits)
-        bad += b
-        lost += o
-        one_bits[0] = top
-        one[0] = one[0] * np.float32(0.0078125)
-        quantize_row(values, one[0], np.int32(128), bias, q)
+        line = source[start + r * stride : start + r * stride + cols]
+        if not int8_as_stored(line, kind, target, bias, q, one):
+            one_bits[0], b, o = prepare_row(line, kind, target, bits)
+            bad += b
+            lost += o
+            one[0] = one[0] * np.float32(0.0078125)
+            quantize_row(values, one[0], np.int32(128), bias, q)
         store_scale(scales, r, one_bits, target)
         if family == 0:
             weave8(q, woven)

@@ -16,6 +16,7 @@ from streamconv.quants.fp8_rowwise import Fp8Rowwise
 from streamconv.quants.int_group import IntGroup, Packing
 from streamconv.quants.mx import Mx
 from streamconv.quants.nvfp4 import NvFp4, shared_scale
+from streamconv.quants.weight_only import WeightOnly
 from tests.unit.test_kernels import any_bits, check, weights
 
 EPS = {F32: 2.0**-23, F16: 2.0**-10, BF16: 2.0**-7}
@@ -113,3 +114,14 @@ def test_tiles_too_small_for_a_factor() -> None:
         parts = codec.encode(block, EncodeStats())
         assert bool((parts[1].view(torch.float32) > 0).all())
         assert bool(((codec.decode(parts, 130, 192) - block).abs() <= value / 16 + 3e-42).all())  # half of the least code
+
+
+def test_every_bfloat16_beside_chosen_maxima() -> None:
+    """All finite values up to a row's maximum: where casting to float16 starts to matter, at its end, and for scales of any mantissa."""
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    tops = torch.tensor([2.0**-5, 2.0**-5 - 2.0**-13, 0.0400390625, 65280.0, 2.0**-118, 2.0**-119, 3.3e38], dtype=torch.bfloat16)
+    block = torch.where(every.abs() <= tops[:, None], every, tops[:, None])
+    for model in (F16, BF16):
+        check(WeightOnly(8, "sm80", model), torch.cat([block, block[:7]]), BF16)
+    for codec in (Fp8Rowwise(-INF, INF, None, 0.0, EPS[F32], F32, F32), Fp8Block(multiply=True), Mx("fp8", "rounded", F32)):
+        check(codec, block, BF16)
