@@ -22,6 +22,11 @@ KINDS = pytest.mark.parametrize(
 )
 
 
+def more(quick: int, slow: int, name: str = "step") -> pytest.MarkDecorator:
+    """A count for every day, and a larger one for `make test-all`."""
+    return pytest.mark.parametrize(name, [quick, pytest.param(slow, marks=pytest.mark.slow)])
+
+
 @pytest.fixture
 def make() -> Iterator[Callable[..., Any]]:
     """Makes a World (or what `kind` is) in a folder that goes with the test."""
@@ -73,19 +78,23 @@ def test_sigkill_at_random_moments(make: MakeWorld) -> None:
 
 
 @KINDS
-def test_every_operation_fails(make: MakeWorld, settings: dict[str, Any]) -> None:
-    good(faults.every_operation(make(**settings), step=14), 60)
+@more(14, 8)
+def test_every_operation_fails(make: MakeWorld, settings: dict[str, Any], step: int) -> None:
+    """By default each in one of the 14 ways."""
+    good(faults.every_operation(make(**settings), step), 960 // step)
 
 
 @KINDS
-def test_intruders_between_any_two_operations(make: MakeWorld, settings: dict[str, Any]) -> None:
-    good(intruders.every_operation(make(**settings | {"tile_rows": 1000}), step=40), 40)
+@more(40, 20)
+def test_intruders_between_any_two_operations(make: MakeWorld, settings: dict[str, Any], step: int) -> None:
+    good(intruders.every_operation(make(**settings | {"tile_rows": 1000}), step), 1600 // step)
 
 
 @KINDS
-def test_power_cuts(make: MakeWorld, settings: dict[str, Any]) -> None:
-    count = powercut.cuts(make(**settings), 150)
-    good(count, 150)
+@more(150, 300, name="wanted")
+def test_power_cuts(make: MakeWorld, settings: dict[str, Any], wanted: int) -> None:
+    count = powercut.cuts(make(**settings), wanted)
+    good(count, wanted)
     assert count.facts["distinct"] >= 50, count
 
 
