@@ -71,7 +71,7 @@ CASES = [
 
 def refused(recipe: Recipe, quant: str, run: Run) -> str | None:
     """What a refusal says of a family and a quant that do not go together; None if they do."""
-    if quant in GROUPED and recipe.family == "llama-meta":
+    if quant in ("int4_gptq", "int8_gptq") and recipe.family == "llama-meta":
         return "is not quantized"
     if quant == "smoothquant" and recipe.family in UNSMOOTHED:
         return "is not supported"
