@@ -10,7 +10,6 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from streamconv.calibration.clip import clipped  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from streamconv.calibration import awq, gptq, tiers  # noqa: E402
@@ -18,7 +17,7 @@ from streamconv.calibration import search as search_module  # noqa: E402
 from streamconv.calibration.awq import multiplier_of  # noqa: E402
 from streamconv.calibration.gram import Gram  # noqa: E402
 from streamconv.calibration.grid import NEAREST, Grid  # noqa: E402
-from streamconv.calibration.search import Found, nearest, search  # noqa: E402
+from streamconv.calibration.search import Found, clipped, nearest, search  # noqa: E402
 from streamconv.calibration.tiers import SAMPLE  # noqa: E402
 from streamconv.quants.int_group import RATIOS  # noqa: E402
 
