@@ -93,6 +93,20 @@ def test_every_bfloat16_weight_beside_every_maximum() -> None:
     check(AwqWords(32, BF16), block[: len(block) // 8 * 8].T.contiguous(), BF16)
 
 
+def test_every_bfloat16_beside_maxima_at_the_ends_of_mxfp4() -> None:
+    """Every value up to a maximum whose exponent byte is 0 to 4, usual, or so large that quotients vanish; -0 and groups of zeros."""
+    powers = [2.0**-133, 2.0**-126, *(2.0**exponent for exponent in (-125, -124, -123, -122, -121, -9, 0, 15, 16, 17, 18, 19, 126, 127))]
+    tops = torch.tensor(powers, dtype=torch.bfloat16)
+    lines = []
+    for top in (*tops, *(tops * 1.7421875), *(tops * 1.75)):
+        every = torch.arange(int(top.view(torch.int16)) + 1, dtype=torch.int32).to(torch.int16)
+        line = torch.nn.functional.pad(every, (0, -len(every) % 31)).reshape(-1, 31)
+        lines.append(torch.cat([top.view(torch.int16).expand(len(line), 1), line], 1).view(torch.bfloat16))
+    block = torch.cat(lines)
+    for codec in (Mx("fp4"), Mx("fp4", "rounded", F16)):
+        check(codec, torch.cat([block, -block, torch.zeros_like(block)], 1), BF16)
+
+
 def test_edges_of_two_tiles_do_not_meet() -> None:
     block = torch.randn(200, 300, generator=torch.Generator().manual_seed(1))
     codes, scales = Fp8Block().encode(block, EncodeStats())
