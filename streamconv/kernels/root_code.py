@@ -15,7 +15,7 @@ _Array = np.ndarray[Any, Any]
 
 @jit
 def other_root(value: np.float64, near: np.float64) -> Any:
-    """The neighbour of `near`, the rounded root, if the exact one lies within 3/16 unit of the middle between them; else `near`."""
+    """The float64 on the other side of the exact root from `near`, the rounded one; `near` where that is exact."""
     if near == 0.0:
         return near
     # value - near**2 to far below a unit: near in two halves whose products are exact
@@ -23,8 +23,7 @@ def other_root(value: np.float64, near: np.float64) -> Any:
     high = c - (c - near)
     low = near - high
     rest = ((value - high * high) - 2.0 * high * low) - low * low
-    other = np.int64(np.float64(near).view(np.int64) + (1 if rest > 0.0 else -1)).view(np.float64)
-    return other if abs(rest) > 0.3125 * 2.0 * near * abs(other - near) else near
+    return near if rest == 0.0 else np.int64(np.float64(near).view(np.int64) + (1 if rest > 0.0 else -1)).view(np.float64)
 
 
 @jit

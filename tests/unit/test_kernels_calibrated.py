@@ -234,7 +234,6 @@ def test_the_root_of_torch_is_the_rounded_one_or_its_neighbour_that_is_named() -
     other = np.array([root_code.other_root(value, root) for value, root in zip(values, near, strict=True)])
     torchs = torch.from_numpy(values).pow(0.5).numpy()
     assert ((torchs == near) | (torchs == other)).all()
-    assert (near != other).mean() < 0.39  # three eighths
     assert (np.abs(near.view(np.int64) - other.view(np.int64)) <= 1).all()
 
 
