@@ -13,10 +13,10 @@ import click
 
 from streamconv.cli import output, view
 from streamconv.errors import UsageError, printable
-from streamconv.memory_trace import MemoryTrace, Sample
 from streamconv.progress import Meter
 
 if TYPE_CHECKING:
+    from streamconv.memory_trace import MemoryTrace, Sample
     from streamconv.pages.page import Page
 
 
@@ -72,12 +72,14 @@ def watching(
         UsageError: a file that is to be written lies in an output or in the source. OutputError: it cannot be written.
     """
     meter = view.meter(progress, quiet)
-    trace = None
+    trace: MemoryTrace | None = None
     if report is not None:
         from streamconv.pages import page
 
         page.check(_beside("--report", report, outs, model))
     if memory_trace is not None or report is not None:
+        from streamconv.memory_trace import MemoryTrace
+
         trace = MemoryTrace(meter, None if memory_trace is None else _beside("--memory-trace", memory_trace, outs, model))
     with trace or contextlib.nullcontext():
         yield Watched(meter, trace, view.layers(meter, quiet))

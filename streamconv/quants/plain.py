@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from streamconv.checkpoint.dtypes import F16, DType
-from streamconv.kernels.launch import cast_kernel
 from streamconv.lazy import torch
 from streamconv.quants.base import Codec, EncodeStats, Kernel, Part
 from streamconv.quants.rounding import HALF_ULP, half_ulp
@@ -68,6 +67,8 @@ class Plain(Codec):
     def kernel(self, source: DType) -> Kernel | None:
         if self.add_one or not {source.name, self.dtype.name} <= {"F32", "F16", "BF16"}:
             return None
+        from streamconv.kernels.launch import cast_kernel
+
         return cast_kernel(source, self.dtype, F16 if self.halved(source) else None)
 
     def torch_bytes_per_element(self) -> int:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from streamconv.checkpoint.codes_file import Codes
 from streamconv.checkpoint.dtypes import BF16, F8_E4M3, F16, F32, I8, I32, U8, DType
 from streamconv.checkpoint.quantized import SourceQuantization
 from streamconv.checkpoint.rows import PackedTensor, SourceTensor, content
@@ -20,10 +20,12 @@ from streamconv.errors import RefusedError, printable
 from streamconv.families import Family
 from streamconv.families.matching import match
 from streamconv.quants.act_order import in_order
-from streamconv.targets.trtllm.lookup import LINEAR
-from streamconv.targets.trtllm.rank_views import SCALE, ZERO
+from streamconv.targets.trtllm.lookup import LINEAR, SCALE, ZERO
 from streamconv.targets.trtllm.recipes.gptq import EXPERTS
 from streamconv.targets.trtllm.scalars import is_scale, read_scalars
+
+if TYPE_CHECKING:
+    from streamconv.checkpoint.codes_file import Codes
 
 _KV = re.compile(r"\.([0-9]{1,9})\.[^0-9]*\.[kv]_scale$")
 _SCALES = (F16, BF16, F32)

@@ -28,6 +28,8 @@ MODULES = {
     "mlp.proj": ("down",),
 }
 """Module of a layer -> the roles that fill it."""
+SCALE, ZERO = "_scale", "_zero"
+"""What is put after the name of a weight that is stored as codes: the names of its scales and zeros."""
 
 
 @dataclass(slots=True)

@@ -24,7 +24,6 @@ from streamconv.targets.trtllm.lookup import TensorLookup
 from streamconv.targets.trtllm.options import TensorRTLLM
 from streamconv.targets.trtllm.parallel import ParallelMapping, Rank, even, kv_heads, padded, stage_layers
 from streamconv.targets.trtllm.recipes import Module, Quant
-from streamconv.targets.trtllm.smooth_layer import SmoothLayer
 
 _Rows = tuple[int, int]
 
@@ -130,6 +129,8 @@ class RankLayout:
         self._add_constants(ranks, layer, prefix)
 
     def _smooth_layer(self, ranges: Ranges, ranks: list[Rank], layer: int, prefix: str) -> None:
+        from streamconv.targets.trtllm.smooth_layer import SmoothLayer
+
         SmoothLayer(self, ranges, ranks, layer, prefix).describe()
         if self._has_qkv_bias():
             size, heads = self.model.head_size, self.model.num_attention_heads

@@ -25,7 +25,7 @@ from streamconv.quants.gptq import PackedWeight
 from streamconv.quants.laid_out import laid_out
 from streamconv.quants.plain import Plain
 from streamconv.quants.weight_only import WeightOnly
-from streamconv.targets.trtllm.lookup import TensorLookup
+from streamconv.targets.trtllm.lookup import SCALE, ZERO, TensorLookup
 from streamconv.targets.trtllm.scalars import is_scale
 
 
@@ -133,8 +133,6 @@ def scalar(name: str, stored: str, held: Held, axis: int, headers: Sequence[Head
     return Steps(name, F32, (sum(rows for rows, _ in steps), 1), tuple(pieces), 0, steps)
 
 
-SCALE, ZERO = "_scale", "_zero"
-"""What is put after the name of a weight that is stored as codes: the names of its scales and zeros."""
 _INPUT_SCALE, _PRE_SCALE = ".input_scale", ".pre_quant_scale"
 """As ModelOpt's Hugging Face directories call them, after the name of a module."""
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 from streamconv.checkpoint.activation_ranges import HINT, Ranges
-from streamconv.checkpoint.codes_file import codes_of
 from streamconv.checkpoint.dtypes import MODEL_DTYPES
 from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.limits import MAX_TENSORS
@@ -22,8 +22,7 @@ from streamconv.families.meta import META
 from streamconv.natural import natural
 from streamconv.planning.draft import Draft
 from streamconv.planning.plan import Plan, SideFile
-from streamconv.quants.laid_out import LAID_OUT
-from streamconv.targets.trtllm import expected, import_rules, import_scales, remarks, rope, scales
+from streamconv.targets.trtllm import expected, import_rules, import_scales, remarks
 from streamconv.targets.trtllm.checks import embedding_is_shared, refusals
 from streamconv.targets.trtllm.config_json import build_config, dump
 from streamconv.targets.trtllm.config_sections import resolve_dtype, resolve_moe
@@ -36,6 +35,9 @@ from streamconv.targets.trtllm.recipes import quant_of
 from streamconv.targets.trtllm.recipes.awq import Awq
 from streamconv.targets.trtllm.recipes.gptq import Gptq
 from streamconv.targets.trtllm.recipes.weight_only import WeightOnlyQuant
+
+if TYPE_CHECKING:
+    from streamconv.checkpoint.codes_file import Codes
 
 _CODES = ("F8_E4M3", "F8_E5M2")
 """Floats whose numbers mean nothing without scales; integers are no weight type at all."""
@@ -137,6 +139,8 @@ def make_plan(index: Index, options: TensorRTLLM) -> Plan:
     if origin is not None:
         stored = import_scales.take_stored(tensors)
         if stored.scales and isinstance(base, WeightOnlyQuant | Gptq):
+            from streamconv.quants.laid_out import LAID_OUT
+
             base = dataclasses.replace(base, packings=(LAID_OUT,))
     elif family is META:  # Meta quantizes nothing, and its tensors have many pieces
         stored = import_scales.Stored(Changed(tensors))
@@ -144,7 +148,7 @@ def make_plan(index: Index, options: TensorRTLLM) -> Plan:
         bits = 8 if options.quant == "int8_gptq" else 4
         stored = import_scales.assemble(tensors, stated, bits, index.shards)
     kept = origin is not None and bool(stored.scales)
-    codes = codes_of(options.method, options.codes)
+    codes = _codes(options)
     if codes is not None:
         if codes.folded:
             told = "--codes: their pre-scales are folded into the layers before, for a Hugging Face directory"
@@ -176,7 +180,9 @@ def make_plan(index: Index, options: TensorRTLLM) -> Plan:
     roles.ignore(import_scales.zero_biases(stored, roles.unused(), index.shards))
     spare = [name for name in roles.unused() if name in index.unlisted]
     roles.ignore(set(spare))
-    if not roles.problems and not layout.refused:
+    if (stored.scales or stored.fp8 or options.quant in ("int4_awq", "fp8")) and not roles.problems and not layout.refused:
+        from streamconv.targets.trtllm import scales
+
         if not kept:
             layout.refused += scales.add_imported(builder, stored, dtype, index.shards)
         elif options.quant in import_rules.GROUPED:
@@ -186,9 +192,11 @@ def make_plan(index: Index, options: TensorRTLLM) -> Plan:
         layout.refused += scales.add_given_scales(builder, stored.fp8)
         if options.quant == "int4_awq" and not stored.scales:
             scales.add_unit_prescales(builder, roles.tensors, dtype)
-    if options.quant == "fp8" and not given and ranges is not None and not roles.problems:
-        scales.add_calibrated(builder, ranges, roles.tensors)
+        if options.quant == "fp8" and not given and ranges is not None:
+            scales.add_calibrated(builder, ranges, roles.tensors)
     if options.rope_tables and family.rope_tables and options.kv_cache != "int8" and options.quant != "smoothquant":
+        from streamconv.targets.trtllm import rope
+
         rope.add_tables(builder, model, options)
     if codes is not None:
         layout.decisions["codes"] = codes.losses().line()
@@ -254,6 +262,15 @@ def _ranges(options: TensorRTLLM, known: bool) -> Ranges | None:
     if options.activation_ranges is None or known:
         return None
     return Ranges(options.activation_ranges)
+
+
+def _codes(options: TensorRTLLM) -> Codes | None:
+    """The file of codes that --method needs."""
+    if options.method is None and options.codes is None:
+        return None
+    from streamconv.checkpoint.codes_file import codes_of
+
+    return codes_of(options.method, options.codes)
 
 
 def _kv_heads(model: ModelConfig, options: TensorRTLLM) -> int:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from streamconv.checkpoint.dtypes import DType
-from streamconv.quants.awq import PairedWeight, round_to_nearest
 from streamconv.targets.trtllm.recipes.base import Quant, QuantInfo
 from streamconv.targets.trtllm.recipes.gptq import group_problem
 
@@ -38,6 +37,8 @@ class Awq(Quant):
         )
 
     def codec(self, module: Module, options: TensorRTLLM, dtype: DType) -> Codec | None:
+        from streamconv.quants.awq import PairedWeight, round_to_nearest
+
         return PairedWeight() if self.packings else round_to_nearest(options.group_size, dtype, options.method == "mse")
 
     def problems(self, module: Module, options: TensorRTLLM, dtype: DType) -> str | None:

@@ -7,13 +7,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from streamconv.checkpoint.dtypes import F8_E4M3, DType
-from streamconv.quants.fp8_given import Fp8Shared, Scales
-from streamconv.quants.fp8_tensor import Fp8Tensor
 from streamconv.quants.plain import Plain
 from streamconv.targets.trtllm.recipes.base import Quant, QuantInfo
 
 if TYPE_CHECKING:
     from streamconv.quants.base import Codec
+    from streamconv.quants.fp8_given import Scales
     from streamconv.targets.trtllm.options import TensorRTLLM
     from streamconv.targets.trtllm.recipes.base import Module
 
@@ -33,6 +32,8 @@ class Fp8Quant(Quant):
     )
 
     def codec(self, module: Module, options: TensorRTLLM, dtype: DType) -> Codec | None:
+        from streamconv.quants.fp8_tensor import Fp8Tensor
+
         return Fp8Tensor(f"largest weight of layer {module.layer} {module.name}")
 
     def problems(self, module: Module, options: TensorRTLLM, dtype: DType) -> str | None:
@@ -55,6 +56,8 @@ class Fp8GivenQuant(Quant):
     left_out: tuple[tuple[int, str], ...] = ()
 
     def codec(self, module: Module, options: TensorRTLLM, dtype: DType) -> Codec | None:
+        from streamconv.quants.fp8_given import Fp8Shared
+
         given = self.scales.get((module.layer, module.name))
         if given is None:
             return None

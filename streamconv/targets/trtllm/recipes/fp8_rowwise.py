@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from streamconv.checkpoint.dtypes import F8_E4M3, F32, DType
-from streamconv.quants.fp8_rowwise import Fp8Rowwise
 from streamconv.quants.plain import Plain
 from streamconv.targets.trtllm.recipes.base import Quant, QuantInfo
 
@@ -44,6 +43,8 @@ class Fp8RowwiseQuant(Quant):
     cast: bool = False
 
     def codec(self, module: Module, options: TensorRTLLM, dtype: DType) -> Codec | None:
+        from streamconv.quants.fp8_rowwise import Fp8Rowwise
+
         if self._left_out(module, options):
             return None
         if (module.layer, module.name) in self.copied:

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from streamconv.checkpoint.dtypes import DType
-from streamconv.quants.gptq import PackedWeight
-from streamconv.quants.layout import Layout, family_for
 from streamconv.targets.trtllm.recipes.base import Quant, QuantInfo
 
 if TYPE_CHECKING:
@@ -38,6 +36,9 @@ class Gptq(Quant):
         )
 
     def codec(self, module: Module, options: TensorRTLLM, dtype: DType) -> Codec | None:
+        from streamconv.quants.gptq import PackedWeight
+        from streamconv.quants.layout import Layout, family_for
+
         assert options.target_sm is not None
         family = family_for(options.target_sm, options.target_version, experts=False)
         return PackedWeight(dtype, Layout(family, self.bits))

@@ -6,9 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from streamconv.checkpoint.dtypes import I8, DType
-from streamconv.quants.gptq import PackedWeight
-from streamconv.quants.layout import family_for
-from streamconv.quants.weight_only import WeightOnly
 from streamconv.targets.trtllm.recipes.base import Quant, QuantInfo
 
 if TYPE_CHECKING:
@@ -49,6 +46,10 @@ class WeightOnlyQuant(Quant):
         )
 
     def codec(self, module: Module, options: TensorRTLLM, dtype: DType) -> Codec | None:
+        from streamconv.quants.gptq import PackedWeight
+        from streamconv.quants.layout import family_for
+        from streamconv.quants.weight_only import WeightOnly
+
         if options.encoding == "raw":
             return None
         assert options.target_sm is not None
