@@ -27,7 +27,7 @@ from streamconv.memory import parse_size
 
 # A shell that joins the group and then becomes the command: nothing of the command runs outside, and, unlike a
 # preexec function, it is safe in a process that has threads.
-_JOIN = 'echo $$ > "$0/cgroup.procs" && exec "$@"'
+JOIN = 'echo $$ > "$0/cgroup.procs" && exec "$@"'
 _SAMPLE_SECONDS = 0.01
 
 
@@ -201,7 +201,7 @@ def run_limited(
         err = stack.enter_context(tempfile.TemporaryFile("w+")) if capture else None
         began = time.monotonic()
         process = subprocess.Popen(
-            ["/bin/sh", "-c", _JOIN, str(group), *command], stdout=out, stderr=err, env=env, cwd=cwd
+            ["/bin/sh", "-c", JOIN, str(group), *command], stdout=out, stderr=err, env=env, cwd=cwd
         )
         done = threading.Event()
         peaks = [0]

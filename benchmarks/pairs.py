@@ -6,12 +6,17 @@
     python -m benchmarks.pairs --rounds 21 'streamconv --help' 'streamconv-convert-checkpoint --help'
 
 {out} is a fresh name in --work for each run. --cold MODEL drops that folder's pages before each run, --warm MODEL reads them.
-An older checkout takes part as 'OLD/.venv/bin/streamconv ...'.
+An older checkout takes part as 'OLD/.venv/bin/streamconv ...'. The command that starts a round changes from round to round.
+
+--limit SIZE runs all of them in one memory cgroup (as root), and keeps outputs for three runs: the page cache of a run is made of pages
+that the run before it used. Without it a virtual machine whose host takes free memory back decides: on one of them 2 GB of zeros took
+0.6 s to write into pages just freed, and 14 s into pages that the host had taken.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
 import shutil
@@ -22,6 +27,9 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+from benchmarks.cgroup import JOIN, memory_group
+from streamconv.memory import parse_size
 
 
 def pages(folder: Path | None, cold: bool) -> None:
@@ -35,8 +43,8 @@ def pages(folder: Path | None, cold: bool) -> None:
                     pass
 
 
-def run(words: Sequence[str], folder: Path) -> tuple[float, float, float]:
-    """Seconds, CPU seconds and MiB resident of a command; what it wrote is on the disk, and then gone."""
+def run(words: Sequence[str]) -> tuple[float, float, float]:
+    """Seconds until what a command wrote is on the disk, its CPU seconds, and MiB resident."""
     os.sync()
     began = time.perf_counter()
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -47,8 +55,6 @@ def run(words: Sequence[str], folder: Path) -> tuple[float, float, float]:
     seconds = time.perf_counter() - began
     if status:
         sys.exit(f"{shlex.join(words)}: {told.decode(errors='replace')[-500:]}")
-    for path in folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
     return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
 
 
@@ -63,13 +69,22 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(), help="where outputs lie")
     parser.add_argument("--cold", type=Path, metavar="MODEL")
     parser.add_argument("--warm", type=Path, metavar="MODEL")
+    parser.add_argument("--limit", type=parse_size, help="of a memory cgroup for all runs, page cache included: 900MiB")
     asked = parser.parse_args()
     found: list[list[tuple[float, float, float]]] = [[] for _ in asked.commands]
-    with tempfile.TemporaryDirectory(dir=asked.work) as folder:
-        for _ in range(asked.rounds):
-            for runs, command in zip(found, asked.commands, strict=True):
+    numbers = range(len(asked.commands))
+    with tempfile.TemporaryDirectory(dir=asked.work) as folder, contextlib.ExitStack() as stack:
+        group = stack.enter_context(memory_group(asked.limit))[1] if asked.limit else None
+        join = ["/bin/sh", "-c", JOIN, str(group)] if group else []
+        for turn in range(-1 if group else 0, asked.rounds):  # the first one in a cgroup fills it, and does not count
+            for number in (*numbers[max(turn, 0) % len(numbers) :], *numbers[: max(turn, 0) % len(numbers)]):
                 pages(asked.cold or asked.warm, asked.cold is not None)
-                runs.append(run(shlex.split(command.replace("{out}", f"{folder}/out")), Path(folder)))
+                out = Path(tempfile.mkdtemp(dir=folder)) / "out"
+                figures = run([*join, *shlex.split(asked.commands[number].replace("{out}", str(out)))])
+                if turn >= 0:
+                    found[number].append(figures)
+                for old in sorted(Path(folder).iterdir(), key=os.path.getmtime)[: -3 if group else None]:
+                    shutil.rmtree(old)
     for command, runs in zip(asked.commands, found, strict=True):
         seconds, cpu, memory = zip(*runs, strict=True)
         print(f"{command}\n  {told(seconds)} s, {told(cpu)} s of CPU, {max(memory):.0f} MiB")
