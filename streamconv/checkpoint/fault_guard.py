@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import platform
+import os
 import signal
 import struct
 import sys
@@ -76,7 +76,7 @@ _default = ctypes.create_string_buffer(_ACTION.size)
 
 def known_platform() -> bool:
     """The layout of what signal handling passes around is known here."""
-    return sys.platform == "linux" and platform.machine() in _PROCESSORS and struct.calcsize("P") == 8
+    return sys.platform == "linux" and os.uname().machine in _PROCESSORS and struct.calcsize("P") == 8
 
 
 class FaultGuard:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import heapq
 import os
 import stat
@@ -215,7 +214,9 @@ def description_size(root: Path) -> int:
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
     """The name most like this one, if any is; quick even among hundreds of thousands."""
-    # difflib is slow: it sees only the names of nearly the same length that share the most pieces.
+    import difflib
+
+    # It is slow: it sees only the names of nearly the same length that share the most pieces.
     pieces = set(name.split("."))
     close = (other for other in names if abs(len(other) - len(name)) <= 8)
     best = heapq.nlargest(50, close, key=lambda other: len(pieces.intersection(other.split("."))))

@@ -144,7 +144,7 @@ def convert(
         hint = "on one machine: `streamconv calibrate`, then --activation-ranges FILE"
         hint += "; for INT4 the command without --parts, then --codes OUT.int4.safetensors"
         raise UsageError("--text and --parts exclude each other: what is measured is measured once for all parts", hint=hint)
-    outputs = several.asked(model, out, more, values.pop("output"), _recipe_keys(), ("text",))
+    outputs = several.asked(model, out, more, values.pop("output"), _recipe_keys, ("text",))
     if out is None and not outputs:
         raise click.MissingParameter(param_hint="'OUT'", param_type="argument")
     wanted = None if outputs else asked_target(to, values, more)
@@ -221,7 +221,7 @@ def plan(
 
     asked = dataclasses.replace(resources(memory_budget, workers, device, device_memory_budget), probe=not no_probe)
     given = {"memory_budget": memory_budget, "workers": workers, "device": device, "device_memory_budget": device_memory_budget}
-    outputs = several.asked(model, out, more, values.pop("output"), _recipe_keys(), ("parts",))
+    outputs = several.asked(model, out, more, values.pop("output"), _recipe_keys, ("parts",))
     on = _samples(text, samples, max_length, batch_size)
     if outputs:
         effects.check(click.get_current_context(), model, None)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -27,14 +26,19 @@ _FORM = "--output TARGET:FOLDER:KEY=VALUE,..., e.g. --output trtllm:OUT1:tp_size
 
 
 def asked(
-    model: str, out: str | None, more: Sequence[str], given: Iterable[object], kinds: Mapping[str, Kind], only: Collection[str]
+    model: str,
+    out: str | None,
+    more: Sequence[str],
+    given: Iterable[object],
+    known: Callable[[], Mapping[str, Kind]],
+    only: Collection[str],
 ) -> list[Output]:
     """The outputs that a command asks for with `--output`, or its recipe with tables; none if it has one output, OUT.
 
     Args:
         out, more: words after MODEL.
         given: texts, or tables of a recipe.
-        kinds: what each key may hold.
+        known: what each key may hold.
         only: flags that concern a single output, of those that were given.
 
     Raises:
@@ -57,7 +61,7 @@ def asked(
         if "--text" in wrong:
             hint = "measure once, with `streamconv calibrate`, and give each output its activation_ranges=FILE (codes=FILE for INT4)"
         raise UsageError(f"{', '.join(wrong)}: for one output, not for several", hint=hint)
-    made, told = [], list[str]()
+    made, told, kinds = [], list[str](), known()
     for number, each in enumerate(given, 1):
         with _about(f"--output {printable(each)}" if isinstance(each, str) else f"[[output]] {number}"):
             if not isinstance(each, str | dict):
@@ -137,6 +141,8 @@ def _output(table: Mapping[str, Any], kinds: Mapping[str, Kind]) -> tuple[Output
         raise UsageError("no folder is named", hint='out = "FOLDER"')
     for key, value in table.items():
         if key not in own:
+            import difflib
+
             near, others = difflib.get_close_matches(key, own, 1, 0.5), [other for other in TARGETS if key in _keys(other)]
             hint = f"did you mean {near[0]}?" if near else f"keys are the options of {to}, see `streamconv list targets`"
             hint = f"it is an option of {', '.join(others)}" if others else hint

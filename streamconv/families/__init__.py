@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import pkgutil
 from functools import cache
@@ -32,6 +31,8 @@ def family_of(architecture: str) -> Family:
     for family in all_families():
         if architecture in family.architectures:
             return family
+    import difflib
+
     known = sorted(a for family in all_families() for a in family.architectures)
     near = max((a for a in known if a in architecture), key=len, default=None)
     near = near or next(iter(difflib.get_close_matches(architecture[:300], known, n=1)), None)
