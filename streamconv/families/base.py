@@ -7,7 +7,7 @@ Every source name matches exactly one pattern or is an error that names the near
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from streamconv.options import TARGET_VERSIONS, Version
@@ -59,12 +59,12 @@ class Family:
         config_class: key of the target's config writers.
         tensors: role -> pattern. A role may have alternatives.
         ignored: patterns of tensors that carry nothing a checkpoint needs (old rotary buffers).
-        qkv_bias, dense_bias: biases of q/k/v and of the attention output: "config" follows `attention_bias`.
-        fused_mlp: the target stores [up; gate] as one matrix (Phi-3).
+        qkv_bias: q, k and v have biases whatever `attention_bias` of config.json says, which decides where `tensors` has them.
         norm_add_one: norms are stored as value + 1 (Gemma).
+        rope_tables: NVIDIA's converter leaves rotary tables behind.
+        pipeline: TensorRT-LLM cuts it into pipeline stages.
         versions: releases that know the architecture.
         evidence: where the rules come from: "golden" cases, or the specification alone.
-        limits: refused options: "pp" (pipeline), "quant" ...
         runs_as: model_type of transformers that computes the same, where it has none of this name.
         handles: what is special about it and taken care of, for `list families`.
     """
@@ -74,19 +74,26 @@ class Family:
     config_class: str
     tensors: Mapping[str, tuple[str, ...]]
     ignored: tuple[str, ...] = ("model.layers.{layer}.self_attn.rotary_emb.inv_freq",)
-    qkv_bias: Literal["config", "always", "never"] = "config"
-    dense_bias: Literal["config", "never"] = "config"
-    fused_mlp: bool = False
+    qkv_bias: bool = False
     norm_add_one: bool = False
     rope_tables: bool = True
+    pipeline: bool = True
     versions: tuple[Version, ...] = TARGET_VERSIONS
     evidence: Literal["golden", "specification"] = "golden"
-    limits: frozenset[str] = field(default_factory=frozenset)
     runs_as: str = ""
     handles: str = ""
 
+    def has_bias(self, role: str, attention_bias: bool) -> bool:
+        """Whether a model has the bias of q, k and v ("q_bias"), or that of attention's output ("o_bias")."""
+        return role in self.tensors and (attention_bias or (self.qkv_bias and role != "o_bias"))
 
-LLAMA_TENSORS: dict[str, tuple[str, ...]] = {
+
+def with_bias(tensors: Mapping[str, tuple[str, ...]], *roles: str) -> dict[str, tuple[str, ...]]:
+    """Tensors with biases beside the weights of some roles."""
+    return {**tensors, **{f"{role}_bias": (tensors[role][0].removesuffix(".weight") + ".bias",) for role in roles}}
+
+
+BARE_LLAMA: Mapping[str, tuple[str, ...]] = {
     "embedding": ("model.embed_tokens.weight",),
     "lm_head": ("lm_head.weight",),
     "final_norm": ("model.norm.weight",),
@@ -96,23 +103,15 @@ LLAMA_TENSORS: dict[str, tuple[str, ...]] = {
     "k": ("model.layers.{layer}.self_attn.k_proj.weight",),
     "v": ("model.layers.{layer}.self_attn.v_proj.weight",),
     "o": ("model.layers.{layer}.self_attn.o_proj.weight",),
-    "q_bias": ("model.layers.{layer}.self_attn.q_proj.bias",),
-    "k_bias": ("model.layers.{layer}.self_attn.k_proj.bias",),
-    "v_bias": ("model.layers.{layer}.self_attn.v_proj.bias",),
-    "o_bias": ("model.layers.{layer}.self_attn.o_proj.bias",),
     "gate": ("model.layers.{layer}.mlp.gate_proj.weight",),
     "up": ("model.layers.{layer}.mlp.up_proj.weight",),
     "down": ("model.layers.{layer}.mlp.down_proj.weight",),
-    "gate_bias": ("model.layers.{layer}.mlp.gate_proj.bias",),
-    "up_bias": ("model.layers.{layer}.mlp.up_proj.bias",),
-    "down_bias": ("model.layers.{layer}.mlp.down_proj.bias",),
 }
-"""Names that most decoder families share with Llama."""
-
-QKV_BIASES = ("q_bias", "k_bias", "v_bias")
-MLP_BIASES = ("gate_bias", "up_bias", "down_bias")
+"""Names that most decoder families share with Llama; a family that lacks a tensor does not accept it."""
+ATTENTION_BIASED = with_bias(BARE_LLAMA, "q", "k", "v", "o")
+LLAMA_TENSORS = with_bias(ATTENTION_BIASED, "gate", "up", "down")
 
 
 def without(tensors: Mapping[str, tuple[str, ...]], *roles: str) -> dict[str, tuple[str, ...]]:
-    """`tensors` less some roles; a family that lacks a tensor must not accept it."""
+    """`tensors` less some roles."""
     return {role: patterns for role, patterns in tensors.items() if role not in roles}

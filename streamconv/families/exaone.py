@@ -24,8 +24,6 @@ FAMILIES = (
             "down": (_L + "mlp.c_proj.weight",),
         },
         ignored=(_L + "attn.rotary.inv_freq", "transformer.rotary.inv_freq"),
-        qkv_bias="never",
-        dense_bias="never",
         handles="GPT-style tensor names",
     ),
 )

@@ -23,8 +23,6 @@ META = Family(
         "down": (_L + "feed_forward.w2.weight",),
     },
     ignored=("rope.freqs",),
-    qkv_bias="never",
-    dense_bias="never",
     handles="consolidated.*.pth in any number of files; rotary pairs of Q and K put in order",
 )
 

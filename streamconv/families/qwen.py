@@ -1,13 +1,12 @@
 """Qwen2, Qwen2.5, Qwen3 and Qwen3-MoE."""
 
-from streamconv.families.base import LLAMA_TENSORS, MLP_BIASES, QKV_BIASES, Family, without
+from streamconv.families.base import BARE_LLAMA, Family, with_bias, without
 
-_QWEN2 = without(LLAMA_TENSORS, *MLP_BIASES, "o_bias")
 _HEAD_NORMS = {
     "q_norm": ("model.layers.{layer}.self_attn.q_norm.weight",),
     "k_norm": ("model.layers.{layer}.self_attn.k_norm.weight",),
 }
-_QWEN3 = without(_QWEN2, *QKV_BIASES) | _HEAD_NORMS
+_QWEN3 = {**BARE_LLAMA, **_HEAD_NORMS}
 _EXPERTS = {
     "router": ("model.layers.{layer}.mlp.gate.weight",),
     "expert_gate": ("model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight",),
@@ -22,9 +21,8 @@ FAMILIES = (
         "qwen2",
         ("Qwen2ForCausalLM",),
         "qwen",
-        _QWEN2,
-        qkv_bias="always",
-        dense_bias="never",
+        with_bias(BARE_LLAMA, "q", "k", "v"),
+        qkv_bias=True,
         handles="Qwen2 and Qwen2.5; biases of Q, K and V; tied embeddings",
     ),
     Family(
@@ -32,8 +30,6 @@ FAMILIES = (
         ("Qwen3ForCausalLM",),
         "qwen",
         _QWEN3,
-        qkv_bias="never",
-        dense_bias="never",
         versions=("1.0", "1.2"),
         handles="norms of query and key heads; head size of its own; tied embeddings",
     ),
@@ -42,8 +38,6 @@ FAMILIES = (
         ("Qwen3MoeForCausalLM",),
         "qwen",
         without(_QWEN3, "gate", "up", "down") | _EXPERTS,
-        qkv_bias="never",
-        dense_bias="never",
         versions=("1.0", "1.2"),
         handles="as qwen3; experts over tensor and expert parallel ranks; float32 router",
     ),

@@ -16,7 +16,7 @@ from streamconv.checkpoint.model_config import from_meta
 from streamconv.checkpoint.rows import SourceTensor
 from streamconv.checkpoint.source_tensors import SourceTensors
 from streamconv.errors import CheckpointError, RefusedError
-from streamconv.families.llama import FAMILIES as LLAMAS
+from streamconv.families.llama import LLAMA
 from streamconv.families.matching import example, match
 from streamconv.families.meta import META
 from streamconv.families.naming import settle
@@ -25,7 +25,6 @@ from streamconv.quants.decoded_rows import DecodedAffine, DecodedIntegers, Decod
 from streamconv.targets.hf.sources import Weight
 from streamconv.targets.hf.stored import stored_weights
 
-(LLAMA,) = LLAMAS
 _CODES = {"e4m3": "F8_E4M3", "int8": "INT8", "uint8": "INT8", "e2m1": "FP4", "uint4": "INT4"}
 
 

@@ -138,12 +138,12 @@ def test_family_with_quant(recipe: Recipe, quant: str, run: Run, tiles: bool, tm
     single = _convert(source, one, tmp_path / "single")
     assert not [name for name in single[0].got if single[0].got[name].isnan().any()]
     _against_reference(source, one, single[0])
-    if "pp" in family.limits:
+    if not family.pipeline:
         says = cut_refused(recipe, quant, stages := source.options(quant, run, pp_size=2))
         with pytest.raises(RefusedError, match=says):
             api.open_and_plan(source.folder, stages)
     old = run.options.get("target_version") == "0.16"  # which cannot cut three layers in two
-    grids = [{"tp_size": 2, "pp_size": 1 if old or "pp" in family.limits else 2}]
+    grids = [{"tp_size": 2, "pp_size": 1 if old or not family.pipeline else 2}]
     grids += [{"tp_size": 4}] if quant == "none" and recipe.kv < 4 else []  # ranks share KV heads
     grids += [{"tp_size": 2, "moe_ep_size": 2, "moe_tp_size": 1}] if recipe.experts else []
     grids += [{"tp_size": 4, "moe_ep_size": 2, "moe_tp_size": 2}] if recipe.experts and quant == "none" else []

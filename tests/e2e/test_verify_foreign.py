@@ -106,7 +106,7 @@ def _weights(family: Family, settings: dict[str, Any]) -> dict[str, np.ndarray[A
         "gate_up": (2 * i, h), "gate_bias": (i,), "up_bias": (i,), "down_bias": (h,), "router": (e, h),
         "expert_gate": (i, h), "expert_up": (i, h), "expert_down": (h, i),
     }  # fmt: skip
-    biased = family.qkv_bias == "always" or (family.qkv_bias == "config" and (settings.get("bias") or settings.get("attention_bias")))
+    biased = family.qkv_bias or settings.get("bias") or settings.get("attention_bias")
     skip = set() if biased else {"q_bias", "k_bias", "v_bias", "o_bias"}
     skip |= {"experts_gate_up", "experts_down"} | (set() if settings.get("mlp_bias") else {"gate_bias", "up_bias", "down_bias"})
     if family.name.startswith("gemma"):

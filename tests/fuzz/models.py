@@ -92,9 +92,9 @@ def config_of(random: Random, family: Family, sizes: Sizes) -> dict[str, Any]:
 
 def tensors_of(random: Random, family: Family, sizes: Sizes, told: dict[str, Any]) -> tuple[Tensors, Tensors]:
     """Weights, mostly those that config.json asks for, and ranges."""
-    biased = family.qkv_bias == "always" or (family.qkv_bias == "config" and told.get("bias", told.get("attention_bias")))
-    have = {"q_bias", "k_bias", "v_bias"} if biased else set()
-    have |= {"o_bias"} if family.dense_bias == "config" and told.get("bias", told.get("attention_bias")) else set()
+    biased = told.get("bias", told.get("attention_bias"))
+    have = {"q_bias", "k_bias", "v_bias"} if "q_bias" in family.tensors and (biased or family.qkv_bias) else set()
+    have |= {"o_bias"} if "o_bias" in family.tensors and biased else set()
     have |= {"gate_bias", "up_bias", "down_bias"} if told.get("mlp_bias") else set()
     if random.random() < 0.05:
         have ^= {random.choice(_BIASES)}

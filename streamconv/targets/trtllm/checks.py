@@ -63,12 +63,12 @@ def refusals(model: ModelConfig, family: Family, options: TensorRTLLM, kv: int, 
             not shardable,
             "--use-embedding-sharing with --tp-size > 1 needs --use-parallel-embedding and --embedding-sharding-dim 0",
         )
-    refuse("pp" in family.limits and p > 1, f"{family.name}: pipeline parallelism is not supported by TensorRT-LLM")
+    refuse(not family.pipeline and p > 1, f"{family.name}: pipeline parallelism is not supported by TensorRT-LLM")
     scaling = model.rope_scaling or {}
     kind = scaling.get("type", scaling.get("rope_type", "none"))
     known = ("none", "linear", "dynamic", "longrope", "llama3", "yarn", "mrope", "su")
     refuse(kind not in known, f"config.json: rope_scaling type {kind!r} is not one TensorRT-LLM has ({', '.join(known[:7])})")
-    biased = model.attention_bias and "never" == family.qkv_bias == family.dense_bias
+    biased = model.attention_bias and not family.tensors.keys() & {"q_bias", "o_bias"}
     said = "bias" if "bias" in model.raw else "attention_bias"
     refuse(biased, f"config.json: {said} is true, but {family.name} models with attention biases are not supported")
     problems += import_rules.refusals(options, kv) + _calibrated(model, family, options, kv)

@@ -91,7 +91,7 @@ def expected(config: Mapping[str, Any], files: Container[int] | None = None, ten
             held.fixed["transformer.ln_f.weight"] = TensorSpec((facts.dtype,), (facts.hidden,))
             held.fixed["lm_head.weight"] = _lm_head(facts)
         for number, layer in enumerate(stages[rank.pp]):
-            _layer(facts, held, f"transformer.layers.{number}.", layer, family.name, family.config_class, family.fused_mlp)
+            _layer(facts, held, f"transformer.layers.{number}.", layer, family.name, family.config_class, "gate_up" in family.tensors)
         _rope_tables(facts, held)
     return ranks
 

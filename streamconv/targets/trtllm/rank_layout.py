@@ -5,11 +5,12 @@ Module names are TensorRT-LLM's: in a dense MLP `fc` is the activated projection
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from streamconv.checkpoint.activation_ranges import Ranges
-from streamconv.checkpoint.dtypes import DType
+from streamconv.checkpoint.dtypes import F32, DType
 from streamconv.checkpoint.model_config import ModelConfig
 from streamconv.checkpoint.rows import SourceTensor
 from streamconv.families.base import Family
@@ -19,13 +20,52 @@ from streamconv.planning.plan import PLAIN_ROWS, RowOp
 from streamconv.quants.base import Codec
 from streamconv.quants.plain import Plain
 from streamconv.targets.trtllm.cache_factors import cache_constants
-from streamconv.targets.trtllm.expert_layer import describe_experts
 from streamconv.targets.trtllm.lookup import TensorLookup
 from streamconv.targets.trtllm.options import TensorRTLLM
 from streamconv.targets.trtllm.parallel import ParallelMapping, Rank, even, kv_heads, padded, stage_layers
 from streamconv.targets.trtllm.recipes import Module, Quant
 
-_Rows = tuple[int, int]
+Cut = Callable[[Rank], list[tuple[int, int]]]
+"""What a rank takes: ranges [first, last)."""
+_NORMS = {
+    "q_norm": "attention.q_layernorm",
+    "k_norm": "attention.k_layernorm",
+    "post_norm": "post_layernorm",
+    "pre_ffn_norm": "pre_feedforward_layernorm",
+    "post_ffn_norm": "post_feedforward_layernorm",
+}
+"""Role -> module, of the norms after attention's input; a family has some."""
+
+
+class Place(NamedTuple):
+    """The ranks of a pipeline stage, and a layer of the model there; the names of its modules begin with `prefix`."""
+
+    ranks: list[Rank]
+    layer: int = -1
+    prefix: str = ""
+
+
+class Part(NamedTuple):
+    """Rows of a source: `cut` counts units of so many rows, from row `base` on."""
+
+    source: SourceTensor | None
+    cut: Cut
+    unit: int = 1
+    base: int = 0
+    op: RowOp = PLAIN_ROWS
+
+    def rows(self, rank: Rank) -> list[tuple[int, int]]:
+        return [(self.base + first * self.unit, self.base + last * self.unit) for first, last in self.cut(rank)]
+
+
+def whole(size: int) -> Cut:
+    """All of it, on every rank."""
+    return lambda _: [(0, size)]
+
+
+def _count(parts: Sequence[Part], rank: Rank) -> int:
+    """Rows of a matrix that these make up."""
+    return sum(part.op.out_rows(last - first) for part in parts for first, last in part.rows(rank))
 
 
 @dataclass(slots=True)
@@ -60,242 +100,90 @@ class RankLayout:
 
     def describe(self) -> None:
         stages = stage_layers(self.model.num_hidden_layers, self.mapping.pp_size, self.options.target_version)
-        self._embedding(self.mapping.stage(0))
+        self._embedding(Place(self.mapping.stage(0)))
         for pp, layers in enumerate(stages):
             for layer in layers:
                 check_room(MIB, "planning")
-                self._layer(self.mapping.stage(pp), layer, f"transformer.layers.{layer - layers.start}.")
-        last = self.mapping.stage(self.mapping.pp_size - 1)
-        self._norm(last, "transformer.ln_f", "final_norm", -1, self.model.hidden_size)
+                self.layer(Place(self.mapping.stage(pp), layer, f"transformer.layers.{layer - layers.start}."))
+        last = Place(self.mapping.stage(self.mapping.pp_size - 1))
+        self._norm(last, "transformer.ln_f", "final_norm", self.model.hidden_size)
         self._lm_head(last)
         for note in dict.fromkeys(self._left_out()):
             self.decisions.setdefault(*note)
 
-    # ---- outside the layers
-
-    def _embedding(self, ranks: list[Rank]) -> None:
-        vocab, hidden, tp = self.model.vocab_size, self.model.hidden_size, self.mapping.tp_size
-        source = self.roles.require("embedding", (vocab, hidden))
-        parallel = self.options.use_parallel_embedding and tp > 1
-        name, rows, cols = "transformer.vocab_embedding", vocab, hidden
-        place: Callable[[Rank], _Rows] = lambda _: (0, vocab)  # noqa: E731
-        columns: Callable[[Rank], _Rows] = lambda _: (0, hidden)  # noqa: E731
-        if parallel and self.options.embedding_sharding_dim == 0:
-            rows, place = -(-vocab // tp), lambda rank: padded(vocab, tp, rank.tp)
-        elif parallel:
-            cols, columns = hidden // tp, lambda rank: even(hidden, tp, rank.tp)
-        self.each(ranks, name, (rows, cols), self._plain(), source, place, columns)
-
-    def _lm_head(self, ranks: list[Rank]) -> None:
-        if self.shared:
-            self.roles.ignore_role("lm_head")
-            return
-        vocab, hidden, tp = self.model.vocab_size, self.model.hidden_size, self.mapping.tp_size
-        role = "embedding" if self.tied else "lm_head"
-        if self.tied:
-            self.roles.ignore_role("lm_head")
-        source = self.roles.require(role, (vocab, hidden))
-        self.each(ranks, "lm_head", (-(-vocab // tp), hidden), self._plain(), source, lambda rank: padded(vocab, tp, rank.tp))
-
-    def _norm(self, ranks: list[Rank], name: str, role: str, layer: int, size: int) -> None:
-        source = self.roles.require(role, (size,), layer)
-        codec = self._plain(vector=True, add_one=self.family.norm_add_one)
-        self.each(ranks, name, (size, 1), codec, source, lambda _: (0, size))
-
-    # ---- one layer
-
-    def _layer(self, ranks: list[Rank], layer: int, prefix: str) -> None:
+    def layer(self, at: Place) -> None:
         hidden, size = self.model.hidden_size, self.model.head_size
-        if self.options.quant == "smoothquant" and self.ranges is not None:
-            self._smooth_layer(self.ranges, ranks, layer, prefix)
-            return
-        self._norm(ranks, prefix + "input_layernorm", "input_norm", layer, hidden)
-        self._qkv(ranks, layer, prefix)
-        self._row_parallel(ranks, layer, prefix, "attention.dense", "o", self.model.num_attention_heads * size)
-        self._full_bias(ranks, layer, prefix + "attention.dense", "o_bias", self._has_dense_bias())
-        for side in ("q", "k"):
-            if f"{side}_norm" in self.family.tensors:
-                self._norm(ranks, f"{prefix}attention.{side}_layernorm", f"{side}_norm", layer, size)
-        self._norm(ranks, prefix + "post_layernorm", "post_norm", layer, hidden)
-        for role, name in (("pre_ffn_norm", "pre_feedforward"), ("post_ffn_norm", "post_feedforward")):
+        self._norm(at, "input_layernorm", "input_norm", hidden)
+        self._linear(at, "attention.qkv", self._qkv(at.layer), hidden)
+        self.qkv_bias(at)
+        self._row_parallel(at, "attention.dense", "o", self.model.num_attention_heads * size)
+        self.dense_bias(at)
+        for role, name in _NORMS.items():
             if role in self.family.tensors:
-                self._norm(ranks, f"{prefix}{name}_layernorm", role, layer, hidden)
+                self._norm(at, name, role, size if name.startswith("attention") else hidden)
         if self.model.num_experts:
-            describe_experts(self, ranks, layer, prefix)
-        elif self.family.fused_mlp:
-            self._fused_mlp(ranks, layer, prefix)
+            self._experts(at)
         else:
-            self._dense_mlp(ranks, layer, prefix)
-        self._add_constants(ranks, layer, prefix)
+            self._mlp(at)
+        self.add_constants(at)
 
-    def _smooth_layer(self, ranges: Ranges, ranks: list[Rank], layer: int, prefix: str) -> None:
-        from streamconv.targets.trtllm.smooth_layer import SmoothLayer
+    # ---- how a matrix is made
 
-        SmoothLayer(self, ranges, ranks, layer, prefix).describe()
-        if self._has_qkv_bias():
-            size, heads = self.model.head_size, self.model.num_attention_heads
-            each = (heads + 2 * self.kv) // self.mapping.tp_size * size
-            vector = self._plain(vector=True, suffix="bias")
-            made = [self.builder.matrix(rank.file, prefix + "attention.qkv", each, 1, vector) for rank in ranks]
-            self._feed_qkv(ranks, made, layer, 1, "_bias")
-        self._full_bias(ranks, layer, prefix + "attention.dense", "o_bias", self._has_dense_bias())
-        self._add_constants(ranks, layer, prefix)
+    def matrix(self, at: Place, name: str, parts: Sequence[Part], cols: Cut, codec: Codec, note: str = "") -> None:
+        """A matrix on each rank, made of rows of sources one above the other."""
+        ((left, right),) = cols(at.ranks[0])
+        self._feed(self._matrices(at, name, _count(parts, at.ranks[0]), right - left, codec, note), parts, cols)
 
-    def each(
-        self, ranks: list[Rank], name: str, shape: tuple[int, int], codec: Codec, source: SourceTensor | None,
-        rows: Callable[[Rank], _Rows], cols: Callable[[Rank], _Rows] | None = None, note: str = "",
-    ) -> None:  # fmt: skip
-        """A matrix on each rank, made of one block of a source."""
-        for rank in ranks:
-            matrix = self.builder.matrix(rank.file, name, *shape, codec, note=note)
-            self.builder.feed(matrix, source, *rows(rank), cols=None if cols is None else [cols(rank)])
+    def _matrices(self, at: Place, name: str, rows: int, cols: int, codec: Codec, note: str, experts: int = 0) -> dict[Rank, int]:
+        name = at.prefix + name
+        return {rank: self.builder.matrix(rank.file, name, rows, cols, codec, experts=experts, note=note) for rank in at.ranks}
 
-    def _plain(self, *, vector: bool = False, add_one: bool = False, suffix: str = "weight") -> Plain:
+    def _feed(self, matrices: Mapping[Rank, int], parts: Sequence[Part], cols: Cut) -> None:
+        for part in parts:
+            for rank, matrix in matrices.items():
+                for start, stop in part.rows(rank):
+                    self.builder.feed(matrix, part.source, start, stop, cols=cols(rank), op=part.op)
+
+    def _linear(self, at: Place, name: str, parts: Sequence[Part], width: int, row_parallel: bool = False) -> None:
+        """A linear layer with `width` inputs, of which a rank has a part if it is row-parallel, and else a part of the outputs."""
+        tp, rows = self.mapping.tp_size, _count(parts, at.ranks[0])
+        sizes = (width // tp, rows, width) if row_parallel else (width, rows * tp, width)
+        codec, note = self._codec(name, at.layer, rows, *sizes)
+        self.matrix(at, name, parts, self.even(width) if row_parallel else whole(width), codec, note)
+
+    def _row_parallel(self, at: Place, name: str, role: str, width: int) -> None:
+        hidden = self.model.hidden_size
+        self._linear(at, name, [Part(self.roles.require(role, (hidden, width), at.layer), whole(hidden))], width, row_parallel=True)
+
+    def _norm(self, at: Place, name: str, role: str, size: int) -> None:
+        codec = self.plain(vector=True, add_one=self.family.norm_add_one)
+        self.matrix(at, name, [Part(self.roles.require(role, (size,), at.layer), whole(size))], whole(1), codec)
+
+    def _bias(self, at: Place, name: str, parts: Sequence[Part]) -> None:
+        self.matrix(at, name, parts, whole(1), self.plain(vector=True, suffix="bias"))
+
+    def _full_bias(self, at: Place, name: str, role: str) -> None:
+        """A row-parallel bias is added once after the all-reduce: every rank keeps all of it.
+
+        The group-wise kernel adds it before the all-reduce: ranks other than the first hold zeros.
+        """
+        hidden, once = self.model.hidden_size, self.quant.row_bias_once
+        source = self.roles.require(role, (hidden,), at.layer)
+        self._bias(at, name, [Part(source, lambda rank: [(0, 0 if rank.tp and once else hidden)])])
+
+    def even(self, size: int) -> Cut:
+        """An equal part on every tensor parallel rank."""
+        return lambda rank: [even(size, self.mapping.tp_size, rank.tp)]
+
+    def plain(self, *, vector: bool = False, add_one: bool = False, suffix: str = "weight") -> Plain:
         return Plain(self.dtype, add_one, vector, suffix, via_half=self.options.quant == "smoothquant")
 
-    def _add_constants(self, ranks: list[Rank], layer: int, prefix: str) -> None:
-        constants = self.quant.constants(layer, self.model.num_hidden_layers, self.options) + cache_constants(self, layer)
-        for rank in ranks:
-            for name, dtype, shape, data in constants:
-                self.builder.constant(rank.file, prefix + name, dtype, shape, data)
-
-    def _has_qkv_bias(self) -> bool:
-        return self.family.qkv_bias == "always" or (self.family.qkv_bias == "config" and self.model.attention_bias)
-
-    def _has_dense_bias(self) -> bool:
-        return self.family.dense_bias == "config" and self.model.attention_bias
-
-    def _qkv(self, ranks: list[Rank], layer: int, prefix: str) -> None:
-        size, heads, tp = self.model.head_size, self.model.num_attention_heads, self.mapping.tp_size
-        each = heads // tp + 2 * max(self.kv // tp, 1)
-        full = (heads + 2 * max(self.kv, tp)) * size
-        codec, note = self.codec("attention.qkv", layer, each * size, self.model.hidden_size, full, None)
-        name = prefix + "attention.qkv"
-        made = [self.builder.matrix(rank.file, name, each * size, self.model.hidden_size, codec, note=note) for rank in ranks]
-        self._feed_qkv(ranks, made, layer, self.model.hidden_size, "")
-        if self._has_qkv_bias():
-            vector = self._plain(vector=True, suffix="bias")
-            made = [self.builder.matrix(rank.file, name, each * size, 1, vector) for rank in ranks]
-            self._feed_qkv(ranks, made, layer, 1, "_bias")
-
-    def _feed_qkv(self, ranks: list[Rank], made: list[int], layer: int, cols: int, suffix: str) -> None:
-        """Rows of a rank: its query heads, its key heads, its value heads."""
-        size, heads, tp = self.model.head_size, self.model.num_attention_heads, self.mapping.tp_size
-        wide = 2 if self.options.remove_duplicated_kv_heads else 1
-        source_kv = self.kv * wide
-
-        def shape(rows: int) -> tuple[int, ...]:
-            return (rows * size, cols) if not suffix else (rows * size,)
-
-        if not suffix and "qkv" in self.family.tensors:
-            fused = self.roles.require("qkv", shape(heads + 2 * source_kv), layer)
-            starts = {"q": 0, "k": heads * size, "v": (heads + source_kv) * size}
-            parts = {role: (fused, start) for role, start in starts.items()}
-        elif not suffix and "qkv_grouped" in self.family.tensors:
-            self._feed_grouped(ranks, made, self.roles.require("qkv_grouped", shape(heads + 2 * source_kv), layer))
-            return
-        else:
-            counts = {"q": heads, "k": source_kv, "v": source_kv}
-            parts = {r: (self.roles.require(r + suffix, shape(n), layer), 0) for r, n in counts.items()}
-        for role, (source, base) in parts.items():
-            op = RowOp("rope", size) if role != "v" and self.model.source == "meta" else PLAIN_ROWS
-            if wide == 2 and role != "q":
-                op = RowOp("dedup", 2 * size)
-            for rank, matrix in zip(ranks, made, strict=True):
-                first, last = even(heads, tp, rank.tp) if role == "q" else kv_heads(self.kv, tp, rank.tp)
-                scale = size * (wide if role != "q" else 1)
-                self.builder.feed(matrix, source, base + first * scale, base + last * scale, op=op)
-
-    def _feed_grouped(self, ranks: list[Rank], made: list[int], source: SourceTensor | None) -> None:
-        """InternLM2: each KV head's group holds its query heads, its key head and its value head."""
-        size, tp, kv = self.model.head_size, self.mapping.tp_size, self.kv
-        heads = self.model.num_attention_heads
-        per = heads // kv
-        group = (per + 2) * size
-        for rank, matrix in zip(ranks, made, strict=True):
-            for head in range(*even(heads, tp, rank.tp)):
-                start = head // per * group + head % per * size
-                self.builder.feed(matrix, source, start, start + size)
-            for place in (per, per + 1):
-                for head in range(*kv_heads(kv, tp, rank.tp)):
-                    start = head * group + place * size
-                    self.builder.feed(matrix, source, start, start + size)
-
-    def _row_parallel(self, ranks: list[Rank], layer: int, prefix: str, name: str, role: str, width: int) -> None:
-        hidden, tp = self.model.hidden_size, self.mapping.tp_size
-        source = self.roles.require(role, (hidden, width), layer)
-        codec, note = self.codec(name, layer, hidden, width // tp, hidden, width)
-        shape = hidden, width // tp
-        self.each(ranks, prefix + name, shape, codec, source, lambda _: (0, hidden), lambda rank: even(width, tp, rank.tp), note)
-
-    def _column_parallel(self, ranks: list[Rank], layer: int, prefix: str, name: str, role: str) -> None:
-        width, hidden, tp = self.model.intermediate_size, self.model.hidden_size, self.mapping.tp_size
-        source = self.roles.require(role, (width, hidden), layer)
-        codec, note = self.codec(name, layer, width // tp, hidden, width, None)
-        self.each(ranks, prefix + name, (width // tp, hidden), codec, source, lambda rank: even(width, tp, rank.tp), note=note)
-
-    def _full_bias(self, ranks: list[Rank], layer: int, name: str, role: str, wanted: bool) -> None:
-        """A row-parallel bias is added once after the all-reduce: every rank keeps all of it."""
-        if not wanted:
-            return
-        source = self.roles.require(role, (self.model.hidden_size,), layer)
-        for number, rank in enumerate(ranks):
-            vector = self._plain(vector=True, suffix="bias")
-            matrix = self.builder.matrix(rank.file, name, self.model.hidden_size, 1, vector)
-            if number and self.quant.row_bias_once:
-                continue  # left zero: the group-wise kernel adds it before the all-reduce
-            self.builder.feed(matrix, source, 0, self.model.hidden_size)
-
-    # ---- MLPs
-
-    def _dense_mlp(self, ranks: list[Rank], layer: int, prefix: str) -> None:
-        self._column_parallel(ranks, layer, prefix, "mlp.fc", "gate")
-        self._column_parallel(ranks, layer, prefix, "mlp.gate", "up")
-        self._row_parallel(ranks, layer, prefix, "mlp.proj", "down", self.model.intermediate_size)
-        if self.model.mlp_bias:
-            width, tp = self.model.intermediate_size, self.mapping.tp_size
-            for name, role in (("mlp.fc", "gate_bias"), ("mlp.gate", "up_bias")):
-                source = self.roles.require(role, (width,), layer)
-                vector = self._plain(vector=True, suffix="bias")
-                self.each(ranks, prefix + name, (width // tp, 1), vector, source, lambda rank: even(width, tp, rank.tp))
-            self._full_bias(ranks, layer, prefix + "mlp.proj", "down_bias", True)
-
-    def _fused_mlp(self, ranks: list[Rank], layer: int, prefix: str) -> None:
-        """Phi-3: gate over up becomes, on each rank, its up rows over its gate rows."""
-        width, hidden, tp = self.model.intermediate_size, self.model.hidden_size, self.mapping.tp_size
-        source = self.roles.require("gate_up", (2 * width, hidden), layer)
-        codec, note = self.codec("mlp.fc", layer, 2 * width // tp, hidden, 2 * width, None)
-        for rank in ranks:
-            matrix = self.builder.matrix(rank.file, prefix + "mlp.fc", 2 * width // tp, hidden, codec, note=note)
-            start, stop = even(width, tp, rank.tp)
-            self.builder.feed(matrix, source, width + start, width + stop)
-            self.builder.feed(matrix, source, start, stop)
-        self._row_parallel(ranks, layer, prefix, "mlp.proj", "down", width)
-
-    # ---- how a matrix is stored
-
-    def codec(
-        self,
-        name: str,
-        layer: int,
-        rows: int,
-        cols: int,
-        full_rows: int,
-        full_cols: int | None,
-        experts: int = 0,
-        tp: int | None = None,
+    def _codec(
+        self, name: str, layer: int, rows: int, cols: int, full_rows: int, full_cols: int, experts: int = 0, tp: int | None = None
     ) -> tuple[Codec, str]:
-        module = Module(
-            name,
-            layer,
-            self.model.num_hidden_layers,
-            rows,
-            cols,
-            full_rows,
-            cols if full_cols is None else full_cols,
-            experts,
-            tp or self.mapping.tp_size,
-        )
+        """How a linear layer is stored, and why if it is not quantized."""
+        layers, tp = self.model.num_hidden_layers, tp or self.mapping.tp_size
+        module = Module(name, layer, layers, rows, cols, full_rows, full_cols, experts, tp)
         problem = self.quant.problems(module, self.options, self.dtype)
         codec = None if problem else self.quant.codec(module, self.options, self.dtype)
         if problem and problem not in self.refused:
@@ -303,18 +191,141 @@ class RankLayout:
         if codec is None:
             note = self.quant.reason(module, self.options)
             self.decisions.setdefault(name, f"{self.dtype.name}: {note}")
-            return self._plain(), note
+            return self.plain(), note
         self.decisions.setdefault(name, codec.name)
         return codec, ""
 
+    # ---- outside the layers
+
+    def _embedding(self, at: Place) -> None:
+        vocab, hidden = self.model.vocab_size, self.model.hidden_size
+        rows, cols = whole(vocab), whole(hidden)
+        if self.options.use_parallel_embedding and self.options.embedding_sharding_dim == 0:
+            rows = self._padded(vocab)
+        elif self.options.use_parallel_embedding:
+            cols = self.even(hidden)
+        source = self.roles.require("embedding", (vocab, hidden))
+        self.matrix(at, "transformer.vocab_embedding", [Part(source, rows)], cols, self.plain())
+
+    def _lm_head(self, at: Place) -> None:
+        if self.shared or self.tied:
+            self.roles.ignore_role("lm_head")
+        if not self.shared:
+            vocab, hidden = self.model.vocab_size, self.model.hidden_size
+            source = self.roles.require("embedding" if self.tied else "lm_head", (vocab, hidden))
+            self.matrix(at, "lm_head", [Part(source, self._padded(vocab))], whole(hidden), self.plain())
+
+    def _padded(self, size: int) -> Cut:
+        return lambda rank: [padded(size, self.mapping.tp_size, rank.tp)]
+
+    # ---- attention
+
+    def qkv_bias(self, at: Place) -> None:
+        if self.family.has_bias("q_bias", self.model.attention_bias):
+            self._bias(at, "attention.qkv", self._qkv(at.layer, "_bias"))
+
+    def dense_bias(self, at: Place) -> None:
+        if self.family.has_bias("o_bias", self.model.attention_bias):
+            self._full_bias(at, "attention.dense", "o_bias")
+
+    def _qkv(self, layer: int, suffix: str = "") -> list[Part]:
+        """Rows of a rank: its query heads, its key heads, its value heads."""
+        size, heads = self.model.head_size, self.model.num_attention_heads
+        wide = 2 if self.options.remove_duplicated_kv_heads else 1
+        counts = {"q": heads, "k": self.kv * wide, "v": self.kv * wide}
+
+        def tensor(role: str, count: int) -> SourceTensor | None:
+            return self.roles.require(role + suffix, (count * size,) if suffix else (count * size, self.model.hidden_size), layer)
+
+        stored = next((role for role in ("qkv", "qkv_grouped") if role in self.family.tensors and not suffix), None)
+        together = tensor(stored, sum(counts.values())) if stored else None
+        if stored == "qkv_grouped":
+            return self._grouped(together)
+        parts, base = list[Part](), 0
+        for role, count in counts.items():
+            source, own = together if stored else tensor(role, count), role == "q"
+            op = RowOp("rope", size) if role != "v" and self.model.source == "meta" else PLAIN_ROWS
+            op = RowOp("dedup", 2 * size) if wide == 2 and not own else op
+            cut = self.even(heads) if own else self._kv_heads
+            parts.append(Part(source, cut, size if own else size * wide, base, op))
+            base += count * size if stored else 0
+        return parts
+
+    def _kv_heads(self, rank: Rank) -> list[tuple[int, int]]:
+        return [kv_heads(self.kv, self.mapping.tp_size, rank.tp)]
+
+    def _grouped(self, source: SourceTensor | None) -> list[Part]:
+        """InternLM2: each KV head's group holds its query heads, its key head and its value head."""
+        per = self.model.num_attention_heads // self.kv
+        queries = self.even(self.model.num_attention_heads)
+
+        def cut(rank: Rank) -> list[tuple[int, int]]:
+            heads = [head // per * (per + 2) + head % per for head in range(*queries(rank)[0])]
+            heads += [head * (per + 2) + place for place in (per, per + 1) for head in range(*self._kv_heads(rank)[0])]
+            return [(head, head + 1) for head in heads]
+
+        return [Part(source, cut, self.model.head_size)]
+
+    # ---- MLPs
+
+    def _mlp(self, at: Place) -> None:
+        """Phi-3's gate over up becomes, on each rank, its up rows over its gate rows."""
+        width, hidden = self.model.intermediate_size, self.model.hidden_size
+        roles, cut = {"mlp.fc": "gate", "mlp.gate": "up"}, self.even(width)
+        if "gate_up" in self.family.tensors:
+            source = self.roles.require("gate_up", (2 * width, hidden), at.layer)
+            self._linear(at, "mlp.fc", [Part(source, cut, base=width), Part(source, cut)], hidden)
+        else:
+            for name, role in roles.items():
+                self._linear(at, name, [Part(self.roles.require(role, (width, hidden), at.layer), cut)], hidden)
+        self._row_parallel(at, "mlp.proj", "down", width)
+        if self.model.mlp_bias and "gate_up" not in self.family.tensors:
+            for name, role in roles.items():
+                self._bias(at, name, [Part(self.roles.require(role + "_bias", (width,), at.layer), cut)])
+            self._full_bias(at, "mlp.proj", "down_bias")
+
+    def _experts(self, at: Place) -> None:
+        """Whole experts for moe_ep, ascending, rows and columns of each for moe_tp: in each, a rank's up rows over its gate rows."""
+        model, roles, layer, hidden, tp = self.model, self.roles, at.layer, self.model.hidden_size, self.mapping.moe_tp_size
+        total, width = model.num_experts, model.moe_intermediate_size or model.intermediate_size
+        local = total // self.mapping.moe_ep_size
+        cut: Cut = lambda rank: [even(width, tp, rank.moe_tp)]  # noqa: E731
+        router = Part(roles.require("router", (total, hidden), layer), whole(total))
+        self.matrix(at, "mlp.router", [router], whole(hidden), Plain(F32))
+
+        fc = self._codec("mlp.fc", layer, 2 * width // tp, hidden, 2 * width, hidden, local, tp)
+        proj = self._codec("mlp.proj", layer, hidden, width // tp, hidden, width, local, tp)
+        fcs = self._matrices(at, "mlp.fc", 2 * width // tp, hidden, *fc, local)
+        projs = self._matrices(at, "mlp.proj", hidden, width // tp, *proj, local)
+        stacked = roles.has("experts_gate_up", layer)
+        if stacked:
+            gate_up = roles.require("experts_gate_up", (total, 2 * width, hidden), layer)
+            downs = roles.require("experts_down", (total, hidden, width), layer)
+        for expert in range(total):
+            if stacked:
+                gate, up = (Part(gate_up, cut, base=(2 * expert + half) * width) for half in (0, 1))
+                down = Part(downs, whole(hidden), base=expert * hidden)
+            else:
+                up, gate = (Part(roles.require(f"expert_{role}", (width, hidden), layer, expert), cut) for role in ("up", "gate"))
+                down = Part(roles.require("expert_down", (hidden, width), layer, expert), whole(hidden))
+            own = [rank for rank in at.ranks if rank.moe_ep == expert // local]
+            self._feed({rank: fcs[rank] for rank in own}, [up, gate], whole(hidden))
+            self._feed({rank: projs[rank] for rank in own}, [down], cut)
+
+    # ---- beside the matrices
+
+    def add_constants(self, at: Place) -> None:
+        """What no weight of a layer decides."""
+        constants = self.quant.constants(at.layer, self.model.num_hidden_layers, self.options) + cache_constants(self, at.layer)
+        for rank in at.ranks:
+            for name, dtype, shape, data in constants:
+                self.builder.constant(rank.file, at.prefix + name, dtype, shape, data)
+
     def _left_out(self) -> list[tuple[str, str]]:
         kind = self.dtype.name
-        lines = [("vocab_embedding", f"{kind}: embeddings are never quantized")]
-        if self.shared:
-            lines.append(("lm_head", "not written: shared with the embedding"))
-        else:
-            lines.append(("lm_head", f"{kind}: the output projection is never quantized"))
+        head = "not written: shared with the embedding" if self.shared else f"{kind}: the output projection is never quantized"
         smooth = self.options.quant == "smoothquant"
+        lines = [("vocab_embedding", f"{kind}: embeddings are never quantized"), ("lm_head", head)]
         lines.append(("norms and biases", f"{kind}: " + ("layer norms divided by the smoother" if smooth else "never quantized")))
         if self.model.num_experts:
             lines.append(("mlp.router", "F32: routers are never quantized and always float32"))

@@ -174,7 +174,9 @@ def make_plan(index: Index, options: TensorRTLLM) -> Plan:
     builder = Draft(tensors)
     for number in range(options.tp_size * options.pp_size):
         builder.file(f"rank{number}.safetensors")
-    layout = RankLayout(model, family, options, dtype, mapping, roles, quant, builder, kv, shared, tied, ranges, stored.kv, factors)
+    layout = _layout_class(options)(
+        model, family, options, dtype, mapping, roles, quant, builder, kv, shared, tied, ranges, stored.kv, factors
+    )
     layout.describe()
     layout.refused += _without_scales(index, stored, roles)
     roles.ignore(import_scales.zero_biases(stored, roles.unused(), index.shards))
@@ -243,6 +245,14 @@ def make_plan(index: Index, options: TensorRTLLM) -> Plan:
         notes=remarks.late_notes(config),
         source_config=index.config if model.source == "hf" else None,
     )
+
+
+def _layout_class(options: TensorRTLLM) -> type[RankLayout]:
+    if options.quant != "smoothquant":
+        return RankLayout
+    from streamconv.targets.trtllm.smooth_layout import SmoothLayout
+
+    return SmoothLayout
 
 
 def _ranges(options: TensorRTLLM, known: bool) -> Ranges | None:

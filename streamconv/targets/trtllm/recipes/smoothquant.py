@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class _SmoothQuant(Quant):
-    """A layer is smoothed as a whole (targets/trtllm/smooth_layer.py), so that no module has a codec of its own."""
+    """A layer is smoothed as a whole (targets/trtllm/smooth_layout.py), so that no module has a codec of its own."""
 
     info = QuantInfo(
         "smoothquant",

@@ -1,16 +1,8 @@
-"""InternLM (Llama with `bias`) and InternLM2, whose wqkv is grouped by KV head."""
+"""InternLM2, whose wqkv is grouped by KV head."""
 
-from streamconv.families.base import LLAMA_TENSORS, MLP_BIASES, Family, without
+from streamconv.families.base import Family
 
 FAMILIES = (
-    Family(
-        "internlm",
-        ("InternLMForCausalLM",),
-        "llama",
-        without(LLAMA_TENSORS, *MLP_BIASES),
-        runs_as="llama",
-        handles="attention biases",
-    ),
     Family(
         "internlm2",
         ("InternLM2ForCausalLM",),
@@ -27,8 +19,6 @@ FAMILIES = (
             "up": ("model.layers.{layer}.feed_forward.w3.weight",),
             "down": ("model.layers.{layer}.feed_forward.w2.weight",),
         },
-        qkv_bias="never",
-        dense_bias="never",
         rope_tables=False,
         runs_as="llama",
         handles="wqkv grouped by KV head",
