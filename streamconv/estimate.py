@@ -83,7 +83,7 @@ class Looking:
         """Wait for what was found, but not long; None if a disk is still busy with the samples.
 
         Args:
-            written: place -> bytes that will be written there.
+            written: place -> bytes that will be written there; none where an output is finished.
         """
         if self._thread is None:
             return None
@@ -94,7 +94,7 @@ class Looking:
         if self._read:
             busy[self._source] = reads.nbytes * self._here / max(self._read, 1.0)
         for place, rate in self._writes.items():
-            busy[self._devices[place]] = busy.get(self._devices[place], 0.0) + written[place] / max(rate, 1.0)
+            busy[self._devices[place]] = busy.get(self._devices[place], 0.0) + written.get(place, 0) / max(rate, 1.0)
         disks = max(busy.values(), default=0.0)
         cores = max(1, min(shares.workers, processors()))
         cpu = _cpu_seconds(reads, costs, sum(written.values()), on_device) / cores

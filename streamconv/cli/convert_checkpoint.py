@@ -131,7 +131,7 @@ def _convert(request: OfficialRequest, source: str) -> int:
         source,
         request.output_dir,
         options,
-        dataclasses.replace(resources(request.memory_budget, request.workers, request.device), no_lock=request.no_lock),
+        resources(dataclasses.asdict(request)),
         force=request.force,
         meter=view.meter("auto", request.quiet),
     )

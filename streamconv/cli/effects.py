@@ -28,23 +28,32 @@ def typed(context: click.Context) -> set[str]:
     return {name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
 
 
+def given(context: click.Context) -> set[str]:
+    """Names of the parameters that stand on the command line or in a recipe."""
+    return typed(context) | set(context.default_map or ())
+
+
+def without_effect(target: Target, names: Collection[str], model: str) -> Iterator[str]:
+    """Which of these options of a target change nothing; the source is opened only if that depends on it."""
+    from streamconv.hub import open_source
+
+    return target.without_effect(names, lambda: open_source(model))
+
+
 def check(context: click.Context, model: str, target: Target | None) -> None:
     """Refuse options of `convert` and `plan` that have no effect in this call; note resources that have none.
 
     Args:
         target: of the one output; None for several, which say more for themselves.
-        model: the source; opened only if a flag was typed whose effect depends on it.
+        model: the source.
 
     Raises:
         UsageError: names every such option and what it is for.
         StreamconvError: the source cannot be opened.
     """
-    from streamconv.hub import open_source
-
     names, values = typed(context), context.params
-    told = [] if values.get("text") else [f"{flag(name)} has no effect without --text" for name in _SAMPLES if name in names]
-    told += target.without_effect(names, lambda: open_source(model)) if target is not None else ()
-    refuse(told)
+    idle = [] if values.get("text") else [f"{flag(name)} has no effect without --text" for name in _SAMPLES if name in names]
+    refuse([*idle, *(without_effect(target, names, model) if target is not None else ())])
     for line in _resources(names, values, model):
         output.note(f"note: {line}")
 
@@ -63,10 +72,10 @@ def needs(context: click.Context, other: str, *, options: Collection[str], resou
             output.note(f"note: {spelled[name]} has no effect without {flag(other)}")
 
 
-def refuse(told: list[str]) -> None:
+def refuse(idle: list[str]) -> None:
     """What has no effect ends the command."""
-    if told:
-        raise UsageError(told, hint="leave it out" if len(told) == 1 else "leave them out")
+    if idle:
+        raise UsageError(idle, hint="leave it out" if len(idle) == 1 else "leave them out")
 
 
 def _resources(names: Collection[str], values: dict[str, Any], model: str) -> Iterator[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -80,11 +80,16 @@ CONVERSION: tuple[_Decorator, ...] = (
 )
 
 
-def target(to: str, values: dict[str, Any], given: Collection[str]) -> Target:
+def options_of(to: str) -> dict[str, _Field]:
+    """Name -> field of each option of a target."""
+    return {field.name: field for field in dataclasses.fields(target_class(to))}
+
+
+def target(to: str, values: Mapping[str, Any], given: Collection[str]) -> Target:
     """The target that flags ask for.
 
     Args:
-        values: every flag of every target.
+        values: flags of every target, and of other things.
         given: names of those on the command line, or in a recipe; the others hold the target's own defaults.
 
     Raises:
@@ -92,19 +97,14 @@ def target(to: str, values: dict[str, Any], given: Collection[str]) -> Target:
     """
     from streamconv.memory import parse_size
 
-    kind = target_class(to)
-    own = {field.name: field for field in dataclasses.fields(kind)}
-    other = [flag(name) for name in values if name in given and name not in own]
-    if other:
-        raise UsageError(f"{', '.join(other)}: not for --to {to}", hint="`streamconv list targets` shows the options of each target")
-    held = {name: value for name, value in values.items() if name in own and name in given}
-    for name, value in held.items():
-        facts = own[name].metadata
-        if facts["size"] and isinstance(value, str):
-            held[name] = parse_size(value)
-        elif facts["type"] is tuple:
-            held[name] = tuple(value)
-    made = kind(**held)
+    own, others = options_of(to), {name for key in TARGETS for name in options_of(key)}
+    if wrong := [flag(name) for name in values if name in given and name in others and name not in own]:
+        raise UsageError(f"{', '.join(wrong)}: not for --to {to}", hint="`streamconv list targets` shows the options of each target")
+    chosen = {name: value for name, value in values.items() if name in own and name in given}
+    for name, value in chosen.items():
+        if own[name].metadata["size"] and isinstance(value, str):
+            chosen[name] = parse_size(value)
+    made = target_class(to)(**chosen)
     made.check_values()
     return made
 
@@ -238,41 +238,39 @@ def options(*groups: tuple[_Decorator, ...]) -> _Decorator:
     return decorate
 
 
-def sharing(parts: int | None, part: str | None, wait: float, private_parts: bool) -> dict[str, Any]:
-    """Fields of `Resources` from the flags of PARTS.
+def resources(values: Mapping[str, Any]) -> Resources:
+    """Resources from the flags that a command has of RESOURCES, OF_A_RUN and PARTS.
 
     Raises:
-        UsageError: they contradict each other, or name no part.
+        UsageError: a value that is none, or that contradicts another.
     """
     from streamconv import launchers
-
-    if part is None:
-        return {"parts": parts, "begin": launchers.begin() if parts else 0.0, "wait": wait, "private_parts": private_parts}
-    number, count = launchers.part_of(part)
-    if parts not in (None, count):
-        raise UsageError(f"--part {part} and --parts {parts} contradict each other")
-    return {"parts": count, "part": number, "wait": wait, "private_parts": private_parts}
-
-
-def resources(memory_budget: str | None, workers: str | int | None, device: str, device_memory_budget: str | None = None) -> Resources:
-    """Resources from the spelling of the command line.
-
-    Raises:
-        UsageError: a value that is none.
-    """
     from streamconv.memory import parse_size
 
-    count = None
+    made: dict[str, Any] = {name: values[name] for name in _AS_TYPED if name in values}
+    made |= {name: parse_size(values[name]) for name in ("memory_budget", "device_memory_budget") if values.get(name)}
+    workers, part, parts = values["workers"], values.get("part"), values.get("parts")
     if workers not in (None, "auto"):
         try:
-            count = int(str(workers))
+            made["workers"] = int(str(workers))
         except ValueError:
             raise UsageError(f"--workers {workers!r} is neither a number nor auto") from None
+    if part is not None:
+        made["part"], count = launchers.part_of(part)
+        if parts not in (None, count):
+            raise UsageError(f"--part {part} and --parts {parts} contradict each other")
+        made["parts"] = count
+    elif parts:
+        made |= {"parts": parts, "begin": launchers.begin()}
     rows = os.environ.get("STREAMCONV_TILE_ROWS")
     return Resources(
-        memory_budget=parse_size(memory_budget) if memory_budget else None,
-        workers=count,
-        device=device,
-        device_memory_budget=parse_size(device_memory_budget) if device_memory_budget else None,
+        **made,
         tile_rows=int(rows) if rows else None,
+        verify_inline=values.get("verify") == "inline",
+        probe=not values.get("no_probe"),
+        source_check=not values.get("no_source_check"),
     )
+
+
+_AS_TYPED = ("device", "hub_keep", "on_device_loss", "read", "no_lock", "min_snr", "wait", "private_parts")
+"""Fields of `Resources` that hold what the flag of the same name does."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from streamconv.cli import recipe_option
+from streamconv.cli import recipe
 from streamconv.cli.watching import Watched, command_line
 from streamconv.pages import runs
 from streamconv.pages.page import Page
@@ -22,9 +22,7 @@ def planned(model: str, outputs: Sequence[Output], asked: Resources, several: bo
 
     index, plans = open_and_plan_all(model, outputs, asked.memory_budget)
     with index:
-        each = [(output.out, plan.target) for output, plan in zip(outputs, plans, strict=True)]
-        recipe = recipe_option.text(model, each, {}, index, several)
-    return [runs.planned(plan) for plan in plans], recipe
+        return [runs.planned(plan) for plan in plans], recipe.of_plans(model, outputs, plans, {}, index, several)
 
 
 def conversion(model: str, report: Any, facts: tuple[list[runs.Planned], str], watched: Watched, least: float | None) -> Page:

@@ -12,13 +12,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from streamconv.arguments import check_text
 from streamconv.checkpoint.limits import MAX_RECIPE
 from streamconv.checkpoint.untrusted import read_file, shown_value
 from streamconv.errors import OutputError, UsageError, VerifyError, printable
-from streamconv.planning.plan import PlannedTarget
+from streamconv.hub.shard import HubShard
 from streamconv.run import manifest
 from streamconv.targets import target_from_json
 
@@ -27,32 +27,11 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """What a key may hold.
-
-    Attributes:
-        types: accepted Python types; a bool is no int.
-        what: the same for people.
-        choices: the only values, if not empty.
-    """
-
-    types: tuple[type, ...]
-    what: str
-    choices: tuple[str, ...] = ()
-
-    def accepts(self, value: object) -> bool:
-        right = isinstance(value, self.types) and (not isinstance(value, bool) or bool in self.types)
-        if isinstance(value, int | float) and not abs(value) < 1 << 63:  # no flag takes more; infinity and NaN are not below it either
-            return False
-        return right and (not self.choices or value in self.choices)
-
-    def wanted(self, value: object) -> str:
-        """What it may hold in the place of a value that it does not accept, for people."""
-        return f"one of {', '.join(self.choices)}" if self.choices and isinstance(value, self.types) else self.what
-
+if TYPE_CHECKING:
+    from streamconv.checkpoint.index import Index
+    from streamconv.cli.recipe_option import Kind
+    from streamconv.planning.plan import Plan, PlannedTarget
+    from streamconv.targets.base import Output
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
@@ -170,45 +149,47 @@ def _from_manifest(file: Path) -> Recipe:
     return Recipe(file, {"to": made.target, **given}, made)
 
 
-def render(model: str, out: str | None, options: PlannedTarget, others: Mapping[str, object]) -> str:
+def of_plans(
+    model: str, outputs: Sequence[Output], plans: Sequence[Plan], flags: Mapping[str, object], index: Index, several: bool
+) -> str:
+    """The recipe of plans: every option is settled, and a model of the Hub is named by its commit.
+
+    Args:
+        flags: of the command; those of resources that were changed are kept.
+    """
+    repo = next((shard.repo for shard in index.shards if isinstance(shard, HubShard)), None)
+    named = model if repo is None else f"hf://{repo.name}@{repo.commit}"
+    resources = {name: value for name in _RESOURCES if (value := flags.get(name)) != "auto"}
+    return render(named, [(one.out, plan.target) for one, plan in zip(outputs, plans, strict=True)], resources, several)
+
+
+def render(model: str, outputs: Sequence[tuple[str, PlannedTarget]], others: Mapping[str, object], several: bool = False) -> str:
     """TOML that gives this conversion again: every option is written, so that no default can change it.
 
     Args:
+        outputs: folder, which may be empty, and target of each.
         others: further flags, which change no byte; None is left out.
+        several: a table for each output.
     """
-    place = [f"out = {_toml(out)}"] if out else []
-    lines = [*_head(model, "" if out else f" {printable(model)} OUT"), *place, "", "# what decides the bytes", *_options(options)]
-    given = _others(others)
-    return "\n".join([*lines, *(["", *given] if given else [])]) + "\n"
-
-
-def render_all(model: str, outputs: Sequence[tuple[str, PlannedTarget]], others: Mapping[str, object]) -> str:
-    """As `render`, for several outputs from one read: a table for each."""
-    given = _others(others)
-    lines = [*_head(model, ""), *(["", *given] if given else [])]
-    for out, options in outputs:
-        lines += ["", "[[output]]", f"out = {_toml(out)}", *_options(options)]
-    return "\n".join(lines) + "\n"
-
-
-def _head(model: str, more: str) -> list[str]:
-    return [
+    more = "" if several or outputs[0][0] else f" {printable(model)} OUT"
+    lines = [
         "# A conversion by streamconv. Run it again with",
         f"#     streamconv convert --config THIS_FILE{more}",
         "# Keys are the long flags; flags on the command line win. Relative paths start at the working directory.",
         "",
         f"model = {_toml(model)}",
     ]
-
-
-def _options(options: PlannedTarget) -> list[str]:
-    held = options.to_json().items()
-    return [f"to = {_toml(options.key)}", *(f"{key.replace('_', '-')} = {_toml(value)}" for key, value in held if value not in (None, ()))]
-
-
-def _others(others: Mapping[str, object]) -> list[str]:
     given = [f"{key.replace('_', '-')} = {_toml(value)}" for key, value in others.items() if value is not None]
-    return ["# what does not decide the bytes", *given] if given else []
+    lines += ["", "# what does not decide the bytes", *given] if given else []
+    for out, target in outputs:
+        options = {"out": out or None, "to": target.key, **target.to_json()}
+        lines += ["", "[[output]]" if several else "# the output, and what decides its bytes"]
+        lines += [f"{key.replace('_', '-')} = {_toml(value)}" for key, value in options.items() if value not in (None, ())]
+    return "\n".join(lines) + "\n"
+
+
+_RESOURCES = ("memory_budget", "workers", "device", "device_memory_budget")
+"""Flags that a recipe keeps, though they decide no byte."""
 
 
 def write(path: str | Path, text: str) -> None:

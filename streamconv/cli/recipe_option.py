@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 from streamconv.cli import output
-from streamconv.options import Resources
 
 if TYPE_CHECKING:
-    from streamconv.cli.recipe import Kind, Recipe
-    from streamconv.planning.plan import PlannedTarget
+    from streamconv.cli.recipe import Recipe
 
 _KEY = "streamconv.cli.recipe"
 _OWN = ("config", "write_config", "as_json", "quiet", "more")
@@ -22,19 +20,37 @@ _NUMBERS_TOO = ("workers",)
 """Flags whose text may be a number, so that it need not be quoted."""
 
 
+class Kind(NamedTuple):
+    """What a key may hold.
+
+    Attributes:
+        types: accepted Python types; a bool is no int.
+        what: the same for people.
+        choices: the only values, if not empty.
+    """
+
+    types: tuple[type, ...]
+    what: str
+    choices: tuple[str, ...] = ()
+
+    def accepts(self, value: object) -> bool:
+        right = isinstance(value, self.types) and (not isinstance(value, bool) or bool in self.types)
+        if isinstance(value, int | float) and not abs(value) < 1 << 63:  # no flag takes more; infinity and NaN are not below it either
+            return False
+        return right and (not self.choices or value in self.choices)
+
+    def wanted(self, value: object) -> str:
+        """What it may hold in the place of a value that it does not accept, for people."""
+        return f"one of {', '.join(self.choices)}" if self.choices and isinstance(value, self.types) else self.what
+
+
 def kinds(*commands: click.Command) -> dict[str, Kind]:
     """What a recipe may hold: every parameter of the commands."""
-    found: dict[str, Kind] = {}
-    for command in commands:
-        for param in command.params:
-            if param.name is not None and param.name not in _OWN:
-                found[param.name] = _kind(param)
-    return found
+    params = [param for command in commands for param in command.params]
+    return {param.name: _kind(param) for param in params if param.name is not None and param.name not in _OWN}
 
 
 def _kind(param: click.Parameter) -> Kind:
-    from streamconv.cli.recipe import Kind
-
     if param.name == "output":
         return Kind((list,), "a table for each output: [[output]]")
     if isinstance(param, click.Option) and param.multiple:
@@ -81,47 +97,3 @@ def compare(out: str) -> None:
     why = found.differences(Path(out)) if found is not None else None
     if why is not None and found is not None:
         output.note(f"warning: {out} is not what {found.path} tells of: {why}")
-
-
-def text(model: str, outputs: Sequence[tuple[str | None, PlannedTarget]], others: Mapping[str, object], index: Any, several: bool) -> str:
-    """The recipe of plans; a model of the Hub is named by its commit.
-
-    Args:
-        outputs: folder and target of each.
-        several: a table for each; else it is one, whose folder may be missing.
-        others: flags that change no byte.
-    """
-    from streamconv.cli import recipe
-
-    named, changed = _named(model, index), _changed(others)
-    if not several:
-        return recipe.render(named, *outputs[0], changed)
-    return recipe.render_all(named, [(out, target) for out, target in outputs if out is not None], changed)
-
-
-def _named(model: str, index: Any) -> str:
-    from streamconv.hub.shard import HubShard
-
-    for shard in index.shards:
-        if isinstance(shard, HubShard):
-            return f"hf://{shard.repo.name}@{shard.repo.commit}"
-    return model
-
-
-def _changed(others: Mapping[str, object]) -> dict[str, object]:
-    plain = Resources()
-    return {key: value for key, value in others.items() if value not in (getattr(plain, key, None), "auto")}
-
-
-def write(
-    path: str,
-    model: str,
-    outputs: Sequence[tuple[str | None, PlannedTarget]],
-    others: Mapping[str, object],
-    index: Any,
-    several: bool = False,
-) -> None:
-    """Write what `text` gives."""
-    from streamconv.cli import recipe
-
-    recipe.write(path, text(model, outputs, others, index, several))

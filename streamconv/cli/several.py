@@ -4,74 +4,65 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from streamconv.cli import effects
-from streamconv.cli.flags import target
+from streamconv.cli.flags import options_of, target
 from streamconv.errors import StreamconvError, UsageError, printable
-from streamconv.targets import TARGETS, target_class
-from streamconv.targets.base import flag
+from streamconv.targets import DEFAULT, TARGETS
+from streamconv.targets.base import Output, flag
 
 if TYPE_CHECKING:
     from streamconv.calibration.foreseen import Search
     from streamconv.calibration.request import Samples
-    from streamconv.cli.recipe import Kind
+    from streamconv.cli.recipe_option import Kind
     from streamconv.options import Resources
-    from streamconv.targets.base import Output
 
 _FORM = "--output TARGET:FOLDER:KEY=VALUE,..., e.g. --output trtllm:OUT1:tp_size=2,quant=int8,target_sm=90"
 
 
 def asked(
-    model: str,
-    out: str | None,
-    more: Sequence[str],
-    given: Iterable[object],
-    known: Callable[[], Mapping[str, Kind]],
-    only: Collection[str],
+    model: str, out: str | None, more: Sequence[str], given: Sequence[object], kinds: Mapping[str, Kind], alone: str
 ) -> list[Output]:
-    """The outputs that a command asks for with `--output`, or its recipe with tables; none if it has one output, OUT.
+    """The outputs that a command asks for with `--output`, or its recipe with tables.
 
     Args:
         out, more: words after MODEL.
         given: texts, or tables of a recipe.
-        known: what each key may hold.
-        only: flags that concern a single output, of those that were given.
+        kinds: what each key may hold.
+        alone: the parameter that concerns a single output.
 
     Raises:
         UsageError: an output is not understood, or has options that change nothing; the rest of the command is about another output.
     """
-    given = tuple(given)
-    if not given:
-        return []
     if out is not None:
         raise UsageError(f"OUT ({printable(out)}) and --output exclude each other", hint="name every output with --output")
     if more:
         raise UsageError(f"one word too many: {more[0]}")
     context = click.get_current_context()
-    options = {"to", *(name for key in TARGETS for name in _keys(key))}
-    named = effects.typed(context) | set(context.default_map or ())
+    options, named = {"to", *(name for key in TARGETS for name in options_of(key))}, effects.given(context)
     if wrong := [flag(name) for name in context.params if name in named & options]:
         raise UsageError(f"{', '.join(wrong)}: not beside --output", hint="each output names its own options: " + _FORM)
-    if wrong := [flag(name) for name in context.params if name in named and name in only]:
+    if alone in named:
         hint = "leave --output out: streamconv convert MODEL OUT"
-        if "--text" in wrong:
+        if alone == "text":
             hint = "measure once, with `streamconv calibrate`, and give each output its activation_ranges=FILE (codes=FILE for INT4)"
-        raise UsageError(f"{', '.join(wrong)}: for one output, not for several", hint=hint)
-    made, told, kinds = [], list[str](), known()
+        raise UsageError(f"{flag(alone)}: for one output, not for several", hint=hint)
+    outputs, idle = list[Output](), list[str]()
     for number, each in enumerate(given, 1):
         with _about(f"--output {printable(each)}" if isinstance(each, str) else f"[[output]] {number}"):
             if not isinstance(each, str | dict):
                 raise UsageError("it is no table", hint='[[output]], then lines such as out = "FOLDER"')
-            output, names = _output(_parsed(each, kinds) if isinstance(each, str) else each, kinds)
-        made.append(output)
+            output = _output(_parsed(each, kinds) if isinstance(each, str) else each, kinds)
+        outputs.append(output)
         if isinstance(each, str):
-            told += [f"output {printable(output.out)}: {line}" for line in _without_effect(model, output, names)]
-    effects.refuse(told)
-    return made
+            lines = effects.without_effect(output.target, output.target.given, model)
+            idle += [f"output {printable(output.out)}: {line}" for line in lines]
+    effects.refuse(idle)
+    return outputs
 
 
 @contextlib.contextmanager
@@ -81,17 +72,6 @@ def _about(what: str) -> Iterator[None]:
     except StreamconvError as error:
         error.about(what)
         raise
-
-
-def _keys(to: str) -> list[str]:
-    """Names of the options of a target."""
-    return [field.name for field in dataclasses.fields(target_class(to))]
-
-
-def _without_effect(model: str, output: Output, names: Collection[str]) -> Iterator[str]:
-    from streamconv.hub import open_source
-
-    return output.target.without_effect(names, lambda: open_source(model))
 
 
 def _parsed(text: str, kinds: Mapping[str, Kind]) -> dict[str, Any]:
@@ -131,19 +111,18 @@ def _value(text: str, kind: Kind | None) -> Any:
     return text
 
 
-def _output(table: Mapping[str, Any], kinds: Mapping[str, Kind]) -> tuple[Output, set[str]]:
-    """The output of a table, and the names of the options in it."""
+def _output(table: Mapping[str, Any], kinds: Mapping[str, Kind]) -> Output:
+    """The output of a table."""
     table = {str(key).replace("-", "_"): value for key, value in table.items() if value is not None}
-    to = table.pop("to", None) or next(iter(TARGETS))
-    out = table.pop("out", None)
-    own = _keys(str(to))
+    to, out = str(table.pop("to", None) or DEFAULT), table.pop("out", None)
+    own = options_of(to)
     if not isinstance(out, str) or not out:
         raise UsageError("no folder is named", hint='out = "FOLDER"')
     for key, value in table.items():
         if key not in own:
             import difflib
 
-            near, others = difflib.get_close_matches(key, own, 1, 0.5), [other for other in TARGETS if key in _keys(other)]
+            near, others = difflib.get_close_matches(key, own, 1, 0.5), [other for other in TARGETS if key in options_of(other)]
             hint = f"did you mean {near[0]}?" if near else f"keys are the options of {to}, see `streamconv list targets`"
             hint = f"it is an option of {', '.join(others)}" if others else hint
             raise UsageError(f"unknown key {printable(key)!r}", hint=hint)
@@ -151,52 +130,33 @@ def _output(table: Mapping[str, Any], kinds: Mapping[str, Kind]) -> tuple[Output
             from streamconv.checkpoint.untrusted import shown_value
 
             raise UsageError(f"{key} is {shown_value(value)}, not {kinds[key].wanted(value)}")
-    return target(str(to), table, set(table)).to(out), set(table)
+    return target(to, table, table).to(out)
 
 
-def plan(
-    model: str,
-    outputs: Sequence[Output],
-    samples: Samples | None,
-    asked: Resources,
-    write_config: str | None,
-    given: Mapping[str, object],
-    as_json: bool,
-) -> None:
-    """`streamconv plan` of several outputs.
+def searched(
+    model: str, outputs: Sequence[Output], samples: Samples | None, asked: Resources, several: bool
+) -> tuple[list[Output], list[Search | None]]:
+    """The outputs whose plans have the sizes of these, and the search for INT4 codes that comes before each, if one does.
 
     Args:
         samples: what INT4 codes would be searched on, None without a text.
-        given: flags that change no byte, for the recipe.
 
     Raises:
         UsageError: there is a text, and no output has codes to search. Others as of planning.
     """
-    from streamconv.cli import recipe_option, several_view
-    from streamconv.open_plan import open_and_plan_all
-
-    outputs, searches = _searched(model, outputs, samples, asked)
-    index, plans = open_and_plan_all(model, outputs, asked.memory_budget)
-    plans = [search.of(made) if search is not None else made for made, search in zip(plans, searches, strict=True)]
-    with contextlib.closing(index):
-        if write_config:
-            tables = [(output.out, made.target) for output, made in zip(outputs, plans, strict=True)]
-            recipe_option.write(write_config, model, tables, given, index, several=True)
-        several_view.show(index, outputs, plans, searches, asked, as_json)
-
-
-def _searched(model: str, outputs: Sequence[Output], samples: Samples | None, asked: Resources) -> tuple[list[Output], list[Search | None]]:
-    """The outputs whose plans have the sizes of these, and the search for INT4 codes that comes before each, if one does."""
-    from streamconv.calibration.foreseen import planned, searches_on
-
-    made: list[Output] = []
-    searches: list[Search | None] = []
+    made, searches = list[Output](), list["Search | None"]()
     for output in outputs:
-        on = samples if searches_on(output.target) else None
-        with _about(f"output {printable(output.out)}"):
+        if samples is None and getattr(output.target, "method", None) is None:
+            made.append(output)
+            searches.append(None)
+            continue
+        from streamconv.calibration.foreseen import planned, searches_on
+
+        on = samples if searches_on(output.target) or not several else None
+        with _about(f"output {printable(output.out)}") if several else contextlib.nullcontext():
             target, search = planned(model, output.target, on, asked.memory_budget, asked.device)
         made.append(dataclasses.replace(output, target=target))
         searches.append(search)
-    if samples is not None and not any(searches):
+    if several and samples is not None and not any(searches):
         raise UsageError("--text has no effect: no output has INT4 codes to search", hint="leave it out")
     return made, searches

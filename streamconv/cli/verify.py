@@ -51,7 +51,7 @@ def verify(
             source,
             with_tensorrt_llm=with_tensorrt_llm,
             activation_ranges=activation_ranges,
-            resources=resources(memory_budget, workers, "cpu"),
+            resources=resources({"memory_budget": memory_budget, "workers": workers, "device": "cpu"}),
             meter=watched.meter,
             part=part_of(part) if part is not None else None,
         )

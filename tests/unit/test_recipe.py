@@ -93,7 +93,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     options = TensorRTLLM(tp_size=2, quant="int4", target_sm=90, activation_ranges='odd "name"\n\x7f\té\\.safetensors', rope_tables=True)
     path = tmp_path / "r.toml"
-    recipe.write(path, recipe.render("a model", "out", options, {"memory_budget": "1GiB", "device_memory_budget": None}))
+    recipe.write(path, recipe.render("a model", [("out", options)], {"memory_budget": "1GiB", "device_memory_budget": None}))
     values = recipe.read(path, KINDS).values
     given = {"to": "trtllm", "model": "a model", "out": "out", "memory_budget": "1GiB"}
     assert {name: values.pop(name) for name in given} == given
@@ -104,7 +104,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
-    text = recipe.render("model\udcff", None, TensorRTLLM(), {})
+    text = recipe.render("model\udcff", [("", TensorRTLLM())], {})
     with pytest.raises(OutputError, match=r"r\.toml"):
         recipe.write(tmp_path / "r.toml", text)
     with pytest.raises(OutputError, match="cannot be written"):
@@ -119,7 +119,7 @@ _NAMES = some.text(some.characters(exclude_categories=["Cs"], exclude_characters
 @given(model=_NAMES, out=_NAMES, path=_NAMES, alpha=some.floats(0, 1), tp=some.integers(1, 1 << 40), on=some.booleans())
 def test_any_value_survives(model: str, out: str, path: str, alpha: float, tp: int, on: bool) -> None:
     options = TensorRTLLM(tp_size=tp, smoothquant=alpha, activation_ranges=path, per_token=on)
-    text = recipe.render(model, out, options, {"memory_budget": path})
+    text = recipe.render(model, [(out, options)], {"memory_budget": path})
     values = recipe.tomllib.loads(text)
     assert (values.pop("to"), values.pop("model"), values.pop("out"), values.pop("memory-budget")) == ("trtllm", model, out, path)
     assert TensorRTLLM(**{key.replace("-", "_"): value for key, value in values.items()}) == options
