@@ -9,7 +9,8 @@ from typing import Any
 
 from streamconv.arguments import path_of
 from streamconv.checkpoint.index import Index, nearest
-from streamconv.checkpoint.stored import Chosen, Stored, everything, select, shape_of, stored
+from streamconv.checkpoint.source_tensors import SourceTensors
+from streamconv.checkpoint.stored import Chosen, Stored, everything, select, shape_of
 from streamconv.errors import TensorError, UsageError, printable
 from streamconv.hub import open_stored
 from streamconv.lazy import np, torch
@@ -130,7 +131,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
 
     def __init__(self, index: Index) -> None:
         self.config: dict[str, Any] = index.config
-        self._index = index
+        self._index, self._tensors = index, SourceTensors(index)
 
     def __getitem__(self, name: str) -> LazyTensor:
         """A tensor.
@@ -142,7 +143,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
             near = nearest(name, self._index.tensors) if isinstance(name, str) else None
             hint = f"did you mean {printable(near)}?" if near else None
             raise NoSuchTensor(f"no tensor {printable(str(name))} in {printable(str(self._index.root))}", hint=hint)
-        return LazyTensor(name, stored(self._index, name))
+        return LazyTensor(name, Stored(self._tensors[name], self._index.shards))
 
     def __contains__(self, name: object) -> bool:
         return name in self._index.tensors

@@ -13,18 +13,17 @@ import os
 import struct
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from streamconv.checkpoint.derived_rows import BLOCK, WIDE, turn
+from streamconv.checkpoint.derived_rows import BLOCK, WIDE, read_stripe, turned
 from streamconv.checkpoint.dtypes import F32, I8, DType
 from streamconv.checkpoint.header import read_header
 from streamconv.checkpoint.header_parse import TensorEntry
-from streamconv.checkpoint.packed_rows import read_channels
-from streamconv.checkpoint.rows import KeepsPages, PackedTensor, SourceFile, SourceTensor
+from streamconv.checkpoint.rows import Extent, KeepsPages, PackedTensor, SourceFile, SourceTensor, tensor_at
 from streamconv.checkpoint.shard import Shard
 from streamconv.errors import DataError, TensorError, UsageError, printable
 from streamconv.lazy import Bytes, np
@@ -45,32 +44,26 @@ _FEW = 1024
 
 @dataclass(frozen=True, slots=True)
 class ApartCodes(PackedTensor):
-    """Codes of a file of their own: `pieces` is empty, for none of them lie in the source.
+    """Codes of a file of their own: `pieces` is empty, for none of them lie in the source; `stored` is the tensor there."""
 
-    Attributes:
-        file, begin: where the stored bytes [N/2, K] lie.
-    """
-
-    file: Shard | None = None
-    begin: int = 0
+    file: Shard = field(kw_only=True)
+    stored: PackedTensor = field(kw_only=True)
 
     def read(self, shards: Sequence[Shard], start: int, stop: int, out: Bytes, scratch: Bytes) -> None:
-        assert self.file is not None
-        at = (self.begin, self.rows // 2, self.cols)
-        read_channels(self.file, at, "modelopt", 4, self.cols, start, stop, out, scratch)
+        self.stored.read((self.file,), start, stop, out, scratch)
 
     def drop_page_cache(self, shards: Sequence[Shard], start: int, stop: int) -> None:
-        assert self.file is not None
-        self.file.drop_page_cache(self.begin + start // 2 * self.cols, self.begin + stop // 2 * self.cols)
+        self.stored.drop_page_cache((self.file,), start, stop)
 
-
-    def turned(self) -> TurnedCodes:
+    def turned(self) -> ApartTensor:
         """The same by input channels, [K, N]."""
-        return TurnedCodes(self.name, I8, (self.cols, self.rows), (), 0, 4, "modelopt", self.module, self.file, self.begin)
+        shape = self.cols, self.rows
+        stored = TurnedCodes(self.name, I8, shape, self.stored.pieces, packing=self.packing)
+        return ApartTensor(self.name, I8, shape, (), file=self.file, stored=stored)
 
 
 @dataclass(frozen=True, slots=True)
-class TurnedCodes(ApartCodes):
+class TurnedCodes(KeepsPages, PackedTensor):
     """Codes read by columns of what is stored, [N/2, K]: `shape` is (K, N)."""
 
     @property
@@ -78,20 +71,15 @@ class TurnedCodes(ApartCodes):
         return WIDE
 
     def read(self, shards: Sequence[Shard], start: int, stop: int, out: Bytes, scratch: Bytes) -> None:
-        assert self.file is not None
         count, pairs = stop - start, self.cols // 2
-        packed = scratch[: count * pairs]
-        self.file.read_rows_into(self.begin + start, self.rows, count, pairs, packed.data, count)
-        stored, made = packed.reshape(pairs, count), out[: count * self.cols]
-        turned = made.view(np.uint16).reshape(count, pairs)  # an item is a pair of channels
+        stored = read_stripe(shards, self.pieces[0], 1, start, stop, scratch).reshape(pairs, count)
+        codes = out[: count * self.cols]
+        columns = codes.view(np.uint16).reshape(count, pairs)  # an item is a pair of channels
         for first in range(0, pairs, BLOCK):
             block = stored[first : first + BLOCK]
-            turned[:, first : first + BLOCK] = ((block & 15) | ((block >> 4).astype(np.uint16) << 8)).T
-        np.bitwise_xor(made, 8, out=made)  # two's complement
-        np.subtract(made, 8, out=made)
-
-    def drop_page_cache(self, shards: Sequence[Shard], start: int, stop: int) -> None:
-        """Nothing: the pages of a stripe hold parts of the next ones."""
+            columns[:, first : first + BLOCK] = ((block & 15) | ((block >> 4).astype(np.uint16) << 8)).T
+        np.bitwise_xor(codes, 8, out=codes)  # two's complement
+        np.subtract(codes, 8, out=codes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,47 +90,40 @@ class ApartTensor(KeepsPages, SourceTensor):
         into: the type that these scales are rounded to; None if they are none.
     """
 
-    file: Shard | None = None
-    begin: int = 0
+    file: Shard = field(kw_only=True)
+    stored: SourceTensor = field(kw_only=True)
     into: DType | None = None
 
-    def turned(self) -> TurnedTensor:
-        """Its columns."""
-        return TurnedTensor(self.name, self.dtype, (self.cols, self.rows), (), 0, self.file, self.begin, self.into)
+    @property
+    def row_align(self) -> int:
+        return self.stored.row_align
 
-    def check(self, data: Bytes) -> None:
-        """Raises DataError for what is no scale: not positive, or not finite, before or after it is rounded."""
-        if self.into is None or not data.size:
-            return
-        values, (least, most) = data.view(np.float32), _RANGE[self.into.name]
-        bad = ~((values >= least) & (values <= most))  # NaN is in no range
-        if bad.any():
-            assert self.file is not None
-            told = f"{printable(str(self.file.path))}: {printable(self.name)} holds {float(values[bad.argmax()]):g}, which is no scale"
-            raise DataError(told if self.into == F32 else f"{told} in {self.into.torch}", hint=HINT)
-
-    def read(self, shards: Sequence[Shard], start: int, stop: int, out: Bytes, scratch: Bytes) -> None:
-        assert self.file is not None
-        each = self.stored_row_bytes
-        self.file.read_into(self.begin + start * each, out.data[: (stop - start) * each])
-        self.check(out[: (stop - start) * each])
-
-
-@dataclass(frozen=True, slots=True)
-class TurnedTensor(ApartTensor):
-    """Columns of what is stored, [shape[1], shape[0]]."""
+    @property
+    def stored_row_bytes(self) -> int:
+        return self.stored.stored_row_bytes
 
     @property
     def scratch_row_bytes(self) -> int:
-        return self.stored_row_bytes
+        return self.stored.scratch_row_bytes
+
+    def turned(self) -> ApartTensor:
+        """Its columns."""
+        return replace(self, shape=(self.cols, self.rows), stored=turned(self.stored))
 
     def read(self, shards: Sequence[Shard], start: int, stop: int, out: Bytes, scratch: Bytes) -> None:
-        assert self.file is not None
-        item, count = self.dtype.itemsize, stop - start
-        stripe = scratch[: count * self.stored_row_bytes]
-        self.file.read_rows_into(self.begin + start * item, self.rows * item, count * item, self.cols, stripe.data, count * item)
-        self.check(stripe)
-        turn(stripe, (self.cols, count), item, out)
+        """Rows [start, stop).
+
+        Raises:
+            DataError: one is no scale: not positive, or not finite, before or after it is rounded.
+        """
+        self.stored.read((self.file,), start, stop, out, scratch)
+        if self.into is None:
+            return
+        values, (least, most) = out[: (stop - start) * 4 * self.cols].view(np.float32), _RANGE[self.into.name]
+        bad = ~((values >= least) & (values <= most))  # NaN is in no range
+        if bad.any():
+            told = f"{printable(str(self.file.path))}: {printable(self.name)} holds {float(values[bad.argmax()]):g}, which is no scale"
+            raise DataError(told if self.into == F32 else f"{told} in {self.into.torch}", hint=HINT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,11 +270,13 @@ class Codes:
         if multiplier is not None and (multiplier.shape != (cols,) or multiplier.dtype != F32):
             told = f"pre_quant_scale {multiplier.dtype} {list(multiplier.shape)}, and the inputs mean F32 [{cols}]"
             raise TensorError(f"{where}: {told}")
-        made = ApartCodes(weight, I8, (rows, cols), (), 0, 4, "modelopt", module, self.shard, codes.begin)
-        return Found(made, self._apart(scales, F32), None if multiplier is None else self._apart(multiplier, F32))
+        pairs = PackedTensor(weight, I8, shape, (Extent(0, codes.begin, rows // 2, cols),), packing="modelopt", module=module)
+        apart = ApartCodes(weight, I8, shape, (), packing="modelopt", module=module, file=self.shard, stored=pairs)
+        return Found(apart, self._apart(scales, F32), None if multiplier is None else self._apart(multiplier, F32))
 
     def _apart(self, entry: TensorEntry, into: DType | None) -> ApartTensor:
-        return ApartTensor(entry.name, entry.dtype, entry.shape, (), 0, self.shard, entry.begin, into)
+        stored = tensor_at(entry.name, entry.dtype, entry.shape, 0, entry.begin)
+        return ApartTensor(entry.name, entry.dtype, entry.shape, (), file=self.shard, stored=stored, into=into)
 
     def losses(self) -> Losses:
         """What the search lost in each linear layer that tokens reached."""

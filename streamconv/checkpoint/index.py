@@ -16,7 +16,7 @@ from streamconv.checkpoint.dtypes import DType
 from streamconv.checkpoint.foreign import ADAPTER_WEIGHTS, foreign
 from streamconv.checkpoint.json_file import file_size, read_json
 from streamconv.checkpoint.limits import MAX_CONFIG, MAX_FILES, MAX_HEADER, MAX_TENSORS
-from streamconv.checkpoint.meta import PARAMS, ShardedTensor, assemble, check_parts, is_meta, meta_files
+from streamconv.checkpoint.meta import PARAMS, assemble, check_parts, is_meta, meta_files
 from streamconv.checkpoint.rows import SourceTensor
 from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.tensor_table import TensorTable
@@ -52,9 +52,9 @@ class Index:
         config: config.json as it is, or Meta's params.json.
         shards: the files, in the order of their names.
         tensors: by name, in the order of the files and of the data in them. For Meta `shard` and `begin` are those of the
-            first block, the rest is of the whole tensor.
+            first piece, the rest is of the whole tensor.
         digests: for each shard that is no safetensors file, SHA-256 (hex) of what fixes where its tensors lie.
-        assembled: for a Meta source, the same tensors with all their blocks; None for Hugging Face.
+        assembled: for a Meta source, the same tensors with all their pieces; None for Hugging Face.
         unlisted: tensors that the index file does not list.
         absent: tensors that the index file lists and no file holds.
         notes: what the user should know of how the source was read.
@@ -70,7 +70,7 @@ class Index:
     shards: tuple[Shard, ...]
     tensors: TensorTable
     digests: dict[int, str] = field(default_factory=dict)
-    assembled: dict[str, ShardedTensor] | None = None
+    assembled: dict[str, SourceTensor] | None = None
     unlisted: frozenset[str] = frozenset()
     absent: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -193,7 +193,7 @@ def _open_meta(folder: Path) -> Index:
         raise
     tensors = TensorTable()
     for name, whole in assembled.items():
-        first = whole.blocks[0]
+        first = whole.pieces[0]
         tensors.add(name, whole.dtype, whole.shape, first.shard, first.begin)
     notes = _links_out(folder, [shard.path.name for shard in shards])
     return Index(folder, params, shards, tensors, digests, assembled, notes=notes)

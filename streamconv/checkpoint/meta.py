@@ -10,9 +10,9 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from streamconv.checkpoint.dtypes import DType
+from streamconv.checkpoint.rows import Extent, SourceTensor, tensor_at
 from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.torch_zip import TorchTensor
 from streamconv.errors import CheckpointError, TensorError, printable
@@ -22,25 +22,6 @@ _FILE = re.compile(r"consolidated\.([0-9]{2})(\.pth)?")
 _PART = re.compile(r"consolidated-.*\.pth")
 _SAMPLE, _SAMPLED = 4096, 16
 """Bytes of a weight, and weights of a file, that tell it from a copy of another."""
-
-
-class Block(NamedTuple):
-    """Rows and columns of a tensor that one file holds; `begin` is an offset in the file of shard number `shard`."""
-
-    shard: int
-    begin: int
-    rows: int
-    cols: int
-
-
-class ShardedTensor(NamedTuple):
-    """A tensor as one; the blocks lie one above the other (axis 0) or side by side (axis 1)."""
-
-    name: str
-    dtype: DType
-    shape: tuple[int, ...]
-    axis: int
-    blocks: tuple[Block, ...]
 
 
 Found = Mapping[str, tuple[int, TorchTensor]]
@@ -89,7 +70,7 @@ def meta_files(folder: Path) -> list[list[str]]:
     return files
 
 
-def assemble(files: Sequence[Found], params: Mapping[str, Any]) -> dict[str, ShardedTensor]:
+def assemble(files: Sequence[Found], params: Mapping[str, Any]) -> dict[str, SourceTensor]:
     """Every tensor as one, in the order of the first file.
 
     Args:
@@ -139,7 +120,7 @@ def check_parts(files: Sequence[Found], archives: Sequence[str], shards: Sequenc
             raise CheckpointError(f"{names[number]}.pth holds the weights of {names[first]}.pth", hint="download it again")
 
 
-def output_rows(tensors: Mapping[str, ShardedTensor]) -> int | None:
+def output_rows(tensors: Mapping[str, SourceTensor]) -> int | None:
     """Rows of the output matrix: the number of tokens where params.json states none."""
     output = tensors.get("output.weight")
     return output.shape[0] if output is not None and output.shape else None
@@ -166,7 +147,7 @@ def _axis(name: str, shapes: list[tuple[int, ...]], vocab: int) -> int | None:
     return 0
 
 
-def _join(name: str, held: list[tuple[int, TorchTensor]], vocab: int) -> ShardedTensor:
+def _join(name: str, held: list[tuple[int, TorchTensor]], vocab: int) -> SourceTensor:
     first = held[0][1]
     shapes = [tensor.shape for _, tensor in held]
     axis = _axis(name, shapes, vocab)
@@ -182,9 +163,8 @@ def _join(name: str, held: list[tuple[int, TorchTensor]], vocab: int) -> Sharded
                 f" {first.dtype} {list(first.shape)} in consolidated.00"
             )
     if axis is None:
-        rows = first.shape[0] if first.shape else 1
-        return ShardedTensor(name, first.dtype, first.shape, 0, (Block(held[0][0], first.begin, rows, 1),))
+        return tensor_at(name, first.dtype, first.shape, held[0][0], first.begin)
     whole = list(first.shape)
     whole[axis] = sum(shape[axis] for shape in shapes)
-    blocks = tuple(Block(shard, tensor.begin, *tensor.shape) for shard, tensor in held)
-    return ShardedTensor(name, first.dtype, tuple(whole), axis, blocks)
+    pieces = tuple(Extent(shard, tensor.begin, *tensor.shape) for shard, tensor in held)
+    return SourceTensor(name, first.dtype, tuple(whole), pieces, axis)

@@ -1,12 +1,10 @@
-"""Read channels of a packed integer weight and turn them into rows of signed int8.
+"""Channels of a packed integer weight as rows of signed int8.
 
-GPTQ and AutoAWQ store weights input-major: a block of output channels is a stripe of columns, one run of bytes in each
-source row. ModelOpt packs two neighbouring channels in a byte.
+GPTQ and AutoAWQ store weights input-major, ModelOpt packs two neighbouring channels in a byte.
 """
 
 from __future__ import annotations
 
-from streamconv.checkpoint.shard import Shard
 from streamconv.lazy import Bytes, np
 
 AWQ_POSITION = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -14,38 +12,6 @@ AWQ_POSITION = (0, 4, 1, 5, 2, 6, 3, 7)
 
 _LOW = [AWQ_POSITION.index(2 * byte) for byte in range(4)]
 _HIGH = [AWQ_POSITION.index(2 * byte + 1) for byte in range(4)]
-
-
-def read_channels(
-    shard: Shard,
-    at: tuple[int, int, int],
-    packing: str,
-    bits: int,
-    k: int,
-    start: int,
-    stop: int,
-    out: Bytes,
-    scratch: Bytes,
-) -> None:
-    """Channels [start, stop), multiples of the channels that share bytes: 8 for awq, 2 for modelopt.
-
-    Args:
-        at: (offset in the file, rows and columns as they are stored).
-        k: input features.
-        out: uint8, (stop-start) * k bytes; then int8 [stop-start, k], row-major, signed values around zero.
-        scratch: uint8, as large as `out`.
-    """
-    begin, rows, cols = at
-    count = stop - start
-    stored = count * k * bits // 8
-    packed, temp = scratch[:stored], scratch[stored : 2 * stored]
-    if packing == "modelopt":
-        shard.read_into(begin + start // 2 * k, packed.data)
-    else:
-        width = 4 * (count if packing == "gptq" else count // 8)
-        first = 4 * (start if packing == "gptq" else start // 8)
-        shard.read_rows_into(begin + first, 4 * cols, width, rows, packed.data, width)
-    unpack(packing, bits, k, packed, temp, out)
 
 
 def unpack(packing: str, bits: int, k: int, packed: Bytes, temp: Bytes, out: Bytes) -> None:

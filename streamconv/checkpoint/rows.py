@@ -6,12 +6,13 @@ More of them: derived_rows.py, and quants/decoded_rows.py for codes that are dec
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from streamconv.checkpoint.dtypes import F32, DType
-from streamconv.checkpoint.packed_rows import read_channels
+from streamconv.checkpoint.packed_rows import unpack
 from streamconv.checkpoint.shard import Shard
 from streamconv.lazy import Bytes, np
 
@@ -56,12 +57,40 @@ class RowSource(Protocol):
 
 
 class Extent(NamedTuple):
-    """A contiguous row-major block [rows, cols] in a source file; `begin` is an absolute offset."""
+    """A row-major block [rows, cols] in a source file; `begin` is an absolute offset.
+
+    Attributes:
+        stride: bytes from one of its rows to the next; 0 where nothing lies between them.
+    """
 
     shard: int
     begin: int
     rows: int
     cols: int
+    stride: int = 0
+
+
+def read_block(
+    shards: Sequence[Shard], pieces: Sequence[Extent], axis: int, item: int, rows: tuple[int, int], cols: tuple[int, int], out: Bytes
+) -> None:
+    """Rows and columns [begin, end) of a matrix of items of so many bytes, row-major, into `out`.
+
+    Args:
+        axis: 0 if the pieces lie one above the other, 1 if side by side.
+
+    Raises:
+        SourceChangedError: the file ended early.
+    """
+    row, col, width = 0, 0, (cols[1] - cols[0]) * item
+    for piece in pieces:
+        low, high = max(rows[0], row), min(rows[1], row + piece.rows)
+        left, right = max(cols[0], col), min(cols[1], col + piece.cols)
+        if low < high and left < right:
+            stride = piece.stride or piece.cols * item
+            begin = piece.begin + (low - row) * stride + (left - col) * item
+            to = out.data[(low - rows[0]) * width + (left - cols[0]) * item :]
+            shards[piece.shard].read_rows_into(begin, stride, (right - left) * item, high - low, to, width)
+        row, col = (row + piece.rows, col) if axis == 0 else (row, col + piece.cols)
 
 
 class KeepsPages:
@@ -89,10 +118,7 @@ class SourceTensor:
 
     @property
     def rows(self) -> int:
-        rows = 1
-        for size in self.shape[:-1]:
-            rows *= size
-        return rows if len(self.shape) > 1 else (self.shape[0] if self.shape else 1)
+        return math.prod(self.shape[:-1] if len(self.shape) > 1 else self.shape)
 
     @property
     def cols(self) -> int:
@@ -114,40 +140,34 @@ class SourceTensor:
     def scratch_row_bytes(self) -> int:
         return 0
 
+    @property
+    def as_stored(self) -> bool:
+        """Its files hold just these rows, one after the other; what is derived from them lies otherwise."""
+        return type(self) is SourceTensor and not any(piece.stride for piece in self.pieces)
+
     def read(self, shards: Sequence[Shard], start: int, stop: int, out: Bytes, scratch: Bytes) -> None:
-        row, itemsize = self.cols * self.dtype.itemsize, self.dtype.itemsize
-        if self.axis == 0:
-            first = 0  # row of the tensor where the piece begins; a tile may reach over several (a head cut in two)
-            for piece in self.pieces:
-                low, high = max(start, first), min(stop, first + piece.rows)
-                if low < high:
-                    shards[piece.shard].read_into(piece.begin + (low - first) * row, out.data[(low - start) * row : (high - start) * row])
-                first += piece.rows
-            return
-        column = 0
-        for piece in self.pieces:
-            width = piece.cols * itemsize
-            begin = piece.begin + start * width
-            shards[piece.shard].read_rows_into(begin, width, width, stop - start, out.data[column:], row)
-            column += width
+        self.read_part(shards, (start, stop), (0, self.cols), out)
+
+    def read_part(self, shards: Sequence[Shard], rows: tuple[int, int], cols: tuple[int, int], out: Bytes) -> None:
+        """As `read_block`."""
+        read_block(shards, self.pieces, self.axis, self.dtype.itemsize, rows, cols, out)
 
     def drop_page_cache(self, shards: Sequence[Shard], start: int, stop: int) -> None:
-        first, itemsize = 0, self.dtype.itemsize
+        first = 0
         for piece in self.pieces:
-            low, high, row = max(start, first), min(stop, first + piece.rows), self.cols * itemsize
-            if self.axis == 1:
-                low, high, first, row = start, stop, 0, piece.cols * itemsize
-            if low < high:
+            low, high, row = max(start, first), min(stop, first + piece.rows), piece.cols * self.dtype.itemsize
+            if low < high and not piece.stride:  # else the pages hold parts of other rows
                 shards[piece.shard].drop_page_cache(piece.begin + (low - first) * row, piece.begin + (high - first) * row)
-            first += piece.rows
+            first += piece.rows if self.axis == 0 else 0
 
 
 @dataclass(frozen=True, slots=True)
-class PackedTensor(KeepsPages, SourceTensor):
+class PackedTensor(SourceTensor):
     """An integer weight [N, K] that the source stores packed; reading it gives signed int8, one row per output channel.
 
     Attributes:
-        shape: (N, K); `dtype` is I8; the one piece covers the stored bytes (its rows and cols are those of the file).
+        shape: (N, K); `dtype` is I8; the pieces cover what is stored (their rows and cols are those of the files), of all but
+            "modelopt" there is one.
         bits: 4 or 8.
         packing: how the file stores it: "gptq", int32 [K*bits/32, N] along K;
             "awq", int32 [K, N/8] along shuffled channels; "modelopt", one byte for two neighbouring channels [N/2, K].
@@ -171,9 +191,18 @@ class PackedTensor(KeepsPages, SourceTensor):
         return self.cols
 
     def read(self, shards: Sequence[Shard], start: int, stop: int, out: Bytes, scratch: Bytes) -> None:
-        piece = self.pieces[0]
-        at = (piece.begin, piece.rows, piece.cols)
-        read_channels(shards[piece.shard], at, self.packing, self.bits, self.cols, start, stop, out, scratch)
+        size = (stop - start) * self.cols * self.bits // 8
+        packed = scratch[:size]
+        if self.packing == "modelopt":
+            self.read_part(shards, (start // 2, stop // 2), (0, self.cols), packed)
+        else:  # input-major: a block of channels is a stripe of columns of words
+            each = 1 if self.packing == "gptq" else 8
+            read_block(shards, self.pieces, 0, 4, (0, self.pieces[0].rows), (start // each, stop // each), packed)
+        unpack(self.packing, self.bits, self.cols, packed, scratch[size : 2 * size], out)
+
+    def drop_page_cache(self, shards: Sequence[Shard], start: int, stop: int) -> None:
+        if self.packing == "modelopt":
+            SourceTensor.drop_page_cache(self, shards, start // 2, stop // 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +245,12 @@ class SourceFile:
     name: str
     size: int
     header_hash: str
+
+
+def tensor_at(name: str, dtype: DType, shape: tuple[int, ...], shard: int, begin: int) -> SourceTensor:
+    """A tensor that lies in one place."""
+    rows, cols = (math.prod(shape[:-1]), shape[-1]) if len(shape) > 1 else (math.prod(shape), 1)
+    return SourceTensor(name, dtype, shape, (Extent(shard, begin, rows, cols),))
 
 
 def content(tensor: SourceTensor, shards: Sequence[Shard]) -> bytes:

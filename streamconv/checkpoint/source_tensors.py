@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, MutableMapping, Sequence
-from functools import cache, lru_cache
+from functools import lru_cache
 
 from streamconv.checkpoint.index import Index
-from streamconv.checkpoint.rows import Extent, RowForm, SourceTensor, row_form
+from streamconv.checkpoint.rows import RowForm, SourceTensor, row_form, tensor_at
 
 _KEPT = 64
 """Tensors that are kept after they were made: whoever plans asks for one several times."""
-
-
-@cache
-def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    """(rows, columns): a vector is a column, leading dimensions are flattened into rows."""
-    return (math.prod(shape[:-1]), shape[-1]) if len(shape) > 1 else (math.prod(shape), 1)
 
 
 class SourceTensors(Mapping[str, SourceTensor]):
     """By name, and by number as in the index."""
 
     def __init__(self, index: Index) -> None:
-        self._table, self._assembled, self._views = index.tensors, index.assembled, index.views
+        self._table, self._views = index.tensors, index.assembled or index.views
         self.at: Callable[[int], SourceTensor] = lru_cache(_KEPT)(self._make)
 
     def place(self, name: str) -> int | None:
@@ -33,12 +26,7 @@ class SourceTensors(Mapping[str, SourceTensor]):
     def _make(self, place: int) -> SourceTensor:
         """The tensor with a number."""
         name, dtype, shape, shard, begin, _ = self._table.at(place)
-        if name in self._views:
-            return self._views[name]
-        if self._assembled is not None:
-            whole = self._assembled[name]
-            return SourceTensor(name, dtype, shape, tuple(Extent(*block) for block in whole.blocks), whole.axis)
-        return SourceTensor(name, dtype, shape, (Extent(shard, begin, *_matrix(shape)),))
+        return self._views[name] if name in self._views else tensor_at(name, dtype, shape, shard, begin)
 
     def rows_of(self, place: int) -> RowForm:
         """What the rows of a tensor are like, by its number."""
@@ -56,7 +44,7 @@ class SourceTensors(Mapping[str, SourceTensor]):
 
     def holds(self, place: int, source: object) -> bool:
         """Whether a source is the tensor with a number, as it is stored."""
-        return type(source) is SourceTensor and (source is (stored := self.at(place)) or source == stored)
+        return type(source) is SourceTensor and source == self.at(place)
 
     def __getitem__(self, name: str) -> SourceTensor:
         place = self._table.place(name)

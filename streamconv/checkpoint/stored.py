@@ -8,11 +8,10 @@ from __future__ import annotations
 import math
 import operator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from streamconv.checkpoint.dtypes import DType
-from streamconv.checkpoint.index import Index
-from streamconv.checkpoint.rows import SourceTensor
+from streamconv.checkpoint.rows import Extent, SourceTensor
 from streamconv.checkpoint.shard import Shard
 from streamconv.errors import UsageError
 from streamconv.lazy import Array, np
@@ -63,127 +62,81 @@ def _one(part: range, key: Any, name: str) -> range | int:
         raise SelectionError(f"{name}: {type(key).__name__} is no index of a lazy tensor{told}", hint=hint) from None
 
 
-class Stored(Protocol):
+@dataclass(frozen=True, slots=True)
+class Stored:
     """A tensor in its files."""
 
-    @property
-    def dtype(self) -> DType: ...
-    @property
-    def sizes(self) -> tuple[int, ...]: ...
-    def read(self, chosen: Chosen) -> Array:
-        """The chosen elements; its memory is a view of the file, or fresh.
-
-        Raises:
-            CheckpointError: the file changed or cannot be read. HubError: the Hub did not give it.
-        """
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """A row-major tensor whose bytes lie in one place, or in several one after the other: (shard, begin, nbytes)."""
-
-    dtype: DType
-    sizes: tuple[int, ...]
-    places: tuple[tuple[Shard, int, int], ...]
-
-    def read(self, chosen: Chosen) -> Array:
-        shape, unit = shape_of(chosen), self.dtype.itemsize
-        if 0 in shape:
-            return np.empty(shape, self.dtype.storage)
-        steps = [math.prod(self.sizes[at + 1 :]) for at in range(len(self.sizes))]
-        parts = [part if isinstance(part, range) else range(part, part + 1) for part in chosen]
-        origin = sum(part[0] * step for part, step in zip(parts, steps, strict=True))
-        first = sum(min(part[0], part[-1]) * step for part, step in zip(parts, steps, strict=True))
-        last = sum(max(part[0], part[-1]) * step for part, step in zip(parts, steps, strict=True))
-        strides = [part.step * step * unit for part, step in zip(chosen, steps, strict=True) if isinstance(part, range)]
-        data = self._bytes(first * unit, (last + 1) * unit)
-        return np.ndarray(shape, self.dtype.storage, data, (origin - first) * unit, strides)
-
-    def _bytes(self, begin: int, end: int) -> memoryview:
-        held, at = [], 0
-        for shard, place, nbytes in self.places:
-            low, high = max(begin - at, 0), min(end - at, nbytes)
-            if low < high:
-                held.append(shard.view(place + low, place + high))
-            at += nbytes
-        return held[0] if len(held) == 1 else memoryview(bytearray().join(held))
-
-
-@dataclass(frozen=True, slots=True)
-class Columns:
-    """A matrix whose files hold some columns each, side by side."""
-
-    dtype: DType
-    sizes: tuple[int, ...]
-    parts: tuple[Rows, ...]
-
-    def read(self, chosen: Chosen) -> Array:
-        rows, cols = chosen
-        wanted = cols if isinstance(cols, range) else range(cols, cols + 1)
-        if not wanted:
-            return np.empty(shape_of(chosen), self.dtype.storage)
-        low, high = min(wanted[0], wanted[-1]), max(wanted[0], wanted[-1]) + 1
-        held, at = [], 0
-        for part in self.parts:
-            width = part.sizes[1]
-            here = range(max(low - at, 0), min(high - at, width))
-            if here:
-                held.append(part.read((rows, here)))
-            at += width
-        joined = held[0] if len(held) == 1 else np.concatenate(held, axis=-1)
-        found: Array = joined[..., :: wanted.step]
-        return found if isinstance(cols, range) else found[..., 0]
-
-
-@dataclass(frozen=True, slots=True)
-class Viewed:
-    """A tensor that its files hold cut or joined; reading copies the rows from the first to the last that are chosen."""
-
-    view: SourceTensor
+    tensor: SourceTensor
     shards: tuple[Shard, ...]
 
     @property
     def dtype(self) -> DType:
-        return self.view.dtype
+        return self.tensor.dtype
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        return self.view.shape
+        return self.tensor.shape
 
     def read(self, chosen: Chosen) -> Array:
-        view, align = self.view, self.view.row_align
-        rows = [part if isinstance(part, range) else range(part, part + 1) for part in chosen[:1]] or [range(1)]
+        """The chosen elements; their memory is a view of the file, or fresh.
+
+        Raises:
+            CheckpointError: the file changed or cannot be read. HubError: the Hub did not give it.
+        """
         if 0 in shape_of(chosen):
-            return np.empty(shape_of(chosen), view.dtype.storage)
-        first, last = sorted((rows[0][0], rows[0][-1]))
-        first, last = first // align * align, min(-(-(last + 1) // align) * align, view.rows)
-        out = np.empty((last - first) * view.cols * view.dtype.itemsize, np.uint8)
-        scratch = np.empty((last - first) * view.scratch_row_bytes, np.uint8)
-        view.read(self.shards, first, last, out, scratch)
-        held = out.view(view.dtype.storage).reshape(last - first, *view.shape[1:])
+            return np.empty(shape_of(chosen), self.dtype.storage)
+        if not self.tensor.as_stored:
+            return self._copied(chosen)
+        if self.tensor.axis == 0:
+            return self._viewed(self.tensor.pieces, self.sizes, chosen)
+        rows, cols = chosen
+        low, high = _ends(cols)
+        parts, at = [], 0
+        for piece in self.tensor.pieces:
+            here = range(max(low - at, 0), min(high + 1 - at, piece.cols))
+            if here:
+                parts.append(self._viewed((piece,), (piece.rows, piece.cols), (rows, here)))
+            at += piece.cols
+        joined = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+        columns: Array = joined[..., :: cols.step] if isinstance(cols, range) else joined[..., 0]
+        return columns
+
+    def _viewed(self, pieces: tuple[Extent, ...], sizes: tuple[int, ...], chosen: Chosen) -> Array:
+        """Of a row-major tensor whose bytes lie in pieces one after the other."""
+        unit = self.dtype.itemsize
+        steps = [math.prod(sizes[at + 1 :]) for at in range(len(sizes))]
+        ends = [_ends(part) for part in chosen]
+        first, last = (sum(end[which] * step for end, step in zip(ends, steps, strict=True)) for which in (0, 1))
+        origin = sum((part[0] if isinstance(part, range) else part) * step for part, step in zip(chosen, steps, strict=True))
+        strides = [part.step * step * unit for part, step in zip(chosen, steps, strict=True) if isinstance(part, range)]
+        begin, end, data, at = first * unit, (last + 1) * unit, list[memoryview](), 0
+        for piece in pieces:
+            nbytes = piece.rows * piece.cols * unit
+            low, high = max(begin - at, 0), min(end - at, nbytes)
+            if low < high:
+                data.append(self.shards[piece.shard].view(piece.begin + low, piece.begin + high))
+            at += nbytes
+        joined = data[0] if len(data) == 1 else memoryview(bytearray().join(data))
+        return np.ndarray(shape_of(chosen), self.dtype.storage, joined, (origin - first) * unit, strides)
+
+    def _copied(self, chosen: Chosen) -> Array:
+        """Of the rows from the first to the last that are chosen, a copy."""
+        tensor, align = self.tensor, self.tensor.row_align
+        first, last = _ends(chosen[0])
+        first, last = first // align * align, min(-(-(last + 1) // align) * align, tensor.rows)
+        out = np.empty((last - first) * tensor.cols * tensor.dtype.itemsize, np.uint8)
+        tensor.read(self.shards, first, last, out, np.empty((last - first) * tensor.scratch_row_bytes, np.uint8))
+        rows = out.view(tensor.dtype.storage).reshape(last - first, *tensor.shape[1:])
         part = chosen[0]
-        moved = part - first if isinstance(part, int) else slice(part.start - first, _end(part.stop - first), part.step)
-        others = (at if isinstance(at, int) else slice(at.start, _end(at.stop), at.step) for at in chosen[1:])
-        return np.asarray(held[(moved, *others)])
+        moved = part - first if isinstance(part, int) else range(part.start - first, part.stop - first, part.step)
+        return np.asarray(rows[tuple(_key(at) for at in (moved, *chosen[1:]))])
 
 
-def _end(stop: int) -> int | None:
-    """The end of a slice that runs backwards to the first element."""
-    return None if stop < 0 else stop
+def _ends(part: range | int) -> tuple[int, int]:
+    """The smallest and the largest element."""
+    return (min(part[0], part[-1]), max(part[0], part[-1])) if isinstance(part, range) else (part, part)
 
 
-def stored(index: Index, name: str) -> Stored:
-    """Where a tensor of an index lies, of a Meta checkpoint in all its files."""
-    if name in index.views:
-        return Viewed(index.views[name], index.shards)
-    whole = index.assembled[name] if index.assembled is not None else None
-    if whole is None:
-        record = index.tensors[name]
-        return Rows(record.dtype, record.shape, ((index.shards[record.shard], record.begin, record.nbytes),))
-    unit = whole.dtype.itemsize
-    places = [(index.shards[block.shard], block.begin, block.rows * block.cols * unit) for block in whole.blocks]
-    if whole.axis == 0:
-        return Rows(whole.dtype, whole.shape, tuple(places))
-    parts = (Rows(whole.dtype, (block.rows, block.cols), (place,)) for block, place in zip(whole.blocks, places, strict=True))
-    return Columns(whole.dtype, whole.shape, tuple(parts))
+def _key(part: range | int) -> slice | int:
+    """A slice that runs backwards to the first element has no end."""
+    return part if isinstance(part, int) else slice(part.start, None if part.stop < 0 else part.stop, part.step)

@@ -119,7 +119,7 @@ def _identified(source: RowSource, place: Hashable) -> tuple[Hashable, int]:
         place: of the span; what is read from nowhere is never shared.
     """
     size = source.cols * source.dtype.itemsize
-    if type(source) is SourceTensor and len(source.pieces) == 1 and size:
+    if isinstance(source, SourceTensor) and source.as_stored and len(source.pieces) == 1 and size:
         piece = source.pieces[0]
         return ("bytes", piece.shard, piece.begin % size, size, source.dtype), piece.begin // size
     return _identity(source) if source.pieces else place, 0

@@ -18,7 +18,6 @@ from streamconv.checkpoint.packed_rows import AWQ_POSITION
 from streamconv.checkpoint.rows import Extent, KeepsPages, PackedTensor, SourceTensor
 from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.stored_codes import NIBBLES, Code, as_float, values
-from streamconv.checkpoint.strided_rows import Strided
 from streamconv.lazy import Bytes, np
 from streamconv.quants.act_order import groups_of
 
@@ -192,8 +191,8 @@ class DecodedAffine(_Decoded):
     """
 
     codes: PackedTensor
-    scales: Strided
-    zeros: Strided
+    scales: SourceTensor
+    zeros: SourceTensor
 
     @property
     def pieces(self) -> tuple[Extent, ...]:

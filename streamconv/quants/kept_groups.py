@@ -1,4 +1,4 @@
-"""Scales and zeros [groups, N] of group-wise integers, as other containers have them: by channel, and zeros as whole numbers."""
+"""Zeros [groups, N] of group-wise integers, as other containers have them: by channel, as whole numbers."""
 
 from __future__ import annotations
 
@@ -9,26 +9,8 @@ from streamconv.checkpoint.dtypes import I32
 from streamconv.checkpoint.rows import KeepsPages, SourceTensor
 from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.stored_codes import as_float
-from streamconv.checkpoint.strided_rows import Strided
 from streamconv.errors import DataError, printable
 from streamconv.lazy import Bytes, np
-
-
-@dataclass(frozen=True, slots=True)
-class ByChannel(KeepsPages, SourceTensor):
-    """[groups, N] read as [N, groups]."""
-
-    grouped: Strided = field(kw_only=True)
-
-    @property
-    def scratch_row_bytes(self) -> int:
-        return self.stored_row_bytes
-
-    def read(self, shards: Sequence[Shard], start: int, stop: int, out: Bytes, scratch: Bytes) -> None:
-        groups, count, item = self.grouped.rows, stop - start, self.dtype.itemsize
-        stored = scratch[: groups * count * item]
-        self.grouped.read_part(shards, (0, groups), (start, stop), stored)
-        out.reshape(count, groups, item)[:] = stored.reshape(groups, count, item).swapaxes(0, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +23,8 @@ class ZeroWords(KeepsPages, SourceTensor):
         scales, zeros: float [groups, N].
     """
 
-    scales: Strided = field(kw_only=True)
-    zeros: Strided = field(kw_only=True)
+    scales: SourceTensor = field(kw_only=True)
+    zeros: SourceTensor = field(kw_only=True)
     bits: int = field(kw_only=True)
 
     @property
@@ -70,12 +52,7 @@ class ZeroWords(KeepsPages, SourceTensor):
         out.view(np.uint32)[:] = np.bitwise_or.reduce(words, 1).reshape(-1)
 
 
-def by_channel(grouped: Strided) -> ByChannel:
-    """Scales [groups, N] as [N, groups]."""
-    return ByChannel(grouped.name, grouped.dtype, (grouped.cols, grouped.rows), grouped.pieces, grouped=grouped)
-
-
-def zero_words(scales: Strided, zeros: Strided, bits: int) -> ZeroWords:
+def zero_words(scales: SourceTensor, zeros: SourceTensor, bits: int) -> ZeroWords:
     """Zero points of group-wise integers."""
     shape = (zeros.cols * bits // 32, zeros.rows)
     return ZeroWords(zeros.name, I32, shape, (*zeros.pieces, *scales.pieces), scales=scales, zeros=zeros, bits=bits)

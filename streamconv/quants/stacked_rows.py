@@ -12,10 +12,8 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 
 from streamconv.checkpoint.dtypes import DType
-from streamconv.checkpoint.packed_rows import unpack
 from streamconv.checkpoint.rows import Extent, KeepsPages, PackedTensor, SourceTensor
 from streamconv.checkpoint.shard import Shard
-from streamconv.checkpoint.strided_rows import Strided
 from streamconv.lazy import Bytes
 from streamconv.quants.decoded_rows import STRIPE, DecodedTensor
 
@@ -142,26 +140,10 @@ def columns(weight: Expert, first: int, last: int) -> Expert:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _PairedColumns(PackedTensor):
-    """Columns of integers of which a byte holds two neighbouring rows; the piece begins with the first of them."""
-
-    def read(self, shards: Sequence[Shard], start: int, stop: int, out: Bytes, scratch: Bytes) -> None:
-        piece, rows, width = self.pieces[0], (stop - start) // 2, self.cols
-        packed, temp = scratch[: rows * width], scratch[rows * width : 2 * rows * width]
-        shards[piece.shard].read_rows_into(piece.begin + start // 2 * piece.cols, piece.cols, width, rows, packed.data, width)
-        unpack("modelopt", 4, width, packed, temp, out)
-
-
 def _cut(tensor: SourceTensor, first: int, last: int) -> SourceTensor:
     piece, item = tensor.pieces[0], tensor.dtype.itemsize
-    shape = (tensor.rows, last - first)
-    if isinstance(tensor, PackedTensor):
-        return _PairedColumns(
-            tensor.name, tensor.dtype, shape, (piece._replace(begin=piece.begin + first),), 0, 4, "modelopt", tensor.module
-        )
-    at = Extent(piece.shard, piece.begin + first * item, tensor.rows, last - first)
-    return Strided(tensor.name, tensor.dtype, shape, (at,), 0, (tensor.cols * item,))
+    at = Extent(piece.shard, piece.begin + first * item, piece.rows, last - first, tensor.cols * item)
+    return replace(tensor, shape=(tensor.rows, last - first), pieces=(at,))
 
 
 def _unit(weight: Expert) -> int:
@@ -169,7 +151,7 @@ def _unit(weight: Expert) -> int:
     held = [weight] if isinstance(weight, SourceTensor) else [weight.codes, weight.scales, *([weight.zeros] if weight.zeros else [])]
     for tensor in held:
         paired = type(tensor) is PackedTensor and tensor.packing == "modelopt" and tensor.bits == 4
-        if not (paired or type(tensor) is SourceTensor) or len(tensor.pieces) > 1:
+        if not (paired or tensor.as_stored) or len(tensor.pieces) > 1:
             return 0
     return 1 if isinstance(weight, SourceTensor) else weight.cols // weight.codes.cols
 

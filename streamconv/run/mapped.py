@@ -83,7 +83,7 @@ def _is_large(span: RowRange) -> bool:
 def _place(span: RowRange, start: int, stop: int) -> tuple[int, int, int] | None:
     """(shard, begin, end) of rows that lie in one run in one file and need nothing done to them; None if they do not."""
     source = span.source
-    if type(source) is not SourceTensor or span.op.kind != "none":  # those derived from it read rows that lie otherwise
+    if not (isinstance(source, SourceTensor) and source.as_stored and span.op.kind == "none"):
         return None
     if source.axis != 0 and len(source.pieces) > 1:
         return None

@@ -175,7 +175,7 @@ class _Steps:
 
 def _flat(weight: Weight) -> bool:
     """Its elements lie one after the other in the files, so that any range of them can be read."""
-    return isinstance(weight, SourceTensor) and type(weight) is SourceTensor and weight.axis == 0
+    return isinstance(weight, SourceTensor) and weight.as_stored and weight.axis == 0
 
 
 def read_elements(weight: Weight, shards: tuple[Shard, ...], begin: int, end: int) -> Any:

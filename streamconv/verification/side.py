@@ -11,7 +11,7 @@ from streamconv import targets
 from streamconv.checkpoint.derived_rows import RotaryRows
 from streamconv.checkpoint.dtypes import F32
 from streamconv.checkpoint.index import Index
-from streamconv.checkpoint.meta import ShardedTensor, output_rows
+from streamconv.checkpoint.meta import output_rows
 from streamconv.checkpoint.model_config import from_meta
 from streamconv.checkpoint.rows import SourceTensor
 from streamconv.checkpoint.source_tensors import SourceTensors
@@ -96,7 +96,7 @@ def _side(index: Index) -> Side:
     return Side(index, stored.weights, {name: tensors[name] for name in stored.dropped})
 
 
-def _of_meta(index: Index, assembled: Mapping[str, ShardedTensor]) -> Side:
+def _of_meta(index: Index, assembled: Mapping[str, SourceTensor]) -> Side:
     """A checkpoint in Meta's layout, with the names of Hugging Face and its order of the rows of queries and keys."""
     model, tensors = from_meta(index.config, output_rows(assembled)), SourceTensors(index)
     found, others = match(META, tensors)

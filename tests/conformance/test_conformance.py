@@ -195,7 +195,7 @@ def _every_byte_once(source: Source, plan: Plan, index: api.Index) -> None:
     for name, record in index.tensors.items():
         places = [(record.shard, record.begin, record.nbytes)]
         if index.assembled:
-            places = [(b.shard, b.begin, b.rows * b.cols * record.dtype.itemsize) for b in index.assembled[name].blocks]
+            places = [(b.shard, b.begin, b.rows * b.cols * record.dtype.itemsize) for b in index.assembled[name].pieces]
         seen = np.concatenate([counts[shard][begin : begin + size] for shard, begin, size in places])
         times = int(name not in source.unread)
         assert (seen == times).all(), f"{name}: bytes are read {seen.min()} to {seen.max()} times, not {times}"

@@ -8,14 +8,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+from streamconv.checkpoint.derived_rows import turned
 from streamconv.checkpoint.dtypes import F8_E4M3
 from streamconv.checkpoint.rows import PackedTensor, SourceTensor
-from streamconv.checkpoint.strided_rows import Strided
 from streamconv.errors import UsageError, printable
 from streamconv.lazy import np
 from streamconv.quants.awq import PairedCodes
 from streamconv.quants.given_codes import Words, ZeroPoints
-from streamconv.quants.kept_groups import by_channel, zero_words
+from streamconv.quants.kept_groups import zero_words
 from streamconv.quants.plain import Plain
 from streamconv.targets.hf import config_json
 from streamconv.targets.hf.keep import ZERO_POINTS, Kept, Maker, compressed, left
@@ -137,7 +137,7 @@ def _symmetric(index: Index, tensors: Mapping[str, SourceTensor], weights: list[
     """Whether the zeros of the first and last group of all weights say that there are no zero points; a run looks at the others."""
     for name in weights:
         zeros = tensors.get(f"{name}_zero")
-        if not isinstance(zeros, Strided):
+        if zeros is None:
             continue
         held = np.empty(zeros.stored_row_bytes, np.uint8)
         for group in {0, zeros.rows - 1}:
@@ -155,12 +155,12 @@ def _words(maker: Maker, module: str, codes: PackedTensor, tensors: Mapping[str,
     """
     n, k, bits = *codes.shape, codes.bits
     scale, zeros = tensors[f"{module}.weight_scale"], tensors.get(f"{module}.weight_zero")
-    points = zero_words(cast(Strided, scale), cast(Strided, zeros), bits) if zeros is not None else None
+    points = zero_words(scale, zeros, bits) if zeros is not None else None
     key = f"zero points of {module}" if points is not None and not lacking else ""
     if key and points is not None:
         maker.draft.reduce(points, ZeroPoints(key, bits, 1 << (bits - 1)))
     maker.add(f"{module}.weight_packed", codes, Words(bits, key), (n, k * bits // 32))
-    maker.copy(f"{module}.weight_scale", by_channel(cast(Strided, scale)) if zeros is not None else scale)
+    maker.copy(f"{module}.weight_scale", turned(scale) if zeros is not None else scale)
     if points is not None and lacking:
         maker.copy(f"{module}.weight_zero_point", points)
     maker.fixed(f"{module}.weight_shape", codes, (n, k))

@@ -14,7 +14,6 @@ from streamconv.checkpoint.quantized import SourceQuantization, stated_quantizat
 from streamconv.checkpoint.rows import PackedTensor, SourceTensor, content
 from streamconv.checkpoint.source_tensors import SourceTensors
 from streamconv.checkpoint.stored_codes import Code
-from streamconv.checkpoint.strided_rows import Strided
 from streamconv.errors import CheckpointError, printable
 from streamconv.quants.decoded_rows import DecodedAffine, DecodedIntegers, DecodedTensor, TurnedMx
 from streamconv.quants.stacked_rows import Stacked
@@ -81,10 +80,8 @@ class Reader:
         if leaf in STACKED and len(tensor.shape) == 3 and tensor.dtype.name in _CODES:
             return name, _stacked_codes(tensor, tensors.get(f"{name}_weight_scale"), self.into)
         zeros = tensors.get(f"{name}_zero") if isinstance(tensor, PackedTensor) else None
-        if isinstance(zeros, Strided) and isinstance(tensor, PackedTensor):
-            scales = tensors[f"{name}_scale"]
-            assert isinstance(scales, Strided)
-            return name, DecodedAffine(name, self.into, tensor.shape, tensor, scales, zeros)
+        if zeros is not None and isinstance(tensor, PackedTensor):
+            return name, DecodedAffine(name, self.into, tensor.shape, tensor, tensors[f"{name}_scale"], zeros)
         if leaf in ("weight", "weight_packed") and tensor.dtype.name in ("F8_E4M3", "I8", "U8", "I32"):
             return f"{module}.weight", _decoded(self.index, tensors, module, tensor, self.facts, self.block, self.into)
         if leaf == "qweight":

@@ -30,7 +30,7 @@ def turned_weight(
     """
     sources: list[tuple[Codec, RowSource]]
     if searched is None:
-        if type(weight) is not SourceTensor or len(weight.pieces) != 1:
+        if not (isinstance(weight, SourceTensor) and weight.as_stored and len(weight.pieces) == 1):
             told = f"{printable(module)}: --format awq takes weights that are floats in a tensor of their own"
             raise UsageError(told, hint="--format compressed-tensors, or --quant none first")
         sources = [(codec, turned(weight, WIDE))]

@@ -7,12 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from streamconv.checkpoint.derived_rows import less_one, paired_rows
+from streamconv.checkpoint.derived_rows import less_one
 from streamconv.checkpoint.dtypes import F8_E4M3, F32, I8, MODEL_DTYPES, DType
 from streamconv.checkpoint.header_parse import Header, TensorEntry
-from streamconv.checkpoint.rows import Extent, KeepsPages, SourceTensor
+from streamconv.checkpoint.rows import Extent, KeepsPages, PackedTensor, SourceTensor
 from streamconv.checkpoint.shard import Shard
-from streamconv.checkpoint.strided_rows import Strided
 from streamconv.errors import RefusedError, TensorError, printable
 from streamconv.families.matching import example
 from streamconv.lazy import Bytes, np
@@ -58,21 +57,20 @@ def _entries(held: Held, stored: str, headers: Sequence[Header]) -> Iterator[tup
         yield block, matrix.file, entry
 
 
-def groups(name: str, stored: str, held: Held, axis: int, headers: Sequence[Header]) -> Strided:
+def groups(name: str, stored: str, held: Held, axis: int, headers: Sequence[Header]) -> SourceTensor:
     """Scales or zeros [groups, N]: a rank has all groups of its channels, or its groups of all channels.
 
     Args:
         stored: last part of their name there.
     """
-    pieces, strides, kind = list[Extent](), list[int](), F8_E4M3
+    pieces, kind = list[Extent](), F8_E4M3
     for block, file, entry in _entries(held, stored, headers):
         (count, channels), kind = entry.shape, entry.dtype
         item = kind.itemsize
-        pieces.append(Extent(file, entry.begin + block.row * item, count, block.stop - block.start))
-        strides.append(channels * item)
+        pieces.append(Extent(file, entry.begin + block.row * item, count, block.stop - block.start, channels * item))
     rows = sum(piece.rows for piece in pieces) if axis else pieces[0].rows
     cols = pieces[0].cols if axis else sum(piece.cols for piece in pieces)
-    return Strided(name, kind, (rows, cols), tuple(pieces), 1 - axis, tuple(strides))
+    return SourceTensor(name, kind, (rows, cols), tuple(pieces), 1 - axis)
 
 
 def by_channel(name: str, held: Held, axis: int, headers: Sequence[Header]) -> SourceTensor:
@@ -220,7 +218,9 @@ def _paired(weight: SourceTensor, held: Held, headers: Sequence[Header]) -> dict
         if stored != I8:
             raise RefusedError([f"{matrix.name}.weight is {stored}: W4A16_AWQ that is laid out for a GPU already is not read back"])
     name, first = weight.name, held[0][1]
-    found: dict[str, SourceTensor] = {name: paired_rows(weight), name + SCALE: by_channel(name + SCALE, held, weight.axis, headers)}
+    pairs = tuple(piece._replace(rows=piece.rows // 2) for piece in weight.pieces)
+    codes = PackedTensor(name, I8, weight.shape, pairs, weight.axis, packing="modelopt", module=name.removesuffix(".weight"))
+    found: dict[str, SourceTensor] = {name: codes, name + SCALE: by_channel(name + SCALE, held, weight.axis, headers)}
     if f"{first.name}.prequant_scaling_factor" in headers[first.file].tensors:
         inputs = name.removesuffix(".weight") + _PRE_SCALE
         found[inputs] = by_input(inputs, held, weight.axis, headers)

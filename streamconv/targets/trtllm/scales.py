@@ -11,7 +11,6 @@ from streamconv.checkpoint.activation_ranges import Ranges
 from streamconv.checkpoint.dtypes import F8_E4M3, F32, U8, DType
 from streamconv.checkpoint.rows import Extent, NoSource, PackedTensor, SourceTensor, content
 from streamconv.checkpoint.shard import Shard
-from streamconv.checkpoint.strided_rows import Strided, beside
 from streamconv.errors import printable
 from streamconv.planning.draft import Draft, Fed
 from streamconv.quants.awq import PairedRtn
@@ -169,12 +168,19 @@ def add_group_scales(builder: Draft, stored: Stored) -> None:
         left, right = feeds[0].cols[0]
         first, last = left // owned[0].group, right // owned[0].group
         for suffix, tensors in (("weights_scaling_factor", [s.scales for s in owned]), ("zero", [s.zeros for s in owned])):
-            held = [tensor for tensor in tensors if isinstance(tensor, Strided)]
-            whole = held[0] if len(held) == 1 else beside(" + ".join(tensor.name for tensor in held), held)
-            starts = dict(zip(sources, accumulate((tensor.cols for tensor in held), initial=0), strict=False))
+            there = [tensor for tensor in tensors if tensor is not None]
+            whole = there[0] if len(there) == 1 else _beside(there)
+            starts = dict(zip(sources, accumulate((tensor.cols for tensor in there), initial=0), strict=False))
             cols = [(starts[feed.source.name] + feed.start, starts[feed.source.name] + feed.stop) for feed in feeds]
             made = builder.matrix(file, name, last - first, sum(b - a for a, b in cols), Plain(whole.dtype, suffix=suffix))
             builder.feed(made, whole, first, last, cols=cols)
+
+
+def _beside(tensors: Sequence[SourceTensor]) -> SourceTensor:
+    """Tensors of equal height whose pieces lie side by side, as one."""
+    pieces = tuple(piece for tensor in tensors for piece in tensor.pieces)
+    name = " + ".join(tensor.name for tensor in tensors)
+    return SourceTensor(name, tensors[0].dtype, (tensors[0].rows, sum(tensor.cols for tensor in tensors)), pieces, 1)
 
 
 def add_channel_scales(builder: Draft, stored: Stored, experts: int) -> list[str]:
