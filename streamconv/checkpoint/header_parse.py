@@ -60,6 +60,10 @@ class TensorEntry(NamedTuple):
     begin: int
     end: int
 
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.begin
+
 
 Form = tuple[DType, tuple[int, ...]]
 """What tensors of one dtype and shape share."""

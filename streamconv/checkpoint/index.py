@@ -14,13 +14,14 @@ from typing import Any
 
 from streamconv.checkpoint.dtypes import DType
 from streamconv.checkpoint.foreign import ADAPTER_WEIGHTS, foreign
+from streamconv.checkpoint.header_parse import TensorEntry
 from streamconv.checkpoint.json_file import file_size, read_json
 from streamconv.checkpoint.limits import MAX_CONFIG, MAX_FILES, MAX_HEADER, MAX_TENSORS
 from streamconv.checkpoint.meta import PARAMS, assemble, check_parts, is_meta, meta_files
 from streamconv.checkpoint.rows import SourceTensor
 from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.tensor_table import TensorTable
-from streamconv.checkpoint.torch_zip import TorchTensor, read_torch
+from streamconv.checkpoint.torch_zip import read_torch
 from streamconv.checkpoint.untrusted import open_regular
 from streamconv.checkpoint.weight_files import WEIGHT_MAP, Choice, choose, weight_files
 from streamconv.errors import CheckpointError, TensorError, printable
@@ -169,12 +170,12 @@ def _open_meta(folder: Path) -> Index:
     params = read_json(folder / PARAMS, MAX_CONFIG)
     files = meta_files(folder)
     shards = tuple(Shard(folder / name) for names in files for name in names)
-    held: list[dict[str, tuple[int, TorchTensor]]] = []
+    held: list[dict[str, tuple[int, TensorEntry]]] = []
     digests: dict[int, str] = {}
     archives: list[str] = []
     try:
         for names in files:
-            union: dict[str, tuple[int, TorchTensor]] = {}
+            union: dict[str, tuple[int, TensorEntry]] = {}
             for _ in names:
                 number = len(digests)
                 content = read_torch(shards[number])

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from streamconv.checkpoint.header_parse import TensorEntry
 from streamconv.checkpoint.rows import Extent, SourceTensor, tensor_at
 from streamconv.checkpoint.shard import Shard
-from streamconv.checkpoint.torch_zip import TorchTensor
 from streamconv.errors import CheckpointError, TensorError, printable
 
 PARAMS = "params.json"
@@ -24,7 +24,7 @@ _SAMPLE, _SAMPLED = 4096, 16
 """Bytes of a weight, and weights of a file, that tell it from a copy of another."""
 
 
-Found = Mapping[str, tuple[int, TorchTensor]]
+Found = Mapping[str, tuple[int, TensorEntry]]
 """What one of Meta's F files holds: name -> (shard number, tensor)."""
 
 
@@ -147,7 +147,7 @@ def _axis(name: str, shapes: list[tuple[int, ...]], vocab: int) -> int | None:
     return 0
 
 
-def _join(name: str, held: list[tuple[int, TorchTensor]], vocab: int) -> SourceTensor:
+def _join(name: str, held: list[tuple[int, TensorEntry]], vocab: int) -> SourceTensor:
     first = held[0][1]
     shapes = [tensor.shape for _, tensor in held]
     axis = _axis(name, shapes, vocab)

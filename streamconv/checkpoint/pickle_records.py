@@ -7,7 +7,6 @@ gigabytes for a five-byte LONG_BINPUT and overflows the stack on the hash of a d
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -15,12 +14,8 @@ from streamconv.checkpoint.limits import MAX_PICKLE_CALLS
 from streamconv.checkpoint.torch_names import Name, Storage, allowed
 from streamconv.errors import CheckpointError, printable
 
+_MARK = object()
 
-class _Mark:
-    pass
-
-
-_MARK = _Mark()
 
 def read_pickle(data: bytes, shown: str, most_steps: int) -> Any:
     """What the pickle describes: dict, list, tuple, numbers, text, bytes, TensorView.
@@ -32,61 +27,42 @@ def read_pickle(data: bytes, shown: str, most_steps: int) -> Any:
     Raises:
         CheckpointError: a name or opcode that weights do not need, or a broken pickle.
     """
-    machine = _Machine(data, shown)
+    import pickletools  # slow to load, and no other format needs it
+
+    machine, at = _Machine(shown), 0
     try:
-        return machine.run(most_steps)
-    except (IndexError, struct.error, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        for steps, (opcode, argument, place) in enumerate(pickletools.genops(data)):
+            at = place or 0
+            if steps >= most_steps:
+                raise CheckpointError(f"{shown}: data.pkl takes more than {most_steps} steps, streamconv's own limit")
+            if opcode.name in _VALUES:
+                machine.stack.append(argument)
+            elif opcode.name in _STEPS:
+                _STEPS[opcode.name](machine, argument)
+            elif opcode.name != "STOP":
+                raise machine.refused(f"the pickle opcode {opcode.name}")
+        (value,) = machine.stack
+    except (IndexError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{shown}: data.pkl is broken at byte {machine.at} ({type(error).__name__})", hint="is the download complete?"
+            f"{shown}: data.pkl is broken at byte {at} ({type(error).__name__})", hint="is the download complete?"
         ) from None
+    return value
 
 
 class _Machine:
-    """Stack, memo and position; one method for each group of opcodes."""
+    """Stack and memo; one method for each group of opcodes."""
 
-    def __init__(self, data: bytes, shown: str) -> None:
-        self.data, self.shown, self.at = data, shown, 0
+    def __init__(self, shown: str) -> None:
+        self.shown = shown
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
         self.calls = 0
-
-    def run(self, most_steps: int) -> Any:
-        table = _OPCODES
-        for _ in range(most_steps):
-            code = self.data[self.at]
-            self.at += 1
-            if code == 0x2E:  # STOP
-                if len(self.stack) != 1:
-                    raise ValueError
-                return self.stack[0]
-            step = table.get(code)
-            if step is None:
-                raise self.refused(f"the pickle opcode {_opcode_name(code)}")
-            step(self)
-        raise CheckpointError(f"{self.shown}: data.pkl takes more than {most_steps} steps, streamconv's own limit")
 
     def refused(self, what: str) -> CheckpointError:
         return CheckpointError(
             f"{self.shown}: data.pkl uses {what}, which weights do not need; nothing was executed",
             hint="save the state dict alone, better still as .safetensors",
         )
-
-    # ---- bytes
-
-    def take(self, size: int) -> bytes:
-        if size > len(self.data) - self.at:
-            raise IndexError
-        self.at += size
-        return self.data[self.at - size : self.at]
-
-    def number(self, code: str) -> int:
-        return int(struct.unpack("<" + code, self.take(struct.calcsize(code)))[0])
-
-    def line(self) -> str:
-        end = self.data.index(b"\n", self.at, self.at + 4096)
-        text = self.data[self.at : end].decode()
-        self.at = end + 1
-        return text
 
     # ---- stack
 
@@ -109,12 +85,25 @@ class _Machine:
         del self.stack[at:]
         return values
 
+    def last(self, count: int) -> tuple[Any, ...]:
+        values = [self.pop() for _ in range(count)]
+        return tuple(reversed(values))
+
     def remember(self, key: int) -> None:
         if self.stack[-1] is _MARK:
             raise ValueError
         self.memo[key] = self.stack[-1]
 
+    def long(self, value: int) -> None:
+        if value.bit_length() > 128:
+            raise self.refused("a whole number of more than 128 bits")
+        self.push(value)
+
     # ---- containers
+
+    def dict_of(self, flat: list[Any]) -> None:
+        self.push({})
+        self.set_items(flat)
 
     def set_items(self, flat: list[Any]) -> None:
         target = self.stack[-1]
@@ -132,17 +121,17 @@ class _Machine:
 
     # ---- names
 
-    def name(self, module: str, name: str) -> None:
-        self.push(allowed(module, name) or self.fail_global(module, name))
-
-    def fail_global(self, module: str, name: str) -> Name:
-        raise self.refused(printable(f"{module}.{name}"))
-
-    def stack_global(self) -> None:
-        name, module = self.pop(), self.pop()
+    def name(self, module: Any, name: Any) -> None:
         if type(name) is not str or type(module) is not str:
             raise TypeError
-        self.name(module, name)
+        known = allowed(module, name)
+        if known is None:
+            raise self.refused(printable(f"{module}.{name}"))
+        self.push(known)
+
+    def instance(self, named: str) -> None:
+        self.name(*named.split(" ", 1))
+        raise self.refused("the pickle opcode INST")
 
     def reduce(self) -> None:
         arguments, target = self.pop(), self.pop()
@@ -170,108 +159,51 @@ class _Machine:
         self.push(Storage(element.dtype, key, numel))
 
 
-def _tuple(machine: _Machine, size: int) -> None:
-    values = [machine.pop() for _ in range(size)]
-    machine.push(tuple(reversed(values)))
-
-
-def _text(machine: _Machine, code: str) -> None:
-    machine.push(machine.take(machine.number(code)).decode(errors="surrogatepass"))
-
-
-def _bytes(machine: _Machine, code: str) -> None:
-    machine.push(machine.take(machine.number(code)))
-
-
-def _old_text(machine: _Machine, code: str) -> None:
-    size = machine.number(code)
-    if size < 0:
-        raise ValueError
-    machine.push(machine.take(size).decode())
-
-
-def _long(machine: _Machine, code: str) -> None:
-    size = machine.number(code)
-    if not 0 <= size <= 16:
-        raise machine.refused("a whole number of more than 128 bits")
-    machine.push(int.from_bytes(machine.take(size), "little", signed=True))
-
-
-def _protocol(machine: _Machine) -> None:
-    if not 2 <= machine.number("B") <= 5:
+def _protocol(machine: _Machine, version: int) -> None:
+    if not 2 <= version <= 5:
         raise ValueError
 
 
-def _dict(machine: _Machine) -> None:
-    flat = machine.since_mark()
-    machine.push({})
-    machine.set_items(flat)
+_VALUES = {
+    "BININT", "BININT1", "BININT2", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8",
+}  # fmt: skip
+"""Opcodes that push their argument."""
 
-
-def _set_item(machine: _Machine) -> None:
-    value, key = machine.pop(), machine.pop()
-    machine.set_items([key, value])
-
-
-def _instance(machine: _Machine) -> None:
-    machine.name(machine.line(), machine.line())
-    raise machine.refused("the pickle opcode INST")
-
-
-def _opcode_name(code: int) -> str:
-    import pickletools  # only for a message
-
-    return next((op.name for op in pickletools.opcodes if ord(op.code) == code), f"0x{code:02x}")
-
-
-_OPCODES: dict[int, Callable[[_Machine], None]] = {
-    ord(code): step
-    for code, step in {
-        "\x80": _protocol,
-        "\x95": lambda m: m.number("Q") and None,  # FRAME
-        "(": lambda m: m.push(_MARK),
-        "0": lambda m: m.stack.pop() and None,
-        "1": lambda m: m.since_mark() and None,
-        "N": lambda m: m.push(None),
-        "\x88": lambda m: m.push(True),
-        "\x89": lambda m: m.push(False),
-        "J": lambda m: m.push(m.number("i")),
-        "K": lambda m: m.push(m.number("B")),
-        "M": lambda m: m.push(m.number("H")),
-        "\x8a": lambda m: _long(m, "B"),
-        "\x8b": lambda m: _long(m, "i"),
-        "G": lambda m: m.push(struct.unpack(">d", m.take(8))[0]),
-        "X": lambda m: _text(m, "I"),
-        "\x8c": lambda m: _text(m, "B"),
-        "\x8d": lambda m: _text(m, "Q"),
-        "U": lambda m: _old_text(m, "B"),
-        "T": lambda m: _old_text(m, "i"),
-        "B": lambda m: _bytes(m, "I"),
-        "C": lambda m: _bytes(m, "B"),
-        "\x8e": lambda m: _bytes(m, "Q"),
-        ")": lambda m: m.push(()),
-        "\x85": lambda m: m.push((m.pop(),)),
-        "\x86": lambda m: _tuple(m, 2),
-        "\x87": lambda m: _tuple(m, 3),
-        "t": lambda m: m.push(tuple(m.since_mark())),
-        "]": lambda m: m.push([]),
-        "l": lambda m: m.push(m.since_mark()),
-        "a": lambda m: m.append([m.pop()]),
-        "e": lambda m: m.append(m.since_mark()),
-        "}": lambda m: m.push({}),
-        "d": _dict,
-        "s": _set_item,
-        "u": lambda m: m.set_items(m.since_mark()),
-        "q": lambda m: m.remember(m.number("B")),
-        "r": lambda m: m.remember(m.number("I")),
-        "\x94": lambda m: m.remember(len(m.memo)),
-        "h": lambda m: m.push(m.memo[m.number("B")]),
-        "j": lambda m: m.push(m.memo[m.number("I")]),
-        "c": lambda m: m.name(m.line(), m.line()),
-        "\x93": lambda m: m.stack_global(),
-        "i": _instance,
-        "R": lambda m: m.reduce(),
-        "b": lambda m: m.build(),
-        "Q": lambda m: m.persistent(),
-    }.items()
+_STEPS: dict[str, Callable[[_Machine, Any], object]] = {
+    "PROTO": _protocol,
+    "FRAME": lambda m, size: None,
+    "MARK": lambda m, _: m.push(_MARK),
+    "POP": lambda m, _: m.stack.pop(),
+    "POP_MARK": lambda m, _: m.since_mark(),
+    "NONE": lambda m, _: m.push(None),
+    "NEWTRUE": lambda m, _: m.push(True),
+    "NEWFALSE": lambda m, _: m.push(False),
+    "LONG1": _Machine.long,
+    "LONG4": _Machine.long,
+    "SHORT_BINSTRING": lambda m, text: m.push(text.encode("latin-1").decode()),
+    "BINSTRING": lambda m, text: m.push(text.encode("latin-1").decode()),
+    "EMPTY_TUPLE": lambda m, _: m.push(()),
+    "TUPLE1": lambda m, _: m.push(m.last(1)),
+    "TUPLE2": lambda m, _: m.push(m.last(2)),
+    "TUPLE3": lambda m, _: m.push(m.last(3)),
+    "TUPLE": lambda m, _: m.push(tuple(m.since_mark())),
+    "EMPTY_LIST": lambda m, _: m.push([]),
+    "LIST": lambda m, _: m.push(m.since_mark()),
+    "APPEND": lambda m, _: m.append([m.pop()]),
+    "APPENDS": lambda m, _: m.append(m.since_mark()),
+    "EMPTY_DICT": lambda m, _: m.push({}),
+    "DICT": lambda m, _: m.dict_of(m.since_mark()),
+    "SETITEM": lambda m, _: m.set_items([*m.last(2)]),
+    "SETITEMS": lambda m, _: m.set_items(m.since_mark()),
+    "BINPUT": _Machine.remember,
+    "LONG_BINPUT": _Machine.remember,
+    "MEMOIZE": lambda m, _: m.remember(len(m.memo)),
+    "BINGET": lambda m, key: m.push(m.memo[key]),
+    "LONG_BINGET": lambda m, key: m.push(m.memo[key]),
+    "GLOBAL": lambda m, named: m.name(*named.split(" ", 1)),
+    "STACK_GLOBAL": lambda m, _: m.name(*m.last(2)),
+    "INST": _Machine.instance,
+    "REDUCE": lambda m, _: m.reduce(),
+    "BUILD": lambda m, _: m.build(),
+    "BINPERSID": lambda m, _: m.persistent(),
 }

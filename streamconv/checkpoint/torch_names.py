@@ -94,24 +94,17 @@ def _whole(values: Any) -> tuple[int, ...]:
     return values
 
 
-def _tensor_v2(arguments: tuple[Any, ...]) -> TensorView:
-    """(storage, offset, shape, strides, requires_grad, backward hooks[, metadata])"""
-    if len(arguments) not in (6, 7) or (len(arguments) == 7 and arguments[6]):
+def _tensor(arguments: tuple[Any, ...], typed: bool = False) -> TensorView:
+    """(storage, offset, shape, strides, requires_grad, backward hooks[, metadata]); `typed`: the younger dtypes, named before metadata."""
+    storage, offset, shape, strides, _, _, *more = arguments
+    kind = more.pop(0) if typed else storage
+    if len(more) > 1 or any(more):
         raise ValueError  # metadata may say that the values are to be negated
-    storage, offset, shape, strides = arguments[:4]
-    if not isinstance(storage, Storage) or storage.dtype is None:
+    if not isinstance(storage, Storage) or not isinstance(kind, Name if typed else Storage) or kind.dtype is None:
         raise TypeError
-    return TensorView(storage, storage.dtype, _whole((offset,))[0], _whole(shape), _whole(strides))
-
-
-def _tensor_v3(arguments: tuple[Any, ...]) -> TensorView:
-    """(storage, offset, shape, strides, requires_grad, backward hooks, dtype[, metadata]): the younger dtypes"""
-    if len(arguments) not in (7, 8) or (len(arguments) == 8 and arguments[7]):
-        raise ValueError
-    storage, offset, shape, strides, _, _, dtype = arguments[:7]
-    if not isinstance(storage, Storage) or not isinstance(dtype, Name) or dtype.dtype is None or dtype.storage:
+    if isinstance(kind, Name) and kind.storage:
         raise TypeError
-    return TensorView(storage, dtype.dtype, _whole((offset,))[0], _whole(shape), _whole(strides))
+    return TensorView(storage, kind.dtype, _whole((offset,))[0], _whole(shape), _whole(strides))
 
 
 def _parameter(arguments: tuple[Any, ...]) -> TensorView:
@@ -122,7 +115,7 @@ def _parameter(arguments: tuple[Any, ...]) -> TensorView:
 
 
 _BUILDERS: dict[str, Callable[[tuple[Any, ...]], Any]] = {
-    "_rebuild_tensor_v2": _tensor_v2,
-    "_rebuild_tensor_v3": _tensor_v3,
+    "_rebuild_tensor_v2": _tensor,
+    "_rebuild_tensor_v3": functools.partial(_tensor, typed=True),
     "_rebuild_parameter": _parameter,
 }

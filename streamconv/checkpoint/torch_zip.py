@@ -11,7 +11,7 @@ import struct
 from typing import Any, NamedTuple
 
 from streamconv.checkpoint import lfs
-from streamconv.checkpoint.dtypes import DType
+from streamconv.checkpoint.header_parse import TensorEntry
 from streamconv.checkpoint.limits import MAX_PICKLE, MAX_PICKLE_STEPS, MAX_ZIP_DIRECTORY, MAX_ZIP_ENTRIES
 from streamconv.checkpoint.pickle_records import read_pickle
 from streamconv.checkpoint.shard import Shard
@@ -24,16 +24,6 @@ _WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
 _ALL_ONES = 0xFFFFFFFF
 
 
-class TorchTensor(NamedTuple):
-    """One tensor; bytes [begin, begin + nbytes) of the file, row-major, little-endian."""
-
-    name: str
-    dtype: DType
-    shape: tuple[int, ...]
-    begin: int
-    nbytes: int
-
-
 class TorchFile(NamedTuple):
     """What a file holds.
 
@@ -43,7 +33,7 @@ class TorchFile(NamedTuple):
         archive: the folder inside the zip: torch.save gives it the name of the file.
     """
 
-    tensors: dict[str, TorchTensor]
+    tensors: dict[str, TensorEntry]
     digest: str
     archive: str
 
@@ -78,7 +68,7 @@ def read_torch(shard: Shard) -> TorchFile:
     pickled = _content(shard, shown, pickles[0], entries, MAX_PICKLE)
     root = read_pickle(pickled, shown, MAX_PICKLE_STEPS)
     places: dict[str, tuple[int, int]] = {}
-    tensors: dict[str, TorchTensor] = {}
+    tensors: dict[str, TensorEntry] = {}
     for name, view in _state_dict(root, shown).items():
         key = view.storage.key
         if key not in places:
@@ -257,7 +247,7 @@ def _holds_tensors(value: Any) -> bool:
     return False
 
 
-def _tensor(shown: str, name: str, view: TensorView, begin: int, size: int) -> TorchTensor:
+def _tensor(shown: str, name: str, view: TensorView, begin: int, size: int) -> TensorEntry:
     told = f"{shown}: {printable(name)}"
     unit = view.storage.dtype.itemsize if view.storage.dtype else 1
     if view.storage.numel * unit != size:
@@ -282,4 +272,4 @@ def _tensor(shown: str, name: str, view: TensorView, begin: int, size: int) -> T
     start = view.offset * view.dtype.itemsize
     if start + nbytes > size:
         raise TensorError(f"{told}: bytes {start} to {start + nbytes} are outside of its storage of {size} bytes")
-    return TorchTensor(name, view.dtype, view.shape, begin + start, nbytes)
+    return TensorEntry(name, view.dtype, view.shape, begin + start, begin + start + nbytes)
