@@ -19,7 +19,7 @@ from streamconv.calibration.names import Names
 from streamconv.calibration.request import DTYPES, Loop
 from streamconv.calibration.texts import batches_of, groups_of
 from streamconv.calibration.torch_device import current, free_memory, give_back, torch_device
-from streamconv.checkpoint.index import Index
+from streamconv.checkpoint.index import Index, source_files
 from streamconv.checkpoint.quantized import source_quantization
 from streamconv.errors import CheckpointError, OutputError, RefusedError, UsageError, printable
 from streamconv.hub import local_folder, open_source
@@ -275,8 +275,6 @@ class Run:
 
     def _mark(self, work: Work, batches: list[list[list[int]]], evidence: list[list[int | str]] | None = None) -> str:
         """Hash of all that decides the numbers; of the source its sizes, headers and samples, and for a resume its times."""
-        from streamconv.checkpoint.source_files import source_files
-
         files = [(file.name, file.size, file.header_hash) for file in source_files(self.index)]
         looks = evidence or [[shard.sample()] for shard in self.index.shards]
         asked = [__version__, self.index.config, files, looks, self.kind, self.device.split(":")[0], batches]

@@ -10,10 +10,9 @@ import os
 import stat
 from pathlib import Path
 
-from streamconv.checkpoint import lfs
 from streamconv.checkpoint.header_parse import SPLIT, Header, HeaderParser
 from streamconv.checkpoint.limits import MAX_HEADER, STOCK_MAX_HEADER
-from streamconv.checkpoint.untrusted import open_regular
+from streamconv.checkpoint.untrusted import open_regular, refuse_lfs_pointer
 from streamconv.errors import CheckpointError, HeaderError, printable
 from streamconv.memory import check_room
 
@@ -65,8 +64,7 @@ def _read(fd: int, path: str) -> Header:
 
 def _data_start(data: bytes | bytearray | memoryview, file_size: int, path: str) -> int:
     where = printable(path)
-    if lfs.is_pointer(data):
-        raise HeaderError(f"{where} {lfs.POINTER}", hint=lfs.HINT)
+    refuse_lfs_pointer(data, where, HeaderError)
     if file_size < 8 or len(data) < 8:
         raise HeaderError(f"{where}: {min(file_size, len(data))} bytes are too short for a safetensors file")
     length = int.from_bytes(data[:8], "little")

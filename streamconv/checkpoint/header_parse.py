@@ -25,7 +25,7 @@ SPLIT = "split the file into several shards"
 _WS = rb"[ \t\n\r]{0,256}"  # bounded, so that a hostile run of blanks fails at once
 _INT = rb"(?:0|[1-9][0-9]{0,19})"
 # Each run of blanks is followed by something that is no blank, so a failing match does not go back and forth.
-_ENTRY_TEXT = (
+_ENTRY = re.compile(
     (
         rb"\{(?:WS(?:"
         rb'"dtype"WS:WS"([^"\\\x00-\x1f]{0,64})"'
@@ -36,10 +36,7 @@ _ENTRY_TEXT = (
     .replace(b"WS", _WS)
     .replace(b"INT", _INT)
 )
-_SEP = rb"WS([,}])".replace(b"WS", _WS)
-_ENTRY = re.compile(_ENTRY_TEXT)
-_NAMED_ENTRY = re.compile(rb'WS"([^"\\\x00-\x1f]*)"WS:WS'.replace(b"WS", _WS) + _ENTRY_TEXT + _SEP)
-_SEPARATOR = re.compile(_SEP)
+_SEPARATOR = re.compile(rb"WS([,}])".replace(b"WS", _WS))
 _BLANK = re.compile(rb"[ \t\n\r]*")
 _LISTED = re.compile(
     rb', ?"([^"\\\x00-\x1f]*)": ?\{("dtype": ?"[^"\\\x00-\x1f]*", ?"shape": ?\[[0-9, ]*\]), ?"data_offsets": ?\[(INT), ?(INT)\]\}'.replace(
@@ -122,49 +119,29 @@ class HeaderParser:
         more = text[pos : pos + 1] != b"}"
         if not more:
             pos += 1
-        match = _NAMED_ENTRY.match
         while more:
-            found = match(text, pos)
-            if found:
-                raw, dtype, shape, begin, end, separator = found.groups()
-                if len(raw) > MAX_NAME:
-                    self.too_long(pos, MAX_NAME)
-                try:
-                    name = raw.decode()
-                except UnicodeDecodeError:
-                    self.fail("a tensor name is not UTF-8", pos)
-                pos = found.end()
-            else:
+            start = self.blank(pos)
+            name, pos = self.string(start, MAX_NAME)
+            if text.find(b"\\", start, pos) >= 0:
                 self.escaped += 1
                 self.within(self.escaped, MAX_ESCAPED, "names with escapes")
-                name, pos = self.string(self.blank(pos), MAX_NAME)
-                pos = self.blank(self.expect(b":", self.blank(pos)))
-                if name == METADATA:
-                    if metadata is not None:
-                        self.fail("duplicate key __metadata__", pos)
-                    metadata, pos = self.metadata(pos)
-                    dtype = shape = begin = None
-                else:
-                    entry = _ENTRY.match(text, pos)
-                    if entry is None:
-                        self.explain(name, pos)
-                    dtype, shape, begin, end = entry.groups()
-                    pos = entry.end()
-                after = _SEPARATOR.match(text, pos)
-                if after is None:
-                    self.fail("bad JSON, ',' or '}' expected", pos)
-                separator, pos = after[1], after.end()
-            more = separator == b","
-            if name != METADATA:
-                if name in tensors:
-                    self.fail(f"duplicate tensor {printable(name)}")
-                tensors[name] = self.entry(name, dtype, shape, begin, end)
-                if len(tensors) > MAX_TENSORS:
-                    self.within(len(tensors), MAX_TENSORS, "tensors")
-                if more and len(tensors) == 1 and (rest := self.listed(tensors[name], pos - 1)):
-                    columns, pos, more = *rest, False
-            elif found:
-                self.fail("__metadata__ must hold strings only")
+            pos = self.blank(self.expect(b":", self.blank(pos)))
+            if name == METADATA:
+                if metadata is not None:
+                    self.fail("duplicate key __metadata__", pos)
+                metadata, pos = self.metadata(pos)
+                more, pos = self.separator(pos)
+                continue
+            entry = _ENTRY.match(text, pos)
+            if entry is None:
+                self.explain(name, pos)
+            if name in tensors:
+                self.fail(f"duplicate tensor {printable(name)}")
+            tensors[name] = self.entry(name, *entry.groups())
+            self.within(len(tensors), MAX_TENSORS, "tensors")
+            more, pos = self.separator(entry.end())
+            if more and len(tensors) == 1 and (rest := self.listed(tensors[name], pos - 1)):
+                columns, pos, more = *rest, False
         if self.blank(pos) != base:
             self.fail("characters after the header's closing '}'", pos)
         return Header(*(columns or self.tiled(tensors)), metadata or {}, base)
@@ -274,11 +251,8 @@ class HeaderParser:
             values[key] = value
             self.within(len(values), MAX_METADATA_KEYS, "keys in __metadata__")
             self.within(pos - start, MAX_METADATA, "bytes of __metadata__")
-            after = _SEPARATOR.match(self.text, pos)
-            if after is None:
-                self.fail("bad JSON, ',' or '}' expected", pos)
-            pos = after.end()
-            if after[1] == b"}":
+            more, pos = self.separator(pos)
+            if not more:
                 return values, pos
 
     def string(self, start: int, limit: int, otherwise: str = "bad JSON, a string expected") -> tuple[str, int]:
@@ -291,16 +265,24 @@ class HeaderParser:
             if pos - start > limit + 1:
                 self.too_long(start, limit)
         pos += 1
+        quoted = self.text[start:pos]
         try:
-            value: str = json.loads(self.text[start:pos].decode())
+            value: str = json.loads(quoted.decode()) if b"\\" in quoted else quoted[1:-1].decode()
             value.encode()  # a lone surrogate is no text
         except ValueError:
             self.fail("a string is not valid JSON in UTF-8", start)
         return value, pos
 
+    def separator(self, pos: int) -> tuple[bool, int]:
+        """Whether there is more after it, and where."""
+        match = _SEPARATOR.match(self.text, pos)
+        if match is None:
+            self.fail("bad JSON, ',' or '}' expected", pos)
+        return match[1] == b",", match.end()
+
     def blank(self, pos: int) -> int:
-        found = _BLANK.match(self.text, pos)
-        return found.end() if found else pos
+        match = _BLANK.match(self.text, pos)
+        return match.end() if match else pos
 
     def expect(self, mark: bytes, pos: int, otherwise: str | None = None) -> int:
         if self.text[pos : pos + 1] != mark:

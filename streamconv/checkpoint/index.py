@@ -18,7 +18,7 @@ from streamconv.checkpoint.header_parse import TensorEntry
 from streamconv.checkpoint.json_file import file_size, read_json
 from streamconv.checkpoint.limits import MAX_CONFIG, MAX_FILES, MAX_HEADER, MAX_TENSORS
 from streamconv.checkpoint.meta import PARAMS, assemble, check_parts, is_meta, meta_files
-from streamconv.checkpoint.rows import SourceTensor
+from streamconv.checkpoint.rows import SourceFile, SourceTensor
 from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.tensor_table import TensorTable
 from streamconv.checkpoint.torch_zip import read_torch
@@ -198,6 +198,12 @@ def _open_meta(folder: Path) -> Index:
         tensors.add(name, whole.dtype, whole.shape, first.shard, first.begin)
     notes = _links_out(folder, [shard.path.name for shard in shards])
     return Index(folder, params, shards, tensors, digests, assembled, notes=notes)
+
+
+def source_files(index: Index) -> tuple[SourceFile, ...]:
+    """Identity of every shard: its size and a hash of its header, which fixes where every tensor lies."""
+    numbered = enumerate(index.shards)
+    return tuple(SourceFile(index.name_of(s), s.size, index.digests.get(number) or s.header_hash()) for number, s in numbered)
 
 
 def description_size(root: Path) -> int:

@@ -7,9 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from streamconv.checkpoint import lfs
 from streamconv.checkpoint.limits import check_counts
-from streamconv.checkpoint.untrusted import parse_json, read_file
+from streamconv.checkpoint.untrusted import parse_json, read_file, refuse_lfs_pointer
 from streamconv.errors import CheckpointError, TensorError, printable
 from streamconv.memory import check_room
 
@@ -31,8 +30,7 @@ def read_json(path: Path, limit: int, *, unique: bool = False) -> dict[str, Any]
     shown = printable(str(path))
     check_room(_JSON_TAKES * file_size(path), f"reading {shown}")
     raw = read_file(path, limit)
-    if lfs.is_pointer(raw):
-        raise CheckpointError(f"{shown} {lfs.POINTER}", hint=lfs.HINT)
+    refuse_lfs_pointer(raw, shown)
     check_counts(raw, shown)
     value = parse_json(raw, shown, twice=TensorError if unique else None)
     if not isinstance(value, dict):

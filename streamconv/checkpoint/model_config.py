@@ -45,15 +45,15 @@ class ModelConfig:
     norm_eps: float
     rope_theta: float
     rope_scaling: dict[str, Any] | None
-    partial_rotary_factor: float
-    attention_bias: bool
-    mlp_bias: bool
-    tie_word_embeddings: bool
-    num_experts: int
-    experts_per_token: int
-    moe_intermediate_size: int | None
     raw: Mapping[str, Any]
     source: Literal["hf", "meta"]
+    partial_rotary_factor: float = 1.0
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+    num_experts: int = 0
+    experts_per_token: int = 0
+    moe_intermediate_size: int | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -227,13 +227,9 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
         architecture=architecture,
         model_type=MODEL_TYPES.get(architecture, model_type or ""),
         dtype=dtype.removeprefix("torch.") if dtype is not None else None,
-        hidden_size=sizes["hidden_size"],
-        num_hidden_layers=sizes["num_hidden_layers"],
-        num_attention_heads=heads,
+        **sizes,
         num_key_value_heads=kv,
         head_size=head,
-        intermediate_size=sizes["intermediate_size"],
-        vocab_size=sizes["vocab_size"],
         max_position_embeddings=positions,
         hidden_act=act,
         norm_eps=eps,
@@ -311,13 +307,6 @@ def from_meta(params: Mapping[str, Any], vocab_rows: int | None = None) -> Model
         norm_eps=eps,
         rope_theta=theta,
         rope_scaling=scaling,
-        partial_rotary_factor=1.0,
-        attention_bias=False,
-        mlp_bias=False,
-        tie_word_embeddings=False,
-        num_experts=0,
-        experts_per_token=0,
-        moe_intermediate_size=None,
         raw={key: value for key, value in params.items() if key not in _FACTORS},  # Hugging Face words, unchecked here
         source="meta",
     )

@@ -132,9 +132,8 @@ def statement(config: Mapping[str, Any], root: Path) -> tuple[dict[str, Any], st
     if stated is not None:
         raise CheckpointError(f"config.json: quantization_config is {shown_value(stated)}, no object")
     for name in (_MODELOPT, _GPTQ):
-        stated = _json(folder / name)
-        if stated is not None:
-            return stated, name
+        if os.path.lexists(folder / name):
+            return read_json(folder / name, _MOST), name
     return None
 
 
@@ -183,7 +182,3 @@ def _bound(value: object, name: str) -> float | None:
 
 def _int(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    return read_json(path, _MOST) if os.path.lexists(path) else None

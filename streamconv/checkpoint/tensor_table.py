@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from array import array
-from collections.abc import ItemsView, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from streamconv.checkpoint.dtypes import DType
@@ -104,9 +104,6 @@ class TensorTable(Mapping[str, TensorRecord]):
     def __getitem__(self, name: str) -> TensorRecord:
         return self.at(self._places[name])
 
-    def items(self) -> ItemsView[str, TensorRecord]:
-        return _Items(self)
-
     def __contains__(self, name: object) -> bool:
         return name in self._places
 
@@ -115,14 +112,3 @@ class TensorTable(Mapping[str, TensorRecord]):
 
     def __len__(self) -> int:
         return len(self._names)
-
-
-class _Items(ItemsView[str, TensorRecord]):
-    """By number, which saves looking for each name."""
-
-    def __init__(self, table: TensorTable) -> None:
-        super().__init__(table)
-        self._table = table
-
-    def __iter__(self) -> Iterator[tuple[str, TensorRecord]]:
-        return zip(self._table, map(self._table.at, range(len(self._table))), strict=True)

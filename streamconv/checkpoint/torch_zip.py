@@ -7,19 +7,24 @@ Zip and pickle are parsed strictly and in bounded memory: sizes are checked befo
 from __future__ import annotations
 
 import hashlib
+import io
 import struct
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from streamconv.checkpoint import lfs
 from streamconv.checkpoint.header_parse import TensorEntry
 from streamconv.checkpoint.limits import MAX_PICKLE, MAX_PICKLE_STEPS, MAX_ZIP_DIRECTORY, MAX_ZIP_ENTRIES
 from streamconv.checkpoint.pickle_records import read_pickle
 from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.torch_names import Storage, TensorView
+from streamconv.checkpoint.untrusted import refuse_lfs_pointer
 from streamconv.errors import CheckpointError, TensorError, printable
 
+if TYPE_CHECKING:
+    from zipfile import ZipInfo
+
 _END, _END64 = struct.Struct("<4s4H2IH"), struct.Struct("<4sQ2H2I4Q")
-_LOCATOR, _ENTRY, _LOCAL = struct.Struct("<4sIQI"), struct.Struct("<4s6H3I5H2I"), struct.Struct("<4s5H3I2H")
+_LOCATOR, _LOCAL = struct.Struct("<4sIQI"), struct.Struct("<4s5H3I2H")
+_ENTRY_SIZE = 46
 _WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
 _ALL_ONES = 0xFFFFFFFF
 
@@ -36,14 +41,6 @@ class TorchFile(NamedTuple):
     tensors: dict[str, TensorEntry]
     digest: str
     archive: str
-
-
-class _Entry(NamedTuple):
-    method: int
-    flags: int
-    compressed: int
-    size: int
-    header: int
 
 
 def read_torch(shard: Shard) -> TorchFile:
@@ -85,7 +82,7 @@ def read_torch(shard: Shard) -> TorchFile:
 # ---- the zip
 
 
-def _directory(shard: Shard, shown: str) -> tuple[bytes, dict[str, _Entry]]:
+def _directory(shard: Shard, shown: str) -> tuple[bytes, dict[str, ZipInfo]]:
     """The central directory, and its entries by name."""
     broken = CheckpointError(f"{shown} is not a whole zip file", hint="is the download complete?")
     size = shard.size
@@ -114,75 +111,53 @@ def _directory(shard: Shard, shown: str) -> tuple[bytes, dict[str, _Entry]]:
             limit = end64
     if begin + length != limit:
         raise broken
-    if length > MAX_ZIP_DIRECTORY or count > MAX_ZIP_ENTRIES or count * _ENTRY.size > length:
+    if length > MAX_ZIP_DIRECTORY or count > MAX_ZIP_ENTRIES or count * _ENTRY_SIZE > length:
         raise CheckpointError(f"{shown}: a zip directory of {length} bytes for {count} entries is not accepted")
     directory = _read(shard, begin, limit)
     return directory, _entries(directory, count, begin, shown, broken)
 
 
-def _entries(directory: bytes, count: int, limit: int, shown: str, broken: CheckpointError) -> dict[str, _Entry]:
-    entries: dict[str, _Entry] = {}
-    at = 0
-    for _ in range(count):
-        if at + _ENTRY.size > len(directory):
+def _entries(directory: bytes, count: int, limit: int, shown: str, broken: CheckpointError) -> dict[str, ZipInfo]:
+    import zipfile  # slow to load, and no other format needs it
+
+    end = _END.pack(b"PK\x05\x06", 0, 0, count & 0xFFFF, count & 0xFFFF, len(directory), 0, 0)
+    try:
+        infos = zipfile.ZipFile(io.BytesIO(directory + end)).infolist()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
+        raise broken from error
+    entries: dict[str, ZipInfo] = {}
+    for info in infos:
+        if info.orig_filename in entries:
+            raise CheckpointError(f"{shown}: the zip holds {printable(info.orig_filename)} twice")
+        sizes = (info.file_size, info.compress_size, info.header_offset)
+        if info.volume not in (0, 0xFFFF) or _ALL_ONES in sizes or info.header_offset + _LOCAL.size > limit:
             raise broken
-        fields = _ENTRY.unpack_from(directory, at)
-        mark, _, _, flags, method, _, _, _, compressed, size, named, extra, comment, disk, _, _, header = fields
-        at += _ENTRY.size
-        name = directory[at : at + named].decode(errors="surrogateescape")
-        more = directory[at + named : at + named + extra]
-        at += named + extra + comment
-        if mark != b"PK\x01\x02" or at > len(directory) or disk not in (0, 0xFFFF):
-            raise broken
-        size, compressed, header = _wide(more, [size, compressed, header], broken)
-        if name in entries:
-            raise CheckpointError(f"{shown}: the zip holds {printable(name)} twice")
-        if header + _LOCAL.size > limit:
-            raise broken
-        entries[name] = _Entry(method, flags, compressed, size, header)
-    if at != len(directory):
+        entries[info.orig_filename] = info
+    if len(infos) != count:
         raise broken
     return entries
 
 
-def _wide(extra: bytes, values: list[int], broken: CheckpointError) -> list[int]:
-    """Zip64: those of the values that are all ones stand in the extra field 1, in this order."""
-    if _ALL_ONES not in values:
-        return values
-    at = 0
-    while at + 4 <= len(extra):
-        kind, length = struct.unpack_from("<HH", extra, at)
-        if kind == 1:
-            field = extra[at + 4 : at + 4 + length]
-            wide = iter(struct.unpack(f"<{len(field) // 8}Q", field[: len(field) // 8 * 8]))
-            found = [next(wide, -1) if value == _ALL_ONES else value for value in values]
-            if -1 not in found:
-                return found
-            break
-        at += 4 + length
-    raise broken
-
-
-def _place(shard: Shard, shown: str, name: str, entry: _Entry) -> tuple[int, int]:
+def _place(shard: Shard, shown: str, name: str, entry: ZipInfo) -> tuple[int, int]:
     """(begin, size) of an entry's bytes in the file."""
     told = f"{shown}: the zip entry {printable(name)}"
-    if entry.flags & 0x2041:
+    if entry.flag_bits & 0x2041:
         raise CheckpointError(f"{told} is encrypted")
-    if entry.method != 0 or entry.compressed != entry.size:
+    if entry.compress_type != 0 or entry.compress_size != entry.file_size:
         raise CheckpointError(f"{told} is compressed", hint="torch.save stores entries; do not zip the file again")
-    mark, _, flags, method, _, _, _, _, _, named, extra = _LOCAL.unpack(_read(shard, entry.header, entry.header + _LOCAL.size))
-    begin = entry.header + _LOCAL.size + named + extra
-    if mark != b"PK\x03\x04" or method != 0 or flags & 0x41 or begin + entry.size > shard.size:
+    at = entry.header_offset + _LOCAL.size
+    mark, _, flags, method, _, _, _, _, _, named, extra = _LOCAL.unpack(_read(shard, entry.header_offset, at))
+    begin = at + named + extra
+    if mark != b"PK\x03\x04" or method != 0 or flags & 0x41 or begin + entry.file_size > shard.size:
         raise CheckpointError(f"{told} does not lie where the directory says", hint="is the download complete?")
-    local = _read(shard, entry.header + _LOCAL.size, entry.header + _LOCAL.size + named)
-    if local != name.encode(errors="surrogateescape"):
+    if _read(shard, at, at + named).decode("utf-8" if entry.flag_bits & 0x800 else "cp437", errors="replace") != name:
         raise CheckpointError(f"{told} has another name in its own header")
-    return begin, entry.size
+    return begin, entry.file_size
 
 
-def _content(shard: Shard, shown: str, name: str, entries: dict[str, _Entry], limit: int) -> bytes:
-    if entries[name].size > limit:
-        size = entries[name].size
+def _content(shard: Shard, shown: str, name: str, entries: dict[str, ZipInfo], limit: int) -> bytes:
+    if entries[name].file_size > limit:
+        size = entries[name].file_size
         raise CheckpointError(f"{shown}: {printable(name)} has {size} bytes; at most {limit} are accepted")
     begin, size = _place(shard, shown, name, entries[name])
     return _read(shard, begin, begin + size)
@@ -199,8 +174,7 @@ def _not_a_zip(shown: str, head: bytes) -> CheckpointError:
             f"{shown} is in the format of PyTorch before 1.6, which has no directory of its tensors",
             hint="load it with torch.load(weights_only=True) and save it again, better still as .safetensors",
         )
-    if lfs.is_pointer(head):
-        return CheckpointError(f"{shown} {lfs.POINTER}", hint=lfs.HINT)
+    refuse_lfs_pointer(head, shown)
     return CheckpointError(f"{shown} is not a PyTorch checkpoint", hint="is the download complete?")
 
 

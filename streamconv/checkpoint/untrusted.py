@@ -87,6 +87,12 @@ def read_file(path: Path, limit: int, error: type[StreamconvError] = CheckpointE
         os.close(fd)
 
 
+def refuse_lfs_pointer(head: bytes | bytearray | memoryview, shown: str, error: type[StreamconvError] = CheckpointError) -> None:
+    """Raise `error` for a small text file that stands where a repository cloned without Git LFS should have its weights."""
+    if bytes(head[:23]) == b"version https://git-lfs":
+        raise error(f"{shown} is a Git LFS pointer, not the file itself", hint="run git lfs pull, or hf download")
+
+
 def parse_json(
     data: bytes, shown: str, error: type[StreamconvError] = CheckpointError, *, twice: type[StreamconvError] | None = None
 ) -> Any:

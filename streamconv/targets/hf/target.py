@@ -113,7 +113,7 @@ class HuggingFace(Target):
         return Ranges(self.activation_ranges)
 
     def plan(self, index: Index) -> Plan:
-        from streamconv.checkpoint.source_files import source_files
+        from streamconv.checkpoint.index import source_files
         from streamconv.checkpoint.source_tensors import SourceTensors
         from streamconv.checkpoint.unknown_statements import refuse_unknown
         from streamconv.planning.draft import Draft

@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING
 
 from streamconv.checkpoint.activation_ranges import HINT, Ranges
 from streamconv.checkpoint.dtypes import MODEL_DTYPES
-from streamconv.checkpoint.index import Index
+from streamconv.checkpoint.index import Index, source_files
 from streamconv.checkpoint.limits import MAX_TENSORS
 from streamconv.checkpoint.meta import output_rows
 from streamconv.checkpoint.model_config import ModelConfig, from_hf, from_meta
 from streamconv.checkpoint.quantized import left_over, source_quantization
 from streamconv.checkpoint.rows import PackedTensor
-from streamconv.checkpoint.source_files import source_files
 from streamconv.checkpoint.source_tensors import Changed, SourceTensors
 from streamconv.checkpoint.unknown_statements import refuse_unknown
 from streamconv.errors import CheckpointError, RefusedError, UsageError, printable
