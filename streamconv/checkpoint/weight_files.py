@@ -29,9 +29,11 @@ def read_weight_map(path: Path, present: Collection[str] | None = None) -> dict[
     """
     listed, shown = _weight_map(path), printable(str(path))
     for name in sorted(set(listed.values())):
-        if present is None:
-            _check_there(path.parent, name, shown)
-        elif name not in present:
+        if present is None and not os.path.lexists(path.parent / name):
+            raise CheckpointError(f"missing file {printable(name)}, named in {shown}", hint="is the download complete?")
+        if present is None and not os.path.exists(path.parent / name):
+            raise CheckpointError(f"{printable(name)}, named in {shown}, is a broken link", hint="is the download complete?")
+        if present is not None and name not in present:
             raise CheckpointError(f"missing file {printable(name)}, named in {shown}", hint="is the upload complete?")
     return listed
 
@@ -61,15 +63,6 @@ def _check_plain(name: str, index: str) -> None:
     wanted = ".bin" if index.endswith(TORCH_WEIGHT_MAP) else ".safetensors"
     if not name.endswith(wanted):
         raise CheckpointError(f"{index} names the file {shown}, which is not a {wanted} file")
-
-
-def _check_there(folder: Path, name: str, index: str) -> None:
-    """It must be there; a link may lead anywhere, to a regular file (see `links_out`)."""
-    shown, path = printable(name), folder / name
-    if not os.path.lexists(path):
-        raise CheckpointError(f"missing file {shown}, named in {index}", hint="is the download complete?")
-    if not os.path.exists(path):
-        raise CheckpointError(f"{shown}, named in {index}, is a broken link", hint="is the download complete?")
 
 
 class Choice(NamedTuple):

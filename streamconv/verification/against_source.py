@@ -11,7 +11,6 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,36 +39,29 @@ _TORCH = 300 * memory.MIB
 """What decoding loads."""
 
 
-@dataclass(frozen=True, slots=True)
-class Output:
-    """What is checked.
-
-    Attributes:
-        config: bytes of its config.json.
-        told: its manifest, None for another tool's.
-        ranges: the activation ranges file, where it is not the one that the manifest names.
-    """
-
-    folder: Path
-    config: bytes
-    told: manifest.Manifest | None
-    ranges: str | None
-
-
 def check(
-    output: Output, source: str | Path, resources: Resources, verdict: Verdict, meter: Meter, part: tuple[int, int] | None = None
+    folder: Path,
+    config_bytes: bytes,
+    told: manifest.Manifest | None,
+    ranges: str | None,
+    source: str | Path,
+    resources: Resources,
+    verdict: Verdict,
+    meter: Meter,
+    part: tuple[int, int] | None = None,
 ) -> None:
     """Add what the source says of an output to a verdict.
 
     Args:
+        told: its manifest, None for another tool's.
+        ranges: the activation ranges file, where it is not the one that the manifest names.
         part: as of `verify`.
 
     Raises:
         StreamconvError: the source cannot be opened or planned, its ranges are not there, or the budget is too small.
     """
-    folder, told = output.folder, output.told
     place = hub.local_folder(source)
-    config: dict[str, Any] = json.loads(output.config)
+    config: dict[str, Any] = json.loads(config_bytes)
     kind = checks_of(told.target if told is not None else target_of(config).key)
     names = [*told.sizes] if told is not None else kind.tensor_files(folder, config, [])
     choices: Sequence[Target] = [_asked(told, folder)] if told is not None else kind.made_with(config, folder / names[0])
@@ -78,7 +70,7 @@ def check(
             raise UsageError("--part: a directory without streamconv.json is compared as a whole")
         decoded.check(folder, config, place, resources, verdict, meter)
         return
-    choices = [options.with_files(folder, place, output.ranges) for options in choices]
+    choices = [options.with_files(folder, place, ranges) for options in choices]
     files = [Shard(folder / name) for name in names]
     headers = [file.header() for file in files]
     with contextlib.ExitStack() as stack:
@@ -91,7 +83,7 @@ def check(
             source_record.check(index, meter.add, source_record.OfPart(plan).wanted(mine))
         if told is not None and plan.sources != told.sources:
             verdict.warnings.append(f"{printable(str(source))} is not made of the files that the manifest names; their bytes decide")
-        if told is not None and plan.config != output.config:
+        if told is not None and plan.config != config_bytes:
             verdict.problems.append("config.json is not what this source gives")
         elif told is None:
             wrong, other = kind.config_differences(config, json.loads(plan.config))

@@ -74,8 +74,7 @@ def verify(
         for side, (size, digest) in told.side.items():
             verdict.problems += _side_file(folder / side, side, size, digest)
     if source is not None and not verdict.problems:
-        output = against_source.Output(folder, config_bytes, told, activation_ranges)
-        against_source.check(output, source, resources or Resources(), verdict, meter, part)
+        against_source.check(folder, config_bytes, told, activation_ranges, source, resources or Resources(), verdict, meter, part)
     if with_tensorrt_llm:
         verdict.reader, refused = kind.engine_reads(folder)
         verdict.problems += refused
@@ -115,8 +114,7 @@ def _tensor_file(
     shapes = {}
     if told is not None and path.name in told.sizes and path.stat().st_size != told.sizes[path.name]:
         verdict.problems.append(f"{path.name}: {path.stat().st_size} bytes, the manifest says {told.sizes[path.name]}")
-    shard = Shard(path)
-    try:
+    with Shard(path) as shard:
         with shard.window(0, header.data_start) as window:
             if told is not None and xxhash.xxh3_128(window).hexdigest() != told.headers.get(path.name):
                 verdict.problems.append(f"{path.name}: the header's bytes are not those that were written")
@@ -144,8 +142,6 @@ def _tensor_file(
                 verdict.problems.append(f"{path.name}: {printable(tensor.name)}: the bytes are not those that were written")
             else:
                 verdict.hashed += 1
-    finally:
-        shard.close()
     return shapes
 
 

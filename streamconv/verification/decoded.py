@@ -31,6 +31,7 @@ from streamconv.targets.hf.stacked import unstack
 from streamconv.targets.hf.stored import stored_weights
 from streamconv.targets.hf.target import HuggingFace
 from streamconv.verification.difference import numbers, opened, read_elements
+from streamconv.verification.measured import Distance, decibels
 from streamconv.verification.nearest import Format, format_of, nearest
 from streamconv.verification.side import Side
 from streamconv.verification.verdict import TensorError, Verdict
@@ -47,14 +48,10 @@ _EPS = {"F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8, "F64": 2.0**-53}
 
 
 @dataclass(slots=True)
-class _Found:
+class _Compared(Distance):
     """A tensor compared; rows with what no format gives, and values off by more than a step."""
 
-    signal: float = 0.0
-    noise: float = 0.0
     allowed: float = 0.0
-    largest: float = 0.0
-    peak: float = 0.0
     rows: int = 0
     bad_row: int | None = None
     off: int = 0
@@ -62,15 +59,12 @@ class _Found:
     odd: int = 0
     count: int = 0
 
-    def snr(self) -> float:
-        return math.inf if not self.noise else 10 * math.log10(self.signal / self.noise) if self.signal else -math.inf
-
     def wrong(self) -> str:
         """Why these are not the source's values, in words that follow the name; "" if they are."""
         if self.odd:
             return f": {self.odd} values are not finite, and those of the source are"
         if self.noise > self.allowed:
-            best = 10 * math.log10(self.signal / self.allowed) if self.allowed and self.signal else math.inf
+            best = decibels(self.signal, self.allowed)
             return " is not the source's" + (f", expected {best:.1f} dB or more" if math.isfinite(best) else "")
         if self.bad_row is not None:
             return f": row {self.bad_row} is not the source's"
@@ -86,42 +80,34 @@ def check(folder: Path, config: Mapping[str, Any], source: str | Path, resources
         CheckpointError, HubError: the source cannot be read. UsageError: the directory's codes are not decoded here.
         BudgetError: `memory_budget` does not hold the largest rows.
     """
-    budget = resources.memory_budget
-    raw = opened(str(source), str(folder), budget)
-    if not raw[0].index.views:
-        wrong, other = config_differences(config, raw[0].index.config)
-        verdict.problems += wrong
-        verdict.warnings += other
-    a, b = sides = tuple(_unstacked(side, F32) for side in raw)
-    rounded = _unstacked(raw[0], HuggingFace().model_dtype(raw[0].index)).weights
-    try:
+    budget, stated = resources.memory_budget, config.get("quantization_config")
+    with opened(str(source), str(folder), budget) as raw:
+        index = raw[0].index
+        if not index.views:
+            wrong, other = config_differences(config, index.config)
+            verdict.problems += wrong
+            verdict.warnings += other
+        a, b = sides = _unstacked(raw[0], F32), _unstacked(raw[1], F32)
+        rounded = _unstacked(raw[0], HuggingFace().model_dtype(index)).weights
         for side in sides:
             if side.note:
                 raise UsageError(f"--source: values cannot be compared: {side.note}", hint="leave --source out")
-        names = sorted({*a.weights, *b.weights}, key=natural)
         if resources.source_check:
-            meter.begin("checking", sum(shard.size for shard in raw[0].index.shards))
-            source_record.check(raw[0].index, meter.add)
+            meter.begin("checking", sum(shard.size for shard in index.shards))
+            source_record.check(index, meter.add)
         meter.begin("comparing", sum(weight.nbytes for weight in a.weights.values()))
         tied = text_config(config).get("tie_word_embeddings") is True
-        stated = config.get("quantization_config")
         symmetric = isinstance(stated, dict) and (stated.get("sym") is True or stated.get("quant_method") == "compressed-tensors")
         room = (memory_plan.default_budget() if budget is None else budget) - memory.resident() - memory_plan.MARGIN
-        for name in names:
+        for name in sorted({*a.weights, *b.weights}, key=natural):
             first, second = a.weights.get(name), b.weights.get(name)
             if first is None or second is None:
                 verdict.problems += _lonely(name, first is None, tied)
-            elif (wanted := _recorded(name, first.shape)) != second.shape:
-                verdict.problems.append(f"{printable(name)} is {list(second.shape)}, and {list(wanted)} in the source")
+            elif (shape := _recorded(name, first.shape)) != second.shape:
+                verdict.problems.append(f"{printable(name)} is {list(second.shape)}, and {list(shape)} in the source")
             else:
-                _judge(name, first, rounded[name], second, (a, b), symmetric, room, verdict)
+                _judge(name, first, rounded[name], second, sides, symmetric, room, verdict)
             meter.add(first.nbytes if first is not None else 0)
-        for side in sides:
-            for shard in side.index.shards:
-                shard.check_unchanged()
-    finally:
-        for side in sides:
-            side.index.close()
     if isinstance(stated, dict) and stated.get("quant_method") == "awq" and verdict.problems:
         verdict.warnings.append("AutoAWQ rescales input features and the norms before them: its weights are not the source's own")
 
@@ -164,13 +150,12 @@ def _judge(
         verdict.encoded += isinstance(b, SourceTensor)
         return
     file = sides[1].index.shards[b.pieces[0].shard].path.name
-    relative = found.largest / found.peak if found.peak else 0.0
-    verdict.errors.append(TensorError(file, name, found.rows, found.largest, relative, found.snr()))
+    verdict.errors.append(TensorError(file, name, found.rows, found.largest, found.relative(), found.snr()))
     if wrong := found.wrong():
         verdict.problems.append(f"{file}: {printable(name)}{wrong}; largest error {found.largest:.3g}, SNR {found.snr():.1f} dB")
 
 
-def _compare(name: str, a: Weight, b: Weight, sides: tuple[Side, Side], form: Format | None, room: int) -> _Found:
+def _compare(name: str, a: Weight, b: Weight, sides: tuple[Side, Side], form: Format | None, room: int) -> _Compared:
     cols = b.cols
     unit = math.lcm(a.row_align, b.row_align, form.per_row if form is not None and not form.scale else 1)
     scratch = sum(-(-weight.scratch_row_bytes // max(1, cols)) for weight in (a, b))
@@ -179,7 +164,7 @@ def _compare(name: str, a: Weight, b: Weight, sides: tuple[Side, Side], form: Fo
         need = -(-(unit * cols * (_ELEMENT + scratch) + memory.resident() + memory_plan.MARGIN) // memory.MIB) + 2
         raise BudgetError(f"{printable(name)} does not fit into the memory budget", hint=f"--memory-budget {need}MiB")
     step = max(unit, min(_BLOCK, room // (_ELEMENT + scratch)) // max(1, cols) // unit * unit)
-    found = _Found(rows=b.rows, count=b.rows * cols)
+    found = _Compared(rows=b.rows, count=b.rows * cols)
     for start in range(0, b.rows, step):
         stop = min(start + step, b.rows)
         raw = [read_elements(w, side.index.shards, start * cols, stop * cols) for w, side in zip((a, b), sides, strict=True)]
@@ -192,7 +177,7 @@ def _compare(name: str, a: Weight, b: Weight, sides: tuple[Side, Side], form: Fo
     return found
 
 
-def _block(found: _Found, want: Floats, got: Floats, start: int, form: Format | None, eps: float) -> None:
+def _block(found: _Compared, want: Floats, got: Floats, start: int, form: Format | None, eps: float) -> None:
     fine = np.isfinite(want)
     found.odd += int((fine & ~np.isfinite(got)).sum())
     same = ~fine & ((want == got) | (np.isnan(want) & np.isnan(got)))

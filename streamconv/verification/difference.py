@@ -5,6 +5,7 @@ Both sides are streamed in blocks of elements, a quantized weight as float32 val
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -100,35 +101,42 @@ def compare(a: str, b: str, budget: int | None = None, meter: Meter | None = Non
     Raises:
         CheckpointError, HubError: one cannot be read. BudgetError: its largest row does not fit.
     """
-    sides = opened(a, b, budget)
-    made = Comparison(warnings=[f"{side.note}; it is compared as it is stored" for side in sides if side.note])
     meter = meter or Meter(unwatched)
-    meter.begin("comparing", sum(weight.nbytes for name, weight in sides[0].weights.items() if name in sides[1].weights))
-    try:
+    with opened(a, b, budget) as sides:
+        comparison = Comparison(warnings=[f"{side.note}; it is compared as it is stored" for side in sides if side.note])
+        meter.begin("comparing", sum(weight.nbytes for name, weight in sides[0].weights.items() if name in sides[1].weights))
         step = _Steps(sides, budget)
-        for name, first, second in _pairs(*sides, made):
-            made.tensors.append(_compared(name, first, second, sides, step, meter))
+        for name, first, second in _pairs(*sides, comparison):
+            comparison.tensors.append(_compared(name, first, second, sides, step, meter))
+    meter.end()
+    return comparison
+
+
+@contextlib.contextmanager
+def opened(a: str, b: str, budget: int | None) -> Iterator[tuple[Side, Side]]:
+    """Both sides, closed afterwards; where no name is on both, under the names of Hugging Face.
+
+    Raises:
+        SourceChangedError: at the end, if a file has changed meanwhile.
+    """
+    try:
+        with memory.bounded(budget):
+            sides = open_sides(a, b)
+            if not any(name in sides[1].weights for name in sides[0].weights):
+                sides = settled(sides[0]), settled(sides[1])
+    except BudgetError as error:
+        told = sum(description_size(Path(side)) for side in (a, b))
+        enough = memory.resident() + loading(*KERNELS) + memory_plan.MARGIN + _BLOCK * ELEMENT + _HEADERS * told
+        error.hint = f"a budget of {-(-enough // memory.MIB)}MiB is enough to begin"
+        raise
+    try:
+        yield sides
         for side in sides:
             for shard in side.index.shards:
                 shard.check_unchanged()
     finally:
         for side in sides:
             side.index.close()
-    meter.end()
-    return made
-
-
-def opened(a: str, b: str, budget: int | None) -> tuple[Side, Side]:
-    try:
-        with memory.bounded(budget):
-            sides = open_sides(a, b)
-            alike = any(name in sides[1].weights for name in sides[0].weights)
-            return sides if alike else (settled(sides[0]), settled(sides[1]))
-    except BudgetError as error:
-        told = sum(description_size(Path(side)) for side in (a, b))
-        enough = memory.resident() + loading(*KERNELS) + memory_plan.MARGIN + _BLOCK * ELEMENT + _HEADERS * told
-        error.hint = f"a budget of {-(-enough // memory.MIB)}MiB is enough to begin"
-        raise
 
 
 def _pairs(a: Side, b: Side, made: Comparison) -> Iterator[tuple[str, Weight | None, Weight | None]]:

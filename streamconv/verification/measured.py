@@ -18,7 +18,34 @@ ELEMENT = 96
 
 
 @dataclass(slots=True)
-class Error:
+class Distance:
+    """How far values are from those that they stand for.
+
+    Attributes:
+        signal, noise: sums of the squares of what is meant, and of the errors.
+        peak, largest: the largest absolute value that is meant, and the largest error.
+    """
+
+    signal: float = 0.0
+    noise: float = 0.0
+    peak: float = 0.0
+    largest: float = 0.0
+
+    def snr(self) -> float:
+        """Signal to noise in dB."""
+        return decibels(self.signal, self.noise)
+
+    def relative(self) -> float:
+        return self.largest / self.peak if self.peak else 0.0
+
+
+def decibels(signal: float, noise: float) -> float:
+    """Of sums of squares."""
+    return math.inf if not noise else 10 * math.log10(signal / noise) if signal else -math.inf
+
+
+@dataclass(slots=True)
+class Error(Distance):
     """How rows of a matrix compare with their source; elements that are not finite on either side count in `odd` and `wrong` only.
 
     Attributes:
@@ -29,10 +56,6 @@ class Error:
     """
 
     rows: int = 0
-    largest: float = 0.0
-    noise: float = 0.0
-    signal: float = 0.0
-    peak: float = 0.0
     within: bool = True
     wrong: int = 0
     reached: float = 0.0
@@ -58,21 +81,9 @@ class Error:
         self.signal += float((want**2).sum())
         self.peak = max(self.peak, float(want.abs().max()))
 
-    def snr(self) -> float:
-        """Signal to noise in dB."""
-        return self._snr(self.noise)
-
     def best(self) -> float:
         """What our own encoding reaches on the same rows, dB."""
-        return self._snr(self.reached)
-
-    def relative(self) -> float:
-        return self.largest / self.peak if self.peak else 0.0
-
-    def _snr(self, noise: float) -> float:
-        if noise == 0:
-            return math.inf
-        return 10 * math.log10(self.signal / noise) if self.signal else -math.inf
+        return decibels(self.signal, self.reached)
 
 
 def smallest(plan: Plan) -> int:
