@@ -108,15 +108,14 @@ def _planned(
     budget: int | None,
 ) -> tuple[Index, Plan]:
     """The plan of the output; where config.json leaves the GPU generation open, the one whose layout decodes best."""
-    if not foreign:
-        index, plan = open_and_plan(source, choices[0], budget)
-        return stack.enter_context(contextlib.closing(index)), plan
     made: list[tuple[float, Index, Plan]] = []
     refused: StreamconvError | None = None
     for options in choices:
         try:
             index, plan = open_and_plan(source, options, budget)
         except RefusedError as error:  # a generation that this release does not know, or a source for something else
+            if not foreign:
+                raise
             refused = error
             continue
         stack.enter_context(contextlib.closing(index))

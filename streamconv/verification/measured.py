@@ -106,19 +106,28 @@ def measure(
         rows: matrix -> ranges of its rows, ascending; more is done where rows belong together.
         memory: working memory to use.
     """
+    from streamconv.run.read import read_rows
+
     errors: dict[int, Error] = {}
     for span in plan.spans:
         step = max(span.align, memory // (span.source.cols * ELEMENT) // span.align * span.align)
         for dest in span.dests:
-            for start, stop in _source_rows(span, dest, rows.get(dest.matrix, ())):
-                for at in range(start, stop, step):
-                    _block(plan, span, dest, at, min(at + step, stop), shards, files, results, errors)
+            matrix = plan.matrices[dest.matrix]
+            ranges = _source_rows(span, dest, rows.get(dest.matrix, ()))
+            for start, stop in ((at, min(at + step, stop)) for start, stop in ranges for at in range(start, stop, step)):
+                buffer, scratch = (np.empty((stop - start) * size, np.uint8) for size in (span.row_bytes, span.scratch_row_bytes))
+                block, count = read_rows(shards, span, start, stop, buffer, scratch), span.op.out_rows(stop - start)
+                whole = torch.from_numpy(block).view(getattr(torch, span.source.dtype.torch)).reshape(count, span.source.cols)
+                codec = matrix.codec.bind(results, span.source.name)
+                got = decoded(plan, dest, span.op.out_rows(start - span.start), count, files, codec)
+                part = torch.cat([whole[:, left:right] for left, right in dest.cols], 1)
+                errors.setdefault(dest.matrix, Error()).add(codec, part, got, matrix.cols)
     return errors
 
 
 def _source_rows(span: RowRange, dest: Destination, rows: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """Row ranges of a matrix as source rows of a span, whole blocks of rows."""
-    found: list[tuple[int, int]] = []
+    ranges: list[tuple[int, int]] = []
     count = span.op.out_rows(span.stop - span.start)
     for first, last in rows:
         low, high = max(first - dest.row, 0), min(last - dest.row, count)
@@ -126,34 +135,11 @@ def _source_rows(span: RowRange, dest: Destination, rows: Sequence[tuple[int, in
             continue
         low, high = span.op.source_rows(low) // span.align, -(-span.op.source_rows(high) // span.align)
         start, stop = span.start + low * span.align, min(span.start + high * span.align, span.stop)
-        if found and start < found[-1][1]:
-            start = found[-1][1]
+        if ranges and start < ranges[-1][1]:
+            start = ranges[-1][1]
         if start < stop:
-            found.append((start, stop))
-    return found
-
-
-def _block(
-    plan: Plan,
-    span: RowRange,
-    dest: Destination,
-    start: int,
-    stop: int,
-    shards: Sequence[Shard],
-    files: Sequence[Shard],
-    results: ReductionResults,
-    errors: dict[int, Error],
-) -> None:
-    from streamconv.run.read import read_rows
-
-    buffer, spare = (np.empty((stop - start) * size, np.uint8) for size in (span.row_bytes, span.scratch_row_bytes))
-    block = read_rows(shards, span, start, stop, buffer, spare)
-    rows = span.op.out_rows(stop - start)
-    whole = torch.from_numpy(block).view(getattr(torch, span.source.dtype.torch)).reshape(rows, span.source.cols)
-    codec = plan.matrices[dest.matrix].codec.bind(results, span.source.name)
-    got = decoded(plan, dest, span.op.out_rows(start - span.start), rows, files, codec)
-    part = torch.cat([whole[:, a:b] for a, b in dest.cols], 1)
-    errors.setdefault(dest.matrix, Error()).add(codec, part, got, plan.matrices[dest.matrix].cols)
+            ranges.append((start, stop))
+    return ranges
 
 
 def decoded(plan: Plan, dest: Destination, skipped: int, rows: int, files: Sequence[Shard], codec: Codec | None = None) -> Any:
