@@ -114,7 +114,7 @@ def measure(
         for dest in span.dests:
             matrix = plan.matrices[dest.matrix]
             ranges = _source_rows(span, dest, rows.get(dest.matrix, ()))
-            for start, stop in ((at, min(at + step, stop)) for start, stop in ranges for at in range(start, stop, step)):
+            for start, stop in [(at, min(at + step, last)) for first, last in ranges for at in range(first, last, step)]:
                 buffer, scratch = (np.empty((stop - start) * size, np.uint8) for size in (span.row_bytes, span.scratch_row_bytes))
                 block, count = read_rows(shards, span, start, stop, buffer, scratch), span.op.out_rows(stop - start)
                 whole = torch.from_numpy(block).view(getattr(torch, span.source.dtype.torch)).reshape(count, span.source.cols)
