@@ -6,20 +6,16 @@ channel is kept in that order: those of even channels, then those of odd ones.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
-from streamconv.kernels.jit import bits_of, float_of, jit
+from streamconv.kernels.jit import Array, bits_of, float_of, jit
 from streamconv.kernels.nearest import from_f16, load_bits, round_bits
 from streamconv.kernels.rows import to_f16
 from streamconv.kernels.scaled_code import load_finite, to_int
 
-_Array = np.ndarray[Any, Any]
-
 
 @jit
-def awq_pack(pairs: _Array, out: _Array) -> None:
+def awq_pack(pairs: Array, out: Array) -> None:
     """Codes of two channels in each number, 16 bits apart -> words of 8 channels: 0 2 4 6 1 3 5 7, the first in the lowest bits."""
     words = out.view(np.uint32)
     for i in range(words.size):
@@ -30,7 +26,7 @@ def awq_pack(pairs: _Array, out: _Array) -> None:
 
 @jit
 def awq_steps(
-    low: _Array, high: _Array, zeros: _Array, steps: _Array, scale_kind: int, divisor: np.float32, least: np.float32, symmetric: bool
+    low: Array, high: Array, zeros: Array, steps: Array, scale_kind: int, divisor: np.float32, least: np.float32, symmetric: bool
 ) -> int:
     """Steps and zero points of a group, from its ends; gives how many steps are no float16."""
     for i in range(low.size):
@@ -47,7 +43,7 @@ def awq_steps(
 
 
 @jit
-def widen_ends(line: _Array, low: _Array, high: _Array) -> None:
+def widen_ends(line: Array, low: Array, high: Array) -> None:
     """The ends of each column so far and a row more, by bits of the stored type: of those with a sign the largest are the least values."""
     sign = line.dtype.type(1 << (8 * line.itemsize - 1))
     for i in range(line.size):
@@ -55,7 +51,7 @@ def widen_ends(line: _Array, low: _Array, high: _Array) -> None:
 
 
 @jit
-def as_ends(ends: _Array, kind: int, flip: int, out: _Array) -> np.uint32:
+def as_ends(ends: Array, kind: int, flip: int, out: Array) -> np.uint32:
     """Bits of a type -> float32 of even columns, then of odd ones; gives the largest magnitude's bits."""
     half, top = ends.size // 2, np.uint32(0)
     for i in range(ends.size):
@@ -75,7 +71,7 @@ def awq_code(b: np.uint32, step: np.float32, zero: np.uint32) -> np.uint32:
 
 
 @jit
-def awq_codes(words: _Array, packed: bool, steps: _Array, zeros: _Array, out: _Array) -> None:
+def awq_codes(words: Array, packed: bool, steps: Array, zeros: Array, out: Array) -> None:
     """A row -> codes of two channels in each number, 16 bits apart. `packed`: as in `each_pair`."""
     half = np.uint64(out.size)
     if packed:
@@ -92,7 +88,7 @@ def awq_codes(words: _Array, packed: bool, steps: _Array, zeros: _Array, out: _A
 
 @jit
 def awq_rows(
-    source: _Array, start: int, stride: int, rows: int, cols: int, out: _Array, zero: _Array, scales: _Array,
+    source: Array, start: int, stride: int, rows: int, cols: int, out: Array, zero: Array, scales: Array,
     kind: int, scale_kind: int, group: int, divisor: np.float32, least: np.float32, symmetric: bool,
 ) -> tuple[int, int]:  # fmt: skip
     """Groups of rows -> packed codes, packed zero points, scales; gives how many values, and how many scales, were not finite."""
@@ -134,7 +130,7 @@ def awq_rows(
 
 
 @jit
-def awq_given_rows(source: _Array, start: int, stride: int, rows: int, cols: int, out: _Array) -> int:
+def awq_given_rows(source: Array, start: int, stride: int, rows: int, cols: int, out: Array) -> int:
     """Signed integers from -8 to 7 -> packed codes."""
     codes = np.empty(cols // 2, np.uint32)
     for r in range(rows):
@@ -148,7 +144,7 @@ def awq_given_rows(source: _Array, start: int, stride: int, rows: int, cols: int
 
 @jit
 def awq_scale_rows(
-    source: _Array, start: int, stride: int, rows: int, cols: int, scales: _Array, zero: _Array, kind: int
+    source: Array, start: int, stride: int, rows: int, cols: int, scales: Array, zero: Array, kind: int
 ) -> int:  # fmt: skip
     """Scales -> float16, and zero points of 8; gives how many became infinite."""
     bits, lost = np.empty(cols, np.uint32), 0

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
-from streamconv.kernels.jit import jit
+from streamconv.kernels.jit import Array, jit
 from streamconv.kernels.nearest import load_bits, round_bits
 from streamconv.kernels.rows import BLOCK, as_bf16, as_f16, as_f32, each, magnitude
 
-_Array = np.ndarray[Any, Any]
-
 
 @jit
-def cast_rows(source: _Array, start: int, stride: int, rows: int, cols: int, out: _Array, kind: int, target: int, via: int) -> int:
+def cast_rows(source: Array, start: int, stride: int, rows: int, cols: int, out: Array, kind: int, target: int, via: int) -> int:
     """Cast rows, rounding to type `via` before if it is not 0; gives how many finite values became infinite."""
     bits = np.empty(min(cols, BLOCK), np.uint32)
     # the smallest float32 that rounds to infinity in the target; float16 is the narrowest
@@ -41,7 +37,7 @@ def cast_rows(source: _Array, start: int, stride: int, rows: int, cols: int, out
 
 
 @jit
-def store(line: _Array, kind: int, target: int, out: _Array) -> None:
+def store(line: Array, kind: int, target: int, out: Array) -> None:
     """A row of type `kind` rounded to type `target`."""
     if target == 0:
         each(as_f32, line, kind, np.float32(0), out)

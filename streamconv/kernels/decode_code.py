@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
-from streamconv.kernels.jit import bits_of, float_of, jit
+from streamconv.kernels.jit import Array, bits_of, float_of, jit
 from streamconv.kernels.rows import to_bf16, to_f16
-
-_Array = np.ndarray[Any, Any]
 
 CODES = {"e4m3": 0, "int8": 1, "uint8": 2, "e2m1": 3, "uint4": 4}
 """Numbers of the codes of `stored_codes`."""
 
 
 @jit
-def spread(few: _Array, each: int, many: _Array) -> None:
+def spread(few: Array, each: int, many: Array) -> None:
     """Every number `each` times, the last one as often as there is room for."""
     for g in range(few.size):
         many[g * each : (g + 1) * each] = few[g]
@@ -45,7 +41,7 @@ def from_e2m1(code: np.uint32) -> np.float32:
 
 
 @jit
-def values_of(codes: _Array, code: int, line: _Array) -> None:
+def values_of(codes: Array, code: int, line: Array) -> None:
     """What the codes of a row stand for."""
     if code == 0:
         for i in range(codes.size):
@@ -69,8 +65,8 @@ def values_of(codes: _Array, code: int, line: _Array) -> None:
 
 @jit
 def decode_rows(
-    codes: _Array, code: int, scales: _Array, zeros: _Array, inputs: _Array, first: int, per_row: int, per_col: int,
-    rows: int, cols: int, target: int, out: _Array,
+    codes: Array, code: int, scales: Array, zeros: Array, inputs: Array, first: int, per_row: int, per_col: int,
+    rows: int, cols: int, target: int, out: Array,
 ) -> None:  # fmt: skip
     """out[r, c] = (value of codes[r, c] - zeros[r, c // per_col]) * scales[(first + r) // per_row, c // per_col], rounded once.
 

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from streamconv.kernels.fp8_code import to_e4m3
-from streamconv.kernels.jit import bits_of, float_of, jit
+from streamconv.kernels.jit import Array, bits_of, float_of, jit
 from streamconv.kernels.nearest import round_bits
 from streamconv.kernels.pairs_code import each_pair, pairs_of, spread
 from streamconv.kernels.rows import RUN, each_run
 from streamconv.kernels.scaled_code import load_finite
 from streamconv.kernels.small_groups_code import mx_inverses, run_tops
-
-_Array = np.ndarray[Any, Any]
 
 
 @jit
@@ -44,14 +40,14 @@ def e2m1_product(bits: np.uint32, by: np.float32) -> np.uint8:
 
 
 @jit
-def nibbles(codes: _Array, out: _Array) -> None:
+def nibbles(codes: Array, out: Array) -> None:
     """Pairs of codes (as uint16), the even column's in the low nibble."""
     for i in range(codes.size):
         out[i] = np.uint8(codes[i] | (codes[i] >> np.uint16(4)))
 
 
 @jit
-def lifts_of(tops: _Array, exponents: _Array, lifts: _Array) -> bool:
+def lifts_of(tops: Array, exponents: Array, lifts: Array) -> bool:
     """What bits of bfloat16 lose when the value is divided by its group's power of two; False where exponent bits alone do not do that.
 
     A group of zeros keeps its bits. Below 2 ** -124 a value may be subnormal, above 2 ** 15 its quotient may vanish, and then its sign.
@@ -65,7 +61,7 @@ def lifts_of(tops: _Array, exponents: _Array, lifts: _Array) -> bool:
 
 
 @jit
-def e2m1_of_bf16(line: _Array, lifts: _Array, codes: _Array) -> None:
+def e2m1_of_bf16(line: Array, lifts: Array, codes: Array) -> None:
     """Codes of bfloat16 values divided by powers of two, 16 to a vector: nothing is widened."""
     for g in range(lifts.size):
         values, made, lift = line[g * RUN : (g + 1) * RUN], codes[g * RUN : (g + 1) * RUN], lifts[g]
@@ -81,7 +77,7 @@ def e2m1_of_bf16(line: _Array, lifts: _Array, codes: _Array) -> None:
 
 @jit
 def mx_fp4_rows(
-    source: _Array, start: int, stride: int, rows: int, cols: int, out: _Array, scales: _Array,
+    source: Array, start: int, stride: int, rows: int, cols: int, out: Array, scales: Array,
     kind: int, read_as: int, ceiling: bool,
 ) -> int:  # fmt: skip
     """Rows -> codes and exponent bytes; gives how many values were not finite."""
@@ -106,7 +102,7 @@ def mx_fp4_rows(
 
 
 @jit
-def nvfp4_scales(tops: _Array, kind: int, shared: np.float32, divisor: bool, codes: _Array, steps: _Array) -> None:
+def nvfp4_scales(tops: Array, kind: int, shared: np.float32, divisor: bool, codes: Array, steps: Array) -> None:
     """Largest magnitudes of blocks -> e4m3 scales, and what values are divided by."""
     if divisor:
         for g in range(steps.size):
@@ -127,7 +123,7 @@ def nvfp4_scales(tops: _Array, kind: int, shared: np.float32, divisor: bool, cod
 
 @jit
 def nvfp4_rows(
-    source: _Array, start: int, stride: int, rows: int, cols: int, out: _Array, scales: _Array,
+    source: Array, start: int, stride: int, rows: int, cols: int, out: Array, scales: Array,
     kind: int, step_kind: int, shared: np.float32, divisor: bool,
 ) -> int:  # fmt: skip
     """Rows -> codes and e4m3 block scales; gives how many values were not finite."""

@@ -6,12 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from streamconv.kernels.jit import bits_of, float_of, jit
+from streamconv.kernels.jit import Array, bits_of, float_of, jit
 from streamconv.kernels.nearest import load_bits, round_bits
 from streamconv.kernels.rows import BLOCK, each, magnitude
 from streamconv.kernels.scale_code import divide, scale_from, store_scale
-
-_Array = np.ndarray[Any, Any]
 
 
 @jit
@@ -29,7 +27,7 @@ def to_e4m3(value: np.float32) -> np.uint8:
 
 
 @jit
-def repair(bits: _Array) -> int:
+def repair(bits: Array) -> int:
     """NaN becomes 0, infinity stays; gives how many there were of both."""
     bad = 0
     for i in range(bits.size):
@@ -52,7 +50,7 @@ def e4m3_product(b: np.uint32, factor: np.float32) -> Any:
 
 
 @jit
-def rounded_quotients(bits: _Array, scale: np.float32, quotient: int, out: _Array) -> None:
+def rounded_quotients(bits: Array, scale: np.float32, quotient: int, out: Array) -> None:
     """e4m3(value / scale), the quotient rounded to type `quotient` first; `bits` is lost."""
     divide(bits, scale, quotient, bits.view(np.float32))
     for i in range(bits.size):
@@ -60,7 +58,7 @@ def rounded_quotients(bits: _Array, scale: np.float32, quotient: int, out: _Arra
 
 
 @jit
-def finite_top(bits: _Array) -> np.uint32:
+def finite_top(bits: Array) -> np.uint32:
     """Largest finite magnitude."""
     top = np.uint32(0)
     for i in range(bits.size):
@@ -71,13 +69,13 @@ def finite_top(bits: _Array) -> np.uint32:
 
 @jit
 def fp8_rows(
-    source: _Array,
+    source: Array,
     start: int,
     stride: int,
     rows: int,
     cols: int,
-    out: _Array,
-    scales: _Array,
+    out: Array,
+    scales: Array,
     kind: int,
     model: int,
     scale_kind: int,
@@ -123,7 +121,7 @@ def fp8_rows(
 
 
 @jit
-def fp8_tensor_rows(source: _Array, start: int, stride: int, rows: int, cols: int, out: _Array, kind: int, scale: np.float32) -> int:
+def fp8_tensor_rows(source: Array, start: int, stride: int, rows: int, cols: int, out: Array, kind: int, scale: np.float32) -> int:
     """Rows -> e4m3 bytes by one scale; gives how many values were NaN or infinite."""
     bits = np.empty(min(cols, BLOCK), np.uint32)
     bad = 0
@@ -142,7 +140,7 @@ def fp8_tensor_rows(source: _Array, start: int, stride: int, rows: int, cols: in
 
 
 @jit
-def finite_maximum(source: _Array, kind: int) -> np.uint32:
+def finite_maximum(source: Array, kind: int) -> np.uint32:
     """Bits of type `kind` (0 float32, 1 float16, 2 bfloat16) of the largest finite magnitude."""
     limit = np.uint32(0x7F800000) if kind == 0 else np.uint32(0x7C00) if kind == 1 else np.uint32(0x7F80)
     mask = np.uint32(0x7FFFFFFF) if kind == 0 else np.uint32(0x7FFF)

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
-from streamconv.kernels.jit import jit
+from streamconv.kernels.jit import Array, jit
 from streamconv.kernels.nearest import load_bits, nonfinite, round_bits
 from streamconv.kernels.rows import to_bf16, to_f16
-
-_Array = np.ndarray[Any, Any]
 
 
 @jit
 def group_rows(
-    data: _Array,
+    data: Array,
     start: int,
     stride: int,
     rows: int,
     n: int,
-    scales: _Array,
-    zeros: _Array,
+    scales: Array,
+    zeros: Array,
     kind: int,
     target: int,
     bits_each: int,

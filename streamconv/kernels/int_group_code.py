@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
-from streamconv.kernels.jit import bits_of, float_of, jit
+from streamconv.kernels.jit import Array, bits_of, float_of, jit
 from streamconv.kernels.nearest import round_bits
 from streamconv.kernels.pairs_code import each_pair, group_steps, int4_pair, int8_pair, pairs_of, spread, tops_of
 from streamconv.kernels.scaled_code import load_finite
 
-_Array = np.ndarray[Any, Any]
-
 
 @jit
-def divide_groups(bits: _Array, group: int, steps: _Array, kind: int) -> None:
+def divide_groups(bits: Array, group: int, steps: Array, kind: int) -> None:
     """value / step, rounded to a type."""
     for g in range(steps.size):
         for i in range(np.uint64(g * group), np.uint64((g + 1) * group)):
@@ -25,7 +21,7 @@ def divide_groups(bits: _Array, group: int, steps: _Array, kind: int) -> None:
 
 @jit
 def int_group_rows(
-    source: _Array, start: int, stride: int, rows: int, cols: int, out: _Array, scales: _Array,
+    source: Array, start: int, stride: int, rows: int, cols: int, out: Array, scales: Array,
     kind: int, scale_kind: int, quotient: int, width: int, group: int,
     divisor: np.float32, zero: np.float32, floor: np.float32, form: int,
 ) -> int:  # fmt: skip

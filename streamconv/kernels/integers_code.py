@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
-from streamconv.kernels.jit import bits_of, jit
+from streamconv.kernels.jit import Array, bits_of, jit
 from streamconv.kernels.rows import to_bf16, to_f16
-
-_Array = np.ndarray[Any, Any]
 
 
 @jit
-def decode_affine(codes: _Array, scales: _Array, zeros: _Array, per_col: int, target: int, out: _Array) -> None:
+def decode_affine(codes: Array, scales: Array, zeros: Array, per_col: int, target: int, out: Array) -> None:
     """out[n, k] = codes[n, k] * scales[g, n] + zeros[g, n] with g = k // per_col, in float64, rounded once to float32 and once to out.
 
     Args:
@@ -36,7 +32,7 @@ def decode_affine(codes: _Array, scales: _Array, zeros: _Array, per_col: int, ta
 
 @jit
 def decode_integers(
-    codes: _Array, scales: _Array, zeros: _Array, groups: _Array, middle: int, target: int, out: _Array
+    codes: Array, scales: Array, zeros: Array, groups: Array, middle: int, target: int, out: Array
 ) -> None:
     """out[n, k] = (codes[n, k] + middle - zeros[g, n]) * scales[g, n] with g = groups[k], rounded once.
 
@@ -61,7 +57,7 @@ def decode_integers(
 
 
 @jit
-def decode_turned(codes: _Array, values: _Array, scales: _Array, rows: int, cols: int, target: int, out: _Array) -> None:
+def decode_turned(codes: Array, values: Array, scales: Array, rows: int, cols: int, target: int, out: Array) -> None:
     """out[k, n] = values[code] * 2^(scales[n, k // 32] - 127), rounded once.
 
     Args:

@@ -13,6 +13,7 @@ from llvmlite import binding
 
 from streamconv.kernels.cache import Code, kept
 
+Array = np.ndarray[Any, Any]
 _WORD, _ADDRESS = ctypes.c_int64, ctypes.c_void_p
 _C = {"int": _WORD, "bool": ctypes.c_bool, "float": ctypes.c_double} | {
     name: getattr(ctypes, f"c_{name}") for name in (f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))

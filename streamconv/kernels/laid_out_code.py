@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
-from streamconv.kernels.jit import jit
-
-_Array = np.ndarray[Any, Any]
+from streamconv.kernels.jit import Array, jit
 
 
 @jit
-def unpack_rows(stored: _Array, bits: int, biased: bool, order: _Array, k: int, out: _Array, first: int, stride: int) -> None:
+def unpack_rows(stored: Array, bits: int, biased: bool, order: Array, k: int, out: Array, first: int, stride: int) -> None:
     """Signed integers of whole records, one channel after the other; a channel begins `stride` after the one before, the first at `first`.
 
     Args:

@@ -5,13 +5,9 @@ Everything works on uint32 (numba would widen each sum to 64 bits, which halves 
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
-from streamconv.kernels.jit import bits_of, float_of, jit
-
-_Array = np.ndarray[Any, Any]
+from streamconv.kernels.jit import Array, bits_of, float_of, jit
 
 
 @jit
@@ -47,7 +43,7 @@ def from_f16(h: np.uint32) -> np.uint32:
 
 
 @jit
-def round_bits(kind: int, bits: _Array) -> np.uint32:
+def round_bits(kind: int, bits: Array) -> np.uint32:
     """Round a row in place to type `kind` (0 float32, 1 float16, 2 bfloat16); gives the largest magnitude."""
     top = np.uint32(0)
     if kind == 1:
@@ -67,7 +63,7 @@ def round_bits(kind: int, bits: _Array) -> np.uint32:
 
 
 @jit
-def load_bits(source: _Array, kind: int, bits: _Array) -> np.uint32:
+def load_bits(source: Array, kind: int, bits: Array) -> np.uint32:
     """One row of type `kind` -> float32 bit patterns; gives the largest magnitude, above or at 0x7F800000 if it is not finite."""
     top = np.uint32(0)
     if kind == 2:
@@ -89,7 +85,7 @@ def load_bits(source: _Array, kind: int, bits: _Array) -> np.uint32:
 
 
 @jit
-def nonfinite(bits: _Array) -> np.int64:
+def nonfinite(bits: Array) -> np.int64:
     """How many values are NaN or infinite."""
     count = np.int64(0)
     for i in range(bits.size):

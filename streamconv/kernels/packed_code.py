@@ -5,17 +5,13 @@ A and D share the order inside a block: eight words hold channels i, i+8 (int8) 
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
-from streamconv.kernels.jit import jit
-
-_Array = np.ndarray[Any, Any]
+from streamconv.kernels.jit import Array, jit
 
 
 @jit
-def int8_rows(q: _Array, start: int, stride: int, rows: int, cols: int, out: _Array, family: int) -> None:
+def int8_rows(q: Array, start: int, stride: int, rows: int, cols: int, out: Array, family: int) -> None:
     """Rows of int8 (as uint8) -> layout bytes (`out` as uint16)."""
     flip = np.uint16(0) if family == 2 else np.uint16(0x8080)
     for r in range(rows):
@@ -34,7 +30,7 @@ def int8_rows(q: _Array, start: int, stride: int, rows: int, cols: int, out: _Ar
 
 
 @jit
-def int4_rows(q: _Array, start: int, stride: int, rows: int, cols: int, out: _Array, family: int) -> None:
+def int4_rows(q: Array, start: int, stride: int, rows: int, cols: int, out: Array, family: int) -> None:
     """Rows of int8 in -8..7 (as uint8) -> layout bytes (`out` as uint16, four nibbles each)."""
     low, flip = np.uint16(15), np.uint16(0x8888)
     for r in range(rows):
@@ -65,7 +61,7 @@ def int4_rows(q: _Array, start: int, stride: int, rows: int, cols: int, out: _Ar
 
 
 @jit
-def paired_rows(q: _Array, start: int, stride: int, rows: int, cols: int, out: _Array) -> None:
+def paired_rows(q: Array, start: int, stride: int, rows: int, cols: int, out: Array) -> None:
     """Rows of int8 in -8..7 (as uint8) -> two neighbouring rows in a byte, the even one in the low nibble."""
     for pair in range(rows // 2):
         even, at = start + 2 * pair * stride, pair * cols

@@ -10,16 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from streamconv.kernels.jit import bits_of, float_of, jit
+from streamconv.kernels.jit import Array, bits_of, float_of, jit
 from streamconv.kernels.nearest import round_bits
 from streamconv.kernels.scale_code import store_scale
 from streamconv.kernels.scaled_code import load_finite
 
-_Array = np.ndarray[Any, Any]
-
 
 @jit
-def each_pair(what: Any, words: _Array, packed: bool, steps: _Array, half: np.float32, offset: np.float32, out: _Array) -> None:
+def each_pair(what: Any, words: Array, packed: bool, steps: Array, half: np.float32, offset: np.float32, out: Array) -> None:
     """out = what(float32 bits of an even column, of the odd one after it, the pair's step, half, offset).
 
     Args:
@@ -41,13 +39,13 @@ def larger(even: np.uint32, odd: np.uint32, step: np.float32, half: np.float32, 
 
 
 @jit
-def halve(tops: _Array, count: int, out: _Array) -> None:
+def halve(tops: Array, count: int, out: Array) -> None:
     for i in range(count):
         out[i] = max(tops[2 * i], tops[2 * i + 1])
 
 
 @jit
-def group_tops(tops: _Array, each: int, other: _Array) -> _Array:
+def group_tops(tops: Array, each: int, other: Array) -> Array:
     """The largest of each `each` numbers, at the beginning of an array: one of the two given, both of which are overwritten."""
     count = tops.size
     while each % 2 == 0:
@@ -64,7 +62,7 @@ def group_tops(tops: _Array, each: int, other: _Array) -> _Array:
 
 
 @jit
-def tops_of(line: _Array, group: int, tops: _Array) -> None:
+def tops_of(line: Array, group: int, tops: Array) -> None:
     """Largest magnitude of each group of a row of float32 bits, or of bfloat16 numbers, as float32 bits."""
     mask = line.dtype.type(0x7FFFFFFF if line.itemsize == 4 else 0x7FFF)
     for g in range(line.size // group):
@@ -75,7 +73,7 @@ def tops_of(line: _Array, group: int, tops: _Array) -> None:
 
 
 @jit
-def group_tops_of(line: _Array, words: _Array, packed: bool, each: int, tops: _Array, other: _Array) -> Any:
+def group_tops_of(line: Array, words: Array, packed: bool, each: int, tops: Array, other: Array) -> Any:
     """The largest magnitude of each `each` pairs, at the beginning of `tops` or `other`."""
     if each >= 32:
         tops_of(line, 2 * each, tops)
@@ -86,7 +84,7 @@ def group_tops_of(line: _Array, words: _Array, packed: bool, each: int, tops: _A
 
 
 @jit
-def pairs_of(line: _Array, kind: int, each: int, bits: _Array, tops: _Array, other: _Array) -> Any:
+def pairs_of(line: Array, kind: int, each: int, bits: Array, tops: Array, other: Array) -> Any:
     """A row for `each_pair`, `packed`, the largest magnitude of each `each` pairs, and how many values were not finite.
 
     Args:
@@ -105,7 +103,7 @@ def pairs_of(line: _Array, kind: int, each: int, bits: _Array, tops: _Array, oth
 
 @jit
 def group_steps(
-    tops: _Array, divisor: np.float32, kind: int, zero: np.float32, floor: np.float32, steps: _Array, out: _Array, first: int
+    tops: Array, divisor: np.float32, kind: int, zero: np.float32, floor: np.float32, steps: Array, out: Array, first: int
 ) -> None:  # fmt: skip
     """As `scale_from`, of each group; stored from the place `first` on."""
     for g in range(steps.size):
@@ -118,13 +116,13 @@ def group_steps(
 
 
 @jit
-def double(few: _Array, count: int, many: _Array) -> None:
+def double(few: Array, count: int, many: Array) -> None:
     for i in range(count):
         many[2 * i], many[2 * i + 1] = few[i], few[i]
 
 
 @jit
-def spread(few: _Array, each: int, many: _Array, other: _Array) -> _Array:
+def spread(few: Array, each: int, many: Array, other: Array) -> Array:
     """Every number `each` times: one of the two arrays given, both of which are overwritten."""
     if each == 8 or each == 16:
         double(few, few.size, many)

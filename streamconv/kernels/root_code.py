@@ -7,10 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from streamconv.kernels.jit import bits_of, jit
+from streamconv.kernels.jit import Array, bits_of, jit
 from streamconv.kernels.nearest import f16_value
-
-_Array = np.ndarray[Any, Any]
 
 
 @jit
@@ -27,7 +25,7 @@ def other_root(value: np.float64, near: np.float64) -> Any:
 
 
 @jit
-def half_power(inputs: _Array, maxima: _Array, roots: _Array, made: _Array, low: _Array, high: _Array) -> Any:
+def half_power(inputs: Array, maxima: Array, roots: Array, made: Array, low: Array, high: Array) -> Any:
     """max(sqrt(x) / sqrt(m), 1e-5) in `made`, and the least and the greatest that it is by other roots in `low` and `high`.
 
     Args:
@@ -63,7 +61,7 @@ def close_call(s: np.float64, t: np.float64) -> bool:
 
 
 @jit
-def alike(low: _Array, high: _Array) -> bool:
+def alike(low: Array, high: Array) -> bool:
     """Both, and so all between them, give the same bytes, as float32 and for every float16 value they are multiplied with or divide."""
     for i in range(low.size):
         s, t = low[i], high[i]

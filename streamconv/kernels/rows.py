@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from streamconv.kernels.jit import bits_of, float_of, jit
+from streamconv.kernels.jit import Array, bits_of, float_of, jit
 from streamconv.kernels.nearest import from_f16
 
 CODES = {"F32": 0, "F16": 1, "BF16": 2}
@@ -19,7 +19,6 @@ BLOCK = 1 << 16
 RUN = 32
 """Values that share a number in `each_run`: two vectors of 16, a length that LLVM must know."""
 
-_Array = np.ndarray[Any, Any]
 
 
 @jit
@@ -68,7 +67,7 @@ def widened(bits: Any, kind: int) -> Any:
 
 
 @jit
-def magnitude(source: _Array, kind: int) -> Any:
+def magnitude(source: Array, kind: int) -> Any:
     """The largest magnitude of a row of type `kind`, as float32 bits: at or above 0x7F800000 if a value is not finite.
 
     Bit patterns without their signs are in the order of the values, so it works on the stored type, 16 to a vector of 256 bits.
@@ -81,7 +80,7 @@ def magnitude(source: _Array, kind: int) -> Any:
 
 
 @jit
-def column_tops(source: _Array, start: int, stride: int, rows: int, tops: _Array) -> None:
+def column_tops(source: Array, start: int, stride: int, rows: int, tops: Array) -> None:
     """Largest magnitude of each column, as bits of the stored type."""
     mask = source.dtype.type(0x7FFFFFFF if source.itemsize == 4 else 0x7FFF)
     tops[:] = 0
@@ -92,7 +91,7 @@ def column_tops(source: _Array, start: int, stride: int, rows: int, tops: _Array
 
 
 @jit
-def each(what: Any, source: _Array, kind: int, by: np.float32, out: _Array) -> None:
+def each(what: Any, source: Array, kind: int, by: np.float32, out: Array) -> None:
     """out = what(float32 bits of a value, by) for each value of a row of type `kind`: in one loop, nothing goes through memory."""
     if source.itemsize == 4:  # known when this is compiled, as the rest is then not
         for i in range(source.size):
@@ -106,7 +105,7 @@ def each(what: Any, source: _Array, kind: int, by: np.float32, out: _Array) -> N
 
 
 @jit
-def each_run(what: Any, source: _Array, kind: int, by: _Array, out: _Array) -> None:
+def each_run(what: Any, source: Array, kind: int, by: Array, out: Array) -> None:
     """`each`, with a number of its own for every RUN values."""
     for g in range(source.size // RUN):
         line, to, number = source[g * RUN : (g + 1) * RUN], out[g * RUN : (g + 1) * RUN], by[g]

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
-from streamconv.kernels.jit import bits_of, float_of, jit
+from streamconv.kernels.jit import Array, bits_of, float_of, jit
 from streamconv.kernels.nearest import bf16_value, f16_value
 from streamconv.kernels.rows import to_bf16, to_f16
-
-_Array = np.ndarray[Any, Any]
 
 
 @jit
@@ -31,14 +27,14 @@ def scale_from(top: np.uint32, divisor: np.float32, kind: int, zero: np.float32,
 
 
 @jit
-def store_scale(kind: int, value: np.float32, out: _Array, place: int) -> None:
+def store_scale(kind: int, value: np.float32, out: Array, place: int) -> None:
     """A scale, a value of its type already, into an array of that type's storage."""
     bits = bits_of(value)
     out[place] = bits if kind == 0 else to_f16(bits) if kind == 1 else to_bf16(bits)
 
 
 @jit
-def divide(bits: _Array, scale: np.float32, kind: int, out: _Array) -> None:
+def divide(bits: Array, scale: np.float32, kind: int, out: Array) -> None:
     """value / scale, rounded to a type."""
     if kind == 0:
         for i in range(bits.size):

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from streamconv.kernels.fp8_code import e4m3_product, e4m3_quotient, rounded_quotients
-from streamconv.kernels.jit import bits_of, float_of, jit
+from streamconv.kernels.jit import Array, bits_of, float_of, jit
 from streamconv.kernels.nearest import load_bits
 from streamconv.kernels.rows import RUN, column_tops, each_run, magnitude
 from streamconv.kernels.scale_code import scale_from, store_scale
 
-_Array = np.ndarray[Any, Any]
-
 
 @jit
-def load_finite(source: _Array, kind: int, bits: _Array) -> int:
+def load_finite(source: Array, kind: int, bits: Array) -> int:
     """A row as float32 bits, NaN as 0, infinity as the largest finite magnitude; gives how many there were of both."""
     if load_bits(source, kind, bits) < np.uint32(0x7F800000):
         return 0
@@ -44,7 +40,7 @@ def to_int(y: np.float32, low: np.float32, high: np.float32) -> np.int32:
 
 @jit
 def fp8_block_rows(
-    source: _Array, start: int, stride: int, rows: int, cols: int, out: _Array, scales: _Array,
+    source: Array, start: int, stride: int, rows: int, cols: int, out: Array, scales: Array,
     kind: int, scale_kind: int, quotient: int, block: int, zero: np.float32, floor: np.float32, multiply: bool,
 ) -> int:  # fmt: skip
     """Rows from the start of a tile on -> e4m3 bytes and one scale for each tile; gives how many values were not finite.

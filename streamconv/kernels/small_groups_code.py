@@ -7,16 +7,14 @@ from typing import Any
 import numpy as np
 
 from streamconv.kernels.fp8_code import e4m3_product
-from streamconv.kernels.jit import bits_of, float_of, jit
+from streamconv.kernels.jit import Array, bits_of, float_of, jit
 from streamconv.kernels.rows import RUN, each_run, to_f16, widened
 from streamconv.kernels.scaled_code import load_finite
 from streamconv.kernels.vector import top_of_run
 
-_Array = np.ndarray[Any, Any]
-
 
 @jit
-def run_tops(line: _Array, kind: int, tops: _Array) -> Any:
+def run_tops(line: Array, kind: int, tops: Array) -> Any:
     """Largest magnitude of each RUN values of type `kind`, and of all, as float32 bits."""
     top = np.uint32(0)
     for g in range(tops.size):
@@ -47,7 +45,7 @@ def mx_byte(top: np.uint32, read_as: int, fp4: bool, ceiling: bool) -> np.int32:
 
 
 @jit
-def mx_inverses(tops: _Array, read_as: int, fp4: bool, ceiling: bool, stored: _Array, inverses: _Array) -> None:
+def mx_inverses(tops: Array, read_as: int, fp4: bool, ceiling: bool, stored: Array, inverses: Array) -> None:
     """Largest magnitudes of groups -> exponent bytes, and what values are multiplied by."""
     if read_as != 1 and not ceiling:  # the common case, so that it becomes vectors
         less = np.uint32(2 if fp4 else 8)
@@ -66,7 +64,7 @@ def mx_inverses(tops: _Array, read_as: int, fp4: bool, ceiling: bool, stored: _A
 
 @jit
 def mx_fp8_rows(
-    source: _Array, start: int, stride: int, rows: int, cols: int, out: _Array, scales: _Array,
+    source: Array, start: int, stride: int, rows: int, cols: int, out: Array, scales: Array,
     kind: int, read_as: int, ceiling: bool,
 ) -> int:  # fmt: skip
     """Rows -> codes and exponent bytes; gives how many values were not finite."""

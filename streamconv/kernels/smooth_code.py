@@ -6,11 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from streamconv.kernels.jit import bits_of, float_of, jit
+from streamconv.kernels.jit import Array, bits_of, float_of, jit
 from streamconv.kernels.nearest import bf16_value, f16_value, load_bits, nonfinite, round_bits
 from streamconv.kernels.rows import to_f16
-
-_Array = np.ndarray[Any, Any]
 
 
 @jit
@@ -30,7 +28,7 @@ def whole(value: np.float32) -> np.uint8:
 
 
 @jit
-def smooth_row(bits: _Array, smoother: _Array) -> Any:
+def smooth_row(bits: Array, smoother: Array) -> Any:
     """float16(W * s) in place, the product in float64, rounded as torch does: to float32, then to float16. Gives the largest."""
     for i in range(bits.size):
         bits[i] = bits_of(np.float32(np.float64(float_of(bits[i])) * smoother[i]))
@@ -38,7 +36,7 @@ def smooth_row(bits: _Array, smoother: _Array) -> Any:
 
 
 @jit
-def integers(bits: _Array, target: int, mode: int, scale: np.float32, inverse: np.float32, out: _Array) -> None:
+def integers(bits: Array, target: int, mode: int, scale: np.float32, inverse: np.float32, out: Array) -> None:
     """Values -> int8. mode 0: times scale; 1: float16(divided by inverse); 2: times scale, rounded to `target`."""
     if mode == 1:
         for i in range(bits.size):
@@ -56,19 +54,19 @@ def integers(bits: _Array, target: int, mode: int, scale: np.float32, inverse: n
 
 @jit
 def smooth_rows(
-    source: _Array,
+    source: Array,
     start: int,
     stride: int,
     rows: int,
     kind: int,
     target: int,
-    smoother: _Array,
+    smoother: Array,
     mode: int,
     largest: np.float32,
     first: int,
     last: int,
-    out: _Array,
-    scales: _Array,
+    out: Array,
+    scales: Array,
     outputs: np.float32,
     activation: np.float32,
 ) -> np.int64:
@@ -103,7 +101,7 @@ def smooth_rows(
 
 
 @jit
-def halves(top: _Array, kind: int, out: _Array) -> None:
+def halves(top: Array, kind: int, out: Array) -> None:
     """Bit patterns of type `kind` -> those of float16."""
     bits = np.empty(top.size, np.uint32)
     load_bits(top, kind, bits)

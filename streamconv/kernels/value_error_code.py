@@ -5,14 +5,11 @@ What is not plainly within half a step of the code is left to the codec's own de
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
-from streamconv.kernels.jit import bits_of, float_of, jit
+from streamconv.kernels.jit import Array, bits_of, float_of, jit
 from streamconv.kernels.nearest import load_bits
 
-_Array = np.ndarray[Any, Any]
 _LANES = 256
 """Columns whose sums are kept apart: vector operations, and the same order of additions everywhere."""
 
@@ -24,7 +21,7 @@ def _size(value: np.float32) -> np.uint32:
 
 
 @jit
-def _unpack(line: _Array, row: int, packing: int, table: _Array, to: _Array) -> None:
+def _unpack(line: Array, row: int, packing: int, table: Array, to: Array) -> None:
     """Codes of a row -> their values."""
     if packing == 0:
         for i in range(to.size):
@@ -43,8 +40,8 @@ def _unpack(line: _Array, row: int, packing: int, table: _Array, to: _Array) -> 
 
 @jit
 def value_errors(
-    source: _Array, start: int, stride: int, rows: int, cols: int, kind: int, codes: _Array, width: int, packing: int,
-    table: _Array, steps: _Array, group: int, band: int, rules: _Array, sums: _Array,
+    source: Array, start: int, stride: int, rows: int, cols: int, kind: int, codes: Array, width: int, packing: int,
+    table: Array, steps: Array, group: int, band: int, rules: Array, sums: Array,
 ) -> bool:  # fmt: skip
     """Add rows to the sums; False at the first that the definition has to look at.
 

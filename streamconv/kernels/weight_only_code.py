@@ -6,15 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from streamconv.kernels.jit import bits_of, float_of, jit
+from streamconv.kernels.jit import Array, bits_of, float_of, jit
 from streamconv.kernels.nearest import load_bits, nonfinite, round_bits
 from streamconv.kernels.rows import each, magnitude, to_bf16, to_f16
 
-_Array = np.ndarray[Any, Any]
-
 
 @jit
-def prepare_row(source: _Array, kind: int, target: int, bits: _Array) -> tuple[np.uint32, int, int]:
+def prepare_row(source: Array, kind: int, target: int, bits: Array) -> tuple[np.uint32, int, int]:
     """Load a row in the model dtype; gives (bits of its largest finite magnitude, non-finite values, overflows)."""
     top = load_bits(source, kind, bits)
     infinite_before: Any = 0
@@ -43,7 +41,7 @@ def prepare_row(source: _Array, kind: int, target: int, bits: _Array) -> tuple[n
 
 
 @jit
-def quantize_row(values: _Array, scale: np.float32, half: np.int32, bias: np.int32, q: _Array) -> None:
+def quantize_row(values: Array, scale: np.float32, half: np.int32, bias: np.int32, q: Array) -> None:
     """q = clip(round half away from zero(value / scale)) + bias, as uint8."""
     if scale == np.float32(0):
         for i in range(q.size):
@@ -74,7 +72,7 @@ def offset_code(b: np.uint32, scale: np.float32) -> Any:
 
 
 @jit
-def int8_as_stored(line: _Array, kind: int, target: int, bias: np.int32, q: _Array, scale: _Array) -> bool:
+def int8_as_stored(line: Array, kind: int, target: int, bias: np.int32, q: Array, scale: Array) -> bool:
     """Codes and scale of a row of finite values that the model dtype leaves as they are, or changes where the code is 0; else False."""
     top = magnitude(line, kind)
     # from 2**-5 on, what float16 rounds (below 2**-14) is less than half a step of top / 128
@@ -97,7 +95,7 @@ def spaced(b: np.uint64) -> np.uint64:
 
 
 @jit
-def weave8(q: _Array, out: _Array) -> None:
+def weave8(q: Array, out: Array) -> None:
     """int8 block order of families A and D: element i next to element i + 8 of each 16."""
     eights, words = q.view(np.uint64), out.view(np.uint64)
     for block in range(np.uint64(q.size // 16)):
@@ -107,7 +105,7 @@ def weave8(q: _Array, out: _Array) -> None:
 
 
 @jit
-def weave4(q: _Array, out: _Array) -> None:
+def weave4(q: Array, out: Array) -> None:
     """int4 block order of families A and D: elements i, i + 8, i + 16, i + 24 of each 32 side by side."""
     eights, words = q.view(np.uint64), out.view(np.uint64)
     for block in range(np.uint64(q.size // 32)):
@@ -119,7 +117,7 @@ def weave4(q: _Array, out: _Array) -> None:
 
 
 @jit
-def deal(words: _Array, run: np.uint64, out: _Array) -> None:
+def deal(words: Array, run: np.uint64, out: Array) -> None:
     """Family A: runs of `run` 8-byte words of one channel, 16 words apart, the other channels of its group between them."""
     # unsigned indices: no test for negative ones, so that the inner loop becomes one vector move
     for t in range(np.uint64(words.size) // run):
@@ -129,7 +127,7 @@ def deal(words: _Array, run: np.uint64, out: _Array) -> None:
 
 
 @jit
-def store_scale(scales: _Array, row: int, scale: _Array, target: int) -> None:
+def store_scale(scales: Array, row: int, scale: Array, target: int) -> None:
     """Store a scale (uint32 view of one float32) in the model dtype."""
     if target == 0:
         scales[row] = scale[0]
@@ -141,13 +139,13 @@ def store_scale(scales: _Array, row: int, scale: _Array, target: int) -> None:
 
 @jit
 def int8_rows(
-    source: _Array,
+    source: Array,
     start: int,
     stride: int,
     rows: int,
     cols: int,
-    out: _Array,
-    scales: _Array,
+    out: Array,
+    scales: Array,
     kind: int,
     target: int,
     family: int,
@@ -191,13 +189,13 @@ def int8_rows(
 
 @jit
 def int4_rows(
-    source: _Array,
+    source: Array,
     start: int,
     stride: int,
     rows: int,
     cols: int,
-    out: _Array,
-    scales: _Array,
+    out: Array,
+    scales: Array,
     kind: int,
     target: int,
     family: int,

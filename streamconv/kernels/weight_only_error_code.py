@@ -5,14 +5,11 @@ Sums run in lanes in a fixed order, so that they are the same on every processor
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
-from streamconv.kernels.jit import bits_of, float_of, jit
+from streamconv.kernels.jit import Array, bits_of, float_of, jit
 from streamconv.kernels.nearest import load_bits
 
-_Array = np.ndarray[Any, Any]
 _NIBBLES = np.uint64(0x000F000F000F000F)
 LANES = 256
 """Columns whose sums are kept apart: one vector operation after the other, and the same order of additions everywhere."""
@@ -27,7 +24,7 @@ def _even(x: np.uint64) -> np.uint64:
 
 
 @jit
-def unpack8(words: _Array, run: int, apart: int, q: _Array, family: int) -> None:
+def unpack8(words: Array, run: int, apart: int, q: Array, family: int) -> None:
     """int8 words (uint16) of one row -> codes, offset by 128; families as in `weight_only_code`.
 
     Args:
@@ -58,7 +55,7 @@ def unpack8(words: _Array, run: int, apart: int, q: _Array, family: int) -> None
 
 
 @jit
-def unpack4(words: _Array, run: int, apart: int, q: _Array, family: int) -> None:
+def unpack4(words: Array, run: int, apart: int, q: Array, family: int) -> None:
     """int4 words (four in a uint16) of one row -> codes, offset by 8; see `unpack8`."""
     if family == 0 or family == 3:
         held, to = words.view(np.uint64), q.view(np.uint64)
@@ -97,7 +94,7 @@ def _size(value: np.float32) -> np.uint32:
 
 @jit
 def compare_row(
-    source: _Array, q: _Array, scale: np.float32, top: np.float32, limits: _Array, sums: _Array, lanes: _Array
+    source: Array, q: Array, scale: np.float32, top: np.float32, limits: Array, sums: Array, lanes: Array
 ) -> bool:
     """Add a row to the sums; False if a value is farther off than it may be.
 
@@ -151,8 +148,8 @@ def compare_row(
 
 @jit
 def integer_errors(
-    source: _Array, start: int, stride: int, rows: int, cols: int, words: _Array, scales: _Array,
-    kind: int, bits: int, family: int, limits: _Array, sums: _Array,
+    source: Array, start: int, stride: int, rows: int, cols: int, words: Array, scales: Array,
+    kind: int, bits: int, family: int, limits: Array, sums: Array,
 ) -> int:  # fmt: skip
     """Rows of a mixed-GEMM layout against their source; gives how many rows hold a value that is farther off than it may be.
 
