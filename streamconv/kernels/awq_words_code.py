@@ -9,9 +9,9 @@ from __future__ import annotations
 import numpy as np
 
 from streamconv.kernels.jit import Array, bits_of, float_of, jit
-from streamconv.kernels.nearest import from_f16, load_bits, round_bits
+from streamconv.kernels.nearest import from_f16, load_bits, load_finite, round_bits
+from streamconv.kernels.pairs_code import to_int
 from streamconv.kernels.rows import to_f16
-from streamconv.kernels.scaled_code import load_finite, to_int
 
 
 @jit
@@ -38,7 +38,8 @@ def awq_steps(
         step = steps[i] if steps[i] != 0 else np.float32(1)
         steps[i] = step if step > least else least
         lost += steps[i] >= np.float32(65520)
-        zeros[i] = np.uint32(8) if symmetric else np.uint32(to_int(np.float32(-low[i] / steps[i]), np.float32(0), np.float32(15)))
+        near = to_int(np.float32(-low[i] / steps[i]), np.float32(0), np.float32(15), np.float32(0))
+        zeros[i] = np.uint32(8) if symmetric else np.uint32(near & np.uint32(15))
     return lost
 
 
@@ -145,8 +146,8 @@ def awq_given_rows(source: Array, start: int, stride: int, rows: int, cols: int,
 @jit
 def awq_scale_rows(
     source: Array, start: int, stride: int, rows: int, cols: int, scales: Array, zero: Array, kind: int
-) -> int:  # fmt: skip
-    """Scales -> float16, and zero points of 8; gives how many became infinite."""
+) -> tuple[int, int]:  # fmt: skip
+    """Scales -> float16, and zero points of 8; gives 0 and how many became infinite."""
     bits, lost = np.empty(cols, np.uint32), 0
     zero[:] = np.uint8(0x88)
     for r in range(rows):
@@ -155,4 +156,4 @@ def awq_scale_rows(
         for i in range(cols):
             made[i] = to_f16(bits[i])
             lost += float_of(bits[i]) >= np.float32(65520) and bits[i] < np.uint32(0x7F800000)
-    return lost
+    return 0, lost

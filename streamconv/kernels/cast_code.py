@@ -10,8 +10,10 @@ from streamconv.kernels.rows import BLOCK, as_bf16, as_f16, as_f32, each, magnit
 
 
 @jit
-def cast_rows(source: Array, start: int, stride: int, rows: int, cols: int, out: Array, kind: int, target: int, via: int) -> int:
-    """Cast rows, rounding to type `via` before if it is not 0; gives how many finite values became infinite."""
+def cast_rows(
+    source: Array, start: int, stride: int, rows: int, cols: int, out: Array, kind: int, target: int, via: int
+) -> tuple[int, int]:  # fmt: skip
+    """Cast rows, rounding to type `via` before if it is not 0; gives 0 and how many finite values became infinite."""
     bits = np.empty(min(cols, BLOCK), np.uint32)
     # the smallest float32 that rounds to infinity in the target; float16 is the narrowest
     limit = np.uint32(0x477FF000) if target == 1 or via == 1 else np.uint32(0x7F7F8000)
@@ -33,7 +35,7 @@ def cast_rows(source: Array, start: int, stride: int, rows: int, cols: int, out:
                 store(part, 0, target, made)
             else:
                 store(line, kind, target, made)
-    return lost
+    return 0, lost
 
 
 @jit

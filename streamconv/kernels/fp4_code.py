@@ -1,4 +1,4 @@
-"""The compiled part of `nvfp4`, and of `mx` with FP4 elements. Types are numbers: 0 float32, 1 float16, 2 bfloat16."""
+"""The compiled part of `nvfp4`. Types are numbers: 0 float32, 1 float16, 2 bfloat16."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ from streamconv.kernels.fp8_code import to_e4m3
 from streamconv.kernels.jit import Array, bits_of, float_of, jit
 from streamconv.kernels.nearest import round_bits
 from streamconv.kernels.pairs_code import each_pair, pairs_of, spread
-from streamconv.kernels.rows import RUN, each_run
-from streamconv.kernels.scaled_code import load_finite
-from streamconv.kernels.small_groups_code import mx_inverses, run_tops
 
 
 @jit
@@ -31,74 +28,6 @@ def e2m1_quotients(even: np.uint32, odd: np.uint32, step: np.float32, half: np.f
     """Codes of value / step, the even column's in the low nibble."""
     first, second = to_e2m1(np.float32(float_of(even) / step)), to_e2m1(np.float32(float_of(odd) / step))
     return np.uint8(np.uint32(first | np.uint32(second << np.uint32(4))))
-
-
-@jit
-def e2m1_product(bits: np.uint32, by: np.float32) -> np.uint8:
-    """Code of value * by."""
-    return np.uint8(to_e2m1(np.float32(float_of(bits) * by)))
-
-
-@jit
-def nibbles(codes: Array, out: Array) -> None:
-    """Pairs of codes (as uint16), the even column's in the low nibble."""
-    for i in range(codes.size):
-        out[i] = np.uint8(codes[i] | (codes[i] >> np.uint16(4)))
-
-
-@jit
-def lifts_of(tops: Array, exponents: Array, lifts: Array) -> bool:
-    """What bits of bfloat16 lose when the value is divided by its group's power of two; False where exponent bits alone do not do that.
-
-    A group of zeros keeps its bits. Below 2 ** -124 a value may be subnormal, above 2 ** 15 its quotient may vanish, and then its sign.
-    """
-    fit = True
-    for g in range(lifts.size):
-        byte = np.int32(exponents[g])
-        fit = fit and bool(tops[g] == np.uint32(0) or np.int32(3) <= byte <= np.int32(142))
-        lifts[g] = np.int16(0) if tops[g] == np.uint32(0) else np.int16((byte - np.int32(127)) << np.int32(7))
-    return fit
-
-
-@jit
-def e2m1_of_bf16(line: Array, lifts: Array, codes: Array) -> None:
-    """Codes of bfloat16 values divided by powers of two, 16 to a vector: nothing is widened."""
-    for g in range(lifts.size):
-        values, made, lift = line[g * RUN : (g + 1) * RUN], codes[g * RUN : (g + 1) * RUN], lifts[g]
-        for i in range(RUN):
-            held = np.uint16(values[i])
-            a = np.int16(np.int16(np.uint16(held & np.uint16(0x7FFF))) - lift)
-            # from 1 on: one bit of mantissa, nearest even; below: 0.25 is still 0, 0.75 already 1
-            normal = np.int16(np.int16(np.int16(a + np.int16(31)) + np.int16(np.int16(a >> np.int16(6)) & np.int16(1))) >> np.int16(6))
-            small = np.int16(np.int16(a > np.int16(0x3E80)) + np.int16(a >= np.int16(0x3F40)))
-            code = min(max(np.int16(normal - np.int16(252)), small), np.int16(7))
-            made[i] = np.uint8(np.int16(code | (np.int16(8) if held > np.uint16(0x8000) else np.int16(0))))
-
-
-@jit
-def mx_fp4_rows(
-    source: Array, start: int, stride: int, rows: int, cols: int, out: Array, scales: Array,
-    kind: int, read_as: int, ceiling: bool,
-) -> int:  # fmt: skip
-    """Rows -> codes and exponent bytes; gives how many values were not finite."""
-    pairs, groups, bad = cols // 2, cols // RUN, 0
-    bits, codes = np.empty(cols, np.uint32), np.empty(cols, np.uint8)
-    tops, inverses, lifts = np.empty(groups, np.uint32), np.empty(groups, np.float32), np.empty(groups, np.int16)
-    for r in range(rows):
-        line, stored = source[start + r * stride : start + r * stride + cols], scales[r * groups : (r + 1) * groups]
-        finite = run_tops(line, kind, tops) < np.uint32(0x7F800000)
-        if not finite:
-            bad += load_finite(line, kind, bits)
-            run_tops(bits, 0, tops)
-        mx_inverses(tops, read_as, True, ceiling, stored, inverses)
-        if finite and kind == 2 and lifts_of(tops, stored, lifts):
-            e2m1_of_bf16(line, lifts, codes)
-        elif finite:
-            each_run(e2m1_product, line, kind, inverses, codes)
-        else:
-            each_run(e2m1_product, bits, 0, inverses, codes)
-        nibbles(codes.view(np.uint16), out[r * pairs : (r + 1) * pairs])
-    return bad
 
 
 @jit

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from streamconv.kernels.jit import Array, bits_of, float_of, jit
-from streamconv.kernels.nearest import load_bits, round_bits
+from streamconv.kernels.nearest import load_bits, make_finite, round_bits
 from streamconv.kernels.rows import BLOCK, each, magnitude
 from streamconv.kernels.scale_code import divide, scale_from, store_scale
 
@@ -58,16 +58,6 @@ def rounded_quotients(bits: Array, scale: np.float32, quotient: int, out: Array)
 
 
 @jit
-def finite_top(bits: Array) -> np.uint32:
-    """Largest finite magnitude."""
-    top = np.uint32(0)
-    for i in range(bits.size):
-        a = np.uint32(bits[i] & np.uint32(0x7FFFFFFF))
-        top = max(top, a if a < np.uint32(0x7F800000) else np.uint32(0))
-    return top
-
-
-@jit
 def fp8_rows(
     source: Array,
     start: int,
@@ -98,17 +88,13 @@ def fp8_rows(
             if model != kind:
                 top = round_bits(model, bits)
             if top >= np.uint32(0x7F800000):
-                bad += repair(bits)
+                bad += make_finite(bits)[0] if hi == np.float32(np.inf) else repair(bits)
         if top >= np.uint32(0x7F800000) or float_of(top) > least:
-            low, high = lo, hi
-            if hi == np.float32(np.inf):  # nothing is clamped: infinity becomes the largest finite value
-                high = float_of(finite_top(bits))
-                low = np.float32(-high)
             top = np.uint32(0)
             for i in range(cols):
                 value = float_of(bits[i])
-                value = value if value > low else low
-                value = value if value < high else high
+                value = value if value > lo else lo
+                value = value if value < hi else hi
                 bits[i] = bits_of(value)
                 top = max(top, np.uint32(bits[i] & np.uint32(0x7FFFFFFF)))
         scale = scale_from(top, np.float32(448), scale_kind, zero, floor)

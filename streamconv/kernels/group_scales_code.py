@@ -15,7 +15,7 @@ def group_rows(
     start: int,
     stride: int,
     rows: int,
-    n: int,
+    cols: int,
     scales: Array,
     zeros: Array,
     kind: int,
@@ -23,12 +23,13 @@ def group_rows(
     bits_each: int,
     shuffled: bool,
     middle: int,
-) -> np.int64:
-    """Groups (packed zeros, then scales, as bytes) -> scales and zeros; gives how many finite scales became infinite."""
+) -> tuple[int, int]:
+    """Groups (packed zeros, then scales, as bytes) -> scales and zeros; gives 0 and how many finite scales became infinite."""
+    n = 8 * cols // (bits_each + (32 if kind == 0 else 16))
     values = np.empty(n, np.float32)
     bits = values.view(np.uint32)
     word = np.empty(n, np.uint32)
-    lost = np.int64(0)
+    lost = 0
     for r in range(rows):
         row = start + r * stride
         at = row + n * bits_each // 8
@@ -64,4 +65,4 @@ def group_rows(
             values[i] = values[i] * np.float32(np.int32(middle) - z)
             b = bits[i]
             zeros[r * n + i] = to_f16(b) if target == 1 else to_bf16(b)
-    return lost
+    return 0, lost

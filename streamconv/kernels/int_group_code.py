@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from streamconv.kernels.jit import Array, bits_of, float_of, jit
-from streamconv.kernels.nearest import round_bits
+from streamconv.kernels.nearest import load_finite, round_bits
 from streamconv.kernels.pairs_code import each_pair, group_steps, int4_pair, int8_pair, pairs_of, spread, tops_of
-from streamconv.kernels.scaled_code import load_finite
 
 
 @jit
@@ -25,7 +24,8 @@ def int_group_rows(
     kind: int, scale_kind: int, quotient: int, width: int, group: int,
     divisor: np.float32, zero: np.float32, floor: np.float32, form: int,
 ) -> int:  # fmt: skip
-    """Rows -> codes and scales; gives how many values were not finite. `form`: 0 bytes, 1 words, 2 pairs."""
+    """Rows -> codes and scales; gives how many values were not finite. `group`: 0 for a whole row; `form`: 0 bytes, 1 words, 2 pairs."""
+    group = group if group else cols
     pairs, groups, bad = (cols + 1) // 2, cols // group, 0
     bits, few = np.zeros(2 * pairs, np.uint32), np.empty(groups, np.float32)
     tops, other, room = np.empty(pairs, np.uint32), np.empty(pairs, np.uint32), np.empty(pairs, np.float32)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from streamconv.kernels.jit import Array, bits_of, jit
-from streamconv.kernels.rows import to_bf16, to_f16
+from streamconv.kernels.jit import Array, jit
+from streamconv.kernels.scale_code import store_scale
 
 
 @jit
@@ -21,13 +21,8 @@ def decode_affine(codes: Array, scales: Array, zeros: Array, per_col: int, targe
     for n in range(scales.shape[1]):
         for k in range(cols):
             g = k // per_col
-            value = bits_of(np.float32(np.float64(codes[n * cols + k]) * np.float64(scales[g, n]) + np.float64(zeros[g, n])))
-            if target == 0:
-                out[n * cols + k] = value
-            elif target == 1:
-                out[n * cols + k] = to_f16(value)
-            else:
-                out[n * cols + k] = to_bf16(value)
+            value = np.float32(np.float64(codes[n * cols + k]) * np.float64(scales[g, n]) + np.float64(zeros[g, n]))
+            store_scale(target, value, out, n * cols + k)
 
 
 @jit
@@ -47,13 +42,8 @@ def decode_integers(
         for k in range(cols):
             g = groups[k]
             step = np.float32(np.int64(codes[n * cols + k]) + middle - np.int64(zeros[g, n]))
-            value = bits_of(np.float32(step * scales[g, n]))
-            if target == 0:
-                out[n * cols + k] = value
-            elif target == 1:
-                out[n * cols + k] = to_f16(value)
-            else:
-                out[n * cols + k] = to_bf16(value)
+            value = np.float32(step * scales[g, n])
+            store_scale(target, value, out, n * cols + k)
 
 
 @jit
@@ -71,10 +61,5 @@ def decode_turned(codes: Array, values: Array, scales: Array, rows: int, cols: i
             code = byte >> np.uint8(4) if k & 1 else byte & np.uint8(15)
             power = np.int64(scales[n * (rows // 32) + k // 32])
             factor = np.float32(np.nan) if power == 255 else np.float32(2.0 ** (power - 127))
-            value = bits_of(np.float32(values[code] * factor))
-            if target == 0:
-                out[k * cols + n] = value
-            elif target == 1:
-                out[k * cols + n] = to_f16(value)
-            else:
-                out[k * cols + n] = to_bf16(value)
+            value = np.float32(values[code] * factor)
+            store_scale(target, value, out, k * cols + n)

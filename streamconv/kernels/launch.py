@@ -6,7 +6,7 @@ A kernel takes source rows as a flat array with their start and stride, and the 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -15,66 +15,37 @@ from streamconv.lazy import Array, np
 from streamconv.quants.base import EncodeStats, ErrorKernel, Errors, Kernel, ReduceKernel
 from streamconv.quants.layout import FAMILIES
 
-_Arguments = Callable[[Mapping[str, int], Sequence[Any], int], tuple[Any, ...]]
 
+def fused(function: str, stored: Sequence[str], *arguments: Any) -> Kernel:
+    """A kernel of the compiled MODULE.FUNCTION(flat, start, stride, rows, cols, *parts, *arguments).
 
-def _launch(code: str, arguments: _Arguments, found: Callable[[Any], EncodeStats] = lambda bad: EncodeStats(int(bad or 0))) -> Kernel:
-    """A kernel of the compiled function MODULE.FUNCTION.
+    It gives nothing, how many values were not finite, or these and how many overflowed.
 
     Args:
-        arguments: (numbers of the float types, parts as bytes, columns) -> what follows the rows.
-        found: of what the function gives: how many values were not finite, unless told otherwise.
+        stored: the numpy type of each part; one that an output lacks is empty.
+        arguments: integers and arrays as they are, floats as float32, a float type as its number; None for what a reduction tells.
     """
-    module, _, function = code.partition(".")
+    module, _, name = function.partition(".")
 
     def run(flat: Any, start: int, stride: int, rows: int, cols: int, outs: Sequence[Any]) -> EncodeStats:
         from streamconv.kernels.rows import CODES
 
-        compiled = getattr(importlib.import_module(f"streamconv.kernels.{module}"), function)
-        return found(compiled(flat, start, stride, rows, *arguments(CODES, outs, cols)))
+        if any(argument is None for argument in arguments):
+            raise AssertionError("encoded before its reduction")
+        compiled = getattr(importlib.import_module(f"streamconv.kernels.{module}"), name)
+        parts = [out.view(kind) for out, kind in zip(outs, stored, strict=False)]
+        parts += [np.empty(0, kind) for kind in stored[len(outs) :]]
+        with np.errstate(over="ignore"):  # a scale that is infinite is refused when it is written
+            given = [CODES[a.name] if isinstance(a, DType) else np.float32(a) if isinstance(a, float) else a for a in arguments]
+        counts = compiled(flat, start, stride, rows, cols, *parts, *given)
+        return EncodeStats(*map(int, counts)) if isinstance(counts, tuple) else EncodeStats(int(counts or 0))
 
     return run
 
 
-def _overflow(lost: Any) -> EncodeStats:
-    return EncodeStats(overflow=int(lost))
-
-
-def _floats(*numbers: float) -> tuple[Any, ...]:
-    return tuple(np.float32(number) for number in numbers)
-
-
-def _known(reduced: float | None) -> float:
-    if reduced is None:
-        raise AssertionError("encoded before its reduction")
-    return reduced
-
-
-# ---- casts
-
-
-@cache
 def cast_kernel(source: DType, target: DType, via: DType | None = None) -> Kernel:
     """Casts `source` to `target`, by way of `via` (all of F32, F16, BF16)."""
-
-    def arguments(codes: Mapping[str, int], outs: Sequence[Any], cols: int) -> tuple[Any, ...]:
-        return cols, outs[0].view(target.storage), codes[source.name], codes[target.name], 0 if via is None else codes[via.name]
-
-    return _launch("cast_code.cast_rows", arguments, _overflow)
-
-
-# ---- integers in a mixed-GEMM layout
-
-
-@cache
-def weight_only_kernel(source: DType, dtype: DType, bits: int, family: str) -> Kernel:
-    """Cast to the model dtype, absmax, scale, round, reorder, bias, pack in one pass over each row."""
-
-    def arguments(codes: Mapping[str, int], outs: Sequence[Any], cols: int) -> tuple[Any, ...]:
-        scales, kinds = outs[1].view(dtype.storage), (codes[source.name], codes[dtype.name])
-        return cols, outs[0].view("u2"), scales, *kinds, FAMILIES.index(family)
-
-    return _launch(f"weight_only_code.int{bits}_rows", arguments, lambda told: EncodeStats(int(told[0]), int(told[1])))
+    return fused("cast_code.cast_rows", [target.storage], source, target, via or 0)
 
 
 _HALF_ULP = {"BF16": (2.0**-9, 2.0**-134), "F16": (2.0**-12, 2.0**-25), "F32": (2.0**-25, 2.0**-150)}
@@ -102,53 +73,6 @@ def weight_only_errors(source: DType, dtype: DType, bits: int, family: str) -> E
     return run
 
 
-@cache
-def packed_kernel(bits: int, family: str) -> Kernel:
-    """Signed integers of a quantized source into a layout: reorder, bias, pack."""
-    return _launch(f"packed_code.int{bits}_rows", lambda _, outs, cols: (cols, outs[0].view("u2"), FAMILIES.index(family)))
-
-
-@cache
-def paired_kernel() -> Kernel:
-    """As `packed_kernel`, in ModelOpt's orientation: two channels in a byte."""
-    return _launch("packed_code.paired_rows", lambda _, outs, cols: (cols, outs[0]))
-
-
-@cache
-def group_scales_kernel(source: DType, dtype: DType, bits: int, shuffled: bool, middle: int) -> Kernel:
-    """Scales and zeros of packed sources for a model dtype of two bytes: unpack, cast, multiply in one pass over each group.
-
-    Args:
-        bits, shuffled, middle: as in `GroupScales`.
-    """
-
-    def arguments(codes: Mapping[str, int], outs: Sequence[Any], cols: int) -> tuple[Any, ...]:
-        scales, zeros = (out.view(dtype.storage) for out in outs)
-        channels = 8 * cols // (bits + 8 * source.itemsize)
-        return channels, scales, zeros, codes[source.name], codes[dtype.name], bits, shuffled, middle
-
-    return _launch("group_scales_code.group_rows", arguments, _overflow)
-
-
-# ---- FP8 and the formats of Hugging Face directories; the arguments are attributes of the codecs
-
-
-@cache
-def fp8_kernel(source: DType, model: DType, lo: float, hi: float, floor: float, zero: float, scale: DType, quotient: DType) -> Kernel:
-    """`Fp8Rowwise`, rounded to `model` first."""
-
-    def arguments(codes: Mapping[str, int], outs: Sequence[Any], cols: int) -> tuple[Any, ...]:
-        kinds = (codes[kind.name] for kind in (source, model, scale, quotient))
-        return cols, outs[0], outs[1].view(scale.storage), *kinds, *_floats(lo, hi, floor, zero)
-
-    return _launch("fp8_code.fp8_rows", arguments)
-
-
-def fp8_tensor_kernel(source: DType, scale: float | None) -> Kernel:
-    """`Fp8Tensor`, with the scale of the whole matrix."""
-    return _launch("fp8_code.fp8_tensor_rows", lambda codes, outs, cols: (cols, outs[0], codes[source.name], *_floats(_known(scale))))
-
-
 def weight_maximum(source: DType) -> ReduceKernel:
     """The largest finite magnitude, float32 []."""
 
@@ -163,110 +87,6 @@ def weight_maximum(source: DType) -> ReduceKernel:
         return (top << np.uint32(16 if kind == 2 else 0)).view(np.float32).reshape(())
 
     return run
-
-
-@cache
-def fp8_block_kernel(source: DType, block: int, zero: float, floor: float, scale: DType, quotient: DType, multiply: bool) -> Kernel:
-    """`Fp8Block`."""
-
-    def arguments(codes: Mapping[str, int], outs: Sequence[Any], cols: int) -> tuple[Any, ...]:
-        kinds = (codes[kind.name] for kind in (source, scale, quotient))
-        return cols, outs[0], outs[1].view(scale.storage), *kinds, block, *_floats(zero, floor), multiply
-
-    return _launch("scaled_code.fp8_block_rows", arguments)
-
-
-@cache
-def int_group_kernel(
-    source: DType, bits: int, group: int, divisor: float, zero: float, floor: float, scale: DType, quotient: DType, packing: str
-) -> Kernel:
-    """`IntGroup`."""
-
-    def arguments(codes: Mapping[str, int], outs: Sequence[Any], cols: int) -> tuple[Any, ...]:
-        kinds = (codes[kind.name] for kind in (source, scale, quotient))
-        form = ("bytes", "words", "pairs").index(packing)
-        return cols, outs[0], outs[1].view(scale.storage), *kinds, bits, group or cols, *_floats(divisor, zero, floor), form
-
-    return _launch("int_group_code.int_group_rows", arguments)
-
-
-@cache
-def awq_kernel(source: DType, group: int, scale: DType, divisor: float, least: float, symmetric: bool) -> Kernel:
-    """`AwqWords`."""
-
-    def arguments(codes: Mapping[str, int], outs: Sequence[Any], cols: int) -> tuple[Any, ...]:
-        kinds = (codes[source.name], codes[scale.name])
-        return cols, *outs[:2], outs[2].view("u2"), *kinds, group, *_floats(divisor, least), symmetric
-
-    return _launch("awq_words_code.awq_rows", arguments, lambda told: EncodeStats(int(told[0]), int(told[1])))
-
-
-@cache
-def awq_given_kernel() -> Kernel:
-    """`AwqCodes`."""
-    return _launch("awq_words_code.awq_given_rows", lambda codes, outs, cols: (cols, outs[0]))
-
-
-@cache
-def awq_scale_kernel(source: DType) -> Kernel:
-    """`AwqScales`."""
-
-    def arguments(codes: Mapping[str, int], outs: Sequence[Any], cols: int) -> tuple[Any, ...]:
-        return cols, outs[0].view("u2"), outs[1], codes[source.name]
-
-    return _launch("awq_words_code.awq_scale_rows", arguments, _overflow)
-
-
-@cache
-def mx_kernel(source: DType, element: str, exponent: str, read_as: DType) -> Kernel:
-    """`Mx`."""
-
-    def arguments(codes: Mapping[str, int], outs: Sequence[Any], cols: int) -> tuple[Any, ...]:
-        return cols, *outs[:2], codes[source.name], codes[read_as.name], exponent == "ceiling"
-
-    return _launch("fp4_code.mx_fp4_rows" if element == "fp4" else "small_groups_code.mx_fp8_rows", arguments)
-
-
-def nvfp4_kernel(source: DType, rule: str, kind: DType, shared: float | None) -> Kernel:
-    """`NvFp4`."""
-
-    def arguments(codes: Mapping[str, int], outs: Sequence[Any], cols: int) -> tuple[Any, ...]:
-        return cols, *outs[:2], codes[source.name], codes[kind.name], *_floats(_known(shared)), rule == "divisor"
-
-    return _launch("fp4_code.nvfp4_rows", arguments)
-
-
-# ---- SmoothQuant
-
-
-def smooth_kernel(
-    source: DType,
-    model: DType,
-    mode: int,
-    smoother: Array,
-    largest: float | None,
-    keep: tuple[int, int] | None,
-    outputs: float,
-    activation: float,
-) -> Kernel:
-    """One matrix: cast, smooth, largest, scale, round.
-
-    Args:
-        mode: 0 multiplies by the scale, 1 divides by its inverse and rounds to float16, 2 multiplies and rounds to `model`.
-        smoother: float64 [cols].
-        largest: AW, None for a scale of each row.
-        outputs: sy, 0 for the inverse of the weight scale.
-        activation: sx.
-    """
-
-    def arguments(codes: Mapping[str, int], outs: Sequence[Any], cols: int) -> tuple[Any, ...]:
-        scales = outs[1].view(np.float32) if len(outs) > 1 else np.empty(0, np.float32)
-        with np.errstate(over="ignore"):  # an infinite one is refused when it is written
-            numbers = _floats(outputs, activation)
-        top = _floats(-1 if largest is None else largest)
-        return codes[source.name], codes[model.name], smoother, mode, *top, *(keep or (0, cols)), outs[0], scales, *numbers
-
-    return _launch("smooth_code.smooth_rows", arguments)
 
 
 def input_channel_amax_kernel(source: DType) -> ReduceKernel:

@@ -91,3 +91,28 @@ def nonfinite(bits: Array) -> np.int64:
     for i in range(bits.size):
         count += np.int64((bits[i] & np.uint32(0x7FFFFFFF)) >= np.uint32(0x7F800000))
     return count
+
+
+@jit
+def make_finite(bits: Array) -> tuple[int, np.uint32]:
+    """NaN becomes 0, infinity the largest finite magnitude; gives how many there were of both, and that magnitude."""
+    bad, top = 0, np.uint32(0)
+    for i in range(bits.size):
+        a = np.uint32(bits[i] & np.uint32(0x7FFFFFFF))
+        if a < np.uint32(0x7F800000):
+            top = max(top, a)
+    for i in range(bits.size):
+        a = np.uint32(bits[i] & np.uint32(0x7FFFFFFF))
+        if a >= np.uint32(0x7F800000):
+            bad += 1
+            bits[i] = np.uint32(0) if a > np.uint32(0x7F800000) else np.uint32(top | np.uint32(bits[i] & np.uint32(0x80000000)))
+    return bad, top
+
+
+@jit
+def load_finite(source: Array, kind: int, bits: Array) -> int:
+    """A row as float32 bits, made finite; gives how many values were not."""
+    if load_bits(source, kind, bits) < np.uint32(0x7F800000):
+        return 0
+    bad: int = make_finite(bits)[0]
+    return bad

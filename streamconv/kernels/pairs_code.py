@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 
 from streamconv.kernels.jit import Array, bits_of, float_of, jit
-from streamconv.kernels.nearest import round_bits
+from streamconv.kernels.nearest import load_finite, round_bits
 from streamconv.kernels.scale_code import store_scale
-from streamconv.kernels.scaled_code import load_finite
 
 
 @jit

@@ -5,37 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from streamconv.kernels.fp8_code import e4m3_product, e4m3_quotient, rounded_quotients
-from streamconv.kernels.jit import Array, bits_of, float_of, jit
-from streamconv.kernels.nearest import load_bits
+from streamconv.kernels.jit import Array, float_of, jit
+from streamconv.kernels.nearest import load_finite
 from streamconv.kernels.rows import RUN, column_tops, each_run, magnitude
 from streamconv.kernels.scale_code import scale_from, store_scale
-
-
-@jit
-def load_finite(source: Array, kind: int, bits: Array) -> int:
-    """A row as float32 bits, NaN as 0, infinity as the largest finite magnitude; gives how many there were of both."""
-    if load_bits(source, kind, bits) < np.uint32(0x7F800000):
-        return 0
-    bad, top = 0, np.uint32(0)
-    for i in range(bits.size):
-        a = np.uint32(bits[i] & np.uint32(0x7FFFFFFF))
-        if a < np.uint32(0x7F800000):
-            top = max(top, a)
-    for i in range(bits.size):
-        a = np.uint32(bits[i] & np.uint32(0x7FFFFFFF))
-        if a >= np.uint32(0x7F800000):
-            bad += 1
-            bits[i] = np.uint32(0) if a > np.uint32(0x7F800000) else np.uint32(top | np.uint32(bits[i] & np.uint32(0x80000000)))
-    return bad
-
-
-@jit
-def to_int(y: np.float32, low: np.float32, high: np.float32) -> np.int32:
-    """RNE(clamp(y, low, high))."""
-    y = y if y > low else low
-    y = y if y < high else high
-    # adding 1.5 * 2**23 leaves the integer, rounded half to even, in the lowest bits
-    return np.int32(bits_of(np.float32(y + np.float32(12582912)))) - np.int32(0x4B400000)
 
 
 @jit

@@ -58,6 +58,9 @@ def smooth_rows(
     start: int,
     stride: int,
     rows: int,
+    cols: int,
+    out: Array,
+    scales: Array,
     kind: int,
     target: int,
     smoother: Array,
@@ -65,8 +68,6 @@ def smooth_rows(
     largest: np.float32,
     first: int,
     last: int,
-    out: Array,
-    scales: Array,
     outputs: np.float32,
     activation: np.float32,
 ) -> np.int64:
@@ -78,7 +79,6 @@ def smooth_rows(
         outputs: sy; 0 stores the inverse of the weight scale (activations for each token).
         activation: sx.
     """
-    cols = smoother.size
     bits = np.empty(cols, np.uint32)
     width = last - first
     bad = np.int64(0)

@@ -1,4 +1,4 @@
-"""The compiled part of `weight_only`. Layout families are their places in `quants.layout.FAMILIES`."""
+"""The compiled part of `weight_only`, and of integers laid out as they are. Families are their places in `quants.layout.FAMILIES`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from streamconv.kernels.jit import Array, bits_of, float_of, jit
-from streamconv.kernels.nearest import load_bits, nonfinite, round_bits
-from streamconv.kernels.rows import each, magnitude, to_bf16, to_f16
+from streamconv.kernels.nearest import load_bits, make_finite, nonfinite, round_bits
+from streamconv.kernels.rows import each, magnitude
+from streamconv.kernels.scale_code import store_scale
 
 
 @jit
@@ -22,22 +23,8 @@ def prepare_row(source: Array, kind: int, target: int, bits: Array) -> tuple[np.
         top = round_bits(target, bits)
     if top < np.uint32(0x7F800000):
         return top, 0, 0
-    bad = 0
-    top = np.uint32(0)
-    for i in range(bits.size):
-        a = bits[i] & np.uint32(0x7FFFFFFF)
-        if a >= np.uint32(0x7F800000):
-            bad += 1
-        else:
-            top = max(top, a)
-    for i in range(bits.size):
-        a = bits[i] & np.uint32(0x7FFFFFFF)
-        if a > np.uint32(0x7F800000):
-            bits[i] = np.uint32(0)
-        elif a == np.uint32(0x7F800000):
-            bits[i] = top | (bits[i] & np.uint32(0x80000000))
-    lost = bad - infinite_before if kind != target and target != 0 else 0
-    return top, bad, lost
+    bad, top = make_finite(bits)
+    return top, bad, bad - infinite_before if kind != target and target != 0 else 0
 
 
 @jit
@@ -72,19 +59,19 @@ def offset_code(b: np.uint32, scale: np.float32) -> Any:
 
 
 @jit
-def int8_as_stored(line: Array, kind: int, target: int, bias: np.int32, q: Array, scale: Array) -> bool:
-    """Codes and scale of a row of finite values that the model dtype leaves as they are, or changes where the code is 0; else False."""
+def int8_as_stored(line: Array, kind: int, target: int, bias: np.int32, q: Array) -> np.float32:
+    """Codes and scale of a row of finite values that the model dtype leaves as they are, or changes where the code is 0; else 0."""
     top = magnitude(line, kind)
     # from 2**-5 on, what float16 rounds (below 2**-14) is less than half a step of top / 128
     fits = kind == target or target == 0 or (kind == 2 and target == 1 and np.uint32(0x3D000000) <= top and top < np.uint32(0x477FF000))
     if not fits or top < np.uint32(0x04800000) or top >= np.uint32(0x7F800000):  # below it the scale would be subnormal
-        return False
-    scale[0] = float_of(top) * np.float32(0.0078125)
+        return np.float32(0)
+    scale = np.float32(float_of(top) * np.float32(0.0078125))
     if bias == np.int32(0):
-        each(int8_code, line, kind, scale[0], q)
+        each(int8_code, line, kind, scale, q)
     else:
-        each(offset_code, line, kind, scale[0], q)
-    return True
+        each(offset_code, line, kind, scale, q)
+    return scale
 
 
 @jit
@@ -127,116 +114,89 @@ def deal(words: Array, run: np.uint64, out: Array) -> None:
 
 
 @jit
-def store_scale(scales: Array, row: int, scale: Array, target: int) -> None:
-    """Store a scale (uint32 view of one float32) in the model dtype."""
-    if target == 0:
-        scales[row] = scale[0]
-    elif target == 1:
-        scales[row] = to_f16(scale[0])
-    else:
-        scales[row] = to_bf16(scale[0])
+def two(q: Array, k: np.uint64, step: np.uint64) -> np.uint16:
+    """A word of two codes."""
+    return np.uint16(np.uint16(q[k]) | (np.uint16(q[k + step]) << np.uint16(8)))
 
 
 @jit
-def int8_rows(
-    source: Array,
-    start: int,
-    stride: int,
-    rows: int,
-    cols: int,
-    out: Array,
-    scales: Array,
-    kind: int,
-    target: int,
-    family: int,
-) -> tuple[int, int]:
-    """Rows -> int8 layout bytes (`out` as uint16) and scales; gives (non-finite, overflow) counts."""
-    values = np.empty(cols, np.float32)
-    bits = values.view(np.uint32)
-    q = np.empty(cols, np.uint8)
-    woven = np.empty(cols // 8 * 4, np.uint16)
-    words = woven.view(np.uint64)
-    one = np.empty(1, np.float32)
-    one_bits = one.view(np.uint32)
+def four(q: Array, k: np.uint64, step: np.uint64) -> np.uint16:
+    """A word of four codes, each in the low bits of its byte."""
+    low, high = np.uint16(q[k] & 15) | (np.uint16(q[k + step] & 15) << np.uint16(4)), q[k + step + step] & 15
+    return np.uint16(low | (np.uint16(high) << np.uint16(8)) | (np.uint16(q[k + step + step + step] & 15) << np.uint16(12)))
+
+
+@jit
+def lay_out(q: Array, bits: int, family: int, r: int, woven: Array, out: Array) -> None:
+    """Codes of a channel, offset where the family has them so, to their place in a layout (`out` as uint16)."""
+    cols, each, one = q.size, 16 // bits, np.uint64(1)
+    line = out[r * cols // each : (r + 1) * cols // each]
+    if family == 0 and bits == 8:
+        weave8(q, woven)
+        deal(woven.view(np.uint64), np.uint64(8), out.view(np.uint64)[(r // 2) * cols // 4 + (r % 2) * 8 :])
+    elif family == 0:
+        weave4(q, woven)
+        deal(woven.view(np.uint64), np.uint64(4), out.view(np.uint64)[(r // 4) * cols // 4 + (r % 4) * 4 :])
+    elif family == 3 and bits == 8:
+        weave8(q, line)
+    elif family == 3:
+        weave4(q, line)
+    elif family == 1 and bits == 8:
+        for block in range(np.uint64(cols // 4)):
+            at, k = np.uint64(2) * block, np.uint64(4) * block
+            line[at], line[at + one] = two(q, k, np.uint64(2)), two(q, k + one, np.uint64(2))
+    elif family == 1:
+        for block in range(np.uint64(cols // 8)):
+            at, k = np.uint64(2) * block, np.uint64(8) * block
+            line[at], line[at + one] = four(q, k, np.uint64(2)), four(q, k + one, np.uint64(2))
+    elif bits == 8:
+        for i in range(np.uint64(cols // 2)):
+            line[i] = two(q, np.uint64(2) * i, one)
+    else:
+        for i in range(np.uint64(cols // 4)):
+            line[i] = four(q, np.uint64(4) * i, one)
+
+
+@jit
+def integer_rows(
+    source: Array, start: int, stride: int, rows: int, cols: int, out: Array, scales: Array,
+    kind: int, target: int, bits: int, family: int,
+) -> tuple[int, int]:  # fmt: skip
+    """Rows -> layout bytes (`out` as uint16) and scales; gives (non-finite, overflow) counts."""
+    values, q, woven = np.empty(cols, np.float32), np.empty(cols, np.uint8), np.empty(cols // 16 * bits, np.uint16)
     bad = lost = 0
-    bias = np.int32(0) if family == 2 else np.int32(128)
+    half = np.int32(1 << (bits - 1))
+    bias = np.int32(0) if family == 2 else half
     for r in range(rows):
         line = source[start + r * stride : start + r * stride + cols]
-        if not int8_as_stored(line, kind, target, bias, q, one):
-            one_bits[0], b, o = prepare_row(line, kind, target, bits)
-            bad += b
-            lost += o
-            one[0] = one[0] * np.float32(0.0078125)
-            quantize_row(values, one[0], np.int32(128), bias, q)
-        store_scale(scales, r, one_bits, target)
-        if family == 0:
-            weave8(q, woven)
-            deal(words, np.uint64(8), out.view(np.uint64)[(r // 2) * cols // 4 + (r % 2) * 8 :])
-        elif family == 3:
-            weave8(q, out[r * cols // 2 : (r + 1) * cols // 2])
-        elif family == 1:
-            base = r * cols // 2
-            for block in range(cols // 4):
-                k = block * 4
-                out[base + block * 2] = np.uint16(q[k]) | (np.uint16(q[k + 2]) << np.uint16(8))
-                out[base + block * 2 + 1] = np.uint16(q[k + 1]) | (np.uint16(q[k + 3]) << np.uint16(8))
-        else:
-            base = r * cols // 2
-            for i in range(cols // 2):
-                out[base + i] = np.uint16(q[2 * i]) | (np.uint16(q[2 * i + 1]) << np.uint16(8))
+        scale = int8_as_stored(line, kind, target, bias, q) if bits == 8 else np.float32(0)
+        if scale == np.float32(0):
+            top, row_bad, row_lost = prepare_row(line, kind, target, values.view(np.uint32))
+            bad += row_bad
+            lost += row_lost
+            scale = np.float32(float_of(top) * np.float32(np.float32(1) / np.float32(half)))
+            quantize_row(values, scale, half, bias, q)
+        store_scale(target, scale, scales, r)
+        lay_out(q, bits, family, r, woven, out)
     return bad, lost
 
 
 @jit
-def int4_rows(
-    source: Array,
-    start: int,
-    stride: int,
-    rows: int,
-    cols: int,
-    out: Array,
-    scales: Array,
-    kind: int,
-    target: int,
-    family: int,
-) -> tuple[int, int]:
-    """Rows -> int4 layout bytes (`out` as uint16, four nibbles each) and scales; gives (non-finite, overflow) counts."""
-    values = np.empty(cols, np.float32)
-    bits = values.view(np.uint32)
-    q = np.empty(cols, np.uint8)
-    woven = np.empty(cols // 16 * 4, np.uint16)
-    words = woven.view(np.uint64)
-    one = np.empty(1, np.float32)
-    one_bits = one.view(np.uint32)
-    bad = lost = 0
-    bias = np.int32(0) if family == 2 else np.int32(8)
+def packed_rows(source: Array, start: int, stride: int, rows: int, cols: int, out: Array, bits: int, family: int) -> None:
+    """Rows of signed integers (int8 as uint8) -> layout bytes (`out` as uint16)."""
+    q, woven = np.empty(cols, np.uint8), np.empty(cols // 16 * bits, np.uint16)
+    mask, flip = np.uint8(255 if bits == 8 else 15), np.uint8(0 if family == 2 else 1 << (bits - 1))
     for r in range(rows):
-        top, b, o = prepare_row(source[start + r * stride : start + r * stride + cols], kind, target, bits)
-        bad += b
-        lost += o
-        one_bits[0] = top
-        one[0] = one[0] * np.float32(0.125)
-        quantize_row(values, one[0], np.int32(8), bias, q)
-        store_scale(scales, r, one_bits, target)
-        if family == 0:
-            weave4(q, woven)
-            deal(words, np.uint64(4), out.view(np.uint64)[(r // 4) * cols // 4 + (r % 4) * 4 :])
-        elif family == 3:
-            weave4(q, out[r * cols // 4 : (r + 1) * cols // 4])
-        else:
-            base = r * cols // 4
-            for block in range(cols // 8):
-                k = block * 8
-                if family == 1:
-                    low = np.uint16(q[k]) | (np.uint16(q[k + 2]) << np.uint16(4))
-                    low |= (np.uint16(q[k + 4]) << np.uint16(8)) | (np.uint16(q[k + 6]) << np.uint16(12))
-                    high = np.uint16(q[k + 1]) | (np.uint16(q[k + 3]) << np.uint16(4))
-                    high |= (np.uint16(q[k + 5]) << np.uint16(8)) | (np.uint16(q[k + 7]) << np.uint16(12))
-                else:
-                    low = np.uint16(q[k] & 15) | (np.uint16(q[k + 1] & 15) << np.uint16(4))
-                    low |= (np.uint16(q[k + 2] & 15) << np.uint16(8)) | (np.uint16(q[k + 3] & 15) << np.uint16(12))
-                    high = np.uint16(q[k + 4] & 15) | (np.uint16(q[k + 5] & 15) << np.uint16(4))
-                    high |= (np.uint16(q[k + 6] & 15) << np.uint16(8)) | (np.uint16(q[k + 7] & 15) << np.uint16(12))
-                out[base + block * 2] = low
-                out[base + block * 2 + 1] = high
-    return bad, lost
+        line = source[start + r * stride : start + r * stride + cols]
+        for i in range(cols):
+            q[i] = (line[i] & mask) ^ flip
+        lay_out(q, bits, family, r, woven, out)
+
+
+@jit
+def paired_rows(q: Array, start: int, stride: int, rows: int, cols: int, out: Array) -> None:
+    """Rows of int8 in -8..7 (as uint8) -> two neighbouring rows in a byte, the even one in the low nibble."""
+    for pair in range(rows // 2):
+        even, at = start + 2 * pair * stride, pair * cols
+        for k in range(cols):
+            out[at + k] = (q[even + k] & np.uint8(15)) | np.uint8(q[even + stride + k] << np.uint8(4))

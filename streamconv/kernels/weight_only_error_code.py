@@ -154,7 +154,7 @@ def integer_errors(
     """Rows of a mixed-GEMM layout against their source; gives how many rows hold a value that is farther off than it may be.
 
     Args:
-        source, start, stride, kind: as of `weight_only_code.int8_rows`; `words` is its output.
+        source, start, stride, kind: as of `weight_only_code.integer_rows`; `words` is its output.
         scales: float32 of each row, as stored.
         limits, sums: see `compare_row`.
     """

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from streamconv.checkpoint.dtypes import F32, I8, U8, DType
-from streamconv.kernels.launch import paired_kernel
+from streamconv.kernels.launch import fused
 from streamconv.lazy import torch
 from streamconv.quants.base import EncodeStats, Exact, Kernel, Part
 from streamconv.quants.int_group import IntGroup
@@ -41,7 +41,7 @@ class PairedWeight(Exact):
         return ((nibbles ^ 8).to(torch.float32)) - 8.0
 
     def kernel(self, source: DType) -> Kernel | None:
-        return paired_kernel() if source == I8 else None
+        return fused("weight_only_code.paired_rows", ["u1"]) if source == I8 else None
 
 
 @dataclass(frozen=True, slots=True)

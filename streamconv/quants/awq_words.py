@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from streamconv.checkpoint.dtypes import F16, FLOATS, I8, I32, DType
 from streamconv.checkpoint.packed_rows import AWQ_POSITION
-from streamconv.kernels.launch import awq_given_kernel, awq_kernel, awq_scale_kernel
+from streamconv.kernels.launch import fused
 from streamconv.lazy import torch
 from streamconv.quants.base import Codec, EncodeStats, Exact, Kernel, Part
 from streamconv.quants.int_group import IntGroup
@@ -114,7 +114,8 @@ class AwqWords(Codec):
         if source.name not in FLOATS or (self.symmetric is not None and self.symmetric.search):
             return None
         divisor = 15.0 if self.symmetric is None else self.symmetric.divisor
-        return awq_kernel(source, self.group, self.scale, divisor, LEAST, self.symmetric is not None)
+        rule = self.group, divisor, LEAST, self.symmetric is not None
+        return fused("awq_words_code.awq_rows", ["u1", "u1", "u2"], source, self.scale, *rule)
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ class AwqCodes(Exact):
         return _unpacked(parts[0], cols) - _MIDDLE
 
     def kernel(self, source: DType) -> Kernel | None:
-        return awq_given_kernel() if source == I8 else None
+        return fused("awq_words_code.awq_given_rows", ["u1"]) if source == I8 else None
 
 
 @dataclass(frozen=True)
@@ -158,4 +159,4 @@ class AwqScales(Codec):
         return half_ulp(block, F16)
 
     def kernel(self, source: DType) -> Kernel | None:
-        return awq_scale_kernel(source) if source.name in FLOATS else None
+        return fused("awq_words_code.awq_scale_rows", ["u2", "u1"], source) if source.name in FLOATS else None

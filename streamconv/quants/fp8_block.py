@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from streamconv.checkpoint.dtypes import F8_E4M3, F32, FLOATS, DType
 from streamconv.checkpoint.stored_codes import as_float
-from streamconv.kernels.launch import fp8_block_kernel
+from streamconv.kernels.launch import fused
 from streamconv.lazy import torch
 from streamconv.quants.base import Codec, EncodeStats, Kernel, Part
 from streamconv.quants.rounding import HALF_ULP, divided, finite_rows, half_ulp, rounded
@@ -103,4 +103,5 @@ class Fp8Block(Codec):
     def kernel(self, source: DType) -> Kernel | None:
         if source.name not in FLOATS:
             return None
-        return fp8_block_kernel(source, self.block, self.zero, self.floor, self.scale, self.quotient, self.multiply)
+        rule = self.scale, self.quotient, self.block, self.zero, self.floor, self.multiply
+        return fused("scaled_code.fp8_block_rows", ["u1", self.scale.storage], source, *rule)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from streamconv.checkpoint.dtypes import F8_E4M3, F32, FLOATS, DType
 from streamconv.checkpoint.stored_codes import as_float
-from streamconv.kernels.launch import fp8_kernel
+from streamconv.kernels.launch import fused
 from streamconv.lazy import torch
 from streamconv.quants.base import Codec, EncodeStats, Kernel, Part
 from streamconv.quants.rounding import HALF_ULP, divided, half_ulp, rounded
@@ -92,5 +92,5 @@ class Fp8Rowwise(Codec):
     def kernel(self, source: DType) -> Kernel | None:
         if source.name not in FLOATS:
             return None
-        rules = (self.lo, self.hi, self.floor, self.zero)
-        return fp8_kernel(source, self.model or source, *rules, self.scale, self.quotient)
+        rule = self.scale, self.quotient, float(self.lo), float(self.hi), self.floor, self.zero
+        return fused("fp8_code.fp8_rows", ["u1", self.scale.storage], source, self.model or source, *rule)

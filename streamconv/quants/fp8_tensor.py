@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from streamconv.checkpoint.dtypes import F8_E4M3, F32, FLOATS, DType
-from streamconv.kernels.launch import fp8_tensor_kernel, weight_maximum
+from streamconv.kernels.launch import fused, weight_maximum
 from streamconv.lazy import Array, np, torch
 from streamconv.quants.base import EncodeStats, FinishedReductions, Kernel, OfMaximum, Part, ReduceKernel, Reduction
 from streamconv.quants.computed import Computed
@@ -76,7 +76,7 @@ class Fp8Tensor(OfMaximum):
         return 0
 
     def kernel(self, source: DType) -> Kernel | None:
-        return fp8_tensor_kernel(source, self.scale) if source.name in FLOATS else None
+        return fused("fp8_code.fp8_tensor_rows", ["u1"], source, self.scale) if source.name in FLOATS else None
 
     def prepare(self, source: DType) -> None:
         kernel = replace(self, scale=1.0).kernel(source)

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from streamconv.checkpoint.dtypes import FLOATS, I8, DType
 from streamconv.checkpoint.packed_rows import AWQ_POSITION
-from streamconv.kernels.launch import group_scales_kernel, packed_kernel
+from streamconv.kernels.launch import fused
 from streamconv.lazy import torch
 from streamconv.quants.base import Codec, EncodeStats, Exact, Kernel, Part
-from streamconv.quants.layout import Layout
+from streamconv.quants.layout import FAMILIES, Layout
 from streamconv.quants.rounding import half_ulp
 
 
@@ -49,7 +49,7 @@ class PackedWeight(Exact):
     def kernel(self, source: DType) -> Kernel | None:
         if source != I8 or self.layout.family == "sm70":
             return None
-        return packed_kernel(self.layout.bits, self.layout.family)
+        return fused("weight_only_code.packed_rows", ["u2"], self.layout.bits, FAMILIES.index(self.layout.family))
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,8 @@ class GroupScales(Codec):
     def kernel(self, source: DType) -> Kernel | None:
         if self.source.name not in FLOATS or self.dtype.itemsize != 2:
             return None
-        return group_scales_kernel(self.source, self.dtype, self.bits, self.shuffled, self.middle)
+        rule = self.source, self.dtype, self.bits, self.shuffled, self.middle
+        return fused("group_scales_code.group_rows", [self.dtype.storage] * 2, *rule)
 
     def _split(self, block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Stored scales [r, N] and the integer factors of the zeros, int16 [r, N]."""

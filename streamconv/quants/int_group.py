@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from streamconv.checkpoint.dtypes import F32, FLOATS, I8, I32, U8, DType
 from streamconv.checkpoint.stored_codes import as_float
-from streamconv.kernels.launch import int_group_kernel
+from streamconv.kernels.launch import fused
 from streamconv.lazy import np, torch
 from streamconv.quants.base import Codec, EncodeStats, Kernel, Part
 from streamconv.quants.rounding import HALF_ULP, divided, finite_rows, half_ulp, rounded
@@ -158,8 +158,9 @@ class IntGroup(Codec):
     def kernel(self, source: DType) -> Kernel | None:
         if source.name not in FLOATS or self.search:
             return None
-        fixed = (self.bits, self.group, self.divisor, self.zero, self.floor)
-        kernel = int_group_kernel(source, *fixed, self.scale, self.quotient, self.packing)
+        form = ("bytes", "words", "pairs").index(self.packing)
+        rule = self.scale, self.quotient, self.bits, self.group, self.divisor, self.zero, self.floor, form
+        kernel = fused("int_group_code.int_group_rows", ["u1", self.scale.storage], source, *rule)
         return _widened(kernel, self.scale) if self.wide else kernel
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from streamconv.checkpoint.dtypes import F8_E4M3, F32, FLOATS, U8, DType
 from streamconv.checkpoint.stored_codes import as_float
-from streamconv.kernels.launch import mx_kernel
+from streamconv.kernels.launch import fused
 from streamconv.lazy import torch
 from streamconv.quants.base import Codec, EncodeStats, Kernel, Part
 from streamconv.quants.e2m1 import e2m1_codes, e2m1_values, pack_nibbles, unpack_nibbles
@@ -104,4 +104,6 @@ class Mx(Codec):
         return Screen("e4m3" if self.element == "fp8" else "e2m1", lambda parts: as_float(parts[1], "F8_E8M0"), GROUP, ratio=within)
 
     def kernel(self, source: DType) -> Kernel | None:
-        return mx_kernel(source, self.element, self.exponent, self.read_as) if source.name in FLOATS else None
+        if source.name not in FLOATS:
+            return None
+        return fused("mx_code.mx_rows", ["u1", "u1"], source, self.read_as, self.element == "fp4", self.exponent == "ceiling")

@@ -11,7 +11,7 @@ from typing import Literal
 
 from streamconv.checkpoint.dtypes import F8_E4M3, F32, FLOATS, U8, DType
 from streamconv.checkpoint.stored_codes import as_float
-from streamconv.kernels.launch import nvfp4_kernel
+from streamconv.kernels.launch import fused
 from streamconv.lazy import Array, Bytes, np, torch
 from streamconv.quants.base import EncodeStats, FinishedReductions, Kernel, OfMaximum, Part
 from streamconv.quants.computed import Computed
@@ -119,7 +119,9 @@ class NvFp4(OfMaximum):
         return steps
 
     def kernel(self, source: DType) -> Kernel | None:
-        return nvfp4_kernel(source, self.rule, self.kind, self.shared) if source.name in FLOATS else None
+        if source.name not in FLOATS:
+            return None
+        return fused("fp4_code.nvfp4_rows", ["u1", "u1"], source, self.kind, self.shared, self.rule == "divisor")
 
     def prepare(self, source: DType) -> None:
         kernel = replace(self, shared=1.0).kernel(source)

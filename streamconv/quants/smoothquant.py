@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from streamconv.checkpoint.dtypes import F16, F32, FLOATS, I8, DType
-from streamconv.kernels.launch import smooth_kernel
+from streamconv.kernels.launch import fused
 from streamconv.lazy import np, torch
 from streamconv.quants.base import Codec, EncodeStats, FinishedReductions, Kernel, Part
 from streamconv.quants.rounding import half_ulp
@@ -139,7 +139,9 @@ class SmoothWeight(Codec):
             return unbound
         mode = 0 if bound.largest is None else 1 if self.divide else 2 if self.single else 0
         outputs = 0.0 if self.outputs is None else output_scale(self.outputs)
-        return smooth_kernel(source, self.dtype, mode, bound.smoother, bound.largest, self.keep, outputs, bound.activation)
+        largest = -1.0 if bound.largest is None else bound.largest
+        rule = bound.smoother, mode, largest, *(self.keep or (0, bound.smoother.size)), outputs, bound.activation
+        return fused("smooth_code.smooth_rows", ["u1", "f4"], source, self.dtype, *rule)
 
     def prepare(self, source: DType) -> None:
         made = replace(self, bound=Bound(np.ones(2), 1.0, 1.0 if self.largest else None), keep=None)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from streamconv.checkpoint.dtypes import FLOATS, I8, DType
-from streamconv.kernels.launch import weight_only_errors, weight_only_kernel
+from streamconv.kernels.launch import fused, weight_only_errors
 from streamconv.lazy import torch
 from streamconv.quants.base import Codec, EncodeStats, ErrorKernel, Kernel, Part
-from streamconv.quants.layout import Layout
+from streamconv.quants.layout import FAMILIES, Layout
 from streamconv.quants.rounding import half_ulp
 
 
@@ -83,7 +83,10 @@ class WeightOnly(Codec):
         return step * (0.5 + (values > (half - 1.5) * step)) + half_ulp(values, self.dtype) + 2 * half * half_ulp(step, self.dtype)
 
     def kernel(self, source: DType) -> Kernel | None:
-        return weight_only_kernel(source, self.dtype, self.bits, self.family) if source.name in FLOATS else None
+        if source.name not in FLOATS:
+            return None
+        rule = self.dtype, self.bits, FAMILIES.index(self.family)
+        return fused("weight_only_code.integer_rows", ["u2", self.dtype.storage], source, *rule)
 
     def error_kernel(self, source: DType) -> ErrorKernel | None:
         return weight_only_errors(source, self.dtype, self.bits, self.family) if source.name in FLOATS else None
