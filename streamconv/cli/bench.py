@@ -1,16 +1,24 @@
-"""`streamconv bench`: parse, measure, show."""
+"""`streamconv bench`."""
 
 from __future__ import annotations
 
 import os
+import statistics
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from streamconv.cli import output
+from streamconv.cli import output, view
 from streamconv.cli.flags import Command
 from streamconv.errors import CheckpointError, UsageError, printable
+from streamconv.memory import parse_size, show_size
+
+if TYPE_CHECKING:
+    from streamconv.pages.page import Page
+
+_HEADER = ("job", "seconds", "cp", "ratio", "CPU seconds", "resident", "cgroup peak", "limit")
 
 
 @click.command(cls=Command)
@@ -43,8 +51,6 @@ def bench(
 
     from streamconv.bench import model as models
     from streamconv.bench import run
-    from streamconv.cli import bench_view
-    from streamconv.memory import parse_size
     from streamconv.pages import page
 
     if (model is None) == (shape is None):
@@ -56,7 +62,7 @@ def bench(
     if not os.path.isdir(work):
         raise UsageError(f"--work {printable(work)} is no folder")
     if report is not None:
-        page.check(Path(report))
+        page.check(report)
     jobs = run.jobs([parse_size(budget) for budget in budgets], quants, shlex.split(flags), against)
     with run.folder(Path(work).resolve()) as place:
         source = Path(model or place / "model").resolve()
@@ -65,9 +71,69 @@ def bench(
         found: dict[str, Any] = run.run(source, place, jobs, runs, (lambda line: None) if as_json else output.note, warm)
     found["model"] = model or shape
     if report is not None:
-        page.write(Path(report), bench_view.page(found))
+        page.write(report, _page(found))
     if as_json:
         output.dump(found)
     else:
-        output.block(bench_view.lines(found))
+        output.block(_lines(found))
     return 8 if any(line["status"] for line in found["jobs"]) else 0
+
+
+def _rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
+    rows = list[tuple[str, ...]]()
+    for job in found["jobs"]:
+        if job["status"]:
+            rows.append((job["name"], f"failed with status {job['status']}", "", "", "", show_size(job["peak"]), "", ""))
+            continue
+        inside = show_size(job["cgroup_peak"]) if job["cgroup_peak"] is not None else "no cgroup"
+        times = (f"{statistics.median(job[key]):.2f}" for key in ("seconds", "cp_seconds"))
+        limit = show_size(job["limit"]) if job["in_cgroup"] and job["limit"] else "none"
+        rows.append((job["name"], *times, f"{job['ratio']:.2f}", f"{job['cpu_seconds']:.2f}", show_size(job["peak"]), inside, limit))
+    return rows
+
+
+def _rates(found: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(name, "unknown" if rate is None else f"{show_size(rate)}/s") for name, rate in found["rates"].items()]
+
+
+def _told(found: dict[str, Any]) -> str:
+    runs = len(found["jobs"][0]["seconds"])
+    what = f"{found['model']}, {show_size(found['bytes'])}, page cache {found['cache']}"
+    return f"{what}; medians of {runs} round{'s' * (runs != 1)}, seconds until the data is on the disk"
+
+
+def _beside(found: dict[str, Any]) -> list[str]:
+    return [
+        f"{job['name']}: {other['faster']:.1f} times as fast as {other['name']}, with {other['memory']:.2f} of its memory"
+        for job in found["jobs"]
+        for other in job["against"]
+        if other["faster"] is not None
+    ]
+
+
+def _lines(found: dict[str, Any]) -> Iterator[str]:
+    """For people."""
+    yield from view.table(_rates(found), ("rate", "measured"))
+    yield ""
+    yield _told(found)
+    yield from view.table(_rows(found), _HEADER)
+    yield from _beside(found)
+    for job in found["jobs"]:
+        if job["status"]:
+            yield f"{job['name']}: {job['error'].strip()[-300:]}"
+
+
+def _page(found: dict[str, Any]) -> Page:
+    """For a browser."""
+    from streamconv.cli.watching import command_line
+    from streamconv.pages import host
+    from streamconv.pages.page import Page, Section, Table
+
+    numbers = frozenset(range(1, len(_HEADER)))
+    sections = [
+        Section("Conversions", ". ".join([_told(found), *_beside(found)]) + ".", "", Table(_HEADER, _rows(found), numbers)),
+        Section("Rates", "", "", Table(("what", "bytes a second"), _rates(found), frozenset({1}))),
+        Section("Command", code=command_line()),
+        Section("Machine and versions", "", "", Table(("what", "value"), list(host.facts().items()))),
+    ]
+    return Page(f"Benchmark of {found['model']}", _told(found), [], sections)

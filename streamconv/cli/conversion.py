@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from streamconv.calibration.request import Samples
     from streamconv.checkpoint.index import Index
     from streamconv.options import Resources
+    from streamconv.pages.runs import Planned
     from streamconv.progress import Meter
     from streamconv.reports import Report
 
@@ -106,12 +107,10 @@ def convert(
     from streamconv import api
     from streamconv.calibration.before import measured
     from streamconv.cli import convert_view
-    from streamconv.cli.watching import watching
+    from streamconv.cli.watching import command_line, watching
     from streamconv.targets.hf.target import HuggingFace
     from streamconv.targets.trtllm.options import TensorRTLLM
 
-    if report:
-        from streamconv.cli import pages_view
     if quiet or as_json:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     asked = resources(values)
@@ -130,7 +129,7 @@ def convert(
             budget, samples = asked.memory_budget, _samples(text, values)
             wanted = measured(model, place, wanted, samples, memory_budget=budget, device=asked.device, force=force, **watched.layers)
             outputs = [wanted.to(place)]
-        facts = pages_view.planned(model, outputs, asked, together) if report else ([], "")
+        facts = _page_facts(model, outputs, asked, together) if report else None
         if engine is not None:
             made = _on_ray(engine, model, outputs, asked, force, watched.meter, together)
         elif together:
@@ -140,10 +139,24 @@ def convert(
     convert_view.show(made, as_json, quiet)
     if made.published and not together:
         recipe_option.compare(place)
-    watched.write(report, lambda: pages_view.conversion(model, made, facts, watched, asked.min_snr))
+    if report and facts:
+        from streamconv.pages import page, runs
+
+        page.write(report, runs.conversion(model, made, *facts, watched.samples, command_line(), asked.min_snr))
     if as_json:
         output.dump(dataclasses.asdict(made))
     return 0
+
+
+def _page_facts(model: str, outputs: Sequence[Output], asked: Resources, together: bool) -> tuple[list[Planned], str]:
+    """What the page of --report needs of the plans, which are too large to be kept, and the recipe."""
+    from streamconv.cli import recipe
+    from streamconv.open_plan import open_and_plan_all
+    from streamconv.pages.runs import planned
+
+    index, plans = open_and_plan_all(model, outputs, asked.memory_budget)
+    with index:
+        return [planned(plan) for plan in plans], recipe.of_plans(model, outputs, plans, {}, index, together)
 
 
 def _on_ray(engine: str, model: str, outputs: Sequence[Output], asked: Resources, force: bool, meter: Meter, together: bool) -> Report:

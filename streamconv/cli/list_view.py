@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 
+import click
+
+from streamconv.cli import output
 from streamconv.cli.view import table
 from streamconv.targets import TARGETS, target_class
 from streamconv.targets.base import choices_of, flag
@@ -98,22 +101,24 @@ LISTS = {"families": families, "quants": quants, "formats": formats, "targets": 
 _IN_SHORT = {"formats": _formats_in_short, "targets": _targets_in_short}
 
 
-def show(what: str, markdown: bool) -> str:
-    """A table as text.
-
-    Args:
-        markdown: for a README, which has a row for each target, and for each --quant of a Hugging Face directory.
-    """
+@click.command("list")
+@click.argument("what", type=click.Choice(["families", "quants", "formats", "targets"]))
+@click.option("--markdown", is_flag=True, help="As a Markdown table; of formats and targets in short.")
+def list_(what: str, markdown: bool) -> int:
+    """Print the model families, the weight formats, or the targets and their options."""
     header, rows = (_IN_SHORT if markdown else LISTS).get(what, LISTS[what])()
     if not markdown:
-        lead = [(f"--to {key}", target_class(key).summary) for key in TARGETS] if what == "targets" else []
-        return "\n".join([*table(lead), *([""] if lead else []), *table(rows, header)])
+        if what == "targets":
+            output.block([*table([(f"--to {key}", target_class(key).summary) for key in TARGETS]), ""])
+        output.block(table(rows, header))
+        return 0
     code = {"--quant", "family", "architectures", "quant", "quant_algo", "flags", "--to"}
     lines = [header, tuple("---" for _ in header)]
     for row in rows:
         named = zip(header, row, strict=True)
         lines.append(tuple(_code(cell) if name in code and _plain(cell) else cell for name, cell in named))
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    output.block(f"| {' | '.join(cells)} |" for cells in lines)
+    return 0
 
 
 def _code(cell: str) -> str:

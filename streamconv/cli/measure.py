@@ -49,8 +49,7 @@ def calibrate(
 ) -> int:
     """Measure the activation ranges of MODEL on text, one layer at a time."""
     from streamconv.calibration.run import calibrate as run_calibration
-    from streamconv.cli import pages_view
-    from streamconv.cli.watching import watching
+    from streamconv.cli.watching import command_line, watching
     from streamconv.memory import parse_size, show_size
 
     if not text:
@@ -59,7 +58,10 @@ def calibrate(
     with watching((ranges,), model, quiet or as_json, progress, memory_trace, report) as watched:
         watch = {name: watched.layers[name] for name in ("progress", "sampled")}
         told = run_calibration(model, ranges, text, memory_budget=limit, **watch, **values)
-    watched.write(report, lambda: pages_view.calibration(model, told, text, watched))
+    if report:
+        from streamconv.pages import page, runs
+
+        page.write(report, runs.calibration(model, told, runs.largest_inputs(ranges), text, watched.samples, command_line()))
     if as_json:
         output.dump(told)
     elif not quiet:

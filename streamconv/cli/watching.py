@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import shlex
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -17,11 +16,9 @@ from streamconv.progress import Meter
 
 if TYPE_CHECKING:
     from streamconv.memory_trace import MemoryTrace, Sample
-    from streamconv.pages.page import Page
 
 
-@dataclass(frozen=True, slots=True)
-class Watched:
+class Watched(NamedTuple):
     """A run that is watched.
 
     Attributes:
@@ -33,22 +30,10 @@ class Watched:
     trace: MemoryTrace | None
     layers: dict[str, Any]
 
-
     @property
     def samples(self) -> Sequence[Sample]:
         """Of its memory so far."""
         return self.trace.samples if self.trace is not None else ()
-
-    def write(self, report: str | None, page: Callable[[], Page]) -> None:
-        """Write the page of --report, if there is to be one.
-
-        Raises:
-            OutputError: it cannot be written.
-        """
-        if report is not None:
-            from streamconv.pages.page import write
-
-            write(Path(report), page())
 
 
 def command_line() -> str:
@@ -66,7 +51,7 @@ def watching(
         outs: the folders or the file that it writes or reads.
         model: the source. What lies in its folder would be taken for a part of it.
         quiet: nothing but warnings, unless --progress says what.
-        report: the page that `Watched.write` will write; refused here where that cannot be.
+        report: the page that will be written; refused here where that cannot be.
 
     Raises:
         UsageError: a file that is to be written lies in an output or in the source. OutputError: it cannot be written.

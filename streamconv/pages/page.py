@@ -56,7 +56,7 @@ class Page:
     warnings: Sequence[str] = field(default=())
 
 
-def check(path: Path) -> None:
+def check(path: str | Path) -> None:
     """Refuse to replace what is no report, and find out whether there will be a page, before hours of work.
 
     Raises:
@@ -66,7 +66,7 @@ def check(path: Path) -> None:
         import jinja2  # noqa: F401
     except ImportError:
         raise UsageError("--report needs Jinja2", hint="pip install 'streamconv[report]'") from None
-    shown = printable(str(path))
+    path, shown = Path(path), printable(str(path))
     try:
         with path.open("rb") as file:
             if file.read(len(MARK)) not in (MARK.encode(), b""):
@@ -90,13 +90,14 @@ def render(page: Page) -> str:
     return MARK + room.get_template("page.html").render(page=page)
 
 
-def write(path: Path, page: Page) -> None:
-    """Write the page beside `path` and give it the name.
+def write(name: str, page: Page) -> None:
+    """Write the page beside the file of that name, and take its place.
 
     Raises:
         OutputError: the disk does not take it.
     """
     text = render(page).encode("utf-8", "backslashreplace")
+    path = Path(name)
     part = path.with_name(f".{path.name}.part")
     try:
         part.write_bytes(text)

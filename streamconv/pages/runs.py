@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -149,7 +149,7 @@ def _bound(report: Report, samples: Sequence[Sample]) -> list[Section]:
     return [Section("Where the time went", text, "", table)]
 
 
-def verification(out: str, source: str | None, verdict: Verdict, seconds: float, samples: Sequence[Sample], command: str) -> Page:
+def verification(out: str, source: str | None, verdict: Verdict, samples: Sequence[Sample], command: str) -> Page:
     """The page of `verify`."""
     checked = verdict.hashed or verdict.encoded
     state = "good" if checked else "good in its structure; no value was checked"
@@ -161,7 +161,7 @@ def verification(out: str, source: str | None, verdict: Verdict, seconds: float,
         ("files, tensors", f"{verdict.files}, {verdict.tensors}"),
         ("hashes equal to the manifest's", str(verdict.hashed)),
         ("equal to the source encoded again", str(verdict.encoded) if source else "not asked"),
-        ("time", f"{seconds:.1f} s"),
+        ("time", f"{samples[-1].time:.1f} s"),
     ]
     if verdict.reader:
         facts.append(("TensorRT-LLM's reader", verdict.reader))
@@ -193,6 +193,17 @@ def calibration(
     sections = [*timeline.sections(samples), *tensors.ranges(amax), *_settings(command, "")]
     summary = f"Activation ranges of {model} were measured on {told['samples']} samples of {text}."
     return Page(f"Calibration of {model}", summary, facts, sections)
+
+
+def largest_inputs(ranges: str) -> Iterator[tuple[str, float]]:
+    """(module, largest absolute input) of a file of activation ranges."""
+    from streamconv.checkpoint.activation_ranges import Ranges
+    from streamconv.checkpoint.header import read_header
+
+    stored = Ranges(ranges)
+    for name in read_header(ranges).tensors:
+        if name.endswith(".x"):
+            yield name[:-2], float(stored.vector(name).max())
 
 
 def _settings(command: str, recipe: str) -> list[Section]:

@@ -10,7 +10,7 @@ from random import Random
 import numpy as np
 import pytest
 
-from streamconv.cli import verify_view
+from streamconv.cli import verify
 from streamconv.cli.main import main
 from streamconv.natural import natural
 from streamconv.verification.verdict import TensorError, Verdict
@@ -36,14 +36,14 @@ def _rows(told: str) -> list[str]:
 
 
 def test_verify_shows_the_worst_and_the_totals(capsys: pytest.CaptureFixture[str]) -> None:
-    verify_view.show("out", Verdict(encoded=13, errors=_errors()), as_json=False, quiet=False)
+    verify.show("out", Verdict(encoded=13, errors=_errors()), quiet=False)
     told = capsys.readouterr().out
     assert _rows(told) == [f"transformer.layers.{n}.w" for n in range(11, 1, -1)]
     assert "13 matrices, 1 exact: max error 0.0204, relative 0.0102, SNR at least 49.0 dB; the worst 10 are shown" in told
 
 
 def test_all_of_them_in_the_order_of_the_layers(capsys: pytest.CaptureFixture[str]) -> None:
-    verify_view.show("out", Verdict(encoded=13, errors=_errors()), as_json=False, quiet=False, every=True)
+    verify.show("out", Verdict(encoded=13, errors=_errors()), quiet=False, every=True)
     told = capsys.readouterr().out
     assert _rows(told) == ["lm_head", *(f"transformer.layers.{n}.w" for n in range(12))]
     assert "are shown" not in told
@@ -56,7 +56,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     few = capsys.readouterr().out
     assert main(["verify", out, "--source", model, "--all"]) == 0
     every = capsys.readouterr().out
-    assert len(_rows(few)) == verify_view.WORST < len(_rows(every)) and set(_rows(few)) < set(_rows(every))
+    assert len(_rows(few)) == verify.WORST < len(_rows(every)) and set(_rows(few)) < set(_rows(every))
     assert main(["verify", out, "--all"]) == 0
     assert "note: --all has no effect without --source" in capsys.readouterr().err
 

@@ -1,23 +1,16 @@
-"""Commands for work that several machines share: how far it is, and publishing it by hand."""
+"""Commands about an output: how far the machines are that share the work, publishing it by hand, and uploading it."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from streamconv.cli import output
-from streamconv.errors import OutputError, UsageError, printable
-
-if TYPE_CHECKING:
-    from streamconv.options import Resources
-    from streamconv.progress import Meter
-    from streamconv.reports import Report
-    from streamconv.targets.base import Output
+from streamconv.errors import OutputError, printable
 
 
 @click.command()
@@ -91,15 +84,19 @@ def finalize(out: str, check: bool, no_lock: bool, as_json: bool) -> int:
     return 0
 
 
-def on_ray(engine: str, model: str, outputs: Sequence[Output], asked: Resources, force: bool, meter: Meter, several: bool) -> Report:
-    """`convert --engine`.
+@click.command()
+@click.argument("out")
+@click.argument("repo")
+@click.option("--private", is_flag=True, help="If the repository is new, only you see it.")
+@click.option("--revision", metavar="BRANCH", help="Push to this branch; default: the main one.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def push(out: str, repo: str, private: bool, revision: str | None, as_json: bool) -> int:
+    """Upload the finished output OUT to REPO (org/name) on the Hugging Face Hub."""
+    from streamconv.hub.push import push as upload
 
-    Raises:
-        UsageError: another engine.
-    """
-    from streamconv.run_on_ray import convert_on_ray
-
-    name, _, address = engine.partition("=")
-    if name != "ray":
-        raise UsageError(f"--engine {printable(engine)} is not known", hint="ray, or ray=ADDRESS; without it this process does the work")
-    return convert_on_ray(address or None, model, outputs, asked, force=force, meter=meter, several=several)
+    where = upload(out, repo, private=private, revision=revision)
+    if as_json:
+        output.dump({"repo": repo, "revision": revision or "main", "url": where})
+    else:
+        output.line(where)
+    return 0

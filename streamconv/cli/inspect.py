@@ -1,0 +1,90 @@
+"""`streamconv inspect`: what is in a checkpoint and what it would become. One tensor after the other: there may be very many."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from streamconv.cli import output
+from streamconv.cli.details import SOURCES
+from streamconv.cli.view import table
+from streamconv.errors import StreamconvError, printable
+from streamconv.memory import show_size, without_collection
+from streamconv.natural import natural
+
+if TYPE_CHECKING:
+    from streamconv.checkpoint.index import Index
+    from streamconv.families import Family
+    from streamconv.planning.plan import Plan
+
+
+@click.command(epilog=SOURCES)
+@click.argument("model")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def inspect(model: str, as_json: bool) -> int:
+    """Show the tensors of MODEL, the family recognised, and what each tensor would become."""
+    from streamconv.hub import open_source
+    from streamconv.targets.trtllm.options import TensorRTLLM
+    from streamconv.targets.trtllm.target import make_plan, model_of
+
+    with without_collection(), open_source(model) as index:
+        config, family = model_of(index)
+        plan, problem = None, None
+        try:
+            plan = make_plan(index, TensorRTLLM())
+        except StreamconvError as error:
+            problem = str(error)
+        nbytes, files = sum(record.nbytes for record in index.tensors.values()), len(index.shards)
+        facts = {"family": family.name, "architecture": config.architecture, "files": files, "bytes": nbytes}
+        unknown: list[str] = []
+        tensors = _tensors(index, family, plan, unknown)
+        if as_json:
+            output.dump_long(facts, "tensors", tensors, {"unknown": unknown, "problem": problem})
+            return 0
+        held = f"{len(index.tensors)} tensors, {show_size(nbytes)} in {files} file{'s' * (files != 1)}"
+        output.line(f"{family.name} ({config.architecture}), {held}")
+        output.line()
+        output.block(table(_rows(tensors), ("tensor", "dtype", "shape", "size", "becomes")))
+    if problem:
+        output.line()
+        output.line(f"cannot be converted as it is: {problem}")
+    return 0
+
+
+def _tensors(index: Index, family: Family, plan: Plan | None, unknown: list[str]) -> Iterator[dict[str, Any]]:
+    """Facts of each tensor; names that no role matches go to `unknown` first."""
+    from streamconv.families.matching import match
+
+    found, unmatched = match(family, index.tensors)
+    unknown += unmatched
+    roles = {name: key[0] for key, name in found.items()}
+    del found
+    becomes: dict[str, tuple[int, ...]] = {}
+    for span in plan.spans if plan is not None else ():
+        known = becomes.get(span.source.name, ())
+        becomes[span.source.name] = known + tuple(dest.matrix for dest in span.dests if dest.matrix not in known)
+    for name in sorted(index.tensors, key=natural):
+        record = index.tensors[name]
+        targets = (plan.matrices[matrix].places[0].tensor for matrix in becomes.get(name, ())) if plan is not None else ()
+        yield {
+            "name": name,
+            "dtype": record.dtype.name,
+            "shape": list(record.shape),
+            "bytes": record.nbytes,
+            "file": index.shards[record.shard].path.name,
+            "role": roles.get(name),
+            "becomes": list(dict.fromkeys(targets)),
+        }
+
+
+def _rows(tensors: Iterator[dict[str, Any]]) -> list[tuple[str, ...]]:
+    shared: dict[str, str] = {}  # most of what a table says is said many times
+    rows = []
+    for tensor in tensors:
+        shape = "x".join(str(size) for size in tensor["shape"]) or "scalar"
+        becomes = ", ".join(tensor["becomes"][:2]) or (tensor["role"] and "-") or "unknown"
+        cells = (tensor["dtype"], shape, show_size(tensor["bytes"]), becomes)
+        rows.append((printable(tensor["name"], 80), *(shared.setdefault(cell, cell) for cell in cells)))
+    return rows
