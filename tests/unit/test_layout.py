@@ -16,7 +16,7 @@ from streamconv.options import Version
 from streamconv.quants.base import EncodeStats
 from streamconv.quants.layout import FAMILIES, Layout, family_for
 from streamconv.quants.weight_only import WeightOnly
-from streamconv.targets.trtllm.recipes.weight_only import size_problem
+from streamconv.targets.trtllm.recipes.per_channel import size_problem
 
 # (family, bits, fp8 activations, K, SHA-256 of the whole string, first bytes); N is 64
 VECTORS = [

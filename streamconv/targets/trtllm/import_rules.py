@@ -18,8 +18,7 @@ from streamconv.targets.trtllm.lookup import MODULES, TensorLookup
 from streamconv.targets.trtllm.options import TensorRTLLM
 from streamconv.targets.trtllm.recipes import Quant
 from streamconv.targets.trtllm.recipes.awq import Awq
-from streamconv.targets.trtllm.recipes.fp8 import Fp8GivenQuant
-from streamconv.targets.trtllm.recipes.fp8_rowwise import CLAMP, Fp8RowwiseQuant
+from streamconv.targets.trtllm.recipes.fp8 import CLAMP, Fp8GivenQuant, Fp8RowwiseQuant
 from streamconv.targets.trtllm.recipes.gptq import EXPERTS, GROUP_SIZES
 from streamconv.targets.trtllm.unsupported import refused
 

@@ -13,6 +13,7 @@ from streamconv.checkpoint.activation_ranges import Ranges
 from streamconv.checkpoint.dtypes import F32, DType
 from streamconv.checkpoint.model_config import ModelConfig
 from streamconv.checkpoint.rows import SourceTensor
+from streamconv.errors import RefusedError
 from streamconv.families.base import Family
 from streamconv.memory import MIB, check_room
 from streamconv.planning.draft import Draft
@@ -184,16 +185,14 @@ class RankLayout:
         """How a linear layer is stored, and why if it is not quantized."""
         layers, tp = self.model.num_hidden_layers, tp or self.mapping.tp_size
         module = Module(name, layer, layers, rows, cols, full_rows, full_cols, experts, tp)
-        problem = self.quant.problems(module, self.options, self.dtype)
-        codec = None if problem else self.quant.codec(module, self.options, self.dtype)
-        if problem and problem not in self.refused:
-            self.refused.append(problem)
-        if codec is None:
-            note = self.quant.reason(module, self.options)
-            self.decisions.setdefault(name, f"{self.dtype.name}: {note}")
-            return self.plain(), note
-        self.decisions.setdefault(name, codec.name)
-        return codec, ""
+        try:
+            codec = self.quant.codec(module, self.options, self.dtype)
+        except RefusedError as error:
+            self.refused += [problem for problem in error.problems if problem not in self.refused]
+            return self.plain(), ""
+        note = codec if isinstance(codec, str) else ""
+        self.decisions.setdefault(name, f"{self.dtype.name}: {note}" if isinstance(codec, str) else codec.name)
+        return self.plain() if isinstance(codec, str) else codec, note
 
     # ---- outside the layers
 

@@ -33,7 +33,7 @@ from streamconv.targets.trtllm.rank_layout import RankLayout
 from streamconv.targets.trtllm.recipes import quant_of
 from streamconv.targets.trtllm.recipes.awq import Awq
 from streamconv.targets.trtllm.recipes.gptq import Gptq
-from streamconv.targets.trtllm.recipes.weight_only import WeightOnlyQuant
+from streamconv.targets.trtllm.recipes.per_channel import WeightOnlyQuant
 
 if TYPE_CHECKING:
     from streamconv.checkpoint.codes_file import Codes

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from streamconv.checkpoint.dtypes import DType
-from streamconv.targets.trtllm.recipes.base import Quant, QuantInfo
-from streamconv.targets.trtllm.recipes.gptq import group_problem
-
-if TYPE_CHECKING:
-    from streamconv.quants.base import Codec
-    from streamconv.targets.trtllm.options import TensorRTLLM
-    from streamconv.targets.trtllm.recipes.base import Module
+from streamconv.errors import RefusedError
+from streamconv.quants.base import Codec
+from streamconv.targets.trtllm.options import TensorRTLLM
+from streamconv.targets.trtllm.recipes.base import Module, Quant, QuantInfo
+from streamconv.targets.trtllm.recipes.gptq import check_groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,21 +33,15 @@ class Awq(Quant):
             evidence="specification",
         )
 
-    def codec(self, module: Module, options: TensorRTLLM, dtype: DType) -> Codec | None:
+    def codec(self, module: Module, options: TensorRTLLM, dtype: DType) -> Codec | str:
         from streamconv.quants.awq import PairedWeight, round_to_nearest
 
-        return PairedWeight() if self.packings else round_to_nearest(options.group_size, dtype, options.method == "mse")
-
-    def problems(self, module: Module, options: TensorRTLLM, dtype: DType) -> str | None:
-        if dtype.itemsize != 2:
-            return f"--quant int4_awq: group-wise weights need --dtype float16 or bfloat16, not {dtype.torch}"
-        if options.target_version == "0.16" and module.rows <= module.cols // max(options.group_size, 1):
+        if dtype.itemsize == 2 and options.target_version == "0.16" and module.rows <= module.cols // max(options.group_size, 1):
             where = f"{module.name} [{module.full_rows}, {module.full_cols}]"
-            return (
-                f"{where}: with fewer output channels than groups, releases 0.13 to 0.16 read the scales turned;"
-                " later ones do not: --target-version 1.2"
-            )
-        return group_problem(module, options.group_size)
+            problem = f"{where}: with fewer output channels than groups, releases 0.13 to 0.16 read the scales turned;"
+            raise RefusedError([f"{problem} later ones do not: --target-version 1.2"])
+        check_groups(self.info.key, module, options, dtype)
+        return PairedWeight() if self.packings else round_to_nearest(options.group_size, dtype, options.method == "mse")
 
 
 QUANTS = (Awq(),)

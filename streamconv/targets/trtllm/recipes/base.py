@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+from streamconv.checkpoint.dtypes import DType
 from streamconv.options import TARGET_VERSIONS, Version
-
-if TYPE_CHECKING:
-    from streamconv.checkpoint.dtypes import DType
-    from streamconv.quants.base import Codec
-    from streamconv.targets.trtllm.options import TensorRTLLM
+from streamconv.quants.base import Codec
+from streamconv.targets.trtllm.options import TensorRTLLM
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,17 +79,13 @@ class Quant(ABC):
     @abstractmethod
     def info(self) -> QuantInfo: ...
 
-    def codec(self, module: Module, options: TensorRTLLM, dtype: DType) -> Codec | None:
-        """How this module is stored, or None to leave it in the model dtype."""
-        return None
+    @abstractmethod
+    def codec(self, module: Module, options: TensorRTLLM, dtype: DType) -> Codec | str:
+        """How this module is stored, or why it is left in the model dtype.
 
-    def problems(self, module: Module, options: TensorRTLLM, dtype: DType) -> str | None:
-        """Why this module cannot be stored so, naming sizes; None if it can."""
-        return None
-
-    def reason(self, module: Module, options: TensorRTLLM) -> str:
-        """Why a module is left unquantized."""
-        return "left as it is"
+        Raises:
+            RefusedError: it cannot be stored so; names the sizes.
+        """
 
     def constants(self, layer: int, layers: int, options: TensorRTLLM) -> list[tuple[str, DType, tuple[int, ...], bytes]]:
         """Tensors of a layer that no weight decides: (name inside the layer, dtype, shape, bytes)."""

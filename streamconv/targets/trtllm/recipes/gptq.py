@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from streamconv.checkpoint.dtypes import DType
-from streamconv.targets.trtllm.recipes.base import Quant, QuantInfo
-
-if TYPE_CHECKING:
-    from streamconv.quants.base import Codec
-    from streamconv.targets.trtllm.options import TensorRTLLM
-    from streamconv.targets.trtllm.recipes.base import Module
+from streamconv.errors import RefusedError
+from streamconv.quants.base import Codec
+from streamconv.targets.trtllm.options import TensorRTLLM
+from streamconv.targets.trtllm.recipes.base import Module, Quant, QuantInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,20 +32,16 @@ class Gptq(Quant):
             stores=f"{self.bits} bits in the model dtype; scales and zeros in it",
         )
 
-    def codec(self, module: Module, options: TensorRTLLM, dtype: DType) -> Codec | None:
+    def codec(self, module: Module, options: TensorRTLLM, dtype: DType) -> Codec | str:
         from streamconv.quants.gptq import PackedWeight
         from streamconv.quants.layout import Layout, family_for
 
+        if options.encoding == "raw":
+            raise RefusedError([f"--quant {self.info.key}: these weights are always stored processed; leave out --encoding raw"])
+        check_groups(self.info.key, module, options, dtype)
         assert options.target_sm is not None
         family = family_for(options.target_sm, options.target_version, experts=False)
         return PackedWeight(dtype, Layout(family, self.bits))
-
-    def problems(self, module: Module, options: TensorRTLLM, dtype: DType) -> str | None:
-        if options.encoding == "raw":
-            return f"--quant {self.info.key}: these weights are always stored processed; leave out --encoding raw"
-        if dtype.itemsize != 2:
-            return f"--quant {self.info.key}: group-wise weights need --dtype float16 or bfloat16, not {dtype.torch}"
-        return group_problem(module, options.group_size)
 
 
 GROUP_SIZES = (64, 128)
@@ -60,19 +53,27 @@ EXPERTS = (
 )
 
 
-def group_problem(module: Module, group: int) -> str | None:
-    """Sizes that have no group-wise form; sizes are those of the whole layer in the message."""
-    if module.experts:
-        return EXPERTS
-    if group not in GROUP_SIZES:
-        return f"--group-size {group}: TensorRT-LLM has kernels for groups of 64 and 128 only; requantize with one of these sizes"
+def check_groups(key: str, module: Module, options: TensorRTLLM, dtype: DType) -> None:
+    """Sizes that have no group-wise form are refused; they are those of the whole layer in the message.
+
+    Raises:
+        RefusedError: of this module; names the sizes, and what to do.
+    """
+    group, problem = options.group_size, ""
     step = max(64, group) * module.tp
     where = f"{module.name} [{module.full_rows}, {module.full_cols}]"
-    if module.cols % group:
-        return f"{where}: {module.cols} inputs of a rank are not whole groups of {group}; use a smaller --tp-size"
-    if module.full_rows % step or module.full_cols % step:
-        return f"{where}: sizes must be multiples of {step} (group or 64, times --tp-size); use a smaller --tp-size"
-    return None
+    if dtype.itemsize != 2:
+        problem = f"--quant {key}: group-wise weights need --dtype float16 or bfloat16, not {dtype.torch}"
+    elif module.experts:
+        problem = EXPERTS
+    elif group not in GROUP_SIZES:
+        problem = f"--group-size {group}: TensorRT-LLM has kernels for groups of 64 and 128 only; requantize with one of these sizes"
+    elif module.cols % group:
+        problem = f"{where}: {module.cols} inputs of a rank are not whole groups of {group}; use a smaller --tp-size"
+    elif module.full_rows % step or module.full_cols % step:
+        problem = f"{where}: sizes must be multiples of {step} (group or 64, times --tp-size); use a smaller --tp-size"
+    if problem:
+        raise RefusedError([problem])
 
 
 QUANTS = (Gptq(4), Gptq(8))
