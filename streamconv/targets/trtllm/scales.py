@@ -4,7 +4,7 @@ those of FP8 per tensor, which a calibration measured."""
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 
 from streamconv.checkpoint.activation_ranges import Ranges
@@ -24,99 +24,96 @@ _LARGEST = 448.0
 """Of FP8 E4M3."""
 
 
-def add_imported(builder: Draft, stored: Stored, dtype: DType, shards: Sequence[Shard]) -> list[str]:
-    """Describe the scale tensors of every weight that was fed from a packed or FP8 source; gives what is wrong."""
-    problems: dict[str, None] = dict.fromkeys(_misfits(builder, stored))
-    checked: set[tuple[str, ...]] = set()
+def add_scales(builder: Draft, stored: Stored, dtype: DType, shards: Sequence[Shard], *, kept: bool, experts: int) -> list[str]:
+    """Describe the scale tensors of every matrix that was fed with codes: they follow its rows and columns; gives what is wrong.
+
+    Args:
+        kept: the codes are those of a TensorRT-LLM checkpoint, whose scales may be those of a rank's own inputs.
+        experts: on a rank, 0 for a dense model.
+    """
+    problems = {} if kept else dict.fromkeys(_misfits(builder, stored, shards))
     if problems:
         return list(problems)
+    cut_anew = list[tuple[str, int, int]]()
     for matrix, feeds in builder.fed(stored.scales).items():
-        file, name = builder.place(matrix)
-        first = stored.scales[feeds[0].source.name]
-        if isinstance(feeds[0].source, PackedTensor) and first.zeros is not None:
-            problem = _group_scales(builder, file, name, feeds, stored, dtype)
-            if problem:
-                problems[problem] = None
-            continue
-        if not first.group:
-            vector = Plain(F32, vector=True, suffix="per_channel_scale")
-            made = builder.matrix(file, name, sum(feed.stop - feed.start for feed in feeds), 1, vector)
+        (file, name), first = builder.place(matrix), stored.scales[feeds[0].source.name]
+        if first.zeros is None and first.group:
+            _modelopt_scales(builder, file, name, feeds, stored, dtype)
+        elif first.zeros is None:
+            local = experts if kept and ".mlp." in name else 0
+            vector = Plain(first.scales.dtype, vector=True, suffix="per_channel_scale")
+            rows = sum(feed.stop - feed.start for feed in feeds)
+            made = builder.matrix(file, name, rows // max(local, 1), 1, vector, experts=local)
             for feed in feeds:
-                builder.feed(made, stored.scales[feed.source.name].scales, feed.start, feed.stop)
-            continue
-        key = tuple(dict.fromkeys(feed.source.name for feed in feeds))
-        if key not in checked:
-            checked.add(key)
-            if len({_prequant(stored.scales[source].inputs, shards) for source in key}) > 1:
-                problems[
-                    f"{printable(key[0])}: pre_quant_scale differs among the weights that {name} fuses;"
-                    " export with a ModelOpt that shares it"
-                ] = None
-        _modelopt_scales(builder, file, name, feeds, stored, dtype)
+                scales, (left, right) = stored.scales[feed.source.name].scales, feed.cols[0]
+                each = feed.source.cols // scales.cols
+                if kept and (right - left != each or left % each):
+                    cut_anew.append((feed.source.name, each, right - left))
+                at = left // each if kept else 0
+                builder.feed(made, scales, feed.start, feed.stop, cols=[(at, at + 1)])
+        elif kept:
+            _stored_groups(builder, file, name, feeds, stored)
+        elif problem := _packed_groups(builder, file, name, feeds, stored, dtype):
+            problems[problem] = None
+    if cut_anew:
+        (name, each, now), count = cut_anew[0], len({name for name, _, _ in cut_anew})
+        more = f" (and {count - 1} more)" if count > 1 else ""
+        told = f"a scale in the source is that of the {each} inputs of a rank, which would now have {now}, with another scale"
+        problems[f"{printable(name)}{more}: {told}; keep --tp-size, or decode the source (--to hf) and convert that"] = None
     return list(problems)
 
 
-def _misfits(builder: Draft, stored: Stored) -> list[str]:
-    """FP8 weights that are not copied whole, and packed ones cut inside a word."""
-    found = []
+def _misfits(builder: Draft, stored: Stored, shards: Sequence[Shard]) -> Iterator[str]:
+    """FP8 weights that are not copied whole, packed ones cut inside a word, fused ones with other pre-scales."""
+    checked: set[tuple[str, ...]] = set()
     for matrix, feeds in builder.fed(stored.scales).items():
         source, name = feeds[0].source, builder.place(matrix)[1]
         if isinstance(source, PackedTensor):
             step = 32 // source.bits
             if any(feed.start % step or feed.stop % step for feed in feeds):
-                found.append(f"{printable(source.name)}: heads of {name} are no multiple of {step} channels, a word")
+                yield f"{printable(source.name)}: heads of {name} are no multiple of {step} channels, a word"
+            key = tuple(dict.fromkeys(feed.source.name for feed in feeds))
+            inputs = [stored.scales[name].inputs for name in key if key not in checked]
+            checked.add(key)
+            if len({b"" if tensor is None else content(tensor, shards) for tensor in inputs}) > 1:
+                why = f"pre_quant_scale differs among the weights that {name} fuses; export with a ModelOpt that shares it"
+                yield f"{printable(key[0])}: {why}"
         elif builder.codec(matrix) != Plain(F8_E4M3):
-            found.append(f"{printable(source.name)} is FP8 already, but --quant leaves {name} out of FP8")
+            yield f"{printable(source.name)} is FP8 already, but --quant leaves {name} out of FP8"
         elif sum(feed.stop - feed.start for feed in feeds) != builder.filled(matrix):
-            found.append(f"{printable(source.name)} is FP8 and other weights that {name} fuses are not")
-    return found
+            yield f"{printable(source.name)} is FP8 and other weights that {name} fuses are not"
 
 
-def _prequant(tensor: SourceTensor | None, shards: Sequence[Shard]) -> bytes:
-    return b"" if tensor is None else content(tensor, shards)
-
-
-def _group_scales(builder: Draft, file: int, name: str, feeds: Sequence[Fed], stored: Stored, dtype: DType) -> str | None:
+def _packed_groups(builder: Draft, file: int, name: str, feeds: Sequence[Fed], stored: Stored, dtype: DType) -> str | None:
     """`weights_scaling_factor` and `zero`: groups are rows; zeros and scales of all channels side by side."""
-    sources = {feed.source.name: feed.source for feed in feeds}
-    owned = [stored.scales[source] for source in sources]
-    kind = owned[0].scales.dtype
-    if len({(one.scales.dtype, one.scales.rows) for one in owned}) > 1:
-        return f"{printable(owned[0].scales.name)}: dtype or groups differ among the weights that {name} fuses"
-    zeros_at: dict[str, int] = {}
-    scales_at: dict[str, int] = {}
-    pieces, at = [], 0
-    for starts, tensors in (
-        (zeros_at, [one.zeros for one in owned]),
-        (scales_at, [one.scales for one in owned]),
-    ):
-        for source, tensor in zip(sources, tensors, strict=True):
+    owned = {feed.source.name: stored.scales[feed.source.name] for feed in feeds}
+    first = owned[feeds[0].source.name]
+    kind, groups = first.scales.dtype, first.scales.rows
+    if len({(one.scales.dtype, one.scales.rows) for one in owned.values()}) > 1:
+        return f"{printable(first.scales.name)}: dtype or groups differ among the weights that {name} fuses"
+    packed = feeds[0].source
+    assert isinstance(packed, PackedTensor)
+    bits, pieces, cols, at = packed.bits, list[Extent](), list[tuple[int, int]](), 0
+    parts = ([one.zeros for one in owned.values()], bits), ([one.scales for one in owned.values()], 8 * kind.itemsize)
+    for tensors, size in parts:
+        starts = {}
+        for source, tensor in zip(owned, tensors, strict=True):
             if tensor is None:
                 return f"{printable(source)}: no zeros"
             width = tensor.cols * tensor.dtype.itemsize
             starts[source] = at
             pieces.append(Extent(tensor.pieces[0].shard, tensor.pieces[0].begin, tensor.rows, width))
             at += width
-    title = " + ".join(one.scales.name for one in owned)
-    joined = SourceTensor(title, U8, (owned[0].scales.rows, at), tuple(pieces), 1)
-    packed = feeds[0].source
-    assert isinstance(packed, PackedTensor)
-    bits, size = packed.bits, kind.itemsize
-    cols = []
-    for feed in feeds:
-        start = zeros_at[feed.source.name]
-        cols.append((start + feed.start * bits // 8, start + feed.stop * bits // 8))
-    for feed in feeds:
-        start = scales_at[feed.source.name]
-        cols.append((start + feed.start * size, start + feed.stop * size))
+        cols += [(starts[f.source.name] + f.start * size // 8, starts[f.source.name] + f.stop * size // 8) for f in feeds]
+    joined = SourceTensor(" + ".join(one.scales.name for one in owned.values()), U8, (groups, at), tuple(pieces), 1)
     middle = 1 << (bits - 1)
     if packed.packing == "gptq" and stored.v1:
         middle -= 1
     codec = GroupScales(dtype, kind, bits, packed.packing == "awq", middle)
     low, high = feeds[0].cols[0]
-    first, last = low // owned[0].group, high // owned[0].group
-    made = builder.matrix(file, name, last - first, sum(b - a for a, b in cols), codec)
-    builder.feed(made, joined, first, last, cols=_joined(cols))
+    low, high = low // first.group, high // first.group
+    made = builder.matrix(file, name, high - low, sum(b - a for a, b in cols), codec)
+    builder.feed(made, joined, low, high, cols=_joined(cols))
     return None
 
 
@@ -159,21 +156,19 @@ def add_unit_prescales(builder: Draft, tensors: Mapping[str, SourceTensor], dtyp
             _unit_prescale(builder, *builder.place(matrix), dtype, sum(stop - start for start, stop in feeds[0].cols))
 
 
-def add_group_scales(builder: Draft, stored: Stored) -> None:
-    """Describe scales and zeros [groups, N] of every matrix that was fed with group-wise integers."""
-    for matrix, feeds in builder.fed(stored.scales).items():
-        file, name = builder.place(matrix)
-        sources = list(dict.fromkeys(feed.source.name for feed in feeds))
-        owned = [stored.scales[source] for source in sources]
-        left, right = feeds[0].cols[0]
-        first, last = left // owned[0].group, right // owned[0].group
-        for suffix, tensors in (("weights_scaling_factor", [s.scales for s in owned]), ("zero", [s.zeros for s in owned])):
-            there = [tensor for tensor in tensors if tensor is not None]
-            whole = there[0] if len(there) == 1 else _beside(there)
-            starts = dict(zip(sources, accumulate((tensor.cols for tensor in there), initial=0), strict=False))
-            cols = [(starts[feed.source.name] + feed.start, starts[feed.source.name] + feed.stop) for feed in feeds]
-            made = builder.matrix(file, name, last - first, sum(b - a for a, b in cols), Plain(whole.dtype, suffix=suffix))
-            builder.feed(made, whole, first, last, cols=cols)
+def _stored_groups(builder: Draft, file: int, name: str, feeds: Sequence[Fed], stored: Stored) -> None:
+    """Scales and zeros [groups, N] of a rank, from those of other ranks."""
+    sources = list(dict.fromkeys(feed.source.name for feed in feeds))
+    owned = [stored.scales[source] for source in sources]
+    left, right = feeds[0].cols[0]
+    first, last = left // owned[0].group, right // owned[0].group
+    for suffix, tensors in (("weights_scaling_factor", [s.scales for s in owned]), ("zero", [s.zeros for s in owned])):
+        there = [tensor for tensor in tensors if tensor is not None]
+        whole = there[0] if len(there) == 1 else _beside(there)
+        starts = dict(zip(sources, accumulate((tensor.cols for tensor in there), initial=0), strict=False))
+        cols = [(starts[feed.source.name] + feed.start, starts[feed.source.name] + feed.stop) for feed in feeds]
+        made = builder.matrix(file, name, last - first, sum(b - a for a, b in cols), Plain(whole.dtype, suffix=suffix))
+        builder.feed(made, whole, first, last, cols=cols)
 
 
 def _beside(tensors: Sequence[SourceTensor]) -> SourceTensor:
@@ -181,34 +176,6 @@ def _beside(tensors: Sequence[SourceTensor]) -> SourceTensor:
     pieces = tuple(piece for tensor in tensors for piece in tensor.pieces)
     name = " + ".join(tensor.name for tensor in tensors)
     return SourceTensor(name, tensors[0].dtype, (tensors[0].rows, sum(tensor.cols for tensor in tensors)), pieces, 1)
-
-
-def add_channel_scales(builder: Draft, stored: Stored, experts: int) -> list[str]:
-    """Describe the scales of every matrix that was fed with codes; gives what is wrong.
-
-    Args:
-        experts: on a rank, 0 for a dense model.
-    """
-    odd: list[tuple[str, int, int]] = []
-    for matrix, feeds in builder.fed(stored.scales).items():
-        file, name = builder.place(matrix)
-        local = experts if ".mlp." in name else 0
-        kind = stored.scales[feeds[0].source.name].scales.dtype
-        vector = Plain(kind, vector=True, suffix="per_channel_scale")
-        rows = sum(feed.stop - feed.start for feed in feeds)
-        made = builder.matrix(file, name, rows // max(local, 1), 1, vector, experts=local)
-        for feed in feeds:
-            scales, (left, right) = stored.scales[feed.source.name].scales, feed.cols[0]
-            each = feed.source.cols // scales.cols
-            if right - left != each or left % each:
-                odd.append((feed.source.name, each, right - left))
-            builder.feed(made, scales, feed.start, feed.stop, cols=[(left // each, left // each + 1)])
-    if not odd:
-        return []
-    (name, each, now), count = odd[0], len({name for name, _, _ in odd})
-    more = f" (and {count - 1} more)" if count > 1 else ""
-    told = f"a scale in the source is that of the {each} inputs of a rank, which would now have {now}, with another scale"
-    return [f"{printable(name)}{more}: {told}; keep --tp-size, or decode the source (--to hf) and convert that"]
 
 
 def add_calibrated(builder: Draft, ranges: Ranges, tensors: Mapping[str, SourceTensor]) -> None:

@@ -184,12 +184,7 @@ def make_plan(index: Index, options: TensorRTLLM) -> Plan:
     if (stored.scales or stored.fp8 or options.quant in ("int4_awq", "fp8")) and not roles.problems and not layout.refused:
         from streamconv.targets.trtllm import scales
 
-        if not kept:
-            layout.refused += scales.add_imported(builder, stored, dtype, index.shards)
-        elif options.quant in import_rules.GROUPED:
-            scales.add_group_scales(builder, stored)
-        else:
-            layout.refused += scales.add_channel_scales(builder, stored, model.num_experts // moe[1])
+        layout.refused += scales.add_scales(builder, stored, dtype, index.shards, kept=kept, experts=model.num_experts // moe[1])
         layout.refused += scales.add_given_scales(builder, stored.fp8)
         if options.quant == "int4_awq" and not stored.scales:
             scales.add_unit_prescales(builder, roles.tensors, dtype)
