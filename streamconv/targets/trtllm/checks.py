@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from streamconv.checkpoint.model_config import ModelConfig
 from streamconv.checkpoint.untrusted import shown_value
 from streamconv.families.base import Family
@@ -55,7 +57,7 @@ def refusals(model: ModelConfig, family: Family, options: TensorRTLLM, kv: int, 
         model.hidden_act not in _ACTIVATIONS and (model.hidden_act is not None or not family.name.startswith("gemma")),
         f"config.json: hidden_act is {shown_value(model.hidden_act)}, an activation that TensorRT-LLM does not know",
     )
-    problems += _versions(model, family, options) + _context_parallel(model, family, options)
+    problems += [*_versions(model, family, options), *_context_parallel(model, family, options)]
     if options.use_embedding_sharing and options.target_version == "0.16":
         shardable = t == 1 or (options.use_parallel_embedding and options.embedding_sharding_dim == 0)
         refuse(p > 1, "--use-embedding-sharing cannot work with --pp-size > 1")
@@ -71,74 +73,67 @@ def refusals(model: ModelConfig, family: Family, options: TensorRTLLM, kv: int, 
     biased = model.attention_bias and not family.tensors.keys() & {"q_bias", "o_bias"}
     said = "bias" if "bias" in model.raw else "attention_bias"
     refuse(biased, f"config.json: {said} is true, but {family.name} models with attention biases are not supported")
-    problems += import_rules.refusals(options, kv) + _calibrated(model, family, options, kv)
+    problems += import_rules.refusals(options, kv) + _smoothquant(model, family, options, kv)
     return problems
 
 
-def _versions(model: ModelConfig, family: Family, options: TensorRTLLM) -> list[str]:
+def _versions(model: ModelConfig, family: Family, options: TensorRTLLM) -> Iterator[str]:
     """What a release cannot say in config.json, so that it would compute something else."""
-    problems: list[str] = []
     old, factor, size = options.target_version == "0.16", model.partial_rotary_factor, model.hidden_size // model.num_attention_heads
     if family.config_class == "phi3" and factor != 1 and old:
-        problems.append(
-            f"config.json: partial_rotary_factor {factor:g}: TensorRT-LLM 0.16 rotates whole heads of Phi-3; use --target-version 1.2"
-        )
-    if family.config_class == "qwen" and model.raw.get("kv_channels") is None and model.head_size != size and old:
-        problems.append(
-            f"config.json: head_dim {model.head_size} is not hidden_size / num_attention_heads {size}, which TensorRT-LLM 0.16 takes"
-            f" for {family.name}; use --target-version 1.2"
-        )
-    if family.config_class == "qwen" and model.num_experts:
-        dense = [layer for layer in model.raw.get("mlp_only_layers") or [] if 0 <= layer < model.num_hidden_layers]
-        if dense or model.raw.get("decoder_sparse_step", 1) != 1:
-            problems.append(
-                f"config.json: mlp_only_layers and decoder_sparse_step leave some layers of {family.name} without experts,"
-                " which is not supported"
-            )
-    return problems
+        yield f"config.json: partial_rotary_factor {factor:g}: TensorRT-LLM 0.16 rotates whole heads of Phi-3; use --target-version 1.2"
+    if family.config_class != "qwen":
+        return
+    if model.raw.get("kv_channels") is None and model.head_size != size and old:
+        why = f"is not hidden_size / num_attention_heads {size}, which TensorRT-LLM 0.16 takes for {family.name}"
+        yield f"config.json: head_dim {model.head_size} {why}; use --target-version 1.2"
+    dense = any(0 <= layer < model.num_hidden_layers for layer in model.raw.get("mlp_only_layers") or [])
+    if model.num_experts and (dense or model.raw.get("decoder_sparse_step", 1) != 1):
+        why = f"leave some layers of {family.name} without experts, which is not supported"
+        yield f"config.json: mlp_only_layers and decoder_sparse_step {why}"
 
 
 def _context_parallel(model: ModelConfig, family: Family, options: TensorRTLLM) -> list[str]:
     """Combinations that TensorRT-LLM's converter or loader stops at."""
     if options.cp_size == 1:
         return []
-    at = f"--cp-size {options.cp_size}"
-    problems = [f"{at} needs --target-version 1.0 or 1.2"] if options.target_version == "0.16" else []
-    if model.num_experts:
-        problems.append(f"{at}: TensorRT-LLM loads no mixture of experts with context parallelism")
-    if options.quant == "smoothquant" or options.kv_cache == "int8":
-        what = "--quant smoothquant" if options.quant == "smoothquant" else "--kv-cache int8"
-        problems.append(f"{at}: {what} cannot be combined with context parallelism")
-    if family.name == "llama-meta":
-        problems.append(f"{at}: a Meta checkpoint cannot be converted for context parallelism; convert the Hugging Face one")
-    if family.config_class == "internlm2":
-        problems.append(f"{at}: config.json of {family.name} has no place for it")
-    return problems
+    what = "--quant smoothquant" if options.quant == "smoothquant" else "--kv-cache int8"
+    rules = (
+        (options.target_version == "0.16", " needs --target-version 1.0 or 1.2"),
+        (model.num_experts, ": TensorRT-LLM loads no mixture of experts with context parallelism"),
+        (options.quant == "smoothquant" or options.kv_cache == "int8", f": {what} cannot be combined with context parallelism"),
+        (
+            family.name == "llama-meta",
+            ": a Meta checkpoint cannot be converted for context parallelism; convert the Hugging Face one",
+        ),
+        (family.config_class == "internlm2", f": config.json of {family.name} has no place for it"),
+    )
+    return [f"--cp-size {options.cp_size}{why}" for wrong, why in rules if wrong]
 
 
-def _calibrated(model: ModelConfig, family: Family, options: TensorRTLLM, kv: int) -> list[str]:
-    """What SmoothQuant and the INT8 KV cache cannot do."""
-    problems: list[str] = []
+def _smoothquant(model: ModelConfig, family: Family, options: TensorRTLLM, kv: int) -> list[str]:
+    """What SmoothQuant cannot do."""
     if options.quant != "smoothquant":
-        return problems
-    if not 0 <= options.smoothquant <= 1:
-        problems.append(f"--smoothquant {options.smoothquant:g}: alpha is a number from 0 to 1")
-    if family.config_class not in ("llama", "qwen") or not {"q", "gate"} <= set(family.tensors) or "q_norm" in family.tensors:
-        problems.append(f"--quant smoothquant: {family.name} is not supported, only models of the Llama type and Qwen2 are")
-    if family.name == "llama-meta":
-        problems.append("--quant smoothquant: a Meta checkpoint is not supported; convert the Hugging Face one")
-    if model.num_experts:
-        problems.append("--quant smoothquant: mixture-of-experts weights are not SmoothQuantized; use --quant int8 or int4")
-    if kv < options.tp_size:
-        problems.append(f"--quant smoothquant: --tp-size {options.tp_size} is more than num_key_value_heads {kv}, heads would be cut")
-    if model.num_attention_heads * model.head_size != model.hidden_size:
-        size = model.num_attention_heads * model.head_size
-        problems.append(f"--quant smoothquant: num_attention_heads * head_dim {size} is not hidden_size {model.hidden_size}")
-    if options.remove_duplicated_kv_heads:
-        problems.append("--quant smoothquant and --remove-duplicated-kv-heads exclude each other")
-    if model.mlp_bias:
-        problems.append("--quant smoothquant: mlp_bias is not supported")
-    return problems
+        return []
+    known = family.config_class in ("llama", "qwen") and {"q", "gate"} <= set(family.tensors) and "q_norm" not in family.tensors
+    size = model.num_attention_heads * model.head_size
+    rules = (
+        (not 0 <= options.smoothquant <= 1, f"--smoothquant {options.smoothquant:g}: alpha is a number from 0 to 1"),
+        (not known, f"--quant smoothquant: {family.name} is not supported, only models of the Llama type and Qwen2 are"),
+        (family.name == "llama-meta", "--quant smoothquant: a Meta checkpoint is not supported; convert the Hugging Face one"),
+        (
+            model.num_experts,
+            "--quant smoothquant: mixture-of-experts weights are not SmoothQuantized; use --quant int8 or int4",
+        ),
+        (
+            kv < options.tp_size,
+            f"--quant smoothquant: --tp-size {options.tp_size} is more than num_key_value_heads {kv}, heads would be cut",
+        ),
+        (size != model.hidden_size, f"--quant smoothquant: num_attention_heads * head_dim {size} is not hidden_size {model.hidden_size}"),
+        (options.remove_duplicated_kv_heads, "--quant smoothquant and --remove-duplicated-kv-heads exclude each other"),
+        (model.mlp_bias, "--quant smoothquant: mlp_bias is not supported"),
+    )
+    return [why for wrong, why in rules if wrong]
 
 
 def embedding_is_shared(model: ModelConfig, options: TensorRTLLM, *, lm_head_missing: bool, qwen: bool) -> bool:

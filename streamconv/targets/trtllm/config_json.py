@@ -215,35 +215,27 @@ def _gemma(model: ModelConfig, options: TensorRTLLM, dtype: str, shared: bool) -
 
 
 def _internlm2(model: ModelConfig, options: TensorRTLLM, dtype: str, shared: bool) -> Config:
-    tp, pp = options.tp_size, options.pp_size
-    config: Config = {
-        "architecture": model.architecture,
-        "dtype": dtype,
-        "logits_dtype": "float32",
-        "num_hidden_layers": model.num_hidden_layers,
-        "num_attention_heads": model.num_attention_heads,
-        "num_key_value_heads": model.num_key_value_heads,
-        "hidden_size": model.hidden_size,
-        "intermediate_size": model.intermediate_size,
-        "norm_epsilon": model.norm_eps,
-        "vocab_size": model.vocab_size,
-        "position_embedding_type": "rope_gpt_neox",
-        "rotary_base": model.rope_theta,
-        "max_position_embeddings": options.max_position_embeddings or model.max_position_embeddings,
-        "hidden_act": model.hidden_act,
-        "use_parallel_embedding": options.use_parallel_embedding,
-        "embedding_sharding_dim": options.embedding_sharding_dim,
-    }
+    base = _base(model, options, dtype, shared)
+    config: Config = {key: model.rope_theta if key == "rotary_base" else base[key] for key in _INTERNLM2}
+    config["num_key_value_heads"] = model.num_key_value_heads
     if options.target_version == "0.16":
         config["share_embedding_table"] = shared
-    config["quantization"] = {"quant_algo": quantization_section(options)["quant_algo"]}
-    config["mapping"] = {"world_size": tp * pp, "tp_size": tp, "pp_size": pp}
+    config["quantization"] = {"quant_algo": base["quantization"]["quant_algo"]}
+    config["mapping"] = {"world_size": options.tp_size * options.pp_size, "tp_size": options.tp_size, "pp_size": options.pp_size}
     if options.target_version != "0.16":
         config["has_partial_lora_mask"] = False
     config |= {"attn_bias": model.attention_bias, "rotary_scaling": model.rope_scaling}
     if options.kv_cache:
         config["quantization"]["kv_cache_quant_algo"] = options.kv_cache.upper()
     return config
+
+
+_INTERNLM2 = (
+    *("architecture", "dtype", "logits_dtype", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size"),
+    *("intermediate_size", "norm_epsilon", "vocab_size", "position_embedding_type", "rotary_base", "max_position_embeddings"),
+    *("hidden_act", "use_parallel_embedding", "embedding_sharding_dim"),
+)
+"""Its first keys, in order."""
 
 
 CONFIG_CLASSES: dict[str, Callable[[ModelConfig, TensorRTLLM, str, bool], Config]] = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.json_file import read_json
 from streamconv.checkpoint.limits import MAX_CONFIG
 from streamconv.checkpoint.model_config import from_hf, is_tied
-from streamconv.checkpoint.rows import RowForm, SourceTensor
+from streamconv.checkpoint.rows import SourceTensor
 from streamconv.checkpoint.shard import Shard
+from streamconv.checkpoint.source_tensors import SourceTensors
 from streamconv.checkpoint.tensor_table import TensorTable
 from streamconv.errors import CheckpointError, RefusedError, TensorError, UsageError, VerifyError, printable
 from streamconv.families import family_of
@@ -45,6 +46,7 @@ from streamconv.targets.trtllm.rank_views import Imagined, views_of
 from streamconv.targets.trtllm.recipes import quant_of
 from streamconv.targets.trtllm.recipes.fp8 import Fp8GivenQuant, Fp8Quant
 from streamconv.targets.trtllm.recipes.gptq import Gptq
+from streamconv.targets.trtllm.remarks import same_rows, spread
 from streamconv.targets.trtllm.source_config import model_config
 from streamconv.targets.trtllm.stated import options_of
 
@@ -188,18 +190,19 @@ class _Reader:
         size = np.abs(out.view(np.int8).astype(np.int16)).reshape(count, -1)
         return float((size.max(1) >= half - 1).mean() - size.mean() / half)
 
+    def _layers(self) -> Iterator[tuple[int, int, str]]:
+        """Each layer: its number, the first file that holds it, and what the names of its tensors begin with there."""
+        for stage, layers in enumerate(stage_layers(self._model.num_hidden_layers, self._options.pp_size, self._options.target_version)):
+            for number, layer in enumerate(layers):
+                yield layer, stage * self._options.tp_size, f"transformer.layers.{number}."
+
     def _cache_factors(self) -> dict[int, bytes]:
         """Layer -> factor of its KV cache."""
-        options, factors = self._options, dict[int, bytes]()
-        if options.kv_cache is None:
-            return factors
-        stages = stage_layers(self._model.num_hidden_layers, options.pp_size, options.target_version)
-        for stage, layers in enumerate(stages):
-            file = stage * options.tp_size
-            for number, layer in enumerate(layers):
-                entry = self._headers[file].tensors[f"transformer.layers.{number}.attention.kv_cache_scaling_factor"]
-                with self._shards[file].window(entry.begin, entry.end) as data:
-                    factors[layer] = bytes(data)
+        factors = dict[int, bytes]()
+        for layer, file, prefix in self._layers() if self._options.kv_cache is not None else ():
+            entry = self._headers[file].tensors[f"{prefix}attention.kv_cache_scaling_factor"]
+            with self._shards[file].window(entry.begin, entry.end) as data:
+                factors[layer] = bytes(data)
         return factors
 
     def _layout(self) -> tuple[Imagined, MatrixTable, SpanTable]:
@@ -207,7 +210,7 @@ class _Reader:
         options, model, family = self._options, self._model, self._family
         roles = Imagined(family, {}, dtype=self._dtype)
         grid = ParallelMapping(options.tp_size, options.pp_size, *resolve_moe(options))
-        draft = Draft(_Nothing())
+        draft = Draft(SourceTensors(Index(self._folder, {}, (), TensorTable())))  # what the layout reads is not there
         for shard in self._shards:
             draft.file(shard.path.name)
         kv = model.num_key_value_heads // (2 if options.remove_duplicated_kv_heads else 1)
@@ -224,14 +227,12 @@ class _Reader:
 
     def _in_fp8(self) -> dict[tuple[int, str], Scales]:
         """(layer, module) of the matrices that are FP8: some may be left out."""
-        options, found = self._options, dict[tuple[int, str], Scales]()
-        for stage, layers in enumerate(stage_layers(self._model.num_hidden_layers, options.pp_size, options.target_version)):
-            tensors = self._headers[stage * options.tp_size].tensors
-            for number, layer in enumerate(layers):
-                for module in MODULES:
-                    entry = tensors.get(f"transformer.layers.{number}.{module}.weight")
-                    if entry is not None and entry.dtype.itemsize == 1:
-                        found[layer, module] = ((module, 1.0),)  # scales are read beside the matrix
+        found = dict[tuple[int, str], Scales]()
+        for layer, file, prefix in self._layers():
+            for module in MODULES:
+                entry = self._headers[file].tensors.get(f"{prefix}{module}.weight")
+                if entry is not None and entry.dtype.itemsize == 1:
+                    found[layer, module] = ((module, 1.0),)  # scales are read beside the matrix
         return found
 
     def _begin(self, file: int, tensor: str) -> int:
@@ -247,45 +248,9 @@ class _Reader:
         tied = is_tied(self._config)
         if names[1] in views:
             unknown = not self._recorded and "tie_word_embeddings" not in self._config
-            if not (tied or unknown) or not self._same_rows(*(views[name] for name in names)):
+            pair = [views[name] for name in names]
+            if not (tied or unknown) or not same_rows(self._shards, pair, spread(pair[0].rows)):
                 return
             del views[names[1]]
         if not tied:
             self._config["tie_word_embeddings"] = True
-
-    def _same_rows(self, first: SourceTensor, second: SourceTensor) -> bool:
-        """Whether rows spread over both are equal."""
-        held = np.empty((2, first.stored_row_bytes), np.uint8)
-        for row in {number * (first.rows - 1) // 15 for number in range(16)}:
-            for tensor, out in zip((first, second), held, strict=True):
-                tensor.read(self._shards, row, row + 1, out, out[:0])
-            if not bool((held[0] == held[1]).all()):
-                return False
-        return True
-
-
-class _Nothing:
-    """A source without tensors: what the layout reads is not there."""
-
-    def place(self, name: str) -> int | None:
-        return None
-
-    def at(self, place: int) -> SourceTensor:
-        raise AssertionError(place)
-
-    @property
-    def origin(self) -> None:
-        return None
-
-    @property
-    def alike(self) -> Sequence[int]:
-        return ()
-
-    def rows_of(self, place: int) -> RowForm:
-        raise AssertionError(place)
-
-    def holds(self, place: int, source: object) -> bool:
-        raise AssertionError(place)
-
-    def __len__(self) -> int:
-        return 0

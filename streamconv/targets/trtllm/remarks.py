@@ -8,10 +8,11 @@ from typing import Any
 from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.model_config import ModelConfig
 from streamconv.checkpoint.quantized import SourceQuantization
+from streamconv.checkpoint.rows import SourceTensor
 from streamconv.checkpoint.shard import Shard
-from streamconv.checkpoint.tensor_table import TensorRecord
 from streamconv.errors import printable
 from streamconv.families import Family
+from streamconv.lazy import np
 from streamconv.targets.trtllm.config_sections import late_keys
 from streamconv.targets.trtllm.lookup import TensorLookup
 from streamconv.targets.trtllm.options import TensorRTLLM
@@ -19,48 +20,51 @@ from streamconv.targets.trtllm.recipes import quant_of
 
 _STEP = 4 << 20
 """Bytes of them that are compared at a time."""
-_PLACES = 16
-"""Places of two tensors that are compared."""
 
 
 def same_bytes(index: Index, roles: TensorLookup) -> bool:
     """Whether lm_head is a bit-identical copy of the embedding (only asked with --use-embedding-sharing)."""
     pair = _stored_pair(index, roles)  # Meta's path never shares
-    return pair is not None and _alike(index, pair, range(0, pair[0].nbytes, _STEP), _STEP)
+    if len(pair) < 2:
+        return False
+    step = max(1, _STEP // pair[0].stored_row_bytes)
+    return same_rows(index.shards, pair, ((row, min(row + step, pair[0].rows)) for row in range(0, pair[0].rows, step)))
 
 
 def about_lm_head(index: Index, roles: TensorLookup) -> list[str]:
     """A source that ties lm_head to the embedding and has another one all the same; the embedding is what 1.2 stores.
 
-    Places spread over both are compared, not all of them; nothing is fetched from the Hub for it.
+    Rows spread over both are compared, not all of them; nothing is fetched from the Hub for it.
     """
     pair = _stored_pair(index, roles)
-    if pair is None or any(type(index.shards[record.shard]) is not Shard for record in pair):
+    if len(pair) < 2 or any(type(index.shards[tensor.pieces[0].shard]) is not Shard for tensor in pair):
         return []
-    size = min(4096, pair[0].nbytes)
-    if _alike(index, pair, ((pair[0].nbytes - size) * number // (_PLACES - 1) for number in range(_PLACES)), size):
+    if same_rows(index.shards, pair, spread(pair[0].rows)):
         return []
     told = "is not the embedding, to which config.json ties it (tie_word_embeddings): the embedding is stored, as TensorRT-LLM 1.2 does"
-    name = printable(roles.found["lm_head", -1, -1])
-    return [f"{name} {told}; set tie_word_embeddings to false to keep it"]
+    return [f"{printable(pair[1].name)} {told}; set tie_word_embeddings to false to keep it"]
 
 
-def _stored_pair(index: Index, roles: TensorLookup) -> tuple[TensorRecord, TensorRecord] | None:
+def _stored_pair(index: Index, roles: TensorLookup) -> list[SourceTensor]:
     """Embedding and lm_head, where both are tensors of the files."""
-    first, second = (index.tensors.get(roles.found.get((role, -1, -1), "")) for role in ("embedding", "lm_head"))
-    return None if index.assembled is not None or index.views or first is None or second is None else (first, second)
+    names = [roles.found[key] for key in (("embedding", -1, -1), ("lm_head", -1, -1)) if key in roles.found]
+    return [] if index.assembled is not None or index.views else [roles.tensors[name] for name in names]
 
 
-def _alike(index: Index, pair: tuple[TensorRecord, TensorRecord], places: Iterable[int], size: int) -> bool:
-    """Whether two tensors are of one dtype and shape, and hold the same `size` bytes at each of the places."""
+def spread(rows: int) -> list[tuple[int, int]]:
+    """Sixteen single rows, from the first to the last."""
+    return [(row, row + 1) for row in sorted({number * (rows - 1) // 15 for number in range(16)})]
+
+
+def same_rows(shards: Sequence[Shard], pair: Sequence[SourceTensor], rows: Iterable[tuple[int, int]]) -> bool:
+    """Whether two tensors are of one dtype and shape, and hold the same in these rows."""
     if (pair[0].dtype, pair[0].shape) != (pair[1].dtype, pair[1].shape):
         return False
-    for at in places:
-        held = list[bytes]()
-        for record in pair:
-            with index.shards[record.shard].window(record.begin + at, record.begin + min(at + size, record.nbytes)) as data:
-                held.append(bytes(data))
-        if held[0] != held[1]:
+    for start, stop in rows:
+        held = np.empty((2, (stop - start) * pair[0].stored_row_bytes), np.uint8)
+        for tensor, out in zip(pair, held, strict=True):
+            tensor.read(shards, start, stop, out, out[:0])
+        if not bool((held[0] == held[1]).all()):
             return False
     return True
 

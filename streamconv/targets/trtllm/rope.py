@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from streamconv.checkpoint.dtypes import F32, DType
+from streamconv.checkpoint.dtypes import F32
 from streamconv.checkpoint.model_config import ModelConfig
-from streamconv.checkpoint.rows import Extent, KeepsPages
+from streamconv.checkpoint.rows import KeepsPages, SourceTensor
 from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.untrusted import shown_value
 from streamconv.errors import CheckpointError
@@ -23,34 +23,15 @@ from streamconv.targets.trtllm.options import TensorRTLLM
 
 
 @dataclass(frozen=True, slots=True)
-class RopeTable(KeepsPages):
+class RopeTable(KeepsPages, SourceTensor):
     """A table whose rows are computed when they are needed. kind: "positions", "frequencies" or "pairs"."""
 
-    name: str
-    kind: str
-    rows: int
-    cols: int
-    base: float
-    scaling: tuple[tuple[str, Any], ...]
-
-    @property
-    def dtype(self) -> DType:
-        return F32
-
-    @property
-    def pieces(self) -> tuple[Extent, ...]:
-        return ()
-
-    @property
-    def row_align(self) -> int:
-        return 1
+    kind: str = ""
+    base: float = 10000.0
+    scaling: tuple[tuple[str, Any], ...] = ()
 
     @property
     def stored_row_bytes(self) -> int:
-        return 0
-
-    @property
-    def scratch_row_bytes(self) -> int:
         return 0
 
     def read(self, shards: Sequence[Shard], start: int, stop: int, out: Bytes, scratch: Bytes) -> None:
@@ -123,11 +104,12 @@ def add_tables(builder: Draft, model: ModelConfig, options: TensorRTLLM) -> None
     dim = int(model.head_size * share)
     scaling = tuple((model.rope_scaling or {}).items())
     base = float(model.rope_theta)
-    tables = (
-        RopeTable("embed_positions", "positions", length, dim, base, scaling),
-        RopeTable("rotary_inv_freq", "frequencies", dim // 2, 1, base, scaling),
-        RopeTable("embed_positions_for_gpt_attention", "pairs", length, dim, base, scaling),
+    kinds = (
+        ("embed_positions", "positions", (length, dim)),
+        ("rotary_inv_freq", "frequencies", (dim // 2, 1)),
+        ("embed_positions_for_gpt_attention", "pairs", (length, dim)),
     )
+    tables = [RopeTable(name, F32, shape, (), kind=kind, base=base, scaling=scaling) for name, kind, shape in kinds]
     made = []
     for file in range(options.tp_size * options.pp_size):
         for table in tables:
