@@ -2,6 +2,15 @@
 
 A pattern is a tensor name in which `{layer}` and `{expert}` stand for whole numbers between dots; nothing else is special.
 Every source name matches exactly one pattern or is an error that names the nearest.
+
+Tables and targets share these roles (V vocabulary, H hidden, I intermediate, D head size, Nq and Nkv heads, E experts):
+
+    embedding, lm_head [V, H]; final_norm [H]
+    input_norm, post_norm: before attention, and before the MLP (after attention in Gemma-2); pre_ffn_norm, post_ffn_norm [H]
+    q [Nq*D, H]; k, v [Nkv*D, H]; o [H, Nq*D]; q_bias, k_bias, v_bias, o_bias; q_norm, k_norm: of heads [D]
+    qkv: q over k over v; qkv_grouped: for each KV head its query heads, its key head, its value head [(Nq+2Nkv)*D, H]
+    gate: activated, up: linear [I, H]; down [H, I]; gate_bias, up_bias, down_bias; gate_up: gate over up [2I, H]
+    router [E, H]; expert_gate, expert_up [I, H]; expert_down [H, I]; stacked: experts_gate_up [E, 2I, H], experts_down [E, H, I]
 """
 
 from __future__ import annotations
@@ -11,42 +20,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from streamconv.options import TARGET_VERSIONS, Version
-
-ROLES = {
-    "embedding": "token embedding [V, H]",
-    "lm_head": "output projection [V, H]",
-    "final_norm": "norm before the output projection [H]",
-    "input_norm": "norm before attention [H]",
-    "post_norm": "norm before the MLP [H] (after attention in Gemma-2)",
-    "pre_ffn_norm": "Gemma-2 norm before the MLP [H]",
-    "post_ffn_norm": "Gemma-2 norm after the MLP [H]",
-    "q": "query projection [Nq*D, H]",
-    "k": "key projection [Nkv*D, H]",
-    "v": "value projection [Nkv*D, H]",
-    "o": "attention output projection [H, Nq*D]",
-    "q_bias": "[Nq*D]",
-    "k_bias": "[Nkv*D]",
-    "v_bias": "[Nkv*D]",
-    "o_bias": "[H]",
-    "q_norm": "query head norm [D]",
-    "k_norm": "key head norm [D]",
-    "qkv": "q over k over v [(Nq+2Nkv)*D, H] (Phi-3)",
-    "qkv_grouped": "for each KV head: its query heads, its key head, its value head (InternLM2)",
-    "gate": "activated half of the MLP [I, H]",
-    "up": "linear half of the MLP [I, H]",
-    "down": "MLP output projection [H, I]",
-    "gate_up": "gate over up [2I, H] (Phi-3)",
-    "gate_bias": "[I]",
-    "up_bias": "[I]",
-    "down_bias": "[H]",
-    "router": "expert router [E, H]",
-    "expert_gate": "per expert [I, H]",
-    "expert_up": "per expert [I, H]",
-    "expert_down": "per expert [H, I]",
-    "experts_gate_up": "stacked [E, 2I, H], gate over up",
-    "experts_down": "stacked [E, H, I]",
-}
-"""The vocabulary shared by family tables and targets."""
 
 
 @dataclass(frozen=True, slots=True)

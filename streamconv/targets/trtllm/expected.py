@@ -249,30 +249,22 @@ def _small(facts: Facts, held: RankTensors, at: str, layer: int) -> None:
 def _rope_tables(facts: Facts, held: RankTensors) -> None:
     """Left behind by NVIDIA's converter; the loader takes them if their shape is right."""
     length, dim = facts.positions, facts.rotary or facts.size
-    plain = facts.config.get("position_embedding_type") != "long_rope"
     shapes = {
         "embed_positions": (1, length, dim),
         "rotary_inv_freq": (dim // 2,),
         "embed_positions_for_gpt_attention": (1, length * dim),
     }
-    for name, shape in shapes.items():
-        held.fixed[name] = TensorSpec(("F32",), shape if plain else None, required=False)
-    if not plain:
-        for name in _LONG_ROPE:
-            held.fixed[name] = TensorSpec(("F32",), None, required=False)
+    tables: Mapping[str, tuple[int, ...] | None] = shapes
+    if facts.config.get("position_embedding_type") == "long_rope":
+        tables = dict.fromkeys([*shapes, *_LONG_ROPE.split()])
+    held.fixed |= {name: TensorSpec(("F32",), shape, required=False) for name, shape in tables.items()}
 
 
-_LONG_ROPE = (
-    "embed_positions_short_factors",
-    "embed_positions_long_factors",
-    "embed_positions_short_factors_for_attention_plugin",
-    "embed_positions_long_factors_for_attention_plugin",
-    "short_inv_freq",
-    "long_inv_freq",
-    "long_rope_embed_positions",
-    "long_rope_rotary_inv_freq",
-    "long_rope_embed_positions_for_gpt_attention",
-)
+_LONG_ROPE = """
+    embed_positions_short_factors embed_positions_short_factors_for_attention_plugin short_inv_freq long_rope_embed_positions
+    embed_positions_long_factors embed_positions_long_factors_for_attention_plugin long_inv_freq long_rope_rotary_inv_freq
+    long_rope_embed_positions_for_gpt_attention
+"""
 
 
 def first_problem(config: Mapping[str, Any], files: Sequence[OutputFile]) -> str | None:

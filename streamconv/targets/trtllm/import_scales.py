@@ -122,49 +122,29 @@ def _grouped(stored: Stored, name: str, stated: SourceQuantization | None, bits:
     packing = "gptq" if weight.cols == n else "awq"
     k = weight.rows * (32 // bits if packing == "gptq" else 1)
     fits = zeros.shape == (groups, n * bits // 32) and groups and k % groups == 0
-    if packing == "awq":
-        fits = fits and bits == 4 and weight.cols * 8 == n
+    fits = fits and (packing == "gptq" or (bits == 4 and weight.cols * 8 == n))
+    method, form = (stated.method, stated.format) if stated is not None else ("", None)
+    problem = ""
     if not fits:
         shapes = ", ".join(str(list(tensor.shape)) for tensor in (weight, zeros, scales))
-        stored.problems.append(f"{printable(module)}: qweight, qzeros, scales {shapes} do not fit together at {bits} bits")
-        return
-    if stated is not None and stated.method in ("gptq", "awq") and stated.method != packing:
-        said = f"{stated.stated_in} says {stated.method}, the shapes say {packing}"
-        stored.problems.append(f"{printable(name)}: {said}")
-        return
-    if packing == "awq" and stated is not None and stated.format not in (None, "gemm"):
-        stored.problems.append(f"{printable(name)}: AWQ version {stated.format!r} is not supported, only GEMM is")
-        return
-    if packing == "gptq" and stated is not None and stated.format not in (None, "gptq", "gptq_v2"):
+        problem = f"qweight, qzeros, scales {shapes} do not fit together at {bits} bits"
+    elif stated is not None and method in ("gptq", "awq") and method != packing:
+        problem = f"{stated.stated_in} says {method}, the shapes say {packing}"
+    elif packing == "awq" and form not in (None, "gemm"):
+        problem = f"AWQ version {form!r} is not supported, only GEMM is"
+    elif packing == "gptq" and form not in (None, "gptq", "gptq_v2"):
         # zero points mean one thing in "gptq" and another in "gptq_v2"; of others nothing is known
-        stored.problems.append(f"{printable(name)}: GPTQ checkpoint_format {stated.format!r} is not supported, gptq and gptq_v2 are")
+        problem = f"GPTQ checkpoint_format {form!r} is not supported, gptq and gptq_v2 are"
+    if problem:
+        stored.problems.append(f"{printable(name if fits else module)}: {problem}")
         return
-    _in_order(stored, module, order, k, k // groups, stated, shards)
-    _add(stored, module, weight, (n, k), bits, packing, Scales(scales, zeros, None, k // groups))
-
-
-def _in_order(
-    stored: Stored,
-    module: str,
-    order: SourceTensor | None,
-    k: int,
-    group: int,
-    stated: SourceQuantization | None,
-    shards: Sequence[Shard],
-) -> None:
-    """g_idx[k] must be k // g: act-order has no representation."""
-    if order is None:
-        right = stated is None or not stated.act_order
-    elif order.dtype != I32 or order.shape != (k,):
+    ordered = stated is None or not stated.act_order
+    if order is not None and (order.dtype != I32 or order.shape != (k,)):
         stored.problems.append(f"{printable(order.name)}: {order.dtype} {list(order.shape)} is not I32 [{k}]")
-        return
-    else:
-        right = in_order(order, shards, group)
-    if not right:
-        stored.problems.append(
-            f"{printable(module)}.g_idx: act-order (desc_act) weights have no place in TensorRT-LLM;"
-            " use a checkpoint made with desc_act false"
-        )
+    elif not (ordered if order is None else in_order(order, shards, k // groups)):
+        why = "act-order (desc_act) weights have no place in TensorRT-LLM; use a checkpoint made with desc_act false"
+        stored.problems.append(f"{printable(module)}.g_idx: {why}")
+    _add(stored, module, weight, (n, k), bits, packing, Scales(scales, zeros, None, k // groups))
 
 
 def _modelopt(stored: Stored, name: str) -> None:

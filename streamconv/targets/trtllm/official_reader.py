@@ -52,20 +52,19 @@ def read_ranks(folder: Path) -> tuple[str, int, list[str]]:
 
 
 def _load() -> tuple[Any, Any, Any]:
-    names = ("tensorrt_llm", "tensorrt_llm.models", "tensorrt_llm.models.modeling_utils")
+    package: Any = None
     try:
-        package = importlib.import_module(names[0])
-    except ModuleNotFoundError as error:
-        if error.name == names[0]:
-            raise UsageError("--with-tensorrt-llm: tensorrt_llm is not installed", hint=COMMAND) from None
-        raise VerifyError(f"tensorrt_llm cannot be imported: {error}", hint="it is installed without what it needs") from None
+        package = importlib.import_module("tensorrt_llm")
+        return package, importlib.import_module("tensorrt_llm.models"), importlib.import_module("tensorrt_llm.models.modeling_utils")
     except Exception as error:  # missing CUDA or MPI libraries show in many ways
-        raise VerifyError(f"tensorrt_llm cannot be imported: {printable(str(error))}", hint="it needs CUDA and MPI libraries") from None
-    try:
-        return package, importlib.import_module(names[1]), importlib.import_module(names[2])
-    except Exception as error:
-        version = getattr(package, "__version__", "of unknown version")
-        raise VerifyError(f"tensorrt_llm {version} cannot read engine checkpoints ({printable(str(error))})", hint=COMMAND) from None
+        if isinstance(error, ModuleNotFoundError) and error.name == "tensorrt_llm":
+            raise UsageError("--with-tensorrt-llm: tensorrt_llm is not installed", hint=COMMAND) from None
+        told = printable(str(error))
+        if package is not None:
+            version = getattr(package, "__version__", "of unknown version")
+            raise VerifyError(f"tensorrt_llm {version} cannot read engine checkpoints ({told})", hint=COMMAND) from None
+        lacking = "it is installed without what it needs" if isinstance(error, ModuleNotFoundError) else "it needs CUDA and MPI libraries"
+        raise VerifyError(f"tensorrt_llm cannot be imported: {told}", hint=lacking) from None
 
 
 def _told(version: str, error: Exception) -> str:
