@@ -128,7 +128,7 @@ def settle(index: Index) -> Index:
     moved, more = _inside(names) if wrapped else _behind(names, family)
     if moved is not None:
         new = {old: moved[name] for old, name in zip(index.tensors, names, strict=True) if name in moved}
-    tensors = _renamed(index, new) if new else index.tensors
+    tensors = _renamed(index.tensors, new) if new else index.tensors
     outer = index.config.get("tie_word_embeddings") is True  # it is the wrapper's that transformers obeys
     if wrapped and outer and config.get("tie_word_embeddings") is False and "lm_head.weight" not in tensors:
         config = config | {"tie_word_embeddings": True}
@@ -141,13 +141,13 @@ def settle(index: Index) -> Index:
     return dataclasses.replace(index, config=config, tensors=tensors, unlisted=unlisted, notes=(*index.notes, *notes, *more))
 
 
-def _renamed(index: Index, new: Mapping[str, str]) -> TensorTable:
+def _renamed(tensors: TensorTable, new: Mapping[str, str]) -> TensorTable:
     made = TensorTable()
     for old, name in new.items():
         if name in made:
             told = f"{printable(old)} and another tensor are both {printable(name)} without their wrappers"
             raise TensorError(told, hint="remove one of them")
-        made.take(index.tensors[old], name)
+        made.take(tensors[old], name)
     return made
 
 
@@ -216,7 +216,5 @@ def _tied(config: Mapping[str, object], family: Family, tensors: TensorTable) ->
     heads = [name for name in family.tensors.get("lm_head", ()) if name in tensors]
     if not heads or not is_tied(config) or any(name in tensors for name in embedding):
         return None
-    made = TensorTable()
-    for name, record in tensors.items():
-        made.take(record, embedding[0] if name == heads[0] else name)
+    made = _renamed(tensors, {name: embedding[0] if name == heads[0] else name for name in tensors})
     return made, f"{heads[0]} is the embedding, to which config.json ties it (tie_word_embeddings)"

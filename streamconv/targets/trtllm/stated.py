@@ -15,6 +15,9 @@ from streamconv.targets.trtllm.recipes import all_quants
 
 _GENERATIONS: dict[Version, tuple[int, ...]] = {"0.16": (80, 90, 70), "1.2": (80, 90)}
 """A GPU for each weight layout."""
+_MAPPING = ("tp_size", "pp_size", "cp_size", "moe_tp_size", "moe_ep_size")
+_CONFIG = ("use_parallel_embedding", "embedding_sharding_dim", "remove_duplicated_kv_heads", "disable_weight_only_quant_plugin")
+"""Options that config.json names as they are named here."""
 
 
 def options_of(config: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) -> list[TensorRTLLM]:
@@ -34,26 +37,21 @@ def options_of(config: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) ->
     if key in ("int8", "int4") and floats:
         more["encoding"] = "raw"
     kv_cache, alpha = quantization.get("kv_cache_quant_algo"), quantization.get("smoothquant_val")
+    kinds = {field.name: field.metadata["type"] for field in dataclasses.fields(TensorRTLLM)}
+    for where, names in ((mapping, _MAPPING), (quantization, ("group_size",)), (config, _CONFIG)):
+        for name in names:
+            if where.get(name) is not None:
+                more[name] = bool(where[name]) if kinds[name] is bool else _whole(where, name)
     options = TensorRTLLM(
-        tp_size=_whole(mapping, "tp_size", 1),
-        pp_size=_whole(mapping, "pp_size", 1),
-        cp_size=_whole(mapping, "cp_size", 1),
-        moe_tp_size=_whole(mapping, "moe_tp_size", -1),
-        moe_ep_size=_whole(mapping, "moe_ep_size", -1),
         dtype=config["dtype"],
         quant=key,
         kv_cache=kv_cache.lower() if kv_cache in ("FP8", "INT8") else None,
-        group_size=_whole(quantization, "group_size", 128),
         target_version=versions[0],
-        use_parallel_embedding=bool(config.get("use_parallel_embedding")),
-        embedding_sharding_dim=_whole(config, "embedding_sharding_dim", 0),
         use_embedding_sharing=bool(config.get("share_embedding_table")),
-        remove_duplicated_kv_heads=bool(config.get("remove_duplicated_kv_heads")),
-        disable_weight_only_quant_plugin=bool(config.get("disable_weight_only_quant_plugin")),
         use_meta_fp8_rowwise_recipe=bool(quantization.get("use_meta_recipe")),
         smoothquant=alpha if isinstance(alpha, float) else 0.5,
         rope_tables=any("embed_positions" in name for name in tensors),
-        max_position_embeddings=_whole(config, "max_position_embeddings", 0) or None,
+        max_position_embeddings=_whole(config, "max_position_embeddings") or None,
         **more,
     )
     choices = [dataclasses.replace(options, target_version=version) for version in versions]
@@ -62,11 +60,11 @@ def options_of(config: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) ->
     return [dataclasses.replace(o, target_sm=sm) for o in choices for sm in _GENERATIONS[o.target_version]]
 
 
-def _whole(where: Mapping[str, Any], key: str, default: int) -> int:
+def _whole(where: Mapping[str, Any], key: str) -> int:
     value = where.get(key)
     if value is not None and type(value) is not int:
         raise VerifyError(f"config.json: {key} is {printable(repr(value), 60)}, not a whole number")
-    return default if value is None else value
+    return value or 0
 
 
 def _quant(algo: object) -> tuple[str, dict[str, Any]]:
