@@ -12,29 +12,24 @@ from streamconv.errors import RefusedError, UsageError
 from streamconv.families import family_of
 from streamconv.targets.trtllm.checks import refusals
 from streamconv.targets.trtllm.config_json import dump
-from streamconv.targets.trtllm.config_sections import Config, quantization_section, resolve_dtype, resolve_moe
+from streamconv.targets.trtllm.config_sections import Config, mapping_section, quantization_section, resolve_dtype, resolve_moe
 
 if TYPE_CHECKING:
-    from streamconv.cli.official_flags import Sizes
-    from streamconv.targets.trtllm.options import TensorRTLLM
+    from streamconv.cli.official_flags import OfficialRequest
 
 _MADE_ELSEWHERE = {"fp8": "FP8", "nvfp4": "NVFP4", "qserve": "W4A8_QSERVE_PER_CHANNEL"}
 """Formats whose weights only other tools make; a config.json can name them."""
+_MAPPING = ("world_size", "tp_size", "pp_size", "moe_tp_size", "moe_ep_size")
 
 
-def config_from_flags(
-    sizes: Sizes, options: TensorRTLLM, *, per_group: bool, quant_ckpt_path: str | None, load_model_on_cpu: bool
-) -> bytes:
+def config_from_flags(request: OfficialRequest) -> bytes:
     """The bytes of config.json.
-
-    Args:
-        per_group: QServe with scales for groups.
-        quant_ckpt_path, load_model_on_cpu: recorded as they were given.
 
     Raises:
         UsageError: a size that is none.
         RefusedError: sizes that cannot be split as asked; all reasons are listed.
     """
+    sizes, options = request.sizes, request.options
     for name in ("vocab_size", "n_positions", "n_layer", "n_head", "n_kv_head", "n_embd", "inter_size"):
         value = getattr(sizes, name)
         if value is not None and value < 1:
@@ -62,13 +57,8 @@ def config_from_flags(
         norm_eps=sizes.rms_norm_eps,
         rope_theta=sizes.rotary_base,
         rope_scaling=None,
-        partial_rotary_factor=1.0,
-        attention_bias=False,
-        mlp_bias=False,
-        tie_word_embeddings=False,
         num_experts=sizes.moe_num_experts,
         experts_per_token=top_k,
-        moe_intermediate_size=None,
         raw={},
         source="meta",
     )
@@ -76,10 +66,10 @@ def config_from_flags(
     problems = refusals(model, family_of(model.architecture), options, max(halved, 1), resolve_moe(options))
     if problems:
         raise RefusedError(problems)
-    quantization = quantization_section(options)
+    mapping, quantization = mapping_section(options), quantization_section(options)
     algo = _MADE_ELSEWHERE.get(options.quant)
     if algo is not None:
-        quantization["quant_algo"] = algo.replace("PER_CHANNEL", "PER_GROUP") if per_group else algo
+        quantization["quant_algo"] = algo.replace("PER_CHANNEL", "PER_GROUP") if request.per_group else algo
     config: Config = {
         "architecture": model.architecture,
         "dtype": dtype,
@@ -98,7 +88,7 @@ def config_from_flags(
         "rotary_base": sizes.rotary_base,
         "norm_epsilon": sizes.rms_norm_eps,
         "moe": {"num_experts": sizes.moe_num_experts, "top_k": top_k, "normalization_mode": sizes.moe_renorm_mode},
-        "mapping": _mapping(options),
+        "mapping": {key: mapping[key] for key in (_MAPPING if options.target_version == "0.16" else (*_MAPPING, "cp_size"))},
         "quantization": quantization,
         "use_parallel_embedding": options.use_parallel_embedding,
         "embedding_sharding_dim": options.embedding_sharding_dim,
@@ -108,14 +98,7 @@ def config_from_flags(
     config |= {
         "disable_weight_only_quant_plugin": options.disable_weight_only_quant_plugin,
         "remove_duplicated_kv_heads": options.remove_duplicated_kv_heads,
-        "quant_ckpt_path": quant_ckpt_path,
-        "load_model_on_cpu": load_model_on_cpu,
+        "quant_ckpt_path": request.quant_ckpt_path,
+        "load_model_on_cpu": request.load_model_on_cpu,
     }
     return dump(config)
-
-
-def _mapping(options: TensorRTLLM) -> Config:
-    tp, pp, cp = options.tp_size, options.pp_size, options.cp_size
-    moe_tp, moe_ep = resolve_moe(options)
-    sizes = {"world_size": tp * pp * cp, "tp_size": tp, "pp_size": pp, "moe_tp_size": moe_tp, "moe_ep_size": moe_ep}
-    return sizes if options.target_version == "0.16" else sizes | {"cp_size": cp}

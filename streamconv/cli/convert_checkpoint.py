@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import sys
@@ -31,11 +30,12 @@ def _main(arguments: list[str]) -> int:
         output.note(f"note: {note}")
     source = _source(request)
     if source is None:
-        return _config_from_flags(request)
-    request = _with_default_dtype(request, source)
+        return _write_config(request, None)
+    if "dtype" not in request.options.given and source != request.meta_ckpt_dir:
+        request.options = _with_default_dtype(request.options, source)
     refuse(request.options.quant, "the flags for")
     _refuse_fp8(request, source)
-    return _config_only(request, source) if request.save_config_only else _convert(request, source)
+    return _write_config(request, source) if request.save_config_only else _convert(request, source)
 
 
 def _source(request: OfficialRequest) -> str | None:
@@ -53,18 +53,16 @@ def _source(request: OfficialRequest) -> str | None:
     return source
 
 
-def _with_default_dtype(request: OfficialRequest, source: str) -> OfficialRequest:
+def _with_default_dtype(options: TensorRTLLM, source: str) -> TensorRTLLM:
     """InternLM2's script takes float16 where --dtype is not given, the others the source's dtype."""
-    if request.states_dtype or source == request.meta_ckpt_dir:
-        return request
     from streamconv.hub import open_source
 
-    with contextlib.closing(open_source(source)) as index:
+    with open_source(source) as index:
         names = index.config.get("architectures")
     if not isinstance(names, list) or "InternLM2ForCausalLM" not in names:
-        return request
+        return options
     output.note("note: --dtype float16, the default of NVIDIA's script for InternLM2")
-    return dataclasses.replace(request, options=dataclasses.replace(request.options, dtype="float16"))
+    return dataclasses.replace(options, dtype="float16")
 
 
 def _refuse_fp8(request: OfficialRequest, source: str) -> None:
@@ -78,7 +76,7 @@ def _refuse_fp8(request: OfficialRequest, source: str) -> None:
     from streamconv.checkpoint.quantized import source_quantization
     from streamconv.hub import open_source
 
-    with contextlib.closing(open_source(source)) as index:
+    with open_source(source) as index:
         if source_quantization(index) is not None:
             return  # planning says what can be done with it
     raise RefusedError(
@@ -87,37 +85,25 @@ def _refuse_fp8(request: OfficialRequest, source: str) -> None:
     )
 
 
-def _config_from_flags(request: OfficialRequest) -> int:
-    """Neither --model_dir nor --meta_ckpt_dir: config.json from the size flags, and nothing else."""
-    from streamconv.cli.config_from_flags import config_from_flags
+def _write_config(request: OfficialRequest, source: str | None) -> int:
+    """config.json and nothing else: of a conversion that is planned and not done, or without a source from the size flags."""
     from streamconv.targets.trtllm.config_only import write_config
 
-    data = config_from_flags(
-        request.sizes,
-        request.options,
-        per_group=request.per_group,
-        quant_ckpt_path=request.quant_ckpt_path,
-        load_model_on_cpu=request.load_model_on_cpu,
-    )
-    write_config(request.output_dir, data, force=request.force, no_lock=request.no_lock)
+    root = None
+    if source is None:
+        from streamconv.cli.config_from_flags import config_from_flags
+
+        data, why = config_from_flags(request), "neither --model_dir nor --meta_ckpt_dir"
+    else:
+        from streamconv.open_plan import open_and_plan
+
+        sm = request.options.target_sm or 80  # decides bytes of weights, none of config.json
+        index, plan = open_and_plan(source, dataclasses.replace(request.options, target_sm=sm))
+        with index:
+            data, root, why = plan.config, index.root, "--save_config_only"
+    write_config(request.output_dir, data, source=root, force=request.force, no_lock=request.no_lock)
     if not request.quiet:
-        output.line(f"{request.output_dir}: config.json alone, no weights (neither --model_dir nor --meta_ckpt_dir)")
-    return 0
-
-
-def _config_only(request: OfficialRequest, source: str) -> int:
-    """--save_config_only: the config.json of the conversion, which is planned and not done."""
-    from streamconv import api
-    from streamconv.targets.trtllm.config_only import write_config
-
-    sm = request.options.target_sm or 80  # decides bytes of weights, none of config.json
-    index, plan = api.open_and_plan(source, dataclasses.replace(request.options, target_sm=sm))
-    try:
-        write_config(request.output_dir, plan.config, source=index.root, force=request.force, no_lock=request.no_lock)
-    finally:
-        index.close()
-    if not request.quiet:
-        output.line(f"{request.output_dir}: config.json alone, no weights (--save_config_only)")
+        output.line(f"{request.output_dir}: config.json alone, no weights ({why})")
     return 0
 
 
@@ -126,16 +112,9 @@ def _convert(request: OfficialRequest, source: str) -> int:
     from streamconv.cli import convert_view, view
     from streamconv.cli.flags import resources
 
-    options = _with_ranges(request, source)
-    report = api.convert(
-        source,
-        request.output_dir,
-        options,
-        resources(dataclasses.asdict(request)),
-        force=request.force,
-        meter=view.meter("auto", request.quiet),
-    )
-    convert_view.show(report, False, request.quiet)
+    options, meter = _with_ranges(request, source), view.meter("auto", request.quiet)
+    made = api.convert(source, request.output_dir, options, resources(vars(request)), force=request.force, meter=meter)
+    convert_view.show(made, False, request.quiet)
     return 0
 
 

@@ -41,36 +41,33 @@ class Sizes:
     moe_renorm_mode: int = 1
 
 
-@dataclass(frozen=True, slots=True)
-class OfficialRequest:
-    """A parsed official command line.
+class OfficialRequest(argparse.Namespace):
+    """A parsed official command line: its flags, and what they mean together.
 
     Attributes:
-        quiet: --log_level asks for warnings at most.
         calibration: arguments for `calibrate`, should ranges be needed and not given.
-        sizes: the size flags; used when neither input folder is given.
-        states_dtype: --dtype was given.
         notes: flags that were given and change nothing, each with the reason.
+        options: of the target; each that was typed is an attribute of its own, too.
+        quiet: --log_level asks for warnings at most.
+        sizes: the size flags; used when neither input folder is given.
     """
 
-    model_dir: str | None
-    meta_ckpt_dir: str | None
-    output_dir: str
-    options: TensorRTLLM
-    memory_budget: str | None
-    workers: int
+    calibration: dict[str, Any]
     device: str
     force: bool
-    no_lock: bool
-    quiet: bool
-    save_config_only: bool
     load_model_on_cpu: bool
+    memory_budget: str | None
+    meta_ckpt_dir: str | None
+    model_dir: str | None
+    no_lock: bool
+    notes: tuple[str, ...]
+    options: TensorRTLLM
+    output_dir: str
     per_group: bool
     quant_ckpt_path: str | None
-    calibration: dict[str, Any]
+    quiet: bool
+    save_config_only: bool
     sizes: Sizes
-    states_dtype: bool
-    notes: tuple[str, ...]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -160,46 +157,30 @@ def parse(argv: list[str]) -> OfficialRequest:
     Raises:
         UsageError: an unknown flag, a bad value, or flags that contradict each other.
     """
-    args = _parser().parse_args([_underscored(argument) for argument in argv])
+    args = _parser().parse_args([_underscored(argument) for argument in argv], OfficialRequest())
     if args.model_dir and args.meta_ckpt_dir:
         raise UsageError("--model_dir and --meta_ckpt_dir exclude each other")
     if args.ckpt_type != "hf":
         raise UsageError(f"--ckpt_type {args.ckpt_type} is not supported", hint="only Hugging Face checkpoints are")
     if args.int8_kv_cache and args.fp8_kv_cache:
         raise UsageError("--int8_kv_cache and --fp8_kv_cache exclude each other")
-    held = {field.name: getattr(args, field.name) for field in fields(TensorRTLLM) if hasattr(args, field.name)}
+    typed = {field.name: getattr(args, field.name) for field in fields(TensorRTLLM) if hasattr(args, field.name)}
     kv_cache = "int8" if args.int8_kv_cache else "fp8" if args.fp8_kv_cache else None
-    options = TensorRTLLM(**held, quant=_quant(args), kv_cache=kv_cache)
-    options.check_values(lambda name: f"--{name}")
-    given = {size.name: getattr(args, size.name) for size in fields(Sizes) if getattr(args, size.name) is not None}
-    return OfficialRequest(
-        model_dir=args.model_dir,
-        meta_ckpt_dir=args.meta_ckpt_dir,
-        output_dir=args.output_dir,
-        options=options,
-        memory_budget=args.memory_budget,
-        workers=args.workers,
-        device=args.device,
-        force=args.force,
-        no_lock=args.no_lock,
-        quiet=_LEVELS.index(args.log_level) <= _LEVELS.index("warning"),
-        save_config_only=args.save_config_only,
-        load_model_on_cpu=args.load_model_on_cpu,
-        per_group=args.per_group,
-        quant_ckpt_path=args.quant_ckpt_path,
-        calibration={"text": args.calib_dataset, "samples": args.calib_size, "max_length": args.calib_max_seq_length},
-        sizes=Sizes(**given),
-        states_dtype="dtype" in held,
-        notes=tuple(_notes(args, given)),
-    )
+    args.options = TensorRTLLM(**typed, quant=_quant(args), kv_cache=kv_cache)
+    args.options.check_values(lambda name: f"--{name}")
+    sizes = {size.name: getattr(args, size.name) for size in fields(Sizes) if getattr(args, size.name) is not None}
+    args.sizes, args.notes = Sizes(**sizes), tuple(_notes(args, [*sizes]))
+    args.quiet = _LEVELS.index(args.log_level) <= _LEVELS.index("warning")
+    args.calibration = {"text": args.calib_dataset, "samples": args.calib_size, "max_length": args.calib_max_seq_length}
+    return args
 
 
-def _notes(args: argparse.Namespace, given: dict[str, Any]) -> list[str]:
+def _notes(args: argparse.Namespace, sizes: list[str]) -> list[str]:
     """Flags that the official script takes and that change nothing: it says nothing, we do."""
     source = "--model_dir" if args.model_dir else "--meta_ckpt_dir" if args.meta_ckpt_dir else None
     notes = []
-    if given and source:
-        names = ", ".join(f"--{name}" for name in given)
+    if sizes and source:
+        names = ", ".join(f"--{name}" for name in sizes)
         notes.append(f"{names}: no effect with {source}, whose config decides")
     if args.load_by_shard:
         notes.append("--load_by_shard: no effect, weights are always streamed")
