@@ -1,7 +1,4 @@
-"""Memory over time: a thread looks 20 times a second, writes a line of JSON for each look, and keeps what a picture needs.
-
-A look takes 0.05 ms of processor time: the files of /proc and of the cgroup stay open.
-"""
+"""Memory over time: a thread looks 20 times a second, writes a line of JSON for each look, and keeps what a picture needs."""
 
 from __future__ import annotations
 
@@ -12,9 +9,8 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
 from typing import IO, NamedTuple
 
 from streamconv import memory
@@ -80,52 +76,24 @@ class MemoryTrace:
         self.samples: list[Sample] = []
         self.problem: str | None = None
         self._file: IO[bytes] | None = None
-        self._end, self._closing = threading.Event(), contextlib.ExitStack()
-        self._thread: threading.Thread | None = None
+        self._end = threading.Event()
         self._looks, self._stride = 0, 1
 
     def __enter__(self) -> MemoryTrace:
         if self._path is not None:
-            try:
-                self._check(self._path)
-                self._file = self._path.open("wb", buffering=0)  # a process that is killed leaves its lines
-            except OSError as error:
-                raise OutputError(f"--memory-trace {printable(str(self._path))} cannot be written: {error.strerror}") from None
-        self._began, self._cpu = time.monotonic(), time.process_time()
-        usage = memory.cgroup_usage()
-        self._status = self._open("/proc/self/status")
-        self._usage = self._open(usage) if usage is not None else None
-        self._children = self._open(f"/proc/self/task/{os.getpid()}/children")
-        self._io = self._open("/proc/self/io")
-        self._transferred = self._moved()
+            self._file = _begin(self._path)
+        self._began, self._cpu, self._transferred = time.monotonic(), time.process_time(), _transferred()
+        self._cgroup = memory.cgroup_usage()
         self._add()  # the beginning, however late the thread comes
         self._thread = start_thread(self._run, "memory-trace")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self._end.set()
         if self._thread is not None:
             self._thread.join()
         self._add()  # the end, and the peak
-        self._closing.close()
-        if self._file is not None:
-            self._give_up_on(self._file.close)
-
-    @staticmethod
-    def _check(path: Path) -> None:
-        """Of the files only a trace is written over: a source's or a user's file may have been named by mistake."""
-        if os.path.isfile(path):
-            with path.open("rb") as file:
-                if file.read(len(_BEGINS)) not in (_BEGINS, b""):
-                    told = f"--memory-trace {printable(str(path))}: the file is no memory trace, and stays"
-                    raise UsageError(told, hint="choose another name")
-
-    def _open(self, path: str | Path) -> int | None:
-        """A file of the kernel's that stays open until the end; None if it cannot be read here."""
-        try:
-            return self._closing.enter_context(open(path, "rb", buffering=0)).fileno()
-        except OSError:
-            return None
+        self._write(None)
 
     def _run(self) -> None:
         due = self._began + EVERY
@@ -144,34 +112,37 @@ class MemoryTrace:
             pairs = zip(self.samples[::2], self.samples[1::2], strict=False)
             self.samples = [_worse(*pair) for pair in pairs] + self.samples[len(self.samples) // 2 * 2 :]
             self._stride *= 2
-        if self._file is not None:
-            line = json.dumps({key: round(value, 4) if isinstance(value, float) else value for key, value in now._asdict().items()})
-            file = self._file
-            self._give_up_on(lambda: file.write(line.encode("ascii") + b"\n"))
+        self._write(now)
 
-    def _give_up_on(self, write: Callable[[], object]) -> None:
-        """A trace that cannot be written ends; the run goes on."""
+    def _write(self, sample: Sample | None) -> None:
+        """A line of the file, or its end. A file that takes no line ends; the run goes on."""
+        if self._file is None:
+            return
         try:
-            write()
+            if sample is not None:
+                line = {key: round(value, 4) if isinstance(value, float) else value for key, value in sample._asdict().items()}
+                self._file.write(json.dumps(line).encode("ascii") + b"\n")
+            else:
+                self._file.close()
         except OSError as error:
             self.problem = f"--memory-trace {printable(str(self._path))} ends early: {error.strerror}"
-            file, self._file = self._file, None
             with contextlib.suppress(OSError):
-                if file is not None:
-                    file.close()
+                self._file.close()
+            self._file = None
 
     def _look(self) -> Sample:
         progress = self._meter.now()
-        resident, peak = memory.resident_of(_read(self._status))
+        resident, peak = memory.resident_of(_read("/proc/self/status"))
         read, written = progress.done, progress.written
         if progress.unit != "bytes":
-            read, written = (now - then for now, then in zip(self._moved(), self._transferred, strict=True))
+            read, written = (now - then for now, then in zip(_transferred(), self._transferred, strict=True))
+        charged = _read(self._cgroup).strip() if self._cgroup is not None else b""
         return Sample(
             time=time.monotonic() - self._began,
             resident=resident,
             peak=peak,
-            children=_resident_of_all(_read(self._children).split()),
-            cgroup=self._charged(),
+            children=_resident_of_all(_read(f"/proc/self/task/{os.getpid()}/children").split()),
+            cgroup=int(charged) if charged.isdigit() else None,  # it may be gone
             budget=progress.memory_budget,
             device=_on_devices(),
             read=read,
@@ -180,31 +151,38 @@ class MemoryTrace:
             phase=progress.phase or "starting",
         )
 
-    def _charged(self) -> int | None:
-        text = _read(self._usage).strip()
-        return int(text) if text.isdigit() else None  # the cgroup is gone
 
-    def _moved(self) -> tuple[int, int]:
-        """Bytes that this process has read and written, zeros on a kernel that does not count them."""
-        found = _MOVED.match(_read(self._io))
-        return (int(found[1]), int(found[2])) if found else (0, 0)
-
-
-def _read(file: int | None) -> bytes:
-    """The beginning of a file of the kernel's; empty if it is not open, or what it tells of is gone."""
+def _begin(path: Path) -> IO[bytes]:
+    """Open the file of a trace. Of the files only a trace is written over: a source's or a user's file may have been named by mistake."""
+    shown = f"--memory-trace {printable(str(path))}"
     try:
-        return os.pread(file, 4096, 0) if file is not None else b""
+        if os.path.isfile(path):
+            with path.open("rb") as file:
+                if file.read(len(_BEGINS)) not in (_BEGINS, b""):
+                    raise UsageError(f"{shown}: the file is no memory trace, and stays", hint="choose another name")
+        return path.open("wb", buffering=0)  # a process that is killed leaves its lines
+    except OSError as error:
+        raise OutputError(f"{shown} cannot be written: {error.strerror}") from None
+
+
+def _read(path: str | Path) -> bytes:
+    """The beginning of a file of the kernel's; empty if it cannot be read, or if what it tells of is gone."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return file.read(4096)
     except OSError:
         return b""
 
 
 def _resident_of_all(processes: Iterable[bytes]) -> int:
     """Sum of the resident sets of processes, by their ids."""
-    size = 0
-    for process in processes:
-        with contextlib.suppress(OSError):  # one that has ended
-            size += memory.resident_of(Path(f"/proc/{int(process)}/status").read_bytes())[0]
-    return size
+    return sum(memory.resident_of(_read(f"/proc/{int(process)}/status"))[0] for process in processes)
+
+
+def _transferred() -> tuple[int, int]:
+    """Bytes that this process has read and written, zeros on a kernel that does not count them."""
+    counts = _MOVED.match(_read("/proc/self/io"))
+    return (int(counts[1]), int(counts[2])) if counts else (0, 0)
 
 
 def _on_devices() -> int:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
+from streamconv.errors import UsageError
 from streamconv.memory import show_size
 from streamconv.reports import Estimate
 
@@ -101,12 +104,8 @@ class Meter:
     def __init__(self, watch: Watch, every: float = 0.1, clock: Callable[[], float] = time.monotonic) -> None:
         self._watch, self._every, self._clock = watch, every, clock
         self._counting, self._telling = threading.Lock(), threading.Lock()
-        self._phase, self._total, self._unit = "", 0, _BYTES
-        self._budget: int | None = None
-        self._done, self._written, self._began, self._told = 0, 0, clock(), 0.0
-        self._resumed, self._detail = 0, ""
+        self._progress, self._began, self._told = Progress("", 0, 0, 0.0), clock(), 0.0
         self._outputs: Callable[[], Sequence[OutputProgress]] = tuple
-        self._estimate: Estimate | None = None
 
     def begin(
         self,
@@ -124,16 +123,13 @@ class Meter:
         Args:
             outputs: tells of each of several outputs, called by any thread.
         """
-        self._outputs, self._estimate = outputs, estimate
-        self._phase, self._total, self._unit, self._budget = phase, total, unit, memory_budget
-        self._done, self._written, self._resumed, self._detail, self._began = resumed, 0, resumed, "", self._clock()
+        self._outputs, self._began = outputs, self._clock()
+        self._progress = Progress(phase, resumed, total, 0.0, unit, memory_budget, resumed=resumed, estimate=estimate)
         self._tell()
 
     def now(self) -> Progress:
         """The record of this moment."""
-        spent = self._clock() - self._began
-        more = self._written, self._resumed, self._detail, tuple(self._outputs()), self._estimate
-        return Progress(self._phase, self._done, self._total, spent, self._unit, self._budget, *more)
+        return replace(self._progress, seconds=self._clock() - self._began, outputs=tuple(self._outputs()))
 
     def add(self, count: int) -> None:
         """So much more is done; called by any thread."""
@@ -145,10 +141,8 @@ class Meter:
         Args:
             detail: see `Progress`.
         """
-        with self._counting:
-            self._done, self._written = min(self._done + read, self._total), self._written + written
-            self._detail = detail
-            due = self._clock() - self._told >= self._every
+        self._count(read, written, detail)
+        due = self._clock() - self._told >= self._every
         if due and self._telling.acquire(blocking=False):  # no worker waits for another's record
             try:
                 self._tell()
@@ -157,21 +151,55 @@ class Meter:
 
     def step(self, count: int) -> None:
         """As `add`, for a step that is told of however soon it comes."""
-        with self._counting:
-            self._done, self._detail = min(self._done + count, self._total), ""
+        self._count(count, 0, "")
         with self._telling:
             self._tell()
 
+    def _count(self, read: int, written: int, detail: str) -> None:
+        with self._counting:
+            now = self._progress
+            self._progress = replace(now, done=min(now.done + read, now.total), written=now.written + written, detail=detail)
+
     def end(self) -> None:
         """All is done."""
-        self._phase, self._done = "done", self._total
+        self._progress = replace(self._progress, phase="done", done=self._progress.total)
         self._tell()
 
     def phase(self, name: str) -> None:
         """What follows needs no counting."""
-        self._phase = name
+        self._progress = replace(self._progress, phase=name)
         self._tell()
 
     def _tell(self) -> None:
         self._told = self._clock()
         self._watch(self.now())
+
+
+Watching = Watch | Literal["bar"] | None
+"""What `watch=` of the public functions takes."""
+_WIDTH = 24
+
+
+def watch_of(asked: Watching) -> Watch:
+    """What `watch=` means.
+
+    Raises:
+        UsageError: it is neither a callable, "bar" nor None.
+    """
+    if asked is None:
+        return unwatched
+    if asked == "bar":
+        return show_bar
+    if not callable(asked):
+        raise UsageError(f"watch={asked!r} is neither a callable nor 'bar'")
+    return asked
+
+
+def show_bar(now: Progress) -> None:
+    """Draw a bar for notebooks and scripts: one line on standard error that replaces itself, which Jupyter shows as well."""
+    if sys.stderr is None:
+        return
+    full = _WIDTH * now.done // max(now.total, 1) if now.phase != "done" else _WIDTH
+    line = f"\r{now.phase:<11} |{'#' * full:<{_WIDTH}}| {now if now.phase != 'done' else ''}"
+    sys.stderr.write(f"{line:<100}" + "\n" * (now.phase == "done"))
+    sys.stderr.flush()

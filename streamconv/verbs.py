@@ -14,8 +14,7 @@ from streamconv.calibration.request import Loop
 from streamconv.errors import UsageError
 from streamconv.options import Resources
 from streamconv.planning.plan import Plan
-from streamconv.progress import Meter, Progress
-from streamconv.progress_bar import Watching, watch_of
+from streamconv.progress import Meter, Progress, Watching, watch_of
 from streamconv.reports import Report
 from streamconv.run.output_checks import output_problem
 from streamconv.targets.base import Output, Target

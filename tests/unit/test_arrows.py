@@ -18,7 +18,7 @@ from tests import tiny
 ROOT = Path(streamconv.__file__).parent
 LEVELS = (
     ("errors", "lazy", "memory", "options", "process", "streams", "natural", "cache_folder", "mounts", "arguments", "reports"),
-    ("progress", "progress_bar", "memory_trace", "launchers"),
+    ("progress", "memory_trace", "launchers"),
     ("checkpoint",),
     ("quants", "families", "kernels"),
     ("planning",),

@@ -29,13 +29,12 @@ ALLOWED = {
     ("process.py", "STARTS"): {"subprocess", "Popen", "Thread"},
     ("run/pool.py", "STARTS"): {"Thread"},  # the type
     ("run/recorder.py", "STARTS"): {"Thread"},  # the type
-    ("memory_trace.py", "STARTS"): {"Thread"},  # the type
     ("hub/push.py", "TALKS"): {"stderr"},  # whether somebody watches
     ("hub/repo.py", "TALKS"): {"stderr"},  # whether somebody watches
     ("cli/output.py", "TALKS"): {"print", "stdout", "stderr"},
     ("cli/signals.py", "TALKS"): {"stdout", "stderr"},  # flushed at the end
     ("calibration/child.py", "TALKS"): {"stdin", "stdout", "stderr"},  # pipes of parent and child
-    ("progress_bar.py", "TALKS"): {"stderr"},  # a program asked for it
+    ("progress.py", "TALKS"): {"stderr"},  # a program asked for it
     ("streams.py", "TALKS"): set(),
     ("process.py", "RUNS"): set(),
 }

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from streamconv import progress_bar
+from streamconv import progress
 from streamconv.errors import BudgetError, CheckpointError, OutputError, RefusedError, UsageError, VerifyError
 from streamconv.options import Resources
 from streamconv.progress import Meter, Progress
@@ -140,7 +140,7 @@ def test_bar(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert re.match(r"converting  \| {24}\|   0\.0 %", lines[0]) and lines[-1].startswith("done        |" + "#" * 24)
     assert lines[-1].endswith("\n") and "\n" not in "".join(lines[:-1])
     monkeypatch.setattr("sys.stderr", None)  # pythonw, a daemon
-    progress_bar.show(Progress("converting", 1, 2, 1.0))
+    progress.show_bar(Progress("converting", 1, 2, 1.0))
 
 
 MISTAKES: list[tuple[dict[str, Any], str]] = [
