@@ -10,7 +10,6 @@ the names of the cache are the list; a cache without links has none, and is beli
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import os
@@ -23,8 +22,7 @@ from streamconv.checkpoint.json_file import read_json
 from streamconv.checkpoint.limits import MAX_CONFIG, MAX_MANIFEST, MAX_WEIGHT_MAP
 from streamconv.checkpoint.meta import PARAMS
 from streamconv.checkpoint.weight_files import choose, weight_files
-from streamconv.errors import CheckpointError, printable
-from streamconv.hub.problems import no_folder
+from streamconv.errors import CheckpointError, HubError, printable
 from streamconv.hub.repo import download, listing, named, note_revision, small_file
 from streamconv.hub.shard import AT_A_TIME, HubShard
 from streamconv.run import manifest
@@ -35,7 +33,8 @@ MEMORY = 48 << 20
 """What two downloads at a time hold, outside of the tiles."""
 _BESIDE = (".json", ".model", ".txt", ".jinja", ".tiktoken")
 """What goes with the weights: configuration and tokenizer."""
-_SMALL = (_CONFIG, "quantize_config.json", "quant_config.json", "hf_quant_config.json")
+_SMALL = dict.fromkeys(("quantize_config.json", "quant_config.json", "hf_quant_config.json"), MAX_CONFIG) | {manifest.NAME: MAX_MANIFEST}
+"""Files that are read beside config.json -> the most bytes of each."""
 
 
 def memory_of(index: Index) -> int:
@@ -67,7 +66,7 @@ def local_folder(source: str | os.PathLike[str]) -> Path:
         if not os.path.lexists(source):  # as a Path ./org/name would look like a model of the Hub
             raise CheckpointError(f"no such file or folder: {printable(str(Path(source)))}")
         return Path(source)
-    with contextlib.closing(open_source(source)) as index:
+    with open_source(source) as index:
         weights = {shard.file.name for shard in index.shards if isinstance(shard, HubShard)}
         repo, files = listing(hub[0], index.root.name)
         for name, file in files.items():
@@ -100,11 +99,13 @@ def open_stored(source: str | os.PathLike[str], tensors_only: bool = False) -> I
     if hub is None:
         output = targets.opened(Path(source))
         return output if output is not None else open_index(source, tensors_only)
-    # The Xet client buffers gigabytes outside of any budget; plain HTTP does not. HF_HUB_DISABLE_XET=0 brings it back.
-    os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
-    with no_folder(os.fspath(source)):
-        nested: list[str] = []
+    nested: list[str] = []
+    try:
         repo, files = listing(*hub, nested)
+    except HubError as error:
+        if not os.fspath(source).startswith("hf://"):  # it may have been meant as a path
+            error.message = f"there is no folder or file {printable(os.fspath(source))} here, and as a model of the Hub: {error.message}"
+        raise
     if _CONFIG not in files and PARAMS in files:
         raise CheckpointError(
             f"{repo} is in Meta's layout, which is converted from a local folder only",
@@ -115,11 +116,9 @@ def open_stored(source: str | os.PathLike[str], tensors_only: bool = False) -> I
         raise held or CheckpointError(f"missing config.json in {repo}", hint="is it a transformers model?")
     folder = small_file(repo, files[_CONFIG], MAX_CONFIG).parent
     note_revision(repo, hub[1])
-    for name in _SMALL[1:]:
+    for name, limit in _SMALL.items():
         if name in files:
-            small_file(repo, files[name], MAX_CONFIG)
-    if manifest.NAME in files:
-        small_file(repo, files[manifest.NAME], MAX_MANIFEST)
+            small_file(repo, files[name], limit)
     chosen = choose(files, lambda name: small_file(repo, files[name], MAX_WEIGHT_MAP), files)
     if not chosen.names:
         raise foreign(str(repo), files) or CheckpointError(f"no .safetensors file in {repo}, nor any pytorch_model*.bin")

@@ -7,6 +7,7 @@ size, and writes a download to the end whatever its length.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -23,7 +24,12 @@ _HINT = "check HF_ENDPOINT"
 
 
 def watch() -> None:
-    """Look at all answers from now on, also those of a client that huggingface_hub makes anew after a lost connection."""
+    """Look at all answers from now on, also those of a client that huggingface_hub makes anew after a lost connection.
+
+    The Xet client, which buffers gigabytes outside of any budget, is off unless HF_HUB_DISABLE_XET=0: call this before huggingface_hub
+    is imported.
+    """
+    os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
     from huggingface_hub.utils import _http
 
     http: Any = _http

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TypeVar
 
 from streamconv.errors import HubError, StreamconvError, printable
@@ -21,80 +20,67 @@ _LONGEST = 60.0
 """A longer Retry-After is the user's to wait for."""
 
 
-def retry(call: Callable[[], Result], transient: Callable[[BaseException | None], bool] | None = None) -> Result:
-    """Call, and again after a failure that may pass.
+def ask(
+    call: Callable[[], Result],
+    repo: str,
+    revision: str | None,
+    file: str | None = None,
+    transient: Callable[[BaseException], bool] | None = None,
+) -> Result:
+    """Call huggingface_hub, and again after a failure that may pass.
 
     Args:
+        repo, revision, file: what is asked for, for errors.
         transient: whether what huggingface_hub raised may pass; a cut connection, 429 and 5xx by default.
 
     Raises:
-        HubError: it did not pass; also whatever `call` raises itself.
+        HubError: it did not pass; names what a user can do. Errors of streamconv as they are.
     """
     wait = _WAIT
     for attempt in range(_TRIES):
         try:
             return call()
-        except HubError as error:
-            cause = origin(error.__cause__)
+        except StreamconvError:
+            raise
+        except Exception as error:
+            cause = origin(error)
             asked = retry_after(cause)
             if attempt == _TRIES - 1 or not (transient or is_transient)(cause) or (asked or 0.0) > _LONGEST:
-                raise
+                raise _hub_error(error, repo, revision, file) from error
         time.sleep(wait if asked is None else asked)
         wait *= 2
     raise AssertionError
 
 
-def retry_after(error: BaseException | None) -> float | None:
+def retry_after(error: BaseException) -> float | None:
     """Seconds that the server wants to be left alone, None if it does not say a number."""
     value = getattr(getattr(error, "response", None), "headers", {}).get("Retry-After")
     return float(value) if value is not None and value.isdecimal() else None
 
 
-def origin(error: BaseException | None) -> BaseException | None:
+def origin(error: BaseException) -> BaseException:
     """What the server answered, where huggingface_hub says only that a file is not in its cache."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     return error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None else error
 
 
-def is_busy(error: BaseException | None) -> bool:
+def is_busy(error: BaseException) -> bool:
     """The server answered that it cannot now."""
     return getattr(getattr(error, "response", None), "status_code", None) in _BUSY
 
 
-def is_transient(error: BaseException | None) -> bool:
+def is_transient(error: BaseException) -> bool:
     """Worth another try."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 
-    if error is None or isinstance(error, OfflineModeIsEnabled):  # a refusal of ours; a ConnectionError, but nobody was asked
+    if isinstance(error, OfflineModeIsEnabled):  # a ConnectionError, but nobody was asked
         return False
     answered = getattr(getattr(error, "response", None), "status_code", None) is not None
     return is_busy(error) if answered else not isinstance(error, _NOT_PASSING)
 
 
-@contextlib.contextmanager
-def translate_errors(repo: str, revision: str | None, file: str | None = None) -> Iterator[None]:
-    """Turn what huggingface_hub raises into a HubError a user can act on."""
-    try:
-        yield
-    except StreamconvError:
-        raise
-    except Exception as error:
-        raise _told(error, repo, revision, file) from error
-
-
-@contextlib.contextmanager
-def no_folder(source: str) -> Iterator[None]:
-    """A source that no `hf://` marks may have been meant as a path: say first that none is there."""
-    try:
-        yield
-    except HubError as error:
-        if not source.startswith("hf://"):
-            error.message = f"there is no folder or file {printable(source)} here, and as a model of the Hub: {error.message}"
-        raise
-
-
-def _told(error: Exception, repo: str, revision: str | None, file: str | None) -> HubError:
+def _hub_error(error: Exception, repo: str, revision: str | None, file: str | None) -> HubError:
     from huggingface_hub import errors
 
     what = f"hf://{repo}" + (f"@{printable(revision[:12])}" if revision else "") + (f"/{printable(file)}" if file else "")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from streamconv.errors import HubError, OutputError, UsageError, VerifyError, printable
 from streamconv.hub.answers import watch
-from streamconv.hub.problems import retry, translate_errors
+from streamconv.hub.problems import ask
 from streamconv.hub.repo import quiet
 from streamconv.run import manifest
 from streamconv.run.place import CONFIG
@@ -37,29 +37,27 @@ def push(out: str | os.PathLike[str], repo: str, *, private: bool = False, revis
         raise UsageError(f"{printable(repo)} is no name of the Hub", hint="org/name, or your user name and a name")
     folder = Path(out)
     names = finished_files(folder)
-    # The Xet client buffers gigabytes outside of any budget; plain HTTP does not. HF_HUB_DISABLE_XET=0 brings it back.
-    os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
+    watch()
     from huggingface_hub import HfApi
 
-    watch()
     api = HfApi()
 
     def send() -> str:
-        with quiet(not sys.stderr.isatty()), translate_errors(repo, revision):
-            api.create_repo(repo, private=private, exist_ok=True)
-            if revision is not None:
-                api.create_branch(repo, branch=revision, exist_ok=True)
-            done = api.upload_folder(
-                repo_id=repo,
-                folder_path=folder,
-                revision=revision,
-                commit_message="Upload of streamconv",
-                allow_patterns=[_WILD.sub(r"[\1]", name) for name in names],
-            )
-            return str(done.commit_url)
+        api.create_repo(repo, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo, branch=revision, exist_ok=True)
+        done = api.upload_folder(
+            repo_id=repo,
+            folder_path=folder,
+            revision=revision,
+            commit_message="Upload of streamconv",
+            allow_patterns=[_WILD.sub(r"[\1]", name) for name in names],
+        )
+        return str(done.commit_url)
 
     try:
-        return retry(send)
+        with quiet(not sys.stderr.isatty()):
+            return ask(send, repo, revision)
     except HubError as error:
         error.hint = error.hint or "what was uploaded is kept there: run the same command again"
         raise

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from streamconv.errors import CheckpointError, HubError, StreamconvError, printable
 from streamconv.hub.answers import at_most, watch
 from streamconv.hub.cache import Brought, blobs, brought, check_content, remove
-from streamconv.hub.problems import is_busy, retry, translate_errors
+from streamconv.hub.problems import ask, is_busy
 
 _NAME = re.compile(r"(?:hf://)?([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?!.*\.\.)([\w][\w./-]*))?")
 _CONFIG = "config.json"
@@ -59,17 +59,12 @@ def listing(name: str, revision: str | None, nested: list[str] | None = None) ->
     Args:
         nested: gets the names of the files in folders, which are not read.
     """
-    import huggingface_hub
+    watch()
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import OfflineModeIsEnabled
 
-    watch()
-
-    def ask() -> huggingface_hub.ModelInfo:
-        with translate_errors(name, revision):
-            return huggingface_hub.HfApi().model_info(name, revision=revision, files_metadata=True, timeout=30)
-
     try:
-        info = retry(ask)
+        info = ask(lambda: HfApi().model_info(name, revision=revision, files_metadata=True, timeout=30), name, revision)
     except HubError as error:
         if isinstance(error.__cause__, OfflineModeIsEnabled):
             return _cached(name, revision)
@@ -127,11 +122,7 @@ def _bring(name: str, file: str, revision: str | None) -> Path:
     """Download a file into the cache; huggingface_hub takes up a cut connection itself, but asks a busy server once."""
     from huggingface_hub import hf_hub_download
 
-    def once() -> Path:
-        with translate_errors(name, revision, file):
-            return Path(hf_hub_download(name, file, revision=revision))
-
-    return retry(once, is_busy)
+    return Path(ask(lambda: hf_hub_download(name, file, revision=revision), name, revision, file, is_busy))
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from streamconv.checkpoint.limits import MAX_HEADER
 from streamconv.checkpoint.shard import Identity, Shard, identity_of
 from streamconv.errors import HubError, SourceChangedError, StreamconvError, printable
 from streamconv.hub.cache import Brought, remove
-from streamconv.hub.problems import retry, translate_errors
+from streamconv.hub.problems import ask
 from streamconv.hub.repo import Repo, RepoFile, download
 
 if TYPE_CHECKING:
@@ -143,12 +143,7 @@ class HubShard(Shard):
             return self._head[begin:end]
         if begin >= end:
             return b""
-
-        def once() -> bytes:
-            with translate_errors(self.repo.name, self.repo.commit, self.file.name):
-                return self._request(begin, end)
-
-        data = retry(once)
+        data = ask(lambda: self._request(begin, end), self.repo.name, self.repo.commit, self.file.name)
         self._believed.append((begin, end, hashlib.sha256(data).digest()))
         return data
 
