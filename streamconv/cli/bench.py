@@ -134,6 +134,6 @@ def _page(found: dict[str, Any]) -> Page:
         Section("Conversions", ". ".join([_told(found), *_beside(found)]) + ".", "", Table(_HEADER, _rows(found), numbers)),
         Section("Rates", "", "", Table(("what", "bytes a second"), _rates(found), frozenset({1}))),
         Section("Command", code=command_line()),
-        Section("Machine and versions", "", "", Table(("what", "value"), list(host.facts().items()))),
+        host.section(),
     ]
     return Page(f"Benchmark of {found['model']}", _told(found), [], sections)

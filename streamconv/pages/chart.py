@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from html import escape
 
 from streamconv.errors import visible
+from streamconv.natural import natural
 
 WIDTH, LEFT, RIGHT, TOP = 900, 96, 20, 34
 CLASSES = ("a", "b", "c", "d")
@@ -124,10 +125,13 @@ def bars(title: str, rows: Sequence[tuple[str, float, float]], spell: Spell, nam
     return figure(top + 40 * len(rows) + 4, title, parts)
 
 
+def axes(cells: Mapping[tuple[str, str], float]) -> tuple[list[str], list[str]]:
+    """Rows and columns of a heatmap, in natural order."""
+    return sorted({row for row, _ in cells}, key=natural), sorted({column for _, column in cells}, key=natural)
+
+
 def heatmap(
     title: str,
-    rows: Sequence[str],
-    columns: Sequence[str],
     cells: Mapping[tuple[str, str], float],
     spell: Callable[[float, float], str],
     low: float = -math.inf,
@@ -142,6 +146,7 @@ def heatmap(
         logarithm: shades are of the values' logarithms.
         span: what lies closer together than this has shades that are close together too.
     """
+    rows, columns = axes(cells)
     left, top, high = 40, 130, 20
     width = min(90.0, (WIDTH - left - 120) / max(len(columns), 1))  # slanted names need room at the right
     shown = {at: math.log(value) if value > 0 else -math.inf for at, value in cells.items()} if logarithm else cells

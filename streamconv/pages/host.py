@@ -9,17 +9,14 @@ from pathlib import Path
 
 from streamconv import __version__
 from streamconv.memory import limit, show_size
+from streamconv.pages.page import Section, Table
+from streamconv.planning.memory_plan import processors
 
 _PACKAGES = ("numpy", "numba", "torch", "safetensors", "transformers", "xxhash")
 
 
-def processors() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
-def facts() -> dict[str, str]:
-    """Processor, memory, kernel and versions, by what they are; none of the packages is imported."""
+def section() -> Section:
+    """Processor, memory, kernel and versions; none of the packages is imported."""
     from importlib.metadata import PackageNotFoundError, version
 
     import psutil
@@ -29,7 +26,7 @@ def facts() -> dict[str, str]:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     ceiling = limit()
-    found = {
+    facts = {
         "processor": f"{name}, {processors()} usable",
         "memory": show_size(psutil.virtual_memory().total) + (f", limit of the container {show_size(ceiling)}" if ceiling else ""),
         "kernel": f"{os.uname().sysname} {os.uname().release}",
@@ -38,5 +35,5 @@ def facts() -> dict[str, str]:
     }
     for package in _PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+            facts[package] = version(package)
+    return Section("Machine and versions", table=Table(("what", "value"), [*facts.items()]))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from streamconv.checkpoint.dtypes import DTYPES
 from streamconv.memory import show_size
@@ -13,6 +13,7 @@ from streamconv.memory_trace import Sample
 from streamconv.natural import natural
 from streamconv.pages import host, tensors, timeline
 from streamconv.pages.page import Page, Section, Table
+from streamconv.planning.memory_plan import processors
 from streamconv.verification.verdict import Verdict
 
 if TYPE_CHECKING:
@@ -23,8 +24,7 @@ _PHASES = {"read": "reading the source", "compute": "encoding", "hash": "hashing
 _AROUND = {"load": "planning and loading", "create": "creating the files", "tiles": "all tiles", "sync": "final sync"}
 
 
-@dataclass(frozen=True, slots=True)
-class Planned:
+class Planned(NamedTuple):
     """What a page needs of the plan of an output, which is too large to be kept while it is run.
 
     Attributes:
@@ -122,26 +122,24 @@ def _bound(report: Report, samples: Sequence[Sample]) -> list[Section]:
     """Where the time went, and what a faster run would need more of."""
     if not report.profile:
         return []
-    shares = {phase: report.profile[phase] for phase in _PHASES if phase in report.profile}
+    phases = {phase: report.profile[phase] for phase in _PHASES if phase in report.profile}
     tiles, sync = report.profile.get("tiles", 0.0), report.profile.get("sync", 0.0)
     during = [sample for sample in samples if sample.phase == "converting"]
-    cores, text = host.processors(), ""
+    cores, text, longest = processors(), "", max(phases, key=lambda phase: phases[phase], default="")
     if len(during) > 1 and during[-1].time > during[0].time:
         busy = (during[-1].cpu - during[0].cpu) / (during[-1].time - during[0].time)
         text = f"While tiles were converted {busy:.1f} of {cores} processors were busy. "
         if report.seconds < 1:
-            what = "The run is too short to say what bound it."
+            text += "The run is too short to say what bound it."
         elif sync > tiles:
-            what = "The final sync took longest: the disk that is written to bound the run."
+            text += "The final sync took longest: the disk that is written to bound the run."
         elif busy >= 0.8 * cores:
-            what = "The processors bound the run."
-        elif shares and busy < 0.8 * cores and max(shares, key=lambda phase: shares[phase]) in ("read", "write"):
-            largest = max(shares, key=lambda phase: shares[phase])
-            what = f"The disk that is {'read from' if largest == 'read' else 'written to'} bound the run."
+            text += "The processors bound the run."
+        elif longest in ("read", "write"):
+            text += f"The disk that is {'read from' if longest == 'read' else 'written to'} bound the run."
         else:
-            what = "No processor and no single phase was at its limit: workers waited for each other, or other programs used the machine."
-        text += what
-    rows = [(_PHASES[phase], f"{seconds:.2f} s", f"{seconds / tiles:.0%}" if tiles else "") for phase, seconds in shares.items()]
+            text += "No processor and no single phase was at its limit: workers waited for each other, or other programs used the machine."
+    rows = [(_PHASES[phase], f"{seconds:.2f} s", f"{seconds / tiles:.0%}" if tiles else "") for phase, seconds in phases.items()]
     rows += [(name, f"{report.profile[key]:.2f} s", "") for key, name in _AROUND.items() if key in report.profile]
     mapped = show_size(report.bytes_mapped)
     text += f" {mapped} of the source were encoded from a mapping, without a copy." if report.bytes_mapped else ""
@@ -211,4 +209,4 @@ def _settings(command: str, recipe: str) -> list[Section]:
     made = [Section("Command", code=command)]
     if recipe:
         made.append(Section("Recipe", "The same conversion from a file: streamconv convert --config FILE.", code=recipe))
-    return [*made, Section("Machine and versions", "", "", Table(("what", "value"), list(host.facts().items())))]
+    return [*made, host.section()]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from streamconv.memory import show_size
 from streamconv.natural import natural
-from streamconv.pages.chart import bars, heatmap
+from streamconv.pages.chart import axes, bars, heatmap
 from streamconv.pages.page import Section, Table
 from streamconv.reports import TensorError
 
@@ -70,27 +70,30 @@ def errors(found: Sequence[TensorError], low: float | None, how: str) -> list[Se
     inexact = sum(error.snr_db != math.inf for error in found)
     lossy = {column for (_, column), snr in cells.items() if snr != math.inf}
     cells = {at: snr for at, snr in cells.items() if at[1] in lossy or not lossy}
-    rows, columns = (sorted({at[axis] for at in cells}, key=natural) for axis in (0, 1))
-    frame = -math.inf if low is None else low
-    picture = heatmap("SNR in dB by layer and module", rows, columns, cells, _decibels, frame, high_is_dark=False, span=6)
-    listed = [(row, *(_spelled(cells.get((row, column))) for column in columns)) for row in rows]
-    worst = sorted(found, key=lambda error: error.snr_db)[:_WORST]
-    table = [
-        (e.name, e.file, f"{e.rows}", _spelled(e.snr_db), f"{e.largest:.3g}", f"{e.relative:.3g}") for e in worst if e.snr_db != math.inf
-    ]
     text = (
         f"Signal to noise of decoded weights against the source's, in dB, the worst of a cell's tensors; more is better, 6 dB are one bit. "
         f"\"=\" is exact. {len(found) - inexact} of {len(found)} matrices are exact; modules that are exact everywhere are left out. {how}"
     ) + (f" What is below {low:g} dB has a frame." if low is not None else "")
-    made = [Section("Error by layer and module", text, picture, Table(("layer", *columns), listed, frozenset(range(1, len(columns) + 1))))]
+    frame = -math.inf if low is None else low
+    picture = heatmap("SNR in dB by layer and module", cells, _decibels, frame, high_is_dark=False, span=6)
+    made = [Section("Error by layer and module", text, picture, _by_layer(cells, _spelled))]
+    worst = [error for error in sorted(found, key=lambda error: error.snr_db)[:_WORST] if error.snr_db != math.inf]
+    table = [(e.name, e.file, f"{e.rows}", _spelled(e.snr_db), f"{e.largest:.3g}", f"{e.relative:.3g}") for e in worst]
     if table:
         header = ("tensor", "file", "rows", "SNR dB", "largest error", "relative to the largest value")
         made.append(Section("Worst tensors", "", "", Table(header, table, frozenset({2, 3, 4, 5}))))
     return made
 
 
-def _spelled(snr: float | None) -> str:
-    return "" if snr is None else "exact" if snr == math.inf else "nothing is left" if snr == -math.inf else f"{snr:.1f}"
+def _by_layer(cells: Mapping[tuple[str, str], float], spell: Callable[[float], str]) -> Table:
+    """The numbers of a heatmap."""
+    rows, columns = axes(cells)
+    texts = [(row, *(spell(cells[row, column]) if (row, column) in cells else "" for column in columns)) for row in rows]
+    return Table(("layer", *columns), texts, frozenset(range(1, len(columns) + 1)))
+
+
+def _spelled(snr: float) -> str:
+    return "exact" if snr == math.inf else "nothing is left" if snr == -math.inf else f"{snr:.1f}"
 
 
 def _decibels(value: float, width: float) -> str:
@@ -123,10 +126,7 @@ def ranges(amax: Iterable[tuple[str, float]]) -> list[Section]:
         cells[at] = max(cells.get(at, 0.0), value)
     if not cells:
         return []
-    rows, columns = (sorted({at[axis] for at in cells}, key=natural) for axis in (0, 1))
-    picture = heatmap("Largest absolute input by layer and module", rows, columns, cells, _short, logarithm=True)
-    listed = [(row, *(f"{cells[row, column]:.4g}" if (row, column) in cells else "" for column in columns)) for row in rows]
+    picture = heatmap("Largest absolute input by layer and module", cells, _short, logarithm=True)
     text = "The largest absolute value that entered each linear module, of all channels and samples; of experts the largest of all of them."
     text += " A shade is that of its logarithm."
-    table = Table(("layer", *columns), listed, frozenset(range(1, len(columns) + 1)))
-    return [Section("Largest inputs by layer and module", text, picture, table)]
+    return [Section("Largest inputs by layer and module", text, picture, _by_layer(cells, "{:.4g}".format))]

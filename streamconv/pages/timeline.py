@@ -18,16 +18,14 @@ _ROWS = 40
 
 def phases(samples: Sequence[Sample]) -> list[tuple[str, float, float]]:
     """(phase, begin, end) in seconds."""
-    found: list[tuple[str, float, float]] = []
+    bands: list[tuple[str, float, float]] = []
     for sample in samples:
-        begin = found[-1][2] if found else 0.0
-        if found and found[-1][0] == sample.phase:
-            found[-1] = (sample.phase, found[-1][1], sample.time)
+        before, begin, end = bands[-1] if bands else ("", 0.0, 0.0)
+        if bands and sample.phase in (before, "done"):
+            bands[-1] = (before, begin, sample.time)
         elif sample.phase != "done":
-            found.append((sample.phase, begin, sample.time))
-        elif found:
-            found[-1] = (found[-1][0], found[-1][1], sample.time)
-    return found
+            bands.append((sample.phase, end, sample.time))
+    return bands
 
 
 def sections(samples: Sequence[Sample]) -> list[Section]:
@@ -68,17 +66,10 @@ def _memory(samples: Sequence[Sample]) -> Section:
     return Section("Memory over time", text, picture, Table(header, rows, frozenset({2, 3, 4, 5, 6})))
 
 
-def _groups(samples: Sequence[Sample], count: int) -> list[Sequence[Sample]]:
+def _groups(samples: Sequence[Sample], count: int) -> list[list[Sample]]:
     """Neighbouring samples in at most `count` groups of equal time."""
-    end, groups = samples[-1].time + 1e-9, list[list[Sample]]()
-    at = -1
-    for sample in samples:
-        number = int(sample.time / end * count)
-        if number != at:
-            groups.append([])
-            at = number
-        groups[-1].append(sample)
-    return list(groups)
+    end = samples[-1].time + 1e-9
+    return [[*group] for _, group in itertools.groupby(samples, lambda sample: int(sample.time / end * count))]
 
 
 def _rates(samples: Sequence[Sample]) -> list[Section]:
