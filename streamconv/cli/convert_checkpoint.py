@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
 def _main(arguments: list[str]) -> int:
     check_words(arguments)
     request = parse(arguments)
-    from streamconv.targets.trtllm.unsupported import refuse
+    from streamconv.targets.trtllm.recipes import refuse
 
     for note in request.notes:
         output.note(f"note: {note}")

@@ -1,12 +1,14 @@
-"""What `verify` asks of a kind of output: each target answers in the module `check` of its folder."""
+"""What `verify` asks of a kind of output: each target answers in the module `check` of its folder; two config.json files, key by key."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from streamconv.errors import printable
 from streamconv.targets.base import Target
 
 
@@ -55,3 +57,29 @@ class Checks(Protocol):
 
     def engine_reads(self, folder: Path) -> tuple[str, list[str]]:
         """What the engine's own reader says: a line for people, and a line for each file that it refuses."""
+
+
+SHOWN = 20
+"""Lines that are shown."""
+
+
+def line(key: str, held: object, wanted: object, where: str) -> str:
+    """A value that differs, for people."""
+    shown, right = (printable(json.dumps(value), 60) for value in (held, wanted))
+    return f"config.json: {printable(key)} is {shown}, and {right} {where}"
+
+
+def flat(config: Mapping[str, Any], at: str) -> Iterator[tuple[str, Any]]:
+    """(key, value) with the keys of inner objects after a dot; what is empty is null."""
+    for key, value in config.items():
+        if isinstance(value, dict) and value:
+            yield from flat(value, f"{at}{key}.")
+        else:
+            yield f"{at}{key}", None if value in ([], {}) else value
+
+
+def rope_scaling(stated: object) -> dict[str, Any]:
+    """A scaling of rotary embedding, its type under one name, "default" where there is none."""
+    held = {key: value for key, value in stated.items() if value is not None} if isinstance(stated, dict) else {}
+    kind = held.pop("rope_type", None)
+    return held | {"type": held.get("type", kind or "default")}

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from streamconv.errors import printable
-from streamconv.targets.checks import Told
-from streamconv.targets.config_keys import SHOWN, flat, line, rope_scaling
+from streamconv.targets.checks import SHOWN, Told, flat, line, rope_scaling
 from streamconv.targets.hf.model_types import text_config
 
 _ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")

@@ -10,8 +10,7 @@ from typing import Any
 from streamconv.checkpoint.shard import Shard
 from streamconv.errors import VerifyError, printable
 from streamconv.natural import natural
-from streamconv.targets.checks import Held, Told
-from streamconv.targets.config_keys import SHOWN, flat, line, rope_scaling
+from streamconv.targets.checks import SHOWN, Held, Told, flat, line, rope_scaling
 from streamconv.targets.trtllm import expected, rank_peers
 from streamconv.targets.trtllm.options import TensorRTLLM
 

@@ -16,11 +16,10 @@ from streamconv.targets.trtllm.expected_forms import EXCLUDED
 from streamconv.targets.trtllm.import_scales import Stored
 from streamconv.targets.trtllm.lookup import MODULES, TensorLookup
 from streamconv.targets.trtllm.options import TensorRTLLM
-from streamconv.targets.trtllm.recipes import Quant
+from streamconv.targets.trtllm.recipes import Quant, refused
 from streamconv.targets.trtllm.recipes.awq import Awq
 from streamconv.targets.trtllm.recipes.fp8 import CLAMP, Fp8GivenQuant, Fp8RowwiseQuant
 from streamconv.targets.trtllm.recipes.gptq import EXPERTS, GROUP_SIZES
-from streamconv.targets.trtllm.unsupported import refused
 
 GROUPED = ("int4_gptq", "int8_gptq", "int4_awq")
 

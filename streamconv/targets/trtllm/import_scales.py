@@ -6,6 +6,7 @@ follow afterwards: wherever rows and columns of a weight went, the scales of tho
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
@@ -19,16 +20,18 @@ from streamconv.checkpoint.source_tensors import Changed
 from streamconv.errors import RefusedError, printable
 from streamconv.families import Family
 from streamconv.families.matching import match
+from streamconv.lazy import np
 from streamconv.quants.act_order import in_order
 from streamconv.targets.trtllm.lookup import LINEAR, SCALE, ZERO
 from streamconv.targets.trtllm.recipes.gptq import EXPERTS
-from streamconv.targets.trtllm.scalars import is_scale, read_scalars
 
 if TYPE_CHECKING:
     from streamconv.checkpoint.codes_file import Codes
 
 _KV = re.compile(r"\.([0-9]{1,9})\.[^0-9]*\.[kv]_scale$")
 _SCALES = (F16, BF16, F32)
+_GAP = 1 << 16
+"""Bytes between two of them that are read rather than skipped: for a model of the Hub each read is a request."""
 _PREQUANT = (".pre_quant_scale", ".input_quantizer._pre_quant_scale")
 
 
@@ -241,3 +244,33 @@ def zero_biases(stored: Stored, unused: Sequence[str], shards: Sequence[Shard]) 
         tensor.module + ".bias" for tensor in stored.tensors.values() if isinstance(tensor, PackedTensor) and tensor.packing == "gptq"
     }
     return [name for name in unused if name in modules and not any(content(stored.tensors[name], shards))]
+
+
+def is_scale(value: float | None) -> bool:
+    """Whether a number can be what codes are multiplied with."""
+    return value is not None and math.isfinite(value) and value > 0
+
+
+def read_scalars(tensors: Sequence[SourceTensor], shards: Sequence[Shard]) -> dict[str, float | None]:
+    """Name -> value as float32; None for a tensor that has another number of elements than one."""
+    found: dict[str, float | None] = {tensor.name: None for tensor in tensors}
+    ordered = sorted((t for t in tensors if t.rows * t.cols == 1), key=lambda t: (t.pieces[0].shard, t.pieces[0].begin))
+    while ordered:
+        first = ordered[0].pieces[0]
+        near, end = 0, first.begin
+        for tensor in ordered:
+            piece = tensor.pieces[0]
+            if piece.shard != first.shard or piece.begin - end > _GAP:
+                break
+            near, end = near + 1, piece.begin + tensor.nbytes
+        with shards[first.shard].window(first.begin, end) as window:
+            for tensor in ordered[:near]:
+                at = tensor.pieces[0].begin - first.begin
+                data = np.frombuffer(bytes(window[at : at + tensor.nbytes]), tensor.dtype.storage)
+                if tensor.dtype.name == "BF16":
+                    value = (data.astype(np.uint32) << np.uint32(16)).view(np.float32)[0]
+                else:
+                    value = data.view({"F16": np.float16, "F32": np.float32}[tensor.dtype.name])[0]
+                found[tensor.name] = float(value)
+        ordered = ordered[near:]
+    return found

@@ -24,8 +24,8 @@ from streamconv.quants.gptq import PackedWeight
 from streamconv.quants.laid_out import laid_out
 from streamconv.quants.plain import Plain
 from streamconv.quants.weight_only import WeightOnly
+from streamconv.targets.trtllm.import_scales import is_scale
 from streamconv.targets.trtllm.lookup import SCALE, ZERO, TensorLookup
-from streamconv.targets.trtllm.scalars import is_scale
 
 
 class Block(NamedTuple):
@@ -57,28 +57,22 @@ def _entries(held: Held, stored: str, headers: Sequence[Header]) -> Iterator[tup
         yield block, matrix.file, entry
 
 
-def groups(name: str, stored: str, held: Held, axis: int, headers: Sequence[Header]) -> SourceTensor:
+def group_scales(name: str, stored: str, held: Held, axis: int, headers: Sequence[Header], by_channel: bool = False) -> SourceTensor:
     """Scales or zeros [groups, N]: a rank has all groups of its channels, or its groups of all channels.
 
     Args:
         stored: last part of their name there.
+        by_channel: they are [N, groups].
     """
-    pieces, kind = list[Extent](), F8_E4M3
-    for block, file, entry in _entries(held, stored, headers):
-        (count, channels), kind = entry.shape, entry.dtype
-        item = kind.itemsize
-        pieces.append(Extent(file, entry.begin + block.row * item, count, block.stop - block.start, channels * item))
-    rows = sum(piece.rows for piece in pieces) if axis else pieces[0].rows
-    cols = pieces[0].cols if axis else sum(piece.cols for piece in pieces)
-    return SourceTensor(name, kind, (rows, cols), tuple(pieces), 1 - axis)
-
-
-def by_channel(name: str, held: Held, axis: int, headers: Sequence[Header]) -> SourceTensor:
-    """Scales [N, groups] of W4A16_AWQ."""
     pieces, kind = list[Extent](), F32
-    for block, file, entry in _entries(held, "weights_scaling_factor", headers):
-        count, kind = entry.shape[1], entry.dtype
-        pieces.append(Extent(file, entry.begin + block.row * count * kind.itemsize, block.stop - block.start, count))
+    for block, file, entry in _entries(held, stored, headers):
+        (count, width), kind, channels = entry.shape, entry.dtype, block.stop - block.start
+        at = (
+            entry.begin + block.row * (width if by_channel else 1) * kind.itemsize,
+            *((channels, width) if by_channel else (count, channels)),
+        )
+        pieces.append(Extent(file, *at, stride=0 if by_channel else width * kind.itemsize))
+    axis = axis if by_channel else 1 - axis
     rows = pieces[0].rows if axis else sum(piece.rows for piece in pieces)
     cols = sum(piece.cols for piece in pieces) if axis else pieces[0].cols
     return SourceTensor(name, kind, (rows, cols), tuple(pieces), axis)
@@ -196,7 +190,7 @@ def views_of(
         if isinstance(codec, PackedWeight):
             found[name] = laid_out(SourceTensor(name, codec.dtype, tensor.shape, pieces, axis), codec.layout)
             for suffix, stored in ((SCALE, "weights_scaling_factor"), (ZERO, "zero")):
-                found[name + suffix] = groups(name + suffix, stored, held, axis, headers)
+                found[name + suffix] = group_scales(name + suffix, stored, held, axis, headers)
             continue
         if isinstance(codec, WeightOnly):
             found[name] = laid_out(SourceTensor(name, codec.dtype, tensor.shape, pieces, axis), codec.layout)
@@ -220,7 +214,8 @@ def _paired(weight: SourceTensor, held: Held, headers: Sequence[Header]) -> dict
     name, first = weight.name, held[0][1]
     pairs = tuple(piece._replace(rows=piece.rows // 2) for piece in weight.pieces)
     codes = PackedTensor(name, I8, weight.shape, pairs, weight.axis, packing="modelopt", module=name.removesuffix(".weight"))
-    found: dict[str, SourceTensor] = {name: codes, name + SCALE: by_channel(name + SCALE, held, weight.axis, headers)}
+    scales = group_scales(name + SCALE, "weights_scaling_factor", held, weight.axis, headers, by_channel=True)
+    found: dict[str, SourceTensor] = {name: codes, name + SCALE: scales}
     if f"{first.name}.prequant_scaling_factor" in headers[first.file].tensors:
         inputs = name.removesuffix(".weight") + _PRE_SCALE
         found[inputs] = by_input(inputs, held, weight.axis, headers)
