@@ -22,59 +22,61 @@ def refusals(model: ModelConfig, family: Family, options: TensorRTLLM, kv: int, 
         kv: KV heads after `--remove_duplicated_kv_heads`.
         moe: resolved (moe_tp_size, moe_ep_size).
     """
-    t, p = options.tp_size, options.pp_size
-    heads, problems = model.num_attention_heads, []
+    return list(_refusals(model, family, options, kv, moe))
 
-    def refuse(condition: bool, text: str) -> None:
-        if condition:
-            problems.append(text)
 
+def _refusals(model: ModelConfig, family: Family, options: TensorRTLLM, kv: int, moe: tuple[int, int]) -> Iterator[str]:
+    t, p, old = options.tp_size, options.pp_size, options.target_version == "0.16"
+    heads, layers = model.num_attention_heads, model.num_hidden_layers
     if options.target_version not in family.versions:
-        problems.append(f"--target-version {options.target_version} does not know {model.architecture}")
-    refuse(heads % t != 0, f"--tp-size {t} does not divide num_attention_heads {heads}")
-    refuse(kv > t and kv % t != 0, f"--tp-size {t} does not divide num_key_value_heads {kv}")
-    refuse(kv < t and t % kv != 0, f"--tp-size {t} is not a multiple of num_key_value_heads {kv}")
-    refuse(heads % kv != 0, f"config.json: num_key_value_heads {kv} does not divide num_attention_heads {heads}")
-    if model.num_experts:
-        moe_tp, moe_ep = moe
-        width = model.moe_intermediate_size or model.intermediate_size
-        refuse(model.num_experts % moe_ep != 0, f"--moe-ep-size {moe_ep} does not divide {model.num_experts} experts")
-        refuse(width % moe_tp != 0, f"--moe-tp-size {moe_tp} does not divide the expert width {width}")
-    else:
-        size = model.intermediate_size
-        refuse(size % t != 0, f"--tp-size {t} does not divide intermediate_size {size}")
-    refuse(
-        options.use_parallel_embedding and options.embedding_sharding_dim == 1 and model.hidden_size % t != 0,
-        f"--embedding-sharding-dim 1: --tp-size {t} does not divide hidden_size {model.hidden_size}",
-    )
-    layers = model.num_hidden_layers
-    refuse(p > layers, f"--pp-size {p} is larger than num_hidden_layers {layers}")
-    refuse(
-        options.target_version == "0.16" and p <= layers and layers % p != 0,
-        f"--pp-size {p} does not divide num_hidden_layers {layers}: 0.16 would lose the last layers (--target-version 1.2 allows it)",
-    )
-    refuse(
-        model.hidden_act not in _ACTIVATIONS and (model.hidden_act is not None or not family.name.startswith("gemma")),
-        f"config.json: hidden_act is {shown_value(model.hidden_act)}, an activation that TensorRT-LLM does not know",
-    )
-    problems += [*_versions(model, family, options), *_context_parallel(model, family, options)]
-    if options.use_embedding_sharing and options.target_version == "0.16":
-        shardable = t == 1 or (options.use_parallel_embedding and options.embedding_sharding_dim == 0)
-        refuse(p > 1, "--use-embedding-sharing cannot work with --pp-size > 1")
-        refuse(
-            not shardable,
-            "--use-embedding-sharing with --tp-size > 1 needs --use-parallel-embedding and --embedding-sharding-dim 0",
-        )
-    refuse(not family.pipeline and p > 1, f"{family.name}: pipeline parallelism is not supported by TensorRT-LLM")
+        yield f"--target-version {options.target_version} does not know {model.architecture}"
+    if heads % t:
+        yield f"--tp-size {t} does not divide num_attention_heads {heads}"
+    if kv > t and kv % t:
+        yield f"--tp-size {t} does not divide num_key_value_heads {kv}"
+    if kv < t and t % kv:
+        yield f"--tp-size {t} is not a multiple of num_key_value_heads {kv}"
+    if heads % kv:
+        yield f"config.json: num_key_value_heads {kv} does not divide num_attention_heads {heads}"
+    width = model.moe_intermediate_size or model.intermediate_size
+    if model.num_experts and model.num_experts % moe[1]:
+        yield f"--moe-ep-size {moe[1]} does not divide {model.num_experts} experts"
+    if model.num_experts and width % moe[0]:
+        yield f"--moe-tp-size {moe[0]} does not divide the expert width {width}"
+    if not model.num_experts and model.intermediate_size % t:
+        yield f"--tp-size {t} does not divide intermediate_size {model.intermediate_size}"
+    if options.use_parallel_embedding and options.embedding_sharding_dim == 1 and model.hidden_size % t:
+        yield f"--embedding-sharding-dim 1: --tp-size {t} does not divide hidden_size {model.hidden_size}"
+    if p > layers:
+        yield f"--pp-size {p} is larger than num_hidden_layers {layers}"
+    elif old and layers % p:
+        why = "0.16 would lose the last layers (--target-version 1.2 allows it)"
+        yield f"--pp-size {p} does not divide num_hidden_layers {layers}: {why}"
+    if model.hidden_act not in _ACTIVATIONS and (model.hidden_act is not None or not family.name.startswith("gemma")):
+        yield f"config.json: hidden_act is {shown_value(model.hidden_act)}, an activation that TensorRT-LLM does not know"
+    yield from _versions(model, family, options)
+    yield from _context_parallel(model, family, options)
+    if options.use_embedding_sharing and old and p > 1:
+        yield "--use-embedding-sharing cannot work with --pp-size > 1"
+    if options.use_embedding_sharing and old and not _sharable(options):
+        yield "--use-embedding-sharing with --tp-size > 1 needs --use-parallel-embedding and --embedding-sharding-dim 0"
+    if not family.pipeline and p > 1:
+        yield f"{family.name}: pipeline parallelism is not supported by TensorRT-LLM"
     scaling = model.rope_scaling or {}
     kind = scaling.get("type", scaling.get("rope_type", "none"))
     known = ("none", "linear", "dynamic", "longrope", "llama3", "yarn", "mrope", "su")
-    refuse(kind not in known, f"config.json: rope_scaling type {kind!r} is not one TensorRT-LLM has ({', '.join(known[:7])})")
-    biased = model.attention_bias and not family.tensors.keys() & {"q_bias", "o_bias"}
-    said = "bias" if "bias" in model.raw else "attention_bias"
-    refuse(biased, f"config.json: {said} is true, but {family.name} models with attention biases are not supported")
-    problems += import_rules.refusals(options, kv) + _smoothquant(model, family, options, kv)
-    return problems
+    if kind not in known:
+        yield f"config.json: rope_scaling type {kind!r} is not one TensorRT-LLM has ({', '.join(known[:7])})"
+    if model.attention_bias and not family.tensors.keys() & {"q_bias", "o_bias"}:
+        said = "bias" if "bias" in model.raw else "attention_bias"
+        yield f"config.json: {said} is true, but {family.name} models with attention biases are not supported"
+    yield from import_rules.refusals(options, kv)
+    yield from _smoothquant(model, family, options, kv)
+
+
+def _sharable(options: TensorRTLLM) -> bool:
+    """Whether every rank's embedding is its part of the output projection."""
+    return options.tp_size == 1 or (options.use_parallel_embedding and options.embedding_sharding_dim == 0)
 
 
 def _versions(model: ModelConfig, family: Family, options: TensorRTLLM) -> Iterator[str]:
@@ -143,6 +145,5 @@ def embedding_is_shared(model: ModelConfig, options: TensorRTLLM, *, lm_head_mis
     """
     if options.target_version != "0.16" or options.pp_size > 1 or options.cp_size > 1:
         return False
-    legal = options.tp_size == 1 or (options.use_parallel_embedding and options.embedding_sharding_dim == 0)
     wanted = model.tie_word_embeddings if qwen else (options.use_embedding_sharing and lm_head_missing)
-    return legal and wanted
+    return _sharable(options) and wanted

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 from streamconv.checkpoint.dtypes import F8_E4M3
@@ -92,51 +93,39 @@ def _key(stated: SourceQuantization) -> str:
     )
 
 
-def refusals(options: TensorRTLLM, kv: int) -> list[str]:
-    """What group-wise formats rule out."""
-    problems = []
-    if options.quant in GROUPED:
-        if kv < options.tp_size:
-            problems.append(
-                f"--quant {options.quant}: --tp-size {options.tp_size} is more than num_key_value_heads {kv};"
-                " TensorRT-LLM does not handle that for group-wise weights"
-            )
-        if options.remove_duplicated_kv_heads:
-            problems.append(f"--quant {options.quant}: --remove-duplicated-kv-heads works on unquantized weights only")
+def refusals(options: TensorRTLLM, kv: int) -> Iterator[str]:
+    """What formats with groups, or with a scale for each row, rule out."""
+    few = f"--quant {options.quant}: --tp-size {options.tp_size} is more than num_key_value_heads {kv};"
+    if options.quant in GROUPED and kv < options.tp_size:
+        yield f"{few} TensorRT-LLM does not handle that for group-wise weights"
+    if options.quant in GROUPED and options.remove_duplicated_kv_heads:
+        yield f"--quant {options.quant}: --remove-duplicated-kv-heads works on unquantized weights only"
     if options.quant == "fp8_rowwise" and kv < options.tp_size and not options.use_meta_fp8_rowwise_recipe:
-        problems.append(
-            f"--quant fp8_rowwise: --tp-size {options.tp_size} is more than num_key_value_heads {kv};"
-            " --use-meta-fp8-rowwise-recipe leaves attention out"
-        )
-    return problems
+        yield f"{few} --use-meta-fp8-rowwise-recipe leaves attention out"
 
 
-def given_problems(options: TensorRTLLM, quant: Quant) -> list[str]:
+def given_problems(options: TensorRTLLM, quant: Quant) -> Iterator[str]:
     """What a source that brings codes or scales along rules out: an FP8 one with some layers left in 16 bits, a search for scales."""
     if options.method is not None and options.codes is None and not (isinstance(quant, Awq) and quant.packings is None):
-        return [f"--method {options.method} is for --quant int4_awq of a float model"]
-    if isinstance(quant, Fp8GivenQuant) and quant.left_out and options.pp_size > 1:
+        yield f"--method {options.method} is for --quant int4_awq of a float model"
+    elif isinstance(quant, Fp8GivenQuant) and quant.left_out and options.pp_size > 1:
         layer, module = quant.left_out[0]
-        return [
-            f"--pp-size {options.pp_size}: {module} of layer {layer} is not FP8 in the source, and config.json can only say that of"
-            " a layer of all stages alike; use --pp-size 1"
-        ]
-    return []
+        why = "and config.json can only say that of a layer of all stages alike; use --pp-size 1"
+        yield f"--pp-size {options.pp_size}: {module} of layer {layer} is not FP8 in the source, {why}"
 
 
-def group_problems(options: TensorRTLLM, stored: Stored) -> list[str]:
+def group_problems(options: TensorRTLLM, stored: Stored) -> Iterator[str]:
     """Sources whose groups are not those of --group-size."""
-    if options.quant not in GROUPED:
-        return []
-    odd = [(name, one.group) for name, one in stored.scales.items() if one.group not in GROUP_SIZES]
-    other = odd or [(name, one.group) for name, one in stored.scales.items() if one.group != options.group_size]
-    if not other:
-        return []
-    name, group = other[0]
-    more = f" (and {len(other) - 1} more)" if len(other) > 1 else ""
-    if odd:
-        return [f"{name} has groups of {group}{more}; TensorRT-LLM has kernels for groups of 64 and 128 only"]
-    return [f"--group-size {options.group_size}: {name} has groups of {group}{more}; use --group-size {group}"]
+    groups = {name: one.group for name, one in stored.scales.items()} if options.quant in GROUPED else {}
+    unknown = [name for name, group in groups.items() if group not in GROUP_SIZES]
+    other = unknown or [name for name, group in groups.items() if group != options.group_size]
+    if other:
+        more = f" (and {len(other) - 1} more)" if len(other) > 1 else ""
+        told = f"{other[0]} has groups of {groups[other[0]]}{more};"
+        if unknown:
+            yield f"{told} TensorRT-LLM has kernels for groups of 64 and 128 only"
+        else:
+            yield f"--group-size {options.group_size}: {told} use --group-size {groups[other[0]]}"
 
 
 def config_entries(options: TensorRTLLM, quant: Quant) -> dict[str, object]:

@@ -154,7 +154,7 @@ def make_plan(index: Index, options: TensorRTLLM) -> Plan:
             raise UsageError(told, hint="--text FILE finds those of a TensorRT-LLM checkpoint")
         codes.check_model(index)
         import_scales.take_codes(stored, family, codes)
-    problems = stored.problems + import_rules.group_problems(options, stored)
+    problems = [*stored.problems, *import_rules.group_problems(options, stored)]
     if problems:
         raise RefusedError(problems)
     if isinstance(base, Awq) and not stored.scales:
@@ -162,7 +162,7 @@ def make_plan(index: Index, options: TensorRTLLM) -> Plan:
     roles = TensorLookup(family, stored.tensors, base.packings)
     bound = origin.bound if origin is not None else None
     quant = import_rules.quant_for(base, options, family, stated, stored, roles, bound)
-    problems = import_rules.given_problems(options, quant)
+    problems = list(import_rules.given_problems(options, quant))
     if problems:
         raise RefusedError(problems)
     has_head = roles.has("lm_head")
