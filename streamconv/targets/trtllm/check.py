@@ -12,6 +12,7 @@ from streamconv.errors import VerifyError, printable
 from streamconv.natural import natural
 from streamconv.targets.checks import SHOWN, Held, Told, flat, line, rope_scaling
 from streamconv.targets.trtllm import expected, rank_peers
+from streamconv.targets.trtllm.expected_forms import MOST_RANKS
 from streamconv.targets.trtllm.options import TensorRTLLM
 
 LOADABLE = {"F16", "BF16", "F32", "I8", "I32", "I64", "BOOL", "F8_E4M3"}
@@ -90,7 +91,7 @@ def _world(config: Mapping[str, Any], problems: list[str]) -> int:
             problems.append("config.json: moe_tp_size * moe_ep_size is not tp_size")
     except (TypeError, ValueError, OverflowError) as error:
         raise VerifyError(f"config.json: mapping: {error}") from error
-    if tp < 1 or pp < 1 or tp * pp > expected.MOST_RANKS:
+    if tp < 1 or pp < 1 or tp * pp > MOST_RANKS:
         raise VerifyError(f"config.json: mapping: tp_size {tp} and pp_size {pp} cannot be")
     return tp * pp
 

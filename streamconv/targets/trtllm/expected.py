@@ -17,12 +17,10 @@ from streamconv.families import family_of
 from streamconv.memory import check_room
 from streamconv.planning.plan import OutputFile
 from streamconv.targets.trtllm.expected_forms import SMOOTH, SPECS, Facts, ModuleSpec, TensorSpec
-from streamconv.targets.trtllm.parallel import ParallelMapping, stage_layers
+from streamconv.targets.trtllm.parallel import stage_layers
 
-MOST_RANKS = 4096
 _TAKES = 1500
 """Bytes of memory for each tensor of a rank file: what is there, and what is wanted."""
-_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 
 
 @dataclass(slots=True)
@@ -75,7 +73,7 @@ def expected(config: Mapping[str, Any], files: Container[int] | None = None, ten
         CheckpointError: the architecture is one whose tensors are not known here.
         VerifyError: config.json lacks a size, or holds one that cannot be.
     """
-    facts = _facts(config)
+    facts = Facts(config)
     if facts.layers > tensors:  # a damaged number would take hours
         raise VerifyError(f"config.json: num_hidden_layers is {facts.layers}, and there are {tensors} tensors")
     family = family_of(str(config.get("architecture")))
@@ -102,55 +100,7 @@ def rank_count(config: Mapping[str, Any]) -> int:
     Raises:
         VerifyError: config.json lacks a size, or holds one that cannot be.
     """
-    return len(_facts(config).grid.ranks())
-
-
-def _facts(config: Mapping[str, Any]) -> Facts:
-    def whole(where: Mapping[str, Any], key: str, default: int | None = None, least: int = 1) -> int:
-        value = where.get(key, default)
-        value = default if value is None else value
-        if type(value) is not int or not least <= value < 1 << 40:
-            raise VerifyError(f"config.json: {key} is {printable(repr(value), 60)}, not a size")
-        return value
-
-    mapping, quantization = config.get("mapping") or {}, config.get("quantization") or {}
-    if not isinstance(mapping, dict) or not isinstance(quantization, dict):
-        raise VerifyError("config.json: mapping and quantization must be objects")
-    hidden, heads = whole(config, "hidden_size"), whole(config, "num_attention_heads")
-    tp, pp = whole(mapping, "tp_size", 1), whole(mapping, "pp_size", 1)
-    if tp * pp > MOST_RANKS:
-        raise VerifyError(f"config.json: mapping: tp_size {tp} and pp_size {pp} cannot be")
-    moe_ep = max(1, whole(mapping, "moe_ep_size", 1, -1))
-    moe_tp = whole(mapping, "moe_tp_size", -1, -1)
-    moe = config.get("moe")
-    experts = whole(moe, "num_experts", 0, 0) if isinstance(moe, dict) else whole(config, "moe_num_experts", 0, 0)
-    dtype, algo = config.get("dtype"), quantization.get("quant_algo")
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise VerifyError(f"config.json: dtype is {printable(repr(dtype), 60)}, not one of {', '.join(_DTYPES)}")
-    layers = whole(config, "num_hidden_layers")
-    excluded = quantization.get("exclude_modules")
-    if excluded is not None and not (isinstance(excluded, list) and all(isinstance(pattern, str) for pattern in excluded)):
-        raise VerifyError(f"config.json: quantization.exclude_modules is {printable(repr(excluded), 60)}, not a list of names")
-    old = "share_embedding_table" in config and layers % pp == 0  # both releases cut such a model alike
-    return Facts(
-        config=config,
-        hidden=hidden,
-        layers=layers,
-        heads=heads,
-        kv=whole(config, "num_key_value_heads", heads),
-        size=whole(config, "head_size", max(1, hidden // heads)),
-        width=whole(config, "intermediate_size", 4 * hidden),
-        expert_width=whole(config, "moe_intermediate_size", 0, 0),
-        rotary=whole(config, "rotary_embedding_dim", 0, 0),
-        vocab=whole(config, "vocab_size"),
-        positions=whole(config, "max_position_embeddings", 0, 0),
-        dtype=_DTYPES[dtype],
-        grid=ParallelMapping(tp, pp, moe_tp if moe_tp > 0 else tp // moe_ep, moe_ep),
-        version="0.16" if old else "1.2",
-        algo=None if algo in (None, "NO_QUANT") else str(algo),
-        quantization=quantization,
-        experts=experts if experts > 1 else 0,
-    )
+    return len(Facts(config).grid.ranks())
 
 
 def _embedding(facts: Facts) -> TensorSpec:

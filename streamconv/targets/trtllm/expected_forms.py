@@ -1,4 +1,4 @@
-"""How each quant_algo stores a linear layer: names, shapes and dtypes.
+"""What config.json says, and how each quant_algo stores a linear layer: names, shapes and dtypes.
 
 A format is a function (facts, module, rows N, columns K, (local experts,) or ()) -> the ways to store the module, the usual one first: last
 names and tensors.
@@ -18,6 +18,8 @@ from streamconv.targets.trtllm.parallel import ParallelMapping
 EXCLUDED = ("*lm_head", "*router", "*vocab_embedding", "*position_embedding", "*block_embedding", "*shared_expert_gate")
 """What `exclude_modules: null` means."""
 _BYTES = {"F16": 2, "BF16": 2, "F32": 4}
+_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+MOST_RANKS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,27 +41,52 @@ ModuleSpec = dict[str, TensorSpec]
 """Name -> tensor: one way to store a module."""
 
 
-@dataclass(slots=True)
-class Facts:
-    """config.json, with the loader's defaults."""
+def _whole(where: Mapping[str, Any], key: str, default: int | None = None, least: int = 1) -> int:
+    value = where.get(key, default)
+    value = default if value is None else value
+    if type(value) is not int or not least <= value < 1 << 40:
+        raise VerifyError(f"config.json: {key} is {printable(repr(value), 60)}, not a size")
+    return value
 
-    config: Mapping[str, Any]
-    hidden: int
-    layers: int
-    heads: int
-    kv: int
-    size: int
-    width: int
-    expert_width: int
-    rotary: int
-    vocab: int
-    positions: int
-    dtype: str
-    grid: ParallelMapping
-    version: Version
-    algo: str | None
-    quantization: Mapping[str, Any]
-    experts: int
+
+class Facts:
+    """config.json, with the loader's defaults.
+
+    Raises:
+        VerifyError: it lacks a size, or holds one that cannot be.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.config = config
+        mapping, self.quantization = config.get("mapping") or {}, config.get("quantization") or {}
+        if not isinstance(mapping, dict) or not isinstance(self.quantization, dict):
+            raise VerifyError("config.json: mapping and quantization must be objects")
+        self.hidden, self.heads = _whole(config, "hidden_size"), _whole(config, "num_attention_heads")
+        tp, pp = _whole(mapping, "tp_size", 1), _whole(mapping, "pp_size", 1)
+        if tp * pp > MOST_RANKS:
+            raise VerifyError(f"config.json: mapping: tp_size {tp} and pp_size {pp} cannot be")
+        moe_ep, moe_tp = max(1, _whole(mapping, "moe_ep_size", 1, -1)), _whole(mapping, "moe_tp_size", -1, -1)
+        self.grid = ParallelMapping(tp, pp, moe_tp if moe_tp > 0 else tp // moe_ep, moe_ep)
+        moe = config.get("moe")
+        experts = _whole(moe, "num_experts", 0, 0) if isinstance(moe, dict) else _whole(config, "moe_num_experts", 0, 0)
+        self.experts = experts if experts > 1 else 0
+        dtype, algo = config.get("dtype"), self.quantization.get("quant_algo")
+        if not isinstance(dtype, str) or dtype not in _DTYPES:
+            raise VerifyError(f"config.json: dtype is {printable(repr(dtype), 60)}, not one of {', '.join(_DTYPES)}")
+        self.dtype, self.algo = _DTYPES[dtype], None if algo in (None, "NO_QUANT") else str(algo)
+        self.layers = _whole(config, "num_hidden_layers")
+        excluded = self.quantization.get("exclude_modules")
+        if excluded is not None and not (isinstance(excluded, list) and all(isinstance(pattern, str) for pattern in excluded)):
+            raise VerifyError(f"config.json: quantization.exclude_modules is {printable(repr(excluded), 60)}, not a list of names")
+        old = "share_embedding_table" in config and self.layers % pp == 0  # both releases cut such a model alike
+        self.version: Version = "0.16" if old else "1.2"
+        self.kv = _whole(config, "num_key_value_heads", self.heads)
+        self.size = _whole(config, "head_size", max(1, self.hidden // self.heads))
+        self.width = _whole(config, "intermediate_size", 4 * self.hidden)
+        self.expert_width = _whole(config, "moe_intermediate_size", 0, 0)
+        self.rotary = _whole(config, "rotary_embedding_dim", 0, 0)
+        self.vocab = _whole(config, "vocab_size")
+        self.positions = _whole(config, "max_position_embeddings", 0, 0)
 
     def quantized(self, module: str, layer: int) -> bool:
         """Whether a linear layer is stored in the format of `algo`.
