@@ -23,7 +23,7 @@ from streamconv.checkpoint.derived_rows import BLOCK, WIDE, read_stripe, turned
 from streamconv.checkpoint.dtypes import F32, I8, DType
 from streamconv.checkpoint.header import read_header
 from streamconv.checkpoint.header_parse import TensorEntry
-from streamconv.checkpoint.rows import Extent, KeepsPages, PackedTensor, SourceFile, SourceTensor, tensor_at
+from streamconv.checkpoint.rows import Extent, PackedTensor, SourceFile, SourceTensor, tensor_at
 from streamconv.checkpoint.shard import Shard
 from streamconv.errors import DataError, TensorError, UsageError, printable
 from streamconv.lazy import Bytes, np
@@ -58,12 +58,11 @@ class ApartCodes(PackedTensor):
     def turned(self) -> ApartTensor:
         """The same by input channels, [K, N]."""
         shape = self.cols, self.rows
-        stored = TurnedCodes(self.name, I8, shape, self.stored.pieces, packing=self.packing)
-        return ApartTensor(self.name, I8, shape, (), file=self.file, stored=stored)
+        return ApartTensor(self.name, I8, shape, (), file=self.file, stored=TurnedCodes(self.name, I8, shape, self.stored.pieces))
 
 
 @dataclass(frozen=True, slots=True)
-class TurnedCodes(KeepsPages, PackedTensor):
+class TurnedCodes(PackedTensor):
     """Codes read by columns of what is stored, [N/2, K]: `shape` is (K, N)."""
 
     @property
@@ -83,7 +82,7 @@ class TurnedCodes(KeepsPages, PackedTensor):
 
 
 @dataclass(frozen=True, slots=True)
-class ApartTensor(KeepsPages, SourceTensor):
+class ApartTensor(SourceTensor):
     """A tensor of a file of its own; as `ApartCodes`.
 
     Attributes:

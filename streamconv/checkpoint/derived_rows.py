@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from streamconv.checkpoint.dtypes import F32
-from streamconv.checkpoint.rows import Extent, KeepsPages, SourceTensor, read_block
+from streamconv.checkpoint.rows import Extent, SourceTensor, read_block
 from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.stored_codes import as_float
 from streamconv.lazy import Bytes, np
@@ -21,7 +21,7 @@ WIDE = 512
 
 
 @dataclass(frozen=True, slots=True)
-class Turned(KeepsPages, SourceTensor):
+class Turned(SourceTensor):
     """A stored matrix read by its columns: `shape` is (columns wanted, stored rows); `pieces` and `axis` are as it is stored.
 
     Attributes:

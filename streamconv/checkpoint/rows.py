@@ -8,52 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from streamconv.checkpoint.dtypes import F32, DType
 from streamconv.checkpoint.packed_rows import unpack
 from streamconv.checkpoint.shard import Shard
 from streamconv.lazy import Bytes, np
-
-
-class RowSource(Protocol):
-    """Something rows can be read from."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def dtype(self) -> DType: ...
-    @property
-    def rows(self) -> int: ...
-    @property
-    def cols(self) -> int: ...
-
-    @property
-    def row_align(self) -> int:
-        """Rows are read from a multiple of it to a multiple of it, or to the end."""
-
-    @property
-    def stored_row_bytes(self) -> int:
-        """Bytes of the files that a row is read from."""
-
-    @property
-    def scratch_row_bytes(self) -> int:
-        """Bytes of scratch that reading takes for each row."""
-
-    @property
-    def pieces(self) -> tuple[Extent, ...]:
-        """Blocks of the source files that rows are read from."""
-
-    def read(self, shards: Sequence[Shard], start: int, stop: int, out: Bytes, scratch: Bytes) -> None:
-        """Rows [start, stop), row-major in `dtype`, into `out`.
-
-        Raises:
-            SourceChangedError: the file ended early.
-        """
-
-    def drop_page_cache(self, shards: Sequence[Shard], start: int, stop: int) -> None:
-        """Take rows [start, stop) out of the page cache, unless they were there before this run."""
 
 
 class Extent(NamedTuple):
@@ -93,28 +54,18 @@ def read_block(
         row, col = (row + piece.rows, col) if axis == 0 else (row, col + piece.cols)
 
 
-class KeepsPages:
-    """Rows whose pages of the files hold parts of other rows that are wanted later, or that are read from no file."""
+class RowSource:
+    """Something that rows are read from: a matrix, whose leading dimensions are flattened into rows; a vector is a column."""
 
     __slots__ = ()
-
-    def drop_page_cache(self, shards: Sequence[Shard], start: int, stop: int) -> None:
-        """Nothing is dropped."""
-
-
-@dataclass(frozen=True, slots=True)
-class SourceTensor:
-    """A tensor of the checkpoint seen as a matrix: a vector is a column, leading dimensions are flattened into rows.
-
-    Attributes:
-        axis: 0 if `pieces` lie one above the other, 1 if side by side.
-    """
-
     name: str
     dtype: DType
     shape: tuple[int, ...]
-    pieces: tuple[Extent, ...]
-    axis: int = 0
+
+    @property
+    def pieces(self) -> tuple[Extent, ...]:
+        """Blocks of the source files that rows are read from."""
+        return ()
 
     @property
     def rows(self) -> int:
@@ -130,15 +81,44 @@ class SourceTensor:
 
     @property
     def row_align(self) -> int:
+        """Rows are read from a multiple of it to a multiple of it, or to the end."""
         return 1
 
     @property
     def stored_row_bytes(self) -> int:
+        """Bytes of the files that a row is read from."""
         return self.cols * self.dtype.itemsize
 
     @property
     def scratch_row_bytes(self) -> int:
+        """Bytes of scratch that reading takes for each row."""
         return 0
+
+    def read(self, shards: Sequence[Shard], start: int, stop: int, out: Bytes, scratch: Bytes) -> None:
+        """Rows [start, stop), row-major in `dtype`, into `out`.
+
+        Raises:
+            SourceChangedError: the file ended early.
+        """
+        raise NotImplementedError
+
+    def drop_page_cache(self, shards: Sequence[Shard], start: int, stop: int) -> None:
+        """Take rows [start, stop) out of the page cache, unless they were there before this run, or their pages hold others' parts."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceTensor(RowSource):
+    """A tensor of the checkpoint.
+
+    Attributes:
+        axis: 0 if `pieces` lie one above the other, 1 if side by side.
+    """
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    pieces: tuple[Extent, ...] = field()
+    axis: int = 0
 
     @property
     def as_stored(self) -> bool:
@@ -153,12 +133,17 @@ class SourceTensor:
         read_block(shards, self.pieces, self.axis, self.dtype.itemsize, rows, cols, out)
 
     def drop_page_cache(self, shards: Sequence[Shard], start: int, stop: int) -> None:
-        first = 0
-        for piece in self.pieces:
-            low, high, row = max(start, first), min(stop, first + piece.rows), piece.cols * self.dtype.itemsize
-            if low < high and not piece.stride:  # else the pages hold parts of other rows
-                shards[piece.shard].drop_page_cache(piece.begin + (low - first) * row, piece.begin + (high - first) * row)
-            first += piece.rows if self.axis == 0 else 0
+        if self.as_stored:
+            _drop(shards, self.pieces, self.axis, self.dtype.itemsize, start, stop)
+
+
+def _drop(shards: Sequence[Shard], pieces: Sequence[Extent], axis: int, item: int, start: int, stop: int) -> None:
+    first = 0
+    for piece in pieces:
+        low, high, row = max(start, first), min(stop, first + piece.rows), piece.cols * item
+        if low < high:
+            shards[piece.shard].drop_page_cache(piece.begin + (low - first) * row, piece.begin + (high - first) * row)
+        first += piece.rows if axis == 0 else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,21 +187,20 @@ class PackedTensor(SourceTensor):
 
     def drop_page_cache(self, shards: Sequence[Shard], start: int, stop: int) -> None:
         if self.packing == "modelopt":
-            SourceTensor.drop_page_cache(self, shards, start // 2, stop // 2)
+            _drop(shards, self.pieces, self.axis, 1, start // 2, stop // 2)
 
 
 @dataclass(frozen=True, slots=True)
-class NoSource(KeepsPages):
+class NoSource(RowSource):
     """One zero in the place of a source: the codec gives the stored values from reductions alone."""
 
     name: str
     dtype: DType = F32
-    rows: int = 1
-    cols: int = 1
-    pieces: tuple[Extent, ...] = ()
-    row_align: int = 1
-    stored_row_bytes: int = 0
-    scratch_row_bytes: int = 0
+    shape: tuple[int, ...] = (1,)
+
+    @property
+    def stored_row_bytes(self) -> int:
+        return 0
 
     def read(self, shards: Sequence[Shard], start: int, stop: int, out: Bytes, scratch: Bytes) -> None:
         out[:] = 0

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from streamconv.checkpoint.derived_rows import read_stripe
 from streamconv.checkpoint.dtypes import DType
 from streamconv.checkpoint.packed_rows import AWQ_POSITION
-from streamconv.checkpoint.rows import Extent, KeepsPages, PackedTensor, SourceTensor
+from streamconv.checkpoint.rows import Extent, PackedTensor, RowSource, SourceTensor
 from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.stored_codes import NIBBLES, Code, as_float, values
 from streamconv.lazy import Bytes, np
@@ -29,7 +29,7 @@ STRIPE = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class _Decoded(KeepsPages):
+class _Decoded(RowSource):
     """A weight of `shape`, its leading dimensions flattened into rows; `dtype` is F32, F16 or BF16.
 
     Attributes:
@@ -49,18 +49,6 @@ class _Decoded(KeepsPages):
     @property
     def stored_row_bytes(self) -> int:
         return self.codes.stored_row_bytes
-
-    @property
-    def rows(self) -> int:
-        return math.prod(self.shape[:-1])
-
-    @property
-    def cols(self) -> int:
-        return self.shape[-1]
-
-    @property
-    def nbytes(self) -> int:
-        return self.rows * self.cols * self.dtype.itemsize
 
     def _check(self, shards: Sequence[Shard], scales: SourceTensor, found: Floats, signed: bool = True) -> None:
         """Refuse scales as they were read.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from streamconv.checkpoint.dtypes import I32
-from streamconv.checkpoint.rows import KeepsPages, SourceTensor
+from streamconv.checkpoint.rows import SourceTensor
 from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.stored_codes import as_float
 from streamconv.errors import DataError, printable
@@ -14,7 +14,7 @@ from streamconv.lazy import Bytes, np
 
 
 @dataclass(frozen=True, slots=True)
-class ZeroWords(KeepsPages, SourceTensor):
+class ZeroWords(SourceTensor):
     """Zero points [N * bits / 32, groups], int32 words of unsigned integers, the lowest channel in the lowest bits.
 
     A TensorRT-LLM checkpoint has (half - zero point) * scale in the model's type instead, half being 2^(bits-1).

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 
 from streamconv.checkpoint.dtypes import DType
-from streamconv.checkpoint.rows import Extent, KeepsPages, PackedTensor, SourceTensor
+from streamconv.checkpoint.rows import Extent, PackedTensor, RowSource, SourceTensor
 from streamconv.checkpoint.shard import Shard
 from streamconv.lazy import Bytes
 from streamconv.quants.decoded_rows import STRIPE, DecodedTensor
@@ -21,7 +21,7 @@ Expert = SourceTensor | DecodedTensor
 
 
 @dataclass(frozen=True, slots=True)
-class Stacked(KeepsPages):
+class Stacked(RowSource):
     """Weights [N, K] of `parts` matrices of each of E experts, as [E, parts * N, K], or as [E, K, parts * N] where they are turned.
 
     Attributes:
@@ -41,9 +41,9 @@ class Stacked(KeepsPages):
     ins: int
     turned: bool
     alternating: bool
-    row_align: int
-    stored_row_bytes: int
-    scratch_row_bytes: int
+    row_align: int = field()
+    stored_row_bytes: int = field()
+    scratch_row_bytes: int = field()
 
     @property
     def cols(self) -> int:
@@ -56,10 +56,6 @@ class Stacked(KeepsPages):
     @property
     def _inner(self) -> int:
         return self.ins if self.turned else self.parts * self.outs
-
-    @property
-    def nbytes(self) -> int:
-        return self.rows * self.cols * self.dtype.itemsize
 
     @property
     def pieces(self) -> tuple[Extent, ...]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from streamconv.checkpoint.derived_rows import less_one
 from streamconv.checkpoint.dtypes import F8_E4M3, F32, I8, MODEL_DTYPES, DType
 from streamconv.checkpoint.header_parse import Header, TensorEntry
-from streamconv.checkpoint.rows import Extent, KeepsPages, PackedTensor, SourceTensor
+from streamconv.checkpoint.rows import Extent, PackedTensor, SourceTensor
 from streamconv.checkpoint.shard import Shard
 from streamconv.errors import RefusedError, TensorError, printable
 from streamconv.families.matching import example
@@ -86,7 +86,7 @@ def by_input(name: str, held: Held, axis: int, headers: Sequence[Header]) -> Sou
 
 
 @dataclass(frozen=True, slots=True)
-class Steps(KeepsPages, SourceTensor):
+class Steps(SourceTensor):
     """A column of a few float32 numbers, each for many rows.
 
     Attributes:

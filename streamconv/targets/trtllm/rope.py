@@ -12,7 +12,7 @@ from typing import Any
 
 from streamconv.checkpoint.dtypes import F32
 from streamconv.checkpoint.model_config import ModelConfig
-from streamconv.checkpoint.rows import KeepsPages, SourceTensor
+from streamconv.checkpoint.rows import SourceTensor
 from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.untrusted import shown_value
 from streamconv.errors import CheckpointError
@@ -23,7 +23,7 @@ from streamconv.targets.trtllm.options import TensorRTLLM
 
 
 @dataclass(frozen=True, slots=True)
-class RopeTable(KeepsPages, SourceTensor):
+class RopeTable(SourceTensor):
     """A table whose rows are computed when they are needed. kind: "positions", "frequencies" or "pairs"."""
 
     kind: str = ""
