@@ -10,8 +10,8 @@ from math import prod
 from streamconv import memory
 from streamconv.calibration.names import Names
 from streamconv.checkpoint.index import Index
-from streamconv.checkpoint.json_file import file_size
 from streamconv.checkpoint.model_config import ModelConfig
+from streamconv.checkpoint.untrusted import file_size
 from streamconv.errors import BudgetError
 from streamconv.families import Family
 from streamconv.memory import MIB, show_size

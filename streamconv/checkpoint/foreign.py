@@ -6,8 +6,8 @@ import contextlib
 from collections.abc import Collection
 from pathlib import Path
 
-from streamconv.checkpoint.json_file import read_json
 from streamconv.checkpoint.limits import MAX_CONFIG
+from streamconv.checkpoint.untrusted import read_json
 from streamconv.errors import CheckpointError, printable
 
 ADAPTER_CONFIG = "adapter_config.json"

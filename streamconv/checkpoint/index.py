@@ -15,14 +15,13 @@ from typing import Any
 from streamconv.checkpoint.dtypes import DType
 from streamconv.checkpoint.foreign import ADAPTER_WEIGHTS, foreign
 from streamconv.checkpoint.header_parse import TensorEntry
-from streamconv.checkpoint.json_file import file_size, read_json
 from streamconv.checkpoint.limits import MAX_CONFIG, MAX_FILES, MAX_HEADER, MAX_TENSORS
 from streamconv.checkpoint.meta import PARAMS, assemble, check_parts, is_meta, meta_files
 from streamconv.checkpoint.rows import SourceFile, SourceTensor
 from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.tensor_table import TensorTable
 from streamconv.checkpoint.torch_zip import read_torch
-from streamconv.checkpoint.untrusted import open_regular
+from streamconv.checkpoint.untrusted import file_size, open_regular, read_json
 from streamconv.checkpoint.weight_files import WEIGHT_MAP, Choice, choose, weight_files
 from streamconv.errors import CheckpointError, TensorError, printable
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from streamconv.checkpoint.rope_config import rope, rotated_part, scaling_problems
+from streamconv.checkpoint.rope_config import is_number, rope, rotated_part, scaling_problems
 from streamconv.checkpoint.untrusted import shown_value
 from streamconv.errors import CheckpointError, printable
 
@@ -156,6 +156,11 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     defaults = _DEFAULTS[""] | _DEFAULTS.get(architecture, {})
     problems: list[str] = []
 
+    def checked(key: str, value: Any, good: bool, what: str, otherwise: Any) -> Any:
+        if not good:
+            problems.append(f"{key} is {shown_value(value)}, not {what}")
+        return value if good else otherwise
+
     def whole(key: str, default: int | None = None) -> int:
         value = raw.get(key)
         if value is None:
@@ -163,35 +168,19 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
         if value is None:
             problems.append(f"{key} is missing")
             return 1
-        if type(value) is not int or not 0 < value < 1 << 40:
-            problems.append(f"{key} is {shown_value(value)}, not a positive whole number")
-            return 1
-        return value
+        return int(checked(key, value, type(value) is int and 0 < value < 1 << 40, "a positive whole number", 1))
 
-    def number(key: str, fallback: float) -> float:
+    def number(key: str, fallback: float) -> Any:
         value = raw.get(key)
         value = defaults.get(key, fallback) if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= sys.float_info.max:
-            problems.append(f"{key} is {shown_value(value)}, not a number")
-            return fallback
-        return value
+        return checked(key, value, is_number(value, 0, sys.float_info.max), "a number", fallback)
 
     def count(key: str) -> int:
         return 0 if raw.get(key) in (None, 0) and not isinstance(raw.get(key), bool) else whole(key)
 
-    def switch(key: str) -> bool | None:
-        value = raw.get(key)
-        if value is not None and not isinstance(value, bool):
-            problems.append(f"{key} is {shown_value(value)}, not true or false")
-            return None
-        return value
-
-    def text(key: str) -> str | None:
+    def text(key: str) -> Any:
         value = raw[key] if key in raw else defaults.get(key)
-        if value is not None and not isinstance(value, str):
-            problems.append(f"{key} is {shown_value(value)}, not a name")
-            return None
-        return value
+        return checked(key, value, isinstance(value, str | None), "a name", None)
 
     sizes = {key: whole(key) for key in _DIMENSIONS}
     heads = sizes["num_attention_heads"]
@@ -202,59 +191,46 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     head = head or whole("head_dim", max(1, sizes["hidden_size"] // heads))
     notes: list[str] = []
     theta, scaling = rope(raw, architecture, problems, notes, number)
-    rotated = rotated_part(raw, problems)
-    moe = architecture.startswith("Mixtral") or "Moe" in architecture
-    experts = whole("num_local_experts") if moe else count("num_local_experts")
-    per_token = whole("num_experts_per_tok") if moe else count("num_experts_per_tok")
-    width = 0 if architecture.startswith("Mixtral") else count("moe_intermediate_size")  # Mixtral's experts have intermediate_size
-    positions = whole("max_position_embeddings")
-    eps = number("rms_norm_eps", 1e-06)
-    act = text("hidden_act")
+    mixtral = architecture.startswith("Mixtral")  # its experts have intermediate_size
+    of_experts = whole if mixtral or "Moe" in architecture else count
+    switches = {key: checked(key, raw.get(key), isinstance(raw.get(key), bool | None), "true or false", None) for key in _SWITCHES}
     dtype = text("torch_dtype" if "torch_dtype" in raw else "dtype")
-    model_type = text("model_type")
-    switches = {key: switch(key) for key in _SWITCHES}
-    count("shared_expert_intermediate_size")
-    _sparse_layers(raw, problems)
-    for key in _FACTORS:
-        if key in raw and (raw[key] is not None or key in _NEVER_NULL):
-            factor = number(key, 1.0) if raw[key] is not None else -1.0
-            least, most = _NEVER_NULL.get(key, (0.0, 1e30))
-            if not least <= factor <= most:
-                problems.append(f"{key} is {shown_value(raw[key])}, not a number from {least:g} to {most:g}")
-    if problems:
-        raise CheckpointError([f"config.json: {problem}" for problem in problems])
-    return ModelConfig(
+    model = ModelConfig(
         architecture=architecture,
-        model_type=MODEL_TYPES.get(architecture, model_type or ""),
+        model_type=MODEL_TYPES.get(architecture, text("model_type") or ""),
         dtype=dtype.removeprefix("torch.") if dtype is not None else None,
         **sizes,
         num_key_value_heads=kv,
         head_size=head,
-        max_position_embeddings=positions,
-        hidden_act=act,
-        norm_eps=eps,
+        max_position_embeddings=whole("max_position_embeddings"),
+        hidden_act=text("hidden_act"),
+        norm_eps=number("rms_norm_eps", 1e-06),
         rope_theta=theta,
         rope_scaling=scaling,
-        partial_rotary_factor=rotated,
+        partial_rotary_factor=rotated_part(raw, problems),
         attention_bias=bool(switches["bias" if "bias" in raw else "attention_bias"]),
         mlp_bias=bool(switches["mlp_bias"]),
         tie_word_embeddings=is_tied(raw),
-        num_experts=experts,
-        experts_per_token=per_token,
-        moe_intermediate_size=width or None,
+        num_experts=of_experts("num_local_experts"),
+        experts_per_token=of_experts("num_experts_per_tok"),
+        moe_intermediate_size=(0 if mixtral else count("moe_intermediate_size")) or None,
         raw=raw,
         source="hf",
         notes=tuple(notes),
     )
-
-
-def _sparse_layers(raw: Mapping[str, Any], problems: list[str]) -> None:
-    """Which layers of a Qwen mixture have experts: `mlp_only_layers` and `decoder_sparse_step`."""
-    dense, step = raw.get("mlp_only_layers"), raw.get("decoder_sparse_step", 1)
-    if dense is not None and not (isinstance(dense, list) and all(type(layer) is int for layer in dense)):
-        problems.append(f"mlp_only_layers is {shown_value(dense)}, not a list of layers")
-    if type(step) is not int or step < 1:
-        problems.append(f"decoder_sparse_step is {shown_value(step)}, not a positive whole number")
+    count("shared_expert_intermediate_size")
+    dense, step = raw.get("mlp_only_layers"), raw.get("decoder_sparse_step", 1)  # which layers of a Qwen mixture have experts
+    listed = dense is None or (isinstance(dense, list) and all(type(layer) is int for layer in dense))
+    checked("mlp_only_layers", dense, listed, "a list of layers", None)
+    checked("decoder_sparse_step", step, type(step) is int and step >= 1, "a positive whole number", None)
+    for key in _FACTORS:
+        if key in raw and (raw[key] is not None or key in _NEVER_NULL):
+            factor = number(key, 1.0) if raw[key] is not None else -1.0
+            least, most = _NEVER_NULL.get(key, (0.0, 1e30))
+            checked(key, raw[key], least <= factor <= most, f"a number from {least:g} to {most:g}", None)
+    if problems:
+        raise CheckpointError([f"config.json: {problem}" for problem in problems])
+    return model
 
 
 def from_meta(params: Mapping[str, Any], vocab_rows: int | None = None) -> ModelConfig:
@@ -283,7 +259,7 @@ def from_meta(params: Mapping[str, Any], vocab_rows: int | None = None) -> Model
         raise CheckpointError("params.json: sizes must be positive, and below 2^40")
     theta, stated = params.get("rope_theta", 10000), params.get("rope_scaling")
     for key, value in (("norm_eps", eps), ("rope_theta", theta)):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= sys.float_info.max:
+        if not is_number(value, 0, sys.float_info.max):
             raise CheckpointError(f"params.json: {key} is {shown_value(value)}, not a number")
     if stated is not None and not isinstance(stated, dict):
         raise CheckpointError(f"params.json: rope_scaling is {shown_value(stated)}, not an object")

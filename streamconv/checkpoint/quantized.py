@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from streamconv.checkpoint.index import Index
-from streamconv.checkpoint.json_file import read_json
-from streamconv.checkpoint.untrusted import shown_value
+from streamconv.checkpoint.untrusted import read_json, shown_value
 from streamconv.errors import CheckpointError
 
 

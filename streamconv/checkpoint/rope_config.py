@@ -10,17 +10,22 @@ from streamconv.checkpoint.untrusted import shown_value
 _LLAMA3 = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
-def rotated_part(raw: Mapping[str, Any], problems: list[str]) -> float:
+def is_number(value: object, least: float, most: float) -> bool:
+    """No bool, and in a range."""
+    return not isinstance(value, bool) and isinstance(value, int | float) and least <= value <= most
+
+
+def rotated_part(raw: Mapping[str, Any], problems: list[str]) -> Any:
     """`partial_rotary_factor`, beside the other keys or (transformers 5) inside `rope_parameters`; its spelling is kept."""
     new = raw.get("rope_parameters")
     value = new.get("partial_rotary_factor") if isinstance(new, dict) else None
     value = raw.get("partial_rotary_factor") if value is None else value
     if value is None:
         return 1.0
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-        problems.append(f"partial_rotary_factor is {shown_value(value)}, not a number above 0 and at most 1")
-        return 1.0
-    return value
+    if is_number(value, 0, 1) and value:
+        return value
+    problems.append(f"partial_rotary_factor is {shown_value(value)}, not a number above 0 and at most 1")
+    return 1.0
 
 
 _ADDS_ROPE_TYPE = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
@@ -83,7 +88,7 @@ def scaling_problems(scaling: Mapping[str, Any]) -> list[str]:
         problems.append(f"rope_scaling.type is {shown_value(kind)}, not a name")
     for key in ("factor", *(_LLAMA3 if kind == "llama3" else ())):
         value = scaling.get(key, 1.0)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 1e-30 <= value <= 1e30:
+        if not is_number(value, 1e-30, 1e30):
             problems.append(f"rope_scaling.{key} is {shown_value(value)}, not a positive number")
     if not problems and kind == "llama3" and scaling.get("low_freq_factor", 1.0) >= scaling.get("high_freq_factor", 4.0):
         problems.append("rope_scaling.low_freq_factor is not below high_freq_factor")

@@ -6,6 +6,7 @@ error that a bad file is, so that it ends a command with the right status.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -14,7 +15,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from streamconv.errors import CheckpointError, StreamconvError, UnreadableError, printable
+from streamconv.checkpoint.limits import check_counts
+from streamconv.errors import CheckpointError, StreamconvError, TensorError, UnreadableError, printable
+from streamconv.memory import check_room
 from streamconv.process import raise_file_limit
 
 DEEPEST = 64
@@ -24,6 +27,9 @@ LONGEST_INTEGER = 100
 
 frees_descriptors: list[Callable[[], bool]] = [raise_file_limit]
 """Asked in turn at the limit of open files: whether it made room for more."""
+
+_JSON_TAKES = 5
+"""Bytes of memory that a byte of a long index file takes while it is read."""
 
 _KINDS = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
 
@@ -128,6 +134,35 @@ def parse_json(
     if deeper_than(value, DEEPEST):
         raise error(f"{shown} is nested too deeply")
     return value
+
+
+def read_json(path: Path, limit: int, *, unique: bool = False) -> dict[str, Any]:
+    """A JSON file that must hold an object.
+
+    Args:
+        unique: refuse an object that has a key twice, where plain JSON reading keeps the last.
+
+    Raises:
+        CheckpointError: not readable, larger than limit bytes or than limits.py allows, or no JSON object.
+        TensorError: with unique, a key is there twice.
+        BudgetError: it does not fit into the memory budget.
+    """
+    shown = printable(str(path))
+    check_room(_JSON_TAKES * file_size(path), f"reading {shown}")
+    raw = read_file(path, limit)
+    refuse_lfs_pointer(raw, shown)
+    check_counts(raw, shown)
+    value = parse_json(raw, shown, twice=TensorError if unique else None)
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{shown} must hold a JSON object")
+    return value
+
+
+def file_size(path: Path) -> int:
+    """Bytes of a file, 0 if that is not known."""
+    with contextlib.suppress(OSError, ValueError):
+        return os.stat(path).st_size
+    return 0
 
 
 def deeper_than(value: object, most: int) -> bool:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from streamconv.checkpoint.foreign import ADAPTER_WEIGHTS
-from streamconv.checkpoint.json_file import read_json
 from streamconv.checkpoint.limits import MAX_FILES, MAX_WEIGHT_MAP
+from streamconv.checkpoint.untrusted import read_json
 from streamconv.errors import CheckpointError, printable
 
 WEIGHT_MAP = "model.safetensors.index.json"

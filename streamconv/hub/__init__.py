@@ -18,9 +18,9 @@ from pathlib import Path
 from streamconv import targets
 from streamconv.checkpoint.foreign import foreign
 from streamconv.checkpoint.index import Beside, Index, build_index, open_index
-from streamconv.checkpoint.json_file import read_json
 from streamconv.checkpoint.limits import MAX_CONFIG, MAX_MANIFEST, MAX_WEIGHT_MAP
 from streamconv.checkpoint.meta import PARAMS
+from streamconv.checkpoint.untrusted import read_json
 from streamconv.checkpoint.weight_files import choose, weight_files
 from streamconv.errors import CheckpointError, HubError, printable
 from streamconv.hub.repo import download, listing, named, note_revision, small_file

@@ -11,10 +11,9 @@ from pathlib import Path
 import xxhash
 
 from streamconv.checkpoint.index import Index
-from streamconv.checkpoint.json_file import read_json
 from streamconv.checkpoint.limits import MAX_CONFIG
 from streamconv.checkpoint.shard import Shard
-from streamconv.checkpoint.untrusted import open_regular
+from streamconv.checkpoint.untrusted import open_regular, read_json
 from streamconv.errors import CheckpointError, OutputError, StreamconvError, VerifyError, few, printable
 from streamconv.planning.plan import Plan
 from streamconv.run import manifest, sampled

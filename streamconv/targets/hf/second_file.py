@@ -7,8 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from streamconv.checkpoint.json_file import read_json
-from streamconv.checkpoint.untrusted import shown_value
+from streamconv.checkpoint.untrusted import read_json, shown_value
 from streamconv.errors import CheckpointError
 from streamconv.targets.hf.other_schemes import Modelopt
 from streamconv.targets.hf.stated import Statement

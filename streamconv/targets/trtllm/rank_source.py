@@ -17,13 +17,13 @@ import xxhash
 from streamconv.checkpoint.dtypes import MODEL_DTYPES
 from streamconv.checkpoint.header_parse import Header
 from streamconv.checkpoint.index import Index
-from streamconv.checkpoint.json_file import read_json
 from streamconv.checkpoint.limits import MAX_CONFIG
 from streamconv.checkpoint.model_config import from_hf, is_tied
 from streamconv.checkpoint.rows import SourceTensor
 from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.source_tensors import SourceTensors
 from streamconv.checkpoint.tensor_table import TensorTable
+from streamconv.checkpoint.untrusted import read_json
 from streamconv.errors import CheckpointError, RefusedError, TensorError, UsageError, VerifyError, printable
 from streamconv.families import family_of
 from streamconv.families.matching import example
