@@ -7,7 +7,6 @@ than the stock one: whatever it accepts, stock reads the same.
 from __future__ import annotations
 
 import os
-import stat
 from pathlib import Path
 
 from streamconv.checkpoint.header_parse import SPLIT, Header, HeaderParser
@@ -21,49 +20,42 @@ _TAKES = 5
 """Bytes of memory that a byte of a long header takes while it is read."""
 
 
-def read_header(source: str | os.PathLike[str] | int, path: str | os.PathLike[str] | None = None) -> Header:
+def read_header(path: str | os.PathLike[str]) -> Header:
     """Read just the header of a file.
-
-    Args:
-        source: a path, or an open file descriptor (then path names it in messages).
 
     Raises:
         HeaderError: the header breaks a rule of the format.
         CheckpointError: the file cannot be opened or read, or is no regular file.
     """
-    shown = str(path if path is not None else source)
+    fd = open_regular(Path(path))
     try:
-        if isinstance(source, int):
-            return _read(source, shown)
-        fd = open_regular(Path(source))
-        try:
-            return _read(fd, shown)
-        finally:
-            os.close(fd)
+        return header_of(fd, path)
+    finally:
+        os.close(fd)
+
+
+def header_of(fd: int, path: str | os.PathLike[str]) -> Header:
+    """As `read_header`, of an open file that messages call `path`."""
+    shown = printable(str(path))
+    try:
+        size = os.fstat(fd).st_size
+        first = os.pread(fd, _FIRST_READ, 0)
+        stop = _data_start(first, size, shown)  # refuses what is no header before the rest is read
+        if len(first) >= stop:
+            return parse_header(first, size, path)
+        check_room(_TAKES * stop, f"reading the header of {shown}")
+        data, at = bytearray(stop), 0  # read into its place: never two copies of a long header
+        while at < stop:
+            got = os.preadv(fd, [memoryview(data)[at : at + (1 << 24)]], at)
+            if not got:
+                raise HeaderError(f"{shown}: the file ends inside its header")
+            at += got
     except OSError as error:
-        raise CheckpointError(f"cannot read {printable(shown)}: {error.strerror}") from error
+        raise CheckpointError(f"cannot read {shown}: {error.strerror}") from error
+    return parse_header(data, size, path)
 
 
-def _read(fd: int, path: str) -> Header:
-    status = os.fstat(fd)
-    if not stat.S_ISREG(status.st_mode):
-        raise CheckpointError(f"{printable(path)} is not a regular file")
-    first = os.pread(fd, _FIRST_READ, 0)
-    stop = _data_start(first, status.st_size, path)  # refuses what is no header before the rest is read
-    if len(first) >= stop:
-        return parse_header(first, status.st_size, path)
-    check_room(_TAKES * stop, f"reading the header of {printable(path)}")
-    data, at = bytearray(stop), 0  # read into its place: never two copies of a long header
-    while at < stop:
-        got = os.preadv(fd, [memoryview(data)[at : at + (1 << 24)]], at)
-        if not got:
-            raise HeaderError(f"{printable(path)}: the file ends inside its header")
-        at += got
-    return parse_header(data, status.st_size, path)
-
-
-def _data_start(data: bytes | bytearray | memoryview, file_size: int, path: str) -> int:
-    where = printable(path)
+def _data_start(data: bytes | bytearray | memoryview, file_size: int, where: str) -> int:
     refuse_lfs_pointer(data, where, HeaderError)
     if file_size < 8 or len(data) < 8:
         raise HeaderError(f"{where}: {min(file_size, len(data))} bytes are too short for a safetensors file")
@@ -89,9 +81,9 @@ def parse_header(data: bytes | bytearray | memoryview, file_size: int, path: str
     Raises:
         HeaderError: names the file and, where there is one, the tensor.
     """
-    shown = str(path)
+    shown = printable(str(path))
     stop = _data_start(data, file_size, shown)
     if len(data) < stop:
-        raise HeaderError(f"{printable(shown)}: the file ends inside its header")
+        raise HeaderError(f"{shown}: the file ends inside its header")
     text = data if len(data) == stop and not isinstance(data, memoryview) else bytes(data[:stop])
-    return HeaderParser(text, file_size, printable(shown)).run()
+    return HeaderParser(text, file_size, shown).run()

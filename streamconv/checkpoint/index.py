@@ -14,14 +14,13 @@ from typing import Any
 
 from streamconv.checkpoint.dtypes import DType
 from streamconv.checkpoint.foreign import ADAPTER_WEIGHTS, foreign
-from streamconv.checkpoint.header_parse import TensorEntry
 from streamconv.checkpoint.limits import MAX_CONFIG, MAX_FILES, MAX_HEADER, MAX_TENSORS
 from streamconv.checkpoint.meta import PARAMS, assemble, check_parts, is_meta, meta_files
-from streamconv.checkpoint.rows import SourceFile, SourceTensor
+from streamconv.checkpoint.rows import SourceFile, SourceTensor, tensor_at
 from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.tensor_table import TensorTable
 from streamconv.checkpoint.torch_zip import read_torch
-from streamconv.checkpoint.untrusted import file_size, open_regular, read_json
+from streamconv.checkpoint.untrusted import file_size, names_in, open_regular, read_json
 from streamconv.checkpoint.weight_files import WEIGHT_MAP, Choice, choose, weight_files
 from streamconv.errors import CheckpointError, TensorError, printable
 
@@ -114,7 +113,7 @@ def open_index(path: str | os.PathLike[str], tensors_only: bool = False) -> Inde
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot open {shown}: {error}") from None
     if stat.S_ISDIR(mode):
-        folder, present = root, _listed(root)
+        folder, present = root, names_in(root)
         if not os.path.lexists(folder / _CONFIG):
             if is_meta(folder):
                 return _open_meta(folder)
@@ -169,12 +168,12 @@ def _open_meta(folder: Path) -> Index:
     params = read_json(folder / PARAMS, MAX_CONFIG)
     files = meta_files(folder)
     shards = tuple(Shard(folder / name) for names in files for name in names)
-    held: list[dict[str, tuple[int, TensorEntry]]] = []
+    held: list[dict[str, SourceTensor]] = []
     digests: dict[int, str] = {}
     archives: list[str] = []
     try:
         for names in files:
-            union: dict[str, tuple[int, TensorEntry]] = {}
+            union: dict[str, SourceTensor] = {}
             for _ in names:
                 number = len(digests)
                 content = read_torch(shards[number])
@@ -182,7 +181,7 @@ def _open_meta(folder: Path) -> Index:
                 for name, tensor in content.tensors.items():
                     if name in union:
                         raise TensorError(f"tensor {printable(name)} is in two files of consolidated.{len(held):02d}")
-                    union[name] = (number, tensor)
+                    union[name] = tensor_at(name, tensor.dtype, tensor.shape, number, tensor.begin)
             held.append(union)
             archives.append(content.archive)
         assembled = assemble(held, params)
@@ -228,13 +227,6 @@ def nearest(name: str, names: Iterable[str]) -> str | None:
     best = heapq.nlargest(50, close, key=lambda other: len(pieces.intersection(other.split("."))))
     found = difflib.get_close_matches(name[:300], [other[:300] for other in best], n=1)
     return next((other for other in best if found and other[:300] == found[0]), None)
-
-
-def _listed(folder: Path) -> list[str]:
-    try:
-        return os.listdir(folder)
-    except OSError as error:
-        raise CheckpointError(f"cannot list {printable(str(folder))}: {error.strerror}") from None
 
 
 def read_tensors(shards: Sequence[Shard], weight_map: dict[str, str] | None, digests: dict[int, str]) -> tuple[TensorTable, frozenset[str]]:

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from streamconv.checkpoint.header_parse import TensorEntry
-from streamconv.checkpoint.rows import Extent, SourceTensor, tensor_at
+from streamconv.checkpoint.rows import SourceTensor
 from streamconv.checkpoint.shard import Shard
+from streamconv.checkpoint.untrusted import names_in
 from streamconv.errors import CheckpointError, TensorError, printable
 
 PARAMS = "params.json"
@@ -24,8 +24,8 @@ _SAMPLE, _SAMPLED = 4096, 16
 """Bytes of a weight, and weights of a file, that tell it from a copy of another."""
 
 
-Found = Mapping[str, tuple[int, TensorEntry]]
-"""What one of Meta's F files holds: name -> (shard number, tensor)."""
+Held = Mapping[str, SourceTensor]
+"""What one of Meta's F files holds, by name."""
 
 
 def is_meta(folder: Path) -> bool:
@@ -34,16 +34,12 @@ def is_meta(folder: Path) -> bool:
 
 
 def _numbered(folder: Path) -> dict[int, list[str]]:
-    found: dict[int, list[str]] = {}
-    try:
-        names = sorted(os.listdir(folder))
-    except OSError as error:
-        raise CheckpointError(f"cannot list {printable(str(folder))}: {error.strerror}") from None
-    for name in names:
+    numbered: dict[int, list[str]] = {}
+    for name in sorted(names_in(folder)):
         known = _FILE.fullmatch(name)
         if known and (known[2] or os.path.isdir(folder / name)):
-            found.setdefault(int(known[1]), []).append(name)
-    return found
+            numbered.setdefault(int(known[1]), []).append(name)
+    return numbered
 
 
 def meta_files(folder: Path) -> list[list[str]]:
@@ -63,14 +59,14 @@ def meta_files(folder: Path) -> list[list[str]]:
         if names[0].endswith(".pth"):
             files.append(names)
             continue
-        parts = sorted(name for name in os.listdir(folder / names[0]) if _PART.fullmatch(name))
+        parts = sorted(name for name in names_in(folder / names[0]) if _PART.fullmatch(name))
         if not parts:
             raise CheckpointError(f"{shown}: the folder {names[0]} holds no consolidated-*.pth")
         files.append([f"{names[0]}/{part}" for part in parts])
     return files
 
 
-def assemble(files: Sequence[Found], params: Mapping[str, Any]) -> dict[str, SourceTensor]:
+def assemble(files: Sequence[Held], params: Mapping[str, Any]) -> dict[str, SourceTensor]:
     """Every tensor as one, in the order of the first file.
 
     Args:
@@ -89,7 +85,7 @@ def assemble(files: Sequence[Found], params: Mapping[str, Any]) -> dict[str, Sou
     return {name: _join(name, [file[name] for file in files], vocab) for name in files[0]}
 
 
-def check_parts(files: Sequence[Found], archives: Sequence[str], shards: Sequence[Shard]) -> None:
+def check_parts(files: Sequence[Held], archives: Sequence[str], shards: Sequence[Shard]) -> None:
     """Meta's F files are the parts of one checkpoint, each in its place, as far as that shows without reading weights.
 
     Args:
@@ -104,14 +100,14 @@ def check_parts(files: Sequence[Found], archives: Sequence[str], shards: Sequenc
         raise CheckpointError(f"{names[odd]}.pth was saved as {archives[odd]}.pth", hint="give the files their own names again")
 
     def begins(number: int, name: str, most: int) -> bytes:
-        shard, tensor = files[number][name]
-        with shards[shard].window(tensor.begin, tensor.begin + min(tensor.nbytes, most)) as data:
+        (piece,) = files[number][name].pieces
+        with shards[piece.shard].window(piece.begin, piece.begin + min(files[number][name].nbytes, most)) as data:
             return bytes(data)
 
-    cut = [name for name, (_, tensor) in files[0].items() if len(tensor.shape) > 1][:_SAMPLED]
+    cut = [name for name, tensor in files[0].items() if len(tensor.shape) > 1][:_SAMPLED]
     held = [tuple(begins(number, name, _SAMPLE) for name in cut) for number in range(len(files))]
     for number in range(1, len(files)):
-        for name, (_, tensor) in files[0].items():
+        for name, tensor in files[0].items():
             if len(tensor.shape) < 2 and begins(number, name, tensor.nbytes) != begins(0, name, tensor.nbytes):
                 told = f"{printable(name)} differs between {names[0]}.pth and {names[number]}.pth"
                 raise CheckpointError(told, hint="they are parts of different checkpoints, or one is damaged")
@@ -126,12 +122,11 @@ def output_rows(tensors: Mapping[str, SourceTensor]) -> int | None:
     return output.shape[0] if output is not None and output.shape else None
 
 
-def _vocabulary(files: Sequence[Found], params: Mapping[str, Any]) -> int:
+def _vocabulary(files: Sequence[Held], params: Mapping[str, Any]) -> int:
     stated = params.get("vocab_size", -1)
     if type(stated) is int and stated > 0:
         return stated
-    found = [file["output.weight"][1].shape for file in files if "output.weight" in file]
-    return sum(shape[0] for shape in found if shape)
+    return sum(file["output.weight"].rows for file in files if "output.weight" in file)
 
 
 def _axis(name: str, shapes: list[tuple[int, ...]], vocab: int) -> int | None:
@@ -147,11 +142,11 @@ def _axis(name: str, shapes: list[tuple[int, ...]], vocab: int) -> int | None:
     return 0
 
 
-def _join(name: str, held: list[tuple[int, TensorEntry]], vocab: int) -> SourceTensor:
-    first = held[0][1]
-    shapes = [tensor.shape for _, tensor in held]
+def _join(name: str, held: list[SourceTensor], vocab: int) -> SourceTensor:
+    first = held[0]
+    shapes = [tensor.shape for tensor in held]
     axis = _axis(name, shapes, vocab)
-    for number, (_, tensor) in enumerate(held):
+    for number, tensor in enumerate(held):
         shape = tensor.shape
         if axis is None:
             fits = shape == first.shape
@@ -163,8 +158,7 @@ def _join(name: str, held: list[tuple[int, TensorEntry]], vocab: int) -> SourceT
                 f" {first.dtype} {list(first.shape)} in consolidated.00"
             )
     if axis is None:
-        return tensor_at(name, first.dtype, first.shape, held[0][0], first.begin)
+        return first
     whole = list(first.shape)
     whole[axis] = sum(shape[axis] for shape in shapes)
-    pieces = tuple(Extent(shard, tensor.begin, *tensor.shape) for shard, tensor in held)
-    return SourceTensor(name, first.dtype, tuple(whole), pieces, axis)
+    return SourceTensor(name, first.dtype, tuple(whole), tuple(tensor.pieces[0] for tensor in held), axis)

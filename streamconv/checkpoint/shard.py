@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import xxhash
 
-from streamconv.checkpoint.header import read_header
+from streamconv.checkpoint.header import header_of
 from streamconv.checkpoint.header_parse import Header
 from streamconv.checkpoint.page_cache import cached_places, private_mapping
 from streamconv.checkpoint.untrusted import frees_descriptors, open_regular
@@ -156,7 +156,7 @@ class Shard:
             HeaderError: it breaks a rule of the format.
         """
         with self.descriptor() as fd:
-            return read_header(fd, self.path)
+            return header_of(fd, self.path)
 
     def header_hash(self) -> str:
         """SHA-256 (hex) of the header of a safetensors file with its length, which fixes where every tensor lies."""

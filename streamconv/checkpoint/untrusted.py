@@ -73,6 +73,14 @@ def _open(path: Path) -> int:
                 raise
 
 
+def names_in(folder: Path) -> list[str]:
+    """Names of the files in a folder."""
+    try:
+        return os.listdir(folder)
+    except OSError as error:
+        raise CheckpointError(f"cannot list {printable(str(folder))}: {error.strerror}") from None
+
+
 def read_file(path: Path, limit: int, error: type[StreamconvError] = CheckpointError) -> bytes:
     """The content of a regular file.
 

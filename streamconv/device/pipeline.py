@@ -57,6 +57,7 @@ class DevicePipeline:
 
     Attributes:
         halvings: how often the device was full and steps were halved.
+        step: source bytes computed at once.
         uploads: how many copies to the device were started, and of how many bytes.
         unfused: why the torch definitions run where fused kernels could ("": nobody need know), None if these do.
     """
@@ -70,7 +71,7 @@ class DevicePipeline:
             self.lanes.put(backend.stream())
         self._lock = threading.Lock()
         self._arenas: list[torch.Tensor] | None = []
-        self._step, self._good = sizes.chunk, 0
+        self.step, self._good = sizes.chunk, 0
         self.unfused = backend.unfused()
         backend.limit(sizes.room)
 
@@ -102,23 +103,18 @@ class DevicePipeline:
         """A worker's place, with `arena` bytes of pinned memory."""
         return WorkerBuffers(self, arena)
 
-    @property
-    def step(self) -> int:
-        """Source bytes computed at once."""
-        return self._step
-
     def halve(self, size: int) -> None:
         """A step of `size` source bytes was too much."""
         with self._lock:
             self.halvings += 1
-            self._step, self._good = min(self._step, max(_SMALL, size // 2)), 0
+            self.step, self._good = min(self.step, max(_SMALL, size // 2)), 0
         self.backend.relieve()
 
     def good(self) -> None:
         with self._lock:
             self._good += 1
-            if self._good >= _CALM and self._step < self.sizes.chunk:
-                self._step, self._good = min(self.sizes.chunk, 2 * self._step), 0
+            if self._good >= _CALM and self.step < self.sizes.chunk:
+                self.step, self._good = min(self.sizes.chunk, 2 * self.step), 0
 
     def sent(self, size: int) -> None:
         with self._lock:
