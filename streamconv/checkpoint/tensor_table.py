@@ -92,10 +92,6 @@ class TensorTable(Mapping[str, TensorRecord]):
         """What dtypes and shapes there are."""
         return list(self._numbers)
 
-    def kind(self, place: int) -> tuple[DType, tuple[int, ...]]:
-        """Dtype and shape of a tensor by its number."""
-        return self._kinds[self._kind[place]][:2]
-
     def told(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Names of dtypes, and shapes, of all tensors."""
         kinds = [(dtype.name, shape) for dtype, shape, _ in self._kinds]
