@@ -125,15 +125,14 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
 
 def _page(found: dict[str, Any]) -> Page:
     """For a browser."""
-    from streamconv.cli.watching import command_line
-    from streamconv.pages import host
-    from streamconv.pages.page import Page, Section, Table
+    from streamconv.cli.view import command_line
+    from streamconv.pages.page import Page, Section, Table, machine
 
     numbers = frozenset(range(1, len(_HEADER)))
     sections = [
         Section("Conversions", ". ".join([_told(found), *_beside(found)]) + ".", "", Table(_HEADER, _rows(found), numbers)),
         Section("Rates", "", "", Table(("what", "bytes a second"), _rates(found), frozenset({1}))),
         Section("Command", code=command_line()),
-        host.section(),
+        machine(),
     ]
     return Page(f"Benchmark of {found['model']}", _told(found), [], sections)

@@ -7,7 +7,7 @@ import os
 import sys
 
 from streamconv.arguments import check_words
-from streamconv.cli import ending, output, signals
+from streamconv.cli import ending, output
 from streamconv.cli.official_flags import OfficialRequest, parse
 from streamconv.errors import RefusedError, UsageError, printable
 from streamconv.targets.trtllm.options import TensorRTLLM
@@ -109,12 +109,13 @@ def _write_config(request: OfficialRequest, source: str | None) -> int:
 
 def _convert(request: OfficialRequest, source: str) -> int:
     from streamconv import api
-    from streamconv.cli import convert_view, view
+    from streamconv.cli import view
+    from streamconv.cli.conversion import show
     from streamconv.cli.flags import resources
 
     options, meter = _with_ranges(request, source), view.meter("auto", request.quiet)
     made = api.convert(source, request.output_dir, options, resources(vars(request)), force=request.force, meter=meter)
-    convert_view.show(made, False, request.quiet)
+    show(made, False, request.quiet)
     return 0
 
 
@@ -149,4 +150,4 @@ def _with_ranges(request: OfficialRequest, source: str) -> TensorRTLLM:
 
 def run() -> None:
     """The command: `main` for the arguments of this process."""
-    signals.run(main)
+    ending.run(main)

@@ -10,7 +10,7 @@ import click
 
 from streamconv import __version__
 from streamconv.arguments import check_words
-from streamconv.cli import ending, output, signals
+from streamconv.cli import ending, output
 
 VERBS = {
     "bench": ("bench", "Measure this machine: disks, kernels, conversions in cgroups."),
@@ -63,4 +63,4 @@ def main(argv: list[str] | None = None) -> int:
 
 def run() -> None:
     """The command: `main` for the arguments of this process."""
-    signals.run(main)
+    ending.run(main)

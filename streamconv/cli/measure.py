@@ -49,7 +49,7 @@ def calibrate(
 ) -> int:
     """Measure the activation ranges of MODEL on text, one layer at a time."""
     from streamconv.calibration.run import calibrate as run_calibration
-    from streamconv.cli.watching import command_line, watching
+    from streamconv.cli.view import command_line, watching
     from streamconv.memory import parse_size, show_size
 
     if not text:

@@ -7,6 +7,7 @@ encoding lacks.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -108,33 +109,27 @@ class _Unwritable(Exception):
     """Standard output took nothing. No OSError: those of a disk are somebody else's to explain."""
 
 
-class _Stdout(VisibleStream):
-    """Standard output, whose failures can be told from those of other files. A closed pipe stays BrokenPipeError."""
+class _Guarded(VisibleStream):
+    """A standard stream whose failures its guard takes: those of standard output end the command, those of standard error are lost."""
+
+    def __init__(self, stream: Any, guard: Callable[[], Any]) -> None:
+        super().__init__(stream)
+        self._guard = guard
 
     def write(self, text: Any) -> Any:
-        with _named():
-            return super().write(text)
+        written = len(text)
+        with self._guard():
+            written = super().write(text)
+        return written
 
     def flush(self) -> None:
-        with _named():
-            super().flush()
-
-
-class _Stderr(VisibleStream):
-    """Standard error: what it does not take is lost, and the work goes on."""
-
-    def write(self, text: Any) -> Any:
-        with contextlib.suppress(OSError):
-            return super().write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError):
+        with self._guard():
             super().flush()
 
 
 @contextlib.contextmanager
 def _named() -> Any:
+    """A closed pipe stays BrokenPipeError."""
     try:
         yield
     except BrokenPipeError:
@@ -154,8 +149,8 @@ def flush_or_fail(command: Callable[[], int]) -> int:
     """
     before = sys.stdout, sys.stderr
     # a stream that was closed from the start is None, and print() knows that
-    sys.stdout = cast(Any, before[0] and _Stdout(before[0]))
-    sys.stderr = cast(Any, before[1] and _Stderr(before[1]))
+    sys.stdout = cast(Any, before[0] and _Guarded(before[0], _named))
+    sys.stderr = cast(Any, before[1] and _Guarded(before[1], functools.partial(contextlib.suppress, OSError)))
     try:
         status = command()
         if sys.stdout is not None:

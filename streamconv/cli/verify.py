@@ -12,7 +12,7 @@ import click
 from streamconv.cli import effects, output
 from streamconv.cli.details import VERIFY
 from streamconv.cli.flags import WATCHING, options, resources
-from streamconv.cli.view import table
+from streamconv.cli.view import command_line, table, watching
 from streamconv.errors import shorten
 from streamconv.natural import natural
 
@@ -51,7 +51,6 @@ def verify(
     quiet: bool,
 ) -> int:
     """Check a converted folder: structure, every tensor against config.json, hashes and, with --source, every byte against MODEL."""
-    from streamconv.cli.watching import command_line, watching
     from streamconv.launchers import part_of
     from streamconv.verification.check import verify as check
 

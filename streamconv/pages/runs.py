@@ -11,8 +11,8 @@ from streamconv.checkpoint.dtypes import DTYPES
 from streamconv.memory import show_size
 from streamconv.memory_trace import Sample
 from streamconv.natural import natural
-from streamconv.pages import host, tensors, timeline
-from streamconv.pages.page import Page, Section, Table
+from streamconv.pages import tensors, timeline
+from streamconv.pages.page import Page, Section, Table, machine
 from streamconv.planning.memory_plan import processors
 from streamconv.verification.verdict import Verdict
 
@@ -209,4 +209,4 @@ def _settings(command: str, recipe: str) -> list[Section]:
     made = [Section("Command", code=command)]
     if recipe:
         made.append(Section("Recipe", "The same conversion from a file: streamconv convert --config FILE.", code=recipe))
-    return [*made, host.section()]
+    return [*made, machine()]

@@ -195,10 +195,10 @@ class World:
 _HELD = """
 import itertools, signal, sys, threading
 from streamconv.run import output_folder, pool, recorder
-from streamconv.cli import main, signals
+from streamconv.cli import ending, main
 for number, means in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
     signal.signal(number, means)  # whoever runs the tests may ignore them: a shell's background job does
-signals.GRACE = pool._PATIENCE = 250  # on a busy machine, too
+ending.GRACE = pool._PATIENCE = 250  # on a busy machine, too
 push, fail, count, stopped = output_folder.OutputFolder.write, pool.Pool.fail, itertools.count(1), threading.Event()
 def held(self, *args):
     push(self, *args)

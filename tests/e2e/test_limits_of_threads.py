@@ -64,10 +64,10 @@ def test_what_is_no_lack_is_raised(error: Exception) -> None:
 def test_a_signal_without_a_thread_for_its_watchdog(tmp_path: Path) -> None:
     code = (
         "import os, signal, threading\n"
-        "from streamconv.cli import signals\n"
+        "from streamconv.cli import ending\n"
         "def start(self): raise RuntimeError(\"can't start new thread\")\n"
         "threading.Thread.start = start\n"
-        "signals.run(lambda: os.kill(os.getpid(), signal.SIGTERM) or 0)\n"
+        "ending.run(lambda: os.kill(os.getpid(), signal.SIGTERM) or 0)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (143, "error: stopped by SIGTERM\n")
@@ -77,12 +77,12 @@ def test_an_interruption_that_something_swallows_is_the_status_all_the_same(tmp_
     code = (
         "import os, signal\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored, where the tests run in the background
-        "from streamconv.cli import signals\n"
+        "from streamconv.cli import ending\n"
         "def command():\n"
         "    try: os.kill(os.getpid(), signal.SIGINT)\n"
         "    except BaseException: pass\n"
         "    return 7\n"
-        "signals.run(command)\n"
+        "ending.run(command)\n"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 130
 

@@ -32,7 +32,7 @@ ALLOWED = {
     ("hub/push.py", "TALKS"): {"stderr"},  # whether somebody watches
     ("hub/repo.py", "TALKS"): {"stderr"},  # whether somebody watches
     ("cli/output.py", "TALKS"): {"print", "stdout", "stderr"},
-    ("cli/signals.py", "TALKS"): {"stdout", "stderr"},  # flushed at the end
+    ("cli/ending.py", "TALKS"): {"stdout", "stderr"},  # flushed at the end
     ("calibration/child.py", "TALKS"): {"stdin", "stdout", "stderr"},  # pipes of parent and child
     ("progress.py", "TALKS"): {"stderr"},  # a program asked for it
     ("streams.py", "TALKS"): set(),
