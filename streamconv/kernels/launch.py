@@ -54,7 +54,7 @@ _HALF_ULP = {"BF16": (2.0**-9, 2.0**-134), "F16": (2.0**-12, 2.0**-25), "F32": (
 
 @cache
 def weight_only_errors(source: DType, dtype: DType, bits: int, family: str) -> ErrorKernel:
-    """Holds what `weight_only_kernel` stores against its source."""
+    """Holds what a weight-only kernel stores against its source."""
 
     def run(flat: Any, start: int, stride: int, rows: int, cols: int, parts: Sequence[Any]) -> Errors:
         from streamconv.checkpoint.stored_codes import as_float

@@ -103,7 +103,7 @@ def test_a_codec_that_is_broken_is_found(model: Path, tmp_path: Path, monkeypatc
     """One code of one row, in a kernel; without the check the run ends well."""
     from streamconv.quants import weight_only
 
-    real = weight_only.weight_only_kernel
+    real = weight_only.fused
 
     def broken(*of: Any) -> Any:
         kernel = real(*of)
@@ -115,7 +115,7 @@ def test_a_codec_that_is_broken_is_found(model: Path, tmp_path: Path, monkeypatc
 
         return run
 
-    monkeypatch.setattr(weight_only, "weight_only_kernel", broken)
+    monkeypatch.setattr(weight_only, "fused", broken)
     api.convert(model, tmp_path / "believed", INT8)
     with pytest.raises(VerifyError, match=r"transformer\.layers\.0\.\S+: decoded values are up to .* allows"):
         api.convert(model, tmp_path / "out", INT8, INLINE)
