@@ -5,6 +5,7 @@ Number spelling is kept (an integer stays an integer), because it reaches config
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -76,53 +77,26 @@ _SWITCHES = ("bias", "attention_bias", "mlp_bias", "tie_word_embeddings", "use_l
 _NEVER_NULL = {"attention_multiplier": (0.0, 1e30), "logits_scaling": (1e-30, 1e30)}
 
 
+_MISTRAL = {"num_key_value_heads": 8, "max_position_embeddings": 131072}
+_GEMMA = {"max_position_embeddings": 8192, "tie_word_embeddings": True, "head_dim": 256}
 # class defaults of transformers that files may rely on; dimensions are never guessed
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "": {"rms_norm_eps": 1e-06, "rope_theta": 10000.0, "hidden_act": "silu", "max_position_embeddings": 2048},
-    "MistralForCausalLM": {"num_key_value_heads": 8, "max_position_embeddings": 131072},
-    "MixtralForCausalLM": {
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131072,
-        "rms_norm_eps": 1e-05,
-        "rope_theta": 1000000.0,
-        "num_local_experts": 8,
-        "num_experts_per_tok": 2,
-    },
+    "MistralForCausalLM": _MISTRAL,
+    "MixtralForCausalLM": _MISTRAL | {"rms_norm_eps": 1e-05, "rope_theta": 1000000.0, "num_local_experts": 8, "num_experts_per_tok": 2},
     "Qwen2ForCausalLM": {"num_key_value_heads": 32, "max_position_embeddings": 32768},
     "Qwen3ForCausalLM": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "head_dim": 128},
     "Qwen3MoeForCausalLM": {"num_key_value_heads": 4, "max_position_embeddings": 32768},
     "Phi3ForCausalLM": {"max_position_embeddings": 4096, "rms_norm_eps": 1e-05},
-    "GemmaForCausalLM": {
-        "num_key_value_heads": 16,
-        "max_position_embeddings": 8192,
-        "tie_word_embeddings": True,
-        "head_dim": 256,
-        "hidden_act": "gelu_pytorch_tanh",
-    },
-    "Gemma2ForCausalLM": {
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 8192,
-        "tie_word_embeddings": True,
-        "head_dim": 256,
-        "hidden_act": None,
-    },
+    "GemmaForCausalLM": _GEMMA | {"num_key_value_heads": 16, "hidden_act": "gelu_pytorch_tanh"},
+    "Gemma2ForCausalLM": _GEMMA | {"num_key_value_heads": 4, "hidden_act": None},
     "ExaoneForCausalLM": {"rms_norm_eps": 1e-05},
 }
 
 
-# for a config.json that states none, or contradicts its architecture
-MODEL_TYPES = {
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "mistral",
-    "MixtralForCausalLM": "mixtral",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-    "Qwen3MoeForCausalLM": "qwen3_moe",
-    "Phi3ForCausalLM": "phi3",
-    "GemmaForCausalLM": "gemma",
-    "Gemma2ForCausalLM": "gemma2",
-    "GraniteForCausalLM": "granite",
-}
+_NAMED = ("Llama", "Mistral", "Mixtral", "Qwen2", "Qwen3", "Qwen3Moe", "Phi3", "Gemma", "Gemma2", "Granite")
+# for a config.json that states none, or contradicts its architecture: qwen3_moe of Qwen3MoeForCausalLM
+MODEL_TYPES = {f"{name}ForCausalLM": re.sub(r"(?<=\w)(?=[A-Z])", "_", name).lower() for name in _NAMED}
 
 
 def is_tied(config: Mapping[str, Any]) -> bool:
