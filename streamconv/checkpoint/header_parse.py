@@ -36,6 +36,7 @@ _ENTRY = re.compile(
     .replace(b"WS", _WS)
     .replace(b"INT", _INT)
 )
+_NAME = re.compile(rb'WS"([^"\\\x00-\x1f]*)"WS:WS'.replace(b"WS", _WS))
 _SEPARATOR = re.compile(rb"WS([,}])".replace(b"WS", _WS))
 _BLANK = re.compile(rb"[ \t\n\r]*")
 _LISTED = re.compile(
@@ -120,12 +121,16 @@ class HeaderParser:
         if not more:
             pos += 1
         while more:
-            start = self.blank(pos)
-            name, pos = self.string(start, MAX_NAME)
-            if text.find(b"\\", start, pos) >= 0:
-                self.escaped += 1
-                self.within(self.escaped, MAX_ESCAPED, "names with escapes")
-            pos = self.blank(self.expect(b":", self.blank(pos)))
+            plain = _NAME.match(text, pos)
+            if plain and len(plain[1]) <= MAX_NAME and plain[1].isascii():
+                name, pos = plain[1].decode(), plain.end()
+            else:
+                start = self.blank(pos)
+                name, pos = self.string(start, MAX_NAME)
+                if text.find(b"\\", start, pos) >= 0:
+                    self.escaped += 1
+                    self.within(self.escaped, MAX_ESCAPED, "names with escapes")
+                pos = self.blank(self.expect(b":", self.blank(pos)))
             if name == METADATA:
                 if metadata is not None:
                     self.fail("duplicate key __metadata__", pos)
@@ -138,10 +143,10 @@ class HeaderParser:
             if name in tensors:
                 self.fail(f"duplicate tensor {printable(name)}")
             tensors[name] = self.entry(name, *entry.groups())
-            self.within(len(tensors), MAX_TENSORS, "tensors")
             more, pos = self.separator(entry.end())
             if more and len(tensors) == 1 and (rest := self.listed(tensors[name], pos - 1)):
                 columns, pos, more = *rest, False
+        self.within(len(tensors), MAX_TENSORS, "tensors")
         if self.blank(pos) != base:
             self.fail("characters after the header's closing '}'", pos)
         return Header(*(columns or self.tiled(tensors)), metadata or {}, base)
