@@ -100,9 +100,7 @@ def check_request(index: Index, options: TensorRTLLM) -> None:
         hint = "leave out --text" if stated.brings_scales else "measure on the unquantized model, and convert that"
         told = f"--text: {stated.stated_in}: quantized already ({stated.title}); nothing is measured on such a model"
         raise RefusedError([told], hint=hint)
-    problems = refusals(model, family, _settled(options, family), _kv_heads(model, options), resolve_moe(options))
-    if problems:
-        raise RefusedError(problems)
+    _refuse(refusals(model, family, _settled(options, family), _kv_heads(model, options), resolve_moe(options)))
 
 
 def make_plan(index: Index, options: TensorRTLLM) -> Plan:
@@ -123,9 +121,7 @@ def make_plan(index: Index, options: TensorRTLLM) -> Plan:
     check_options(options)
     moe = resolve_moe(options)
     kv = _kv_heads(model, options)
-    problems = refusals(model, family, options, kv, moe)
-    if problems:
-        raise RefusedError(problems)
+    _refuse(refusals(model, family, options, kv, moe))
     given = stated is not None and stated.brings_scales
     if given and options.activation_ranges is not None and options.kv_cache is None:
         raise UsageError("--activation-ranges: the source is FP8 and brings its scales along", hint="leave it out")
@@ -147,24 +143,15 @@ def make_plan(index: Index, options: TensorRTLLM) -> Plan:
         bits = 8 if options.quant == "int8_gptq" else 4
         stored = import_scales.assemble(tensors, stated, bits, index.shards)
     kept = origin is not None and bool(stored.scales)
-    codes = _codes(options)
+    codes = _codes(options, index)
     if codes is not None:
-        if codes.folded:
-            told = "--codes: their pre-scales are folded into the layers before, for a Hugging Face directory"
-            raise UsageError(told, hint="--text FILE finds those of a TensorRT-LLM checkpoint")
-        codes.check_model(index)
         import_scales.take_codes(stored, family, codes)
-    problems = [*stored.problems, *import_rules.group_problems(options, stored)]
-    if problems:
-        raise RefusedError(problems)
+    _refuse([*stored.problems, *import_rules.group_problems(options, stored)])
     if isinstance(base, Awq) and not stored.scales:
         base = Awq(None)  # a source of floats
     roles = TensorLookup(family, stored.tensors, base.packings)
-    bound = origin.bound if origin is not None else None
-    quant = import_rules.quant_for(base, options, family, stated, stored, roles, bound)
-    problems = list(import_rules.given_problems(options, quant))
-    if problems:
-        raise RefusedError(problems)
+    quant = import_rules.quant_for(base, options, family, stated, stored, roles, origin.bound if origin is not None else None)
+    _refuse(list(import_rules.given_problems(options, quant)))
     has_head = roles.has("lm_head")
     missing = not has_head or (options.use_embedding_sharing and remarks.same_bytes(index, roles))
     shared = embedding_is_shared(model, options, lm_head_missing=missing, qwen=family.config_class == "qwen")
@@ -173,9 +160,10 @@ def make_plan(index: Index, options: TensorRTLLM) -> Plan:
     builder = Draft(tensors)
     for number in range(options.tp_size * options.pp_size):
         builder.file(f"rank{number}.safetensors")
-    layout = _layout_class(options)(
-        model, family, options, dtype, mapping, roles, quant, builder, kv, shared, tied, ranges, stored.kv, factors
-    )
+    layout_class = RankLayout
+    if options.quant == "smoothquant":
+        from streamconv.targets.trtllm.smooth_layout import SmoothLayout as layout_class
+    layout = layout_class(model, family, options, dtype, mapping, roles, quant, builder, kv, shared, tied, ranges, stored.kv, factors)
     layout.describe()
     layout.refused += _without_scales(index, stored, roles)
     roles.ignore(import_scales.zero_biases(stored, roles.unused(), index.shards))
@@ -190,16 +178,15 @@ def make_plan(index: Index, options: TensorRTLLM) -> Plan:
             scales.add_unit_prescales(builder, roles.tensors, dtype)
         if options.quant == "fp8" and not given and ranges is not None:
             scales.add_calibrated(builder, ranges, roles.tensors)
-    if options.rope_tables and family.rope_tables and options.kv_cache != "int8" and options.quant != "smoothquant":
+    calibrated = options.kv_cache == "int8" or options.quant == "smoothquant"
+    if options.rope_tables and family.rope_tables and not calibrated:
         from streamconv.targets.trtllm import rope
 
         rope.add_tables(builder, model, options)
     if codes is not None:
         layout.decisions["codes"] = codes.losses().line()
     roles.reject_unused()
-    if layout.refused:
-        raise RefusedError(layout.refused)
-    calibrated = options.kv_cache == "int8" or options.quant == "smoothquant"
+    _refuse(layout.refused)
     config = build_config(
         model,
         options,
@@ -241,12 +228,9 @@ def make_plan(index: Index, options: TensorRTLLM) -> Plan:
     )
 
 
-def _layout_class(options: TensorRTLLM) -> type[RankLayout]:
-    if options.quant != "smoothquant":
-        return RankLayout
-    from streamconv.targets.trtllm.smooth_layout import SmoothLayout
-
-    return SmoothLayout
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        raise RefusedError(problems)
 
 
 def _ranges(options: TensorRTLLM, known: bool) -> Ranges | None:
@@ -268,13 +252,23 @@ def _ranges(options: TensorRTLLM, known: bool) -> Ranges | None:
     return Ranges(options.activation_ranges)
 
 
-def _codes(options: TensorRTLLM) -> Codes | None:
-    """The file of codes that --method needs."""
+def _codes(options: TensorRTLLM, index: Index) -> Codes | None:
+    """The file of codes that --method needs, of this model.
+
+    Raises:
+        UsageError: it is not one of this target.
+    """
     if options.method is None and options.codes is None:
         return None
     from streamconv.checkpoint.codes_file import codes_of
 
-    return codes_of(options.method, options.codes)
+    codes = codes_of(options.method, options.codes)
+    if codes is not None and codes.folded:
+        told = "--codes: their pre-scales are folded into the layers before, for a Hugging Face directory"
+        raise UsageError(told, hint="--text FILE finds those of a TensorRT-LLM checkpoint")
+    if codes is not None:
+        codes.check_model(index)
+    return codes
 
 
 def _kv_heads(model: ModelConfig, options: TensorRTLLM) -> int:
