@@ -6,11 +6,11 @@ What is alike in all of NVIDIA's conversions is taken for alike here (`tests/uni
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 
-from streamconv.checkpoint.header_parse import Header, TensorEntry
+from streamconv.checkpoint.header_parse import TensorEntry
 from streamconv.checkpoint.shard import Shard
 from streamconv.errors import printable
 
@@ -22,6 +22,14 @@ _SMALL_CUT = ("qkv.bias", "smoother")
 _EMBEDDING = "vocab_embedding.weight"
 _WHOLE, _SAMPLE, _MOST = 1 << 20, 4096, 64 << 20
 """Bytes up to which a tensor is read whole when a checkpoint is opened, of a sample of a larger one, and of one held against a manifest."""
+
+
+class RankFile(NamedTuple):
+    """A rank file and what it holds."""
+
+    shard: Shard
+    tensors: Mapping[str, TensorEntry]
+
 
 Digest = Callable[[str, str], str]
 """(file, tensor) -> hash of it; empty if it tells nothing."""
@@ -80,24 +88,24 @@ def _copies(files: Mapping[str, Sequence[str]], digest: Digest) -> Iterator[list
         yield from groups if told and cut else ()
 
 
-def sampled(shards: Mapping[str, Shard], headers: Mapping[str, Header]) -> Digest:
+def sampled(ranks: Mapping[str, RankFile]) -> Digest:
     """Hashes of small tensors, and of three samples of large ones. Of weights that are one number nothing is told."""
 
     def digest(file: str, tensor: str) -> str:
-        entry = headers[file].tensors[tensor]
+        shard, entry = ranks[file].shard, ranks[file].tensors[tensor]
         size = entry.end - entry.begin
         if size <= _WHOLE and not tensor.endswith(_CUT):
-            return hash_of(shards[file], entry)
+            return hash_of(shard, entry)
         starts = sorted({entry.begin, entry.begin + max(0, size - _SAMPLE) // 2, max(entry.begin, entry.end - _SAMPLE)})
-        read = b"".join(_read(shards[file], at, min(at + _SAMPLE, entry.end)) for at in starts)
+        read = b"".join(_read(shard, at, min(at + _SAMPLE, entry.end)) for at in starts)
         return xxhash.xxh3_128(read).hexdigest() if read[8:] != read[:-8] else ""
 
     return digest
 
 
-def small_tensors(config: Mapping[str, Any], header: Header) -> list[TensorEntry]:
+def small_tensors(config: Mapping[str, Any], rank: RankFile) -> list[TensorEntry]:
     """The smallest tensor of a rank that all hold alike, and the smallest that is its own: their hashes tell which rank it is."""
-    entries = header.tensors.values()
+    entries = rank.tensors.values()
     alike = [entry for entry in entries if is_alike(config, entry.name)]
     cut = [entry for entry in entries if entry.name.endswith((*_CUT, *_SMALL_CUT)) and entry.end - entry.begin <= _MOST]
     return [min(each, key=lambda entry: entry.end - entry.begin) for each in (alike, cut) if each]

@@ -15,7 +15,6 @@ from typing import Any
 import xxhash
 
 from streamconv.checkpoint.dtypes import MODEL_DTYPES
-from streamconv.checkpoint.header_parse import Header
 from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.limits import MAX_CONFIG
 from streamconv.checkpoint.model_config import from_hf, is_tied
@@ -42,6 +41,7 @@ from streamconv.targets.trtllm.lookup import MODULES
 from streamconv.targets.trtllm.options import TensorRTLLM
 from streamconv.targets.trtllm.parallel import ParallelMapping, stage_layers
 from streamconv.targets.trtllm.rank_layout import RankLayout
+from streamconv.targets.trtllm.rank_peers import RankFile
 from streamconv.targets.trtllm.rank_views import Imagined, views_of
 from streamconv.targets.trtllm.recipes import quant_of
 from streamconv.targets.trtllm.recipes.fp8 import Fp8GivenQuant, Fp8Quant
@@ -64,17 +64,14 @@ def open_ranks(folder: Path) -> Index:
     """
     config = read_json(folder / _CONFIG, MAX_CONFIG)
     try:
-        count = expected.rank_count(config)
-        shards = tuple(Shard(folder / f"rank{number}.safetensors") for number in range(count))
-        headers = [shard.header() for shard in shards]
-        shapes = [{entry.name: (entry.dtype.name, entry.shape) for entry in header.tensors.values()} for header in headers]
-        held = {shard.path.name: found for shard, found in zip(shards, shapes, strict=True)}
-        problems, _ = expected.check(config, held)
+        ranks = [_rank(folder / f"rank{number}.safetensors") for number in range(expected.rank_count(config))]
+        shapes = {rank.shard.path.name: {key: (at.dtype.name, at.shape) for key, at in rank.tensors.items()} for rank in ranks}
+        problems, _ = expected.check(config, shapes)
         if problems:
             raise TensorError([f"{printable(str(folder))}: {problem}" for problem in problems])
         told = _manifest(folder)
-        _check_peers(folder, config, shards, headers, told is not None)
-        choices = _options(told, config, headers[0])
+        _check_peers(folder, config, ranks, told is not None)
+        choices = _options(told, config, ranks[0])
     except VerifyError as error:
         raise CheckpointError(f"{printable(str(folder))}: {error.message}") from None
     if choices[0].quant not in _READ:
@@ -82,13 +79,18 @@ def open_ranks(folder: Path) -> Index:
         why = "smoothing has changed weights and the norms before them, and is not taken back"
         raise RefusedError([f"{told_by}: the weights of this format are not read back: {why}"], hint="start from the original model")
     source = None if told is None else told.source_config
-    readers = [_Reader(folder, config, shards, headers, options, source) for options in choices]
+    readers = [_Reader(folder, config, ranks, options, source) for options in choices]
     if len(readers) == 1:
         return readers[0].index()
     if isinstance(quant_of(choices[0].quant), Gptq):
         why = f"{printable(str(folder))}: nothing says for which GPU generation its group-wise integers are laid out"
         raise RefusedError([why], hint="streamconv.json does, of a checkpoint that streamconv made")
     return max(readers, key=_Reader.likeness).index(guessed=True)
+
+
+def _rank(path: Path) -> RankFile:
+    shard = Shard(path)
+    return RankFile(shard, shard.header().tensors)
 
 
 def _manifest(folder: Path) -> manifest.Manifest | None:
@@ -101,35 +103,34 @@ def _manifest(folder: Path) -> manifest.Manifest | None:
     return told if same and told.target == TensorRTLLM.key else None
 
 
-def _check_peers(folder: Path, config: Mapping[str, Any], shards: Sequence[Shard], headers: Sequence[Header], recorded: bool) -> None:
+def _check_peers(folder: Path, config: Mapping[str, Any], ranks: Sequence[RankFile], recorded: bool) -> None:
     """The rank files are of one conversion, and each is in its place as far as a few tensors and a manifest tell.
 
     Raises:
         TensorError: one is of another model or conversion, or a copy of another.
     """
-    by_name = {shard.path.name: (shard, header) for shard, header in zip(shards, headers, strict=True)}
-    held = {name: tuple(header.tensors) for name, (_, header) in by_name.items()}
-    sampled = rank_peers.sampled({name: shard for name, (shard, _) in by_name.items()}, {name: h for name, (_, h) in by_name.items()})
-    problems = [f"{printable(str(folder))}: {problem}" for problem in rank_peers.problems(config, held, sampled)]
-    if recorded and not problems:
-        small = {name: rank_peers.small_tensors(config, header) for name, (_, header) in by_name.items()}
-        for name, entries in small.items():
-            told = set(manifest.recorded(folder / manifest.NAME, name))
-            wrong = [entry.name for entry in entries if (entry.name, rank_peers.hash_of(by_name[name][0], entry)) not in told]
-            if wrong:
-                why = f"{printable(wrong[0])} holds other bytes than {manifest.NAME} tells"
-                problems.append(f"{printable(str(folder))}: {name} is not the file that was written there: {why}")
+    by_name = {rank.shard.path.name: rank for rank in ranks}
+    tensors = {name: tuple(rank.tensors) for name, rank in by_name.items()}
+    problems = list(rank_peers.problems(config, tensors, rank_peers.sampled(by_name)))
+    for name, rank in by_name.items() if recorded and not problems else ():
+        told = set(manifest.recorded(folder / manifest.NAME, name))
+        small = rank_peers.small_tensors(config, rank)
+        wrong = [entry.name for entry in small if (entry.name, rank_peers.hash_of(rank.shard, entry)) not in told]
+        if wrong:
+            why = f"{printable(wrong[0])} holds other bytes than {manifest.NAME} tells"
+            problems.append(f"{name} is not the file that was written there: {why}")
+    problems = [f"{printable(str(folder))}: {problem}" for problem in problems]
     if problems:
         raise TensorError(problems, hint="put the rank files of one conversion there, each under its own name")
 
 
-def _options(told: manifest.Manifest | None, config: Mapping[str, Any], header: Header) -> list[TensorRTLLM]:
+def _options(told: manifest.Manifest | None, config: Mapping[str, Any], rank: RankFile) -> list[TensorRTLLM]:
     """The options that a checkpoint was made with; several where nothing says for which generation its integers are laid out."""
     with contextlib.suppress(UsageError):  # the options of another version of streamconv
         made = None if told is None else target_from_json(told.target, told.asked)
         if isinstance(made, TensorRTLLM):
             return [made]
-    choices = options_of(config, header.tensors)
+    choices = options_of(config, rank.tensors)
     return [choice for choice in choices if choice.target_version == choices[0].target_version]
 
 
@@ -144,12 +145,12 @@ class _Reader:
         self,
         folder: Path,
         config: Mapping[str, Any],
-        shards: tuple[Shard, ...],
-        headers: Sequence[Header],
+        ranks: Sequence[RankFile],
         options: TensorRTLLM,
         source: Mapping[str, Any] | None,
     ) -> None:
-        self._folder, self._shards, self._headers, self._options = folder, shards, headers, options
+        self._folder, self._ranks, self._options = folder, ranks, options
+        self._shards = tuple(rank.shard for rank in ranks)
         self._config, self._recorded = model_config(config, source), source is not None
         self._model = from_hf(self._config)
         self._family = family_of(self._model.architecture)
@@ -164,7 +165,7 @@ class _Reader:
         Args:
             guessed: the GPU generation is.
         """
-        views = views_of(*self._layout(), self._headers, self._shards)
+        views = views_of(*self._layout(), self._ranks)
         self._leave_tied_head(views)
         tensors = TensorTable()
         for name, view in views.items():
@@ -181,7 +182,7 @@ class _Reader:
         A scale is the largest of a channel's weights, so that every channel has an integer at the end of their range, and most are
         small. Of group-wise integers neither is so.
         """
-        views = views_of(*self._layout(), self._headers, self._shards)
+        views = views_of(*self._layout(), self._ranks)
         view = next(view for view in views.values() if isinstance(view, LaidOut))
         count = min(view.rows, 64)
         out, scratch = np.empty(count * view.cols, np.uint8), np.empty(count * view.scratch_row_bytes, np.uint8)
@@ -200,7 +201,7 @@ class _Reader:
         """Layer -> factor of its KV cache."""
         factors = dict[int, bytes]()
         for layer, file, prefix in self._layers() if self._options.kv_cache is not None else ():
-            entry = self._headers[file].tensors[f"{prefix}attention.kv_cache_scaling_factor"]
+            entry = self._ranks[file].tensors[f"{prefix}attention.kv_cache_scaling_factor"]
             with self._shards[file].window(entry.begin, entry.end) as data:
                 factors[layer] = bytes(data)
         return factors
@@ -214,7 +215,7 @@ class _Reader:
         for shard in self._shards:
             draft.file(shard.path.name)
         kv = model.num_key_value_heads // (2 if options.remove_duplicated_kv_heads else 1)
-        shared = "lm_head.weight" not in self._headers[-1].tensors
+        shared = "lm_head.weight" not in self._ranks[-1].tensors
         quant = quant_of(options.quant)
         if isinstance(quant, Fp8Quant):
             quant = Fp8GivenQuant(self._in_fp8())
@@ -230,13 +231,13 @@ class _Reader:
         found = dict[tuple[int, str], Scales]()
         for layer, file, prefix in self._layers():
             for module in MODULES:
-                entry = self._headers[file].tensors.get(f"{prefix}{module}.weight")
+                entry = self._ranks[file].tensors.get(f"{prefix}{module}.weight")
                 if entry is not None and entry.dtype.itemsize == 1:
                     found[layer, module] = ((module, 1.0),)  # scales are read beside the matrix
         return found
 
     def _begin(self, file: int, tensor: str) -> int:
-        entry = self._headers[file].tensors.get(tensor)
+        entry = self._ranks[file].tensors.get(tensor)
         if entry is None:
             name = printable(str(self._shards[file].path))
             raise TensorError(f"{name}: missing tensor {tensor}", hint="streamconv verify says what else is wrong")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from streamconv.checkpoint.derived_rows import less_one
 from streamconv.checkpoint.dtypes import F8_E4M3, F32, I8, MODEL_DTYPES, DType
-from streamconv.checkpoint.header_parse import Header, TensorEntry
+from streamconv.checkpoint.header_parse import TensorEntry
 from streamconv.checkpoint.rows import Extent, PackedTensor, SourceTensor
 from streamconv.checkpoint.shard import Shard
 from streamconv.errors import RefusedError, TensorError, printable
@@ -26,6 +26,7 @@ from streamconv.quants.plain import Plain
 from streamconv.quants.weight_only import WeightOnly
 from streamconv.targets.trtllm.import_scales import is_scale
 from streamconv.targets.trtllm.lookup import SCALE, ZERO, TensorLookup
+from streamconv.targets.trtllm.rank_peers import RankFile
 
 
 class Block(NamedTuple):
@@ -44,45 +45,8 @@ class Block(NamedTuple):
     twice: int
 
 
-Held = Sequence[tuple[Block, Matrix]]
-"""The blocks that make up a weight, each with its matrix."""
-
-
-def _entries(held: Held, stored: str, headers: Sequence[Header]) -> Iterator[tuple[Block, int, TensorEntry]]:
-    """(block, file, tensor of that last name beside its matrix)."""
-    for block, matrix in held:
-        entry = headers[matrix.file].tensors.get(f"{matrix.name}.{stored}")
-        if entry is None:
-            raise TensorError(f"rank{matrix.file}.safetensors: {matrix.name}.{stored} is missing, which its codes need")
-        yield block, matrix.file, entry
-
-
-def group_scales(name: str, stored: str, held: Held, axis: int, headers: Sequence[Header], by_channel: bool = False) -> SourceTensor:
-    """Scales or zeros [groups, N]: a rank has all groups of its channels, or its groups of all channels.
-
-    Args:
-        stored: last part of their name there.
-        by_channel: they are [N, groups].
-    """
-    pieces, kind = list[Extent](), F32
-    for block, file, entry in _entries(held, stored, headers):
-        (count, width), kind, channels = entry.shape, entry.dtype, block.stop - block.start
-        at = (
-            entry.begin + block.row * (width if by_channel else 1) * kind.itemsize,
-            *((channels, width) if by_channel else (count, channels)),
-        )
-        pieces.append(Extent(file, *at, stride=0 if by_channel else width * kind.itemsize))
-    axis = axis if by_channel else 1 - axis
-    rows = pieces[0].rows if axis else sum(piece.rows for piece in pieces)
-    cols = sum(piece.cols for piece in pieces) if axis else pieces[0].cols
-    return SourceTensor(name, kind, (rows, cols), tuple(pieces), axis)
-
-
-def by_input(name: str, held: Held, axis: int, headers: Sequence[Header]) -> SourceTensor:
-    """What each input is multiplied by before it meets the weights, [K]."""
-    found = list(_entries(held if axis else held[:1], "prequant_scaling_factor", headers))
-    pieces = tuple(Extent(file, entry.begin, entry.shape[-1], 1) for _, file, entry in found)
-    return SourceTensor(name, found[0][2].dtype, (sum(piece.rows for piece in pieces),), pieces)
+_INPUT_SCALE, _PRE_SCALE = ".input_scale", ".pre_quant_scale"
+"""As ModelOpt's Hugging Face directories call them, after the name of a module."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,33 +64,6 @@ class Steps(SourceTensor):
         for rows, number in self.steps:
             to[max(first - start, 0) : max(first + rows - start, 0)] = number
             first += rows
-
-
-def scalar(name: str, stored: str, held: Held, axis: int, headers: Sequence[Header], shards: Sequence[Shard]) -> SourceTensor:
-    """The scale of a whole weight [1]; of rows [N, 1] where it is made of matrices with scales of their own.
-
-    Raises:
-        TensorError: it is no scale. RefusedError: ranks have other scales for the same rows.
-    """
-    found = list[tuple[Block, float]]()
-    pieces = list[Extent]()
-    for block, file, entry in _entries(held, stored, headers):
-        with shards[file].window(entry.begin, entry.begin + 4) as data:
-            value = float(struct.unpack("<f", bytes(data))[0])
-        if not is_scale(value):
-            raise TensorError(f"rank{file}.safetensors: {printable(entry.name)} is {value:g}, no scale")
-        found.append((block, value))
-        pieces.append(Extent(file, entry.begin, 1, 1))
-    if len({value for _, value in found}) == 1:
-        return SourceTensor(name, F32, (1,), (pieces[0],))
-    if axis:
-        raise RefusedError([f"{printable(name)}: the ranks have scales of their own for parts of the same rows, which is not read back"])
-    steps = tuple((block.stop - block.start, value) for block, value in found)
-    return Steps(name, F32, (sum(rows for rows, _ in steps), 1), tuple(pieces), 0, steps)
-
-
-_INPUT_SCALE, _PRE_SCALE = ".input_scale", ".pre_quant_scale"
-"""As ModelOpt's Hugging Face directories call them, after the name of a module."""
 
 
 @dataclass(slots=True)
@@ -150,9 +87,123 @@ class Imagined(TensorLookup):
         return self.asked.setdefault(name, SourceTensor(name, self.dtype, shape, (Extent(0, 0, rows, cols),)))
 
 
-def views_of(
-    roles: Imagined, matrices: MatrixTable, spans: SpanTable, headers: Sequence[Header], shards: Sequence[Shard]
-) -> dict[str, SourceTensor]:
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """A tensor in the rank files.
+
+    Attributes:
+        blocks: what makes it up, one above the other (axis 0) or side by side (axis 1), each with its matrix.
+    """
+
+    tensor: SourceTensor
+    axis: int
+    blocks: Sequence[tuple[Block, Matrix]]
+    ranks: Sequence[RankFile]
+
+    def views(self) -> dict[str, SourceTensor]:
+        """The tensor, and what belongs to it where it is stored as codes, see `views_of`."""
+        name, codec, inputs = self.tensor.name, self.blocks[0][1].codec, self.tensor.name.removesuffix(".weight")
+        if isinstance(codec, Plain):
+            plain = self._weight(codec.dtype)
+            found = {name: less_one(plain) if codec.add_one else plain}
+            if codec.dtype == F8_E4M3:
+                found[name + SCALE] = self._scalar(name + SCALE, "weights_scaling_factor")
+                found[inputs + _INPUT_SCALE] = self._scalar(inputs + _INPUT_SCALE, "activation_scaling_factor")
+            return found
+        if isinstance(codec, PairedWeight):
+            return self._paired()
+        if isinstance(codec, PackedWeight):
+            groups = {name + SCALE: "weights_scaling_factor", name + ZERO: "zero"}
+            scales = {scale: self._groups(scale, stored) for scale, stored in groups.items()}
+            return {name: laid_out(self._weight(codec.dtype), codec.layout), **scales}
+        if not isinstance(codec, WeightOnly | Fp8Rowwise):
+            raise RefusedError([f"{printable(name)} is stored as {codec.name}, which is not read back"])
+        rows, cuts = self.tensor.rows, len(self.blocks) if self.axis else 1
+        kind = codec.dtype if isinstance(codec, WeightOnly) else codec.scale
+        weight = laid_out(self._weight(codec.dtype), codec.layout) if isinstance(codec, WeightOnly) else self._weight(F8_E4M3)
+        return {name: weight, name + SCALE: SourceTensor(name + SCALE, kind, (rows, cuts), self._pieces(1), self.axis)}
+
+    def _weight(self, dtype: DType) -> SourceTensor:
+        return SourceTensor(self.tensor.name, dtype, self.tensor.shape, self._pieces(0), self.axis)
+
+    def _pieces(self, part: int) -> tuple[Extent, ...]:
+        """Where the rows of the blocks lie; a head that is stored once stands there twice.
+
+        Args:
+            part: 0 for the weight, 1 for its scales, one for each row.
+        """
+        found = list[Extent]()
+        for block, matrix in self.blocks:
+            place, cols, size = matrix.places[part], 1 if part else block.right - block.left, block.twice
+            begin, file = place.offset + block.row * place.record_bytes, matrix.file
+            if not size:
+                found.append(Extent(file, begin, block.stop - block.start, cols))
+                continue
+            heads = range((block.stop - block.start) // (2 * size))
+            found += [Extent(file, begin + head * size * place.record_bytes, size, cols) for head in heads for _ in range(2)]
+        return tuple(found)
+
+    def _entries(self, stored: str) -> Iterator[tuple[Block, int, TensorEntry]]:
+        """(block, file, tensor of that last name beside its matrix)."""
+        for block, matrix in self.blocks:
+            file, name = matrix.file, f"{matrix.name}.{stored}"
+            if name not in self.ranks[file].tensors:
+                raise TensorError(f"rank{file}.safetensors: {name} is missing, which its codes need")
+            yield block, file, self.ranks[file].tensors[name]
+
+    def _groups(self, name: str, stored: str, by_channel: bool = False) -> SourceTensor:
+        """Scales or zeros [groups, N], or [N, groups]: a rank has all groups of its channels, or its groups of all channels."""
+        pieces, kind = list[Extent](), F32
+        for block, file, entry in self._entries(stored):
+            (count, width), kind, channels = entry.shape, entry.dtype, block.stop - block.start
+            if by_channel:
+                pieces.append(Extent(file, entry.begin + block.row * width * kind.itemsize, channels, width))
+            else:
+                pieces.append(Extent(file, entry.begin + block.row * kind.itemsize, count, channels, width * kind.itemsize))
+        axis = self.axis if by_channel else 1 - self.axis
+        rows = pieces[0].rows if axis else sum(piece.rows for piece in pieces)
+        cols = sum(piece.cols for piece in pieces) if axis else pieces[0].cols
+        return SourceTensor(name, kind, (rows, cols), tuple(pieces), axis)
+
+    def _paired(self) -> dict[str, SourceTensor]:
+        """W4A16_AWQ as ModelOpt exports it; what it lays out for a GPU is refused."""
+        for _, _, entry in self._entries("weight"):
+            if entry.dtype != I8:
+                raise RefusedError([f"{entry.name} is {entry.dtype}: W4A16_AWQ that is laid out for a GPU already is not read back"])
+        name, first = self.tensor.name, self.blocks[0][1]
+        module, pairs = name.removesuffix(".weight"), tuple(piece._replace(rows=piece.rows // 2) for piece in self._pieces(0))
+        codes = PackedTensor(name, I8, self.tensor.shape, pairs, self.axis, packing="modelopt", module=module)
+        views = {name: codes, name + SCALE: self._groups(name + SCALE, "weights_scaling_factor", by_channel=True)}
+        if f"{first.name}.prequant_scaling_factor" in self.ranks[first.file].tensors:  # of each input [K]
+            found = list(self._entries("prequant_scaling_factor"))[: None if self.axis else 1]
+            pieces = tuple(Extent(file, entry.begin, entry.shape[-1], 1) for _, file, entry in found)
+            shape = (sum(piece.rows for piece in pieces),)
+            views[module + _PRE_SCALE] = SourceTensor(module + _PRE_SCALE, found[0][2].dtype, shape, pieces)
+        return views
+
+    def _scalar(self, name: str, stored: str) -> SourceTensor:
+        """The scale of a whole weight [1]; of rows [N, 1] where it is made of matrices with scales of their own.
+
+        Raises:
+            TensorError: it is no scale. RefusedError: ranks have other scales for the same rows.
+        """
+        steps, pieces = list[tuple[int, float]](), list[Extent]()
+        for block, file, entry in self._entries(stored):
+            with self.ranks[file].shard.window(entry.begin, entry.begin + 4) as data:
+                value = float(struct.unpack("<f", bytes(data))[0])
+            if not is_scale(value):
+                raise TensorError(f"rank{file}.safetensors: {printable(entry.name)} is {value:g}, no scale")
+            steps.append((block.stop - block.start, value))
+            pieces.append(Extent(file, entry.begin, 1, 1))
+        if len({value for _, value in steps}) == 1:
+            return SourceTensor(name, F32, (1,), (pieces[0],))
+        if self.axis:
+            told = "the ranks have scales of their own for parts of the same rows, which is not read back"
+            raise RefusedError([f"{printable(name)}: {told}"])
+        return Steps(name, F32, (sum(rows for rows, _ in steps), 1), tuple(pieces), 0, tuple(steps))
+
+
+def views_of(roles: Imagined, matrices: MatrixTable, spans: SpanTable, ranks: Sequence[RankFile]) -> dict[str, SourceTensor]:
     """The tensors that a layout asked for, at their places in the rank files.
 
     A weight that is stored as codes is a tensor of codes, and one of scales [N, 1], or [N, ranks] where each rank has measured its own
@@ -161,64 +212,19 @@ def views_of(
 
     Args:
         matrices, spans: what the layout made of them.
-        headers, shards: of the rank files.
 
     Raises:
         RefusedError: codes that are not read back.
     """
     blocks: dict[str, list[Block]] = {name: [] for name in roles.asked}
     for span in spans:
-        for dest in span.dests:
-            left, right = dest.cols[0]
-            twice = span.op.block // 2 if span.op.kind == "dedup" else 0
-            blocks[span.source.name].append(Block(span.start, span.stop, left, right, dest.matrix, dest.row, twice))
+        twice = span.op.block // 2 if span.op.kind == "dedup" else 0
+        blocks[span.source.name] += [Block(span.start, span.stop, *dest.cols[0], dest.matrix, dest.row, twice) for dest in span.dests]
     found: dict[str, SourceTensor] = {}
     for name, tensor in roles.asked.items():
         axis = int(any(block.right - block.left < tensor.cols for block in blocks[name]))
-        held = [(block, matrices[block.matrix]) for block in _once(tensor, blocks[name], axis)]
-        codec, pieces = held[0][1].codec, _pieces(held, 0)
-        if isinstance(codec, Plain):
-            plain = SourceTensor(name, codec.dtype, tensor.shape, pieces, axis)
-            found[name] = less_one(plain) if codec.add_one else plain
-            if codec.dtype == F8_E4M3:
-                for scale, stored in ((name + SCALE, "weights"), (name.removesuffix(".weight") + _INPUT_SCALE, "activation")):
-                    found[scale] = scalar(scale, f"{stored}_scaling_factor", held, axis, headers, shards)
-            continue
-        if isinstance(codec, PairedWeight):
-            found |= _paired(SourceTensor(name, I8, tensor.shape, pieces, axis), held, headers)
-            continue
-        if isinstance(codec, PackedWeight):
-            found[name] = laid_out(SourceTensor(name, codec.dtype, tensor.shape, pieces, axis), codec.layout)
-            for suffix, stored in ((SCALE, "weights_scaling_factor"), (ZERO, "zero")):
-                found[name + suffix] = group_scales(name + suffix, stored, held, axis, headers)
-            continue
-        if isinstance(codec, WeightOnly):
-            found[name] = laid_out(SourceTensor(name, codec.dtype, tensor.shape, pieces, axis), codec.layout)
-            kind = codec.dtype
-        elif isinstance(codec, Fp8Rowwise):
-            found[name] = SourceTensor(name, F8_E4M3, tensor.shape, pieces, axis)
-            kind = codec.scale
-        else:
-            raise RefusedError([f"{printable(name)} is stored as {codec.name}, which is not read back"])
-        cuts = len(held) if axis else 1
-        found[name + SCALE] = SourceTensor(name + SCALE, kind, (tensor.rows, cuts), _pieces(held, 1), axis)
-    return found
-
-
-def _paired(weight: SourceTensor, held: Held, headers: Sequence[Header]) -> dict[str, SourceTensor]:
-    """W4A16_AWQ as ModelOpt exports it; what it lays out for a GPU is refused."""
-    for _, matrix in held:
-        stored = headers[matrix.file].tensors[f"{matrix.name}.weight"].dtype
-        if stored != I8:
-            raise RefusedError([f"{matrix.name}.weight is {stored}: W4A16_AWQ that is laid out for a GPU already is not read back"])
-    name, first = weight.name, held[0][1]
-    pairs = tuple(piece._replace(rows=piece.rows // 2) for piece in weight.pieces)
-    codes = PackedTensor(name, I8, weight.shape, pairs, weight.axis, packing="modelopt", module=name.removesuffix(".weight"))
-    scales = group_scales(name + SCALE, "weights_scaling_factor", held, weight.axis, headers, by_channel=True)
-    found: dict[str, SourceTensor] = {name: codes, name + SCALE: scales}
-    if f"{first.name}.prequant_scaling_factor" in headers[first.file].tensors:
-        inputs = name.removesuffix(".weight") + _PRE_SCALE
-        found[inputs] = by_input(inputs, held, weight.axis, headers)
+        stored = [(block, matrices[block.matrix]) for block in _once(tensor, blocks[name], axis)]
+        found |= _Stored(tensor, axis, stored, ranks).views()
     return found
 
 
@@ -233,21 +239,3 @@ def _once(tensor: SourceTensor, blocks: Sequence[Block], axis: int) -> list[Bloc
     if at != (tensor.cols if axis else tensor.rows):
         raise AssertionError(f"{tensor.name}: the ranks hold {at} of it")
     return taken
-
-
-def _pieces(held: Sequence[tuple[Block, Matrix]], part: int) -> tuple[Extent, ...]:
-    """Where the rows of blocks lie; a head that is stored once stands there twice.
-
-    Args:
-        part: 0 for the weight, 1 for its scales, one for each row.
-    """
-    found = list[Extent]()
-    for block, matrix in held:
-        place, cols, size = matrix.places[part], 1 if part else block.right - block.left, block.twice
-        begin = place.offset + block.row * place.record_bytes
-        if not size:
-            found.append(Extent(matrix.file, begin, block.stop - block.start, cols))
-            continue
-        heads = range((block.stop - block.start) // (2 * size))
-        found += [Extent(matrix.file, begin + head * size * place.record_bytes, size, cols) for head in heads for _ in range(2)]
-    return tuple(found)
