@@ -39,10 +39,8 @@ def language_model(config: dict[str, Any], known: Collection[str]) -> tuple[dict
     Raises:
         CheckpointError: a multimodal model of a kind that is not converted; names the language model inside.
     """
-    names = config.get("architectures")
-    outer = names[0] if isinstance(names, list) and names else None
-    key = next((key for key in _KEYS if isinstance(config.get(key), dict)), None)
-    if not isinstance(outer, str) or key is None or (outer in known and "hidden_size" in config):
+    outer, key = _stated(config), next((key for key in _KEYS if isinstance(config.get(key), dict)), None)
+    if outer is None or key is None or (outer in known and "hidden_size" in config):
         return config, []
     inner = dict(config[key])
     model_type = str(inner.get("model_type") or _WRAPPERS.get(outer, ""))
@@ -61,25 +59,27 @@ def language_model(config: dict[str, Any], known: Collection[str]) -> tuple[dict
     return inner, [f"of {outer} the language model is converted, {architecture}"]
 
 
+def _stated(config: Mapping[str, Any]) -> str | None:
+    """`architectures[0]`."""
+    names = config.get("architectures")
+    return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
+
+
 def _architecture(inner: Mapping[str, Any], model_type: str, known: Collection[str]) -> str | None:
-    named = inner.get("architectures")
-    if isinstance(named, list) and named and named[0] in known:
-        return str(named[0])
+    named = _stated(inner)
+    if named in known:
+        return named
     return next((architecture for architecture, kind in MODEL_TYPES.items() if kind == model_type and architecture in known), None)
 
 
 def _refused(outer: str, architecture: str | None, model_type: str) -> CheckpointError:
     what = f"{printable(model_type)} language model" if model_type else "language model"
     known = ", ".join(_WRAPPERS)
+    told = f"config.json: {printable(outer)} is a multimodal model around a {what}"
     if architecture is None:
-        return CheckpointError(
-            f"config.json: {printable(outer)} is a multimodal model around a {what}, of which nothing is known here",
-            hint=f"the language models inside {known} are converted",
-        )
-    return CheckpointError(
-        f"config.json: {printable(outer)} is a multimodal model around a {what} ({architecture}); it is not converted as a whole",
-        hint=f"save the language model alone as {architecture}, and convert that (it is taken out of {known})",
-    )
+        return CheckpointError(f"{told}, of which nothing is known here", hint=f"the language models inside {known} are converted")
+    hint = f"save the language model alone as {architecture}, and convert that (it is taken out of {known})"
+    return CheckpointError(f"{told} ({architecture}); it is not converted as a whole", hint=hint)
 
 
 _MARKERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
@@ -112,9 +112,7 @@ def settle(index: Index) -> Index:
         return index
     config, notes = language_model(index.config, {a for family in all_families() for a in family.architectures})
     wrapped = config is not index.config
-    names = config.get("architectures")
-    named = names[0] if isinstance(names, list) and names else None
-    family = next((family for family in all_families() if named in family.architectures), None)
+    family = next((family for family in all_families() if _stated(config) in family.architectures), None)
     if family is None:
         return index
     lora = unmerged(index.tensors)
@@ -133,10 +131,10 @@ def settle(index: Index) -> Index:
     if wrapped and outer and config.get("tie_word_embeddings") is False and "lm_head.weight" not in tensors:
         config = config | {"tie_word_embeddings": True}
         notes.append("there is no lm_head.weight: it is the embedding, as the config of the whole model says (tie_word_embeddings)")
-    alias = _tied(config, family, tensors)
-    if alias is not None:
-        tensors, told = alias
-        more = [*more, told]
+    head = _tied_head(config, family, tensors)
+    if head is not None:
+        tensors = _renamed(tensors, {name: family.tensors["embedding"][0] if name == head else name for name in tensors})
+        more = [*more, f"{head} is the embedding, to which config.json ties it (tie_word_embeddings)"]
     unlisted = frozenset(new.get(name, name) for name in index.unlisted)
     return dataclasses.replace(index, config=config, tensors=tensors, unlisted=unlisted, notes=(*index.notes, *notes, *more))
 
@@ -157,13 +155,9 @@ def _inside(names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     common = next((prefix for prefix in _OUTSIDE if all(name.startswith(prefix) for name in names)), "")
     if common:
         notes.append(f"all tensor names begin with {common}, which is left out")
-    moved = {}
-    for name in names:
-        bare = name.removeprefix(common)
-        for prefix, own in _INSIDE:
-            if bare.startswith(prefix):
-                moved[name] = own + bare.removeprefix(prefix)
-                break
+    bare = {name: name.removeprefix(common) for name in names}
+    inside = {name: next((pair for pair in _INSIDE if bare[name].startswith(pair[0])), None) for name in names}
+    moved = {name: pair[1] + bare[name].removeprefix(pair[0]) for name, pair in inside.items() if pair is not None}
     if len(moved) < len(names):
         notes.append(f"{len(names) - len(moved)} tensors outside of the language model are left out")
     return moved, notes
@@ -175,10 +169,8 @@ def _behind(names: Sequence[str], family: Family) -> tuple[dict[str, str] | None
     if any(pattern in held for role in ("embedding", "final_norm") for pattern in family.tensors.get(role, ())):
         return None, []
     heads = {pattern.split("{")[0] for patterns in family.tensors.values() for pattern in patterns}
-    found = Counter(prefix for name in names if (prefix := _before(name, heads)))
-    if found:
-        own = ""
-    else:  # the inner model alone: no "model." before the layers
+    own, found = "", Counter(prefix for name in names if (prefix := _before(name, heads)))
+    if not found:  # the inner model alone: no "model." before the layers
         own = "model."
         inner = {head.removeprefix(own) for head in heads if head.startswith(own)}
         found = Counter(prefix for name in names if (prefix := _before(name, inner)) is not None)
@@ -210,11 +202,8 @@ def _before(name: str, heads: Collection[str]) -> str | None:
     return None
 
 
-def _tied(config: Mapping[str, object], family: Family, tensors: TensorTable) -> tuple[TensorTable, str] | None:
-    """A tied model that stores its one matrix as lm_head: it is the embedding. None for any other."""
-    embedding = family.tensors.get("embedding", ("",))
-    heads = [name for name in family.tensors.get("lm_head", ()) if name in tensors]
-    if not heads or not is_tied(config) or any(name in tensors for name in embedding):
+def _tied_head(config: Mapping[str, object], family: Family, tensors: TensorTable) -> str | None:
+    """The lm_head of a tied model that stores its one matrix under this name; None for any other."""
+    if not is_tied(config) or any(name in tensors for name in family.tensors["embedding"]):
         return None
-    made = _renamed(tensors, {name: embedding[0] if name == heads[0] else name for name in tensors})
-    return made, f"{heads[0]} is the embedding, to which config.json ties it (tie_word_embeddings)"
+    return next((name for name in family.tensors.get("lm_head", ()) if name in tensors), None)
