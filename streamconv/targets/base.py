@@ -23,6 +23,16 @@ if TYPE_CHECKING:
 _T = TypeVar("_T", bound="Target")
 FILE = "FILE"
 """What stands in `--help` for the path of a file that is read."""
+_RANGES = "activation_ranges"
+_BESIDE = {
+    "codes": (
+        "int4",
+        "the INT4 codes {} are not there, and they cannot be made again from the source alone",
+        "put the file beside the output; without --source the output is checked by its hashes",
+    ),
+    _RANGES: ("ranges", "the activation ranges {} are not there", "say where they are: --activation-ranges FILE"),
+}
+"""Option -> what a file beside an output is called after it, and what is said where it is missing."""
 _LONGEST = 4096
 """Letters of a text, and entries of a list."""
 
@@ -129,8 +139,20 @@ class Target(ABC):
         """
         return None
 
-    def with_files(self, folder: Path, source: Path, ranges: str | None) -> Target:
-        """The options with the files beside the source that decided an output, where they are now.
+    def needs_ranges(self) -> str | None:
+        """The flag that cannot do without activation ranges, None if there is none."""
+        return None
+
+    def uses_ranges(self) -> bool:
+        """Whether ranges change the output."""
+        return self.needs_ranges() is not None
+
+    def brings_ranges(self, source: Path) -> bool:
+        """Whether a source holds what ranges would tell."""
+        return False
+
+    def with_files(self: _T, folder: Path, source: Path, ranges: str | None) -> _T:
+        """The options with the files beside the source that decided an output, where they are now: there, or moved with the output.
 
         Args:
             folder: the output. ranges: the activation ranges file that the user names.
@@ -138,7 +160,20 @@ class Target(ABC):
         Raises:
             UsageError: one is not there, or `ranges` had no effect.
         """
-        return self
+        if ranges is not None:
+            if not self.uses_ranges():
+                raise UsageError("--activation-ranges: this checkpoint was made without any")
+            return dataclasses.replace(self, **{_RANGES: ranges})
+        parent, name, files = folder.absolute().parent, folder.absolute().name, dict[str, Any](self._files())
+        for key, path in files.items():
+            kind, told, hint = _BESIDE[key]
+            places = (path, parent / Path(path).name, parent / f"{name}.{kind}.safetensors")
+            files[key] = next((str(place) for place in places if os.path.isfile(place)), None)
+            if files[key] is None:
+                raise UsageError(told.format(printable(path)), hint=hint)
+        if _RANGES not in files and self.needs_ranges() and not self.brings_ranges(source):
+            raise UsageError("--source: this checkpoint was made with activation ranges", hint="name their file: --activation-ranges FILE")
+        return dataclasses.replace(self, **files)
 
     def to(self, out: str | os.PathLike[str]) -> Output:
         """This target as an output of `convert`."""

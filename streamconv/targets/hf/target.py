@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from streamconv.checkpoint.dtypes import BY_TORCH_NAME, MODEL_DTYPES, DType
@@ -72,28 +71,18 @@ class HuggingFace(Target):
     kv_cache: str | None = option(None, "type of the KV cache whose scales are stored", choices=("fp8",), typed=str)
     max_shard_size: int | None = option(None, "split the output anew, not as the source is", size=True, typed=int, least=1 << 20)
 
-    def with_files(self, folder: Path, source: Path, ranges: str | None) -> HuggingFace:
-        from streamconv.targets.files_beside import files_beside
-
-        return dataclasses.replace(self, **files_beside(self, folder, ranges))
-
     @property
     def headline(self) -> str:
         container = f" in the container of {self.format}" if self.format else ""
         return f"Hugging Face directory, {self.quant}{container}, arithmetic {self.arithmetic}"
 
     def needs_ranges(self) -> str | None:
-        """The flag that cannot do without activation ranges, None if there is none."""
         from streamconv.targets.hf.recipes import RECIPES
 
         if self.kv_cache is not None:
             return f"--kv-cache {self.kv_cache}"
         calibrated = any(recipe.quant == self.quant and recipe.input_scale is not None for recipe in RECIPES)
         return f"--quant {self.quant}" if calibrated else None
-
-    def uses_ranges(self) -> bool:
-        """Whether ranges change the output."""
-        return self.needs_ranges() is not None
 
     def without_effect(self, given: Collection[str], source: Callable[[], Index]) -> Iterator[str]:
         from streamconv.targets.hf.effects import without_effect

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -109,23 +109,19 @@ class TensorRTLLM(Target):
 
         return open_ranks(folder)
 
-    def with_files(self, folder: Path, source: Path, ranges: str | None) -> TensorRTLLM:
-        from streamconv.targets.files_beside import files_beside
+    def brings_ranges(self, source: Path) -> bool:
         from streamconv.targets.trtllm.import_rules import brings_scales
 
-        brought = self.quant == "fp8" and ranges is None and self.activation_ranges is None and brings_scales(source)
-        return replace(self, **files_beside(self, folder, ranges, brought))
+        return self.quant == "fp8" and brings_scales(source)
 
     @property
     def headline(self) -> str:
         return f"TensorRT-LLM {self.target_version}, tp {self.tp_size} x pp {self.pp_size}"
 
     def needs_ranges(self) -> str | None:
-        """The flag that cannot do without activation ranges, None if there is none."""
         if self.quant in ("smoothquant", "fp8"):
             return f"--quant {self.quant}"
         return "--kv-cache int8" if self.kv_cache == "int8" else None
 
     def uses_ranges(self) -> bool:
-        """Whether ranges change the output: the FP8 KV cache can do without (its factors are then 1)."""
-        return self.needs_ranges() is not None or self.kv_cache == "fp8"
+        return self.needs_ranges() is not None or self.kv_cache == "fp8"  # which can do without: its factors are then 1
