@@ -163,7 +163,7 @@ class Target(ABC):
         if ranges is not None:
             if not self.uses_ranges():
                 raise UsageError("--activation-ranges: this checkpoint was made without any")
-            return dataclasses.replace(self, **{_RANGES: ranges})
+            return dataclasses.replace(self, **dict[str, Any]({_RANGES: ranges}))
         parent, name, files = folder.absolute().parent, folder.absolute().name, dict[str, Any](self._files())
         for key, path in files.items():
             kind, told, hint = _BESIDE[key]
