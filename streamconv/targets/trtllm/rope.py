@@ -18,6 +18,7 @@ from streamconv.checkpoint.untrusted import shown_value
 from streamconv.errors import CheckpointError
 from streamconv.lazy import Bytes, np
 from streamconv.planning.draft import Draft
+from streamconv.planning.matrix_table import Named
 from streamconv.quants.plain import Plain
 from streamconv.targets.trtllm.options import TensorRTLLM
 
@@ -77,17 +78,6 @@ def _frequencies(base: float, dim: int, scaling: dict[str, Any]) -> np.ndarray[A
     return np.asarray(out, dtype=np.float64).astype(np.float32)
 
 
-@dataclass(frozen=True, slots=True)
-class _Shaped(Plain):
-    """A table stored under its own name and shape."""
-
-    def parts(self, rows: int, cols: int, experts: int = 0) -> Any:
-        (part,) = Plain.parts(self, rows, cols, experts)
-        shapes = {"embed_positions": (1, rows, cols), "rotary_inv_freq": (rows,)}
-        shape = shapes.get(self.suffix, (1, rows * cols))
-        return (type(part)("", part.dtype, shape, part.record_bytes),)
-
-
 def add_tables(builder: Draft, model: ModelConfig, options: TensorRTLLM) -> None:
     """Add the tables to every rank file.
 
@@ -104,16 +94,12 @@ def add_tables(builder: Draft, model: ModelConfig, options: TensorRTLLM) -> None
     dim = int(model.head_size * share)
     scaling = tuple((model.rope_scaling or {}).items())
     base = float(model.rope_theta)
-    kinds = (
-        ("embed_positions", "positions", (length, dim)),
-        ("rotary_inv_freq", "frequencies", (dim // 2, 1)),
-        ("embed_positions_for_gpt_attention", "pairs", (length, dim)),
+    tables = (
+        ("embed_positions", "positions", (length, dim), (1, length, dim)),
+        ("rotary_inv_freq", "frequencies", (dim // 2, 1), (dim // 2,)),
+        ("embed_positions_for_gpt_attention", "pairs", (length, dim), (1, length * dim)),
     )
-    tables = [RopeTable(name, F32, shape, (), kind=kind, base=base, scaling=scaling) for name, kind, shape in kinds]
-    made = []
     for file in range(options.tp_size * options.pp_size):
-        for table in tables:
-            codec = _Shaped(F32, suffix=table.name)
-            made.append((builder.matrix(file, table.name, table.rows, table.cols, codec), table))
-    for matrix, table in made:
-        builder.feed(matrix, table, 0, table.rows)
+        for name, kind, (rows, cols), shape in tables:
+            matrix = builder.matrix(file, name, rows, cols, Plain(F32), spelling=Named(shape))
+            builder.feed(matrix, RopeTable(name, F32, (rows, cols), (), kind=kind, base=base, scaling=scaling), 0, rows)
