@@ -17,6 +17,7 @@ from streamconv.arguments import as_declared, path_of
 from streamconv.errors import UsageError, printable
 
 if TYPE_CHECKING:
+    from streamconv.checkpoint.activation_ranges import Ranges
     from streamconv.checkpoint.index import Index
     from streamconv.planning.plan import Plan
 
@@ -85,6 +86,7 @@ class Target(ABC):
         key: what the user calls it: `--to KEY`.
         summary: a line of `streamconv list targets`.
         raw_names: plan from the names that the source has, not from those of its language model alone.
+        ranges_unused: what is said of activation ranges that no option needs, after the flag.
         given: names of the options that were passed; the others hold their defaults.
         allow_nonfinite: quantize weights that hold NaN or infinity instead of stopping.
     """
@@ -92,6 +94,7 @@ class Target(ABC):
     key: ClassVar[str]
     summary: ClassVar[str]
     raw_names: ClassVar[bool] = False
+    ranges_unused: ClassVar[str] = ": nothing that is asked for needs them"
 
     given: ClassVar[frozenset[str]] = frozenset()
 
@@ -146,6 +149,24 @@ class Target(ABC):
     def uses_ranges(self) -> bool:
         """Whether ranges change the output."""
         return self.needs_ranges() is not None
+
+    def ranges(self, known: bool = False) -> Ranges | None:
+        """The file of activation ranges, where something needs it.
+
+        Args:
+            known: the source brings along what they would tell.
+
+        Raises:
+            UsageError: they are needed and not given, or the other way round, or no file.
+        """
+        from streamconv.checkpoint.activation_ranges import HINT, Ranges
+
+        path, needing = getattr(self, _RANGES), self.needs_ranges()
+        if path is not None and not self.uses_ranges():
+            raise UsageError(f"--activation-ranges{self.ranges_unused}", hint="leave it out")
+        if path is None and needing is not None and not known:
+            raise UsageError(f"{needing} needs activation ranges", hint=HINT)
+        return None if path is None or known else Ranges(path)
 
     def brings_ranges(self, source: Path) -> bool:
         """Whether a source holds what ranges would tell."""

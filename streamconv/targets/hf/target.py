@@ -13,7 +13,6 @@ from streamconv.options import METHODS
 from streamconv.targets.base import FILE, Target, option
 
 if TYPE_CHECKING:
-    from streamconv.checkpoint.activation_ranges import Ranges
     from streamconv.checkpoint.codes_file import Codes
     from streamconv.checkpoint.index import Index
     from streamconv.planning.plan import Plan
@@ -89,18 +88,6 @@ class HuggingFace(Target):
 
         return without_effect(self.quant, None if self.quant == KEEP else self._recipe(), given)
 
-    def _ranges(self) -> Ranges | None:
-        from streamconv.checkpoint.activation_ranges import HINT, Ranges
-
-        flag = self.needs_ranges()
-        if self.activation_ranges is None:
-            if flag is not None:
-                raise UsageError(f"{flag} needs activation ranges", hint=HINT)
-            return None
-        if flag is None:
-            raise UsageError("--activation-ranges: nothing that is asked for needs them", hint="leave it out")
-        return Ranges(self.activation_ranges)
-
     def plan(self, index: Index) -> Plan:
         from streamconv.checkpoint.index import source_files
         from streamconv.checkpoint.source_tensors import SourceTensors
@@ -124,7 +111,7 @@ class HuggingFace(Target):
         odd = check_complete(index, units)
         draft, settled, dtype = Draft(SourceTensors(index)), self, self.model_dtype(index)
         codes: Codes | None = None
-        ranges = self._ranges()
+        ranges = self.ranges()
         if self.quant == KEEP:
             if self.kv_cache is not None:
                 raise UsageError("--kv-cache: --quant keep adds no scales")

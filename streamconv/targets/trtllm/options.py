@@ -20,6 +20,7 @@ class TensorRTLLM(Target):
     """Options of a TensorRT-LLM checkpoint; every field decides bytes."""
 
     key: ClassVar[str] = "trtllm"
+    ranges_unused: ClassVar[str] = " is for --quant smoothquant and fp8 and for --kv-cache int8 and fp8 only"
     summary: ClassVar[str] = "a TensorRT-LLM checkpoint: config.json and one rank file for each GPU (trtllm-build)"
 
     tp_size: int = option(1, "tensor parallel size", least=1, official="--tp_size --world_size")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from streamconv.checkpoint.activation_ranges import HINT, Ranges
 from streamconv.checkpoint.dtypes import MODEL_DTYPES
 from streamconv.checkpoint.index import Index, source_files
 from streamconv.checkpoint.limits import MAX_TENSORS
@@ -126,7 +125,7 @@ def make_plan(index: Index, options: TensorRTLLM) -> Plan:
     if given and options.activation_ranges is not None and options.kv_cache is None:
         raise UsageError("--activation-ranges: the source is FP8 and brings its scales along", hint="leave it out")
     factors = origin.cache_factors if origin is not None else {}
-    ranges = _ranges(dataclasses.replace(options, quant="none") if given else options, bool(factors))
+    ranges = (dataclasses.replace(options, quant="none") if given else options).ranges(known=bool(factors))
     dtype = MODEL_DTYPES[resolve_dtype(options.dtype, model.dtype)]
     mapping = ParallelMapping(options.tp_size, options.pp_size, *moe)
     tensors = SourceTensors(index)
@@ -231,25 +230,6 @@ def make_plan(index: Index, options: TensorRTLLM) -> Plan:
 def _refuse(problems: list[str]) -> None:
     if problems:
         raise RefusedError(problems)
-
-
-def _ranges(options: TensorRTLLM, known: bool) -> Ranges | None:
-    """The activation ranges, where a format needs them.
-
-    Args:
-        known: the source brings the factors of the KV cache along.
-
-    Raises:
-        UsageError: they are needed and not given, or the other way round, or no file.
-    """
-    flag, given = options.needs_ranges(), options.activation_ranges is not None
-    if given and not options.uses_ranges():
-        raise UsageError("--activation-ranges is for --quant smoothquant and fp8 and for --kv-cache int8 and fp8 only")
-    if flag is not None and not given and not known:
-        raise UsageError(f"{flag} needs activation ranges", hint=HINT)
-    if options.activation_ranges is None or known:
-        return None
-    return Ranges(options.activation_ranges)
 
 
 def _codes(options: TensorRTLLM, index: Index) -> Codes | None:
