@@ -83,20 +83,15 @@ def _resources(names: Collection[str], values: dict[str, Any], model: str) -> It
         yield "--hub-keep has no effect with a local model"
     if "no_source_check" in names and os.path.isdir(model) and not os.path.lexists(os.path.join(model, "streamconv.json")):
         yield f"--no-source-check has no effect: {printable(model)} holds no streamconv.json"
-    asked = [name for name in _DEVICE if name in names]
-    if asked and (why := _no_device(str(values["device"]))):
-        yield from (f"{flag(name)} has no effect {why}" for name in asked)
+    if asked := [name for name in _DEVICE if name in names]:
+        from streamconv import device
+
+        devices = device.parse(str(values["device"]))
+        why = "with --device cpu" if devices == ("cpu",) else ""
+        if devices == ("auto",) and not device.visible():
+            why = "on a machine without a GPU"
+        yield from (f"{flag(name)} has no effect {why}" for name in asked if why)
     if not (values.get("parts") or values.get("part")):
         yield from (f"{flag(name)} has no effect without --parts or --part" for name in ("wait", "private_parts") if name in names)
     if "read" in names and str(values["device"]).startswith("cuda"):
         yield f"--read has no effect with --device {values['device']}"
-
-
-def _no_device(asked: str) -> str | None:
-    """Why nothing will run on a GPU, None if something may."""
-    from streamconv import device
-
-    names = device.parse(asked)
-    if names == ("cpu",):
-        return "with --device cpu"
-    return "on a machine without a GPU" if names == ("auto",) and not device.visible() else None

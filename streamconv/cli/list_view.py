@@ -22,16 +22,10 @@ def families() -> tuple[tuple[str, ...], Rows]:
     """(header, rows) of the model families."""
     from streamconv.families import all_families
 
-    rows: Rows = [
-        (
-            family.name,
-            ", ".join(family.architectures) or "params.json (Meta)",
-            family.handles,
-            ", ".join(family.versions),
-            _EVIDENCE[family.evidence],
-        )
-        for family in all_families()
-    ]
+    rows: Rows = []
+    for family in all_families():
+        what = (family.name, ", ".join(family.architectures) or "params.json (Meta)", family.handles)
+        rows.append((*what, ", ".join(family.versions), _EVIDENCE[family.evidence]))
     return ("family", "architectures", "handled", "TensorRT-LLM", "evidence"), rows
 
 
@@ -40,21 +34,10 @@ def quants() -> tuple[tuple[str, ...], Rows]:
     from streamconv.targets.trtllm.recipes import all_quants
 
     rows: Rows = []
-    for quant in all_quants().values():
-        info = quant.info
+    for info in (quant.info for quant in all_quants().values()):
         gpus = f"SM {info.least_sm} and later" if info.least_sm else "laid out for --target-sm" if info.sm_dependent else "any"
-        rows.append(
-            (
-                info.key,
-                info.algo or "-",
-                info.summary,
-                info.stores,
-                " ".join(info.flags),
-                gpus,
-                ", ".join(info.versions),
-                _EVIDENCE[info.evidence],
-            )
-        )
+        what = (info.key, info.algo or "-", info.summary, info.stores)
+        rows.append((*what, " ".join(info.flags), gpus, ", ".join(info.versions), _EVIDENCE[info.evidence]))
     return ("quant", "quant_algo", "what it is", "stored as", "flags", "GPU", "TensorRT-LLM", "evidence"), rows
 
 
@@ -116,15 +99,11 @@ def list_(what: str, markdown: bool) -> int:
     lines = [header, tuple("---" for _ in header)]
     for row in rows:
         named = zip(header, row, strict=True)
-        lines.append(tuple(_code(cell) if name in code and _plain(cell) else cell for name, cell in named))
+        lines.append(tuple(_code(cell) if name in code else cell for name, cell in named))
     output.block(f"| {' | '.join(cells)} |" for cells in lines)
     return 0
 
 
 def _code(cell: str) -> str:
-    return " ".join(f"`{word}`" for word in cell.split())
-
-
-def _plain(cell: str) -> bool:
-    """Names alone, no sentence and no list."""
-    return bool(cell) and cell != "-" and "," not in cell and "(" not in cell
+    """Names as code; a sentence and a list as they are."""
+    return cell if cell == "-" or "," in cell or "(" in cell else " ".join(f"`{word}`" for word in cell.split())

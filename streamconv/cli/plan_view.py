@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from streamconv.targets.base import Output
 
 _MOST_ROWS = 20
+_STATES = {False: "to be written", True: "finished, to be skipped"}
 
 
 def show(
@@ -59,7 +60,8 @@ def show(
     costs = costs_of(reads)
     memory = estimate_memory(reads, asked, costs)
     chosen = choose_device(reads, asked)
-    written = {_place(one): plan.bytes_written for one, plan, done in zip(outputs, plans, finished, strict=True) if not done}
+    places = [Path(one.out) if one.out else None for one in outputs]
+    written = {place: plan.bytes_written for place, plan, done in zip(places, plans, finished, strict=True) if not done}
     estimate = looking.estimate(reads, written, costs, memory, bool(chosen.devices)) if looking is not None and written else None
     run = {"device": chosen.why, "time": dataclasses.asdict(estimate) if estimate is not None else None}
     each = [_output_facts(plan, memory, costs, one.out or None) for one, plan in zip(outputs, plans, strict=True)]
@@ -98,10 +100,6 @@ def show(
     problems = [content["output_problem"], *(facts["output_problem"] for facts in each)] if several else [content["output_problem"]]
     for problem in filter(None, problems):
         output.line(f"warning: convert would refuse {'these outputs' if several else 'this output'}: {problem}")
-
-
-def _place(one: Output) -> Path | None:
-    return Path(one.out) if one.out else None
 
 
 def _codes_first(out: str) -> str:
@@ -166,10 +164,10 @@ def _lines(
     plan, memory, workers = plans[0], content["memory"], content["workers"]
     if several:
         yield f"{plan.family}, {len(plans)} outputs from one read"
-        rows: list[tuple[str, ...]] = [
-            (one.out, made.target.headline, made.dtype.torch, str(len(facts["files"])), show_size(made.bytes_written), _state(facts))
-            for one, made, facts in zip(outputs, plans, each, strict=True)
-        ]
+        rows = list[tuple[str, ...]]()
+        for made, facts in zip(plans, each, strict=True):
+            what = (made.target.headline, made.dtype.torch, str(len(facts["files"])), show_size(made.bytes_written))
+            rows.append((facts["out"], *what, _STATES[facts["finished"]]))
         header: tuple[str, ...] = ("output", "what", "dtype", "files", "size", "state")
         read = f" for all; one after the other {show_size(content['bytes_to_read_apart'])}"
     else:
@@ -203,10 +201,6 @@ def _lines(
     if cache is not None:
         more = f"{_free(cache['all'])} more, with --hub-keep none at most {_free(cache['none'])}"
         yield f"cache    {_free(cache['free'])} free, the download needs {more}"
-
-
-def _state(facts: dict[str, Any]) -> str:
-    return "finished, to be skipped" if facts["finished"] else "to be written"
 
 
 def _free(size: int | None) -> str:

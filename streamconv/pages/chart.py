@@ -97,11 +97,8 @@ def over_time(
 def _path(times: Sequence[float], values: Sequence[float | None], across: Scale, up: Scale) -> str:
     steps, pen = [], "M"
     for seconds, value in zip(times, values, strict=True):
-        if value is None:
-            pen = "M"
-            continue
-        steps.append(f"{pen}{across(seconds):.1f} {up(value):.1f}")
-        pen = "L"
+        steps.append(f"{pen}{across(seconds):.1f} {up(value):.1f}" if value is not None else "")
+        pen = "L" if steps[-1] else "M"
     return "".join(steps)
 
 
@@ -155,8 +152,8 @@ def heatmap(
     least = min(least, most - span)
     parts = []
     for number, name in enumerate(columns):
-        x = left + width * (number + 0.5)
-        parts.append(f'<g transform="translate({x + 4:.1f} {top - 6}) rotate(-40)">{text(0, 0, _short(name))}</g>')
+        x, label = left + width * (number + 0.5), name if len(name) <= 26 else "..." + name[-23:]
+        parts.append(f'<g transform="translate({x + 4:.1f} {top - 6}) rotate(-40)">{text(0, 0, label)}</g>')
     for i, row in enumerate(rows):
         y = top + high * i
         parts.append(text(left - 6, y + 14, row, "end", "faint"))
@@ -173,7 +170,3 @@ def heatmap(
             parts.append(f'<rect class="{kind}" {where} style="fill: {colour}"/>')
             parts.append(text(left + width * (j + 0.5), y + 14, spell(value, width), "middle"))
     return figure(top + high * len(rows) + 6, title, parts)
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 26 else "..." + name[-23:]
