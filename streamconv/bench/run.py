@@ -9,7 +9,7 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,28 +151,16 @@ def size_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if os.path.isfile(path))
 
 
-@contextlib.contextmanager
-def folder(at: Path) -> Iterator[Path]:
-    """A folder of its own that is removed."""
-    import tempfile
-
-    with tempfile.TemporaryDirectory(prefix="streamconv-bench-", dir=at) as made:
-        yield Path(made)
-
-
 def disk_rates(file: Path, folder: Path) -> dict[str, float | None]:
     """Bytes a second that are read from a file, out of the page cache's reach where the kernel does that, and written to a folder.
 
     None of what cannot be measured.
     """
-    kinds: dict[str, Callable[[], float]]
-    kinds = {"read": lambda: probe.read_rate([file], 1.0, cold=True), "write": lambda: probe.write_rate(folder, 1.0)}
-    rates = dict[str, float | None]()
-    for name, measure in kinds.items():
-        try:
-            rates[name] = measure()
-        except (OSError, StreamconvError):
-            rates[name] = None
+    rates: dict[str, float | None] = {"read": None, "write": None}
+    with contextlib.suppress(OSError, StreamconvError):
+        rates["read"] = probe.read_rate([file], 1.0, cold=True)
+    with contextlib.suppress(OSError, StreamconvError):
+        rates["write"] = probe.write_rate(folder, 1.0)
     return rates
 
 

@@ -48,6 +48,7 @@ def bench(
 ) -> int:
     """Measure this machine: disks, kernels, and conversions of MODEL in memory cgroups of each budget, beside cp."""
     import shlex
+    import tempfile
 
     from streamconv.bench import model as models
     from streamconv.bench import run
@@ -64,7 +65,8 @@ def bench(
     if report is not None:
         page.check(report)
     jobs = run.jobs([parse_size(budget) for budget in budgets], quants, shlex.split(flags), against)
-    with run.folder(Path(work).resolve()) as place:
+    with tempfile.TemporaryDirectory(prefix="streamconv-bench-", dir=Path(work).resolve()) as name:
+        place = Path(name)
         source = Path(model or place / "model").resolve()
         if shape is not None:
             models.write(source, shape)
