@@ -7,7 +7,6 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from streamconv.run.beside import Beside
 from streamconv.run.fs import Disk, Mark, hidden, translate_errors
 from streamconv.run.place import CONFIG, WHATS, Found, Part, Place
 
@@ -109,4 +108,4 @@ def choose(out: Path, disk: Disk, lenient: bool = False) -> Place:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             os.lstat(out)  # a name that cannot be
         why = disk.why_inside(out, os.path.lexists(hidden(out, "journal")))
-    return Beside(out, disk, lenient) if why is None else Inside(out, disk, lenient, why)
+    return Place(out, disk, lenient) if why is None else Inside(out, disk, lenient, why)

@@ -19,6 +19,7 @@ A replaced output is looked at once, under the lock; nothing that is not exactly
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import stat
@@ -117,7 +118,7 @@ class Part:
 
 
 class Place:
-    """The folder in which all names of one output lie: its own, and the hidden ones.
+    """The folder in which all names of one output lie, its own and the hidden ones: here its parent, for `inside.Inside` itself.
 
     Args:
         out: the output, resolved.
@@ -162,11 +163,8 @@ class Place:
                 place = place.parent
             folder = self._entered(Folder.at(self.disk, place, self.lenient))
             for name in reversed(missing):
-                try:
+                with contextlib.suppress(FileExistsError):
                     self.disk.mkdir(folder, name)
-                except FileExistsError:
-                    pass
-                else:
                     self._made.append((folder, name))
                     folder.sync()
                 folder = self._entered(folder.enter(name))
@@ -217,14 +215,26 @@ class Place:
             )
 
     def found(self) -> Found:
-        raise NotImplementedError
+        there = self.base.look(self.out.name)
+        if there is None:
+            return Found()
+        if not stat.S_ISDIR(there.st_mode):
+            raise OutputError(f"output {printable(str(self.out))} exists and is not a folder", hint="choose another name")
+        with contextlib.closing(self.base.enter(self.out.name)) as folder:
+            files = Part(folder).marks()
+            return Found(folder.mark() if files else None, files)
 
     def has_work(self) -> bool:
         """Work of an earlier run is there; `begin` removes nothing but what was seen here."""
-        raise NotImplementedError
+        if self.base.made(self.hidden("partial"), stat.S_IFDIR) is None:
+            self._left = {}
+            return False
+        with contextlib.closing(self.base.enter(self.hidden("partial"))) as folder:
+            self._left = Part(folder).marks()
+        return True
 
     def has_old(self) -> bool:
-        raise NotImplementedError
+        return self.base.look(self.hidden("old")) is not None
 
     def restore(self, ready: Sequence[str]) -> None:
         """Give a replaced output its name back, if a run was stopped before it could publish the new one.
@@ -232,7 +242,12 @@ class Place:
         Args:
             ready: files of that run, if it was publishing.
         """
-        raise NotImplementedError
+        old = self.hidden("old")
+        if self.base.made(old, stat.S_IFDIR, ours=False) is None or self.found().folder is not None:
+            return
+        with translate_errors(self.base.path / old, "restore"):
+            self.base.rename(old, self.out.name)  # an empty folder of that name goes
+            self.base.sync()
 
     def begin(self, fresh: bool) -> None:
         """Make `work` usable.
@@ -240,7 +255,16 @@ class Place:
         Args:
             fresh: remove what an earlier run left; otherwise keep the files that are there.
         """
-        raise NotImplementedError
+        name = self.hidden("partial")
+        if fresh:
+            self._remove(name)
+        elif self._begun:
+            return
+        if self.base.made(name, stat.S_IFDIR) is None:
+            self.disk.mkdir(self.base, name)
+        self.work, self._begun = Part(self._entered(self.base.enter(name))), True
+        self.base.made(name, stat.S_IFDIR)  # what was entered is ours
+        self.base.expect(name, self.work.folder.mark())
 
     def publish(self, found: Found, names: Sequence[str]) -> None:
         """Make these files of `work` appear; what they replace waits aside until `remove_old`.
@@ -248,14 +272,23 @@ class Place:
         Raises:
             OutputError: what is there is not what was `found`; nothing of it is lost, and the work is kept.
         """
-        raise NotImplementedError
+        old, mine = self.hidden("old"), self.work.folder.mark()
+        self._expect(found)
+        self._aside = found.files
+        if found.folder is not None:
+            self.disk.rename(self.base, self.out.name, old, found.folder)
+            self.base.sync()
+        self.disk.rename(self.base, self.hidden("partial"), self.out.name, mine)
+        self.base.sync()
 
     def shown(self) -> Part:
         """After a publication: the output's files."""
         return self.work
 
     def remove_old(self) -> None:
-        raise NotImplementedError
+        with translate_errors(self.base.path / self.hidden("old"), "remove"):
+            if self._remove(self.hidden("old"), ours=False):
+                self.base.sync()
 
     def discard(self, marks: dict[str, Mark]) -> None:
         """Remove the work.
@@ -263,4 +296,16 @@ class Place:
         Args:
             marks: its files; anything else stays, and the folder with it.
         """
-        raise NotImplementedError
+        if self._begun:
+            self.work.remove(marks)
+            self.base.expect(self.hidden("partial"), self.work.folder.mark())
+            self.disk.rmdir(self.base, self.hidden("partial"))
+
+    def _remove(self, name: str, ours: bool = True) -> bool:
+        if self.base.made(name, stat.S_IFDIR, ours) is None:
+            return False
+        with contextlib.closing(self.base.enter(name)) as folder:
+            Part(folder).empty(self.ours, self._left if ours else self._aside)
+            self.base.expect(name, folder.mark())
+        self.disk.rmdir(self.base, name)
+        return True

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from streamconv.errors import StreamconvError
-from streamconv.run.beside import Beside
 from streamconv.run.fs import Disk
 from streamconv.run.inside import Inside
+from streamconv.run.place import Place
 from tests.crash.disks import Counting, Intruding
 from tests.crash.kills import Count
 from tests.crash.world import State, World, snapshot
@@ -27,7 +27,7 @@ class Stage:
 
     def __init__(self, world: World) -> None:
         self.world, self.victim = world, world.root / "victim"
-        self.place = (Inside if world.mounted else Beside)(world.out, Disk())
+        self.place = (Inside if world.mounted else Place)(world.out, Disk())
 
     def reset(self) -> None:
         for path in (self.victim, self.world.root / "place2", self.world.root / "taken"):

@@ -19,11 +19,11 @@ from streamconv import api, memory
 from streamconv.errors import DataError, LockedError, ResumeError
 from streamconv.options import Resources
 from streamconv.run import pool
-from streamconv.run.beside import Beside
 from streamconv.run.fs import Disk, hidden
 from streamconv.run.journal import JournalState, TileRecord
 from streamconv.run.journal import read as read_journal
 from streamconv.run.lock import OutputLock
+from streamconv.run.place import Place
 from streamconv.targets.trtllm.options import TensorRTLLM
 from tests.crash.kills import operations, raised
 from tests.crash.world import World, held, snapshot, write_model
@@ -34,8 +34,8 @@ def world(tmp_path: Path) -> World:
     return World(tmp_path)
 
 
-def place_of(out: Path, disk: Disk | None = None) -> Beside:
-    place = Beside(out, disk or Disk())
+def place_of(out: Path, disk: Disk | None = None) -> Place:
+    place = Place(out, disk or Disk())
     place.open()
     return place
 
