@@ -7,22 +7,50 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from streamconv import device, memory
+from streamconv import device, hub, memory
 from streamconv.allocation import costs_of, growth, least, load_kernels, most_expensive
+from streamconv.checkpoint.index import Index
 from streamconv.open_plan import KERNELS, loading
 from streamconv.options import Resources
 from streamconv.planning import memory_plan
 from streamconv.planning.memory_plan import MemoryPlan, TileCost
+from streamconv.planning.plan import Plan
 from streamconv.planning.reads import Reads
+from streamconv.progress import Meter
+from streamconv.run.fs import Disk
 from streamconv.run.mapped import Mapped, mapped
+from streamconv.targets.base import Output
 
 if TYPE_CHECKING:
-    from streamconv.checkpoint.shard import Shard
     from streamconv.device.backend import Backend
+    from streamconv.run.inline_check import InlineCheck
     from streamconv.run.output_state import OutputState
-    from streamconv.run.pool import Outcome
+    from streamconv.run.tile import Tally
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What a conversion was asked for.
+
+    Attributes:
+        several: outputs that are finished are skipped.
+        instead: why it is the CPU and not the device that was meant.
+        pinned: bytes of host memory that a device which was lost keeps.
+    """
+
+    source: str | Path
+    outputs: tuple[Output, ...]
+    resources: Resources
+    force: bool
+    meter: Meter
+    clock: Callable[[], float]
+    disk: Disk | None
+    several: bool = False
+    instead: str = ""
+    pinned: int = 0
 
 
 @dataclass(slots=True)
@@ -35,8 +63,9 @@ class Execution:
         busy: a thread was still at work when an interruption stopped waiting for it; it may use the folders.
     """
 
+    asked: Conversion
     reads: Reads
-    resources: Resources
+    index: Index
     where: str
     costs: Sequence[TileCost]
     shares: MemoryPlan
@@ -44,27 +73,42 @@ class Execution:
     rings: list[device.DevicePipeline] = field(default_factory=list)
     busy: bool = False
 
-    def run(self, outputs: Sequence[OutputState], shards: Sequence[Shard], progress: Callable[[int, int], None]) -> Outcome:
+    def check_of(self, plan: Plan) -> InlineCheck | None:
+        """What holds the tiles of an output against their source, if that was asked for."""
+        from streamconv.run.inline_check import InlineCheck
+
+        return InlineCheck(plan, self.asked.resources.min_snr) if self.asked.resources.verify_inline else None
+
+    def run(self, outputs: Sequence[OutputState]) -> Tally:
         """Do the tiles of all outputs: a whole conversion, or one part of it. Files of the Hub are downloaded as they are needed.
 
         Args:
             outputs: those of `reads`.
-            progress: as of `Pool`.
+
+        Raises:
+            SourceChangedError: a file is not what it was. VerifyError: a matrix is below the least SNR. Else as `Pool.run`.
         """
         from streamconv.hub.fetch import Fetch
         from streamconv.run.pool import Pool
 
-        fetch = Fetch(self.reads, shards, [output.past for output in outputs], self.resources.hub_keep)
+        resources, shards = self.asked.resources, self.index.shards
+        fetch = Fetch(self.reads, shards, [output.past for output in outputs], resources.hub_keep)
         pool = Pool(
-            self.reads, outputs, shards, self.shares, self.costs, self.resources.tile_rows, progress,
+            self.reads, outputs, shards, self.shares, self.costs, resources.tile_rows, self.asked.meter.tile,
             self.slots, fetch.consumed, self.mapped,
         )  # fmt: skip
         try:
             fetch.start()
-            return pool.run()
+            tally = pool.run()
         finally:
             fetch.close()
             self.busy = pool.busy
+        for shard in (*shards, *(file for output in outputs for file in output.plan.beside)):
+            shard.check_unchanged()
+        for output in outputs:
+            if output.check is not None:
+                output.check.finish()
+        return tally
 
     @property
     def slots(self) -> Callable[[int, int], device.WorkerBuffers] | None:
@@ -86,18 +130,15 @@ def choose_device(reads: Reads, resources: Resources) -> device.Choice:
 
 
 @contextlib.contextmanager
-def executor(reads: Reads, resources: Resources, costs: Sequence[TileCost], taken: int, instead: str = "") -> Iterator[Execution]:
+def executor(asked: Conversion, reads: Reads, index: Index) -> Iterator[Execution]:
     """Load what a run computes with, and share the memory that is left.
-
-    Args:
-        costs: `costs_of` the reads, on the CPU.
-        taken: bytes that a run takes beside what is resident and the tiles.
-        instead: why it is the CPU and not the device that was meant.
 
     Raises:
         BudgetError: not even one worker with the smallest tile fits. NoRoom: nor does it on a device.
         DeviceLost: raised in the block by a device; `pinned` is set, and the rings are closed.
     """
+    resources = asked.resources
+    costs = costs_of(reads, checked=resources.verify_inline)
     choice = choose_device(reads, resources)
     backends: list[Backend] = [device.Cuda(name) for name in choice.devices]
     kernels, workers, best = any(cost.kernel for cost in costs), resources.workers, memory_plan.BEST_ARENA
@@ -111,11 +152,12 @@ def executor(reads: Reads, resources: Resources, costs: Sequence[TileCost], take
         load_kernels(reads)
     with contextlib.ExitStack() as closing:
         windows = closing.enter_context(mapped("pread" if backends else resources.read, reads, kernels))
-        base = memory.resident() + taken + growth(reads)
+        base = memory.resident() + hub.memory_of(index) + asked.pinned + growth(reads)
         if kernels and not backends:  # a run may meet one that is not on the disk
             base += loading(*KERNELS)
         shares = memory_plan.allocate(resources.memory_budget, workers, base, most_expensive(reads, costs), best)
-        made = Execution(reads, resources, ", ".join(choice.devices) or f"cpu ({instead or choice.why})", costs, shares, windows)
+        where = ", ".join(choice.devices) or f"cpu ({asked.instead or choice.why})"
+        made = Execution(asked, reads, index, where, costs, shares, windows)
         if backends:
             made.shares, made.rings = _share_devices(backends, reads, shares, resources, costs, closing)
         try:

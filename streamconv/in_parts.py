@@ -8,35 +8,31 @@ import mmap
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from streamconv import hub
-from streamconv.allocation import costs_of
 from streamconv.checkpoint.index import Index
 from streamconv.errors import Interrupted, LockedError, OutputError, ResumeError, UsageError, few, printable
-from streamconv.execution import executor
-from streamconv.options import Resources
+from streamconv.execution import Conversion, executor
 from streamconv.planning.memory_plan import MemoryPlan
 from streamconv.planning.parts import Part, cut
 from streamconv.planning.plan import Plan
 from streamconv.planning.reads import Reads
-from streamconv.progress import Meter, OutputProgress
-from streamconv.publishing import POLL, anywhere, publish
+from streamconv.progress import OutputProgress
+from streamconv.publishing import POLL, publish
 from streamconv.reports import TensorError
-from streamconv.run import journal, sampled, source_record
-from streamconv.run.claim import Claim, Over, told
-from streamconv.run.claims import Claims
-from streamconv.run.fs import Disk
+from streamconv.run import journal, source_record
+from streamconv.run.claims import Claim, Claims, Over
+from streamconv.run.fs import Disk, named
 from streamconv.run.inside import choose
-from streamconv.run.joining import join
+from streamconv.run.joining import join, told
+from streamconv.run.journal import TileRecord
 from streamconv.run.output_checks import check_place
 from streamconv.run.part_folder import Aside, PartFolder
 from streamconv.run.part_record import Record, hashes_of
 from streamconv.run.place import Place
-from streamconv.run.resume import fits
+from streamconv.run.resume import fitting
+from streamconv.run.tile import Tally
 
 if TYPE_CHECKING:
     from streamconv.run.output_state import OutputState
@@ -44,49 +40,18 @@ if TYPE_CHECKING:
 PAGE = 4096
 
 
-@dataclass(slots=True)
-class Share:
-    """What one process did of the work.
+class Worker:
+    """Does parts of the plan of one output, until none is left.
 
     Attributes:
-        parts: those that it did; `resumed` tiles of them were there.
+        did: its parts; `resumed` tiles of them were there.
         published: the output has its name.
         errors: of the matrices of these parts, with `verify_inline`.
         where: devices, or the CPU and why.
     """
 
-    parts: list[int] = dataclasses.field(default_factory=list)
-    published: bool = False
-    bytes_read: int = 0
-    bytes_mapped: int = 0
-    tiles: int = 0
-    resumed: int = 0
-    where: str = ""
-    shares: MemoryPlan | None = None
-    warnings: list[str] = dataclasses.field(default_factory=list)
-    errors: list[TensorError] = dataclasses.field(default_factory=list)
-
-
-class Worker:
-    """Does parts of a plan, until none is left.
-
-    Args:
-        instead, pinned: as of `api.convert`.
-    """
-
-    def __init__(
-        self,
-        source: str | Path,
-        out: Path,
-        index: Index,
-        plan: Plan,
-        resources: Resources,
-        force: bool,
-        meter: Meter,
-        disk: Disk | None,
-        instead: str = "",
-        pinned: int = 0,
-    ) -> None:
+    def __init__(self, asked: Conversion, out: str, index: Index, plan: Plan) -> None:
+        resources = asked.resources
         if resources.parts is None:
             raise UsageError("in how many parts?", hint="--parts N, the same for every worker")
         if resources.part is not None and not 0 <= resources.part < resources.parts:
@@ -96,11 +61,14 @@ class Worker:
                 "--no-lock: without locks nobody knows which parts are taken",
                 hint="give each worker its part, with --part K/N, or add --private-parts",
             )
-        self.source, self.out, self.index, self.plan, self.resources = source, out, index, plan, resources
-        self.force, self.meter, self.disk, self.instead, self.pinned = force, meter, disk, instead, pinned
+        self.asked, self.resources, self.out, self.index, self.plan = asked, resources, named(out), index, plan
         self.parts = cut(plan, resources.parts)
         self.identity = journal.identity(plan, index.shards)  # reads some of every source file: once for all parts
-        self.share = Share()
+        self.did: list[int] = []
+        self.published, self.resumed, self.tally, self.where = False, 0, Tally(), ""
+        self.memory_plan: MemoryPlan | None = None
+        self.warnings: list[str] = []
+        self.errors: list[TensorError] = []
         self._source = source_record.OfPart(plan)
         self._abandoned, self._wait = False, resources.wait
         self._there = set[int]()  # parts that are done, as far as this worker has seen
@@ -115,21 +83,21 @@ class Worker:
         """How far the output is, with the parts that others did."""
         written, state = [part.written for part in self.parts], self._state
         done = sum(written[part] for part in self._there) + (state.done if state is not None else 0)
-        finished = self.share.published and not self.share.parts
-        return OutputProgress(str(self.out), sum(written) if self.share.published else done, sum(written), finished)
+        finished = self.published and not self.did
+        return OutputProgress(str(self.out), sum(written) if self.published else done, sum(written), finished)
 
     def _see(self, part: int) -> None:
         """A part is done, by whomever: from now on it counts."""
         if part not in self._there:
             self._there.add(part)
-            if part not in self.share.parts:  # its tiles have counted
-                self.meter.add(self.parts[part].read)
+            if part not in self.did:  # its tiles have counted
+                self.asked.meter.add(self.parts[part].read)
 
     def place(self) -> Place:
         """Where the output is made."""
-        return choose(Path(os.path.realpath(self.out)), self.disk or Disk(), self.resources.no_lock)
+        return choose(Path(os.path.realpath(self.out)), self.asked.disk or Disk(), self.resources.no_lock)
 
-    def work(self, wait: float | None = None) -> Share:
+    def work(self, wait: float | None = None) -> None:
         """Join the work, do what there is to do, and publish if all is done.
 
         Args:
@@ -139,25 +107,22 @@ class Worker:
             LockedError: parts are held by others, and nothing went on for so long.
             ResumeError: the work that is there is for something else. Else as of `api.convert`.
         """
-        self._wait = self.resources.wait if wait is None else wait
+        self._wait, source, force = self.resources.wait if wait is None else wait, self.asked.source, self.asked.force
         place = self.place()
         place.ours |= self.plan.names
         check_place(place, self.index.root, [*(shard.path for shard in self.index.shards), *self.plan.target.files_read])
         claims = Claims(place, len(self.parts))
         page, private = max(PAGE, mmap.PAGESIZE), self.resources.private_parts
-        source = os.path.realpath(self.source) if os.path.lexists(self.source) else self.source
-        run = told(anywhere(self.identity), len(self.parts), page, private, self.force, source)
-        files = [(file.name, file.size) for file in self.plan.files]
+        run = told(self.identity, len(self.parts), page, private, force, os.path.realpath(source) if os.path.lexists(source) else source)
         try:
-            is_of = partial(sampled.is_of, self.plan, self.index.shards, place.out)
-            if not join(claims, run, files, self.force, max(10.0, self.resources.wait), is_of):
-                self.share.published = True
-                return self.share
+            if not join(claims, self.plan, self.index.shards, run, force, max(10.0, self.resources.wait)):
+                self.published = True
+                return
             if claims.told["page"] < page:
                 raise ResumeError(f"the work was begun on a machine with pages of {claims.told['page']} bytes; here they have {page}")
             if self.resources.part is None and not private:
                 claims.check_reach()
-            self.meter.phase("converting")
+            self.asked.meter.phase("converting")
             self._take(claims)
             self._publish(claims)
         except Over:
@@ -170,14 +135,13 @@ class Worker:
         finally:
             if not self._abandoned:
                 claims.leave()
-        return self.share
 
     def _over(self) -> None:
         """The work is not there any more: somebody has published it."""
         if not os.path.lexists(self.out):
             shown = printable(str(self.out))
             raise OutputError(f"the work on {shown} was removed while this run was at it", hint="run the same command again")
-        self.share.published = True
+        self.published = True
 
     def _order(self) -> Iterator[int]:
         """Parts as this worker looks at them: the large ones first, then from its own place on, so that neighbours share source files."""
@@ -186,7 +150,7 @@ class Worker:
             return
         large = sum(part.alone for part in self.parts[: len(self.parts) - 1]) if len(self.parts) > 1 else 0
         count = len(self.parts) - large
-        first = max(self.share.parts[-1] + 1 - large, 0) if self.share.parts else int(count * self.resources.begin)
+        first = max(self.did[-1] + 1 - large, 0) if self.did else int(count * self.resources.begin)
         yield from range(large)
         yield from (large + (first + step) % count for step in range(count))
 
@@ -227,36 +191,37 @@ class Worker:
             time.sleep(POLL)
 
     def _do(self, claims: Claims, claim: Claim) -> None:
-        part, fingerprint = self.parts[claim.part], self.plan.fingerprint()
+        part, number = self.parts[claim.part], claim.part
         evidence = tuple(tuple(entry[3:6]) for entry in self.identity["sources"] if len(entry) == 7)
+        done = Record(self.plan.fingerprint(), claim.attempt, (), evidence)
         if not part.matrices and not part.constants:
-            claims.record(claim, Record(fingerprint, claim.attempt, (), evidence))
-            self.share.parts.append(claim.part)
-            self._see(claim.part)
+            claims.record(claim, done)
+            self.did.append(number)
+            self._see(number)
             return
-        told, plan = claims.told, part.of(self.plan)
-        aside = Aside(claims.base, f"{claim.part}.{claim.attempt}.aside", plan.files, told["page"], fresh=True)
-        folder = PartFolder(claims.place, plan.files, part.extents(self.plan), told["page"], aside, told["private"])
-        book = journal.Journal(claim.home)
+        plan, page, private = part.of(self.plan), claims.told["page"], claims.told["private"]
+        aside = Aside(claims.base, f"{number}.{claim.attempt}.aside", plan.files, page, fresh=True)
+        folder = PartFolder(claims.place, plan.files, part.extents(self.plan), page, aside, private)
+        book = claims.journal(number)
         try:
             try:
                 folder.open()
             except BlockingIOError:  # whoever had the part before still holds its pages
                 time.sleep(POLL)
                 return
-            run = self.identity | {"part": claim.part, "parts": len(self.parts)}
-            past = journal.read(claim.home)
-            if past is not None and past.run == run and not told["private"]:
+            run = self.identity | {"part": number, "parts": len(self.parts)}
+            past = book.read()
+            if past is not None and past.run == run and not private:
                 book.resume(past)
-                done = {span: [tile for tile in tiles if fits(plan, tile)] for span, tiles in past.tiles.items()}
+                finished = fitting(plan, past)
             else:
                 book.start(run)
-                done = {}
-            record = self._run(part, plan, folder, book, done, claim.attempt, evidence)
-            claims.record(claim, dataclasses.replace(record, aside=folder.finish()))
-            self.share.parts.append(claim.part)
+                finished = {}
+            done = self._run(part, plan, folder, book, finished, done)
+            claims.record(claim, dataclasses.replace(done, aside=folder.finish()))
+            self.did.append(number)
             self._state = None
-            self._see(claim.part)
+            self._see(number)
         finally:
             if not self._abandoned:
                 with contextlib.suppress(OSError):
@@ -264,44 +229,35 @@ class Worker:
                     book.close()
 
     def _run(
-        self,
-        part: Part,
-        plan: Plan,
-        folder: PartFolder,
-        book: journal.Journal,
-        past: dict[int, list[journal.TileRecord]],
-        attempt: str,
-        evidence: tuple[tuple[int, ...], ...],
+        self, part: Part, plan: Plan, folder: PartFolder, book: journal.Journal, finished: dict[int, list[TileRecord]], done: Record
     ) -> Record:
-        from streamconv.run.inline_check import InlineCheck
+        """Do the tiles of a part; gives its record, which is `done` without what becomes known by that."""
         from streamconv.run.output_state import OutputState
 
-        reads, shards = Reads([plan]), self.index.shards
-        check = InlineCheck(plan, self.resources.min_snr) if self.resources.verify_inline else None
-        state = OutputState(plan, folder, book, past, check=check)
         if self.resources.source_check and plan.bytes_checked:
             source_record.check(self.index, wanted=self._source.wanted(plan))
-        costs = costs_of(reads, checked=self.resources.verify_inline)
-        with executor(reads, self.resources, costs, hub.memory_of(self.index) + self.pinned, self.instead) as execution:
+        with executor(self.asked, Reads([plan]), self.index) as execution:
+            check = execution.check_of(plan)
+            self._state = state = OutputState(plan, folder, book, finished, check=check)
             try:
-                outcome = execution.run([state], shards, self.meter.tile)
+                tally = execution.run([state])
             finally:
                 self._abandoned = execution.busy
-            self.share.where, self.share.shares = execution.where, execution.shares
-            self.share.warnings += [warning for warning in execution.warnings() if warning not in self.share.warnings]
-        for shard in (*shards, *plan.beside):
-            shard.check_unchanged()
+            self.where, self.memory_plan = execution.where, execution.shares
+            self.warnings += [warning for warning in execution.warnings() if warning not in self.warnings]
         if check is not None:
-            check.finish()
-            self.share.errors += check.errors()
-        self.share.bytes_read += outcome.bytes_read
-        self.share.bytes_mapped += outcome.bytes_mapped
-        self.share.tiles += outcome.tiles
-        self.share.resumed += state.resumed
-        found = state.overflow, state.nonfinite
-        hashes = hashes_of(self.plan, part, state.hashes)
-        snr = check.manifest() if check is not None else {}
-        return Record(self.plan.fingerprint(), attempt, hashes, evidence, "", *found, outcome.tiles, outcome.bytes_read, snr)
+            self.errors += check.errors()
+        self.tally.add(tally)
+        self.resumed += state.resumed
+        return dataclasses.replace(
+            done,
+            hashes=hashes_of(self.plan, part, state.hashes),
+            overflow=state.overflow,
+            nonfinite=state.nonfinite,
+            tiles=tally.tiles,
+            bytes_read=tally.bytes_read,
+            snr=check.manifest() if check is not None else {},
+        )
 
     def _publish(self, claims: Claims) -> None:
         """Publish if all parts are done, unless another process is at it, or locks would not keep it away."""
@@ -311,6 +267,5 @@ class Worker:
             if not claims.is_there():  # the records went with the work
                 raise Over
             return
-        patience = max(10.0, self.resources.wait)
-        self.share.warnings += publish(claims, self.index, self.plan, self.parts, self.disk, self.meter, patience)
-        self.share.published = True
+        self.warnings += publish(claims, self.index, self.plan, self.parts, self.asked.meter, max(10.0, self.resources.wait))
+        self.published = True

@@ -6,9 +6,7 @@ import contextlib
 import os
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 from streamconv.checkpoint.index import Index
 from streamconv.errors import LockedError, OutputError, few, printable
@@ -16,24 +14,19 @@ from streamconv.open_plan import open_and_plan
 from streamconv.planning.parts import Part, cut
 from streamconv.planning.plan import Plan
 from streamconv.progress import Meter, unwatched
-from streamconv.run import journal, manifest, sampled
-from streamconv.run.claim import Over, told
-from streamconv.run.claims import Claims
+from streamconv.run import journal, manifest
+from streamconv.run.claims import Claims, Over
 from streamconv.run.finalize import finalize, records_of
 from streamconv.run.fs import Disk
 from streamconv.run.inside import choose
-from streamconv.run.joining import join
+from streamconv.run.joining import join, told
+from streamconv.run.output_state import value_warnings
 from streamconv.run.part_record import counted
 from streamconv.run.writer import Writer
 from streamconv.targets import target_from_json
 
 POLL = 0.2
 """Seconds between two looks at parts that others hold."""
-
-
-def anywhere(identity: dict[str, Any]) -> dict[str, Any]:
-    """A `journal.identity` without the times and inodes of source files, which differ where machines have copies of their own."""
-    return identity | {"sources": [entry if len(entry) < 7 else [*entry[:3], 0, 0, 0, entry[6]] for entry in identity["sources"]]}
 
 
 def finish(out: str | Path, *, check: bool = False, meter: Meter | None = None, disk: Disk | None = None, no_lock: bool = False) -> None:
@@ -59,14 +52,11 @@ def finish(out: str | Path, *, check: bool = False, meter: Meter | None = None, 
     index, plan = open_and_plan(begun["source"], target)
     with contextlib.closing(index):
         parts = cut(plan, begun["parts"])
-        place = choose(Path(os.path.realpath(out)), disk or Disk(), no_lock)
-        place.ours |= plan.names
-        claims = Claims(place, len(parts))
-        identity = anywhere(journal.identity(plan, index.shards))
-        run = told(identity, len(parts), begun["page"], begun["private"], begun["force"], begun["source"])
-        files = [(file.name, file.size) for file in plan.files]
+        claims = Claims(choose(Path(os.path.realpath(out)), disk or Disk(), no_lock), len(parts))
+        what = (begun[name] for name in ("page", "private", "force", "source"))
+        run = told(journal.identity(plan, index.shards), len(parts), *what)
         try:
-            if not join(claims, run, files, False, 60.0, partial(sampled.is_of, plan, index.shards, place.out)):
+            if not join(claims, plan, index.shards, run, False, 60.0):
                 return
             missing = [number for number in range(len(parts)) if not claims.done(number)]
             if missing:
@@ -74,7 +64,7 @@ def finish(out: str | Path, *, check: bool = False, meter: Meter | None = None, 
                     f"{shown}: of {len(parts)} parts {few([*map(str, missing)], 10)} are not done",
                     hint="`streamconv status` shows who is at them; any worker does what is free",
                 )
-            publish(claims, index, plan, parts, disk, meter, 60.0, check, no_lock)
+            publish(claims, index, plan, parts, meter, 60.0, check)
         except Over:
             return
         finally:
@@ -82,15 +72,7 @@ def finish(out: str | Path, *, check: bool = False, meter: Meter | None = None, 
 
 
 def publish(
-    claims: Claims,
-    index: Index,
-    plan: Plan,
-    parts: Sequence[Part],
-    disk: Disk | None,
-    meter: Meter,
-    patience: float,
-    check: bool = False,
-    no_lock: bool = False,
+    claims: Claims, index: Index, plan: Plan, parts: Sequence[Part], meter: Meter, patience: float, check: bool = False
 ) -> list[str]:
     """Publish the work of all parts, once nobody else is at it.
 
@@ -110,7 +92,7 @@ def publish(
         try:
             if right is None:
                 raise LockedError(f"{printable(str(claims.place.out))} is being published by another process", hint="wait for it")
-            return _publish(claims, index, plan, parts, disk, meter, check, no_lock)
+            return _publish(claims, index, plan, parts, meter, check)
         except LockedError:  # one that joins holds the output for a moment
             if time.monotonic() >= until:
                 raise
@@ -120,17 +102,12 @@ def publish(
         time.sleep(POLL)
 
 
-def _publish(
-    claims: Claims, index: Index, plan: Plan, parts: Sequence[Part], disk: Disk | None, meter: Meter, check: bool, no_lock: bool
-) -> list[str]:
+def _publish(claims: Claims, index: Index, plan: Plan, parts: Sequence[Part], meter: Meter, check: bool) -> list[str]:
     meter.phase("syncing")
-    records = records_of(claims, plan, parts)
-    with Writer(claims.place.out, index.root, plan, index.shards, claims.told["force"], disk, no_lock, parts=True) as writer:
+    records, place = records_of(claims, plan, parts), claims.place
+    with Writer(place.out, index.root, plan, index.shards, claims.told["force"], place.disk, place.lenient, parts=True) as writer:
         if not writer.finished:
             finalize(claims, writer, plan, parts, records, check)
         claims.remove()
-    claims.place.keep_parents()
-    overflow, nonfinite = (counted(records, what) for what in ("overflow", "nonfinite"))
-    dtype = plan.dtype.torch
-    warnings = [f"{name}: {count} values are too large for {dtype} and became infinite" for name, count in overflow.items()]
-    return warnings + [f"{name}: {count} NaN or infinite values were quantized" for name, count in nonfinite.items()]
+    place.keep_parents()
+    return value_warnings(plan, counted(records, "overflow"), counted(records, "nonfinite"))

@@ -38,9 +38,8 @@ def status(out: str, as_json: bool) -> int:
 
 
 def _content(out: str) -> dict[str, Any]:
-    from streamconv.run import journal, manifest
-    from streamconv.run.claim import Home, Over
-    from streamconv.run.claims import Claims
+    from streamconv.run import manifest
+    from streamconv.run.claims import Claims, Over
 
     claims = Claims.of(Path(out))
     if claims is None:
@@ -57,7 +56,7 @@ def _content(out: str) -> dict[str, Any]:
                 holder = claims.held(part)
             except Over:  # published since
                 return _content(out)
-            past = journal.read(Home(claims.base, part))
+            past = claims.journal(part).read()
             tiles = sum(map(len, past.tiles.values())) if past is not None else 0
             if holder is not None:
                 held.append({"part": part, "holder": holder, "tiles": tiles})

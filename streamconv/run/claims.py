@@ -20,6 +20,7 @@ import os
 import secrets
 import socket
 import stat
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,36 @@ from streamconv.checkpoint.limits import MAX_JOURNAL, MAX_JOURNAL_LINE
 from streamconv.errors import LockedError, OutputError, printable
 from streamconv.planning.parts import MOST
 from streamconv.run import journal
-from streamconv.run.claim import Claim, Home, Over, SharedFolder
-from streamconv.run.fs import Disk, Folder, Mark, translate_errors
+from streamconv.run.fs import Disk, Folder, Mark, translate_errors, write_all
 from streamconv.run.inside import choose
 from streamconv.run.part_record import Record
 from streamconv.run.place import Place
 from streamconv.run.presence import Presence
 
 PLAN, CLAIMS = "plan.json", "claims"
+
+
+class Over(Exception):
+    """The work is not there any more: it was published, or given up."""
+
+
+@dataclass(slots=True)
+class Claim:
+    """The right to do a part, or to publish, until it is closed.
+
+    Attributes:
+        attempt: names what this holder keeps aside.
+    """
+
+    disk: Disk
+    fd: int
+    part: int = -1
+    attempt: str = ""
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            fd, self.fd = self.fd, -1
+            self.disk.close(fd)
 
 
 class Claims:
@@ -95,7 +118,7 @@ class Claims:
 
     def content(self) -> dict[str, Any] | None:
         """What the work is for; None if it was not begun."""
-        data = SharedFolder(self.base).content(PLAN, MAX_JOURNAL_LINE)
+        data = self._read(PLAN, MAX_JOURNAL_LINE)
         if data is None:
             return None
         told = journal.unsealed(data[:-1])
@@ -109,24 +132,14 @@ class Claims:
         Raises:
             Over: somebody has published.
         """
-        if self.done(part):
+        if self.done(part) or (fd := self._lock(part, part + 1)) is None:
             return None
-        fd = self._open_claims()
+        claim = Claim(self.disk, fd, part, secrets.token_hex(4))
         try:
-            self.base.lock_range(fd, part, part + 1)
-        except BlockingIOError:
-            self.disk.close(fd)
-            return None
-        except BaseException:
-            self.disk.close(fd)
-            raise
-        claim = Claim(part, Home(self.base, part), secrets.token_hex(4), fd)
-        try:
-            self._still_there(fd)
             if self.done(part):  # meanwhile
                 claim.close()
                 return None
-            SharedFolder(self.base).overwrite(f"{part}.holder", f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            self._overwrite(f"{part}.holder", f"process {os.getpid()} on {socket.gethostname()}\n".encode())
             for name in self.base.names():  # what a dead holder kept aside is done again
                 if name.startswith(f"{part}.") and name.endswith(".aside"):
                     self.base.unlink(name)
@@ -135,36 +148,35 @@ class Claims:
             raise
         return claim
 
-    def _open_claims(self) -> int:
-        try:
-            return self.base.open(CLAIMS, make=False)
-        except FileNotFoundError:
-            raise Over from None
-
     def publisher(self) -> Claim | None:
         """The right to publish, which nobody has while a part is held; None if another has it.
 
         Raises:
             Over: somebody has published.
         """
+        fd = self._lock(0, self.count)
+        return None if fd is None else Claim(self.disk, fd)
+
+    def _open_claims(self) -> int:
+        try:
+            return self.base.open(CLAIMS, make=False)
+        except FileNotFoundError:
+            raise Over from None
+
+    def _lock(self, begin: int, end: int) -> int | None:
+        """A descriptor that holds the locks of parts [begin, end); None if somebody else holds one of them."""
         fd = self._open_claims()
         try:
-            self.base.lock_range(fd, 0, self.count)
-        except BlockingIOError:
+            self.base.lock_range(fd, begin, end)
+            there = self.base.look(CLAIMS)
+            if there is None or Mark.of(there) != Mark.of(os.fstat(fd)):
+                raise Over  # its last holder has published, and removed it
+        except BaseException as error:
             self.disk.close(fd)
-            return None
-        claim = Claim(-1, Home(self.base, -1), "", fd)
-        try:
-            self._still_there(fd)
-        except BaseException:
-            claim.close()
+            if isinstance(error, BlockingIOError):
+                return None
             raise
-        return claim
-
-    def _still_there(self, fd: int) -> None:
-        there = self.base.look(CLAIMS)
-        if there is None or Mark.of(there) != Mark.of(os.fstat(fd)):
-            raise Over  # its last holder has published, and removed it
+        return fd
 
     def held(self, part: int) -> str | None:
         """Who is at work on a part, None if nobody is."""
@@ -174,8 +186,45 @@ class Claims:
                 return None
         finally:
             self.disk.close(fd)
-        text = (SharedFolder(self.base).content(f"{part}.holder", 400) or b"").decode(errors="replace").strip()
+        text = (self._read(f"{part}.holder", 400) or b"").decode(errors="replace").strip()
         return printable(text) if text else "another process"
+
+    def _read(self, name: str, limit: int) -> bytes | None:
+        with translate_errors(self.base.path / name, "read"):
+            try:
+                if self.base.made(name) is None:
+                    return None
+                fd = self.base.open(name, make=False)
+            except FileNotFoundError:
+                return None
+            try:
+                with os.fdopen(fd, "rb", closefd=False) as file:
+                    return file.read(limit)
+            finally:
+                self.disk.close(fd)
+
+    def write(self, name: str, data: bytes, before: str = "plan.new") -> None:
+        """A file that is complete as soon as it has its name."""
+        with translate_errors(self.base.path / name, "write"):
+            self._overwrite(before, data)
+            try:
+                self.base.rename(before, name)
+            except FileExistsError:
+                self.base.unlink(before)  # somebody was faster, with as much
+            self.base.sync()
+
+    def _overwrite(self, name: str, data: bytes) -> None:
+        with translate_errors(self.base.path / name, "write"):
+            fd = self.base.open(name)
+            try:
+                self.disk.truncate(fd, 0)
+                write_all(self.disk, fd, data, 0)
+                self.disk.sync(fd)
+            finally:
+                self.disk.close(fd)
+
+    def journal(self, part: int) -> journal.Journal:
+        return journal.Journal(self.base, f"{part}.journal")
 
     def done(self, part: int) -> bool:
         return self.base.look(f"{part}.json") is not None
@@ -183,7 +232,7 @@ class Claims:
     def record(self, claim: Claim, record: Record) -> None:
         """A part is done; all of its bytes are on the disk."""
         self.base.sync()  # the name of what it kept aside, before that of its record
-        SharedFolder(self.base).write(f"{claim.part}.json", record.to_bytes(), f"{claim.part}.{claim.attempt}.new")
+        self.write(f"{claim.part}.json", record.to_bytes(), f"{claim.part}.{claim.attempt}.new")
 
     def read(self, part: int) -> Record | None:
         """What is known of a part that is done; None if it is not.
@@ -191,7 +240,7 @@ class Claims:
         Raises:
             OutputError: it is not what a run writes.
         """
-        data = SharedFolder(self.base).content(f"{part}.json", MAX_JOURNAL)
+        data = self._read(f"{part}.json", MAX_JOURNAL)
         if data is None:
             return None
         record = Record.from_bytes(data)
@@ -227,18 +276,15 @@ class Claims:
     def check_idle(self) -> None:
         """Raises LockedError if somebody is at work."""
         try:
-            fd = self._open_claims()
+            fd = self._lock(0, MOST)
         except Over:
             return
-        try:
-            self.base.lock_range(fd, 0, MOST)
-        except BlockingIOError:
+        if fd is None:
             raise LockedError(
                 f"{printable(str(self.place.out))} is being written in parts",
                 hint="wait for it, or choose another output folder; `streamconv status` shows who is at it",
-            ) from None
-        finally:
-            self.disk.close(fd)
+            )
+        self.disk.close(fd)
 
     def close(self) -> None:
         if self.presence is not None:

@@ -3,33 +3,56 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-from streamconv.errors import LockedError, OutputError, ResumeError, VerifyError, printable
-from streamconv.run import journal, manifest
-from streamconv.run.claim import SharedFolder, differences
+from streamconv import __version__
+from streamconv.checkpoint.shard import Shard
+from streamconv.errors import LockedError, OutputError, ResumeError, printable
+from streamconv.planning.plan import OutputFile, Plan
+from streamconv.run import journal, manifest, sampled
 from streamconv.run.claims import CLAIMS, PLAN, Claims
 from streamconv.run.fs import translate_errors
 from streamconv.run.lock import OutputLock
 from streamconv.run.output_checks import check_free
 from streamconv.run.presence import Presence
 
+FORMAT = 1
+"""Of plan.json."""
 
-def join(
-    claims: Claims, run: dict[str, Any], files: Sequence[tuple[str, int]], force: bool, patience: float, is_of: Callable[[], bool]
-) -> bool:
+
+def told(identity: dict[str, Any], count: int, page: int, private: bool, force: bool, source: str | Path) -> dict[str, Any]:
+    """What plan.json holds.
+
+    Args:
+        identity: `journal.identity`; without times and inodes of source files, which differ where machines have copies of their own.
+        page: bytes that a machine writes at once.
+        source: what is converted, for whoever publishes by hand.
+    """
+    sources = [entry if len(entry) < 7 else [*entry[:3], 0, 0, 0, entry[6]] for entry in identity["sources"]]
+    run = {"format": FORMAT, "run": identity | {"sources": sources}, "parts": count, "page": page, "private": private}
+    return run | {"force": force, "source": str(source), "streamconv": __version__}
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    changed = journal.differences(old["run"], new["run"])
+    for name in ("parts", "private"):
+        if old.get(name) != new[name]:
+            changed.append(f"--{name.replace('private', 'private-parts')} ({printable(str(old.get(name)))}, now {new[name]})")
+    return changed
+
+
+def join(claims: Claims, plan: Plan, shards: Sequence[Shard], run: dict[str, Any], force: bool, patience: float) -> bool:
     """Take part in the work, and begin it if nobody has.
 
     Args:
+        shards: of the source.
         run: what the work is for; see `told`.
-        files: name and size of the tensor files.
         force: replace an output, and give up work for something else that nobody is at.
         patience: seconds to wait for one who begins, or publishes.
-        is_of: an output with the same plan is of this source.
 
     Returns:
         False if the output is there: nothing is left to do.
@@ -38,47 +61,38 @@ def join(
         ResumeError: the work that is there is for something else. LockedError: somebody else is at work.
         OutputError: the output cannot be written there.
     """
-    claims.place.open()
+    place = claims.place
+    place.ours |= plan.names
+    place.open()
     with _alone(claims, patience):
-        past = journal.read(claims.place)
-        claims.place.restore(past.ready if past is not None else ())
-        found = claims.content() if claims.enter() else None
-        _ours(claims, found, past.run if past is not None else {})
-        if not claims.place.has_work() and _published(claims, run) and is_of():
-            _tidy(claims, past)
+        past = place.journal().read()
+        place.restore(past.ready if past is not None else ())
+        begun = claims.content() if claims.enter() else None
+        for there in (begun["run"] if begun is not None else {}, past.run if past is not None else {}):
+            place.adopt(there)
+        if not place.has_work() and manifest.is_of(place.out, plan.fingerprint()) and sampled.is_of(plan, shards, place.out):
+            place.remove_old()  # what whoever published it did not come to remove
+            if past is not None:
+                place.journal().remove(past)
+            if claims.folders:
+                claims.remove()
             return False
-        if found is not None and (changed := differences(found, run)):
+        if begun is not None and (changed := _differences(begun, run)):
             if not force:
                 raise ResumeError(
-                    f"{printable(str(claims.place.out))} was begun in parts with something else: {', '.join(changed)}",
+                    f"{printable(str(place.out))} was begun in parts with something else: {', '.join(changed)}",
                     hint="the same command joins the work; --force starts over, once nobody is at it",
                 )
             claims.check_idle()
-            found = None
-        if found is None:
+            begun = None
+        if begun is None:
             _begin(claims, run, force, past)
-        claims.told = found or run
-        _files(claims, files, found is None)
-        if not claims.place.lenient:
+        claims.told = begun or run
+        _make_files(claims, plan.files, begun is None)
+        if not place.lenient:
             with translate_errors(claims.base.path, "write in"):
                 claims.presence = Presence(claims.base, secrets.token_hex(4))
     return True
-
-
-def _ours(claims: Claims, *runs: dict[str, Any] | None) -> None:
-    """Files of the work that is there, which has other names with other options."""
-    for run in runs:
-        listed = (run or {}).get("run", run or {}).get("files")
-        claims.place.ours.update(name for name in listed or () if isinstance(name, str))
-
-
-def _tidy(claims: Claims, past: journal.JournalState | None) -> None:
-    """The output is there: remove what whoever published it did not come to remove."""
-    claims.place.remove_old()
-    if past is not None:
-        journal.Journal(claims.place).remove(past)
-    if claims.folders:
-        claims.remove()
 
 
 @contextlib.contextmanager
@@ -97,16 +111,6 @@ def _alone(claims: Claims, patience: float) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _published(claims: Claims, run: dict[str, Any]) -> bool:
-    """The output is there, and is what this work makes."""
-    path = claims.place.out / manifest.NAME
-    if not os.path.lexists(path):
-        return False
-    with contextlib.suppress(VerifyError):
-        return bool(manifest.read_head(path).fingerprint == run["run"]["fingerprint"])
-    return False
 
 
 def _begin(claims: Claims, run: dict[str, Any], force: bool, past: journal.JournalState | None) -> None:
@@ -129,34 +133,30 @@ def _begin(claims: Claims, run: dict[str, Any], force: bool, past: journal.Journ
         claims.place.begin(fresh=True)
         claims.disk.close(claims.base.open(CLAIMS, fresh=True))
         claims.base.sync()  # the plan without it would be work that somebody has published
-        SharedFolder(claims.base).write(PLAN, journal.sealed(run))
+        claims.write(PLAN, journal.sealed(run))
         if past is not None:
-            journal.Journal(claims.place).remove(past)
+            claims.place.journal().remove(past)
         claims.place.base.sync()
 
 
-def _files(claims: Claims, files: Sequence[tuple[str, int]], fresh: bool) -> None:
+def _make_files(claims: Claims, files: Sequence[OutputFile], fresh: bool) -> None:
     """Every file at its full size; holes are zeros, so it does not matter who makes them, or how often."""
     with translate_errors(claims.place.base.path / claims.place.hidden("partial"), "create"):
         claims.place.begin(fresh=False)
         work, made = claims.place.work, False
-        for name, size in files:
-            there = work.look(name)
-            if there is not None and there.st_size == size:
+        for file in files:
+            there = work.look(file.name)
+            if there is not None and there.st_size == file.size:
                 continue
-            if not fresh and any(_is_begun(claims, part) for part in range(claims.count)):
+            if not fresh and any(claims.base.look(f"{part}.{of}") for part in range(claims.count) for of in ("json", "journal")):
                 raise OutputError(
-                    f"{printable(str(work.path(name)))} is {'gone' if there is None else 'not as it was made'}",
+                    f"{printable(str(work.path(file.name)))} is {'gone' if there is None else 'not as it was made'}",
                     hint="the parts that are done are lost with it: start over with --force",
                 )
-            fd, made = work.open(name), True
-            claims.disk.truncate(fd, size)
+            fd, made = work.open(file.name), True
+            claims.disk.truncate(fd, file.size)
             claims.disk.sync(fd)  # before any part is begun: a file without its size is taken for a lost one
             claims.disk.close(fd)
         if made:
             work.folder.sync()
             claims.place.base.sync()
-
-
-def _is_begun(claims: Claims, part: int) -> bool:
-    return any(claims.base.look(f"{part}.{what}") is not None for what in ("json", "journal"))

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import xxhash
 
@@ -33,19 +33,9 @@ from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.untrusted import parse_json
 from streamconv.errors import OutputError, printable
 from streamconv.planning.plan import Plan
-from streamconv.run.fs import Disk, Folder, Mark, translate_errors, write_all
+from streamconv.run.fs import Folder, Mark, translate_errors, write_all
 
 FORMAT = 2
-
-
-class Home(Protocol):
-    """Where a journal lies: hidden("journal") in `base`."""
-
-    @property
-    def base(self) -> Folder: ...
-    @property
-    def disk(self) -> Disk: ...
-    def hidden(self, what: str) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,26 +127,6 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return found or ["the plan of the output (config.json of the source?)"]
 
 
-def read(place: Home) -> JournalState | None:
-    """What the journal of an output says, None if there is none with a whole first line.
-
-    Reading ends at the first line that is torn, or is none of ours. What a tile's line says is held against the plan later (`resume.fits`).
-
-    Raises:
-        OutputError: it cannot be read, or something else has its name.
-    """
-    base, name = place.base, place.hidden("journal")
-    with translate_errors(base.path / name, "read"):
-        try:
-            fd = base.open(name, make=False)
-        except FileNotFoundError:
-            return None
-        try:
-            return _read(fd, base.path / name)
-        finally:
-            place.disk.close(fd)
-
-
 def _read(fd: int, path: Path) -> JournalState | None:
     past, at = None, 0
     with os.fdopen(fd, "rb", closefd=False) as file:
@@ -232,29 +202,44 @@ def _done(record: dict[str, Any]) -> TileRecord:
 
 
 class Journal:
-    """The open journal of a run, which holds the lock of the output, or of its part of it."""
+    """A journal in a folder; whoever writes it holds the lock of the output, or of its part of it."""
 
-    def __init__(self, place: Home) -> None:
-        self.place, self.disk = place, place.disk
+    def __init__(self, base: Folder, name: str) -> None:
+        self.base, self.name, self.disk, self.path = base, name, base.disk, base.path / name
         self._fd, self._size = -1, 0
 
-    @property
-    def path(self) -> Path:
-        return self.place.base.path / self.place.hidden("journal")
+    def read(self) -> JournalState | None:
+        """What it says, None if there is none with a whole first line.
+
+        Reading ends at the first line that is torn, or is none of ours. What a tile's line says is held against the plan later
+        (`resume.fits`).
+
+        Raises:
+            OutputError: it cannot be read, or something else has its name.
+        """
+        with translate_errors(self.path, "read"):
+            try:
+                fd = self.base.open(self.name, make=False)
+            except FileNotFoundError:
+                return None
+            try:
+                return _read(fd, self.path)
+            finally:
+                self.disk.close(fd)
 
     def start(self, run: dict[str, Any]) -> None:
         """Begin an empty journal."""
         with translate_errors(self.path, "write"):
-            self._fd, self._size = self.place.base.open(self.path.name, private=True), 0
+            self._fd, self._size = self.base.open(self.name, private=True), 0
             if os.fstat(self._fd).st_size:
                 self.disk.truncate(self._fd, 0)
             self._append(sealed({"run": run}))
-            self.place.base.sync()
+            self.base.sync()
 
     def resume(self, past: JournalState) -> None:
         """Go on after the last line that can be trusted."""
         with translate_errors(self.path, "write"):
-            self._fd, self._size = self.place.base.open(self.path.name, make=False), past.size
+            self._fd, self._size = self.base.open(self.name, make=False), past.size
             if os.fstat(self._fd).st_size != past.size:
                 self.disk.truncate(self._fd, past.size)
                 self.disk.sync_data(self._fd)
@@ -276,7 +261,7 @@ class Journal:
             OutputError: the journal is not under its name any more, so a run that is killed now could not be finished.
         """
         with translate_errors(self.path, "write"):
-            self.place.base.expect(self.path.name, Mark.of(os.fstat(self._fd)))
+            self.base.expect(self.name, Mark.of(os.fstat(self._fd)))
             self._append(sealed({"ready": names}))
 
     def remove(self, past: JournalState | None = None) -> None:
@@ -285,14 +270,13 @@ class Journal:
         Args:
             past: the journal of an earlier run, if this run has none.
         """
-        base, name = self.place.base, self.path.name
         mark = Mark.of(os.fstat(self._fd)) if self._fd >= 0 else past.mark if past is not None else None
         self.close()
         with translate_errors(self.path, "remove"):
-            there = base.look(name)
+            there = self.base.look(self.name)
             if there is not None and Mark.of(there) == mark:  # else somebody has put something else there
-                self.disk.unlink(base, name, mark)
-                base.sync()
+                self.disk.unlink(self.base, self.name, mark)
+                self.base.sync()
 
     def close(self) -> None:
         if self._fd >= 0:

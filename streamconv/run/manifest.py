@@ -163,6 +163,14 @@ def names(path: Path) -> frozenset[str]:
     return frozenset({*told.sizes, *told.side})
 
 
+def is_of(folder: Path, fingerprint: object) -> bool:
+    """A folder has a manifest, and it is that of this plan."""
+    try:
+        return os.path.lexists(folder / NAME) and read_head(folder / NAME).fingerprint == fingerprint
+    except VerifyError:
+        return False
+
+
 def read(path: Path) -> Manifest:
     """Read a manifest.
 

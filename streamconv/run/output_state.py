@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
 import xxhash
@@ -142,9 +142,7 @@ class OutputState:
 
     def warnings(self) -> list[str]:
         """What the values of the source mean for the output."""
-        dtype = self.plan.dtype.torch
-        told = [f"{name}: {count} values are too large for {dtype} and became infinite" for name, count in self.overflow.items()]
-        return told + [f"{name}: {count} NaN or infinite values were quantized" for name, count in self.nonfinite.items()]
+        return value_warnings(self.plan, self.overflow, self.nonfinite)
 
     def stop(self) -> None:
         """Nobody waits any more."""
@@ -156,6 +154,12 @@ class OutputState:
             for counts, found in ((self.overflow, overflow), (self.nonfinite, nonfinite)):
                 if found:
                     counts[name] = counts.get(name, 0) + found
+
+
+def value_warnings(plan: Plan, overflow: Mapping[str, int], nonfinite: Mapping[str, int]) -> list[str]:
+    """What the values of the source mean for an output; see `OutputState`."""
+    told = [f"{name}: {count} values are too large for {plan.dtype.torch} and became infinite" for name, count in overflow.items()]
+    return told + [f"{name}: {count} NaN or infinite values were quantized" for name, count in nonfinite.items()]
 
 
 def _judge(plan: Plan, span: RowRange, made: Encoded) -> None:

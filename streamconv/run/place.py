@@ -26,10 +26,12 @@ import stat
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from streamconv.errors import OutputError, printable
 from streamconv.run import manifest
 from streamconv.run.fs import Disk, Folder, Mark, hidden, translate_errors
+from streamconv.run.journal import Journal
 
 OURS = re.compile(r"config\.json|streamconv\.json|rank[0-9]+\.safetensors")
 """What every checkpoint folder may hold; an output's own names are `Place.ours`."""
@@ -150,6 +152,15 @@ class Place:
 
     def hidden(self, what: str) -> str:
         return hidden(self.out, what).name
+
+    def adopt(self, run: Mapping[str, Any]) -> None:
+        """Files of work that was begun with other options have other names: those of its `journal.identity` are ours, too."""
+        files = run.get("files")
+        self.ours.update(name for name in (files if isinstance(files, list) else ()) if isinstance(name, str))
+
+    def journal(self) -> Journal:
+        """Of the output, whose base is open."""
+        return Journal(self.base, self.hidden("journal"))
 
     def hidden_paths(self) -> list[Path]:
         return [self.top / self.hidden(what) for what in WHATS]

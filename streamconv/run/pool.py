@@ -8,7 +8,7 @@ import mmap
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from streamconv import memory
@@ -22,7 +22,7 @@ from streamconv.run.cut import Tile, cut, tiles
 from streamconv.run.mapped import Mapped
 from streamconv.run.order import Stop
 from streamconv.run.output_state import OutputState
-from streamconv.run.tile import TileWorker
+from streamconv.run.tile import Tally, TileWorker
 
 if TYPE_CHECKING:
     from streamconv.device.pipeline import WorkerBuffers
@@ -33,22 +33,6 @@ _LOOK = 0.25
 """Seconds between two looks at the free memory."""
 _PATIENCE = 3.0
 """Seconds that an interrupted run waits for its workers and, in the last one, for the journals."""
-
-
-@dataclass(slots=True)
-class Outcome:
-    """What a run did.
-
-    Attributes:
-        bytes_mapped: of bytes_read, those that were encoded where the page cache holds them.
-        seconds: worker seconds spent in each of `tile.PHASES`, over all workers.
-    """
-
-    bytes_read: int = 0
-    bytes_mapped: int = 0
-    bytes_written: int = 0
-    tiles: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
 
 
 class Pool:
@@ -81,7 +65,7 @@ class Pool:
     ) -> None:
         self.reads, self.outputs, self.shards, self.shares = reads, outputs, shards, shares
         self.progress, self.devices, self.consumed, self.mapped = progress, devices, consumed, mapped
-        self.outcome = Outcome()
+        self.outcome = Tally(seconds={})
         self._rows: Callable[[int], int] = lambda read: costs[read].rows(shares.arena, tile_rows)
         self._tiles: Iterator[Tile] = tiles(reads, [output.past for output in outputs], self._rows)
         self._lock = threading.Lock()
@@ -95,7 +79,7 @@ class Pool:
         """A thread was still at work when an interruption stopped waiting for it; it may use the folders."""
         return not self._idle
 
-    def run(self) -> Outcome:
+    def run(self) -> Tally:
         """Do all tiles.
 
         Raises:
@@ -200,13 +184,8 @@ class Pool:
     def _do(self, tile: Tile, worker: TileWorker) -> None:
         tally = worker.run(tile)
         with self._lock:
-            self.outcome.bytes_mapped += tally.mapped
-            self.outcome.bytes_read += tally.read
-            self.outcome.bytes_written += tally.written
-            self.outcome.tiles += 1
-            for phase, seconds in tally.seconds.items():
-                self.outcome.seconds[phase] = self.outcome.seconds.get(phase, 0.0) + seconds
-        self.progress(self._due(tile), tally.written)
+            self.outcome.add(tally)
+        self.progress(self._due(tile), tally.bytes_written)
 
     def _due(self, tile: Tile) -> int:
         """Source bytes that count as done with a tile: those of all outputs together are the bytes of the read."""

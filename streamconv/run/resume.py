@@ -9,7 +9,7 @@ import xxhash
 
 from streamconv.planning.plan import Destination, Plan
 from streamconv.planning.tasks import encode_tasks
-from streamconv.run.journal import TileRecord
+from streamconv.run.journal import JournalState, TileRecord
 from streamconv.run.order import HashOrder
 from streamconv.run.output_folder import OutputFolder
 
@@ -17,7 +17,12 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-def fits(plan: Plan, done: TileRecord) -> bool:
+def fitting(plan: Plan, past: JournalState) -> dict[int, list[TileRecord]]:
+    """Span -> row ranges that a journal tells of, as far as they can be of this plan."""
+    return {span: [done for done in tiles if _fits(plan, done)] for span, tiles in past.tiles.items()}
+
+
+def _fits(plan: Plan, done: TileRecord) -> bool:
     """Whether a journal's line can be one of this plan: rows of a span that writes, cut where tiles are cut.
 
     A line that nobody wrote for this plan could make a worker wait for ever, or cut a tile where its layout does not allow it.

@@ -32,13 +32,27 @@ PHASES = ("read", "compute", "hash", "write")
 
 @dataclass(slots=True)
 class Tally:
-    """What a tile took: seconds in each of PHASES, bytes of the source as it is stored, and of the outputs."""
+    """What tiles took.
 
-    read: int = 0
-    mapped: int = 0
-    written: int = 0
+    Attributes:
+        bytes_read: of the source, as it is stored; `bytes_mapped` of them were encoded where the page cache holds them.
+        seconds: of workers, in each of PHASES.
+    """
+
+    bytes_read: int = 0
+    bytes_mapped: int = 0
+    bytes_written: int = 0
+    tiles: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     _since: float = field(default_factory=time.monotonic)
+
+    def add(self, other: Tally) -> None:
+        self.bytes_read += other.bytes_read
+        self.bytes_mapped += other.bytes_mapped
+        self.bytes_written += other.bytes_written
+        self.tiles += other.tiles
+        for phase, seconds in other.seconds.items():
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
 
     def lap(self, phase: str) -> None:
         """The time since the last lap went into `phase`."""
@@ -93,10 +107,10 @@ class TileWorker:
 
     def run(self, tile: Tile) -> Tally:
         """Read the rows of a tile; encode, hash, write and record those of each task."""
-        tally = Tally()
+        tally = Tally(tiles=1)
         with self._rows(tile, tally) as rows:
             for task in tile.tasks:
-                output, found, hashes, before = self.outputs[task.share.output], EncodeStats(), [], tally.written
+                output, found, hashes, before = self.outputs[task.share.output], EncodeStats(), [], tally.bytes_written
                 errors: list[tuple[float, ...]] = []
                 span, (start, stop) = output.plan.spans[task.share.span], task.rows()
                 count, skipped = span.op.out_rows(stop - start), span.op.out_rows(start - span.start)
@@ -116,10 +130,10 @@ class TileWorker:
                     for dest in made.dests:
                         output.order.take(dest.matrix, dest.row + skipped, count, made.parts)
                         tally.lap("hash")
-                        tally.written += output.write(dest, dest.row + skipped, count, made.parts)
+                        tally.bytes_written += output.write(dest, dest.row + skipped, count, made.parts)
                         tally.lap("write")
                 rows.check()
-                output.record(task, tuple(hashes), found, tuple(errors), tally.written - before)
+                output.record(task, tuple(hashes), found, tuple(errors), tally.bytes_written - before)
         return tally
 
     @contextlib.contextmanager
@@ -130,14 +144,14 @@ class TileWorker:
         start, stop = tile.start - reader.shift, tile.stop - reader.shift
         window = self.mapped.window(self.shards, span, start, stop) if self.mapped is not None and self.slot is None else None
         size, scratch = (stop - start) * span.row_bytes, (stop - start) * span.scratch_row_bytes
-        tally.read = (stop - start) * span.stored_row_bytes
+        tally.bytes_read = (stop - start) * span.stored_row_bytes
         if window is None:
             data = read_rows(self.shards, span, start, stop, self.arena, self.arena[size : size + scratch])
             free = self.arena[-(-(size + scratch) // 64) * 64 :]
         else:  # what is mapped takes the place of as much of the arena
             taken = -(-window.data.size // mmap.PAGESIZE) * mmap.PAGESIZE
             self.give_back(max(self.arena.size // mmap.PAGESIZE * mmap.PAGESIZE - taken, 0), taken)
-            data, free, tally.mapped = window.data, self.arena, tally.read
+            data, free, tally.bytes_mapped = window.data, self.arena, tally.bytes_read
         tally.lap("read")
         if window is None:
             self._drop(span, start, stop)

@@ -31,7 +31,6 @@ from streamconv.errors import (
     StreamconvError,
     UnreadableError,
     UsageError,
-    VerifyError,
     printable,
 )
 from streamconv.memory import show_size
@@ -39,13 +38,13 @@ from streamconv.planning.plan import Plan, SideFile
 from streamconv.run import journal, manifest
 from streamconv.run.claims import Claims
 from streamconv.run.fs import Disk, free_space
-from streamconv.run.journal import Journal, TileRecord
+from streamconv.run.journal import TileRecord
 from streamconv.run.lock import OutputLock
 from streamconv.run.order import Hashes
 from streamconv.run.output_checks import check_free, check_plan, is_made
 from streamconv.run.output_folder import OutputFolder
 from streamconv.run.place import Found
-from streamconv.run.resume import fits
+from streamconv.run.resume import fitting
 
 
 def begin(writers: Sequence[Writer]) -> None:
@@ -123,7 +122,6 @@ class Writer:
         self.folder = OutputFolder(out, disk, no_lock)
         self.place = self.folder.place
         self.place.ours |= plan.names
-        self.journal = Journal(self.place)
         self.past: Mapping[int, Sequence[TileRecord]] = {}
         self.finished = self.abandoned = False
         self._lock = OutputLock(self.place)
@@ -135,6 +133,7 @@ class Writer:
     def __enter__(self) -> Writer:
         try:
             self.place.open()
+            self.journal = self.place.journal()
             self._lock.acquire()
             self._look()
         except BaseException:
@@ -149,21 +148,19 @@ class Writer:
 
     def _look(self) -> None:
         """Find out where an earlier run stopped."""
-        self._past = journal.read(self.place)
+        self._past = self.journal.read()
         self.place.restore(self._past.ready if self._past is not None else ())
-        begun = self._past.run.get("files") if self._past is not None else None
-        if isinstance(begun, list):  # with other options, the work of that run has other names
-            self.place.ours.update(name for name in begun if isinstance(name, str))
+        if self._past is not None:
+            self.place.adopt(self._past.run)
         self._run = journal.identity(self.plan, self.shards)
         ready = {*self._past.ready} if self._past is not None else set()
         if self._past is not None and ready and not self.place.has_work() and self.place.found().files.keys() >= ready:
-            with contextlib.suppress(VerifyError):
-                if manifest.read_head(self.folder.out / manifest.NAME).fingerprint == self._past.run.get("fingerprint"):
-                    self.place.remove_old()
-                    self.journal.remove(self._past)
-                    self.finished = self.parts or self._past.run == self._run
-                    if self.finished:
-                        return
+            if manifest.is_of(self.folder.out, self._past.run.get("fingerprint")):
+                self.place.remove_old()
+                self.journal.remove(self._past)
+                self.finished = self.parts or self._past.run == self._run
+                if self.finished:
+                    return
             self._past = None
         if self._past is None and (self._skip or (self.parts and self._was_published())):
             self.finished = True
@@ -200,9 +197,8 @@ class Writer:
         """
         if self.place.has_work():
             return False
-        with contextlib.suppress(VerifyError):
-            if manifest.read_head(self.folder.out / manifest.NAME).fingerprint == self._run["fingerprint"]:
-                return True
+        if manifest.is_of(self.folder.out, self._run["fingerprint"]):
+            return True
         raise OutputError(f"the work on {printable(str(self.folder.out))} is gone, its parts with it", hint="start over with --force")
 
     def device(self) -> int:
@@ -247,7 +243,7 @@ class Writer:
         if self._past is not None or self.parts:
             self.folder.remove_last([side.name for side in self.plan.side_files] + [manifest.NAME])
         if self._past is not None:
-            self.past = {span: [done for done in tiles if fits(self.plan, done)] for span, tiles in self._past.tiles.items()}
+            self.past = fitting(self.plan, self._past)
         files = [(file.name, file.size, file.header) for file in self.plan.files]
         self.folder.create(files, fresh=self._past is None and not self.parts, made=self.parts)
         self._created = True

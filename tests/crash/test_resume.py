@@ -21,7 +21,6 @@ from streamconv.options import Resources
 from streamconv.run import pool
 from streamconv.run.fs import Disk, hidden
 from streamconv.run.journal import JournalState, TileRecord
-from streamconv.run.journal import read as read_journal
 from streamconv.run.lock import OutputLock
 from streamconv.run.place import Place
 from streamconv.targets.trtllm.options import TensorRTLLM
@@ -41,7 +40,7 @@ def place_of(out: Path, disk: Disk | None = None) -> Place:
 
 
 def read(journal: Path) -> JournalState | None:
-    return read_journal(place_of(journal.parent / "out"))
+    return place_of(journal.parent / "out").journal().read()
 
 
 @pytest.fixture

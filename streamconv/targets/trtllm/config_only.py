@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from streamconv.errors import OutputError, printable
-from streamconv.run import journal
 from streamconv.run.fs import Disk, named
 from streamconv.run.lock import OutputLock
 from streamconv.run.output_checks import check_free, check_place
@@ -35,7 +34,7 @@ def write_config(
     try:
         place.open()
         lock.acquire()
-        past = journal.read(place)
+        past = place.journal().read()
         place.restore(past.ready if past is not None else ())
         found = check_free(place, force)
         if place.has_work() and not force:
@@ -44,7 +43,7 @@ def write_config(
                 hint="run its command again to finish it, or give it up with --force",
             )
         folder.create([], fresh=True)
-        journal.Journal(place).remove(past)
+        place.journal().remove(past)
         folder.complete([(NAME, [data])])
         folder.publish(found)
         place.remove_old()
