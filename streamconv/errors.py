@@ -67,6 +67,12 @@ class _Told(BaseException):
         return f"{self.message} ({self.hint})" if self.hint else self.message
 
 
+    def kept(self) -> None:
+        """Say, once, that the same command goes on where this one stopped."""
+        also = "what is finished is kept: run the same command again to go on"
+        if also not in (self.hint or ""):
+            self.hint = f"{self.hint}; {also}" if self.hint else also
+
     def about(self, what: str) -> None:
         """Say what it is about, before what is wrong."""
         self.problems = tuple(f"{visible(what)}: {problem}" for problem in self.problems)

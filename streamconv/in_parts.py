@@ -8,7 +8,6 @@ import mmap
 import os
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from streamconv.checkpoint.index import Index
@@ -27,7 +26,7 @@ from streamconv.run.fs import Disk, named
 from streamconv.run.inside import choose
 from streamconv.run.joining import join, told
 from streamconv.run.journal import TileRecord
-from streamconv.run.output_checks import check_place
+from streamconv.run.output_checks import check_place, files_read
 from streamconv.run.part_folder import Aside, PartFolder
 from streamconv.run.part_record import Record, hashes_of
 from streamconv.run.place import Place
@@ -95,7 +94,7 @@ class Worker:
 
     def place(self) -> Place:
         """Where the output is made."""
-        return choose(Path(os.path.realpath(self.out)), self.asked.disk or Disk(), self.resources.no_lock)
+        return choose(self.out, self.asked.disk or Disk(), self.resources.no_lock)
 
     def work(self, wait: float | None = None) -> None:
         """Join the work, do what there is to do, and publish if all is done.
@@ -110,7 +109,7 @@ class Worker:
         self._wait, source, force = self.resources.wait if wait is None else wait, self.asked.source, self.asked.force
         place = self.place()
         place.ours |= self.plan.names
-        check_place(place, self.index.root, [*(shard.path for shard in self.index.shards), *self.plan.target.files_read])
+        check_place(place, self.index.root, files_read(self.plan, self.index.shards))
         claims = Claims(place, len(self.parts))
         page, private = max(PAGE, mmap.PAGESIZE), self.resources.private_parts
         run = told(self.identity, len(self.parts), page, private, force, os.path.realpath(source) if os.path.lexists(source) else source)
@@ -129,8 +128,7 @@ class Worker:
             self._over()
         except (OutputError, Interrupted) as error:
             if not isinstance(error, ResumeError | LockedError):
-                also = "what is finished is kept: run the same command again to go on"
-                error.hint = f"{error.hint}; {also}" if error.hint else also
+                error.kept()
             raise
         finally:
             if not self._abandoned:

@@ -52,7 +52,7 @@ def finish(out: str | Path, *, check: bool = False, meter: Meter | None = None, 
     index, plan = open_and_plan(begun["source"], target)
     with contextlib.closing(index):
         parts = cut(plan, begun["parts"])
-        claims = Claims(choose(Path(os.path.realpath(out)), disk or Disk(), no_lock), len(parts))
+        claims = Claims(choose(Path(out), disk or Disk(), no_lock), len(parts))
         what = (begun[name] for name in ("page", "private", "force", "source"))
         run = told(journal.identity(plan, index.shards), len(parts), *what)
         try:

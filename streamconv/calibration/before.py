@@ -70,10 +70,12 @@ def measured(
             raise UsageError(f"{flag} needs activation ranges", hint=BOTH_WAYS)
         return options
     check_text(options)
+    from streamconv.run.fs import Disk
+    from streamconv.run.inside import choose
     from streamconv.run.output_checks import check_output
 
     _check(source, options, int4)
-    check_output(out, Path(source), [], force)  # before hours of work
+    check_output(choose(out, Disk()), Path(source), [], force)  # before hours of work
     run = _Runs(source, out, samples, memory_budget, device, progress, sampled, told)
     if options.uses_ranges():
         options = dataclasses.replace(options, activation_ranges=run.ranges(options))

@@ -81,7 +81,7 @@ def show(
     else:
         content = each[0]
         out = outputs[0].out
-        content |= {**run, "work_inside_output": choose(Path(os.path.realpath(out)), fs.Disk()).inside if out else None}
+        content |= {**run, "work_inside_output": choose(Path(out), fs.Disk()).inside if out else None}
         content["disk"]["cache"] = cache_need(index)
         if parts is not None:
             content["parts"] = _parts_facts(plans[0], cut(plans[0], parts))
@@ -113,7 +113,7 @@ def _codes_first(out: str) -> str:
 def _crossing(outputs: Sequence[Output], index: Index) -> str | None:
     """Why these outputs are refused together."""
     try:
-        check_apart([choose(Path(fs.named(one.out)).resolve(), fs.Disk()) for one in outputs], index.root)
+        check_apart([choose(fs.named(one.out), fs.Disk()) for one in outputs], index.root)
     except OutputError as error:
         return error.message
     return None

@@ -91,7 +91,7 @@ class Claims:
         Raises:
             OutputError: something else has the name.
         """
-        place = choose(Path(os.path.realpath(out)), disk or Disk())
+        place = choose(out, disk or Disk())
         if not os.path.isdir(place.top):
             return None
         claims = cls(place, 0)

@@ -99,12 +99,3 @@ class Compared:
             if found.places and found.places[-1][1] == at:  # goes on
                 begin = found.places.pop()[0]
             found.places.append((begin, end))
-
-    def padding(self) -> None:
-        """Hold the rows that no source fills against zeros."""
-        zeros = memoryview(bytes(BUFFER))
-        for matrix in self.plan.matrices.unfilled():
-            for place in matrix.places:
-                begin, end = place.extent(matrix.filled, matrix.rows - matrix.filled)
-                for at in range(begin, end, BUFFER):
-                    self.write(self.plan.files[matrix.file].name, at, zeros[: min(BUFFER, end - at)])

@@ -148,6 +148,14 @@ def write_all(disk: Disk, fd: int, data: bytes | bytearray | memoryview, offset:
         view = view[done:]
 
 
+def read_fully(fd: int, offset: int, buffer: memoryview) -> int:
+    """preadv until `buffer` is full, or the file ends; gives how many bytes."""
+    done = 0
+    while done < len(buffer) and (got := os.preadv(fd, [buffer[done:]], offset + done)):
+        done += got
+    return done
+
+
 class Folder:
     """A directory held open. Names are those of its entries; `path` is where it was when it was opened, for messages.
 

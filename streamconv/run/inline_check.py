@@ -14,7 +14,7 @@ from streamconv.planning.plan import Destination, Plan, RowRange
 from streamconv.planning.tasks import encode_tasks
 from streamconv.quants.base import Codec, Errors
 from streamconv.reports import TensorError
-from streamconv.run.executor import Encoded
+from streamconv.run.encode import Encoded
 from streamconv.run.journal import TileRecord
 from streamconv.run.results import ReductionResults
 
@@ -38,7 +38,7 @@ class InlineCheck:
         """Decode what was encoded of rows and compare.
 
         Args:
-            block: their bytes, as of `run.executor.encoded`.
+            block: their bytes, as of `run.encode.encoded`.
 
         Returns:
             what the journal keeps of it; empty for a copy.

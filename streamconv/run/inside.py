@@ -101,9 +101,10 @@ def _passed_over(name: str) -> bool:
 def choose(out: Path, disk: Disk, lenient: bool = False) -> Place:
     """The place for an output.
 
-    Args:
-        out: resolved.
+    Raises:
+        OutputError: its name cannot be one.
     """
+    out = Path(os.path.realpath(out))
     with translate_errors(out, "look at"):
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             os.lstat(out)  # a name that cannot be

@@ -154,10 +154,8 @@ def _record(text: bytes) -> dict[str, Any] | None:
         return None
     if "run" in record:
         sound = _is_run(record["run"])
-    elif "ready" in record:
-        sound = isinstance(record["ready"], list) and all(isinstance(name, str) for name in record["ready"])
     else:
-        sound = _is_tile(record)
+        sound = _all(str, record["ready"]) if "ready" in record else _is_tile(record)
     return record if sound else None
 
 
@@ -183,16 +181,17 @@ def _is_run(run: object) -> bool:
     return told and isinstance(options, dict)
 
 
+def _all(kind: type, values: object) -> bool:
+    return isinstance(values, list) and all(type(value) is kind for value in values)
+
+
 def _is_tile(record: dict[str, Any]) -> bool:
-    tile, found, hashes = (record.get(key) for key in ("tile", "found", "hash"))
-    if not all(isinstance(value, list) for value in (tile, found, hashes)):
+    values: list[Any] = [record.get(key) for key in ("tile", "found", "hash", "errors")]
+    tile, found, hashes, errors = values
+    if not (_all(int, tile) and _all(int, found) and _all(list, hashes) and (errors is None or _all(list, errors))):
         return False
-    numbers = [*tile, *found]  # type: ignore[misc]
-    sound = len(tile) == 3 and len(found) == 2 and all(type(number) is int and 0 <= number < 1 << 62 for number in numbers)  # type: ignore[arg-type]
-    sound = sound and tile[1] < tile[2] and all(isinstance(parts, list) for parts in hashes)  # type: ignore[index,union-attr]
-    sound = sound and all(isinstance(part, str) for parts in hashes for part in parts)  # type: ignore[union-attr]
-    errors = record.get("errors", [])
-    return sound and isinstance(errors, list) and all(isinstance(kept, list) and all(type(v) is float for v in kept) for kept in errors)
+    right = len(tile) == 3 and len(found) == 2 and all(0 <= number < 1 << 62 for number in (*tile, *found)) and tile[1] < tile[2]
+    return right and all(_all(str, parts) for parts in hashes) and all(_all(float, kept) for kept in errors or ())
 
 
 def _done(record: dict[str, Any]) -> TileRecord:

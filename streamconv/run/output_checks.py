@@ -190,20 +190,15 @@ def is_made(out: Path, source: Path, plan: Plan, shards: Sequence[Shard]) -> boo
         return False
 
 
-def check_output(out: Path, source: Path, read: Iterable[Path], force: bool, disk: Disk | None = None, ours: Iterable[str] = ()) -> Place:
+def check_output(place: Place, source: Path, read: Iterable[Path], force: bool) -> None:
     """What can be said of an output without touching anything.
 
     Args:
-        ours: names of files that such an output has.
-
-    Returns:
-        where it will be built, not opened.
+        place: not opened.
 
     Raises:
         OutputError: see `check_place` and `check_free`.
     """
-    place = choose(Path(os.path.realpath(out)), disk or Disk())
-    place.ours.update(ours)
     check_place(place, source, read)
     # what an earlier run left is looked at with the lock held
     if os.path.isdir(place.top) and not any(os.path.lexists(place.top / place.hidden(what)) for what in ("journal", "lock")):
@@ -212,21 +207,22 @@ def check_output(out: Path, source: Path, read: Iterable[Path], force: bool, dis
             check_free(place, force)
         finally:
             place.close()
-    return place
 
 
-def check_plan(out: Path, source: Path, plan: Plan, shards: Sequence[Shard], force: bool, disk: Disk | None = None) -> Place:
-    """See `check_output`."""
-    read = [shard.path for shard in shards] + [*plan.target.files_read]
-    return check_output(out, source, read, force, disk, plan.names)
+def files_read(plan: Plan, shards: Sequence[Shard]) -> list[Path]:
+    """All that a conversion reads, the source's config.json apart."""
+    return [shard.path for shard in shards] + [*plan.target.files_read]
 
 
 def output_problem(index: Index, plan: Plan, out: str | Path) -> str | None:
     """Why `convert` would refuse to write to `out`, as far as that shows without touching anything; None if nothing speaks against it."""
     try:
-        place = check_plan(named(out), index.root, plan, index.shards, force=False).top
+        place = choose(named(out), Disk())
+        place.ours |= plan.names
+        check_output(place, index.root, files_read(plan, index.shards), force=False)
     except OutputError as error:
         return f"{error.message} ({error.hint})" if error.hint else error.message
-    while not os.path.exists(place):
-        place = place.parent
-    return None if os.access(place, os.W_OK | os.X_OK) else f"nothing can be written in {printable(str(place))}"
+    folder = place.top
+    while not os.path.exists(folder):
+        folder = folder.parent
+    return None if os.access(folder, os.W_OK | os.X_OK) else f"nothing can be written in {printable(str(folder))}"

@@ -11,8 +11,7 @@ from pathlib import Path
 
 from streamconv.errors import OutputError, printable
 from streamconv.memory import MIB, show_size
-from streamconv.run.fs import Disk, Mark, free_space, translate_errors, write_all
-from streamconv.run.inside import choose
+from streamconv.run.fs import Mark, free_space, read_fully, translate_errors, write_all
 from streamconv.run.place import CONFIG, Found, Part, Place
 
 
@@ -20,17 +19,11 @@ class OutputFolder:
     """Writes one output folder. `write`, `read_into` and `sync` may be called from any thread.
 
     Args:
-        lenient: see `fs.Folder`.
-        place: where it is built, if that was chosen.
-
-    Attributes:
         place: where it is built.
     """
 
-    def __init__(self, out: Path, disk: Disk | None = None, lenient: bool = False, place: Place | None = None) -> None:
-        self.out = Path(os.path.realpath(out))
-        self.disk = disk or Disk()
-        self.place = place or choose(self.out, self.disk, lenient)
+    def __init__(self, place: Place) -> None:
+        self.place, self.out, self.disk = place, place.out, place.disk
         self._fds: dict[str, int] = {}
         self._sizes: dict[str, int] = {}
         self._turns: dict[str, threading.Lock] = {}
@@ -115,14 +108,8 @@ class OutputFolder:
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> int:
         """Read bytes already written; fewer than asked for only where the file ends."""
-        done = 0
         with translate_errors(self._path(name), "read"):
-            while done < len(buffer):
-                got = os.preadv(self._fds[name], [buffer[done:]], offset + done)
-                if got == 0:
-                    break
-                done += got
-        return done
+            return read_fully(self._fds[name], offset, buffer)
 
     def sync(self, names: Iterable[str]) -> None:
         """Wait until what was written to these files is on the disk; then its pages need not be kept in memory."""

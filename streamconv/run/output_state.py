@@ -16,7 +16,7 @@ from streamconv.planning.plan import Destination, Plan, RowRange
 from streamconv.quants import factors
 from streamconv.quants.base import EncodeStats
 from streamconv.run.cut import JournalState, Task
-from streamconv.run.executor import Encoded
+from streamconv.run.encode import Encoded
 from streamconv.run.inline_check import InlineCheck
 from streamconv.run.journal import Journal, TileRecord
 from streamconv.run.order import Hashes, HashOrder, hash_of

@@ -8,7 +8,6 @@ parts are done. On its own pages it holds byte-range locks: a machine that was c
 from __future__ import annotations
 
 import bisect
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import xxhash
@@ -16,7 +15,7 @@ import xxhash
 from streamconv.errors import OutputError, printable
 from streamconv.memory import MIB
 from streamconv.planning.plan import OutputFile
-from streamconv.run.fs import Folder, translate_errors, write_all
+from streamconv.run.fs import Folder, read_fully, translate_errors, write_all
 from streamconv.run.output_folder import OutputFolder
 from streamconv.run.place import Place
 
@@ -67,11 +66,8 @@ class Aside:
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> int:
         """What was never written is zero; fewer bytes than asked for only where the file ends."""
-        done = 0
         with translate_errors(self.path, "read"):
-            while done < len(buffer) and (got := os.preadv(self._fd, [buffer[done:]], self._at[name] + offset + done)):
-                done += got
-        return done
+            return read_fully(self._fd, self._at[name] + offset, buffer)
 
     def copy(self, name: str, begin: int, end: int, take: Callable[[int, memoryview], object]) -> None:
         """Give `take` the bytes [begin, end) of a file, by (offset, bytes).
@@ -113,7 +109,7 @@ class PartFolder(OutputFolder):
     def __init__(
         self, place: Place, files: Sequence[OutputFile], extents: Sequence[Ranges], page: int, aside: Aside, private: bool
     ) -> None:
-        super().__init__(place.out, place.disk, place=place)
+        super().__init__(place)
         self.aside = aside
         self._own: dict[str, Ranges] = {}
         self._begins: dict[str, list[int]] = {}

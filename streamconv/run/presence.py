@@ -54,16 +54,14 @@ class Presence:
         Raises:
             OutputError: one of them lives, and its lock is free here.
         """
-        free = {}
-        for name in self.folder.names():
-            found = _NAME.fullmatch(name)
-            if found and found[1] != self.host and self._is_free(name):
-                free[name] = self._read(name)
+        named = [(name, _NAME.fullmatch(name)) for name in self.folder.names()]
+        looks = {name: self._look(name) for name, parsed in named if parsed and parsed[1] != self.host}
+        free = {name: beat for name, (is_free, beat) in looks.items() if is_free}
         if not free:
             return
         time.sleep(3 * BEAT)
         for name, before in free.items():
-            now = self._read(name)
+            _, now = self._look(name)
             if now and now != before:
                 raise OutputError(
                     f"a worker is at work on {printable(name.split('-', 1)[1].rpartition('-')[0])}, and its lock is free here: the locks of"
@@ -74,23 +72,15 @@ class Presence:
             if now == before:
                 self.folder.unlink(name)
 
-    def _is_free(self, name: str) -> bool:
+    def _look(self, name: str) -> tuple[bool, bytes]:
+        """Whether the lock of a worker is free, and what it wrote last; nothing of one that is gone."""
         with contextlib.suppress(OSError, OutputError):
             fd = self.folder.open(name, make=False)
             try:
-                return not self.folder.disk.locked(fd, 0)
+                return not self.folder.disk.locked(fd, 0), os.pread(fd, 32, 0)
             finally:
                 self.folder.disk.close(fd)
-        return False
-
-    def _read(self, name: str) -> bytes:
-        with contextlib.suppress(OSError, OutputError):
-            fd = self.folder.open(name, make=False)
-            try:
-                return os.pread(fd, 32, 0)
-            finally:
-                self.folder.disk.close(fd)
-        return b""
+        return False, b""
 
     def close(self) -> None:
         self._over.set()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from streamconv.checkpoint.shard import Shard
 from streamconv.lazy import np
@@ -16,6 +15,7 @@ from streamconv.planning.tasks import encode_tasks
 from streamconv.quants.base import EncodeStats
 from streamconv.run.encode import encode
 from streamconv.run.read import read_rows
+from streamconv.run.results import ReductionResults
 
 MOST = 256
 """Spans that are looked at, spread over the plan."""
@@ -45,7 +45,7 @@ def _same(plan: Plan, shards: Sequence[Shard], span: RowRange, out: Path) -> boo
     block = read_rows(shards, span, span.start, span.start + source_rows, buffer, scratch)
     for task, dests in encode_tasks(span, plan.matrices).items():
         out_arena = np.empty(sum(task.row_costs(span)) * rows + 65536, np.uint8)
-        made = encode(task.bound(_NOTHING, span.source.name), span, rows, block, out_arena, EncodeStats())
+        made = encode(task.bound(ReductionResults(()), span.source.name), span, rows, block, out_arena, EncodeStats())
         for dest in dests:
             matrix = plan.matrices[dest.matrix]
             with open(out / plan.files[matrix.file].name, "rb") as file:
@@ -54,13 +54,3 @@ def _same(plan: Plan, shards: Sequence[Shard], span: RowRange, out: Path) -> boo
                     if file.read(part.size) != part.tobytes():
                         return False
     return True
-
-
-class _Nothing:
-    """Nothing is reduced."""
-
-    def get(self, key: str) -> np.ndarray[Any, Any]:
-        raise AssertionError(f"{key} is needed")
-
-
-_NOTHING = _Nothing()

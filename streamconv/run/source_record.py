@@ -22,10 +22,10 @@ from streamconv.checkpoint.untrusted import read_file
 from streamconv.errors import CheckpointError, TensorError, VerifyError, printable
 from streamconv.planning.plan import Plan
 from streamconv.run import manifest
+from streamconv.run.order import hash_of
 
 _HINT = "`streamconv verify` says what is wrong with it; if it was changed on purpose, remove streamconv.json or use --no-source-check"
 _CONFIG = "config.json"
-_PIECE = 1 << 20
 
 Wanted = Callable[[int, int, int], bool]
 """(number of a source file, where a tensor begins, where it ends) -> whether it is to be looked at."""
@@ -95,23 +95,14 @@ def _check_file(path: Path, name: str, progress: Callable[[int], object], wanted
     with shard.window(0, header.data_start) as data:
         if xxhash.xxh3_128(data).hexdigest() != first[1]:
             raise CheckpointError(f"{file}: its header holds other bytes than {manifest.NAME} tells", hint=_HINT)
-    problems, buffer = list[str](), memoryview(bytearray(_PIECE))
+    problems = list[str]()
     for tensor, begin, end in zip(header.names, header.begins[:-1], header.begins[1:], strict=True):
         line = next(told, ("", ""))
-        if wanted(begin, end) and line != (tensor, _hash(shard, begin, end, buffer)):
+        if wanted(begin, end) and line != (tensor, hash_of(shard.read_into, begin, end)):
             problems.append(f"{file}: {printable(tensor)} holds other bytes than {manifest.NAME} tells")
         progress(end - begin)
     if problems:
         raise TensorError(problems, hint=_HINT)
-
-
-def _hash(shard: Shard, begin: int, end: int, buffer: memoryview) -> str:
-    digest = xxhash.xxh3_128()
-    for at in range(begin, end, len(buffer)):
-        view = buffer[: min(len(buffer), end - at)]
-        shard.read_into(at, view)
-        digest.update(view)
-    return digest.hexdigest()
 
 
 class OfPart:

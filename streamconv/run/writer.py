@@ -38,10 +38,11 @@ from streamconv.planning.plan import Plan, SideFile
 from streamconv.run import journal, manifest
 from streamconv.run.claims import Claims
 from streamconv.run.fs import Disk, free_space
+from streamconv.run.inside import choose
 from streamconv.run.journal import TileRecord
 from streamconv.run.lock import OutputLock
 from streamconv.run.order import Hashes
-from streamconv.run.output_checks import check_free, check_plan, is_made
+from streamconv.run.output_checks import check_free, check_output, files_read, is_made
 from streamconv.run.output_folder import OutputFolder
 from streamconv.run.place import Found
 from streamconv.run.resume import fitting
@@ -119,8 +120,8 @@ class Writer:
         skip: bool = False,
     ) -> None:
         self.plan, self.shards, self.force, self.no_lock, self.parts = plan, shards, force, no_lock, parts
-        self.folder = OutputFolder(out, disk, no_lock)
-        self.place = self.folder.place
+        self.place = choose(out, disk or Disk(), no_lock)
+        self.folder = OutputFolder(self.place)
         self.place.ours |= plan.names
         self.past: Mapping[int, Sequence[TileRecord]] = {}
         self.finished = self.abandoned = False
@@ -128,7 +129,7 @@ class Writer:
         self._found = Found()
         self._begun = self._created = False
         self._skip = skip and not force and is_made(self.folder.out, source, plan, shards)
-        check_plan(self.folder.out, source, plan, shards, force or self._skip, disk)
+        check_output(self.place, source, files_read(plan, shards), force or self._skip)
 
     def __enter__(self) -> Writer:
         try:
@@ -277,9 +278,7 @@ class Writer:
             self._leave()
             return
         if isinstance(error, (OutputError, Interrupted, UnreadableError)):
-            also = "what is finished is kept: run the same command again to go on"
-            if also not in (error.hint or ""):  # another output may have said it
-                error.hint = f"{error.hint}; {also}" if error.hint else also
+            error.kept()
         if self.abandoned:
             return  # a thread may still write: the process is about to end, and closes everything
         with contextlib.suppress(OSError):

@@ -206,7 +206,6 @@ def _compare(
     except DataError as refused:
         verdict.problems.append(f"this source gives no checkpoint: {refused}")
         return
-    sink.padding()
     for shard in (*index.shards, *plan.beside, *files):
         shard.check_unchanged()
     encoded = sum(len(matrix.places) for matrix in plan.matrices) + len(plan.constants)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from streamconv.errors import OutputError, printable
 from streamconv.run.fs import Disk, named
+from streamconv.run.inside import choose
 from streamconv.run.lock import OutputLock
 from streamconv.run.output_checks import check_free, check_place
 from streamconv.run.output_folder import OutputFolder
@@ -27,8 +28,8 @@ def write_config(
         OutputError: the folder holds something, an unfinished conversion to it is kept, or it cannot be written.
         LockedError: another run is writing to it.
     """
-    folder = OutputFolder(named(out), disk, no_lock)
-    place = folder.place
+    place = choose(named(out), disk or Disk(), no_lock)
+    folder = OutputFolder(place)
     check_place(place, source)
     lock = OutputLock(place)
     try:
