@@ -30,7 +30,6 @@ from streamconv.run.output_checks import check_place, files_read
 from streamconv.run.part_folder import Aside, PartFolder
 from streamconv.run.part_record import Record, hashes_of
 from streamconv.run.place import Place
-from streamconv.run.resume import fitting
 from streamconv.run.tile import Tally
 
 if TYPE_CHECKING:
@@ -211,7 +210,7 @@ class Worker:
             past = book.read()
             if past is not None and past.run == run and not private:
                 book.resume(past)
-                finished = fitting(plan, past)
+                finished = past.of(plan)
             else:
                 book.start(run)
                 finished = {}

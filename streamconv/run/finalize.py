@@ -14,7 +14,7 @@ from streamconv.planning.plan import Plan
 from streamconv.run.claims import Claims
 from streamconv.run.order import Hashes, hash_of
 from streamconv.run.output_folder import OutputFolder
-from streamconv.run.part_folder import Aside, own_pages, shared
+from streamconv.run.part_folder import Aside, apart
 from streamconv.run.part_record import Record, measured, put_hashes, sound
 from streamconv.run.writer import Writer
 
@@ -72,14 +72,13 @@ def finalize(claims: Claims, writer: Writer, plan: Plan, parts: Sequence[Part], 
 def _into_place(aside: Aside, folder: OutputFolder, plan: Plan, part: Part, page: int, private: bool) -> str:
     """Copy what a part kept aside; gives its XXH3-128 (hex)."""
     digest = xxhash.xxh3_128()
-    for file, ranges in zip(plan.files, part.extents(plan), strict=True):
+    for name, begin, end in apart(plan.files, part.extents(plan), page, private):
 
-        def take(at: int, piece: memoryview, name: str = file.name) -> None:
+        def take(at: int, piece: memoryview, name: str = name) -> None:
             digest.update(piece)
             folder.write(name, at, piece)
 
-        for begin, end in shared(ranges, [] if private else own_pages(ranges, file.size, page)):
-            aside.copy(file.name, begin, end, take)
+        aside.copy(name, begin, end, take)
     return digest.hexdigest()
 
 

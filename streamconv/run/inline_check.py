@@ -16,7 +16,7 @@ from streamconv.quants.base import Codec, Errors
 from streamconv.reports import TensorError
 from streamconv.run.encode import Encoded
 from streamconv.run.journal import TileRecord
-from streamconv.run.results import ReductionResults
+from streamconv.run.order import ReductionResults
 
 _SLACK = 1.001
 """The bounds of codecs are float32."""

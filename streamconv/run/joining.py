@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import secrets
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from streamconv import __version__
 from streamconv.checkpoint.shard import Shard
-from streamconv.errors import LockedError, OutputError, ResumeError, printable
+from streamconv.errors import OutputError, ResumeError, printable
 from streamconv.planning.plan import OutputFile, Plan
 from streamconv.run import journal, manifest, sampled
 from streamconv.run.claims import CLAIMS, PLAN, Claims
@@ -64,7 +62,7 @@ def join(claims: Claims, plan: Plan, shards: Sequence[Shard], run: dict[str, Any
     place = claims.place
     place.ours |= plan.names
     place.open()
-    with _alone(claims, patience):
+    with OutputLock(place).held(patience):  # those who begin and those who publish hold it for a moment
         past = place.journal().read()
         place.restore(past.ready if past is not None else ())
         begun = claims.content() if claims.enter() else None
@@ -93,24 +91,6 @@ def join(claims: Claims, plan: Plan, shards: Sequence[Shard], run: dict[str, Any
             with translate_errors(claims.base.path, "write in"):
                 claims.presence = Presence(claims.base, secrets.token_hex(4))
     return True
-
-
-@contextlib.contextmanager
-def _alone(claims: Claims, patience: float) -> Iterator[None]:
-    """Hold the lock of the output, which those who begin and those who publish hold for a moment."""
-    lock, until = OutputLock(claims.place), time.monotonic() + patience
-    while True:
-        try:
-            lock.acquire()
-            break
-        except LockedError:
-            if time.monotonic() >= until:
-                raise
-            time.sleep(0.05)
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _begin(claims: Claims, run: dict[str, Any], force: bool, past: journal.JournalState | None) -> None:

@@ -56,6 +56,18 @@ class TileRecord:
     nonfinite: int = 0
     errors: tuple[tuple[float, ...], ...] = ()
 
+    def fits(self, plan: Plan) -> bool:
+        """Whether it can be of this plan: rows of a span that writes, cut where tiles are cut.
+
+        A line that nobody wrote for this plan could make a worker wait for ever, or cut a tile where its layout does not allow it.
+        """
+        if self.span >= len(plan.spans):
+            return False
+        span = plan.spans[self.span]
+        inside = span.reduce is None and span.start <= self.start < self.stop <= span.stop
+        whole = not (self.start - span.start) % span.align and (self.stop == span.stop or not (self.stop - span.start) % span.align)
+        return inside and whole
+
 
 @dataclass(slots=True)
 class JournalState:
@@ -73,6 +85,10 @@ class JournalState:
     ready: tuple[str, ...] = ()
     size: int = 0
     mark: Mark | None = None
+
+    def of(self, plan: Plan) -> dict[int, list[TileRecord]]:
+        """Span -> the row ranges that can be of this plan."""
+        return {span: [done for done in tiles if done.fits(plan)] for span, tiles in self.tiles.items()}
 
     def add(self, done: TileRecord) -> None:
         """A later line replaces earlier ones that it overlaps."""
@@ -210,8 +226,7 @@ class Journal:
     def read(self) -> JournalState | None:
         """What it says, None if there is none with a whole first line.
 
-        Reading ends at the first line that is torn, or is none of ours. What a tile's line says is held against the plan later
-        (`resume.fits`).
+        Reading ends at the first line that is torn, or is none of ours. What it tells of tiles is held against the plan later.
 
         Raises:
             OutputError: it cannot be read, or something else has its name.

@@ -6,6 +6,7 @@ import contextlib
 import os
 import socket
 import time
+from collections.abc import Iterator
 
 from streamconv.errors import LockedError, OutputError, printable
 from streamconv.run.fs import Mark, translate_errors, write_all
@@ -23,13 +24,35 @@ class OutputLock:
         self.place, self.disk = place, place.disk
         self._fd = -1
 
-    def acquire(self) -> None:
-        """Take the lock or fail at once.
+    def acquire(self, patience: float = 0.0) -> None:
+        """Take the lock.
+
+        Args:
+            patience: seconds to wait for one that holds it.
 
         Raises:
             LockedError: a living run holds it; names its process and host.
             OutputError: the file cannot be made, or something else has its name; or the file system has no locks.
         """
+        until = time.monotonic() + patience
+        while True:
+            try:
+                return self._acquire()
+            except LockedError:
+                if time.monotonic() >= until:
+                    raise
+                time.sleep(0.05)
+
+    @contextlib.contextmanager
+    def held(self, patience: float = 0.0) -> Iterator[None]:
+        """As `acquire`, then `release`."""
+        self.acquire(patience)
+        try:
+            yield
+        finally:
+            self.release()
+
+    def _acquire(self) -> None:
         base, name = self.place.base, self.place.hidden("lock")
         for _ in range(1000):
             with translate_errors(base.path / name, "lock"):

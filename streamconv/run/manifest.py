@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -137,9 +137,9 @@ class Manifest:
     side: dict[str, tuple[int, str]]
     check: str
     source_config: dict[str, Any] | None
-    sizes: dict[str, int]
-    headers: dict[str, str]
-    hashes: dict[str, dict[str, str]]
+    sizes: dict[str, int] = field(default_factory=dict)
+    headers: dict[str, str] = field(default_factory=dict)
+    hashes: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
 def load(folder: Path) -> Manifest | None:
@@ -181,9 +181,9 @@ def read(path: Path) -> Manifest:
     data = read_file(path, MAX_MANIFEST, VerifyError)
     check_counts(data, shown, VerifyError, MAX_OUTPUT_TENSORS + MAX_CONTAINERS)
     content = parse_json(data, shown, VerifyError)
-    head = _head(content, shown)
+    told = _head(content, shown)
+    sizes, headers, hashes = told.sizes, told.headers, told.hashes
     files = _Checked(content, shown).get("files", dict)
-    sizes, headers, hashes = {}, {}, {}
     for name, value in files.items():
         file = _Checked(value, shown)
         sizes[name], headers[name], hashes[name] = file.get("size", int), file.get("header", str), file.get("tensors", dict)
@@ -197,7 +197,7 @@ def read(path: Path) -> Manifest:
         at += len(piece)
     if at != len(data):
         raise _changed(shown)
-    return Manifest(*head, sizes, headers, hashes)
+    return told
 
 
 def read_head(path: Path) -> Manifest:
@@ -215,7 +215,7 @@ def read_head(path: Path) -> Manifest:
         raise _changed(shown)
     head = bytes(data[: end - 1]) + b"\n}"
     check_counts(head, shown, VerifyError)
-    facts = _head(parse_json(head, shown, VerifyError) | {"check": tail[1].decode()}, shown)
+    told = _head(parse_json(head, shown, VerifyError) | {"check": tail[1].decode()}, shown)
     check, at = xxhash.xxh3_128(), 0
     while at < tail.start():
         stop = data.find(b"\n", min(at + _PIECE, tail.start()), tail.start())
@@ -227,7 +227,7 @@ def read_head(path: Path) -> Manifest:
     check.update(b"}")
     if check.hexdigest() != tail[1].decode():
         raise _changed(shown)
-    return Manifest(*facts, {}, {}, {})
+    return told
 
 
 def recorded(path: Path, file: str) -> Iterator[tuple[str, str]]:
@@ -267,10 +267,7 @@ class _Checked:
         return value
 
 
-_Head = tuple[str, dict[str, Any], str, tuple[SourceFile, ...], str, dict[str, tuple[int, str]], str, dict[str, Any] | None]
-
-
-def _head(content: object, shown: str) -> _Head:
+def _head(content: object, shown: str) -> Manifest:
     top = _Checked(content, shown)
     form = top.get("format", int)
     if form not in _READ:
@@ -285,4 +282,4 @@ def _head(content: object, shown: str) -> _Head:
     sources = tuple(SourceFile(s.get("file", str), s.get("size", int), s.get("header_sha256", str)) for s in listed)
     texts = [top.get(key, str) for key in ("fingerprint", "config", "check")]
     config = top.get("source_config", dict) if "source_config" in top.value else None
-    return target, top.get("options", dict), texts[0], sources, texts[1], side, texts[2], config
+    return Manifest(target, top.get("options", dict), texts[0], sources, texts[1], side, texts[2], config)

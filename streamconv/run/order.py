@@ -1,19 +1,18 @@
-"""Whole-tensor hashes while tiles are worked on out of order."""
+"""What workers wait for while tiles are worked on out of order: their turn in the hash of a whole tensor, and reductions."""
 
 from __future__ import annotations
 
 import threading
 from array import array
-from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any
 
 import xxhash
 
+from streamconv.lazy import Bytes, np
 from streamconv.memory import MIB
-from streamconv.planning.plan import Matrix, OutputFile
+from streamconv.planning.plan import Matrix, OutputFile, RowRange
 
-if TYPE_CHECKING:
-    import numpy as np
 
 class Stop(Exception):
     """Another worker failed."""
@@ -77,7 +76,7 @@ class HashOrder:
             self._begun[matrix] = [xxhash.xxh3_128() for _ in self._matrices[matrix].places]
         return self._begun[matrix]
 
-    def take(self, matrix: int, row: int, rows: int, parts: Sequence[np.ndarray[Any, Any]]) -> None:
+    def take(self, matrix: int, row: int, rows: int, parts: Sequence[Bytes]) -> None:
         if matrix in self._loose:
             return
         self.wait(matrix, row)
@@ -140,3 +139,46 @@ class HashOrder:
                 digest.update(bytes(min(left, 1 << 20)))
                 left -= min(left, 1 << 20)
             self._hashes.put(matrix.file, place.position, digest.digest())
+
+
+class ReductionResults:
+    """Merges what tiles contribute to a reduction; whoever needs the result waits until the last tile is in.
+
+    Spans that reduce come before those that need them and tiles are handed out in that order, so whoever is waited for is
+    always at work. What is kept is small: two bytes for each input channel, and scalars.
+    """
+
+    def __init__(self, spans: Iterable[RowRange]) -> None:
+        self._missing: dict[str, int] = {}
+        for span in spans:
+            if span.reduce is not None:
+                self._missing[span.reduce.key] = self._missing.get(span.reduce.key, 0) + span.stop - span.start
+        self._values: dict[str, np.ndarray[Any, Any]] = {}
+        self._change = threading.Condition()
+        self._stopped = False
+
+    def add(self, key: str, rows: int, value: np.ndarray[Any, Any]) -> None:
+        """A tile of `rows` source rows found these maxima."""
+        with self._change:
+            known = self._values.get(key)
+            self._values[key] = value if known is None else np.asarray(np.maximum(known, value))
+            self._missing[key] -= rows
+            self._change.notify_all()
+
+    def get(self, key: str) -> np.ndarray[Any, Any]:
+        """The result over all rows; always the same object.
+
+        Raises:
+            Stop: another worker failed.
+        """
+        with self._change:
+            while self._missing[key] and not self._stopped:
+                self._change.wait()
+            if self._missing[key]:
+                raise Stop
+            return self._values[key]
+
+    def stop(self) -> None:
+        with self._change:
+            self._stopped = True
+            self._change.notify_all()

@@ -13,17 +13,16 @@ from streamconv import memory
 from streamconv.errors import DataError, printable
 from streamconv.lazy import Bytes
 from streamconv.planning.plan import Destination, Plan, RowRange
+from streamconv.planning.tasks import encode_tasks
 from streamconv.quants import factors
 from streamconv.quants.base import EncodeStats
 from streamconv.run.cut import JournalState, Task
 from streamconv.run.encode import Encoded
 from streamconv.run.inline_check import InlineCheck
 from streamconv.run.journal import Journal, TileRecord
-from streamconv.run.order import Hashes, HashOrder, hash_of
+from streamconv.run.order import Hashes, HashOrder, ReductionResults, hash_of
 from streamconv.run.output_folder import OutputFolder
 from streamconv.run.recorder import Recorder
-from streamconv.run.results import ReductionResults
-from streamconv.run.resume import verify_resumed_tile
 
 
 class Sink(Protocol):
@@ -121,16 +120,46 @@ class OutputState:
             self._recorder.add(done, files, written)
 
     def verify_resumed_tile(self, done: TileRecord, buffer: Bytes) -> bool:
-        """Take rows of an earlier run as they are, if their bytes are still those that were recorded."""
-        if self.check is not None and not self.check.knows(done):
+        """Take rows of an earlier run as they are, if their bytes are still those that were recorded.
+
+        Args:
+            buffer: uint8 of any size; a tile may be larger than it (an earlier run had another budget).
+
+        Returns:
+            False if anything differs: the tile must be done again. `order` has then not moved.
+        """
+        folder, span = self._folder, self.plan.spans[done.span]
+        groups = list(encode_tasks(span, self.plan.matrices).values())
+        known = self.check is None or self.check.knows(done)
+        if not known or not isinstance(folder, OutputFolder) or len(groups) != len(done.hashes):
             return False
-        if not isinstance(self._folder, OutputFolder) or not verify_resumed_tile(self.plan, done, self._folder, self.order, buffer):
-            return False
+        rows, skipped = span.op.out_rows(done.stop - done.start), span.op.out_rows(done.start - span.start)
+
+        def read(dest: Destination, part: int, digest: xxhash.xxh3_128) -> None:
+            matrix = self.plan.matrices[dest.matrix]
+            begin, end = matrix.places[part].extent(dest.row + skipped, rows)
+            for at in range(begin, end, buffer.size):
+                view = buffer.data[: min(buffer.size, end - at)]
+                digest.update(view[: folder.read_into(self.plan.files[matrix.file].name, at, view)])
+
+        for dests, hashes in zip(groups, done.hashes, strict=True):
+            for dest in dests:
+                if len(self.plan.matrices[dest.matrix].places) != len(hashes):
+                    return False
+                for part, recorded in enumerate(hashes):
+                    digest = xxhash.xxh3_128()
+                    read(dest, part, digest)
+                    if digest.hexdigest() != recorded:
+                        return False
+        for dest in (dest for dests in groups for dest in dests if not self.order.is_loose(dest.matrix)):
+            self.order.wait(dest.matrix, dest.row + skipped)
+            for part, digest in enumerate(self.order.digests(dest.matrix)):
+                read(dest, part, digest)
+            self.order.passed(dest.matrix, dest.row + skipped, rows)
         if self.check is not None:
             self.check.resumed(done)
-        span = self.plan.spans[done.span]
         for dest in span.dests:
-            self._written(dest.matrix, span.op.out_rows(done.stop - done.start))
+            self._written(dest.matrix, rows)
         with self._counting:
             self.resumed += 1
         self._count(span.source.name, done.overflow, done.nonfinite)

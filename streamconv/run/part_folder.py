@@ -45,6 +45,13 @@ def shared(ranges: Ranges, own: Ranges) -> list[tuple[int, int]]:
     return [(begin, end) for begin, end in found if begin < end]
 
 
+def apart(files: Sequence[OutputFile], extents: Sequence[Ranges], page: int, private: bool) -> Iterator[tuple[str, int, int]]:
+    """(file, begin, end) of what a part with these byte ranges keeps aside: all of it, or what shares pages with others."""
+    for file, ranges in zip(files, extents, strict=True):
+        for begin, end in shared(ranges, [] if private else own_pages(ranges, file.size, page)):
+            yield file.name, begin, end
+
+
 class Aside:
     """Bytes that are kept apart: one sparse file, in which every byte lies as it would in all files of the output, one after the other."""
 
@@ -113,13 +120,12 @@ class PartFolder(OutputFolder):
         self.aside = aside
         self._own: dict[str, Ranges] = {}
         self._begins: dict[str, list[int]] = {}
-        self._apart: list[tuple[str, int, int]] = []
+        self._apart = list(apart(files, extents, page, private))
         for file, ranges in zip(files, extents, strict=True):
             if ranges:
                 self._own[file.name] = [] if private else own_pages(ranges, file.size, page)
                 self._begins[file.name] = [begin for begin, _ in self._own[file.name]]
                 self._sizes[file.name] = file.size
-                self._apart += [(file.name, *piece) for piece in shared(ranges, self._own[file.name])]
 
     def open(self) -> None:
         """Open the files, and lock what is written in place.

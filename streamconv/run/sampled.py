@@ -13,9 +13,8 @@ from streamconv.lazy import np
 from streamconv.planning.plan import Plan, RowRange
 from streamconv.planning.tasks import encode_tasks
 from streamconv.quants.base import EncodeStats
-from streamconv.run.encode import encode
-from streamconv.run.read import read_rows
-from streamconv.run.results import ReductionResults
+from streamconv.run.encode import encode, read_rows
+from streamconv.run.order import ReductionResults
 
 MOST = 256
 """Spans that are looked at, spread over the plan."""

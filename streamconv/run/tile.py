@@ -18,10 +18,9 @@ from streamconv.planning.plan import RowRange
 from streamconv.planning.reads import Reads
 from streamconv.quants.base import EncodeStats
 from streamconv.run.cut import Task, Tile
-from streamconv.run.encode import encoded, reduced
+from streamconv.run.encode import encoded, read_rows, reduced
 from streamconv.run.mapped import Mapped
 from streamconv.run.output_state import OutputState
-from streamconv.run.read import read_rows
 
 if TYPE_CHECKING:
     from streamconv.device.pipeline import WorkerBuffers

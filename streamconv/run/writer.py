@@ -45,7 +45,6 @@ from streamconv.run.order import Hashes
 from streamconv.run.output_checks import check_free, check_output, files_read, is_made
 from streamconv.run.output_folder import OutputFolder
 from streamconv.run.place import Found
-from streamconv.run.resume import fitting
 
 
 def begin(writers: Sequence[Writer]) -> None:
@@ -244,7 +243,7 @@ class Writer:
         if self._past is not None or self.parts:
             self.folder.remove_last([side.name for side in self.plan.side_files] + [manifest.NAME])
         if self._past is not None:
-            self.past = fitting(self.plan, self._past)
+            self.past = self._past.of(self.plan)
         files = [(file.name, file.size, file.header) for file in self.plan.files]
         self.folder.create(files, fresh=self._past is None and not self.parts, made=self.parts)
         self._created = True

@@ -136,7 +136,7 @@ def _likeness(index: Index, plan: Plan, headers: Sequence[Header], files: Sequen
             kinds.setdefault((layout, matrix.cols), number)
     if problems or not kinds:
         return -1e9
-    from streamconv.run.results import ReductionResults
+    from streamconv.run.order import ReductionResults
 
     rows = {number: [(0, 8)] for number in kinds.values()}
     found = measured.measure(plan, index.shards, files, ReductionResults(()), rows, 1)

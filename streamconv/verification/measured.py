@@ -11,7 +11,7 @@ from streamconv.checkpoint.shard import Shard
 from streamconv.lazy import np, torch
 from streamconv.planning.plan import Destination, Plan, RowRange
 from streamconv.quants.base import Codec, EncodeStats
-from streamconv.run.results import ReductionResults
+from streamconv.run.order import ReductionResults
 
 ELEMENT = 96
 """Working memory for each source element of a block that is measured, bytes."""
@@ -106,7 +106,7 @@ def measure(
         rows: matrix -> ranges of its rows, ascending; more is done where rows belong together.
         memory: working memory to use.
     """
-    from streamconv.run.read import read_rows
+    from streamconv.run.encode import read_rows
 
     errors: dict[int, Error] = {}
     for span in plan.spans:

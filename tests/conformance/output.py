@@ -15,8 +15,8 @@ from streamconv.checkpoint.rows import Extent, NoSource, PackedTensor, SourceTen
 from streamconv.checkpoint.shard import Shard
 from streamconv.planning.plan import Plan, RowRange
 from streamconv.quants.gptq import GroupScales
-from streamconv.run.read import read_rows
-from streamconv.run.results import ReductionResults
+from streamconv.run.encode import read_rows
+from streamconv.run.order import ReductionResults
 from streamconv.verification.measured import decoded
 
 Counts = np.ndarray[Any, np.dtype[np.int64]]

@@ -13,7 +13,7 @@ from unittest import mock
 
 from streamconv import in_parts, publishing
 from streamconv.api import Report
-from streamconv.run import joining, lock
+from streamconv.run import lock
 from tests.crash.disks import Killed, Tapped
 from tests.crash.kills import Count, operations
 from tests.crash.world import World, no_thread, snapshot
@@ -85,7 +85,7 @@ def _sleeping(turns: Turns) -> Iterator[threading.local]:
 
     clock = SimpleNamespace(sleep=sleep, monotonic=time.monotonic)
     with contextlib.ExitStack() as patched:
-        for module in (in_parts, publishing, joining, lock):
+        for module in (in_parts, publishing, lock):
             patched.enter_context(mock.patch.object(module, "time", clock))
         yield mine
 

@@ -19,7 +19,7 @@ from streamconv.cli.convert_checkpoint import main
 from streamconv.errors import CheckpointError, StreamconvError, TensorError
 from streamconv.options import Resources
 from streamconv.planning.plan import PLAIN_ROWS, RowRange
-from streamconv.run.read import read_rows
+from streamconv.run.encode import read_rows
 from streamconv.targets.trtllm.options import TensorRTLLM
 from streamconv.targets.trtllm.target import make_plan
 from streamconv.verification.difference import compare

@@ -22,8 +22,7 @@ from streamconv.options import Resources
 from streamconv.planning.plan import Plan
 from streamconv.planning.reads import Reads
 from streamconv.progress import Meter, Progress
-from streamconv.run.order import Stop
-from streamconv.run.results import ReductionResults
+from streamconv.run.order import ReductionResults, Stop
 from streamconv.targets.trtllm.options import TensorRTLLM
 from streamconv.verification.check import verify
 from tests import tiny
