@@ -24,7 +24,7 @@ from streamconv.run import journal, source_record
 from streamconv.run.claims import Claim, Claims, Over
 from streamconv.run.fs import Disk, named
 from streamconv.run.inside import choose
-from streamconv.run.joining import join, told
+from streamconv.run.joining import join, plan_file
 from streamconv.run.journal import TileRecord
 from streamconv.run.output_checks import check_place, files_read
 from streamconv.run.part_folder import Aside, PartFolder
@@ -111,13 +111,14 @@ class Worker:
         check_place(place, self.index.root, files_read(self.plan, self.index.shards))
         claims = Claims(place, len(self.parts))
         page, private = max(PAGE, mmap.PAGESIZE), self.resources.private_parts
-        run = told(self.identity, len(self.parts), page, private, force, os.path.realpath(source) if os.path.lexists(source) else source)
+        where = os.path.realpath(source) if os.path.lexists(source) else source
+        run = plan_file(self.identity, len(self.parts), page, private, force, where)
         try:
             if not join(claims, self.plan, self.index.shards, run, force, max(10.0, self.resources.wait)):
                 self.published = True
                 return
-            if claims.told["page"] < page:
-                raise ResumeError(f"the work was begun on a machine with pages of {claims.told['page']} bytes; here they have {page}")
+            if claims.plan_file["page"] < page:
+                raise ResumeError(f"the work was begun on a machine with pages of {claims.plan_file['page']} bytes; here they have {page}")
             if self.resources.part is None and not private:
                 claims.check_reach()
             self.asked.meter.phase("converting")
@@ -196,7 +197,7 @@ class Worker:
             self.did.append(number)
             self._see(number)
             return
-        plan, page, private = part.of(self.plan), claims.told["page"], claims.told["private"]
+        plan, page, private = part.of(self.plan), claims.plan_file["page"], claims.plan_file["private"]
         aside = Aside(claims.base, f"{number}.{claim.attempt}.aside", plan.files, page, fresh=True)
         folder = PartFolder(claims.place, plan.files, part.extents(self.plan), page, aside, private)
         book = claims.journal(number)

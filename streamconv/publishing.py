@@ -19,7 +19,7 @@ from streamconv.run.claims import Claims, Over
 from streamconv.run.finalize import finalize, records_of
 from streamconv.run.fs import Disk
 from streamconv.run.inside import choose
-from streamconv.run.joining import join, told
+from streamconv.run.joining import join, plan_file
 from streamconv.run.output_state import value_warnings
 from streamconv.run.part_record import counted
 from streamconv.run.writer import Writer
@@ -45,7 +45,7 @@ def finish(out: str | Path, *, check: bool = False, meter: Meter | None = None, 
         if os.path.exists(Path(out) / manifest.NAME):
             return
         raise OutputError(f"{shown}: no work in parts was begun", hint="streamconv convert MODEL OUT --parts N")
-    begun = claims.told
+    begun = claims.plan_file
     claims.leave()
     options = begun["run"]["options"]
     target = target_from_json(options["target"], {name: value for name, value in options.items() if name != "target"})
@@ -54,7 +54,7 @@ def finish(out: str | Path, *, check: bool = False, meter: Meter | None = None, 
         parts = cut(plan, begun["parts"])
         claims = Claims(choose(Path(out), disk or Disk(), no_lock), len(parts))
         what = (begun[name] for name in ("page", "private", "force", "source"))
-        run = told(journal.identity(plan, index.shards), len(parts), *what)
+        run = plan_file(journal.identity(plan, index.shards), len(parts), *what)
         try:
             if not join(claims, plan, index.shards, run, False, 60.0):
                 return
@@ -105,7 +105,7 @@ def publish(
 def _publish(claims: Claims, index: Index, plan: Plan, parts: Sequence[Part], meter: Meter, check: bool) -> list[str]:
     meter.phase("syncing")
     records, place = records_of(claims, plan, parts), claims.place
-    with Writer(place.out, index.root, plan, index.shards, claims.told["force"], place.disk, place.lenient, parts=True) as writer:
+    with Writer(place.out, index.root, plan, index.shards, claims.plan_file["force"], place.disk, place.lenient, parts=True) as writer:
         if not writer.finished:
             finalize(claims, writer, plan, parts, records, check)
         claims.remove()

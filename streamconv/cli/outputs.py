@@ -63,7 +63,7 @@ def _content(out: str) -> dict[str, Any]:
             elif past is not None:
                 left.append(part)
     told = {"parts": claims.count, "done": done, "held": held, "open": claims.count - done - len(held), "left": left}
-    return {"complete": False, "source": claims.told["source"], **told}
+    return {"complete": False, "source": claims.plan_file["source"], **told}
 
 
 @click.command()

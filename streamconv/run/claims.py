@@ -69,11 +69,11 @@ class Claims:
 
     Attributes:
         base: the folder, once `join` found work to share.
-        told: what its plan.json holds.
+        plan_file: what its plan.json holds.
     """
 
     base: Folder
-    told: dict[str, Any]
+    plan_file: dict[str, Any]
 
     def __init__(self, place: Place, count: int) -> None:
         self.place, self.disk, self.count = place, place.disk, count
@@ -100,7 +100,7 @@ class Claims:
         if told is None:
             claims.leave()
             return None
-        claims.told, claims.count = told, told["parts"]
+        claims.plan_file, claims.count = told, told["parts"]
         return claims
 
     def check_reach(self) -> None:

@@ -50,7 +50,7 @@ def finalize(claims: Claims, writer: Writer, plan: Plan, parts: Sequence[Part], 
     Raises:
         VerifyError: something else was read; nothing was published.
     """
-    page, private, hashes = claims.told["page"], claims.told["private"], Hashes(plan.files)
+    page, private, hashes = claims.plan_file["page"], claims.plan_file["private"], Hashes(plan.files)
     writer.begin()
     for number, (part, record) in enumerate(zip(parts, records, strict=True)):
         put_hashes(plan, part, record, hashes)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from streamconv.run.fs import Disk, Mark, hidden, translate_errors
-from streamconv.run.place import CONFIG, WHATS, Found, Part, Place
+from streamconv.run.place import CONFIG, WHATS, Entries, Existing, Place
 
 _HIDDEN = ".streamconv-"
 
@@ -27,22 +27,22 @@ class Inside(Place):
     def hidden(self, what: str) -> str:
         return _HIDDEN + what
 
-    def _part(self, what: str) -> Part:
-        return Part(self.base, f"{_HIDDEN}{what}.")
+    def _entries(self, what: str) -> Entries:
+        return Entries(self.base, f"{_HIDDEN}{what}.")
 
-    def found(self) -> Found:
-        files = {name: mark for name, mark in Part(self.base).marks().items() if not _passed_over(name)}
-        return Found(self.base.mark() if files else None, files)
+    def existing(self) -> Existing:
+        files = {name: mark for name, mark in Entries(self.base).marks().items() if not _passed_over(name)}
+        return Existing(self.base.mark() if files else None, files)
 
     def has_work(self) -> bool:
-        self._left = self._part("partial").marks()
+        self._left = self._entries("partial").marks()
         return bool(self._left)
 
     def has_old(self) -> bool:
-        return bool(self._part("old").names())
+        return bool(self._entries("old").names())
 
     def restore(self, ready: Sequence[str]) -> None:
-        work, old = self._part("partial"), self._part("old")
+        work, old = self._entries("partial"), self._entries("old")
         with translate_errors(self.out, "restore"):
             if self.has_work():  # else the new output is all there
                 # a file that is ready and not among the work has been renamed already
@@ -64,28 +64,28 @@ class Inside(Place):
             self.base.sync()
 
     def begin(self, fresh: bool) -> None:
-        self.work, self._begun = self._part("partial"), True
+        self.work, self._begun = self._entries("partial"), True
         if fresh:
             self.work.empty(self.ours, self._left)
 
-    def publish(self, found: Found, names: Sequence[str]) -> None:
-        self._expect(found)
-        self._aside = found.files
-        old = self._part("old").prefix
-        aside = sorted(found.files, key=lambda name: name != CONFIG)
+    def publish(self, existing: Existing, names: Sequence[str]) -> None:
+        self._expect(existing)
+        self._aside = existing.files
+        old = self._entries("old").prefix
+        aside = sorted(existing.files, key=lambda name: name != CONFIG)
         for number, name in enumerate(aside):
-            self.disk.rename(self.base, name, old + name, found.files[name])
+            self.disk.rename(self.base, name, old + name, existing.files[name])
             if number in (0, len(aside) - 1):
                 self.base.sync()
         self._rename(names, self.work.prefix, "")
 
-    def shown(self) -> Part:
-        return Part(self.base)
+    def shown(self) -> Entries:
+        return Entries(self.base)
 
     def remove_old(self) -> None:
         with translate_errors(self.out, "remove"):
             if self.has_old():
-                self._part("old").empty(self.ours, self._aside)
+                self._entries("old").empty(self.ours, self._aside)
                 self.base.sync()
 
     def discard(self, marks: dict[str, Mark]) -> None:

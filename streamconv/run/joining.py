@@ -22,7 +22,7 @@ FORMAT = 1
 """Of plan.json."""
 
 
-def told(identity: dict[str, Any], count: int, page: int, private: bool, force: bool, source: str | Path) -> dict[str, Any]:
+def plan_file(identity: dict[str, Any], count: int, page: int, private: bool, force: bool, source: str | Path) -> dict[str, Any]:
     """What plan.json holds.
 
     Args:
@@ -48,7 +48,7 @@ def join(claims: Claims, plan: Plan, shards: Sequence[Shard], run: dict[str, Any
 
     Args:
         shards: of the source.
-        run: what the work is for; see `told`.
+        run: what the work is for; see `plan_file`.
         force: replace an output, and give up work for something else that nobody is at.
         patience: seconds to wait for one who begins, or publishes.
 
@@ -85,7 +85,7 @@ def join(claims: Claims, plan: Plan, shards: Sequence[Shard], run: dict[str, Any
             begun = None
         if begun is None:
             _begin(claims, run, force, past)
-        claims.told = begun or run
+        claims.plan_file = begun or run
         _make_files(claims, plan.files, begun is None)
         if not place.lenient:
             with translate_errors(claims.base.path, "write in"):

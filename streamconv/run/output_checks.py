@@ -19,7 +19,7 @@ from streamconv.planning.plan import Plan
 from streamconv.run import manifest, sampled
 from streamconv.run.fs import Disk, named, translate_errors
 from streamconv.run.inside import choose
-from streamconv.run.place import CONFIG, Found, Place, foreign
+from streamconv.run.place import CONFIG, Existing, Place, foreign
 
 _ELSEWHERE = "choose another folder"
 
@@ -82,7 +82,7 @@ def _check_hidden(path: Path) -> None:
         )
 
 
-def check_free(place: Place, force: bool) -> Found:
+def check_free(place: Place, force: bool) -> Existing:
     """Refuse to replace a folder that holds something, unless forced; and one that holds more than a checkpoint in any case,
     or a side file or config.json that somebody edited.
 
@@ -97,27 +97,27 @@ def check_free(place: Place, force: bool) -> Found:
     """
     shown = printable(str(place.out))
     with translate_errors(place.out, "read"):
-        found = place.found()
-    odd = foreign(found.files, place.ours, place.out / manifest.NAME)
+        existing = place.existing()
+    odd = foreign(existing.files, place.ours, place.out / manifest.NAME)
     if odd:
         raise OutputError(
             f"output {shown} exists and is not empty, and is no checkpoint folder: it holds {few([*map(printable, odd)], 3)}",
             hint="choose another folder, or empty it yourself: --force replaces nothing but a checkpoint",
         )
-    if found.files and not force:
+    if existing.files and not force:
         raise OutputError(f"output {shown} exists and is not empty", hint="--force replaces it")
     # a model has the names that an output of it has: only the manifest tells them apart
-    if whose := foreign(found.files, (), place.out / manifest.NAME):
+    if whose := foreign(existing.files, (), place.out / manifest.NAME):
         raise OutputError(
             f"output {shown} holds {printable(whose[0])} and no {manifest.NAME} that lists it: it may be somebody's model",
             hint="choose another folder, or empty it yourself: --force replaces nothing but an output",
         )
-    if changed := edited(place.out, found.files):
+    if changed := edited(place.out, existing.files):
         raise OutputError(
             f"output {shown} holds {few([*map(printable, changed)], 3)}, changed after it was written: --force would destroy the change",
             hint="move what you want to keep out of the folder, remove the rest, then run again; or choose another folder",
         )
-    return found
+    return existing
 
 
 def edited(out: Path, names: Collection[str]) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from streamconv.errors import OutputError, printable
 from streamconv.memory import MIB, show_size
 from streamconv.run.fs import Mark, free_space, read_fully, translate_errors, write_all
-from streamconv.run.place import CONFIG, Found, Part, Place
+from streamconv.run.place import CONFIG, Entries, Existing, Place
 
 
 class OutputFolder:
@@ -161,17 +161,17 @@ class OutputFolder:
                 raise OutputError(problem, hint="nothing was published")
         return written
 
-    def publish(self, found: Found) -> None:
+    def publish(self, existing: Existing) -> None:
         """Make the folder appear under its name; what it replaces waits aside until `Place.remove_old`.
 
         Args:
-            found: what the run has checked under the output's name.
+            existing: what the run has checked under the output's name.
         """
         with translate_errors(self.out, "publish"):
             written, names = self._check(), self.names()
             self.close()  # some servers rename no folder with open files
             try:
-                self.place.publish(found, names)
+                self.place.publish(existing, names)
             except OSError as error:
                 if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
                     raise
@@ -202,7 +202,7 @@ class OutputFolder:
         self.place.discard(marks)
 
 
-def _differs(part: Part, name: str, wanted: tuple[int, int]) -> str:
+def _differs(part: Entries, name: str, wanted: tuple[int, int]) -> str:
     """What has become of a file of this inode and size; empty if it is there as it was written."""
     there = part.look(name)
     if there is not None and (there.st_ino, there.st_size) == wanted:

@@ -55,7 +55,7 @@ def foreign(marks: Mapping[str, Mark], ours: Collection[str], told: Path) -> lis
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class Existing:
     """What lay under the output's name when a run looked.
 
     Attributes:
@@ -68,7 +68,7 @@ class Found:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class Entries:
     """The files of a folder whose names begin with `prefix`; their names here are without it."""
 
     folder: Folder
@@ -135,7 +135,7 @@ class Place:
 
     inside: str | None = None
     base: Folder
-    work: Part
+    work: Entries
 
     def __init__(self, out: Path, disk: Disk, lenient: bool = False) -> None:
         self.out, self.disk, self.lenient = out, disk, lenient
@@ -215,25 +215,25 @@ class Place:
                 hint=f"the output is complete: {printable(str(lies))}",
             )
 
-    def _expect(self, found: Found) -> None:
+    def _expect(self, existing: Existing) -> None:
         """What is under the output's name must be what the run has checked."""
-        now = self.found()
-        if now != found:
-            what = "appeared" if found.folder is None else "is gone" if now.folder is None else "was changed"
+        now = self.existing()
+        if now != existing:
+            what = "appeared" if existing.folder is None else "is gone" if now.folder is None else "was changed"
             raise OutputError(
                 f"{printable(str(self.out))} {what} while the run was at work; nothing in it was touched",
                 hint=f"the finished checkpoint waits in {printable(str(self.work.path('')))}: move away what is in its place",
             )
 
-    def found(self) -> Found:
+    def existing(self) -> Existing:
         there = self.base.look(self.out.name)
         if there is None:
-            return Found()
+            return Existing()
         if not stat.S_ISDIR(there.st_mode):
             raise OutputError(f"output {printable(str(self.out))} exists and is not a folder", hint="choose another name")
         with contextlib.closing(self.base.enter(self.out.name)) as folder:
-            files = Part(folder).marks()
-            return Found(folder.mark() if files else None, files)
+            files = Entries(folder).marks()
+            return Existing(folder.mark() if files else None, files)
 
     def has_work(self) -> bool:
         """Work of an earlier run is there; `begin` removes nothing but what was seen here."""
@@ -241,7 +241,7 @@ class Place:
             self._left = {}
             return False
         with contextlib.closing(self.base.enter(self.hidden("partial"))) as folder:
-            self._left = Part(folder).marks()
+            self._left = Entries(folder).marks()
         return True
 
     def has_old(self) -> bool:
@@ -254,7 +254,7 @@ class Place:
             ready: files of that run, if it was publishing.
         """
         old = self.hidden("old")
-        if self.base.made(old, stat.S_IFDIR, ours=False) is None or self.found().folder is not None:
+        if self.base.made(old, stat.S_IFDIR, ours=False) is None or self.existing().folder is not None:
             return
         with translate_errors(self.base.path / old, "restore"):
             self.base.rename(old, self.out.name)  # an empty folder of that name goes
@@ -273,26 +273,26 @@ class Place:
             return
         if self.base.made(name, stat.S_IFDIR) is None:
             self.disk.mkdir(self.base, name)
-        self.work, self._begun = Part(self._entered(self.base.enter(name))), True
+        self.work, self._begun = Entries(self._entered(self.base.enter(name))), True
         self.base.made(name, stat.S_IFDIR)  # what was entered is ours
         self.base.expect(name, self.work.folder.mark())
 
-    def publish(self, found: Found, names: Sequence[str]) -> None:
+    def publish(self, existing: Existing, names: Sequence[str]) -> None:
         """Make these files of `work` appear; what they replace waits aside until `remove_old`.
 
         Raises:
-            OutputError: what is there is not what was `found`; nothing of it is lost, and the work is kept.
+            OutputError: what is there is not `existing`; nothing of it is lost, and the work is kept.
         """
         old, mine = self.hidden("old"), self.work.folder.mark()
-        self._expect(found)
-        self._aside = found.files
-        if found.folder is not None:
-            self.disk.rename(self.base, self.out.name, old, found.folder)
+        self._expect(existing)
+        self._aside = existing.files
+        if existing.folder is not None:
+            self.disk.rename(self.base, self.out.name, old, existing.folder)
             self.base.sync()
         self.disk.rename(self.base, self.hidden("partial"), self.out.name, mine)
         self.base.sync()
 
-    def shown(self) -> Part:
+    def shown(self) -> Entries:
         """After a publication: the output's files."""
         return self.work
 
@@ -316,7 +316,7 @@ class Place:
         if self.base.made(name, stat.S_IFDIR, ours) is None:
             return False
         with contextlib.closing(self.base.enter(name)) as folder:
-            Part(folder).empty(self.ours, self._left if ours else self._aside)
+            Entries(folder).empty(self.ours, self._left if ours else self._aside)
             self.base.expect(name, folder.mark())
         self.disk.rmdir(self.base, name)
         return True

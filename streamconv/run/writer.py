@@ -44,7 +44,7 @@ from streamconv.run.lock import OutputLock
 from streamconv.run.order import Hashes
 from streamconv.run.output_checks import check_free, check_output, files_read, is_made
 from streamconv.run.output_folder import OutputFolder
-from streamconv.run.place import Found
+from streamconv.run.place import Existing
 
 
 def begin(writers: Sequence[Writer]) -> None:
@@ -125,7 +125,7 @@ class Writer:
         self.past: Mapping[int, Sequence[TileRecord]] = {}
         self.finished = self.abandoned = False
         self._lock = OutputLock(self.place)
-        self._found = Found()
+        self._existing = Existing()
         self._begun = self._created = False
         self._skip = skip and not force and is_made(self.folder.out, source, plan, shards)
         check_output(self.place, source, files_read(plan, shards), force or self._skip)
@@ -154,7 +154,7 @@ class Writer:
             self.place.adopt(self._past.run)
         self._run = journal.identity(self.plan, self.shards)
         ready = {*self._past.ready} if self._past is not None else set()
-        if self._past is not None and ready and not self.place.has_work() and self.place.found().files.keys() >= ready:
+        if self._past is not None and ready and not self.place.has_work() and self.place.existing().files.keys() >= ready:
             if manifest.is_of(self.folder.out, self._past.run.get("fingerprint")):
                 self.place.remove_old()
                 self.journal.remove(self._past)
@@ -165,7 +165,7 @@ class Writer:
         if self._past is None and (self._skip or (self.parts and self._was_published())):
             self.finished = True
             return
-        self._found = check_free(self.place, self.force)
+        self._existing = check_free(self.place, self.force)
         if self.place.has_old():
             raise OutputError(
                 f"{printable(str(self.place.top / self.place.hidden('old')))} holds an output that was being replaced",
@@ -256,7 +256,7 @@ class Writer:
         last.append((manifest.NAME, manifest.build(self.plan, hashes.of_files(), self.no_lock, made, snr)))
         self.folder.complete([*last, (config.name, [self.plan.config])])
         self.journal.ready(self.folder.names())
-        self.folder.publish(self._found)
+        self.folder.publish(self._existing)
         self.place.remove_old()
         self.journal.remove()
         self.place.check_name()
