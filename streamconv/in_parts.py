@@ -119,8 +119,8 @@ class Worker:
                 return
             if claims.plan_file["page"] < page:
                 raise ResumeError(f"the work was begun on a machine with pages of {claims.plan_file['page']} bytes; here they have {page}")
-            if self.resources.part is None and not private:
-                claims.check_reach()
+            if self.resources.part is None and not private and claims.presence is not None:
+                claims.presence.check()
             self.asked.meter.phase("converting")
             self._take(claims)
             self._publish(claims)

@@ -103,11 +103,6 @@ class Claims:
         claims.plan_file, claims.count = told, told["parts"]
         return claims
 
-    def check_reach(self) -> None:
-        """Raises OutputError if the locks of other machines are not seen here."""
-        if self.presence is not None:
-            self.presence.check()
-
     def enter(self) -> bool:
         """Open the folder, if it is there; the place is open."""
         if self.place.base.made(self.name, stat.S_IFDIR) is None:

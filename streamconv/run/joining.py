@@ -11,11 +11,11 @@ from streamconv import __version__
 from streamconv.checkpoint.shard import Shard
 from streamconv.errors import OutputError, ResumeError, printable
 from streamconv.planning.plan import OutputFile, Plan
-from streamconv.run import journal, manifest, sampled
+from streamconv.run import journal, manifest
 from streamconv.run.claims import CLAIMS, PLAN, Claims
 from streamconv.run.fs import translate_errors
 from streamconv.run.lock import OutputLock
-from streamconv.run.output_checks import check_free
+from streamconv.run.output_checks import check_free, has_rows_of
 from streamconv.run.presence import Presence
 
 FORMAT = 1
@@ -68,7 +68,7 @@ def join(claims: Claims, plan: Plan, shards: Sequence[Shard], run: dict[str, Any
         begun = claims.content() if claims.enter() else None
         for there in (begun["run"] if begun is not None else {}, past.run if past is not None else {}):
             place.adopt(there)
-        if not place.has_work() and manifest.is_of(place.out, plan.fingerprint()) and sampled.is_of(plan, shards, place.out):
+        if not place.has_work() and manifest.is_of(place.out, plan.fingerprint()) and has_rows_of(plan, shards, place.out):
             place.remove_old()  # what whoever published it did not come to remove
             if past is not None:
                 place.journal().remove(past)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from streamconv.errors import OutputError, printable
 from streamconv.memory import MIB, show_size
+from streamconv.planning.plan import OutputFile
 from streamconv.run.fs import Mark, free_space, read_fully, translate_errors, write_all
 from streamconv.run.place import CONFIG, Entries, Existing, Place
 
@@ -28,8 +29,8 @@ class OutputFolder:
         self._sizes: dict[str, int] = {}
         self._turns: dict[str, threading.Lock] = {}
 
-    def create(self, files: list[tuple[str, int, bytes]], fresh: bool, made: bool = False) -> None:
-        """Make every (name, size, header) at its full size.
+    def create(self, files: Sequence[OutputFile], fresh: bool, made: bool = False) -> None:
+        """Make every file at its full size, with its header.
 
         Args:
             fresh: remove what an earlier run left; otherwise keep the bytes that are there.
@@ -38,24 +39,25 @@ class OutputFolder:
         with translate_errors(self.place.top / self.place.hidden("partial"), "create"):
             self.place.begin(fresh)
         self._check_room(files)
-        for name, size, header in files:
-            with translate_errors(self._path(name), "write"):
+        for file in files:
+            with translate_errors(self._path(file.name), "write"):
                 if made:
-                    self.adopt(name, size)
+                    self.adopt(file.name, file.size)
                 else:
-                    self._fds[name] = self.place.work.open(name, fresh)
-                    self._open(name, size)
-            self.write(name, 0, header)
+                    fd = self._hold(file.name, file.size, fresh)
+                    if os.fstat(fd).st_size != file.size:
+                        self.disk.truncate(fd, file.size)
+            self.write(file.name, 0, file.header)
         with translate_errors(self.place.work.folder.path, "sync"):
             # the names are durable before the journal speaks of what is in the files
             self.place.work.folder.sync()
             if self.place.work.folder is not self.place.base:
                 self.place.base.sync()
 
-    def _open(self, name: str, size: int) -> None:
-        if os.fstat(self._fds[name]).st_size != size:
-            self.disk.truncate(self._fds[name], size)
+    def _hold(self, name: str, size: int, fresh: bool = False) -> int:
+        self._fds[name] = self.place.work.open(name, fresh)
         self._sizes[name], self._turns[name] = size, threading.Lock()
+        return self._fds[name]
 
     def adopt(self, name: str, size: int) -> None:
         """Open a file that another run made.
@@ -65,24 +67,22 @@ class OutputFolder:
         """
         if self.place.work.look(name) is None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
-        self._fds[name] = self.place.work.open(name)
-        self._sizes[name] = size
-        self._turns[name] = threading.Lock()
+        self._hold(name, size)
         self._check_size(name)
 
     def _path(self, name: str) -> Path:
         return self.place.work.path(name)
 
-    def _check_room(self, files: list[tuple[str, int, bytes]]) -> None:
+    def _check_room(self, files: Sequence[OutputFile]) -> None:
         """A disk that is too full says so before the work starts. (Preallocated extents would be written at three quarters
         of the speed: ext4 converts them one by one.)"""
         missing = 0
-        for name, size, _ in files:
-            there = self.place.work.look(name)
-            missing += size - min(size, there.st_blocks * 512 if there is not None else 0)
+        for file in files:
+            there = self.place.work.look(file.name)
+            missing += file.size - min(file.size, there.st_blocks * 512 if there is not None else 0)
         free = free_space(self.place.top)
         if free is not None and missing > free:
-            need = sum(size for _, size, _ in files)
+            need = sum(file.size for file in files)
             raise OutputError(
                 f"no space for the output in {printable(str(self.place.top))}: {show_size(missing)} of {show_size(need)}"
                 f" are to be written, {show_size(free)} are free",

@@ -244,8 +244,7 @@ class Writer:
             self.folder.remove_last([side.name for side in self.plan.side_files] + [manifest.NAME])
         if self._past is not None:
             self.past = self._past.of(self.plan)
-        files = [(file.name, file.size, file.header) for file in self.plan.files]
-        self.folder.create(files, fresh=self._past is None and not self.parts, made=self.parts)
+        self.folder.create(self.plan.files, fresh=self._past is None and not self.parts, made=self.parts)
         self._created = True
 
     def publish(self, hashes: Hashes, snr: Mapping[str, Mapping[str, float | str]] | None = None) -> None:
