@@ -128,7 +128,7 @@ def _whole(asked: Conversion) -> Report:
             places: dict[Path | None, int] = {writer.place.out: writer.plan.bytes_written for writer in unfinished}
             looking = look(index, [*places], reads.nbytes + sum(places.values()), runs=True) if resources.probe else None
             with executor(asked, reads, index) as execution:
-                memory_plan, where = execution.shares, execution.where
+                memory_plan, where = execution.memory_plan, execution.where
                 estimate = looking.estimate(reads, places, execution.costs, memory_plan, bool(execution.rings)) if looking else None
                 meter.begin("converting", reads.nbytes, memory_budget=memory_plan.budget, estimate=estimate, outputs=each)
                 laps.append(asked.clock())

@@ -78,7 +78,7 @@ class Looking:
                 self._unknown.append(f"how fast {printable(str(out))} is written ({reason})")
 
     def estimate(
-        self, reads: Reads, written: Mapping[Path | None, int], costs: Sequence[TileCost], shares: MemoryPlan, on_device: bool
+        self, reads: Reads, written: Mapping[Path | None, int], costs: Sequence[TileCost], memory_plan: MemoryPlan, on_device: bool
     ) -> Estimate | None:
         """Wait for what was found, but not long; None if a disk is still busy with the samples.
 
@@ -96,7 +96,7 @@ class Looking:
         for place, rate in self._writes.items():
             busy[self._devices[place]] = busy.get(self._devices[place], 0.0) + written.get(place, 0) / max(rate, 1.0)
         disks = max(busy.values(), default=0.0)
-        cores = max(1, min(shares.workers, processors()))
+        cores = max(1, min(memory_plan.workers, processors()))
         cpu = _cpu_seconds(reads, costs, sum(written.values()), on_device) / cores
         seconds = (_START_DEVICE if on_device else _START) + max(disks, cpu)
         bound = "the disks" if disks > cpu else "the processors"

@@ -68,7 +68,7 @@ class Execution:
     index: Index
     where: str
     costs: Sequence[TileCost]
-    shares: MemoryPlan
+    memory_plan: MemoryPlan
     mapped: Mapped | None
     rings: list[device.DevicePipeline] = field(default_factory=list)
     busy: bool = False
@@ -94,7 +94,7 @@ class Execution:
         resources, shards = self.asked.resources, self.index.shards
         fetch = Fetch(self.reads, shards, [output.past for output in outputs], resources.hub_keep)
         pool = Pool(
-            self.reads, outputs, shards, self.shares, self.costs, resources.tile_rows, self.asked.meter.tile,
+            self.reads, outputs, shards, self.memory_plan, self.costs, resources.tile_rows, self.asked.meter.tile,
             self.slots, fetch.consumed, self.mapped,
         )  # fmt: skip
         try:
@@ -155,16 +155,16 @@ def executor(asked: Conversion, reads: Reads, index: Index) -> Iterator[Executio
         base = memory.resident() + hub.memory_of(index) + asked.pinned + growth(reads)
         if kernels and not backends:  # a run may meet one that is not on the disk
             base += loading(*KERNELS)
-        shares = memory_plan.allocate(resources.memory_budget, workers, base, most_expensive(reads, costs), best)
+        allotted = memory_plan.allocate(resources.memory_budget, workers, base, most_expensive(reads, costs), best)
         where = ", ".join(choice.devices) or f"cpu ({asked.instead or choice.why})"
-        made = Execution(asked, reads, index, where, costs, shares, windows)
+        execution = Execution(asked, reads, index, where, costs, allotted, windows)
         if backends:
-            made.shares, made.rings = _share_devices(backends, reads, shares, resources, costs, closing)
+            execution.memory_plan, execution.rings = _share_devices(backends, reads, allotted, resources, costs, closing)
         try:
-            yield made
+            yield execution
         except device.DeviceLost as error:
-            error.pinned = made.shares.workers * made.shares.arena
-            for ring in made.rings if error.gone else ():  # torch asks all devices before it frees any pinned memory
+            error.pinned = execution.memory_plan.workers * execution.memory_plan.arena
+            for ring in execution.rings if error.gone else ():  # torch asks all devices before it frees any pinned memory
                 ring.lost()
             raise
 
@@ -172,7 +172,7 @@ def executor(asked: Conversion, reads: Reads, index: Index) -> Iterator[Executio
 def _share_devices(
     backends: list[Backend],
     reads: Reads,
-    shares: MemoryPlan,
+    allotted: MemoryPlan,
     resources: Resources,
     costs: Sequence[TileCost],
     closing: contextlib.ExitStack,
@@ -180,9 +180,9 @@ def _share_devices(
     """Rings that fit the free memory of their devices, and as many workers as they have slots, with pinned arenas."""
     fused = all(backend.unfused() is None for backend in backends)
     need = functools.reduce(device.Demand.larger, (device.demand(plan.spans, plan.matrices, fused) for plan in reads.plans))
-    each = max(1, shares.workers // len(backends))
+    each = max(1, allotted.workers // len(backends))
     budget_of_each = resources.device_memory_budget
     sizes = [device.fit(backend.free_memory(), budget_of_each, each, need, backend.name) for backend in backends]
-    workers = min(shares.workers, len(backends) * min(size.slots for size in sizes))
-    shares = dataclasses.replace(shares, workers=workers, arena=device.pinned_size(shares.arena, least(costs)))
-    return shares, [closing.enter_context(contextlib.closing(device.DevicePipeline(*pair))) for pair in zip(backends, sizes, strict=True)]
+    workers = min(allotted.workers, len(backends) * min(size.slots for size in sizes))
+    allotted = dataclasses.replace(allotted, workers=workers, arena=device.pinned_size(allotted.arena, least(costs)))
+    return allotted, [closing.enter_context(contextlib.closing(device.DevicePipeline(*pair))) for pair in zip(backends, sizes, strict=True)]

@@ -241,7 +241,7 @@ class Worker:
                 tally = execution.run([state])
             finally:
                 self._abandoned = execution.busy
-            self.where, self.memory_plan = execution.where, execution.shares
+            self.where, self.memory_plan = execution.where, execution.memory_plan
             self.warnings += [warning for warning in execution.warnings() if warning not in self.warnings]
         if check is not None:
             self.errors += check.errors()

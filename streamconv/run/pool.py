@@ -41,7 +41,7 @@ class Pool:
     Args:
         reads: of the plans of `outputs`.
         shards: the source files the plans' pieces point into.
-        shares: workers and arena size.
+        memory_plan: workers and arena size.
         costs: tile cost of every read.
         tile_rows: bound on a tile's source rows (tests).
         progress: called after each tile with (source bytes read, bytes written) of it.
@@ -55,7 +55,7 @@ class Pool:
         reads: Reads,
         outputs: Sequence[OutputState],
         shards: Sequence[Shard],
-        shares: MemoryPlan,
+        memory_plan: MemoryPlan,
         costs: Sequence[TileCost],
         tile_rows: int | None,
         progress: Callable[[int, int], None],
@@ -63,10 +63,10 @@ class Pool:
         consumed: Callable[[int, int, int], None] = lambda output, span, rows: None,
         mapped: Mapped | None = None,
     ) -> None:
-        self.reads, self.outputs, self.shards, self.shares = reads, outputs, shards, shares
+        self.reads, self.outputs, self.shards, self.memory_plan = reads, outputs, shards, memory_plan
         self.progress, self.devices, self.consumed, self.mapped = progress, devices, consumed, mapped
         self.outcome = Tally(seconds={})
-        self._rows: Callable[[int], int] = lambda read: costs[read].rows(shares.arena, tile_rows)
+        self._rows: Callable[[int], int] = lambda read: costs[read].rows(memory_plan.arena, tile_rows)
         self._tiles: Iterator[Tile] = tiles(reads, [output.past for output in outputs], self._rows)
         self._lock = threading.Lock()
         self._error: BaseException | None = None
@@ -88,7 +88,7 @@ class Pool:
         try:
             for output in self.outputs:
                 output.begin(self.fail)
-            for number in range(self.shares.workers):
+            for number in range(self.memory_plan.workers):
                 started = start_thread(self._work, f"tile-{number}", number)
                 if started is None:  # fewer give the same bytes
                     break
@@ -132,11 +132,11 @@ class Pool:
     def _work(self, number: int) -> None:
         try:
             if self.devices is not None:
-                slot = self.devices(number, self.shares.arena)
+                slot = self.devices(number, self.memory_plan.arena)
                 self._take_tiles(number, self._worker(slot.arena, slot, lambda *_: None))
                 return
             # mapped and not allocated: all of it goes back to the system as soon as nothing refers to it
-            mapped = mmap.mmap(-1, max(self.shares.arena, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            mapped = mmap.mmap(-1, max(self.memory_plan.arena, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             with contextlib.suppress(OSError, AttributeError):  # a kernel without huge pages
                 # beside a window, huge pages would bring more of the arena back than is used
                 mapped.madvise(mmap.MADV_HUGEPAGE if self.mapped is None else mmap.MADV_NOHUGEPAGE)
