@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from streamconv.planning.memory_plan import MemoryPlan
 from streamconv.planning.plan import Plan
 from streamconv.planning.reads import Reads
 from streamconv.progress import Meter, OutputProgress, unwatched
-from streamconv.reports import Estimate, Report, Written, profile_of, together
+from streamconv.reports import Estimate, Report, Written, together
 from streamconv.run import source_record
 from streamconv.run.fs import Disk, named
 from streamconv.run.output_checks import check_apart
@@ -149,7 +150,9 @@ def _whole(asked: Conversion) -> Report:
             for writer, state in states.items():
                 writer.publish(state.hashes, state.check.manifest() if state.check is not None else None)
             laps.append(asked.clock())
-            profile = profile_of(laps, tally.seconds, memory_plan.workers)
+            load, create, tiles, sync = (after - before for before, after in itertools.pairwise(laps))
+            phases = {phase: spent / memory_plan.workers for phase, spent in tally.seconds.items()}
+            profile = {"load": load, "create": create, **phases, "tiles": tiles, "sync": sync}
     meter.end()
     made = []
     for output, writer in zip(asked.outputs, writers, strict=True):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -128,15 +127,3 @@ def together(made: Sequence[Written]) -> tuple[str, ...]:
             common = all(warning in other.warnings for other in made)
             told[warning if common else f"{written.out}: {warning}"] = None
     return tuple(told)
-
-
-def profile_of(laps: Sequence[float], spent: Mapping[str, float], workers: int) -> dict[str, float]:
-    """Where the time went, in seconds.
-
-    Args:
-        laps: when the run began, had loaded, had made the files, had done the tiles, and had published.
-        spent: worker seconds by phase.
-    """
-    load, create, tiles, sync = (after - before for before, after in itertools.pairwise(laps))
-    phases = {phase: seconds / workers for phase, seconds in spent.items()}
-    return {"load": load, "create": create, **phases, "tiles": tiles, "sync": sync}

@@ -127,7 +127,7 @@ class Writer:
         self._lock = OutputLock(self.place)
         self._existing = Existing()
         self._begun = self._created = False
-        self._skip = skip and not force and is_made(self.folder.out, source, plan, shards)
+        self._skip = skip and not force and is_made(self.place.out, source, plan, shards)
         check_output(self.place, source, files_read(plan, shards), force or self._skip)
 
     def __enter__(self) -> Writer:
@@ -155,7 +155,7 @@ class Writer:
         self._run = journal.identity(self.plan, self.shards)
         ready = {*self._past.ready} if self._past is not None else set()
         if self._past is not None and ready and not self.place.has_work() and self.place.existing().files.keys() >= ready:
-            if manifest.is_of(self.folder.out, self._past.run.get("fingerprint")):
+            if manifest.is_of(self.place.out, self._past.run.get("fingerprint")):
                 self.place.remove_old()
                 self.journal.remove(self._past)
                 self.finished = self.parts or self._past.run == self._run
@@ -183,7 +183,7 @@ class Writer:
         changed = journal.differences(self._past.run, self._run) if self._past is not None else []
         if changed and not self.force:
             raise ResumeError(
-                f"{printable(str(self.folder.out))} was begun with something else: {', '.join(changed)}",
+                f"{printable(str(self.place.out))} was begun with something else: {', '.join(changed)}",
                 hint="run the first command again to finish it, or start over with --force",
             )
         if changed or not self.place.has_work() or (self._past is not None and not self._past.tiles):
@@ -197,9 +197,9 @@ class Writer:
         """
         if self.place.has_work():
             return False
-        if manifest.is_of(self.folder.out, self._run["fingerprint"]):
+        if manifest.is_of(self.place.out, self._run["fingerprint"]):
             return True
-        raise OutputError(f"the work on {printable(str(self.folder.out))} is gone, its parts with it", hint="start over with --force")
+        raise OutputError(f"the work on {printable(str(self.place.out))} is gone, its parts with it", hint="start over with --force")
 
     def device(self) -> int:
         """The file system of the output."""
@@ -222,7 +222,7 @@ class Writer:
         try:
             if not self.force:
                 raise ResumeError(
-                    f"{printable(str(self.folder.out))} was begun in parts",
+                    f"{printable(str(self.place.out))} was begun in parts",
                     hint="run that command again, with --parts, to join the work, or start over with --force",
                 )
             claims.check_idle()
@@ -240,11 +240,11 @@ class Writer:
             self.journal.start(self._run)
         else:  # the files are no longer ready, and the journal says so before one of them goes
             self.journal.resume(self._past)
-        if self._past is not None or self.parts:
-            self.folder.remove_last([side.name for side in self.plan.side_files] + [manifest.NAME])
-        if self._past is not None:
             self.past = self._past.of(self.plan)
-        self.folder.create(self.plan.files, fresh=self._past is None and not self.parts, made=self.parts)
+        fresh = self._past is None and not self.parts
+        if not fresh:
+            self.folder.remove_last([side.name for side in self.plan.side_files] + [manifest.NAME])
+        self.folder.create(self.plan.files, fresh, made=self.parts)
         self._created = True
 
     def publish(self, hashes: Hashes, snr: Mapping[str, Mapping[str, float | str]] | None = None) -> None:
