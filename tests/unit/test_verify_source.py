@@ -21,6 +21,7 @@ from streamconv.targets.trtllm.options import TensorRTLLM
 from streamconv.verification import measured
 from streamconv.verification.check import Verdict, verify
 from tests import tiny
+from tests.crash.world import write_model
 
 WEIGHT = "model.layers.0.mlp.up_proj.weight"
 STORED = "transformer.layers.0.mlp.gate"
@@ -310,3 +311,17 @@ def test_without_a_manifest_values_are_not_checked(tmp_path: Path, capfd: pytest
     assert "structure good, values not checked" in capfd.readouterr().out
     assert main(["verify", str(tmp_path / "out"), "--json"]) == 0
     assert json.loads(capfd.readouterr().out)["values_checked"] is False
+
+
+def test_a_changed_byte_of_padding_counts_once(tmp_path: Path) -> None:
+    """Rows that no source fills, in an output without a manifest."""
+    source = write_model(tmp_path / "in", vocab=63, hidden=128)
+    api.convert(source, tmp_path / "out", TensorRTLLM(tp_size=2))
+    file = tmp_path / "out" / "rank1.safetensors"
+    weights = load_file(file)
+    assert not weights["lm_head.weight"][-1].any()
+    weights["lm_head.weight"].view(torch.uint8)[-1, -1] = 1
+    save_file(weights, file, metadata={"format": "pt"})
+    (tmp_path / "out" / manifest.NAME).unlink()
+    (problem,) = verify(tmp_path / "out", source).problems
+    assert "lm_head.weight: 1 of 8192 bytes" in problem
