@@ -16,7 +16,7 @@ from streamconv.planning.reads import Reads
 from streamconv.process import start_thread
 from streamconv.reports import Estimate
 from streamconv.run import probe
-from streamconv.run.fs import free_space
+from streamconv.run.fs import existing, free_space
 
 SMALLEST = 256 * MIB
 """Bytes read and written below which a plan estimates nothing: looking at the disks would take as long as the conversion."""
@@ -63,9 +63,7 @@ class Looking:
             if out is None:
                 self._unknown.append("how fast the output is written (no OUT is given)")
                 continue
-            place = out
-            while not os.path.exists(place):
-                place = place.parent
+            place = existing(out)
             if mounts.in_memory(place):
                 continue
             try:

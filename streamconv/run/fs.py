@@ -334,11 +334,15 @@ def hidden(out: Path, what: str) -> Path:
     return beside(out, ".", f".streamconv-{what}")
 
 
+def existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that there is."""
+    while not os.path.exists(path):
+        path = path.parent
+    return path
+
+
 def free_space(path: Path) -> int | None:
     """Bytes free for us on the file system that holds (or will hold) `path`; None if it does not say (ramfs)."""
-    place = path.absolute()
     with translate_errors(path, "look at"):
-        while not os.path.exists(place):
-            place = place.parent
-        status = os.statvfs(place)
+        status = os.statvfs(existing(path.absolute()))
     return status.f_bavail * status.f_frsize if status.f_blocks else None

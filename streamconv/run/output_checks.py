@@ -21,7 +21,7 @@ from streamconv.planning.tasks import encode_tasks
 from streamconv.quants.base import EncodeStats
 from streamconv.run import manifest
 from streamconv.run.encode import encode, read_rows
-from streamconv.run.fs import Disk, named, translate_errors
+from streamconv.run.fs import Disk, existing, named, translate_errors
 from streamconv.run.inside import choose
 from streamconv.run.order import ReductionResults
 from streamconv.run.place import CONFIG, Existing, Place, foreign
@@ -104,27 +104,27 @@ def check_free(place: Place, force: bool) -> Existing:
     """
     shown = printable(str(place.out))
     with translate_errors(place.out, "read"):
-        existing = place.existing()
-    odd = foreign(existing.files, place.ours, place.out / manifest.NAME)
+        there = place.existing()
+    odd = foreign(there.files, place.ours, place.out / manifest.NAME)
     if odd:
         raise OutputError(
             f"output {shown} exists and is not empty, and is no checkpoint folder: it holds {few([*map(printable, odd)], 3)}",
             hint="choose another folder, or empty it yourself: --force replaces nothing but a checkpoint",
         )
-    if existing.files and not force:
+    if there.files and not force:
         raise OutputError(f"output {shown} exists and is not empty", hint="--force replaces it")
     # a model has the names that an output of it has: only the manifest tells them apart
-    if whose := foreign(existing.files, (), place.out / manifest.NAME):
+    if whose := foreign(there.files, (), place.out / manifest.NAME):
         raise OutputError(
             f"output {shown} holds {printable(whose[0])} and no {manifest.NAME} that lists it: it may be somebody's model",
             hint="choose another folder, or empty it yourself: --force replaces nothing but an output",
         )
-    if changed := edited(place.out, existing.files):
+    if changed := edited(place.out, there.files):
         raise OutputError(
             f"output {shown} holds {few([*map(printable, changed)], 3)}, changed after it was written: --force would destroy the change",
             hint="move what you want to keep out of the folder, remove the rest, then run again; or choose another folder",
         )
-    return existing
+    return there
 
 
 def edited(out: Path, names: Collection[str]) -> list[str]:
@@ -267,7 +267,5 @@ def output_problem(index: Index, plan: Plan, out: str | Path) -> str | None:
         check_output(place, index.root, files_read(plan, index.shards), force=False)
     except OutputError as error:
         return f"{error.message} ({error.hint})" if error.hint else error.message
-    folder = place.top
-    while not os.path.exists(folder):
-        folder = folder.parent
+    folder = existing(place.top)
     return None if os.access(folder, os.W_OK | os.X_OK) else f"nothing can be written in {printable(str(folder))}"

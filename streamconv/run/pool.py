@@ -48,6 +48,9 @@ class Pool:
         devices: makes the device slot of a worker, by (worker number, arena bytes); None encodes on the CPU.
         consumed: called with (output, span, source rows) when these rows will not be read again.
         mapped: maps tiles that need not be read.
+
+    Attributes:
+        busy: a thread was still at work when an interruption stopped waiting for it; it may use the folders.
     """
 
     def __init__(
@@ -65,19 +68,14 @@ class Pool:
     ) -> None:
         self.reads, self.outputs, self.shards, self.memory_plan = reads, outputs, shards, memory_plan
         self.progress, self.devices, self.consumed, self.mapped = progress, devices, consumed, mapped
-        self.outcome = Tally(seconds={})
+        self.tally, self.busy = Tally(seconds={}), False
         self._rows: Callable[[int], int] = lambda read: costs[read].rows(memory_plan.arena, tile_rows)
         self._tiles: Iterator[Tile] = tiles(reads, [output.past for output in outputs], self._rows)
         self._lock = threading.Lock()
         self._error: BaseException | None = None
         self._stopped = False
         self._threads: list[threading.Thread] = []
-        self._looked, self._short, self._idle = 0.0, False, True
-
-    @property
-    def busy(self) -> bool:
-        """A thread was still at work when an interruption stopped waiting for it; it may use the folders."""
-        return not self._idle
+        self._looked, self._short = 0.0, False
 
     def run(self) -> Tally:
         """Do all tiles.
@@ -108,7 +106,7 @@ class Pool:
             raise self._error
         for output in self.outputs:
             output.order.close()
-        return self.outcome
+        return self.tally
 
     def _abandon(self) -> None:
         """Interrupted: let the workers end their tiles and the journals note them, but only for so long."""
@@ -116,9 +114,9 @@ class Pool:
         until = time.monotonic() + _PATIENCE
         for thread in self._threads:
             thread.join(max(0.0, until - 1 - time.monotonic()))
-        self._idle = not any(thread.is_alive() for thread in self._threads)
+        self.busy = any(thread.is_alive() for thread in self._threads)
         for output in self.outputs:
-            self._idle = output.recorded(max(0.0, until - time.monotonic())) and self._idle
+            self.busy = not output.recorded(max(0.0, until - time.monotonic())) or self.busy
 
     def fail(self, error: BaseException | None) -> None:
         """No further tile is handed out; `run` raises `error`."""
@@ -184,7 +182,7 @@ class Pool:
     def _do(self, tile: Tile, worker: TileWorker) -> None:
         tally = worker.run(tile)
         with self._lock:
-            self.outcome.add(tally)
+            self.tally.add(tally)
         self.progress(self._due(tile), tally.bytes_written)
 
     def _due(self, tile: Tile) -> int:
