@@ -172,12 +172,12 @@ def _in_parts(asked: Conversion) -> Report:
     began, resources, meter = asked.clock(), asked.resources, asked.meter
     index, plans = open_and_plan_all(asked.source, asked.outputs, resources.memory_budget)
     with contextlib.closing(index):
-        foreseen, *_ = [_estimated([plan], resources) for plan in plans]
+        foreseen = [_estimated([plan], resources) for plan in plans]
         workers = [Worker(asked, one.out, index, plan) for one, plan in zip(asked.outputs, plans, strict=True)]
         if asked.several:
             check_apart([worker.place() for worker in workers], index.root)
         each = (lambda: [worker.progress() for worker in workers]) if asked.several else tuple
-        meter.begin("converting", sum(worker.read for worker in workers), memory_budget=foreseen.budget, outputs=each)
+        meter.begin("converting", sum(worker.read for worker in workers), memory_budget=foreseen[0].budget, outputs=each)
         if len(workers) > 1 and resources.part is None:
             for worker in workers:  # what nobody holds, of all outputs; then what others held
                 with contextlib.suppress(LockedError):
@@ -190,7 +190,7 @@ def _in_parts(asked: Conversion) -> Report:
         one = _written(output, worker.plan, worker.published and not worker.did, worker.resumed, worker.warnings)
         made.append(dataclasses.replace(one, errors=tuple(worker.errors), parts=tuple(worker.did), published=worker.published))
         tally.add(worker.tally)
-    memory_plan = next((worker.memory_plan for worker in workers if worker.memory_plan is not None), foreseen)
+    memory_plan = next((worker.memory_plan for worker in workers if worker.memory_plan is not None), foreseen[0])
     where = next((worker.where for worker in workers if worker.where), "")
     written, seconds = sum(one.bytes_written for one in made), asked.clock() - began
     report = _report(made, tally, written, seconds, memory_plan, where, together(made))

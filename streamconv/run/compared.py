@@ -34,14 +34,6 @@ class Difference:
     places: list[tuple[int, int]] = field(default_factory=list)
 
 
-@dataclass(frozen=True, slots=True)
-class _Tensor:
-    begin: int
-    end: int
-    name: str
-    dtype: DType | None
-
-
 class Compared:
     """The sink of a pool whose plan has the places of these files.
 
@@ -59,19 +51,14 @@ class Compared:
         self.odd: dict[tuple[str, str], int] = {}
         self._lock, self._local = threading.Lock(), threading.local()
         self._files = {file.name: shard for file, shard in zip(plan.files, files, strict=True)}
-        packed = {p.tensor for m in plan.matrices if isinstance(m.codec, PackedWeight) for p in m.places}
-        self._tensors = {
-            file.name: sorted(
-                (_Tensor(t.begin, t.end, t.name, None if t.name in packed else t.dtype) for t in header.tensors.values()),
-                key=lambda tensor: (tensor.begin, tensor.end),
-            )
-            for file, header in zip(plan.files, headers, strict=True)
-        }
+        self._headers = {file.name: header for file, header in zip(plan.files, headers, strict=True)}
+        self._packed = {place.tensor for matrix in plan.matrices if isinstance(matrix.codec, PackedWeight) for place in matrix.places}
 
     def write(self, name: str, offset: int, data: bytes | memoryview) -> None:
         """Hold `data` against the bytes of a file from `offset` on; all of them belong to one tensor."""
-        tensors = self._tensors[name]
-        tensor = tensors[bisect.bisect_right(tensors, (offset, 1 << 62), key=lambda held: (held.begin, held.end)) - 1]
+        header = self._headers[name]
+        number = bisect.bisect_right(header.begins, offset, 0, len(header.names)) - 1
+        tensor, (dtype, _) = header.names[number], header.forms[header.form[number]]
         made = np.frombuffer(data, np.uint8)
         if not hasattr(self._local, "buffer"):
             self._local.buffer = np.empty(BUFFER, np.uint8)
@@ -79,10 +66,10 @@ class Compared:
             want = made[at : at + BUFFER]
             held = self._local.buffer[: want.size]
             self._files[name].read_into(offset + at, held.data)
-            self._hold((name, tensor.name), tensor, offset + at - tensor.begin, want, held)
+            self._hold((name, tensor), dtype, offset + at - header.begins[number], want, held)
 
-    def _hold(self, key: tuple[str, str], tensor: _Tensor, at: int, want: np.ndarray[Any, Any], held: np.ndarray[Any, Any]) -> None:
-        odd = nonfinite(tensor.dtype, held) if tensor.dtype is not None else 0
+    def _hold(self, key: tuple[str, str], dtype: DType, at: int, want: np.ndarray[Any, Any], held: np.ndarray[Any, Any]) -> None:
+        odd = nonfinite(dtype, held) if key[1] not in self._packed else 0
         same = np.array_equal(want, held)
         if same and not odd:
             return

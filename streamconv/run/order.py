@@ -134,10 +134,8 @@ class HashOrder:
         del self._begun[number]
         for digest, place in zip(digests, matrix.places, strict=True):
             begin, end = place.extent(matrix.filled, matrix.rows - matrix.filled)
-            left = end - begin
-            while left:
-                digest.update(bytes(min(left, 1 << 20)))
-                left -= min(left, 1 << 20)
+            for at in range(begin, end, MIB):
+                digest.update(bytes(min(MIB, end - at)))
             self._hashes.put(matrix.file, place.position, digest.digest())
 
 
