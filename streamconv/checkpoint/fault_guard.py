@@ -130,34 +130,31 @@ class FaultGuard:
         if _guards or _taken:
             return
         if _current() == self._handler:
-            _set(_old)
+            _swap(_old, None)
         else:
             _linked = True
 
     def _install(self) -> None:
         if _current() == self._handler:
             return
-        _check(_libc.sigaction(signal.SIGBUS, None, _old))
+        _swap(None, _old)
         table = self._table
         table.old, table.default, table.page = _ACTION.unpack(_old)[0] or 0, ctypes.addressof(_default), mmap.PAGESIZE
         table.once = int(_linked)
         for name, function in (("mmap", _libc.mmap), ("sigaction", _libc.sigaction), ("throw", _libc["raise"])):
             setattr(table, name, ctypes.cast(function, ctypes.c_void_p).value)
         ours = ctypes.create_string_buffer(_ACTION.pack(self._handler, b"", _SIGINFO | _ONSTACK, 0), _ACTION.size)
-        _set(ours)
+        _swap(ours, None)
 
 
 def _current() -> int:
     """The handler of SIGBUS."""
     now = ctypes.create_string_buffer(_ACTION.size)
-    _check(_libc.sigaction(signal.SIGBUS, None, now))
+    _swap(None, now)
     return int(_ACTION.unpack(now)[0] or 0)
 
 
-def _set(action: ctypes.Array[ctypes.c_char]) -> None:
-    _check(_libc.sigaction(signal.SIGBUS, action, None))
-
-
-def _check(status: int) -> None:
-    if status:
+def _swap(new: ctypes.Array[ctypes.c_char] | None, old: ctypes.Array[ctypes.c_char] | None) -> None:
+    """Set the action of SIGBUS, or tell it."""
+    if _libc.sigaction(signal.SIGBUS, new, old):
         raise OSError(ctypes.get_errno(), "sigaction failed")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from streamconv import mounts
 from streamconv.checkpoint.fault_guard import FaultGuard, Slot
-from streamconv.checkpoint.page_cache import NORESERVE
+from streamconv.checkpoint.page_cache import private_mapping
 from streamconv.lazy import np
 
 if TYPE_CHECKING:
@@ -70,9 +70,7 @@ def window(shard: Shard, begin: int, end: int, guard: FaultGuard) -> Window | No
     low = begin // mmap.PAGESIZE * mmap.PAGESIZE
     try:
         with shard.descriptor() as fd:
-            # writable and private: kernels are compiled for writable arrays
-            kind, access = mmap.MAP_PRIVATE | NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
-            mapped = mmap.mmap(fd, end - low, flags=kind, prot=access, offset=low)
+            mapped = private_mapping(fd, end - low, low)  # writable: kernels are compiled for such arrays
     except ValueError:  # says Python, before the system would
         raise shard.lost(end) from None
     except (OSError, OverflowError):

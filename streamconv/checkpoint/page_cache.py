@@ -6,13 +6,13 @@ import ctypes
 import mmap
 import os
 
-NORESERVE = 0x4000
+_NORESERVE = 0x4000
 """MAP_NORESERVE of Linux, which the module mmap does not name."""
 _libc = ctypes.CDLL(None)
 
 
-def private_mapping(fd: int, size: int) -> mmap.mmap:
-    """The first `size` bytes of a file, copied page by page only where somebody writes.
+def private_mapping(fd: int, size: int, offset: int = 0) -> mmap.mmap:
+    """Bytes [offset, offset + size) of a file, copied page by page only where somebody writes.
 
     torch has no read-only tensors, and a write to a read-only mapping would end the process. No memory is set aside for pages
     that might be written: a file larger than the memory can be mapped.
@@ -20,7 +20,7 @@ def private_mapping(fd: int, size: int) -> mmap.mmap:
     Raises:
         OSError: the system refuses.
     """
-    return mmap.mmap(fd, size, flags=mmap.MAP_PRIVATE | NORESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    return mmap.mmap(fd, size, flags=mmap.MAP_PRIVATE | _NORESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE, offset=offset)
 
 
 def cached_places(fd: int, begin: int, end: int, places: int, mapping: mmap.mmap | None = None) -> int:

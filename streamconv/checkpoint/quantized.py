@@ -146,6 +146,8 @@ def _facts(method: str, stated: Mapping[str, Any], name: str) -> SourceQuantizat
     if method in AUTO_ROUND:
         form = AUTO_ROUND_FORMS.get(str(stated.get("packing_format")), stated.get("packing_format"))
     bound = stated.get("activation_scale_ub")
+    if bound is not None and (isinstance(bound, bool) or not isinstance(bound, int | float) or not 0 < bound <= _LARGEST):
+        raise CheckpointError(f"{name}: activation_scale_ub is {shown_value(bound)}, not a positive float32")
     return SourceQuantization(
         method=method,
         bits=_int(stated.get("bits", stated.get("w_bit"))),
@@ -153,7 +155,7 @@ def _facts(method: str, stated: Mapping[str, Any], name: str) -> SourceQuantizat
         format=str(form).lower() if form is not None else None,
         act_order=bool(stated.get("desc_act", False)),
         symmetric=stated.get("sym") is not False,
-        activation_bound=_bound(bound, name),
+        activation_bound=None if bound is None else float(bound),
         stated_in=name,
     )
 
@@ -169,14 +171,6 @@ def _modelopt(stated: Mapping[str, Any], name: str) -> SourceQuantization:
         stated_in=name,
         kv_algo="FP8" if isinstance(inner.get("kv_cache_scheme"), dict) else str(inner.get("kv_cache_quant_algo") or "").upper() or None,
     )
-
-
-def _bound(value: object, name: str) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _LARGEST:
-        raise CheckpointError(f"{name}: activation_scale_ub is {shown_value(value)}, not a positive float32")
-    return float(value)
 
 
 def _int(value: object) -> int | None:

@@ -66,36 +66,29 @@ class Changed(MutableMapping[str, SourceTensor]):
     """Tensors of which some are taken away and others put in; only these are kept."""
 
     def __init__(self, tensors: Mapping[str, SourceTensor]) -> None:
-        self._tensors = tensors
-        self._changes: dict[str, SourceTensor | None] = {}
-        self._count = len(tensors)
+        self._tensors, self._put, self._taken = tensors, dict[str, SourceTensor](), set[str]()
 
     def __getitem__(self, name: str) -> SourceTensor:
-        if not self._changes or name not in self._changes:
-            return self._tensors[name]
-        found = self._changes[name]
-        if found is None:
+        if name in self._taken:
             raise KeyError(name)
-        return found
+        return self._put[name] if name in self._put else self._tensors[name]
 
     def __setitem__(self, name: str, tensor: SourceTensor) -> None:
-        self._count += name not in self
-        self._changes[name] = tensor
+        self._put[name] = tensor
+        self._taken.discard(name)
 
     def __delitem__(self, name: str) -> None:
         if name not in self:
             raise KeyError(name)
-        self._count -= 1
-        self._changes[name] = None
+        self._put.pop(name, None)
+        self._taken.add(name)
 
     def __contains__(self, name: object) -> bool:
-        if name in self._changes:
-            return self._changes[name] is not None
-        return name in self._tensors
+        return name in self._put or (name in self._tensors and name not in self._taken)
 
     def __iter__(self) -> Iterator[str]:
-        yield from (name for name in self._tensors if self._changes.get(name, self) is not None)
-        yield from (name for name, tensor in self._changes.items() if tensor is not None and name not in self._tensors)
+        yield from (name for name in self._tensors if name not in self._taken)
+        yield from (name for name in self._put if name not in self._tensors)
 
     def __len__(self) -> int:
-        return self._count
+        return sum(1 for _ in self)
