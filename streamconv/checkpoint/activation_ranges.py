@@ -81,11 +81,11 @@ class Ranges:
         Raises:
             DataError: it is so small that its scale could not be divided by.
         """
-        found, name = max((float(self.vector(name).max()), name) for name in names)
-        if found < _LEAST:
+        largest, name = max((float(self.vector(name).max()), name) for name in names)
+        if largest < _LEAST:
             where = f"{printable(str(self.path))}: {printable(name)}"
-            raise DataError(f"{where}: the largest value is {found:g}, too small for a scale", hint="measure it again")
-        return found
+            raise DataError(f"{where}: the largest value is {largest:g}, too small for a scale", hint="measure it again")
+        return largest
 
     def check(self, wanted: dict[str, int]) -> None:
         """Check vectors (name -> length).

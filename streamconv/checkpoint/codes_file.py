@@ -121,8 +121,8 @@ class ApartTensor(SourceTensor):
         values, (least, most) = out[: (stop - start) * 4 * self.cols].view(np.float32), _RANGE[self.into.name]
         bad = ~((values >= least) & (values <= most))  # NaN is in no range
         if bad.any():
-            told = f"{printable(str(self.file.path))}: {printable(self.name)} holds {float(values[bad.argmax()]):g}, which is no scale"
-            raise DataError(told if self.into == F32 else f"{told} in {self.into.torch}", hint=HINT)
+            problem = f"{printable(str(self.file.path))}: {printable(self.name)} holds {float(values[bad.argmax()]):g}, which is no scale"
+            raise DataError(problem if self.into == F32 else f"{problem} in {self.into.torch}", hint=HINT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +156,7 @@ class Losses:
     def mean(self) -> tuple[float, float]:
         """Over all layers, rounded to nearest and as found."""
         count = max(1, len(self.each))
-        return sum(plain for plain, _ in self.each.values()) / count, sum(found for _, found in self.each.values()) / count
+        return sum(plain for plain, _ in self.each.values()) / count, sum(searched for _, searched in self.each.values()) / count
 
     def worst(self, count: int = 5) -> dict[str, tuple[float, float]]:
         """The layers whose error is largest as found, the worst first."""
@@ -164,9 +164,9 @@ class Losses:
 
     def line(self) -> str:
         """For people."""
-        plain, found = self.mean()
-        told = f"{plain:.2%} rounded to nearest, {found:.2%} with {self.method}"
-        return f"mean relative output error of {len(self.each)} linear layers: {told}"
+        plain, searched = self.mean()
+        errors = f"{plain:.2%} rounded to nearest, {searched:.2%} with {self.method}"
+        return f"mean relative output error of {len(self.each)} linear layers: {errors}"
 
     def to_json(self) -> dict[str, Any]:
         """For the manifest; every layer where there are few, else the worst alone."""
@@ -174,18 +174,18 @@ class Losses:
         def pair(rtn: float, found: float) -> dict[str, float]:
             return {"rtn": float(f"{rtn:.4g}"), "found": float(f"{found:.4g}")}
 
-        told: dict[str, Any] = {"method": self.method, "linear_layers": len(self.each), "mean": pair(*self.mean())}
-        told["worst"] = {name: pair(*both) for name, both in self.worst().items()}
-        return told | ({"each": {name: pair(*both) for name, both in self.each.items()}} if len(self.each) <= _FEW else {})
+        record: dict[str, Any] = {"method": self.method, "linear_layers": len(self.each), "mean": pair(*self.mean())}
+        record["worst"] = {name: pair(*both) for name, both in self.worst().items()}
+        return record | ({"each": {name: pair(*both) for name, both in self.each.items()}} if len(self.each) <= _FEW else {})
 
 
 def _told(metadata: Mapping[str, str]) -> Mapping[str, Any]:
     """What a file says of the search that made it."""
     try:
-        told = json.loads(metadata.get("calibration", "{}"))
+        calibration = json.loads(metadata.get("calibration", "{}"))
     except (ValueError, RecursionError):
         return {}
-    return told if isinstance(told, dict) else {}
+    return calibration if isinstance(calibration, dict) else {}
 
 
 def mark_of(index: Index, modules: Iterable[str]) -> str:
@@ -215,10 +215,10 @@ class Codes:
         if not os.path.isfile(self.path):
             raise UsageError(f"--codes {printable(str(path))}: no such file", hint=HINT)
         header = read_header(self.path)
-        told = _told(header.metadata)
-        self._entries, self._weights = header.tensors, told.get("weights")
-        self.folded = str(told.get("folded", ""))
-        self.method: str | None = told.get("method") if told.get("method") in SEARCHED else None
+        calibration = _told(header.metadata)
+        self._entries, self._weights = header.tensors, calibration.get("weights")
+        self.folded = str(calibration.get("folded", ""))
+        self.method: str | None = calibration.get("method") if calibration.get("method") in SEARCHED else None
         self.shard = Shard(self.path)
         weakref.finalize(self, self.shard.close)  # plans refer to it: the last of them closes it
         stray = next((name for name in self.changed() if not self.folded), None)
@@ -267,8 +267,8 @@ class Codes:
             raise TensorError(f"{where}: codes {list(codes.shape)} and scales {list(scales.shape)} are not those of [{rows}, {cols}]")
         multiplier = self._entries.get(f"{module}.pre_quant_scale")
         if multiplier is not None and (multiplier.shape != (cols,) or multiplier.dtype != F32):
-            told = f"pre_quant_scale {multiplier.dtype} {list(multiplier.shape)}, and the inputs mean F32 [{cols}]"
-            raise TensorError(f"{where}: {told}")
+            other = f"pre_quant_scale {multiplier.dtype} {list(multiplier.shape)}, and the inputs mean F32 [{cols}]"
+            raise TensorError(f"{where}: {other}")
         pairs = PackedTensor(weight, I8, shape, (Extent(0, codes.begin, rows // 2, cols),), packing="modelopt", module=module)
         apart = ApartCodes(weight, I8, shape, (), packing="modelopt", module=module, file=self.shard, stored=pairs)
         return Found(apart, self._apart(scales, F32), None if multiplier is None else self._apart(multiplier, F32))

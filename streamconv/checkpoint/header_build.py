@@ -78,8 +78,8 @@ def build_header(names: Sequence[str], forms: Sequence[Form], metadata: Mapping[
         text += f'"{METADATA}":{json.dumps(metadata, ensure_ascii=False, separators=(",", ":"))}'.encode()
         comma = ","
     for at in range(0, len(order), _PIECE):
-        told = zip(*(column[at : at + _PIECE] for column in (order, begins, ends)), strict=True)
-        entries = [f"{encode_basestring(names[n])}:{spelled[keys[n]]}{begin},{end}]}}" for n, begin, end in told]
+        columns = zip(*(column[at : at + _PIECE] for column in (order, begins, ends)), strict=True)
+        entries = [f"{encode_basestring(names[n])}:{spelled[keys[n]]}{begin},{end}]}}" for n, begin, end in columns]
         text += f"{comma}{','.join(entries)}".encode()
         comma = ","
     text += b"}"
@@ -93,6 +93,6 @@ def header_entries(header: bytes) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     at = 8
     if header[at + 1 :].startswith(f'"{METADATA}"'.encode()):
         at = header.index(b"}", at) + 1
-    while found := _ENTRY.match(header, at):
-        yield json.loads(found[1]), found[2].decode(), tuple(map(int, found[3].split(b","))) if found[3] else ()
-        at = header.index(b"}", found.end()) + 1  # an entry holds neither texts with braces nor objects
+    while entry := _ENTRY.match(header, at):
+        yield json.loads(entry[1]), entry[2].decode(), tuple(map(int, entry[3].split(b","))) if entry[3] else ()
+        at = header.index(b"}", entry.end()) + 1  # an entry holds neither texts with braces nor objects

@@ -164,12 +164,12 @@ class HeaderParser:
         while pos < base:
             stop = self.text.find(b"},", pos + _CHUNK) + 1 or base
             pieces = _LISTED.split(self.text[pos:stop])
-            raw, told, rest = pieces[1::5], pieces[2::5], pieces[-1]
+            raw, spellings, rest = pieces[1::5], pieces[2::5], pieces[-1]
             if any(pieces[:-1:5]) or (rest and stop < base) or max(map(len, raw), default=0) > MAX_NAME:
                 return None
             try:
                 names += b"\n".join(raw).decode().split("\n")
-                for text in dict.fromkeys(told):
+                for text in dict.fromkeys(spellings):
                     if text not in numbers:
                         spelled = _ENTRY.fullmatch(b'{%b,"data_offsets":[0,0]}' % text)
                         own, size = self.form("", spelled[1], spelled[2]) if spelled else self.fail("")
@@ -178,7 +178,7 @@ class HeaderParser:
                         sizes.append(size)
             except (UnicodeDecodeError, HeaderError):
                 return None
-            numbered = [*map(numbers.__getitem__, told)]
+            numbered = [*map(numbers.__getitem__, spellings)]
             ends = [*accumulate(map(sizes.__getitem__, numbered), initial=stops[-1])]
             if [*map(int, pieces[3::5])] != ends[:-1] or [*map(int, pieces[4::5])] != ends[1:]:
                 return None
@@ -263,10 +263,10 @@ class HeaderParser:
     def string(self, start: int, limit: int, otherwise: str = "bad JSON, a string expected") -> tuple[str, int]:
         pos = self.expect(b'"', start, otherwise)
         while self.text[pos : pos + 1] != b'"':
-            found = _STRING_PART.match(self.text, pos)
-            if found is None or found.end() == pos:
+            part = _STRING_PART.match(self.text, pos)
+            if part is None or part.end() == pos:
                 self.fail("bad JSON, a string does not end or holds a control character", start)
-            pos = found.end()
+            pos = part.end()
             if pos - start > limit + 1:
                 self.too_long(start, limit)
         pos += 1

@@ -117,9 +117,9 @@ def open_index(path: str | os.PathLike[str], tensors_only: bool = False) -> Inde
         if not os.path.lexists(folder / _CONFIG):
             if is_meta(folder):
                 return _open_meta(folder)
-            held = weight_files(present)
-            if not (held and tensors_only):
-                raise (None if held else foreign(shown, present, folder)) or _no_config(folder)
+            weights = weight_files(present)
+            if not (weights and tensors_only):
+                raise (None if weights else foreign(shown, present, folder)) or _no_config(folder)
         config = _config_of(folder)
         chosen = choose(present, lambda name: folder / name)
         if not chosen.names:
@@ -154,8 +154,8 @@ def build_index(root: Path, config: dict[str, Any], shards: tuple[Shard, ...], c
 def _no_config(folder: Path) -> CheckpointError:
     hint = "a checkpoint folder holds config.json beside its weights"
     with contextlib.suppress(OSError, ValueError):  # of a folder of the Hub's cache (models--org--name) the revision that came last
-        held = [path for path in (folder / "snapshots").iterdir() if os.path.exists(path / _CONFIG)]
-        newest = max(held, key=lambda path: (path.stat().st_mtime_ns, path.name))
+        snapshots = [path for path in (folder / "snapshots").iterdir() if os.path.exists(path / _CONFIG)]
+        newest = max(snapshots, key=lambda path: (path.stat().st_mtime_ns, path.name))
         hint = f"this is the Hub's cache of a model, which is in {printable(str(newest))}"
     return CheckpointError(f"missing config.json in {printable(str(folder))}", hint=hint)
 
@@ -168,7 +168,7 @@ def _open_meta(folder: Path) -> Index:
     params = read_json(folder / PARAMS, MAX_CONFIG)
     files = meta_files(folder)
     shards = tuple(Shard(folder / name) for names in files for name in names)
-    held: list[dict[str, SourceTensor]] = []
+    parts: list[dict[str, SourceTensor]] = []
     digests: dict[int, str] = {}
     archives: list[str] = []
     try:
@@ -180,12 +180,12 @@ def _open_meta(folder: Path) -> Index:
                 digests[number] = content.digest
                 for name, tensor in content.tensors.items():
                     if name in union:
-                        raise TensorError(f"tensor {printable(name)} is in two files of consolidated.{len(held):02d}")
+                        raise TensorError(f"tensor {printable(name)} is in two files of consolidated.{len(parts):02d}")
                     union[name] = tensor_at(name, tensor.dtype, tensor.shape, number, tensor.begin)
-            held.append(union)
+            parts.append(union)
             archives.append(content.archive)
-        assembled = assemble(held, params)
-        check_parts(held, archives, shards)
+        assembled = assemble(parts, params)
+        check_parts(parts, archives, shards)
     except BaseException:
         for shard in shards:
             shard.close()
@@ -225,8 +225,8 @@ def nearest(name: str, names: Iterable[str]) -> str | None:
     pieces = set(name.split("."))
     close = (other for other in names if abs(len(other) - len(name)) <= 8)
     best = heapq.nlargest(50, close, key=lambda other: len(pieces.intersection(other.split("."))))
-    found = difflib.get_close_matches(name[:300], [other[:300] for other in best], n=1)
-    return next((other for other in best if found and other[:300] == found[0]), None)
+    similar = difflib.get_close_matches(name[:300], [other[:300] for other in best], n=1)
+    return next((other for other in best if similar and other[:300] == similar[0]), None)
 
 
 def read_tensors(shards: Sequence[Shard], weight_map: dict[str, str] | None, digests: dict[int, str]) -> tuple[TensorTable, frozenset[str]]:
@@ -238,16 +238,16 @@ def read_tensors(shards: Sequence[Shard], weight_map: dict[str, str] | None, dig
     Returns:
         the tensors, and the names that the index file does not list.
     """
-    found, unlisted = TensorTable(), set[str]()
+    table, unlisted = TensorTable(), set[str]()
     if len(shards) > MAX_FILES:
         raise CheckpointError(f"the checkpoint has {len(shards)} weight files, above streamconv's own limit of {MAX_FILES}")
     for number, shard in enumerate(shards):
         file = shard.path.name
         names, forms, form, begins = _held(shard, number, digests)
         places = [None] * len(names) if weight_map is None else [weight_map.pop(name, None) for name in names]  # each name is kept once
-        if found.holds_any(names) or not {None, file}.issuperset(places):
+        if table.holds_any(names) or not {None, file}.issuperset(places):
             for name, place in zip(names, places, strict=True):
-                first = shards[found[name].shard].path.name if name in found else None
+                first = shards[table[name].shard].path.name if name in table else None
                 listed = first if first is not None and weight_map is not None and name not in unlisted else place
                 if listed not in (None, file):
                     where = f"the index file places it in {printable(str(listed))}"
@@ -256,10 +256,10 @@ def read_tensors(shards: Sequence[Shard], weight_map: dict[str, str] | None, dig
                     raise TensorError(f"tensor {printable(name)} is in two files, {printable(first)} and {printable(file)}")
         if weight_map is not None and None in places:
             unlisted.update(name for name, place in zip(names, places, strict=True) if place is None)
-        found.extend(names, forms, form, begins, number)
-        if len(found) > MAX_TENSORS:
+        table.extend(names, forms, form, begins, number)
+        if len(table) > MAX_TENSORS:
             raise CheckpointError(f"the checkpoint has over {MAX_TENSORS} tensors, which is streamconv's own limit")
-    return found, frozenset(unlisted)
+    return table, frozenset(unlisted)
 
 
 def _held(
@@ -269,9 +269,9 @@ def _held(
     if shard.path.suffix in _TORCH:
         content = read_torch(shard)
         digests[number] = content.digest
-        held = content.tensors.values()
-        forms = [(tensor.dtype, tensor.shape) for tensor in held]
-        return [*content.tensors], forms, range(len(held)), [tensor.begin for tensor in held]
+        tensors = content.tensors.values()
+        forms = [(tensor.dtype, tensor.shape) for tensor in tensors]
+        return [*content.tensors], forms, range(len(tensors)), [tensor.begin for tensor in tensors]
     header = shard.header()
     return header.names, header.forms, header.form, header.begins[:-1]
 

@@ -69,11 +69,11 @@ def check_counts(
     Raises:
         `error`: too many objects and lists, too many values, or a long text that is not plain ASCII.
     """
-    told = "above streamconv's own limit of"
-    containers, found = raw.count(b"{") + raw.count(b"["), raw.count(b",")
+    limit = "above streamconv's own limit of"
+    containers, commas = raw.count(b"{") + raw.count(b"["), raw.count(b",")
     if containers > MAX_CONTAINERS:
-        raise error(f"{shown} holds {containers} objects and lists, {told} {MAX_CONTAINERS}")
-    if found > values:
-        raise error(f"{shown} holds {found} values, {told} {values - MAX_CONTAINERS} tensors")
+        raise error(f"{shown} holds {containers} objects and lists, {limit} {MAX_CONTAINERS}")
+    if commas > values:
+        raise error(f"{shown} holds {commas} values, {limit} {values - MAX_CONTAINERS} tensors")
     if len(raw) > MAX_WIDE_JSON and not raw.isascii():
-        raise error(f"{shown} has {len(raw)} bytes, {told} {MAX_WIDE_JSON} for a file that is not plain ASCII")
+        raise error(f"{shown} has {len(raw)} bytes, {limit} {MAX_WIDE_JSON} for a file that is not plain ASCII")

@@ -105,14 +105,14 @@ def check_parts(files: Sequence[Held], archives: Sequence[str], shards: Sequence
             return bytes(data)
 
     cut = [name for name, tensor in files[0].items() if len(tensor.shape) > 1][:_SAMPLED]
-    held = [tuple(begins(number, name, _SAMPLE) for name in cut) for number in range(len(files))]
+    begin_of = [tuple(begins(number, name, _SAMPLE) for name in cut) for number in range(len(files))]
     for number in range(1, len(files)):
         for name, tensor in files[0].items():
             if len(tensor.shape) < 2 and begins(number, name, tensor.nbytes) != begins(0, name, tensor.nbytes):
-                told = f"{printable(name)} differs between {names[0]}.pth and {names[number]}.pth"
-                raise CheckpointError(told, hint="they are parts of different checkpoints, or one is damaged")
-        first = held.index(held[number])
-        if first < number and any(data.strip(data[:1]) for data in held[number]):  # a constant says nothing
+                problem = f"{printable(name)} differs between {names[0]}.pth and {names[number]}.pth"
+                raise CheckpointError(problem, hint="they are parts of different checkpoints, or one is damaged")
+        first = begin_of.index(begin_of[number])
+        if first < number and any(data.strip(data[:1]) for data in begin_of[number]):  # a constant says nothing
             raise CheckpointError(f"{names[number]}.pth holds the weights of {names[first]}.pth", hint="download it again")
 
 

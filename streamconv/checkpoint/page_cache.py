@@ -52,8 +52,8 @@ def _resident(fd: int, places: list[int], mapping: mmap.mmap | None) -> int | No
     """How many of the pages with these offsets are there; None where the system cannot map the file or does not say."""
     try:
         if mapping is None:
-            with private_mapping(fd, os.fstat(fd).st_size) as made:
-                return _resident(fd, places, made)
+            with private_mapping(fd, os.fstat(fd).st_size) as whole:
+                return _resident(fd, places, whole)
         base, flag, here = ctypes.c_char.from_buffer(mapping), (ctypes.c_ubyte * 1)(), 0
         first = ctypes.addressof(base)
         del base  # or the mapping could not be closed

@@ -103,10 +103,10 @@ def stated_quantization(config: Mapping[str, Any], root: Path) -> SourceQuantiza
     Raises:
         CheckpointError: a file is not a JSON object, or states what is none, no name of a method or no bound.
     """
-    found = statement(config, root)
-    if found is None:
+    pair = statement(config, root)
+    if pair is None:
         return None
-    stated, name = found
+    stated, name = pair
     if name == _MODELOPT:
         return _modelopt(stated, name)
     method = stated.get("quant_method", "gptq" if name == _GPTQ else "unknown")

@@ -57,9 +57,9 @@ def _one(part: range, key: Any, name: str) -> range | int:
     except IndexError:
         raise SelectionError(f"{name}: index {key} is outside of a dimension of {len(part)}") from None
     except (TypeError, ValueError) as error:
-        told = f": {error}" if isinstance(key, slice) else ""
+        reason = f": {error}" if isinstance(key, slice) else ""
         hint = "ints, slices and ... are; take numpy() or torch() first for a mask or a list"
-        raise SelectionError(f"{name}: {type(key).__name__} is no index of a lazy tensor{told}", hint=hint) from None
+        raise SelectionError(f"{name}: {type(key).__name__} is no index of a lazy tensor{reason}", hint=hint) from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,18 +22,18 @@ def values(code: Code) -> Floats:
     """float32 [256] or [16]: the value of each code."""
     number = np.arange(16 if code in NIBBLES else 256)
     if code == "e2m1":
-        found = np.array(_E2M1)[number & 7] * np.where(number & 8, -1.0, 1.0)
+        table = np.array(_E2M1)[number & 7] * np.where(number & 8, -1.0, 1.0)
     elif code == "uint4":
-        found = number - 8.0
+        table = number - 8.0
     elif code == "uint8":
-        found = number - 128.0
+        table = number - 128.0
     elif code == "int8":
-        found = number.astype(np.uint8).view(np.int8).astype(float)
+        table = number.astype(np.uint8).view(np.int8).astype(float)
     else:
         field, mantissa = (number >> 3) & 15, number & 7
         size = np.where(field == 0, np.ldexp(mantissa.astype(float), -9), np.ldexp(8.0 + mantissa, field - 10))
-        found = np.where(number & 127 == 127, np.nan, size) * np.where(number & 128, -1.0, 1.0)
-    return found.astype(np.float32)
+        table = np.where(number & 127 == 127, np.nan, size) * np.where(number & 128, -1.0, 1.0)
+    return table.astype(np.float32)
 
 
 def as_float(stored: np.ndarray[Any, Any], dtype: str) -> Floats:
@@ -47,6 +47,6 @@ def as_float(stored: np.ndarray[Any, Any], dtype: str) -> Floats:
     if dtype == "F8_E4M3":
         return values("e4m3")[stored]
     with np.errstate(over="ignore"):
-        found = np.ldexp(np.float32(1.0), stored.astype(np.int32) - 127).astype(np.float32)
-    found[stored == 255] = np.nan  # all ones stand for NaN
-    return found
+        scales = np.ldexp(np.float32(1.0), stored.astype(np.int32) - 127).astype(np.float32)
+    scales[stored == 255] = np.nan  # all ones stand for NaN
+    return scales

@@ -104,8 +104,8 @@ def _directory(shard: Shard, shown: str) -> tuple[bytes, dict[str, ZipInfo]]:
         if mark == b"PK\x06\x07":
             if end64 + _END64.size > end_at - _LOCATOR.size:
                 raise broken
-            found = _END64.unpack(_read(shard, end64, end64 + _END64.size))
-            mark, _, _, _, disk, first_disk, here, count, length, begin = found
+            record = _END64.unpack(_read(shard, end64, end64 + _END64.size))
+            mark, _, _, _, disk, first_disk, here, count, length, begin = record
             if mark != b"PK\x06\x06" or disk or first_disk or here != count:
                 raise broken
             limit = end64
@@ -140,18 +140,18 @@ def _entries(directory: bytes, count: int, limit: int, shown: str, broken: Check
 
 def _place(shard: Shard, shown: str, name: str, entry: ZipInfo) -> tuple[int, int]:
     """(begin, size) of an entry's bytes in the file."""
-    told = f"{shown}: the zip entry {printable(name)}"
+    where = f"{shown}: the zip entry {printable(name)}"
     if entry.flag_bits & 0x2041:
-        raise CheckpointError(f"{told} is encrypted")
+        raise CheckpointError(f"{where} is encrypted")
     if entry.compress_type != 0 or entry.compress_size != entry.file_size:
-        raise CheckpointError(f"{told} is compressed", hint="torch.save stores entries; do not zip the file again")
+        raise CheckpointError(f"{where} is compressed", hint="torch.save stores entries; do not zip the file again")
     at = entry.header_offset + _LOCAL.size
     mark, _, flags, method, _, _, _, _, _, named, extra = _LOCAL.unpack(_read(shard, entry.header_offset, at))
     begin = at + named + extra
     if mark != b"PK\x03\x04" or method != 0 or flags & 0x41 or begin + entry.file_size > shard.size:
-        raise CheckpointError(f"{told} does not lie where the directory says", hint="is the download complete?")
+        raise CheckpointError(f"{where} does not lie where the directory says", hint="is the download complete?")
     if _read(shard, at, at + named).decode("utf-8" if entry.flag_bits & 0x800 else "cp437", errors="replace") != name:
-        raise CheckpointError(f"{told} has another name in its own header")
+        raise CheckpointError(f"{where} has another name in its own header")
     return begin, entry.file_size
 
 
@@ -194,17 +194,17 @@ def _state_dict(root: Any, shown: str) -> dict[str, TensorView]:
         if not inner:
             break
         root = root[inner[0]]
-    found: dict[str, TensorView] = {}
+    tensors: dict[str, TensorView] = {}
     for key, value in root.items():
         if isinstance(value, TensorView):
             if type(key) is not str:
                 raise CheckpointError(f"{shown}: {key!r} is not a tensor name")
-            found[key] = value
+            tensors[key] = value
         elif _holds_tensors(value):
             raise CheckpointError(f"{shown}: {printable(str(key))} holds more tensors, nested; a flat dict is needed")
-    if not found:
+    if not tensors:
         raise CheckpointError(f"{shown} holds no tensors under names")
-    return found
+    return tensors
 
 
 def _holds_tensors(value: Any) -> bool:
@@ -222,28 +222,28 @@ def _holds_tensors(value: Any) -> bool:
 
 
 def _tensor(shown: str, name: str, view: TensorView, begin: int, size: int) -> TensorEntry:
-    told = f"{shown}: {printable(name)}"
+    where = f"{shown}: {printable(name)}"
     unit = view.storage.dtype.itemsize if view.storage.dtype else 1
     if view.storage.numel * unit != size:
-        raise TensorError(f"{told}: data.pkl says {view.storage.numel * unit} bytes, the storage {printable(view.storage.key)} has {size}")
+        raise TensorError(f"{where}: data.pkl says {view.storage.numel * unit} bytes, the storage {printable(view.storage.key)} has {size}")
     if len(view.shape) != len(view.strides):
-        raise TensorError(f"{told}: {len(view.shape)} dimensions, {len(view.strides)} strides")
+        raise TensorError(f"{where}: {len(view.shape)} dimensions, {len(view.strides)} strides")
     count = 1
     for length in view.shape:
         count *= length
         if count >= 1 << 63 and 0 not in view.shape:
-            raise TensorError(f"{told}: shape {list(view.shape)} is too large")
+            raise TensorError(f"{where}: shape {list(view.shape)} is too large")
     nbytes = count * view.dtype.itemsize
     if count:
         dense = 1
         for length, stride in zip(reversed(view.shape), reversed(view.strides), strict=True):
             if length != 1 and stride != dense:
                 raise TensorError(
-                    f"{told}: shape {list(view.shape)} with strides {list(view.strides)} is not contiguous",
+                    f"{where}: shape {list(view.shape)} with strides {list(view.strides)} is not contiguous",
                     hint="save it again after .contiguous()",
                 )
             dense *= length
     start = view.offset * view.dtype.itemsize
     if start + nbytes > size:
-        raise TensorError(f"{told}: bytes {start} to {start + nbytes} are outside of its storage of {size} bytes")
+        raise TensorError(f"{where}: bytes {start} to {start + nbytes} are outside of its storage of {size} bytes")
     return TensorEntry(name, view.dtype, view.shape, begin + start, begin + start + nbytes)

@@ -36,14 +36,14 @@ def unknown_statements(stated: Mapping[str, Any], names: Collection[str]) -> lis
         forms = dict.fromkeys(str(form or stated.get("format")) for form in own)
         lines += [f"quantization_config: format is {form}, which is not known here" for form in forms if form in FORMATS]
     if method in AUTO_ROUND and not in_known_words(stated):
-        told = f"packing_format {shown_value(stated.get('packing_format'))} and data_type {shown_value(stated.get('data_type'))}"
-        lines.append(f"quantization_config: {told} of auto-round are not known here")
+        which = f"packing_format {shown_value(stated.get('packing_format'))} and data_type {shown_value(stated.get('data_type'))}"
+        lines.append(f"quantization_config: {which} of auto-round are not known here")
     if overrides(stated):
         lines.append("quantization_config: dynamic states other bits or groups for some modules (GPTQModel), which are not known here")
     layouts = [stated.get(key) for key in ("checkpoint_format", "format") if stated.get(key) is not None]
     if method == "gptq" and len({str(form).lower() for form in layouts}) > 1:
-        told = f"checkpoint_format is {shown_value(layouts[0])}, and format {shown_value(layouts[1])}"
-        lines.append(f"quantization_config: {told}: which of them counts is not known here")
+        which = f"checkpoint_format is {shown_value(layouts[0])}, and format {shown_value(layouts[1])}"
+        lines.append(f"quantization_config: {which}: which of them counts is not known here")
     if method == "compressed-tensors" and stored_sparse(names):
         lines.append("weights are stored sparse, with masks (bitmask), which is not known here")
     return lines

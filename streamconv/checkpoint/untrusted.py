@@ -121,12 +121,12 @@ def parse_json(
     """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        held = dict(pairs)
-        if twice is not None and len(held) != len(pairs):
+        value = dict(pairs)
+        if twice is not None and len(value) != len(pairs):
             seen: set[str] = set()
             double = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
             raise twice(f"{shown} lists {printable(double)} twice", hint="remove one of the two entries")
-        return held
+        return value
 
     def integer(text: str) -> int:
         if len(text) > LONGEST_INTEGER:

@@ -60,9 +60,9 @@ def _check_plain(name: str, index: str) -> None:
     plain = name not in ("", ".", "..") and not any(mark in name for mark in "/\\:")
     if not plain or any(ord(letter) < 32 for letter in name) or len(name.encode(errors="replace")) > 255:
         raise CheckpointError(f"{index} names the file {shown}, which is not a plain file name")
-    wanted = ".bin" if index.endswith(TORCH_WEIGHT_MAP) else ".safetensors"
-    if not name.endswith(wanted):
-        raise CheckpointError(f"{index} names the file {shown}, which is not a {wanted} file")
+    ending = ".bin" if index.endswith(TORCH_WEIGHT_MAP) else ".safetensors"
+    if not name.endswith(ending):
+        raise CheckpointError(f"{index} names the file {shown}, which is not a {ending} file")
 
 
 class Choice(NamedTuple):
@@ -112,8 +112,8 @@ def choose(present: Collection[str], path_of: Callable[[str], Path], remote: Col
 def weight_files(present: Iterable[str]) -> list[str]:
     """The weight files among those of a folder: safetensors, if there are none PyTorch's."""
     names = sorted(present)
-    found = [name for name in names if name.endswith(".safetensors") and not name.startswith((".", *ADAPTER_WEIGHTS))]
-    found = [name for name in found if not name.endswith((".ranges.safetensors", ".int4.safetensors"))]  # of an output below the source
+    weights = [name for name in names if name.endswith(".safetensors") and not name.startswith((".", *ADAPTER_WEIGHTS))]
+    weights = [name for name in weights if not name.endswith((".ranges.safetensors", ".int4.safetensors"))]  # of an output below the source
     # Mistral's repositories hold the same weights twice, once under Meta's names in consolidated*.safetensors.
-    found = [name for name in found if not name.startswith("consolidated")] or found
-    return found or [name for name in names if name.startswith("pytorch_model") and name.endswith(".bin")]
+    weights = [name for name in weights if not name.startswith("consolidated")] or weights
+    return weights or [name for name in names if name.startswith("pytorch_model") and name.endswith(".bin")]

@@ -33,7 +33,7 @@ if not TYPE_CHECKING:  # what runs on the CPU loads none of it
         import importlib
 
         for module in ("sizing", "backend", "pipeline", "step") if name in __all__ else ():
-            found = importlib.import_module(f"{__name__}.{module}")
-            if name in vars(found):
-                return vars(found)[name]
+            loaded = importlib.import_module(f"{__name__}.{module}")
+            if name in vars(loaded):
+                return vars(loaded)[name]
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -87,8 +87,8 @@ class Cuda:
             self._unfused = fused.works(self._device)  # and what compiling takes of the host's memory is counted too
 
     def _current(self) -> AbstractContextManager[None]:
-        made: AbstractContextManager[None] = self._torch.cuda.device(self._device)
-        return made
+        current: AbstractContextManager[None] = self._torch.cuda.device(self._device)
+        return current
 
     def alloc_pinned(self, size: int) -> torch.Tensor:
         with self._current():
@@ -108,8 +108,8 @@ class Cuda:
         with self._current():
             if size is not None:  # on top of what others in this process hold, which torch counts too
                 cuda.empty_cache()
-                held = int(cuda.memory_reserved(self._device))
-                fraction = min(fraction, (held + size) / int(cuda.mem_get_info(self._device)[1]))
+                reserved = int(cuda.memory_reserved(self._device))
+                fraction = min(fraction, (reserved + size) / int(cuda.mem_get_info(self._device)[1]))
             cuda.set_per_process_memory_fraction(fraction, self._device)
 
     def stream(self) -> Any:

@@ -47,15 +47,15 @@ def parse(text: str) -> tuple[str, ...]:
     names = tuple(part.strip() for part in text.split(","))
     if names in (("auto",), ("cpu",)):
         return names
-    found = []
+    devices = []
     for name in names:
         kind, _, number = name.partition(":")
         if kind != "cuda" or (":" in name and not (number.isascii() and number.isdecimal())):
             raise UsageError(f"--device {text!r} is not known", hint="auto, cpu, cuda, cuda:0 or cuda:0,cuda:1")
-        found.append(f"cuda:{int(number or 0)}")
-    if len(set(found)) != len(found):
+        devices.append(f"cuda:{int(number or 0)}")
+    if len(set(devices)) != len(devices):
         raise UsageError(f"--device {text!r} names a device twice")
-    return tuple(found)
+    return tuple(devices)
 
 
 def visible() -> int:
@@ -106,9 +106,9 @@ def work_of(reads: Reads) -> Work:
             codec, cols = task.codec, task.width
             if task.is_copy(span.source.dtype):
                 continue
-            share = size * cols // span.source.cols
+            encoded = size * cols // span.source.cols
             fused = codec.kernel(span.source.dtype) is not None
-            kernel, torch = kernel + share * fused, torch + share * (not fused)
+            kernel, torch = kernel + encoded * fused, torch + encoded * (not fused)
             back += sum(part.nbytes(rows) for part in codec.parts(codec.row_align, cols))
     return Work(reads.nbytes + sum(file.size for plan in reads.plans for file in plan.files), kernel, torch, back)
 

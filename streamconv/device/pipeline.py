@@ -136,8 +136,8 @@ class WorkerBuffers:
         except Exception as error:
             if not self._backend.is_full(error) and not self._backend.is_lost(error):
                 raise
-            told = f"{self._backend.name}: no pinned host memory: {str(error).splitlines()[0]}"
-            raise DeviceLost(told, gone=self._backend.is_lost(error)) from error
+            problem = f"{self._backend.name}: no pinned host memory: {str(error).splitlines()[0]}"
+            raise DeviceLost(problem, gone=self._backend.is_lost(error)) from error
         pipeline.pinned(self._pinned)
         pipeline.pinned(self._notes)
         self.arena: Bytes = self._pinned.numpy()
@@ -169,8 +169,8 @@ class WorkerBuffers:
         batch = Batch(jobs, span, fusable)
 
         def keep(first: int, take: int, result: Any) -> Any:
-            made, found = result
-            return [(self._host(place), part) for place, part in zip(batch.places(first, take, found), made, strict=True)]
+            outs, stats = result
+            return [(self._host(place), part) for place, part in zip(batch.places(first, take, stats), outs, strict=True)]
 
         align = span.op.out_rows(span.align)
         self._each(span, rows, align, block, lambda matrix: batch.work(matrix, self._counts), keep, batch.notes)
@@ -181,17 +181,17 @@ class WorkerBuffers:
         """`span.reduce.tile` of a tile, on the CPU. Raises what `encode` does."""
         if span.reduce is None:
             raise AssertionError(f"{span.source.name}: nothing to reduce")
-        reduction, found = span.reduce, list[torch.Tensor]()
+        reduction, maxima = span.reduce, list[torch.Tensor]()
         for key in reduction.needs:
             known.get(key)  # wait for others here: whoever waits inside a lane keeps it from them
 
         def keep(first: int, take: int, result: torch.Tensor) -> Any:
-            found.append(result)
+            maxima.append(result)
             return []
 
         self._each(span, rows, span.align, block, lambda matrix: reduction.tile(matrix, known).cpu(), keep)
-        largest = found[0]
-        for other in found[1:]:
+        largest = maxima[0]
+        for other in maxima[1:]:
             largest = torch.maximum(largest, other)
         return largest
 

@@ -80,17 +80,17 @@ def demand(spans: Iterable[RowRange], matrices: Sequence[Matrix], fused: bool = 
     work, out, fixed, least, small = 0.0, 0.0, 0, 0, 0
     seen = set()
     for span in spans:
-        wanted = [task for task in encode_tasks(span, matrices) if not task.is_copy(span.source.dtype)]
+        tasks = [task for task in encode_tasks(span, matrices) if not task.is_copy(span.source.dtype)]
         whole = min((span.stop - span.start) * span.row_bytes, _TINY)
-        key = (span.source.dtype, span.source.cols, span.align, span.reduce and span.reduce.bytes_per_element, whole, tuple(wanted))
-        if key in seen or not (wanted or span.reduce):
+        key = (span.source.dtype, span.source.cols, span.align, span.reduce and span.reduce.bytes_per_element, whole, tuple(tasks))
+        if key in seen or not (tasks or span.reduce):
             continue
         seen.add(key)
-        made, each = 0, 0.0
-        for task in wanted:
+        encoded, each = 0, 0.0
+        for task in tasks:
             codec, cols = task.codec, task.width
             align = codec.row_align
-            made += -(-sum(part.nbytes(align) for part in codec.parts(align, cols)) // align)
+            encoded += -(-sum(part.nbytes(align) for part in codec.parts(align, cols)) // align)
             gathered = cols * span.source.dtype.itemsize * (len(task.cols) > 1)
             definition = not (fused and has_kernel(codec, span.source.dtype))
             each = max(each, (gathered + definition * cols * codec.torch_bytes_per_element()) / span.row_bytes)
@@ -100,9 +100,9 @@ def demand(spans: Iterable[RowRange], matrices: Sequence[Matrix], fused: bool = 
             fixed = max(fixed, span.source.cols * span.reduce.bytes_per_column)
         least = max(least, span.align * span.row_bytes)
         if whole < _TINY:  # all of it is one tile: a value of 4 bytes may be a whole smoother on the device
-            fixed, small = max(fixed, int(each * whole)), max(small, made * whole // span.row_bytes)
+            fixed, small = max(fixed, int(each * whole)), max(small, encoded * whole // span.row_bytes)
         else:
-            work, out = max(work, each), max(out, made / span.row_bytes)
+            work, out = max(work, each), max(out, encoded / span.row_bytes)
     return Demand(work, out, fixed, least, small)
 
 

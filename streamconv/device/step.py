@@ -64,25 +64,25 @@ class Batch:
 
     def work(self, matrix: torch.Tensor, counts: torch.Tensor | None) -> tuple[list[torch.Tensor], list[EncodeStats]]:
         """Encode a step's rows: all parts of all jobs, and what the torch definitions met."""
-        made: list[Sequence[torch.Tensor]] = []
-        found, waiting = [EncodeStats() for _ in self.jobs], []
-        for job, launch, told in zip(self.jobs, self._launches, found, strict=True):
+        outs_of: list[Sequence[torch.Tensor]] = []
+        stats, waiting = [EncodeStats() for _ in self.jobs], []
+        for job, launch, met in zip(self.jobs, self._launches, stats, strict=True):
             block = _columns(matrix, job.task)
             if launch is None:
-                made.append(job.task.codec.encode(block, told))
+                outs_of.append(job.task.codec.encode(block, met))
                 continue
-            waiting.append((len(made), launch, block))
+            waiting.append((len(outs_of), launch, block))
             sizes = [part.nbytes(matrix.shape[0]) for part in _records(job)]
-            made.append([torch.empty(size, dtype=torch.uint8, device=matrix.device) for size in sizes])
+            outs_of.append([torch.empty(size, dtype=torch.uint8, device=matrix.device) for size in sizes])
         for number, launch, block in waiting:  # at last: a step that finds no memory is done again, and counted once
             assert counts is not None
-            launch(block, made[number], counts[NOTE * number : NOTE * (number + 1)].view(torch.int32))
-        return [out for outs in made for out in outs], found
+            launch(block, outs_of[number], counts[NOTE * number : NOTE * (number + 1)].view(torch.int32))
+        return [out for outs in outs_of for out in outs], stats
 
     def places(self, first: int, take: int, found: Sequence[EncodeStats]) -> list[Bytes]:
         """Where the parts of rows [first, first + take) belong; `found` is counted."""
-        for job, told in zip(self.jobs, found, strict=True):
-            job.stats.add(told)
+        for job, met in zip(self.jobs, found, strict=True):
+            job.stats.add(met)
         each = [(place, part, part.nbytes(first)) for job in self.jobs for place, part in zip(job.parts, _records(job), strict=True)]
         return [place[begin : begin + part.nbytes(take)] for place, part, begin in each]
 

@@ -171,13 +171,13 @@ def _kept(owner: Any, device: torch.device, make: Callable[[Any], torch.Tensor])
     constant = isinstance(owner, tuple)
     key = (owner if constant else id(owner), device)
     with _lock:
-        found = _copies.get(key)
-        if found is None or (not constant and found[0]() is not owner):
+        copy = _copies.get(key)
+        if copy is None or (not constant and copy[0]() is not owner):
             if len(_copies) >= _MOST:
                 for old in [other for other, entry in _copies.items() if entry[0]() is None]:
                     del _copies[old]
-            made = make(torch).to(device)  # from pageable memory: there when this returns
-            found = _copies[key] = ((lambda: owner) if constant else weakref.ref(owner), made)
+            tensor = make(torch).to(device)  # from pageable memory: there when this returns
+            copy = _copies[key] = ((lambda: owner) if constant else weakref.ref(owner), tensor)
     if device.type == "cuda":
-        found[1].record_stream(torch.cuda.current_stream(device))
-    return found[1]
+        copy[1].record_stream(torch.cuda.current_stream(device))
+    return copy[1]

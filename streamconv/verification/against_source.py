@@ -108,7 +108,7 @@ def _planned(
     budget: int | None,
 ) -> tuple[Index, Plan]:
     """The plan of the output; where config.json leaves the GPU generation open, the one whose layout decodes best."""
-    made: list[tuple[float, Index, Plan]] = []
+    plans: list[tuple[float, Index, Plan]] = []
     refused: StreamconvError | None = None
     for options in choices:
         try:
@@ -119,11 +119,11 @@ def _planned(
             refused = error
             continue
         stack.enter_context(contextlib.closing(index))
-        made.append((_likeness(index, plan, headers, files) if len(choices) > 1 else 0.0, index, plan))
-    if not made:
-        told = refused.message if refused is not None else "config.json says too little"
-        raise VerifyError(f"--source: no conversion of this source gives this checkpoint: {told}")
-    _, index, plan = max(made, key=lambda choice: choice[0])
+        plans.append((_likeness(index, plan, headers, files) if len(choices) > 1 else 0.0, index, plan))
+    if not plans:
+        why = refused.message if refused is not None else "config.json says too little"
+        raise VerifyError(f"--source: no conversion of this source gives this checkpoint: {why}")
+    _, index, plan = max(plans, key=lambda choice: choice[0])
     return index, plan
 
 
@@ -139,8 +139,8 @@ def _likeness(index: Index, plan: Plan, headers: Sequence[Header], files: Sequen
     from streamconv.run.order import ReductionResults
 
     rows = {number: [(0, 8)] for number in kinds.values()}
-    found = measured.measure(plan, index.shards, files, ReductionResults(()), rows, 1)
-    return min(found[number].snr() for number in kinds.values())
+    errors = measured.measure(plan, index.shards, files, ReductionResults(()), rows, 1)
+    return min(errors[number].snr() for number in kinds.values())
 
 
 def placed(plan: Plan, headers: Sequence[Header]) -> tuple[Plan, list[str]]:
@@ -156,17 +156,17 @@ def placed(plan: Plan, headers: Sequence[Header]) -> tuple[Plan, list[str]]:
         names = set[str]()
         for name, dtype, shape in file.tensors_of():
             names.add(name)
-            held = header.tensors.get(name)
-            if held is None:
+            entry = header.tensors.get(name)
+            if entry is None:
                 problems.append(f"{file.name}: {name} is missing, this source gives it")
-            elif (held.dtype.name, held.shape) != (dtype, shape):
-                there, given = f"{held.dtype} {list(held.shape)}", f"{dtype} {list(shape)}"
+            elif (entry.dtype.name, entry.shape) != (dtype, shape):
+                there, given = f"{entry.dtype} {list(entry.shape)}", f"{dtype} {list(shape)}"
                 problems.append(f"{file.name}: {name}: {there}, this source gives {given}")
         problems += [f"{file.name}: {printable(name)} is not what this source gives" for name in header.tensors if name not in names]
     if problems:
         return plan, problems
     matrices = plan.matrices.moved(lambda file, tensor: headers[file].tensors[tensor].begin)
-    constants = tuple(dataclasses.replace(held, offset=headers[held.file].tensors[held.tensor].begin) for held in plan.constants)
+    constants = tuple(dataclasses.replace(entry, offset=headers[entry.file].tensors[entry.tensor].begin) for entry in plan.constants)
     return dataclasses.replace(plan, matrices=matrices, constants=constants), []
 
 
@@ -175,8 +175,8 @@ def _begins(file: OutputFile, files: Sequence[Shard]) -> bool:
     shard = next((shard for shard in files if shard.path.name == file.name), None)
     if shard is None or shard.size < len(file.header):
         return False
-    with shard.window(0, len(file.header)) as held:
-        return bytes(held) == file.header
+    with shard.window(0, len(file.header)) as head:
+        return bytes(head) == file.header
 
 
 def _compare(
@@ -200,9 +200,9 @@ def _compare(
     state = OutputState(plan, sink)
     try:
         with mapped(resources.read, reads, any(cost.kernel for cost in costs)) as windows:
-            shares = memory_plan.allocate(resources.memory_budget, resources.workers, memory.resident(), most_expensive(reads, costs))
-            meter.begin("comparing", plan.bytes_read, memory_budget=shares.budget)
-            Pool(reads, [state], index.shards, shares, costs, resources.tile_rows, meter.tile, mapped=windows).run()
+            allocated = memory_plan.allocate(resources.memory_budget, resources.workers, memory.resident(), most_expensive(reads, costs))
+            meter.begin("comparing", plan.bytes_read, memory_budget=allocated.budget)
+            Pool(reads, [state], index.shards, allocated, costs, resources.tile_rows, meter.tile, mapped=windows).run()
     except DataError as refused:
         verdict.problems.append(f"this source gives no checkpoint: {refused}")
         return
@@ -210,14 +210,14 @@ def _compare(
         shard.check_unchanged()
     encoded = sum(len(matrix.places) for matrix in plan.matrices) + len(plan.constants)
     verdict.encoded = encoded - len(sink.differences)
-    room = shares.budget - memory.resident() - memory_plan.MARGIN - (0 if "torch" in sys.modules else _TORCH)
+    room = allocated.budget - memory.resident() - memory_plan.MARGIN - (0 if "torch" in sys.modules else _TORCH)
     errors: dict[int, measured.Error] = {}
     if room >= measured.smallest(plan):
         errors = measured.measure(
             plan, index.shards, files, state.results, judgement.rows_to_decode(plan, sink, foreign), min(room, 64 * memory.MIB)
         )
     else:
-        need = -(-(shares.budget - room + measured.smallest(plan)) // memory.MIB)
+        need = -(-(allocated.budget - room + measured.smallest(plan)) // memory.MIB)
         if foreign and sink.differences:
             raise BudgetError(f"decoding what differs takes a memory budget of {need}MiB", hint=f"--memory-budget {need}MiB")
         verdict.warnings.append(f"error and SNR are not shown: decoding takes a memory budget of {need}MiB")

@@ -66,8 +66,8 @@ def verify(
     verdict.problems += problems
     verdict.warnings += warnings
     if told is not None:
-        for file, held in told.hashes.items():
-            missing = [tensor for tensor in held if file in shapes and tensor not in shapes[file]]
+        for file, hashes_of in told.hashes.items():
+            missing = [tensor for tensor in hashes_of if file in shapes and tensor not in shapes[file]]
             verdict.problems += [f"{file}: {printable(tensor)} is missing" for tensor in missing]
             if file not in shapes and not os.path.exists(folder / file):
                 verdict.problems.append(f"{file} is missing")
@@ -131,14 +131,14 @@ def _tensor_file(
                 with shard.window(at, stop) as window:
                     digest.update(window)
                 progress(stop - at)
-            found = hashes[path.name, tensor.name] = digest.hexdigest()
+            hashed = hashes[path.name, tensor.name] = digest.hexdigest()
             verdict.tensors += 1
             if told is None:
                 continue
-            wanted = told.hashes.get(path.name, {}).get(tensor.name)
-            if wanted is None:
+            recorded = told.hashes.get(path.name, {}).get(tensor.name)
+            if recorded is None:
                 verdict.problems.append(f"{path.name}: {printable(tensor.name)} is not in the manifest")
-            elif wanted != found:
+            elif recorded != hashed:
                 verdict.problems.append(f"{path.name}: {printable(tensor.name)}: the bytes are not those that were written")
             else:
                 verdict.hashed += 1

@@ -143,16 +143,16 @@ def _judge(
     name: str, a: Weight, rounded: Weight, b: Weight, sides: tuple[Side, Side], symmetric: bool, room: int, verdict: Verdict
 ) -> None:
     form = format_of(b, sides[1].index.shards, symmetric) if len(b.shape) == 2 else None
-    found = _compare(name, a, b, sides, form, room)
-    if found.wrong() and not isinstance(a, SourceTensor):  # what a quantizer of a quantized source started from
-        found = _compare(name, rounded, b, sides, form, room)
-    if not found.noise and not found.odd:
+    compared = _compare(name, a, b, sides, form, room)
+    if compared.wrong() and not isinstance(a, SourceTensor):  # what a quantizer of a quantized source started from
+        compared = _compare(name, rounded, b, sides, form, room)
+    if not compared.noise and not compared.odd:
         verdict.encoded += isinstance(b, SourceTensor)
         return
     file = sides[1].index.shards[b.pieces[0].shard].path.name
-    verdict.errors.append(TensorError(file, name, found.rows, found.largest, found.relative(), found.snr()))
-    if wrong := found.wrong():
-        verdict.problems.append(f"{file}: {printable(name)}{wrong}; largest error {found.largest:.3g}, SNR {found.snr():.1f} dB")
+    verdict.errors.append(TensorError(file, name, compared.rows, compared.largest, compared.relative(), compared.snr()))
+    if wrong := compared.wrong():
+        verdict.problems.append(f"{file}: {printable(name)}{wrong}; largest error {compared.largest:.3g}, SNR {compared.snr():.1f} dB")
 
 
 def _compare(name: str, a: Weight, b: Weight, sides: tuple[Side, Side], form: Format | None, room: int) -> _Compared:
@@ -164,7 +164,7 @@ def _compare(name: str, a: Weight, b: Weight, sides: tuple[Side, Side], form: Fo
         need = -(-(unit * cols * (_ELEMENT + scratch) + memory.resident() + memory_plan.MARGIN) // memory.MIB) + 2
         raise BudgetError(f"{printable(name)} does not fit into the memory budget", hint=f"--memory-budget {need}MiB")
     step = max(unit, min(_BLOCK, room // (_ELEMENT + scratch)) // max(1, cols) // unit * unit)
-    found = _Compared(rows=b.rows, count=b.rows * cols)
+    compared = _Compared(rows=b.rows, count=b.rows * cols)
     for start in range(0, b.rows, step):
         stop = min(start + step, b.rows)
         raw = [read_elements(w, side.index.shards, start * cols, stop * cols) for w, side in zip((a, b), sides, strict=True)]
@@ -173,8 +173,8 @@ def _compare(name: str, a: Weight, b: Weight, sides: tuple[Side, Side], form: Fo
             places = np.argsort(form.order, kind="stable")
             want, got = want[:, places], got[:, places]
         with np.errstate(all="ignore"):
-            _block(found, want, got, start, form, _EPS.get(b.dtype.name, 0.0) if a.dtype != b.dtype else 0.0)
-    return found
+            _block(compared, want, got, start, form, _EPS.get(b.dtype.name, 0.0) if a.dtype != b.dtype else 0.0)
+    return compared
 
 
 def _block(found: _Compared, want: Floats, got: Floats, start: int, form: Format | None, eps: float) -> None:
@@ -195,9 +195,9 @@ def _block(found: _Compared, want: Floats, got: Floats, start: int, form: Format
         if over.any() and found.bad_row is None:
             found.bad_row = start + int(over.any(1).argmax())
         return
-    made, bound = nearest(want, form)
+    best, bound = nearest(want, form)
     steps = (bound * bound).sum(1)  # rounding to the nearest of even steps leaves 1/31 of it
-    reached = np.maximum(((made - want) ** 2).sum(1), steps / 40)
+    reached = np.maximum(((best - want) ** 2).sum(1), steps / 40)
     spare = want.shape[1] * form.floor**2
     found.allowed += float(reached.sum()) * 10 ** (form.slack / 10) + spare * len(want)
     bad = noise > np.maximum(_ROW * reached, steps / 2) + spare

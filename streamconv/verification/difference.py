@@ -125,8 +125,8 @@ def opened(a: str, b: str, budget: int | None) -> Iterator[tuple[Side, Side]]:
             if not any(name in sides[1].weights for name in sides[0].weights):
                 sides = settled(sides[0]), settled(sides[1])
     except BudgetError as error:
-        told = sum(description_size(Path(side)) for side in (a, b))
-        enough = memory.resident() + loading(*KERNELS) + memory_plan.MARGIN + _BLOCK * ELEMENT + _HEADERS * told
+        described = sum(description_size(Path(side)) for side in (a, b))
+        enough = memory.resident() + loading(*KERNELS) + memory_plan.MARGIN + _BLOCK * ELEMENT + _HEADERS * described
         error.hint = f"a budget of {-(-enough // memory.MIB)}MiB is enough to begin"
         raise
     try:
@@ -176,8 +176,8 @@ class _Steps:
         room = self._total - self._base
         if room < unit * (ELEMENT + scratch):
             need = -(-(self._base + unit * (ELEMENT + scratch)) // memory.MIB) + _JITTER
-            told = f"--memory-budget {memory.show_size(self._total)} cannot work: {printable(name)} does not fit"
-            raise BudgetError(told, hint=f"a budget of {need}MiB is enough")
+            problem = f"--memory-budget {memory.show_size(self._total)} cannot work: {printable(name)} does not fit"
+            raise BudgetError(problem, hint=f"a budget of {need}MiB is enough")
         return max(unit, min(_BLOCK, room // (ELEMENT + scratch)) // unit * unit)
 
 
@@ -207,7 +207,7 @@ def _compared(name: str, a: Weight | None, b: Weight | None, sides: tuple[Side, 
         return TensorDifference(name, "only in B" if a is None else "only in A", dtypes, shapes)
     if a.shape != b.shape:
         return TensorDifference(name, "shape", dtypes, shapes)
-    found = TensorDifference(name, "exact", dtypes, shapes)
+    difference = TensorDifference(name, "exact", dtypes, shapes)
     count, step = math.prod(a.shape), steps.of(name, a, b)
 
     def blocks() -> Iterator[tuple[Any, Any]]:
@@ -217,19 +217,19 @@ def _compared(name: str, a: Weight | None, b: Weight | None, sides: tuple[Side, 
 
     if a.dtype == b.dtype and all(bool((first == second).all()) for first, second in blocks()):
         meter.add(a.nbytes)
-        found.state = "exact" if dtypes[0] == dtypes[1] else "dtype"
-        return found
+        difference.state = "exact" if dtypes[0] == dtypes[1] else "dtype"
+        return difference
     signal = noise = peak = 0.0
     for first, second in blocks():
         want = numbers(first, a.dtype)
         power, top = _power(want)
         signal, peak = signal + power, max(peak, top)
-        noise += _gap(found, want, numbers(second, b.dtype))
+        noise += _gap(difference, want, numbers(second, b.dtype))
         meter.add(first.size)
-    found.relative = found.largest / peak if peak else 0.0
-    found.snr_db = 10 * math.log10(signal / noise) if signal and noise else None
-    found.state = "dtype" if not found.differing and dtypes[0] != dtypes[1] else "differs"
-    return found
+    difference.relative = difference.largest / peak if peak else 0.0
+    difference.snr_db = 10 * math.log10(signal / noise) if signal and noise else None
+    difference.state = "dtype" if not difference.differing and dtypes[0] != dtypes[1] else "differs"
+    return difference
 
 
 def _power(values: Floats) -> tuple[float, float]:
@@ -259,5 +259,5 @@ def numbers(stored: Any, dtype: DType) -> Floats:
         values = (stored.astype(np.uint16) << np.uint16(8)).view(np.float16)
     else:
         values = as_float(stored, dtype.name) if dtype.numpy is None else stored.view(dtype.numpy)
-    made: Floats = values.astype(np.float64)
-    return made
+    floats: Floats = values.astype(np.float64)
+    return floats

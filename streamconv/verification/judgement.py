@@ -24,9 +24,9 @@ def rows_to_decode(plan: Plan, sink: Compared, foreign: bool) -> dict[int, list[
         sample = max(matrix.codec.row_align, _SAMPLE // max(matrix.cols, 1))
         rows = [(0, min(sample, matrix.filled))]
         for place in matrix.places:
-            found = sink.differences.get((plan.files[matrix.file].name, place.tensor))
-            if found is not None:
-                differ = _rows(found, place)
+            difference = sink.differences.get((plan.files[matrix.file].name, place.tensor))
+            if difference is not None:
+                differ = _rows(difference, place)
                 rows += differ if foreign else [(differ[0][0], min(differ[0][0] + sample, matrix.filled))]
         chosen[number] = _merged(rows)
     return chosen
@@ -38,39 +38,39 @@ def _rows(found: Difference, place: PartLocation) -> list[tuple[int, int]]:
 
 
 def _merged(rows: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    made: list[tuple[int, int]] = []
+    merged: list[tuple[int, int]] = []
     for first, last in sorted(rows):
-        if made and first <= made[-1][1]:
-            made[-1] = (made[-1][0], max(last, made[-1][1]))
+        if merged and first <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(last, merged[-1][1]))
         else:
-            made.append((first, last))
-    return made
+            merged.append((first, last))
+    return merged
 
 
 def judge(
     plan: Plan, headers: Sequence[Header], sink: Compared, errors: Mapping[int, measured.Error], verdict: Verdict, foreign: bool
 ) -> None:
-    held = {file.name: header.tensors for file, header in zip(plan.files, headers, strict=True)}
-    sizes = {key: held[key[0]][key[1]].end - held[key[0]][key[1]].begin for key in sink.differences}
+    entries = {file.name: header.tensors for file, header in zip(plan.files, headers, strict=True)}
+    sizes = {key: entries[key[0]][key[1]].end - entries[key[0]][key[1]].begin for key in sink.differences}
     left = dict(sink.differences)
     as_good = 0
     for number, matrix in enumerate(plan.matrices):
         for place in matrix.places:
             key = (plan.files[matrix.file].name, place.tensor)
-            found = left.pop(key, None)
-            if found is None:
+            difference = left.pop(key, None)
+            if difference is None:
                 continue
             error = errors.get(number)
-            padded = any(last > matrix.filled for _, last in _rows(found, place))
+            padded = any(last > matrix.filled for _, last in _rows(difference, place))
             if foreign and error is not None and not padded and _as_good(matrix.codec, error):
                 as_good += 1
                 continue
-            row = place.rows(found.first, found.first + 1)[0]
-            where = f"the first in row {row} of {matrix.rows}" if matrix.rows > 1 else f"the first is byte {found.first}"
+            row = place.rows(difference.first, difference.first + 1)[0]
+            where = f"the first in row {row} of {matrix.rows}" if matrix.rows > 1 else f"the first is byte {difference.first}"
             by = f"; largest error {error.largest:.3g}, SNR {error.snr():.1f} dB" if error is not None else ""
-            verdict.problems.append(_told(key, found, sizes[key], where) + by)
-    for key, found in left.items():
-        verdict.problems.append(_told(key, found, sizes[key], f"the first is byte {found.first}"))
+            verdict.problems.append(_told(key, difference, sizes[key], where) + by)
+    for key, difference in left.items():
+        verdict.problems.append(_told(key, difference, sizes[key], f"the first is byte {difference.first}"))
     if as_good:
         verdict.warnings.append(f"{as_good} tensors are other bytes than streamconv writes, as close to the source as its format allows")
     for (file, name), count in sink.odd.items():

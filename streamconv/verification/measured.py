@@ -65,11 +65,11 @@ class Error(Distance):
         self.rows += len(part)
         want = codec.values(part)
         parts = [data.reshape(-1).view(torch.uint8) for data in codec.encode(part, EncodeStats())]
-        made = codec.decode(parts, len(part), cols)
-        fine = torch.isfinite(want) & torch.isfinite(got) & torch.isfinite(made)
-        same = (made == got) | (torch.isnan(made) & torch.isnan(got))
+        ours = codec.decode(parts, len(part), cols)
+        fine = torch.isfinite(want) & torch.isfinite(got) & torch.isfinite(ours)
+        same = (ours == got) | (torch.isnan(ours) & torch.isnan(got))
         self.wrong += int((~fine & ~same).sum())
-        want, got, made = (torch.where(fine, values, 0.0).double() for values in (want, got, made))
+        want, got, ours = (torch.where(fine, values, 0.0).double() for values in (want, got, ours))
         gap = got - want
         if not gap.numel():
             return
@@ -77,7 +77,7 @@ class Error(Distance):
         self.within = self.within and bool((gap.abs() <= bound).all())
         self.largest = max(self.largest, float(gap.abs().max()))
         self.noise += float((gap * gap).sum())
-        self.reached += float(((made - want) ** 2).sum())
+        self.reached += float(((ours - want) ** 2).sum())
         self.signal += float((want**2).sum())
         self.peak = max(self.peak, float(want.abs().max()))
 

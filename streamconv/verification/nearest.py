@@ -83,8 +83,8 @@ def nearest(want: Floats, form: Format) -> tuple[Floats, Floats]:
         low, high = (np.minimum(_tiles(np.minimum, want, form), 0.0), np.maximum(_tiles(np.maximum, want, form), 0.0))
         scale = (high - low) / (2**form.bits - 1)
         scale[scale == 0] = 1.0
-        made: Floats = np.clip(np.rint((want - low) / scale), 0, 2**form.bits - 1) * scale + low
-        return made, _clipped(want, np.maximum(-low, high), scale, form)
+        reached: Floats = np.clip(np.rint((want - low) / scale), 0, 2**form.bits - 1) * scale + low
+        return reached, _clipped(want, np.maximum(-low, high), scale, form)
     amax = _tiles(np.maximum, np.abs(want), form)
     top = _FLOATS[form.code][2] if form.code else (2**form.bits - 1) / 2
     scale = np.full_like(amax, form.scale) if form.scale else amax / top
@@ -97,9 +97,9 @@ def nearest(want: Floats, form: Format) -> tuple[Floats, Floats]:
         return np.clip(np.rint(x), -(2 ** (form.bits - 1)), 2 ** (form.bits - 1) - 1) * scale, _clipped(want, amax, scale, form)
     mantissa, least, largest = _FLOATS[form.code]
     step = np.ldexp(1.0, np.maximum(np.frexp(x)[1] - 1, least) - mantissa)
-    made = np.clip(np.rint(x / step) * step, -largest, largest) * scale
+    reached = np.clip(np.rint(x / step) * step, -largest, largest) * scale
     gap = 2.0**least * 2.0**-mantissa * scale
-    return made, np.maximum(np.abs(want) * 1.1 * 2.0**-mantissa, 2.2 * gap)
+    return reached, np.maximum(np.abs(want) * 1.1 * 2.0**-mantissa, 2.2 * gap)
 
 
 def _clipped(want: Floats, amax: Floats, scale: Floats, form: Format) -> Floats:

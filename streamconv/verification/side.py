@@ -99,11 +99,11 @@ def _side(index: Index) -> Side:
 def _of_meta(index: Index, assembled: Mapping[str, SourceTensor]) -> Side:
     """A checkpoint in Meta's layout, with the names of Hugging Face and its order of the rows of queries and keys."""
     model, tensors = from_meta(index.config, output_rows(assembled)), SourceTensors(index)
-    found, others = match(META, tensors)
+    roles, others = match(META, tensors)
     weights: dict[str, Weight] = {name: tensors[name] for name in others}
-    for (role, layer, expert), name in found.items():
-        held = tensors[name]
-        if role in ("q", "k") and not (model.head_size % 2 or held.rows % model.head_size):
-            held = RotaryRows(name, held.dtype, held.shape, held.pieces, held.axis, model.head_size)
-        weights[example(LLAMA, role, layer, expert)] = held
+    for (role, layer, expert), name in roles.items():
+        tensor = tensors[name]
+        if role in ("q", "k") and not (model.head_size % 2 or tensor.rows % model.head_size):
+            tensor = RotaryRows(name, tensor.dtype, tensor.shape, tensor.pieces, tensor.axis, model.head_size)
+        weights[example(LLAMA, role, layer, expert)] = tensor
     return Side(index, weights, {})
