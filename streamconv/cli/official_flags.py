@@ -17,6 +17,9 @@ from streamconv.targets.trtllm.options import TensorRTLLM
 
 _LEVELS = ("internal_error", "error", "warning", "info", "verbose", "debug", "trace")
 _NATIVE = re.compile(r"--([a-z-]+)")
+_FORMATS = {"use_fp8": "fp8", "enable_fp8": "fp8", "use_nvfp4": "nvfp4", "smoothquant": "smoothquant"}
+_FORMATS |= {"use_fp8_rowwise": "fp8_rowwise", "use_qserve": "qserve"}
+"""Flag -> format, the first counts; those of weights alone come before them."""
 _PRECISIONS = ("int8", "int4", "int8_gptq", "int4_gptq", "int4_awq")
 
 
@@ -178,35 +181,21 @@ def parse(argv: list[str]) -> OfficialRequest:
 def _notes(args: argparse.Namespace, sizes: list[str]) -> list[str]:
     """Flags that the official script takes and that change nothing: it says nothing, we do."""
     source = "--model_dir" if args.model_dir else "--meta_ckpt_dir" if args.meta_ckpt_dir else None
-    notes = []
-    if sizes and source:
-        names = ", ".join(f"--{name}" for name in sizes)
-        notes.append(f"{names}: no effect with {source}, whose config decides")
-    if args.load_by_shard:
-        notes.append("--load_by_shard: no effect, weights are always streamed")
-    if args.load_model_on_cpu and source:
-        notes.append("--load_model_on_cpu: no effect, the model is never loaded")
-    if args.per_group and not args.use_qserve:
-        notes.append("--per_group: no effect without --use_qserve")
-    if args.save_config_only and not source:
-        notes.append("--save_config_only: without a checkpoint config.json is all there is to write")
-    return notes
+    names = ", ".join(f"--{name}" for name in sizes)
+    notes = {
+        f"{names}: no effect with {source}, whose config decides": sizes and source,
+        "--load_by_shard: no effect, weights are always streamed": args.load_by_shard,
+        "--load_model_on_cpu: no effect, the model is never loaded": args.load_model_on_cpu and source,
+        "--per_group: no effect without --use_qserve": args.per_group and not args.use_qserve,
+        "--save_config_only: without a checkpoint config.json is all there is to write": args.save_config_only and not source,
+    }
+    return [note for note, said in notes.items() if said]
 
 
 def _quant(args: argparse.Namespace) -> str:
-    """The official precedence: weight-only, fp8, nvfp4, smoothquant, fp8 rowwise, qserve."""
+    """The format of the first flag in the official precedence that was given; `smoothquant` is absent otherwise."""
     if args.use_weight_only_with_precision:
         return str(args.use_weight_only_with_precision)
     if args.use_weight_only:
         return str(args.weight_only_precision)
-    if args.use_fp8 or args.enable_fp8:
-        return "fp8"
-    if args.use_nvfp4:
-        return "nvfp4"
-    if hasattr(args, "smoothquant"):
-        return "smoothquant"
-    if args.use_fp8_rowwise:
-        return "fp8_rowwise"
-    if args.use_qserve:
-        return "qserve"
-    return "none"
+    return next((quant for name, quant in _FORMATS.items() if getattr(args, name, False) is not False), "none")
