@@ -102,7 +102,7 @@ def _is_one(value: object, declared: Any, choices: bool) -> bool:
     return type(value) is declared  # a bool is no int here, nor is numpy's
 
 
-def _as_meant(told: str, field: str, value: object, declared: Any) -> object:
+def _as_meant(shown: str, field: str, value: object, declared: Any) -> object:
     kinds = get_args(declared) if get_origin(declared) in (Union, UnionType) else (declared,)
     if float in kinds and type(value) is int:
         return float(value)
@@ -111,8 +111,8 @@ def _as_meant(told: str, field: str, value: object, declared: Any) -> object:
     if get_origin(declared) is tuple and isinstance(value, list) and all(isinstance(each, str) for each in value):
         return tuple(value)
     if get_origin(declared) is Literal:
-        raise UsageError(f"{told} is not one of {', '.join(map(repr, get_args(declared)))}")
-    raise UsageError(f"{told} is not {' or '.join(_name(kind) for kind in kinds)}", hint=_hint(field, value))
+        raise UsageError(f"{shown} is not one of {', '.join(map(repr, get_args(declared)))}")
+    raise UsageError(f"{shown} is not {' or '.join(_name(kind) for kind in kinds)}", hint=_hint(field, value))
 
 
 def _name(kind: Any) -> str:

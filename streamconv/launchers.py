@@ -82,13 +82,13 @@ def part_of(text: str, environment: Mapping[str, str] = os.environ) -> tuple[int
     if not slash or not count.isdigit() or not (index.isdigit() or index == "auto"):
         raise UsageError(f"--part {printable(text)} is not K/N", hint="3/16 is the fourth of 16 parts: they are 0 to 15; or auto/16")
     if index == "auto":
-        found = place(environment)
-        if found is None:
+        here = place(environment)
+        if here is None:
             raise UsageError(
                 f"--part {text}: no launcher says which process this is",
                 hint="it is known of Slurm (arrays, srun), Kubernetes Indexed Jobs, torchrun and Open MPI; else name it: --part 3/16",
             )
-        index = str(found.index)
+        index = str(here.index)
     if int(index) >= int(count):
         raise UsageError(f"--part {int(index)}/{int(count)}: parts are 0 to {int(count) - 1}")
     return int(index), int(count)
@@ -96,7 +96,7 @@ def part_of(text: str, environment: Mapping[str, str] = os.environ) -> tuple[int
 
 def begin(environment: Mapping[str, str] = os.environ) -> float:
     """Where in the parts this process begins, from 0 to 1; workers that begin apart share few source files."""
-    found = place(environment)
-    if found is None or not found.count:
+    here = place(environment)
+    if here is None or not here.count:
         return 0.0
-    return min(found.index, found.count - 1) / found.count
+    return min(here.index, here.count - 1) / here.count

@@ -19,13 +19,13 @@ def mounted(table: Path = Path("/proc/self/mountinfo")) -> dict[Path, str]:
         lines = table.read_text(errors="surrogateescape").splitlines()
     except OSError:
         return {}
-    found = {}
+    kinds = {}
     for line in lines:
         before, _, after = line.partition(" - ")
         fields, kind = before.split(), after.split()
         if len(fields) > 4 and kind:
-            found[Path(_OCTAL.sub(lambda match: chr(int(match[1], 8)), fields[4]))] = kind[0]
-    return found
+            kinds[Path(_OCTAL.sub(lambda match: chr(int(match[1], 8)), fields[4]))] = kind[0]
+    return kinds
 
 
 def kind_of(path: Path) -> str:

@@ -82,15 +82,15 @@ def convert_on_ray(
         reports.append(report)
         meter.add(1)
     meter.end()
-    made = tuple(_together([report.outputs[at] for report in reports], output.out) for at, output in enumerate(outputs))
+    together = tuple(_together([report.outputs[at] for report in reports], output.out) for at, output in enumerate(outputs))
     sums = {name: sum(getattr(report, name) for report in reports) for name in ("bytes_read", "bytes_mapped", "tiles", "resumed")}
     warnings = tuple(dict.fromkeys(warning for report in reports for warning in report.warnings))
     return dataclasses.replace(
         reports[0],
         out=", ".join(output.out for output in outputs),
-        outputs=made,
-        parts=tuple(part for one in made for part in one.parts or ()),
-        published=all(one.published for one in made),
+        outputs=together,
+        parts=tuple(part for one in together for part in one.parts or ()),
+        published=all(one.published for one in together),
         warnings=warnings,
         seconds=time.monotonic() - began,
         peak_memory=max(report.peak_memory for report in reports),
@@ -98,17 +98,17 @@ def convert_on_ray(
     )
 
 
-def _together(told: Sequence[Written], out: str) -> Written:
+def _together(reports: Sequence[Written], out: str) -> Written:
     """What all tasks did of an output."""
-    parts, published = tuple(sorted(part for one in told for part in one.parts or ())), any(one.published for one in told)
-    warnings = tuple(dict.fromkeys(warning for one in told for warning in one.warnings))
+    parts, published = tuple(sorted(part for one in reports for part in one.parts or ())), any(one.published for one in reports)
+    warnings = tuple(dict.fromkeys(warning for one in reports for warning in one.warnings))
     return dataclasses.replace(
-        told[0],
+        reports[0],
         out=out,
         parts=parts,
         published=published,
         finished=published and not parts,
         warnings=warnings,
-        errors=tuple(error for one in told for error in one.errors),
-        resumed=sum(one.resumed for one in told),
+        errors=tuple(error for one in reports for error in one.errors),
+        resumed=sum(one.resumed for one in reports),
     )

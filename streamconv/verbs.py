@@ -65,11 +65,11 @@ def plan(source: Path, target: Target | None = None, out: Path | None = None) ->
     """
     asked = _asked(target)
     place = None if out is None else path_of(out, "out")
-    index, made = api.open_and_plan(path_of(source, "source"), asked)
+    index, planned = api.open_and_plan(path_of(source, "source"), asked)
     with index:
-        problem = None if place is None else output_problem(index, made, place)
-    warnings = made.warnings if problem is None else (*made.warnings, f"convert would refuse this output: {problem}")
-    return dataclasses.replace(made, warnings=warnings)
+        problem = None if place is None else output_problem(index, planned, place)
+    warnings = planned.warnings if problem is None else (*planned.warnings, f"convert would refuse this output: {problem}")
+    return dataclasses.replace(planned, warnings=warnings)
 
 
 @overload
@@ -221,12 +221,12 @@ def calibrate(
 
     if memory_budget is not None and type(memory_budget) is not int:
         raise UsageError(f"memory_budget={memory_budget!r} is not a number of bytes")
-    told, began = watch_of(watch), time.monotonic()
+    watcher, began = watch_of(watch), time.monotonic()
 
     def progress(done: int, layers: int, _: float) -> None:
-        told(Progress("calibrating", done, layers, time.monotonic() - began, "layers", memory_budget))
+        watcher(Progress("calibrating", done, layers, time.monotonic() - began, "layers", memory_budget))
 
-    made = measure(
+    facts = measure(
         path_of(model, "model"),
         path_of(out, "out"),
         path_of(text, "text"),
@@ -239,5 +239,5 @@ def calibrate(
         memory_budget=memory_budget,
         progress=progress,
     )
-    told(Progress("done", made["layers"], made["layers"], time.monotonic() - began, "layers", memory_budget))
-    return CalibrationReport(**{field.name: made[field.name] for field in dataclasses.fields(CalibrationReport)})
+    watcher(Progress("done", facts["layers"], facts["layers"], time.monotonic() - began, "layers", memory_budget))
+    return CalibrationReport(**{field.name: facts[field.name] for field in dataclasses.fields(CalibrationReport)})

@@ -79,31 +79,31 @@ def group(limit: int | None) -> Iterator[Group]:
 def _made(limit: int | None) -> Path | None:
     for place, top, (name, *_) in memory.cgroups():
         for parent in (place, *(each for each in place.parents if top in (each, *each.parents))):
-            made = parent / f"streamconv-bench-{os.getpid()}-{time.monotonic_ns()}"
+            folder = parent / f"streamconv-bench-{os.getpid()}-{time.monotonic_ns()}"
             try:
-                made.mkdir()
+                folder.mkdir()
             except OSError:
                 continue
             try:
                 if limit is not None:
-                    (made / name).write_text(str(limit))
+                    (folder / name).write_text(str(limit))
                     with contextlib.suppress(OSError):  # absent where swap is not counted
-                        (made / _NAMES[name][0]).write_text(str(limit) if "limit" in name else "0")
-                if os.path.exists(made / name):
-                    return made
+                        (folder / _NAMES[name][0]).write_text(str(limit) if "limit" in name else "0")
+                if os.path.exists(folder / name):
+                    return folder
             except OSError:
                 pass
-            made.rmdir()  # v2: the parent does not hand memory on
+            folder.rmdir()  # v2: the parent does not hand memory on
     return None
 
 
 def _by_systemd(limit: int | None) -> tuple[str, ...]:
     """`systemd-run --user`, for who is not root; empty where it is not there, or may not limit memory."""
-    found = shutil.which("systemd-run")
-    if found is None:
+    program = shutil.which("systemd-run")
+    if program is None:
         return ()
     top = "infinity" if limit is None else str(limit)
-    before = (found, "--user", "--scope", "--quiet", "--collect", "-p", f"MemoryMax={top}", "-p", "MemorySwapMax=0", "--")
+    before = (program, "--user", "--scope", "--quiet", "--collect", "-p", f"MemoryMax={top}", "-p", "MemorySwapMax=0", "--")
     with tempfile.TemporaryDirectory() as folder:
         child = process.start_command((*before, "true"), Path(folder) / "log")
         return before if child.wait() == 0 else ()
@@ -113,10 +113,10 @@ def measured(words: Sequence[str], log: Path, place: Group) -> Measured:
     """Run a command and wait for it."""
     began, before = time.monotonic(), _cpu_seconds()
     child = process.start_command((*place.before, *words), log, place.folder / "cgroup.procs" if place.folder is not None else None)
-    peak, held = 0, None
+    peak, charged = 0, None
     try:
         while child.poll() is None:
-            peak, held = max(peak, _resident(child.pid)), _charged(place.folder or _scope(child.pid), held)
+            peak, charged = max(peak, _resident(child.pid)), _charged(place.folder or _scope(child.pid), charged)
             time.sleep(_EVERY)
     finally:
         if child.poll() is None:
@@ -124,9 +124,9 @@ def measured(words: Sequence[str], log: Path, place: Group) -> Measured:
             child.wait()
     os.sync()
     seconds = time.monotonic() - began
-    held = _charged(place.folder, held)
+    charged = _charged(place.folder, charged)
     text = log.read_text(errors="replace")[-2000:] if os.path.exists(log) else ""
-    return Measured(child.returncode, seconds, _cpu_seconds() - before, peak, held, text)
+    return Measured(child.returncode, seconds, _cpu_seconds() - before, peak, charged, text)
 
 
 def _cpu_seconds() -> float:

@@ -27,15 +27,15 @@ def tensors(sizes: dict[str, int]) -> list[tuple[str, tuple[int, ...]]]:
     """Name and shape of each, in the order of the file."""
     hidden, wide = sizes["hidden_size"], sizes["intermediate_size"]
     pairs = hidden * sizes["num_key_value_heads"] // sizes["num_attention_heads"]
-    made: list[tuple[str, tuple[int, ...]]] = [("model.embed_tokens.weight", (sizes["vocab_size"], hidden))]
+    listed: list[tuple[str, tuple[int, ...]]] = [("model.embed_tokens.weight", (sizes["vocab_size"], hidden))]
     for layer in range(sizes["num_hidden_layers"]):
         at = f"model.layers.{layer}."
         heads = {"q": (hidden, hidden), "k": (pairs, hidden), "v": (pairs, hidden), "o": (hidden, hidden)}
-        made += [(f"{at}self_attn.{name}_proj.weight", shape) for name, shape in heads.items()]
-        made += [(f"{at}mlp.{name}_proj.weight", (wide, hidden)) for name in ("gate", "up")]
-        made += [(f"{at}mlp.down_proj.weight", (hidden, wide))]
-        made += [(f"{at}{name}_layernorm.weight", (hidden,)) for name in ("input", "post_attention")]
-    return [*made, ("model.norm.weight", (hidden,)), ("lm_head.weight", (sizes["vocab_size"], hidden))]
+        listed += [(f"{at}self_attn.{name}_proj.weight", shape) for name, shape in heads.items()]
+        listed += [(f"{at}mlp.{name}_proj.weight", (wide, hidden)) for name in ("gate", "up")]
+        listed += [(f"{at}mlp.down_proj.weight", (hidden, wide))]
+        listed += [(f"{at}{name}_layernorm.weight", (hidden,)) for name in ("input", "post_attention")]
+    return [*listed, ("model.norm.weight", (hidden,)), ("lm_head.weight", (sizes["vocab_size"], hidden))]
 
 
 def write(folder: Path, shape: str) -> None:

@@ -49,18 +49,18 @@ def jobs(budgets: Sequence[int], quants: Sequence[str], flags: Sequence[str], ag
     Raises:
         UsageError: a command of the user's has no {model} or no {out}.
     """
-    made = []
+    listed = []
     for quant in quants:
         more = ["--target-sm", "80"] if quant in ("int8", "int4") and not {"--target-sm", "--to"} & set(flags) else []
         for budget in budgets:
             words = (*OURS, "convert", "{model}", "{out}", "--quiet", "--quant", quant, "--memory-budget", str(budget), *more, *flags)
-            made.append(Job(f"streamconv {quant} in {show_size(budget)}", words, budget, ours=True))
+            listed.append(Job(f"streamconv {quant} in {show_size(budget)}", words, budget, ours=True))
     for text in against:
         words = tuple(shlex.split(text))
         if not all(any(name in word for word in words) for name in ("{model}", "{out}")):
             raise UsageError(f"--against {printable(text)}: the command needs {{model}} and {{out}}")
-        made.append(Job(text, words))
-    return made
+        listed.append(Job(text, words))
+    return listed
 
 
 def run(
@@ -81,14 +81,14 @@ def run(
     rates |= {f"encode {quant}": kernel_rate(quant) for quant in ("int8", "int4")}
     cold, rounds = not warm and os.access("/proc/sys/vm/drop_caches", os.W_OK), list[_Round]()
     for number in range(runs + 1):
-        before, made = rounds[-1] if rounds else {}, _Round()
+        before, measured = rounds[-1] if rounds else {}, _Round()
         for job in (_COPY, *asked) if number % 2 else (*reversed(asked), _COPY):
             if job in before and before[job].status:  # it fails again
-                made[job] = before[job]
+                measured[job] = before[job]
                 continue
-            made[job] = _once(job, model, work, cold, warm)
-            told(f"{'first run' if not number else f'{number} of {runs}'}: {job.name}, {made[job].seconds:.2f} s")
-        rounds.append(made)
+            measured[job] = _once(job, model, work, cold, warm)
+            told(f"{'first run' if not number else f'{number} of {runs}'}: {job.name}, {measured[job].seconds:.2f} s")
+        rounds.append(measured)
     cache = "cold" if cold else "warm" if warm else "as it was"
     lines = [_line(job, rounds[1:]) for job in asked]
     return {"model": str(model), "bytes": size_of(model), "cache": cache, "rates": rates, "jobs": lines}

@@ -70,20 +70,20 @@ def bench(
         source = Path(model or place / "model").resolve()
         if shape is not None:
             models.write(source, shape)
-        found: dict[str, Any] = run.run(source, place, jobs, runs, (lambda line: None) if as_json else output.note, warm)
-    found["model"] = model or shape
+        result: dict[str, Any] = run.run(source, place, jobs, runs, (lambda line: None) if as_json else output.note, warm)
+    result["model"] = model or shape
     if report is not None:
-        page.write(report, _page(found))
+        page.write(report, _page(result))
     if as_json:
-        output.dump(found)
+        output.dump(result)
     else:
-        output.block(_lines(found))
-    return 8 if any(line["status"] for line in found["jobs"]) else 0
+        output.block(_lines(result))
+    return 8 if any(line["status"] for line in result["jobs"]) else 0
 
 
-def _rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
+def _rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
     rows = list[tuple[str, ...]]()
-    for job in found["jobs"]:
+    for job in result["jobs"]:
         if job["status"]:
             rows.append((job["name"], f"failed with status {job['status']}", "", "", "", show_size(job["peak"]), "", ""))
             continue
@@ -94,47 +94,47 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
     return rows
 
 
-def _rates(found: dict[str, Any]) -> list[tuple[str, str]]:
-    return [(name, "unknown" if rate is None else f"{show_size(rate)}/s") for name, rate in found["rates"].items()]
+def _rates(result: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(name, "unknown" if rate is None else f"{show_size(rate)}/s") for name, rate in result["rates"].items()]
 
 
-def _told(found: dict[str, Any]) -> str:
-    runs = len(found["jobs"][0]["seconds"])
-    what = f"{found['model']}, {show_size(found['bytes'])}, page cache {found['cache']}"
+def _told(result: dict[str, Any]) -> str:
+    runs = len(result["jobs"][0]["seconds"])
+    what = f"{result['model']}, {show_size(result['bytes'])}, page cache {result['cache']}"
     return f"{what}; medians of {runs} round{'s' * (runs != 1)}, seconds until the data is on the disk"
 
 
-def _beside(found: dict[str, Any]) -> list[str]:
+def _beside(result: dict[str, Any]) -> list[str]:
     return [
         f"{job['name']}: {other['faster']:.1f} times as fast as {other['name']}, with {other['memory']:.2f} of its memory"
-        for job in found["jobs"]
+        for job in result["jobs"]
         for other in job["against"]
         if other["faster"] is not None
     ]
 
 
-def _lines(found: dict[str, Any]) -> Iterator[str]:
+def _lines(result: dict[str, Any]) -> Iterator[str]:
     """For people."""
-    yield from view.table(_rates(found), ("rate", "measured"))
+    yield from view.table(_rates(result), ("rate", "measured"))
     yield ""
-    yield _told(found)
-    yield from view.table(_rows(found), _HEADER)
-    yield from _beside(found)
-    for job in found["jobs"]:
+    yield _told(result)
+    yield from view.table(_rows(result), _HEADER)
+    yield from _beside(result)
+    for job in result["jobs"]:
         if job["status"]:
             yield f"{job['name']}: {job['error'].strip()[-300:]}"
 
 
-def _page(found: dict[str, Any]) -> Page:
+def _page(result: dict[str, Any]) -> Page:
     """For a browser."""
     from streamconv.cli.view import command_line
     from streamconv.pages.page import Page, Section, Table, machine
 
     numbers = frozenset(range(1, len(_HEADER)))
     sections = [
-        Section("Conversions", ". ".join([_told(found), *_beside(found)]) + ".", "", Table(_HEADER, _rows(found), numbers)),
-        Section("Rates", "", "", Table(("what", "bytes a second"), _rates(found), frozenset({1}))),
+        Section("Conversions", ". ".join([_told(result), *_beside(result)]) + ".", "", Table(_HEADER, _rows(result), numbers)),
+        Section("Rates", "", "", Table(("what", "bytes a second"), _rates(result), frozenset({1}))),
         Section("Command", code=command_line()),
         machine(),
     ]
-    return Page(f"Benchmark of {found['model']}", _told(found), [], sections)
+    return Page(f"Benchmark of {result['model']}", _told(result), [], sections)

@@ -124,19 +124,19 @@ def convert(
         hint += "; for INT4 the command without --parts, then --codes OUT.int4.safetensors"
         raise UsageError("--text and --parts exclude each other: what is measured is measured once for all parts", hint=hint)
     outputs, together = _outputs(model, out, more, values, "text")
-    place, wanted = outputs[0].out, outputs[0].target
+    place, chosen = outputs[0].out, outputs[0].target
     with watching([output.out for output in outputs], model, quiet or as_json, progress, memory_trace, report) as watched:
-        if not together and isinstance(wanted, TensorRTLLM | HuggingFace):
+        if not together and isinstance(chosen, TensorRTLLM | HuggingFace):
             budget, samples = asked.memory_budget, _samples(text, values)
-            wanted = measured(model, place, wanted, samples, memory_budget=budget, device=asked.device, force=force, **watched.layers)
-            outputs = [wanted.to(place)]
+            chosen = measured(model, place, chosen, samples, memory_budget=budget, device=asked.device, force=force, **watched.layers)
+            outputs = [chosen.to(place)]
         facts = _page_facts(model, outputs, asked, together) if report else None
         if engine is not None:
             made = _on_ray(engine, model, outputs, asked, force, watched.meter, together)
         elif together:
             made = api.convert_all(model, outputs, asked, force=force, meter=watched.meter)
         else:
-            made = api.convert(model, place, wanted, asked, force=force, meter=watched.meter)
+            made = api.convert(model, place, chosen, asked, force=force, meter=watched.meter)
     show(made, as_json, quiet)
     if made.published and not together:
         recipe_option.compare(place)

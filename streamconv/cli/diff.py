@@ -38,32 +38,32 @@ def diff(a: str, b: str, tolerance: float | None, memory_budget: str | None, eve
 
     if tolerance is not None and not 0 <= tolerance < float("inf"):
         raise UsageError(f"--tolerance {tolerance:g} is no error", hint="a number from 0 on, e.g. 1e-3")
-    made = compare(a, b, parse_size(memory_budget) if memory_budget else None, view.meter("auto", quiet or as_json))
-    good = made.within(tolerance)
+    comparison = compare(a, b, parse_size(memory_budget) if memory_budget else None, view.meter("auto", quiet or as_json))
+    good = comparison.within(tolerance)
     if as_json:
-        facts = {"within": good, "tolerance": tolerance, "warnings": made.warnings, "beside": made.beside}
-        output.dump_long(facts, "tensors", (dataclasses.asdict(tensor) for tensor in made.tensors), _counts(made))
+        facts = {"within": good, "tolerance": tolerance, "warnings": comparison.warnings, "beside": comparison.beside}
+        output.dump_long(facts, "tensors", (dataclasses.asdict(tensor) for tensor in comparison.tensors), _counts(comparison))
     else:
-        _show(made, tolerance, good, quiet, every)
+        _show(comparison, tolerance, good, quiet, every)
     return 0 if good else 7
 
 
-def _show(made: Comparison, tolerance: float | None, good: bool, quiet: bool, every: bool) -> None:
+def _show(comparison: Comparison, tolerance: float | None, good: bool, quiet: bool, every: bool) -> None:
     """Print the worst tensors and the totals.
 
     Args:
         every: show every tensor in natural order, not the worst that differ.
     """
-    for warning in made.warnings:
+    for warning in comparison.warnings:
         output.note(f"warning: {warning}")
     if quiet:
         return
-    different = sorted((tensor for tensor in made.tensors if tensor.state != "exact"), key=_badness)
-    shown = made.tensors if every else different[:WORST]
+    different = sorted((tensor for tensor in comparison.tensors if tensor.state != "exact"), key=_badness)
+    shown = comparison.tensors if every else different[:WORST]
     if shown:
         header = ("tensor", "state", "dtype", "shape", "values", "max error", "relative", "SNR dB")
         output.block(view.table([_row(tensor) for tensor in shown], header))
-    output.line(_summary(made, tolerance, good, len(different) - len(shown)))
+    output.line(_summary(comparison, tolerance, good, len(different) - len(shown)))
 
 
 def _badness(tensor: TensorDifference) -> tuple[int, float]:
@@ -88,28 +88,28 @@ def _both(pair: tuple[str | None, ...]) -> str:
     return first if first == second and first is not None else f"{first or '-'} / {second or '-'}"
 
 
-def _summary(made: Comparison, tolerance: float | None, good: bool, hidden: int) -> str:
-    counts = _counts(made)
-    told = [f"{counts['compared']} tensors compared, {counts['exact']} exact"]
+def _summary(comparison: Comparison, tolerance: float | None, good: bool, hidden: int) -> str:
+    counts = _counts(comparison)
+    parts = [f"{counts['compared']} tensors compared, {counts['exact']} exact"]
     if counts["differ"]:
         snr = f", SNR at least {counts['snr_db']:.1f} dB" if counts["snr_db"] is not None else ""
-        told.append(f"{counts['differ']} differ (max error {counts['largest']:.3g}{snr})")
+        parts.append(f"{counts['differ']} differ (max error {counts['largest']:.3g}{snr})")
     states = {"dtype": "with equal values of another dtype", "shape": "of another shape", "only_a": "only in A", "only_b": "only in B"}
-    told += [f"{counts[key]} {text}" for key, text in states.items() if counts[key]]
-    if made.beside:
-        told.append(f"{made.beside} scales and zero points belong to weights whose values were compared")
+    parts += [f"{counts[key]} {text}" for key, text in states.items() if counts[key]]
+    if comparison.beside:
+        parts.append(f"{comparison.beside} scales and zero points belong to weights whose values were compared")
     limit = "exact" if tolerance is None else f"within {tolerance:g}"
     more = f"; {hidden} more, --all shows every one" if hidden > 0 else ""
-    return f"{limit if good else f'not {limit}'}: {', '.join(told)}{more}"
+    return f"{limit if good else f'not {limit}'}: {', '.join(parts)}{more}"
 
 
-def _counts(made: Comparison) -> dict[str, Any]:
-    states: list[str] = [tensor.state for tensor in made.tensors]
+def _counts(comparison: Comparison) -> dict[str, Any]:
+    states: list[str] = [tensor.state for tensor in comparison.tensors]
     counts = {key: states.count(state) for key, state in _STATES.items()}
-    ratios = [tensor.snr_db for tensor in made.tensors if tensor.snr_db is not None]
+    ratios = [tensor.snr_db for tensor in comparison.tensors if tensor.snr_db is not None]
     return {
         "compared": sum(counts[key] for key in ("exact", "differ", "dtype")),
         **counts,
-        "largest": max((tensor.largest for tensor in made.tensors), default=0.0),
+        "largest": max((tensor.largest for tensor in comparison.tensors), default=0.0),
         "snr_db": min(ratios, default=None),
     }

@@ -76,9 +76,9 @@ def _lacks_room(error: Exception) -> bool:
     """Whether a limit of the system is behind an error; a library that finds no room for its code raises ImportError."""
     if isinstance(error, OSError):
         return error.errno in _NO_ROOM
-    told = str(error)
+    message = str(error)
     return isinstance(error, MemoryError) or any(
-        text in told for text in ("can't start new thread", "failed to map segment", "annot allocate memory")
+        text in message for text in ("can't start new thread", "failed to map segment", "annot allocate memory")
     )
 
 

@@ -35,9 +35,9 @@ class Command(click.Command):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         groups: dict[str, list[tuple[str, str]]] = {}
         for param in self.get_params(ctx):
-            told = param.get_help_record(ctx) if isinstance(param, click.Option) else None
-            if told is not None:
-                groups.setdefault(getattr(param, "heading", "Options"), []).append(told)
+            record = param.get_help_record(ctx) if isinstance(param, click.Option) else None
+            if record is not None:
+                groups.setdefault(getattr(param, "heading", "Options"), []).append(record)
         for heading, rows in groups.items():
             with formatter.section(heading):
                 formatter.write_dl(rows)
@@ -104,9 +104,9 @@ def target(to: str, values: Mapping[str, Any], given: Collection[str]) -> Target
     for name, value in chosen.items():
         if own[name].metadata["size"] and isinstance(value, str):
             chosen[name] = parse_size(value)
-    made = target_class(to)(**chosen)
-    made.check_values()
-    return made
+    target = target_class(to)(**chosen)
+    target.check_values()
+    return target
 
 
 def _under(heading: str) -> Callable[..., _Decorator]:
@@ -247,24 +247,24 @@ def resources(values: Mapping[str, Any]) -> Resources:
     from streamconv import launchers
     from streamconv.memory import parse_size
 
-    made: dict[str, Any] = {name: values[name] for name in _AS_TYPED if name in values}
-    made |= {name: parse_size(values[name]) for name in ("memory_budget", "device_memory_budget") if values.get(name)}
+    choices: dict[str, Any] = {name: values[name] for name in _AS_TYPED if name in values}
+    choices |= {name: parse_size(values[name]) for name in ("memory_budget", "device_memory_budget") if values.get(name)}
     workers, part, parts = values["workers"], values.get("part"), values.get("parts")
     if workers not in (None, "auto"):
         try:
-            made["workers"] = int(str(workers))
+            choices["workers"] = int(str(workers))
         except ValueError:
             raise UsageError(f"--workers {workers!r} is neither a number nor auto") from None
     if part is not None:
-        made["part"], count = launchers.part_of(part)
+        choices["part"], count = launchers.part_of(part)
         if parts not in (None, count):
             raise UsageError(f"--part {part} and --parts {parts} contradict each other")
-        made["parts"] = count
+        choices["parts"] = count
     elif parts:
-        made |= {"parts": parts, "begin": launchers.begin()}
+        choices |= {"parts": parts, "begin": launchers.begin()}
     rows = os.environ.get("STREAMCONV_TILE_ROWS")
     return Resources(
-        **made,
+        **choices,
         tile_rows=int(rows) if rows else None,
         verify_inline=values.get("verify") == "inline",
         probe=not values.get("no_probe"),

@@ -43,8 +43,8 @@ def inspect(model: str, as_json: bool) -> int:
         if as_json:
             output.dump_long(facts, "tensors", tensors, {"unknown": unknown, "problem": problem})
             return 0
-        held = f"{len(index.tensors)} tensors, {show_size(nbytes)} in {files} file{'s' * (files != 1)}"
-        output.line(f"{family.name} ({config.architecture}), {held}")
+        content = f"{len(index.tensors)} tensors, {show_size(nbytes)} in {files} file{'s' * (files != 1)}"
+        output.line(f"{family.name} ({config.architecture}), {content}")
         output.line()
         output.block(table(_rows(tensors), ("tensor", "dtype", "shape", "size", "becomes")))
     if problem:
@@ -57,10 +57,10 @@ def _tensors(index: Index, family: Family, plan: Plan | None, unknown: list[str]
     """Facts of each tensor; names that no role matches go to `unknown` first."""
     from streamconv.families.matching import match
 
-    found, unmatched = match(family, index.tensors)
+    matched, unmatched = match(family, index.tensors)
     unknown += unmatched
-    roles = {name: key[0] for key, name in found.items()}
-    del found
+    roles = {name: key[0] for key, name in matched.items()}
+    del matched
     becomes: dict[str, tuple[int, ...]] = {}
     for span in plan.spans if plan is not None else ():
         known = becomes.get(span.source.name, ())

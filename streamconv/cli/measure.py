@@ -57,16 +57,16 @@ def calibrate(
     limit = parse_size(memory_budget) if memory_budget else None
     with watching((ranges,), model, quiet or as_json, progress, memory_trace, report) as watched:
         watch = {name: watched.layers[name] for name in ("progress", "sampled")}
-        told = run_calibration(model, ranges, text, memory_budget=limit, **watch, **values)
+        measured = run_calibration(model, ranges, text, memory_budget=limit, **watch, **values)
     if report:
         from streamconv.pages import page, runs
 
-        page.write(report, runs.calibration(model, told, runs.largest_inputs(ranges), text, watched.samples, command_line()))
+        page.write(report, runs.calibration(model, measured, runs.largest_inputs(ranges), text, watched.samples, command_line()))
     if as_json:
-        output.dump(told)
+        output.dump(measured)
     elif not quiet:
         output.line(
-            f"{ranges}: {told['tensors']} ranges from {told['samples']} samples ({told['tokens']} tokens) in "
-            f"{told['seconds']:.1f} s on {told['device']}; peak memory {show_size(told['peak_memory'])}"
+            f"{ranges}: {measured['tensors']} ranges from {measured['samples']} samples ({measured['tokens']} tokens) in "
+            f"{measured['seconds']:.1f} s on {measured['device']}; peak memory {show_size(measured['peak_memory'])}"
         )
     return 0

@@ -138,7 +138,7 @@ def _add_option(group: argparse._ArgumentGroup, field: Field[Any], spelled: tupl
     if not spelled:
         return
     facts, choices = field.metadata, choices_of(field)
-    text = _NATIVE.sub(lambda found: "--" + found[1].replace("-", "_"), facts["help"])
+    text = _NATIVE.sub(lambda name: "--" + name[1].replace("-", "_"), facts["help"])
     settings: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": text}
     if facts["type"] is bool:
         group.add_argument(*spelled, action="store_true", **settings)

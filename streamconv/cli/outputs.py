@@ -20,19 +20,19 @@ def status(out: str, as_json: bool) -> int:
     """Show how far the work on OUT is that several machines share: parts that are done, held by whom, and open."""
     from streamconv.cli.view import table
 
-    told = _content(out)
+    work = _content(out)
     if as_json:
-        output.dump(told)
+        output.dump(work)
         return 0
-    if told["complete"]:
+    if work["complete"]:
         output.line(f"{out}: the output is complete")
         return 0
-    held = [(str(part["part"]), part["holder"], str(part["tiles"])) for part in told["held"]]
+    held = [(str(part["part"]), part["holder"], str(part["tiles"])) for part in work["held"]]
     if held:
         output.block([*table(held, ("part", "held by", "tiles on the disk")), ""])
-    begun = f" ({', '.join(map(str, told['left']))} begun by processes that are gone)" if told["left"] else ""
-    output.line(f"{out}: {told['done']} of {told['parts']} parts are done, {len(held)} held, {told['open']} open{begun}")
-    if told["done"] == told["parts"]:
+    begun = f" ({', '.join(map(str, work['left']))} begun by processes that are gone)" if work["left"] else ""
+    output.line(f"{out}: {work['done']} of {work['parts']} parts are done, {len(held)} held, {work['open']} open{begun}")
+    if work["done"] == work["parts"]:
         output.line("all parts are done: the next worker publishes, or `streamconv finalize`")
     return 0
 
@@ -62,8 +62,8 @@ def _content(out: str) -> dict[str, Any]:
                 held.append({"part": part, "holder": holder, "tiles": tiles})
             elif past is not None:
                 left.append(part)
-    told = {"parts": claims.count, "done": done, "held": held, "open": claims.count - done - len(held), "left": left}
-    return {"complete": False, "source": claims.plan_file["source"], **told}
+    facts = {"parts": claims.count, "done": done, "held": held, "open": claims.count - done - len(held), "left": left}
+    return {"complete": False, "source": claims.plan_file["source"], **facts}
 
 
 @click.command()

@@ -108,16 +108,16 @@ def _parse(file: Path) -> dict[Any, Any]:
     except UnicodeDecodeError as error:
         raise UsageError(f"{name}: {error}") from None
     try:
-        found = tomllib.loads(text) if file.suffix.lower() == ".toml" else _yaml(text)
+        content = tomllib.loads(text) if file.suffix.lower() == ".toml" else _yaml(text)
     except RecursionError:
         raise UsageError(f"{name} is nested too deeply: a recipe has one line for each flag") from None
     except (ValueError, ArithmeticError, TypeError, LookupError, AttributeError) as error:  # what parsers make of odd numbers and dates
         raise UsageError(f"{name}: {printable(' '.join(str(error).split()), 300)}") from None
-    if found is None:
+    if content is None:
         return {}
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise UsageError(f"{name} holds no keys", hint="write one line for each flag: tp-size: 2")
-    return found
+    return content
 
 
 def _yaml(text: str) -> Any:
@@ -138,15 +138,15 @@ def _yaml(text: str) -> Any:
 
 def _from_manifest(file: Path) -> Recipe:
     try:
-        made = manifest.read_head(file)
+        written = manifest.read_head(file)
     except VerifyError as error:
         raise UsageError(f"--config: {error.message}", hint="it takes the manifest of a conversion as it was written") from None
     try:
-        target_from_json(made.target, made.asked)
+        target_from_json(written.target, written.asked)
     except UsageError as error:
         raise UsageError(f"--config: {printable(str(file))} is not a streamconv manifest: {error.message}") from None
-    given = {key: value for key, value in made.asked.items() if value is not None and value != []}
-    return Recipe(file, {"to": made.target, **given}, made)
+    given = {key: value for key, value in written.asked.items() if value is not None and value != []}
+    return Recipe(file, {"to": written.target, **given}, written)
 
 
 def of_plans(

@@ -77,9 +77,9 @@ def option(known: Callable[[], dict[str, Kind]]) -> Callable[[Callable[..., Any]
             return
         from streamconv.cli import recipe
 
-        found = recipe.read(value, known())
-        context.meta[_KEY] = found
-        context.default_map = found.values
+        read = recipe.read(value, known())
+        context.meta[_KEY] = read
+        context.default_map = read.values
 
     return click.option(
         "--config",
@@ -93,7 +93,7 @@ def option(known: Callable[[], dict[str, Kind]]) -> Callable[[Callable[..., Any]
 
 def compare(out: str) -> None:
     """After a conversion from a manifest: warn if the output is not what the manifest tells of."""
-    found: Recipe | None = click.get_current_context().meta.get(_KEY)
-    why = found.differences(Path(out)) if found is not None else None
-    if why is not None and found is not None:
-        output.note(f"warning: {out} is not what {found.path} tells of: {why}")
+    taken: Recipe | None = click.get_current_context().meta.get(_KEY)
+    why = taken.differences(Path(out)) if taken is not None else None
+    if why is not None and taken is not None:
+        output.note(f"warning: {out} is not what {taken.path} tells of: {why}")

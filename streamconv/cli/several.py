@@ -87,13 +87,13 @@ def _parsed(text: str, kinds: Mapping[str, Kind]) -> dict[str, Any]:
         key, equals, value = option.partition("=")
         key = key.strip().replace("-", "_")
         kind = kinds.get(key)
-        made = _value(value if equals else "true", kind)
-        if isinstance(made, list):
-            table[key] = [*table.get(key, ()), *made]
+        typed = _value(value if equals else "true", kind)
+        if isinstance(typed, list):
+            table[key] = [*table.get(key, ()), *typed]
         elif key in table:
             raise UsageError(f"{printable(key)} is there twice")
         else:
-            table[key] = made
+            table[key] = typed
     return table
 
 
@@ -144,10 +144,10 @@ def searched(
     Raises:
         UsageError: there is a text, and no output has codes to search. Others as of planning.
     """
-    made, searches = list[Output](), list["Search | None"]()
+    planned_outputs, searches = list[Output](), list["Search | None"]()
     for output in outputs:
         if samples is None and getattr(output.target, "method", None) is None:
-            made.append(output)
+            planned_outputs.append(output)
             searches.append(None)
             continue
         from streamconv.calibration.foreseen import planned, searches_on
@@ -155,8 +155,8 @@ def searched(
         on = samples if searches_on(output.target) or not several else None
         with _about(f"output {printable(output.out)}") if several else contextlib.nullcontext():
             target, search = planned(model, output.target, on, asked.memory_budget, asked.device)
-        made.append(dataclasses.replace(output, target=target))
+        planned_outputs.append(dataclasses.replace(output, target=target))
         searches.append(search)
     if several and samples is not None and not any(searches):
         raise UsageError("--text has no effect: no output has INT4 codes to search", hint="leave it out")
-    return made, searches
+    return planned_outputs, searches

@@ -62,8 +62,8 @@ def submit(
         raise UsageError("k8s needs --image and --claim")
     import yaml
 
-    made = kubernetes(["streamconv", *words], nodes, cpus, size, name, image, claim, mount)
-    output.block(yaml.safe_dump(made, sort_keys=False, width=1000).rstrip("\n").split("\n"))
+    job = kubernetes(["streamconv", *words], nodes, cpus, size, name, image, claim, mount)
+    output.block(yaml.safe_dump(job, sort_keys=False, width=1000).rstrip("\n").split("\n"))
     return 0
 
 

@@ -112,8 +112,8 @@ def open_stored(source: str | os.PathLike[str], tensors_only: bool = False) -> I
             hint=f"hf download {repo.name} --revision {repo.commit} --local-dir FOLDER, then convert FOLDER",
         )
     if _CONFIG not in files:
-        held = None if weight_files(files) else foreign(str(repo), files)
-        raise held or CheckpointError(f"missing config.json in {repo}", hint="is it a transformers model?")
+        problem = None if weight_files(files) else foreign(str(repo), files)
+        raise problem or CheckpointError(f"missing config.json in {repo}", hint="is it a transformers model?")
     folder = small_file(repo, files[_CONFIG], MAX_CONFIG).parent
     note_revision(repo, hub[1])
     for name, limit in _SMALL.items():

@@ -43,17 +43,17 @@ def brought(path: Path, before: set[str]) -> Brought | None:
             if to.parent != home or to.name in before:
                 return None
             blob = to
-        told = os.lstat(blob)
-        if stat.S_ISREG(told.st_mode):
-            return Brought(blob, (told.st_dev, told.st_ino))
+        status = os.lstat(blob)
+        if stat.S_ISREG(status.st_mode):
+            return Brought(blob, (status.st_dev, status.st_ino))
     return None
 
 
 def remove(path: Path, ours: Brought) -> None:
     """Remove what a run brought, unless it was replaced or something else refers to it."""
     with contextlib.suppress(OSError):
-        told = os.lstat(ours.blob)
-        if (told.st_dev, told.st_ino) != ours.inode or told.st_nlink != 1:
+        status = os.lstat(ours.blob)
+        if (status.st_dev, status.st_ino) != ours.inode or status.st_nlink != 1:
             return
         if ours.blob != path:
             for place, _, names in os.walk(path.parent.parent):
@@ -79,8 +79,8 @@ def check_content(path: Path, oid: str, shown: str) -> os.stat_result:
     """
     fd = open_regular(path)
     try:
-        told, at = os.fstat(fd), 0
-        digest = hashlib.sha256() if len(oid) == 64 else hashlib.sha1(b"blob %d\0" % told.st_size, usedforsecurity=False)
+        status, at = os.fstat(fd), 0
+        digest = hashlib.sha256() if len(oid) == 64 else hashlib.sha1(b"blob %d\0" % status.st_size, usedforsecurity=False)
         while oid and (data := os.pread(fd, _PIECE, at)):
             digest.update(data)
             at += len(data)
@@ -91,4 +91,4 @@ def check_content(path: Path, oid: str, shown: str) -> os.stat_result:
             f"{shown}: its content is not what the Hub lists ({printable(oid[:12])}...)",
             hint=f"run again; if {printable(str(path))} is still there, remove that file first",
         )
-    return told
+    return status

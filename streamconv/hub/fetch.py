@@ -33,7 +33,7 @@ class Fetch:
         self._held: set[HubShard] = set()
         self._left: dict[HubShard, int] = {}
         self._uses: dict[tuple[int, int], tuple[HubShard, ...]] = {}
-        wanted: dict[HubShard, None] = {}
+        needed: dict[HubShard, None] = {}
         remote_at_all = any(isinstance(shard, HubShard) for shard in shards)
         for output, number in dict.fromkeys(share[:2] for read in (reads if remote_at_all else ()) for share in read.shares):
             span = reads.plans[output].spans[number]
@@ -43,8 +43,8 @@ class Fetch:
             for shard in uses:
                 self._left[shard] = self._left.get(shard, 0) + rows
                 if sum(done.stop - done.start for done in past[output].get(number, ())) < rows:
-                    wanted[shard] = None
-        self._order = tuple(wanted)
+                    needed[shard] = None
+        self._order = tuple(needed)
 
     def start(self) -> None:
         """Check the space and begin with the first file.

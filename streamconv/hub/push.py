@@ -74,10 +74,10 @@ def finished_files(folder: Path) -> list[str]:
         missing = CONFIG if os.path.lexists(folder / manifest.NAME) else manifest.NAME
         raise OutputError(f"{shown} is no finished output: it has no {missing}", hint="`streamconv convert` finishes it")
     try:
-        told = manifest.read(folder / manifest.NAME)
+        written = manifest.read(folder / manifest.NAME)
     except VerifyError as error:
         raise OutputError(error.message, hint="convert the model again") from None
-    sizes = told.sizes | {name: size for name, (size, _) in told.side.items()}
+    sizes = written.sizes | {name: size for name, (size, _) in written.side.items()}
     for name, size in sizes.items():
         path = folder / name
         if not os.path.isfile(path) or path.stat().st_size != size:

@@ -45,12 +45,12 @@ def named(source: str | os.PathLike[str]) -> tuple[str, str | None] | None:
     text = os.fspath(source)
     if os.path.lexists(text):
         return None
-    found = _NAME.fullmatch(text)
-    if found is None:
+    match = _NAME.fullmatch(text)
+    if match is None:
         if text.startswith("hf://"):
             raise HubError(f"{printable(text)} is not of the form hf://org/name or hf://org/name@revision")
         return None
-    return found[1], found[2]
+    return match[1], match[2]
 
 
 def listing(name: str, revision: str | None, nested: list[str] | None = None) -> tuple[Repo, dict[str, RepoFile]]:
@@ -72,13 +72,13 @@ def listing(name: str, revision: str | None, nested: list[str] | None = None) ->
     if type(info.sha) is not str or not _COMMIT.fullmatch(info.sha):
         raise HubError(f"the Hub does not say which commit of {name} is meant", hint="check HF_ENDPOINT")
     files = {}
-    for found in info.siblings or ():
-        file, lfs = found.rfilename, found.lfs
+    for sibling in info.siblings or ():
+        file, lfs = sibling.rfilename, sibling.lfs
         if type(file) is str and (not plain(file)):
             if nested is not None and "/" in file and all(map(plain, file.split("/"))):
                 nested.append(file)
             continue  # in a folder, or under a name that is never read
-        size, oid = (found.size, found.blob_id) if lfs is None else (lfs.size, lfs.sha256)
+        size, oid = (sibling.size, sibling.blob_id) if lfs is None else (lfs.size, lfs.sha256)
         if type(file) is not str or type(size) is not int or not 0 <= size < 1 << 63 or type(oid) is not str or not _HASH.fullmatch(oid):
             raise HubError(f"the Hub lists {name}/{printable(str(file))} without a size or a hash", hint="check HF_ENDPOINT")
         files[file] = RepoFile(file, size, oid)
@@ -158,24 +158,24 @@ def download(repo: Repo, file: RepoFile, shown: bool) -> tuple[Path, Brought | N
     """
     from huggingface_hub import try_to_load_from_cache
 
-    told, ours = f"{repo}/{printable(file.name)}", None
+    shown_name, ours = f"{repo}/{printable(file.name)}", None
     there = try_to_load_from_cache(repo.name, file.name, revision=repo.commit)
     if isinstance(there, str):
         path = Path(there)
     else:
-        held = blobs(cached_folder(repo))
+        before = blobs(cached_folder(repo))
         with quiet(not (shown and sys.stderr.isatty())), at_most(file.size):
             path = _bring(repo.name, file.name, repo.commit)
         if path.parent != cached_folder(repo):
-            raise HubError(f"{told} came as a file of another commit", hint="check HF_ENDPOINT")
-        ours = brought(path, held)
+            raise HubError(f"{shown_name} came as a file of another commit", hint="check HF_ENDPOINT")
+        ours = brought(path, before)
     try:
         size = path.stat().st_size
         if size != file.size:
             raise HubError(
-                f"{told} is truncated: {size} of {file.size} bytes in {printable(str(path))}", hint="remove that file and run again"
+                f"{shown_name} is truncated: {size} of {file.size} bytes in {printable(str(path))}", hint="remove that file and run again"
             )
-        hashed = check_content(path, file.oid, told)
+        hashed = check_content(path, file.oid, shown_name)
     except StreamconvError:
         if ours is not None:
             remove(path, ours)

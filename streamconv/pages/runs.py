@@ -172,7 +172,7 @@ def verification(out: str, source: str | None, verdict: Verdict, samples: Sequen
 
 
 def calibration(
-    model: str, told: Mapping[str, Any], amax: Iterable[tuple[str, float]], text: str, samples: Sequence[Sample], command: str
+    model: str, measured: Mapping[str, Any], amax: Iterable[tuple[str, float]], text: str, samples: Sequence[Sample], command: str
 ) -> Page:
     """The page of `calibrate`.
 
@@ -182,14 +182,14 @@ def calibration(
     facts = [
         ("model", model),
         ("text", text),
-        ("ranges", str(told["out"])),
-        ("samples, tokens", f"{told['samples']}, {told['tokens']}"),
-        ("layers, ranges", f"{told['layers']}, {told['tensors']}"),
-        ("time", f"{told['seconds']:.1f} s on {told['device']}"),
-        ("peak memory", show_size(told["peak_memory"]) if "peak_memory" in told else "-"),
+        ("ranges", str(measured["out"])),
+        ("samples, tokens", f"{measured['samples']}, {measured['tokens']}"),
+        ("layers, ranges", f"{measured['layers']}, {measured['tensors']}"),
+        ("time", f"{measured['seconds']:.1f} s on {measured['device']}"),
+        ("peak memory", show_size(measured["peak_memory"]) if "peak_memory" in measured else "-"),
     ]
     sections = [*timeline.sections(samples), *tensors.ranges(amax), *_settings(command, "")]
-    summary = f"Activation ranges of {model} were measured on {told['samples']} samples of {text}."
+    summary = f"Activation ranges of {model} were measured on {measured['samples']} samples of {text}."
     return Page(f"Calibration of {model}", summary, facts, sections)
 
 
@@ -206,7 +206,7 @@ def largest_inputs(ranges: str) -> Iterator[tuple[str, float]]:
 
 def _settings(command: str, recipe: str) -> list[Section]:
     """Command, recipe and machine, at the end of each page."""
-    made = [Section("Command", code=command)]
+    sections = [Section("Command", code=command)]
     if recipe:
-        made.append(Section("Recipe", "The same conversion from a file: streamconv convert --config FILE.", code=recipe))
-    return [*made, machine()]
+        sections.append(Section("Recipe", "The same conversion from a file: streamconv convert --config FILE.", code=recipe))
+    return [*sections, machine()]

@@ -32,10 +32,10 @@ def kind(name: str) -> str:
 
 def place(name: str) -> tuple[str, str]:
     """(layer, module) of a tensor: "12" and "self_attn.q_proj"; of what lies in no layer "-" and the name."""
-    found = _LAYER.match(name)
-    rest = name[found.end() :] if found else name
+    match = _LAYER.match(name)
+    rest = name[match.end() :] if match else name
     rest = re.sub(r"\.(weight|qweight|weight_packed)$", "", rest)
-    return (found[1] if found else "-"), re.sub(r"(?<=\.)\d+(?=\.)", "*", rest)
+    return (match[1] if match else "-"), re.sub(r"(?<=\.)\d+(?=\.)", "*", rest)
 
 
 def sizes(before: Mapping[str, int], after: Mapping[str, int]) -> Section:
@@ -104,13 +104,13 @@ def _short(value: float, _: float) -> str:
     return f"{value:.3g}" if value < 1000 else f"{value:.0f}" if value < 100_000 else f"{value:.1e}"
 
 
-def losses(told: Mapping[str, Any]) -> Section:
+def losses(search: Mapping[str, Any]) -> Section:
     """What a search for INT4 codes lost in each linear layer: all of them where the manifest names them, else the worst."""
-    pairs = sorted(told.get("each", told["worst"]).items(), key=lambda pair: natural(pair[0]))
-    rows = [(name, f"{each['rtn']:.2%}", f"{each['found']:.2%}") for name, each in [("mean", told["mean"]), *pairs]]
-    count = f"{told['linear_layers']} linear layers" + ("" if "each" in told else ", of which the worst are shown")
+    pairs = sorted(search.get("each", search["worst"]).items(), key=lambda pair: natural(pair[0]))
+    rows = [(name, f"{each['rtn']:.2%}", f"{each['found']:.2%}") for name, each in [("mean", search["mean"]), *pairs]]
+    count = f"{search['linear_layers']} linear layers" + ("" if "each" in search else ", of which the worst are shown")
     text = f"Mean square of what the codes change in a layer's outputs on the text, over that of the outputs; {count}."
-    table = Table(("linear layer", "rounded to nearest", told["method"]), rows, frozenset({1, 2}))
+    table = Table(("linear layer", "rounded to nearest", search["method"]), rows, frozenset({1, 2}))
     return Section("What INT4 costs", text, "", table)
 
 

@@ -61,8 +61,8 @@ def _memory(samples: Sequence[Sample]) -> Section:
         each += [max(s.device for s in group), max(s.children for s in group), group[-1].budget]
         rows.append((f"{group[0].time:.1f} - {group[-1].time:.1f}", group[-1].phase, *("-" if not v else show_size(v) for v in each)))
     header = ("seconds", "phase", "resident", "cgroup", "device", "children", "budget")
-    told = "; ".join(f"{name} {stop - start:.1f} s" for name, start, stop in bands)
-    text = f"The resident set was at most {show_size(peak)}{of}. Phases: {told}.{left_out}"
+    durations = "; ".join(f"{name} {stop - start:.1f} s" for name, start, stop in bands)
+    text = f"The resident set was at most {show_size(peak)}{of}. Phases: {durations}.{left_out}"
     return Section("Memory over time", text, picture, Table(header, rows, frozenset({2, 3, 4, 5, 6})))
 
 
@@ -80,11 +80,11 @@ def _rates(samples: Sequence[Sample]) -> list[Section]:
         return []
 
     def rate(value: Callable[[Sample], float]) -> list[float | None]:
-        made: list[float | None] = []
+        rates: list[float | None] = []
         for before, after in itertools.pairwise(ends):
             gone = value(after) - (value(before) if value(after) >= value(before) else 0)
-            made.append(gone / max(after.time - before.time, 1e-3))
-        return made
+            rates.append(gone / max(after.time - before.time, 1e-3))
+        return rates
 
     times = [(before.time + after.time) / 2 for before, after in itertools.pairwise(ends)]
     moved = {"read": rate(lambda s: s.read), "written": rate(lambda s: s.written)}
