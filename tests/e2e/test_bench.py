@@ -13,8 +13,9 @@ from streamconv.bench import command, model, run
 from streamconv.cli.main import main
 
 EATER = """{} -S -c "import os, shutil, time; held = bytearray(200 << 20); shutil.copytree('{{model}}', '{{out}}')
-while not os.path.exists('{}'): time.sleep(0.01)" """
-"""It holds what it took until that was seen."""
+while not os.path.exists('{}'): time.sleep(0.01)
+os.unlink('{}')" """
+"""It holds what it took until that was seen, in every round."""
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def test_a_conversion_beside_a_command_of_the_users_and_one_that_fails(
 ) -> None:
     tmp_path, seen, resident = tmp_path_factory.mktemp("work"), tmp_path_factory.mktemp("eater") / "seen", command._resident
     page = tmp_path / "page.html"
-    eater = EATER.format(sys.executable, seen).strip()
+    eater = EATER.format(sys.executable, seen, seen).strip()
 
     def looked(pid: int) -> int:
         if (size := resident(pid)) >= 200 << 20:
