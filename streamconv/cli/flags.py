@@ -244,7 +244,6 @@ def resources(values: Mapping[str, Any]) -> Resources:
     Raises:
         UsageError: a value that is none, or that contradicts another.
     """
-    from streamconv import launchers
     from streamconv.memory import parse_size
 
     choices: dict[str, Any] = {name: values[name] for name in _AS_TYPED if name in values}
@@ -255,6 +254,8 @@ def resources(values: Mapping[str, Any]) -> Resources:
             choices["workers"] = int(str(workers))
         except ValueError:
             raise UsageError(f"--workers {workers!r} is neither a number nor auto") from None
+    if part is not None or parts:
+        from streamconv import launchers
     if part is not None:
         choices["part"], count = launchers.part_of(part)
         if parts not in (None, count):

@@ -22,17 +22,18 @@ import socket
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from streamconv.checkpoint.limits import MAX_JOURNAL, MAX_JOURNAL_LINE
 from streamconv.errors import LockedError, OutputError, printable
-from streamconv.planning.parts import MOST
 from streamconv.run import journal
 from streamconv.run.fs import Disk, Folder, Mark, translate_errors, write_all
 from streamconv.run.inside import choose
-from streamconv.run.part_record import Record
 from streamconv.run.place import Place
 from streamconv.run.presence import Presence
+
+if TYPE_CHECKING:
+    from streamconv.run.part_record import Record
 
 PLAN, CLAIMS = "plan.json", "claims"
 
@@ -238,6 +239,8 @@ class Claims:
         data = self._read(f"{part}.json", MAX_JOURNAL)
         if data is None:
             return None
+        from streamconv.run.part_record import Record
+
         record = Record.from_bytes(data)
         if record is None:
             raise OutputError(f"{printable(str(self.base.path / f'{part}.json'))} is not what a run writes", hint="start over with --force")
@@ -270,6 +273,8 @@ class Claims:
 
     def check_idle(self) -> None:
         """Raises LockedError if somebody is at work."""
+        from streamconv.planning.parts import MOST
+
         try:
             fd = self._lock(0, MOST)
         except Over:
