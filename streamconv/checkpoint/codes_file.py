@@ -23,7 +23,7 @@ from streamconv.checkpoint.derived_rows import BLOCK, WIDE, read_stripe, turned
 from streamconv.checkpoint.dtypes import F32, I8, DType
 from streamconv.checkpoint.header import read_header
 from streamconv.checkpoint.header_parse import TensorEntry
-from streamconv.checkpoint.rows import Extent, PackedTensor, SourceFile, SourceTensor, tensor_at
+from streamconv.checkpoint.rows import Derived, Extent, PackedTensor, SourceFile, tensor_at
 from streamconv.checkpoint.shard import Shard
 from streamconv.errors import DataError, TensorError, UsageError, printable
 from streamconv.lazy import Bytes, np
@@ -82,7 +82,7 @@ class TurnedCodes(PackedTensor):
 
 
 @dataclass(frozen=True, slots=True)
-class ApartTensor(SourceTensor):
+class ApartTensor(Derived):
     """A tensor of a file of its own; as `ApartCodes`.
 
     Attributes:
@@ -90,20 +90,7 @@ class ApartTensor(SourceTensor):
     """
 
     file: Shard = field(kw_only=True)
-    stored: SourceTensor = field(kw_only=True)
     into: DType | None = None
-
-    @property
-    def row_align(self) -> int:
-        return self.stored.row_align
-
-    @property
-    def stored_row_bytes(self) -> int:
-        return self.stored.stored_row_bytes
-
-    @property
-    def scratch_row_bytes(self) -> int:
-        return self.stored.scratch_row_bytes
 
     def turned(self) -> ApartTensor:
         """Its columns."""

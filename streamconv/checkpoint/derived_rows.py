@@ -6,10 +6,10 @@ A tile of columns is a stripe, read as one run of bytes of each stored row.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from streamconv.checkpoint.dtypes import F32
-from streamconv.checkpoint.rows import Extent, SourceTensor, read_block
+from streamconv.checkpoint.rows import Derived, Extent, SourceTensor, read_block
 from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.stored_codes import as_float
 from streamconv.lazy import Bytes, np
@@ -98,18 +98,8 @@ class RotaryRows(SourceTensor):
 
 
 @dataclass(frozen=True, slots=True)
-class LessOne(SourceTensor):
-    """What is stored less 1. float32 holds the difference exactly, of 16-bit values down to 2^-16, so that adding 1 gives them again.
-
-    Attributes:
-        stored: a tensor of one column; `dtype` is F32.
-    """
-
-    stored: SourceTensor = field(kw_only=True)
-
-    @property
-    def stored_row_bytes(self) -> int:
-        return self.stored.stored_row_bytes
+class LessOne(Derived):
+    """A column less 1. float32 holds the difference exactly, of 16-bit values down to 2^-16, so that adding 1 gives them again."""
 
     @property
     def scratch_row_bytes(self) -> int:

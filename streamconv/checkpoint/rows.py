@@ -147,6 +147,25 @@ def _drop(shards: Sequence[Shard], pieces: Sequence[Extent], axis: int, item: in
 
 
 @dataclass(frozen=True, slots=True)
+class Derived(SourceTensor):
+    """Rows that are made of as many of another tensor."""
+
+    stored: SourceTensor = field(kw_only=True)
+
+    @property
+    def row_align(self) -> int:
+        return self.stored.row_align
+
+    @property
+    def stored_row_bytes(self) -> int:
+        return self.stored.stored_row_bytes
+
+    @property
+    def scratch_row_bytes(self) -> int:
+        return self.stored.scratch_row_bytes
+
+
+@dataclass(frozen=True, slots=True)
 class PackedTensor(SourceTensor):
     """An integer weight [N, K] that the source stores packed; reading it gives signed int8, one row per output channel.
 

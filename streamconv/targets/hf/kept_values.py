@@ -5,36 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from streamconv.checkpoint.rows import SourceTensor
+from streamconv.checkpoint.rows import Derived, SourceTensor
 from streamconv.checkpoint.shard import Shard
 from streamconv.errors import CheckpointError, printable
 from streamconv.lazy import Bytes
 
 
 @dataclass(frozen=True, slots=True)
-class CheckedValues(SourceTensor):
-    """A tensor as `tensor` reads it.
+class CheckedValues(Derived):
+    """A tensor as `stored` reads it.
 
     Attributes:
         wrong: what of its bytes cannot be, in words; "" if all is well.
         whole: only all of them together can be judged: an order, a shape.
     """
 
-    tensor: SourceTensor = field(kw_only=True)
     wrong: Callable[[bytes], str] = field(kw_only=True)
     whole: bool = field(kw_only=True)
 
     @property
     def row_align(self) -> int:
-        return self.rows if self.whole else self.tensor.row_align
-
-    @property
-    def stored_row_bytes(self) -> int:
-        return self.tensor.stored_row_bytes
-
-    @property
-    def scratch_row_bytes(self) -> int:
-        return self.tensor.scratch_row_bytes
+        return self.rows if self.whole else self.stored.row_align
 
     def read(self, shards: Sequence[Shard], start: int, stop: int, out: Bytes, scratch: Bytes) -> None:
         """Rows [start, stop).
@@ -42,7 +33,7 @@ class CheckedValues(SourceTensor):
         Raises:
             CheckpointError: they hold what no engine computes with.
         """
-        self.tensor.read(shards, start, stop, out, scratch)
+        self.stored.read(shards, start, stop, out, scratch)
         odd = self.wrong(out[: (stop - start) * self.cols * self.dtype.itemsize].tobytes())
         if odd:
             file = printable(shards[self.pieces[0].shard].path.name)
@@ -51,10 +42,10 @@ class CheckedValues(SourceTensor):
             raise CheckpointError(told, hint=hint)
 
     def drop_page_cache(self, shards: Sequence[Shard], start: int, stop: int) -> None:
-        self.tensor.drop_page_cache(shards, start, stop)
+        self.stored.drop_page_cache(shards, start, stop)
 
 
 def checked(tensor: SourceTensor, wrong: Callable[[bytes], str], whole: bool) -> CheckedValues:
     """The tensor, refused if its bytes are wrong."""
     own = (tensor.name, tensor.dtype, tensor.shape, tensor.pieces, tensor.axis)
-    return CheckedValues(*own, tensor=tensor, wrong=wrong, whole=whole)
+    return CheckedValues(*own, stored=tensor, wrong=wrong, whole=whole)
