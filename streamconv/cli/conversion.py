@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from streamconv.cli import effects, output, recipe_option, several
-from streamconv.cli.details import OUTPUT, RECIPES, SOURCES, paragraphs
+from streamconv.cli.details import CONVERT, PLAN
 from streamconv.cli.flags import (
     CONVERSION,
     OF_A_RUN,
@@ -77,7 +77,7 @@ def _samples(text: str | None, values: dict[str, Any]) -> Samples | None:
     return Samples(text, count, values["max_length"], values["batch_size"])
 
 
-@click.command(cls=Command, epilog=paragraphs(SOURCES, OUTPUT, RECIPES))
+@click.command(cls=Command, epilog=CONVERT)
 @click.argument("model")
 @click.argument("out", required=False)
 @click.argument("more", nargs=-1, metavar="[MODULE]...")
@@ -222,7 +222,7 @@ def _on_ray(engine: str, model: str, outputs: Sequence[Output], asked: Resources
     return convert_on_ray(address or None, model, outputs, asked, force=force, meter=meter, several=together)
 
 
-@click.command(cls=Command, epilog=paragraphs(SOURCES, RECIPES))
+@click.command(cls=Command, epilog=PLAN)
 @click.argument("model")
 @click.argument("out", required=False)
 @click.argument("more", nargs=-1, metavar="[MODULE]...")

@@ -31,10 +31,8 @@ def _main(arguments: list[str]) -> int:
     source = _source(request)
     if source is None:
         return _write_config(request, None)
-    if "dtype" not in request.options.given and source != request.meta_ckpt_dir:
-        request.options = _with_default_dtype(request.options, source)
     refuse(request.options.quant, "the flags for")
-    _refuse_fp8(request, source)
+    request.options = _settled(request.options, source, source == request.meta_ckpt_dir)
     return _write_config(request, source) if request.save_config_only else _convert(request, source)
 
 
@@ -53,36 +51,29 @@ def _source(request: OfficialRequest) -> str | None:
     return source
 
 
-def _with_default_dtype(options: TensorRTLLM, source: str) -> TensorRTLLM:
-    """InternLM2's script takes float16 where --dtype is not given, the others the source's dtype."""
-    from streamconv.hub import open_source
-
-    with open_source(source) as index:
-        names = index.config.get("architectures")
-    if not isinstance(names, list) or "InternLM2ForCausalLM" not in names:
-        return options
-    output.note("note: --dtype float16, the default of NVIDIA's script for InternLM2")
-    return dataclasses.replace(options, dtype="float16")
-
-
-def _refuse_fp8(request: OfficialRequest, source: str) -> None:
-    """NVIDIA's script makes no usable scales from unquantized weights, and measures none for this flag.
+def _settled(options: TensorRTLLM, source: str, meta: bool) -> TensorRTLLM:
+    """The options as NVIDIA's scripts take them for a source: InternLM2's has float16 where --dtype is not given, others the source's.
 
     Raises:
-        RefusedError: --use_fp8 or --enable_fp8, no activation ranges, and a source that brings none along either.
+        RefusedError: --use_fp8 or --enable_fp8 without activation ranges, and the source brings no scales along either.
     """
-    if request.options.quant != "fp8" or request.options.activation_ranges is not None:
-        return
     from streamconv.checkpoint.quantized import source_quantization
     from streamconv.hub import open_source
 
+    unscaled, no_dtype = options.quant == "fp8" and options.activation_ranges is None, "dtype" not in options.given and not meta
+    if not unscaled and not no_dtype:
+        return options
     with open_source(source) as index:
-        if source_quantization(index) is not None:
-            return  # planning says what can be done with it
-    raise RefusedError(
-        ["--use_fp8: NVIDIA's script makes no usable scales from a model that is not FP8 already; only other tools make these"],
-        hint="`streamconv convert --quant fp8 --text FILE` measures them and converts; here, --activation_ranges FILE gives measured ones",
-    )
+        names = index.config.get("architectures")
+        if unscaled and source_quantization(index) is None:  # of a quantized one planning says what can be done with it
+            what = "NVIDIA's script makes no usable scales from a model that is not FP8 already; only other tools make these"
+            hint = "`streamconv convert --quant fp8 --text FILE` measures them and converts; here, --activation_ranges FILE "
+            hint += "gives measured ones"
+            raise RefusedError([f"--use_fp8: {what}"], hint=hint)
+    if not no_dtype or not isinstance(names, list) or "InternLM2ForCausalLM" not in names:
+        return options
+    output.note("note: --dtype float16, the default of NVIDIA's script for InternLM2")
+    return dataclasses.replace(options, dtype="float16")
 
 
 def _write_config(request: OfficialRequest, source: str | None) -> int:
@@ -128,7 +119,7 @@ def _with_ranges(request: OfficialRequest, source: str) -> TensorRTLLM:
     if options.activation_ranges is not None or options.needs_ranges() is None:
         return options
     if options.quant == "fp8" and options.kv_cache != "int8":
-        return options  # `_refuse_fp8` lets only sources pass that are quantized already
+        return options  # `_settled` lets only sources pass that are quantized already
     if source == request.meta_ckpt_dir:
         raise UsageError("--smoothquant and --int8_kv_cache need --model_dir: a Meta checkpoint cannot be calibrated")
     from streamconv.calibration.before import measured

@@ -79,7 +79,4 @@ here, no ceiling. Quantized sources are refused. No code of the model runs, and 
 With ranges, --kv-cache fp8 of convert writes measured factors (at least 1), without them 1; where q, k and v are one tensor (phi3,
 internlm2) it stays 1."""
 
-
-def paragraphs(*texts: str) -> str:
-    """An epilog for click, which fills each paragraph anew."""
-    return "\n\n".join(texts)
+CONVERT, PLAN = "\n\n".join((SOURCES, OUTPUT, RECIPES)), "\n\n".join((SOURCES, RECIPES))

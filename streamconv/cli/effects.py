@@ -58,20 +58,6 @@ def check(context: click.Context, model: str, target: Target | None) -> None:
         output.note(f"note: {line}")
 
 
-def needs(context: click.Context, other: str, *, options: Collection[str], resources: Collection[str]) -> None:
-    """Refuse options that were typed and have no effect without `other`; note such resources.
-
-    Raises:
-        UsageError: names every such option.
-    """
-    names = typed(context)
-    spelled = {param.name: param.opts[0] for param in context.command.params}
-    refuse([f"{spelled[name]} has no effect without {flag(other)}" for name in options if name in names])
-    for name in resources:
-        if name in names:
-            output.note(f"note: {spelled[name]} has no effect without {flag(other)}")
-
-
 def refuse(idle: list[str]) -> None:
     """What has no effect ends the command."""
     if idle:

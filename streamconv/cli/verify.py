@@ -19,6 +19,7 @@ from streamconv.natural import natural
 if TYPE_CHECKING:
     from streamconv.verification.verdict import TensorError, Verdict
 
+_OF_SOURCE = {"memory_budget": "--memory-budget", "workers": "--workers", "every": "--all"}
 WORST = 10
 """Matrices whose error is shown."""
 
@@ -55,8 +56,10 @@ def verify(
     from streamconv.verification.check import verify as check
 
     if source is None:
-        noted = ("memory_budget", "workers", "every")
-        effects.needs(click.get_current_context(), "source", options=("activation_ranges",), resources=noted)
+        effects.refuse(["--activation-ranges has no effect without --source"] if activation_ranges is not None else [])
+        typed = effects.typed(click.get_current_context())
+        for flag in (flag for name, flag in _OF_SOURCE.items() if name in typed):
+            output.note(f"note: {flag} has no effect without --source")
     with watching((out,), source, quiet or as_json, progress, memory_trace, report) as watched:
         verdict = check(
             out,
