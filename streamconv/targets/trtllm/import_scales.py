@@ -17,6 +17,7 @@ from streamconv.checkpoint.quantized import SourceQuantization
 from streamconv.checkpoint.rows import PackedTensor, SourceTensor, content
 from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.source_tensors import Changed
+from streamconv.checkpoint.stored_codes import as_float
 from streamconv.errors import RefusedError, printable
 from streamconv.families import Family
 from streamconv.families.matching import match
@@ -266,11 +267,7 @@ def read_scalars(tensors: Sequence[SourceTensor], shards: Sequence[Shard]) -> di
         with shards[first.shard].window(first.begin, end) as window:
             for tensor in ordered[:near]:
                 at = tensor.pieces[0].begin - first.begin
-                data = np.frombuffer(bytes(window[at : at + tensor.nbytes]), tensor.dtype.storage)
-                if tensor.dtype.name == "BF16":
-                    value = (data.astype(np.uint32) << np.uint32(16)).view(np.float32)[0]
-                else:
-                    value = data.view({"F16": np.float16, "F32": np.float32}[tensor.dtype.name])[0]
-                found[tensor.name] = float(value)
+                stored = np.frombuffer(bytes(window[at : at + tensor.nbytes]), np.uint8)
+                found[tensor.name] = float(as_float(stored, tensor.dtype.name)[0])
         ordered = ordered[near:]
     return found

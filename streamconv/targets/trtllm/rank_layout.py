@@ -288,28 +288,27 @@ class RankLayout:
         model, roles, layer, hidden, tp = self.model, self.roles, at.layer, self.model.hidden_size, self.mapping.moe_tp_size
         total, width = model.num_experts, model.moe_intermediate_size or model.intermediate_size
         local = total // self.mapping.moe_ep_size
-        cut: Cut = lambda rank: [even(width, tp, rank.moe_tp)]  # noqa: E731
         router = Part(roles.require("router", (total, hidden), layer), whole(total))
         self.matrix(at, "mlp.router", [router], whole(hidden), Plain(F32))
-
         fc = self._codec("mlp.fc", layer, 2 * width // tp, hidden, 2 * width, hidden, local, tp)
         proj = self._codec("mlp.proj", layer, hidden, width // tp, hidden, width, local, tp)
         fcs = self._matrices(at, "mlp.fc", 2 * width // tp, hidden, *fc, local)
         projs = self._matrices(at, "mlp.proj", hidden, width // tp, *proj, local)
-        stacked = roles.has("experts_gate_up", layer)
+        members = [(rank.moe_ep, fcs[rank], projs[rank], even(width, tp, rank.moe_tp)) for rank in at.ranks]
+        stacked, feed = roles.has("experts_gate_up", layer), self.builder.feed
         if stacked:
-            gate_up = roles.require("experts_gate_up", (total, 2 * width, hidden), layer)
-            downs = roles.require("experts_down", (total, hidden, width), layer)
+            gate = up = roles.require("experts_gate_up", (total, 2 * width, hidden), layer)
+            down = roles.require("experts_down", (total, hidden, width), layer)
         for expert in range(total):
-            if stacked:
-                gate, up = (Part(gate_up, cut, base=(2 * expert + half) * width) for half in (0, 1))
-                down = Part(downs, whole(hidden), base=expert * hidden)
-            else:
-                up, gate = (Part(roles.require(f"expert_{role}", (width, hidden), layer, expert), cut) for role in ("up", "gate"))
-                down = Part(roles.require("expert_down", (hidden, width), layer, expert), whole(hidden))
-            own = [rank for rank in at.ranks if rank.moe_ep == expert // local]
-            self._feed({rank: fcs[rank] for rank in own}, [up, gate], whole(hidden))
-            self._feed({rank: projs[rank] for rank in own}, [down], cut)
+            if not stacked:
+                up, gate = (roles.require(f"expert_{role}", (width, hidden), layer, expert) for role in ("up", "gate"))
+                down = roles.require("expert_down", (hidden, width), layer, expert)
+            at_gate, at_up, at_down = (2 * expert * width, (2 * expert + 1) * width, expert * hidden) if stacked else (0, 0, 0)
+            for ep, fc_matrix, proj_matrix, (first, last) in members:
+                if ep == expert // local:
+                    feed(fc_matrix, up, at_up + first, at_up + last)
+                    feed(fc_matrix, gate, at_gate + first, at_gate + last)
+                    feed(proj_matrix, down, at_down, at_down + hidden, cols=[(first, last)])
 
     # ---- beside the matrices
 
