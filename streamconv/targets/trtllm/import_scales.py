@@ -17,7 +17,6 @@ from streamconv.checkpoint.quantized import SourceQuantization
 from streamconv.checkpoint.rows import PackedTensor, SourceTensor, content
 from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.source_tensors import Changed
-from streamconv.checkpoint.stored_codes import as_float
 from streamconv.errors import RefusedError, printable
 from streamconv.families import Family
 from streamconv.families.matching import match
@@ -254,6 +253,8 @@ def is_scale(value: float | None) -> bool:
 
 def read_scalars(tensors: Sequence[SourceTensor], shards: Sequence[Shard]) -> dict[str, float | None]:
     """Name -> value as float32; None for a tensor that has another number of elements than one."""
+    from streamconv.checkpoint.stored_codes import as_float
+
     found: dict[str, float | None] = {tensor.name: None for tensor in tensors}
     ordered = sorted((t for t in tensors if t.rows * t.cols == 1), key=lambda t: (t.pieces[0].shard, t.pieces[0].begin))
     while ordered:
