@@ -56,7 +56,7 @@ def encodings(cols: int) -> list[tuple[str, Codec, DType]]:
         ("int4 BF16 to BF16", WeightOnly(4, "sm80", BF16), BF16),
         ("int4 BF16 to FP16", WeightOnly(4, "sm80", F16), BF16),
         ("FP8 per channel, BF16", Fp8Rowwise(), BF16),
-        ("FP8 per tensor, BF16", Fp8Tensor("key", 0.003), BF16),
+        ("FP8 per tensor, BF16", Fp8Tensor("key", number=0.003), BF16),
         ("SmoothQuant per channel, BF16 to FP16", SmoothWeight(nothing, F16, 2.0, bound=channel), BF16),
         ("SmoothQuant per channel, FP32 to BF16", SmoothWeight(nothing, BF16, 2.0, bound=channel), F32),
         ("SmoothQuant per tensor, BF16 to FP16", SmoothWeight(nothing, F16, 2.0, (("w", "key"),), bound=tensor), BF16),

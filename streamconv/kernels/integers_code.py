@@ -26,27 +26,6 @@ def decode_affine(codes: Array, scales: Array, zeros: Array, per_col: int, targe
 
 
 @jit
-def decode_integers(
-    codes: Array, scales: Array, zeros: Array, groups: Array, middle: int, target: int, out: Array
-) -> None:
-    """out[n, k] = (codes[n, k] + middle - zeros[g, n]) * scales[g, n] with g = groups[k], rounded once.
-
-    Args:
-        codes: int8, N rows of K one after the other.
-        scales, zeros: float32 and uint8 [G, N].
-        groups: int32 [K].
-        out: of the storage type of `target`.
-    """
-    cols = groups.size
-    for n in range(scales.shape[1]):
-        for k in range(cols):
-            g = groups[k]
-            step = np.float32(np.int64(codes[n * cols + k]) + middle - np.int64(zeros[g, n]))
-            value = np.float32(step * scales[g, n])
-            store_scale(target, value, out, n * cols + k)
-
-
-@jit
 def decode_turned(codes: Array, values: Array, scales: Array, rows: int, cols: int, target: int, out: Array) -> None:
     """out[k, n] = values[code] * 2^(scales[n, k // 32] - 127), rounded once.
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from streamconv.checkpoint.dtypes import DType
-from streamconv.lazy import np, torch
+from streamconv.lazy import Array, np, torch
 
 if TYPE_CHECKING:
     from streamconv.quants.screen import Screen
@@ -202,9 +202,19 @@ class Codec(ABC):
         """A look at stored rows that spares decoding them where all is well; None without one."""
         return None
 
+    def supposed(self) -> Codec | None:
+        """The same with results of its reductions that are made up, to compile its kernel with; None if its kernel is not tried."""
+        return None
+
     def prepare(self, source: DType) -> None:
         """Load and compile what rows of this dtype will need, where that cannot be tried before the reductions are known."""
-        torch.zeros(1, dtype=torch.float16).double().pow(0.5)
+        codec, cols = self.supposed(), 16
+        kernel = codec.kernel(source) if codec is not None else None
+        if codec is None or kernel is None:
+            torch.zeros(1, dtype=torch.float16).double().pow(0.5)
+        else:
+            outs = [np.empty(part.nbytes(1), np.uint8) for part in codec.parts(1, cols)]
+            kernel(np.zeros(cols, source.storage), 0, cols, 1, cols, outs)
 
     def torch_bytes_per_element(self) -> int:
         """Working memory of the torch definition, bytes per source element (its peak, inputs and outputs not counted)."""
@@ -226,14 +236,36 @@ class Exact(Codec):
         return self.values(block) * 0.0
 
 
+@dataclass(frozen=True)
 class OfMaximum(Codec):
-    """What follows from one reduction, that of `key`."""
+    """What follows from one number, which a maximum, that of `key`, gives.
+
+    Attributes:
+        number: what it gave, a float32 value; None until `bind`.
+    """
 
     key: str
+    number: float | None = field(default=None, kw_only=True)
 
     @property
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]
         return (self.key,)
 
     def keyed(self, key: str) -> Codec:
-        return replace(self, key=key)  # type: ignore[type-var]
+        return replace(self, key=key)
+
+    @abstractmethod
+    def number_of(self, amax: Array) -> float:
+        """The number that a maximum, float32 [], gives."""
+
+    def bind(self, known: FinishedReductions, source: str) -> Codec:
+        return replace(self, number=self.number_of(known.get(self.key)))
+
+    def supposed(self) -> Codec:
+        return replace(self, number=1.0)
+
+    @property
+    def known(self) -> float:
+        if self.number is None:
+            raise AssertionError(f"{self.key}: encoded before its reduction")
+        return self.number

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from streamconv.checkpoint.dtypes import DType
 from streamconv.lazy import Array, np, torch
-from streamconv.quants.base import EncodeStats, ErrorKernel, Errors, Exact, Kernel
+from streamconv.quants.base import EncodeStats, ErrorKernel, Errors, Exact, Kernel, OfMaximum
 
 
 class Computed(Exact):
@@ -46,3 +46,10 @@ class Computed(Exact):
 
     def prepare(self, source: DType) -> None:
         """Nothing to load."""
+
+
+class ComputedNumber(Computed, OfMaximum):
+    """The number of a maximum itself."""
+
+    def value(self) -> Array:
+        return np.array([self.known], np.float32)

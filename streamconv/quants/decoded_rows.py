@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 from streamconv.checkpoint.derived_rows import read_stripe
 from streamconv.checkpoint.dtypes import DType
 from streamconv.checkpoint.packed_rows import AWQ_POSITION
-from streamconv.checkpoint.rows import Extent, PackedTensor, RowSource, SourceTensor
+from streamconv.checkpoint.rows import Extent, PackedTensor, RowSource, SourceTensor, content
 from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.stored_codes import NIBBLES, Code, as_float, values
-from streamconv.lazy import Bytes, np
-from streamconv.quants.act_order import groups_of
+from streamconv.errors import CheckpointError, printable
+from streamconv.lazy import Array, Bytes, np
 
 if TYPE_CHECKING:
     Floats = Any  # float32 arrays: numpy types its own operations too widely
@@ -64,8 +64,6 @@ class _Decoded(RowSource):
         least, most = found.min(), found.max()
         if math.isfinite(least) and math.isfinite(most) and (signed or least >= 0):
             return
-        from streamconv.errors import CheckpointError, printable
-
         finite = np.isfinite(found)
         what, odd = ("a negative number", found < 0) if finite.all() else ("NaN or infinity", ~finite)
         file = printable(shards[scales.pieces[0].shard].path.name)
@@ -84,6 +82,7 @@ class DecodedTensor(_Decoded):
         per_row, per_col: rows and columns of the weight that share a scale.
         factor: what every scale is multiplied by; the exact inverse is taken first where `divide`.
         zeros: of integers, int32 [N * bits / 32, columns of scales], the lowest row in the lowest bits, offset by half.
+        shuffled, lacking: zeros of AutoAWQ's order; what they lack: 1 in GPTQ v1.
         inputs: [K], what an engine multiplies the input by before it meets the codes (ModelOpt's pre_quant_scale).
         order: int32 [K], the column of scales of each column (act order); None for groups one after the other.
     """
@@ -97,6 +96,18 @@ class DecodedTensor(_Decoded):
     zeros: SourceTensor | None = None
     inputs: SourceTensor | None = None
     order: SourceTensor | None = None
+    shuffled: bool = False
+    lacking: int = 0
+
+    @property
+    def row_align(self) -> int:
+        """Of integers that are stored input-major whole words of zero points are read."""
+        return self.codes.row_align if self.zeros is None or self.bits is None else 32 // self.bits
+
+    @property
+    def bits(self) -> int | None:
+        """Of integers that reading unpacks; None if rows are read as they are stored."""
+        return self.codes.bits if isinstance(self.codes, PackedTensor) else None
 
     @property
     def pieces(self) -> tuple[Extent, ...]:
@@ -105,7 +116,7 @@ class DecodedTensor(_Decoded):
 
     @property
     def scratch_row_bytes(self) -> int:
-        codes, scale = self._code_bytes + self.codes.scratch_row_bytes, self.scales.stored_row_bytes
+        codes, scale = self._code_bytes + self.codes.scratch_row_bytes, self.scales.stored_row_bytes + self.scales.scratch_row_bytes
         codes += 0 if self.order is None else 12 * self.cols  # a scale and a zero point for every column
         return codes + -(-(scale + (8 if self.zeros is None else 40) * self.scales.cols) // self.per_row)
 
@@ -133,40 +144,43 @@ class DecodedTensor(_Decoded):
         """float32 [rows, groups of columns], or empty."""
         if self.zeros is None:
             return np.empty((0, 0), np.float32)
-        bits = 4 if self.code in NIBBLES else 8
+        bits = self.bits or (4 if self.code in NIBBLES else 8)
         each = 32 // bits
         first, last = start // each, -(-stop // each)
-        words = np.empty((last - first, self.zeros.cols), np.uint32)
-        self.zeros.read(shards, first, last, words.view(np.uint8).reshape(-1), words.view(np.uint8)[:0])
+        words = _rows(self.zeros, shards, first, last).view(np.uint32).reshape(-1, 1, self.zeros.cols)
         shifts = np.arange(0, 32, bits, dtype=np.uint32)[None, :, None]
-        whole = ((words[:, None, :] >> shifts) & np.uint32((1 << bits) - 1)).reshape(-1, self.zeros.cols)
-        return whole[start - first * each : stop - first * each].astype(np.float32) - np.float32(1 << (bits - 1))
+        whole = (words >> shifts) & np.uint32((1 << bits) - 1)
+        whole = (whole[:, AWQ_POSITION] if self.shuffled else whole).reshape(-1, self.zeros.cols)
+        return whole[start - first * each : stop - first * each].astype(np.float32) - np.float32((1 << (bits - 1)) - self.lacking)
 
     def _inputs(self, shards: Sequence[Shard]) -> Floats:
         """float32 [K], or empty."""
         if self.inputs is None:
             return np.empty(0, np.float32)
-        raw = np.empty(self.inputs.nbytes, np.uint8)
-        self.inputs.read(shards, 0, self.cols, raw, raw[:0])
-        found = as_float(raw, self.inputs.dtype.name)
+        found = as_float(_rows(self.inputs, shards, 0, self.cols), self.inputs.dtype.name)
         self._check(shards, self.inputs, found)
         return found
 
     def factors(self, shards: Sequence[Shard], start: int, stop: int) -> Floats:
         """float32 [groups of rows, groups of columns]: what the codes of these rows are multiplied by."""
         first, last = start // self.per_row, -(-stop // self.per_row)
-        raw = np.empty((last - first) * self.scales.stored_row_bytes, np.uint8)
-        self.scales.read(shards, first, last, raw, raw[:0])
-        scales = as_float(raw, self.scales.dtype.name).reshape(last - first, -1)
+        scales = as_float(_rows(self.scales, shards, first, last), self.scales.dtype.name).reshape(last - first, -1)
         if self.factor != 1.0 or self.divide:
             factor = np.float32(self.factor)
             with np.errstate(over="ignore"):
                 scales = scales / factor if self.divide else scales * factor
-        self._check(shards, self.scales, scales, signed=self.code in ("uint4", "uint8"))
+        self._check(shards, self.scales, scales, signed=self.zeros is not None or self.code in ("uint4", "uint8"))
         return scales
 
     def drop_page_cache(self, shards: Sequence[Shard], start: int, stop: int) -> None:
         self.codes.drop_page_cache(shards, start, stop)
+
+
+def _rows(tensor: SourceTensor, shards: Sequence[Shard], first: int, last: int) -> Bytes:
+    """Rows [first, last) of a small tensor."""
+    rows = np.empty((last - first) * tensor.stored_row_bytes, np.uint8)
+    tensor.read(shards, first, last, rows, np.empty((last - first) * tensor.scratch_row_bytes, np.uint8))
+    return rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,82 +208,21 @@ class DecodedAffine(_Decoded):
         from streamconv.kernels.integers_code import decode_affine
         from streamconv.kernels.rows import CODES
 
-        count, groups = stop - start, self.scales.rows
-        codes = scratch[: count * self.cols]
+        codes = scratch[: (stop - start) * self.cols]
         self.codes.read(shards, start, stop, codes, scratch[codes.size :])
         numbers = []
         for tensor in (self.scales, self.zeros):
-            raw = np.empty(groups * count * tensor.dtype.itemsize, np.uint8)
-            tensor.read_part(shards, (0, groups), (start, stop), raw)
-            numbers.append(as_float(raw, tensor.dtype.name).reshape(groups, count))
+            numbers.append(columns_of(tensor, shards, start, stop))
             self._check(shards, tensor, numbers[-1])
-        decode_affine(codes.view(np.int8), *numbers, self.cols // groups, CODES[self.dtype.name], out.view(self.dtype.storage))
+        per_col = self.cols // self.scales.rows
+        decode_affine(codes.view(np.int8), *numbers, per_col, CODES[self.dtype.name], out.view(self.dtype.storage))
 
 
-@dataclass(frozen=True, slots=True)
-class DecodedIntegers(_Decoded):
-    """A GPTQ or AutoAWQ weight [N, K] as floats: (code - zero) * scale, exact in float32 but for the last product, rounded once.
-
-    Attributes:
-        codes: the integers.
-        scales: stored as [groups, N].
-        zeros: stored as int32 [groups, N * bits / 32].
-        order: int32 [K], the group of each input channel (act order); None for groups one after the other.
-        offset: what the stored zero points lack: 1 in GPTQ v1.
-    """
-
-    codes: PackedTensor
-    scales: SourceTensor
-    zeros: SourceTensor
-    order: SourceTensor | None
-    offset: int
-
-    @property
-    def row_align(self) -> int:
-        return 32 // self.codes.bits
-
-    @property
-    def pieces(self) -> tuple[Extent, ...]:
-        order = self.order.pieces if self.order is not None else ()
-        return (*self.codes.pieces, *self.scales.pieces, *self.zeros.pieces, *order)
-
-    @property
-    def scratch_row_bytes(self) -> int:
-        return 2 * self.cols + self.scales.rows * (2 * self.scales.dtype.itemsize + 12) + 8 * self.cols // self.row_align
-
-    def read(self, shards: Sequence[Shard], start: int, stop: int, out: Bytes, scratch: Bytes) -> None:
-        from streamconv.kernels.integers_code import decode_integers
-        from streamconv.kernels.rows import CODES
-
-        count, groups, unit = stop - start, self.scales.rows, self.row_align
-        codes, rest = scratch[: count * self.cols], scratch[count * self.cols :]
-        self.codes.read(shards, start, stop, codes, rest)
-        raw = read_stripe(shards, self.scales.pieces[0], self.scales.dtype.itemsize, start, stop, rest)
-        scales = as_float(raw, self.scales.dtype.name).reshape(groups, count).copy()
-        self._check(shards, self.scales, scales)
-        words = read_stripe(shards, self.zeros.pieces[0], 4, start // unit, stop // unit, rest)
-        zeros = unpacked_zeros(words, groups, self.codes.bits, self.codes.packing == "awq")
-        middle = (1 << (self.codes.bits - 1)) - self.offset
-        decode_integers(
-            codes.view(np.int8), scales, zeros.reshape(groups, count), self.groups(shards), middle,
-            CODES[self.dtype.name], out.view(self.dtype.storage),
-        )  # fmt: skip
-
-    def groups(self, shards: Sequence[Shard]) -> np.ndarray[Any, Any]:
-        """As `groups_of`."""
-        return groups_of(self.order, self.cols, self.scales.rows, shards)
-
-
-def unpacked_zeros(words: Bytes, groups: int, bits: int, shuffled: bool) -> Bytes:
-    """Packed zero points [groups, n * bits / 32] -> uint8 [groups, n].
-
-    Args:
-        shuffled: in AutoAWQ's order of channels.
-    """
-    if bits == 8:
-        return words.reshape(groups, -1).copy()
-    found = np.stack([words & 15, words >> 4], 1).reshape(groups, -1, 8)
-    return np.ascontiguousarray(found[:, :, AWQ_POSITION] if shuffled else found).reshape(groups, -1)
+def columns_of(tensor: SourceTensor, shards: Sequence[Shard], start: int, stop: int) -> Floats:
+    """Columns [start, stop) of scales or zeros [groups, N], as float32."""
+    stored = np.empty(tensor.rows * (stop - start) * tensor.dtype.itemsize, np.uint8)
+    tensor.read_part(shards, (0, tensor.rows), (start, stop), stored)
+    return as_float(stored, tensor.dtype.name).reshape(tensor.rows, stop - start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,3 +276,25 @@ class TurnedMx(_Decoded):
         piece, n = tensor.pieces[0], self.shape[2]
         at = Extent(piece.shard, piece.begin + expert * n * width, n, width)
         return read_stripe(shards, at, 1, first, last, out)
+
+
+def groups_of(order: SourceTensor | None, cols: int, groups: int, shards: Sequence[Shard]) -> Array:
+    """int32 [K]: the group of each input channel, by g_idx where groups do not come one after the other (act order).
+
+    Raises:
+        CheckpointError: the file names a group that there is not, or gives one more channels than another.
+    """
+    if order is None:
+        return np.arange(cols, dtype=np.int32) // np.int32(cols // groups)
+    found = np.empty(cols, np.int32)
+    order.read(shards, 0, cols, found.view(np.uint8), found.view(np.uint8)[:0])
+    if found.min() < 0 or found.max() >= groups:
+        raise CheckpointError(f"{printable(order.name)} names a group that there is not: there are {groups}")
+    if (np.bincount(found, minlength=groups) != cols // groups).any():
+        raise CheckpointError(f"{printable(order.name)} does not give {cols // groups} input features to each group")
+    return found
+
+
+def in_order(order: SourceTensor, shards: Sequence[Shard], group: int) -> bool:
+    """Whether g_idx, int32 [K], says that groups come one after the other: K / group whole ones."""
+    return content(order, shards) == np.repeat(np.arange(order.rows // group, dtype="<i4"), group).tobytes()

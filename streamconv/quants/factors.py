@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from streamconv.checkpoint.dtypes import DType
+from streamconv.checkpoint.stored_codes import as_float
 from streamconv.lazy import np
+from streamconv.quants.rounding import LEAST_NORMAL
 
 _DIVIDED_BY = (
     "smoother",
@@ -18,8 +20,8 @@ _DIVIDED_BY = (
 )
 """Whose reciprocals are used as well, or that leave nothing of an activation when they are 0."""
 _FACTORS = frozenset({*_DIVIDED_BY, "per_channel_scale", "weights_scaling_factor", "zero", "prequant_scaling_factor"})
-_BITS = {"F16": (0x7FFF, 0x7C00, 0x0400), "BF16": (0x7FFF, 0x7F80, 0x0080), "F32": (0x7FFFFFFF, 0x7F800000, 0x00800000)}
-"""What is not the sign, infinity, and the smallest number whose reciprocal is finite."""
+_BITS = {"F16": (0x7FFF, 0x7C00), "BF16": (0x7FFF, 0x7F80), "F32": (0x7FFFFFFF, 0x7F800000)}
+"""What is not the sign, and infinity."""
 
 
 def nonfinite(dtype: DType, data: np.ndarray[Any, Any]) -> int:
@@ -30,7 +32,7 @@ def nonfinite(dtype: DType, data: np.ndarray[Any, Any]) -> int:
     """
     if dtype.name not in _BITS or not data.size:
         return 0
-    mask, infinity, _ = _BITS[dtype.name]
+    mask, infinity = _BITS[dtype.name]
     magnitude = data.view(dtype.storage) & mask
     return int(np.count_nonzero(magnitude >= infinity)) if magnitude.max() >= infinity else 0
 
@@ -47,16 +49,13 @@ def problem(tensor: str, dtype: DType, data: np.ndarray[Any, Any] | bytes, singl
     suffix = tensor.rsplit(".", 1)[-1]
     if suffix not in _FACTORS or dtype.name not in _BITS:
         return None
-    mask, infinity, normal = _BITS[dtype.name]
-    words = np.frombuffer(data, dtype.storage)
-    magnitude = words & mask
-    bad = magnitude >= infinity
+    values = as_float(np.frombuffer(data, np.uint8), dtype.name)
+    bad = ~np.isfinite(values)
     if suffix in _DIVIDED_BY or (suffix == "weights_scaling_factor" and single):
-        bad |= magnitude < normal
+        bad |= np.abs(values) < LEAST_NORMAL[dtype.name]  # the smallest number whose reciprocal is finite
     if not bad.any():
         return None
-    word = words[int(bad.argmax())]
-    value = float((word.astype("u4") << 16).view("f4") if dtype.name == "BF16" else word.view(f"f{dtype.itemsize}"))
+    value = float(values[int(bad.argmax())])
     told = "too small to divide by" if abs(value) < 1 else "no factor to calculate with"
     return f"{tensor}: {value:g} is {told}"
 
@@ -70,17 +69,10 @@ def odd_scales(data: bytes, dtype: str, signed: bool = False, zero: bool = False
     """
     if dtype in ("U8", "F8_E8M0"):
         return "an exponent byte of 255, which is NaN" if 255 in data else ""
-    if dtype == "F8_E4M3":
-        raw: np.ndarray[Any, Any] = np.frombuffer(data, np.uint8)
-        nan, nothing, negative = raw & 127 == 127, raw & 127 == 0, raw > 127
-    elif dtype in _BITS:
-        if dtype == "BF16":
-            values = (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32)
-        else:
-            values = np.frombuffer(data, np.float32 if dtype == "F32" else np.float16)
-        nan, nothing, negative = ~np.isfinite(values), values == 0, values < 0
-    else:
+    if dtype not in (*_BITS, "F8_E4M3"):
         return ""
+    values = as_float(np.frombuffer(data, np.uint8), dtype)
+    nan, nothing, negative = ~np.isfinite(values), values == 0, values < 0
     for found, text, right in ((nan, "NaN or infinity", False), (nothing, "0", zero), (negative, "a negative number", signed)):
         if not right and found.any():
             return f"{text}, which is no scale ({int(found.sum())} of {found.size})"

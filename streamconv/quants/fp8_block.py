@@ -10,7 +10,7 @@ from streamconv.checkpoint.stored_codes import as_float
 from streamconv.kernels.launch import fused
 from streamconv.lazy import torch
 from streamconv.quants.base import Codec, EncodeStats, Kernel, Part
-from streamconv.quants.rounding import HALF_ULP, divided, finite_rows, half_ulp, rounded
+from streamconv.quants.rounding import HALF_ULP, divided, finite_rows, half_ulp, rounded, scale_of
 from streamconv.quants.screen import Screen, around, slack
 
 _LARGEST = 448.0
@@ -65,8 +65,7 @@ class Fp8Block(Codec):
             factor = torch.where(top == 0, 1.0, (top.reciprocal() * _LARGEST).clamp(max=FINITE))  # torch's number / tensor
             stored, made = 1.0 / factor, values * self._spread(factor, rows, cols)
         else:
-            stored = rounded(divided(top, _LARGEST), self.scale)
-            stored = torch.where(stored == 0, self.zero, stored).clamp(min=self.floor)
+            stored = scale_of(top, _LARGEST, self.scale, self.zero, self.floor)
             made = rounded(values / self._spread(stored, rows, cols), self.quotient)
         codes = made.clamp(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn)
         scales = stored.to(getattr(torch, self.scale.torch))

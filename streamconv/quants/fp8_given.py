@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 from streamconv.checkpoint.dtypes import F8_E4M3, F32, DType
+from streamconv.checkpoint.stored_codes import values as values_of
 from streamconv.lazy import np, torch
 from streamconv.quants.base import Codec, EncodeStats, FinishedReductions, Kernel, Part
 from streamconv.quants.rounding import half_ulp
@@ -19,9 +20,7 @@ Scales = tuple[tuple[str, float], ...]
 @cache
 def _codes(own: float, shared: float) -> bytes:
     """e4m3 code -> the code of round(value * own / shared), product and quotient in float32, ties to even; NaN stays NaN."""
-    code = np.arange(127, dtype=np.uint8)
-    exponent, mantissa = code >> 3, (code & 7).astype(np.float64)
-    values = np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent.astype(np.float64) - 10))
+    values = values_of("e4m3")[:127].astype(np.float64)
     wanted = (values.astype(np.float32) * np.float32(own) / np.float32(shared)).astype(np.float64)
     middles = (values[1:] + values[:-1]) / 2
     low = np.searchsorted(middles, wanted, "left")

@@ -11,7 +11,7 @@ from streamconv.checkpoint.stored_codes import as_float
 from streamconv.kernels.launch import fused
 from streamconv.lazy import torch
 from streamconv.quants.base import Codec, EncodeStats, Kernel, Part
-from streamconv.quants.rounding import HALF_ULP, divided, half_ulp, rounded
+from streamconv.quants.rounding import HALF_ULP, half_ulp, rounded, scale_of
 from streamconv.quants.screen import Screen, around, slack
 
 _LARGEST = 448.0
@@ -57,9 +57,7 @@ class Fp8Rowwise(Codec):
             finite = torch.where(torch.isfinite(values), values, 0.0).abs().amax(1, keepdim=True)
             values = torch.maximum(torch.minimum(values, finite), -finite)
         values = values.clamp(self.lo, self.hi)
-        top = values.abs().amax(1, keepdim=True)
-        scale = rounded(divided(top, _LARGEST), self.scale)
-        scale = torch.where(scale == 0, self.zero, scale).clamp(min=self.floor)
+        scale = scale_of(values.abs().amax(1, keepdim=True), _LARGEST, self.scale, self.zero, self.floor)
         made = rounded(values / scale, self.quotient).clamp(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn)
         stored = scale.to(getattr(torch, self.scale.torch)).reshape(-1)
         return made.contiguous().reshape(-1).view(torch.uint8), stored.view(torch.uint8)

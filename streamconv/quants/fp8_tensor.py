@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 from streamconv.checkpoint.dtypes import F8_E4M3, F32, FLOATS, DType
 from streamconv.kernels.launch import fused, weight_maximum
 from streamconv.lazy import Array, np, torch
 from streamconv.quants.base import EncodeStats, FinishedReductions, Kernel, OfMaximum, Part, ReduceKernel, Reduction
-from streamconv.quants.computed import Computed
+from streamconv.quants.computed import ComputedNumber
 from streamconv.quants.rounding import half_ulp
 from streamconv.quants.screen import Screen, slack
 
@@ -31,30 +30,27 @@ class WeightMaximum(Reduction):
         return weight_maximum(source) if source.name in FLOATS else None
 
 
-def scale_of(largest: np.ndarray[Any, Any], floor: float = 0.0) -> float:
-    """amax / 448, a true float32 division, `floor` at least; a matrix of zeros has the scale 1."""
-    return max(float(np.float32(largest) / np.float32(LARGEST)), float(np.float32(floor))) if largest != 0 else 1.0
-
-
 @dataclass(frozen=True)
-class Fp8Tensor(OfMaximum):
-    """e4m3 weights, quantized straight from the source dtype: round(W / scale), the division in float32.
+class _OfScale(OfMaximum):
+    """What has amax / 448, a true float32 division, for a scale; a matrix of zeros has the scale 1.
 
     Attributes:
         key: of the WeightMaximum of all sources of the (fused) matrix.
-        scale: what it gave, a float32 value.
         floor: the smallest scale.
     """
 
-    key: str
-    scale: float | None = None
     floor: float = 0.0
+
+    def number_of(self, amax: Array) -> float:
+        return max(float(np.float32(amax) / np.float32(LARGEST)), float(np.float32(self.floor))) if amax != 0 else 1.0
+
+
+@dataclass(frozen=True)
+class Fp8Tensor(_OfScale):
+    """e4m3 weights, quantized straight from the source dtype: round(W / scale), the division in float32."""
 
     name = "FP8 per tensor"
     quantizes = True
-
-    def bind(self, known: FinishedReductions, source: str) -> Fp8Tensor:
-        return replace(self, scale=scale_of(known.get(self.key), self.floor))
 
     def parts(self, rows: int, cols: int, experts: int = 0) -> tuple[Part, ...]:
         return (Part("weight", F8_E4M3, (rows, cols), cols),)
@@ -65,54 +61,29 @@ class Fp8Tensor(OfMaximum):
         if bad:
             stats.nonfinite += bad
             values = torch.where(torch.isnan(values), 0.0, values)
-        made = (values / torch.full_like(values[:1], self._known())).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+        made = (values / torch.full_like(values[:1], self.known)).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
         return (made.contiguous().reshape(-1).view(torch.uint8),)
 
     def screen(self, source: DType) -> Screen | None:
-        known = self._known
-        return Screen("e4m3", lambda parts: np.array([known()]), band=0, quotient=slack(F32)) if source.name in FLOATS else None
+        return Screen("e4m3", lambda parts: np.array([self.known]), band=0, quotient=slack(F32)) if source.name in FLOATS else None
 
     def kernel_bytes_per_column(self) -> int:
         return 0
 
     def kernel(self, source: DType) -> Kernel | None:
-        return fused("fp8_code.fp8_tensor_rows", ["u1"], source, self.scale) if source.name in FLOATS else None
-
-    def prepare(self, source: DType) -> None:
-        kernel = replace(self, scale=1.0).kernel(source)
-        if kernel is None:
-            super().prepare(source)
-        else:
-            kernel(np.zeros(2, source.storage), 0, 2, 1, 2, [np.empty(2, np.uint8)])
+        return fused("fp8_code.fp8_tensor_rows", ["u1"], source, self.number) if source.name in FLOATS else None
 
     def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:
-        return parts[0].view(torch.float8_e4m3fn).float().reshape(rows, cols) * self._known()
+        return parts[0].view(torch.float8_e4m3fn).float().reshape(rows, cols) * self.known
 
     def error(self, block: torch.Tensor) -> torch.Tensor:
         """e4m3's rounding of W / scale, and some of float32's."""
-        return half_ulp(block.float() / self._known(), F8_E4M3) * self._known() + 4 * half_ulp(block, F32)
-
-    def _known(self) -> float:
-        if self.scale is None:
-            raise AssertionError(f"{self.key}: encoded before its reduction")
-        return self.scale
+        return half_ulp(block.float() / self.known, F8_E4M3) * self.known + 4 * half_ulp(block, F32)
 
 
 @dataclass(frozen=True)
-class Fp8Scale(OfMaximum, Computed):
+class Fp8Scale(ComputedNumber, _OfScale):
     """`weights_scaling_factor` of a matrix; the source is a `NoSource`."""
-
-    key: str
-    scale: float | None = None
-    floor: float = 0.0
-
-    def bind(self, known: FinishedReductions, source: str) -> Fp8Scale:
-        return replace(self, scale=scale_of(known.get(self.key), self.floor))
 
     def parts(self, rows: int, cols: int, experts: int = 0) -> tuple[Part, ...]:
         return (Part("weights_scaling_factor", F32, (1,), 4),)
-
-    def value(self) -> Array:
-        if self.scale is None:
-            raise AssertionError(f"{self.key}: asked for before its reduction")
-        return np.array([self.scale], np.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 from streamconv.checkpoint.dtypes import F32, I8, I32, DType
 from streamconv.checkpoint.packed_rows import AWQ_POSITION
 from streamconv.errors import DataError, printable
+from streamconv.kernels.launch import fused
 from streamconv.lazy import np, torch
 from streamconv.quants.base import Codec, EncodeStats, Exact, FinishedReductions, Kernel, Part, Reduction
+from streamconv.quants.packing import Packing, pack, packed_part, unpack
 
 
 @dataclass(frozen=True)
@@ -33,51 +36,71 @@ class ZeroPoints(Reduction):
         return (stored - self.middle).abs().max().float()
 
 
-@dataclass(frozen=True)
-class Words(Exact):
-    """Signed integers [N, K] (int8) -> int32 words along K, offset by half, the lowest column in the lowest bits.
+class _Proven(Exact):
+    """What is stored as it is, if a maximum allows it.
 
     Attributes:
-        bits: 4 or 8.
-        key: of the `ZeroPoints`, where the container has no place for them.
+        key: of the maximum; "" if nothing needs to be known.
     """
 
-    bits: int
-    key: str = ""
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        return f"INT{self.bits}, as in the source"
+    key: str
 
     @property
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]
         return (self.key,) if self.key else ()
 
-    def bind(self, known: FinishedReductions, source: str) -> Words:
-        if self.key and float(known.get(self.key)) > 0:
-            raise DataError(f"{printable(source)} says that it is symmetric, and has zero points", hint="--quant none decodes it")
-        return replace(self, key="")
+    def bind(self, known: FinishedReductions, source: str) -> Codec:
+        if self.key and (odd := self.odd(float(known.get(self.key)))):
+            raise DataError(f"{printable(source)} {odd}", hint="--quant none decodes it")
+        return replace(self, key="")  # type: ignore[type-var]
+
+    @abstractmethod
+    def odd(self, amax: float) -> str:
+        """What forbids it, in words that follow the name of the source; "" if nothing does."""
+
+
+@dataclass(frozen=True)
+class GivenIntegers(_Proven):
+    """Signed integers [N, K] (int8), packed.
+
+    Attributes:
+        bits: 4 or 8.
+        role: "weight" in ranks of TensorRT-LLM, which have the pairs as I8.
+        key: of the `ZeroPoints`, where the container has no place for them.
+    """
+
+    packing: Packing
+    bits: int = 4
+    key: str = ""
+    role: str = "codes"
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        own = {"pairs": "int4 per group, ModelOpt orientation", "awq": "INT4, as found, AutoAWQ's words"}
+        return own.get(self.packing, f"INT{self.bits}, as in the source")
+
+    @property
+    def row_align(self) -> int:  # type: ignore[override]
+        return 2 if self.packing == "pairs" else 1
+
+    def odd(self, amax: float) -> str:
+        return "says that it is symmetric, and has zero points" if amax > 0 else ""
 
     def parts(self, rows: int, cols: int, experts: int = 0) -> tuple[Part, ...]:
-        words = cols * self.bits // 32
-        return (Part("codes", I32, (rows, words), 4 * words),)
+        part = packed_part(self.role, self.packing, self.bits, rows, cols)
+        return (replace(part, dtype=I8) if self.role == "weight" else part,)
 
     def encode(self, block: torch.Tensor, stats: EncodeStats) -> tuple[torch.Tensor, ...]:
-        codes = block.contiguous().view(torch.uint8) ^ 128
-        if self.bits == 4:
-            codes = codes - 120  # around 128 before, around 8 now
-            codes = codes[:, 0::2] | (codes[:, 1::2] << 4)
-        return (codes.reshape(-1),)
+        return (pack(block.contiguous(), self.packing, self.bits),)
 
     def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:
-        stored = parts[0].reshape(rows, -1)
-        if self.bits == 4:
-            stored = torch.stack([stored & 15, stored >> 4], 2)
-        return stored.reshape(rows, cols).float() - float(1 << (self.bits - 1))
+        return unpack(parts[0], self.packing, self.bits, rows, cols).float()
 
     def kernel(self, source: DType) -> Kernel | None:
         if source != I8:
             return None
+        if self.packing != "words":
+            return fused("weight_only_code.paired_rows" if self.packing == "pairs" else "awq_words_code.awq_given_rows", ["u1"])
 
         def run(flat: Any, start: int, stride: int, rows: int, cols: int, outs: Sequence[Any]) -> EncodeStats:
             block = np.lib.stride_tricks.as_strided(flat[start:], (rows, cols), (stride, 1))
@@ -97,7 +120,7 @@ class Words(Exact):
 
 
 @dataclass(frozen=True)
-class GivenZeros(Exact):
+class GivenZeros(_Proven):
     """Zero points packed along N, int32 [N * bits / 32, groups] -> the same with the first channel in the lowest bits.
 
     Attributes:
@@ -113,15 +136,8 @@ class GivenZeros(Exact):
     key: str = ""
     name = "I32"
 
-    @property
-    def needs(self) -> tuple[str, ...]:  # type: ignore[override]
-        return (self.key,) if self.key else ()
-
-    def bind(self, known: FinishedReductions, source: str) -> GivenZeros:
-        if self.key and float(known.get(self.key)) + self.lacking >= 1 << self.bits:
-            told = f"{printable(source)} has a zero point of {1 << self.bits}, which {self.bits} bits do not hold"
-            raise DataError(told, hint="--quant none decodes it")
-        return replace(self, key="")
+    def odd(self, amax: float) -> str:
+        return f"has a zero point of {1 << self.bits}, which {self.bits} bits do not hold" if amax + self.lacking >= 1 << self.bits else ""
 
     def parts(self, rows: int, cols: int, experts: int = 0) -> tuple[Part, ...]:
         return (Part("zero", I32, (rows, cols), 4 * cols),)

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
-from streamconv.checkpoint.dtypes import F32, FLOATS, I8, I32, U8, DType
+from streamconv.checkpoint.dtypes import F32, FLOATS, I8, DType
 from streamconv.checkpoint.stored_codes import as_float
 from streamconv.kernels.launch import fused
 from streamconv.lazy import np, torch
 from streamconv.quants.base import Codec, EncodeStats, Kernel, Part
-from streamconv.quants.rounding import HALF_ULP, divided, finite_rows, half_ulp, rounded
+from streamconv.quants.packing import Packing, pack, packed_part, unpack
+from streamconv.quants.rounding import HALF_ULP, LEAST_NORMAL, divided, finite_rows, half_ulp, rounded, scale_of
 from streamconv.quants.screen import Codes, Screen, around, slack
-
-Packing = Literal["bytes", "words", "pairs"]
-"""How codes are stored: "bytes", one int8 each [N, K]; "words", int32 [N, K * bits / 32], offset by half, the lowest column in the lowest
-bits; "pairs", uint8 [N / 2, K], two's complement nibbles of two neighbouring channels, the first in the low one."""
 
 RATIOS = tuple(1 - step / 40 for step in range(21))
 """Shares of a group's maximum that a search for its scale tries, the largest first."""
@@ -67,12 +64,7 @@ class IntGroup(Codec):
         groups = cols // self.group if self.group else 1
         kind = F32 if self.wide else self.scale
         scale = Part("scale", kind, (rows, groups), groups * kind.itemsize)
-        if self.packing == "bytes":
-            return (Part("codes", I8, (rows, cols), cols), scale)
-        if self.packing == "pairs":
-            return (Part("codes", U8, (rows // 2, cols), cols, 2), scale)
-        words = -(-cols * self.bits // 32)
-        return (Part("codes", I32, (rows, words), 4 * words), scale)
+        return (packed_part("codes", self.packing, self.bits, rows, cols), scale)
 
     def encode(self, block: torch.Tensor, stats: EncodeStats) -> tuple[torch.Tensor, ...]:
         values = finite_rows(block, stats)
@@ -81,21 +73,14 @@ class IntGroup(Codec):
         stored = self.scales(grouped)
         q = self.integers(grouped, stored).to(torch.int32).reshape(rows, cols)
         scales = stored.to(torch.float32 if self.wide else getattr(torch, self.scale.torch)).contiguous().reshape(-1).view(torch.uint8)
-        return self._packed(q), scales
+        return pack(q, self.packing, self.bits), scales
 
     def scales(self, grouped: torch.Tensor) -> torch.Tensor:
         """[rows, groups, group] -> [rows, groups, 1]."""
-        top = grouped.abs().amax(2, keepdim=True)
-
-        def scale(of: torch.Tensor) -> torch.Tensor:
-            stored = rounded(divided(of, self.divisor), self.scale)
-            return torch.where(stored == 0, self.zero, stored).clamp(min=self.floor)
-
-        if not self.search:
-            return scale(top)
-        best, least = scale(top), None
-        for ratio in RATIOS:
-            tried = scale(top * ratio)
+        top, rule = grouped.abs().amax(2, keepdim=True), (self.divisor, self.scale, self.zero, self.floor)
+        best, least = scale_of(top, *rule), None
+        for ratio in RATIOS if self.search else ():
+            tried = scale_of(top * ratio, *rule)
             loss = (self.integers(grouped, tried) * tried - grouped).square().sum(2, keepdim=True)
             better = loss < least if least is not None else torch.ones_like(loss, dtype=torch.bool)
             best, least = torch.where(better, tried, best), torch.where(better, loss, loss if least is None else least)
@@ -104,30 +89,9 @@ class IntGroup(Codec):
     def integers(self, grouped: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
         return rounded(grouped / stored, self.quotient).clamp(-self._half, self._half - 1).round()
 
-    def _packed(self, q: torch.Tensor) -> torch.Tensor:
-        if self.packing == "bytes":
-            return q.to(torch.int8).reshape(-1).view(torch.uint8)
-        if self.packing == "pairs":
-            return ((q[0::2] & 15) | ((q[1::2] & 15) << 4)).to(torch.uint8).reshape(-1)
-        codes = (q + self._half).to(torch.uint8)
-        codes = torch.nn.functional.pad(codes, (0, -codes.shape[1] % (32 // self.bits)))
-        return (codes if self.bits == 8 else codes[:, 0::2] | (codes[:, 1::2] << 4)).reshape(-1)
-
-    def _unpacked(self, stored: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
-        if self.packing == "bytes":
-            return stored.view(torch.int8).reshape(rows, cols)
-        if self.packing == "pairs":
-            pairs = stored.reshape(rows // 2, 1, cols)
-            nibbles = torch.cat([pairs & 15, pairs >> 4], 1).reshape(rows, cols).to(torch.int8)
-            return torch.where(nibbles > 7, nibbles - 16, nibbles)
-        wide = stored.reshape(rows, -1)
-        if self.bits == 4:
-            wide = torch.stack([wide & 15, wide >> 4], 2).reshape(rows, -1)
-        return wide[:, :cols].to(torch.int16) - self._half
-
     def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:
         scales = parts[1].view(torch.float32 if self.wide else getattr(torch, self.scale.torch)).float().reshape(rows, -1, 1)
-        q = self._unpacked(parts[0], rows, cols).float()
+        q = unpack(parts[0], self.packing, self.bits, rows, cols).float()
         return (q.reshape(rows, scales.shape[1], -1) * scales).reshape(rows, cols)
 
     def error(self, block: torch.Tensor) -> torch.Tensor:
@@ -177,3 +141,38 @@ def _widened(kernel: Kernel, scale: DType) -> Kernel:
         return stats
 
     return run
+
+
+@dataclass(frozen=True)
+class PairedRtn(IntGroup):
+    """`IntGroup` under the names of TensorRT-LLM's W4A16_AWQ; `scale` is the model dtype, and a source that is wider is cast to it first.
+
+    The loader casts float32 scales to the model dtype, so they are rounded to it before the integers are made.
+    """
+
+    def parts(self, rows: int, cols: int, experts: int = 0) -> tuple[Part, ...]:
+        codes, scale = super().parts(rows, cols, experts)
+        return replace(codes, role="weight", dtype=I8), replace(scale, role="weights_scaling_factor")
+
+    def encode(self, block: torch.Tensor, stats: EncodeStats) -> tuple[torch.Tensor, ...]:
+        return super().encode(self.values(block), stats)
+
+    def values(self, block: torch.Tensor) -> torch.Tensor:
+        return rounded(block, self.scale) if block.dtype.itemsize > self.scale.itemsize else block.float()
+
+    def screen(self, source: DType) -> Screen | None:
+        return super().screen(source) if source.itemsize <= self.scale.itemsize else None
+
+    def kernel(self, source: DType) -> Kernel | None:
+        return super().kernel(source) if source.itemsize <= self.scale.itemsize else None
+
+
+def round_to_nearest(group: int, dtype: DType, search: bool = False) -> PairedRtn:
+    """Scales of a group's maximum over 8, for which there is a code; a search ends at 7, for which both ends have one.
+
+    Args:
+        dtype: of the model; scales are rounded to it.
+        search: see `IntGroup`.
+    """
+    floor = LEAST_NORMAL["F16"] if dtype.name == "F16" else 0.0
+    return PairedRtn(4, group, 7.0 if search else 8.0, 1.0, dtype, F32, "pairs", floor, wide=True, search=search)

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from streamconv.checkpoint.dtypes import I32
 from streamconv.checkpoint.rows import SourceTensor
 from streamconv.checkpoint.shard import Shard
-from streamconv.checkpoint.stored_codes import as_float
 from streamconv.errors import DataError, printable
 from streamconv.lazy import Bytes, np
+from streamconv.quants.decoded_rows import columns_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +33,7 @@ class ZeroWords(SourceTensor):
 
     def read(self, shards: Sequence[Shard], start: int, stop: int, out: Bytes, scratch: Bytes) -> None:
         each, groups, half = 32 // self.bits, self.cols, 1 << (self.bits - 1)
-        count = (stop - start) * each
-        numbers = []
-        for tensor in (self.scales, self.zeros):
-            raw = np.empty(groups * count * tensor.dtype.itemsize, np.uint8)
-            tensor.read_part(shards, (0, groups), (start * each, stop * each), raw)
-            numbers.append(as_float(raw, tensor.dtype.name).reshape(groups, count))
-        scales, zeros = numbers
+        scales, zeros = (columns_of(tensor, shards, start * each, stop * each) for tensor in (self.scales, self.zeros))
         with np.errstate(all="ignore"):
             below = np.where(scales == 0, np.float32(0), np.rint(zeros / scales))
             whole = np.abs(below * scales - zeros) <= np.abs(zeros) * np.float32(2.0**-8)  # a rounding to bfloat16

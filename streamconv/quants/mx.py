@@ -11,8 +11,8 @@ from streamconv.checkpoint.stored_codes import as_float
 from streamconv.kernels.launch import fused
 from streamconv.lazy import torch
 from streamconv.quants.base import Codec, EncodeStats, Kernel, Part
-from streamconv.quants.e2m1 import e2m1_codes, e2m1_values, pack_nibbles, unpack_nibbles
-from streamconv.quants.rounding import finite_rows, half_ulp
+from streamconv.quants.packing import pack_nibbles, unpack_nibbles
+from streamconv.quants.rounding import e2m1_codes, e2m1_values, finite_rows, half_ulp
 from streamconv.quants.screen import Screen
 
 GROUP = 32

@@ -6,24 +6,22 @@ The shared scale comes from the largest weight of all partners, so their rows ar
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from streamconv.checkpoint.dtypes import F8_E4M3, F32, FLOATS, U8, DType
 from streamconv.checkpoint.stored_codes import as_float
 from streamconv.kernels.launch import fused
 from streamconv.lazy import Array, Bytes, np, torch
-from streamconv.quants.base import EncodeStats, FinishedReductions, Kernel, OfMaximum, Part
-from streamconv.quants.computed import Computed
-from streamconv.quants.e2m1 import e2m1_codes, e2m1_values, pack_nibbles, unpack_nibbles
-from streamconv.quants.rounding import divided, finite_rows, half_ulp, rounded
+from streamconv.quants.base import EncodeStats, Kernel, OfMaximum, Part
+from streamconv.quants.computed import ComputedNumber
+from streamconv.quants.packing import pack_nibbles, unpack_nibbles
+from streamconv.quants.rounding import LEAST_NORMAL, divided, e2m1_codes, e2m1_values, finite_rows, half_ulp, rounded
 from streamconv.quants.screen import Screen, around
 
 GROUP = 16
 Rule = Literal["divisor", "multiplier"]
 """How the shared scale is stored: "divisor", (1 / amax) * 2688 (compressed-tensors); "multiplier", amax / 2688 (ModelOpt)."""
-
-_LEAST_NORMAL = {"F32": 2.0**-126, "F16": 2.0**-14, "BF16": 2.0**-126}
 
 
 def shared_scale(amax: float, rule: Rule, kind: DType) -> float:
@@ -37,7 +35,7 @@ def shared_scale(amax: float, rule: Rule, kind: DType) -> float:
         return float(np.float32(amax) / np.float32(2688.0)) if amax else 1.0
     # what torch makes of 2688 / amax: the reciprocal, rounded, times 2688, rounded
     with np.errstate(over="ignore"):
-        inverse = _rounded(np.float32(1.0) / np.float32(max(amax, _LEAST_NORMAL[kind.name])), kind)
+        inverse = _rounded(np.float32(1.0) / np.float32(max(amax, LEAST_NORMAL[kind.name])), kind)
         value = _rounded(inverse * np.float32(2688.0), kind)
     return float(value) if np.isfinite(value) and amax else 1.0
 
@@ -53,25 +51,27 @@ def _rounded(value: np.float32, kind: DType) -> np.float32:
 
 
 @dataclass(frozen=True)
-class NvFp4(OfMaximum):
-    """Codes [N, K / 2] and block scales [N, K / 16]; the shared scale is a tensor of its own (`SharedScale`).
+class _OfShared(OfMaximum):
+    """What the shared scale decides.
 
     Attributes:
         key: of the `WeightMaximum` of all partners.
         kind: type that the shared scale and amax / 6 of a block are rounded to ("divisor" only).
-        shared: the shared scale, once it is known.
     """
 
-    key: str
     rule: Rule
     kind: DType = F32
-    shared: float | None = None
+
+    def number_of(self, amax: Array) -> float:
+        return shared_scale(float(amax), self.rule, self.kind)
+
+
+@dataclass(frozen=True)
+class NvFp4(_OfShared):
+    """Codes [N, K / 2] and block scales [N, K / 16]; the shared scale is a tensor of its own (`SharedScale`)."""
 
     name = "NVFP4"
     quantizes = True
-
-    def bind(self, known: FinishedReductions, source: str) -> NvFp4:
-        return replace(self, shared=shared_scale(float(known.get(self.key)), self.rule, self.kind))
 
     def parts(self, rows: int, cols: int, experts: int = 0) -> tuple[Part, ...]:
         return (Part("codes", U8, (rows, cols // 2), cols // 2), Part("scale", F8_E4M3, (rows, cols // GROUP), cols // GROUP))
@@ -80,7 +80,7 @@ class NvFp4(OfMaximum):
         values = finite_rows(block, stats)
         rows, cols = values.shape
         grouped = values.reshape(rows, -1, GROUP)
-        top, shared = grouped.abs().amax(2, keepdim=True), self._known()
+        top, shared = grouped.abs().amax(2, keepdim=True), self.known
         if self.rule == "divisor":
             sixth = rounded(divided(top, 6.0), self.kind)
             stored = (sixth * torch.full_like(sixth, shared)).clamp(max=448.0).to(torch.float8_e4m3fn)
@@ -97,7 +97,7 @@ class NvFp4(OfMaximum):
     def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:
         values = e2m1_values(unpack_nibbles(parts[0], rows, cols)).reshape(rows, -1, GROUP)
         scale = parts[1].view(torch.float8_e4m3fn).float().reshape(rows, -1, 1)
-        step = divided(scale, self._known()) if self.rule == "divisor" else scale * self._known()
+        step = divided(scale, self.known) if self.rule == "divisor" else scale * self.known
         return (values * step).reshape(rows, cols)
 
     def error(self, block: torch.Tensor) -> torch.Tensor:
@@ -105,7 +105,7 @@ class NvFp4(OfMaximum):
         values = block.float()
         rows, cols = values.shape
         top = values.reshape(rows, -1, GROUP).abs().amax(2, keepdim=True)
-        unit = 1.0 / self._known() if self.rule == "divisor" else self._known()
+        unit = 1.0 / self.known if self.rule == "divisor" else self.known
         step = (top / 6.0) + half_ulp(top / 6.0 / unit, F8_E4M3) * unit + 0.125 * unit
         return (step * 1.02).expand(rows, cols // GROUP, GROUP).reshape(rows, cols) + 0.07 * values.abs()
 
@@ -114,44 +114,19 @@ class NvFp4(OfMaximum):
         return Screen("e2m1", self._steps, GROUP, ratio=around(6.0, 0.07)) if source.name in FLOATS else None
 
     def _steps(self, parts: Sequence[Bytes]) -> Array:
-        scale, shared = as_float(parts[1], "F8_E4M3"), np.float32(self._known())
+        scale, shared = as_float(parts[1], "F8_E4M3"), np.float32(self.known)
         steps: Array = scale / shared if self.rule == "divisor" else scale * shared
         return steps
 
     def kernel(self, source: DType) -> Kernel | None:
         if source.name not in FLOATS:
             return None
-        return fused("fp4_code.nvfp4_rows", ["u1", "u1"], source, self.kind, self.shared, self.rule == "divisor")
-
-    def prepare(self, source: DType) -> None:
-        kernel = replace(self, shared=1.0).kernel(source)
-        if kernel is None:
-            super().prepare(source)
-        else:
-            kernel(np.zeros(GROUP, source.storage), 0, GROUP, 1, GROUP, [np.empty(GROUP // 2, np.uint8), np.empty(1, np.uint8)])
-
-    def _known(self) -> float:
-        if self.shared is None:
-            raise AssertionError(f"{self.key}: encoded before its reduction")
-        return self.shared
+        return fused("fp4_code.nvfp4_rows", ["u1", "u1"], source, self.kind, self.number, self.rule == "divisor")
 
 
 @dataclass(frozen=True)
-class SharedScale(OfMaximum, Computed):
+class SharedScale(ComputedNumber, _OfShared):
     """The shared scale of NVFP4 partners, one float32; the source is a `NoSource`."""
-
-    key: str
-    rule: Rule
-    kind: DType = F32
-    shared: float | None = None
-
-    def bind(self, known: FinishedReductions, source: str) -> SharedScale:
-        return replace(self, shared=shared_scale(float(known.get(self.key)), self.rule, self.kind))
 
     def parts(self, rows: int, cols: int, experts: int = 0) -> tuple[Part, ...]:
         return (Part("shared_scale", F32, (1,) if self.rule == "divisor" else (), 4),)
-
-    def value(self) -> Array:
-        if self.shared is None:
-            raise AssertionError(f"{self.key}: asked for before its reduction")
-        return np.array([self.shared], np.float32)

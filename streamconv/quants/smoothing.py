@@ -17,7 +17,7 @@ from streamconv.checkpoint.dtypes import FLOATS, DType
 from streamconv.errors import DataError, printable
 from streamconv.kernels.launch import input_channel_amax_kernel
 from streamconv.lazy import Array, np, torch
-from streamconv.quants.base import EncodeStats, FinishedReductions, ReduceKernel, Reduction
+from streamconv.quants.base import Codec, EncodeStats, FinishedReductions, ReduceKernel, Reduction
 
 
 @dataclass(frozen=True)
@@ -183,6 +183,42 @@ class Bound:
         """accum of a vector of scales, all in float32."""
         sy, sx = (torch.tensor(value, device=scale.device) for value in (output_scale(outputs), self.activation))
         return sy / (sx * scale.float())
+
+
+class Smoothed(Codec):
+    """What a smoother decides.
+
+    Attributes:
+        outputs: ay, the largest output; None per token.
+        bound: what the reductions gave, None until `bind`.
+    """
+
+    smoother: Smoother
+    outputs: float | None = None
+    bound: Bound | None = None
+
+    def amax_of(self, source: str) -> str | None:
+        """Key of the InputChannelAmax that give AW of the rows of a source tensor, where one scale serves a matrix."""
+        return None
+
+    @property
+    def loads_torch(self) -> bool:  # type: ignore[override]
+        return self.smoother.loads_torch
+
+    def cause(self) -> str:
+        return self.smoother.cause(self.outputs)
+
+    def bind(self, known: FinishedReductions, source: str) -> Codec:
+        return replace(self, bound=bound_to(self.smoother, known, self.amax_of(source)))  # type: ignore[type-var]
+
+    def torch_bytes_per_column(self) -> int:
+        return COLUMN_BYTES
+
+    @property
+    def known(self) -> Bound:
+        if self.bound is None:
+            raise AssertionError(f"{self.smoother.weights}: encoded before its reductions")
+        return self.bound
 
 
 _recent: WeakKeyDictionary[Ranges, OrderedDict[object, tuple[Array, Bound]]] = WeakKeyDictionary()

@@ -10,7 +10,7 @@ from streamconv.kernels.launch import fused, weight_only_errors
 from streamconv.lazy import torch
 from streamconv.quants.base import Codec, EncodeStats, ErrorKernel, Kernel, Part
 from streamconv.quants.layout import FAMILIES, Layout
-from streamconv.quants.rounding import half_ulp
+from streamconv.quants.rounding import finite_rows, half_ulp
 
 
 @dataclass(frozen=True)
@@ -52,15 +52,9 @@ class WeightOnly(Codec):
     def encode(self, block: torch.Tensor, stats: EncodeStats) -> tuple[torch.Tensor, ...]:
         """NaN counts as 0 and infinity as the largest finite value of its channel (the engine stops on both unless told)."""
         cast = block.to(getattr(torch, self.dtype.torch))
-        values = cast.to(torch.float32)
-        finite = torch.isfinite(values)
-        bad = int((~finite).sum())
-        if bad:
-            stats.nonfinite += bad
-            stats.overflow += int((~finite & torch.isfinite(block)).sum())
-        top = torch.where(finite, values, 0.0).abs().amax(1, keepdim=True)
-        if bad:
-            values = torch.where(torch.isnan(values), 0.0, torch.maximum(torch.minimum(values, top), -top))
+        stats.overflow += int((~torch.isfinite(cast) & torch.isfinite(block)).sum())
+        values = finite_rows(cast, stats)
+        top = values.abs().amax(1, keepdim=True)
         half = 1 << (self.bits - 1)
         scale = top * (1.0 / half)
         ratio = values / scale

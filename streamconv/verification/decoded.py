@@ -24,7 +24,7 @@ from streamconv.options import Resources
 from streamconv.planning import memory_plan
 from streamconv.progress import Meter
 from streamconv.run import source_record
-from streamconv.targets.hf.config_differences import config_differences
+from streamconv.targets.hf.check import config_differences
 from streamconv.targets.hf.model_types import text_config
 from streamconv.targets.hf.sources import Weight
 from streamconv.targets.hf.stacked import unstack

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from streamconv.checkpoint.rows import PackedTensor, SourceTensor
+from streamconv.checkpoint.rows import SourceTensor
 from streamconv.checkpoint.shard import Shard
 from streamconv.lazy import np
-from streamconv.quants.act_order import groups_of
-from streamconv.quants.decoded_rows import DecodedIntegers, DecodedTensor
+from streamconv.quants.decoded_rows import DecodedTensor, groups_of
 from streamconv.targets.hf.sources import Weight
 
 if TYPE_CHECKING:
@@ -54,23 +53,20 @@ class Format:
 
 def format_of(weight: Weight, shards: tuple[Shard, ...], symmetric: bool) -> Format | None:
     """The format of a stored weight, None of a plain tensor or one that is not known here."""
-    if isinstance(weight, DecodedIntegers):
-        order = None if weight.order is None else weight.groups(shards)
-        floor = _floor(weight.scales, 1 << weight.codes.bits)
-        return Format("", weight.codes.bits, 1, weight.cols // weight.scales.rows, zeros=not symmetric, floor=floor, order=order)
     if not isinstance(weight, DecodedTensor):
         return None
     code = weight.code if weight.code in _FLOATS else ""
-    packed = weight.codes.bits if isinstance(weight.codes, PackedTensor) else None
-    bits = packed or (8 if code == "e4m3" else 4 if code else _BITS[weight.code])
+    bits = weight.bits or (8 if code == "e4m3" else 4 if code else _BITS[weight.code])
     power = weight.scales.dtype.name in ("U8", "F8_E8M0")
+    words = weight.zeros is not None and weight.bits is not None  # GPTQ's and AutoAWQ's, which are there in symmetric weights too
+    zeros = weight.zeros is not None and not (words and symmetric)
     scale = 0.0
     if weight.per_row > _TALLEST:
         scale = float(weight.factors(shards, 0, 1).max())
     shared = 1.0 / weight.factor if weight.divide else weight.factor
-    floor = shared / 16 if weight.scales.dtype.name == "F8_E4M3" else _floor(weight.scales, 1 << (bits - 1))
+    floor = shared / 16 if weight.scales.dtype.name == "F8_E4M3" else _floor(weight.scales, 1 << (bits if words else bits - 1))
     order = None if weight.order is None else groups_of(weight.order, weight.cols, weight.scales.cols, shards)
-    return Format(code, bits, min(weight.per_row, weight.rows), weight.per_col, power, weight.zeros is not None, scale, floor, order)
+    return Format(code, bits, min(weight.per_row, weight.rows), weight.per_col, power, zeros, scale, floor, order)
 
 
 def _floor(scales: SourceTensor, largest: int) -> float:

@@ -21,7 +21,7 @@ from streamconv.families.matching import example, match
 from streamconv.families.meta import META
 from streamconv.families.naming import settle
 from streamconv.hub import open_stored
-from streamconv.quants.decoded_rows import DecodedAffine, DecodedIntegers, DecodedTensor
+from streamconv.quants.decoded_rows import DecodedAffine, DecodedTensor
 from streamconv.targets.hf.sources import Weight
 from streamconv.targets.hf.stored import stored_weights
 
@@ -43,10 +43,10 @@ class Side:
     beside: Mapping[str, SourceTensor]
     note: str = ""
 
-    def form(self, name: str) -> tuple[str, ...] | None:
+    def form(self, name: str) -> tuple[object, ...] | None:
         """How a quantized weight is stored; None for a plain tensor, or for none."""
         weight = self.weights.get(name)
-        return None if weight is None or isinstance(weight, SourceTensor) else (kind_of(weight), type(weight).__name__)
+        return None if weight is None or isinstance(weight, SourceTensor) else (kind_of(weight), type(weight), _in_words(weight))
 
 
 def kind_of(weight: Weight) -> str:
@@ -54,8 +54,13 @@ def kind_of(weight: Weight) -> str:
     if isinstance(weight, SourceTensor):
         return weight.dtype.name
     if isinstance(weight, DecodedTensor):
-        return _CODES[weight.code]
-    return f"INT{weight.codes.bits}" if isinstance(weight, DecodedIntegers | DecodedAffine) else "MXFP4"
+        return f"INT{weight.bits}" if _in_words(weight) else _CODES[weight.code]
+    return f"INT{weight.codes.bits}" if isinstance(weight, DecodedAffine) else "MXFP4"
+
+
+def _in_words(weight: Weight) -> bool:
+    """GPTQ's or AutoAWQ's."""
+    return isinstance(weight, DecodedTensor) and weight.bits is not None and weight.zeros is not None
 
 
 def open_sides(a: str, b: str) -> tuple[Side, Side]:

@@ -16,9 +16,8 @@ from streamconv.errors import UsageError
 from streamconv.memory import GIB, KIB, MIB
 from streamconv.planning.plan import PLAIN_ROWS, Destination, Matrix, RowRange
 from streamconv.planning.reads import Reads
-from streamconv.quants.smooth_values import SmoothValue
 from streamconv.quants.smoothing import InputChannelAmax, Smoother
-from streamconv.quants.smoothquant import SmoothWeight
+from streamconv.quants.smoothquant import SmoothValue, SmoothWeight
 from streamconv.targets.trtllm.options import TensorRTLLM
 from tests import tiny
 

@@ -13,9 +13,8 @@ from safetensors.torch import load_file
 from streamconv import api
 from streamconv.checkpoint.dtypes import BF16, F16, F32
 from streamconv.cli.main import main
-from streamconv.quants.awq import round_to_nearest
 from streamconv.quants.base import EncodeStats
-from streamconv.quants.int_group import RATIOS
+from streamconv.quants.int_group import RATIOS, round_to_nearest
 from streamconv.targets.hf.target import HuggingFace
 from streamconv.targets.trtllm.options import TensorRTLLM
 from streamconv.verification.check import verify

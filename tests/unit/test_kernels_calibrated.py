@@ -17,7 +17,6 @@ from streamconv.checkpoint.dtypes import BF16, F16, F32, DType
 from streamconv.kernels import root_code
 from streamconv.quants.base import EncodeStats, Reduction
 from streamconv.quants.fp8_tensor import Fp8Tensor, WeightMaximum
-from streamconv.quants.smooth_values import SmoothNorm, SmoothValue
 from streamconv.quants.smoothing import (
     Bound,
     InputChannelAmax,
@@ -30,7 +29,7 @@ from streamconv.quants.smoothing import (
     smoothed,
     weight_scale,
 )
-from streamconv.quants.smoothquant import SmoothWeight
+from streamconv.quants.smoothquant import SmoothNorm, SmoothValue, SmoothWeight
 from tests.unit.test_kernels import FLOATS, PAIRS, any_bits, check, from_bits, kind, weights
 
 Array = np.ndarray[Any, Any]
@@ -307,7 +306,7 @@ def test_a_scale_that_depends_on_the_root_is_asked_of_torch(smoother: Smoother, 
 @pytest.mark.parametrize("source", FLOATS, ids=str)
 @pytest.mark.parametrize("scale", [1.0, 0.003, 2.0**-140, 5.0])
 def test_fp8_tensor(source: DType, scale: float) -> None:
-    made = Fp8Tensor("k", float(np.float32(scale)))
+    made = Fp8Tensor("k", number=float(np.float32(scale)))
     check(made, weights(48, 129, source), source)
     check(made, any_bits(64, 64, source, 4), source, start=5, stride=70)
     bad = weights(20, 64, source)
@@ -319,7 +318,7 @@ def test_fp8_tensor_around_every_halfway_point() -> None:
     every = torch.arange(0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     middle = (every[:-1] + every[1:]) / 2
     row = torch.cat([every, middle, torch.nextafter(middle, every[1:]), torch.nextafter(middle, every[:-1])])
-    check(Fp8Tensor("k", 1.0), torch.stack([row, -row]), F32)
+    check(Fp8Tensor("k", number=1.0), torch.stack([row, -row]), F32)
 
 
 def test_nothing_is_encoded_before_its_reductions(smoother: Smoother) -> None:
@@ -342,5 +341,5 @@ def test_preparing_loads_what_a_run_needs(smoother: Smoother, tmp_path: Path) ->
         block = weights(16, 64, BF16)
         variant = {"largest": True, "divide": False, "single": True}
         check(encoding(smoother, block, BF16, variant, 1.0), block, BF16)
-        check(Fp8Tensor("k", 1.0), block, BF16)
+        check(Fp8Tensor("k", number=1.0), block, BF16)
         assert len(function.calls) == before

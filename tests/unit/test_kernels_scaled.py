@@ -13,9 +13,10 @@ from streamconv.quants.awq_words import LEAST, AwqWords
 from streamconv.quants.base import Codec, EncodeStats
 from streamconv.quants.fp8_block import Fp8Block
 from streamconv.quants.fp8_rowwise import Fp8Rowwise
-from streamconv.quants.int_group import IntGroup, Packing
+from streamconv.quants.int_group import IntGroup
 from streamconv.quants.mx import Mx
 from streamconv.quants.nvfp4 import NvFp4, shared_scale
+from streamconv.quants.packing import Packing
 from streamconv.quants.weight_only import WeightOnly
 from tests.unit.test_kernels import any_bits, check, weights
 
@@ -32,14 +33,14 @@ def codecs(kind: DType) -> list[Codec]:
         made += [IntGroup(8, 0, 127.5, zero, scale, quotient, "bytes"), IntGroup(8, 32, 127.5, zero, scale, quotient, "words")]
         made += [IntGroup(4, 32, 7.5, zero, scale, quotient, "words"), IntGroup(4, 64, 8.0, zero, scale, quotient, "words")]
     made += [Fp8Block(multiply=True), IntGroup(4, 64, 7.0, 1.0, F32, F32, "pairs"), Mx("fp8", "ceiling")]
-    made += [Mx(element, "rounded", read) for element in ("fp4", "fp8") for read in (F32, kind)]  # type: ignore[arg-type]
+    made += [Mx(element, "rounded", read) for element in ("fp4", "fp8") for read in (F32, kind)]
     return made
 
 
 def shared(block: torch.Tensor, kind: DType) -> list[Codec]:
     top = float(torch.nan_to_num(block.float(), 0.0, 0.0, 0.0).abs().max())
     rules = (("divisor", F32), ("divisor", kind), ("multiplier", F32))
-    return [NvFp4("key", rule, rounding, shared_scale(top, rule, rounding)) for rule, rounding in rules]  # type: ignore[arg-type]
+    return [NvFp4("key", rule, rounding, number=shared_scale(top, rule, rounding)) for rule, rounding in rules]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("source", [F32, F16, BF16], ids=str)
@@ -87,7 +88,7 @@ def test_every_bfloat16_weight_beside_every_maximum() -> None:
     rows = [torch.nn.functional.pad(line, (0, -len(line) % 15)).reshape(-1, 15) for line in weights_of]
     block = torch.cat([torch.cat([top.expand(len(line), 1), line], 1) for top, line in zip(tops, rows, strict=True)]).view(torch.bfloat16)
     block = torch.cat([block, -block], 1)
-    halves = [NvFp4("key", rule, BF16, shared_scale(1.99, rule, BF16)) for rule in ("divisor", "multiplier")]  # type: ignore[arg-type]
+    halves = [NvFp4("key", rule, BF16, number=shared_scale(1.99, rule, BF16)) for rule in ("divisor", "multiplier")]
     for codec in (*halves, Mx("fp4"), Mx("fp8"), *(IntGroup(4, 16, divisor, 1.0, F32, F32, "words") for divisor in (7.0, 7.5))):
         check(codec, block, BF16)
     check(AwqWords(32, BF16), block[: len(block) // 8 * 8].T.contiguous(), BF16)

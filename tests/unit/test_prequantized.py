@@ -17,8 +17,8 @@ from streamconv.checkpoint.dtypes import BF16, F16, F32, I8, U8, DType
 from streamconv.cli.convert_checkpoint import main
 from streamconv.errors import RefusedError, StreamconvError, TensorError, UsageError
 from streamconv.options import Resources
-from streamconv.quants.awq import PairedWeight
 from streamconv.quants.base import EncodeStats
+from streamconv.quants.given_codes import GivenIntegers
 from streamconv.quants.gptq import GroupScales, PackedWeight
 from streamconv.quants.layout import Layout
 from streamconv.targets.trtllm.options import TensorRTLLM
@@ -530,9 +530,9 @@ def test_group_scales_kernel_is_its_definition(stored: DType, dtype: DType, bits
 
 def test_paired_kernel_is_its_definition() -> None:
     q = np.random.RandomState(5).randint(-8, 8, (6, 40)).astype(np.int8)
-    kernel, out = PairedWeight().kernel(I8), np.zeros(6 * 24 // 2, np.uint8)
+    kernel, out = GivenIntegers("pairs", role="weight").kernel(I8), np.zeros(6 * 24 // 2, np.uint8)
     assert kernel is not None
     kernel(q.reshape(-1).view(np.uint8), 8, 40, 6, 24, [out])
-    (wanted,) = PairedWeight().encode(torch.from_numpy(q)[:, 8:32], EncodeStats())
+    (wanted,) = GivenIntegers("pairs", role="weight").encode(torch.from_numpy(q)[:, 8:32], EncodeStats())
     assert bytes(out) == bytes(wanted.numpy())
-    assert torch.equal(PairedWeight().decode([wanted], 6, 24), torch.from_numpy(q[:, 8:32].astype(np.float32)))
+    assert torch.equal(GivenIntegers("pairs", role="weight").decode([wanted], 6, 24), torch.from_numpy(q[:, 8:32].astype(np.float32)))

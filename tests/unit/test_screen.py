@@ -15,12 +15,11 @@ from streamconv import api
 from streamconv.checkpoint.dtypes import BF16, DTYPES, F16, F32
 from streamconv.errors import VerifyError
 from streamconv.options import Resources
-from streamconv.quants.awq import PairedRtn, round_to_nearest
 from streamconv.quants.base import Codec, EncodeStats, Errors
 from streamconv.quants.fp8_block import Fp8Block
 from streamconv.quants.fp8_rowwise import Fp8Rowwise
 from streamconv.quants.fp8_tensor import Fp8Tensor
-from streamconv.quants.int_group import IntGroup
+from streamconv.quants.int_group import IntGroup, PairedRtn, round_to_nearest
 from streamconv.quants.mx import Mx
 from streamconv.quants.nvfp4 import NvFp4, SharedScale, shared_scale
 from streamconv.run import inline_check
@@ -35,9 +34,9 @@ CODECS: dict[str, Codec] = {
     "fp8 tiles": Fp8Block(),
     "fp8 tiles f16": Fp8Block(scale=F16, quotient=F16),
     "fp8 tiles, multiplied": Fp8Block(multiply=True),
-    "fp8 tensor": Fp8Tensor("", TOP / 448),
-    "nvfp4": NvFp4("", "divisor", BF16, shared_scale(TOP, "divisor", BF16)),
-    "nvfp4 modelopt": NvFp4("", "multiplier", F32, shared_scale(TOP, "multiplier", F32)),
+    "fp8 tensor": Fp8Tensor("", number=TOP / 448),
+    "nvfp4": NvFp4("", "divisor", BF16, number=shared_scale(TOP, "divisor", BF16)),
+    "nvfp4 modelopt": NvFp4("", "multiplier", F32, number=shared_scale(TOP, "multiplier", F32)),
     "mxfp4": Mx("fp4", "rounded", BF16),
     "mxfp8": Mx("fp8", "rounded", F32),
     "mxfp8 modelopt": Mx("fp8", "ceiling"),
@@ -136,7 +135,7 @@ def test_a_run_is_looked_at_quickly_and_a_broken_kernel_is_found(target: Any, tm
 
 
 def test_a_shared_scale_is_compared() -> None:
-    scale = SharedScale("", "divisor", BF16, 0.5)
+    scale = SharedScale("", "divisor", BF16, number=0.5)
     look = scale.error_kernel(F32)
     assert look is not None
     none = np.empty(0, np.float32)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from streamconv import api
-from streamconv.targets.hf.config_differences import config_differences
+from streamconv.targets.hf.check import config_differences
 from streamconv.targets.hf.target import HuggingFace
 from streamconv.targets.trtllm.options import TensorRTLLM
 from streamconv.verification.check import verify

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
+import re
 from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
+from streamconv.checkpoint.dtypes import DTYPES
 from streamconv.checkpoint.limits import MAX_WEIGHT_MAP
 from streamconv.checkpoint.quantized import AUTO_ROUND
 from streamconv.checkpoint.unknown_statements import overrides
@@ -15,15 +17,13 @@ from streamconv.checkpoint.untrusted import parse_json, read_file, shown_value
 from streamconv.errors import UsageError, VerifyError, printable
 from streamconv.natural import natural
 from streamconv.targets.base import Target
-from streamconv.targets.checks import Held, Told
+from streamconv.targets.checks import SHOWN, Held, Told, flat, line, rope_scaling
 from streamconv.targets.hf.check_scales import SCALES, SHARED, check_tensors, check_values, codes_of, unordered
-from streamconv.targets.hf.config_differences import config_differences as config_differences
 from streamconv.targets.hf.layers import Model, differences, in_order
+from streamconv.targets.hf.model_types import text_config
 from streamconv.targets.hf.rules import default_reason, is_other_part, partners
-from streamconv.targets.hf.second_file import group_size, second_file
-from streamconv.targets.hf.stated import Statement, read_statement, stated_bits
-from streamconv.targets.hf.units import kinds
-from streamconv.targets.hf.weights import Tensors
+from streamconv.targets.hf.stated import Statement, group_size, read_statement, second_file, stated_bits
+from streamconv.targets.hf.units import Tensors, kinds
 
 LOADABLE = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "I16", "I32", "I64", "BOOL"}
 INDEX = "model.safetensors.index.json"
@@ -31,12 +31,21 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 _WORDS = ("gptq", "awq", *AUTO_ROUND)
 """Methods whose readers leave what has no codes as it is."""
 _SHOWN = 20
+_ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
+_BOOKKEEPING = re.compile(
+    r"_.*|.*dtype|.*(dropout|_pdrop|_token_id|_loss_coef|_loss|_implementation)|transformers_version|quantization_config|auto_map|use_cache"
+    r"|initializer_range|output_(attentions|hidden_states|router_logits)|return_dict.*|torchscript|id2label|label2id|problem_type"
+    r"|pretraining_tp|tokenizer_class|task_specific_params|gradient_checkpointing|router_jitter_noise|name_or_path|layer_types"
+)
+"""Keys that no logit depends on, or that releases of transformers derive from others; types of weights are compared by themselves."""
+_FILLED = ("head_dim", "num_key_value_heads", "hidden_activation")
+"""What transformers computes where the source says null."""
 
 
 def tensor_files(folder: Path, config: Mapping[str, Any], problems: list[str]) -> list[str]:
     """The safetensors files of a directory, held against its index."""
     present = sorted(path.name for path in folder.iterdir() if path.name.endswith(".safetensors"))
-    listed = _weight_map(folder, problems)
+    listed, _ = _index(folder, problems)
     if listed is None:
         if len(present) != 1 and present:
             problems.append(f"{len(present)} safetensors files and no {INDEX}")
@@ -46,16 +55,17 @@ def tensor_files(folder: Path, config: Mapping[str, Any], problems: list[str]) -
     return [name for name in present if name in set(listed.values())]
 
 
-def _weight_map(folder: Path, problems: list[str]) -> dict[str, str] | None:
+def _index(folder: Path, problems: list[str]) -> tuple[dict[str, str] | None, object]:
+    """(tensor -> file, sum of their bytes), as the index states them."""
     path = folder / INDEX
     if not os.path.exists(path):
-        return None
+        return None, None
     content = parse_json(read_file(path, MAX_WEIGHT_MAP, VerifyError), printable(str(path)), VerifyError)
-    listed = content.get("weight_map") if isinstance(content, dict) else None
+    listed, metadata = (content.get(key) if isinstance(content, dict) else None for key in ("weight_map", "metadata"))
     if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
         problems.append(f"{INDEX} has no weight_map")
-        return None
-    return listed
+        return None, None
+    return listed, metadata.get("total_size") if isinstance(metadata, dict) else None
 
 
 def check(held: Held) -> Told:
@@ -66,12 +76,13 @@ def check(held: Held) -> Told:
     tensors = {name: told for file in shapes.values() for name, told in file.items()}
     if sum(map(len, shapes.values())) != len(tensors):
         problems.append("a tensor is in two files")
-    listed = _weight_map(folder, [])
+    listed, stated_size = _index(folder, [])
     if listed is not None:
         places = {name: file for file, names in shapes.items() for name in names}
         odd = sorted((name for name in {*listed, *places} if listed.get(name) != places.get(name)), key=natural)
         problems += [f"{INDEX}: {printable(name)} is not where it says" for name in odd[:20]]
-        problems += _total(folder, tensors)
+        total = sum(DTYPES[dtype].itemsize * prod(shape) for dtype, shape in tensors.values() if dtype in DTYPES)
+        problems += [] if stated_size == total else [f"{INDEX}: total_size is {stated_size}, the tensors have {total} bytes"]
     stated = config.get("quantization_config")
     facts: Mapping[str, Any] = stated if isinstance(stated, dict) else {}
     bits = stated_bits(facts) or (4 if facts.get("quant_method") in _WORDS else None)
@@ -141,18 +152,6 @@ def _cache(model: Model, tensors: Tensors, statement: Statement) -> tuple[list[s
     return [], ["scales of a KV cache are there, and config.json has no kv_cache_scheme: engines may not read them"] if held else []
 
 
-def _total(folder: Path, tensors: Tensors) -> list[str]:
-    from math import prod
-
-    from streamconv.checkpoint.dtypes import DTYPES
-
-    content = json.loads((folder / INDEX).read_bytes())
-    metadata = content.get("metadata")
-    stated = metadata.get("total_size") if isinstance(metadata, dict) else None
-    total = sum(DTYPES[dtype].itemsize * prod(shape) for dtype, shape in tensors.values() if dtype in DTYPES)
-    return [] if stated == total else [f"{INDEX}: total_size is {stated}, the tensors have {total} bytes"]
-
-
 def _scales(codes: set[str], tensors: Tensors, unknown: bool) -> list[str]:
     lines = []
     for module in sorted(codes, key=natural):
@@ -194,3 +193,48 @@ def _partners(codes: set[str], tensors: Tensors) -> list[str]:
             if other not in codes and f"{other}.weight" in tensors:
                 lines.append(f"{printable(module)} is quantized and {printable(other)} is not: engines join them to one matrix")
     return lines[:20]
+
+
+def config_differences(config: Mapping[str, Any], source: Mapping[str, Any]) -> Told:
+    """Problems and warnings of a Hugging Face directory: other values than the source's, and keys that the source alone has.
+
+    Args:
+        source: that of a Hugging Face source.
+    """
+    own, theirs = text_config(config), text_config(source)
+    held, wanted = _facts(own), _facts(theirs)
+    if (own is config) == (theirs is source):
+        held |= {key: value for key, value in _facts(config).items() if not key.startswith("rope.")} if own is not config else {}
+        wanted |= {key: value for key, value in _facts(source).items() if not key.startswith("rope.")} if theirs is not source else {}
+    else:  # the language model alone, or put back into a wrapper
+        for facts in (held, wanted):
+            facts.pop("architectures", None)
+            facts.pop("model_type", None)
+    if theirs.get("use_sliding_window") is False:
+        for key in ("sliding_window", "max_window_layers"):
+            wanted.pop(key, None)
+    wanted = {key: value for key, value in wanted.items() if value is not None or key not in _FILLED}
+    lost = [key for key, value in wanted.items() if key not in held and value is not None]
+    problems = [line(key, held[key], value, "in the source") for key, value in wanted.items() if key in held and held[key] != value]
+    told = f"config.json lacks {', '.join(map(printable, lost[:5]))}{' and others' if len(lost) > 5 else ''}, which the source's has"
+    return problems[:SHOWN], [told] if lost else []
+
+
+def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys of a config that count, those of inner objects with a dot; both spellings of rotary embedding are one."""
+    inner = {key: value for key, value in config.items() if key not in _ROPE and value is not text_config(config)}
+    told = {key: value for key, value in flat(inner, "") if not any(_BOOKKEEPING.fullmatch(part) for part in key.split("."))}
+    return told | dict(flat(_rope(config), "rope."))
+
+
+def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    new, old = (value if isinstance(value := config.get(key), dict) else {} for key in ("rope_parameters", "rope_scaling"))
+    if any(isinstance(value, dict) for value in new.values()):
+        return {key: rope_scaling(value) if isinstance(value, dict) else value for key, value in new.items()}
+    scaling = rope_scaling(old if rope_scaling(old)["type"] != "default" else new)
+    found: dict[str, Any] = {}
+    for key in ("rope_theta", "partial_rotary_factor"):
+        scaling.pop(key, None)
+        values = [of[key] for of in (new, old, config) if of.get(key) is not None]
+        found |= {key: values[0]} if values else {}
+    return found | scaling

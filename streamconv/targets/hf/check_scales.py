@@ -11,12 +11,11 @@ from streamconv.checkpoint.shard import Shard
 from streamconv.errors import printable
 from streamconv.natural import natural
 from streamconv.quants.factors import odd_scales
-from streamconv.targets.hf.compressed_scheme import Compressed
-from streamconv.targets.hf.other_schemes import Words, other_groups
 from streamconv.targets.hf.recipes import BLOCK
 from streamconv.targets.hf.rules import partners
+from streamconv.targets.hf.schemes import other_groups, wrong_order
 from streamconv.targets.hf.stated import Statement
-from streamconv.targets.hf.weights import Tensors
+from streamconv.targets.hf.units import Tensors
 
 SCALES = ("weight_scale", "weight_scale_inv", "scales")
 WORDS = ("scales",)
@@ -97,7 +96,8 @@ def unordered(codes: Iterable[str], tensors: Tensors, statement: Statement) -> I
     """Weights with act order, and nothing that says which."""
     for module in sorted(codes, key=natural):
         group = statement.scheme_of(module)
-        if group is not None and isinstance(group.scheme, Words) and group.scheme.ordered and f"{module}.g_idx" not in tensors:
+        scheme = group.scheme if group is not None else None
+        if scheme is not None and scheme.main == "qweight" and scheme.ordered and f"{module}.g_idx" not in tensors:
             yield f"{printable(module)} has no g_idx, and config.json states act order (desc_act)"
 
 
@@ -150,21 +150,23 @@ def wrong_values(name: str, data: bytes, dtype: str, tensors: Tensors, statement
         return odd
     group = statement.scheme_of(module)
     scheme = group.scheme if group is not None else None
+    if scheme is None:
+        return ""
+    compressed = scheme.container == "compressed-tensors"
     if leaf == "weight_g_idx":
-        return other_groups(data, scheme.weights.group or -1) if isinstance(scheme, Compressed) else ""
+        return other_groups(data, scheme.group or -1) if compressed else ""
     if leaf == "g_idx":
-        return scheme.wrong_order(data) if isinstance(scheme, Words) and scheme.method == "gptq" else ""
+        return wrong_order(scheme, data) if scheme.container == "gptq" else ""
     if leaf == "qzeros":
-        if not isinstance(scheme, Words) or scheme.middle is None:
+        if scheme.middle is None:
             return ""
         each = sum(scheme.middle << shift for shift in range(0, 8, min(scheme.bits, 8)))
         return "" if data.count(each) == len(data) else "zero points, and config.json says sym: engines leave them out"
     code = tensors.get(f"{module}.weight_packed")
-    if leaf != "weight_shape" or dtype != "I64" or len(data) != 16 or code is None or not isinstance(scheme, Compressed):
+    if leaf != "weight_shape" or dtype != "I64" or len(data) != 16 or code is None or not compressed:
         return ""
     rows, cols = struct.unpack("<2q", data)
-    bits = scheme.weights.bits
-    fits = rows == code[1][0] and cols > 0 and -(-cols * bits // 32) == code[1][-1]
+    fits = rows == code[1][0] and cols > 0 and -(-cols * scheme.bits // 32) == code[1][-1]
     return "" if fits else f"[{rows}, {cols}], and the codes are {code[0]} {list(code[1])}"
 
 

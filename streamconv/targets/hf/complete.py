@@ -13,10 +13,8 @@ from streamconv.checkpoint.unknown_statements import overrides
 from streamconv.errors import CheckpointError, printable
 from streamconv.targets.hf.check_scales import SCALES, check_tensors, codes_of
 from streamconv.targets.hf.layers import Model, differences, in_order
-from streamconv.targets.hf.second_file import group_size
-from streamconv.targets.hf.stated import read_statement, stated_bits
-from streamconv.targets.hf.units import Kind
-from streamconv.targets.hf.weights import Tensors, Told
+from streamconv.targets.hf.stated import group_size, read_statement, stated_bits
+from streamconv.targets.hf.units import Kind, Tensors, Told
 
 _OF = re.compile(r"^(.*)-(\d{5})-of-(\d{5})\.safetensors$")
 _FP8 = ("F8_E4M3", "F8_E5M2")

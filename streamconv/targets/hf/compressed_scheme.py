@@ -10,7 +10,8 @@ from streamconv.checkpoint.dtypes import FLOATS
 from streamconv.checkpoint.unknown_statements import FORMATS
 from streamconv.checkpoint.untrusted import shown_value
 from streamconv.errors import printable
-from streamconv.targets.hf.weights import Tensors, Told
+from streamconv.targets.hf.schemes import Scheme, Wanted
+from streamconv.targets.hf.units import Tensors, Told
 
 _SCHEME = ("targets", "weights", "input_activations", "output_activations", "format")
 _ARGS = ("num_bits", "type", "symmetric", "dynamic", "strategy", "group_size", "block_structure", "scale_dtype", "zp_dtype", "observer",
@@ -62,72 +63,57 @@ class Args:
     ordered: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Compressed:
-    """One scheme."""
-
-    name: str
-    form: _Form
-    weights: Args
-    inputs: Args | None
-
-    @property
-    def title(self) -> str:
-        return f"{self.name}, {self.weights.bits} bits, a scale for each {self.weights.strategy}"
-
-    @property
-    def main(self) -> str:
-        return self.form.main
-
-    @property
-    def tiled(self) -> str:
-        return "cols" if self.weights.strategy == "block" else ""
-
-    def wanted(self, module: str, tensors: Tensors) -> dict[str, list[Told]] | None:
-        code = tensors.get(f"{module}.{self.main}")
-        if code is None or code[0] != self.form.dtype or len(code[1]) != 2:
+def _compressed(name: str, form: _Form, weights: Args, inputs: Args | None) -> Scheme:
+    def wanted(module: str, tensors: Tensors) -> Wanted | None:
+        code = tensors.get(f"{module}.{form.main}")
+        if code is None or code[0] != form.dtype or len(code[1]) != 2:
             return None
-        rows, bits = code[1][0], self.weights.bits
+        rows, bits = code[1][0], weights.bits
         cols = code[1][1] * {"I32": 32, "U8": 8}.get(code[0], bits) // bits
-        grid = self._grid(rows, cols)
+        grid = _grid(weights, rows, cols)
         if grid is None:
             return None
-        kinds = FLOATS if self.weights.scale is None else (self.weights.scale,)
-        found: dict[str, list[Told]] = {self.main: [code], "weight_scale": [(kind, grid) for kind in kinds]}
+        kinds = FLOATS if weights.scale is None else (weights.scale,)
+        found: Wanted = {form.main: [code], "weight_scale": [(kind, grid) for kind in kinds]}
         scalar: list[Told] = [(kind, (1,)) for kind in FLOATS]
-        if self.weights.ordered:
+        if weights.ordered:
             found["weight_g_idx"] = [("I32", (cols,))]
-        if self.name == "pack-quantized":
+        if name == "pack-quantized":
             found["weight_shape"] = [("I64", (2,))]
-            found |= {"weight_zero_point": [("I32", (-(-rows * bits // 32), grid[1]))]} if not self.weights.symmetric else {}
-        elif not self.weights.symmetric:
+            found |= {"weight_zero_point": [("I32", (-(-rows * bits // 32), grid[1]))]} if not weights.symmetric else {}
+        elif not weights.symmetric:
             found["weight_zero_point"] = [("I8", grid)]
-        if self.name == "nvfp4-pack-quantized":
+        if name == "nvfp4-pack-quantized":
             found["weight_global_scale"] = scalar
-        if self.inputs is not None and self.inputs.dynamic is not True:
-            leaf = "input_global_scale" if self.name == "nvfp4-pack-quantized" else "input_scale"
+        if inputs is not None and inputs.dynamic is not True:
+            leaf = "input_global_scale" if name == "nvfp4-pack-quantized" else "input_scale"
             found[leaf] = [*scalar, *((kind, ()) for kind in FLOATS)]
-            found |= {"input_zero_point": [("I8", (1,))]} if not self.inputs.symmetric else {}
+            found |= {"input_zero_point": [("I8", (1,))]} if not inputs.symmetric else {}
         return found
 
-    def _grid(self, rows: int, cols: int) -> tuple[int, ...] | None:
-        if self.weights.strategy == "tensor":
-            return (1,)
-        if self.weights.strategy == "channel":
-            return rows, 1
-        if self.weights.strategy == "block":
-            return -(-rows // self.weights.block[0]), -(-cols // self.weights.block[1])
-        group = self.weights.group or 0
-        return (rows, cols // group) if group and cols % group == 0 else None
+    title, tiled = f"{name}, {weights.bits} bits, a scale for each {weights.strategy}", "cols" if weights.strategy == "block" else ""
+    return Scheme("compressed-tensors", title, form.main, wanted, tiled, weights.bits, weights.group, weights.ordered)
 
 
-def compressed_groups(stated: Mapping[str, Any], problems: list[str]) -> list[tuple[Sequence[str], Compressed | None]]:
+def _grid(weights: Args, rows: int, cols: int) -> tuple[int, ...] | None:
+    """The shape of the scales of a weight [rows, cols], None if its columns do not divide into groups."""
+    if weights.strategy == "tensor":
+        return (1,)
+    if weights.strategy == "channel":
+        return rows, 1
+    if weights.strategy == "block":
+        return -(-rows // weights.block[0]), -(-cols // weights.block[1])
+    group = weights.group or 0
+    return (rows, cols // group) if group and cols % group == 0 else None
+
+
+def compressed_groups(stated: Mapping[str, Any], problems: list[str]) -> list[tuple[Sequence[str], Scheme | None]]:
     """(targets, scheme) of each group; None where the scheme is not known here. What no engine reads is added to `problems`."""
     groups = stated.get("config_groups")
     if not isinstance(groups, dict) or not groups:
         problems.append(f"quantization_config: config_groups is {shown_value(groups)}, no object with groups")
         return []
-    found: list[tuple[Sequence[str], Compressed | None]] = []
+    found: list[tuple[Sequence[str], Scheme | None]] = []
     for name, scheme in list(groups.items())[:1000]:
         at = f"quantization_config: {printable(name, 40)}"
         if not isinstance(scheme, dict):
@@ -142,7 +128,7 @@ def compressed_groups(stated: Mapping[str, Any], problems: list[str]) -> list[tu
     return found
 
 
-def _scheme(at: str, scheme: Mapping[str, Any], stated: Mapping[str, Any], problems: list[str]) -> list[Compressed | None]:
+def _scheme(at: str, scheme: Mapping[str, Any], stated: Mapping[str, Any], problems: list[str]) -> list[Scheme | None]:
     """The scheme, None if it is not known here; nothing if no engine reads it, which has been told."""
     name = scheme.get("format") or stated.get("format")
     if name in FORMATS:
@@ -165,7 +151,7 @@ def _scheme(at: str, scheme: Mapping[str, Any], stated: Mapping[str, Any], probl
     if wrong:
         problems.append(f"{at}: {', '.join(wrong)} of the weights, which {name} does not take")
         return []
-    return [Compressed(str(name), form, weights, inputs)]
+    return [_compressed(str(name), form, weights, inputs)]
 
 
 def _args(at: str, held: object, form: _Form, problems: list[str]) -> Args | None:

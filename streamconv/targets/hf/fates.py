@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from streamconv.errors import printable
 from streamconv.targets.hf.ignored import is_table
 from streamconv.targets.hf.recipes import BLOCK, Recipe
-from streamconv.targets.hf.rules import Module, classify, grouped, matches, partners, split_groups, starred
+from streamconv.targets.hf.rules import Module, classify, matches, partners, split_groups, starred
 from streamconv.targets.hf.stored import Stored
 
 if TYPE_CHECKING:
@@ -21,33 +20,18 @@ _APART = ("kv_b_proj", "k_b_proj", "eh_proj")
 """Modules that TensorRT-LLM never reads as FP8 tiles; the first two are also taken apart for attention."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Fate:
-    """What modules share whose names differ in numbers alone, and whose layers or experts hold the same.
-
-    Attributes:
-        pattern: name with numbers as *.
-        reason: why they are left as they are; "" if they are to be quantized.
-    """
-
-    pattern: str
-    rows: int
-    cols: int
-    reason: str
-
-
 class Fates:
     """The fate of every module with a 2-D weight of floats.
 
     Attributes:
-        by_name: in the order of the source.
+        by_name: name -> the first module of its kind, in the order of the source.
         refused: what engines would refuse, one line each.
     """
 
     def __init__(self, stored: Stored, target: HuggingFace, recipe: Recipe, vocab: int | None = None) -> None:
         self._target, self._recipe, self._vocab = target, recipe, vocab
         forms = zip(stored.order, stored.forms(), strict=True)
-        self.by_name: dict[str, Fate] = {name[:-7]: _NONE for name, form in forms if form.linear and name.endswith(".weight")}
+        self.by_name: dict[str, Module] = {name[:-7]: _NONE for name, form in forms if form.linear and name.endswith(".weight")}
         some, turned = list[Module](), list[str]()
         for kind in stored.kinds():
             held = {rest[:-7]: form.shape for rest, form in kind.held.items() if form.linear and rest.endswith(".weight")}
@@ -56,22 +40,21 @@ class Fates:
                 some += modules
                 turned += [module.name for module in modules if _is_turned(stored, module)]
                 for rest, module in zip(held, modules, strict=True):
-                    fate = Fate(starred(module.name), module.rows, module.cols, module.reason)
-                    self.by_name.update(dict.fromkeys([head + rest for head in heads], fate))
+                    self.by_name.update(dict.fromkeys([head + rest for head in heads], module))
         if turned:
             self.refused = [_TURNED.format(printable(turned[0]))]
             return
-        self.refused = self._check(some) and self._check([Module(name, f.rows, f.cols, f.reason) for name, f in self.by_name.items()])
+        self.refused = self._check(some) and self._check([dataclasses.replace(m, name=name) for name, m in self.by_name.items()])
 
-    def wanted(self) -> dict[str, Fate]:
+    def wanted(self) -> dict[str, Module]:
         """The modules that are quantized."""
         return {name: fate for name, fate in self.by_name.items() if not fate.reason}
 
     def grouped(self) -> dict[tuple[str, str], int]:
-        """(pattern, reason) -> how many, in order: what `plan` shows."""
+        """(name with layer and expert numbers as *, reason) -> how many, in order: what `plan` shows."""
         found: Counter[tuple[str, str]] = Counter()
-        for fate, count in Counter(self.by_name.values()).items():
-            found[fate.pattern, fate.reason] += count
+        for module, count in Counter(self.by_name.values()).items():
+            found[starred(module.name), module.reason] += count
         return found
 
     def _alike(self, heads: list[str], held: Collection[str]) -> Iterable[list[str]]:
@@ -113,10 +96,12 @@ class Fates:
         recipe, target, refused = self._recipe, self._target, list[str]()
         wanted = [module for module in modules if not module.reason]
         unit = recipe.unit or target.group_size
-        bad = [m for m in wanted if m.cols % unit or m.rows % recipe.whole]
-        for key, count in grouped(bad).items():
-            one = next(m for m in bad if grouped([m]) == {key: 1})
-            more = f" (and {count - 1} like it)" if count > 1 else ""
+        bad: dict[str, list[Module]] = {}
+        for module in wanted:
+            if module.cols % unit or module.rows % recipe.whole:
+                bad.setdefault(starred(module.name), []).append(module)
+        for one, *others in bad.values():
+            more = f" (and {len(others)} like it)" if others else ""
             group = f"groups of {unit}" if one.cols % unit else f"{recipe.whole} output channels at a time"
             refused.append(
                 f"{printable(one.name)}{more}: shape [{one.rows}, {one.cols}] does not divide into {group}: choose another --group-size,"
@@ -131,7 +116,7 @@ class Fates:
         return refused
 
 
-_NONE = Fate("", 0, 0, "")
+_NONE = Module("", 0, 0)
 _TURNED = (
     "{}: its weight stands as [in, out] (its bias has a number for each column: Conv1D, as in GPT-2), and readers quantize nn.Linear alone:"
     " they would take its codes for floats"

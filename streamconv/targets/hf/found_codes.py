@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 
 from streamconv.checkpoint.codes_file import HINT, ApartTensor, Codes, Found
+from streamconv.checkpoint.derived_rows import WIDE, turned
+from streamconv.checkpoint.dtypes import F16, F32
 from streamconv.checkpoint.index import Index
+from streamconv.checkpoint.rows import RowSource, SourceTensor
 from streamconv.errors import TensorError, UsageError, printable
 from streamconv.families.naming import settle
 from streamconv.natural import natural
-from streamconv.targets.hf.fates import Fate
+from streamconv.quants.awq_words import AwqScales
+from streamconv.quants.base import Codec
+from streamconv.quants.given_codes import GivenIntegers
+from streamconv.quants.plain import Plain
 from streamconv.targets.hf.recipes import Recipe
-from streamconv.targets.hf.rules import partners
-from streamconv.targets.hf.stored import Stored
+from streamconv.targets.hf.rules import Module, partners
+from streamconv.targets.hf.sources import Weight
+from streamconv.targets.hf.stored import Form, Stored
 
 
 def taken(
-    codes: Codes, index: Index, stored: Stored, wanted: Mapping[str, Fate], group: int, recipe: Recipe
+    codes: Codes, index: Index, stored: Stored, wanted: Mapping[str, Module], group: int, recipe: Recipe
 ) -> tuple[dict[str, Found], dict[str, ApartTensor]]:
     """(module -> its codes, norm or bias -> what takes its place); a search knows them by the names of the family tables.
 
@@ -61,3 +69,25 @@ def _check_folds(codes: Codes, quantized: Collection[str], recipe: Recipe) -> No
     if left is not None:
         told = f"--method awq: {printable(left)} is to stay as it is, and its pre-scale is in the layer before it"
         raise UsageError(told, hint="leave out --ignore and --only, or take --method gptq")
+
+
+def tensors_of(weight: Weight, form: Form, codec: Codec, recipe: Recipe, found: Found | None) -> list[tuple[str, Codec, RowSource]]:
+    """(role, codec, rows) of each tensor of a weight [N, K] whose codes were found, or whose container has a row for each input channel.
+
+    Args:
+        codec: of the weight's rows, or of its columns in such a container.
+
+    Raises:
+        UsageError: the source holds it in a form that is not read by columns.
+    """
+    if found is None:
+        if not (isinstance(weight, SourceTensor) and weight.as_stored and len(weight.pieces) == 1):
+            told = f"{printable(weight.name.removesuffix('.weight'))}: --format awq takes weights that are floats in a tensor of their own"
+            raise UsageError(told, hint="--format compressed-tensors, or --quant none first")
+        return [("", codec, turned(weight, WIDE))]
+    if recipe.turned:
+        return [("", GivenIntegers("awq"), found.codes.turned()), ("", AwqScales(), replace(found.scales, into=F16).turned())]
+    packed = recipe.container == "compressed-tensors"
+    kind = form.dtype if packed else F32
+    scales = replace(found.scales, into=kind)
+    return [("", GivenIntegers("words" if packed else "pairs"), found.codes), ("scale", Plain(kind), scales)]

@@ -7,14 +7,13 @@ from collections.abc import Mapping
 
 from streamconv.checkpoint.activation_ranges import HINT, Ranges
 from streamconv.errors import RefusedError, TensorError, printable
-from streamconv.targets.hf.fates import Fate
-from streamconv.targets.hf.rules import partners
+from streamconv.targets.hf.rules import Module, partners
 
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 _CACHED = re.compile(r"(.*)\.([kv])_proj\.weight")
 
 
-def input_maxima(ranges: Ranges, wanted: Mapping[str, Fate]) -> dict[str, float]:
+def input_maxima(ranges: Ranges, wanted: Mapping[str, Module]) -> dict[str, float]:
     """The largest absolute input of each module: partners share one, and an expert that no token reached takes its layer's.
 
     Raises:

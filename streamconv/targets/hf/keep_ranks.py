@@ -13,12 +13,11 @@ from streamconv.checkpoint.dtypes import F8_E4M3
 from streamconv.checkpoint.rows import PackedTensor, SourceTensor
 from streamconv.errors import UsageError, printable
 from streamconv.lazy import np
-from streamconv.quants.awq import PairedCodes
-from streamconv.quants.given_codes import Words, ZeroPoints
+from streamconv.quants.given_codes import GivenIntegers, ZeroPoints
 from streamconv.quants.kept_groups import zero_words
 from streamconv.quants.plain import Plain
 from streamconv.targets.hf import config_json
-from streamconv.targets.hf.keep import ZERO_POINTS, Kept, Maker, compressed, left
+from streamconv.targets.hf.kept import ZERO_POINTS, Kept, compressed, left
 from streamconv.targets.hf.recipes import recipe_of
 from streamconv.targets.hf.target import Container
 
@@ -76,19 +75,18 @@ def keep_ranks(index: Index, tensors: Mapping[str, SourceTensor], container: Con
     if container not in (None, *there):
         told = f"--quant keep: these codes have no place in --format {container} as they are"
         raise UsageError(told, hint=f"--format {' or '.join(there)}")
-    kept = Kept(container or there[0], modules=[name.removesuffix(".weight") for name in weights])
-    maker = Maker(kept, draft)
+    kept = Kept(container or there[0], draft, modules=[name.removesuffix(".weight") for name in weights])
     lacking = form.kind == _CODES and not _symmetric(index, tensors, weights)
     for name, tensor in tensors.items():
         module, _, leaf = name.rpartition(".")
         if leaf in _BESIDE and f"{module}.weight" in forms:
             continue
         if name not in forms:
-            maker.add(name, tensor, Plain(into), tensor.shape)
+            kept.add(name, tensor, Plain(into), tensor.shape)
         elif form.kind == _CODES:
-            _words(maker, module, cast(PackedTensor, tensor), tensors, lacking)
+            _pack(kept, module, cast(PackedTensor, tensor), tensors, lacking)
         else:
-            _copied(maker, module, tensor, tensors, kept.container)
+            _copied(kept, module, tensor, tensors)
     ignore = left(tensors, kept.modules, kept.container)
     if form.kind == _CODES:
         kept.quantization = _packed(forms, counts, not lacking, ignore)
@@ -147,40 +145,38 @@ def _symmetric(index: Index, tensors: Mapping[str, SourceTensor], weights: list[
     return True
 
 
-def _words(maker: Maker, module: str, codes: PackedTensor, tensors: Mapping[str, SourceTensor], lacking: bool) -> None:
+def _pack(kept: Kept, module: str, codes: PackedTensor, tensors: Mapping[str, SourceTensor], lacking: bool) -> None:
     """Integers as compressed-tensors packs them.
 
     Args:
         lacking: there are zero points.
     """
-    n, k, bits = *codes.shape, codes.bits
     scale, zeros = tensors[f"{module}.weight_scale"], tensors.get(f"{module}.weight_zero")
-    points = zero_words(scale, zeros, bits) if zeros is not None else None
-    key = f"zero points of {module}" if points is not None and not lacking else ""
-    if key and points is not None:
-        maker.draft.reduce(points, ZeroPoints(key, bits, 1 << (bits - 1)))
-    maker.add(f"{module}.weight_packed", codes, Words(bits, key), (n, k * bits // 32))
-    maker.copy(f"{module}.weight_scale", turned(scale) if zeros is not None else scale)
-    if points is not None and lacking:
-        maker.copy(f"{module}.weight_zero_point", points)
-    maker.fixed(f"{module}.weight_shape", codes, (n, k))
-
-
-def _copied(maker: Maker, module: str, codes: SourceTensor, tensors: Mapping[str, SourceTensor], container: str) -> None:
-    """FP8 and W4A16_AWQ: bytes as they are, scales in the shape of the container."""
-    scale, modelopt = tensors[f"{module}.weight_scale"], container == "modelopt"
-    if isinstance(codes, PackedTensor):
-        maker.add(f"{module}.weight", codes, PairedCodes(), (codes.rows // 2, codes.cols))
-        maker.copy(f"{module}.weight_scale", scale)
-        if inputs := tensors.get(f"{module}.pre_quant_scale"):
-            maker.copy(inputs.name, inputs)
+    if zeros is None:
+        kept.pack(module, codes, "", scale, None)
         return
-    maker.copy(f"{module}.weight", codes)
+    points = zero_words(scale, zeros, codes.bits)
+    key = "" if lacking else f"zero points of {module}"
+    if key:
+        kept.draft.reduce(points, ZeroPoints(key, codes.bits, 1 << (codes.bits - 1)))
+    kept.pack(module, codes, key, turned(scale), (points, Plain(points.dtype)) if lacking else None)
+
+
+def _copied(kept: Kept, module: str, codes: SourceTensor, tensors: Mapping[str, SourceTensor]) -> None:
+    """FP8 and W4A16_AWQ: bytes as they are, scales in the shape of the container."""
+    scale, modelopt = tensors[f"{module}.weight_scale"], kept.container == "modelopt"
+    if isinstance(codes, PackedTensor):
+        kept.add(f"{module}.weight", codes, GivenIntegers("pairs"), (codes.rows // 2, codes.cols))
+        kept.copy(f"{module}.weight_scale", scale)
+        if inputs := tensors.get(f"{module}.pre_quant_scale"):
+            kept.copy(inputs.name, inputs)
+        return
+    kept.copy(f"{module}.weight", codes)
     inputs = tensors.get(f"{module}.input_scale")
     whole: tuple[int, ...] = () if modelopt else (1,)
-    maker.copy(f"{module}.weight_scale", scale, whole if inputs else (scale.rows,) if modelopt else (scale.rows, 1))
+    kept.copy(f"{module}.weight_scale", scale, whole if inputs else (scale.rows,) if modelopt else (scale.rows, 1))
     if inputs:
-        maker.copy(inputs.name, inputs, whole)
+        kept.copy(inputs.name, inputs, whole)
 
 
 def _packed(forms: Mapping[str, _Form], counts: Mapping[_Form, int], symmetric: bool, left: list[str]) -> dict[str, Any]:

@@ -25,8 +25,7 @@ from streamconv.targets.hf.model_types import (
     text_config,
 )
 from streamconv.targets.hf.rules import is_other_part
-from streamconv.targets.hf.units import Kind
-from streamconv.targets.hf.weights import Shape, Told, weights
+from streamconv.targets.hf.units import Kind, Shape, Told, weights
 
 _STACK = re.compile(r"^(.*?\b(?:layers?|h|blocks?))\.(\d{1,9})\.(.+)$")
 _EXPERT = re.compile(r"\bexperts\.\d+(?=\.)")

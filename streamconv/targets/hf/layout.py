@@ -19,15 +19,13 @@ from streamconv.quants.fp8_tensor import Fp8Scale, WeightMaximum
 from streamconv.quants.plain import Plain
 from streamconv.targets.hf import config_json
 from streamconv.targets.hf.card import NAME, Done, card, left
-from streamconv.targets.hf.fates import Fate, Fates
+from streamconv.targets.hf.fates import Fates
 from streamconv.targets.hf.ignored import ignored, tied_heads, vocabulary
 from streamconv.targets.hf.input_scales import cache_maxima, input_maxima
 from streamconv.targets.hf.recipes import BLOCK, CodecOptions, Recipe
-from streamconv.targets.hf.restacked import restack
-from streamconv.targets.hf.rules import partners
-from streamconv.targets.hf.shards import shards_of
+from streamconv.targets.hf.rules import Module, partners
 from streamconv.targets.hf.side_files import side_files
-from streamconv.targets.hf.stacked import unstack
+from streamconv.targets.hf.stacked import restack, unstack
 from streamconv.targets.hf.stored import Form, Stored
 
 if TYPE_CHECKING:
@@ -95,7 +93,7 @@ class Layout:
     ranges: Ranges | None = None
     codes: Codes | None = None
     refused: list[str] = field(default_factory=list)
-    fates: dict[str, Fate] = field(default_factory=dict)
+    fates: dict[str, Module] = field(default_factory=dict)
     inputs: dict[str, float] = field(default_factory=dict)
     cached: dict[str, tuple[str, str, float]] = field(default_factory=dict)
     searched: dict[str, Found] = field(default_factory=dict)
@@ -136,16 +134,15 @@ class Layout:
         """Output file -> names of the source's tensors that it takes, in order."""
         stored = self.stored
         sizes = (form.nbytes for form in stored.forms())
-        return shards_of(self.index, zip(stored.order, stored.files(), sizes, strict=True), self.target.max_shard_size)
+        return config_json.shards_of(self.index, zip(stored.order, stored.files(), sizes, strict=True), self.target.max_shard_size)
 
     def _way(self, name: str) -> Callable[[int, list[str]], None]:
         """What adds a weight, and those beside it that it adds too, to a file."""
         fate = self.fates.get(name[: -len(".weight")]) if self.fates and name.endswith(".weight") else None
         if fate is None or fate.reason:
             return self._stay
-        if self.recipe is not None and self.recipe.turned:
-            return self._turn
-        return self._take_found if name[: -len(".weight")] in self.searched else self._quantize
+        one_by_one = name[: -len(".weight")] in self.searched or cast(Recipe, self.recipe).turned
+        return self._one_by_one if one_by_one else self._quantize
 
     def _stay(self, file: int, names: list[str]) -> None:
         """Weights that become one tensor each."""
@@ -182,31 +179,18 @@ class Layout:
         made = self.quantized[form] = Quantized(number, len(module.rpartition(".")[2]), first.rpartition(".")[2], scale)
         return made
 
-    def _turn(self, file: int, names: list[str]) -> None:
-        from streamconv.targets.hf.turned_layout import turned_weight
-
-        spelling = Spelled(cast(Recipe, self.recipe))
-        for name in names:
-            module, codec = name[: -len(".weight")], self._codec(self.stored.form(name))
-            turned_weight(self.draft, file, module, self.stored.weights[name], codec, self.searched.get(module), spelling)
-        self._cache_scales(file, names)
-
-    def _take_found(self, file: int, names: list[str]) -> None:
-        """Weights whose codes were searched."""
-        from streamconv.quants.awq import PairedCodes
-        from streamconv.quants.given_codes import Words
+    def _one_by_one(self, file: int, names: list[str]) -> None:
+        """Weights whose codes were searched, or whose container has a row for each input channel."""
+        from streamconv.targets.hf.found_codes import tensors_of
 
         recipe = cast(Recipe, self.recipe)
-        codec: Codec = Words(4) if recipe.container == "compressed-tensors" else PairedCodes()
         for name in names:
             form, module = self.stored.form(name), name[: -len(".weight")]
-            searched = self.searched[module]
-            matrix = self.draft.matrix(file, module, form.rows, form.cols, codec, spelling=Spelled(recipe))
-            self.draft.feed(matrix, searched.codes, 0, form.rows)
-            scale = f"{module}.{recipe.tensors['scale']}"
-            into = form.dtype if recipe.container == "compressed-tensors" else F32
-            matrix = self.draft.matrix(file, scale, form.rows, searched.scales.cols, Plain(into), spelling=Named(searched.scales.shape))
-            self.draft.feed(matrix, replace(searched.scales, into=into), 0, form.rows)
+            searched = self.searched.get(module)
+            for role, codec, rows in tensors_of(self.stored.weights[name], form, self._codec(form), recipe, searched):
+                own = f"{module}.{recipe.tensors[role]}" if role else module
+                spelling = Named((rows.rows, rows.cols)) if role else Spelled(recipe)
+                self.draft.feed(self.draft.matrix(file, own, rows.rows, rows.cols, codec, spelling=spelling), rows, 0, rows.rows)
             self._beside(file, module, form, recipe, searched)
         self._cache_scales(file, names)
 
@@ -235,9 +219,12 @@ class Layout:
 
     def _codec(self, form: Form) -> Codec:
         """How weights of a form are stored; the key of a maximum that their scale follows from is left open."""
-        recipe, target = cast(Recipe, self.recipe), self.target
+        recipe = cast(Recipe, self.recipe)
         lone = recipe.lone if _within_tile(form) else None
-        return (lone[0] if lone else recipe.codec)(CodecOptions(form.dtype, target.group_size, target.arithmetic, "", target.method))
+        return (lone[0] if lone else recipe.codec)(self._options(form))
+
+    def _options(self, form: Form) -> CodecOptions:
+        return CodecOptions(form.dtype, self.target.group_size, self.target.arithmetic, "", self.target.method)
 
     def _beside(self, file: int, module: str, form: Form, recipe: Recipe, searched: Found | None) -> None:
         """Add what stands beside codes and scales."""
@@ -267,9 +254,8 @@ class Layout:
     def _scale(self, form: Form, recipe: Recipe) -> tuple[str, int]:
         """Last name and number of the form of the scale of a whole weight."""
         ending, codec = recipe.shared or ("weight_scale", recipe.lone[1] if recipe.lone and _within_tile(form) else None)
-        request = CodecOptions(form.dtype, self.target.group_size, self.target.arithmetic, "", self.target.method)
         shape = () if recipe.container == "modelopt" else (1,)
-        return ending, self.draft.form(1, 1, codec(request) if codec else Fp8Scale(""), Named(shape))
+        return ending, self.draft.form(1, 1, codec(self._options(form)) if codec else Fp8Scale(""), Named(shape))
 
     # ---- what is told
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from streamconv.checkpoint.dtypes import F16, F32, DType
@@ -14,16 +15,17 @@ from streamconv.quants.base import Codec
 from streamconv.quants.fp8_block import Fp8Block
 from streamconv.quants.fp8_rowwise import Fp8Rowwise
 from streamconv.quants.fp8_tensor import Fp8Scale, Fp8Tensor
-from streamconv.quants.int_group import IntGroup, Packing
+from streamconv.quants.int_group import IntGroup
 from streamconv.quants.mx import Mx
 from streamconv.quants.nvfp4 import NvFp4, SharedScale
+from streamconv.quants.packing import Packing
+from streamconv.quants.rounding import LEAST_NORMAL
 from streamconv.targets.hf.target import Container
 
 BLOCK = 128
 
 _EPS = {"F32": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7}
 """What compressed-tensors puts in the place of a scale of 0: the type's epsilon."""
-_LEAST_NORMAL = {"F32": 2.0**-126, "F16": 2.0**-14, "BF16": 2.0**-126}
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +134,7 @@ def _fp8_channel(r: CodecOptions) -> Codec:
 
 
 def _fp8_channel_modelopt(r: CodecOptions) -> Codec:
-    return Fp8Rowwise(-_INF, _INF, None, _LEAST_NORMAL[r.dtype.name] / 448.0, 1.0)
+    return Fp8Rowwise(-_INF, _INF, None, LEAST_NORMAL[r.dtype.name] / 448.0, 1.0)
 
 
 def _fp8_tiles(r: CodecOptions) -> Codec:
@@ -155,7 +157,7 @@ def _int_modelopt(bits: int, packing: Packing) -> Callable[[CodecOptions], Codec
         if r.method is not None:
             return _searched(r, packing)
         largest = float(2 ** (bits - 1) - 1)
-        least = _LEAST_NORMAL[r.dtype.name if bits == 8 else "F32"]
+        least = LEAST_NORMAL[r.dtype.name if bits == 8 else "F32"]
         return IntGroup(bits, 0 if bits == 8 else r.group, largest, 1.0, F32, F32, packing, least / largest)
 
     return made
@@ -167,7 +169,7 @@ def _searched(r: CodecOptions, packing: Packing) -> Codec:
     Scales are rounded to the weight's type in either container: engines cast them to it.
     """
     search = r.method == "mse"
-    floor = _LEAST_NORMAL["F16"] if r.dtype.name == "F16" else 0.0
+    floor = LEAST_NORMAL["F16"] if r.dtype.name == "F16" else 0.0
     return IntGroup(4, r.group, 7.0 if search else 8.0, 1.0, r.dtype, F32, packing, floor, packing == "pairs" and r.dtype != F32, search)
 
 
@@ -183,14 +185,11 @@ def _mx(element: Literal["fp4", "fp8"]) -> Callable[[CodecOptions], Codec]:
     return lambda r: Mx(element, "rounded", r.scale)
 
 
-def _float(bits: int, strategy: str, **more: Any) -> dict[str, Any]:
-    return {"num_bits": bits, "type": "float", "symmetric": True, "dynamic": False, "strategy": strategy, **more}
+def _args(kind: str, bits: int, strategy: str, **more: Any) -> dict[str, Any]:
+    return {"num_bits": bits, "type": kind, "symmetric": True, "dynamic": False, "strategy": strategy, **more}
 
 
-def _integer(bits: int, strategy: str, **more: Any) -> dict[str, Any]:
-    return {"num_bits": bits, "type": "int", "symmetric": True, "dynamic": False, "strategy": strategy, **more}
-
-
+_float, _integer = partial(_args, "float"), partial(_args, "int")
 _DYNAMIC_TOKEN = {"dynamic": True, "strategy": "token"}
 NVFP4_FP4 = _FP4 = {"group_size": 16, "scale_dtype": "torch.float8_e4m3fn"}
 _MX = {"group_size": 32, "scale_dtype": "torch.uint8"}
@@ -210,9 +209,9 @@ RECIPES: tuple[Recipe, ...] = (
            form="float-quantized", weights=_float(8, "block", block_structure=[BLOCK, BLOCK]),
            inputs=_float(8, "group", group_size=BLOCK) | {"dynamic": True}),
     Recipe("fp8_block", "modelopt", "FP8 weights in tiles of 128 x 128",
-           lambda r: Fp8Block(BLOCK, 1.0, _LEAST_NORMAL[r.dtype.name] / 448.0), _CODES | {"weight": "weight"}, {"scale": _tiles4},
-           tiles=True, lone=(lambda r: Fp8Tensor(r.key, None, _LEAST_NORMAL[r.dtype.name] / 448.0),
-                             lambda r: Fp8Scale(r.key, None, _LEAST_NORMAL[r.dtype.name] / 448.0)), algo="fp8_pb_wo"),
+           lambda r: Fp8Block(BLOCK, 1.0, LEAST_NORMAL[r.dtype.name] / 448.0), _CODES | {"weight": "weight"}, {"scale": _tiles4},
+           tiles=True, lone=(lambda r: Fp8Tensor(r.key, LEAST_NORMAL[r.dtype.name] / 448.0),
+                             lambda r: Fp8Scale(r.key, LEAST_NORMAL[r.dtype.name] / 448.0)), algo="fp8_pb_wo"),
     Recipe("int8_dynamic", "compressed-tensors", "INT8 weights per channel, activations per token at run time",
            _int(8, "bytes", False, True), _CODES, {"scale": _column}, form="int-quantized",
            weights=_integer(8, "channel"), inputs=_integer(8, "token") | _DYNAMIC_TOKEN),

@@ -30,9 +30,9 @@ _NORM = re.compile(r"norm[0-9a-z_]*$|(^|\.)ln_[0-9a-z]+$")
 _NOT_LINEAR = re.compile(r"(^|\.)(conv[0-9a-z_]*|rotary_emb|relative_attention_bias|[a-z_]*position[a-z_]*)$")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Module:
-    """A weight that is, or looks like, that of a linear layer.
+    """A weight that is, or looks like, that of a linear layer; or the first of those whose layers or experts hold the same.
 
     Attributes:
         name: full name without ".weight".
@@ -149,12 +149,3 @@ _LAYER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 def starred(name: str) -> str:
     """A name with layer and expert numbers as *."""
     return _LAYER.sub("*", name)
-
-
-def grouped(modules: Iterable[Module]) -> dict[tuple[str, str], int]:
-    """(name with layer and expert numbers as *, reason) -> how many, in order: what `plan` shows."""
-    found: dict[tuple[str, str], int] = {}
-    for module in modules:
-        key = starred(module.name), module.reason
-        found[key] = found.get(key, 0) + 1
-    return found

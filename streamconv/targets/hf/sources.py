@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple
 
+from streamconv.checkpoint.derived_rows import turned
 from streamconv.checkpoint.dtypes import FLOATS, I8, DType
 from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.quantized import SourceQuantization, stated_quantization
@@ -15,23 +16,27 @@ from streamconv.checkpoint.rows import PackedTensor, SourceTensor, content
 from streamconv.checkpoint.source_tensors import SourceTensors
 from streamconv.checkpoint.stored_codes import Code
 from streamconv.errors import CheckpointError, printable
-from streamconv.quants.decoded_rows import DecodedAffine, DecodedIntegers, DecodedTensor, TurnedMx
+from streamconv.lazy import Array, np
+from streamconv.quants.decoded_rows import DecodedAffine, DecodedTensor, TurnedMx
 from streamconv.quants.stacked_rows import Stacked
-from streamconv.targets.hf.packed_sources import PACKED, integers, mx_experts
 from streamconv.targets.hf.stated import stated_bits
 
-_Read = SourceTensor | DecodedTensor | DecodedAffine | DecodedIntegers | TurnedMx
+_Read = SourceTensor | DecodedTensor | DecodedAffine | TurnedMx
 Weight = _Read | Stacked
 
-_SCALES = ("weight_scale_inv", "weight_scale", "weight_scale_2", "weight_global_scale", "weight_shape")
-_OTHERS = ("weight_zero", "weight_g_idx", "input_scale", "input_global_scale", "k_scale", "v_scale", "weight_zero_point", "output_scale",
-           "pre_quant_scale")  # fmt: skip
+_BESIDE = frozenset(
+    ("weight_scale_inv", "weight_scale", "weight_scale_2", "weight_global_scale", "weight_shape", "weight_zero", "weight_g_idx",
+     "input_scale", "input_global_scale", "k_scale", "v_scale", "weight_zero_point", "output_scale", "pre_quant_scale"),
+)  # fmt: skip
+"""What stands beside codes and says nothing of a float weight."""
+PACKED = ("qweight", "qzeros", "scales", "g_idx")
+"""Last names of the tensors of a GPTQ or AutoAWQ weight."""
+READ = frozenset(("weight_scale_2", "weight_global_scale", "weight_shape", "pre_quant_scale"))
+"""Last names of what is read to tell what a weight is: numbers that differ from weight to weight."""
 _OF_STACKED = ("_weight_scale", "_weight_scale_2", "_input_scale")
 STACKED = ("gate_up_proj", "down_proj")
 """Last names of tensors that hold all experts of a layer."""
 _CODES = ("F8_E4M3", "I8", "U8")
-_BESIDE = frozenset((*_SCALES, *_OTHERS))
-"""What stands beside codes and says nothing of a float weight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,16 +88,77 @@ class Reader:
         if zeros is not None and isinstance(tensor, PackedTensor):
             return name, DecodedAffine(name, self.into, tensor.shape, tensor, tensors[f"{name}_scale"], zeros)
         if leaf in ("weight", "weight_packed") and tensor.dtype.name in ("F8_E4M3", "I8", "U8", "I32"):
-            return f"{module}.weight", _decoded(self.index, tensors, module, tensor, self.facts, self.block, self.into)
+            return f"{module}.weight", self._decoded(module, tensor)
         if leaf == "qweight":
-            found = integers(tensors, module, self.told)
-            if found.order is None and self.told is not None and self.told.act_order:
+            weight = integers(tensors, module, self.told, self.into)
+            if weight.order is None and self.told is not None and self.told.act_order:
                 raise CheckpointError(f"missing tensor {printable(module)}.g_idx, which act order (desc_act) needs")
-            return f"{module}.weight", found.decoded(f"{module}.weight", self.into)
+            return f"{module}.weight", weight
         if leaf.endswith("_blocks") and tensor.dtype.name == "U8":
             shown = name.removesuffix("_blocks")
             return shown, mx_experts(tensor, tensors.get(f"{shown}_scales"), shown, self.into)
         return name, tensor
+
+    def _decoded(self, module: str, codes: SourceTensor) -> DecodedTensor:
+        """A weight of codes [N, K] with scales beside them."""
+        tensors = self.tensors
+        scale = tensors.get(f"{module}.weight_scale_inv") or tensors.get(f"{module}.weight_scale")
+        if scale is None:
+            raise CheckpointError(
+                f"{printable(codes.name)} holds {codes.dtype} codes, and this checkpoint has no scales for them",
+                hint="convert the unquantized model, or a checkpoint that is complete",
+            )
+        code, shape = self._code(module, codes, scale)
+        rows, cols = shape[-2], shape[-1]
+        factor = tensors.get(f"{module}.weight_scale_2") or tensors.get(f"{module}.weight_global_scale")
+        whole = (1.0, False) if factor is None else (self._number(factor), factor.name.endswith("_global_scale"))
+        grid = _grid(scale.shape, rows, cols, self.block)
+        if grid is None:
+            told = f"{printable(scale.name)} has shape {list(scale.shape)}, which is no grid of scales for a weight [{rows}, {cols}]"
+            raise CheckpointError(told)
+        if code == "int8" and codes.dtype.name == "U8":
+            codes = PackedTensor(codes.name, I8, (rows, cols), codes.pieces, 0, 4, "modelopt", module)
+        zeros, inputs, order = (tensors.get(f"{module}.{leaf}") for leaf in ("weight_zero_point", "pre_quant_scale", "weight_g_idx"))
+        words = (-(-rows * (4 if code == "uint4" else 8) // 32), grid.shape[1])
+        if zeros is not None and (code not in ("uint4", "uint8") or zeros.dtype.name != "I32" or zeros.shape != words or grid.per_row != 1):
+            told = f"{printable(zeros.name)} is {zeros.dtype} {list(zeros.shape)}: zero points of this form are not decoded here"
+            raise CheckpointError(told, hint="convert the unquantized model")
+        if inputs is not None and (inputs.shape != (cols,) or inputs.dtype.name not in FLOATS):
+            told = f"{printable(inputs.name)} is {inputs.dtype} {list(inputs.shape)}, not a number for each of {cols} inputs"
+            raise CheckpointError(told)
+        if order is not None and (order.shape != (cols,) or order.dtype.name != "I32" or grid.per_row != 1):
+            raise CheckpointError(f"{printable(order.name)} is {order.dtype} {list(order.shape)}: no group for each of {cols} inputs")
+        scales = _as_matrix(scale, grid.shape)
+        return DecodedTensor(f"{module}.weight", self.into, shape, codes, code, scales, *grid[:2], *whole, zeros, inputs, order)
+
+    def _code(self, module: str, codes: SourceTensor, scale: SourceTensor) -> tuple[Code, tuple[int, ...]]:
+        """How codes are read, and the shape of the weight."""
+        if codes.dtype.name != "I32":
+            if codes.dtype.name != "U8":
+                return "e4m3" if codes.dtype.name == "F8_E4M3" else "int8", codes.shape
+            if scale.dtype.name == "F32" and len(codes.shape) == 2:
+                return "int8", (2 * codes.shape[0], codes.shape[1])
+            return "e2m1", (*codes.shape[:-1], 2 * codes.shape[-1])
+        if not codes.name.endswith("_packed") or len(codes.shape) != 2:
+            raise CheckpointError(f"{printable(codes.name)}: int32 weights of this form are not read")
+        bits = stated_bits(self.facts) or 4
+        shape = self.tensors.get(f"{module}.weight_shape")
+        cols = self._values(shape, "I64", 2, "two int64 numbers")[1] if shape is not None else codes.shape[1] * 32 // bits
+        if bits not in (4, 8) or cols * bits != codes.shape[1] * 32:
+            raise CheckpointError(f"{printable(codes.name)}: {bits} bits and {cols} columns do not fill its {codes.shape[1]} words")
+        return ("uint4" if bits == 4 else "uint8"), (codes.shape[0], int(cols))
+
+    def _number(self, tensor: SourceTensor) -> float:
+        """The scale of a whole weight."""
+        value = float(self._values(tensor, "F32", 1, "one float32 number")[0])
+        if not math.isfinite(value) or value <= 0:
+            raise CheckpointError(f"{printable(tensor.name)} is {value}, which is no scale")
+        return value
+
+    def _values(self, tensor: SourceTensor, dtype: str, count: int, told: str) -> Array:
+        if tensor.dtype.name != dtype or math.prod(tensor.shape) != count:
+            raise CheckpointError(f"{printable(tensor.name)} must be {told}, and is {tensor.dtype} {list(tensor.shape)}")
+        return np.frombuffer(content(tensor, self.index.shards), {"F32": "<f4", "I64": "<i8"}[dtype])
 
 
 def reader(index: Index, into: DType, sound: bool) -> Reader:
@@ -100,10 +166,6 @@ def reader(index: Index, into: DType, sound: bool) -> Reader:
     stated = index.config.get("quantization_config")
     facts: Mapping[str, Any] = stated if isinstance(stated, dict) else {}
     return Reader(index, into, SourceTensors(index), facts, stated_quantization(index.config, index.root), _block(facts), sound)
-
-
-READ = frozenset(("weight_scale_2", "weight_global_scale", "weight_shape", "pre_quant_scale"))
-"""Last names of what is read to tell what a weight is: numbers that differ from weight to weight."""
 
 
 def _has_codes(tensors: SourceTensors, module: str) -> bool:
@@ -125,78 +187,6 @@ def _stacked_codes(codes: SourceTensor, scale: SourceTensor | None, into: DType)
     scales = math.prod(scale.shape)
     per_row = count * rows // scales
     return DecodedTensor(codes.name, into, codes.shape, codes, "e4m3", _as_matrix(scale, (scales, 1)), per_row, cols)
-
-
-def _decoded(
-    index: Index,
-    tensors: SourceTensors,
-    module: str,
-    codes: SourceTensor,
-    facts: Mapping[str, Any],
-    block: tuple[int, int],
-    into: DType,
-) -> DecodedTensor:
-    name, packed = f"{module}.weight", codes.name.endswith("_packed")
-    scale = tensors.get(f"{module}.weight_scale_inv") or tensors.get(f"{module}.weight_scale")
-    if scale is None:
-        raise CheckpointError(
-            f"{printable(codes.name)} holds {codes.dtype} codes, and this checkpoint has no scales for them",
-            hint="convert the unquantized model, or a checkpoint that is complete",
-        )
-    code, shape = _code(index, tensors, module, codes, scale, facts, packed)
-    rows, cols = shape[-2], shape[-1]
-    factor, divide = 1.0, False
-    if f"{module}.weight_scale_2" in tensors:
-        factor = _number(index, tensors[f"{module}.weight_scale_2"])
-    elif f"{module}.weight_global_scale" in tensors:
-        factor, divide = _number(index, tensors[f"{module}.weight_global_scale"]), True
-    grid = _grid(scale.shape, rows, cols, block)
-    if grid is None:
-        told = f"{printable(scale.name)} has shape {list(scale.shape)}, which is no grid of scales for a weight [{rows}, {cols}]"
-        raise CheckpointError(told)
-    if code == "int8" and codes.dtype.name == "U8":
-        codes = PackedTensor(codes.name, I8, (rows, cols), codes.pieces, 0, 4, "modelopt", module)
-    zeros = tensors.get(f"{module}.weight_zero_point")
-    words = (-(-rows * (4 if code == "uint4" else 8) // 32), grid.shape[1])
-    if zeros is not None and (code not in ("uint4", "uint8") or zeros.dtype.name != "I32" or zeros.shape != words or grid.per_row != 1):
-        told = f"{printable(zeros.name)} is {zeros.dtype} {list(zeros.shape)}: zero points of this form are not decoded here"
-        raise CheckpointError(told, hint="convert the unquantized model")
-    inputs = tensors.get(f"{module}.pre_quant_scale")
-    if inputs is not None and (inputs.shape != (cols,) or inputs.dtype.name not in FLOATS):
-        raise CheckpointError(f"{printable(inputs.name)} is {inputs.dtype} {list(inputs.shape)}, not a number for each of {cols} inputs")
-    order = tensors.get(f"{module}.weight_g_idx")
-    if order is not None and (order.shape != (cols,) or order.dtype.name != "I32" or grid.per_row != 1):
-        raise CheckpointError(f"{printable(order.name)} is {order.dtype} {list(order.shape)}: no group for each of {cols} inputs")
-    scales = _as_matrix(scale, grid.shape)
-    return DecodedTensor(name, into, shape, codes, code, scales, grid.per_row, grid.per_col, factor, divide, zeros, inputs, order)
-
-
-def _code(
-    index: Index,
-    tensors: Mapping[str, SourceTensor],
-    module: str,
-    codes: SourceTensor,
-    scale: SourceTensor,
-    facts: Mapping[str, Any],
-    packed: bool,
-) -> tuple[Code, tuple[int, ...]]:
-    """How codes are read, and the shape of the weight."""
-    if codes.dtype.name == "F8_E4M3":
-        return "e4m3", codes.shape
-    if codes.dtype.name == "I8":
-        return "int8", codes.shape
-    if codes.dtype.name == "U8":
-        if scale.dtype.name == "F32" and len(codes.shape) == 2:
-            return "int8", (2 * codes.shape[0], codes.shape[1])
-        return "e2m1", (*codes.shape[:-1], 2 * codes.shape[-1])
-    if not packed or len(codes.shape) != 2:
-        raise CheckpointError(f"{printable(codes.name)}: int32 weights of this form are not read")
-    bits = stated_bits(facts) or 4
-    shape = tensors.get(f"{module}.weight_shape")
-    cols = _integers(index, shape)[1] if shape is not None else codes.shape[1] * 32 // bits
-    if bits not in (4, 8) or cols * bits != codes.shape[1] * 32:
-        raise CheckpointError(f"{printable(codes.name)}: {bits} bits and {cols} columns do not fill its {codes.shape[1]} words")
-    return ("uint4" if bits == 4 else "uint8"), (codes.shape[0], cols)
 
 
 class _Grid(NamedTuple):
@@ -239,20 +229,58 @@ def _as_matrix(scale: SourceTensor, shape: tuple[int, int]) -> SourceTensor:
     return replace(scale, shape=shape, pieces=(piece,))
 
 
-def _number(index: Index, tensor: SourceTensor) -> float:
-    import struct
+def integers(tensors: Mapping[str, SourceTensor], module: str, stated: SourceQuantization | None, into: DType) -> DecodedTensor:
+    """The weight of a module; the shapes tell GPTQ from AutoAWQ.
 
-    if tensor.nbytes != 4 or tensor.dtype.name != "F32":
-        raise CheckpointError(f"{printable(tensor.name)} must be one float32 number, and is {tensor.dtype} {list(tensor.shape)}")
-    value = float(struct.unpack("<f", content(tensor, index.shards))[0])
-    if not math.isfinite(value) or value <= 0:
-        raise CheckpointError(f"{printable(tensor.name)} is {value}, which is no scale")
-    return value
+    Raises:
+        CheckpointError: one is missing, or they do not fit together, or are of a form that is not read.
+    """
+    found = {leaf: tensors.get(f"{module}.{leaf}") for leaf in PACKED}
+    weight, zeros, scales, order = found["qweight"], found["qzeros"], found["scales"], found["g_idx"]
+    if weight is None or zeros is None or scales is None:
+        missing = next(leaf for leaf in ("qweight", "qzeros", "scales") if found[leaf] is None)
+        raise CheckpointError(f"missing tensor {printable(module)}.{missing}, which its quantized weight needs")
+    shown, hint = printable(module), "convert the unquantized model"
+    bits = stated.bits if stated is not None and stated.bits else 4
+    if bits not in (4, 8):
+        raise CheckpointError(f"{shown}: {bits}-bit weights are not read", hint=hint)
+    groups, n = scales.rows, scales.cols
+    packing = "gptq" if weight.cols == n else "awq"
+    k = weight.rows * (32 // bits if packing == "gptq" else 1)
+    fits = weight.dtype.name == zeros.dtype.name == "I32" and scales.dtype.name in FLOATS and len(weight.shape) == len(scales.shape) == 2
+    fits = fits and groups > 0 and k % groups == 0 and zeros.shape == (groups, n * bits // 32) and n * bits % 32 == 0
+    fits = fits and (packing == "gptq" or (bits == 4 and weight.cols * 8 == n))
+    fits = fits and (order is None or (order.dtype.name == "I32" and order.shape == (k,)))
+    if not fits:
+        shapes = ", ".join(f"{t.dtype} {list(t.shape)}" for t in (weight, zeros, scales))
+        raise CheckpointError(f"{shown}: qweight, qzeros and scales {shapes} do not fit together at {bits} bits", hint=hint)
+    form = stated.format if stated is not None else None
+    if form not in (None, *(("gptq", "gptq_v2") if packing == "gptq" else ("gemm",))):
+        raise CheckpointError(f"{shown}: the {packing} format {printable(str(form))} is not read", hint=hint)
+    codes = PackedTensor(f"{module}.qweight", I8, (n, k), weight.pieces, 0, bits, packing, module)
+    return DecodedTensor(
+        f"{module}.weight", into, (n, k), codes, "int8", turned(scales), 1, k // groups, zeros=turned(zeros), order=order,
+        shuffled=packing == "awq", lacking=1 if packing == "gptq" and form != "gptq_v2" else 0,
+    )  # fmt: skip
 
 
-def _integers(index: Index, tensor: SourceTensor) -> tuple[int, ...]:
-    import struct
+def mx_experts(blocks: SourceTensor, scales: SourceTensor | None, name: str, into: DType) -> TurnedMx:
+    """Experts [E, N, K] of gpt-oss, decoded to [E, K, N]: what transformers holds, and writes.
 
-    if tensor.dtype.name != "I64" or tensor.nbytes != 16:
-        raise CheckpointError(f"{printable(tensor.name)} must be two int64 numbers, and is {tensor.dtype} {list(tensor.shape)}")
-    return struct.unpack("<2q", content(tensor, index.shards))
+    Args:
+        name: of the decoded parameter.
+
+    Raises:
+        CheckpointError: no scales for them, or of another shape.
+    """
+    if (
+        scales is None
+        or not (blocks.dtype.name == scales.dtype.name == "U8")
+        or len(blocks.shape) != 4
+        or blocks.shape[3] != 16
+        or scales.shape != blocks.shape[:3]
+    ):
+        told = f"U8 {list(blocks.shape[:3])}" if scales is None else f"{scales.dtype} {list(scales.shape)}"
+        raise CheckpointError(f"{printable(blocks.name)} {blocks.dtype} {list(blocks.shape)} does not fit to scales {told}")
+    experts, n, count, _ = blocks.shape
+    return TurnedMx(name, into, (experts, 32 * count, n), blocks, scales)

@@ -1,16 +1,24 @@
-"""Experts that a source stores as one tensor [E, ...]: engines want one 2-D weight for each."""
+"""Experts that a source stores as one tensor [E, ...], of which engines want one 2-D weight each; and the inverse: experts that a quantizer
+stored apart, stacked again as the model's own code holds them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 from streamconv.checkpoint.derived_rows import Turned, rows_of
 from streamconv.checkpoint.rows import Extent, SourceTensor
 from streamconv.quants.decoded_rows import DecodedTensor, TurnedMx
+from streamconv.quants.stacked_rows import Expert, Stacked, stacked
+from streamconv.targets.hf.model_types import Sizes, text_config
 from streamconv.targets.hf.sources import Weight
 from streamconv.targets.hf.stored import Stored
 
+_APART = re.compile(r"(.*?\bexperts)(?:\.experts)?\.(\d+)\.((?:gate|up|down)_proj\.(?:weight|bias))")
+_TENSORS = {"gate_up_proj": ("gate_proj.weight", "up_proj.weight"), "down_proj": ("down_proj.weight",)}
+_BIASES = {"gate_up_proj_bias": ("gate_proj.bias", "up_proj.bias"), "down_proj_bias": ("down_proj.bias",)}
 _PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 _TRANSPOSED = ("llama4", "llama4_text", "gpt_oss", "openai_privacy_filter", "qwen3_vl_moe", "qwen3_vl_moe_text")
 """Model types that store stacked experts as [E, in, out], where the sizes do not tell."""
@@ -80,11 +88,9 @@ def unstack(stored: Stored, config: Mapping[str, Any]) -> None:
         if hidden is not None and hidden not in whole.shape[1:]:
             continue
         transposed = turned.get(module, bool(types & set(_TRANSPOSED)))
-        outs = whole.shape[2 if transposed else 1]
-        made = list(_named(module, last, outs, alternating))
-        _split(stored, name, made, transposed)
+        _split(stored, name, module, last, "weight", alternating, transposed)
         if f"{stem}_bias" in stored.order:
-            _split_bias(stored, f"{stem}_bias", made)
+            _split(stored, f"{stem}_bias", module, last, "bias", alternating, False)
 
 
 def _orientations(shapes: Iterable[tuple[str, tuple[int, ...]]], hidden: object) -> Iterator[tuple[str, bool]]:
@@ -95,32 +101,16 @@ def _orientations(shapes: Iterable[tuple[str, tuple[int, ...]]], hidden: object)
             yield module, hidden == (first if last == "gate_up_proj" else second)
 
 
-def _named(module: str, last: str, outs: int, alternating: bool) -> Iterator[tuple[str, str, _Rows]]:
-    """(what comes before an expert's number, after it, which of its output features) of each part."""
+def _split(stored: Stored, name: str, module: str, last: str, leaf: str, alternating: bool, transposed: bool) -> None:
+    """Put a weight, or a bias, of each part of each expert in the place of a tensor [E, ...]."""
+    whole, file = stored.take(name)
     parts = _PARTS[last]
-    each = outs // len(parts)
-    for number, part in enumerate(parts):
-        yield module, part, _Rows(number, len(parts), each) if alternating else _Rows(number * each, 1, each)
-
-
-def _split(stored: Stored, name: str, parts: list[tuple[str, str, _Rows]], transposed: bool) -> None:
-    whole, file = stored.take(name)
+    each = whole.shape[2 if transposed else 1] // len(parts)
     for expert in range(whole.shape[0]):
-        for module, part, rows in parts:
-            made = f"{module}.{expert}.{part}.weight"
-            weight = _expert(whole, made, expert, rows, transposed)
-            stored.put(made, weight, (weight.rows, weight.cols), file)
-
-
-def _split_bias(stored: Stored, name: str, parts: list[tuple[str, str, _Rows]]) -> None:
-    """A bias [E, out]."""
-    whole, file = stored.take(name)
-    experts, outs = whole.shape
-    assert isinstance(whole, SourceTensor)
-    for expert in range(experts):
-        for module, part, rows in parts:
-            made = f"{module}.{expert}.{part}.bias"
-            stored.put(made, rows_of(whole, made, expert * outs + rows.first, (rows.taken, 1), rows.step), (rows.taken,), file)
+        for number, part in enumerate(parts):
+            rows = _Rows(number, len(parts), each) if alternating else _Rows(number * each, 1, each)
+            weight = _expert(whole, f"{module}.{expert}.{part}.{leaf}", expert, rows, transposed)
+            stored.put(weight.name, weight, (weight.rows, weight.cols) if leaf == "weight" else (weight.rows,), file)
 
 
 def _expert(whole: Weight, name: str, expert: int, rows: _Rows, transposed: bool) -> Weight:
@@ -133,9 +123,82 @@ def _expert(whole: Weight, name: str, expert: int, rows: _Rows, transposed: bool
         return DecodedTensor(name, whole.dtype, (rows.taken, k), codes, "e2m1", scales, 1, 32, sound=whole.sound)
     assert isinstance(whole, SourceTensor)
     if not transposed:
-        outs, cols = whole.shape[1:]
+        outs, cols = (*whole.shape[1:], 1)[:2]  # a bias is [E, out]
         return rows_of(whole, name, expert * outs + rows.first, (rows.taken, cols), rows.step)
     cols, outs = whole.shape[1:]
     piece = whole.pieces[0]
     begin = piece.begin + (expert * cols * outs + rows.first) * whole.dtype.itemsize
     return Turned(name, whole.dtype, (rows.taken, cols), (Extent(piece.shard, begin, cols, outs),), 0, rows.step)
+
+
+def restack(stored: Stored, config: Mapping[str, Any]) -> list[str]:
+    """`X.experts.{e}.gate_proj.weight`, `.up_proj.weight` -> `X.experts.gate_up_proj`, and so on; one that is not proven stays apart.
+
+    Returns:
+        the names that stay apart although transformers reads stacked experts alone.
+    """
+    form = stacked_form(config)
+    if form is None:
+        return []
+    layers: dict[str, dict[tuple[int, str], str]] = defaultdict(dict)
+    for name in stored.order:
+        if found := _APART.fullmatch(name):
+            layers[found[1]][int(found[2]), found[3]] = name
+    apart = list[str]()
+    for module, held in layers.items():
+        made = _layer(stored, config, form, module, held)
+        if made is None:
+            apart += held.values()
+            continue
+        file = stored.file(held[0, "gate_proj.weight"])
+        for name in held.values():
+            stored.take(name)
+        for weight in made:
+            stored.put(weight.name, weight, weight.shape, file)
+    return apart
+
+
+def _layer(
+    stored: Stored, config: Mapping[str, Any], form: StackedForm, module: str, held: Mapping[tuple[int, str], str]
+) -> list[Stacked] | None:
+    """The stacked tensors of a layer's experts; None if these are not all of them, or not of the sizes that config.json means."""
+    if form.transposed is None:
+        return None
+    count, tensors = 1 + max(expert for expert, _ in held), _TENSORS | (_BIASES if form.biased else {})
+    leaves = [leaf for parts in tensors.values() for leaf in parts]
+    sizes = Sizes(text_config(config))
+    if held.keys() != {(expert, leaf) for expert in range(count) for leaf in leaves} or count != sizes.experts():
+        return None
+    shapes = {leaf: {stored.form(held[expert, leaf]).shape for expert in range(count)} for leaf in leaves}
+    inner, hidden = stored.form(held[0, "gate_proj.weight"]).shape
+    wanted = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+    right = all(shapes[f"{name}.weight"] == {shape} for name, shape in wanted.items())
+    right = right and all(shapes[f"{name}.bias"] == {shape[:1]} for name, shape in wanted.items() if form.biased)
+    if not right or hidden != sizes.of("hidden_size"):
+        return None
+    made = [_stacked(stored, f"{module}.{name}", form, held, parts, count) for name, parts in tensors.items()]
+    whole = [weight for weight in made if weight is not None]
+    return whole if len(whole) == len(made) else None
+
+
+def _whole_rows(weight: Expert) -> bool:
+    """Neither act order nor integers that are stored input-major."""
+    return isinstance(weight, SourceTensor) or (weight.order is None and (weight.zeros is None or weight.bits is None))
+
+
+def _stacked(
+    stored: Stored, name: str, form: StackedForm, held: Mapping[tuple[int, str], str], parts: Sequence[str], count: int
+) -> Stacked | None:
+    places = [stored.order[held[expert, part]] for expert in range(count) for part in parts]
+    first = stored.form(held[0, parts[0]])
+    if any(not isinstance(place, int) for place in places):
+        return None
+    of = cast(Callable[[int], Expert], lambda number: stored.at(cast(int, places[number])))
+    weights = [of(number) for number in range(len(places))]
+    if any(not isinstance(weight, Expert) or weight.dtype != first.dtype or not _whole_rows(weight) for weight in weights):
+        return None
+    outs, turned = len(parts) * first.rows, bool(form.transposed)
+    if name.endswith("_bias"):
+        return stacked(name, (count, outs), of, len(parts), True, form.alternating)
+    shape = (count, first.cols, outs) if turned else (count, outs, first.cols)
+    return stacked(name, shape, of, len(parts), turned, form.alternating)

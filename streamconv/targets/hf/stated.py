@@ -2,44 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
 from streamconv.checkpoint.quantized import AUTO_ROUND, AUTO_ROUND_FORMS, gptq_format
 from streamconv.checkpoint.unknown_statements import METHODS as OTHERS
 from streamconv.checkpoint.unknown_statements import in_known_words, overrides, stored_sparse, unknown_statements
-from streamconv.checkpoint.untrusted import shown_value
-from streamconv.errors import printable
+from streamconv.checkpoint.untrusted import read_json, shown_value
+from streamconv.errors import CheckpointError, printable
 from streamconv.targets.hf.compressed_scheme import compressed_groups
-from streamconv.targets.hf.other_schemes import Modelopt, Tiles, Words
 from streamconv.targets.hf.patterns import Patterns
 from streamconv.targets.hf.recipes import BLOCK, METHODS, RECIPES
-from streamconv.targets.hf.weights import Tensors, Told
+from streamconv.targets.hf.schemes import Scheme, modelopt, tiles, words
 
 IGNORE = ("ignore", "modules_to_not_convert", "ignored_layers", "exclude_modules")
 _UNCHECKED = ("fbgemm_fp8", "mxfp4")
 """Methods that are decoded here, and whose tensors are not checked."""
 _OTHER_ALGOS = ("NVFP4_AWQ", "W4A8_AWQ", "W4A8_MXFP4_FP8", "W8A8_SQ_PER_CHANNEL", "MIXED_PRECISION", "MXFP4", "W4A8_NVFP4_FP8",
                 "W4A16_MXFP4")  # fmt: skip
+SECOND = "hf_quant_config.json"
+"""ModelOpt's, which TensorRT-LLM reads before config.json: both must say the same."""
+_LARGEST = 64 << 20
 _CACHE = {"num_bits": 8, "type": "float"}
-
-
-class Scheme(Protocol):
-    """How the weights of some modules are stored."""
-
-    @property
-    def title(self) -> str: ...
-    @property
-    def main(self) -> str:
-        """Last name of the codes."""
-
-    @property
-    def tiled(self) -> str:
-        """Which sizes should be multiples of 128: "cols", "rows, cols", or none."""
-
-    def wanted(self, module: str, tensors: Tensors) -> dict[str, list[Told]] | None:
-        """Last name -> the dtypes and shapes that the tensor may have; None if the codes are of another format."""
 
 
 @dataclass(slots=True)
@@ -112,22 +99,21 @@ def read_statement(stated: Mapping[str, Any], names: Collection[str] = ()) -> St
     made.warnings += [f"{line}: what it is about is not checked" for line in unknown_statements(stated, names)]
     if method == "compressed-tensors":
         _compressed(stated, made, stored_sparse(names))
-    elif method in METHODS:
-        made.groups.append(Group(("Linear",), _tiles(stated, problems)))
+        return made
+    scheme: Scheme | None = None
+    if method in METHODS:
+        scheme = _tiles(stated, problems)
     elif isinstance(method, str) and method.startswith("modelopt"):
-        _modelopt(stated, made)
+        scheme = _modelopt(stated, made)
     elif method in ("gptq", "awq"):
-        made.groups.append(Group(("Linear",), None if overrides(stated) else _words(method, stated, problems)))
+        scheme = None if overrides(stated) else _words(method, stated, problems)
     elif method in AUTO_ROUND:
-        _auto_round(stated, made)
+        scheme = _auto_round(stated, made)
     elif method in _UNCHECKED:
         made.warnings.append(f"config.json states {printable(str(method))}: its tensors are not checked")
-        made.groups.append(Group(("Linear",), None))
-    elif method in OTHERS:
-        made.groups.append(Group(("Linear",), None))
-    else:
+    elif method not in OTHERS:
         problems.append(f"quantization_config: quant_method is {shown_value(method)}, which no engine reads")
-        made.groups.append(Group(("Linear",), None))
+    made.groups.append(Group(("Linear",), scheme))
     return made
 
 
@@ -135,7 +121,7 @@ def _compressed(stated: Mapping[str, Any], made: Statement, sparse: bool) -> Non
     groups = compressed_groups(stated, made.problems)
     held = [Group(targets, scheme) for targets, scheme in groups]
     made.groups += sorted(held, key=lambda group: "Linear" in group.targets)
-    if any(scheme is not None and scheme.weights.ordered for _, scheme in groups):
+    if any(scheme is not None and scheme.ordered for _, scheme in groups):
         made.warnings.append("config.json states the act order \"group\": compressed-tensors reads it no more since mid-2026")
     for group in held:
         made.problems += [f"quantization_config: targets {line}" for line in group.patterns.wrong]
@@ -164,21 +150,21 @@ def _cache(scheme: object, made: Statement) -> None:
         made.problems.append(f"quantization_config: kv_cache_scheme: {wrong[0]} is {told}; engines read static FP8 scales of tensors")
 
 
-def _tiles(stated: Mapping[str, Any], problems: list[str]) -> Tiles | None:
+def _tiles(stated: Mapping[str, Any], problems: list[str]) -> Scheme | None:
     block, scheme = stated.get("weight_block_size"), stated.get("activation_scheme", "dynamic")
     if stated.get("fmt", "e4m3") not in ("e4m3", "float8_e4m3fn"):
         problems.append(f"quantization_config: fmt is {shown_value(stated.get('fmt'))}, and engines read e4m3")
     if scheme not in ("dynamic", "static"):
         problems.append(f"quantization_config: activation_scheme is {shown_value(scheme)}, neither dynamic nor static")
     if block is None:
-        return Tiles(0, 0, scheme == "static")
+        return tiles(0, 0, scheme == "static")
     if isinstance(block, list) and len(block) == 2 and all(type(size) is int and 0 < size < 1 << 20 for size in block):
-        return Tiles(block[0], block[1], scheme == "static")
+        return tiles(block[0], block[1], scheme == "static")
     problems.append(f"quantization_config: weight_block_size is {shown_value(block)}, no pair of sizes")
     return None
 
 
-def _modelopt(stated: Mapping[str, Any], made: Statement) -> None:
+def _modelopt(stated: Mapping[str, Any], made: Statement) -> Scheme | None:
     algo = stated.get("quant_algo")
     name = str(algo).upper()
     row = next((row for row in RECIPES if row.algo and row.algo.upper() == name), None)
@@ -191,8 +177,8 @@ def _modelopt(stated: Mapping[str, Any], made: Statement) -> None:
     fixed = (row.unit if row is not None and row.unit > 1 else None) or group
     if other := next((size for size in sizes if size != fixed), None):
         made.problems.append(f"quantization_config: group_size is {other}, and {name} has groups of {fixed}")
-    made.groups.append(Group(("Linear",), Modelopt(row, group or BLOCK) if row is not None else None))
     _cache(stated.get("kv_cache_scheme"), made)
+    return modelopt(row, group or BLOCK) if row is not None else None
 
 
 def _group_sizes(stated: Mapping[str, Any]) -> Iterable[int]:
@@ -205,13 +191,12 @@ def _group_sizes(stated: Mapping[str, Any]) -> Iterable[int]:
                 yield size
 
 
-def _auto_round(stated: Mapping[str, Any], made: Statement) -> None:
+def _auto_round(stated: Mapping[str, Any], made: Statement) -> Scheme | None:
     """Layouts of GPTQ and AutoAWQ under another name; `extra_config` says what is different in single modules."""
     packing = stated.get("packing_format", "auto_round:auto_gptq")
     extra = stated.get("extra_config") or {}
     if not in_known_words(stated):
-        made.groups.append(Group(("Linear",), None))
-        return
+        return None
     form = AUTO_ROUND_FORMS[packing]
     method = "awq" if form == "gemm" else "gptq"
     common = {**stated, "checkpoint_format": form}
@@ -219,10 +204,10 @@ def _auto_round(stated: Mapping[str, Any], made: Statement) -> None:
     made.ignore = Patterns(plain, globs=False)
     others = {name: own for name, own in extra.items() if name not in plain}
     made.groups += [Group((name,), _words(method, {**common, **own}, made.problems)) for name, own in others.items()]
-    made.groups.append(Group(("Linear",), _words(method, common, made.problems)))
+    return _words(method, common, made.problems)
 
 
-def _words(method: str, stated: Mapping[str, Any], problems: list[str]) -> Words | None:
+def _words(method: str, stated: Mapping[str, Any], problems: list[str]) -> Scheme | None:
     bits, group = stated_bits(stated), stated.get("group_size", stated.get("q_group_size"))
     if bits not in (2, 3, 4, 8):
         problems.append(f"quantization_config: bits is {shown_value(stated.get('bits', stated.get('w_bit')))}, not 2, 3, 4 or 8")
@@ -236,4 +221,49 @@ def _words(method: str, stated: Mapping[str, Any], problems: list[str]) -> Words
     middle = None
     if method == "gptq" and stated.get("sym") is True:
         middle = (1 << (bits - 1)) - (0 if form == "gptq_v2" else 1)
-    return Words(method, bits, group, bool(stated.get("desc_act")), middle)
+    return words(method, bits, group, bool(stated.get("desc_act")), middle)
+
+
+def group_size(folder: Path) -> dict[str, Any]:
+    """The group size that the file states, which ModelOpt's config.json does not repeat; empty if it cannot be read."""
+    try:
+        inner = read_json(folder / SECOND, _LARGEST).get("quantization")
+    except CheckpointError:
+        return {}
+    return {"group_size": inner["group_size"]} if isinstance(inner, dict) and "group_size" in inner else {}
+
+
+def second_file(folder: Path, stated: Mapping[str, Any], statement: Statement) -> list[str]:
+    """What is wrong with the file, or with its absence."""
+    modelopt = str(stated.get("quant_method", "")).startswith("modelopt")
+    there = os.path.lexists(folder / SECOND)
+    if modelopt != there:
+        return [f"{SECOND} {'is missing' if modelopt else 'is left over: TensorRT-LLM reads it first'}"]
+    if not there:
+        return []
+    try:
+        held = read_json(folder / SECOND, _LARGEST)
+    except CheckpointError as error:
+        return [error.message]
+    inner = held.get("quantization", held)
+    if not isinstance(inner, dict):
+        return [f"{SECOND}: quantization is {shown_value(inner)}, no object"]
+    return list(_differences(stated, inner, statement))
+
+
+def _differences(stated: Mapping[str, Any], held: Mapping[str, Any], statement: Statement) -> Iterator[str]:
+    algo, other = stated.get("quant_algo"), held.get("quant_algo")
+    if str(algo).upper() != str(other).upper():
+        yield f"{SECOND}: quant_algo is {shown_value(other)}, and {shown_value(algo)} in config.json"
+    schemes = [group.scheme for group in statement.groups]
+    group = next((scheme.group for scheme in schemes if scheme is not None and scheme.container == "modelopt"), None)
+    if group is not None and held.get("group_size") != group:
+        yield f"{SECOND}: group_size is {shown_value(held.get('group_size'))}, and {group} in config.json"
+    if (held.get("kv_cache_quant_algo") is not None) != statement.cache:
+        yield f"{SECOND}: kv_cache_quant_algo is {shown_value(held.get('kv_cache_quant_algo'))}, and config.json says otherwise"
+    listed = held.get("exclude_modules")
+    if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
+        yield f"{SECOND}: exclude_modules is {shown_value(listed)}, no list of names"
+    elif set(listed) != statement.ignore.listed:
+        odd = sorted(set(listed) ^ statement.ignore.listed)
+        yield f"{SECOND}: exclude_modules and config.json's ignore list differ in {shown_value(odd[0])}"

@@ -11,8 +11,7 @@ from streamconv.checkpoint.dtypes import FLOATS, DType
 from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.rows import RowForm, RowSource, SourceTensor, row_form
 from streamconv.targets.hf.sources import READ, Reader, Weight, reader
-from streamconv.targets.hf.units import Kind, kinds
-from streamconv.targets.hf.weights import Told
+from streamconv.targets.hf.units import Kind, Told, kinds
 
 _KEPT = 64
 """Weights that are kept after they were made."""

@@ -115,7 +115,7 @@ class HuggingFace(Target):
         if self.quant == KEEP:
             if self.kv_cache is not None:
                 raise UsageError("--kv-cache: --quant keep adds no scales")
-            from streamconv.targets.hf.kept_layout import describe_kept
+            from streamconv.targets.hf.keep import describe_kept
 
             describe_kept(index, self, units, draft)
         else:

@@ -21,7 +21,7 @@ from streamconv.errors import RefusedError, printable
 from streamconv.families import Family
 from streamconv.families.matching import match
 from streamconv.lazy import np
-from streamconv.quants.act_order import in_order
+from streamconv.quants.decoded_rows import in_order
 from streamconv.targets.trtllm.lookup import LINEAR, SCALE, ZERO
 from streamconv.targets.trtllm.recipes.gptq import EXPERTS
 

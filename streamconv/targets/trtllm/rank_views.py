@@ -18,8 +18,8 @@ from streamconv.lazy import Bytes, np
 from streamconv.planning.matrix_table import MatrixTable
 from streamconv.planning.plan import Matrix
 from streamconv.planning.span_table import SpanTable
-from streamconv.quants.awq import PairedWeight
 from streamconv.quants.fp8_rowwise import Fp8Rowwise
+from streamconv.quants.given_codes import GivenIntegers
 from streamconv.quants.gptq import PackedWeight
 from streamconv.quants.laid_out import laid_out
 from streamconv.quants.plain import Plain
@@ -110,7 +110,7 @@ class _Stored:
                 found[name + SCALE] = self._scalar(name + SCALE, "weights_scaling_factor")
                 found[inputs + _INPUT_SCALE] = self._scalar(inputs + _INPUT_SCALE, "activation_scaling_factor")
             return found
-        if isinstance(codec, PairedWeight):
+        if isinstance(codec, GivenIntegers):
             return self._paired()
         if isinstance(codec, PackedWeight):
             groups = {name + SCALE: "weights_scaling_factor", name + ZERO: "zero"}
@@ -135,12 +135,10 @@ class _Stored:
         found = list[Extent]()
         for block, matrix in self.blocks:
             place, cols, size = matrix.places[part], 1 if part else block.right - block.left, block.twice
-            begin, file = place.offset + block.row * place.record_bytes, matrix.file
-            if not size:
-                found.append(Extent(file, begin, block.stop - block.start, cols))
-                continue
-            heads = range((block.stop - block.start) // (2 * size))
-            found += [Extent(file, begin + head * size * place.record_bytes, size, cols) for head in heads for _ in range(2)]
+            count = size or block.stop - block.start
+            for head in range((block.stop - block.start) // (2 * size) if size else 1):
+                at = Extent(matrix.file, place.extent(block.row + head * count, 0)[0], count, cols)
+                found += [at, at] if size else [at]
         return tuple(found)
 
     def _entries(self, stored: str) -> Iterator[tuple[Block, int, TensorEntry]]:

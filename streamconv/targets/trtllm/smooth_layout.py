@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 from streamconv.checkpoint.dtypes import F32
 from streamconv.checkpoint.rows import Extent, NoSource, SourceTensor
-from streamconv.quants.smooth_values import SmoothNorm, SmoothValue
 from streamconv.quants.smoothing import InputChannelAmax, Smoother
-from streamconv.quants.smoothquant import HALF, SmoothWeight
+from streamconv.quants.smoothquant import HALF, SmoothNorm, SmoothValue, SmoothWeight
 from streamconv.targets.trtllm.parallel import Rank, even
 from streamconv.targets.trtllm.rank_layout import Part, Place, RankLayout, whole
 

@@ -34,14 +34,18 @@ class Awq(Quant):
         )
 
     def codec(self, module: Module, options: TensorRTLLM, dtype: DType) -> Codec | str:
-        from streamconv.quants.awq import PairedWeight, round_to_nearest
+        from streamconv.quants.given_codes import GivenIntegers
+        from streamconv.quants.int_group import round_to_nearest
+
 
         if dtype.itemsize == 2 and options.target_version == "0.16" and module.rows <= module.cols // max(options.group_size, 1):
             where = f"{module.name} [{module.full_rows}, {module.full_cols}]"
             problem = f"{where}: with fewer output channels than groups, releases 0.13 to 0.16 read the scales turned;"
             raise RefusedError([f"{problem} later ones do not: --target-version 1.2"])
         check_groups(self.info.key, module, options, dtype)
-        return PairedWeight() if self.packings else round_to_nearest(options.group_size, dtype, options.method == "mse")
+        if self.packings:
+            return GivenIntegers("pairs", role="weight")
+        return round_to_nearest(options.group_size, dtype, options.method == "mse")
 
 
 QUANTS = (Awq(),)
