@@ -93,8 +93,8 @@ def demand(spans: Iterable[RowRange], matrices: Sequence[Matrix], fused: bool = 
             encoded += -(-sum(part.nbytes(align) for part in codec.parts(align, cols)) // align)
             gathered = cols * span.source.dtype.itemsize * (len(task.cols) > 1)
             definition = not (fused and has_kernel(codec, span.source.dtype))
-            each = max(each, (gathered + definition * cols * codec.torch_bytes_per_element()) / span.row_bytes)
-            fixed = max(fixed, codec.torch_bytes_per_column() * cols)
+            each = max(each, (gathered + definition * cols * codec.torch_bytes_per_element) / span.row_bytes)
+            fixed = max(fixed, codec.torch_bytes_per_column * cols)
         if span.reduce is not None:
             each = max(each, span.source.cols * span.reduce.bytes_per_element / span.row_bytes)
             fixed = max(fixed, span.source.cols * span.reduce.bytes_per_column)

@@ -62,7 +62,7 @@ def tile_cost(span: RowRange, matrices: Sequence[Matrix], on_device: bool = Fals
     for task in encode_tasks(span, matrices):
         row_out, row_work = task.row_costs(span)
         fused = task.codec.kernel(span.source.dtype) is not None and not on_device
-        per_column = max(task.codec.torch_bytes_per_column(), task.codec.kernel_bytes_per_column() if fused else 0)
+        per_column = max(task.codec.torch_bytes_per_column, task.codec.kernel_bytes_per_column if fused else 0)
         fixed = max(fixed, 0 if task.is_copy(span.source.dtype) else per_column * task.width)
         out, work = out + row_out, max(work, 0 if on_device else row_work)
         if not task.is_copy(span.source.dtype):

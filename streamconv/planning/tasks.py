@@ -47,7 +47,7 @@ class EncodeTask(NamedTuple):
         gathered = self.width * dtype.itemsize if len(self.cols) > 1 else 0
         if codec.kernel(dtype) is not None:
             return out, gathered
-        return out, gathered + self.width * codec.torch_bytes_per_element() + out
+        return out, gathered + self.width * codec.torch_bytes_per_element + out
 
 
 def encode_tasks(span: RowRange, matrices: Sequence[Matrix]) -> dict[EncodeTask, list[Destination]]:

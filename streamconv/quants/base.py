@@ -151,6 +151,15 @@ class Codec(ABC):
     loads_torch: bool = False
     """Something that comes before the kernel takes torch."""
 
+    torch_bytes_per_element: int = 24
+    """Working memory of the torch definition, bytes per source element (its peak, inputs and outputs not counted)."""
+
+    torch_bytes_per_column: int = 0
+    """Working memory for each source column, however many rows a tile has."""
+
+    kernel_bytes_per_column: int = 16
+    """The same of the fused kernel, which holds a row in float32 and, for packing, once more in bytes; 0 if it works in blocks."""
+
     def bind(self, known: FinishedReductions, source: str) -> Codec:
         """This encoding with the results it needs, for rows of the source tensor `source`."""
         return self
@@ -215,18 +224,6 @@ class Codec(ABC):
         else:
             outs = [np.empty(part.nbytes(1), np.uint8) for part in codec.parts(1, cols)]
             kernel(np.zeros(cols, source.storage), 0, cols, 1, cols, outs)
-
-    def torch_bytes_per_element(self) -> int:
-        """Working memory of the torch definition, bytes per source element (its peak, inputs and outputs not counted)."""
-        return 24
-
-    def torch_bytes_per_column(self) -> int:
-        """Working memory for each source column, however many rows a tile has."""
-        return 0
-
-    def kernel_bytes_per_column(self) -> int:
-        """The same of the fused kernel, which holds a row in float32 and, for packing, once more in bytes; 0 if it works in blocks."""
-        return 16
 
 
 class Exact(Codec):

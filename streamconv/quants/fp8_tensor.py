@@ -51,6 +51,7 @@ class Fp8Tensor(_OfScale):
 
     name = "FP8 per tensor"
     quantizes = True
+    kernel_bytes_per_column = 0
 
     def parts(self, rows: int, cols: int, experts: int = 0) -> tuple[Part, ...]:
         return (Part("weight", F8_E4M3, (rows, cols), cols),)
@@ -66,9 +67,6 @@ class Fp8Tensor(_OfScale):
 
     def screen(self, source: DType) -> Screen | None:
         return Screen("e4m3", lambda parts: np.array([self.known]), band=0, quotient=slack(F32)) if source.name in FLOATS else None
-
-    def kernel_bytes_per_column(self) -> int:
-        return 0
 
     def kernel(self, source: DType) -> Kernel | None:
         return fused("fp8_code.fp8_tensor_rows", ["u1"], source, self.number) if source.name in FLOATS else None

@@ -74,6 +74,8 @@ class GivenIntegers(_Proven):
     key: str = ""
     role: str = "codes"
 
+    kernel_bytes_per_column = 0
+
     @property
     def name(self) -> str:  # type: ignore[override]
         own = {"pairs": "int4 per group, ModelOpt orientation", "awq": "INT4, as found, AutoAWQ's words"}
@@ -114,9 +116,6 @@ class GivenIntegers(_Proven):
             return EncodeStats()
 
         return run
-
-    def kernel_bytes_per_column(self) -> int:
-        return 0
 
 
 @dataclass(frozen=True)

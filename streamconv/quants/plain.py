@@ -28,6 +28,9 @@ class Plain(Codec):
     suffix: str = "weight"
     via_half: bool = False
 
+    torch_bytes_per_element = 16
+    kernel_bytes_per_column = 0
+
     @property
     def name(self) -> str:  # type: ignore[override]
         return self.dtype.name
@@ -70,9 +73,3 @@ class Plain(Codec):
         from streamconv.kernels.launch import cast_kernel
 
         return cast_kernel(source, self.dtype, F16 if self.halved(source) else None)
-
-    def torch_bytes_per_element(self) -> int:
-        return 16
-
-    def kernel_bytes_per_column(self) -> int:
-        return 0

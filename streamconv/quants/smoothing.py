@@ -197,6 +197,8 @@ class Smoothed(Codec):
     outputs: float | None = None
     bound: Bound | None = None
 
+    torch_bytes_per_column = COLUMN_BYTES
+
     def amax_of(self, source: str) -> str | None:
         """Key of the InputChannelAmax that give AW of the rows of a source tensor, where one scale serves a matrix."""
         return None
@@ -210,9 +212,6 @@ class Smoothed(Codec):
 
     def bind(self, known: FinishedReductions, source: str) -> Codec:
         return replace(self, bound=bound_to(self.smoother, known, self.amax_of(source)))  # type: ignore[type-var]
-
-    def torch_bytes_per_column(self) -> int:
-        return COLUMN_BYTES
 
     @property
     def known(self) -> Bound:

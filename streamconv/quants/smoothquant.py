@@ -55,6 +55,7 @@ class SmoothWeight(Smoothed):
     bound: Bound | None = None
 
     quantizes = True
+    torch_bytes_per_element = 48
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -144,9 +145,6 @@ class SmoothWeight(Smoothed):
         super().prepare(source)
         self.smoother.prepare()
 
-    def torch_bytes_per_element(self) -> int:
-        return 48
-
 
 @dataclass(frozen=True)
 class SmoothNorm(Smoothed):
@@ -216,6 +214,8 @@ class SmoothValue(Computed, Smoothed):
     inputs: int = 1
     bound: Bound | None = None
 
+    torch_bytes_per_column = 0
+
     @property
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]
         return (*self.smoother.keys, *([self.largest] if self.largest and self.largest not in self.smoother.keys else []))
@@ -233,11 +233,9 @@ class SmoothValue(Computed, Smoothed):
     def prepare(self, source: DType) -> None:
         self.smoother.prepare()
 
-    def torch_bytes_per_element(self) -> int:
+    @property
+    def torch_bytes_per_element(self) -> int:  # type: ignore[override]
         return 32 * (self.keep[1] - self.keep[0]) + COLUMN_BYTES * self.inputs
-
-    def torch_bytes_per_column(self) -> int:
-        return 0
 
     def value(self) -> Array:
         bound = self.known

@@ -28,6 +28,7 @@ class WeightOnly(Codec):
     dtype: DType
 
     quantizes = True
+    torch_bytes_per_element = 28
 
     @property
     def layout(self) -> Layout:
@@ -84,6 +85,3 @@ class WeightOnly(Codec):
 
     def error_kernel(self, source: DType) -> ErrorKernel | None:
         return weight_only_errors(source, self.dtype, self.bits, self.family) if source.name in FLOATS else None
-
-    def torch_bytes_per_element(self) -> int:
-        return 28

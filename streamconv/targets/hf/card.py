@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +56,10 @@ def card(index: Index, done: Done, copied: Sequence[SideFile]) -> SideFile:
     listed = head.get("tags")
     tags = [tag for tag in listed if isinstance(tag, str)] if isinstance(listed, list) else []
     head["tags"] = list(dict.fromkeys([*tags, "quantized", done.quant, done.container, "streamconv"]))
-    text = f"---\n{_yaml(head)}---\n\n{_told(done, base)}\n{body.lstrip(chr(10))}"
+    import yaml
+
+    front = yaml.safe_dump(head, sort_keys=False, allow_unicode=True, width=1 << 16)
+    text = f"---\n{front}---\n\n{_told(done, base)}\n{body.lstrip(chr(10))}"
     data = text.encode(errors="replace")
     return SideFile(NAME, len(data), data)
 
@@ -94,12 +96,6 @@ def _parsed(text: str) -> dict[str, Any]:
     return {key: value for key, value in found.items() if isinstance(key, str)}
 
 
-def _yaml(head: Mapping[str, Any]) -> str:
-    import yaml
-
-    return str(yaml.safe_dump(dict(head), sort_keys=False, allow_unicode=True, width=1 << 16))
-
-
 def _repository(index: Index) -> str | None:
     """What the Hub calls the source, where that can be known; the name of a folder says nothing."""
     if index.repo is not None:
@@ -124,8 +120,3 @@ def _told(done: Done, base: str | None) -> str:
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return f"Quantized version{of}.\n\n| | |\n| --- | --- |\n{table}\n"
-
-
-def left(names: Sequence[str]) -> dict[str, int]:
-    """Modules with layer and expert numbers as *, and how many of each."""
-    return dict(Counter(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in names))

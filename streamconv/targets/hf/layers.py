@@ -161,19 +161,14 @@ def _layers(model: Model) -> Iterator[str]:
         return
     own = {stem: held for stem, held in model.layers.items() if not is_other_part(stem)} or model.layers
     if any(len(held) >= count and held.keys() >= set(range(count)) for held in own.values()):
-        held = model.layers[model.stem]
-        more = sorted(number for number in held if number >= count + _predicting(model))
+        ahead = model.text.get("num_nextn_predict_layers")  # layers after the last one, which predict further tokens
+        last = count + (ahead if type(ahead) is int and ahead > 0 else 0)
+        more = sorted(number for number in model.layers[model.stem] if number >= last)
         if more and model.kind is not None and not model.fragment:
             yield f"{printable(model.stem)}.{more[0]} is there, config.json tells of {count} layers"
         return
     missing = sorted({*range(count)} - model.layers[model.stem].keys())
     yield from (f"{printable(model.stem)}.{number} is missing, config.json tells of {count}" for number in missing[:_SHOWN])
-
-
-def _predicting(model: Model) -> int:
-    """Layers after the last one that predict further tokens."""
-    more = model.text.get("num_nextn_predict_layers")
-    return more if type(more) is int and more > 0 else 0
 
 
 def _groups(held: set[str]) -> dict[str, frozenset[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -18,12 +19,12 @@ from streamconv.quants.base import Codec, Part
 from streamconv.quants.fp8_tensor import Fp8Scale, WeightMaximum
 from streamconv.quants.plain import Plain
 from streamconv.targets.hf import config_json
-from streamconv.targets.hf.card import NAME, Done, card, left
+from streamconv.targets.hf.card import NAME, Done, card
 from streamconv.targets.hf.fates import Fates
 from streamconv.targets.hf.ignored import ignored, tied_heads, vocabulary
 from streamconv.targets.hf.input_scales import cache_maxima, input_maxima
 from streamconv.targets.hf.recipes import BLOCK, CodecOptions, Recipe
-from streamconv.targets.hf.rules import Module, partners
+from streamconv.targets.hf.rules import Module, partners, starred
 from streamconv.targets.hf.side_files import side_files
 from streamconv.targets.hf.stacked import restack, unstack
 from streamconv.targets.hf.stored import Form, Stored
@@ -310,7 +311,7 @@ class Layout:
         self.draft.warnings += left_out
         if self.recipe is not None:
             count = sum(not fate.reason for fate in self.fates.values())
-            named = left([name for name in ignore if not name.startswith(("re:", "*"))])
+            named = Counter(starred(name) for name in ignore if not name.startswith(("re:", "*")))
             done = Done(self.recipe.quant, self.recipe.container, self.target.arithmetic, count, named)
             copied = [file for file in copied if file.name != NAME] + [card(self.index, done, copied)]
         self.draft.side_files += copied

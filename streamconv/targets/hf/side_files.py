@@ -53,7 +53,8 @@ def side_files(index: Index, keep: Sequence[str] = ()) -> tuple[list[SideFile], 
             hint="put the model into a folder of its own",
         )
     copies = [SideFile(file.name, file.size, None, file.path, file.fetch) for file in sorted(found, key=lambda file: file.name)]
-    return copies, [f"not copied ({why}): {_some(left[why])}" for why in (_ELSEWHERE, _HIDDEN, _ODD) if why in left]
+    told = {why: few([printable(name) for name in sorted(left[why])], _SHOWN) for why in (_ELSEWHERE, _HIDDEN, _ODD) if why in left}
+    return copies, [f"not copied ({why}): {names}" for why, names in told.items()]
 
 
 def _left(file: Beside, root: Path) -> str:
@@ -64,10 +65,6 @@ def _left(file: Beside, root: Path) -> str:
         return _ODD
     odd = any("\ud800" <= letter <= "\udfff" for letter in file.name)  # no UTF-8
     return _ELSEWHERE if "/" in file.name or file.size > _LARGEST or odd or _leads_out(file.path, root) else ""
-
-
-def _some(names: Sequence[str]) -> str:
-    return few([printable(name) for name in sorted(names)], _SHOWN)
 
 
 def _leads_out(path: Path, root: Path) -> bool:
