@@ -22,7 +22,6 @@ from streamconv.targets.hf import config_json
 from streamconv.targets.hf.card import NAME, Done, card
 from streamconv.targets.hf.fates import Fates
 from streamconv.targets.hf.ignored import ignored, tied_heads, vocabulary
-from streamconv.targets.hf.input_scales import cache_maxima, input_maxima
 from streamconv.targets.hf.recipes import BLOCK, CodecOptions, Recipe
 from streamconv.targets.hf.rules import Module, partners, starred
 from streamconv.targets.hf.side_files import side_files
@@ -112,11 +111,13 @@ class Layout:
             if self.refused:
                 return
             if self.ranges is not None:
+                from streamconv.targets.hf.measured import cache_maxima, input_maxima
+
                 shapes = {name: form.shape for name, form in zip(stored.order, stored.forms(), strict=True)}
                 self.inputs = input_maxima(self.ranges, fates.wanted()) if self.recipe.input_scale is not None else {}
                 self.cached = cache_maxima(self.ranges, shapes) if self.target.kv_cache is not None else {}
             if self.codes is not None:
-                from streamconv.targets.hf.found_codes import taken
+                from streamconv.targets.hf.measured import taken
 
                 found = taken(self.codes, self.index, stored, fates.wanted(), self.target.group_size, self.recipe)
                 self.searched, self.changed = found
@@ -182,7 +183,7 @@ class Layout:
 
     def _one_by_one(self, file: int, names: list[str]) -> None:
         """Weights whose codes were searched, or whose container has a row for each input channel."""
-        from streamconv.targets.hf.found_codes import tensors_of
+        from streamconv.targets.hf.measured import tensors_of
 
         recipe = cast(Recipe, self.recipe)
         for name in names:

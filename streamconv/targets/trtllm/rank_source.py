@@ -31,7 +31,7 @@ from streamconv.planning.draft import Draft
 from streamconv.planning.matrix_table import MatrixTable
 from streamconv.planning.span_table import SpanTable
 from streamconv.quants.fp8_given import Scales
-from streamconv.quants.laid_out import LaidOut
+from streamconv.quants.layout import LaidOut
 from streamconv.run import manifest
 from streamconv.targets import target_from_json
 from streamconv.targets.trtllm import expected, rank_peers

@@ -21,7 +21,7 @@ from streamconv.planning.span_table import SpanTable
 from streamconv.quants.fp8_rowwise import Fp8Rowwise
 from streamconv.quants.given_codes import GivenIntegers
 from streamconv.quants.gptq import PackedWeight
-from streamconv.quants.laid_out import laid_out
+from streamconv.quants.layout import laid_out
 from streamconv.quants.plain import Plain
 from streamconv.quants.weight_only import WeightOnly
 from streamconv.targets.trtllm.import_scales import is_scale

@@ -133,7 +133,7 @@ def make_plan(index: Index, options: TensorRTLLM) -> Plan:
     if origin is not None:
         stored = import_scales.take_stored(tensors)
         if stored.scales and isinstance(base, WeightOnlyQuant | Gptq):
-            from streamconv.quants.laid_out import LAID_OUT
+            from streamconv.quants.layout import LAID_OUT
 
             base = dataclasses.replace(base, packings=(LAID_OUT,))
     elif family is META:  # Meta quantizes nothing, and its tensors have many pieces
