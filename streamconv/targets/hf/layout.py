@@ -15,7 +15,7 @@ from streamconv.checkpoint.index import Index
 from streamconv.errors import printable
 from streamconv.planning.draft import Draft
 from streamconv.planning.matrix_table import Named
-from streamconv.quants.base import Codec, Part
+from streamconv.quants.base import Codec
 from streamconv.quants.fp8_tensor import Fp8Scale, WeightMaximum
 from streamconv.quants.plain import Plain
 from streamconv.targets.hf import config_json
@@ -38,20 +38,6 @@ _ONE = {"F32": b"\0\0\x80\x3f", "F16": b"\0\x3c", "BF16": b"\x80\x3f"}
 
 
 _plain = cache(Plain)
-
-
-@dataclass(frozen=True, slots=True)
-class Spelled:
-    """The tensors of a quantized weight, as a row of the formats table says."""
-
-    recipe: Recipe
-
-    def ending(self, role: str) -> str:
-        return f".{self.recipe.tensors[role]}"
-
-    def shape(self, part: Part, rows: int, cols: int) -> tuple[int, ...]:
-        own = self.recipe.shapes.get(part.role)
-        return own(rows, cols) if own else part.shape
 
 
 class Quantized(NamedTuple):
@@ -176,7 +162,7 @@ class Layout:
         """How the weights of a form are stored, one of which is that of a module."""
         codec = self._codec(form)
         first = self._first(module, form, recipe) if codec.needs else module
-        number = self.draft.form(form.rows, form.cols, codec, Spelled(recipe))
+        number = self.draft.form(form.rows, form.cols, codec, recipe)
         scale = self._scale(form, recipe) if codec.needs else None
         made = self.quantized[form] = Quantized(number, len(module.rpartition(".")[2]), first.rpartition(".")[2], scale)
         return made
@@ -191,7 +177,7 @@ class Layout:
             searched = self.searched.get(module)
             for role, codec, rows in tensors_of(self.stored.weights[name], form, self._codec(form), recipe, searched):
                 own = f"{module}.{recipe.tensors[role]}" if role else module
-                spelling = Named((rows.rows, rows.cols)) if role else Spelled(recipe)
+                spelling = Named((rows.rows, rows.cols)) if role else recipe
                 self.draft.feed(self.draft.matrix(file, own, rows.rows, rows.cols, codec, spelling=spelling), rows, 0, rows.rows)
             self._beside(file, module, form, recipe, searched)
         self._cache_scales(file, names)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from streamconv.checkpoint.dtypes import F16, F32, DType
 from streamconv.options import METHODS as INT4_METHODS
 from streamconv.quants.awq_words import LEAST, AwqWords
-from streamconv.quants.base import Codec
+from streamconv.quants.base import Codec, Part
 from streamconv.quants.fp8_block import Fp8Block
 from streamconv.quants.fp8_rowwise import Fp8Rowwise
 from streamconv.quants.fp8_tensor import Fp8Scale, Fp8Tensor
@@ -60,7 +60,7 @@ Shape = Callable[[int, int], tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Recipe:
-    """One format.
+    """One format, and how it spells the tensors of a weight.
 
     Attributes:
         quant, container: what the user asks for.
@@ -109,6 +109,13 @@ class Recipe:
     grouped: bool = False
     methods: tuple[str, ...] = ()
     turned: bool = False
+
+    def ending(self, role: str) -> str:
+        return f".{self.tensors[role]}"
+
+    def shape(self, part: Part, rows: int, cols: int) -> tuple[int, ...]:
+        own = self.shapes.get(part.role)
+        return own(rows, cols) if own else part.shape
 
 
 _INF = math.inf

@@ -78,9 +78,8 @@ def modelopt(recipe: Recipe, group: int) -> Scheme:
             return None
         found: Wanted = {}
         for part in codec.parts(rows, cols):
-            own = recipe.shapes.get(part.role)
             kinds = FLOATS if part.dtype.name in FLOATS else (part.dtype.name,)
-            found[recipe.tensors[part.role]] = [(kind, own(rows, cols) if own else part.shape) for kind in kinds]
+            found[recipe.tensors[part.role]] = [(kind, recipe.shape(part, rows, cols)) for kind in kinds]
         scalar: list[Told] = [("F32", ())]
         if recipe.lone is not None and rows <= BLOCK and cols <= BLOCK:
             found["weight_scale"] += scalar
