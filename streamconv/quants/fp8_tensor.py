@@ -1,14 +1,17 @@
-"""FP8 with one float32 scale for the whole matrix, before the tensor parallel split."""
+"""FP8 with one float32 scale for the whole matrix, before the tensor parallel split: our own, and what a ModelOpt export brings along."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
 
 from streamconv.checkpoint.dtypes import F8_E4M3, F32, FLOATS, DType
+from streamconv.checkpoint.stored_codes import values as values_of
 from streamconv.kernels.launch import fused, weight_maximum
 from streamconv.lazy import Array, np, torch
-from streamconv.quants.base import EncodeStats, FinishedReductions, Kernel, OfMaximum, Part, ReduceKernel, Reduction
+from streamconv.quants.base import Codec, EncodeStats, FinishedReductions, Kernel, OfMaximum, Part, ReduceKernel, Reduction
 from streamconv.quants.computed import ComputedNumber
 from streamconv.quants.rounding import half_ulp
 from streamconv.quants.screen import Screen, slack
@@ -85,3 +88,77 @@ class Fp8Scale(ComputedNumber, _OfScale):
 
     def parts(self, rows: int, cols: int, experts: int = 0) -> tuple[Part, ...]:
         return (Part("weights_scaling_factor", F32, (1,), 4),)
+
+
+Scales = tuple[tuple[str, float], ...]
+"""(source tensor, its scale) of all sources of a fused matrix."""
+
+
+@cache
+def _codes(own: float, shared: float) -> bytes:
+    """e4m3 code -> the code of round(value * own / shared), product and quotient in float32, ties to even; NaN stays NaN."""
+    values = values_of("e4m3")[:127].astype(np.float64)
+    wanted = (values.astype(np.float32) * np.float32(own) / np.float32(shared)).astype(np.float64)
+    middles = (values[1:] + values[:-1]) / 2
+    low = np.searchsorted(middles, wanted, "left")
+    tie = np.isin(wanted, middles)
+    made = np.where(tie & (low % 2 == 1), low + 1, low).astype(np.uint8)
+    half = bytes(made) + b"\x7f"
+    return half + bytes(value | 0x80 for value in half)
+
+
+@dataclass(frozen=True)
+class Fp8Shared(Codec):
+    """e4m3 codes of parts with scales of their own, under the largest of them.
+
+    Attributes:
+        scales: of each part.
+        own: the scale of the rows at hand, None until `bind`.
+    """
+
+    scales: Scales
+    own: float | None = None
+
+    name = "FP8 per tensor, as it is under one scale"
+
+    @property
+    def shared(self) -> float:
+        return max(scale for _, scale in self.scales)
+
+    def bind(self, known: FinishedReductions, source: str) -> Fp8Shared:
+        return replace(self, own=dict(self.scales)[source])
+
+    def parts(self, rows: int, cols: int, experts: int = 0) -> tuple[Part, ...]:
+        return (Part("weight", F8_E4M3, (rows, cols), cols),)
+
+    def encode(self, block: torch.Tensor, stats: EncodeStats) -> tuple[torch.Tensor, ...]:
+        table = torch.frombuffer(bytearray(self._table()), dtype=torch.uint8).to(block.device)
+        return (table[block.contiguous().view(torch.uint8).long().reshape(-1)],)
+
+    def kernel(self, source: DType) -> Kernel | None:
+        if source != F8_E4M3:
+            return None
+        table = self._table()
+
+        def run(flat: Any, start: int, stride: int, rows: int, cols: int, outs: Sequence[Any]) -> EncodeStats:
+            made = outs[0].reshape(rows, cols)
+            for row in range(rows):
+                at = start + row * stride
+                made[row] = np.frombuffer(flat[at : at + cols].tobytes().translate(table), np.uint8)
+            return EncodeStats()
+
+        return run
+
+    def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:
+        return parts[0].view(torch.float8_e4m3fn).float().reshape(rows, cols) * self.shared
+
+    def values(self, block: torch.Tensor) -> torch.Tensor:
+        return block.float() * (self.own or self.shared)
+
+    def error(self, block: torch.Tensor) -> torch.Tensor:
+        """One rounding to e4m3, and some of float32's."""
+        values = self.values(block)
+        return half_ulp(values / self.shared, F8_E4M3) * self.shared + 4 * half_ulp(values, F32)
+
+    def _table(self) -> bytes:
+        return _codes(self.own or self.shared, self.shared)

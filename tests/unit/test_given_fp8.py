@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from streamconv.cli.convert_checkpoint import main as official
 from streamconv.cli.main import main
-from streamconv.quants.fp8_given import Fp8Shared
+from streamconv.quants.fp8_tensor import Fp8Shared
 from tests import tiny
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -1,14 +1,17 @@
-"""The formats of this target: quantization and container -> codec, tensor names, what the config says. One row each."""
+"""The formats of this target: quantization and container -> codec, tensor names, what the config says. One row each.
+
+What a format does not use of the options is told too.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
-from streamconv.checkpoint.dtypes import F16, F32, DType
+from streamconv.checkpoint.dtypes import BF16, F16, F32, DType
 from streamconv.options import METHODS as INT4_METHODS
 from streamconv.quants.awq_words import LEAST, AwqWords
 from streamconv.quants.base import Codec, Part
@@ -20,7 +23,8 @@ from streamconv.quants.mx import Mx
 from streamconv.quants.nvfp4 import NvFp4, SharedScale
 from streamconv.quants.packing import Packing
 from streamconv.quants.rounding import LEAST_NORMAL
-from streamconv.targets.hf.target import Container
+from streamconv.targets.base import flag
+from streamconv.targets.hf.target import ARITHMETICS, KEEP, Container
 
 BLOCK = 128
 
@@ -280,3 +284,36 @@ QUANTS = tuple(dict.fromkeys(recipe.quant for recipe in RECIPES))
 def recipe_of(quant: str, container: str | None) -> Recipe | None:
     """The row for a quantization in a container, in its default one if None."""
     return next((r for r in RECIPES if r.quant == quant and container in (None, r.container)), None)
+
+
+
+def without_effect(quant: str, recipe: Recipe | None, given: Collection[str]) -> Iterator[str]:
+    """A line for each of the options `given` that the format does not use.
+
+    Args:
+        recipe: the format of --quant; None: nothing is quantized here.
+    """
+    if recipe is None:
+        names = ("group_size", "arithmetic", "method", *(() if quant == KEEP else ("ignore", "only")))  # which keep refuses by itself
+        yield from (f"{flag(name)} has no effect with --quant {quant}" for name in names if name in given)
+        return
+    users: dict[str, Callable[[Recipe], bool]] = {
+        "group_size": lambda row: row.grouped,
+        "arithmetic": _rounds_otherwise,
+        "method": lambda row: bool(row.methods),
+    }
+    for name, uses in users.items():
+        if name in given and not uses(recipe):
+            containers = [row.container for row in RECIPES if uses(row) and row.quant == recipe.quant]
+            if containers:
+                yield f"{flag(name)} has no effect with --format {recipe.container}, it is for {', '.join(containers)}"
+            else:
+                quants = dict.fromkeys(row.quant for row in RECIPES if uses(row))
+                yield f"{flag(name)} has no effect with --quant {recipe.quant}, it is for {', '.join(quants)}"
+
+
+def _rounds_otherwise(recipe: Recipe) -> bool:
+    """Whether --arithmetic decides bytes of a format: whether its codecs differ (of a bfloat16 model; a float32 one rounds nothing)."""
+    request = CodecOptions(dtype=BF16, group=128, arithmetic=ARITHMETICS[0], key="")
+    codecs = [recipe.codec, *([recipe.shared[1]] if recipe.shared else [])]
+    return any(codec(request) != codec(replace(request, arithmetic=other)) for codec in codecs for other in ARITHMETICS[1:])

@@ -84,7 +84,7 @@ class HuggingFace(Target):
         return f"--quant {self.quant}" if calibrated else None
 
     def without_effect(self, given: Collection[str], source: Callable[[], Index]) -> Iterator[str]:
-        from streamconv.targets.hf.effects import without_effect
+        from streamconv.targets.hf.recipes import without_effect
 
         return without_effect(self.quant, None if self.quant == KEEP else self._recipe(), given)
 

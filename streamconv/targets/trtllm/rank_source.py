@@ -30,7 +30,7 @@ from streamconv.lazy import np
 from streamconv.planning.draft import Draft
 from streamconv.planning.matrix_table import MatrixTable
 from streamconv.planning.span_table import SpanTable
-from streamconv.quants.fp8_given import Scales
+from streamconv.quants.fp8_tensor import Scales
 from streamconv.quants.layout import LaidOut
 from streamconv.run import manifest
 from streamconv.targets import target_from_json

@@ -13,8 +13,7 @@ from streamconv.checkpoint.rows import Extent, NoSource, PackedTensor, SourceTen
 from streamconv.checkpoint.shard import Shard
 from streamconv.errors import printable
 from streamconv.planning.draft import Draft, Fed
-from streamconv.quants.fp8_given import Fp8Shared
-from streamconv.quants.fp8_tensor import Fp8Scale, Fp8Tensor, WeightMaximum
+from streamconv.quants.fp8_tensor import Fp8Scale, Fp8Shared, Fp8Tensor, WeightMaximum
 from streamconv.quants.gptq import GroupScales
 from streamconv.quants.int_group import PairedRtn
 from streamconv.quants.plain import Plain

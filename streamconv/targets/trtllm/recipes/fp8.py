@@ -15,7 +15,7 @@ from streamconv.targets.trtllm.options import TensorRTLLM
 from streamconv.targets.trtllm.recipes.base import Module, Quant, QuantInfo
 
 if TYPE_CHECKING:
-    from streamconv.quants.fp8_given import Scales
+    from streamconv.quants.fp8_tensor import Scales
 
 CLAMP = 1200.0
 """The bound of fp8_rowwise where the source states none."""
@@ -57,7 +57,7 @@ class Fp8GivenQuant(Quant):
     left_out: tuple[tuple[int, str], ...] = ()
 
     def codec(self, module: Module, options: TensorRTLLM, dtype: DType) -> Codec | str:
-        from streamconv.quants.fp8_given import Fp8Shared
+        from streamconv.quants.fp8_tensor import Fp8Shared
 
         if module.experts:
             raise RefusedError(["FP8 experts of a mixture-of-experts model cannot be taken over; convert the unquantized model"])
