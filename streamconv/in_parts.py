@@ -50,17 +50,16 @@ class Worker:
 
     def __init__(self, asked: Conversion, out: str, index: Index, plan: Plan) -> None:
         resources = asked.resources
-        if resources.parts is None:
-            raise UsageError("in how many parts?", hint="--parts N, the same for every worker")
-        if resources.part is not None and not 0 <= resources.part < resources.parts:
-            raise UsageError(f"--part {resources.part}/{resources.parts}: parts are 0 to {resources.parts - 1}")
+        count = resources.parts or 1
+        if resources.part is not None and not 0 <= resources.part < count:
+            raise UsageError(f"--part {resources.part}/{count}: parts are 0 to {count - 1}")
         if resources.no_lock and resources.part is None and not resources.private_parts:
             raise UsageError(
                 "--no-lock: without locks nobody knows which parts are taken",
                 hint="give each worker its part, with --part K/N, or add --private-parts",
             )
         self.asked, self.resources, self.out, self.index, self.plan = asked, resources, named(out), index, plan
-        self.parts = cut(plan, resources.parts)
+        self.parts = cut(plan, count)
         self.identity = journal.identity(plan, index.shards)  # reads some of every source file: once for all parts
         self.did: list[int] = []
         self.published, self.resumed, self.tally, self.where = False, 0, Tally(), ""
@@ -125,7 +124,10 @@ class Worker:
             self._take(claims)
             self._publish(claims)
         except Over:
-            self._over()
+            if not os.path.lexists(self.out):
+                shown = printable(str(self.out))
+                raise OutputError(f"the work on {shown} was removed while this run was at it", hint="run the same command again") from None
+            self.published = True  # by somebody else
         except (OutputError, Interrupted) as error:
             if not isinstance(error, ResumeError | LockedError):
                 error.kept()
@@ -133,13 +135,6 @@ class Worker:
         finally:
             if not self._abandoned:
                 claims.leave()
-
-    def _over(self) -> None:
-        """The work is not there any more: somebody has published it."""
-        if not os.path.lexists(self.out):
-            shown = printable(str(self.out))
-            raise OutputError(f"the work on {shown} was removed while this run was at it", hint="run the same command again")
-        self.published = True
 
     def _order(self) -> Iterator[int]:
         """Parts as this worker looks at them: the large ones first, then from its own place on, so that neighbours share source files."""
@@ -209,7 +204,7 @@ class Worker:
                 return
             run = self.identity | {"part": number, "parts": len(self.parts)}
             past = book.read()
-            if past is not None and past.run == run and not private:
+            if past.run == run and not private:
                 book.resume(past)
                 finished = past.of(plan)
             else:

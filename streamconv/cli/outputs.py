@@ -57,10 +57,10 @@ def _content(out: str) -> dict[str, Any]:
             except Over:  # published since
                 return _content(out)
             past = claims.journal(part).read()
-            tiles = sum(map(len, past.tiles.values())) if past is not None else 0
+            tiles = sum(map(len, past.tiles.values()))
             if holder is not None:
                 held.append({"part": part, "holder": holder, "tiles": tiles})
-            elif past is not None:
+            elif past:
                 left.append(part)
     facts = {"parts": claims.count, "done": done, "held": held, "open": claims.count - done - len(held), "left": left}
     return {"complete": False, "source": claims.plan_file["source"], **facts}

@@ -15,7 +15,7 @@ from streamconv.run.claims import Claims
 from streamconv.run.order import Hashes, hash_of
 from streamconv.run.output_folder import OutputFolder
 from streamconv.run.part_folder import Aside, apart
-from streamconv.run.part_record import Record, measured, put_hashes, sound
+from streamconv.run.part_record import Record, measured, put_hashes, tensors
 from streamconv.run.writer import Writer
 
 
@@ -31,7 +31,8 @@ def records_of(claims: Claims, plan: Plan, parts: Sequence[Part]) -> list[Record
         if record is None:
             where = printable(str(claims.place.out))
             raise OutputError(f"part {number} of {where} is not done", hint="`streamconv status` shows who is at it")
-        if not sound(plan, part, record, fingerprint):
+        whole = all(isinstance(digest, str) and len(digest) == 2 * Hashes.SIZE for digest in record.hashes)
+        if not whole or record.fingerprint != fingerprint or len(record.hashes) != sum(1 for _ in tensors(plan, part)):
             raise OutputError(f"{printable(str(claims.base.path / f'{number}.json'))} is of another plan", hint="start over with --force")
         found.append(record)
     for entries in zip(*(record.evidence for record in found), strict=True):

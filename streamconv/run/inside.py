@@ -47,12 +47,12 @@ class Inside(Place):
             if self.has_work():  # else the new output is all there
                 # a file that is ready and not among the work has been renamed already
                 moved = [name for name in reversed(ready) if work.look(name) is None and self.base.look(name) is not None]
-                self._rename(moved, "", work.prefix, CONFIG)
+                self._rename(moved, "", work.prefix)
             if self.has_work() or not self.base.look(CONFIG):
                 kept = [name for name in old.names() if self.base.look(name) is None]
                 self._rename([*(name for name in kept if name != CONFIG), *(name for name in kept if name == CONFIG)], old.prefix, "")
 
-    def _rename(self, names: Sequence[str], before: str, after: str, alone: str = "") -> None:
+    def _rename(self, names: Sequence[str], before: str, after: str) -> None:
         """Rename files in order; config.json is apart from the others on the disk, too."""
         for number, name in enumerate(names):
             if name == CONFIG and number:

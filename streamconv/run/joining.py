@@ -64,14 +64,13 @@ def join(claims: Claims, plan: Plan, shards: Sequence[Shard], run: dict[str, Any
     place.open()
     with OutputLock(place).held(patience):  # those who begin and those who publish hold it for a moment
         past = place.journal().read()
-        place.restore(past.ready if past is not None else ())
+        place.restore(past.ready)
         begun = claims.content() if claims.enter() else None
-        for there in (begun["run"] if begun is not None else {}, past.run if past is not None else {}):
-            place.adopt(there)
+        place.adopt(begun["run"] if begun is not None else {})
+        place.adopt(past.run)
         if not place.has_work() and manifest.is_of(place.out, plan.fingerprint()) and has_rows_of(plan, shards, place.out):
             place.remove_old()  # what whoever published it did not come to remove
-            if past is not None:
-                place.journal().remove(past)
+            place.journal().remove(past)
             if claims.folders:
                 claims.remove()
             return False
@@ -93,9 +92,9 @@ def join(claims: Claims, plan: Plan, shards: Sequence[Shard], run: dict[str, Any
     return True
 
 
-def _begin(claims: Claims, run: dict[str, Any], force: bool, past: journal.JournalState | None) -> None:
+def _begin(claims: Claims, run: dict[str, Any], force: bool, past: journal.JournalState) -> None:
     """Make the folder. Whoever dies on the way leaves one without a plan."""
-    if (past is not None or claims.place.has_work()) and not claims.folders and not force:
+    if (past or claims.place.has_work()) and not claims.folders and not force:
         raise ResumeError(
             f"{printable(str(claims.place.out))} was begun without --parts",
             hint="run that command again to finish it, or start over with --force",
@@ -114,8 +113,7 @@ def _begin(claims: Claims, run: dict[str, Any], force: bool, past: journal.Journ
         claims.disk.close(claims.base.open(CLAIMS, fresh=True))
         claims.base.sync()  # the plan without it would be work that somebody has published
         claims.write(PLAN, journal.sealed(run))
-        if past is not None:
-            claims.place.journal().remove(past)
+        claims.place.journal().remove(past)
         claims.place.base.sync()
 
 

@@ -71,7 +71,7 @@ class TileRecord:
 
 @dataclass(slots=True)
 class JournalState:
-    """What a journal says.
+    """What a journal says; false if there is none with a whole first line.
 
     Attributes:
         run: its first record.
@@ -80,11 +80,14 @@ class JournalState:
         size: bytes of the file to go on after: what can be trusted, without a last "ready".
     """
 
-    run: dict[str, Any]
+    run: dict[str, Any] = field(default_factory=dict)
     tiles: dict[int, list[TileRecord]] = field(default_factory=dict)
     ready: tuple[str, ...] = ()
     size: int = 0
     mark: Mark | None = None
+
+    def __bool__(self) -> bool:
+        return self.mark is not None
 
     def of(self, plan: Plan) -> dict[int, list[TileRecord]]:
         """Span -> the row ranges that can be of this plan."""
@@ -98,6 +101,10 @@ class JournalState:
         while end < len(ranges) and ranges[end].start < done.stop:
             end += 1
         ranges[at:end] = [done]
+
+
+NONE = JournalState()
+"""No journal."""
 
 
 def identity(plan: Plan, shards: Sequence[Shard]) -> dict[str, Any]:
@@ -143,17 +150,17 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return found or ["the plan of the output (config.json of the source?)"]
 
 
-def _read(fd: int, path: Path) -> JournalState | None:
-    past, at = None, 0
+def _read(fd: int, path: Path) -> JournalState:
+    past, at = JournalState(), 0
     with os.fdopen(fd, "rb", closefd=False) as file:
         if file.peek(16)[:16].strip(b"0123456789abcdef\0"):
             raise OutputError(f"{printable(str(path))} holds something else than a journal", hint="move it away; it was not touched")
         while at < MAX_JOURNAL and (line := file.readline(MAX_JOURNAL_LINE)).endswith(b"\n"):
             record = _record(line[:-1])
-            if record is None or (past is None) != ("run" in record):
+            if record is None or bool(past) == ("run" in record):
                 break
             at += len(line)
-            if past is None:
+            if not past:
                 past = JournalState(record["run"], mark=Mark.of(os.fstat(fd)))
             elif "tile" in record:
                 past.add(_done(record))
@@ -202,12 +209,12 @@ def _all(kind: type, values: object) -> bool:
 
 
 def _is_tile(record: dict[str, Any]) -> bool:
-    values: list[Any] = [record.get(key) for key in ("tile", "found", "hash", "errors")]
+    values: list[Any] = [*(record.get(key) for key in ("tile", "found", "hash")), record.get("errors", [])]
     tile, found, hashes, errors = values
-    if not (_all(int, tile) and _all(int, found) and _all(list, hashes) and (errors is None or _all(list, errors))):
+    if not (_all(int, tile) and _all(int, found) and _all(list, hashes) and _all(list, errors)):
         return False
     right = len(tile) == 3 and len(found) == 2 and all(0 <= number < 1 << 62 for number in (*tile, *found)) and tile[1] < tile[2]
-    return right and all(_all(str, parts) for parts in hashes) and all(_all(float, kept) for kept in errors or ())
+    return right and all(_all(str, parts) for parts in hashes) and all(_all(float, kept) for kept in errors)
 
 
 def _done(record: dict[str, Any]) -> TileRecord:
@@ -223,8 +230,8 @@ class Journal:
         self.base, self.name, self.disk, self.path = base, name, base.disk, base.path / name
         self._fd, self._size = -1, 0
 
-    def read(self) -> JournalState | None:
-        """What it says, None if there is none with a whole first line.
+    def read(self) -> JournalState:
+        """What it says.
 
         Reading ends at the first line that is torn, or is none of ours. What it tells of tiles is held against the plan later.
 
@@ -235,7 +242,7 @@ class Journal:
             try:
                 fd = self.base.open(self.name, make=False)
             except FileNotFoundError:
-                return None
+                return JournalState()
             try:
                 return _read(fd, self.path)
             finally:
@@ -278,13 +285,13 @@ class Journal:
             self.base.expect(self.name, Mark.of(os.fstat(self._fd)))
             self._append(sealed({"ready": names}))
 
-    def remove(self, past: JournalState | None = None) -> None:
+    def remove(self, past: JournalState = NONE) -> None:
         """The work is published or given up.
 
         Args:
             past: the journal of an earlier run, if this run has none.
         """
-        mark = Mark.of(os.fstat(self._fd)) if self._fd >= 0 else past.mark if past is not None else None
+        mark = Mark.of(os.fstat(self._fd)) if self._fd >= 0 else past.mark
         self.close()
         with translate_errors(self.path, "remove"):
             there = self.base.look(self.name)

@@ -74,12 +74,6 @@ def put_hashes(plan: Plan, part: Part, record: Record, hashes: Hashes) -> None:
         hashes.put(file, position, bytes.fromhex(digest))
 
 
-def sound(plan: Plan, part: Part, record: Record, fingerprint: str) -> bool:
-    """A record is of this part of this plan."""
-    right = all(isinstance(digest, str) and len(digest) == 2 * Hashes.SIZE for digest in record.hashes)
-    return right and record.fingerprint == fingerprint and len(record.hashes) == sum(1 for _ in tensors(plan, part))
-
-
 def measured(records: Sequence[Record]) -> Mapping[str, Mapping[str, float | str]] | None:
     """The SNR of every matrix that some part looked at; None if none did."""
     total: dict[str, dict[str, float | str]] = {}

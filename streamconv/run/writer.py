@@ -149,20 +149,19 @@ class Writer:
     def _look(self) -> None:
         """Find out where an earlier run stopped."""
         self._past = self.journal.read()
-        self.place.restore(self._past.ready if self._past is not None else ())
-        if self._past is not None:
-            self.place.adopt(self._past.run)
+        self.place.restore(self._past.ready)
+        self.place.adopt(self._past.run)
         self._run = journal.identity(self.plan, self.shards)
-        ready = {*self._past.ready} if self._past is not None else set()
-        if self._past is not None and ready and not self.place.has_work() and self.place.existing().files.keys() >= ready:
+        ready = {*self._past.ready}
+        if ready and not self.place.has_work() and self.place.existing().files.keys() >= ready:
             if manifest.is_of(self.place.out, self._past.run.get("fingerprint")):
                 self.place.remove_old()
                 self.journal.remove(self._past)
                 self.finished = self.parts or self._past.run == self._run
                 if self.finished:
                     return
-            self._past = None
-        if self._past is None and (self._skip or (self.parts and self._was_published())):
+            self._past = journal.NONE
+        if not self._past and (self._skip or (self.parts and self._was_published())):
             self.finished = True
             return
         self._existing = check_free(self.place, self.force)
@@ -172,7 +171,7 @@ class Writer:
                 hint="move it away, or remove it",
             )
         if self.parts:
-            self._past = None
+            self._past = journal.NONE
             return
         self._not_in_parts()
         if self.place.has_work() and self.place.base.look(self.place.hidden("journal")) is None:
@@ -180,14 +179,14 @@ class Writer:
                 f"{printable(str(self.place.top / self.place.hidden('partial')))} is there without a journal: no run leaves it so",
                 hint="look at it, then move it away or remove it",
             )
-        changed = journal.differences(self._past.run, self._run) if self._past is not None else []
+        changed = journal.differences(self._past.run, self._run) if self._past else []
         if changed and not self.force:
             raise ResumeError(
                 f"{printable(str(self.place.out))} was begun with something else: {', '.join(changed)}",
                 hint="run the first command again to finish it, or start over with --force",
             )
-        if changed or not self.place.has_work() or (self._past is not None and not self._past.tiles):
-            self._past = None
+        if changed or not self.place.has_work() or not self._past.tiles:
+            self._past = journal.NONE
 
     def _was_published(self) -> bool:
         """Whoever published the parts died before their records were gone.
@@ -208,7 +207,7 @@ class Writer:
     @property
     def resumes(self) -> bool:
         """An earlier run has written some of it."""
-        return self._past is not None
+        return bool(self._past)
 
     def _not_in_parts(self) -> None:
         """Give up work that was begun in parts, if that is asked for and nobody is at it.
@@ -226,7 +225,7 @@ class Writer:
                     hint="run that command again, with --parts, to join the work, or start over with --force",
                 )
             claims.check_idle()
-            if self._past is None:  # work without a journal is nobody's
+            if not self._past:  # work without a journal is nobody's
                 self.journal.start(self._run)
                 self.journal.close()
             claims.remove()
@@ -236,12 +235,12 @@ class Writer:
     def begin(self) -> None:
         """Open the journal and make the files."""
         self._begun = True
-        if self._past is None:
-            self.journal.start(self._run)
-        else:  # the files are no longer ready, and the journal says so before one of them goes
+        if self._past:  # the files are no longer ready, and the journal says so before one of them goes
             self.journal.resume(self._past)
             self.past = self._past.of(self.plan)
-        fresh = self._past is None and not self.parts
+        else:
+            self.journal.start(self._run)
+        fresh = not self._past and not self.parts
         if not fresh:
             self.folder.remove_last([side.name for side in self.plan.side_files] + [manifest.NAME])
         self.folder.create(self.plan.files, fresh, made=self.parts)
@@ -266,7 +265,7 @@ class Writer:
             return
         # the source is wrong, or there was no room to begin with: nothing of it is worth keeping
         wrong = isinstance(error, (CheckpointError, DataError, UsageError)) and not isinstance(error, UnreadableError)
-        if not self.parts and (wrong or (self._past is None and not self._created)):
+        if not self.parts and (wrong or (not self._past and not self._created)):
             with contextlib.suppress(StreamconvError, OSError):
                 self.folder.discard()
                 if not self.place.has_work():  # work without a journal is nobody's

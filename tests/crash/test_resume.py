@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from streamconv.errors import DataError, LockedError, ResumeError
 from streamconv.options import Resources
 from streamconv.run import pool
 from streamconv.run.fs import Disk, hidden
-from streamconv.run.journal import JournalState, TileRecord
+from streamconv.run.journal import JournalState, TileRecord, sealed
 from streamconv.run.lock import OutputLock
 from streamconv.run.place import Place
 from streamconv.targets.trtllm.options import TensorRTLLM
@@ -39,7 +40,7 @@ def place_of(out: Path, disk: Disk | None = None) -> Place:
     return place
 
 
-def read(journal: Path) -> JournalState | None:
+def read(journal: Path) -> JournalState:
     return place_of(journal.parent / "out").journal().read()
 
 
@@ -64,7 +65,6 @@ def test_resume_skips_what_is_finished(world: World) -> None:
 def test_a_finished_tile_whose_bytes_changed_is_done_again(world: World) -> None:
     assert raised(world, 90)
     past = read(hidden(world.out, "journal"))
-    assert past is not None
     finished = sum(len(tiles) for tiles in past.tiles.values())
     work = hidden(world.out, "partial") / "rank0.safetensors"
     data = bytearray(work.read_bytes())
@@ -190,6 +190,15 @@ def test_later_lines_replace_those_they_overlap() -> None:
     assert [(done.start, done.stop) for done in past.tiles[0]] == [(5, 12), (20, 30), (30, 40)]
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"errors": None}, {"errors": [[1]]}, {"found": [0]}, {"hash": [""]}, {"tile": [0, 2, 2]}, {"found": [0, True]}]
+)
+def test_a_line_that_no_run_writes_ends_the_journal(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    path, line = hidden(tmp_path / "out", "journal"), {"tile": [0, 0, 2], "hash": [[""]], "found": [0, 0], "errors": [[1.0]]}
+    path.write_bytes(sealed({"run": {}}) + sealed(line) + sealed(line | wrong) + sealed(line))
+    assert sum(map(len, read(path).tiles.values())) == 1 and read(path).size == len(sealed({"run": {}}) + sealed(line))
+
+
 def test_a_torn_journal_ends_before_the_tear(world: World) -> None:
     assert raised(world, 90)
     path = hidden(world.out, "journal")
@@ -197,12 +206,11 @@ def test_a_torn_journal_ends_before_the_tear(world: World) -> None:
     lines = data.splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:4]) + lines[4][:-9])
     past = read(path)
-    assert past is not None
     assert sum(len(tiles) for tiles in past.tiles.values()) == 3
     path.write_bytes(lines[0][:30])
-    assert read(path) is None
+    assert not read(path)
     path.unlink()
-    assert read(path) is None
+    assert not read(path)
 
 
 def _held_run(tmp_path: Path) -> tuple[subprocess.Popen[str], list[str]]:

@@ -36,7 +36,7 @@ def write_config(
         place.open()
         lock.acquire()
         past = place.journal().read()
-        place.restore(past.ready if past is not None else ())
+        place.restore(past.ready)
         found = check_free(place, force)
         if place.has_work() and not force:
             raise OutputError(
