@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from streamconv.errors import CheckpointError, VerifyError, printable
-from streamconv.families import family_of
+from streamconv.families import Family, family_of
 from streamconv.memory import check_room
 from streamconv.planning.plan import OutputFile
 from streamconv.targets.trtllm.expected_forms import SMOOTH, SPECS, Facts, ModuleSpec, TensorSpec
@@ -37,28 +37,28 @@ class RankTensors:
     modules: dict[str, tuple[ModuleSpec, ...]] = field(default_factory=dict)
     unknown: tuple[str, ...] = ()
 
-    def problems(self, found: Mapping[str, tuple[str, tuple[int, ...]]]) -> Iterator[str]:
+    def problems(self, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> Iterator[str]:
         """What is wrong with the tensors of a file.
 
         Args:
-            found: name -> (dtype, shape).
+            tensors: name -> (dtype, shape).
         """
-        wanted = dict(self.fixed)
+        specs = dict(self.fixed)
         for weight, forms in self.modules.items():
-            dtype = found[weight][0] if weight in found else ""
-            wanted |= next((form for form in forms if dtype in form[weight].dtypes), forms[0])
-        for name, want in wanted.items():
-            if name not in found:
-                if want.required:
+            dtype = tensors[weight][0] if weight in tensors else ""
+            specs |= next((form for form in forms if dtype in form[weight].dtypes), forms[0])
+        for name, spec in specs.items():
+            if name not in tensors:
+                if spec.required:
                     yield f"{name} is missing"
                 continue
-            dtype, shape = found[name]
-            if want.shape is not None and shape != want.shape and (shape or math.prod(want.shape) != 1):  # a number without dimensions
-                yield f"{name}: shape {list(shape)}, config.json means {list(want.shape)}"
-            if dtype not in want.dtypes:
-                yield f"{name}: dtype {dtype}, config.json means {' or '.join(want.dtypes)}"
-        for name in found:
-            if name not in wanted and not name.startswith(self.unknown or "\0"):
+            dtype, shape = tensors[name]
+            if spec.shape is not None and shape != spec.shape and (shape or math.prod(spec.shape) != 1):  # a number without dimensions
+                yield f"{name}: shape {list(shape)}, config.json means {list(spec.shape)}"
+            if dtype not in spec.dtypes:
+                yield f"{name}: dtype {dtype}, config.json means {' or '.join(spec.dtypes)}"
+        for name in tensors:
+            if name not in specs and not name.startswith(self.unknown or "\0"):
                 yield f"{name} is unexpected: config.json has no place for it"
 
 
@@ -89,7 +89,7 @@ def expected(config: Mapping[str, Any], files: Container[int] | None = None, ten
             held.fixed["transformer.ln_f.weight"] = TensorSpec((facts.dtype,), (facts.hidden,))
             held.fixed["lm_head.weight"] = _lm_head(facts)
         for number, layer in enumerate(stages[rank.pp]):
-            _layer(facts, held, f"transformer.layers.{number}.", layer, family.name, family.config_class, "gate_up" in family.tensors)
+            _layer(facts, held, f"transformer.layers.{number}.", layer, family)
         _rope_tables(facts, held)
     return ranks
 
@@ -122,7 +122,7 @@ def _lm_head(facts: Facts) -> TensorSpec:
     return TensorSpec((facts.dtype,), (rows, facts.hidden), required=not shared)
 
 
-def _layer(facts: Facts, held: RankTensors, at: str, layer: int, family: str, kind: str, fused: bool) -> None:
+def _layer(facts: Facts, held: RankTensors, at: str, layer: int, family: Family) -> None:
     tp, hidden, size = facts.grid.tp_size, facts.hidden, facts.size
     plain = (facts.dtype,)
     heads = facts.heads // tp + 2 * ((facts.kv + tp - 1) // tp)
@@ -149,12 +149,12 @@ def _layer(facts: Facts, held: RankTensors, at: str, layer: int, family: str, ki
     linear("attention.dense", hidden, facts.heads // tp * size)
     if bias:
         vector("attention.qkv.bias", heads * size)
-        if kind != "qwen":
+        if family.config_class != "qwen":
             vector("attention.dense.bias", hidden)
-    if family.startswith("qwen3"):
+    if "q_norm" in family.tensors:
         vector("attention.q_layernorm.weight", size)
         vector("attention.k_layernorm.weight", size)
-    gated = str(facts.config.get("hidden_act")) in ("swiglu", "geglu")
+    fused, gated = "gate_up" in family.tensors, str(facts.config.get("hidden_act")) in ("swiglu", "geglu")
     if facts.experts:
         width = (facts.expert_width or facts.width) // facts.grid.moe_tp_size
         local = facts.experts // facts.grid.moe_ep_size
