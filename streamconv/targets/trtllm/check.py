@@ -37,10 +37,10 @@ def tensor_files(folder: Path, config: Mapping[str, Any], problems: list[str]) -
             problems.append(f"config.json: top-level {key} makes the loader fail")
     world = _world(config, problems)
     present = {path.name for path in folder.iterdir() if re.fullmatch(r"rank\d+\.safetensors", path.name)}
-    wanted = {f"rank{number}.safetensors" for number in range(world)}
-    problems += [f"{name} is missing" for name in sorted(wanted - present)]
-    problems += [f"{name} belongs to no rank of config.json" for name in sorted(present - wanted)]
-    return sorted(wanted & present, key=lambda text: int(text[4:-12]))
+    named = {f"rank{number}.safetensors" for number in range(world)}
+    problems += [f"{name} is missing" for name in sorted(named - present)]
+    problems += [f"{name} belongs to no rank of config.json" for name in sorted(present - named)]
+    return sorted(named & present, key=lambda text: int(text[4:-12]))
 
 
 def check(held: Held) -> Told:
@@ -62,12 +62,12 @@ def config_differences(config: Mapping[str, Any], given: Mapping[str, Any]) -> T
     Args:
         given: what a conversion of the source writes.
     """
-    held, wanted = (dict(flat({**of, "rotary_scaling": rope_scaling(of.get("rotary_scaling"))}, "")) for of in (config, given))
+    stored, converted = (dict(flat({**of, "rotary_scaling": rope_scaling(of.get("rotary_scaling"))}, "")) for of in (config, given))
     problems, warnings = list[str](), list[str]()
-    for key, value in wanted.items():
-        if key in held and held[key] != value:
+    for key, value in converted.items():
+        if key in stored and stored[key] != value:
             where = warnings if _ENGINE_ONLY.fullmatch(key) or key.startswith("mapping.") else problems
-            where.append(line(key, held[key], value, "as this source gives it"))
+            where.append(line(key, stored[key], value, "as this source gives it"))
     return problems[:SHOWN], warnings
 
 
@@ -98,10 +98,10 @@ def _world(config: Mapping[str, Any], problems: list[str]) -> int:
 
 def _peers(held: Held) -> list[str]:
     """Rank files that are not those of one conversion."""
-    found, tp = list[str](), int(held.config["mapping"].get("tp_size", 1))
+    problems, tp = list[str](), int(held.config["mapping"].get("tp_size", 1))
     for name in held.shapes:
         first = f"rank{int(name[4:-12]) // tp * tp}.safetensors"
         if first in held.shapes and (odd := set(held.shapes[first]) ^ set(held.shapes[name])):
-            found.append(f"{first} and {name} hold different tensors, for example {printable(min(odd, key=natural))}")
+            problems.append(f"{first} and {name} hold different tensors, for example {printable(min(odd, key=natural))}")
     names = {name: tuple(tensors) for name, tensors in held.shapes.items()}
-    return found + list(rank_peers.problems(held.config, names, lambda file, tensor: held.hashes.get((file, tensor), ""), held.copies))
+    return problems + list(rank_peers.problems(held.config, names, lambda file, tensor: held.hashes.get((file, tensor), ""), held.copies))

@@ -69,16 +69,16 @@ def open_ranks(folder: Path) -> Index:
         problems, _ = expected.check(config, shapes)
         if problems:
             raise TensorError([f"{printable(str(folder))}: {problem}" for problem in problems])
-        told = _manifest(folder)
-        _check_peers(folder, config, ranks, told is not None)
-        choices = _options(told, config, ranks[0])
+        recorded = _manifest(folder)
+        _check_peers(folder, config, ranks, recorded is not None)
+        choices = _options(recorded, config, ranks[0])
     except VerifyError as error:
         raise CheckpointError(f"{printable(str(folder))}: {error.message}") from None
     if choices[0].quant not in _READ:
-        told_by = f"{printable(str(folder / _CONFIG))}: quant_algo {config['quantization']['quant_algo']}"
+        stated = f"{printable(str(folder / _CONFIG))}: quant_algo {config['quantization']['quant_algo']}"
         why = "smoothing has changed weights and the norms before them, and is not taken back"
-        raise RefusedError([f"{told_by}: the weights of this format are not read back: {why}"], hint="start from the original model")
-    source = None if told is None else told.source_config
+        raise RefusedError([f"{stated}: the weights of this format are not read back: {why}"], hint="start from the original model")
+    source = None if recorded is None else recorded.source_config
     readers = [_Reader(folder, config, ranks, options, source) for options in choices]
     if len(readers) == 1:
         return readers[0].index()
@@ -97,10 +97,10 @@ def _manifest(folder: Path) -> manifest.Manifest | None:
     """The manifest, where it is of this config.json."""
     if not os.path.lexists(folder / manifest.NAME):
         return None
-    told = manifest.read_head(folder / manifest.NAME)
+    recorded = manifest.read_head(folder / manifest.NAME)
     with Shard(folder / _CONFIG) as file, file.window(0, file.size) as data:
-        same = xxhash.xxh3_128(data).hexdigest() == told.config
-    return told if same and told.target == TensorRTLLM.key else None
+        same = xxhash.xxh3_128(data).hexdigest() == recorded.config
+    return recorded if same and recorded.target == TensorRTLLM.key else None
 
 
 def _check_peers(folder: Path, config: Mapping[str, Any], ranks: Sequence[RankFile], recorded: bool) -> None:
@@ -124,12 +124,12 @@ def _check_peers(folder: Path, config: Mapping[str, Any], ranks: Sequence[RankFi
         raise TensorError(problems, hint="put the rank files of one conversion there, each under its own name")
 
 
-def _options(told: manifest.Manifest | None, config: Mapping[str, Any], rank: RankFile) -> list[TensorRTLLM]:
+def _options(recorded: manifest.Manifest | None, config: Mapping[str, Any], rank: RankFile) -> list[TensorRTLLM]:
     """The options that a checkpoint was made with; several where nothing says for which generation its integers are laid out."""
     with contextlib.suppress(UsageError):  # the options of another version of streamconv
-        made = None if told is None else target_from_json(told.target, told.asked)
-        if isinstance(made, TensorRTLLM):
-            return [made]
+        options = None if recorded is None else target_from_json(recorded.target, recorded.asked)
+        if isinstance(options, TensorRTLLM):
+            return [options]
     choices = options_of(config, rank.tensors)
     return [choice for choice in choices if choice.target_version == choices[0].target_version]
 
