@@ -110,7 +110,7 @@ class MemoryTrace:
         self._looks += 1
         if len(self.samples) > _KEPT:
             pairs = zip(self.samples[::2], self.samples[1::2], strict=False)
-            self.samples = [_worse(*pair) for pair in pairs] + self.samples[len(self.samples) // 2 * 2 :]
+            self.samples[:] = [_worse(*pair) for pair in pairs] + self.samples[len(self.samples) // 2 * 2 :]
             self._stride *= 2
         self._write(now)
 

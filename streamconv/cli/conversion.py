@@ -108,7 +108,7 @@ def convert(
     """
     from streamconv import api
     from streamconv.calibration.before import measured
-    from streamconv.cli.view import command_line, watching
+    from streamconv.cli.view import command_line, layers, watching
     from streamconv.targets.hf.target import HuggingFace
     from streamconv.targets.trtllm.options import TensorRTLLM
 
@@ -125,25 +125,26 @@ def convert(
         raise UsageError("--text and --parts exclude each other: what is measured is measured once for all parts", hint=hint)
     outputs, together = _outputs(model, out, more, values, "text")
     place, chosen = outputs[0].out, outputs[0].target
-    with watching([output.out for output in outputs], model, quiet or as_json, progress, memory_trace, report) as watched:
+    with watching([output.out for output in outputs], model, quiet or as_json, progress, memory_trace, report) as (meter, memory):
         if not together and isinstance(chosen, TensorRTLLM | HuggingFace):
-            budget, samples = asked.memory_budget, _samples(text, values)
-            chosen = measured(model, place, chosen, samples, memory_budget=budget, device=asked.device, force=force, **watched.layers)
+            limit, device, watch = asked.memory_budget, asked.device, layers(meter, quiet or as_json)
+            samples = _samples(text, values)
+            chosen = measured(model, place, chosen, samples, memory_budget=limit, device=device, force=force, **watch)
             outputs = [chosen.to(place)]
         facts = _page_facts(model, outputs, asked, together) if report else None
         if engine is not None:
-            made = _on_ray(engine, model, outputs, asked, force, watched.meter, together)
+            made = _on_ray(engine, model, outputs, asked, force, meter, together)
         elif together:
-            made = api.convert_all(model, outputs, asked, force=force, meter=watched.meter)
+            made = api.convert_all(model, outputs, asked, force=force, meter=meter)
         else:
-            made = api.convert(model, place, chosen, asked, force=force, meter=watched.meter)
+            made = api.convert(model, place, chosen, asked, force=force, meter=meter)
     show(made, as_json, quiet)
     if made.published and not together:
         recipe_option.compare(place)
     if report and facts:
         from streamconv.pages import page, runs
 
-        page.write(report, runs.conversion(model, made, *facts, watched.samples, command_line(), asked.min_snr))
+        page.write(report, runs.conversion(model, made, *facts, memory, command_line(), asked.min_snr))
     if as_json:
         output.dump(dataclasses.asdict(made))
     return 0

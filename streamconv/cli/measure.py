@@ -49,19 +49,19 @@ def calibrate(
 ) -> int:
     """Measure the activation ranges of MODEL on text, one layer at a time."""
     from streamconv.calibration.run import calibrate as run_calibration
-    from streamconv.cli.view import command_line, watching
+    from streamconv.cli.view import command_line, layers, watching
     from streamconv.memory import parse_size, show_size
 
     if not text:
         raise UsageError("calibrate needs --text", hint="a .txt or .jsonl file, a folder of them, or a data set on the Hub")
     limit = parse_size(memory_budget) if memory_budget else None
-    with watching((ranges,), model, quiet or as_json, progress, memory_trace, report) as watched:
-        watch = {name: watched.layers[name] for name in ("progress", "sampled")}
+    with watching((ranges,), model, quiet or as_json, progress, memory_trace, report) as (meter, memory):
+        watch: dict[str, Any] = {name: call for name, call in layers(meter).items() if name != "told"}
         measured = run_calibration(model, ranges, text, memory_budget=limit, **watch, **values)
     if report:
         from streamconv.pages import page, runs
 
-        page.write(report, runs.calibration(model, measured, runs.largest_inputs(ranges), text, watched.samples, command_line()))
+        page.write(report, runs.calibration(model, measured, runs.largest_inputs(ranges), text, memory, command_line()))
     if as_json:
         output.dump(measured)
     elif not quiet:

@@ -60,14 +60,14 @@ def verify(
         typed = effects.typed(click.get_current_context())
         for flag in (flag for name, flag in _OF_SOURCE.items() if name in typed):
             output.note(f"note: {flag} has no effect without --source")
-    with watching((out,), source, quiet or as_json, progress, memory_trace, report) as watched:
+    with watching((out,), source, quiet or as_json, progress, memory_trace, report) as (meter, memory):
         verdict = check(
             out,
             source,
             with_tensorrt_llm=with_tensorrt_llm,
             activation_ranges=activation_ranges,
             resources=resources({"memory_budget": memory_budget, "workers": workers, "device": "cpu"}),
-            meter=watched.meter,
+            meter=meter,
             part=part_of(part) if part is not None else None,
         )
     if as_json:
@@ -77,7 +77,7 @@ def verify(
     if report:
         from streamconv.pages import page, runs
 
-        page.write(report, runs.verification(out, source, verdict, watched.samples, command_line()))
+        page.write(report, runs.verification(out, source, verdict, memory, command_line()))
     return 7 if verdict.problems else 0
 
 

@@ -10,7 +10,7 @@ import shlex
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import click
 
@@ -20,7 +20,7 @@ from streamconv.memory import resident, show_size
 from streamconv.progress import Meter, Progress, Watch, unwatched
 
 if TYPE_CHECKING:
-    from streamconv.memory_trace import MemoryTrace, Sample
+    from streamconv.memory_trace import Sample
 
 _EVERY = 10.0
 """Seconds between two lines where nobody watches."""
@@ -124,24 +124,6 @@ def layers(meter: Meter, quiet: bool = False) -> dict[str, Callable[..., None]]:
     return {"progress": progress, "sampled": sampled, "told": told}
 
 
-class Watched(NamedTuple):
-    """A run that is watched.
-
-    Attributes:
-        trace: of its memory, None if nobody asked for it.
-        layers: what a calibration calls (`layers`).
-    """
-
-    meter: Meter
-    trace: MemoryTrace | None
-    layers: dict[str, Any]
-
-    @property
-    def samples(self) -> Sequence[Sample]:
-        """Of its memory so far."""
-        return self.trace.samples if self.trace is not None else ()
-
-
 def command_line() -> str:
     """The command as it was typed."""
     return shlex.join(["streamconv", *(click.get_current_context().find_root().obj or ())])
@@ -150,8 +132,8 @@ def command_line() -> str:
 @contextlib.contextmanager
 def watching(
     outs: Sequence[str], model: str | None, quiet: bool, progress: str, memory_trace: str | None, report: str | None
-) -> Iterator[Watched]:
-    """A context in which a run goes.
+) -> Iterator[tuple[Meter, Sequence[Sample]]]:
+    """A context in which a run goes, with its meter and samples of its memory so far.
 
     Args:
         outs: the folders or the file that it writes or reads.
@@ -163,18 +145,18 @@ def watching(
         UsageError: a file that is to be written lies in an output or in the source. OutputError: it cannot be written.
     """
     shown = meter(progress, quiet)
-    trace: MemoryTrace | None = None
     if report is not None:
         from streamconv.pages import page
 
         page.check(_beside("--report", report, outs, model))
-    if memory_trace is not None or report is not None:
-        from streamconv.memory_trace import MemoryTrace
+    if memory_trace is None and report is None:
+        yield shown, ()
+        return
+    from streamconv.memory_trace import MemoryTrace
 
-        trace = MemoryTrace(shown, None if memory_trace is None else _beside("--memory-trace", memory_trace, outs, model))
-    with trace or contextlib.nullcontext():
-        yield Watched(shown, trace, layers(shown, quiet))
-    if trace is not None and trace.problem:
+    with MemoryTrace(shown, None if memory_trace is None else _beside("--memory-trace", memory_trace, outs, model)) as trace:
+        yield shown, trace.samples
+    if trace.problem:
         output.note(f"warning: {trace.problem}")
 
 
