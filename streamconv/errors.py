@@ -44,12 +44,7 @@ def visible(text: str) -> str:
 
 
 class _Told(BaseException):
-    """What is told to the user: one visible line, and what to do about it.
-
-    Args:
-        message: what is wrong, naming the file, tensor or flag; a sequence for several problems, one line each.
-        hint: what to do about it, if there is something to do.
-    """
+    """What is told to the user: one visible line, or a line for each problem, and what to do about it."""
 
     exit_status = 1
 
@@ -65,7 +60,6 @@ class _Told(BaseException):
 
     def __str__(self) -> str:
         return f"{self.message} ({self.hint})" if self.hint else self.message
-
 
     def kept(self) -> None:
         """Say, once, that the same command goes on where this one stopped."""
@@ -83,7 +77,7 @@ class StreamconvError(_Told, Exception):
     """Base of all errors meant for the user.
 
     Args:
-        message: what is wrong, naming the file, tensor or flag.
+        message: what is wrong, naming the file, tensor or flag; a sequence for several problems, one line each.
         hint: what to do about it, if there is something to do.
     """
 

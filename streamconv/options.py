@@ -31,7 +31,7 @@ class Resources:
         tile_rows: upper bound on the source rows of a tile (tests force small tiles with it).
         no_lock: go on where the output's file system has no locks, or cannot sync a folder; the manifest says so (one entry more).
         hub_keep: "all" keeps the shards of a Hub model in the cache; "none" removes each that was downloaded once it was read.
-        read: "pread" copies the source's rows into the arena, "map" maps them where it can (see stages/mapped.py), "auto" maps what the
+        read: "pread" copies the source's rows into the arena, "map" maps them where it can (see run/mapped.py), "auto" maps what the
             page cache holds, on the CPU.
         verify_inline: decode each tile and hold it against its source before it is written; the manifest says what was found.
         min_snr: dB that every matrix must then reach, None for what its encoding promises.
