@@ -133,17 +133,15 @@ class RankLayout:
     def matrix(self, at: Place, name: str, parts: Sequence[Part], cols: Cut, codec: Codec, note: str = "") -> None:
         """A matrix on each rank, made of rows of sources one above the other."""
         ((left, right),) = cols(at.ranks[0])
-        self._feed(self._matrices(at, name, _count(parts, at.ranks[0]), right - left, codec, note), parts, cols)
-
-    def _matrices(self, at: Place, name: str, rows: int, cols: int, codec: Codec, note: str, experts: int = 0) -> dict[Rank, int]:
-        name = at.prefix + name
-        return {rank: self.builder.matrix(rank.file, name, rows, cols, codec, experts=experts, note=note) for rank in at.ranks}
-
-    def _feed(self, matrices: Mapping[Rank, int], parts: Sequence[Part], cols: Cut) -> None:
+        matrices = self._matrices(at, name, _count(parts, at.ranks[0]), right - left, codec, note)
         for part in parts:
             for rank, matrix in matrices.items():
                 for start, stop in part.rows(rank):
                     self.builder.feed(matrix, part.source, start, stop, cols=cols(rank), op=part.op)
+
+    def _matrices(self, at: Place, name: str, rows: int, cols: int, codec: Codec, note: str, experts: int = 0) -> dict[Rank, int]:
+        name = at.prefix + name
+        return {rank: self.builder.matrix(rank.file, name, rows, cols, codec, experts=experts, note=note) for rank in at.ranks}
 
     def _linear(self, at: Place, name: str, parts: Sequence[Part], width: int, row_parallel: bool = False) -> None:
         """A linear layer with `width` inputs, of which a rank has a part if it is row-parallel, and else a part of the outputs."""

@@ -37,7 +37,6 @@ class Awq(Quant):
         from streamconv.quants.given_codes import GivenIntegers
         from streamconv.quants.int_group import round_to_nearest
 
-
         if dtype.itemsize == 2 and options.target_version == "0.16" and module.rows <= module.cols // max(options.group_size, 1):
             where = f"{module.name} [{module.full_rows}, {module.full_cols}]"
             problem = f"{where}: with fewer output channels than groups, releases 0.13 to 0.16 read the scales turned;"
