@@ -56,7 +56,7 @@ def _with_check(reads: Reads, number: int, cost: TileCost) -> TileCost:
         plan = reads.plans[share.output]
         span = plan.spans[share.span]
         for task in encode_tasks(span, plan.matrices):
-            if task.is_copy(span.source.dtype):
+            if task.is_copy:
                 continue
             if task.codec.error_kernel(span.source.dtype) is not None and len(task.cols) == 1:
                 fixed = max(fixed, task.width * memory_plan.CHECK_COLUMN)
@@ -117,7 +117,7 @@ def load_kernels(reads: Reads) -> None:
                 kernel(np.zeros(2, span.source.dtype.storage), 1, 2)
             for task in encode_tasks(span, plan.matrices):
                 key = (type(task.codec), task.codec, span.source.dtype)
-                if key in seen or task.is_copy(span.source.dtype):
+                if key in seen or task.is_copy:
                     continue
                 seen.add(key)
                 if task.codec.needs:  # it cannot run yet
@@ -125,5 +125,5 @@ def load_kernels(reads: Reads) -> None:
                     continue
                 rows = task.codec.row_align
                 block = np.zeros(rows * span.row_bytes, np.uint8)
-                out_arena = np.empty(sum(task.row_costs(span)) * rows + 65536, np.uint8)
-                encode(task, span, rows, block, out_arena, EncodeStats())
+                out_arena = np.empty(sum(task.row_costs) * rows + 65536, np.uint8)
+                encode(task, rows, block, out_arena, EncodeStats())

@@ -20,7 +20,8 @@ else:
             self._name = name
 
         def __getattr__(self, attribute: str) -> object:
-            return getattr(importlib.import_module(self._name), attribute)
+            found = self.__dict__[attribute] = getattr(importlib.import_module(self._name), attribute)
+            return found
 
     np, torch = _Lazy("numpy"), _Lazy("torch")
     Array = Bytes = Any

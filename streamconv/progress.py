@@ -105,6 +105,7 @@ class Meter:
         self._watch, self._every, self._clock = watch, every, clock
         self._counting, self._telling = threading.Lock(), threading.Lock()
         self._progress, self._began, self._told = Progress("", 0, 0, 0.0), clock(), 0.0
+        self._done, self._written, self._detail = 0, 0, ""
         self._outputs: Callable[[], Sequence[OutputProgress]] = tuple
 
     def begin(
@@ -124,12 +125,14 @@ class Meter:
             outputs: tells of each of several outputs, called by any thread.
         """
         self._outputs, self._began = outputs, self._clock()
+        self._done, self._written, self._detail = resumed, 0, ""
         self._progress = Progress(phase, resumed, total, 0.0, unit, memory_budget, resumed=resumed, estimate=estimate)
         self._tell()
 
     def now(self) -> Progress:
         """The record of this moment."""
-        return replace(self._progress, seconds=self._clock() - self._began, outputs=tuple(self._outputs()))
+        told = replace(self._progress, done=self._done, written=self._written, detail=self._detail)
+        return replace(told, seconds=self._clock() - self._began, outputs=tuple(self._outputs()))
 
     def add(self, count: int) -> None:
         """So much more is done; called by any thread."""
@@ -157,12 +160,11 @@ class Meter:
 
     def _count(self, read: int, written: int, detail: str) -> None:
         with self._counting:
-            now = self._progress
-            self._progress = replace(now, done=min(now.done + read, now.total), written=now.written + written, detail=detail)
+            self._done, self._written, self._detail = min(self._done + read, self._progress.total), self._written + written, detail
 
     def end(self) -> None:
         """All is done."""
-        self._progress = replace(self._progress, phase="done", done=self._progress.total)
+        self._progress, self._done = replace(self._progress, phase="done"), self._progress.total
         self._tell()
 
     def phase(self, name: str) -> None:

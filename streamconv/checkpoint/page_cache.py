@@ -8,7 +8,7 @@ import os
 
 _NORESERVE = 0x4000
 """MAP_NORESERVE of Linux, which the module mmap does not name."""
-_libc = ctypes.CDLL(None)
+_libc = ctypes.PyDLL(None)  # which keeps the interpreter's lock: mincore waits for nothing, and giving the lock away takes longer
 
 
 def private_mapping(fd: int, size: int, offset: int = 0) -> mmap.mmap:

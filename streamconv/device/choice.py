@@ -103,13 +103,12 @@ def work_of(reads: Reads) -> Work:
             fused = span.reduce.kernel(span.source.dtype) is not None
             kernel, torch = kernel + size * fused, torch + size * (not fused)
         for task in encode_tasks(span, plan.matrices):
-            codec, cols = task.codec, task.width
-            if task.is_copy(span.source.dtype):
+            if task.is_copy:
                 continue
-            encoded = size * cols // span.source.cols
-            fused = codec.kernel(span.source.dtype) is not None
+            encoded = size * task.width // task.total
+            fused = task.kernel is not None
             kernel, torch = kernel + encoded * fused, torch + encoded * (not fused)
-            back += sum(part.nbytes(rows) for part in codec.parts(codec.row_align, cols))
+            back += sum(part.nbytes(rows) for part in task.parts)
     return Work(reads.nbytes + sum(file.size for plan in reads.plans for file in plan.files), kernel, torch, back)
 
 

@@ -80,7 +80,7 @@ def demand(spans: Iterable[RowRange], matrices: Sequence[Matrix], fused: bool = 
     work, out, fixed, least, small = 0.0, 0.0, 0, 0, 0
     seen = set()
     for span in spans:
-        tasks = [task for task in encode_tasks(span, matrices) if not task.is_copy(span.source.dtype)]
+        tasks = [task for task in encode_tasks(span, matrices) if not task.is_copy]
         whole = min((span.stop - span.start) * span.row_bytes, _TINY)
         key = (span.source.dtype, span.source.cols, span.align, span.reduce and span.reduce.bytes_per_element, whole, tuple(tasks))
         if key in seen or not (tasks or span.reduce):
@@ -90,7 +90,7 @@ def demand(spans: Iterable[RowRange], matrices: Sequence[Matrix], fused: bool = 
         for task in tasks:
             codec, cols = task.codec, task.width
             align = codec.row_align
-            encoded += -(-sum(part.nbytes(align) for part in codec.parts(align, cols)) // align)
+            encoded += -(-sum(part.nbytes(align) for part in task.parts) // align)
             gathered = cols * span.source.dtype.itemsize * (len(task.cols) > 1)
             definition = not (fused and has_kernel(codec, span.source.dtype))
             each = max(each, (gathered + definition * cols * codec.torch_bytes_per_element) / span.row_bytes)

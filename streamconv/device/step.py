@@ -9,7 +9,7 @@ from streamconv.device import triton_launch as fused
 from streamconv.lazy import Bytes, torch
 from streamconv.planning.plan import RowRange
 from streamconv.planning.tasks import EncodeTask
-from streamconv.quants.base import EncodeStats, Part
+from streamconv.quants.base import EncodeStats
 
 NOTE = 8
 """Bytes of the stats of a fused kernel: int32 [2]."""
@@ -33,16 +33,11 @@ class Job:
 def lay_out(jobs: Sequence[Job], rows: int, out_arena: Bytes) -> Bytes:
     """Give all parts of `rows` rows their places in `out_arena`; what is left of it."""
     for job in jobs:
-        for part in _records(job):
+        for part in job.task.parts:
             size = part.nbytes(rows)
             job.parts.append(out_arena[:size])
             out_arena = out_arena[-(-size // 64) * 64 :]
     return out_arena
-
-
-def _records(job: Job) -> Sequence[Part]:
-    codec = job.task.codec
-    return codec.parts(codec.row_align, job.task.width)
 
 
 class Batch:
@@ -72,7 +67,7 @@ class Batch:
                 outs_of.append(job.task.codec.encode(block, met))
                 continue
             waiting.append((len(outs_of), launch, block))
-            sizes = [part.nbytes(matrix.shape[0]) for part in _records(job)]
+            sizes = [part.nbytes(matrix.shape[0]) for part in job.task.parts]
             outs_of.append([torch.empty(size, dtype=torch.uint8, device=matrix.device) for size in sizes])
         for number, launch, block in waiting:  # at last: a step that finds no memory is done again, and counted once
             assert counts is not None
@@ -83,7 +78,7 @@ class Batch:
         """Where the parts of rows [first, first + take) belong; `found` is counted."""
         for job, met in zip(self.jobs, found, strict=True):
             job.stats.add(met)
-        each = [(place, part, part.nbytes(first)) for job in self.jobs for place, part in zip(job.parts, _records(job), strict=True)]
+        each = [(place, part, part.nbytes(first)) for job in self.jobs for place, part in zip(job.parts, job.task.parts, strict=True)]
         return [place[begin : begin + part.nbytes(take)] for place, part, begin in each]
 
     def count(self, notes: Bytes) -> None:

@@ -27,16 +27,20 @@ def fused(function: str, stored: Sequence[str], *arguments: Any) -> Kernel:
     """
     module, _, name = function.partition(".")
 
-    def run(flat: Any, start: int, stride: int, rows: int, cols: int, outs: Sequence[Any]) -> EncodeStats:
+    @cache
+    def loaded() -> tuple[Any, list[Any]]:
         from streamconv.kernels.rows import CODES
 
         if any(argument is None for argument in arguments):
             raise AssertionError("encoded before its reduction")
-        compiled = getattr(importlib.import_module(f"streamconv.kernels.{module}"), name)
-        parts = [out.view(kind) for out, kind in zip(outs, stored, strict=False)]
-        parts += [np.empty(0, kind) for kind in stored[len(outs) :]]
         with np.errstate(over="ignore"):  # a scale that is infinite is refused when it is written
             given = [CODES[a.name] if isinstance(a, DType) else np.float32(a) if isinstance(a, float) else a for a in arguments]
+        return getattr(importlib.import_module(f"streamconv.kernels.{module}"), name), given
+
+    def run(flat: Any, start: int, stride: int, rows: int, cols: int, outs: Sequence[Any]) -> EncodeStats:
+        compiled, given = loaded()
+        parts = [out.view(kind) for out, kind in zip(outs, stored, strict=False)]
+        parts += [np.empty(0, kind) for kind in stored[len(outs) :]]
         counts = compiled(flat, start, stride, rows, cols, *parts, *given)
         return EncodeStats(*map(int, counts)) if isinstance(counts, tuple) else EncodeStats(int(counts or 0))
 

@@ -60,13 +60,12 @@ def tile_cost(span: RowRange, matrices: Sequence[Matrix], on_device: bool = Fals
     out = work = fixed = 0
     kernel = torch = False
     for task in encode_tasks(span, matrices):
-        row_out, row_work = task.row_costs(span)
-        fused = task.codec.kernel(span.source.dtype) is not None and not on_device
-        per_column = max(task.codec.torch_bytes_per_column, task.codec.kernel_bytes_per_column if fused else 0)
-        fixed = max(fixed, 0 if task.is_copy(span.source.dtype) else per_column * task.width)
+        row_out, row_work = task.row_costs
         out, work = out + row_out, max(work, 0 if on_device else row_work)
-        if not task.is_copy(span.source.dtype):
-            fused = task.codec.kernel(span.source.dtype) is not None
+        if not task.is_copy:
+            fused = task.kernel is not None
+            per_column = max(task.codec.torch_bytes_per_column, task.codec.kernel_bytes_per_column if fused and not on_device else 0)
+            fixed = max(fixed, per_column * task.width)
             kernel, torch = kernel or fused, torch or not fused or task.codec.loads_torch
     if span.reduce is not None:  # on the CPU, device or not
         kernel = span.reduce.kernel(span.source.dtype) is not None

@@ -58,10 +58,15 @@ class Table(Sequence[_T]):
     """A sequence whose items are made by `_make`."""
 
     def __init__(self) -> None:
-        self._made: Callable[[int], _T] = lru_cache(KEPT)(self._make)
+        self._made: Callable[[int], _T] = lru_cache(KEPT)(self._item)
 
     def _make(self, number: int) -> _T:
         raise NotImplementedError
+
+    def _item(self, number: int) -> _T:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        return self._make(number)
 
     @overload
     def __getitem__(self, number: int) -> _T: ...
@@ -70,9 +75,7 @@ class Table(Sequence[_T]):
     def __getitem__(self, number: int | slice) -> _T | list[_T]:
         if isinstance(number, slice):
             return [self._made(at) for at in range(*number.indices(len(self)))]
-        if not -len(self) <= number < len(self):
-            raise IndexError(number)
-        return self._made(number % len(self))
+        return self._made(number if number >= 0 else number + len(self))
 
     def __iter__(self) -> Iterator[_T]:
         return map(self._make, range(len(self)))

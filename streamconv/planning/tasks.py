@@ -3,56 +3,77 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from streamconv.checkpoint.dtypes import DType
 from streamconv.planning.plan import Destination, Matrix, RowRange
-from streamconv.quants.base import Codec, FinishedReductions
+from streamconv.quants.base import Codec, FinishedReductions, Kernel, Part
 from streamconv.quants.plain import Plain
 
 
-class EncodeTask(NamedTuple):
-    """Columns of a span's rows in a codec: two destinations with the same task get the same bytes."""
+@dataclass(frozen=True)
+class EncodeTask:
+    """Columns of a span's rows in a codec: two destinations with the same task get the same bytes.
+
+    Attributes:
+        cols: source columns, as (begin, end) pairs joined side by side.
+        dtype, total: stored type and all columns of the source.
+    """
 
     cols: tuple[tuple[int, int], ...]
     codec: Codec
+    dtype: DType
+    total: int
 
-    @property
+    @cached_property
     def width(self) -> int:
         """Columns that are encoded."""
         return sum(stop - start for start, stop in self.cols)
 
-    def bound(self, results: FinishedReductions, source: str) -> EncodeTask:
-        """The task with the results of the reductions that its codec needs."""
-        return self._replace(codec=self.codec.bind(results, source))
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """What the codec makes of the least rows that it takes."""
+        return self.codec.parts(self.codec.row_align, self.width)
 
-    def is_copy(self, dtype: DType) -> bool:
+    @cached_property
+    def kernel(self) -> Kernel | None:
+        """The fused CPU kernel; None for what takes none, and for what has none."""
+        return None if self.is_copy else self.codec.kernel(self.dtype)
+
+    @cached_property
+    def is_copy(self) -> bool:
         """The stored bytes are the source's, column slices apart."""
         codec = self.codec
-        return isinstance(codec, Plain) and codec.dtype == dtype and not codec.add_one and not codec.halved(dtype)
+        return isinstance(codec, Plain) and codec.dtype == self.dtype and not codec.add_one and not codec.halved(self.dtype)
 
-    def is_whole_copy(self, span: RowRange) -> bool:
+    @cached_property
+    def is_whole_copy(self) -> bool:
         """The stored bytes are the rows as they were read: nothing to do."""
-        return self.is_copy(span.source.dtype) and self.cols == ((0, span.source.cols),)
+        return self.is_copy and self.cols == ((0, self.total),)
 
-    def row_costs(self, span: RowRange) -> tuple[int, int]:
+    @cached_property
+    def row_costs(self) -> tuple[int, int]:
         """(bytes of output, bytes of working memory) that encoding one row takes."""
-        if self.is_whole_copy(span):
+        if self.is_whole_copy:
             return 0, 0
-        codec, dtype = self.codec, span.source.dtype
-        align = codec.row_align
-        out = -(-sum(part.nbytes(align) for part in codec.parts(align, self.width)) // align)
-        if self.is_copy(dtype):
+        align = self.codec.row_align
+        out = -(-sum(part.nbytes(align) for part in self.parts) // align)
+        if self.is_copy:
             return out, 0
-        gathered = self.width * dtype.itemsize if len(self.cols) > 1 else 0
-        if codec.kernel(dtype) is not None:
-            return out, gathered
-        return out, gathered + self.width * codec.torch_bytes_per_element + out
+        gathered = self.width * self.dtype.itemsize if len(self.cols) > 1 else 0
+        return out, gathered + (0 if self.kernel else self.width * self.codec.torch_bytes_per_element + out)
+
+    def bound(self, results: FinishedReductions, source: str) -> EncodeTask:
+        """The task with the results of the reductions that its codec needs."""
+        codec = self.codec.bind(results, source)
+        return self if codec is self.codec else replace(self, codec=codec)
 
 
 def encode_tasks(span: RowRange, matrices: Sequence[Matrix]) -> dict[EncodeTask, list[Destination]]:
     """The span's destinations grouped by what they need, in order."""
     found: dict[EncodeTask, list[Destination]] = {}
     for dest in span.dests:
-        found.setdefault(EncodeTask(dest.cols, matrices[dest.matrix].codec), []).append(dest)
+        task = EncodeTask(dest.cols, matrices[dest.matrix].codec, span.source.dtype, span.source.cols)
+        found.setdefault(task, []).append(dest)
     return found

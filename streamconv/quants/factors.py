@@ -49,9 +49,12 @@ def problem(tensor: str, dtype: DType, data: np.ndarray[Any, Any] | bytes, singl
     suffix = tensor.rsplit(".", 1)[-1]
     if suffix not in _FACTORS or dtype.name not in _BITS:
         return None
-    values = as_float(np.frombuffer(data, np.uint8), dtype.name)
+    stored, divided = np.frombuffer(data, np.uint8), suffix in _DIVIDED_BY or (suffix == "weights_scaling_factor" and single)
+    if not divided and not nonfinite(dtype, stored):
+        return None
+    values = as_float(stored, dtype.name)
     bad = ~np.isfinite(values)
-    if suffix in _DIVIDED_BY or (suffix == "weights_scaling_factor" and single):
+    if divided:
         bad |= np.abs(values) < LEAST_NORMAL[dtype.name]  # the smallest number whose reciprocal is finite
     if not bad.any():
         return None

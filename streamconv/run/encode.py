@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from streamconv.checkpoint.shard import Shard
 from streamconv.errors import TensorError, printable
 from streamconv.lazy import Bytes, np, torch
-from streamconv.planning.plan import Destination, Plan, RowRange
-from streamconv.planning.tasks import EncodeTask, encode_tasks
+from streamconv.planning.plan import Destination, RowRange
+from streamconv.planning.tasks import EncodeTask
 from streamconv.quants.base import EncodeStats
 from streamconv.run.order import ReductionResults
 
@@ -54,22 +54,20 @@ def read_rows(shards: Sequence[Shard], span: RowRange, start: int, stop: int, bu
     return scratch[: size // 2]
 
 
-def encode(task: EncodeTask, span: RowRange, rows: int, block: Bytes, out_arena: Bytes, stats: EncodeStats) -> list[Bytes]:
+def encode(task: EncodeTask, rows: int, block: Bytes, out_arena: Bytes, stats: EncodeStats) -> list[Bytes]:
     """The bytes of each part for `rows` rows.
 
     Args:
-        block: uint8, rows * span.row_bytes bytes, row-major.
+        block: uint8, all columns of the rows, row-major.
         out_arena: uint8, where outputs (and a gathered copy) may go.
 
     Returns:
         One uint8 array per part, views of block or out_arena.
     """
-    columns, codec = task
-    dtype, total = span.source.dtype, span.source.cols
-    if task.is_whole_copy(span):
+    columns, dtype, total, item = task.cols, task.dtype, task.total, task.dtype.itemsize
+    if task.is_whole_copy:
         return [block]
-    item = dtype.itemsize
-    if task.is_copy(dtype):
+    if task.is_copy:
         return [_gather(columns, block, out_arena, rows, total, item)]
     if len(columns) > 1:
         gathered = _gather(columns, block, out_arena, rows, total, item)
@@ -78,17 +76,16 @@ def encode(task: EncodeTask, span: RowRange, rows: int, block: Bytes, out_arena:
     else:
         start, stride, cols = columns[0][0], total, columns[0][1] - columns[0][0]
     outs = []
-    for part in codec.parts(codec.row_align, cols):
+    for part in task.parts:
         size = part.nbytes(rows)
         outs.append(out_arena[:size])
         out_arena = out_arena[-(-size // 64) * 64 :]
-    kernel = codec.kernel(dtype)
-    if kernel is not None:
-        stats.add(kernel(block.view(dtype.storage), start, stride, rows, cols, outs))
+    if task.kernel is not None:
+        stats.add(task.kernel(block.view(dtype.storage), start, stride, rows, cols, outs))
         return outs
     flat = torch.from_numpy(block).view(getattr(torch, dtype.torch))
     matrix = flat.reshape(rows, stride)[:, start : start + cols]
-    for out, made in zip(outs, codec.encode(matrix, stats), strict=True):
+    for out, made in zip(outs, task.codec.encode(matrix, stats), strict=True):
         out[:] = made.cpu().numpy()
     return outs
 
@@ -114,30 +111,36 @@ class Encoded:
 
 
 def encoded(
-    plan: Plan, span: RowRange, rows: int, block: Bytes, out_arena: Bytes, results: ReductionResults, slot: WorkerBuffers | None
+    tasks: Mapping[EncodeTask, list[Destination]],
+    span: RowRange,
+    rows: int,
+    block: Bytes,
+    out_arena: Bytes,
+    results: ReductionResults,
+    slot: WorkerBuffers | None,
 ) -> Iterator[Encoded]:
     """Encode rows of a span for every matrix that takes them; equal requests are encoded once.
 
     Args:
+        tasks: of the span, with the matrices that take what each makes.
         rows: output rows, whose source rows are in `block`.
         out_arena: uint8; holds what is encoded until the last of it was used.
         slot: of a device, which encodes all that is no copy; None encodes on the CPU.
     """
-    name, dtype = span.source.name, span.source.dtype
-    wanted = encode_tasks(span, plan.matrices)
+    name = span.source.name
     jobs: dict[EncodeTask, Job] = {}
     if slot is not None:
         from streamconv.device.step import Job
 
-        jobs = {task: Job(task.bound(results, name)) for task in wanted if not task.is_copy(dtype)}
+        jobs = {task: Job(task.bound(results, name)) for task in tasks if not task.is_copy}
         out_arena = slot.encode(list(jobs.values()), span, rows, block, out_arena) if jobs else out_arena
-    for task, dests in wanted.items():
+    for task, dests in tasks.items():
         if task in jobs:
             yield Encoded(task, dests, jobs[task].parts, jobs[task].stats)
             continue
         stats = EncodeStats()
-        parts = encode(task.bound(results, name), span, rows, block, out_arena, stats)
-        out_arena = out_arena[-(-task.row_costs(span)[0] * rows // 64) * 64 :]
+        parts = encode(task.bound(results, name), rows, block, out_arena, stats)
+        out_arena = out_arena[-(-task.row_costs[0] * rows // 64) * 64 :]
         yield Encoded(task, dests, parts, stats)
 
 

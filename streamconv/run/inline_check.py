@@ -46,7 +46,7 @@ class InlineCheck:
         Raises:
             VerifyError: a value is farther off than its encoding allows.
         """
-        if made.task.is_copy(span.source.dtype):
+        if made.task.is_copy:
             return ()
         errors = Errors()
         for part in _blocks(made, span, block, rows, results):
@@ -66,7 +66,7 @@ class InlineCheck:
         """An earlier run looked at this tile, too."""
         span = self._plan.spans[done.span]
         tasks = encode_tasks(span, self._plan.matrices)
-        sizes = [0 if task.is_copy(span.source.dtype) else 5 for task in tasks]
+        sizes = [0 if task.is_copy else 5 for task in tasks]
         return sizes == [len(kept) for kept in done.errors]
 
     def resumed(self, done: TileRecord) -> None:
@@ -130,7 +130,7 @@ def _blocks(made: Encoded, span: RowRange, block: Bytes, rows: int, results: Red
     task = made.task.bound(results, span.source.name)
     codec, columns, width = task.codec, task.cols, task.width
     compare = codec.error_kernel(span.source.dtype)
-    stored = codec.parts(codec.row_align, width)
+    stored = task.parts
     screen = codec.screen(span.source.dtype) if compare is None and len(columns) == 1 else None
     if screen is not None:
         start, stride = columns[0][0], span.source.cols

@@ -201,8 +201,8 @@ def _same(plan: Plan, shards: Sequence[Shard], span: RowRange, out: Path) -> boo
     scratch = np.empty(source_rows * span.scratch_row_bytes, np.uint8)
     block = read_rows(shards, span, span.start, span.start + source_rows, buffer, scratch)
     for task, dests in encode_tasks(span, plan.matrices).items():
-        out_arena = np.empty(sum(task.row_costs(span)) * rows + 65536, np.uint8)
-        made = encode(task.bound(ReductionResults(()), span.source.name), span, rows, block, out_arena, EncodeStats())
+        out_arena = np.empty(sum(task.row_costs) * rows + 65536, np.uint8)
+        made = encode(task.bound(ReductionResults(()), span.source.name), rows, block, out_arena, EncodeStats())
         for dest in dests:
             matrix = plan.matrices[dest.matrix]
             with open(out / plan.files[matrix.file].name, "rb") as file:

@@ -27,6 +27,7 @@ class OutputFolder:
         self.place, self.out, self.disk = place, place.out, place.disk
         self._fds: dict[str, int] = {}
         self._sizes: dict[str, int] = {}
+        self._paths: dict[str, Path] = {}
         self._turns: dict[str, threading.Lock] = {}
 
     def create(self, files: Sequence[OutputFile], fresh: bool, made: bool = False) -> None:
@@ -71,7 +72,9 @@ class OutputFolder:
         self._check_size(name)
 
     def _path(self, name: str) -> Path:
-        return self.place.work.path(name)
+        if name not in self._paths:  # making one takes longer than a small write
+            self._paths[name] = self.place.work.path(name)
+        return self._paths[name]
 
     def _check_room(self, files: Sequence[OutputFile]) -> None:
         """A disk that is too full says so before the work starts. (Preallocated extents would be written at three quarters

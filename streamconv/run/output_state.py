@@ -13,7 +13,8 @@ from streamconv import memory
 from streamconv.errors import DataError, printable
 from streamconv.lazy import Bytes
 from streamconv.planning.plan import Destination, Plan, RowRange
-from streamconv.planning.tasks import encode_tasks
+from streamconv.planning.tables import KEPT
+from streamconv.planning.tasks import EncodeTask, encode_tasks
 from streamconv.quants import factors
 from streamconv.quants.base import EncodeStats
 from streamconv.run.cut import JournalState, Task
@@ -42,6 +43,7 @@ class OutputState:
         check: holds each tile against its source; None believes what was encoded.
 
     Attributes:
+        tasks: by number of a span, with the matrices that take what each makes.
         hashes: of every tensor, once the run is done.
         results: of the plan's reductions.
         overflow: source tensor -> finite values that became infinite in the model dtype.
@@ -55,6 +57,7 @@ class OutputState:
         check: InlineCheck | None = None,
     ) -> None:
         self.plan, self.past = plan, past or {}
+        self.tasks: Callable[[int], Mapping[EncodeTask, list[Destination]]] = functools.lru_cache(KEPT)(self._tasks)
         self.hashes = Hashes(plan.files)
         self.order = HashOrder(plan.matrices, self.hashes, loose)
         self.results = ReductionResults(plan.spans.reducing())
@@ -83,6 +86,9 @@ class OutputState:
         if self._journal is not None and isinstance(self._folder, OutputFolder):
             self._recorder = Recorder(self._journal, self._folder, failed)
             self._recorder.start()
+
+    def _tasks(self, span: int) -> Mapping[EncodeTask, list[Destination]]:
+        return encode_tasks(self.plan.spans[span], self.plan.matrices)
 
     def judge(self, span: RowRange, made: Encoded) -> None:
         """Values that would ruin the checkpoint stop the conversion; counts what was found."""
@@ -129,7 +135,7 @@ class OutputState:
             False if anything differs: the tile must be done again. `order` has then not moved.
         """
         folder, span = self._folder, self.plan.spans[done.span]
-        groups = list(encode_tasks(span, self.plan.matrices).values())
+        groups = list(self.tasks(done.span).values())
         known = self.check is None or self.check.knows(done)
         if not known or not isinstance(folder, OutputFolder) or len(groups) != len(done.hashes):
             return False
@@ -206,7 +212,7 @@ def _judge(plan: Plan, span: RowRange, made: Encoded) -> None:
     if stats.overflow and codec.computed:
         told = f"{stats.overflow} values of {name} become infinite"
         raise DataError(f"{matrix.places[0].tensor}: {told}", hint=codec.cause() or None)
-    for place, part, data in zip(matrix.places, codec.parts(codec.row_align, made.task.width), made.parts, strict=True):
+    for place, part, data in zip(matrix.places, made.task.parts, made.parts, strict=True):
         problem = factors.problem(place.tensor, part.dtype, data, matrix.rows == matrix.cols == 1)
         if problem:
             raise DataError(f"{problem}, from {name}", hint=codec.cause() or None)

@@ -119,7 +119,7 @@ class TileWorker:
                     output.results.add(span.reduce.key, count, maxima)
                     tally.lap("compute")
                     continue
-                for made in encoded(output.plan, span, count, rows.of(task, span), rows.free, output.results, self.slot):
+                for made in encoded(output.tasks(task.share.span), span, count, rows.of(task, span), rows.free, output.results, self.slot):
                     output.judge(span, made)
                     found.add(made.stats)
                     if output.check is not None:

@@ -226,7 +226,7 @@ def _tile(job_count: int, rows: int, cols: int) -> Any:
     span = RowRange(source, 0, rows, PLAIN_ROWS, (), 64)
     block = torch.randn(rows, cols, generator=torch.Generator().manual_seed(2)).bfloat16()
     encodings = (Plain(F16), Fp8Rowwise(), WeightOnly(8, "sm80", F16))[:job_count]
-    return span, block, [device.Job(EncodeTask(((0, cols),), encoding)) for encoding in encodings]
+    return span, block, [device.Job(EncodeTask(((0, cols),), encoding, BF16, cols)) for encoding in encodings]
 
 
 @pytest.mark.parametrize("chunk", [1 << 20, 64 * 256 * 2, 3 * 64 * 256 * 2])
