@@ -19,7 +19,6 @@ from streamconv.checkpoint.meta import PARAMS, assemble, check_parts, is_meta, m
 from streamconv.checkpoint.rows import SourceFile, SourceTensor, tensor_at
 from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.tensor_table import TensorTable
-from streamconv.checkpoint.torch_zip import read_torch
 from streamconv.checkpoint.untrusted import file_size, names_in, open_regular, read_json
 from streamconv.checkpoint.weight_files import WEIGHT_MAP, Choice, choose, weight_files
 from streamconv.errors import CheckpointError, TensorError, printable
@@ -169,6 +168,8 @@ def _open_meta(folder: Path) -> Index:
     files = meta_files(folder)
     shards = tuple(Shard(folder / name) for names in files for name in names)
     parts: list[dict[str, SourceTensor]] = []
+    from streamconv.checkpoint.torch_zip import read_torch
+
     digests: dict[int, str] = {}
     archives: list[str] = []
     try:
@@ -267,6 +268,8 @@ def _held(
 ) -> tuple[list[str], Sequence[tuple[DType, tuple[int, ...]]], Sequence[int], Sequence[int]]:
     """Names, forms, the form of each and where it begins of the tensors of one file, whatever its format; see `Header`."""
     if shard.path.suffix in _TORCH:
+        from streamconv.checkpoint.torch_zip import read_torch
+
         content = read_torch(shard)
         digests[number] = content.digest
         tensors = content.tensors.values()

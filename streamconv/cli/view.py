@@ -7,7 +7,6 @@ import dataclasses
 import json
 import os
 import shlex
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -94,7 +93,9 @@ class _Live:
             _expected(now)
         self._phase = now.phase if now.phase != "done" else ""
         if self._phase:
-            room = shutil.get_terminal_size().columns - 1
+            from shutil import get_terminal_size
+
+            room = get_terminal_size().columns - 1
             below = now.outputs if now.phase != "syncing" else ()
             lines = [line[:room] for line in (_line(now), *(f"  {visible(str(each))}" for each in below))]
             widths = self._widths or [0] * len(lines)

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import socket
 import stat
 from dataclasses import dataclass
@@ -130,7 +129,7 @@ class Claims:
         """
         if self.done(part) or (fd := self._lock(part, part + 1)) is None:
             return None
-        claim = Claim(self.disk, fd, part, secrets.token_hex(4))
+        claim = Claim(self.disk, fd, part, os.urandom(4).hex())
         try:
             if self.done(part):  # meanwhile
                 claim.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,7 @@ def join(claims: Claims, plan: Plan, shards: Sequence[Shard], run: dict[str, Any
         _make_files(claims, plan.files, begun is None)
         if not place.lenient:
             with translate_errors(claims.base.path, "write in"):
-                claims.presence = Presence(claims.base, secrets.token_hex(4))
+                claims.presence = Presence(claims.base, os.urandom(4).hex())
     return True
 
 

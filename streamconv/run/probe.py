@@ -6,7 +6,6 @@ A sample is one call, so that other threads of this process hardly slow it down;
 from __future__ import annotations
 
 import os
-import random
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,6 +27,8 @@ def read_rate(files: Sequence[Path], seconds: float, cold: bool = False) -> floa
     Raises:
         OSError, StreamconvError: they cannot be read.
     """
+    from random import choices, randrange
+
     opened = [open_regular(file) for file in files]
     try:
         sizes, block = [os.fstat(fd).st_size for fd in opened], bytearray(_PIECE)
@@ -35,8 +36,8 @@ def read_rate(files: Sequence[Path], seconds: float, cold: bool = False) -> floa
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
         def sample(pieces: int) -> int:
-            (number,) = random.choices(range(len(opened)), sizes)
-            begin = random.randrange(max(1, sizes[number] - pieces * _PIECE)) // 4096 * 4096
+            (number,) = choices(range(len(opened)), sizes)
+            begin = randrange(max(1, sizes[number] - pieces * _PIECE)) // 4096 * 4096
             return os.preadv(opened[number], [block] * pieces, begin)
 
         return _rate(sample, seconds)
