@@ -165,11 +165,11 @@ def _config_of(folder: Path) -> dict[str, Any]:
 
 def _open_meta(folder: Path) -> Index:
     params = read_json(folder / PARAMS, MAX_CONFIG)
+    from streamconv.checkpoint.torch_zip import read_torch
+
     files = meta_files(folder)
     shards = tuple(Shard(folder / name) for names in files for name in names)
     parts: list[dict[str, SourceTensor]] = []
-    from streamconv.checkpoint.torch_zip import read_torch
-
     digests: dict[int, str] = {}
     archives: list[str] = []
     try:

@@ -89,8 +89,7 @@ def demand(spans: Iterable[RowRange], matrices: Sequence[Matrix], fused: bool = 
         encoded, each = 0, 0.0
         for task in tasks:
             codec, cols = task.codec, task.width
-            align = codec.row_align
-            encoded += -(-sum(part.nbytes(align) for part in task.parts) // align)
+            encoded += task.row_costs[0]
             gathered = cols * span.source.dtype.itemsize * (len(task.cols) > 1)
             definition = not (fused and has_kernel(codec, span.source.dtype))
             each = max(each, (gathered + definition * cols * codec.torch_bytes_per_element) / span.row_bytes)

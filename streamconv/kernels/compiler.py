@@ -55,10 +55,10 @@ def compile_kernel(dispatcher: Any, arguments: tuple[Any, ...]) -> Code:
     """Compile for the types of these arguments."""
     types = tuple(map(numba.typeof, arguments))
     dispatcher.compile(types)
-    made = dispatcher.overloads[types]
-    given: Any = _unliteral(made.fndesc.restype)
+    made = dispatcher.overloads[types]._asdict()
+    given: Any = _unliteral(made["fndesc"].restype)
     returns = [str(kind) for kind in given] if hasattr(given, "__iter__") else str(given)
-    return _code(made.library, made.fndesc.llvm_func_name, None if returns == "none" else returns)
+    return _code(made["library"], made["fndesc"].llvm_func_name, None if returns == "none" else returns)
 
 
 def compile_callback(signature: Any, function: Callable[..., Any]) -> Code:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Hashable, Iterator, Sequence
 
 from streamconv.checkpoint.rows import RowSource
 from streamconv.memory import without_collection
 from streamconv.planning.merge import Owned, Read, Share, merge
 from streamconv.planning.plan import Plan, RowRange
-from streamconv.planning.tables import KEPT
 
 
 class Reads:
@@ -24,7 +22,6 @@ class Reads:
     def __init__(self, plans: Sequence[Plan]) -> None:
         self.plans = tuple(plans)
         self._merged: list[Read] | None = None  # one plan reads what its spans say
-        self._own: Callable[[int], Read] = lru_cache(KEPT)(self._of_span)
         loose = set[Owned]()
         if len(plans) > 1:
             with without_collection():
@@ -42,12 +39,11 @@ class Reads:
         return sum(len(plan.spans) for plan in self.plans) if self._merged is None else len(self._merged)
 
     def __iter__(self) -> Iterator[Read]:
-        return map(self._of_span, range(len(self))) if self._merged is None else iter(self._merged)
+        return map(self.__getitem__, range(len(self)))
 
     def __getitem__(self, number: int) -> Read:
-        return self._own(number) if self._merged is None else self._merged[number]
-
-    def _of_span(self, number: int) -> Read:
+        if self._merged is not None:
+            return self._merged[number]
         span = self.plans[0].spans[number]
         share = Share(0, number, 0)
         return Read(span.start, span.stop, span.align, (share,), share)

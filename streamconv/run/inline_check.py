@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import threading
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from streamconv.errors import VerifyError, printable
 from streamconv.lazy import Bytes, np, torch
 from streamconv.planning.memory_plan import CHECK_BYTES, CHECK_ELEMENT
 from streamconv.planning.plan import Destination, Plan, RowRange
-from streamconv.planning.tasks import encode_tasks
+from streamconv.planning.tasks import EncodeTask
 from streamconv.quants.base import Codec, Errors
 from streamconv.reports import TensorError
 from streamconv.run.encode import Encoded
@@ -62,17 +62,14 @@ class InlineCheck:
         self._add(made.dests, kept)
         return kept
 
-    def knows(self, done: TileRecord) -> bool:
-        """An earlier run looked at this tile, too."""
-        span = self._plan.spans[done.span]
-        tasks = encode_tasks(span, self._plan.matrices)
+    def knows(self, done: TileRecord, tasks: Iterable[EncodeTask]) -> bool:
+        """An earlier run looked at this tile, too; `tasks` are those of its span."""
         sizes = [0 if task.is_copy else 5 for task in tasks]
         return sizes == [len(kept) for kept in done.errors]
 
-    def resumed(self, done: TileRecord) -> None:
-        """Take what an earlier run found of a tile that this run knows."""
-        tasks = encode_tasks(self._plan.spans[done.span], self._plan.matrices)
-        for dests, kept in zip(tasks.values(), done.errors, strict=True):
+    def resumed(self, done: TileRecord, dests_of: Iterable[Sequence[Destination]]) -> None:
+        """Take what an earlier run found of a tile that this run knows, for the matrices that took what each task made."""
+        for dests, kept in zip(dests_of, done.errors, strict=True):
             if kept:
                 self._add(dests, kept)
 

@@ -135,8 +135,9 @@ class OutputState:
             False if anything differs: the tile must be done again. `order` has then not moved.
         """
         folder, span = self._folder, self.plan.spans[done.span]
-        groups = list(self.tasks(done.span).values())
-        known = self.check is None or self.check.knows(done)
+        tasks = self.tasks(done.span)
+        groups = list(tasks.values())
+        known = self.check is None or self.check.knows(done, tasks)
         if not known or not isinstance(folder, OutputFolder) or len(groups) != len(done.hashes):
             return False
         rows, skipped = span.op.out_rows(done.stop - done.start), span.op.out_rows(done.start - span.start)
@@ -163,7 +164,7 @@ class OutputState:
                 read(dest, part, digest)
             self.order.passed(dest.matrix, dest.row + skipped, rows)
         if self.check is not None:
-            self.check.resumed(done)
+            self.check.resumed(done, groups)
         for dest in span.dests:
             self._written(dest.matrix, rows)
         with self._counting:
