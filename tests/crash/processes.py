@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -20,8 +19,11 @@ from streamconv.options import Resources
 from streamconv.run import recorder
 from streamconv.run.fs import Disk, Folder, Mark
 from streamconv.targets.trtllm.options import TensorRTLLM
+from tests.crash.disks import Counting, Killing
 from tests.crash.kills import Count
-from tests.crash.world import snapshot, write_model
+from tests.crash.world import no_thread, snapshot, write_model
+
+TILE_ROWS = (64, 96, 256)
 
 
 def fork(work: Callable[[], None]) -> int:
@@ -42,24 +44,17 @@ def fork(work: Callable[[], None]) -> int:
         os._exit(1)
 
 
-def _ended(pid: int) -> resource.struct_rusage:
-    """Wait for a child's success; gives what it used."""
-    _, status, used = os.wait4(pid, 0)
-    assert status == 0
-    return used
-
-
-def _dies_after(seconds: float) -> None:
-    """The system kills this process at once when it has used so much processor time: a moment of its work, however busy the machine is."""
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    signal.setitimer(signal.ITIMER_PROF, seconds)
+def _die_within(seconds: float) -> None:
+    """SIGKILL while the run's other threads go on; the operation that waits here is never done, so the run cannot end before."""
+    time.sleep(seconds)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Runs:
     """Conversions of one model by real workers and the journal's thread, in children.
 
     Attributes:
-        seconds: of processor time that one takes.
+        operations: of the disk that one makes, at least: with the largest tiles and one batch of the journal.
     """
 
     def __init__(self, root: Path, quant: str = "none", megabytes: int = 64) -> None:
@@ -71,17 +66,16 @@ class Runs:
         self.convert(self.out, 4)
         self.right = snapshot(self.out)
         shutil.rmtree(self.out)
-        self.seconds = min(self._used() for _ in range(4))  # by now everything is loaded; others make it seem more
-
-    def _used(self) -> float:
-        used = _ended(fork(lambda: self.convert(self.out, 4)))
+        counting = Counting()
+        with no_thread(1 << 40):
+            self.convert(self.out, 1, disk=counting, tile_rows=TILE_ROWS[-1])
+        self.operations = counting.count
         shutil.rmtree(self.out)
-        return used.ru_utime + used.ru_stime
 
-    def convert(self, out: Path, workers: int, budget: int = 4 << 30, disk: Disk | None = None) -> None:
+    def convert(self, out: Path, workers: int, disk: Disk | None = None, tile_rows: int | None = None) -> None:
         before, recorder.BATCH_SECONDS = recorder.BATCH_SECONDS, 0.005
         try:
-            asked = Resources(memory_budget=budget, workers=workers, device="cpu", tile_rows=random.choice((64, 96, 256)))
+            asked = Resources(memory_budget=4 << 30, workers=workers, device="cpu", tile_rows=tile_rows or random.choice(TILE_ROWS))
             api.convert(self.model, out, self.options, asked, disk=disk)
         finally:
             recorder.BATCH_SECONDS = before
@@ -93,9 +87,9 @@ def random_kills(runs: Runs, rounds: int, seed: int = 1) -> Count:
     journal_file = runs.place / ".out.streamconv-journal"
     for number in range(rounds):
         for _ in range(rng.randint(1, 4)):
-            workers = rng.randint(1, 6)
-            seconds = rng.uniform(0.001, runs.seconds * 1.2)
-            pid = fork(lambda workers=workers, seconds=seconds: (_dies_after(seconds), runs.convert(runs.out, workers))[1])  # type: ignore[misc]
+            workers, seconds = rng.randint(1, 6), rng.uniform(0, 0.003)
+            disk = Killing(rng.randrange(runs.operations), lambda seconds=seconds: _die_within(seconds))  # type: ignore[misc]
+            pid = fork(lambda workers=workers, disk=disk: runs.convert(runs.out, workers, disk))  # type: ignore[misc]
             _, status = os.waitpid(pid, 0)
             count.facts["killed"] += os.WIFSIGNALED(status)
             count.facts["journals"] += journal_file.exists() and journal_file.stat().st_size > 2000

@@ -73,7 +73,7 @@ def test_sigkill_at_every_operation(make: MakeWorld) -> None:
 def test_sigkill_at_random_moments(make: MakeWorld) -> None:
     count = processes.random_kills(make(processes.Runs, megabytes=32), 8)
     good(count, 8)
-    assert count.facts["killed"] >= 6, count
+    assert count.facts["killed"] >= 8, count  # the first of each round at least: nothing is left of it to resume
     assert count.facts["journals"] >= 2, count
 
 
