@@ -9,7 +9,6 @@ from pathlib import Path
 from streamconv import mounts
 from streamconv.checkpoint.index import Index
 from streamconv.errors import StreamconvError, printable
-from streamconv.hub.shard import HubShard
 from streamconv.memory import GIB, MIB
 from streamconv.planning.memory_plan import MemoryPlan, TileCost, processors
 from streamconv.planning.reads import Reads
@@ -50,7 +49,7 @@ class Looking:
 
     def _look(self) -> None:
         shards = self._index.shards
-        here = [shard.path for shard in shards if not isinstance(shard, HubShard) or os.path.exists(shard.path)]
+        here = [shard.path for shard in shards if os.path.exists(shard.path)]
         if len(here) < len(shards):
             self._unknown.append("how fast the model is downloaded")
         try:

@@ -13,7 +13,7 @@ from streamconv.cli import output
 from streamconv.cli.view import table
 from streamconv.errors import OutputError, printable
 from streamconv.execution import choose_device
-from streamconv.hub import cache_need
+from streamconv.hub.source import cache_need
 from streamconv.memory import show_size
 from streamconv.natural import natural
 from streamconv.planning.memory_plan import MemoryPlan, TileCost

@@ -18,7 +18,6 @@ from streamconv.arguments import check_text
 from streamconv.checkpoint.limits import MAX_RECIPE
 from streamconv.checkpoint.untrusted import read_file, shown_value
 from streamconv.errors import OutputError, UsageError, VerifyError, printable
-from streamconv.hub.shard import HubShard
 from streamconv.run import manifest
 from streamconv.targets import target_from_json
 
@@ -157,8 +156,7 @@ def of_plans(
     Args:
         flags: of the command; those of resources that were changed are kept.
     """
-    repo = next((shard.repo for shard in index.shards if isinstance(shard, HubShard)), None)
-    named = model if repo is None else f"hf://{repo.name}@{repo.commit}"
+    named = model if index.repo is None else f"hf://{index.repo}@{index.root.name}"
     resources = {name: value for name in _RESOURCES if (value := flags.get(name)) != "auto"}
     return render(named, [(one.out, plan.target) for one, plan in zip(outputs, plans, strict=True)], resources, several)
 

@@ -10,49 +10,35 @@ the names of the cache are the list; a cache without links has none, and is beli
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import os
+import re
 from pathlib import Path
 
 from streamconv import targets
-from streamconv.checkpoint.foreign import foreign
-from streamconv.checkpoint.index import Beside, Index, build_index, open_index
-from streamconv.checkpoint.limits import MAX_CONFIG, MAX_MANIFEST, MAX_WEIGHT_MAP
-from streamconv.checkpoint.meta import PARAMS
-from streamconv.checkpoint.untrusted import read_json
-from streamconv.checkpoint.weight_files import choose, weight_files
+from streamconv.checkpoint.index import Index, open_index
 from streamconv.errors import CheckpointError, HubError, printable
-from streamconv.hub.repo import download, listing, named, note_revision, small_file
-from streamconv.hub.shard import AT_A_TIME, HubShard
-from streamconv.run import manifest
-from streamconv.run.fs import free_space
 
-_CONFIG = "config.json"
 MEMORY = 48 << 20
 """What two downloads at a time hold, outside of the tiles."""
-_BESIDE = (".json", ".model", ".txt", ".jinja", ".tiktoken")
-"""What goes with the weights: configuration and tokenizer."""
-_SMALL = dict.fromkeys(("quantize_config.json", "quant_config.json", "hf_quant_config.json"), MAX_CONFIG) | {manifest.NAME: MAX_MANIFEST}
-"""Files that are read beside config.json -> the most bytes of each."""
+_NAME = re.compile(r"(?:hf://)?([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?!.*\.\.)([\w][\w./-]*))?")
 
 
 def memory_of(index: Index) -> int:
     """Bytes that downloading takes beside the tiles; 0 for a local source."""
-    return MEMORY if any(isinstance(shard, HubShard) for shard in index.shards) else 0
+    return 0 if index.repo is None else MEMORY
 
 
-def cache_need(index: Index) -> dict[str, int | None] | None:
-    """Disk that a conversion takes in the cache beside its output, bytes; None for a local source.
-
-    Returns:
-        "all" and "none": what the cache gets at most, by --hub-keep; "free": what is free there, None if unknown.
-    """
-    remote = [shard for shard in index.shards if isinstance(shard, HubShard)]
-    if not remote:
+def named(source: str | os.PathLike[str]) -> tuple[str, str | None] | None:
+    """(repository, revision) if the source names a model of the Hub; a local file or folder of that name wins."""
+    text = os.fspath(source)
+    if os.path.lexists(text):
         return None
-    missing = sorted((shard.file.size for shard in remote if not os.path.exists(shard.path)), reverse=True)
-    return {"all": sum(missing), "none": sum(missing[:AT_A_TIME]), "free": free_space(remote[0].path.parent)}
+    match = _NAME.fullmatch(text)
+    if match is None:
+        if text.startswith("hf://"):
+            raise HubError(f"{printable(text)} is not of the form hf://org/name or hf://org/name@revision")
+        return None
+    return match[1], match[2]
 
 
 def local_folder(source: str | os.PathLike[str]) -> Path:
@@ -66,12 +52,10 @@ def local_folder(source: str | os.PathLike[str]) -> Path:
         if not os.path.lexists(source):  # as a Path ./org/name would look like a model of the Hub
             raise CheckpointError(f"no such file or folder: {printable(str(Path(source)))}")
         return Path(source)
+    from streamconv.hub.source import bring
+
     with open_source(source) as index:
-        weights = {shard.file.name for shard in index.shards if isinstance(shard, HubShard)}
-        repo, files = listing(hub[0], index.root.name)
-        for name, file in files.items():
-            if name in weights or name.endswith(_BESIDE):
-                download(repo, file, shown=name in weights)
+        bring(hub[0], index)
         return index.root
 
 
@@ -99,30 +83,6 @@ def open_stored(source: str | os.PathLike[str], tensors_only: bool = False) -> I
     if hub is None:
         output = targets.opened(Path(source))
         return output if output is not None else open_index(source, tensors_only)
-    nested: list[str] = []
-    try:
-        repo, files = listing(*hub, nested)
-    except HubError as error:
-        if not os.fspath(source).startswith("hf://"):  # it may have been meant as a path
-            error.message = f"there is no folder or file {printable(os.fspath(source))} here, and as a model of the Hub: {error.message}"
-        raise
-    if _CONFIG not in files and PARAMS in files:
-        raise CheckpointError(
-            f"{repo} is in Meta's layout, which is converted from a local folder only",
-            hint=f"hf download {repo.name} --revision {repo.commit} --local-dir FOLDER, then convert FOLDER",
-        )
-    if _CONFIG not in files:
-        problem = None if weight_files(files) else foreign(str(repo), files)
-        raise problem or CheckpointError(f"missing config.json in {repo}", hint="is it a transformers model?")
-    folder = small_file(repo, files[_CONFIG], MAX_CONFIG).parent
-    note_revision(repo, hub[1])
-    for name, limit in _SMALL.items():
-        if name in files:
-            small_file(repo, files[name], limit)
-    chosen = choose(files, lambda name: small_file(repo, files[name], MAX_WEIGHT_MAP), files)
-    if not chosen.names:
-        raise foreign(str(repo), files) or CheckpointError(f"no .safetensors file in {repo}, nor any pytorch_model*.bin")
-    shards = tuple(HubShard(repo, files[name], folder) for name in chosen.names)
-    index = build_index(folder, read_json(folder / _CONFIG, MAX_CONFIG), shards, chosen)
-    beside = (Beside(name, folder / name, file.size, functools.partial(download, repo, file, shown=False)) for name, file in files.items())
-    return dataclasses.replace(index, beside=(*beside, *(Beside(name, folder / name, 0) for name in nested)), repo=repo.name)
+    from streamconv.hub.source import open_repo  # a local folder needs nothing of the Hub's
+
+    return open_repo(*hub, os.fspath(source))

@@ -15,7 +15,6 @@ from streamconv.hub.answers import at_most, watch
 from streamconv.hub.cache import Brought, blobs, brought, check_content, remove
 from streamconv.hub.problems import ask, is_busy
 
-_NAME = re.compile(r"(?:hf://)?([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?!.*\.\.)([\w][\w./-]*))?")
 _CONFIG = "config.json"
 _HASH = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
 """Git's SHA-1 of a small file, SHA-256 of a large one (in LFS or Xet)."""
@@ -38,19 +37,6 @@ class Repo(NamedTuple):
 
     def __str__(self) -> str:
         return f"hf://{self.name}@{self.commit[:12]}"
-
-
-def named(source: str | os.PathLike[str]) -> tuple[str, str | None] | None:
-    """(repository, revision) if the source names a model of the Hub; a local file or folder of that name wins."""
-    text = os.fspath(source)
-    if os.path.lexists(text):
-        return None
-    match = _NAME.fullmatch(text)
-    if match is None:
-        if text.startswith("hf://"):
-            raise HubError(f"{printable(text)} is not of the form hf://org/name or hf://org/name@revision")
-        return None
-    return match[1], match[2]
 
 
 def listing(name: str, revision: str | None, nested: list[str] | None = None) -> tuple[Repo, dict[str, RepoFile]]:

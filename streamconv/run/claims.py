@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import errno
 import os
-import socket
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,7 +133,7 @@ class Claims:
             if self.done(part):  # meanwhile
                 claim.close()
                 return None
-            self._overwrite(f"{part}.holder", f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            self._overwrite(f"{part}.holder", f"process {os.getpid()} on {os.uname().nodename}\n".encode())
             for name in self.base.names():  # what a dead holder kept aside is done again
                 if name.startswith(f"{part}.") and name.endswith(".aside"):
                     self.base.unlink(name)

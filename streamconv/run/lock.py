@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import time
 from collections.abc import Iterator
 
@@ -90,7 +89,7 @@ class OutputLock:
                             f"{printable(str(base.path / name))} holds something else than a lock", hint="move it away; it was not touched"
                         )
                     self.disk.truncate(fd, 0)
-                    write_all(self.disk, fd, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+                    write_all(self.disk, fd, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
                 except (OSError, OutputError):
                     self.release()
                     raise

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import socket
 import threading
 import time
 
@@ -27,7 +26,7 @@ class Presence:
     """This worker, as others see it, until `close`."""
 
     def __init__(self, folder: Folder, token: str, host: str = "") -> None:
-        self.folder, self.host = folder, re.sub(r"[^\w.-]", "_", host or socket.gethostname())[:64]
+        self.folder, self.host = folder, re.sub(r"[^\w.-]", "_", host or os.uname().nodename)[:64]
         self.name = f"worker-{self.host}-{os.getpid()}-{token}"
         self._beats, self._over, self._using = 0, threading.Event(), threading.Lock()
         self._fd = folder.open(self.name)
