@@ -88,27 +88,39 @@ class Execution:
         Raises:
             SourceChangedError: a file is not what it was. VerifyError: a matrix is below the least SNR. Else as `Pool.run`.
         """
-        from streamconv.hub.fetch import Fetch
         from streamconv.run.pool import Pool
 
-        resources, shards = self.asked.resources, self.index.shards
-        fetch = Fetch(self.reads, shards, [output.past for output in outputs], resources.hub_keep)
-        pool = Pool(
-            self.reads, outputs, shards, self.memory_plan, self.costs, resources.tile_rows, self.asked.meter.tile,
-            self.slots, fetch.consumed, self.mapped,
-        )  # fmt: skip
-        try:
-            fetch.start()
-            tally = pool.run()
-        finally:
-            fetch.close()
-            self.busy = pool.busy
+        shards = self.index.shards
+        with self._downloads(outputs) as consumed:
+            pool = Pool(
+                self.reads, outputs, shards, self.memory_plan, self.costs, self.asked.resources.tile_rows, self.asked.meter.tile,
+                self.slots, consumed, self.mapped,
+            )  # fmt: skip
+            try:
+                tally = pool.run()
+            finally:
+                self.busy = pool.busy
         for shard in (*shards, *(file for output in outputs for file in output.plan.beside)):
             shard.check_unchanged()
         for output in outputs:
             if output.check is not None:
                 output.check.finish()
         return tally
+
+    @contextlib.contextmanager
+    def _downloads(self, outputs: Sequence[OutputState]) -> Iterator[Callable[[int, int, int], None]]:
+        """Files of the Hub come ahead of the run; gives what wants to know of rows that were read."""
+        if self.index.repo is None:
+            yield lambda output, span, rows: None
+            return
+        from streamconv.hub.fetch import Fetch
+
+        fetch = Fetch(self.reads, self.index.shards, [output.past for output in outputs], self.asked.resources.hub_keep)
+        try:
+            fetch.start()
+            yield fetch.consumed
+        finally:
+            fetch.close()
 
     @property
     def slots(self) -> Callable[[int, int], device.WorkerBuffers] | None:

@@ -6,7 +6,6 @@ For a linear module M the file holds `M.x` [in] and `M.y` [out]: the largest abs
 
 from __future__ import annotations
 
-import hashlib
 import os
 import weakref
 from pathlib import Path
@@ -42,6 +41,8 @@ class Ranges:
 
     def identity(self) -> SourceFile:
         """The hash is the SHA-256 of the content."""
+        import hashlib  # with OpenSSL, faster and larger
+
         digest, size = hashlib.sha256(), self.shard.size
         for at in range(0, size, 1 << 20):
             with self.shard.window(at, min(at + (1 << 20), size)) as window:

@@ -7,7 +7,6 @@ page cache; a mapped page of a file that someone cuts off gives SIGBUS, even whe
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import mmap
 import os
 import threading
@@ -23,6 +22,7 @@ from streamconv.checkpoint.header import header_of
 from streamconv.checkpoint.header_parse import Header
 from streamconv.checkpoint.page_cache import cached_places, private_mapping
 from streamconv.checkpoint.untrusted import frees_descriptors, open_regular
+from streamconv.digest import sha256
 from streamconv.errors import CheckpointError, SourceChangedError, UnreadableError, printable
 
 _ROWS_PER_CALL = 256  # two vectors a row stay below IOV_MAX, which is 1024 on Linux
@@ -163,7 +163,7 @@ class Shard:
         with self.window(0, 8) as length:
             size = 8 + int.from_bytes(length, "little")
         with self.window(0, size) as header:
-            return hashlib.sha256(header).hexdigest()
+            return sha256(header).hexdigest()
 
     def close(self) -> None:
         """Give the descriptor back; a later read opens the file again, and checks that it is the same one."""

@@ -6,7 +6,6 @@ Zip and pickle are parsed strictly and in bounded memory: sizes are checked befo
 
 from __future__ import annotations
 
-import hashlib
 import io
 import struct
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,6 +16,7 @@ from streamconv.checkpoint.pickle_records import read_pickle
 from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.torch_names import Storage, TensorView
 from streamconv.checkpoint.untrusted import refuse_lfs_pointer
+from streamconv.digest import sha256
 from streamconv.errors import CheckpointError, TensorError, printable
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def read_torch(shard: Shard) -> TorchFile:
                 raise CheckpointError(f"{shown}: data.pkl names the storage {printable(key)}, which is not in the file")
             places[key] = _place(shard, shown, entry, entries[entry])
         tensors[name] = _tensor(shown, name, view, *places[key])
-    digest = hashlib.sha256(directory)
+    digest = sha256(directory)
     digest.update(pickled)
     return TorchFile(tensors, digest.hexdigest(), prefix.rstrip("/"))
 

@@ -18,7 +18,7 @@ from streamconv.run.journal import TileRecord
 
 
 class Fetch:
-    """Downloads the shards of a run in the order in which it needs them, one ahead. Nothing to do for local sources.
+    """Downloads the shards of a run in the order in which it needs them, one ahead.
 
     Args:
         past: of each output, span -> row ranges that need no reading any more.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 import json
 import os
@@ -16,6 +15,7 @@ from typing import NamedTuple
 from llvmlite import __version__, binding
 
 from streamconv.cache_folder import cache_folder, is_own
+from streamconv.digest import sha256
 
 
 class Code(NamedTuple):
@@ -38,7 +38,7 @@ def kept(name: str, types: str, compile_it: Callable[[], Code]) -> Code:
     folder = kernel_folder()
     if folder is None:
         return compile_it()
-    path = folder / f"{name}-{hashlib.sha256(f'{name} {types} {_circumstances()}'.encode()).hexdigest()[:24]}"
+    path = folder / f"{name}-{sha256(f'{name} {types} {_circumstances()}'.encode()).hexdigest()[:24]}"
     found = _read(path)
     if found is None:
         found = compile_it()
@@ -50,7 +50,7 @@ def kept(name: str, types: str, compile_it: Callable[[], Code]) -> Code:
 @cache
 def kernel_folder() -> Path | None:
     """A folder of its own for every state of the kernels: a function is compiled together with those that it calls."""
-    digest = hashlib.sha256()
+    digest = sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
     return cache_folder(os.path.join("numba", digest.hexdigest()[:16]), os.environ.get("NUMBA_CACHE_DIR"))
@@ -74,7 +74,7 @@ def _read(path: Path) -> Code | None:
             data = file.read()
     except OSError:
         return None
-    if hashlib.sha256(data[32:]).digest() != data[:32]:
+    if sha256(data[32:]).digest() != data[:32]:
         return None
     head, _, machine = data[32:].partition(b"\n")
     symbol, returns = json.loads(head)
@@ -87,7 +87,7 @@ def _write(path: Path, code: Code) -> None:
     with contextlib.suppress(OSError):
         try:
             with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "wb") as file:
-                file.write(hashlib.sha256(content).digest() + content)
+                file.write(sha256(content).digest() + content)
             os.replace(new, path)
         except BaseException:
             new.unlink(missing_ok=True)

@@ -10,7 +10,6 @@ Everything here is independent of budget, workers and tile size.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from streamconv.checkpoint.dtypes import DType
 from streamconv.checkpoint.header_build import header_entries
 from streamconv.checkpoint.rows import RowSource, SourceFile
+from streamconv.digest import sha256
 from streamconv.quants.base import Codec, Reduction
 
 if TYPE_CHECKING:
@@ -295,7 +295,7 @@ class Plan:
 
     def fingerprint(self) -> str:
         """SHA-256 over everything that decides the output: target, options, sources, side files and all headers."""
-        digest = hashlib.sha256()
+        digest = sha256()
         asked = {"target": self.target.key, "options": self.target.fingerprint(), "family": self.family, "dtype": self.dtype.name}
         digest.update(json.dumps(asked, sort_keys=True).encode())
         for source in self.sources:

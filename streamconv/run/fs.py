@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import os
 import stat
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from typing import NamedTuple
 
 from streamconv import mounts
 from streamconv.arguments import path_of
+from streamconv.digest import sha256
 from streamconv.errors import OutputError, printable
 from streamconv.run import syscalls
 from streamconv.run.syscalls import UNSUPPORTED
@@ -324,7 +324,7 @@ def beside(out: Path, before: str, after: str) -> Path:
     """A sibling of `out` that has its name in its own; a long name is cut, and its hash tells it from others."""
     raw, room = os.fsencode(out.name), _LONGEST_NAME - len(before + after)
     if len(raw) > room:
-        digest = hashlib.sha256(raw).hexdigest()[:16]
+        digest = sha256(raw).hexdigest()[:16]
         raw = raw[: room - 17].decode(errors="ignore").encode() + b"-" + digest.encode()
     return out.parent / f"{before}{os.fsdecode(raw)}{after}"
 

@@ -21,7 +21,6 @@ from streamconv.errors import RefusedError, printable
 from streamconv.families import Family
 from streamconv.families.matching import match
 from streamconv.lazy import np
-from streamconv.quants.decoded_rows import in_order
 from streamconv.targets.trtllm.lookup import LINEAR, SCALE, ZERO
 from streamconv.targets.trtllm.recipes.gptq import EXPERTS
 
@@ -110,6 +109,8 @@ def assemble(tensors: Mapping[str, SourceTensor], stated: SourceQuantization | N
 
 def _grouped(stored: Stored, name: str, stated: SourceQuantization | None, bits: int, shards: Sequence[Shard]) -> None:
     """GPTQ and AutoAWQ; the shapes tell which."""
+    from streamconv.quants.decoded_rows import in_order
+
     module = name[: -len(".qweight")]
     weight = stored.take(name, name, (I32,))
     zeros = stored.take(module + ".qzeros", name, (I32,))
