@@ -10,8 +10,11 @@ import contextvars
 import gc
 import os
 import re
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Hashable, Iterator
+from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 
 from streamconv.errors import BudgetError, UsageError
 
@@ -19,6 +22,8 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 _UNITS = {"": 1, "b": 1, "k": KIB, "kib": KIB, "m": MIB, "mib": MIB, "g": GIB, "gib": GIB, "t": 1 << 40, "tib": 1 << 40}
 _UNITS |= {"kb": 1000, "mb": 1000**2, "gb": 1000**3, "tb": 1000**4}
 _CGROUP = Path("/sys/fs/cgroup")
+_Key = TypeVar("_Key", bound=Hashable)
+_Made = TypeVar("_Made")
 _RESIDENT = re.compile(rb"VmHWM:\s*(\d+) kB\nVmRSS:\s*(\d+) kB")
 """Neighbours in /proc/PID/status."""
 
@@ -161,6 +166,21 @@ def _read_level(place: Path, limit_name: str, used_name: str, cache_name: str) -
         return int(text), max(0, used - cache)
     except (OSError, ValueError):
         return None
+
+
+def kept(method: Callable[[_Key], _Made], count: int) -> Callable[[_Key], _Made]:
+    """What a method makes of its last `count` arguments, each made once, for an attribute of its object.
+
+    A plain `lru_cache` would know the object that holds it, and a plan in such a cycle stays in memory until Python looks for cycles.
+    """
+    of = weakref.WeakMethod(method)
+
+    def make(key: _Key) -> _Made:
+        found = of()
+        assert found is not None, "only the object's own attribute calls this"
+        return found(key)
+
+    return lru_cache(count)(make)
 
 
 @contextlib.contextmanager

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, MutableMapping, Sequence
-from functools import lru_cache
 
 from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.rows import RowForm, SourceTensor, row_form, tensor_at
+from streamconv.memory import kept
 
 _KEPT = 64
 """Tensors that are kept after they were made: whoever plans asks for one several times."""
@@ -17,7 +17,7 @@ class SourceTensors(Mapping[str, SourceTensor]):
 
     def __init__(self, index: Index) -> None:
         self._table, self._views = index.tensors, index.assembled or index.views
-        self.at: Callable[[int], SourceTensor] = lru_cache(_KEPT)(self._make)
+        self.at: Callable[[int], SourceTensor] = kept(self._make, _KEPT)
 
     def place(self, name: str) -> int | None:
         """Number of a tensor, None if there is none of that name."""

@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import accumulate, islice
 from math import prod
 from typing import Protocol
 
+from streamconv.memory import kept
 from streamconv.planning.plan import Matrix, PartLocation
 from streamconv.planning.tables import KEPT, Pool, Table
 from streamconv.quants.base import Codec, Part
@@ -183,7 +183,7 @@ class MatrixTable(Table[Matrix]):
             begin: first byte of a tensor, by file and name.
         """
         made = copy(self)
-        made._made, made._offset = lru_cache(KEPT)(made._item), array("Q", self._offset)
+        made._made, made._offset = kept(made._item, KEPT), array("Q", self._offset)
         made.data_starts = [0] * len(self.data_starts)
         for number in range(len(self)):
             for at in range(len(self.parts(number))):
@@ -193,7 +193,7 @@ class MatrixTable(Table[Matrix]):
     def only(self, numbers: Sequence[int]) -> MatrixTable:
         """These matrices at the same places, numbered from 0."""
         made = copy(self)
-        made._made = lru_cache(KEPT)(made._item)
+        made._made = kept(made._item, KEPT)
         for name in ("_file", "_form", "_filled", "_names", "_key"):
             held: array[int] = getattr(self, name)
             setattr(made, name, array(held.typecode, [held[number] for number in numbers]))

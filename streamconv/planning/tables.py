@@ -6,10 +6,10 @@ A quarter of a million tensors over a few ranks are a million of them, and as Py
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from functools import lru_cache
 from typing import Generic, Protocol, TypeVar, overload
 
 from streamconv.checkpoint.rows import NoSource, RowForm, RowSource, row_form
+from streamconv.memory import kept
 
 _T = TypeVar("_T")
 _H = TypeVar("_H", bound=Hashable)
@@ -58,7 +58,7 @@ class Table(Sequence[_T]):
     """A sequence whose items are made by `_make`."""
 
     def __init__(self) -> None:
-        self._made: Callable[[int], _T] = lru_cache(KEPT)(self._item)
+        self._made: Callable[[int], _T] = kept(self._item, KEPT)
 
     def _make(self, number: int) -> _T:
         raise NotImplementedError

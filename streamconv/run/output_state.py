@@ -57,7 +57,7 @@ class OutputState:
         check: InlineCheck | None = None,
     ) -> None:
         self.plan, self.past = plan, past or {}
-        self.tasks: Callable[[int], Mapping[EncodeTask, list[Destination]]] = functools.lru_cache(KEPT)(self._tasks)
+        self.tasks: Callable[[int], Mapping[EncodeTask, list[Destination]]] = memory.kept(self._tasks, KEPT)
         self.hashes = Hashes(plan.files)
         self.order = HashOrder(plan.matrices, self.hashes, loose)
         self.results = ReductionResults(plan.spans.reducing())
@@ -174,7 +174,10 @@ class OutputState:
 
     def recorded(self, seconds: float) -> bool:
         """Record what is pending; False if that took longer than `seconds`."""
-        return self._recorder is None or self._recorder.finish(seconds)
+        if self._recorder is not None and not self._recorder.finish(seconds):
+            return False
+        self._recorder = None  # it knows the pool, which knows this: a cycle would keep the plan
+        return True
 
     def warnings(self) -> list[str]:
         """What the values of the source mean for the output."""

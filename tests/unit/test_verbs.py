@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import re
@@ -16,6 +17,7 @@ from streamconv import progress
 from streamconv.errors import BudgetError, CheckpointError, OutputError, RefusedError, UsageError, VerifyError
 from streamconv.options import Resources
 from streamconv.progress import Meter, Progress
+from streamconv.targets.hf.target import HuggingFace
 from streamconv.targets.trtllm.options import TensorRTLLM
 from streamconv.verbs import calibrate, convert, plan, verify
 from tests import tiny
@@ -24,6 +26,33 @@ from tests import tiny
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write(tmp_path_factory.mktemp("source") / "model")
+
+
+def _alive() -> int:
+    """Objects of plans and runs."""
+    own = re.compile(r"<class 'streamconv\.(planning|run\.output_state|run\.pool|checkpoint\.index)\.")
+    return sum(bool(own.match(str(type(one)))) for one in gc.get_objects())
+
+
+@pytest.mark.parametrize(
+    "target", [TensorRTLLM(), TensorRTLLM(quant="int8", target_sm=90), HuggingFace(quant="nvfp4a16")], ids=lambda target: target.quant
+)
+def test_a_plan_goes_with_its_last_user(model: Path, tmp_path: Path, target: TensorRTLLM | HuggingFace) -> None:
+    """In a cycle it would stay in a program that converts many models: Python looks for cycles among old objects rarely."""
+
+    def use() -> int:
+        plan(model, target)
+        convert(model, tmp_path / "out", target, force=True)
+        assert not verify(tmp_path / "out", model).problems
+        return _alive()
+
+    use()  # what modules keep of their own is there
+    gc.collect()
+    gc.disable()
+    try:
+        assert use() == use()
+    finally:
+        gc.enable()
 
 
 def test_plan_convert_verify(model: Path, tmp_path: Path) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache
 from typing import NamedTuple, cast
 
 from streamconv.checkpoint.dtypes import FLOATS, DType
 from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.rows import RowForm, RowSource, SourceTensor, row_form
+from streamconv.memory import kept
 from streamconv.targets.hf.sources import READ, Reader, Weight, reader
 from streamconv.targets.hf.units import Kind, Told, kinds
 
@@ -51,7 +51,7 @@ class Stored:
         self._forms: list[Form] = []
         self._form = array("I", bytes(4 * len(self._table)))  # by number; 0 for what is left out
         self._made: dict[int, Weight] = {}
-        self.at: Callable[[int], Weight] = lru_cache(_KEPT)(self._make)
+        self.at: Callable[[int], Weight] = kept(self._make, _KEPT)
         self.order: dict[str, int | Apart] = {}
         self.dropped: list[str] = []
         self._apart: dict[Hashable, Form] = {}
