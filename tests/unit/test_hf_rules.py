@@ -148,7 +148,11 @@ def test_sizes_of_tiles(tmp_path: Path, options: HuggingFace, left: set[str]) ->
 def test_groups_that_do_not_divide_are_refused_with_a_way_out(tmp_path: Path) -> None:
     held = weights({_AT + "mlp.odd_proj": (256, 192), _AT + "mlp.down_proj": (256, 256)})
     source = tiny.write(tmp_path / "source", held, tiny.config(num_hidden_layers=1))
-    with pytest.raises(RefusedError, match=r"odd_proj: shape \[256, 192\] does not divide into groups of 128"):
+    with pytest.raises(RefusedError, match=r"\[256, 192\] does not divide into groups of 128: use --group-size 64, or leave it"):
         api.open_and_plan(source, HuggingFace(quant="w4a16"))
     for options in (HuggingFace(quant="w4a16", group_size=64), HuggingFace(quant="w4a16", ignore=(r"re:.*\.odd_proj$",))):
         api.open_and_plan(source, options)[0].close()
+    other = tiny.write(tmp_path / "other", weights({_AT + "mlp.odd_proj": (256, 200)}), tiny.config(num_hidden_layers=1))
+    for quant in ("w4a16", "nvfp4a16"):  # no size divides; there is one size only
+        with pytest.raises(RefusedError, match=r"does not divide into groups of \d+: leave it"):
+            api.open_and_plan(other, HuggingFace(quant=quant))

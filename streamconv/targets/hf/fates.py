@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from streamconv.errors import printable
@@ -100,12 +101,15 @@ class Fates:
         for module in wanted:
             if module.cols % unit or module.rows % recipe.whole:
                 bad.setdefault(starred(module.name), []).append(module)
+        sizes = () if recipe.unit else (64, 32)  # of a fixed unit there is no other one
+        fit = next((n for n in sizes if not any(m.cols % n or m.rows % recipe.whole for m in chain(*bad.values()))), None)
+        other = f"use --group-size {fit}, or leave" if fit else "leave"
         for one, *others in bad.values():
             more = f" (and {len(others)} like it)" if others else ""
             group = f"groups of {unit}" if one.cols % unit else f"{recipe.whole} output channels at a time"
             refused.append(
-                f"{printable(one.name)}{more}: shape [{one.rows}, {one.cols}] does not divide into {group}: choose another --group-size,"
-                f" or leave it and its partners with --ignore 're:.*\\.{one.name.rpartition('.')[2]}$'"
+                f"{printable(one.name)}{more}: shape [{one.rows}, {one.cols}] does not divide into {group}:"
+                f" {other} it and its partners with --ignore 're:.*\\.{one.name.rpartition('.')[2]}$'"
             )
         refused += split_groups(modules)
         if not wanted and not refused:
