@@ -130,8 +130,8 @@ if not TYPE_CHECKING:  # a type checker would take every name for public
 
         if name not in _MODULES:
             raise AttributeError(f"module 'streamconv' has no attribute {name!r}")
-        found = globals()[name] = getattr(importlib.import_module(_MODULES[name]), name)
-        return found
+        value = globals()[name] = getattr(importlib.import_module(_MODULES[name]), name)
+        return value
 
 
 def __dir__() -> list[str]:

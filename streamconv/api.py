@@ -74,7 +74,7 @@ def convert_all(
 
     Raises:
         StreamconvError: see streamconv.errors. After a mistake or a bad source nothing is left behind; after a full
-            disk, a signal or a crash the same call goes on where this one stopped.
+            disk, a signal or a crash the same call resumes where this one stopped.
     """
     asked = Conversion(source, tuple(outputs), resources or Resources(), force, meter or Meter(unwatched), clock, disk, several=True)
     return _run(asked)
@@ -91,7 +91,7 @@ def _run(asked: Conversion) -> Report:
         return _run(dataclasses.replace(on_cpu, instead=error.message))
     except device.DeviceLost as error:
         if asked.resources.on_device_loss == "stop":
-            error.hint = "what is finished is kept: run the same command again to go on, or with --device cpu"
+            error.hint = "what is finished is kept: run the same command again to resume, or with --device cpu"
             raise
         report = _run(dataclasses.replace(on_cpu, instead=error.message, pinned=error.pinned))
         warning = f"{error.message}; the rest was done on the CPU"
@@ -154,14 +154,15 @@ def _whole(asked: Conversion) -> Report:
             phases = {phase: spent / memory_plan.workers for phase, spent in tally.seconds.items()}
             profile = {"load": load, "create": create, **phases, "tiles": tiles, "sync": sync}
     meter.end()
-    made = []
+    results = []
     for output, writer in zip(asked.outputs, writers, strict=True):
         done = states.get(writer)
-        told = (done.resumed, done.warnings(), done.check) if done is not None else (0, (), None)
-        made.append(_written(output, writer.plan, writer.finished, *told))
-    written = sum(one.bytes_written for one in made if not (asked.several and one.finished))
+        history = (done.resumed, done.warnings(), done.check) if done is not None else (0, (), None)
+        results.append(_written(output, writer.plan, writer.finished, *history))
+    written = sum(one.bytes_written for one in results if not (asked.several and one.finished))
     seconds = asked.clock() - laps[0]
-    return _report(made, tally, written, seconds, memory_plan, where, (*warnings, *together(made)), profile=profile, estimate=estimate)
+    every = (*warnings, *together(results))
+    return _report(results, tally, written, seconds, memory_plan, where, every, profile=profile, estimate=estimate)
 
 
 def _in_parts(asked: Conversion) -> Report:
@@ -185,17 +186,17 @@ def _in_parts(asked: Conversion) -> Report:
         for worker in workers:
             worker.work()
     meter.end()
-    made, tally = list[Written](), Tally()
+    results, tally = list[Written](), Tally()
     for output, worker in zip(asked.outputs, workers, strict=True):
         one = _written(output, worker.plan, worker.published and not worker.did, worker.resumed, worker.warnings)
-        made.append(dataclasses.replace(one, errors=tuple(worker.errors), parts=tuple(worker.did), published=worker.published))
+        results.append(dataclasses.replace(one, errors=tuple(worker.errors), parts=tuple(worker.did), published=worker.published))
         tally.add(worker.tally)
     memory_plan = next((worker.memory_plan for worker in workers if worker.memory_plan is not None), foreseen[0])
     where = next((worker.where for worker in workers if worker.where), "")
-    written, seconds = sum(one.bytes_written for one in made), asked.clock() - began
-    report = _report(made, tally, written, seconds, memory_plan, where, together(made))
-    parts = tuple(part for one in made for part in one.parts or ())
-    return dataclasses.replace(report, parts=parts, published=all(one.published for one in made))
+    written, seconds = sum(one.bytes_written for one in results), asked.clock() - began
+    report = _report(results, tally, written, seconds, memory_plan, where, together(results))
+    parts = tuple(part for one in results for part in one.parts or ())
+    return dataclasses.replace(report, parts=parts, published=all(one.published for one in results))
 
 
 def _estimated(plans: Sequence[Plan], resources: Resources) -> MemoryPlan:
@@ -209,12 +210,12 @@ def _progress_of(
     """Tells how far each output is."""
     sizes = [writer.plan.matrices.nbytes for writer in writers]
 
-    def told() -> list[OutputProgress]:
+    def outputs_now() -> list[OutputProgress]:
         each = zip(outputs, writers, sizes, strict=True)
         done = {writer: state.done for writer, state in states.copy().items()}
         return [OutputProgress(one.out, size if by.finished else done.get(by, 0), size, by.finished) for one, by, size in each]
 
-    return told
+    return outputs_now
 
 
 def _written(

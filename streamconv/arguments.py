@@ -71,8 +71,8 @@ def settled(value: object, kind: type[Value], name: str) -> Value:
         public = "TensorRTLLM" if name == "target" else kind.__name__
         raise UsageError(f"{name} is {_a(value)}", hint=f"it takes a streamconv.{public}(...)")
     changes = as_declared(value, choices=True)
-    made: Value = dataclasses.replace(value, **changes) if changes else value  # type: ignore[type-var]
-    return made
+    changed: Value = dataclasses.replace(value, **changes) if changes else value  # type: ignore[type-var]
+    return changed
 
 
 def as_declared(record: object, choices: bool = False) -> dict[str, Any]:

@@ -62,8 +62,8 @@ class _Told(BaseException):
         return f"{self.message} ({self.hint})" if self.hint else self.message
 
     def kept(self) -> None:
-        """Say, once, that the same command goes on where this one stopped."""
-        also = "what is finished is kept: run the same command again to go on"
+        """Say, once, that the same command resumes where this one stopped."""
+        also = "what is finished is kept: run the same command again to resume"
         if also not in (self.hint or ""):
             self.hint = f"{self.hint}; {also}" if self.hint else also
 

@@ -20,8 +20,8 @@ else:
             self._name = name
 
         def __getattr__(self, attribute: str) -> object:
-            found = self.__dict__[attribute] = getattr(importlib.import_module(self._name), attribute)
-            return found
+            value = self.__dict__[attribute] = getattr(importlib.import_module(self._name), attribute)
+            return value
 
     np, torch = _Lazy("numpy"), _Lazy("torch")
     Array = Bytes = Any

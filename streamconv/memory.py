@@ -63,8 +63,8 @@ def peak_resident() -> int:
 
 def resident_of(status: bytes) -> tuple[int, int]:
     """Resident set and the largest so far, in bytes, from /proc/PID/status; zeros of a process that has ended."""
-    found = _RESIDENT.search(status)
-    return (int(found[2]) * KIB, int(found[1]) * KIB) if found else (0, 0)
+    match = _RESIDENT.search(status)
+    return (int(match[2]) * KIB, int(match[1]) * KIB) if match else (0, 0)
 
 
 _ceiling: contextvars.ContextVar[int | None] = contextvars.ContextVar("ceiling", default=None)
@@ -92,8 +92,8 @@ def check_room(more: int, what: str) -> None:
     """
     ceiling = _ceiling.get()
     if ceiling is not None and (taken := resident()) + more > ceiling:
-        told = f"{show_size(taken)} are in use, and {what} takes {show_size(more)}"
-        raise BudgetError(f"--memory-budget {show_size(ceiling)} cannot work: {told}")
+        message = f"{show_size(taken)} are in use, and {what} takes {show_size(more)}"
+        raise BudgetError(f"--memory-budget {show_size(ceiling)} cannot work: {message}")
 
 
 def available() -> int:
@@ -176,9 +176,9 @@ def kept(method: Callable[[_Key], _Made], count: int) -> Callable[[_Key], _Made]
     of = weakref.WeakMethod(method)
 
     def make(key: _Key) -> _Made:
-        found = of()
-        assert found is not None, "only the object's own attribute calls this"
-        return found(key)
+        bound = of()
+        assert bound is not None, "only the object's own attribute calls this"
+        return bound(key)
 
     return lru_cache(count)(make)
 

@@ -83,9 +83,9 @@ def open_and_plan_all(
 @contextlib.contextmanager
 def _bounded(source: str | Path, targets: Sequence[Target], budget: int | None) -> Iterator[None]:
     """Planning stops before it breaks the budget, unless it takes little anyway: the plan then tells the smallest budget there is."""
-    told = description_size(Path(source)) if budget is not None else 0
+    description = description_size(Path(source)) if budget is not None else 0
     files = sum(getattr(target, "tp_size", 1) * getattr(target, "pp_size", 1) for target in targets)
-    enough = memory.resident() + (3 + 3 * files) * told
+    enough = memory.resident() + (3 + 3 * files) * description
     with memory.bounded(None if budget is None or enough <= max(budget, memory.resident() + _LITTLE) else budget):
         try:
             yield

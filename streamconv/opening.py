@@ -70,9 +70,9 @@ class LazyTensor:
                 hint=f"torch() has it; numpy(raw=True) gives the bits as uint{8 * kind.itemsize}",
             )
         values = self._stored.read(self._chosen)
-        found = values if raw or kind.numpy is None else values.view(kind.numpy)
-        found.flags.writeable = False
-        return found
+        array = values if raw or kind.numpy is None else values.view(kind.numpy)
+        array.flags.writeable = False
+        return array
 
     def torch(self) -> torch.Tensor:
         """The values as a CPU tensor of `shape`, a view of the file where that is possible.
@@ -109,8 +109,8 @@ class LazyTensor:
         return (self[row] for row in range(len(self)))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
-        found = self.numpy()
-        return np.array(found, dtype) if copy or dtype not in (None, found.dtype) else found
+        array = self.numpy()
+        return np.array(array, dtype) if copy or dtype not in (None, array.dtype) else array
 
     def __repr__(self) -> str:
         return f"LazyTensor({printable(self.name)!r}, {self.dtype}, {list(self.shape)})"

@@ -27,9 +27,9 @@ class Resources:
         workers: worker threads; None derives them from processors and budget.
         device: "auto", "cpu", "cuda", "cuda:0", ...
         device_memory_budget: bytes of each device that may be used; None: what is free less a reserve, at most 2 GiB.
-        on_device_loss: "cpu" finishes on the CPU when a device is lost; "stop" stops, and the same call goes on later.
+        on_device_loss: "cpu" finishes on the CPU when a device is lost; "stop" stops, and the same call resumes later.
         tile_rows: upper bound on the source rows of a tile (tests force small tiles with it).
-        no_lock: go on where the output's file system has no locks, or cannot sync a folder; the manifest says so (one entry more).
+        no_lock: write even where the output's file system has no locks, or cannot sync a folder; the manifest says so (one entry more).
         hub_keep: "all" keeps the shards of a Hub model in the cache; "none" removes each that was downloaded once it was read.
         read: "pread" copies the source's rows into the arena, "map" maps them where it can (see run/mapped.py), "auto" maps what the
             page cache holds, on the CPU.

@@ -79,10 +79,10 @@ class Progress:
         rate = (self.done - self.resumed) / max(self.seconds, 1e-9)
         share = f"{100 * self.done / max(self.total, 1):5.1f} %"
         if self.unit != _BYTES:
-            told = f"{share}  {self.done} of {self.total} {self.unit}" + (f", {self.detail}" if self.detail else "")
+            text = f"{share}  {self.done} of {self.total} {self.unit}" + (f", {self.detail}" if self.detail else "")
         else:
-            told = f"{share}  {show_size(self.done)} of {show_size(self.total)}  {show_size(rate)}/s"
-        return told if self.left is None else f"{told}  {self.left:.0f} s left"
+            text = f"{share}  {show_size(self.done)} of {show_size(self.total)}  {show_size(rate)}/s"
+        return text if self.left is None else f"{text}  {self.left:.0f} s left"
 
 
 Watch = Callable[[Progress], object]
@@ -131,8 +131,8 @@ class Meter:
 
     def now(self) -> Progress:
         """The record of this moment."""
-        told = replace(self._progress, done=self._done, written=self._written, detail=self._detail)
-        return replace(told, seconds=self._clock() - self._began, outputs=tuple(self._outputs()))
+        progress = replace(self._progress, done=self._done, written=self._written, detail=self._detail)
+        return replace(progress, seconds=self._clock() - self._began, outputs=tuple(self._outputs()))
 
     def add(self, count: int) -> None:
         """So much more is done; called by any thread."""

@@ -69,14 +69,14 @@ class Estimate:
 
     def __str__(self) -> str:
         rates = [f"{what} {show_size(rate)}/s" for what, rate in (("reading", self.read_rate), ("writing", self.write_rate)) if rate]
-        told = f"{'at least' if self.unknown else 'about'} {duration(self.seconds)}, bound by {self.bound}"
-        return "; ".join([f"{told} ({', '.join(rates)})" if rates else told, *(f"not known: {what}" for what in self.unknown)])
+        text = f"{'at least' if self.unknown else 'about'} {duration(self.seconds)}, bound by {self.bound}"
+        return "; ".join([f"{text} ({', '.join(rates)})" if rates else text, *(f"not known: {what}" for what in self.unknown)])
 
     def off(self, took: float) -> str:
         """How far it was off, in words."""
         ratio = took / self.seconds
-        told = f"{abs(ratio - 1):.0%} {'longer' if ratio > 1 else 'less'} than the{' at least' if self.unknown else ''}"
-        return f"{duration(took)}, {told} {duration(self.seconds)} that were estimated"
+        text = f"{abs(ratio - 1):.0%} {'longer' if ratio > 1 else 'less'} than the{' at least' if self.unknown else ''}"
+        return f"{duration(took)}, {text} {duration(self.seconds)} that were estimated"
 
 
 def duration(seconds: float) -> str:
@@ -119,11 +119,11 @@ class Report:
     estimate: Estimate | None = None
 
 
-def together(made: Sequence[Written]) -> tuple[str, ...]:
+def together(reports: Sequence[Written]) -> tuple[str, ...]:
     """The warnings of all outputs: what is true of each is said once, the rest with the output's name."""
-    told = dict[str, None]()
-    for written in made:
+    lines = dict[str, None]()
+    for written in reports:
         for warning in written.warnings:
-            common = all(warning in other.warnings for other in made)
-            told[warning if common else f"{written.out}: {warning}"] = None
-    return tuple(told)
+            common = all(warning in other.warnings for other in reports)
+            lines[warning if common else f"{written.out}: {warning}"] = None
+    return tuple(lines)

@@ -76,7 +76,7 @@ def convert_on_ray(
             report = ray.get(ready)
         except ray.exceptions.RayError as error:
             line = -1 if isinstance(error, ray.exceptions.RayTaskError) else 0  # the last one of a traceback
-            raise StreamconvError(f"Ray: {str(error).splitlines()[line]}", hint="run the same command again to go on") from error
+            raise StreamconvError(f"Ray: {str(error).splitlines()[line]}", hint="run the same command again to resume") from error
         if isinstance(report, StreamconvError):
             raise report
         reports.append(report)

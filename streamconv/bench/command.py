@@ -61,16 +61,16 @@ class Group:
 @contextlib.contextmanager
 def group(limit: int | None) -> Iterator[Group]:
     """A memory cgroup of `limit` bytes without swap (None: without a limit), v1 or v2; none where neither we nor systemd can make one."""
-    made = _made(limit)
-    if made is None:
+    folder = _made(limit)
+    if folder is None:
         yield Group(before=_by_systemd(limit))
         return
     try:
-        yield Group(made)
+        yield Group(folder)
     finally:
         for _ in range(100):
             try:
-                made.rmdir()
+                folder.rmdir()
                 break
             except OSError:  # a process that has ended counts a moment longer
                 time.sleep(0.02)

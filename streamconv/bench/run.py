@@ -64,7 +64,7 @@ def jobs(budgets: Sequence[int], quants: Sequence[str], flags: Sequence[str], ag
 
 
 def run(
-    model: Path, work: Path, asked: Sequence[Job], runs: int, told: Callable[[str], None] = lambda line: None, warm: bool = False
+    model: Path, work: Path, asked: Sequence[Job], runs: int, report_line: Callable[[str], None] = lambda line: None, warm: bool = False
 ) -> dict[str, Any]:
     """Measure; everything that was made is removed.
 
@@ -87,7 +87,7 @@ def run(
                 measured[job] = before[job]
                 continue
             measured[job] = _once(job, model, work, cold, warm)
-            told(f"{'first run' if not number else f'{number} of {runs}'}: {job.name}, {measured[job].seconds:.2f} s")
+            report_line(f"{'first run' if not number else f'{number} of {runs}'}: {job.name}, {measured[job].seconds:.2f} s")
         rounds.append(measured)
     cache = "cold" if cold else "warm" if warm else "as it was"
     lines = [_line(job, rounds[1:]) for job in asked]

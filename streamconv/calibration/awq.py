@@ -80,11 +80,11 @@ def _loss(weights: Sequence[torch.Tensor], multiplier: torch.Tensor | None, gram
     """Of plain rounding, in the sum over outputs; infinite if it is no number."""
     total = 0.0
     for weight in weights:
-        found = []
+        losses = []
         for rows in weight.split(rows_at_once(weight.shape[1], weight.device.type)):  # type: ignore[no-untyped-call]
             scaled = rows.float() if multiplier is None else rows.float() * (1.0 / multiplier)
             scales = grid.scales(grid.largest(scaled), 1.0)
             error = grid.values(grid.codes(scaled, scales), scales) - scaled
-            found.append(gram.energies(error if multiplier is None else error * multiplier))
-        total += float(torch.cat(found).double().sum())
+            losses.append(gram.energies(error if multiplier is None else error * multiplier))
+        total += float(torch.cat(losses).double().sum())
     return total if total == total else float("inf")

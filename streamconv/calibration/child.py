@@ -43,8 +43,8 @@ def calibrate_apart(
             for line in child.stdout:
                 answer = json.loads(line)
                 if "told" in answer:
-                    told: dict[str, Any] = answer["told"]
-                    return told
+                    report: dict[str, Any] = answer["told"]
+                    return report
                 if "error" in answer:
                     kind: Any = getattr(errors, answer["error"], errors.CheckpointError)
                     raise kind([answer["message"]] if kind is errors.RefusedError else answer["message"], hint=answer["hint"])
@@ -80,9 +80,9 @@ def main() -> None:
     streams.ask_nothing()
     try:
         run: Callable[..., dict[str, Any]] = find_codes if "method" in arguments else calibrate
-        told = run(**arguments, progress=lambda *values: answer(progress=values), sampled=lambda *values: answer(sampled=values))
+        report = run(**arguments, progress=lambda *values: answer(progress=values), sampled=lambda *values: answer(sampled=values))
     except errors.StreamconvError as error:
         answer(error=type(error).__name__, message=error.message, hint=error.hint)
     else:
-        answer(told=told)
+        answer(told=report)
 

@@ -97,9 +97,10 @@ class CodesWork:
         if not modules:
             raise UsageError(f"--group-size {self._group}: no linear layer divides into such groups", hint="--group-size 64")
         self._tokens = tokens
-        told = facts | {"method": self._method, "weights": mark_of(layer.index, modules)} | ({"folded": self._fold} if self._fold else {})
+        identity = facts | {"method": self._method, "weights": mark_of(layer.index, modules)}
+        identity |= {"folded": self._fold} if self._fold else {}
         path = scratch.folder / "codes"
-        self._writer = CodesWriter(path, modules, self._group, multipliers, others, told, begun=scratch.done > 0)
+        self._writer = CodesWriter(path, modules, self._group, multipliers, others, identity, begun=scratch.done > 0)
 
     def _folds_of(self, layer: OneLayer, places: Mapping[str, Place]) -> Folds:
         heads = (layer.facts.num_key_value_heads, layer.facts.num_attention_heads // layer.facts.num_key_value_heads, layer.facts.head_size)
@@ -127,7 +128,7 @@ class CodesWork:
         return [functools.partial(self._begin, group) for group in groups] or [lambda: None]
 
     def _sites(self, layer: OneLayer) -> list[_Site]:
-        found: dict[str, _Site] = {}
+        sites: dict[str, _Site] = {}
         for name, place in layer.places.items():
             module = name.rpartition(".")[0]
             linear = layer.layer.get_submodule(module)
@@ -135,11 +136,11 @@ class CodesWork:
                 continue
             stem, _, _ = module.rpartition(".")
             key = f"{stem}.{SITES[place.role]}" if place.role in SITES else module
-            site = found.setdefault(key, _Site(module, linear.in_features))
+            site = sites.setdefault(key, _Site(module, linear.in_features))
             site.modules.append(module)
             if place.role in ("expert_gate", "expert_up"):
                 site.fallback = stem.rpartition(".")[0]
-        return list(found.values())
+        return list(sites.values())
 
     def _begin(self, group: list[_Site]) -> None:
         self._close()
@@ -183,10 +184,10 @@ class CodesWork:
             for module in site.modules:
                 self._put(module, nearest(weights[module], grids[module]), None)
             return
-        made = self._search(site, weights, gram, grids)
-        self._short += made.unfactored
-        for module, found in made.found.items():
-            self._put(module, found, made.multiplier)
+        result = self._search(site, weights, gram, grids)
+        self._short += result.unfactored
+        for module, codes in result.found.items():
+            self._put(module, codes, result.multiplier)
 
     def _search(self, site: _Site, weights: Mapping[str, torch.Tensor], gram: Gram, grids: Mapping[str, Grid]) -> Site:
         role = self._layer.places[f"{site.first}.weight"].role
@@ -195,10 +196,10 @@ class CodesWork:
         into = self._folds.of(role, site.first, site.size, self._layer.index)
         if into is None:
             return search("clip", weights, gram, grids)
-        made = search("awq", weights, gram, grids, lambda scale: into.multiplier(scale.cpu()).to(scale))
-        if made.multiplier is not None:
-            self._folds.take(into, made.multiplier)
-        return made
+        result = search("awq", weights, gram, grids, lambda scale: into.multiplier(scale.cpu()).to(scale))
+        if result.multiplier is not None:
+            self._folds.take(into, result.multiplier)
+        return result
 
     def _grid(self, place: Place) -> Grid:
         return Grid(self._group, getattr(torch, place.record.dtype.torch if self._scale == "source" else self._scale))
@@ -210,16 +211,16 @@ class CodesWork:
         alike = [s for s in self._group_sites if s.size == site.size and self._layer.places[f"{s.first}.weight"].role == "expert_down"]
         return Gram.mean([self._grams[other.first] for other in alike]) if site in alike else gram
 
-    def _put(self, name: str, found: Found, multiplier: torch.Tensor | None) -> None:
+    def _put(self, name: str, codes: Found, multiplier: torch.Tensor | None) -> None:
         place = self._layer.places[f"{name}.weight"]
-        self._writer.put_codes(f"{place.module}.weight", found.codes)
-        self._writer.put(f"{place.module}.weight_scale", found.scales)
+        self._writer.put_codes(f"{place.module}.weight", codes.codes)
+        self._writer.put(f"{place.module}.weight_scale", codes.scales)
         if self._fold:
-            self._scales[f"{name}.weight"] = found.scales.cpu()
+            self._scales[f"{name}.weight"] = codes.scales.cpu()
         if self._method == "awq" and self._folds.stores(place.role):
-            size = found.codes.shape[1]
+            size = codes.codes.shape[1]
             self._writer.put(f"{place.module}.pre_quant_scale", torch.ones(size) if multiplier is None else multiplier)
-        self._losses[f"{place.module}.losses"] = found.losses
+        self._losses[f"{place.module}.losses"] = codes.losses
 
     def finish(self, layer: OneLayer) -> dict[str, torch.Tensor]:
         self._close()
@@ -247,13 +248,13 @@ class CodesWork:
 
     def notes(self, results: dict[str, torch.Tensor]) -> list[str]:
         pairs = {name: (float(v[1] / v[0]), float(v[2] / v[0])) for name, v in results.items() if v[0] > 0}
-        told = [Losses(self._method, pairs).line()]
+        lines = [Losses(self._method, pairs).line()]
         unseen = len(results) - len(pairs)
         if unseen:
-            told.append(f"warning: no token reached {unseen} linear layers: they are rounded to nearest")
+            lines.append(f"warning: no token reached {unseen} linear layers: they are rounded to nearest")
         if self._short:
-            told.append(f"warning: {self._short} inputs depend on each other too much for GPTQ: their weights have clipped scales")
+            lines.append(f"warning: {self._short} inputs depend on each other too much for GPTQ: their weights have clipped scales")
         most = max((place.record.shape[-1] for place in self._layer.places.values()), default=0)
         if self._method == "gptq" and self._tokens < 2 * most:
-            told.append(f"warning: {self._tokens} tokens are fewer than twice the {most} inputs of a layer: more text makes better codes")
-        return told
+            lines.append(f"warning: {self._tokens} tokens are fewer than twice the {most} inputs of a layer: more text makes better codes")
+        return lines

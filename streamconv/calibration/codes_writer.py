@@ -58,8 +58,8 @@ class CodesWriter:
         if os.fstat(self._fd).st_size != size or os.pread(self._fd, len(header), 0) != header:
             if begun:
                 os.close(self._fd)
-                told = f"{printable(str(path))}: the codes of an interrupted search are gone"
-                raise CheckpointError(told, hint="run it again: it begins at the first layer")
+                message = f"{printable(str(path))}: the codes of an interrupted search are gone"
+                raise CheckpointError(message, hint="run it again: it begins at the first layer")
             os.ftruncate(self._fd, 0)
             os.ftruncate(self._fd, size)
             os.pwrite(self._fd, header, 0)

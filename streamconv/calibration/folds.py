@@ -46,8 +46,8 @@ class Norm(NamedTuple):
     def multiplier(self, scale: torch.Tensor) -> torch.Tensor:
         """What the inputs are multiplied by once 1 / s is in the norm, rounded to its type: the weights are made for that."""
         effective = self._effective(scale)
-        made = (self.folded(1.0 / scale).to(effective) + self.added) / effective
-        return torch.where(made.isfinite() & (made != 0), made, 1.0 / scale)
+        factors = (self.folded(1.0 / scale).to(effective) + self.added) / effective
+        return torch.where(factors.isfinite() & (factors != 0), factors, 1.0 / scale)
 
     def folded(self, multiplier: torch.Tensor) -> torch.Tensor:
         """The norm [K] with a multiplier in it, in its own type."""

@@ -90,7 +90,7 @@ class Search:
         text = f"at most {self.tokens} tokens" if self.tokens else "all of the text"
         place = f", {show_size(self.device_bytes)} of {self.device}" if self.device_bytes else ""
         states = f", and {show_size(self.states)} of hidden states while it lasts" if self.states else ""
-        told = [
+        parts = [
             f"search   --method {self.method}{self.why} on {text}: one of {self.layers} decoder layers at a time, {passes} through each",
             f"moments  of the inputs of a layer: {kept}",
             f"holds    about {show_size(self.host)} of memory{place}; on the disk {show_size(self.codes)} of codes{states}",
@@ -98,8 +98,8 @@ class Search:
         hours = self.operations / _SLOW / 3600
         if not self.device_bytes and hours > 0.5:
             cores = f"about {hours:.1f} hours of a processor core that makes {_SLOW / 1e9:.0f} GFLOP/s"
-            told.append(f"time     {self.operations / 1e12:.0f} TFLOP, {cores}: a GPU (--device cuda) is for this")
-        return told
+            parts.append(f"time     {self.operations / 1e12:.0f} TFLOP, {cores}: a GPU (--device cuda) is for this")
+        return parts
 
 
 def foreseen(
@@ -128,11 +128,11 @@ def _search(
     left = memory.available() if budget is None else max(1, budget - beside)
     itemsize = 4 if device == "cpu" else {"float32": 4}.get(facts.dtype or "float16", 2)
     extra = search_bytes(method, group, facts, device)
-    held = Held.of(index, facts, family, samples.batch_size * samples.max_length, itemsize, extra, losses_bytes)
+    layer = Held.of(index, facts, family, samples.batch_size * samples.max_length, itemsize, extra, losses_bytes)
     free = free_memory(device) if visible() else None
-    held.check(left if budget is None else budget, device, SMALLER, free, beside)
+    layer.check(left if budget is None else budget, device, SMALLER, free, beside)
     large = largest_gram(method, group, facts)
-    room = gram_room(left, held.host(device), large) if device == "cpu" else gram_room(free, held.on_device, large)
+    room = gram_room(left, layer.host(device), large) if device == "cpu" else gram_room(free, layer.on_device, large)
     layers = _weights(index, family)
     tokens = max(0, SAMPLES["codes"] if samples.samples is None else samples.samples) * samples.max_length
     passes, codes, work, surplus, most = 1, 0, 0.0, 0, Counter[tuple[int, Tier]]()
@@ -159,8 +159,8 @@ def _search(
         tokens=tokens,
         grams=tuple((size, tier, count) for (size, tier), count in sorted(most.items())),
         passes=passes,
-        host=held.host(device) + (surplus if device == "cpu" else 0),
-        device_bytes=0 if device == "cpu" else held.on_device + surplus,
+        host=layer.host(device) + (surplus if device == "cpu" else 0),
+        device_bytes=0 if device == "cpu" else layer.on_device + surplus,
         codes=codes,
         states=2 * tokens * facts.hidden_size * itemsize,
         operations=work,
@@ -171,18 +171,18 @@ def _weights(index: Index, family: Family) -> dict[int, list[tuple[tuple[str, in
     """Layer -> (site, N, K) of its linear layers, in the order of the sites."""
     from streamconv.families.matching import match
 
-    found: dict[int, list[tuple[tuple[str, int], int, int]]] = {}
+    groups: dict[int, list[tuple[tuple[str, int], int, int]]] = {}
     for (role, layer, expert), name in match(family, index.tensors)[0].items():
         shape, single = index.tensors[name].shape, _STACKED.get(role, role)
         if single not in LINEAR or layer < 0 or (not name.endswith((".weight", role)) and single == role):
             continue
         experts = range(shape[0]) if single != role else (expert,)
         rows, cols = (prod(shape[1:-1]) if single != role else shape[0]), shape[-1]
-        found.setdefault(layer, []).extend(((SITES.get(single, single), each), rows, cols) for each in experts)
+        groups.setdefault(layer, []).extend(((SITES.get(single, single), each), rows, cols) for each in experts)
     order = ["qkv", "qkv_grouped", "o", "mlp", "gate_up", "down"]
-    for weights in found.values():
+    for weights in groups.values():
         weights.sort(key=lambda one: (one[0][1], order.index(one[0][0]) if one[0][0] in order else len(order)))
-    return found
+    return groups
 
 
 def searches_on(options: Target) -> bool:
@@ -206,8 +206,8 @@ def planned(model: str | Path, options: Target, samples: Samples | None, budget:
     if samples is not None:
         check_text(options)
         if not takes_codes(options) or options.uses_ranges():
-            told = "plan reads no text: the ranges that --text measures are part of what is planned"
-            raise UsageError(told, hint="run `streamconv calibrate`, then plan with --activation-ranges FILE")
+            message = "plan reads no text: the ranges that --text measures are part of what is planned"
+            raise UsageError(message, hint="run `streamconv calibrate`, then plan with --activation-ranges FILE")
     if options.codes is not None or not takes_codes(options) or (samples is None and options.method is None):
         return options, None
     from streamconv.calibration.run import refuse_quantized

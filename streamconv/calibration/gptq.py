@@ -65,11 +65,11 @@ def rounded(weight: torch.Tensor, scales: torch.Tensor, grid: Grid, known: Facto
         weight: float32 [N, K].
         scales: [N, K/g].
     """
-    made = []
+    blocks = []
     step = rows_at_once(weight.shape[1], weight.device.type)
     for rows, own in zip(weight.split(step), scales.split(step), strict=True):  # type: ignore[no-untyped-call]
-        made.append(_rows(rows, own, grid, known))
-    return torch.cat(made)
+        blocks.append(_rows(rows, own, grid, known))
+    return torch.cat(blocks)
 
 
 def _rows(weight: torch.Tensor, scales: torch.Tensor, grid: Grid, known: Factor) -> torch.Tensor:

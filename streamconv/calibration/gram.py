@@ -60,15 +60,15 @@ class Gram:
     def mean(grams: Sequence[Gram]) -> Gram:
         """Of all tokens of several finished Grams of one kind."""
         first = grams[0]
-        made = Gram(first.tier, first.size, first.group, first.moments.device)
-        made.tokens = sum(gram.tokens for gram in grams)
+        result = Gram(first.tier, first.size, first.group, first.moments.device)
+        result.tokens = sum(gram.tokens for gram in grams)
         if first.tier == "sample":
-            rows = [gram.moments * (len(gram.moments) / max(1, made.tokens)) ** 0.5 for gram in grams]
-            made.moments = torch.cat(rows)
+            rows = [gram.moments * (len(gram.moments) / max(1, result.tokens)) ** 0.5 for gram in grams]
+            result.moments = torch.cat(rows)
         else:
-            made.moments += sum(gram.moments * (gram.tokens / max(1, made.tokens)) for gram in grams)
-        made.absolute += sum(gram.absolute * (gram.tokens / max(1, made.tokens)) for gram in grams)
-        return made
+            result.moments += sum(gram.moments * (gram.tokens / max(1, result.tokens)) for gram in grams)
+        result.absolute += sum(gram.absolute * (gram.tokens / max(1, result.tokens)) for gram in grams)
+        return result
 
     def finite(self) -> bool:
         """Whether all inputs were numbers."""
@@ -86,16 +86,16 @@ class Gram:
 
     def energies(self, error: torch.Tensor) -> torch.Tensor:
         """Mean square of each output of a change [N, K] of the weight, float32 [N]; of the blocks: without the terms across groups."""
-        found = []
+        sums = []
         for rows in error.split(max(1, _LARGE // max(self.size, 1))):  # type: ignore[no-untyped-call]
             if self.tier == "full":
-                found.append(((rows @ self.moments) * rows).sum(1))
+                sums.append(((rows @ self.moments) * rows).sum(1))
             elif self.tier == "sample":
-                found.append((rows @ self.moments.T).square().sum(1))
+                sums.append((rows @ self.moments.T).square().sum(1))
             else:
                 grouped = rows.reshape(len(rows), -1, self.group).transpose(0, 1)
-                found.append(((grouped @ self.moments) * grouped).sum((0, 2)))
-        return torch.cat(found)
+                sums.append(((grouped @ self.moments) * grouped).sum((0, 2)))
+        return torch.cat(sums)
 
 
 class _tf32:

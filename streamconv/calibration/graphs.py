@@ -73,7 +73,7 @@ class Graphs:
 
     def _capture(self, forward: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor) -> _Graph:
         with torch.cuda.device(self._device):
-            held = states.clone()
+            inputs = states.clone()
             # torch's own stream for captures lies on the device of the first capture in this process, whichever that was
             stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             torch.cuda.synchronize()
@@ -87,10 +87,10 @@ class Graphs:
                 graph.capture_begin(pool=self._pool)
                 try:
                     with _no_waiting():
-                        made = forward(held)
+                        output = forward(inputs)
                 finally:
                     graph.capture_end()
-        return _Graph(graph, held, made)
+        return _Graph(graph, inputs, output)
 
 
 @contextmanager

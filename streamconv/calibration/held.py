@@ -56,9 +56,9 @@ class Held:
         """
         layer, results, modules = 0, 0, 0
         for names in Names(index, family, facts.architecture).layers().values():
-            held = [index.tensors[name] for name in names]
-            wide = [(prod(record.shape[:-2]), *record.shape[-2:]) for record in held if len(record.shape) > 1]
-            layer = max(layer, sum(record.nbytes // record.dtype.itemsize * itemsize for record in held))
+            entries = [index.tensors[name] for name in names]
+            wide = [(prod(record.shape[:-2]), *record.shape[-2:]) for record in entries if len(record.shape) > 1]
+            layer = max(layer, sum(record.nbytes // record.dtype.itemsize * itemsize for record in entries))
             results += sum(count * kept(rows, cols) for count, rows, cols in wide)
             modules = max(modules, sum(count for count, _, _ in wide))
         batch = tokens * (4 * facts.hidden_size + 3 * facts.intermediate_size) * max(itemsize, 4)
@@ -89,14 +89,14 @@ class Held:
         """
         need, free = self.host(device) + beside, memory.available() if budget is None else budget
         if need > free:
-            told = f"one layer {show_size(self.layer)}, tokenizer {show_size(self.words)}, results {show_size(self.results)}"
+            needs = f"one layer {show_size(self.layer)}, tokenizer {show_size(self.words)}, results {show_size(self.results)}"
             smallest = -(-need // MIB) + (_JITTER if beside else 0)
             raise BudgetError(
-                f"calibration takes about {show_size(need)} ({told}), and only {show_size(free)} may be used",
+                f"calibration takes about {show_size(need)} ({needs}), and only {show_size(free)} may be used",
                 hint=f"--memory-budget {smallest}MiB, or a smaller --batch-size or --max-length" + smaller,
             )
         need = self.on_device
         if room is not None and need > room:
-            told = f"calibration takes about {show_size(need)} of {device} (one layer {show_size(self.layer)}), which has"
+            needs = f"calibration takes about {show_size(need)} of {device} (one layer {show_size(self.layer)}), which has"
             hint = "a GPU with more memory, a smaller --batch-size or --max-length" + smaller + ", or --device cpu"
-            raise BudgetError(f"{told} {show_size(room)} free", hint=hint)
+            raise BudgetError(f"{needs} {show_size(room)} free", hint=hint)

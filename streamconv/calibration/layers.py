@@ -139,8 +139,8 @@ class OneLayer:
         self._embedding.weight = torch.nn.Parameter(rows, requires_grad=False)
         for mine in places.to(self.device).split([len(sample) for sample in samples]):
             with pretrained.told(self._told):
-                made: torch.Tensor = self._embedding(mine)
-            yield made
+                states: torch.Tensor = self._embedding(mine)
+            yield states
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
         """Hidden states [samples, tokens, hidden] through the layer; what comes back is good until the next call."""
@@ -181,8 +181,8 @@ class _Queries(torch.nn.Module):
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """[..., H] -> [..., query heads * D]."""
-        made: torch.Tensor = self.get_submodule(GROUPED)(states)
-        each = made.reshape(*made.shape[:-1], -1, self._heads + 2, self._size)
+        grouped: torch.Tensor = self.get_submodule(GROUPED)(states)
+        each = grouped.reshape(*grouped.shape[:-1], -1, self._heads + 2, self._size)
         self.parts = tuple(part.flatten(-3) for part in torch.split(each, [self._heads, 1, 1], -2))
         return self.parts[0]
 
@@ -242,8 +242,8 @@ class Experts(torch.nn.ModuleList):
             if not len(token):
                 continue
             mine = states[token]
-            made = expert.down_proj(act(expert.gate_proj(mine)) * expert.up_proj(mine))
-            out.index_add_(0, token, (made * weights[token, rank, None]).to(out.dtype))
+            output = expert.down_proj(act(expert.gate_proj(mine)) * expert.up_proj(mine))
+            out.index_add_(0, token, (output * weights[token, rank, None]).to(out.dtype))
         return out
 
 

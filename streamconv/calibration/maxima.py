@@ -54,12 +54,12 @@ class Maxima:
         Args:
             called: name of a module in the layer -> the name of it in the file.
         """
-        told = {}
+        vectors = {}
         for name, module in self._linears.items():
             for end in "xy":
-                told[f"{called(name)}.{end}"] = self._found[f"{name}.{end}"].to("cpu", torch.float32, copy=True)
-            told[f"{called(name)}.w"] = _largest(module.weight.detach(), 1).float().clip(min=_LEAST_WEIGHT).cpu()
-        return told
+                vectors[f"{called(name)}.{end}"] = self._found[f"{name}.{end}"].to("cpu", torch.float32, copy=True)
+            vectors[f"{called(name)}.w"] = _largest(module.weight.detach(), 1).float().clip(min=_LEAST_WEIGHT).cpu()
+        return vectors
 
 
 class RangesWork:
@@ -119,9 +119,9 @@ class RangesWork:
 
 def _largest(values: torch.Tensor, dim: int) -> torch.Tensor:
     """Largest absolute value along a dimension, NaN if there is one: exact, and without a copy of the values."""
-    made: torch.Tensor
+    maxima: torch.Tensor
     if values.is_cuda:  # one launch
-        made = torch.linalg.vector_norm(values, float("inf"), dim=dim)
+        maxima = torch.linalg.vector_norm(values, float("inf"), dim=dim)
     else:  # ten times faster than the norm there
-        made = torch.maximum(values.amax(dim), -values.amin(dim)).abs()
-    return made
+        maxima = torch.maximum(values.amax(dim), -values.amin(dim)).abs()
+    return maxima

@@ -56,11 +56,11 @@ class Names:
 
     def layers(self) -> dict[int, list[str]]:
         """Names of the tensors of each layer."""
-        found: dict[int, list[str]] = {}
+        by_layer: dict[int, list[str]] = {}
         for (_, layer, _), name in self._found.items():
             if layer >= 0:
-                found.setdefault(layer, []).append(name)
-        return found
+                by_layer.setdefault(layer, []).append(name)
+        return by_layer
 
     def known(self, name: str) -> bool:
         """Whether a tensor lies where this family keeps its layers."""

@@ -42,14 +42,14 @@ def read_config(index: Index, model: ModelConfig, family: Family) -> Any:
         )
     last = model.num_hidden_layers - 1
     if not any(layer == last for _, layer, _ in match(family, index.tensors)[0]):
-        wanted = example(family, "input_norm", last, -1)
-        raise TensorError(f"config.json says {model.num_hidden_layers} layers, and the source has no tensor like {wanted}")
+        norm = example(family, "input_norm", last, -1)
+        raise TensorError(f"config.json says {model.num_hidden_layers} layers, and the source has no tensor like {norm}")
     with offline(), told(f"{where}: transformers cannot read config.json"):
-        stated = {key: value for key, value in index.config.items() if not key.startswith("_") and key not in _NAMES_CODE}
+        config = {key: value for key, value in index.config.items() if not key.startswith("_") and key not in _NAMES_CODE}
         if family.runs_as:
-            stated |= {"model_type": kind, "rope_theta": model.rope_theta}
-            stated |= {"attention_bias": model.attention_bias, "mlp_bias": model.mlp_bias}
-        return CONFIG_MAPPING[kind].from_dict(stated)
+            config |= {"model_type": kind, "rope_theta": model.rope_theta}
+            config |= {"attention_bias": model.attention_bias, "mlp_bias": model.mlp_bias}
+        return CONFIG_MAPPING[kind].from_dict(config)
 
 
 def architecture(config: Any) -> str:

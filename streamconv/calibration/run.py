@@ -142,8 +142,8 @@ def refuse_quantized(index: Index) -> None:
 
     if index.views:
         raise RefusedError(["activation ranges are measured on a Hugging Face model"], hint="convert the checkpoint back first: --to hf")
-    stated = source_quantization(index)
-    what = f"{stated.stated_in}: quantized already ({stated.title})" if stated is not None else None
+    quantization = source_quantization(index)
+    what = f"{quantization.stated_in}: quantized already ({quantization.title})" if quantization is not None else None
     if what is None:
         model, family = model_of(index)
         names = Names(index, family, model.architecture)
@@ -200,9 +200,9 @@ class Run:
 
         began = time.monotonic()
         self._spare(work)
-        held = self.held(self.batch * max_length, work.extra(self.facts), work.kept)
+        room = self.held(self.batch * max_length, work.extra(self.facts), work.kept)
         whole = None if self.budget is None else self.budget + self._beside
-        held.check(whole, self.device, work.smaller, free_memory(self.device), self._beside)
+        room.check(whole, self.device, work.smaller, free_memory(self.device), self._beside)
         with memory.bounded(self.budget):
             ids = tokenize(self.index.root, load_texts(text, samples), max_length, self.loop)
         if not ids:
@@ -210,9 +210,9 @@ class Run:
         batches = batches_of(ids, self.batch)
         tokens = sum(map(len, ids))
         mark = self._mark(work, batches)
-        told = {"out": str(self.out), "samples": len(ids), "tokens": tokens, "device": self.device, "reused": False}
+        report = {"out": str(self.out), "samples": len(ids), "tokens": tokens, "device": self.device, "reused": False}
         if reuse and (kept := self._kept(mark)):
-            return told | {"layers": self.facts.num_hidden_layers, "tensors": kept, "seconds": 0.0, "reused": True}
+            return report | {"layers": self.facts.num_hidden_layers, "tensors": kept, "seconds": 0.0, "reused": True}
         facts = {"dtype": self.kind, "loop": self.loop, "request": mark, "samples": len(ids)}
         resumable = self._mark(work, batches, [shard.evidence() for shard in self.index.shards])
         scratch = Scratch(self.out, resumable, tokens * self.facts.hidden_size * self.dtype.itemsize)
@@ -232,7 +232,7 @@ class Run:
             raise
         scratch.remove()
         spent = {"seconds": time.monotonic() - began, "peak_memory": memory.peak_resident(), "notes": work.notes(scratch.ranges)}
-        return told | {"layers": layer.layers, "tensors": count} | spent
+        return report | {"layers": layer.layers, "tensors": count} | spent
 
     def _through(
         self, work: Work, layer: OneLayer, scratch: Scratch, batches: list[list[list[int]]], progress: Progress, sampled: Sampled
@@ -256,18 +256,18 @@ class Run:
             for number in range(first, layer.layers):
                 layer.load(number)
                 with states.layer(number):
-                    passes, told = work.passes(layer), time.monotonic()
+                    passes, reported = work.passes(layer), time.monotonic()
                     for at, begin in enumerate(passes):
                         begin()
                         states.rewind()
                         samples = at * count
                         for batch in batches:
-                            made = layer(states.take((len(batch), len(batch[0]), width)))
+                            output = layer(states.take((len(batch), len(batch[0]), width)))
                             if at + 1 == len(passes):
-                                states.put(made)
+                                states.put(output)
                             samples += len(batch)
-                            if time.monotonic() - told >= 1:
-                                told = time.monotonic()
+                            if time.monotonic() - reported >= 1:
+                                reported = time.monotonic()
                                 sampled(number, layer.layers, samples // len(passes), count)
                     scratch.ranges |= work.finish(layer)
                 each = (time.monotonic() - began) / (number + 1 - first)
@@ -288,11 +288,11 @@ class Run:
             raise OutputError(f"{printable(str(self.out))} is in the model's folder", hint="choose another folder")
         if not os.path.lexists(self.out):
             return
-        held: str | None = work.name
+        name: str | None = work.name
         with contextlib.suppress(OSError, CheckpointError):
-            held = work.holds(self.out)
-        if held is not None:
-            raise OutputError(f"{printable(str(self.out))} is there and holds no {held}", hint="choose another name, or remove it")
+            name = work.holds(self.out)
+        if name is not None:
+            raise OutputError(f"{printable(str(self.out))} is there and holds no {name}", hint="choose another name, or remove it")
 
     def _kept(self, mark: str) -> int:
         """How many ranges the file holds, if it is there and answers this request; newer than the source, too."""

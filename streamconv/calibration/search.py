@@ -76,11 +76,11 @@ def search(
     known = gptq.factor(gram.moments) if method == "gptq" else None
     blocks = gram.blocks()
     unfactored = method == "gptq" and known is None
-    made = {name: _weight(weight, gram, blocks, grids[name], multiplier, known) for name, weight in weights.items()}
-    if multiplier is not None and any(float(one.losses[2]) > float(one.losses[1]) for one in made.values()):
-        made = {name: _weight(weight, gram, blocks, grids[name], None, None) for name, weight in weights.items()}
+    weighed = {name: _weight(weight, gram, blocks, grids[name], multiplier, known) for name, weight in weights.items()}
+    if multiplier is not None and any(float(one.losses[2]) > float(one.losses[1]) for one in weighed.values()):
+        weighed = {name: _weight(weight, gram, blocks, grids[name], None, None) for name, weight in weights.items()}
         multiplier = None
-    return Site(made, multiplier, unfactored)
+    return Site(weighed, multiplier, unfactored)
 
 
 def _weight(
@@ -135,7 +135,7 @@ def clipped(weight: torch.Tensor, blocks: torch.Tensor, grid: Grid) -> torch.Ten
         weight: float32 [N, K].
         blocks: [K/g, g, g].
     """
-    made = []
+    rounded = []
     for rows in weight.split(max(64, rows_at_once(weight.shape[1], weight.device.type) // 2)):  # type: ignore[no-untyped-call]
         largest = grid.largest(rows)
         best = grid.scales(largest, RATIOS[0])
@@ -146,5 +146,5 @@ def clipped(weight: torch.Tensor, blocks: torch.Tensor, grid: Grid) -> torch.Ten
             loss = ((error @ blocks) * error).sum(2).T
             better = loss < least
             best, least = torch.where(better, scales, best), torch.where(better, loss, least)
-        made.append(best)
-    return torch.cat(made)
+        rounded.append(best)
+    return torch.cat(rounded)

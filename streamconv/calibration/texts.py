@@ -36,20 +36,20 @@ def load_texts(source: str, count: int) -> list[str]:
         UsageError: nothing readable is there.
     """
     path = Path(source)
-    found: Iterator[str]
+    samples: Iterator[str]
     if os.path.isdir(path):
         files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl", ".md"))
         if not files:
             raise UsageError(f"--text {printable(source)}: no .txt or .jsonl file in the folder")
-        found = (text for file in files for text in _file(file))
+        samples = (text for file in files for text in _file(file))
     elif os.path.exists(path):
-        found = _file(path)
+        samples = _file(path)
     elif path.suffix or source.startswith((".", "/")) or source.count("/") > 1:  # no name of a data set
         raise UsageError(f"--text {printable(source)} does not exist")
     else:
-        found = iter(_hub(source, count))
+        samples = iter(_hub(source, count))
     texts = list[str]()
-    for text in islice(filter(str.strip, found), count if count >= 0 else None):
+    for text in islice(filter(str.strip, samples), count if count >= 0 else None):
         check_room(_TOKENIZING * len(text), f"one sample of --text {printable(source)}, {len(text)} characters,")
         texts.append(text)
     if not texts:
@@ -139,8 +139,8 @@ def tokenize(folder: Path, texts: list[str], max_length: int, loop: Loop = "trtl
     with told(f"{printable(str(folder))}: the tokenizer fails"):
         for text in texts:
             prepared = text if loop == "modelopt" else (text + " TL;DR: ").strip().replace(" n't", "n't")
-            made = tokenizer(prepared, truncation=True, max_length=max_length)["input_ids"]
-            ids.append([known.setdefault(token, token) for token in map(int, made)])
+            rows = tokenizer(prepared, truncation=True, max_length=max_length)["input_ids"]
+            ids.append([known.setdefault(token, token) for token in map(int, rows)])
             count += len(ids[-1])
             check_room(_TOKEN * count, f"reading on after {len(ids)} of {len(texts)} samples ({count} tokens)")
     return [sample for sample in ids if sample]

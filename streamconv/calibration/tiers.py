@@ -66,12 +66,12 @@ def search_bytes(method: str, group: int, facts: ModelConfig, device: str) -> in
     width, kind = facts.moe_intermediate_size or facts.intermediate_size, device.partition(":")[0]
     # codes and scales of the two weights of a site, and those of one of them once more while its rows are put together; with AWQ those of
     # a multiplier that did harm; on the CPU, which computes in float32, the weights in the type of their scales
-    made = round((5 if method == "awq" else 3) * width * facts.hidden_size * (1 + 4 / group))
-    made += 4 * width * facts.hidden_size if kind == "cpu" else 0
+    spare = round((5 if method == "awq" else 3) * width * facts.hidden_size * (1 + 4 / group))
+    spare += 4 * width * facts.hidden_size if kind == "cpu" else 0
 
     def taken(size: int) -> int:
         gram = gram_bytes(tier_of(method, size), size, group)
-        rows = 4 * (_COPIES + (_HEAP if kind == "cpu" else 0)) * size * min(rows_at_once(size, kind), max(width, facts.hidden_size)) + made
+        rows = 4 * (_COPIES + (_HEAP if kind == "cpu" else 0)) * size * min(rows_at_once(size, kind), max(width, facts.hidden_size)) + spare
         if method != "gptq":
             return gram + rows
         return max((5 if kind == "cpu" and size <= DOUBLE else 3) * gram, 2 * gram + rows)  # while it factorizes; and then
@@ -102,12 +102,12 @@ def gram_room(free: int | None, need: int, largest: int) -> int:
 
 def passes_of(sites: Iterable[tuple[_Site, int]], room: int) -> list[list[_Site]]:
     """Sites, each with the bytes of its Gram, by passes over all samples: as many together as there is room for, in their order."""
-    groups, held = list[list[_Site]](), 0
+    groups, total = list[list[_Site]](), 0
     for site, size in sites:
-        if groups and held + size <= room:
+        if groups and total + size <= room:
             groups[-1].append(site)
-            held += size
+            total += size
         else:
             groups.append([site])
-            held = size
+            total = size
     return groups

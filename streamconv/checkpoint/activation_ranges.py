@@ -56,7 +56,7 @@ class Ranges:
         if entry is None:
             return f"{where} is missing; was it measured on this model?"
         if entry.dtype.name != "F32" or entry.shape != (length,):
-            return f"{where}: {entry.dtype.name} {list(entry.shape)}, this model means F32 [{length}]"
+            return f"{where} is {entry.dtype.name} {list(entry.shape)}, expected F32 [{length}] for this model"
         values = self.vector(name)
         if not bool((np.isfinite(values) & (values >= 0)).all()):
             return f"{where}: not finite or negative; measure it again"
@@ -88,12 +88,12 @@ class Ranges:
             raise DataError(f"{where}: the largest value is {largest:g}, too small for a scale", hint="measure it again")
         return largest
 
-    def check(self, wanted: dict[str, int]) -> None:
+    def check(self, lengths: dict[str, int]) -> None:
         """Check vectors (name -> length).
 
         Raises:
             TensorError: some are missing or wrong; all of them are listed.
         """
-        wrong = [line for line in (self.problem(name, length) for name, length in wanted.items()) if line]
+        wrong = [line for line in (self.problem(name, length) for name, length in lengths.items()) if line]
         if wrong:
             raise TensorError(wrong, hint=HINT)

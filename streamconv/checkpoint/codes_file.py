@@ -158,8 +158,8 @@ class Losses:
     def to_json(self) -> dict[str, Any]:
         """For the manifest; every layer where there are few, else the worst alone."""
 
-        def pair(rtn: float, found: float) -> dict[str, float]:
-            return {"rtn": float(f"{rtn:.4g}"), "found": float(f"{found:.4g}")}
+        def pair(rtn: float, searched: float) -> dict[str, float]:
+            return {"rtn": float(f"{rtn:.4g}"), "found": float(f"{searched:.4g}")}
 
         record: dict[str, Any] = {"method": self.method, "linear_layers": len(self.each), "mean": pair(*self.mean())}
         record["worst"] = {name: pair(*both) for name, both in self.worst().items()}

@@ -123,9 +123,9 @@ def output_rows(tensors: Mapping[str, SourceTensor]) -> int | None:
 
 
 def _vocabulary(files: Sequence[Held], params: Mapping[str, Any]) -> int:
-    stated = params.get("vocab_size", -1)
-    if type(stated) is int and stated > 0:
-        return stated
+    size = params.get("vocab_size", -1)
+    if type(size) is int and size > 0:
+        return size
     return sum(file["output.weight"].rows for file in files if "output.weight" in file)
 
 
@@ -142,11 +142,11 @@ def _axis(name: str, shapes: list[tuple[int, ...]], vocab: int) -> int | None:
     return 0
 
 
-def _join(name: str, held: list[SourceTensor], vocab: int) -> SourceTensor:
-    first = held[0]
-    shapes = [tensor.shape for tensor in held]
+def _join(name: str, parts: list[SourceTensor], vocab: int) -> SourceTensor:
+    first = parts[0]
+    shapes = [tensor.shape for tensor in parts]
     axis = _axis(name, shapes, vocab)
-    for number, tensor in enumerate(held):
+    for number, tensor in enumerate(parts):
         shape = tensor.shape
         if axis is None:
             fits = shape == first.shape
@@ -161,4 +161,4 @@ def _join(name: str, held: list[SourceTensor], vocab: int) -> SourceTensor:
         return first
     whole = list(first.shape)
     whole[axis] = sum(shape[axis] for shape in shapes)
-    return SourceTensor(name, first.dtype, tuple(whole), tuple(tensor.pieces[0] for tensor in held), axis)
+    return SourceTensor(name, first.dtype, tuple(whole), tuple(tensor.pieces[0] for tensor in parts), axis)

@@ -231,16 +231,16 @@ def from_meta(params: Mapping[str, Any], vocab_rows: int | None = None) -> Model
         raise CheckpointError(f"params.json: {what}") from None
     if min(dim, layers, heads, kv, inter) < 1 or max(dim, layers, inter, vocab) >= 1 << 40:
         raise CheckpointError("params.json: sizes must be positive, and below 2^40")
-    theta, stated = params.get("rope_theta", 10000), params.get("rope_scaling")
+    theta, scaled = params.get("rope_theta", 10000), params.get("rope_scaling")
     for key, value in (("norm_eps", eps), ("rope_theta", theta)):
         if not is_number(value, 0, sys.float_info.max):
             raise CheckpointError(f"params.json: {key} is {shown_value(value)}, not a number")
-    if stated is not None and not isinstance(stated, dict):
-        raise CheckpointError(f"params.json: rope_scaling is {shown_value(stated)}, not an object")
-    problems = scaling_problems(stated or {})
+    if scaled is not None and not isinstance(scaled, dict):
+        raise CheckpointError(f"params.json: rope_scaling is {shown_value(scaled)}, not an object")
+    problems = scaling_problems(scaled or {})
     if problems:
         raise CheckpointError([f"params.json: {problem}" for problem in problems])
-    scaling = {"type": "llama3"} if params.get("use_scaled_rope") else stated
+    scaling = {"type": "llama3"} if params.get("use_scaled_rope") else scaled
     return ModelConfig(
         architecture="LlamaForCausalLM",
         model_type="llama",

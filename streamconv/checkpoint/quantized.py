@@ -76,20 +76,20 @@ def source_quantization(index: Index) -> SourceQuantization | None:
     Raises:
         CheckpointError: a file is not a JSON object.
     """
-    stated = stated_quantization(index.config, index.root)
-    return None if stated is not None and _is_left_over(index, stated) else stated
+    quantization = stated_quantization(index.config, index.root)
+    return None if quantization is not None and _is_left_over(index, quantization) else quantization
 
 
 def left_over(index: Index) -> str | None:
     """A warning, if the source says that it is quantized and its tensors that it is not (a merge saved with the old config)."""
-    stated = stated_quantization(index.config, index.root)
-    if stated is None or not _is_left_over(index, stated):
+    quantization = stated_quantization(index.config, index.root)
+    if quantization is None or not _is_left_over(index, quantization):
         return None
-    return f"{stated.stated_in} says {stated.title}, but no tensor is quantized: it is taken for an unquantized model"
+    return f"{quantization.stated_in} says {quantization.title}, but no tensor is quantized: it is taken for an unquantized model"
 
 
-def _is_left_over(index: Index, stated: SourceQuantization) -> bool:
-    if stated.method in _IN_FLOAT:
+def _is_left_over(index: Index, quantization: SourceQuantization) -> bool:
+    if quantization.method in _IN_FLOAT:
         return False
     return all(r.dtype.name in _FLOATS and not _COMPANION.search(name.rpartition(".")[2]) for name, r in index.tensors.items())
 
@@ -106,16 +106,16 @@ def stated_quantization(config: Mapping[str, Any], root: Path) -> SourceQuantiza
     pair = statement(config, root)
     if pair is None:
         return None
-    stated, name = pair
+    section, name = pair
     if name == _MODELOPT:
-        return _modelopt(stated, name)
-    method = stated.get("quant_method", "gptq" if name == _GPTQ else "unknown")
+        return _modelopt(section, name)
+    method = section.get("quant_method", "gptq" if name == _GPTQ else "unknown")
     if not isinstance(method, str):
         raise CheckpointError(f"{name}: quant_method is {shown_value(method)}, no name")
     method = method.lower()
     if method.startswith("modelopt") and name != _GPTQ:
-        return _modelopt(stated, name)
-    return _facts(method, stated, name)
+        return _modelopt(section, name)
+    return _facts(method, section, name)
 
 
 def statement(config: Mapping[str, Any], root: Path) -> tuple[dict[str, Any], str] | None:
@@ -125,43 +125,43 @@ def statement(config: Mapping[str, Any], root: Path) -> tuple[dict[str, Any], st
         CheckpointError: it is not a JSON object.
     """
     folder = root if os.path.isdir(root) else root.parent
-    stated = config.get("quantization_config")
-    if isinstance(stated, dict):
-        return stated, "config.json"
-    if stated is not None:
-        raise CheckpointError(f"config.json: quantization_config is {shown_value(stated)}, no object")
+    section = config.get("quantization_config")
+    if isinstance(section, dict):
+        return section, "config.json"
+    if section is not None:
+        raise CheckpointError(f"config.json: quantization_config is {shown_value(section)}, no object")
     for name in (_MODELOPT, _GPTQ):
         if os.path.lexists(folder / name):
             return read_json(folder / name, _MOST), name
     return None
 
 
-def gptq_format(stated: Mapping[str, Any]) -> object:
+def gptq_format(config: Mapping[str, Any]) -> object:
     """The layout of GPTQ; its tools write it under either name."""
-    return stated.get("checkpoint_format", stated.get("format"))
+    return config.get("checkpoint_format", config.get("format"))
 
 
-def _facts(method: str, stated: Mapping[str, Any], name: str) -> SourceQuantization:
-    form = gptq_format(stated) if method == "gptq" else stated.get("checkpoint_format", stated.get("version"))
+def _facts(method: str, config: Mapping[str, Any], name: str) -> SourceQuantization:
+    form = gptq_format(config) if method == "gptq" else config.get("checkpoint_format", config.get("version"))
     if method in AUTO_ROUND:
-        form = AUTO_ROUND_FORMS.get(str(stated.get("packing_format")), stated.get("packing_format"))
-    bound = stated.get("activation_scale_ub")
+        form = AUTO_ROUND_FORMS.get(str(config.get("packing_format")), config.get("packing_format"))
+    bound = config.get("activation_scale_ub")
     if bound is not None and (isinstance(bound, bool) or not isinstance(bound, int | float) or not 0 < bound <= _LARGEST):
         raise CheckpointError(f"{name}: activation_scale_ub is {shown_value(bound)}, not a positive float32")
     return SourceQuantization(
         method=method,
-        bits=_int(stated.get("bits", stated.get("w_bit"))),
-        group_size=_int(stated.get("group_size", stated.get("q_group_size"))),
+        bits=_int(config.get("bits", config.get("w_bit"))),
+        group_size=_int(config.get("group_size", config.get("q_group_size"))),
         format=str(form).lower() if form is not None else None,
-        act_order=bool(stated.get("desc_act", False)),
-        symmetric=stated.get("sym") is not False,
+        act_order=bool(config.get("desc_act", False)),
+        symmetric=config.get("sym") is not False,
         activation_bound=None if bound is None else float(bound),
         stated_in=name,
     )
 
 
-def _modelopt(stated: Mapping[str, Any], name: str) -> SourceQuantization:
-    inner = stated.get("quantization", stated)
+def _modelopt(config: Mapping[str, Any], name: str) -> SourceQuantization:
+    inner = config.get("quantization", config)
     inner = inner if isinstance(inner, dict) else {}
     algo = inner.get("quant_algo")
     return SourceQuantization(

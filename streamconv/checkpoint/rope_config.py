@@ -46,8 +46,8 @@ def rope(raw: dict[str, Any], architecture: str, problems: list[str], notes: lis
         if any(isinstance(inner, dict) for inner in (value or {}).values()):
             problems.append(f"{key} is different for different layers, which TensorRT-LLM does not have")
             return number("rope_theta", 10000.0), None
-    stated = {f"{key}.rope_theta": (value or {}).get("rope_theta") for key, value in objects.items()}
-    thetas = {key: value for key, value in (stated | {"rope_theta": raw.get("rope_theta")}).items() if value is not None}
+    bases = {f"{key}.rope_theta": (value or {}).get("rope_theta") for key, value in objects.items()}
+    thetas = {key: value for key, value in (bases | {"rope_theta": raw.get("rope_theta")}).items() if value is not None}
     if thetas:
         first, raw["rope_theta"] = next(iter(thetas.items()))
         notes += [

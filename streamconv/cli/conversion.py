@@ -83,7 +83,7 @@ def _samples(text: str | None, values: dict[str, Any]) -> Samples | None:
 @click.argument("more", nargs=-1, metavar="[MODULE]...")
 @options(CONVERSION, OUTPUTS, SAMPLES, RESOURCES, OF_A_RUN, WATCHING, PARTS)
 @click.option("--force", is_flag=True, help="Replace an existing output folder.")
-@click.option("--no-lock", is_flag=True, help="Go on where the file system cannot lock a file or sync a folder.")
+@click.option("--no-lock", is_flag=True, help="Write even where the file system cannot lock a file or sync a folder.")
 @recipe_option.option(_recipe_keys)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object at the end.")
 @click.option("--quiet", "-q", is_flag=True, help="Print errors and warnings only.")
@@ -133,20 +133,20 @@ def convert(
             outputs = [chosen.to(place)]
         facts = _page_facts(model, outputs, asked, together) if report else None
         if engine is not None:
-            made = _on_ray(engine, model, outputs, asked, force, meter, together)
+            result = _on_ray(engine, model, outputs, asked, force, meter, together)
         elif together:
-            made = api.convert_all(model, outputs, asked, force=force, meter=meter)
+            result = api.convert_all(model, outputs, asked, force=force, meter=meter)
         else:
-            made = api.convert(model, place, chosen, asked, force=force, meter=meter)
-    show(made, as_json, quiet)
-    if made.published and not together:
+            result = api.convert(model, place, chosen, asked, force=force, meter=meter)
+    show(result, as_json, quiet)
+    if result.published and not together:
         recipe_option.compare(place)
     if report and facts:
         from streamconv.pages import page, runs
 
-        page.write(report, runs.conversion(model, made, *facts, memory, command_line(), asked.min_snr))
+        page.write(report, runs.conversion(model, result, *facts, memory, command_line(), asked.min_snr))
     if as_json:
-        output.dump(dataclasses.asdict(made))
+        output.dump(dataclasses.asdict(result))
     return 0
 
 
@@ -189,8 +189,8 @@ def show(report: Report, as_json: bool, quiet: bool) -> None:
     if errors := [error for written in report.outputs for error in written.errors]:
         worst = min(errors, key=lambda error: error.snr_db)
         inexact = sum(not isinf(error.snr_db) for error in errors)
-        told = f", the worst {worst.name} with an SNR of {worst.snr_db:.1f} dB" if inexact else ""
-        output.line(f"{len(errors)} matrices were decoded as they were written, {len(errors) - inexact} are exact{told}")
+        worst_text = f", the worst {worst.name} with an SNR of {worst.snr_db:.1f} dB" if inexact else ""
+        output.line(f"{len(errors)} matrices were decoded as they were written, {len(errors) - inexact} are exact{worst_text}")
     if report.estimate is not None and not report.resumed:
         output.line(f"time: {report.estimate.off(report.seconds)}")
     if report.profile:
@@ -256,7 +256,7 @@ def plan(
         looks.append(look(index, places, size_of(index)) if asked.probe else None)
 
     index, plans = open_and_plan_all(model, outputs, asked.memory_budget, opened)
-    plans = [search.of(made) if search is not None else made for made, search in zip(plans, searches, strict=True)]
+    plans = [search.of(each) if search is not None else each for each, search in zip(plans, searches, strict=True)]
     with index:
         if write_config:
             recipe.write(write_config, recipe.of_plans(model, outputs, plans, values, index, together))

@@ -105,8 +105,8 @@ def _convert(request: OfficialRequest, source: str) -> int:
     from streamconv.cli.flags import resources
 
     options, meter = _with_ranges(request, source), view.meter("auto", request.quiet)
-    made = api.convert(source, request.output_dir, options, resources(vars(request)), force=request.force, meter=meter)
-    show(made, False, request.quiet)
+    report = api.convert(source, request.output_dir, options, resources(vars(request)), force=request.force, meter=meter)
+    show(report, False, request.quiet)
     return 0
 
 

@@ -57,7 +57,7 @@ def _flag_of(name: str, owners: list[tuple[str, _Field]]) -> _Decorator:
     field = owners[0][1]
     facts, kind, default = field.metadata, field.metadata["type"], field.default
     texts = {each.metadata["help"]: key for key, each in owners}
-    text = "; --to ".join(told if not number else f"{key}: {told}" for number, (told, key) in enumerate(texts.items()))
+    text = "; --to ".join(help_text if not number else f"{key}: {help_text}" for number, (help_text, key) in enumerate(texts.items()))
     settings: dict[str, Any] = {
         "cls": Flag,
         "heading": f"Options of --to {owners[0][0]}" if len(owners) == 1 else f"Options of --to {' and '.join(TARGETS)}",
@@ -112,11 +112,11 @@ def target(to: str, values: Mapping[str, Any], given: Collection[str]) -> Target
 def _under(heading: str) -> Callable[..., _Decorator]:
     """Makes the flags of a heading: (name, help, settings of click)."""
 
-    def made(name: str, text: str, **settings: Any) -> _Decorator:
+    def decorate(name: str, text: str, **settings: Any) -> _Decorator:
         settings = {"show_default": settings.get("default") is not None} | settings
         return click.option(name, help=text, cls=Flag, heading=heading, **settings)
 
-    return made
+    return decorate
 
 
 def _first(*choices: str) -> dict[str, Any]:
@@ -138,7 +138,7 @@ OF_A_RUN: tuple[_Decorator, ...] = (
     _resource("--hub-keep", "Hub model: keep its shards in the cache, or remove each once it was read.", **_first("all", "none")),
     _resource(
         "--on-device-loss",
-        "A GPU that fails: finish on the CPU, or stop so that the same command goes on later.",
+        "A GPU that fails: finish on the CPU, or stop so that the same command resumes later.",
         **_first("cpu", "stop"),
     ),
     _resource(

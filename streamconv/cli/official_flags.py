@@ -129,7 +129,7 @@ def _parser() -> _Parser:
     for field in fields(TensorRTLLM):
         _add_option(ours, field, (f"--{field.name}",) if field.metadata["added"] else ())
     ours.add_argument("--force", action="store_true", help="replace an existing output folder")
-    ours.add_argument("--no_lock", action="store_true", help="go on where the file system cannot lock a file or sync a folder")
+    ours.add_argument("--no_lock", action="store_true", help="write even where the file system cannot lock a file or sync a folder")
     return parser
 
 

@@ -27,11 +27,11 @@ def status(out: str, as_json: bool) -> int:
     if work["complete"]:
         output.line(f"{out}: the output is complete")
         return 0
-    held = [(str(part["part"]), part["holder"], str(part["tiles"])) for part in work["held"]]
-    if held:
-        output.block([*table(held, ("part", "held by", "tiles on the disk")), ""])
+    parts = [(str(part["part"]), part["holder"], str(part["tiles"])) for part in work["held"]]
+    if parts:
+        output.block([*table(parts, ("part", "held by", "tiles on the disk")), ""])
     begun = f" ({', '.join(map(str, work['left']))} begun by processes that are gone)" if work["left"] else ""
-    output.line(f"{out}: {work['done']} of {work['parts']} parts are done, {len(held)} held, {work['open']} open{begun}")
+    output.line(f"{out}: {work['done']} of {work['parts']} parts are done, {len(parts)} held, {work['open']} open{begun}")
     if work["done"] == work["parts"]:
         output.line("all parts are done: the next worker publishes, or `streamconv finalize`")
     return 0
@@ -46,7 +46,7 @@ def _content(out: str) -> dict[str, Any]:
         if not os.path.exists(Path(out) / manifest.NAME):
             raise OutputError(f"{printable(out)}: no work in parts was begun", hint="streamconv convert MODEL OUT --parts N")
         return {"complete": True}
-    done, held, left = 0, [], []
+    done, locked, left = 0, [], []
     with contextlib.closing(claims):
         for part in range(claims.count):
             if claims.done(part):
@@ -59,17 +59,17 @@ def _content(out: str) -> dict[str, Any]:
             past = claims.journal(part).read()
             tiles = sum(map(len, past.tiles.values()))
             if holder is not None:
-                held.append({"part": part, "holder": holder, "tiles": tiles})
+                locked.append({"part": part, "holder": holder, "tiles": tiles})
             elif past:
                 left.append(part)
-    facts = {"parts": claims.count, "done": done, "held": held, "open": claims.count - done - len(held), "left": left}
+    facts = {"parts": claims.count, "done": done, "held": locked, "open": claims.count - done - len(locked), "left": left}
     return {"complete": False, "source": claims.plan_file["source"], **facts}
 
 
 @click.command()
 @click.argument("out")
 @click.option("--verify", "check", is_flag=True, help="Read the output back first, and compare it with the hashes of the parts.")
-@click.option("--no-lock", is_flag=True, help="Go on where the file system cannot lock a file; nobody else may be at work.")
+@click.option("--no-lock", is_flag=True, help="Write even where the file system cannot lock a file; nobody else may be at work.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def finalize(out: str, check: bool, no_lock: bool, as_json: bool) -> int:
     """Publish OUT, whose parts are all done, by hand. The last worker does the same by itself."""

@@ -164,8 +164,8 @@ def _lines(
     if several:
         yield f"{plan.family}, {len(plans)} outputs from one read"
         rows = list[tuple[str, ...]]()
-        for made, facts in zip(plans, each, strict=True):
-            what = (made.target.headline, made.dtype.torch, str(len(facts["files"])), show_size(made.bytes_written))
+        for item, facts in zip(plans, each, strict=True):
+            what = (item.target.headline, item.dtype.torch, str(len(facts["files"])), show_size(item.bytes_written))
             rows.append((facts["out"], *what, _STATES[facts["finished"]]))
         header: tuple[str, ...] = ("output", "what", "dtype", "files", "size", "state")
         read = f" for all; one after the other {show_size(content['bytes_to_read_apart'])}"
@@ -175,8 +175,8 @@ def _lines(
         header = ("file", "size", "tensors")
         read = f", weights in {plan.passes} passes" if plan.passes > 1 else ""
     yield from ("", *table(rows, header), "")
-    modules = sorted({name for made in plans for name in made.decisions}, key=natural)
-    stored = [(name, *(made.decisions.get(name, "") for made in plans)) for name in modules]
+    modules = sorted({name for item in plans for name in item.decisions}, key=natural)
+    stored = [(name, *(item.decisions.get(name, "") for item in plans)) for name in modules]
     yield from (*table(stored, ("module", *([one.out for one in outputs] if several else ["stored as"]))), "")
     if plan.bytes_checked:
         yield f"check    {show_size(plan.bytes_checked)} of the source are read once more first, and held against its streamconv.json"

@@ -118,11 +118,11 @@ def layers(meter: Meter, quiet: bool = False) -> dict[str, Callable[..., None]]:
         begin(done, of)
         meter.tile(0, 0, f"sample {samples} of {every}")
 
-    def told(line: str) -> None:
+    def show_line(line: str) -> None:
         if not quiet:
             output.note(line)
 
-    return {"progress": progress, "sampled": sampled, "told": told}
+    return {"progress": progress, "sampled": sampled, "told": show_line}
 
 
 def command_line() -> str:

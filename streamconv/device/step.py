@@ -74,9 +74,9 @@ class Batch:
             launch(block, outs_of[number], counts[NOTE * number : NOTE * (number + 1)].view(torch.int32))
         return [out for outs in outs_of for out in outs], stats
 
-    def places(self, first: int, take: int, found: Sequence[EncodeStats]) -> list[Bytes]:
+    def places(self, first: int, take: int, stats: Sequence[EncodeStats]) -> list[Bytes]:
         """Where the parts of rows [first, first + take) belong; `found` is counted."""
-        for job, met in zip(self.jobs, found, strict=True):
+        for job, met in zip(self.jobs, stats, strict=True):
             job.stats.add(met)
         each = [(place, part, part.nbytes(first)) for job in self.jobs for place, part in zip(job.parts, job.task.parts, strict=True)]
         return [place[begin : begin + part.nbytes(take)] for place, part, begin in each]

@@ -20,10 +20,10 @@ EVEN = tl.constexpr(12582912.0)
 def _wide(raw):
     """Elements as they were loaded -> float32."""
     if raw.dtype == tl.int16:
-        made = (raw.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+        value = (raw.to(tl.int32) << 16).to(tl.float32, bitcast=True)
     else:
-        made = raw.to(tl.float32)
-    return made
+        value = raw.to(tl.float32)
+    return value
 
 
 @triton.jit
@@ -31,25 +31,25 @@ def _rounded(value, MODEL: tl.constexpr):
     """float32 -> the nearest value of MODEL, ties to even, as float32."""
     if MODEL == "BF16":
         bits = value.to(tl.uint32, bitcast=True)
-        made = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
-        made = tl.where(value == value, made, float("nan"))
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+        rounded = tl.where(value == value, rounded, float("nan"))
     elif MODEL == "F16":
-        made = value.to(tl.float16).to(tl.float32)
+        rounded = value.to(tl.float16).to(tl.float32)
     else:
-        made = value
-    return made
+        rounded = value
+    return rounded
 
 
 @triton.jit
 def _stored(value, MODEL: tl.constexpr):
     """A value of MODEL in float32 -> what is stored."""
     if MODEL == "BF16":
-        made = (value.to(tl.uint32, bitcast=True) >> 16).to(tl.int16)
+        stored = (value.to(tl.uint32, bitcast=True) >> 16).to(tl.int16)
     elif MODEL == "F16":
-        made = value.to(tl.float16)
+        stored = value.to(tl.float16)
     else:
-        made = value
-    return made
+        stored = value
+    return stored
 
 
 @triton.jit
@@ -67,13 +67,13 @@ def cast(
         value = value + 1.0
         if x.dtype.element_ty == tl.float16:
             value = value.to(tl.float16).to(tl.float32)
-    made = value
+    result = value
     if VIA_HALF:
-        made = made.to(tl.float16).to(tl.float32)
-    made = _rounded(made, MODEL)
-    tl.store(out + at, _stored(made, MODEL), mask=inside)
+        result = result.to(tl.float16).to(tl.float32)
+    result = _rounded(result, MODEL)
+    tl.store(out + at, _stored(result, MODEL), mask=inside)
     if COUNT:
-        over = (tl.abs(made) == INFINITY) & (tl.abs(value) != INFINITY) & inside
+        over = (tl.abs(result) == INFINITY) & (tl.abs(value) != INFINITY) & inside
         count = tl.sum(over.to(tl.int32), 0)
         tl.atomic_add(counts + 1, count, mask=count > 0)
 
@@ -128,13 +128,13 @@ def weight_only(
         place = first + at
         inside = place < size
         if BITS == 8:
-            made = _integer(x, table, place, inside, top, scale, MODEL, PERIOD, half, BIASED)
+            code = _integer(x, table, place, inside, top, scale, MODEL, PERIOD, half, BIASED)
         else:
             low = _integer(x, table, 2 * place, inside, top, scale, MODEL, PERIOD, half, BIASED)
-            made = low | (_integer(x, table, 2 * place + 1, inside, top, scale, MODEL, PERIOD, half, BIASED) << 4)
+            code = low | (_integer(x, table, 2 * place + 1, inside, top, scale, MODEL, PERIOD, half, BIASED) << 4)
         if SHARED > 1:
             place = place // RUN * (SHARED * RUN) + place % RUN
-        tl.store(out + place, made.to(tl.uint8), mask=inside)
+        tl.store(out + place, code.to(tl.uint8), mask=inside)
     bads = tl.sum(bad, 0)
     tl.atomic_add(counts, bads, mask=bads > 0)
     overs = tl.sum(over, 0)
@@ -148,8 +148,8 @@ def _e4m3(value):
     size = bits & 0x7FFFFFFF
     normal = (size + 0x7FFFF + ((size >> 20) & 1) - (120 << 23)) >> 20
     small = (size.to(tl.float32, bitcast=True) + 16384.0).to(tl.uint32, bitcast=True) - 0x46800000  # steps of 2^-9
-    made = tl.where(size < (121 << 23), small, normal)
-    return (made | ((bits >> 24) & 0x80)).to(tl.uint8)
+    code = tl.where(size < (121 << 23), small, normal)
+    return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
 
 
 @triton.jit

@@ -15,11 +15,11 @@ __all__ = ["Family", "all_families", "family_of"]
 @cache
 def all_families() -> tuple[Family, ...]:
     """Every family, sorted by name."""
-    found: list[Family] = []
+    families: list[Family] = []
     for module in pkgutil.iter_modules(__path__):
         if module.name != "base":
-            found.extend(getattr(importlib.import_module(f"{__name__}.{module.name}"), "FAMILIES", ()))
-    return tuple(sorted(found, key=lambda family: family.name))
+            families.extend(getattr(importlib.import_module(f"{__name__}.{module.name}"), "FAMILIES", ()))
+    return tuple(sorted(families, key=lambda family: family.name))
 
 
 def family_of(architecture: str) -> Family:

@@ -40,7 +40,7 @@ def match(family: Family, names: Iterable[str]) -> tuple[dict[Key, str], list[st
             table[_canonical(pattern)] = (role, pattern)
     for pattern in family.ignored:
         table[_canonical(pattern)] = ("", pattern)
-    found: dict[Key, str] = {}
+    tensors: dict[Key, str] = {}
     unmatched: list[str] = []
     for name in names:
         shape, numbers = _split(name)
@@ -55,11 +55,11 @@ def match(family: Family, names: Iterable[str]) -> tuple[dict[Key, str], list[st
         layer = numbers[0] if "{layer}" in pattern else -1
         expert = numbers[-1] if "{expert}" in pattern else -1
         key = (role, layer, expert)
-        if key in found:
+        if key in tensors:
             unmatched.append(name)
         else:
-            found[key] = name
-    return found, unmatched
+            tensors[key] = name
+    return tensors, unmatched
 
 
 def _canonical(pattern: str) -> str:

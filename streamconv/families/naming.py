@@ -75,11 +75,11 @@ def _architecture(inner: Mapping[str, Any], model_type: str, known: Collection[s
 def _refused(outer: str, architecture: str | None, model_type: str) -> CheckpointError:
     what = f"{printable(model_type)} language model" if model_type else "language model"
     known = ", ".join(_WRAPPERS)
-    told = f"config.json: {printable(outer)} is a multimodal model around a {what}"
+    message = f"config.json: {printable(outer)} is a multimodal model around a {what}"
     if architecture is None:
-        return CheckpointError(f"{told}, of which nothing is known here", hint=f"the language models inside {known} are converted")
+        return CheckpointError(f"{message}, of which nothing is known here", hint=f"the language models inside {known} are converted")
     hint = f"save the language model alone as {architecture}, and convert that (it is taken out of {known})"
-    return CheckpointError(f"{told} ({architecture}); it is not converted as a whole", hint=hint)
+    return CheckpointError(f"{message} ({architecture}); it is not converted as a whole", hint=hint)
 
 
 _MARKERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
@@ -140,13 +140,13 @@ def settle(index: Index) -> Index:
 
 
 def _renamed(tensors: TensorTable, new: Mapping[str, str]) -> TensorTable:
-    made = TensorTable()
+    table = TensorTable()
     for old, name in new.items():
-        if name in made:
-            told = f"{printable(old)} and another tensor are both {printable(name)} without their wrappers"
-            raise TensorError(told, hint="remove one of them")
-        made.take(tensors[old], name)
-    return made
+        if name in table:
+            message = f"{printable(old)} and another tensor are both {printable(name)} without their wrappers"
+            raise TensorError(message, hint="remove one of them")
+        table.take(tensors[old], name)
+    return table
 
 
 def _inside(names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
@@ -165,18 +165,18 @@ def _inside(names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 
 def _behind(names: Sequence[str], family: Family) -> tuple[dict[str, str] | None, list[str]]:
     """Names behind a common prefix -> the names that the family knows; None if there is nothing to do."""
-    held = set(names)
-    if any(pattern in held for role in ("embedding", "final_norm") for pattern in family.tensors.get(role, ())):
+    present = set(names)
+    if any(pattern in present for role in ("embedding", "final_norm") for pattern in family.tensors.get(role, ())):
         return None, []
     heads = {pattern.split("{")[0] for patterns in family.tensors.values() for pattern in patterns}
-    own, found = "", Counter(prefix for name in names if (prefix := _before(name, heads)))
-    if not found:  # the inner model alone: no "model." before the layers
+    own, prefixes = "", Counter(prefix for name in names if (prefix := _before(name, heads)))
+    if not prefixes:  # the inner model alone: no "model." before the layers
         own = "model."
         inner = {head.removeprefix(own) for head in heads if head.startswith(own)}
-        found = Counter(prefix for name in names if (prefix := _before(name, inner)) is not None)
-    if not found:
+        prefixes = Counter(prefix for name in names if (prefix := _before(name, inner)) is not None)
+    if not prefixes:
         return None, []
-    prefix = max(found, key=lambda text: found[text])
+    prefix = max(prefixes, key=lambda text: prefixes[text])
     outside = [name for name in names if not name.startswith(prefix)]
     if own and prefix == "":
         moved = {name: name if name.startswith("lm_head.") else own + name for name in names}

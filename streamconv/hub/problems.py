@@ -112,7 +112,7 @@ def _hub_error(error: Exception, repo: str, revision: str | None, file: str | No
     if isinstance(cause, errors.HFValidationError):
         return HubError(f"{what}: {first}")
     if "Consistency check failed" in first:
-        return HubError(f"{what} came truncated", hint="run again; the download goes on where it stopped")
+        return HubError(f"{what} came truncated", hint="run again; the download resumes")
     if isinstance(cause, ValueError) and "too large" in first:
         return HubError(f"{what}: {first}", hint="HF_HUB_DISABLE_XET=0 may help with files above 50 GB")
     if isinstance(cause, _NOT_PASSING):

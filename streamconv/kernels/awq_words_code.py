@@ -66,9 +66,9 @@ def as_ends(ends: Array, kind: int, flip: int, out: Array) -> np.uint32:
 @jit
 def awq_code(b: np.uint32, step: np.float32, zero: np.uint32) -> np.uint32:
     """clamp(RNE(value / step) + zero, 0, 15), in the lowest 16 bits; the quotient is no larger than 16, a step being a 15th of a range."""
-    made = np.uint32(bits_of(np.float32(np.float32(float_of(b) / step) + np.float32(12582912))) + zero)
-    made = made if made > np.uint32(0x4B400000) else np.uint32(0x4B400000)
-    return made if made < np.uint32(0x4B40000F) else np.uint32(0x4B40000F)
+    code = np.uint32(bits_of(np.float32(np.float32(float_of(b) / step) + np.float32(12582912))) + zero)
+    code = code if code > np.uint32(0x4B400000) else np.uint32(0x4B400000)
+    return code if code < np.uint32(0x4B40000F) else np.uint32(0x4B40000F)
 
 
 @jit
@@ -116,9 +116,9 @@ def awq_rows(
         for i in range(half):
             codes[i] = np.uint32(zeros[i] | np.uint32(zeros[half + i] << np.uint32(16)))
         awq_pack(codes, zero[g * half : (g + 1) * half])
-        stored, made = steps.view(np.uint32), scales[g * cols : (g + 1) * cols]
+        stored, step_row = steps.view(np.uint32), scales[g * cols : (g + 1) * cols]
         for i in range(half):
-            made[2 * i], made[2 * i + 1] = to_f16(stored[i]), to_f16(stored[half + i])
+            step_row[2 * i], step_row[2 * i + 1] = to_f16(stored[i]), to_f16(stored[half + i])
         for r in range(g * group, (g + 1) * group):
             line = source[start + r * stride : start + r * stride + cols]
             if kind == 2 and finite:
@@ -152,8 +152,8 @@ def awq_scale_rows(
     zero[:] = np.uint8(0x88)
     for r in range(rows):
         load_bits(source[start + r * stride : start + r * stride + cols], kind, bits)
-        made = scales[r * cols : (r + 1) * cols]
+        row = scales[r * cols : (r + 1) * cols]
         for i in range(cols):
-            made[i] = to_f16(bits[i])
+            row[i] = to_f16(bits[i])
             lost += float_of(bits[i]) >= np.float32(65520) and bits[i] < np.uint32(0x7F800000)
     return 0, lost

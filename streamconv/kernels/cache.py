@@ -39,12 +39,12 @@ def kept(name: str, types: str, compile_it: Callable[[], Code]) -> Code:
     if folder is None:
         return compile_it()
     path = folder / f"{name}-{sha256(f'{name} {types} {_circumstances()}'.encode()).hexdigest()[:24]}"
-    found = _read(path)
-    if found is None:
-        found = compile_it()
-        if found.alone:
-            _write(path, found)
-    return found
+    code = _read(path)
+    if code is None:
+        code = compile_it()
+        if code.alone:
+            _write(path, code)
+    return code
 
 
 @cache
@@ -59,8 +59,8 @@ def kernel_folder() -> Path | None:
 @cache
 def _circumstances() -> str:
     """What else decides the code: interpreter, compiler and its settings, processor."""
-    found = importlib.util.find_spec("numba")
-    numba = os.stat(found.origin).st_mtime_ns if found and found.origin else 0  # to ask for its version would load it
+    spec = importlib.util.find_spec("numba")
+    numba = os.stat(spec.origin).st_mtime_ns if spec and spec.origin else 0  # to ask for its version would load it
     settings = sorted(item for item in os.environ.items() if item[0].startswith("NUMBA_") and item[0] != "NUMBA_CACHE_DIR")
     return repr((sys.version, __version__, numba, settings, binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten()))
 

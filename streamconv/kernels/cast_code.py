@@ -22,7 +22,7 @@ def cast_rows(
         for c in range(0, cols, BLOCK):
             part = bits[: min(BLOCK, cols - c)]
             at, to = start + r * stride + c, r * cols + c
-            line, made = source[at : at + part.size], out[to : to + part.size]
+            line, row = source[at : at + part.size], out[to : to + part.size]
             if (target != 0 or via != 0) and magnitude(line, kind) >= limit:
                 load_bits(line, kind, part)
                 for i in range(part.size):
@@ -32,9 +32,9 @@ def cast_rows(
             if via != 0:
                 load_bits(line, kind, part)
                 round_bits(via, part)
-                store(part, 0, target, made)
+                store(part, 0, target, row)
             else:
-                store(line, kind, target, made)
+                store(line, kind, target, row)
     return 0, lost
 
 

@@ -55,17 +55,17 @@ def compile_kernel(dispatcher: Any, arguments: tuple[Any, ...]) -> Code:
     """Compile for the types of these arguments."""
     types = tuple(map(numba.typeof, arguments))
     dispatcher.compile(types)
-    made = dispatcher.overloads[types]._asdict()
-    given: Any = _unliteral(made["fndesc"].restype)
+    compiled = dispatcher.overloads[types]._asdict()
+    given: Any = _unliteral(compiled["fndesc"].restype)
     returns = [str(kind) for kind in given] if hasattr(given, "__iter__") else str(given)
-    return _code(made["library"], made["fndesc"].llvm_func_name, None if returns == "none" else returns)
+    return _code(compiled["library"], compiled["fndesc"].llvm_func_name, None if returns == "none" else returns)
 
 
 def compile_callback(signature: Any, function: Callable[..., Any]) -> Code:
     """Compile a C function that never enters the interpreter."""
-    made: Any = CFunc(function, (signature.args, signature.return_type), {}, {"error_model": "numpy"})
-    made.compile()
-    return _code(made._library, made.native_name, None)
+    callback: Any = CFunc(function, (signature.args, signature.return_type), {}, {"error_model": "numpy"})
+    callback.compile()
+    return _code(callback._library, callback.native_name, None)
 
 
 def _code(library: Any, symbol: str, returns: list[str] | str | None) -> Code:
@@ -91,10 +91,10 @@ def compile_allocation() -> Code:
         for place, value in enumerate((word(1), word(0), word(0), build.sub(after, build.urem(after, align)), size, word(0))):
             build.store(value, build.gep(words, [word(place)]))
     build.ret(header)
-    for name, made, more in ((_PLAIN, allocate, [ir.IntType(32)(_ALIGNMENT)]), (_RAW, malloc, [])):
+    for name, allocator, more in ((_PLAIN, allocate, [ir.IntType(32)(_ALIGNMENT)]), (_RAW, malloc, [])):
         function = ir.Function(module, ir.FunctionType(byte, [word]), name)
         build = ir.IRBuilder(function.append_basic_block())
-        build.ret(build.call(made, [function.args[0], *more]))
+        build.ret(build.call(allocator, [function.args[0], *more]))
     double, exponent = ir.DoubleType(), ir.IntType(32)
     ldexp, function = (ir.Function(module, ir.FunctionType(double, [double, exponent]), name) for name in ("ldexp", _LDEXP))
     build = ir.IRBuilder(function.append_basic_block())

@@ -82,17 +82,17 @@ def decode_rows(
     """
     width = cols // 2 if code >= 3 else cols
     line, factors = np.empty(cols, np.float32), np.empty(cols, np.float32)
-    held = -1
+    last = -1
     for r in range(rows):
         values_of(codes[r * width : (r + 1) * width], code, line)
         if zeros.size:
             spread(zeros[r], per_col, factors)
-            held = -1
+            last = -1
             for i in range(cols):
                 line[i] -= factors[i]
-        if (first + r) // per_row != held:
-            held = (first + r) // per_row
-            spread(scales[held], per_col, factors)
+        if (first + r) // per_row != last:
+            last = (first + r) // per_row
+            spread(scales[last], per_col, factors)
             for i in range(inputs.size):
                 factors[i] *= inputs[i]
         to = out[r * cols : (r + 1) * cols]

@@ -26,6 +26,6 @@ def _loaded() -> tuple[int, int]:
         return compiler.compile_callback(fault_code.SIGNATURE, fault_code.on_fault)
 
     where, _ = address("fault_code.on_fault", "", compile_it)
-    told = ctypes.c_uint64()
-    ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)(where)(0, ctypes.addressof(told), None)
-    return where, told.value
+    first = ctypes.c_uint64()
+    ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)(where)(0, ctypes.addressof(first), None)
+    return where, first.value

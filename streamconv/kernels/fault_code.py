@@ -33,11 +33,11 @@ def _table(typing: Any) -> Any:
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         kind, name = ir.ArrayType(_WORD, ctypes.sizeof(Table) // 8), "streamconv_fault_table"
-        held = builder.module.globals.get(name)
-        if held is None:
-            held = ir.GlobalVariable(builder.module, kind, name)
-            held.linkage, held.initializer = "internal", ir.Constant(kind, None)
-        return builder.ptrtoint(held, _WORD)
+        known = builder.module.globals.get(name)
+        if known is None:
+            known = ir.GlobalVariable(builder.module, kind, name)
+            known.linkage, known.initializer = "internal", ir.Constant(kind, None)
+        return builder.ptrtoint(known, _WORD)
 
     return types.uint64(), code
 

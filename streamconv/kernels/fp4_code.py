@@ -19,8 +19,8 @@ def to_e2m1(ratio: np.float32) -> np.uint32:
     # 2 is -2 * 127 in the last three bits
     exponent = np.uint32(max(a, np.uint32(0x3F800000)) & np.uint32(0x7F800000))
     counted = bits_of(np.float32(float_of(a) + float_of(np.uint32(exponent + np.uint32((22 << 23) + 2)))))
-    made = np.uint32(np.uint32(counted + np.uint32(exponent >> np.uint32(22))) & np.uint32(7))
-    return np.uint32(made | (np.uint32(8) if ratio < np.float32(0) else np.uint32(0)))
+    code = np.uint32(np.uint32(counted + np.uint32(exponent >> np.uint32(22))) & np.uint32(7))
+    return np.uint32(code | (np.uint32(8) if ratio < np.float32(0) else np.uint32(0)))
 
 
 @jit
@@ -60,9 +60,9 @@ def nvfp4_rows(
     bits, tops, other = np.empty(cols, np.uint32), np.empty(pairs, np.uint32), np.empty(pairs, np.uint32)
     few, room, more = np.empty(groups, np.float32), np.empty(pairs, np.float32), np.empty(pairs, np.float32)
     for r in range(rows):
-        words, packed, made, lost = pairs_of(source[start + r * stride : start + r * stride + cols], kind, 8, bits, tops, other)
+        words, packed, group_tops, lost = pairs_of(source[start + r * stride : start + r * stride + cols], kind, 8, bits, tops, other)
         bad += lost
-        nvfp4_scales(made, step_kind, shared, divisor, scales[r * groups : (r + 1) * groups], few)
+        nvfp4_scales(group_tops, step_kind, shared, divisor, scales[r * groups : (r + 1) * groups], few)
         steps = spread(few, 8, room, more)
         each_pair(e2m1_quotients, words, packed, steps, nothing, nothing, out[r * pairs : (r + 1) * pairs])
     return bad

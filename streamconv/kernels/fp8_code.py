@@ -22,8 +22,8 @@ def to_e4m3(value: np.float32) -> np.uint8:
     # e4m3's exponent has a bias of 7 and not of 127: 0x38 is -8 * 121 in the last byte; it is even, so ties stay as they are
     exponent = np.uint32(max(a, np.uint32(0x3C800000)) & np.uint32(0x7F800000))
     counted = bits_of(np.float32(float_of(a) + float_of(np.uint32(exponent + np.uint32((20 << 23) + 0x38)))))
-    made = np.uint32(np.uint32(counted + np.uint32(exponent >> np.uint32(20))) & np.uint32(0x7F))
-    return np.uint8(made | np.uint32(np.uint32(b >> np.uint32(24)) & np.uint32(0x80)))
+    code = np.uint32(np.uint32(counted + np.uint32(exponent >> np.uint32(20))) & np.uint32(0x7F))
+    return np.uint8(code | np.uint32(np.uint32(b >> np.uint32(24)) & np.uint32(0x80)))
 
 
 @jit
@@ -115,13 +115,13 @@ def fp8_tensor_rows(source: Array, start: int, stride: int, rows: int, cols: int
         for c in range(0, cols, BLOCK):
             part = bits[: min(BLOCK, cols - c)]
             at, to = start + r * stride + c, r * cols + c
-            line, made = source[at : at + part.size], out[to : to + part.size]
+            line, row = source[at : at + part.size], out[to : to + part.size]
             if magnitude(line, kind) >= np.uint32(0x7F800000):
                 load_bits(line, kind, part)
                 bad += repair(part)
-                rounded_quotients(part, scale, 0, made)
+                rounded_quotients(part, scale, 0, row)
             else:
-                each(e4m3_quotient, line, kind, scale, made)
+                each(e4m3_quotient, line, kind, scale, row)
     return bad
 
 

@@ -38,13 +38,13 @@ def int_group_rows(
     for r in range(rows):
         line = source[start + r * stride : start + r * stride + cols]
         if odd:
-            words, packed, made = bits, False, few.view(np.uint32)
+            words, packed, group_tops = bits, False, few.view(np.uint32)
             bad += load_finite(line, kind, bits[:cols])
-            tops_of(bits, group, made)
+            tops_of(bits, group, group_tops)
         else:
-            words, packed, made, lost = pairs_of(line, kind, pairs // groups, bits, tops, other)
+            words, packed, group_tops, lost = pairs_of(line, kind, pairs // groups, bits, tops, other)
             bad += lost
-        group_steps(made, divisor, scale_kind, zero, floor, few, scales, r * groups)
+        group_steps(group_tops, divisor, scale_kind, zero, floor, few, scales, r * groups)
         if odd or quotient:
             load_finite(line, kind, bits[:cols])
             divide_groups(bits[:cols], group, few, quotient)

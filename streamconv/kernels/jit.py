@@ -33,9 +33,9 @@ def _engine() -> Any:
 
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
-    made = binding.create_mcjit_compiler(binding.parse_assembly(""), binding.Target.from_default_triple().create_target_machine(jit=True))
-    made.add_object_file(binding.ObjectFileRef.from_data(kept("allocation", "", compile_it).machine))
-    return made
+    engine = binding.create_mcjit_compiler(binding.parse_assembly(""), binding.Target.from_default_triple().create_target_machine(jit=True))
+    engine.add_object_file(binding.ObjectFileRef.from_data(kept("allocation", "", compile_it).machine))
+    return engine
 
 
 def address(name: str, types: str, compile_it: Callable[[], Code]) -> tuple[int, Code]:
@@ -128,10 +128,10 @@ def _call(where: int, code: Code, kinds: tuple[Any, ...]) -> Callable[[tuple[Any
                 given += (None, None, value.size, value.itemsize, value.ctypes.data, *value.shape, *value.strides)
             else:
                 given.append(value.item() if isinstance(value, np.generic) else value)
-        made, error = result(), _ADDRESS()
-        if function(ctypes.addressof(made), ctypes.addressof(error), *given):
+        returned, error = result(), _ADDRESS()
+        if function(ctypes.addressof(returned), ctypes.addressof(error), *given):
             raise MemoryError("no room for what a kernel works on")
-        values = [getattr(made, name) for name in names]
+        values = [getattr(returned, name) for name in names]
         return None if not values else values[0] if isinstance(code.returns, str) else tuple(values)
 
     return call

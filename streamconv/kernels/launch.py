@@ -100,10 +100,10 @@ def input_channel_amax_kernel(source: DType) -> ReduceKernel:
         from streamconv.kernels.rows import CODES, column_tops
         from streamconv.kernels.smooth_code import halves
 
-        top, made = np.empty(cols, flat.dtype), np.empty(cols, np.uint16)
+        top, amax = np.empty(cols, flat.dtype), np.empty(cols, np.uint16)
         column_tops(flat, 0, cols, rows, top)
-        halves(top, CODES[source.name], made)
-        return made.view(np.float16)
+        halves(top, CODES[source.name], amax)
+        return amax.view(np.float16)
 
     return run
 

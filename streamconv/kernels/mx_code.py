@@ -38,11 +38,11 @@ def mx_byte(top: np.uint32, read_as: int, fp4: bool, ceiling: bool) -> np.int32:
     less = np.int32(2) if fp4 else np.int32(8)
     if read_as == 1:
         field = np.int32(np.uint32(to_f16(top) + np.uint32(256)) >> np.uint32(10))
-        made = field - np.int32(15) - less + np.int32(127)
+        byte = field - np.int32(15) - less + np.int32(127)
     else:
         field = np.int32(np.uint32(top + np.uint32(1 << 21)) >> np.uint32(23))
-        made = field - less
-    return np.int32(0) if field == np.int32(0) else min(max(made, np.int32(0)), np.int32(255))
+        byte = field - less
+    return np.int32(0) if field == np.int32(0) else min(max(byte, np.int32(0)), np.int32(255))
 
 
 @jit
@@ -94,15 +94,15 @@ def lifts_of(tops: Array, exponents: Array, lifts: Array) -> bool:
 def e2m1_of_bf16(line: Array, lifts: Array, codes: Array) -> None:
     """Codes of bfloat16 values divided by powers of two, 16 to a vector: nothing is widened."""
     for g in range(lifts.size):
-        values, made, lift = line[g * RUN : (g + 1) * RUN], codes[g * RUN : (g + 1) * RUN], lifts[g]
+        values, code_row, lift = line[g * RUN : (g + 1) * RUN], codes[g * RUN : (g + 1) * RUN], lifts[g]
         for i in range(RUN):
-            held = np.uint16(values[i])
-            a = np.int16(np.int16(np.uint16(held & np.uint16(0x7FFF))) - lift)
+            raw = np.uint16(values[i])
+            a = np.int16(np.int16(np.uint16(raw & np.uint16(0x7FFF))) - lift)
             # from 1 on: one bit of mantissa, nearest even; below: 0.25 is still 0, 0.75 already 1
             normal = np.int16(np.int16(np.int16(a + np.int16(31)) + np.int16(np.int16(a >> np.int16(6)) & np.int16(1))) >> np.int16(6))
             small = np.int16(np.int16(a > np.int16(0x3E80)) + np.int16(a >= np.int16(0x3F40)))
             code = min(max(np.int16(normal - np.int16(252)), small), np.int16(7))
-            made[i] = np.uint8(np.int16(code | (np.int16(8) if held > np.uint16(0x8000) else np.int16(0))))
+            code_row[i] = np.uint8(np.int16(code | (np.int16(8) if raw > np.uint16(0x8000) else np.int16(0))))
 
 
 @jit

@@ -91,11 +91,11 @@ def pairs_of(line: Array, kind: int, each: int, bits: Array, tops: Array, other:
     """
     if kind == 2 and line.size % 2 == 0:
         words = line.view(np.uint32)
-        made, top = group_tops_of(line, words, True, each, tops, other), np.uint32(0)
+        group_tops, top = group_tops_of(line, words, True, each, tops, other), np.uint32(0)
         for g in range(tops.size // each):
-            top = max(top, made[g])
+            top = max(top, group_tops[g])
         if top < np.uint32(0x7F800000):
-            return words, True, made, 0
+            return words, True, group_tops, 0
     bad = load_finite(line, kind, bits[: line.size])
     return bits, False, group_tops_of(bits, bits, False, each, tops, other), bad
 

@@ -20,8 +20,8 @@ def half_power_smoother(inputs: Array, maxima: Array) -> tuple[Array, float, tup
     """
     from streamconv.kernels.root_code import alike, half_power
 
-    made, low, high = np.empty_like(inputs), np.empty_like(inputs), np.empty_like(inputs)
+    smoother, low, high = np.empty_like(inputs), np.empty_like(inputs), np.empty_like(inputs)
     roots = np.sqrt(maxima).astype(np.float64)  # of float16: the same for every value
     doubtful = maxima if maxima.dtype == np.float64 else roots * roots  # a square's root is in no doubt
-    top, least, greatest = half_power(inputs, doubtful, roots, made, low, high)
-    return (made, float(top), (float(least), float(greatest))) if alike(low, high) else None
+    top, least, greatest = half_power(inputs, doubtful, roots, smoother, low, high)
+    return (smoother, float(top), (float(least), float(greatest))) if alike(low, high) else None

@@ -25,7 +25,7 @@ def other_root(value: np.float64, near: np.float64) -> Any:
 
 
 @jit
-def half_power(inputs: Array, maxima: Array, roots: Array, made: Array, low: Array, high: Array) -> Any:
+def half_power(inputs: Array, maxima: Array, roots: Array, smoother: Array, low: Array, high: Array) -> Any:
     """max(sqrt(x) / sqrt(m), 1e-5) in `made`, and the least and the greatest that it is by other roots in `low` and `high`.
 
     Args:
@@ -38,10 +38,10 @@ def half_power(inputs: Array, maxima: Array, roots: Array, made: Array, low: Arr
     for i in range(inputs.size):
         near, root = math.sqrt(inputs[i]), roots[i]
         far, other = other_root(inputs[i], near), other_root(maxima[i], root)
-        made[i] = max(near / root, 1e-5)
+        smoother[i] = max(near / root, 1e-5)
         low[i] = max(min(near, far) / max(root, other), 1e-5)
         high[i] = max(max(near, far) / min(root, other), 1e-5)
-        top = max(top, inputs[i] / made[i])
+        top = max(top, inputs[i] / smoother[i])
         least = max(least, inputs[i] / high[i])
         greatest = max(greatest, inputs[i] / low[i])
     return top, least, greatest

@@ -31,9 +31,9 @@ def unpack8(words: Array, run: int, apart: int, q: Array, family: int) -> None:
         run: words of the row that lie side by side; the next run begins `apart` words later.
     """
     if family == 0 or family == 3:
-        held, to = words.view(np.uint64), q.view(np.uint64)
+        packed, to = words.view(np.uint64), q.view(np.uint64)
         for begin in range(q.size // 2 // run):
-            source, at = held[begin * apart // 4 : (begin * apart + run) // 4], begin * run // 4
+            source, at = packed[begin * apart // 4 : (begin * apart + run) // 4], begin * run // 4
             for block in range(run // 8):  # eight words: the low bytes of all, then the high ones
                 a, b = source[2 * block], source[2 * block + 1]
                 to[at + 2 * block] = _even(a) | (_even(b) << np.uint64(32))
@@ -58,9 +58,9 @@ def unpack8(words: Array, run: int, apart: int, q: Array, family: int) -> None:
 def unpack4(words: Array, run: int, apart: int, q: Array, family: int) -> None:
     """int4 words (four in a uint16) of one row -> codes, offset by 8; see `unpack8`."""
     if family == 0 or family == 3:
-        held, to = words.view(np.uint64), q.view(np.uint64)
+        packed, to = words.view(np.uint64), q.view(np.uint64)
         for begin in range(q.size // 4 // run):
-            source, at = held[begin * apart // 4 : (begin * apart + run) // 4], begin * run // 2
+            source, at = packed[begin * apart // 4 : (begin * apart + run) // 4], begin * run // 2
             for block in range(run // 8):  # eight words: the lowest nibbles of all, then the next ones
                 a, b = source[2 * block], source[2 * block + 1]
                 for j in range(4):

@@ -54,35 +54,36 @@ def _sizes(before: float, after: float) -> tuple[str, str, str]:
     return show_size(before), show_size(after), f"{100 * after / before:.1f} %" if before else "new"
 
 
-def errors(found: Sequence[TensorError], low: float | None, how: str) -> list[Section]:
+def errors(tensors: Sequence[TensorError], low: float | None, how: str) -> list[Section]:
     """A heatmap of layers and modules, and the worst tensors.
 
     Args:
         low: the SNR in dB that was asked for, None if none was.
         how: which rows were compared, one sentence.
     """
-    if not found:
+    if not tensors:
         return []
     cells: dict[tuple[str, str], float] = {}
-    for error in found:
+    for error in tensors:
         at = place(error.name)
         cells[at] = min(cells.get(at, math.inf), error.snr_db)
-    inexact = sum(error.snr_db != math.inf for error in found)
+    inexact = sum(error.snr_db != math.inf for error in tensors)
     lossy = {column for (_, column), snr in cells.items() if snr != math.inf}
     cells = {at: snr for at, snr in cells.items() if at[1] in lossy or not lossy}
     text = (
         f"Signal to noise of decoded weights against the source's, in dB, the worst of a cell's tensors; more is better, 6 dB are one bit. "
-        f"\"=\" is exact. {len(found) - inexact} of {len(found)} matrices are exact; modules that are exact everywhere are left out. {how}"
+        f"\"=\" is exact. {len(tensors) - inexact} of {len(tensors)} matrices are exact; "
+        f"modules that are exact everywhere are left out. {how}"
     ) + (f" What is below {low:g} dB has a frame." if low is not None else "")
     frame = -math.inf if low is None else low
     picture = heatmap("SNR in dB by layer and module", cells, _decibels, frame, high_is_dark=False, span=6)
-    made = [Section("Error by layer and module", text, picture, _by_layer(cells, _spelled))]
-    worst = [error for error in sorted(found, key=lambda error: error.snr_db)[:_WORST] if error.snr_db != math.inf]
+    sections = [Section("Error by layer and module", text, picture, _by_layer(cells, _spelled))]
+    worst = [error for error in sorted(tensors, key=lambda error: error.snr_db)[:_WORST] if error.snr_db != math.inf]
     table = [(e.name, e.file, f"{e.rows}", _spelled(e.snr_db), f"{e.largest:.3g}", f"{e.relative:.3g}") for e in worst]
     if table:
         header = ("tensor", "file", "rows", "SNR dB", "largest error", "relative to the largest value")
-        made.append(Section("Worst tensors", "", "", Table(header, table, frozenset({2, 3, 4, 5}))))
-    return made
+        sections.append(Section("Worst tensors", "", "", Table(header, table, frozenset({2, 3, 4, 5}))))
+    return sections
 
 
 def _by_layer(cells: Mapping[tuple[str, str], float], spell: Callable[[float], str]) -> Table:

@@ -87,12 +87,12 @@ class _Feeds:
     def of(self, source: int) -> list[_Feed]:
         """The feeds of a source, by its number."""
         self._chain()
-        at, found = self._head[source] if source < len(self._head) else _END, list[_Feed]()
+        at, feeds = self._head[source] if source < len(self._head) else _END, list[_Feed]()
         while at != _END:
             op, cols = self.ops.values[self.op[at]], self.spreads.values[self.cols[at]]
-            found.append(_Feed(self.start[at], self.stop[at], op, self.matrix[at], self.row[at], cols))
+            feeds.append(_Feed(self.start[at], self.stop[at], op, self.matrix[at], self.row[at], cols))
             at = self._next[at]
-        return found
+        return feeds
 
     def order(self) -> Iterator[int]:
         """The sources, in the order of their first feeds."""
@@ -190,10 +190,10 @@ class Draft:
 
     def places(self) -> dict[str, int]:
         """Tensor -> number of its file, of all that is described so far."""
-        found = {one.name: one.file for one in self._fixed}
+        files = {one.name: one.file for one in self._fixed}
         for file, numbers in enumerate(self._matrices.held(len(self._files))[0]):
-            found.update(dict.fromkeys(self._matrices.tensors(numbers)[0], file))
-        return found
+            files.update(dict.fromkeys(self._matrices.tensors(numbers)[0], file))
+        return files
 
     def tensor_bytes(self) -> int:
         """Bytes of all tensors described so far."""
@@ -234,13 +234,13 @@ class Draft:
 
     def fed(self, sources: Iterable[str]) -> dict[int, list[Fed]]:
         """Matrix -> what it was given so far from these sources (by name), in the order of its rows."""
-        found: dict[int, list[tuple[int, Fed]]] = {}
+        spans: dict[int, list[tuple[int, Fed]]] = {}
         for name in sources:
             number = self._sources.known(name)
             for feed in self._feeds.of(number) if number is not None else ():
                 taken = Fed(self._sources[cast(int, number)], feed.start, feed.stop, feed.cols)
-                found.setdefault(feed.matrix, []).append((feed.row, taken))
-        return {matrix: [fed for _, fed in sorted(found[matrix], key=lambda pair: pair[0])] for matrix in sorted(found)}
+                spans.setdefault(feed.matrix, []).append((feed.row, taken))
+        return {matrix: [fed for _, fed in sorted(spans[matrix], key=lambda pair: pair[0])] for matrix in sorted(spans)}
 
     def place(self, matrix: int) -> tuple[int, str]:
         """File and name of a matrix."""
@@ -294,13 +294,13 @@ class Draft:
         return files, self._matrices, spans, constants
 
     def _table(self, spans: Iterable[RowRange]) -> SpanTable:
-        made = SpanTable(self._sources)
+        table = SpanTable(self._sources)
         self._reduced.clear()
         for span in spans:
             for dest in span.dests:
-                self._before(made, dest.matrix)
-            made.append(span)
-        return made
+                self._before(table, dest.matrix)
+            table.append(span)
+        return table
 
     def _before(self, spans: SpanTable, matrix: int) -> None:
         """Each reduction comes right before the first span that needs it."""

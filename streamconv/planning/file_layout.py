@@ -36,7 +36,7 @@ def layout(
     Raises:
         RefusedError: a file would hold more than a reader takes.
     """
-    held, counts = matrices.held(len(named))
+    matrices_of, counts = matrices.held(len(named))
     known: list[list[Fixed]] = [[] for _ in named]
     for one in fixed:
         known[one.file].append(one)
@@ -47,7 +47,7 @@ def layout(
         limit = MAX_TENSORS if most > MAX_TENSORS else MAX_OUTPUT_TENSORS
         raise RefusedError([f"the output would have {what}, above streamconv's own limit of {limit}"])
     files, constants = [], list[Constant]()
-    for file, ((name, metadata), numbers, own) in enumerate(zip(named, held, known, strict=True)):
+    for file, ((name, metadata), numbers, own) in enumerate(zip(named, matrices_of, known, strict=True)):
         names, parts, tensors = matrices.tensors(numbers)
         text, size, order, begins = build_header(names + [one.name for one in own], [*parts, *own], metadata)
         if len(text) > MAX_HEADER:

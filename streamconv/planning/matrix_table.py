@@ -182,28 +182,28 @@ class MatrixTable(Table[Matrix]):
         Args:
             begin: first byte of a tensor, by file and name.
         """
-        made = copy(self)
-        made._made, made._offset = kept(made._item, KEPT), array("Q", self._offset)
-        made.data_starts = [0] * len(self.data_starts)
+        table = copy(self)
+        table._made, table._offset = kept(table._item, KEPT), array("Q", self._offset)
+        table.data_starts = [0] * len(self.data_starts)
         for number in range(len(self)):
             for at in range(len(self.parts(number))):
-                made._offset[self._first[number] + at] = begin(self._file[number], self.tensor(number, at))
-        return made
+                table._offset[self._first[number] + at] = begin(self._file[number], self.tensor(number, at))
+        return table
 
     def only(self, numbers: Sequence[int]) -> MatrixTable:
         """These matrices at the same places, numbered from 0."""
-        made = copy(self)
-        made._made = kept(made._item, KEPT)
+        table = copy(self)
+        table._made = kept(table._item, KEPT)
         for name in ("_file", "_form", "_filled", "_names", "_key"):
-            held: array[int] = getattr(self, name)
-            setattr(made, name, array(held.typecode, [held[number] for number in numbers]))
-        made._first, made._offset, made._position = array("I", [0]), array("Q"), array("I")
+            column: array[int] = getattr(self, name)
+            setattr(table, name, array(column.typecode, [column[number] for number in numbers]))
+        table._first, table._offset, table._position = array("I", [0]), array("Q"), array("I")
         for number in numbers:
             own = slice(self._first[number], self._first[number + 1])
-            made._offset.extend(self._offset[own])
-            made._position.extend(self._position[own])
-            made._first.append(len(made._offset))
-        return made
+            table._offset.extend(self._offset[own])
+            table._position.extend(self._position[own])
+            table._first.append(len(table._offset))
+        return table
 
     def bytes_of(self, number: int) -> int:
         """Bytes of all tensors of a matrix."""
@@ -231,18 +231,18 @@ class MatrixTable(Table[Matrix]):
 
     def held(self, files: int) -> tuple[list[array[int]], list[int]]:
         """The matrices of each file, and how many tensors it has of them."""
-        found = [array("I") for _ in range(files)]
+        numbers = [array("I") for _ in range(files)]
         for number, file in enumerate(self._file):
-            found[file].append(number)
+            numbers[file].append(number)
         counts = [0] * files
         for (file, form), many in Counter(zip(self._file, self._form, strict=True)).items():
             counts[file] += many * len(self._parts[form])
-        return found, counts
+        return numbers, counts
 
     def unfilled(self) -> Iterator[Matrix]:
         """Matrices that end in rows without a source."""
-        wanted = [form.all_rows for form in self._forms.values]
-        return (self._make(number) for number, form in enumerate(self._form) if self._filled[number] < wanted[form])
+        rows = [form.all_rows for form in self._forms.values]
+        return (self._make(number) for number, form in enumerate(self._form) if self._filled[number] < rows[form])
 
     def codec(self, number: int) -> Codec:
         codec, key = self._forms.values[self._form[number]].codec, self._keys.values[self._key[number]]

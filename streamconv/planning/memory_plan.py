@@ -147,7 +147,7 @@ def allocate(
             hint=f"the smallest budget that works here is {-(-max(tiles, least) // MIB) + _JITTER}MiB",
         )
     room = total - base - margin
-    wanted = workers if workers is not None else min(8, 2 * processors())
-    count = max(1, min(wanted, room // max(need, 1), room // (2 * MIB) or 1))
+    most = workers if workers is not None else min(8, 2 * processors())
+    count = max(1, min(most, room // max(need, 1), room // (2 * MIB) or 1))
     best = max(best, need)
     return MemoryPlan(total, base, margin, count, min(best, room // count))

@@ -159,22 +159,22 @@ def _cut(together: list[_Interval]) -> Iterator[Read]:
     if len(together) == 1:
         yield _alone(together[0])
         return
-    if len({held[:2] for held in together}) == 1 and len({held.share.output for held in together}) == len(together):  # nearly all
+    if len({read[:2] for read in together}) == 1 and len({read.share.output for read in together}) == len(together):  # nearly all
         start, stop, _, share, _ = together[0]
-        yield Read(start, stop, lcm(*(held.align for held in together)), tuple([held.share for held in together]), share)
+        yield Read(start, stop, lcm(*(read.align for read in together)), tuple([read.share for read in together]), share)
         return
-    edges = sorted({edge for held in together for edge in held[:2]})
-    edges = [at for at in edges if all((at - held.start) % held.align == 0 for held in together if held.start < at < held.stop)]
+    edges = sorted({edge for read in together for edge in read[:2]})
+    edges = [at for at in edges if all((at - read.start) % read.align == 0 for read in together if read.start < at < read.stop)]
     for start, stop in pairwise(edges):
-        inside = [held for held in together if held.start < stop and start < held.stop]
-        readers = [held for held in inside if held.rows[0] <= start and stop <= held.rows[1]]
-        by_output = pairwise(sorted(inside, key=lambda held: held.share.output))
+        inside = [read for read in together if read.start < stop and start < read.stop]
+        readers = [read for read in inside if read.rows[0] <= start and stop <= read.rows[1]]
+        by_output = pairwise(sorted(inside, key=lambda read: read.share.output))
         once = all(one.stop <= other.start for one, other in by_output if one.share.output == other.share.output)
-        even = all((held.start - start) % held.align == 0 for held in inside if held.start > start)
+        even = all((read.start - start) % read.align == 0 for read in inside if read.start > start)
         if len(inside) == 1 or (readers and once and even):
-            yield Read(start, stop, lcm(*(held.align for held in inside)), tuple(held.share for held in inside), readers[0].share)
+            yield Read(start, stop, lcm(*(read.align for read in inside)), tuple(read.share for read in inside), readers[0].share)
         else:
-            yield from (_alone(held._replace(start=max(held.start, start), stop=min(held.stop, stop))) for held in inside)
+            yield from (_alone(read._replace(start=max(read.start, start), stop=min(read.stop, stop))) for read in inside)
 
 
 def _before(plans: Sequence[Plan], reads: Sequence[Read], above: dict[tuple[int, int], set[Owned]], loose: set[Owned]) -> list[list[int]]:
@@ -228,7 +228,7 @@ def _ordered(before: list[list[int]]) -> tuple[list[int], list[list[tuple[int, i
                 state[number] = 2
                 order.append(number)
             elif state[following] == 1:
-                path = [held for held, _ in stack]
+                path = [node for node, _ in stack]
                 path = [*path[path.index(following) :], following]
                 circles.append([(one, other) for other, one in pairwise(path)])
             else:

@@ -52,13 +52,13 @@ class Part:
 
     def extents(self, plan: Plan) -> list[list[tuple[int, int]]]:
         """For each file the byte ranges [begin, end) that this part writes: ascending, with a gap between any two."""
-        found: list[list[tuple[int, int]]] = [[] for _ in plan.files]
+        by_file: list[list[tuple[int, int]]] = [[] for _ in plan.files]
         for number in self.matrices:
             matrix = plan.matrices[number]
-            found[matrix.file] += [place.extent(0, matrix.rows) for place in matrix.places]
+            by_file[matrix.file] += [place.extent(0, matrix.rows) for place in matrix.places]
         for constant in self.constants:
-            found[constant.file].append((constant.offset, constant.offset + len(constant.data)))
-        return [_joined(ranges) for ranges in found]
+            by_file[constant.file].append((constant.offset, constant.offset + len(constant.data)))
+        return [_joined(ranges) for ranges in by_file]
 
     def shards(self, plan: Plan) -> set[int]:
         """Numbers of the source files that it reads."""
@@ -158,12 +158,12 @@ def _units(plan: Plan) -> list[Part]:
     takers = [spans.takers(number) if number not in reducing else [reducing[number]] for number in range(len(spans))]
     for nodes in takers:
         join(nodes)
-    found: dict[int, tuple[list[int], list[int]]] = {}
+    units: dict[int, tuple[list[int], list[int]]] = {}
     for number in range(len(matrices)):
-        found.setdefault(top(number), ([], []))[0].append(number)
+        units.setdefault(top(number), ([], []))[0].append(number)
     for number, nodes in enumerate(takers):
-        found.setdefault(top(nodes[0]), ([], []))[1].append(number)
+        units.setdefault(top(nodes[0]), ([], []))[1].append(number)
     return [
         Part(tuple(own), tuple(read), (), sum(map(spans.bytes_of, read)), sum(map(matrices.bytes_of, own)), alone=True)
-        for own, read in sorted(found.values(), key=lambda unit: min(map(spans.place, unit[1]), default=(-1, 0)))
+        for own, read in sorted(units.values(), key=lambda unit: min(map(spans.place, unit[1]), default=(-1, 0)))
     ]

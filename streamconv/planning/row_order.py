@@ -15,14 +15,14 @@ def in_row_order(spans: list[RowRange]) -> list[RowRange]:
     A matrix is hashed while it is written, and a worker waits for the rows before its own: an order that breaks this would wait for
     ever. Where matrices want the same rows in opposite orders, each gets spans of its own, and those rows are read again.
     """
-    wanted: dict[int, list[tuple[int, int]]] = {}  # matrix -> (row, number of the span)
+    places: dict[int, list[tuple[int, int]]] = {}  # matrix -> (row, number of the span)
     for number, span in enumerate(spans):
         for dest in span.dests:
-            wanted.setdefault(dest.matrix, []).append((dest.row, number))
-    if all(one < other and at < then for rows in wanted.values() for (one, at), (other, then) in itertools.pairwise(rows)):
+            places.setdefault(dest.matrix, []).append((dest.row, number))
+    if all(one < other and at < then for rows in places.values() for (one, at), (other, then) in itertools.pairwise(rows)):
         return spans
     before, after = [0] * len(spans), [list[int]() for _ in spans]
-    for rows in wanted.values():
+    for rows in places.values():
         for (_, one), (_, other) in itertools.pairwise(sorted(rows)):
             before[other] += 1
             after[one].append(other)

@@ -177,11 +177,11 @@ class SpanTable(Table[RowRange]):
         Args:
             matrix: number of a matrix here -> number that it has there.
         """
-        made = SpanTable(self.sources)
+        table = SpanTable(self.sources)
         for number in numbers:
             span = self._make(number)
-            made.append(replace(span, dests=tuple([replace(dest, matrix=matrix[dest.matrix]) for dest in span.dests])))
-        return made
+            table.append(replace(span, dests=tuple([replace(dest, matrix=matrix[dest.matrix]) for dest in span.dests])))
+        return table
 
     def kinds(self, codec: Sequence[int]) -> Iterator[Hashable]:
         """Of each span what it is like: spans of one kind cost the same.
@@ -197,8 +197,8 @@ class SpanTable(Table[RowRange]):
             if stop - first == 1:  # nearly all
                 yield rows, op, align, types[reduction], cols[first], codec[matrix[first]]
                 continue
-            wanted = tuple([(cols[at], codec[matrix[at]]) for at in range(first, stop)])
-            yield rows, op, align, types[reduction], wanted
+            tasks = tuple([(cols[at], codec[matrix[at]]) for at in range(first, stop)])
+            yield rows, op, align, types[reduction], tasks
 
     def reducing(self) -> Iterator[RowRange]:
         """The spans that reduce."""

@@ -32,22 +32,22 @@ class Pool(Generic[_H]):
     def number(self, value: _H) -> int:
         if value is self._last[0]:  # hashing a value takes longer
             return self._last[1]
-        found = self._numbers.get(value)
-        if found is None:
-            found = self._numbers[value] = len(self.values)
+        known = self._numbers.get(value)
+        if known is None:
+            known = self._numbers[value] = len(self.values)
             self.values.append(value)
-        self._last = value, found
-        return found
+        self._last = value, known
+        return known
 
     def numbers(self, values: Iterable[_H]) -> list[int]:
         """As `number`, for many of which most are new."""
-        known, held, found = self._numbers, self.values, list[int]()
+        known, values_held, result = self._numbers, self.values, list[int]()
         for value in values:
-            number = known.setdefault(value, len(held))
-            if number == len(held):
-                held.append(value)
-            found.append(number)
-        return found
+            number = known.setdefault(value, len(values_held))
+            if number == len(values_held):
+                values_held.append(value)
+            result.append(number)
+        return result
 
     def close(self) -> None:
         """Nothing is added any more."""
@@ -166,7 +166,7 @@ class Sources:
                 other = self._others[number - count]
                 yield _NOTHING if isinstance(other, str) else row_form(other)
                 continue
-            found = known.get(alike[number])
-            if found is None:
-                found = known[alike[number]] = stored.rows_of(number)
-            yield found
+            form = known.get(alike[number])
+            if form is None:
+                form = known[alike[number]] = stored.rows_of(number)
+            yield form

@@ -72,8 +72,8 @@ class EncodeTask:
 
 def encode_tasks(span: RowRange, matrices: Sequence[Matrix]) -> dict[EncodeTask, list[Destination]]:
     """The span's destinations grouped by what they need, in order."""
-    found: dict[EncodeTask, list[Destination]] = {}
+    tasks: dict[EncodeTask, list[Destination]] = {}
     for dest in span.dests:
         task = EncodeTask(dest.cols, matrices[dest.matrix].codec, span.source.dtype, span.source.cols)
-        found.setdefault(task, []).append(dest)
-    return found
+        tasks.setdefault(task, []).append(dest)
+    return tasks

@@ -50,7 +50,7 @@ class _Decoded(RowSource):
     def stored_row_bytes(self) -> int:
         return self.codes.stored_row_bytes
 
-    def _check(self, shards: Sequence[Shard], scales: SourceTensor, found: Floats, signed: bool = True) -> None:
+    def _check(self, shards: Sequence[Shard], scales: SourceTensor, values: Floats, signed: bool = True) -> None:
         """Refuse scales as they were read.
 
         Args:
@@ -59,16 +59,16 @@ class _Decoded(RowSource):
         Raises:
             CheckpointError: one is NaN or infinite, or negative where no tool writes that.
         """
-        if not self.sound or not found.size:
+        if not self.sound or not values.size:
             return
-        least, most = found.min(), found.max()
+        least, most = values.min(), values.max()
         if math.isfinite(least) and math.isfinite(most) and (signed or least >= 0):
             return
-        finite = np.isfinite(found)
-        what, odd = ("a negative number", found < 0) if finite.all() else ("NaN or infinity", ~finite)
+        finite = np.isfinite(values)
+        what, odd = ("a negative number", values < 0) if finite.all() else ("NaN or infinity", ~finite)
         file = printable(shards[scales.pieces[0].shard].path.name)
-        told = f"{file}: {printable(scales.name)} holds {what}, which is no scale ({int(odd.sum())} of {found.size} read)"
-        raise CheckpointError(told, hint="the checkpoint is damaged: --allow-nonfinite decodes it all the same")
+        message = f"{file}: {printable(scales.name)} holds {what}, which is no scale ({int(odd.sum())} of {values.size} read)"
+        raise CheckpointError(message, hint="the checkpoint is damaged: --allow-nonfinite decodes it all the same")
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,9 +157,9 @@ class DecodedTensor(_Decoded):
         """float32 [K], or empty."""
         if self.inputs is None:
             return np.empty(0, np.float32)
-        found = as_float(_rows(self.inputs, shards, 0, self.cols), self.inputs.dtype.name)
-        self._check(shards, self.inputs, found)
-        return found
+        inputs = as_float(_rows(self.inputs, shards, 0, self.cols), self.inputs.dtype.name)
+        self._check(shards, self.inputs, inputs)
+        return inputs
 
     def factors(self, shards: Sequence[Shard], start: int, stop: int) -> Floats:
         """float32 [groups of rows, groups of columns]: what the codes of these rows are multiplied by."""
@@ -267,9 +267,9 @@ class TurnedMx(_Decoded):
             scales = self._stripe(shards, self.scales, expert, k // 32, first // 32, last // 32, scratch[codes.size :])
             if self.sound and scales.max() == 255:
                 self._check(shards, self.scales, as_float(scales, "U8"))
-            made = out[: (last - first) * n * self.dtype.itemsize]
-            decode_turned(codes, values("e2m1"), scales, last - first, n, CODES[self.dtype.name], made.view(self.dtype.storage))
-            out, start = out[made.size :], start + last - first
+            target = out[: (last - first) * n * self.dtype.itemsize]
+            decode_turned(codes, values("e2m1"), scales, last - first, n, CODES[self.dtype.name], target.view(self.dtype.storage))
+            out, start = out[target.size :], start + last - first
 
     def _stripe(self, shards: Sequence[Shard], tensor: SourceTensor, expert: int, width: int, first: int, last: int, out: Bytes) -> Bytes:
         """Bytes [first, last) of each of an expert's N rows of `width` bytes."""
@@ -286,13 +286,13 @@ def groups_of(order: SourceTensor | None, cols: int, groups: int, shards: Sequen
     """
     if order is None:
         return np.arange(cols, dtype=np.int32) // np.int32(cols // groups)
-    found = np.empty(cols, np.int32)
-    order.read(shards, 0, cols, found.view(np.uint8), found.view(np.uint8)[:0])
-    if found.min() < 0 or found.max() >= groups:
+    groups_read = np.empty(cols, np.int32)
+    order.read(shards, 0, cols, groups_read.view(np.uint8), groups_read.view(np.uint8)[:0])
+    if groups_read.min() < 0 or groups_read.max() >= groups:
         raise CheckpointError(f"{printable(order.name)} names a group that there is not: there are {groups}")
-    if (np.bincount(found, minlength=groups) != cols // groups).any():
+    if (np.bincount(groups_read, minlength=groups) != cols // groups).any():
         raise CheckpointError(f"{printable(order.name)} does not give {cols // groups} input features to each group")
-    return found
+    return groups_read
 
 
 def in_order(order: SourceTensor, shards: Sequence[Shard], group: int) -> bool:

@@ -59,8 +59,8 @@ def problem(tensor: str, dtype: DType, data: np.ndarray[Any, Any] | bytes, singl
     if not bad.any():
         return None
     value = float(values[int(bad.argmax())])
-    told = "too small to divide by" if abs(value) < 1 else "no factor to calculate with"
-    return f"{tensor}: {value:g} is {told}"
+    reason = "too small to divide by" if abs(value) < 1 else "no factor to calculate with"
+    return f"{tensor}: {value:g} is {reason}"
 
 
 def odd_scales(data: bytes, dtype: str, signed: bool = False, zero: bool = False) -> str:
@@ -76,7 +76,7 @@ def odd_scales(data: bytes, dtype: str, signed: bool = False, zero: bool = False
         return ""
     values = as_float(np.frombuffer(data, np.uint8), dtype)
     nan, nothing, negative = ~np.isfinite(values), values == 0, values < 0
-    for found, text, right in ((nan, "NaN or infinity", False), (nothing, "0", zero), (negative, "a negative number", signed)):
-        if not right and found.any():
-            return f"{text}, which is no scale ({int(found.sum())} of {found.size})"
+    for odd, text, right in ((nan, "NaN or infinity", False), (nothing, "0", zero), (negative, "a negative number", signed)):
+        if not right and odd.any():
+            return f"{text}, which is no scale ({int(odd.sum())} of {odd.size})"
     return ""

@@ -63,11 +63,11 @@ class Fp8Block(Codec):
         top = self._tops(values)
         if self.multiply:
             factor = torch.where(top == 0, 1.0, (top.reciprocal() * _LARGEST).clamp(max=FINITE))  # torch's number / tensor
-            stored, made = 1.0 / factor, values * self._spread(factor, rows, cols)
+            stored, scaled = 1.0 / factor, values * self._spread(factor, rows, cols)
         else:
             stored = scale_of(top, _LARGEST, self.scale, self.zero, self.floor)
-            made = rounded(values / self._spread(stored, rows, cols), self.quotient)
-        codes = made.clamp(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn)
+            scaled = rounded(values / self._spread(stored, rows, cols), self.quotient)
+        codes = scaled.clamp(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn)
         scales = stored.to(getattr(torch, self.scale.torch))
         return codes.contiguous().reshape(-1).view(torch.uint8), scales.contiguous().reshape(-1).view(torch.uint8)
 

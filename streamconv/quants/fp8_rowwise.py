@@ -58,9 +58,9 @@ class Fp8Rowwise(Codec):
             values = torch.maximum(torch.minimum(values, finite), -finite)
         values = values.clamp(self.lo, self.hi)
         scale = scale_of(values.abs().amax(1, keepdim=True), _LARGEST, self.scale, self.zero, self.floor)
-        made = rounded(values / scale, self.quotient).clamp(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn)
+        codes = rounded(values / scale, self.quotient).clamp(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn)
         stored = scale.to(getattr(torch, self.scale.torch)).reshape(-1)
-        return made.contiguous().reshape(-1).view(torch.uint8), stored.view(torch.uint8)
+        return codes.contiguous().reshape(-1).view(torch.uint8), stored.view(torch.uint8)
 
     def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:
         scale = parts[1].view(getattr(torch, self.scale.torch)).float()

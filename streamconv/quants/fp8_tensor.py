@@ -65,8 +65,8 @@ class Fp8Tensor(_OfScale):
         if bad:
             stats.nonfinite += bad
             values = torch.where(torch.isnan(values), 0.0, values)
-        made = (values / torch.full_like(values[:1], self.known)).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
-        return (made.contiguous().reshape(-1).view(torch.uint8),)
+        codes = (values / torch.full_like(values[:1], self.known)).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+        return (codes.contiguous().reshape(-1).view(torch.uint8),)
 
     def screen(self, source: DType) -> Screen | None:
         return Screen("e4m3", lambda parts: np.array([self.known]), band=0, quotient=slack(F32)) if source.name in FLOATS else None
@@ -98,12 +98,12 @@ Scales = tuple[tuple[str, float], ...]
 def _codes(own: float, shared: float) -> bytes:
     """e4m3 code -> the code of round(value * own / shared), product and quotient in float32, ties to even; NaN stays NaN."""
     values = values_of("e4m3")[:127].astype(np.float64)
-    wanted = (values.astype(np.float32) * np.float32(own) / np.float32(shared)).astype(np.float64)
+    exact = (values.astype(np.float32) * np.float32(own) / np.float32(shared)).astype(np.float64)
     middles = (values[1:] + values[:-1]) / 2
-    low = np.searchsorted(middles, wanted, "left")
-    tie = np.isin(wanted, middles)
-    made = np.where(tie & (low % 2 == 1), low + 1, low).astype(np.uint8)
-    half = bytes(made) + b"\x7f"
+    low = np.searchsorted(middles, exact, "left")
+    tie = np.isin(exact, middles)
+    codes = np.where(tie & (low % 2 == 1), low + 1, low).astype(np.uint8)
+    half = bytes(codes) + b"\x7f"
     return half + bytes(value | 0x80 for value in half)
 
 
@@ -141,10 +141,10 @@ class Fp8Shared(Codec):
         table = self._table()
 
         def run(flat: Any, start: int, stride: int, rows: int, cols: int, outs: Sequence[Any]) -> EncodeStats:
-            made = outs[0].reshape(rows, cols)
+            codes = outs[0].reshape(rows, cols)
             for row in range(rows):
                 at = start + row * stride
-                made[row] = np.frombuffer(flat[at : at + cols].tobytes().translate(table), np.uint8)
+                codes[row] = np.frombuffer(flat[at : at + cols].tobytes().translate(table), np.uint8)
             return EncodeStats()
 
         return run

@@ -109,10 +109,10 @@ class GivenIntegers(_Proven):
             if self.bits == 8:
                 np.bitwise_xor(block, 128, out=outs[0].reshape(rows, cols))
             else:
-                made = outs[0].reshape(rows, cols // 2)
-                np.add(block[:, 1::2], 8, out=made)
-                np.left_shift(made, 4, out=made)
-                np.bitwise_or(made, block[:, 0::2] + np.uint8(8), out=made)
+                packed = outs[0].reshape(rows, cols // 2)
+                np.add(block[:, 1::2], 8, out=packed)
+                np.left_shift(packed, 4, out=packed)
+                np.bitwise_or(packed, block[:, 0::2] + np.uint8(8), out=packed)
             return EncodeStats()
 
         return run
@@ -185,9 +185,9 @@ class Reciprocal(Codec):
         return (Part("scale", F32, (rows, cols), 4 * cols),)
 
     def encode(self, block: torch.Tensor, stats: EncodeStats) -> tuple[torch.Tensor, ...]:
-        made = self.values(block)
-        stats.nonfinite += int((~torch.isfinite(made) | (made <= 0)).sum())
-        return (made.contiguous().reshape(-1).view(torch.uint8),)
+        inverse = self.values(block)
+        stats.nonfinite += int((~torch.isfinite(inverse) | (inverse <= 0)).sum())
+        return (inverse.contiguous().reshape(-1).view(torch.uint8),)
 
     def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:
         return parts[0].view(torch.float32).reshape(rows, cols)
@@ -205,8 +205,8 @@ class Reciprocal(Codec):
         def run(flat: Any, start: int, stride: int, rows: int, cols: int, outs: Sequence[Any]) -> EncodeStats:
             block = np.lib.stride_tricks.as_strided(flat[start:], (rows, cols), (4 * stride, 4)).view(np.float32)
             with np.errstate(divide="ignore", invalid="ignore"):
-                made = np.float32(1.0) / block
-            outs[0].view(np.float32)[:] = made.reshape(-1)
-            return EncodeStats(nonfinite=int((~np.isfinite(made) | (made <= 0)).sum()))
+                inverse = np.float32(1.0) / block
+            outs[0].view(np.float32)[:] = inverse.reshape(-1)
+            return EncodeStats(nonfinite=int((~np.isfinite(inverse) | (inverse <= 0)).sum()))
 
         return run

@@ -180,6 +180,6 @@ def _order(layout: Layout, k: int) -> np.ndarray[Any, Any]:
     plain = np.arange(count * k)
     rows = plain.reshape(k // layout.tile, count, layout.tile).swapaxes(0, 1) if count > 1 else plain
     places = rows.reshape(count, k // block, block)
-    found = np.empty_like(places)
-    found[:, :, list(layout.table)] = places
-    return found.reshape(-1)
+    order = np.empty_like(places)
+    order[:, :, list(layout.table)] = places
+    return order.reshape(-1)

@@ -60,8 +60,8 @@ class Mx(Codec):
         typed = top.to(getattr(torch, self.read_as.torch)).contiguous()
         bits = typed.view(torch.int32 if kind == "F32" else torch.int16).to(torch.int64)
         field = (bits + _ROUND[kind]) >> drop
-        made = (field - _BIAS[kind] - (2 if self.element == "fp4" else 8) + 127).clamp(0, 255)
-        return torch.where(field == 0, 0, made).to(torch.int32)
+        exponents = (field - _BIAS[kind] - (2 if self.element == "fp4" else 8) + 127).clamp(0, 255)
+        return torch.where(field == 0, 0, exponents).to(torch.int32)
 
     def encode(self, block: torch.Tensor, stats: EncodeStats) -> tuple[torch.Tensor, ...]:
         values = finite_rows(block, stats)

@@ -48,10 +48,10 @@ class Plain(Codec):
         target = getattr(torch, self.dtype.torch)
         if self.add_one:
             block = (block.float() if block.dtype == torch.bfloat16 else block) + 1.0
-        made = (block.to(torch.float16) if self.via_half else block).to(target)
-        if made.dtype != block.dtype or self.via_half:
-            stats.overflow += int((torch.isinf(made) & ~torch.isinf(block)).sum())
-        return (made.contiguous().reshape(-1).view(torch.uint8),)
+        cast = (block.to(torch.float16) if self.via_half else block).to(target)
+        if cast.dtype != block.dtype or self.via_half:
+            stats.overflow += int((torch.isinf(cast) & ~torch.isinf(block)).sum())
+        return (cast.contiguous().reshape(-1).view(torch.uint8),)
 
     def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:
         return parts[0].view(getattr(torch, self.dtype.torch)).reshape(rows, cols).to(torch.float32)

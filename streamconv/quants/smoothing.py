@@ -86,9 +86,9 @@ class Smoother:
         if not self.loads_torch and not exact:
             from streamconv.kernels.root import half_power_smoother
 
-            found = half_power_smoother(inputs, largest)
-            if found is not None:
-                smoother, top, doubt = found
+            factors = half_power_smoother(inputs, largest)
+            if factors is not None:
+                smoother, top, doubt = factors
                 least, greatest = 127.0 / doubt[1], 127.0 / doubt[0]
                 with np.errstate(over="ignore"):  # an infinite one is refused when it is written
                     settled = np.float32(least) == np.float32(greatest)
@@ -105,8 +105,8 @@ class Smoother:
             outputs: the largest output of the weights, None where it does not count.
         """
         inputs = self.ranges.vector(self.module + ".x")
-        told = f"{printable(self.module)}.x in {printable(str(self.ranges.path))} is {inputs.min():g} to {inputs.max():g}"
-        return told + (f", the largest output (.y) {outputs:g}" if outputs is not None else "") + "; measure the ranges again"
+        reason = f"{printable(self.module)}.x in {printable(str(self.ranges.path))} is {inputs.min():g} to {inputs.max():g}"
+        return reason + (f", the largest output (.y) {outputs:g}" if outputs is not None else "") + "; measure the ranges again"
 
     @property
     def loads_torch(self) -> bool:
@@ -127,8 +127,8 @@ def power(values: Array, exponent: float) -> Array:
     """values ** exponent as torch computes it, in the dtype of the values."""
     if exponent == 0.5 and values.dtype == np.float16:
         return np.sqrt(values)  # the same for every value
-    made: Array = torch.from_numpy(values).pow(exponent).numpy()
-    return made
+    powers: Array = torch.from_numpy(values).pow(exponent).numpy()
+    return powers
 
 
 def smoothed(block: torch.Tensor, smoother: Array) -> torch.Tensor:

@@ -168,9 +168,9 @@ class SmoothNorm(Smoothed):
         return (Part("weight", self.dtype, (cols,), cols * self.dtype.itemsize),)
 
     def encode(self, block: torch.Tensor, stats: EncodeStats) -> tuple[torch.Tensor, ...]:
-        made = self._divided(block).to(getattr(torch, self.dtype.torch))
-        stats.overflow += int((torch.isinf(made) & ~torch.isinf(block)).sum())
-        return (made.contiguous().reshape(-1).view(torch.uint8),)
+        divided = self._divided(block).to(getattr(torch, self.dtype.torch))
+        stats.overflow += int((torch.isinf(divided) & ~torch.isinf(block)).sum())
+        return (divided.contiguous().reshape(-1).view(torch.uint8),)
 
     def decode(self, parts: Sequence[torch.Tensor], rows: int, cols: int) -> torch.Tensor:
         return parts[0].view(getattr(torch, self.dtype.torch)).reshape(rows, cols).float()
@@ -222,8 +222,8 @@ class SmoothValue(Computed, Smoothed):
 
     def bind(self, known: FinishedReductions, source: str) -> SmoothValue:
         bound = bound_to(self.smoother, known, self.largest)
-        made = [replace(self, bound=replace(bound, activation=sx)).value() for sx in bound.doubt]
-        if made[0].tobytes() != made[1].tobytes():
+        values = [replace(self, bound=replace(bound, activation=sx)).value() for sx in bound.doubt]
+        if values[0].tobytes() != values[1].tobytes():
             bound = bound_to(self.smoother, known, self.largest, exact=True)
         return replace(self, bound=bound)
 

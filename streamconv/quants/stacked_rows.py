@@ -67,21 +67,21 @@ class Stacked(RowSource):
             numbers = range(expert * self.parts, (expert + 1) * self.parts)
             if self.turned:
                 last = min(self.ins, first + stop - start)
-                made = out[: (last - first) * self.cols * self.dtype.itemsize]
+                target = out[: (last - first) * self.cols * self.dtype.itemsize]
                 for number in numbers:
-                    self._turn(shards, number, first, last, made, scratch)
+                    self._turn(shards, number, first, last, target, scratch)
             else:
                 part, first = divmod(first, self.outs)
                 last = min(self.outs, first + stop - start)
-                made = out[: (last - first) * self.cols * self.dtype.itemsize]
-                self.of(numbers[part]).read(shards, first, last, made, scratch)
-            out, start = out[made.size :], start + last - first
+                target = out[: (last - first) * self.cols * self.dtype.itemsize]
+                self.of(numbers[part]).read(shards, first, last, target, scratch)
+            out, start = out[target.size :], start + last - first
 
-    def _turn(self, shards: Sequence[Shard], number: int, first: int, last: int, made: Bytes, scratch: Bytes) -> None:
+    def _turn(self, shards: Sequence[Shard], number: int, first: int, last: int, target: Bytes, scratch: Bytes) -> None:
         """Input features [first, last) of a weight, put where its output features belong."""
         weight, part, kind = self.of(number), number % self.parts, self.dtype.storage
         outs = slice(part, None, self.parts) if self.alternating else slice(part * self.outs, (part + 1) * self.outs)
-        whole = made.view(kind).reshape(last - first, self.cols)
+        whole = target.view(kind).reshape(last - first, self.cols)
         for low, high in _runs(weight, first, last):
             stripe = scratch[: self.outs * (high - low) * self.dtype.itemsize]
             columns(weight, low, high).read(shards, 0, self.outs, stripe, scratch[stripe.size :])
@@ -144,8 +144,8 @@ def _cut(tensor: SourceTensor, first: int, last: int) -> SourceTensor:
 
 def _unit(weight: Expert) -> int:
     """Columns that are read together; 0 if the weight is not cut into stripes."""
-    held = [weight] if isinstance(weight, SourceTensor) else [weight.codes, weight.scales, *([weight.zeros] if weight.zeros else [])]
-    for tensor in held:
+    tensors = [weight] if isinstance(weight, SourceTensor) else [weight.codes, weight.scales, *([weight.zeros] if weight.zeros else [])]
+    for tensor in tensors:
         paired = type(tensor) is PackedTensor and tensor.packing == "modelopt" and tensor.bits == 4
         if not (paired or tensor.as_stored) or len(tensor.pieces) > 1:
             return 0

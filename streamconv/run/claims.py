@@ -95,11 +95,11 @@ class Claims:
             return None
         claims = cls(place, 0)
         place.open()
-        told = claims.content() if claims.enter() else None
-        if told is None:
+        content = claims.content() if claims.enter() else None
+        if content is None:
             claims.leave()
             return None
-        claims.plan_file, claims.count = told, told["parts"]
+        claims.plan_file, claims.count = content, content["parts"]
         return claims
 
     def enter(self) -> bool:
@@ -115,10 +115,10 @@ class Claims:
         data = self._read(PLAN, MAX_JOURNAL_LINE)
         if data is None:
             return None
-        told = journal.unsealed(data[:-1])
-        if told is None or not isinstance(told.get("run"), dict) or not isinstance(told.get("parts"), int):
+        lines = journal.unsealed(data[:-1])
+        if lines is None or not isinstance(lines.get("run"), dict) or not isinstance(lines.get("parts"), int):
             raise OutputError(f"{printable(str(self.base.path / PLAN))} is not what a run writes", hint="start over with --force")
-        return told
+        return lines
 
     def claim(self, part: int) -> Claim | None:
         """Take a part that is neither done nor held; None if it is.

@@ -59,18 +59,18 @@ class Compared:
         header = self._headers[name]
         number = bisect.bisect_right(header.begins, offset, 0, len(header.names)) - 1
         tensor, (dtype, _) = header.names[number], header.forms[header.form[number]]
-        made = np.frombuffer(data, np.uint8)
+        new = np.frombuffer(data, np.uint8)
         if not hasattr(self._local, "buffer"):
             self._local.buffer = np.empty(BUFFER, np.uint8)
-        for at in range(0, made.size, BUFFER):
-            want = made[at : at + BUFFER]
-            held = self._local.buffer[: want.size]
-            self._files[name].read_into(offset + at, held.data)
-            self._hold((name, tensor), dtype, offset + at - header.begins[number], want, held)
+        for at in range(0, new.size, BUFFER):
+            want = new[at : at + BUFFER]
+            old = self._local.buffer[: want.size]
+            self._files[name].read_into(offset + at, old.data)
+            self._hold((name, tensor), dtype, offset + at - header.begins[number], want, old)
 
-    def _hold(self, key: tuple[str, str], dtype: DType, at: int, want: np.ndarray[Any, Any], held: np.ndarray[Any, Any]) -> None:
-        odd = nonfinite(dtype, held) if key[1] not in self._packed else 0
-        same = np.array_equal(want, held)
+    def _hold(self, key: tuple[str, str], dtype: DType, at: int, want: np.ndarray[Any, Any], got: np.ndarray[Any, Any]) -> None:
+        odd = nonfinite(dtype, got) if key[1] not in self._packed else 0
+        same = np.array_equal(want, got)
         if same and not odd:
             return
         with self._lock:
@@ -78,11 +78,11 @@ class Compared:
                 self.odd[key] = self.odd.get(key, 0) + odd
             if same:
                 return
-            where = np.flatnonzero(want != held)
-            found = self.differences.setdefault(key, Difference())
-            found.bytes += where.size
-            found.first = min(found.first, at + int(where[0]))
+            where = np.flatnonzero(want != got)
+            difference = self.differences.setdefault(key, Difference())
+            difference.bytes += where.size
+            difference.first = min(difference.first, at + int(where[0]))
             begin, end = at + int(where[0]), at + int(where[-1]) + 1
-            if found.places and found.places[-1][1] == at:  # goes on
-                begin = found.places.pop()[0]
-            found.places.append((begin, end))
+            if difference.places and difference.places[-1][1] == at:  # goes on
+                begin = difference.places.pop()[0]
+            difference.places.append((begin, end))

@@ -85,8 +85,8 @@ def encode(task: EncodeTask, rows: int, block: Bytes, out_arena: Bytes, stats: E
         return outs
     flat = torch.from_numpy(block).view(getattr(torch, dtype.torch))
     matrix = flat.reshape(rows, stride)[:, start : start + cols]
-    for out, made in zip(outs, task.codec.encode(matrix, stats), strict=True):
-        out[:] = made.cpu().numpy()
+    for out, codes in zip(outs, task.codec.encode(matrix, stats), strict=True):
+        out[:] = codes.cpu().numpy()
     return outs
 
 
@@ -150,10 +150,10 @@ def reduced(span: RowRange, rows: int, block: Bytes, results: ReductionResults, 
         raise AssertionError(f"{span.source.name}: nothing to reduce")
     kernel = span.reduce.kernel(span.source.dtype)
     if slot is not None:
-        found: np.ndarray[Any, Any] = slot.reduce(span, rows, block, results).numpy()
-        return found
+        result: np.ndarray[Any, Any] = slot.reduce(span, rows, block, results).numpy()
+        return result
     if kernel is not None:
         return kernel(block.view(span.source.dtype.storage), rows, span.source.cols)
     matrix = torch.from_numpy(block).view(getattr(torch, span.source.dtype.torch)).reshape(rows, span.source.cols)
-    found = span.reduce.tile(matrix, results).numpy()
-    return found
+    result = span.reduce.tile(matrix, results).numpy()
+    return result

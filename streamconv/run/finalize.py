@@ -25,7 +25,7 @@ def records_of(claims: Claims, plan: Plan, parts: Sequence[Part]) -> list[Record
     Raises:
         OutputError: a part is not done, or a record is of something else. SourceChangedError: parts were made from different sources.
     """
-    found, fingerprint = list[Record](), plan.fingerprint()
+    records, fingerprint = list[Record](), plan.fingerprint()
     for number, part in enumerate(parts):
         record = claims.read(number)
         if record is None:
@@ -34,12 +34,12 @@ def records_of(claims: Claims, plan: Plan, parts: Sequence[Part]) -> list[Record
         whole = all(isinstance(digest, str) and len(digest) == 2 * Hashes.SIZE for digest in record.hashes)
         if not whole or record.fingerprint != fingerprint or len(record.hashes) != sum(1 for _ in tensors(plan, part)):
             raise OutputError(f"{printable(str(claims.base.path / f'{number}.json'))} is of another plan", hint="start over with --force")
-        found.append(record)
-    for entries in zip(*(record.evidence for record in found), strict=True):
+        records.append(record)
+    for entries in zip(*(record.evidence for record in records), strict=True):
         inodes = {entry[-1]: entry for entry in entries}
         if any(entry != inodes[entry[-1]] for entry in entries):  # another inode is a copy on another machine
             raise SourceChangedError("a source file was changed after some of the parts were done", hint="start over with --force")
-    return found
+    return records
 
 
 def finalize(claims: Claims, writer: Writer, plan: Plan, parts: Sequence[Part], records: Sequence[Record], check: bool) -> None:
@@ -86,9 +86,9 @@ def _into_place(aside: Aside, folder: OutputFolder, plan: Plan, part: Part, page
 def _read_back(folder: OutputFolder, plan: Plan, hashes: Hashes) -> None:
     """Hash every tensor as it lies on the disk."""
     folder.sync(file.name for file in plan.files)  # and out of the page cache
-    for file, wanted in zip(plan.files, hashes.of_files(), strict=True):
+    for file, digests in zip(plan.files, hashes.of_files(), strict=True):
         header = parse_header(file.header, file.size, file.name)
-        for name, digest in zip(file.names(), wanted, strict=True):
+        for name, digest in zip(file.names(), digests, strict=True):
             tensor = header.tensors[name]
             if hash_of(partial(folder.read_into, file.name), tensor.begin, tensor.end) != digest:
                 raise VerifyError(

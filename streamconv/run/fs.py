@@ -161,7 +161,7 @@ class Folder:
 
     Args:
         fd: see `Disk.enter`; closed by `close`.
-        lenient: go on where the file system cannot sync a directory.
+        lenient: write even where the file system cannot sync a directory.
 
     Attributes:
         owner: user that new files get here; differs from ours where a server maps users.
@@ -288,10 +288,10 @@ class Folder:
 
     def _problem(self, status: os.stat_result, kind: int, ours: bool) -> str:
         """Why a run cannot have made it; empty if it may have."""
-        found = stat.S_IFMT(status.st_mode)
-        if found != kind:
+        actual = stat.S_IFMT(status.st_mode)
+        if actual != kind:
             names = {stat.S_IFLNK: "a link", stat.S_IFDIR: "a folder", stat.S_IFREG: "a file", stat.S_IFIFO: "a FIFO"}
-            return f"is {names.get(found, 'a device or a socket')}"
+            return f"is {names.get(actual, 'a device or a socket')}"
         if kind == stat.S_IFREG and status.st_nlink > 1:
             return "has another name too (a hard link)"
         return f"belongs to user {status.st_uid}" if ours and status.st_uid not in (os.geteuid(), self.owner) else ""
@@ -307,7 +307,7 @@ def _foreign(path: Path, problem: str) -> OutputError:
 def unsupported(path: Path, what: str) -> OutputError:
     return OutputError(
         f"the file system of {printable(str(path))} cannot {what}",
-        hint="choose an output on another file system, or go on with --no-lock: see to it yourself that no second run writes there",
+        hint="choose an output on another file system, or use --no-lock, and see to it yourself that no second run writes there",
     )
 
 

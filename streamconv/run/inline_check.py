@@ -34,7 +34,7 @@ class InlineCheck:
         self._found = {name: array("d", bytes(8 * len(plan.matrices))) for name in ("noise", "signal", "largest", "peak", "rows")}
         self._lock = threading.Lock()
 
-    def tile(self, span: RowRange, made: Encoded, block: Bytes, rows: int, results: ReductionResults) -> tuple[float, ...]:
+    def tile(self, span: RowRange, encoded: Encoded, block: Bytes, rows: int, results: ReductionResults) -> tuple[float, ...]:
         """Decode what was encoded of rows and compare.
 
         Args:
@@ -46,20 +46,20 @@ class InlineCheck:
         Raises:
             VerifyError: a value is farther off than its encoding allows.
         """
-        if made.task.is_copy:
+        if encoded.task.is_copy:
             return ()
         errors = Errors()
-        for part in _blocks(made, span, block, rows, results):
+        for part in _blocks(encoded, span, block, rows, results):
             errors.add(part)
         if errors.wrong:
-            place = self._plan.matrices[made.dests[0].matrix].places[0].tensor
+            place = self._plan.matrices[encoded.dests[0].matrix].places[0].tensor
             raise VerifyError(
                 f"{printable(place)}: decoded values are up to {errors.largest:.3g} off those of {printable(span.source.name)}, "
-                f"whose largest is {errors.peak:.3g}: more than {made.task.codec.name} allows",
+                f"whose largest is {errors.peak:.3g}: more than {encoded.task.codec.name} allows",
                 hint="memory or processor are at fault, or streamconv is: run it again, and report it if it comes back",
             )
         kept = errors.noise, errors.signal, errors.largest, errors.peak, float(rows)
-        self._add(made.dests, kept)
+        self._add(encoded.dests, kept)
         return kept
 
     def knows(self, done: TileRecord, tasks: Iterable[EncodeTask]) -> bool:
@@ -77,8 +77,8 @@ class InlineCheck:
         with self._lock:
             for dest in dests:
                 for (name, values), value in zip(self._found.items(), kept, strict=True):
-                    held = values[dest.matrix]
-                    values[dest.matrix] = max(held, value) if name in ("largest", "peak") else held + value
+                    total = values[dest.matrix]
+                    values[dest.matrix] = max(total, value) if name in ("largest", "peak") else total + value
 
     def snr(self, matrix: int) -> float:
         """Signal to noise of a matrix, dB; infinite if it is exact."""
@@ -115,16 +115,16 @@ class InlineCheck:
 
     def manifest(self) -> Mapping[str, Mapping[str, float | str]]:
         """File -> tensor -> SNR in dB, to a hundredth; "exact" where nothing was lost."""
-        told: dict[str, dict[str, float | str]] = {}
+        values: dict[str, dict[str, float | str]] = {}
         for error in self.errors():
             snr = error.snr_db
-            told.setdefault(error.file, {})[error.name] = round(snr, 2) if math.isfinite(snr) else "exact" if snr > 0 else "none"
-        return told
+            values.setdefault(error.file, {})[error.name] = round(snr, 2) if math.isfinite(snr) else "exact" if snr > 0 else "none"
+        return values
 
 
-def _blocks(made: Encoded, span: RowRange, block: Bytes, rows: int, results: ReductionResults) -> Iterator[Errors]:
+def _blocks(encoded: Encoded, span: RowRange, block: Bytes, rows: int, results: ReductionResults) -> Iterator[Errors]:
     """The errors of rows, as many at a time as the working memory holds."""
-    task = made.task.bound(results, span.source.name)
+    task = encoded.task.bound(results, span.source.name)
     codec, columns, width = task.codec, task.cols, task.width
     compare = codec.error_kernel(span.source.dtype)
     stored = task.parts
@@ -132,7 +132,7 @@ def _blocks(made: Encoded, span: RowRange, block: Bytes, rows: int, results: Red
     if screen is not None:
         start, stride = columns[0][0], span.source.cols
         flat = block[: rows * span.row_bytes].view(span.source.dtype.storage)
-        quick = screen.errors(span.source.dtype, flat, start, stride, rows, width, made.parts)
+        quick = screen.errors(span.source.dtype, flat, start, stride, rows, width, encoded.parts)
         if quick is not None:
             yield quick
             return
@@ -143,7 +143,7 @@ def _blocks(made: Encoded, span: RowRange, block: Bytes, rows: int, results: Red
         stop = min(at + step, rows)
         source = block[at * span.row_bytes : stop * span.row_bytes]
         ends = [(at // part.record_rows * part.record_bytes, -(-stop // part.record_rows) * part.record_bytes) for part in stored]
-        parts = [data[first:last] for data, (first, last) in zip(made.parts, ends, strict=True)]
+        parts = [data[first:last] for data, (first, last) in zip(encoded.parts, ends, strict=True)]
         if compare is None:
             yield _decoded(codec, span, source, columns, stop - at, parts)
             continue

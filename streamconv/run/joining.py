@@ -39,7 +39,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     changed = journal.differences(old["run"], new["run"])
     for name in ("parts", "private"):
         if old.get(name) != new[name]:
-            changed.append(f"--{name.replace('private', 'private-parts')} ({printable(str(old.get(name)))}, now {new[name]})")
+            changed.append(f"--{name.replace('private', 'private-parts')} was {printable(str(old.get(name)))}, is {new[name]}")
     return changed
 
 
@@ -77,7 +77,7 @@ def join(claims: Claims, plan: Plan, shards: Sequence[Shard], run: dict[str, Any
         if begun is not None and (changed := _differences(begun, run)):
             if not force:
                 raise ResumeError(
-                    f"{printable(str(place.out))} was begun in parts with something else: {', '.join(changed)}",
+                    f"an unfinished conversion in parts to {printable(str(place.out))} used other settings: {', '.join(changed)}",
                     hint="the same command joins the work; --force starts over, once nobody is at it",
                 )
             claims.check_idle()
@@ -121,7 +121,7 @@ def _make_files(claims: Claims, files: Sequence[OutputFile], fresh: bool) -> Non
     """Every file at its full size; holes are zeros, so it does not matter who makes them, or how often."""
     with translate_errors(claims.place.base.path / claims.place.hidden("partial"), "create"):
         claims.place.begin(fresh=False)
-        work, made = claims.place.work, False
+        work, complete = claims.place.work, False
         for file in files:
             there = work.look(file.name)
             if there is not None and there.st_size == file.size:
@@ -131,10 +131,10 @@ def _make_files(claims: Claims, files: Sequence[OutputFile], fresh: bool) -> Non
                     f"{printable(str(work.path(file.name)))} is {'gone' if there is None else 'not as it was made'}",
                     hint="the parts that are done are lost with it: start over with --force",
                 )
-            fd, made = work.open(file.name), True
+            fd, complete = work.open(file.name), True
             claims.disk.truncate(fd, file.size)
             claims.disk.sync(fd)  # before any part is begun: a file without its size is taken for a lost one
             claims.disk.close(fd)
-        if made:
+        if complete:
             work.folder.sync()
             claims.place.base.sync()

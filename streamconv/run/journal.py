@@ -130,24 +130,24 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """What changed between two identities, for people; empty if nothing that matters did."""
     if old == new:
         return []
-    found = []
+    lines = []
     for key in ("streamconv", "format"):
         if old.get(key) != new[key]:
             name = "the version of streamconv" if key == "streamconv" else "the format of the journal"
-            found.append(f"{name} ({printable(str(old.get(key)))}, now {new[key]})")
-    if found:
-        return found
+            lines.append(f"{name} was {printable(str(old.get(key)))}, is {new[key]}")
+    if lines:
+        return lines
     before, now = old["options"], new["options"]
     for name in sorted({*before, *now}):
         if before.get(name) != now.get(name):
-            found.append(f"option {printable(name)} ({printable(str(before.get(name)))}, now {now.get(name)})")
+            lines.append(f"{printable(name)} was {printable(str(before.get(name)))}, is {now.get(name)}")
     was, are = ({entry[0]: entry for entry in run["sources"]} for run in (old, new))
     for name in sorted({*was, *are}):
         pairs = zip(_FACTS, was.get(name, ()), are.get(name, ()), strict=False)
         if was.get(name) != are.get(name):
             changed = ", ".join(fact for fact, one, other in pairs if one != other)
-            found.append(f"source file {printable(name)} ({changed or 'was not there, or is gone'})")
-    return found or ["the plan of the output (config.json of the source?)"]
+            lines.append(f"source file {printable(name)} {f'has another {changed}' if changed else 'was added or removed'}")
+    return lines or ["the plan of the output (config.json of the source?)"]
 
 
 def _read(fd: int, path: Path) -> JournalState:
@@ -200,8 +200,8 @@ def _is_run(run: object) -> bool:
     if run.get("format") != FORMAT or run.get("streamconv") != __version__:
         return True
     options, sources = run.get("options"), run.get("sources")
-    told = isinstance(sources, list) and all(isinstance(entry, list) and entry and isinstance(entry[0], str) for entry in sources)
-    return told and isinstance(options, dict)
+    valid = isinstance(sources, list) and all(isinstance(entry, list) and entry and isinstance(entry[0], str) for entry in sources)
+    return valid and isinstance(options, dict)
 
 
 def _all(kind: type, values: object) -> bool:
@@ -210,10 +210,10 @@ def _all(kind: type, values: object) -> bool:
 
 def _is_tile(record: dict[str, Any]) -> bool:
     values: list[Any] = [*(record.get(key) for key in ("tile", "found", "hash")), record.get("errors", [])]
-    tile, found, hashes, errors = values
-    if not (_all(int, tile) and _all(int, found) and _all(list, hashes) and _all(list, errors)):
+    tile, counts, hashes, errors = values
+    if not (_all(int, tile) and _all(int, counts) and _all(list, hashes) and _all(list, errors)):
         return False
-    right = len(tile) == 3 and len(found) == 2 and all(0 <= number < 1 << 62 for number in (*tile, *found)) and tile[1] < tile[2]
+    right = len(tile) == 3 and len(counts) == 2 and all(0 <= number < 1 << 62 for number in (*tile, *counts)) and tile[1] < tile[2]
     return right and all(_all(str, parts) for parts in hashes) and all(_all(float, kept) for kept in errors)
 
 
@@ -269,9 +269,9 @@ class Journal:
         """These tiles are on the disk."""
         lines = []
         for done in tiles:
-            found = [done.overflow, done.nonfinite]
+            counts = [done.overflow, done.nonfinite]
             looked = {"errors": done.errors} if done.errors else {}
-            lines.append(sealed({"tile": [done.span, done.start, done.stop], "hash": done.hashes, "found": found} | looked))
+            lines.append(sealed({"tile": [done.span, done.start, done.stop], "hash": done.hashes, "found": counts} | looked))
         with translate_errors(self.path, "write"):
             self._append(b"".join(lines))
 

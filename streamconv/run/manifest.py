@@ -70,11 +70,11 @@ def build(
     if plan.losses is not None:
         head["losses"] = plan.losses.to_json()
     if snr is not None:
-        head["snr"] = {file: dict(sorted(found.items())) for file, found in sorted(snr.items())}
+        head["snr"] = {file: dict(sorted(values.items())) for file, values in sorted(snr.items())}
     if no_lock:
         head["no_lock"] = True
     pairs = zip(plan.files, hashes, strict=True)
-    listed = ((f.name, f.size, xxhash.xxh3_128(f.header).hexdigest(), zip(f.names(), held, strict=True)) for f, held in pairs)
+    listed = ((f.name, f.size, xxhash.xxh3_128(f.header).hexdigest(), zip(f.names(), digests, strict=True)) for f, digests in pairs)
     yield from _render(head, listed)
 
 
@@ -111,7 +111,7 @@ def _file_lines(files: Iterable[_File]) -> Iterator[bytes]:
 
 def _on_one_line(piece: bytes | bytearray) -> bytes:
     """Strings hold no line break, so each one is the layout's."""
-    return _BREAK.sub(lambda found: b", " if found[1] else b"", piece)
+    return _BREAK.sub(lambda match: b", " if match[1] else b"", piece)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,10 +157,10 @@ def names(path: Path) -> frozenset[str]:
     if not os.path.lexists(path):
         return frozenset()
     try:
-        told = read(path)
+        manifest = read(path)
     except VerifyError:
         return frozenset()
-    return frozenset({*told.sizes, *told.side})
+    return frozenset({*manifest.sizes, *manifest.side})
 
 
 def is_of(folder: Path, fingerprint: object) -> bool:
@@ -181,8 +181,8 @@ def read(path: Path) -> Manifest:
     data = read_file(path, MAX_MANIFEST, VerifyError)
     check_counts(data, shown, VerifyError, MAX_OUTPUT_TENSORS + MAX_CONTAINERS)
     content = parse_json(data, shown, VerifyError)
-    told = _head(content, shown)
-    sizes, headers, hashes = told.sizes, told.headers, told.hashes
+    head = _head(content, shown)
+    sizes, headers, hashes = head.sizes, head.headers, head.hashes
     files = _Checked(content, shown).get("files", dict)
     for name, value in files.items():
         file = _Checked(value, shown)
@@ -197,7 +197,7 @@ def read(path: Path) -> Manifest:
         at += len(piece)
     if at != len(data):
         raise _changed(shown)
-    return told
+    return head
 
 
 def read_head(path: Path) -> Manifest:
@@ -215,7 +215,7 @@ def read_head(path: Path) -> Manifest:
         raise _changed(shown)
     head = bytes(data[: end - 1]) + b"\n}"
     check_counts(head, shown, VerifyError)
-    told = _head(parse_json(head, shown, VerifyError) | {"check": tail[1].decode()}, shown)
+    parsed = _head(parse_json(head, shown, VerifyError) | {"check": tail[1].decode()}, shown)
     check, at = xxhash.xxh3_128(), 0
     while at < tail.start():
         stop = data.find(b"\n", min(at + _PIECE, tail.start()), tail.start())
@@ -227,7 +227,7 @@ def read_head(path: Path) -> Manifest:
     check.update(b"}")
     if check.hexdigest() != tail[1].decode():
         raise _changed(shown)
-    return told
+    return parsed
 
 
 def recorded(path: Path, file: str) -> Iterator[tuple[str, str]]:
@@ -248,7 +248,7 @@ def recorded(path: Path, file: str) -> Iterator[tuple[str, str]]:
 
 
 def _changed(shown: str) -> VerifyError:
-    return VerifyError(f"{shown}: the bytes are not those that were written")
+    return VerifyError(f"{shown}: hash mismatch: the file was changed")
 
 
 class _Checked:

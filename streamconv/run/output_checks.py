@@ -133,11 +133,11 @@ def edited(out: Path, names: Collection[str]) -> list[str]:
     A config.json that is no JSON object is damaged and not edited: --force mends it.
     """
     try:
-        told = manifest.read_head(out / manifest.NAME)
+        head = manifest.read_head(out / manifest.NAME)
     except VerifyError:
         return []
-    wanted = {name: digest for name, (_, digest) in told.side.items()} | {CONFIG: told.config}
-    changed = [name for name, digest in wanted.items() if name in names and _hash_of(out / name) != digest]
+    hashes = {name: digest for name, (_, digest) in head.side.items()} | {CONFIG: head.config}
+    changed = [name for name, digest in hashes.items() if name in names and _hash_of(out / name) != digest]
     with contextlib.suppress(CheckpointError):
         read_json(out / CONFIG, MAX_CONFIG)
         return changed
@@ -202,11 +202,11 @@ def _same(plan: Plan, shards: Sequence[Shard], span: RowRange, out: Path) -> boo
     block = read_rows(shards, span, span.start, span.start + source_rows, buffer, scratch)
     for task, dests in encode_tasks(span, plan.matrices).items():
         out_arena = np.empty(sum(task.row_costs) * rows + 65536, np.uint8)
-        made = encode(task.bound(ReductionResults(()), span.source.name), rows, block, out_arena, EncodeStats())
+        encoded = encode(task.bound(ReductionResults(()), span.source.name), rows, block, out_arena, EncodeStats())
         for dest in dests:
             matrix = plan.matrices[dest.matrix]
             with open(out / plan.files[matrix.file].name, "rb") as file:
-                for place, part in zip(matrix.places, made, strict=True):
+                for place, part in zip(matrix.places, encoded, strict=True):
                     file.seek(place.extent(dest.row, rows)[0])
                     if file.read(part.size) != part.tobytes():
                         return False
@@ -219,16 +219,16 @@ def is_made(out: Path, source: Path, plan: Plan, shards: Sequence[Shard]) -> boo
 
     They are if no file of the source is newer than the output, or else if some rows of it are what encoding the source gives.
     """
-    told = out / manifest.NAME
+    manifest_path = out / manifest.NAME
     try:
-        if manifest.read_head(told).fingerprint != plan.fingerprint():
+        if manifest.read_head(manifest_path).fingerprint != plan.fingerprint():
             return False
         sizes = {file.name: file.size for file in plan.files} | {file.name: file.size for file in plan.side_files}
         if any((out / name).stat().st_size != size for name, size in sizes.items()) or edited(out, sizes):
             return False
-        made = told.stat().st_mtime_ns
+        modified = manifest_path.stat().st_mtime_ns
         read = [path for path in (source / "config.json", *(shard.path for shard in shards)) if os.path.lexists(path)]
-        older = all(max(known.st_mtime_ns, known.st_ctime_ns) <= made for path in read for known in (path.lstat(), path.stat()))
+        older = all(max(known.st_mtime_ns, known.st_ctime_ns) <= modified for path in read for known in (path.lstat(), path.stat()))
         here = all(os.path.lexists(shard.path) for shard in shards)  # nothing is downloaded for this
         return older or (here and has_rows_of(plan, shards, out))
     except (OSError, StreamconvError):

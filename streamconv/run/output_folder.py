@@ -183,8 +183,8 @@ class OutputFolder:
                     hint=f"the finished checkpoint waits in {printable(str(self._path('')))}: move away what is in its place",
                 ) from error
             shown = self.place.shown()
-            for name, wanted in written.items():  # between the look and the rename, too
-                if problem := _differs(shown, name, wanted):
+            for name, entry in written.items():  # between the look and the rename, too
+                if problem := _differs(shown, name, entry):
                     if not _differs(shown, CONFIG, written[CONFIG]):
                         shown.unlink(CONFIG)
                     raise OutputError(problem, hint=f"{printable(str(self.out))} is no checkpoint: remove it, then run again")
@@ -205,10 +205,10 @@ class OutputFolder:
         self.place.discard(marks)
 
 
-def _differs(part: Entries, name: str, wanted: tuple[int, int]) -> str:
+def _differs(part: Entries, name: str, entry: tuple[int, int]) -> str:
     """What has become of a file of this inode and size; empty if it is there as it was written."""
     there = part.look(name)
-    if there is not None and (there.st_ino, there.st_size) == wanted:
+    if there is not None and (there.st_ino, there.st_size) == entry:
         return ""
-    what = "is gone" if there is None else "was replaced" if there.st_ino != wanted[0] else f"was changed to {there.st_size} bytes"
+    what = "is gone" if there is None else "was replaced" if there.st_ino != entry[0] else f"was changed to {there.st_size} bytes"
     return f"{printable(str(part.path(name)))} {what} while the run was at work"

@@ -90,10 +90,10 @@ class OutputState:
     def _tasks(self, span: int) -> Mapping[EncodeTask, list[Destination]]:
         return encode_tasks(self.plan.spans[span], self.plan.matrices)
 
-    def judge(self, span: RowRange, made: Encoded) -> None:
+    def judge(self, span: RowRange, encoded: Encoded) -> None:
         """Values that would ruin the checkpoint stop the conversion; counts what was found."""
-        _judge(self.plan, span, made)
-        self._count(span.source.name, made.stats.overflow, made.stats.nonfinite)
+        _judge(self.plan, span, encoded)
+        self._count(span.source.name, encoded.stats.overflow, encoded.stats.nonfinite)
 
     def write(self, dest: Destination, row: int, rows: int, parts: Sequence[Bytes]) -> int:
         """Write the parts of output rows [row, row + rows); gives how many bytes."""
@@ -116,13 +116,13 @@ class OutputState:
             self.hashes.put(matrix.file, place.position, bytes.fromhex(hash_of(read_into, *place.extent(0, matrix.rows))))
 
     def record(
-        self, task: Task, hashes: tuple[tuple[str, ...], ...], found: EncodeStats, errors: tuple[tuple[float, ...], ...], written: int
+        self, task: Task, hashes: tuple[tuple[str, ...], ...], stats: EncodeStats, errors: tuple[tuple[float, ...], ...], written: int
     ) -> None:
         """All of a task is written: the journal gets a line when it is on the disk."""
         if self._recorder is not None:
             dests = self.plan.spans[task.share.span].dests
             files = {self.plan.files[self.plan.matrices.file(dest.matrix)].name for dest in dests}
-            done = TileRecord(task.share.span, *task.rows(), hashes, found.overflow, found.nonfinite, errors)
+            done = TileRecord(task.share.span, *task.rows(), hashes, stats.overflow, stats.nonfinite, errors)
             self._recorder.add(done, files, written)
 
     def verify_resumed_tile(self, done: TileRecord, buffer: Bytes) -> bool:
@@ -190,33 +190,33 @@ class OutputState:
 
     def _count(self, name: str, overflow: int, nonfinite: int) -> None:
         with self._counting:
-            for counts, found in ((self.overflow, overflow), (self.nonfinite, nonfinite)):
-                if found:
-                    counts[name] = counts.get(name, 0) + found
+            for counts, count in ((self.overflow, overflow), (self.nonfinite, nonfinite)):
+                if count:
+                    counts[name] = counts.get(name, 0) + count
 
 
 def value_warnings(plan: Plan, overflow: Mapping[str, int], nonfinite: Mapping[str, int]) -> list[str]:
     """What the values of the source mean for an output; see `OutputState`."""
-    told = [f"{name}: {count} values are too large for {plan.dtype.torch} and became infinite" for name, count in overflow.items()]
-    return told + [f"{name}: {count} NaN or infinite values were quantized" for name, count in nonfinite.items()]
+    lines = [f"{name}: {count} values are too large for {plan.dtype.torch} and became infinite" for name, count in overflow.items()]
+    return lines + [f"{name}: {count} NaN or infinite values were quantized" for name, count in nonfinite.items()]
 
 
-def _judge(plan: Plan, span: RowRange, made: Encoded) -> None:
+def _judge(plan: Plan, span: RowRange, encoded: Encoded) -> None:
     """Look at a tile before it is written.
 
     Raises:
         DataError: names the tensor, the value and what it follows from.
     """
-    name, matrix, codec, stats = printable(span.source.name), plan.matrices[made.dests[0].matrix], made.task.codec, made.stats
+    name, matrix, codec, stats = printable(span.source.name), plan.matrices[encoded.dests[0].matrix], encoded.task.codec, encoded.stats
     if stats.nonfinite and codec.quantizes and not plan.target.allow_nonfinite:
         raise DataError(
             f"{name}: NaN or infinity in a weight that is to be quantized",
-            hint="--allow-nonfinite goes on: NaN becomes 0, infinity the largest finite value of its channel",
+            hint="--allow-nonfinite quantizes them: NaN becomes 0, infinity the largest finite value of its channel",
         )
     if stats.overflow and codec.computed:
-        told = f"{stats.overflow} values of {name} become infinite"
-        raise DataError(f"{matrix.places[0].tensor}: {told}", hint=codec.cause() or None)
-    for place, part, data in zip(matrix.places, made.task.parts, made.parts, strict=True):
+        message = f"{stats.overflow} values of {name} become infinite"
+        raise DataError(f"{matrix.places[0].tensor}: {message}", hint=codec.cause() or None)
+    for place, part, data in zip(matrix.places, encoded.task.parts, encoded.parts, strict=True):
         problem = factors.problem(place.tensor, part.dtype, data, matrix.rows == matrix.cols == 1)
         if problem:
             raise DataError(f"{problem}, from {name}", hint=codec.cause() or None)

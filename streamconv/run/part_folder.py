@@ -24,25 +24,25 @@ Ranges = Sequence[tuple[int, int]]
 
 def own_pages(ranges: Ranges, size: int, page: int) -> list[tuple[int, int]]:
     """The whole pages inside byte ranges of a file of `size` bytes; what is beyond its end belongs to whoever has the last byte."""
-    found = []
+    pages = []
     for begin, end in ranges:
         first, last = -(-begin // page) * page, size if end == size else end // page * page
         if first < last:
-            found.append((first, last))
-    return found
+            pages.append((first, last))
+    return pages
 
 
 def shared(ranges: Ranges, own: Ranges) -> list[tuple[int, int]]:
     """Those bytes of `ranges` that are not in `own`."""
-    found = []
+    pages = []
     for begin, end in ranges:
         at = begin
         for first, last in own:
             if begin <= first and last <= end:
-                found.append((at, first))
+                pages.append((at, first))
                 at = last
-        found.append((at, end))
-    return [(begin, end) for begin, end in found if begin < end]
+        pages.append((at, end))
+    return [(begin, end) for begin, end in pages if begin < end]
 
 
 def apart(files: Sequence[OutputFile], extents: Sequence[Ranges], page: int, private: bool) -> Iterator[tuple[str, int, int]]:

@@ -48,11 +48,11 @@ class Record:
     @classmethod
     def from_bytes(cls, data: bytes) -> Record | None:
         """What `to_bytes` gave; None if it is anything else."""
-        told = unsealed(data[:-1])
-        if told is None or told.pop("format", None) != FORMAT or set(told) != set(cls.__slots__):
+        values = unsealed(data[:-1])
+        if values is None or values.pop("format", None) != FORMAT or set(values) != set(cls.__slots__):
             return None
-        hashes, evidence = told.pop("hashes"), told.pop("evidence")
-        return cls(hashes=tuple(hashes), evidence=tuple(tuple(entry) for entry in evidence), **told)
+        hashes, evidence = values.pop("hashes"), values.pop("evidence")
+        return cls(hashes=tuple(hashes), evidence=tuple(tuple(entry) for entry in evidence), **values)
 
 
 def tensors(plan: Plan, part: Part) -> Iterator[tuple[int, int]]:
@@ -78,8 +78,8 @@ def measured(records: Sequence[Record]) -> Mapping[str, Mapping[str, float | str
     """The SNR of every matrix that some part looked at; None if none did."""
     total: dict[str, dict[str, float | str]] = {}
     for record in records:
-        for file, found in record.snr.items():
-            total.setdefault(file, {}).update(found)
+        for file, values in record.snr.items():
+            total.setdefault(file, {}).update(values)
     return total or None
 
 
@@ -87,7 +87,7 @@ def counted(records: Sequence[Record], what: str) -> dict[str, int]:
     """EncodeStats of all parts together."""
     total: dict[str, int] = {}
     for record in records:
-        found: dict[str, Any] = getattr(record, what)
-        for name, count in found.items():
+        counts: dict[str, Any] = getattr(record, what)
+        for name, count in counts.items():
             total[name] = total.get(name, 0) + count
     return total

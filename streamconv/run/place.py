@@ -40,17 +40,17 @@ CONFIG = "config.json"
 WHATS = ("lock", "journal", "partial", "old", "parts")
 
 
-def foreign(marks: Mapping[str, Mark], ours: Collection[str], told: Path) -> list[str]:
+def foreign(marks: Mapping[str, Mark], ours: Collection[str], path: Path) -> list[str]:
     """Names of what is no file of a checkpoint.
 
     Args:
         ours: names that a checkpoint of this kind has.
-        told: the manifest of the folder, if it has one: the files it lists are a checkpoint's too, of whatever kind.
+        path: the manifest of the folder, if it has one: the files it lists are a checkpoint's too, of whatever kind.
     """
     odd = [name for name, mark in marks.items() if mark.kind == stat.S_IFDIR or not (name in ours or OURS.fullmatch(name))]
     if not odd:
         return []
-    listed = manifest.names(told)
+    listed = manifest.names(path)
     return [name for name in odd if marks[name].kind == stat.S_IFDIR or name not in listed]
 
 

@@ -49,7 +49,7 @@ class Record:
     def warnings(self) -> tuple[str, ...]:
         """What a plan says of it."""
         if self.problem:
-            return (f"{self.problem}: nothing of the source can be held against it, and only --no-source-check goes on",)
+            return (f"{self.problem}: nothing of the source can be held against it, and only --no-source-check converts it",)
         edited = f"{_CONFIG} is not the one that {printable(str(self.path))} tells of; it is taken as it is"
         return (edited,) if self.edited else ()
 
@@ -61,11 +61,11 @@ def record_of(index: Index) -> Record | None:
         return None
     nbytes = sum(shard.size for shard in index.shards)
     try:
-        told = manifest.read_head(path)
+        head = manifest.read_head(path)
         config = read_file(path.parent / _CONFIG, MAX_CONFIG)
     except (VerifyError, CheckpointError) as error:
         return Record(path, nbytes, problem=error.message)
-    return Record(path, nbytes, edited=xxhash.xxh3_128(config).hexdigest() != told.config)
+    return Record(path, nbytes, edited=xxhash.xxh3_128(config).hexdigest() != head.config)
 
 
 def check(index: Index, progress: Callable[[int], object] = lambda nbytes: None, wanted: Wanted = lambda *_: True) -> None:
@@ -86,9 +86,9 @@ def check(index: Index, progress: Callable[[int], object] = lambda nbytes: None,
         shard.prove(partial(_check_file, record.path, index.name_of(shard), progress, partial(wanted, number)))
 
 
-def _check_file(path: Path, name: str, progress: Callable[[int], object], wanted: Callable[[int, int], bool], shard: Shard) -> None:
-    told, file = manifest.recorded(path, name), printable(str(shard.path))
-    first = next(told, None)
+def _check_file(path: Path, name: str, progress: Callable[[int], object], within: Callable[[int, int], bool], shard: Shard) -> None:
+    hashes, file = manifest.recorded(path, name), printable(str(shard.path))
+    first = next(hashes, None)
     if first is None:
         raise CheckpointError(f"{file}: {manifest.NAME} beside it tells of no such file", hint=_HINT)
     header = shard.header()
@@ -97,8 +97,8 @@ def _check_file(path: Path, name: str, progress: Callable[[int], object], wanted
             raise CheckpointError(f"{file}: its header holds other bytes than {manifest.NAME} tells", hint=_HINT)
     problems = list[str]()
     for tensor, begin, end in zip(header.names, header.begins[:-1], header.begins[1:], strict=True):
-        line = next(told, ("", ""))
-        if wanted(begin, end) and line != (tensor, hash_of(shard.read_into, begin, end)):
+        line = next(hashes, ("", ""))
+        if within(begin, end) and line != (tensor, hash_of(shard.read_into, begin, end)):
             problems.append(f"{file}: {printable(tensor)} holds other bytes than {manifest.NAME} tells")
         progress(end - begin)
     if problems:
@@ -125,14 +125,14 @@ class OfPart:
 
 def _begins(plan: Plan) -> dict[int, array[int]]:
     """Source file -> where the pieces of a plan's spans begin, ascending."""
-    found: dict[int, set[int]] = {}
+    starts: dict[int, set[int]] = {}
     for span in plan.spans:
         for piece in span.source.pieces:
-            found.setdefault(piece.shard, set()).add(piece.begin)
-    return {file: array("Q", sorted(begins)) for file, begins in found.items()}
+            starts.setdefault(piece.shard, set()).add(piece.begin)
+    return {file: array("Q", sorted(begins)) for file, begins in starts.items()}
 
 
 def _within(begins: dict[int, array[int]], file: int, begin: int, end: int) -> bool:
-    held = begins.get(file, array("Q"))
-    at = bisect_left(held, begin)
-    return at < len(held) and held[at] < max(end, begin + 1)
+    starts = begins.get(file, array("Q"))
+    at = bisect_left(starts, begin)
+    return at < len(starts) and starts[at] < max(end, begin + 1)

@@ -31,8 +31,8 @@ def lock_range(fd: int, begin: int, end: int) -> None:
 
 def locked(fd: int, begin: int) -> bool:
     """Another descriptor holds a lock on this byte."""
-    told = fcntl.fcntl(fd, _F_OFD_GETLK, _range(fcntl.F_WRLCK, begin, begin + 1))
-    return bool(_FLOCK.unpack(told)[0] != fcntl.F_UNLCK)
+    answer = fcntl.fcntl(fd, _F_OFD_GETLK, _range(fcntl.F_WRLCK, begin, begin + 1))
+    return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
 
 
 def _range(kind: int, begin: int, end: int) -> bytes:

@@ -109,7 +109,7 @@ class TileWorker:
         tally = Tally(tiles=1)
         with self._rows(tile, tally) as rows:
             for task in tile.tasks:
-                output, found, hashes, before = self.outputs[task.share.output], EncodeStats(), [], tally.bytes_written
+                output, stats, hashes, before = self.outputs[task.share.output], EncodeStats(), [], tally.bytes_written
                 errors: list[tuple[float, ...]] = []
                 span, (start, stop) = output.plan.spans[task.share.span], task.rows()
                 count, skipped = span.op.out_rows(stop - start), span.op.out_rows(start - span.start)
@@ -119,20 +119,21 @@ class TileWorker:
                     output.results.add(span.reduce.key, count, maxima)
                     tally.lap("compute")
                     continue
-                for made in encoded(output.tasks(task.share.span), span, count, rows.of(task, span), rows.free, output.results, self.slot):
-                    output.judge(span, made)
-                    found.add(made.stats)
+                tasks = output.tasks(task.share.span)
+                for result in encoded(tasks, span, count, rows.of(task, span), rows.free, output.results, self.slot):
+                    output.judge(span, result)
+                    stats.add(result.stats)
                     if output.check is not None:
-                        errors.append(output.check.tile(span, made, rows.of(task, span), count, output.results))
+                        errors.append(output.check.tile(span, result, rows.of(task, span), count, output.results))
                     tally.lap("compute")
-                    hashes.append(tuple(xxhash.xxh3_128(part.data).hexdigest() for part in made.parts))
-                    for dest in made.dests:
-                        output.order.take(dest.matrix, dest.row + skipped, count, made.parts)
+                    hashes.append(tuple(xxhash.xxh3_128(part.data).hexdigest() for part in result.parts))
+                    for dest in result.dests:
+                        output.order.take(dest.matrix, dest.row + skipped, count, result.parts)
                         tally.lap("hash")
-                        tally.bytes_written += output.write(dest, dest.row + skipped, count, made.parts)
+                        tally.bytes_written += output.write(dest, dest.row + skipped, count, result.parts)
                         tally.lap("write")
                 rows.check()
-                output.record(task, tuple(hashes), found, tuple(errors), tally.bytes_written - before)
+                output.record(task, tuple(hashes), stats, tuple(errors), tally.bytes_written - before)
         return tally
 
     @contextlib.contextmanager

@@ -67,7 +67,7 @@ def begin(writers: Sequence[Writer]) -> None:
         writer.begin()
 
 
-def _pieces(side: SideFile, made: list[tuple[str, int, str]]) -> Iterator[bytes]:
+def _pieces(side: SideFile, tensors: list[tuple[str, int, str]]) -> Iterator[bytes]:
     """The bytes of a side file; afterwards `made` has its name, size and hash.
 
     Raises:
@@ -80,7 +80,7 @@ def _pieces(side: SideFile, made: list[tuple[str, int, str]]) -> Iterator[bytes]
         yield piece
     if size != side.size:
         raise SourceChangedError(f"{printable(str(side.source))} has {size} bytes, and had {side.size} when it was planned")
-    made.append((side.name, size, digest.hexdigest()))
+    tensors.append((side.name, size, digest.hexdigest()))
 
 
 def _copied(side: SideFile) -> Iterator[bytes]:
@@ -96,7 +96,7 @@ class Writer:
 
     Args:
         force: replace an existing folder, give up unfinished work for something else.
-        no_lock: go on where the file system has no locks, or cannot sync a folder; the manifest says so.
+        no_lock: write even where the file system has no locks, or cannot sync a folder; the manifest says so.
         parts: the files were written in parts (claims.py): they are published as they are, and never given up.
         skip: an output that this very plan has made is finished, and not in the way.
 
@@ -182,7 +182,7 @@ class Writer:
         changed = journal.differences(self._past.run, self._run) if self._past else []
         if changed and not self.force:
             raise ResumeError(
-                f"{printable(str(self.place.out))} was begun with something else: {', '.join(changed)}",
+                f"an unfinished conversion to {printable(str(self.place.out))} used other settings: {', '.join(changed)}",
                 hint="run the first command again to finish it, or start over with --force",
             )
         if changed or not self.place.has_work() or not self._past.tiles:
@@ -249,9 +249,9 @@ class Writer:
     def publish(self, hashes: Hashes, snr: Mapping[str, Mapping[str, float | str]] | None = None) -> None:
         """All tiles are written: sync, write config.json and the manifest, give the folder its name."""
         *others, config = self.plan.side_files
-        made: list[tuple[str, int, str]] = []
-        last = [(side.name, _pieces(side, made)) for side in others]
-        last.append((manifest.NAME, manifest.build(self.plan, hashes.of_files(), self.no_lock, made, snr)))
+        tensors: list[tuple[str, int, str]] = []
+        last = [(side.name, _pieces(side, tensors)) for side in others]
+        last.append((manifest.NAME, manifest.build(self.plan, hashes.of_files(), self.no_lock, tensors, snr)))
         self.folder.complete([*last, (config.name, [self.plan.config])])
         self.journal.ready(self.folder.names())
         self.folder.publish(self._existing)

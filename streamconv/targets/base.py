@@ -187,11 +187,11 @@ class Target(ABC):
             return dataclasses.replace(self, **dict[str, Any]({_RANGES: ranges}))
         parent, name, files = folder.absolute().parent, folder.absolute().name, dict[str, Any](self._files())
         for key, path in files.items():
-            kind, told, hint = _BESIDE[key]
+            kind, reason, hint = _BESIDE[key]
             places = (path, parent / Path(path).name, parent / f"{name}.{kind}.safetensors")
             files[key] = next((str(place) for place in places if os.path.isfile(place)), None)
             if files[key] is None:
-                raise UsageError(told.format(printable(path)), hint=hint)
+                raise UsageError(reason.format(printable(path)), hint=hint)
         if _RANGES not in files and self.needs_ranges() and not self.brings_ranges(source):
             raise UsageError("--source: this checkpoint was made with activation ranges", hint="name their file: --activation-ranges FILE")
         return dataclasses.replace(self, **files)

@@ -63,9 +63,9 @@ SHOWN = 20
 """Lines that are shown."""
 
 
-def line(key: str, held: object, wanted: object, where: str) -> str:
+def line(key: str, held: object, expected: object, where: str) -> str:
     """A value that differs, for people."""
-    shown, right = (printable(json.dumps(value), 60) for value in (held, wanted))
+    shown, right = (printable(json.dumps(value), 60) for value in (held, expected))
     return f"config.json: {printable(key)} is {shown}, and {right} {where}"
 
 
@@ -78,8 +78,8 @@ def flat(config: Mapping[str, Any], at: str) -> Iterator[tuple[str, Any]]:
             yield f"{at}{key}", None if value in ([], {}) else value
 
 
-def rope_scaling(stated: object) -> dict[str, Any]:
+def rope_scaling(scaling: object) -> dict[str, Any]:
     """A scaling of rotary embedding, its type under one name, "default" where there is none."""
-    held = {key: value for key, value in stated.items() if value is not None} if isinstance(stated, dict) else {}
-    kind = held.pop("rope_type", None)
-    return held | {"type": held.get("type", kind or "default")}
+    entries = {key: value for key, value in scaling.items() if value is not None} if isinstance(scaling, dict) else {}
+    kind = entries.pop("rope_type", None)
+    return entries | {"type": entries.get("type", kind or "default")}

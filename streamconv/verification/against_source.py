@@ -42,7 +42,7 @@ _TORCH = 300 * memory.MIB
 def check(
     folder: Path,
     config_bytes: bytes,
-    told: manifest.Manifest | None,
+    record: manifest.Manifest | None,
     ranges: str | None,
     source: str | Path,
     resources: Resources,
@@ -53,7 +53,7 @@ def check(
     """Add what the source says of an output to a verdict.
 
     Args:
-        told: its manifest, None for another tool's.
+        record: its manifest, None for another tool's.
         ranges: the activation ranges file, where it is not the one that the manifest names.
         part: as of `verify`.
 
@@ -62,9 +62,9 @@ def check(
     """
     place = hub.local_folder(source)
     config: dict[str, Any] = json.loads(config_bytes)
-    kind = checks_of(told.target if told is not None else target_of(config).key)
-    names = [*told.sizes] if told is not None else kind.tensor_files(folder, config, [])
-    choices: Sequence[Target] = [_asked(told, folder)] if told is not None else kind.made_with(config, folder / names[0])
+    kind = checks_of(record.target if record is not None else target_of(config).key)
+    names = [*record.sizes] if record is not None else kind.tensor_files(folder, config, [])
+    choices: Sequence[Target] = [_asked(record, folder)] if record is not None else kind.made_with(config, folder / names[0])
     if not choices:
         if part is not None:
             raise UsageError("--part: a directory without streamconv.json is compared as a whole")
@@ -76,26 +76,26 @@ def check(
     with contextlib.ExitStack() as stack:
         for file in files:
             stack.callback(file.close)
-        index, plan = _planned(place, choices, headers, files, stack, told is None, resources.memory_budget)
+        index, plan = _planned(place, choices, headers, files, stack, record is None, resources.memory_budget)
         mine = cut(plan, part[1])[part[0]].of(plan) if part is not None else plan
         if plan.bytes_checked and resources.source_check:
             meter.begin("checking", plan.bytes_checked)
             source_record.check(index, meter.add, source_record.OfPart(plan).wanted(mine))
-        if told is not None and plan.sources != told.sources:
+        if record is not None and plan.sources != record.sources:
             verdict.warnings.append(f"{printable(str(source))} is not made of the files that the manifest names; their bytes decide")
-        if told is not None and plan.config != config_bytes:
+        if record is not None and plan.config != config_bytes:
             verdict.problems.append("config.json is not what this source gives")
-        elif told is None:
+        elif record is None:
             wrong, other = kind.config_differences(config, json.loads(plan.config))
             verdict.problems += wrong
             verdict.warnings += other
-        odd = [file.name for file in plan.files if told is not None and not _begins(file, files)]
+        odd = [file.name for file in plan.files if record is not None and not _begins(file, files)]
         plan, problems = placed(plan, headers)
         verdict.problems += problems + [f"{name}: the header is not what this source gives" for name in odd]
         if part is not None:
             plan = cut(plan, part[1])[part[0]].of(plan)
         if not problems:
-            _compare(plan, index, files, headers, resources, verdict, meter, told is None)
+            _compare(plan, index, files, headers, resources, verdict, meter, record is None)
 
 
 def _planned(
@@ -228,9 +228,9 @@ def _compare(
     judgement.judge(plan, headers, sink, errors, verdict, foreign)
 
 
-def _asked(told: manifest.Manifest, folder: Path) -> Target:
+def _asked(record: manifest.Manifest, folder: Path) -> Target:
     """The options that a manifest tells of."""
     try:
-        return target_from_json(told.target, told.asked)
+        return target_from_json(record.target, record.asked)
     except UsageError as error:
         raise VerifyError(f"{printable(str(folder / manifest.NAME))} is not a streamconv manifest: {error.message}") from None

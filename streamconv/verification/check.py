@@ -42,12 +42,12 @@ def verify(
     """
     folder, verdict, meter = Path(out), Verdict(), meter or Meter(unwatched)
     config, config_bytes = _config(folder)
-    told = manifest.load(folder)
-    kind = checks_of(told.target if told is not None else target_of(config).key)
-    if told is None:
+    record = manifest.load(folder)
+    kind = checks_of(record.target if record is not None else target_of(config).key)
+    if record is None:
         verdict.warnings.append(f"no {manifest.NAME}: another tool wrote this; hashes cannot be checked")
-    elif xxhash.xxh3_128(config_bytes).hexdigest() != told.config:
-        verdict.problems.append("config.json: the bytes are not those that were written")
+    elif xxhash.xxh3_128(config_bytes).hexdigest() != record.config:
+        verdict.problems.append("config.json: hash mismatch")
     names = kind.tensor_files(folder, config, verdict.problems)
     shapes: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
     hashes: dict[tuple[str, str], str] = {}
@@ -56,25 +56,25 @@ def verify(
     for name in names:
         try:
             mine = partial(_is_in, part, before, total)
-            shapes[name] = _tensor_file(folder / name, told, verdict, hashes, meter.add, kind.LOADABLE, mine)
+            shapes[name] = _tensor_file(folder / name, record, verdict, hashes, meter.add, kind.LOADABLE, mine)
             before += (folder / name).stat().st_size
         except StreamconvError as error:
             verdict.problems.append(str(error))
         verdict.files += 1
     # of an output of ours hashes tell already whether a file is in its place
-    problems, warnings = kind.check(Held(folder, config, shapes, hashes if part is None else {}, copies=told is None))
+    problems, warnings = kind.check(Held(folder, config, shapes, hashes if part is None else {}, copies=record is None))
     verdict.problems += problems
     verdict.warnings += warnings
-    if told is not None:
-        for file, hashes_of in told.hashes.items():
-            missing = [tensor for tensor in hashes_of if file in shapes and tensor not in shapes[file]]
+    if record is not None:
+        for file, recorded in record.hashes.items():
+            missing = [tensor for tensor in recorded if file in shapes and tensor not in shapes[file]]
             verdict.problems += [f"{file}: {printable(tensor)} is missing" for tensor in missing]
             if file not in shapes and not os.path.exists(folder / file):
                 verdict.problems.append(f"{file} is missing")
-        for side, (size, digest) in told.side.items():
+        for side, (size, digest) in record.side.items():
             verdict.problems += _side_file(folder / side, side, size, digest)
     if source is not None and not verdict.problems:
-        against_source.check(folder, config_bytes, told, activation_ranges, source, resources or Resources(), verdict, meter, part)
+        against_source.check(folder, config_bytes, record, activation_ranges, source, resources or Resources(), verdict, meter, part)
     if with_tensorrt_llm:
         verdict.reader, refused = kind.engine_reads(folder)
         verdict.problems += refused
@@ -103,7 +103,7 @@ def _config(folder: Path) -> tuple[dict[str, Any], bytes]:
 
 def _tensor_file(
     path: Path,
-    told: manifest.Manifest | None,
+    record: manifest.Manifest | None,
     verdict: Verdict,
     hashes: dict[tuple[str, str], str],
     progress: Callable[[int], None],
@@ -112,12 +112,12 @@ def _tensor_file(
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     header = read_header(path)
     shapes = {}
-    if told is not None and path.name in told.sizes and path.stat().st_size != told.sizes[path.name]:
-        verdict.problems.append(f"{path.name}: {path.stat().st_size} bytes, the manifest says {told.sizes[path.name]}")
+    if record is not None and path.name in record.sizes and path.stat().st_size != record.sizes[path.name]:
+        verdict.problems.append(f"{path.name}: {path.stat().st_size} bytes, the manifest says {record.sizes[path.name]}")
     with Shard(path) as shard:
         with shard.window(0, header.data_start) as window:
-            if told is not None and xxhash.xxh3_128(window).hexdigest() != told.headers.get(path.name):
-                verdict.problems.append(f"{path.name}: the header's bytes are not those that were written")
+            if record is not None and xxhash.xxh3_128(window).hexdigest() != record.headers.get(path.name):
+                verdict.problems.append(f"{path.name}: hash mismatch in the header")
         for tensor in header.tensors.values():
             shapes[tensor.name] = (tensor.dtype.name, tensor.shape)
             if tensor.dtype.name not in loadable:
@@ -133,13 +133,13 @@ def _tensor_file(
                 progress(stop - at)
             hashed = hashes[path.name, tensor.name] = digest.hexdigest()
             verdict.tensors += 1
-            if told is None:
+            if record is None:
                 continue
-            recorded = told.hashes.get(path.name, {}).get(tensor.name)
+            recorded = record.hashes.get(path.name, {}).get(tensor.name)
             if recorded is None:
                 verdict.problems.append(f"{path.name}: {printable(tensor.name)} is not in the manifest")
             elif recorded != hashed:
-                verdict.problems.append(f"{path.name}: {printable(tensor.name)}: the bytes are not those that were written")
+                verdict.problems.append(f"{path.name}: {printable(tensor.name)}: hash mismatch")
             else:
                 verdict.hashed += 1
     return shapes
@@ -152,5 +152,5 @@ def _side_file(path: Path, name: str, size: int, digest: str) -> list[str]:
         return [f"{shown} is missing"]
     data = read_file(path, max(size, 1), VerifyError)
     if len(data) != size or xxhash.xxh3_128(data).hexdigest() != digest:
-        return [f"{shown}: the bytes are not those that were written"]
+        return [f"{shown}: hash mismatch"]
     return []

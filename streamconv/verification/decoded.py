@@ -80,7 +80,7 @@ def check(folder: Path, config: Mapping[str, Any], source: str | Path, resources
         CheckpointError, HubError: the source cannot be read. UsageError: the directory's codes are not decoded here.
         BudgetError: `memory_budget` does not hold the largest rows.
     """
-    budget, stated = resources.memory_budget, config.get("quantization_config")
+    budget, quantization = resources.memory_budget, config.get("quantization_config")
     with opened(str(source), str(folder), budget) as raw:
         index = raw[0].index
         if not index.views:
@@ -97,7 +97,8 @@ def check(folder: Path, config: Mapping[str, Any], source: str | Path, resources
             source_record.check(index, meter.add)
         meter.begin("comparing", sum(weight.nbytes for weight in a.weights.values()))
         tied = text_config(config).get("tie_word_embeddings") is True
-        symmetric = isinstance(stated, dict) and (stated.get("sym") is True or stated.get("quant_method") == "compressed-tensors")
+        section = quantization if isinstance(quantization, dict) else {}
+        symmetric = section.get("sym") is True or section.get("quant_method") == "compressed-tensors"
         room = (memory_plan.default_budget() if budget is None else budget) - memory.resident() - memory_plan.MARGIN
         for name in sorted({*a.weights, *b.weights}, key=natural):
             first, second = a.weights.get(name), b.weights.get(name)
@@ -108,7 +109,7 @@ def check(folder: Path, config: Mapping[str, Any], source: str | Path, resources
             else:
                 _judge(name, first, rounded[name], second, sides, symmetric, room, verdict)
             meter.add(first.nbytes if first is not None else 0)
-    if isinstance(stated, dict) and stated.get("quant_method") == "awq" and verdict.problems:
+    if isinstance(quantization, dict) and quantization.get("quant_method") == "awq" and verdict.problems:
         verdict.warnings.append("AutoAWQ rescales input features and the norms before them: its weights are not the source's own")
 
 
@@ -177,33 +178,33 @@ def _compare(name: str, a: Weight, b: Weight, sides: tuple[Side, Side], form: Fo
     return compared
 
 
-def _block(found: _Compared, want: Floats, got: Floats, start: int, form: Format | None, eps: float) -> None:
+def _block(compared: _Compared, want: Floats, got: Floats, start: int, form: Format | None, eps: float) -> None:
     fine = np.isfinite(want)
-    found.odd += int((fine & ~np.isfinite(got)).sum())
+    compared.odd += int((fine & ~np.isfinite(got)).sum())
     same = ~fine & ((want == got) | (np.isnan(want) & np.isnan(got)))
     want, got = np.where(fine, want, 0.0), np.where(same, 0.0, np.where(np.isfinite(got), got, 0.0))
     gap = np.abs(got - want)
     noise = np.einsum("ij,ij->i", gap, gap)
-    found.signal += float((want * want).sum())
-    found.peak = max(found.peak, float(np.abs(want).max(initial=0.0)))
-    found.largest = max(found.largest, float(gap.max(initial=0.0)))
-    found.noise += float(noise.sum())
+    compared.signal += float((want * want).sum())
+    compared.peak = max(compared.peak, float(np.abs(want).max(initial=0.0)))
+    compared.largest = max(compared.largest, float(gap.max(initial=0.0)))
+    compared.noise += float(noise.sum())
     if form is None:
         limit = np.abs(want) * eps + (2.0**-25 if eps == _EPS["F16"] else 0.0)
         over = gap > limit
-        found.allowed += float((limit * limit).sum())
-        if over.any() and found.bad_row is None:
-            found.bad_row = start + int(over.any(1).argmax())
+        compared.allowed += float((limit * limit).sum())
+        if over.any() and compared.bad_row is None:
+            compared.bad_row = start + int(over.any(1).argmax())
         return
     best, bound = nearest(want, form)
     steps = (bound * bound).sum(1)  # rounding to the nearest of even steps leaves 1/31 of it
     reached = np.maximum(((best - want) ** 2).sum(1), steps / 40)
     spare = want.shape[1] * form.floor**2
-    found.allowed += float(reached.sum()) * 10 ** (form.slack / 10) + spare * len(want)
+    compared.allowed += float(reached.sum()) * 10 ** (form.slack / 10) + spare * len(want)
     bad = noise > np.maximum(_ROW * reached, steps / 2) + spare
-    if bad.any() and found.bad_row is None:
-        found.bad_row = start + int(bad.argmax())
+    if bad.any() and compared.bad_row is None:
+        compared.bad_row = start + int(bad.argmax())
     over = gap > bound + form.floor
     if over.any():
-        found.off_row = start + int(over.any(1).argmax()) if found.off_row is None else found.off_row
-        found.off += int(over.sum())
+        compared.off_row = start + int(over.any(1).argmax()) if compared.off_row is None else compared.off_row
+        compared.off += int(over.sum())

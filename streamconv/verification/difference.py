@@ -139,7 +139,7 @@ def opened(a: str, b: str, budget: int | None) -> Iterator[tuple[Side, Side]]:
             side.index.close()
 
 
-def _pairs(a: Side, b: Side, made: Comparison) -> Iterator[tuple[str, Weight | None, Weight | None]]:
+def _pairs(a: Side, b: Side, comparison: Comparison) -> Iterator[tuple[str, Weight | None, Weight | None]]:
     """What is compared, in natural order. Scales count where both sides store the weight in one form; else its values say it all."""
     names = {*a.weights, *b.weights, *a.beside, *b.beside}
     alike = {name.rpartition(".")[0] for name in a.weights if a.form(name) is not None and a.form(name) == b.form(name)}
@@ -148,7 +148,7 @@ def _pairs(a: Side, b: Side, made: Comparison) -> Iterator[tuple[str, Weight | N
         first, second = (side.weights.get(name) or side.beside.get(name) for side in (a, b))
         of_codes = all(name in side.beside or name not in side.weights for side in (a, b))
         if of_codes and name.rpartition(".")[0] not in owners:
-            made.beside += 1
+            comparison.beside += 1
         else:
             yield name, first, second
 
@@ -240,16 +240,16 @@ def _power(values: Floats) -> tuple[float, float]:
         return float(np.dot(size, size)), float(size.max(initial=0.0))
 
 
-def _gap(found: TensorDifference, want: Floats, got: Floats) -> float:
+def _gap(difference: TensorDifference, want: Floats, got: Floats) -> float:
     """Add the errors of a block; gives the sum of their squares."""
     with np.errstate(invalid="ignore", over="ignore"):
         gap = np.abs(got - want)
         gap[(want == got) | (np.isnan(want) & np.isnan(got))] = 0.0  # infinite on both sides, too
         odd = ~np.isfinite(gap)
-        found.differing += int(np.count_nonzero(gap))
-        found.odd += int(np.count_nonzero(odd))
+        difference.differing += int(np.count_nonzero(gap))
+        difference.odd += int(np.count_nonzero(odd))
         gap[odd] = 0.0
-        found.largest = max(found.largest, float(gap.max(initial=0.0)))
+        difference.largest = max(difference.largest, float(gap.max(initial=0.0)))
         return float(np.dot(gap, gap))
 
 

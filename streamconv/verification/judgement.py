@@ -32,9 +32,9 @@ def rows_to_decode(plan: Plan, sink: Compared, foreign: bool) -> dict[int, list[
     return chosen
 
 
-def _rows(found: Difference, place: PartLocation) -> list[tuple[int, int]]:
+def _rows(difference: Difference, place: PartLocation) -> list[tuple[int, int]]:
     """Rows of a tensor with differences in them, ascending."""
-    return _merged([place.rows(begin, end) for begin, end in found.places])
+    return _merged([place.rows(begin, end) for begin, end in difference.places])
 
 
 def _merged(rows: list[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -86,5 +86,5 @@ def _as_good(codec: Codec, error: measured.Error) -> bool:
     return codec.quantizes and error.snr() >= error.best()
 
 
-def _told(key: tuple[str, str], found: Difference, size: int, where: str) -> str:
-    return f"{key[0]}: {key[1]}: {found.bytes} of {size} bytes are not what this source gives, {where}"
+def _told(key: tuple[str, str], difference: Difference, size: int, where: str) -> str:
+    return f"{key[0]}: {key[1]}: {difference.bytes} of {size} bytes are not what this source gives, {where}"

@@ -105,7 +105,7 @@ def test_changed_work_is_named_and_starts_over_only_with_force(world: World, wha
         os.utime(shard, ns=(1, 1))
     hidden(world.out, "lock").unlink()  # of the killed run; the others stay as they are
     before = snapshot(world.place)
-    with pytest.raises(ResumeError, match="option quant" if what == "option" else "source file model.safetensors"):
+    with pytest.raises(ResumeError, match="quant was none, is int8" if what == "option" else "source file model.safetensors"):
         world.run()
     assert snapshot(world.place) == before
     world.force = True

@@ -100,4 +100,4 @@ def test_a_changed_manifest_is_refused(model: Path, tmp_path: Path, capsys: pyte
     path = tmp_path / "first" / "streamconv.json"
     path.write_text(path.read_text().replace('"tp_size": 1', '"tp_size": 2'))
     assert main(["convert", "model", "second", "--config", "first", "-q"]) == 2
-    assert "not those that were written" in capsys.readouterr().err
+    assert "hash mismatch" in capsys.readouterr().err

@@ -46,11 +46,11 @@ Spoil = Callable[[dict[str, torch.Tensor]], Any]
 SPOILS: dict[str, tuple[Spoil, str]] = {
     "dropped": (lambda t: t.pop(FC), f"{FC} is missing"),
     "renamed": (lambda t: t.update({"transformer.layers.0.mlp.fcc.weight": t.pop(FC)}), "mlp.fcc.weight is unexpected"),
-    "cut": (lambda t: t.update({FC: t[FC][:-1].contiguous()}), f"{FC}: shape [127, 128], config.json means [128, 128]"),
-    "retyped": (lambda t: t.update({FC: t[FC].float()}), f"{FC}: dtype F32, config.json means F16"),
+    "cut": (lambda t: t.update({FC: t[FC][:-1].contiguous()}), f"{FC} has shape [127, 128], expected [128, 128] from config.json"),
+    "retyped": (lambda t: t.update({FC: t[FC].float()}), f"{FC} has dtype F32, expected F16 from config.json"),
     "a norm kept in float32": (
         lambda t: t.update({"transformer.layers.0.post_layernorm.weight": t["transformer.layers.0.post_layernorm.weight"].float()}),
-        "post_layernorm.weight: dtype F32",
+        "post_layernorm.weight has dtype F32",
     ),
     "surplus": (lambda t: t.update({"transformer.layers.9.mlp.fc.weight": t[FC].clone()}), "layers.9.mlp.fc.weight is unexpected"),
 }

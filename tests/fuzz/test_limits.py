@@ -82,8 +82,8 @@ _MOE: dict[str, Any] = {"architectures": ["MixtralForCausalLM"], "num_experts_pe
 
 SOURCES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a name of 10,000 characters": (_weights(**{"a\n\x1b[31m" * 1250: np.zeros(3, np.float16)}), r"unexpected tensor a\n\x1b[31m"),
-    "a tensor of no elements": (_weights(**{_NORM: np.zeros(0, np.float16)}), "model.norm.weight: shape [0], config.json means [128]"),
-    "a tensor of no dimensions": (_weights(**{_NORM: np.zeros((), np.float16)}), "model.norm.weight: shape [], config.json means"),
+    "a tensor of no elements": (_weights(**{_NORM: np.zeros(0, np.float16)}), "model.norm.weight has shape [0], expected [128]"),
+    "a tensor of no dimensions": (_weights(**{_NORM: np.zeros((), np.float16)}), "model.norm.weight has shape [], expected"),
     "weights are a FIFO": (_instead("model.safetensors", os.mkfifo), "is a FIFO"),
     "weights are a directory": (_instead("model.safetensors", Path.mkdir), "is a directory"),
     "weights are a device": (_instead("model.safetensors", lambda path: path.symlink_to("/dev/zero")), "is a device"),
@@ -92,7 +92,7 @@ SOURCES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a billion layers": (_config(num_hidden_layers=10**9), "1000000000 layers, but the source holds only 21 tensors"),
     "a billion experts": (_config(**_MOE, num_local_experts=10**9), "1000000000 experts in each of 2 layers"),
     "a billion heads": (_config(num_attention_heads=10**9), "not a multiple of num_attention_heads"),
-    "a billion tokens": (_config(vocab_size=10**9), "model.embed_tokens.weight: shape [160, 128]"),
+    "a billion tokens": (_config(vocab_size=10**9), "model.embed_tokens.weight has shape [160, 128]"),
 }
 
 

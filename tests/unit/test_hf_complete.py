@@ -134,7 +134,7 @@ MOE: dict[str, tuple[Callable[[Tensors], object], dict[str, object], str]] = {
     "router": (without("layers.0.block_sparse_moe.gate"), {}, r"block_sparse_moe(\.gate\.weight)? is missing"),
     "fewer": (nothing, {"num_local_experts": 3}, r"experts\.3 is there, config\.json tells of 3 experts"),
     "more": (nothing, {"num_local_experts": 5}, r"experts\.4 is missing"),
-    "width": (nothing, {"intermediate_size": 64}, r"w1\.weight is .*intermediate_size"),
+    "width": (nothing, {"intermediate_size": 64}, r"w1\.weight has shape .*intermediate_size"),
 }
 
 

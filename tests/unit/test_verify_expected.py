@@ -65,9 +65,9 @@ def _with(name: str, **changes: Any) -> dict[str, Any]:
     [
         ({"num_hidden_layers": 5}, "transformer.layers.4.input_layernorm.weight is missing"),
         ({"num_hidden_layers": 1}, "transformer.layers.1.input_layernorm.weight is unexpected"),
-        ({"vocab_size": 999}, "lm_head.weight: shape [512, 128], config.json means [999, 128]"),
-        ({"dtype": "float16"}, "lm_head.weight: dtype BF16, config.json means F16"),
-        ({"intermediate_size": 512}, "mlp.fc.weight: shape"),
+        ({"vocab_size": 999}, "lm_head.weight has shape [512, 128], expected [999, 128] from config.json"),
+        ({"dtype": "float16"}, "lm_head.weight has dtype BF16, expected F16 from config.json"),
+        ({"intermediate_size": 512}, "mlp.fc.weight has shape"),
         ({"attn_bias": True}, "attention.qkv.bias is missing"),
         ({"mlp_bias": True}, "mlp.gate.bias is missing"),
         ({"num_hidden_layers": "2"}, "num_hidden_layers is '2', not a size"),

@@ -88,12 +88,12 @@ def _parsed(text: str) -> dict[str, Any]:
         # an alias can stand for itself, or make a short text mean a long one
         if len(text) > _LONGEST_FRONT or any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, yaml.SafeLoader)):
             return {}
-        found = yaml.safe_load(text)
+        parsed = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError):
         return {}
-    if not isinstance(found, dict) or deeper_than(found, DEEPEST):
+    if not isinstance(parsed, dict) or deeper_than(parsed, DEEPEST):
         return {}
-    return {key: value for key, value in found.items() if isinstance(key, str)}
+    return {key: value for key, value in parsed.items() if isinstance(key, str)}
 
 
 def _repository(index: Index) -> str | None:
@@ -101,8 +101,8 @@ def _repository(index: Index) -> str | None:
     if index.repo is not None:
         return index.repo
     for part in Path(index.root).parts:
-        if found := _SNAPSHOT.fullmatch(part):
-            return f"{found[1]}/{found[2]}"
+        if match := _SNAPSHOT.fullmatch(part):
+            return f"{match[1]}/{match[2]}"
     named = index.config.get("_name_or_path")
     return named if isinstance(named, str) and _REPO.fullmatch(named) else None
 

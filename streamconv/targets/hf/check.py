@@ -68,12 +68,12 @@ def _index(folder: Path, problems: list[str]) -> tuple[dict[str, str] | None, ob
     return listed, metadata.get("total_size") if isinstance(metadata, dict) else None
 
 
-def check(held: Held) -> Told:
+def check(opened: Held) -> Told:
     """Problems and warnings: the index, the config against the tensors, partners, what is left out of `ignore`."""
     problems: list[str] = []
     warnings: list[str] = []
-    folder, config, shapes = held.folder, held.config, held.shapes
-    tensors = {name: told for file in shapes.values() for name, told in file.items()}
+    folder, config, shapes = opened.folder, opened.config, opened.shapes
+    tensors = {name: entries for file in shapes.values() for name, entries in file.items()}
     if sum(map(len, shapes.values())) != len(tensors):
         problems.append("a tensor is in two files")
     listed, stated_size = _index(folder, [])
@@ -83,29 +83,29 @@ def check(held: Held) -> Told:
         problems += [f"{INDEX}: {printable(name)} is not where it says" for name in odd[:20]]
         total = sum(DTYPES[dtype].itemsize * prod(shape) for dtype, shape in tensors.values() if dtype in DTYPES)
         problems += [] if stated_size == total else [f"{INDEX}: total_size is {stated_size}, the tensors have {total} bytes"]
-    stated = config.get("quantization_config")
-    facts: Mapping[str, Any] = stated if isinstance(stated, dict) else {}
+    quantization = config.get("quantization_config")
+    facts: Mapping[str, Any] = quantization if isinstance(quantization, dict) else {}
     bits = stated_bits(facts) or (4 if facts.get("quant_method") in _WORDS else None)
     model = Model(config, kinds(tensors), None if overrides(facts) else bits)
     wrong, odd = differences(model)
     problems += in_order(wrong)[:_SHOWN]
     warnings += odd
     codes = codes_of(tensors)
-    if not isinstance(stated, dict):
+    if not isinstance(quantization, dict):
         bare = sorted(codes, key=natural)[:5]
         problems += [f"{printable(name)} is quantized, and config.json has no quantization_config" for name in bare]
-        problems += [f"config.json: quantization_config is {shown_value(stated)}, no object"] if stated is not None else []
+        problems += [f"config.json: quantization_config is {shown_value(quantization)}, no object"] if quantization is not None else []
         return problems, warnings
     if not codes and not any(name.endswith("_blocks") for name in tensors):
         problems.append("config.json has a quantization_config, and no weight is quantized")
-    statement = read_statement(group_size(folder) | stated, tensors)
+    statement = read_statement(group_size(folder) | quantization, tensors)
     problems += statement.problems[:_SHOWN]
     warnings += dict.fromkeys(statement.warnings)
     wrong, odd = check_tensors(codes, tensors, statement)
     problems += wrong[:_SHOWN]
     warnings += odd
     problems += check_values(folder, shapes, tensors, statement)[:_SHOWN]
-    wrong, odd = check_names(folder, stated, codes, tensors, statement, model)
+    wrong, odd = check_names(folder, quantization, codes, tensors, statement, model)
     return problems + wrong, warnings + odd
 
 
@@ -120,36 +120,36 @@ def engine_reads(folder: Path) -> tuple[str, list[str]]:
 
 
 def check_names(
-    folder: Path, stated: Mapping[str, Any], codes: set[str], tensors: Tensors, statement: Statement, model: Model
+    folder: Path, quantization: Mapping[str, Any], codes: set[str], tensors: Tensors, statement: Statement, model: Model
 ) -> tuple[list[str], list[str]]:
     """Problems and warnings that names alone tell: what --quant keep would keep, and engines refuse or misread.
 
     Args:
-        stated: the `quantization_config`; `statement` is what was read of it.
+        quantization: the `quantization_config`; `statement` is what was read of it.
         codes: modules whose weights are codes.
     """
     problems = [*unordered(codes, tensors, statement)][:_SHOWN]
     problems += _scales(codes, tensors, any(group.scheme is None for group in statement.groups))
-    method = stated.get("quant_method")
+    method = quantization.get("quant_method")
     problems += _ignored(codes, tensors, statement, method != "mxfp4" and (statement.listed or method not in _WORDS))
     problems += _partners(codes, tensors)
     kept, loose = _cache(model, tensors, statement)
-    return problems + kept + second_file(folder, stated, statement), loose
+    return problems + kept + second_file(folder, quantization, statement), loose
 
 
 def _cache(model: Model, tensors: Tensors, statement: Statement) -> tuple[list[str], list[str]]:
     """Scales of the FP8 KV cache: one each for keys and values of every attention, or none."""
     attentions = {name.rpartition(".k_proj.")[0] for name in tensors if ".k_proj." in name and not is_other_part(name)}
-    lines, held = [], 0
+    lines, count = [], 0
     for at in sorted(attentions, key=natural):
         for which in "kv":
             there = f"{at}.{which}_scale" in tensors or f"{at}.{which}_proj.{which}_scale" in tensors
-            held += there
+            count += there
             if not there:
                 lines.append(f"{printable(at)} has no {which}_scale, and config.json states an FP8 KV cache: engines take 1 for it")
     if statement.cache:
         return ([], lines[:1]) if model.fragment else (lines[:_SHOWN], [])
-    return [], ["scales of a KV cache are there, and config.json has no kv_cache_scheme: engines may not read them"] if held else []
+    return [], ["scales of a KV cache are there, and config.json has no kv_cache_scheme: engines may not read them"] if count else []
 
 
 def _scales(codes: set[str], tensors: Tensors, unknown: bool) -> list[str]:
@@ -202,29 +202,30 @@ def config_differences(config: Mapping[str, Any], source: Mapping[str, Any]) -> 
         source: that of a Hugging Face source.
     """
     own, theirs = text_config(config), text_config(source)
-    held, wanted = _facts(own), _facts(theirs)
+    own_facts, source_facts = _facts(own), _facts(theirs)
     if (own is config) == (theirs is source):
-        held |= {key: value for key, value in _facts(config).items() if not key.startswith("rope.")} if own is not config else {}
-        wanted |= {key: value for key, value in _facts(source).items() if not key.startswith("rope.")} if theirs is not source else {}
+        own_facts |= {key: value for key, value in _facts(config).items() if not key.startswith("rope.")} if own is not config else {}
+        source_facts |= {key: value for key, value in _facts(source).items() if not key.startswith("rope.")} if theirs is not source else {}
     else:  # the language model alone, or put back into a wrapper
-        for facts in (held, wanted):
+        for facts in (own_facts, source_facts):
             facts.pop("architectures", None)
             facts.pop("model_type", None)
     if theirs.get("use_sliding_window") is False:
         for key in ("sliding_window", "max_window_layers"):
-            wanted.pop(key, None)
-    wanted = {key: value for key, value in wanted.items() if value is not None or key not in _FILLED}
-    lost = [key for key, value in wanted.items() if key not in held and value is not None]
-    problems = [line(key, held[key], value, "in the source") for key, value in wanted.items() if key in held and held[key] != value]
-    told = f"config.json lacks {', '.join(map(printable, lost[:5]))}{' and others' if len(lost) > 5 else ''}, which the source's has"
-    return problems[:SHOWN], [told] if lost else []
+            source_facts.pop(key, None)
+    source_facts = {key: value for key, value in source_facts.items() if value is not None or key not in _FILLED}
+    lost = [key for key, value in source_facts.items() if key not in own_facts and value is not None]
+    both = [(key, own_facts[key], value) for key, value in source_facts.items() if key in own_facts]
+    problems = [line(key, own, value, "in the source") for key, own, value in both if own != value]
+    lacking = f"config.json lacks {', '.join(map(printable, lost[:5]))}{' and others' if len(lost) > 5 else ''}, which the source's has"
+    return problems[:SHOWN], [lacking] if lost else []
 
 
 def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
     """Keys of a config that count, those of inner objects with a dot; both spellings of rotary embedding are one."""
     inner = {key: value for key, value in config.items() if key not in _ROPE and value is not text_config(config)}
-    told = {key: value for key, value in flat(inner, "") if not any(_BOOKKEEPING.fullmatch(part) for part in key.split("."))}
-    return told | dict(flat(_rope(config), "rope."))
+    facts = {key: value for key, value in flat(inner, "") if not any(_BOOKKEEPING.fullmatch(part) for part in key.split("."))}
+    return facts | dict(flat(_rope(config), "rope."))
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -232,9 +233,9 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     if any(isinstance(value, dict) for value in new.values()):
         return {key: rope_scaling(value) if isinstance(value, dict) else value for key, value in new.items()}
     scaling = rope_scaling(old if rope_scaling(old)["type"] != "default" else new)
-    found: dict[str, Any] = {}
+    rope: dict[str, Any] = {}
     for key in ("rope_theta", "partial_rotary_factor"):
         scaling.pop(key, None)
         values = [of[key] for of in (new, old, config) if of.get(key) is not None]
-        found |= {key: values[0]} if values else {}
-    return found | scaling
+        rope |= {key: values[0]} if values else {}
+    return rope | scaling

@@ -31,20 +31,20 @@ _WINDOW = 4 << 20
 
 def codes_of(tensors: Tensors) -> set[str]:
     """The modules whose weights are codes."""
-    found = set()
+    modules = set()
     for name in tensors:
         module, _, leaf = name.rpartition(".")
         if leaf in _CODES and tensors[name][0] not in (*FLOATS, "F64") and not module.endswith("embed_tokens"):
-            found.add(module)
-    return found
+            modules.add(module)
+    return modules
 
 
 def check_tensors(codes: Iterable[str], tensors: Tensors, statement: Statement) -> tuple[list[str], list[str]]:
     """(problems, warnings) of the tensors beside each code."""
-    found, partial = dict[str, list[str]](), list[str]()
+    odd, partial = dict[str, list[str]](), list[str]()
     own = _own(tensors)
     for module in codes:
-        problems = found.setdefault(module, [])
+        problems = odd.setdefault(module, [])
         group, shown = statement.scheme_of(module), printable(module)
         if group is None:
             problems.append(f"{shown} is quantized, and no target of the config's groups takes it: loaders take its codes for floats")
@@ -52,20 +52,20 @@ def check_tensors(codes: Iterable[str], tensors: Tensors, statement: Statement) 
         scheme = group.scheme
         if scheme is None:
             continue
-        wanted, code = scheme.wanted(module, tensors), tensors.get(f"{module}.{scheme.main}")
-        if code is None or wanted is None:
-            held = f"{code[0]} {list(code[1])}" if code is not None else f"no {scheme.main}"
-            problems.append(f"{shown}: {held} is no weight of {scheme.title}, which config.json states")
+        expected, code = scheme.wanted(module, tensors), tensors.get(f"{module}.{scheme.main}")
+        if code is None or expected is None:
+            code_text = f"{code[0]} {list(code[1])}" if code is not None else f"no {scheme.main}"
+            problems.append(f"{shown}: {code_text} is no weight of {scheme.title}, which config.json states")
             continue
-        for leaf, choices in wanted.items():
-            told = tensors.get(f"{module}.{leaf}")
-            if told is None:
+        for leaf, choices in expected.items():
+            entry = tensors.get(f"{module}.{leaf}")
+            if entry is None:
                 problems.append(f"{shown} has codes and no {leaf}, which {scheme.title} needs")
-            elif told not in choices:
-                dtype, shape = next((choice for choice in choices if choice[0] == told[0]), choices[0])
+            elif entry not in choices:
+                dtype, shape = next((choice for choice in choices if choice[0] == entry[0]), choices[0])
                 right = f"{dtype} {list(shape)}"
-                problems.append(f"{shown}.{leaf} is {told[0]} {list(told[1])}, and must be {right}")
-        if others := own.get(module, set()) - wanted.keys():
+                problems.append(f"{shown}.{leaf} is {entry[0]} {list(entry[1])}, and must be {right}")
+        if others := own.get(module, set()) - expected.keys():
             problems += [f"{shown}.{leaf} is no part of {scheme.title}, which config.json states" for leaf in _OWN if leaf in others]
         rows, cols = code[1]
         if ("cols" in scheme.tiled and cols % BLOCK) or ("rows" in scheme.tiled and rows > BLOCK and rows % BLOCK):
@@ -78,18 +78,18 @@ def check_tensors(codes: Iterable[str], tensors: Tensors, statement: Statement) 
             f"{printable(partial[0])}{more}: a size is no multiple of 128; engines that quantize activations in groups of 128 refuse such a"
             " layer, and transformers reads its tiles wrongly"
         )
-    wrong = sorted((module for module, lines in found.items() if lines), key=natural)  # slow: of those alone
-    return [line for module in wrong for line in found[module]], warnings
+    wrong = sorted((module for module, lines in odd.items() if lines), key=natural)  # slow: of those alone
+    return [line for module in wrong for line in odd[module]], warnings
 
 
 def _own(tensors: Tensors) -> dict[str, set[str]]:
     """Module -> the last names of what belongs to its weight."""
-    found: dict[str, set[str]] = {}
+    leaves: dict[str, set[str]] = {}
     for name in tensors:
         module, _, leaf = name.rpartition(".")
         if leaf in _OWN:
-            found.setdefault(module, set()).add(leaf)
-    return found
+            leaves.setdefault(module, set()).add(leaf)
+    return leaves
 
 
 def unordered(codes: Iterable[str], tensors: Tensors, statement: Statement) -> Iterator[str]:
@@ -106,14 +106,14 @@ def check_values(folder: Path, shapes: Mapping[str, Tensors], tensors: Tensors, 
     problems: list[str] = []
     shared: dict[str, bytes] = {}
     for file, names in shapes.items():
-        wanted = [name for name in names if has_values_to_check(name)]
-        if not wanted:
+        scales = [name for name in names if has_values_to_check(name)]
+        if not scales:
             continue
         shard = Shard(folder / file)
         try:
-            held = shard.header().tensors
-            for name in wanted:
-                entry = held[name]
+            entries = shard.header().tensors
+            for name in scales:
+                entry = entries[name]
                 for at in range(entry.begin, entry.end, _WINDOW):
                     with shard.window(at, min(at + _WINDOW, entry.end)) as window:
                         odd = wrong_values(name, bytes(window), entry.dtype.name, tensors, statement)

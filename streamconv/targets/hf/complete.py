@@ -28,41 +28,41 @@ def check_complete(index: Index, units: Sequence[Kind[Told]]) -> list[str]:
         CheckpointError: a shard, a layer, a module or the scale of codes is missing, or a size is not what config.json says.
     """
     tensors = index.tensors.told()
-    some = {name: told for kind in units for name, told in kind.one().items()}
-    stated, bits = source_quantization(index), None
-    found = list(_shards(index))
-    if stated is not None:
-        told = index.config.get("quantization_config") or {}
-        bits = None if overrides(told) else stated.bits or stated_bits(told) or 4
-        found += _statement(group_size(index.root) | told, tensors, some) if told else []
+    some = {name: entry for kind in units for name, entry in kind.one().items()}
+    quantization, bits = source_quantization(index), None
+    problems = list(_shards(index))
+    if quantization is not None:
+        config = index.config.get("quantization_config") or {}
+        bits = None if overrides(config) else quantization.bits or stated_bits(config) or 4
+        problems += _statement(group_size(index.root) | config, tensors, some) if config else []
     wrong, odd = differences(Model(index.config, units, bits))
-    found += in_order(wrong)
+    problems += in_order(wrong)
     if any(_bare_codes(index.config, some)):
-        found += _bare_codes(index.config, tensors)
-    if found:
-        more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-        raise CheckpointError("; ".join(found[:_SHOWN]) + more, hint="is the download complete, and config.json this model's?")
+        problems += _bare_codes(index.config, tensors)
+    if problems:
+        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise CheckpointError("; ".join(problems[:_SHOWN]) + more, hint="is the download complete, and config.json this model's?")
     return odd
 
 
-def _statement(told: Mapping[str, Any], tensors: Tensors, some: Tensors) -> list[str]:
+def _statement(config: Mapping[str, Any], tensors: Tensors, some: Tensors) -> list[str]:
     """What of a statement nobody can read, and codes that are not what it says.
 
     Args:
         some: the tensors of one unit of each kind.
     """
-    statement = read_statement(told, some)
+    statement = read_statement(config, some)
     if statement.alike and not check_tensors(codes_of(some), some, statement)[0]:
         return statement.problems
     return statement.problems + check_tensors(codes_of(tensors), tensors, statement)[0]
 
 
 def _shards(index: Index) -> Iterator[str]:
-    found: dict[tuple[str, int], set[int]] = defaultdict(set)
+    shards: dict[tuple[str, int], set[int]] = defaultdict(set)
     for shard in index.shards:
         if match := _OF.match(shard.path.name):
-            found[match[1], int(match[3])].add(int(match[2]))
-    for (stem, count), present in found.items():
+            shards[match[1], int(match[3])].add(int(match[2]))
+    for (stem, count), present in shards.items():
         for number in range(1, min(count, 100_000) + 1):
             if number not in present:
                 yield f"{printable(stem)}-{number:05d}-of-{count:05d}.safetensors is missing"

@@ -64,7 +64,7 @@ class Args:
 
 
 def _compressed(name: str, form: _Form, weights: Args, inputs: Args | None) -> Scheme:
-    def wanted(module: str, tensors: Tensors) -> Wanted | None:
+    def expected(module: str, tensors: Tensors) -> Wanted | None:
         code = tensors.get(f"{module}.{form.main}")
         if code is None or code[0] != form.dtype or len(code[1]) != 2:
             return None
@@ -74,25 +74,25 @@ def _compressed(name: str, form: _Form, weights: Args, inputs: Args | None) -> S
         if grid is None:
             return None
         kinds = FLOATS if weights.scale is None else (weights.scale,)
-        found: Wanted = {form.main: [code], "weight_scale": [(kind, grid) for kind in kinds]}
+        expected: Wanted = {form.main: [code], "weight_scale": [(kind, grid) for kind in kinds]}
         scalar: list[Told] = [(kind, (1,)) for kind in FLOATS]
         if weights.ordered:
-            found["weight_g_idx"] = [("I32", (cols,))]
+            expected["weight_g_idx"] = [("I32", (cols,))]
         if name == "pack-quantized":
-            found["weight_shape"] = [("I64", (2,))]
-            found |= {"weight_zero_point": [("I32", (-(-rows * bits // 32), grid[1]))]} if not weights.symmetric else {}
+            expected["weight_shape"] = [("I64", (2,))]
+            expected |= {"weight_zero_point": [("I32", (-(-rows * bits // 32), grid[1]))]} if not weights.symmetric else {}
         elif not weights.symmetric:
-            found["weight_zero_point"] = [("I8", grid)]
+            expected["weight_zero_point"] = [("I8", grid)]
         if name == "nvfp4-pack-quantized":
-            found["weight_global_scale"] = scalar
+            expected["weight_global_scale"] = scalar
         if inputs is not None and inputs.dynamic is not True:
             leaf = "input_global_scale" if name == "nvfp4-pack-quantized" else "input_scale"
-            found[leaf] = [*scalar, *((kind, ()) for kind in FLOATS)]
-            found |= {"input_zero_point": [("I8", (1,))]} if not inputs.symmetric else {}
-        return found
+            expected[leaf] = [*scalar, *((kind, ()) for kind in FLOATS)]
+            expected |= {"input_zero_point": [("I8", (1,))]} if not inputs.symmetric else {}
+        return expected
 
     title, tiled = f"{name}, {weights.bits} bits, a scale for each {weights.strategy}", "cols" if weights.strategy == "block" else ""
-    return Scheme("compressed-tensors", title, form.main, wanted, tiled, weights.bits, weights.group, weights.ordered)
+    return Scheme("compressed-tensors", title, form.main, expected, tiled, weights.bits, weights.group, weights.ordered)
 
 
 def _grid(weights: Args, rows: int, cols: int) -> tuple[int, ...] | None:
@@ -107,13 +107,13 @@ def _grid(weights: Args, rows: int, cols: int) -> tuple[int, ...] | None:
     return (rows, cols // group) if group and cols % group == 0 else None
 
 
-def compressed_groups(stated: Mapping[str, Any], problems: list[str]) -> list[tuple[Sequence[str], Scheme | None]]:
+def compressed_groups(config: Mapping[str, Any], problems: list[str]) -> list[tuple[Sequence[str], Scheme | None]]:
     """(targets, scheme) of each group; None where the scheme is not known here. What no engine reads is added to `problems`."""
-    groups = stated.get("config_groups")
+    groups = config.get("config_groups")
     if not isinstance(groups, dict) or not groups:
         problems.append(f"quantization_config: config_groups is {shown_value(groups)}, no object with groups")
         return []
-    found: list[tuple[Sequence[str], Scheme | None]] = []
+    result: list[tuple[Sequence[str], Scheme | None]] = []
     for name, scheme in list(groups.items())[:1000]:
         at = f"quantization_config: {printable(name, 40)}"
         if not isinstance(scheme, dict):
@@ -124,13 +124,13 @@ def compressed_groups(stated: Mapping[str, Any], problems: list[str]) -> list[tu
         if not isinstance(targets, list) or not targets or not all(isinstance(target, str) for target in targets):
             problems.append(f"{at}: targets is {shown_value(targets)}, no list of modules")
             targets = []
-        found += [(targets, made) for made in _scheme(at, scheme, stated, problems)]
-    return found
+        result += [(targets, one) for one in _scheme(at, scheme, config, problems)]
+    return result
 
 
-def _scheme(at: str, scheme: Mapping[str, Any], stated: Mapping[str, Any], problems: list[str]) -> list[Scheme | None]:
+def _scheme(at: str, scheme: Mapping[str, Any], config: Mapping[str, Any], problems: list[str]) -> list[Scheme | None]:
     """The scheme, None if it is not known here; nothing if no engine reads it, which has been told."""
-    name = scheme.get("format") or stated.get("format")
+    name = scheme.get("format") or config.get("format")
     if name in FORMATS:
         return [None]
     form = _FORMS.get(name) if isinstance(name, str) else None
@@ -139,8 +139,8 @@ def _scheme(at: str, scheme: Mapping[str, Any], stated: Mapping[str, Any], probl
         return []
     weights, inputs = (_args(f"{at}: {part}", scheme.get(part), form, problems) for part in ("weights", "input_activations"))
     if weights is None:
-        told = any(line.startswith(f"{at}: weights") for line in problems)
-        problems += [] if told else [f"{at}: weights is null: no weight is quantized"]
+        known_wrong = any(line.startswith(f"{at}: weights") for line in problems)
+        problems += [] if known_wrong else [f"{at}: weights is null: no weight is quantized"]
         return []
     wrong = [] if weights.type == form.type else [f"type is {weights.type}"]
     wrong += [] if weights.bits in form.bits else [f"num_bits is {weights.bits}"]
@@ -154,17 +154,17 @@ def _scheme(at: str, scheme: Mapping[str, Any], stated: Mapping[str, Any], probl
     return [_compressed(str(name), form, weights, inputs)]
 
 
-def _args(at: str, held: object, form: _Form, problems: list[str]) -> Args | None:
+def _args(at: str, arguments: object, form: _Form, problems: list[str]) -> Args | None:
     """The args of a part; None if it has none, or if they are told to be wrong."""
-    if held is None:
+    if arguments is None:
         return None
-    if not isinstance(held, dict):
-        problems.append(f"{at} is {shown_value(held)}, no args")
+    if not isinstance(arguments, dict):
+        problems.append(f"{at} is {shown_value(arguments)}, no args")
         return None
-    wrong = [f"{printable(key, 40)} is no arg: readers refuse it" for key in held if key not in _ARGS]
-    bits, kind, group = held.get("num_bits", 8), held.get("type", "int"), held.get("group_size")
-    symmetric, dynamic, block = held.get("symmetric", True), held.get("dynamic", False), held.get("block_structure")
-    strategy, order = held.get("strategy"), held.get("actorder")
+    wrong = [f"{printable(key, 40)} is no arg: readers refuse it" for key in arguments if key not in _ARGS]
+    bits, kind, group = arguments.get("num_bits", 8), arguments.get("type", "int"), arguments.get("group_size")
+    symmetric, dynamic, block = arguments.get("symmetric", True), arguments.get("dynamic", False), arguments.get("block_structure")
+    strategy, order = arguments.get("strategy"), arguments.get("actorder")
     order = order.lower() if isinstance(order, str) else order
     if strategy is None:
         strategy = "tensor" if group is None else "channel" if group == -1 else "group"
@@ -178,18 +178,18 @@ def _args(at: str, held: object, form: _Form, problems: list[str]) -> Args | Non
         "block_structure": block is None or _block(block) is not None,
         "actorder": any(order is known or (order == known and isinstance(order, str)) for known in _ORDERS),
     }
-    wrong += [f"{key} is {shown_value(held.get(key))}" for key, right in checks.items() if not right]
+    wrong += [f"{key} is {shown_value(arguments.get(key))}" for key, right in checks.items() if not right]
     if wrong:
         problems += [f"{at}: {line}" for line in wrong[:3]]
         return None
-    stated = held.get("scale_dtype")
-    scale = form.scale if stated is None else _DTYPES.get(str(stated))
+    dtype = arguments.get("scale_dtype")
+    scale = form.scale if dtype is None else _DTYPES.get(str(dtype))
     return Args(bits, kind, symmetric, dynamic, strategy, group, _block(block) or (128, 128), scale, order in _ORDERED)
 
 
-def _block(stated: object) -> tuple[int, int] | None:
+def _block(structure: object) -> tuple[int, int] | None:
     """[rows, cols], or "128x128"."""
-    sizes = [int(part) if part.isdecimal() else 0 for part in stated[:20].split("x")] if isinstance(stated, str) else stated
+    sizes = [int(part) if part.isdecimal() else 0 for part in structure[:20].split("x")] if isinstance(structure, str) else structure
     if isinstance(sizes, list) and len(sizes) == 2 and all(type(size) is int and 0 < size < 1 << 20 for size in sizes):
         return sizes[0], sizes[1]
     return None

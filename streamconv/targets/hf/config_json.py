@@ -34,15 +34,15 @@ def quantization_config(recipe: Recipe, ignore: Sequence[str], group: int, kv_ca
     if recipe.stated:
         return recipe.stated | ({"group_size": group} if recipe.grouped else {}) | {recipe.leaves: list(ignore)}
     if recipe.container == "modelopt":
-        found: dict[str, Any] = {"quant_method": "modelopt", "quant_algo": recipe.algo, "ignore": list(ignore)}
-        found["producer"] = {"name": "modelopt", "version": f"streamconv {__version__}"}
-        found |= {"kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"}} if kv_cache else {}
+        section: dict[str, Any] = {"quant_method": "modelopt", "quant_algo": recipe.algo, "ignore": list(ignore)}
+        section["producer"] = {"name": "modelopt", "version": f"streamconv {__version__}"}
+        section |= {"kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"}} if kv_cache else {}
         groups = _modelopt_group(recipe)
-        return found | ({"config_groups": {"group_0": groups}} if groups else {})
+        return section | ({"config_groups": {"group_0": groups}} if groups else {})
     weights = recipe.weights | ({"group_size": group} if recipe.grouped else {})
     scheme = {"targets": ["Linear"], "weights": weights, "input_activations": recipe.inputs, "format": recipe.form}
-    found = compressed(recipe.form, {key: value for key, value in scheme.items() if value is not None}, ignore)
-    return found | ({"kv_cache_scheme": dict(KV_CACHE)} if kv_cache else {})
+    section = compressed(recipe.form, {key: value for key, value in scheme.items() if value is not None}, ignore)
+    return section | ({"kv_cache_scheme": dict(KV_CACHE)} if kv_cache else {})
 
 
 def compressed(form: str, scheme: Mapping[str, Any], ignore: Sequence[str]) -> dict[str, Any]:
@@ -95,14 +95,14 @@ def output_config(source: Mapping[str, Any], quantization: Mapping[str, Any] | N
 
 def _typed(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     """The same with its dtype changed, in the configs of its parts too; under the key that the source uses."""
-    found = {key: dtype if key in ("torch_dtype", "dtype") and isinstance(value, str) else value for key, value in config.items()}
+    typed = {key: dtype if key in ("torch_dtype", "dtype") and isinstance(value, str) else value for key, value in config.items()}
     for part in ("text_config", "llm_config", "language_config"):
-        inner = found.get(part)
+        inner = typed.get(part)
         if isinstance(inner, dict):
-            found[part] = _typed(inner, dtype)
+            typed[part] = _typed(inner, dtype)
     if not any(key in config for key in ("torch_dtype", "dtype")):
-        found["torch_dtype"] = dtype
-    return found
+        typed["torch_dtype"] = dtype
+    return typed
 
 
 def dump(content: Mapping[str, Any]) -> bytes:
@@ -115,14 +115,14 @@ def add_index(draft: Draft) -> None:
         return
     # what json.dumps gives with indent=2, ten times faster, and held once
     weight_map, files = draft.places(), [*map(encode_basestring_ascii, draft.files)]
-    made, names, comma = io.BytesIO(), sorted(weight_map), ""
-    made.write(f'{{\n  "metadata": {{\n    "total_size": {draft.tensor_bytes()}\n  }},\n  "weight_map": {{'.encode())
+    text, names, comma = io.BytesIO(), sorted(weight_map), ""
+    text.write(f'{{\n  "metadata": {{\n    "total_size": {draft.tensor_bytes()}\n  }},\n  "weight_map": {{'.encode())
     for at in range(0, len(names), _PIECE):
         lines = [f"\n    {encode_basestring_ascii(name)}: {files[weight_map[name]]}" for name in names[at : at + _PIECE]]
-        made.write(f"{comma}{','.join(lines)}".encode())
+        text.write(f"{comma}{','.join(lines)}".encode())
         comma = ","
-    made.write(b"\n  }\n}\n")
-    draft.side_file("model.safetensors.index.json", made.getvalue())
+    text.write(b"\n  }\n}\n")
+    draft.side_file("model.safetensors.index.json", text.getvalue())
 
 
 def shards_of(index: Index, tensors: Iterable[tuple[str, int, int]], most: int | None) -> dict[str, list[str]]:
@@ -136,18 +136,18 @@ def shards_of(index: Index, tensors: Iterable[tuple[str, int, int]], most: int |
         most = most or _SHARD
     if most is None:
         names = output_names([shard.path.name for shard in index.shards])
-        found: dict[str, list[str]] = {}
+        files: dict[str, list[str]] = {}
         for tensor, file, _ in tensors:
-            found.setdefault(names[file], []).append(tensor)
-        return dict(sorted(found.items()))
+            files.setdefault(names[file], []).append(tensor)
+        return dict(sorted(files.items()))
     shards: list[list[str]] = [[]]
-    held = 0
+    size = 0
     for tensor, _, nbytes in tensors:
-        if shards[-1] and held + nbytes > most:
+        if shards[-1] and size + nbytes > most:
             shards.append([])
-            held = 0
+            size = 0
         shards[-1].append(tensor)
-        held += nbytes
+        size += nbytes
     if len(shards) == 1:
         return {"model.safetensors": shards[0]}
     return {f"model-{n:05d}-of-{len(shards):05d}.safetensors": part for n, part in enumerate(shards, 1)}
@@ -157,8 +157,8 @@ def output_names(names: list[str]) -> list[str]:
     """Names of the output's files for those of the source."""
     if len(names) == 1:
         return ["model.safetensors"]
-    found = []
+    given = []
     for name in names:
         stem = name.rpartition(".")[0]
-        found.append(("model" + stem.removeprefix("pytorch_model") if stem.startswith("pytorch_model") else stem) + ".safetensors")
-    return found
+        given.append(("model" + stem.removeprefix("pytorch_model") if stem.startswith("pytorch_model") else stem) + ".safetensors")
+    return given

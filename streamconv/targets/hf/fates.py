@@ -35,12 +35,12 @@ class Fates:
         self.by_name: dict[str, Module] = {name[:-7]: _NONE for name, form in forms if form.linear and name.endswith(".weight")}
         some, turned = list[Module](), list[str]()
         for kind in stored.kinds():
-            held = {rest[:-7]: form.shape for rest, form in kind.held.items() if form.linear and rest.endswith(".weight")}
-            for heads in self._alike(kind.heads, held) if held else ():
-                modules = self._modules({f"{heads[0]}{rest}.weight": shape for rest, shape in held.items()})
+            shapes = {rest[:-7]: form.shape for rest, form in kind.held.items() if form.linear and rest.endswith(".weight")}
+            for heads in self._alike(kind.heads, shapes) if shapes else ():
+                modules = self._modules({f"{heads[0]}{rest}.weight": shape for rest, shape in shapes.items()})
                 some += modules
                 turned += [module.name for module in modules if _is_turned(stored, module)]
-                for rest, module in zip(held, modules, strict=True):
+                for rest, module in zip(shapes, modules, strict=True):
                     self.by_name.update(dict.fromkeys([head + rest for head in heads], module))
         if turned:
             self.refused = [_TURNED.format(printable(turned[0]))]
@@ -53,21 +53,21 @@ class Fates:
 
     def grouped(self) -> dict[tuple[str, str], int]:
         """(name with layer and expert numbers as *, reason) -> how many, in order: what `plan` shows."""
-        found: Counter[tuple[str, str]] = Counter()
+        counts: Counter[tuple[str, str]] = Counter()
         for module, count in Counter(self.by_name.values()).items():
-            found[starred(module.name), module.reason] += count
-        return found
+            counts[starred(module.name), module.reason] += count
+        return counts
 
-    def _alike(self, heads: list[str], held: Collection[str]) -> Iterable[list[str]]:
+    def _alike(self, heads: list[str], rests: Collection[str]) -> Iterable[list[str]]:
         """The units of a kind by what the flags say of their modules."""
         patterns = (self._target.ignore, self._target.only)
         if not any(patterns):
             return [heads]
-        found: dict[tuple[bool, ...], list[str]] = {}
+        groups: dict[tuple[bool, ...], list[str]] = {}
         for head in heads:
-            names = [head + rest for rest in held]
-            found.setdefault(tuple(matches(name, pattern) for name in names for pattern in patterns), []).append(head)
-        return found.values()
+            names = [head + rest for rest in rests]
+            groups.setdefault(tuple(matches(name, pattern) for name in names for pattern in patterns), []).append(head)
+        return groups.values()
 
     def _modules(self, shapes: Mapping[str, tuple[int, ...]]) -> list[Module]:
         modules = classify(shapes, self._target.ignore, self._target.only)
@@ -95,10 +95,10 @@ class Fates:
 
     def _check(self, modules: Sequence[Module]) -> list[str]:
         recipe, target, refused = self._recipe, self._target, list[str]()
-        wanted = [module for module in modules if not module.reason]
+        chosen = [module for module in modules if not module.reason]
         unit = recipe.unit or target.group_size
         bad: dict[str, list[Module]] = {}
-        for module in wanted:
+        for module in chosen:
             if module.cols % unit or module.rows % recipe.whole:
                 bad.setdefault(starred(module.name), []).append(module)
         sizes = () if recipe.unit else (64, 32)  # of a fixed unit there is no other one
@@ -112,7 +112,7 @@ class Fates:
                 f" {other} it and its partners with --ignore 're:.*\\.{one.name.rpartition('.')[2]}$'"
             )
         refused += split_groups(modules)
-        if not wanted and not refused:
+        if not chosen and not refused:
             refused.append("nothing is left to quantize: every weight is ignored")
         for pattern in target.only:
             if not any(matches(m.name, [pattern]) for m in modules):

@@ -69,10 +69,10 @@ def _keep(
         UsageError: the source is not quantized, or has no way into this container without new codes.
         CheckpointError: tensors do not fit together.
     """
-    stated = source_quantization(index)
-    if stated is None:
+    quantization = source_quantization(index)
+    if quantization is None:
         raise UsageError("--quant keep: the source is not quantized", hint="--quant none copies it")
-    own = container_of(stated)
+    own = container_of(quantization)
     shared = {name: content(tensors[name], index.shards) for name in tensors if name.endswith(SHARED) and tensors[name].nbytes == 4}
     wrong = {name: wrong_scales(name, data, tensors[name].dtype.name) for name, data in shared.items()}
     problems = [f"{printable(name)} holds {odd}" for name, odd in wrong.items() if odd] or [*unequal(shared)]
@@ -83,58 +83,58 @@ def _keep(
         return _as_it_is(index, tensors, own, units, draft)
     refuse_unknown(index, "without --format codes and statement stay as they are")
     if container == "compressed-tensors" and own in ("awq", "gptq"):
-        return _integers(index, tensors, stated, draft)
+        return _integers(index, tensors, quantization, draft)
     if {container, own} == {"compressed-tensors", "modelopt"} and _is_nvfp4(tensors, own):
         return _nvfp4(tensors, own, container, draft)
     raise UsageError(
-        f"--quant keep: codes of {printable(stated.title)} have no place in --format {container} as they are",
+        f"--quant keep: codes of {printable(quantization.title)} have no place in --format {container} as they are",
         hint="leave --format out to copy them, or quantize anew: --quant fp8_dynamic, for example",
     )
 
 
-def container_of(stated: SourceQuantization) -> str:
+def container_of(quantization: SourceQuantization) -> str:
     """The container of a source, in the words of --format where it is one of them."""
-    return "hf" if stated.method in METHODS else stated.method
+    return "hf" if quantization.method in METHODS else quantization.method
 
 
 def _as_it_is(index: Index, tensors: Mapping[str, SourceTensor], own: str, units: Sequence[Kind[Told]], draft: Draft) -> Kept:
-    stated, told = index.config.get("quantization_config"), index.tensors.told()
-    if not isinstance(stated, dict):
+    config, names = index.config.get("quantization_config"), index.tensors.told()
+    if not isinstance(config, dict):
         hint = "put it there, or name a --format"
         raise CheckpointError("config.json has no quantization_config: engines would take the codes for floats", hint=hint)
     folder = index.root if os.path.isdir(index.root) else index.root.parent
-    statement = read_statement(group_size(folder) | stated, told)
-    problems, _ = check_names(folder, stated, codes_of(told), told, statement, Model(index.config, units, None))
+    statement = read_statement(group_size(folder) | config, names)
+    problems, _ = check_names(folder, config, codes_of(names), names, statement, Model(index.config, units, None))
     if problems:
         raise CheckpointError(problems, hint="engines would refuse or misread these weights as they are; --quant none decodes them")
     draft.warnings += [line for line in statement.warnings if not line.startswith(tuple(stated_by(index)) or "\0")]
-    kept = Kept(own, draft, lambda name, data, dtype: wrong_values(name, data, dtype, told, statement))
+    kept = Kept(own, draft, lambda name, data, dtype: wrong_values(name, data, dtype, names, statement))
     for name, tensor in tensors.items():
         kept.copy(name, tensor)
     return kept
 
 
-def _integers(index: Index, tensors: Mapping[str, SourceTensor], stated: SourceQuantization, draft: Draft) -> Kept:
+def _integers(index: Index, tensors: Mapping[str, SourceTensor], quantization: SourceQuantization, draft: Draft) -> Kept:
     """GPTQ and AutoAWQ -> pack-quantized."""
-    kept, found = Kept("compressed-tensors", draft), list[tuple[int, int, str]]()
+    kept, changed = Kept("compressed-tensors", draft), list[tuple[int, int, str]]()
     for name, tensor in tensors.items():
         module, _, leaf = name.rpartition(".")
         if leaf in PACKED and f"{module}.qweight" in tensors:
             if leaf == "qweight":
-                weight = integers(tensors, module, stated, F32)
+                weight = integers(tensors, module, quantization, F32)
                 codes = cast(PackedTensor, weight.codes)
-                found.append((codes.bits, weight.per_col, codes.packing))
+                changed.append((codes.bits, weight.per_col, codes.packing))
                 kept.modules.append(module)
-                _check_order(index, module, weight, stated)
-                _pack(kept, module, weight, codes, tensors[f"{module}.qzeros"], stated.symmetric)
+                _check_order(index, module, weight, quantization)
+                _pack(kept, module, weight, codes, tensors[f"{module}.qzeros"], quantization.symmetric)
             continue
         kept.copy(name, tensor)
-    if not found:
+    if not changed:
         raise CheckpointError("the config speaks of packed weights, and there is none")
-    if len({*found}) > 1:
+    if len({*changed}) > 1:
         raise UsageError("--quant keep: the source's layers have different groups or bits", hint="--quant none decodes them")
-    bits, group, packing = found[0]
-    symmetric = packing == "gptq" and stated.symmetric
+    bits, group, packing = changed[0]
+    symmetric = packing == "gptq" and quantization.symmetric
     weights = {"num_bits": bits, "type": "int", "symmetric": symmetric, "dynamic": False, "strategy": "group", "group_size": group}
     if not symmetric:
         draft.warnings.append(ZERO_POINTS)
@@ -142,15 +142,15 @@ def _integers(index: Index, tensors: Mapping[str, SourceTensor], stated: SourceQ
     return kept
 
 
-def _check_order(index: Index, module: str, weight: DecodedTensor, stated: SourceQuantization) -> None:
+def _check_order(index: Index, module: str, weight: DecodedTensor, quantization: SourceQuantization) -> None:
     """Input features come in the order of their groups: compressed-tensors had a place for another order (g_idx) until 2026.
 
     Raises:
         UsageError: they do not.
     """
-    if not (in_order(weight.order, index.shards, weight.per_col) if weight.order is not None else not stated.act_order):
-        told = f"--quant keep: {printable(module)} has act order (desc_act), which has no place in compressed-tensors"
-        raise UsageError(told, hint="--quant none decodes it")
+    if not (in_order(weight.order, index.shards, weight.per_col) if weight.order is not None else not quantization.act_order):
+        message = f"--quant keep: {printable(module)} has act order (desc_act), which has no place in compressed-tensors"
+        raise UsageError(message, hint="--quant none decodes it")
 
 
 def _pack(kept: Kept, module: str, weight: DecodedTensor, codes: PackedTensor, zeros: SourceTensor, symmetric: bool) -> None:

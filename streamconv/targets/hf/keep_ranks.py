@@ -74,8 +74,8 @@ def keep_ranks(index: Index, tensors: Mapping[str, SourceTensor], container: Con
         raise UsageError("--quant keep: the source's layers are stored in different forms", hint=_DECODE)
     there = _CONTAINERS[form.kind]
     if container not in (None, *there):
-        told = f"--quant keep: these codes have no place in --format {container} as they are"
-        raise UsageError(told, hint=f"--format {' or '.join(there)}")
+        message = f"--quant keep: these codes have no place in --format {container} as they are"
+        raise UsageError(message, hint=f"--format {' or '.join(there)}")
     kept = Kept(container or there[0], draft, modules=[name.removesuffix(".weight") for name in weights])
     lacking = form.kind == _CODES and not _symmetric(index, tensors, weights)
     for name, tensor in tensors.items():
@@ -93,8 +93,8 @@ def keep_ranks(index: Index, tensors: Mapping[str, SourceTensor], container: Con
         kept.quantization = _packed(forms, counts, not lacking, ignore)
         draft.warnings += [ZERO_POINTS] if lacking else []
         if odd := sorted({other.group for other in counts} - {0, 32, 64, 128}):
-            told = f"scales are those of the inputs of a rank: groups of {odd[0]}"
-            draft.warnings.append(f"{told}; transformers with compressed-tensors reads them, vLLM has kernels for 32, 64 and 128 alone")
+            message = f"scales are those of the inputs of a rank: groups of {odd[0]}"
+            draft.warnings.append(f"{message}; transformers with compressed-tensors reads them, vLLM has kernels for 32, 64 and 128 alone")
         return kept
     recipe = recipe_of(form.kind, kept.container)
     assert recipe is not None
@@ -122,12 +122,13 @@ def _form(tensors: Mapping[str, SourceTensor], name: str) -> _Form:
             raise UsageError(f"--quant keep: the {weight.cols} inputs of {printable(name)} fill no whole words", hint=_DECODE)
         return _Form(_CODES, weight.bits, weight.cols // scale.cols if scale.cols > 1 else 0)
     if scale.cols > 1:
-        told = f"--quant keep: {printable(name)} has scales of {scale.cols} ranks, each for inputs of its own, which no FP8 container holds"
-        raise UsageError(told, hint=_DECODE)
+        message = f"--quant keep: {printable(name)} has scales of {scale.cols} ranks, each for inputs of its own"
+        message += ", which no FP8 container holds"
+        raise UsageError(message, hint=_DECODE)
     static = f"{name.removesuffix('.weight')}.input_scale" in tensors
     if static and scale.shape != (1,):
-        told = f"--quant keep: {printable(name)} was made of matrices with scales of their own; a container has one for it"
-        raise UsageError(told, hint=_DECODE)
+        message = f"--quant keep: {printable(name)} was made of matrices with scales of their own; a container has one for it"
+        raise UsageError(message, hint=_DECODE)
     assert weight.dtype == F8_E4M3
     return _Form(_STATIC if static else _ROWWISE, 8, 0)
 
@@ -138,10 +139,10 @@ def _symmetric(index: Index, tensors: Mapping[str, SourceTensor], weights: list[
         zeros = tensors.get(f"{name}_zero")
         if zeros is None:
             continue
-        held = np.empty(zeros.stored_row_bytes, np.uint8)
+        stored = np.empty(zeros.stored_row_bytes, np.uint8)
         for group in {0, zeros.rows - 1}:
-            zeros.read_part(index.shards, (group, group + 1), (0, zeros.cols), held)
-            if bool((held.view(np.uint16) & 0x7FFF).any()):  # zero of either sign is none
+            zeros.read_part(index.shards, (group, group + 1), (0, zeros.cols), stored)
+            if bool((stored.view(np.uint16) & 0x7FFF).any()):  # zero of either sign is none
                 return False
     return True
 
@@ -182,20 +183,20 @@ def _copied(kept: Kept, module: str, codes: SourceTensor, tensors: Mapping[str, 
 
 def _packed(forms: Mapping[str, _Form], counts: Mapping[_Form, int], symmetric: bool, left: list[str]) -> dict[str, Any]:
     """`quantization_config` of pack-quantized; where weights differ the rarer ones are named by the last parts of their names."""
-    made: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
     for number, form in enumerate(sorted(counts, key=lambda form: -counts[form])):
         args = {"num_bits": form.bits, "type": "int", "symmetric": symmetric, "dynamic": False}
         args |= {"strategy": "group", "group_size": form.group} if form.group else {"strategy": "channel"}
         config = compressed("pack-quantized", args, None, left)
         if not number:
-            made = config
+            arguments = config
             continue
         ends = {name.split(".")[-2] for name, own in forms.items() if own == form}
         others = {name.split(".")[-2] for name, own in forms.items() if own != form}
         targets = [f"re:.*\\.{re.escape(end)}$" for end in sorted(ends - others)]
         targets += [name.removesuffix(".weight") for name, own in forms.items() if own == form and name.split(".")[-2] in others]
-        made["config_groups"][f"group_{number}"] = config["config_groups"]["group_0"] | {"targets": targets}
-    return made
+        arguments["config_groups"][f"group_{number}"] = config["config_groups"]["group_0"] | {"targets": targets}
+    return arguments
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,8 +225,8 @@ class ZeroWords(SourceTensor):
             whole = np.abs(below * scales - zeros) <= np.abs(zeros) * np.float32(2.0**-8)  # a rounding to bfloat16
         points = half - below
         if not bool((whole & (points >= 0) & (points < 2 * half)).all()):
-            told = f"{printable(self.name)} has zeros that are no whole number of {self.bits} bits times their scale"
-            raise DataError(told, hint="--quant none decodes it")
+            message = f"{printable(self.name)} has zeros that are no whole number of {self.bits} bits times their scale"
+            raise DataError(message, hint="--quant none decodes it")
         shifts = np.arange(0, 32, self.bits, dtype=np.uint32)[None, :, None]
         words = points.T.astype(np.uint32).reshape(stop - start, each, groups) << shifts
         out.view(np.uint32)[:] = np.bitwise_or.reduce(words, 1).reshape(-1)

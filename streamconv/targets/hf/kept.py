@@ -103,8 +103,9 @@ class Kept:
         config_json.add_index(self.draft)
         if self.second is not None:
             self.draft.side_file("hf_quant_config.json", self.second)
-        stated = index.config.get("quantization_config") if self.quantization is None else self.quantization
-        self.draft.side_file("config.json", config_json.output_config(index.config, stated if isinstance(stated, dict) else None, None))
+        quantization = index.config.get("quantization_config") if self.quantization is None else self.quantization
+        section = quantization if isinstance(quantization, dict) else None
+        self.draft.side_file("config.json", config_json.output_config(index.config, section, None))
         self.draft.decisions["weights"] = f"kept as they are, in the container {self.container}"
 
 
@@ -134,9 +135,9 @@ class CheckedValues(Derived):
         odd = self.wrong(out[: (stop - start) * self.cols * self.dtype.itemsize].tobytes())
         if odd:
             file = printable(shards[self.pieces[0].shard].path.name)
-            told = f"{file}: {printable(self.name)} holds {odd}"
+            message = f"{file}: {printable(self.name)} holds {odd}"
             hint = "--quant none decodes a scale of 0 and any order; all else is damage: make the checkpoint again"
-            raise CheckpointError(told, hint=hint)
+            raise CheckpointError(message, hint=hint)
 
     def drop_page_cache(self, shards: Sequence[Shard], start: int, stop: int) -> None:
         self.stored.drop_page_cache(shards, start, stop)
@@ -150,9 +151,9 @@ def compressed(form: str, weights: Mapping[str, Any], inputs: Mapping[str, Any] 
 
 def left(tensors: Mapping[str, SourceTensor], quantized: list[str], container: str) -> list[str]:
     """What the config says of every linear-like module that is stored as floats."""
-    found = {
+    fields = {
         name.removesuffix(".weight")
         for name, tensor in tensors.items()
         if name.endswith(".weight") and len(tensor.shape) == 2 and tensor.dtype.name in FLOATS
     }
-    return ignored(found - {*quantized}, quantized, container)
+    return ignored(fields - {*quantized}, quantized, container)

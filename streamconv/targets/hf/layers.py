@@ -64,7 +64,7 @@ class Model:
 
     def _take(self, kind: Kind[Told], bits: int | None, fixed: Fixed, beside: Fixed) -> None:
         first = kind.heads[0]
-        held = [(name[len(first) :], shape) for name, shape in weights(kind.one(), bits)]
+        parts = [(name[len(first) :], shape) for name, shape in weights(kind.one(), bits)]
         starred: dict[str, frozenset[str]] = {}  # one for all layers
         alike: dict[str, dict[int, set[str]]] = {}  # name of all experts of a layer -> what each holds
         right = len(self.odd) + len(self.halves)
@@ -72,26 +72,26 @@ class Model:
             look = head is first or len(self.odd) + len(self.halves) > right
             outer = head[: head.rfind(".", 0, -1)]
             if outer in alike and not look:
-                alike[outer].setdefault(int(head[len(outer) + 1 : -1][:9]), set()).update(name for name, _ in held)
+                alike[outer].setdefault(int(head[len(outer) + 1 : -1][:9]), set()).update(name for name, _ in parts)
                 continue
-            found = _STACK.match(f"{head}*")
-            if found is None:
-                self.beside.update(head + name for name, _ in held)
-                for name, shape in held if look else ():
+            match = _STACK.match(f"{head}*")
+            if match is None:
+                self.beside.update(head + name for name, _ in parts)
+                for name, shape in parts if look else ():
                     if not is_other_part(head + name):
                         self._compare(head + name, name.rpartition(".")[0].rpartition(".")[2], shape, beside)
                 continue
-            stem, number, rest = found[1], int(found[2]), found[3][:-1]
+            stem, number, rest = match[1], int(match[2]), match[3][:-1]
             own = _EXPERT.sub("experts.*", rest)
             if own not in starred:
-                starred[own] = frozenset(own + name for name, _ in held)
+                starred[own] = frozenset(own + name for name, _ in parts)
             self.layers.setdefault(stem, {}).setdefault(number, set()).update(starred[own])
             if at := re.search(r"\bexperts\.(\d+)\.", rest):
                 experts = self.experts.setdefault((stem, number, rest[: at.start()] + "experts"), {})
-                experts.setdefault(int(at[1][:9]), set()).update(rest[at.end() :] + name for name, _ in held)
+                experts.setdefault(int(at[1][:9]), set()).update(rest[at.end() :] + name for name, _ in parts)
                 if at.end() == len(rest):
                     alike[outer] = experts
-            for name, shape in held if look else ():
+            for name, shape in parts if look else ():
                 self._pair(head + name, shape)
                 if not is_other_part(stem):
                     full = own + name
@@ -116,7 +116,7 @@ class Model:
         if name.endswith(".bias"):
             means = means[:1]
         if shape != means and not name.endswith("_bias") and (self.kind is not None or len(shape) < 3) and len(self.odd) < _SHOWN:
-            self.odd.append(f"{printable(name)} is {list(shape)}, and config.json ({why}) means {list(means)}")
+            self.odd.append(f"{printable(name)} has shape {list(shape)}, expected {list(means)} from config.json ({why})")
 
     def _language(self) -> str | None:
         """The stack of the language model: named so, or the longest of those that belong to no other part."""
@@ -130,8 +130,8 @@ class Model:
         if self.kind is None or self.stem is None:
             return False
         there = set[str]().union(*self.layers[self.stem].values())
-        wanted = list(required(self.text, self.kind))
-        return 2 * sum(any(f"{module}.weight" in there for module in choices) for choices in wanted) < len(wanted)
+        roles = list(required(self.text, self.kind))
+        return 2 * sum(any(f"{module}.weight" in there for module in choices) for choices in roles) < len(roles)
 
     @property
     def count(self) -> int | None:
@@ -159,8 +159,8 @@ def _layers(model: Model) -> Iterator[str]:
     if count is None:
         yield f"config.json: num_hidden_layers is {printable(str(model.text['num_hidden_layers'])[:40])}, no number of layers"
         return
-    own = {stem: held for stem, held in model.layers.items() if not is_other_part(stem)} or model.layers
-    if any(len(held) >= count and held.keys() >= set(range(count)) for held in own.values()):
+    own = {stem: numbers for stem, numbers in model.layers.items() if not is_other_part(stem)} or model.layers
+    if any(len(numbers) >= count and numbers.keys() >= set(range(count)) for numbers in own.values()):
         ahead = model.text.get("num_nextn_predict_layers")  # layers after the last one, which predict further tokens
         last = count + (ahead if type(ahead) is int and ahead > 0 else 0)
         more = sorted(number for number in model.layers[model.stem] if number >= last)
@@ -171,17 +171,17 @@ def _layers(model: Model) -> Iterator[str]:
     yield from (f"{printable(model.stem)}.{number} is missing, config.json tells of {count}" for number in missing[:_SHOWN])
 
 
-def _groups(held: set[str]) -> dict[str, frozenset[str]]:
+def _groups(stems: set[str]) -> dict[str, frozenset[str]]:
     """Module of a layer -> what it holds; the norms beside the modules are one."""
-    found: dict[str, set[str]] = defaultdict(set)
-    for name in held:
+    groups: dict[str, set[str]] = defaultdict(set)
+    for name in stems:
         module, _, leaf = name.rpartition(".")
         if leaf not in ("weight", "bias") or _FREE.search(name):
             continue
         parent = module.rpartition(".")[0]
         if parent or "norm" in module:
-            found[parent or "norms"].add(name)
-    return {module: frozenset(names) for module, names in found.items()}
+            groups[parent or "norms"].add(name)
+    return {module: frozenset(names) for module, names in groups.items()}
 
 
 def _tops(kind: Iterable[tuple[str, frozenset[str]]]) -> set[str]:
@@ -194,21 +194,21 @@ def _alike(model: Model) -> Iterator[str]:
     if "block_configs" in model.text or model.fragment:  # layers with parts left out on purpose
         return
     sharing = model.kind is None or any(_SHARING.search(key) for key in model.text)
-    for stem, held in model.layers.items():
-        last = model.count if stem == model.stem and model.count else max(held) + 1
+    for stem, by_number in model.layers.items():
+        last = model.count if stem == model.stem and model.count else max(by_number) + 1
         kinds: dict[frozenset[tuple[str, frozenset[str]]], list[int]] = {}
-        for number in sorted(number for number in held if number < last):
-            kinds.setdefault(frozenset(_groups(held[number]).items()), []).append(number)
-        wanted: dict[str, set[frozenset[str]]] = defaultdict(set)
+        for number in sorted(number for number in by_number if number < last):
+            kinds.setdefault(frozenset(_groups(by_number[number]).items()), []).append(number)
+        kinds_of: dict[str, set[frozenset[str]]] = defaultdict(set)
         modules = [frozenset(module for module, _ in kind if _CORE.search(module)) for kind in kinds]
         for kind in kinds:
             for module, names in kind:
-                wanted[module].add(names)
+                kinds_of[module].add(names)
         for (kind, numbers), own in zip(kinds.items(), modules, strict=True):
             at = f"{printable(stem)}.{numbers[0]}"
             more = f" (and {len(numbers) - 1} layers like it)" if len(numbers) > 1 else ""
             for module, names in kind:
-                larger = min((other for other in wanted[module] if names < other), key=len, default=names)
+                larger = min((other for other in kinds_of[module] if names < other), key=len, default=names)
                 lacking = sorted(larger - names)
                 if lacking and not (sharing and all(_KV.search(f".{name}") for name in lacking) and len(lacking) > 1):
                     yield f"{at}.{printable(lacking[0])} is missing{more}, other layers have it"
@@ -222,31 +222,31 @@ def _alike(model: Model) -> Iterator[str]:
 def _experts(model: Model) -> Iterator[str]:
     """Experts of a layer are numbered without gaps, as many as the config says, and alike; a router is not alone."""
     count = model.sizes.experts()
-    for stem, held in model.layers.items():
-        for number, names in held.items():
+    for stem, numbers in model.layers.items():
+        for number, names in numbers.items():
             for router in [name for name in names if name.endswith(("mlp.gate.weight", "block_sparse_moe.gate.weight"))]:
                 module = router.removesuffix("gate.weight") + "experts"
                 if not any(name.startswith(module) for name in names):
                     yield f"{printable(stem)}.{number}.{printable(module)} is missing"
-    for (stem, number, module), held in model.experts.items():
+    for (stem, number, module), numbers in model.experts.items():
         at = f"{printable(stem)}.{number}.{printable(module)}"
-        wanted = max(max(held) + 1, count or 0) if max(held) < 100_000 else len(held)
-        missing = sorted({*range(wanted)} - held.keys())
+        count_expected = max(max(numbers) + 1, count or 0) if max(numbers) < 100_000 else len(numbers)
+        missing = sorted({*range(count_expected)} - numbers.keys())
         if missing:
             yield f"{at}.{missing[0]} is missing"
-        if count is not None and max(held) >= count and "block_configs" not in model.text:
-            yield f"{at}.{max(held)} is there, config.json tells of {count} experts"
-        whole = set[str]().union(*held.values())
-        for expert, names in held.items():
+        if count is not None and max(numbers) >= count and "block_configs" not in model.text:
+            yield f"{at}.{max(numbers)} is there, config.json tells of {count} experts"
+        whole = set[str]().union(*numbers.values())
+        for expert, names in numbers.items():
             yield from (f"{at}.{expert}.{printable(name)} is missing" for name in sorted(whole - names)[:1])
 
 
 def _gated(model: Model) -> Iterator[str]:
     """The parts of an MLP: no two layers need to be compared to say so."""
     known = model.kind is not None and not model.fragment
-    for stem, held in model.layers.items() if not model.fragment else ():
-        for number, names in held.items():
-            modules = {found[1]: found[0] for name in names if (found := _MLP_PART.fullmatch(name))}
+    for stem, numbers in model.layers.items() if not model.fragment else ():
+        for number, names in numbers.items():
+            modules = {match[1]: match[0] for name in names if (match := _MLP_PART.fullmatch(name))}
             for module in modules:
                 fused = not {f"{module}gate_up_proj.weight", f"{module}gate_up_proj"}.isdisjoint(names)
                 gated = f"{module}gate_proj.weight" in names or (known and stem == model.stem)
@@ -259,11 +259,11 @@ def _gated(model: Model) -> Iterator[str]:
 def _required(model: Model) -> Iterator[str]:
     if model.kind is None or model.stem is None or model.fragment:
         return
-    wanted = list(required(model.text, model.kind))
+    roles = list(required(model.text, model.kind))
     for number, names in model.layers[model.stem].items():
         if not any(name.startswith(("mlp.", "block_sparse_moe.")) for name in names):
             yield f"{printable(model.stem)}.{number}.mlp is missing"
-        for choices in wanted:
+        for choices in roles:
             if not any(f"{module}.weight" in names for module in choices):
                 yield f"{printable(model.stem)}.{number}.{choices[0]} is missing"
         if model.kind.qkv_bias and "self_attn.q_proj.weight" in names:

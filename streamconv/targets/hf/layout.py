@@ -105,8 +105,8 @@ class Layout:
             if self.codes is not None:
                 from streamconv.targets.hf.measured import taken
 
-                found = taken(self.codes, self.index, stored, fates.wanted(), self.target.group_size, self.recipe)
-                self.searched, self.changed = found
+                codes = taken(self.codes, self.index, stored, fates.wanted(), self.target.group_size, self.recipe)
+                self.searched, self.changed = codes
         self.decoded = stored.decoded
         apart = restack(stored, self.index.config) if self.recipe is None else []
         for name, tensors in self._files().items():
@@ -164,8 +164,8 @@ class Layout:
         first = self._first(module, form, recipe) if codec.needs else module
         number = self.draft.form(form.rows, form.cols, codec, recipe)
         scale = self._scale(form, recipe) if codec.needs else None
-        made = self.quantized[form] = Quantized(number, len(module.rpartition(".")[2]), first.rpartition(".")[2], scale)
-        return made
+        quantized = self.quantized[form] = Quantized(number, len(module.rpartition(".")[2]), first.rpartition(".")[2], scale)
+        return quantized
 
     def _one_by_one(self, file: int, names: list[str]) -> None:
         """Weights whose codes were searched, or whose container has a row for each input channel."""
@@ -191,8 +191,10 @@ class Layout:
     def _sources(self, names: list[str]) -> list[int]:
         """What the rows of weights are read from, by their numbers."""
         places, source = [*map(self.stored.order.__getitem__, names)], self.draft.source
-        found = [place if isinstance(place, int) else source(place.weight) for place in places]
-        return [source(self.changed[n]) if n in self.changed else at for n, at in zip(names, found, strict=True)] if self.changed else found
+        sources = [place if isinstance(place, int) else source(place.weight) for place in places]
+        if not self.changed:
+            return sources
+        return [source(self.changed[name]) if name in self.changed else at for name, at in zip(names, sources, strict=True)]
 
     def _cache_scales(self, file: int, weights: list[str]) -> None:
         """Add the scales of the FP8 KV cache that stand beside k_proj and v_proj."""
@@ -287,9 +289,9 @@ class Layout:
             kept = {name for name, fate in self.fates.items() if fate.reason}
             heads = tied_heads(self.stored, self.index.config)
             ignore = ignored({*kept, *heads}, self.fates.keys() - kept, self.recipe.container)
-        told = ignore, self.target.group_size, bool(self.cached)
+        asked = ignore, self.target.group_size, bool(self.cached)
         if self.recipe is not None:
-            quantization = config_json.quantization_config(self.recipe, *told)
+            quantization = config_json.quantization_config(self.recipe, *asked)
         forms = {*self.stored.forms()}
         floats = {self._plain_dtype(form) for form in forms if form.dtype.name in FLOATS}
         changed = self.target.dtype != "auto" and self.recipe is None and floats == {self.into}
@@ -304,7 +306,7 @@ class Layout:
         self.draft.side_files += copied
         config_json.add_index(self.draft)
         if self.recipe is not None and self.recipe.container == "modelopt":
-            self.draft.side_file("hf_quant_config.json", config_json.hf_quant_config(self.recipe, *told))
+            self.draft.side_file("hf_quant_config.json", config_json.hf_quant_config(self.recipe, *asked))
         self.draft.side_file("config.json", config)
 
 

@@ -57,9 +57,9 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def model_type(text: Mapping[str, Any]) -> str:
     """`model_type`, or what the architecture's name says where there is none; "" if neither does."""
-    stated = text.get("model_type")
-    if isinstance(stated, str):
-        return stated
+    key = text.get("model_type")
+    if isinstance(key, str):
+        return key
     names = text.get("architectures")
     name = str(names[0]).removesuffix("ForCausalLM").lower() if isinstance(names, list) and names else ""
     return next((known for known in MODEL_TYPES if known.replace("_", "") == name), "")
@@ -94,12 +94,12 @@ class Sizes:
 def beside_layers(sizes: Sizes) -> Fixed:
     """The modules beside the layers."""
     hidden, vocab = sizes.of("hidden_size"), sizes.of("vocab_size")
-    found: Fixed = {}
+    shapes: Fixed = {}
     if hidden is not None:
-        found["norm"] = ((hidden,), "hidden_size")
+        shapes["norm"] = ((hidden,), "hidden_size")
         if vocab is not None:
-            found |= dict.fromkeys(("embed_tokens", "lm_head"), ((vocab, hidden), "vocab_size, hidden_size"))
-    return found
+            shapes |= dict.fromkeys(("embed_tokens", "lm_head"), ((vocab, hidden), "vocab_size, hidden_size"))
+    return shapes
 
 
 def in_layers(sizes: Sizes, kind: ModelType) -> Fixed:
@@ -107,15 +107,15 @@ def in_layers(sizes: Sizes, kind: ModelType) -> Fixed:
     hidden, inner = sizes.of("hidden_size"), sizes.of("intermediate_size")
     if hidden is None:
         return {}
-    found: Fixed = dict.fromkeys(_AROUND, ((hidden,), "hidden_size"))
+    shapes: Fixed = dict.fromkeys(_AROUND, ((hidden,), "hidden_size"))
     heads = sizes.of("num_attention_heads")
     if heads is not None:
         rank = sizes.of("kv_lora_rank")
-        found |= _attention(sizes, kind, hidden, heads) if rank is None else _latent(sizes, hidden, heads, rank)
+        shapes |= _attention(sizes, kind, hidden, heads) if rank is None else _latent(sizes, hidden, heads, rank)
     if inner is not None:
         why = "intermediate_size, hidden_size"
-        found |= _gated("mlp", inner, hidden, why) | {"mlp.gate_up_proj": ((2 * inner, hidden), why)}
-    return found | _experts(sizes, hidden, inner)
+        shapes |= _gated("mlp", inner, hidden, why) | {"mlp.gate_up_proj": ((2 * inner, hidden), why)}
+    return shapes | _experts(sizes, hidden, inner)
 
 
 def _gated(module: str, inner: int, hidden: int, why: str, names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")) -> Fixed:
@@ -129,14 +129,14 @@ def _attention(sizes: Sizes, kind: ModelType, hidden: int, heads: int) -> Fixed:
         return {}
     groups = sizes.of("num_key_value_heads") or (heads if kind.all_heads else None)
     q = heads * size
-    found: Fixed = {"self_attn.q_proj": ((q, hidden), "num_attention_heads, head_dim, hidden_size")}
-    found["self_attn.o_proj"] = ((hidden, q), "hidden_size, num_attention_heads, head_dim")
+    shapes: Fixed = {"self_attn.q_proj": ((q, hidden), "num_attention_heads, head_dim, hidden_size")}
+    shapes["self_attn.o_proj"] = ((hidden, q), "hidden_size, num_attention_heads, head_dim")
     if groups is not None:
-        found |= dict.fromkeys(
+        shapes |= dict.fromkeys(
             ("self_attn.k_proj", "self_attn.v_proj"), ((groups * size, hidden), "num_key_value_heads, head_dim, hidden_size")
         )
-        found["self_attn.qkv_proj"] = ((q + 2 * groups * size, hidden), "num_attention_heads, num_key_value_heads, head_dim, hidden_size")
-    return found
+        shapes["self_attn.qkv_proj"] = ((q + 2 * groups * size, hidden), "num_attention_heads, num_key_value_heads, head_dim, hidden_size")
+    return shapes
 
 
 def _latent(sizes: Sizes, hidden: int, heads: int, rank: int) -> Fixed:
@@ -145,11 +145,11 @@ def _latent(sizes: Sizes, hidden: int, heads: int, rank: int) -> Fixed:
     if nope is None or rope is None or value is None:
         return {}
     low, query = sizes.of("q_lora_rank"), heads * (nope + rope)
-    found: dict[str, Shape] = {"kv_a_proj_with_mqa": (rank + rope, hidden), "kv_a_layernorm": (rank,)}
-    found |= {"kv_b_proj": (heads * (nope + value), rank), "o_proj": (hidden, heads * value)}
-    found |= {"q_proj": (query, hidden)} if low is None else {}
-    found |= {"q_a_proj": (low, hidden), "q_a_layernorm": (low,), "q_b_proj": (query, low)} if low is not None else {}
-    return {f"self_attn.{name}": (shape, "the sizes of latent attention") for name, shape in found.items()}
+    shapes: dict[str, Shape] = {"kv_a_proj_with_mqa": (rank + rope, hidden), "kv_a_layernorm": (rank,)}
+    shapes |= {"kv_b_proj": (heads * (nope + value), rank), "o_proj": (hidden, heads * value)}
+    shapes |= {"q_proj": (query, hidden)} if low is None else {}
+    shapes |= {"q_a_proj": (low, hidden), "q_a_layernorm": (low,), "q_b_proj": (query, low)} if low is not None else {}
+    return {f"self_attn.{name}": (shape, "the sizes of latent attention") for name, shape in shapes.items()}
 
 
 def _experts(sizes: Sizes, hidden: int, inner: int | None) -> Fixed:
@@ -158,15 +158,15 @@ def _experts(sizes: Sizes, hidden: int, inner: int | None) -> Fixed:
     if count is None or width is None:
         return {}
     why = f"{'moe_intermediate_size' if own else 'intermediate_size'}, hidden_size"
-    found: Fixed = dict.fromkeys(("mlp.gate", "block_sparse_moe.gate"), ((count, hidden), "the number of experts, hidden_size"))
-    found |= _gated("mlp.experts.*", width, hidden, why)
-    found |= _gated("block_sparse_moe.experts.*", width, hidden, why, ("w1", "w3", "w2"))
-    found["mlp.experts.gate_up_proj"] = ((count, 2 * width, hidden), f"the number of experts, {why}")
-    found["mlp.experts.down_proj"] = ((count, hidden, width), f"the number of experts, {why}")
+    shapes: Fixed = dict.fromkeys(("mlp.gate", "block_sparse_moe.gate"), ((count, hidden), "the number of experts, hidden_size"))
+    shapes |= _gated("mlp.experts.*", width, hidden, why)
+    shapes |= _gated("block_sparse_moe.experts.*", width, hidden, why, ("w1", "w3", "w2"))
+    shapes["mlp.experts.gate_up_proj"] = ((count, 2 * width, hidden), f"the number of experts, {why}")
+    shapes["mlp.experts.down_proj"] = ((count, hidden, width), f"the number of experts, {why}")
     shared, one = sizes.of("n_shared_experts"), sizes.of("shared_expert_intermediate_size")
-    found |= _gated("mlp.shared_experts", shared * width, hidden, f"n_shared_experts, {why}") if shared is not None else {}
-    found |= _gated("mlp.shared_expert", one, hidden, "shared_expert_intermediate_size, hidden_size") if one is not None else {}
-    return found
+    shapes |= _gated("mlp.shared_experts", shared * width, hidden, f"n_shared_experts, {why}") if shared is not None else {}
+    shapes |= _gated("mlp.shared_expert", one, hidden, "shared_expert_intermediate_size, hidden_size") if one is not None else {}
+    return shapes
 
 
 def required(text: Mapping[str, Any], kind: ModelType) -> Iterator[tuple[str, ...]]:

@@ -68,11 +68,11 @@ class Patterns:
         if not self._tried or len(name) > _LONGEST_NAME:
             return False
         began = time.monotonic()
-        found = any(expression.match(name) for expression in self._tried)
+        matched = any(expression.match(name) for expression in self._tried)
         self._seconds += time.monotonic() - began
         if self._seconds > _MOST_SECONDS:
             raise VerifyError("the regular expressions of the quantization_config take too long to match")
-        return found
+        return matched
 
 
 def _within(name: str) -> Iterator[str]:

@@ -153,25 +153,25 @@ def _fp8_tiles(r: CodecOptions) -> Codec:
 
 
 def _int(bits: int, packing: Packing, stored_kind: bool, whole_channel: bool = False) -> Callable[[CodecOptions], Codec]:
-    def made(r: CodecOptions) -> Codec:
+    def codec(r: CodecOptions) -> Codec:
         if r.method is not None:
             return _searched(r, packing)
         scale = r.dtype if stored_kind else r.scale
         divisor = (2**bits - 1) / 2
         return IntGroup(bits, 0 if whole_channel else r.group, divisor, _EPS[scale.name], scale, r.quotient, packing)
 
-    return made
+    return codec
 
 
 def _int_modelopt(bits: int, packing: Packing) -> Callable[[CodecOptions], Codec]:
-    def made(r: CodecOptions) -> Codec:
+    def codec(r: CodecOptions) -> Codec:
         if r.method is not None:
             return _searched(r, packing)
         largest = float(2 ** (bits - 1) - 1)
         least = LEAST_NORMAL[r.dtype.name if bits == 8 else "F32"]
         return IntGroup(bits, 0 if bits == 8 else r.group, largest, 1.0, F32, F32, packing, least / largest)
 
-    return made
+    return codec
 
 
 def _searched(r: CodecOptions, packing: Packing) -> Codec:

@@ -59,8 +59,8 @@ def is_other_part(name: str) -> bool:
 
 def part_of(name: str) -> str:
     """The last name of the vision tower, audio encoder or projector that a module belongs to; "" if it belongs to none."""
-    found = _OTHER_PARTS.search(name)
-    return found[0].strip(".") if found is not None else ""
+    match = _OTHER_PARTS.search(name)
+    return match[0].strip(".") if match is not None else ""
 
 
 def check_patterns(patterns: Sequence[str], flag: str) -> None:
@@ -105,7 +105,7 @@ def classify(shapes: Mapping[str, tuple[int, ...]], ignore: Sequence[str], only:
     Returns:
         In the order of `shapes`. Nothing that is left by default has been asked for with `only`.
     """
-    found = []
+    modules = []
     for tensor, shape in shapes.items():
         if len(shape) != 2 or not tensor.endswith(".weight"):
             continue
@@ -113,8 +113,8 @@ def classify(shapes: Mapping[str, tuple[int, ...]], ignore: Sequence[str], only:
         reason = "" if matches(name, only) else "not named by --only" if only else default_reason(name)
         if matches(name, ignore):
             reason = "named by --ignore"
-        found.append(Module(name, *shape, reason))
-    return found
+        modules.append(Module(name, *shape, reason))
+    return modules
 
 
 def partners(name: str) -> tuple[str, ...]:

@@ -45,7 +45,7 @@ class Scheme:
 def tiles(height: int, width: int, static: bool) -> Scheme:
     """The container hf: tiles of height x width with a scale each, or one scale for all where the height is 0."""
 
-    def wanted(module: str, tensors: Tensors) -> Wanted | None:
+    def expected(module: str, tensors: Tensors) -> Wanted | None:
         code = tensors.get(f"{module}.weight")
         if code is None or code[0] != "F8_E4M3" or len(code[1]) != 2:
             return None
@@ -53,21 +53,21 @@ def tiles(height: int, width: int, static: bool) -> Scheme:
         rows, cols = code[1]
         shapes = [(-(-rows // height), -(-cols // width))] if height else [(), (1,), (1, 1)]
         kinds = (*FLOATS, "F8_E8M0", "U8") if height else FLOATS
-        found: Wanted = {"weight": [code], name: [(kind, shape) for kind in kinds for shape in shapes]}
+        expected: Wanted = {"weight": [code], name: [(kind, shape) for kind in kinds for shape in shapes]}
         if static:
             leaf = "activation_scale" if f"{module}.activation_scale" in tensors else "input_scale"
-            found[leaf] = [(kind, shape) for kind in FLOATS for shape in ((), (1,))]
-        return found
+            expected[leaf] = [(kind, shape) for kind in FLOATS for shape in ((), (1,))]
+        return expected
 
     title = f"fp8 in tiles of {height} x {width}" if height else "fp8 with one scale"
-    return Scheme("hf", title, "weight", wanted, "rows, cols" if height > 1 else "")
+    return Scheme("hf", title, "weight", expected, "rows, cols" if height > 1 else "")
 
 
 def modelopt(recipe: Recipe, group: int) -> Scheme:
     """A `quant_algo`, as the row of the formats table says."""
     main = next(iter(recipe.tensors.values()))
 
-    def wanted(module: str, tensors: Tensors) -> Wanted | None:
+    def expected(module: str, tensors: Tensors) -> Wanted | None:
         code, codec = tensors.get(f"{module}.{main}"), recipe.codec(CodecOptions(BF16, group, "float32", ""))
         first = codec.parts(256, 256)[0]
         if code is None or len(code[1]) != 2 or code[0] != first.dtype.name:
@@ -76,44 +76,44 @@ def modelopt(recipe: Recipe, group: int) -> Scheme:
         rows, cols = int(code[1][0] * down), int(code[1][1] * across)
         if rows % recipe.whole or cols % (recipe.unit or group):
             return None
-        found: Wanted = {}
+        expected: Wanted = {}
         for part in codec.parts(rows, cols):
             kinds = FLOATS if part.dtype.name in FLOATS else (part.dtype.name,)
-            found[recipe.tensors[part.role]] = [(kind, recipe.shape(part, rows, cols)) for kind in kinds]
+            expected[recipe.tensors[part.role]] = [(kind, recipe.shape(part, rows, cols)) for kind in kinds]
         scalar: list[Told] = [("F32", ())]
         if recipe.lone is not None and rows <= BLOCK and cols <= BLOCK:
-            found["weight_scale"] += scalar
+            expected["weight_scale"] += scalar
         if recipe.shared is not None:
-            found[recipe.shared[0]] = scalar
+            expected[recipe.shared[0]] = scalar
         elif codec.needs:
-            found["weight_scale"] = scalar
+            expected["weight_scale"] = scalar
         if recipe.pre_scales and not partners(module):
-            found[recipe.pre_scales] = [(kind, (cols,)) for kind in FLOATS]
+            expected[recipe.pre_scales] = [(kind, (cols,)) for kind in FLOATS]
         if recipe.input_scale is not None:
-            found[recipe.input_scale[0]] = [(kind, ()) for kind in FLOATS]
-        return found
+            expected[recipe.input_scale[0]] = [(kind, ()) for kind in FLOATS]
+        return expected
 
     tiled = "cols" if recipe.tiles else ""
-    return Scheme("modelopt", f"ModelOpt's {recipe.algo}", main, wanted, tiled, group=group if recipe.grouped else None)
+    return Scheme("modelopt", f"ModelOpt's {recipe.algo}", main, expected, tiled, group=group if recipe.grouped else None)
 
 
 def words(method: str, bits: int, group: int, ordered: bool, middle: int | None) -> Scheme:
     """GPTQ or AutoAWQ."""
 
-    def wanted(module: str, tensors: Tensors) -> Wanted | None:
+    def expected(module: str, tensors: Tensors) -> Wanted | None:
         code = tensors.get(f"{module}.qweight")
         if code is None or code[0] != "I32" or len(code[1]) != 2:
             return None
         each = 32 // bits
         k, n = (code[1][0] * each, code[1][1]) if method == "gptq" else (code[1][0], code[1][1] * each)
         groups = -(-k // group) if group > 0 else 1
-        found: Wanted = {"qweight": [code], "qzeros": [("I32", (groups, n // each))]}
-        found["scales"] = [(kind, (groups, n)) for kind in FLOATS]
+        expected: Wanted = {"qweight": [code], "qzeros": [("I32", (groups, n // each))]}
+        expected["scales"] = [(kind, (groups, n)) for kind in FLOATS]
         if f"{module}.g_idx" in tensors:
-            found["g_idx"] = [("I32", (k,))]
-        return found
+            expected["g_idx"] = [("I32", (k,))]
+        return expected
 
-    return Scheme(method, f"{method}, {bits} bits, groups of {group}", "qweight", wanted, "", bits, group, ordered, middle)
+    return Scheme(method, f"{method}, {bits} bits, groups of {group}", "qweight", expected, "", bits, group, ordered, middle)
 
 
 def wrong_order(scheme: Scheme, data: bytes) -> str:

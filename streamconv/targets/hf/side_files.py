@@ -36,7 +36,7 @@ def side_files(index: Index, keep: Sequence[str] = ()) -> tuple[list[SideFile], 
     Raises:
         CheckpointError: there are so many files that this is no model's folder.
     """
-    found, left = list[Beside](), dict[str, list[str]]()
+    taken, left = list[Beside](), dict[str, list[str]]()
     left_out = {*_MADE, *OLD} - {*keep}
     for file in _listed(index):
         if file.name in left_out or file.name.endswith(_WEIGHTS) or file.name.startswith(".git"):
@@ -45,16 +45,16 @@ def side_files(index: Index, keep: Sequence[str] = ()) -> tuple[list[SideFile], 
         if why:
             left.setdefault(why, []).append(file.name)
         else:
-            found.append(file)
-    total = sum(file.size for file in found)
-    if len(found) > _MOST_FILES or total > _MOST_BYTES:
+            taken.append(file)
+    total = sum(file.size for file in taken)
+    if len(taken) > _MOST_FILES or total > _MOST_BYTES:
         raise CheckpointError(
-            f"{printable(str(index.root))} holds {len(found)} files beside its weights, {total} bytes",
+            f"{printable(str(index.root))} holds {len(taken)} files beside its weights, {total} bytes",
             hint="put the model into a folder of its own",
         )
-    copies = [SideFile(file.name, file.size, None, file.path, file.fetch) for file in sorted(found, key=lambda file: file.name)]
-    told = {why: few([printable(name) for name in sorted(left[why])], _SHOWN) for why in (_ELSEWHERE, _HIDDEN, _ODD) if why in left}
-    return copies, [f"not copied ({why}): {names}" for why, names in told.items()]
+    copies = [SideFile(file.name, file.size, None, file.path, file.fetch) for file in sorted(taken, key=lambda file: file.name)]
+    lists = {why: few([printable(name) for name in sorted(left[why])], _SHOWN) for why in (_ELSEWHERE, _HIDDEN, _ODD) if why in left}
+    return copies, [f"not copied ({why}): {names}" for why, names in lists.items()]
 
 
 def _left(file: Beside, root: Path) -> str:

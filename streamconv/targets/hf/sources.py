@@ -64,10 +64,10 @@ class Reader:
         Raises:
             CheckpointError: codes without scales, or in a form that is not read.
         """
-        found = self._weight(name)
-        if found is None or isinstance(found[1], SourceTensor) or not self.sound:
-            return found
-        return found[0], replace(found[1], sound=True)
+        result = self._weight(name)
+        if result is None or isinstance(result[1], SourceTensor) or not self.sound:
+            return result
+        return result[0], replace(result[1], sound=True)
 
     def _weight(self, name: str) -> tuple[str, _Read] | None:
         tensors = self.tensors
@@ -114,18 +114,18 @@ class Reader:
         whole = (1.0, False) if factor is None else (self._number(factor), factor.name.endswith("_global_scale"))
         grid = _grid(scale.shape, rows, cols, self.block)
         if grid is None:
-            told = f"{printable(scale.name)} has shape {list(scale.shape)}, which is no grid of scales for a weight [{rows}, {cols}]"
-            raise CheckpointError(told)
+            message = f"{printable(scale.name)} has shape {list(scale.shape)}, which is no grid of scales for a weight [{rows}, {cols}]"
+            raise CheckpointError(message)
         if code == "int8" and codes.dtype.name == "U8":
             codes = PackedTensor(codes.name, I8, (rows, cols), codes.pieces, 0, 4, "modelopt", module)
         zeros, inputs, order = (tensors.get(f"{module}.{leaf}") for leaf in ("weight_zero_point", "pre_quant_scale", "weight_g_idx"))
         words = (-(-rows * (4 if code == "uint4" else 8) // 32), grid.shape[1])
         if zeros is not None and (code not in ("uint4", "uint8") or zeros.dtype.name != "I32" or zeros.shape != words or grid.per_row != 1):
-            told = f"{printable(zeros.name)} is {zeros.dtype} {list(zeros.shape)}: zero points of this form are not decoded here"
-            raise CheckpointError(told, hint="convert the unquantized model")
+            message = f"{printable(zeros.name)} is {zeros.dtype} {list(zeros.shape)}: zero points of this form are not decoded here"
+            raise CheckpointError(message, hint="convert the unquantized model")
         if inputs is not None and (inputs.shape != (cols,) or inputs.dtype.name not in FLOATS):
-            told = f"{printable(inputs.name)} is {inputs.dtype} {list(inputs.shape)}, not a number for each of {cols} inputs"
-            raise CheckpointError(told)
+            message = f"{printable(inputs.name)} is {inputs.dtype} {list(inputs.shape)}, not a number for each of {cols} inputs"
+            raise CheckpointError(message)
         if order is not None and (order.shape != (cols,) or order.dtype.name != "I32" or grid.per_row != 1):
             raise CheckpointError(f"{printable(order.name)} is {order.dtype} {list(order.shape)}: no group for each of {cols} inputs")
         scales = _as_matrix(scale, grid.shape)
@@ -155,16 +155,16 @@ class Reader:
             raise CheckpointError(f"{printable(tensor.name)} is {value}, which is no scale")
         return value
 
-    def _values(self, tensor: SourceTensor, dtype: str, count: int, told: str) -> Array:
+    def _values(self, tensor: SourceTensor, dtype: str, count: int, reason: str) -> Array:
         if tensor.dtype.name != dtype or math.prod(tensor.shape) != count:
-            raise CheckpointError(f"{printable(tensor.name)} must be {told}, and is {tensor.dtype} {list(tensor.shape)}")
+            raise CheckpointError(f"{printable(tensor.name)} must be {reason}, and is {tensor.dtype} {list(tensor.shape)}")
         return np.frombuffer(content(tensor, self.index.shards), {"F32": "<f4", "I64": "<i8"}[dtype])
 
 
 def reader(index: Index, into: DType, sound: bool) -> Reader:
     """For weights of this source, decoded to floats of type `into`."""
-    stated = index.config.get("quantization_config")
-    facts: Mapping[str, Any] = stated if isinstance(stated, dict) else {}
+    config = index.config.get("quantization_config")
+    facts: Mapping[str, Any] = config if isinstance(config, dict) else {}
     return Reader(index, into, SourceTensors(index), facts, stated_quantization(index.config, index.root), _block(facts), sound)
 
 
@@ -182,8 +182,8 @@ def _stacked_codes(codes: SourceTensor, scale: SourceTensor | None, into: DType)
     count, rows, cols = codes.shape
     if codes.dtype.name != "F8_E4M3" or scale is None or math.prod(scale.shape) not in (1, count):
         beside = "no scales" if scale is None else f"scales {scale.dtype} {list(scale.shape)}"
-        told = f"{printable(codes.name)} holds {codes.dtype} codes of all experts with {beside}, which are not decoded here"
-        raise CheckpointError(told, hint="convert the unquantized model")
+        message = f"{printable(codes.name)} holds {codes.dtype} codes of all experts with {beside}, which are not decoded here"
+        raise CheckpointError(message, hint="convert the unquantized model")
     scales = math.prod(scale.shape)
     per_row = count * rows // scales
     return DecodedTensor(codes.name, into, codes.shape, codes, "e4m3", _as_matrix(scale, (scales, 1)), per_row, cols)
@@ -229,19 +229,19 @@ def _as_matrix(scale: SourceTensor, shape: tuple[int, int]) -> SourceTensor:
     return replace(scale, shape=shape, pieces=(piece,))
 
 
-def integers(tensors: Mapping[str, SourceTensor], module: str, stated: SourceQuantization | None, into: DType) -> DecodedTensor:
+def integers(tensors: Mapping[str, SourceTensor], module: str, quantization: SourceQuantization | None, into: DType) -> DecodedTensor:
     """The weight of a module; the shapes tell GPTQ from AutoAWQ.
 
     Raises:
         CheckpointError: one is missing, or they do not fit together, or are of a form that is not read.
     """
-    found = {leaf: tensors.get(f"{module}.{leaf}") for leaf in PACKED}
-    weight, zeros, scales, order = found["qweight"], found["qzeros"], found["scales"], found["g_idx"]
+    packed = {leaf: tensors.get(f"{module}.{leaf}") for leaf in PACKED}
+    weight, zeros, scales, order = packed["qweight"], packed["qzeros"], packed["scales"], packed["g_idx"]
     if weight is None or zeros is None or scales is None:
-        missing = next(leaf for leaf in ("qweight", "qzeros", "scales") if found[leaf] is None)
+        missing = next(leaf for leaf in ("qweight", "qzeros", "scales") if packed[leaf] is None)
         raise CheckpointError(f"missing tensor {printable(module)}.{missing}, which its quantized weight needs")
     shown, hint = printable(module), "convert the unquantized model"
-    bits = stated.bits if stated is not None and stated.bits else 4
+    bits = quantization.bits if quantization is not None and quantization.bits else 4
     if bits not in (4, 8):
         raise CheckpointError(f"{shown}: {bits}-bit weights are not read", hint=hint)
     groups, n = scales.rows, scales.cols
@@ -254,7 +254,7 @@ def integers(tensors: Mapping[str, SourceTensor], module: str, stated: SourceQua
     if not fits:
         shapes = ", ".join(f"{t.dtype} {list(t.shape)}" for t in (weight, zeros, scales))
         raise CheckpointError(f"{shown}: qweight, qzeros and scales {shapes} do not fit together at {bits} bits", hint=hint)
-    form = stated.format if stated is not None else None
+    form = quantization.format if quantization is not None else None
     if form not in (None, *(("gptq", "gptq_v2") if packing == "gptq" else ("gemm",))):
         raise CheckpointError(f"{shown}: the {packing} format {printable(str(form))} is not read", hint=hint)
     codes = PackedTensor(f"{module}.qweight", I8, (n, k), weight.pieces, 0, bits, packing, module)
@@ -280,7 +280,7 @@ def mx_experts(blocks: SourceTensor, scales: SourceTensor | None, name: str, int
         or blocks.shape[3] != 16
         or scales.shape != blocks.shape[:3]
     ):
-        told = f"U8 {list(blocks.shape[:3])}" if scales is None else f"{scales.dtype} {list(scales.shape)}"
-        raise CheckpointError(f"{printable(blocks.name)} {blocks.dtype} {list(blocks.shape)} does not fit to scales {told}")
+        shown = f"U8 {list(blocks.shape[:3])}" if scales is None else f"{scales.dtype} {list(scales.shape)}"
+        raise CheckpointError(f"{printable(blocks.name)} {blocks.dtype} {list(blocks.shape)} does not fit to scales {shown}")
     experts, n, count, _ = blocks.shape
     return TurnedMx(name, into, (experts, 32 * count, n), blocks, scales)

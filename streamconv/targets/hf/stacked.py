@@ -142,43 +142,43 @@ def restack(stored: Stored, config: Mapping[str, Any]) -> list[str]:
         return []
     layers: dict[str, dict[tuple[int, str], str]] = defaultdict(dict)
     for name in stored.order:
-        if found := _APART.fullmatch(name):
-            layers[found[1]][int(found[2]), found[3]] = name
+        if match := _APART.fullmatch(name):
+            layers[match[1]][int(match[2]), match[3]] = name
     apart = list[str]()
-    for module, held in layers.items():
-        made = _layer(stored, config, form, module, held)
-        if made is None:
-            apart += held.values()
+    for module, tensors in layers.items():
+        layer = _layer(stored, config, form, module, tensors)
+        if layer is None:
+            apart += tensors.values()
             continue
-        file = stored.file(held[0, "gate_proj.weight"])
-        for name in held.values():
+        file = stored.file(tensors[0, "gate_proj.weight"])
+        for name in tensors.values():
             stored.take(name)
-        for weight in made:
+        for weight in layer:
             stored.put(weight.name, weight, weight.shape, file)
     return apart
 
 
 def _layer(
-    stored: Stored, config: Mapping[str, Any], form: StackedForm, module: str, held: Mapping[tuple[int, str], str]
+    stored: Stored, config: Mapping[str, Any], form: StackedForm, module: str, names: Mapping[tuple[int, str], str]
 ) -> list[Stacked] | None:
     """The stacked tensors of a layer's experts; None if these are not all of them, or not of the sizes that config.json means."""
     if form.transposed is None:
         return None
-    count, tensors = 1 + max(expert for expert, _ in held), _TENSORS | (_BIASES if form.biased else {})
+    count, tensors = 1 + max(expert for expert, _ in names), _TENSORS | (_BIASES if form.biased else {})
     leaves = [leaf for parts in tensors.values() for leaf in parts]
     sizes = Sizes(text_config(config))
-    if held.keys() != {(expert, leaf) for expert in range(count) for leaf in leaves} or count != sizes.experts():
+    if names.keys() != {(expert, leaf) for expert in range(count) for leaf in leaves} or count != sizes.experts():
         return None
-    shapes = {leaf: {stored.form(held[expert, leaf]).shape for expert in range(count)} for leaf in leaves}
-    inner, hidden = stored.form(held[0, "gate_proj.weight"]).shape
-    wanted = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
-    right = all(shapes[f"{name}.weight"] == {shape} for name, shape in wanted.items())
-    right = right and all(shapes[f"{name}.bias"] == {shape[:1]} for name, shape in wanted.items() if form.biased)
+    shapes = {leaf: {stored.form(names[expert, leaf]).shape for expert in range(count)} for leaf in leaves}
+    inner, hidden = stored.form(names[0, "gate_proj.weight"]).shape
+    expected = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+    right = all(shapes[f"{name}.weight"] == {shape} for name, shape in expected.items())
+    right = right and all(shapes[f"{name}.bias"] == {shape[:1]} for name, shape in expected.items() if form.biased)
     if not right or hidden != sizes.of("hidden_size"):
         return None
-    made = [_stacked(stored, f"{module}.{name}", form, held, parts, count) for name, parts in tensors.items()]
-    whole = [weight for weight in made if weight is not None]
-    return whole if len(whole) == len(made) else None
+    stacks = [_stacked(stored, f"{module}.{name}", form, names, parts, count) for name, parts in tensors.items()]
+    whole = [weight for weight in stacks if weight is not None]
+    return whole if len(whole) == len(stacks) else None
 
 
 def _whole_rows(weight: Expert) -> bool:
@@ -187,10 +187,10 @@ def _whole_rows(weight: Expert) -> bool:
 
 
 def _stacked(
-    stored: Stored, name: str, form: StackedForm, held: Mapping[tuple[int, str], str], parts: Sequence[str], count: int
+    stored: Stored, name: str, form: StackedForm, names: Mapping[tuple[int, str], str], parts: Sequence[str], count: int
 ) -> Stacked | None:
-    places = [stored.order[held[expert, part]] for expert in range(count) for part in parts]
-    first = stored.form(held[0, parts[0]])
+    places = [stored.order[names[expert, part]] for expert in range(count) for part in parts]
+    first = stored.form(names[0, parts[0]])
     if any(not isinstance(place, int) for place in places):
         return None
     of = cast(Callable[[int], Expert], lambda number: stored.at(cast(int, places[number])))

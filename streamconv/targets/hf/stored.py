@@ -72,28 +72,28 @@ class Stored:
 
     def _add(self, kind: Kind[Told], renamed: dict[int, tuple[int, str]]) -> None:
         first, reads = kind.heads[0], any(rest.rpartition(".")[2] in READ for rest in kind.held)
-        held = dict[str, Form]()
+        forms = dict[str, Form]()
         for rest in kind.held:
-            found = self._reader.weight(first + rest)
-            if found is None:
+            weight = self._reader.weight(first + rest)
+            if weight is None:
                 continue
-            self._forms.append(Form(found[1]))
+            self._forms.append(Form(weight[1]))
             form = len(self._forms)
-            held[found[0][len(first) :]] = self._forms[-1]
-            if found[0] != first + rest:
-                renamed[form] = len(rest), found[0][len(first) :]
+            forms[weight[0][len(first) :]] = self._forms[-1]
+            if weight[0] != first + rest:
+                renamed[form] = len(rest), weight[0][len(first) :]
             for head in kind.heads:
                 number = cast(int, self._table.place(head + rest))
                 self._form[number] = form
                 if reads:
                     self._made[number] = self._read(head + rest)
-        self._kinds.append(Kind(kind.heads, held))
+        self._kinds.append(Kind(kind.heads, forms))
 
     def put(self, name: str, weight: Weight, shape: tuple[int, ...], file: int) -> None:
         """A part of a tensor, with the shape that it is recorded with."""
-        made = Form(weight, shape)
-        alike = *name.split(".")[-2:-1], shape, made.rows, made.rows_like, made.decoded
-        self.order[name] = Apart(weight, file, self._apart.setdefault(alike, made))
+        form = Form(weight, shape)
+        alike = *name.split(".")[-2:-1], shape, form.rows, form.rows_like, form.decoded
+        self.order[name] = Apart(weight, file, self._apart.setdefault(alike, form))
 
     def take(self, name: str) -> tuple[Weight, int]:
         """A weight that is there no more, and the number of its file."""
@@ -168,13 +168,13 @@ class Stored:
         return len(self._form)
 
     def _make(self, place: int) -> Weight:
-        made = self._made.get(place)
-        return self._read(self._table.name(place)) if made is None else made
+        weight = self._made.get(place)
+        return self._read(self._table.name(place)) if weight is None else weight
 
     def _read(self, tensor: str) -> Weight:
-        found = self._reader.weight(tensor)
-        assert found is not None
-        return found[1]
+        weight = self._reader.weight(tensor)
+        assert weight is not None
+        return weight[1]
 
 
 class _Weights(Mapping[str, Weight]):

@@ -173,9 +173,9 @@ class HuggingFace(Target):
             return MODEL_DTYPES[self.dtype]
         for config in (index.config, index.config.get("text_config")):
             for key in ("dtype", "torch_dtype"):
-                stated = config.get(key) if isinstance(config, dict) else None
-                if isinstance(stated, str) and stated in MODEL_DTYPES:
-                    return MODEL_DTYPES[stated]
+                name = config.get(key) if isinstance(config, dict) else None
+                if isinstance(name, str) and name in MODEL_DTYPES:
+                    return MODEL_DTYPES[name]
         return BY_TORCH_NAME["bfloat16"]
 
 

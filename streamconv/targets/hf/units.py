@@ -31,7 +31,7 @@ class Kind(Generic[_T]):
 
     def one(self) -> dict[str, _T]:
         """The tensors of the first unit."""
-        return {self.heads[0] + rest: told for rest, told in self.held.items()}
+        return {self.heads[0] + rest: value for rest, value in self.held.items()}
 
 
 def kinds(tensors: Mapping[str, _T]) -> list[Kind[_T]]:
@@ -42,29 +42,29 @@ def kinds(tensors: Mapping[str, _T]) -> list[Kind[_T]]:
     """
     units: dict[str, list[tuple[str, _T]]] = {}
     head, unit, plain = "\0", list[tuple[str, _T]](), set[str]()
-    for name, told in tensors.items():
+    for name, value in tensors.items():
         rest = name[len(head) :]
         if rest not in plain or not name.startswith(head):  # a file mostly holds units one after the other
-            found = _HEAD.fullmatch(name)
-            assert found is not None
-            head, rest = found.groups()
+            match = _HEAD.fullmatch(name)
+            assert match is not None
+            head, rest = match.groups()
             plain.add(rest)
             unit = units.setdefault(head, [])
-        unit.append((rest, told))
-    made: dict[tuple[str, frozenset[tuple[str, _T]]], Kind[_T]] = {}
+        unit.append((rest, value))
+    alike: dict[tuple[str, frozenset[tuple[str, _T]]], Kind[_T]] = {}
     known: dict[tuple[str, tuple[tuple[str, _T], ...]], Kind[_T]] = {}  # the same by the order in which they hold it
     stars: dict[str, str] = {}
-    for head, held in units.items():
+    for head, values in units.items():
         outer = head[: head.rfind(".", 0, -1) + 1]  # many units lie in one
         star = stars.get(outer)
         if star is None:
             star = stars[outer] = _NUMBER.sub("*", outer)
-        key = star, tuple(held)
+        key = star, tuple(values)
         kind = known.get(key)
         if kind is None:
-            kind = known[key] = made.setdefault((star, frozenset(held)), Kind([], dict(held)))
+            kind = known[key] = alike.setdefault((star, frozenset(values)), Kind([], dict(values)))
         kind.heads.append(head)
-    return [*made.values()]
+    return [*alike.values()]
 
 
 Told = tuple[str, tuple[int, ...]]

@@ -30,11 +30,11 @@ def cache_constants(layout: RankLayout, layer: int) -> list[Constant]:
         factor = None if largest is None else struct.pack("<f", largest / 127)
     if factor is None:
         return []
-    made: list[Constant] = [("attention.kv_cache_scaling_factor", F32, (1,), factor)]
+    constants: list[Constant] = [("attention.kv_cache_scaling_factor", F32, (1,), factor)]
     if options.kv_cache == "fp8" and options.target_version != "0.16":
         reciprocal = struct.pack("<f", 1 / struct.unpack("<f", factor)[0])
-        made.append(("attention.kv_cache_rcp_scaling_factor", F32, (1,), reciprocal))
-    return made
+        constants.append(("attention.kv_cache_rcp_scaling_factor", F32, (1,), reciprocal))
+    return constants
 
 
 def _fp8_factor(layout: RankLayout, layer: int) -> bytes:

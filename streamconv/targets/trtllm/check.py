@@ -43,10 +43,10 @@ def tensor_files(folder: Path, config: Mapping[str, Any], problems: list[str]) -
     return sorted(named & present, key=lambda text: int(text[4:-12]))
 
 
-def check(held: Held) -> Told:
+def check(opened: Held) -> Told:
     """Problems and warnings."""
-    problems, warnings = expected.check(dict(held.config), {name: dict(tensors) for name, tensors in held.shapes.items()})
-    return problems + _peers(held), warnings
+    problems, warnings = expected.check(dict(opened.config), {name: dict(tensors) for name, tensors in opened.shapes.items()})
+    return problems + _peers(opened), warnings
 
 
 def made_with(config: Mapping[str, Any], first: Path) -> Sequence[TensorRTLLM]:
@@ -96,12 +96,13 @@ def _world(config: Mapping[str, Any], problems: list[str]) -> int:
     return tp * pp
 
 
-def _peers(held: Held) -> list[str]:
+def _peers(opened: Held) -> list[str]:
     """Rank files that are not those of one conversion."""
-    problems, tp = list[str](), int(held.config["mapping"].get("tp_size", 1))
-    for name in held.shapes:
+    problems, tp = list[str](), int(opened.config["mapping"].get("tp_size", 1))
+    for name in opened.shapes:
         first = f"rank{int(name[4:-12]) // tp * tp}.safetensors"
-        if first in held.shapes and (odd := set(held.shapes[first]) ^ set(held.shapes[name])):
+        if first in opened.shapes and (odd := set(opened.shapes[first]) ^ set(opened.shapes[name])):
             problems.append(f"{first} and {name} hold different tensors, for example {printable(min(odd, key=natural))}")
-    names = {name: tuple(tensors) for name, tensors in held.shapes.items()}
-    return problems + list(rank_peers.problems(held.config, names, lambda file, tensor: held.hashes.get((file, tensor), ""), held.copies))
+    names = {name: tuple(tensors) for name, tensors in opened.shapes.items()}
+    hash_of = lambda file, tensor: opened.hashes.get((file, tensor), "")  # noqa: E731
+    return problems + list(rank_peers.problems(opened.config, names, hash_of, opened.copies))

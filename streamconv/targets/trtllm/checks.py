@@ -145,5 +145,5 @@ def embedding_is_shared(model: ModelConfig, options: TensorRTLLM, *, lm_head_mis
     """
     if options.target_version != "0.16" or options.pp_size > 1 or options.cp_size > 1:
         return False
-    wanted = model.tie_word_embeddings if qwen else (options.use_embedding_sharing and lm_head_missing)
-    return _sharable(options) and wanted
+    shared = model.tie_word_embeddings if qwen else (options.use_embedding_sharing and lm_head_missing)
+    return _sharable(options) and shared

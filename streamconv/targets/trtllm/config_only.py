@@ -22,7 +22,7 @@ def write_config(
     Args:
         source: the checkpoint it is about; `out` must not be it.
         force: replace a folder that holds something.
-        no_lock: go on where the file system has no locks, or cannot sync a folder.
+        no_lock: write even where the file system has no locks, or cannot sync a folder.
 
     Raises:
         OutputError: the folder holds something, an unfinished conversion to it is kept, or it cannot be written.
@@ -37,7 +37,7 @@ def write_config(
         lock.acquire()
         past = place.journal().read()
         place.restore(past.ready)
-        found = check_free(place, force)
+        mark = check_free(place, force)
         if place.has_work() and not force:
             raise OutputError(
                 f"an unfinished conversion to {printable(str(out))} is kept",
@@ -46,7 +46,7 @@ def write_config(
         folder.create([], fresh=True)
         place.journal().remove(past)
         folder.complete([(NAME, [data])])
-        folder.publish(found)
+        folder.publish(mark)
         place.remove_old()
     except BaseException:
         folder.close()

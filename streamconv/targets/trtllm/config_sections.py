@@ -84,8 +84,8 @@ def mapping_section(options: TensorRTLLM, *, attention_sizes: bool = False) -> C
 
 def late_keys(config: Config) -> str | None:
     """What an early 1.x reader would not take: "mapping.cp_config, ..."; None if there is nothing."""
-    found = [f"{section}.{key}" for section, keys in LATE_KEYS.items() for key in keys if key in config.get(section, {})]
-    return ", ".join(found) or None
+    late = [f"{section}.{key}" for section, keys in LATE_KEYS.items() for key in keys if key in config.get(section, {})]
+    return ", ".join(late) or None
 
 
 def _late(section: str, options: TensorRTLLM) -> Config:

@@ -47,14 +47,14 @@ def without_effect(options: TensorRTLLM, given: Collection[str], source: Callabl
 
 def _users() -> dict[str, list[str]]:
     """Flags that only some formats use -> those formats, as each format says of itself."""
-    found: dict[str, list[str]] = {}
+    users: dict[str, list[str]] = {}
     quants = all_quants()
     for_all = {*quants["none"].info.flags, *_SAID_ELSEWHERE, *_STATED}
     for quant in quants.values():
         for each in quant.info.flags:
             if each not in for_all:
-                found.setdefault(each, []).append(quant.info.key)
-    return found
+                users.setdefault(each, []).append(quant.info.key)
+    return users
 
 
 def _of_model(options: TensorRTLLM, source: Callable[[], Index], experts: bool) -> tuple[str, bool]:

@@ -54,9 +54,9 @@ class RankTensors:
                 continue
             dtype, shape = tensors[name]
             if spec.shape is not None and shape != spec.shape and (shape or math.prod(spec.shape) != 1):  # a number without dimensions
-                yield f"{name}: shape {list(shape)}, config.json means {list(spec.shape)}"
+                yield f"{name} has shape {list(shape)}, expected {list(spec.shape)} from config.json"
             if dtype not in spec.dtypes:
-                yield f"{name}: dtype {dtype}, config.json means {' or '.join(spec.dtypes)}"
+                yield f"{name} has dtype {dtype}, expected {' or '.join(spec.dtypes)} from config.json"
         for name in tensors:
             if name not in specs and not name.startswith(self.unknown or "\0"):
                 yield f"{name} is unexpected: config.json has no place for it"
@@ -82,15 +82,15 @@ def expected(config: Mapping[str, Any], files: Container[int] | None = None, ten
     for rank in facts.grid.ranks():
         if files is not None and rank.file not in files:
             continue
-        held = ranks[rank.file] = RankTensors()
+        rank_tensors = ranks[rank.file] = RankTensors()
         if rank.pp == 0:
-            held.fixed["transformer.vocab_embedding.weight"] = _embedding(facts)
+            rank_tensors.fixed["transformer.vocab_embedding.weight"] = _embedding(facts)
         if rank.pp == facts.grid.pp_size - 1:
-            held.fixed["transformer.ln_f.weight"] = TensorSpec((facts.dtype,), (facts.hidden,))
-            held.fixed["lm_head.weight"] = _lm_head(facts)
+            rank_tensors.fixed["transformer.ln_f.weight"] = TensorSpec((facts.dtype,), (facts.hidden,))
+            rank_tensors.fixed["lm_head.weight"] = _lm_head(facts)
         for number, layer in enumerate(stages[rank.pp]):
-            _layer(facts, held, f"transformer.layers.{number}.", layer, family)
-        _rope_tables(facts, held)
+            _layer(facts, rank_tensors, f"transformer.layers.{number}.", layer, family)
+        _rope_tables(facts, rank_tensors)
     return ranks
 
 
@@ -122,24 +122,24 @@ def _lm_head(facts: Facts) -> TensorSpec:
     return TensorSpec((facts.dtype,), (rows, facts.hidden), required=not shared)
 
 
-def _layer(facts: Facts, held: RankTensors, at: str, layer: int, family: Family) -> None:
+def _layer(facts: Facts, tensors: RankTensors, at: str, layer: int, family: Family) -> None:
     tp, hidden, size = facts.grid.tp_size, facts.hidden, facts.size
     plain = (facts.dtype,)
     heads = facts.heads // tp + 2 * ((facts.kv + tp - 1) // tp)
     bias = bool(facts.config.get("attn_bias"))
 
     def vector(name: str, length: int) -> None:
-        held.fixed[at + name] = TensorSpec(plain, (length,))
+        tensors.fixed[at + name] = TensorSpec(plain, (length,))
 
     def linear(name: str, rows: int, cols: int, experts: int = 0) -> None:
         module, lead = at + name, (experts,) if experts else ()
         if not facts.quantized(module, layer):
-            held.fixed[module + ".weight"] = TensorSpec(plain, (*lead, rows, cols))
+            tensors.fixed[module + ".weight"] = TensorSpec(plain, (*lead, rows, cols))
         elif facts.algo in SPECS:
             forms = SPECS[facts.algo](facts, module, rows, cols, lead)
-            held.modules[module + ".weight"] = tuple({f"{module}.{leaf}": tensor for leaf, tensor in form.items()} for form in forms)
+            tensors.modules[module + ".weight"] = tuple({f"{module}.{leaf}": tensor for leaf, tensor in form.items()} for form in forms)
         else:
-            held.unknown += (module + ".",)
+            tensors.unknown += (module + ".",)
 
     norms = ["input_layernorm", "post_layernorm"]
     norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"] * bool(facts.config.get("inter_layernorms"))
@@ -158,7 +158,7 @@ def _layer(facts: Facts, held: RankTensors, at: str, layer: int, family: Family)
     if facts.experts:
         width = (facts.expert_width or facts.width) // facts.grid.moe_tp_size
         local = facts.experts // facts.grid.moe_ep_size
-        held.fixed[at + "mlp.router.weight"] = TensorSpec(("F32",), (facts.experts, hidden))
+        tensors.fixed[at + "mlp.router.weight"] = TensorSpec(("F32",), (facts.experts, hidden))
         linear("mlp.fc", width * (2 if gated else 1), hidden, local)
         linear("mlp.proj", hidden, width, local)
     else:
@@ -171,15 +171,15 @@ def _layer(facts: Facts, held: RankTensors, at: str, layer: int, family: Family)
             vector("mlp.fc.bias", width)
             vector("mlp.gate.bias", width)
             vector("mlp.proj.bias", hidden)
-    _small(facts, held, at, layer)
+    _small(facts, tensors, at, layer)
 
 
-def _small(facts: Facts, held: RankTensors, at: str, layer: int) -> None:
+def _small(facts: Facts, tensors: RankTensors, at: str, layer: int) -> None:
     """Single numbers of a layer: the KV cache's factor, clamps, static activation scales."""
     if facts.quantization.get("kv_cache_quant_algo") in ("FP8", "INT8"):
-        held.fixed[at + "attention.kv_cache_scaling_factor"] = TensorSpec(("F32",), (1,))
+        tensors.fixed[at + "attention.kv_cache_scaling_factor"] = TensorSpec(("F32",), (1,))
         for name in ("k_cache_scaling_factor", "v_cache_scaling_factor", "kv_cache_rcp_scaling_factor"):
-            held.fixed[f"{at}attention.{name}"] = TensorSpec(("F32",), (1,), required=False)
+            tensors.fixed[f"{at}attention.{name}"] = TensorSpec(("F32",), (1,), required=False)
     if facts.algo == "FP8_PER_CHANNEL_PER_TOKEN":
         owners = ["post_layernorm", "mlp"]
         if facts.quantization.get("use_meta_recipe"):
@@ -187,16 +187,16 @@ def _small(facts: Facts, held: RankTensors, at: str, layer: int) -> None:
         else:
             owners = [*owners, "input_layernorm", "attention"]
         for owner in owners:
-            held.fixed[f"{at}{owner}.clamp_val"] = TensorSpec(("F32",), (2,), required=False)
+            tensors.fixed[f"{at}{owner}.clamp_val"] = TensorSpec(("F32",), (2,), required=False)
     if facts.algo in SMOOTH:
         for norm in ("input_layernorm", "post_layernorm"):
-            held.fixed[f"{at}{norm}.scale_to_int"] = TensorSpec(("F32",), (1,))
+            tensors.fixed[f"{at}{norm}.scale_to_int"] = TensorSpec(("F32",), (1,))
         if "PER_TOKEN" not in facts.algo:
             for owner in ("attention", "mlp"):
-                held.fixed[f"{at}{owner}.quantization_scaling_factor"] = TensorSpec(("F32",), (1,))
+                tensors.fixed[f"{at}{owner}.quantization_scaling_factor"] = TensorSpec(("F32",), (1,))
 
 
-def _rope_tables(facts: Facts, held: RankTensors) -> None:
+def _rope_tables(facts: Facts, tensors: RankTensors) -> None:
     """Left behind by NVIDIA's converter; the loader takes them if their shape is right."""
     length, dim = facts.positions, facts.rotary or facts.size
     shapes = {
@@ -207,7 +207,7 @@ def _rope_tables(facts: Facts, held: RankTensors) -> None:
     tables: Mapping[str, tuple[int, ...] | None] = shapes
     if facts.config.get("position_embedding_type") == "long_rope":
         tables = dict.fromkeys([*shapes, *_LONG_ROPE.split()])
-    held.fixed |= {name: TensorSpec(("F32",), shape, required=False) for name, shape in tables.items()}
+    tensors.fixed |= {name: TensorSpec(("F32",), shape, required=False) for name, shape in tables.items()}
 
 
 _LONG_ROPE = """
@@ -246,9 +246,9 @@ def check(config: Mapping[str, Any], files: Mapping[str, Mapping[str, tuple[str,
     except VerifyError as error:
         return [error.message], []
     problems, unknown = [], False
-    for number, held in ranks.items():
+    for number, tensors in ranks.items():
         name = numbers[number]
-        unknown = unknown or bool(held.unknown)
-        problems += [f"{name}: {problem}" for problem in held.problems(files[name])]
+        unknown = unknown or bool(tensors.unknown)
+        problems += [f"{name}: {problem}" for problem in tensors.problems(files[name])]
     algo = printable(str((config.get("quantization") or {}).get("quant_algo")))
     return problems, [f"quant_algo {algo}: the tensors of its linear layers are not checked"] if unknown else []

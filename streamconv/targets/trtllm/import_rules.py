@@ -28,11 +28,11 @@ GROUPED = ("int4_gptq", "int8_gptq", "int4_awq")
 def brings_scales(source: str | Path) -> bool:
     """Whether `--quant fp8` takes over the scales of a source and needs no activation ranges."""
     with contextlib.closing(open_source(source)) as index:
-        stated = source_quantization(index)
-    return stated is not None and stated.brings_scales
+        quantization = source_quantization(index)
+    return quantization is not None and quantization.brings_scales
 
 
-def import_prequantized(options: TensorRTLLM, stated: SourceQuantization | None, experts: int = 0) -> TensorRTLLM:
+def import_prequantized(options: TensorRTLLM, quantization: SourceQuantization | None, experts: int = 0) -> TensorRTLLM:
     """The options with the quantization that the source brings along; the source must be one that can be taken over.
 
     Args:
@@ -41,54 +41,54 @@ def import_prequantized(options: TensorRTLLM, stated: SourceQuantization | None,
     Raises:
         RefusedError: it cannot, or --quant asks for something else; says what to do.
     """
-    if stated is None:
+    if quantization is None:
         return options
-    key, group = _key(stated), stated.group_size or options.group_size
+    key, group = _key(quantization), quantization.group_size or options.group_size
     if key in GROUPED:
         if experts:
-            raise RefusedError([f"{stated.stated_in}: quantized already ({stated.title}); {EXPERTS}"])
+            raise RefusedError([f"{quantization.stated_in}: quantized already ({quantization.title}); {EXPERTS}"])
         if group not in GROUP_SIZES:
             said = "one scale for a whole column (group_size -1)" if group == -1 else f"groups of {group}"
             raise RefusedError(
-                [f"{stated.stated_in}: {said}; TensorRT-LLM has kernels for groups of 64 and 128 only"],
+                [f"{quantization.stated_in}: {said}; TensorRT-LLM has kernels for groups of 64 and 128 only"],
                 hint="requantize with one of these sizes, or start from the unquantized model",
             )
-    if stated.kv_algo == "FP8" and key == "fp8" and options.kv_cache is None:
+    if quantization.kv_algo == "FP8" and key == "fp8" and options.kv_cache is None:
         options = dataclasses.replace(options, kv_cache="fp8")
     if options.quant == "none":
-        if stated.method in ("gptq", "awq") and options.target_version == "0.16":
+        if quantization.method in ("gptq", "awq") and options.target_version == "0.16":
             sm = "" if options.target_sm else " --target-sm SM"
             raise RefusedError(
-                [f"{stated.stated_in}: quantized already ({stated.method}); 0.16 does not take that over by itself"],
+                [f"{quantization.stated_in}: quantized already ({quantization.method}); 0.16 does not take that over by itself"],
                 hint=f"add --quant {key} --group-size {group}{sm}",
             )
         return dataclasses.replace(options, quant=key, group_size=group if key in GROUPED else options.group_size)
     if options.quant != key:
         raise RefusedError(
-            [f"{stated.stated_in}: quantized already ({stated.title}); --quant {options.quant} cannot start from it"],
+            [f"{quantization.stated_in}: quantized already ({quantization.title}); --quant {options.quant} cannot start from it"],
             hint=f"use --quant {key}, or start from the unquantized model",
         )
     if key in GROUPED and group != options.group_size:
-        raise RefusedError([f"--group-size {options.group_size}: {stated.stated_in} says {group}"], hint=f"use --group-size {group}")
+        raise RefusedError([f"--group-size {options.group_size}: {quantization.stated_in} says {group}"], hint=f"use --group-size {group}")
     return options
 
 
-def _key(stated: SourceQuantization) -> str:
+def _key(quantization: SourceQuantization) -> str:
     """The --quant that takes this source over."""
-    if stated.method == "gptq" and stated.bits in (4, 8, None):
-        return f"int{stated.bits or 4}_gptq"
-    if stated.method == "awq" and stated.bits in (4, None):
+    if quantization.method == "gptq" and quantization.bits in (4, 8, None):
+        return f"int{quantization.bits or 4}_gptq"
+    if quantization.method == "awq" and quantization.bits in (4, None):
         return "int4_gptq"
-    if stated.method == "fbgemm_fp8":
+    if quantization.method == "fbgemm_fp8":
         return "fp8_rowwise"
-    if stated.method == "modelopt" and stated.algo == "W4A16_AWQ":
+    if quantization.method == "modelopt" and quantization.algo == "W4A16_AWQ":
         return "int4_awq"
-    if stated.brings_scales:
+    if quantization.brings_scales:
         return "fp8"
-    known = refused(stated.algo) if stated.algo else None
+    known = refused(quantization.algo) if quantization.algo else None
     why = f": {known[0]}" if known else ""
     raise RefusedError(
-        [f"{stated.stated_in}: already quantized ({stated.title}), not in a way that can be taken over{why}"],
+        [f"{quantization.stated_in}: already quantized ({quantization.title}), not in a way that can be taken over{why}"],
         hint=known[1] if known else "start from the unquantized model",
     )
 
@@ -121,11 +121,11 @@ def group_problems(options: TensorRTLLM, stored: Stored) -> Iterator[str]:
     other = unknown or [name for name, group in groups.items() if group != options.group_size]
     if other:
         more = f" (and {len(other) - 1} more)" if len(other) > 1 else ""
-        told = f"{other[0]} has groups of {groups[other[0]]}{more};"
+        message = f"{other[0]} has groups of {groups[other[0]]}{more};"
         if unknown:
-            yield f"{told} TensorRT-LLM has kernels for groups of 64 and 128 only"
+            yield f"{message} TensorRT-LLM has kernels for groups of 64 and 128 only"
         else:
-            yield f"--group-size {options.group_size}: {told} use --group-size {groups[other[0]]}"
+            yield f"--group-size {options.group_size}: {message} use --group-size {groups[other[0]]}"
 
 
 def config_entries(options: TensorRTLLM, quant: Quant) -> dict[str, object]:
@@ -146,7 +146,7 @@ def quant_for(
     quant: Quant,
     options: TensorRTLLM,
     family: Family,
-    stated: SourceQuantization | None,
+    quantization: SourceQuantization | None,
     stored: Stored,
     roles: TensorLookup,
     bound: float | None,
@@ -156,22 +156,22 @@ def quant_for(
     Args:
         bound: that FP8 weights of a TensorRT-LLM checkpoint were clamped to.
     """
-    found, tensors = roles.found, roles.tensors
+    names, tensors = roles.found, roles.tensors
     modules = {role: module for module, roles in MODULES.items() for role in roles}
-    if stated is not None and stated.brings_scales:
+    if quantization is not None and quantization.brings_scales:
         given: dict[tuple[int, str], list[tuple[str, float]]] = {}
-        for (role, layer, _), name in found.items():
+        for (role, layer, _), name in names.items():
             if role in modules:
                 given.setdefault((layer, modules[role]), []).extend([(name, stored.fp8[name][0])] if name in stored.fp8 else [])
         scales = {place: tuple(sources) for place, sources in given.items() if sources}
         return Fp8GivenQuant(scales, tuple(sorted(place for place in given if place not in scales)))
     if bound is None:
-        bound = stated.activation_bound if stated is not None and stated.activation_bound is not None else CLAMP
+        bound = quantization.activation_bound if quantization is not None and quantization.activation_bound is not None else CLAMP
     if options.quant != "fp8_rowwise" or (not stored.scales and bound == CLAMP and family is not META):
         return quant
     copied = {
         (layer, modules[role])
-        for (role, layer, _), name in found.items()
+        for (role, layer, _), name in names.items()
         if role in modules and name in stored.scales and tensors[name].dtype == F8_E4M3
     }
     return Fp8RowwiseQuant(bound, frozenset(copied), cast=family is META)

@@ -77,24 +77,24 @@ class Stored:
         if tensor is None:
             self.problems.append(f"missing tensor {printable(name)}, which {printable(shape_of)} needs")
         elif tensor.dtype not in dtypes or len(tensor.shape) > 2:
-            wanted = " or ".join(str(dtype) for dtype in dtypes)
-            self.problems.append(f"{printable(name)}: {tensor.dtype} {list(tensor.shape)} is not a {wanted} matrix")
+            expected = " or ".join(str(dtype) for dtype in dtypes)
+            self.problems.append(f"{printable(name)}: {tensor.dtype} {list(tensor.shape)} is not a {expected} matrix")
             return None
         return tensor
 
 
-def assemble(tensors: Mapping[str, SourceTensor], stated: SourceQuantization | None, bits: int, shards: Sequence[Shard]) -> Stored:
+def assemble(tensors: Mapping[str, SourceTensor], quantization: SourceQuantization | None, bits: int, shards: Sequence[Shard]) -> Stored:
     """Put the packed weights of a source together.
 
     Args:
         bits: 4 or 8, bits of a weight where the source states none.
         shards: for g_idx, the only content that is read.
     """
-    stored = Stored(Changed(tensors), v1=stated is None or stated.format != "gptq_v2")
+    stored = Stored(Changed(tensors), v1=quantization is None or quantization.format != "gptq_v2")
     for name in tensors:
         if name.endswith(".qweight"):
-            _grouped(stored, name, stated, bits, shards)
-    if stated is not None and stated.brings_scales:
+            _grouped(stored, name, quantization, bits, shards)
+    if quantization is not None and quantization.brings_scales:
         read_fp8(stored, shards)
         return stored
     for name in tensors:
@@ -107,7 +107,7 @@ def assemble(tensors: Mapping[str, SourceTensor], stated: SourceQuantization | N
     return stored
 
 
-def _grouped(stored: Stored, name: str, stated: SourceQuantization | None, bits: int, shards: Sequence[Shard]) -> None:
+def _grouped(stored: Stored, name: str, quantization: SourceQuantization | None, bits: int, shards: Sequence[Shard]) -> None:
     """GPTQ and AutoAWQ; the shapes tell which."""
     from streamconv.quants.decoded_rows import in_order
 
@@ -118,7 +118,7 @@ def _grouped(stored: Stored, name: str, stated: SourceQuantization | None, bits:
     order = stored.tensors.pop(module + ".g_idx", None)
     if weight is None or zeros is None or scales is None:
         return
-    bits = stated.bits if stated is not None and stated.bits else bits
+    bits = quantization.bits if quantization is not None and quantization.bits else bits
     if bits not in (4, 8):
         stored.problems.append(f"{printable(name)}: {bits}-bit weights have no place in TensorRT-LLM; 4 or 8 have")
         return
@@ -127,13 +127,13 @@ def _grouped(stored: Stored, name: str, stated: SourceQuantization | None, bits:
     k = weight.rows * (32 // bits if packing == "gptq" else 1)
     fits = zeros.shape == (groups, n * bits // 32) and groups and k % groups == 0
     fits = fits and (packing == "gptq" or (bits == 4 and weight.cols * 8 == n))
-    method, form = (stated.method, stated.format) if stated is not None else ("", None)
+    method, form = (quantization.method, quantization.format) if quantization is not None else ("", None)
     problem = ""
     if not fits:
         shapes = ", ".join(str(list(tensor.shape)) for tensor in (weight, zeros, scales))
         problem = f"qweight, qzeros, scales {shapes} do not fit together at {bits} bits"
-    elif stated is not None and method in ("gptq", "awq") and method != packing:
-        problem = f"{stated.stated_in} says {method}, the shapes say {packing}"
+    elif quantization is not None and method in ("gptq", "awq") and method != packing:
+        problem = f"{quantization.stated_in} says {method}, the shapes say {packing}"
     elif packing == "awq" and form not in (None, "gemm"):
         problem = f"AWQ version {form!r} is not supported, only GEMM is"
     elif packing == "gptq" and form not in (None, "gptq", "gptq_v2"):
@@ -142,7 +142,7 @@ def _grouped(stored: Stored, name: str, stated: SourceQuantization | None, bits:
     if problem:
         stored.problems.append(f"{printable(name if fits else module)}: {problem}")
         return
-    ordered = stated is None or not stated.act_order
+    ordered = quantization is None or not quantization.act_order
     if order is not None and (order.dtype != I32 or order.shape != (k,)):
         stored.problems.append(f"{printable(order.name)}: {order.dtype} {list(order.shape)} is not I32 [{k}]")
     elif not (ordered if order is None else in_order(order, shards, k // groups)):
@@ -156,13 +156,13 @@ def _modelopt(stored: Stored, name: str) -> None:
     module = name[: -len(".weight")]
     weight = stored.take(name, name, (U8, I8))
     scales = stored.take(module + ".weight_scale", name, _SCALES)
-    found = [stored.tensors.pop(module + suffix) for suffix in _PREQUANT if module + suffix in stored.tensors]
+    prequant = [stored.tensors.pop(module + suffix) for suffix in _PREQUANT if module + suffix in stored.tensors]
     if weight is None or scales is None:
         return
     n, k, groups = 2 * weight.rows, weight.cols, scales.cols
-    inputs = found[0] if found else None
+    inputs = prequant[0] if prequant else None
     if scales.rows != n or k % groups or len(scales.shape) != 2 or (inputs is not None and inputs.shape != (k,)):
-        shapes = ", ".join(str(list(tensor.shape)) for tensor in (weight, scales, *found))
+        shapes = ", ".join(str(list(tensor.shape)) for tensor in (weight, scales, *prequant))
         stored.problems.append(f"{printable(module)}: weight, weight_scale, pre_quant_scale {shapes} are not ModelOpt AWQ's")
         return
     _add(stored, module, weight, (n, k), 4, "modelopt", Scales(scales, None, inputs, k // groups))
@@ -190,19 +190,19 @@ def read_fp8(stored: Stored, shards: Sequence[Shard]) -> None:
         taken = [stored.take(module + suffix, name, _SCALES) for suffix in (".weight_scale", ".input_scale")]
         owners[name] = [tensor for tensor in taken if tensor is not None]
     caches = {name: stored.tensors.pop(name) for name in list(stored.tensors) if _KV.search(name)}
-    found = read_scalars([tensor for held in (*owners.values(), caches.values()) for tensor in held], shards)
-    for name, value in found.items():
+    values = read_scalars([tensor for owned in (*owners.values(), caches.values()) for tensor in owned], shards)
+    for name, value in values.items():
         if not is_scale(value):
             shown = "more than one number" if value is None else f"{value:g}"
             stored.problems.append(f"{printable(name)} is {shown}, not the scale of a whole matrix")
     if stored.problems:
         return
-    stored.fp8 = {name: (found[weight.name] or 0.0, found[fed.name] or 0.0) for name, (weight, fed) in owners.items()}
+    stored.fp8 = {name: (values[weight.name] or 0.0, values[fed.name] or 0.0) for name, (weight, fed) in owners.items()}
     for name in caches:
         match = _KV.search(name)
         assert match is not None
         layer = int(match[1])
-        stored.kv[layer] = max(stored.kv.get(layer, 0.0), found[name] or 0.0)
+        stored.kv[layer] = max(stored.kv.get(layer, 0.0), values[name] or 0.0)
 
 
 def _add(stored: Stored, module: str, weight: SourceTensor, shape: tuple[int, int], bits: int, packing: str, scales: Scales) -> None:
@@ -232,9 +232,9 @@ def take_codes(stored: Stored, family: Family, codes: Codes) -> None:
         if role.startswith("expert"):
             raise RefusedError([EXPERTS])
         if role in LINEAR:
-            found = codes.found(name.removesuffix(".weight"), stored.tensors[name].shape, name)
-            stored.tensors[name] = found.codes
-            stored.scales[name] = Scales(found.scales, None, found.multiplier, found.group)
+            codes_of = codes.found(name.removesuffix(".weight"), stored.tensors[name].shape, name)
+            stored.tensors[name] = codes_of.codes
+            stored.scales[name] = Scales(codes_of.scales, None, codes_of.multiplier, codes_of.group)
 
 
 def zero_biases(stored: Stored, unused: Sequence[str], shards: Sequence[Shard]) -> list[str]:
@@ -256,7 +256,7 @@ def read_scalars(tensors: Sequence[SourceTensor], shards: Sequence[Shard]) -> di
     """Name -> value as float32; None for a tensor that has another number of elements than one."""
     from streamconv.checkpoint.stored_codes import as_float
 
-    found: dict[str, float | None] = {tensor.name: None for tensor in tensors}
+    values: dict[str, float | None] = {tensor.name: None for tensor in tensors}
     ordered = sorted((t for t in tensors if t.rows * t.cols == 1), key=lambda t: (t.pieces[0].shard, t.pieces[0].begin))
     while ordered:
         first = ordered[0].pieces[0]
@@ -270,6 +270,6 @@ def read_scalars(tensors: Sequence[SourceTensor], shards: Sequence[Shard]) -> di
             for tensor in ordered[:near]:
                 at = tensor.pieces[0].begin - first.begin
                 stored = np.frombuffer(bytes(window[at : at + tensor.nbytes]), np.uint8)
-                found[tensor.name] = float(as_float(stored, tensor.dtype.name)[0])
+                values[tensor.name] = float(as_float(stored, tensor.dtype.name)[0])
         ordered = ordered[near:]
-    return found
+    return values

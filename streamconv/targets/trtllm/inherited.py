@@ -27,8 +27,8 @@ def is_rank_folder(folder: Path) -> bool:
 
 def stored_ranks(folder: Path) -> Index:
     """The tensors of all rank files, each behind the name of its rank; reads headers alone."""
-    found = sorted((int(known[1]), path) for path in folder.iterdir() if (known := _RANK.fullmatch(path.name)))
-    shards, tensors = tuple(Shard(path) for _, path in found), TensorTable()
+    ranks = sorted((int(known[1]), path) for path in folder.iterdir() if (known := _RANK.fullmatch(path.name)))
+    shards, tensors = tuple(Shard(path) for _, path in ranks), TensorTable()
     for number, shard in enumerate(shards):
         for tensor in shard.header().tensors.values():
             tensors.add(f"{shard.path.stem}.{tensor.name}", tensor.dtype, tensor.shape, number, tensor.begin)
@@ -66,8 +66,8 @@ def inherited(options: TensorRTLLM, origin: Origin | None) -> TensorRTLLM:
         return options
     old = origin.options
     if old.quant in ("fp8", "int4_awq"):
-        told = f"the source is a checkpoint made with --quant {old.quant}, whose weights are not cut anew"
-        raise RefusedError([told], hint="--to hf decodes them, and --to hf --quant keep keeps their codes; convert that")
+        message = f"the source is a checkpoint made with --quant {old.quant}, whose weights are not cut anew"
+        raise RefusedError([message], hint="--to hf decodes them, and --to hf --quant keep keeps their codes; convert that")
     for name, none in (("quant", "none"), ("kv_cache", None)):
         was, asked = getattr(old, name), getattr(options, name)
         if name in options.given and was != none and asked != was:
@@ -79,13 +79,13 @@ def inherited(options: TensorRTLLM, origin: Origin | None) -> TensorRTLLM:
     tp_size = options.tp_size if "tp_size" in options.given else old.tp_size
     left = set(_EXPERTS) if tp_size != old.tp_size or set(_EXPERTS) & options.given else set()
     names = {each.name for each in dataclasses.fields(options)} - options.given - left
-    made = dataclasses.replace(options, **{name: getattr(old, name) for name in names})
+    settled = dataclasses.replace(options, **{name: getattr(old, name) for name in names})
     laid_out = old.quant in ("int8", "int4", "int4_gptq", "int8_gptq") and old.encoding == "processed"
-    if laid_out and (made.encoding != old.encoding or made.dtype not in (old.dtype, "auto", origin.dtype)):
-        asked = f"--encoding {made.encoding}" if made.encoding != old.encoding else f"--dtype {made.dtype}"
-        told = f"{asked}: the source holds integers and their scales in {origin.dtype}, which stay as they are"
-        raise RefusedError([told], hint="decode it first (--to hf), and convert that")
-    split = made.tp_size > 1 and not (made.use_parallel_embedding and made.embedding_sharding_dim == 0)
-    if "use_embedding_sharing" in names and (split or made.pp_size > 1):  # the new cut has no place for it
-        made = dataclasses.replace(made, use_embedding_sharing=False)
-    return made
+    if laid_out and (settled.encoding != old.encoding or settled.dtype not in (old.dtype, "auto", origin.dtype)):
+        asked = f"--encoding {settled.encoding}" if settled.encoding != old.encoding else f"--dtype {settled.dtype}"
+        message = f"{asked}: the source holds integers and their scales in {origin.dtype}, which stay as they are"
+        raise RefusedError([message], hint="decode it first (--to hf), and convert that")
+    split = settled.tp_size > 1 and not (settled.use_parallel_embedding and settled.embedding_sharding_dim == 0)
+    if "use_embedding_sharing" in names and (split or settled.pp_size > 1):  # the new cut has no place for it
+        settled = dataclasses.replace(settled, use_embedding_sharing=False)
+    return settled

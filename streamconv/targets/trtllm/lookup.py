@@ -58,9 +58,9 @@ class TensorLookup:
         """The tensor of a role. Missing or of another shape: None, and a line in `problems`."""
         name = self.found.get((role, layer, expert))
         if name is None:
-            wanted = example(self.family, role, layer, expert) if role in self.family.tensors else role
-            near = nearest(wanted, self._unmatched[:2000]) if len(self.problems) < _NEAREST else None
-            self.problems.append(f"missing tensor {wanted}" + (f" (nearest name: {printable(near)})" if near else ""))
+            name_expected = example(self.family, role, layer, expert) if role in self.family.tensors else role
+            near = nearest(name_expected, self._unmatched[:2000]) if len(self.problems) < _NEAREST else None
+            self.problems.append(f"missing tensor {name_expected}" + (f" (nearest name: {printable(near)})" if near else ""))
             if len(self.problems) > _ENOUGH:  # another model than the config's: no need to go through all of it
                 raise TensorError(self.problems)
             return None
@@ -68,7 +68,7 @@ class TensorLookup:
         self.used.add(name)
         if tensor.shape != shape:
             self.problems.append(
-                f"{printable(name)}: shape {list(tensor.shape)}, config.json means {list(shape)}",
+                f"{printable(name)} has shape {list(tensor.shape)}, expected {list(shape)} from config.json",
             )
             return None
         if self.packing is not None and (role in LINEAR) != isinstance(tensor, PackedTensor):

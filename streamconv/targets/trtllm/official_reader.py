@@ -59,12 +59,12 @@ def _load() -> tuple[Any, Any, Any]:
     except Exception as error:  # missing CUDA or MPI libraries show in many ways
         if isinstance(error, ModuleNotFoundError) and error.name == "tensorrt_llm":
             raise UsageError("--with-tensorrt-llm: tensorrt_llm is not installed", hint=COMMAND) from None
-        told = printable(str(error))
+        message = printable(str(error))
         if package is not None:
             version = getattr(package, "__version__", "of unknown version")
-            raise VerifyError(f"tensorrt_llm {version} cannot read engine checkpoints ({told})", hint=COMMAND) from None
+            raise VerifyError(f"tensorrt_llm {version} cannot read engine checkpoints ({message})", hint=COMMAND) from None
         lacking = "it is installed without what it needs" if isinstance(error, ModuleNotFoundError) else "it needs CUDA and MPI libraries"
-        raise VerifyError(f"tensorrt_llm cannot be imported: {told}", hint=lacking) from None
+        raise VerifyError(f"tensorrt_llm cannot be imported: {message}", hint=lacking) from None
 
 
 def _told(version: str, error: Exception) -> str:

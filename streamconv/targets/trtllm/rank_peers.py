@@ -72,20 +72,20 @@ def problems(config: Mapping[str, Any], files: Mapping[str, Sequence[str]], dige
 
 def _copies(files: Mapping[str, Sequence[str]], digest: Digest) -> Iterator[list[str]]:
     """Groups of files whose weights are equal, all of them."""
-    held = {name: tuple(tensor for tensor in tensors if tensor.endswith(_CUT)) for name, tensors in files.items()}
+    cut_names = {name: tuple(tensor for tensor in tensors if tensor.endswith(_CUT)) for name, tensors in files.items()}
     by_names: dict[tuple[str, ...], list[str]] = {}
-    for name, cut in held.items():
+    for name, cut in cut_names.items():
         by_names.setdefault(cut, []).append(name)
     for cut, names in by_names.items():
-        groups, told = [names], False
+        groups, warned = [names], False
         for tensor in cut:
             split: dict[tuple[int, str], list[str]] = {}
             for number, group in enumerate(groups):
                 for name in group if len(group) > 1 else ():
                     split.setdefault((number, digest(name, tensor)), []).append(name)
-            told = told or any(text for _, text in split)
+            warned = warned or any(text for _, text in split)
             groups = [group for group in split.values() if len(group) > 1]
-        yield from groups if told and cut else ()
+        yield from groups if warned and cut else ()
 
 
 def sampled(ranks: Mapping[str, RankFile]) -> Digest:

@@ -75,9 +75,9 @@ def open_ranks(folder: Path) -> Index:
     except VerifyError as error:
         raise CheckpointError(f"{printable(str(folder))}: {error.message}") from None
     if choices[0].quant not in _READ:
-        stated = f"{printable(str(folder / _CONFIG))}: quant_algo {config['quantization']['quant_algo']}"
+        place = f"{printable(str(folder / _CONFIG))}: quant_algo {config['quantization']['quant_algo']}"
         why = "smoothing has changed weights and the norms before them, and is not taken back"
-        raise RefusedError([f"{stated}: the weights of this format are not read back: {why}"], hint="start from the original model")
+        raise RefusedError([f"{place}: the weights of this format are not read back: {why}"], hint="start from the original model")
     source = None if recorded is None else recorded.source_config
     readers = [_Reader(folder, config, ranks, options, source) for options in choices]
     if len(readers) == 1:
@@ -113,9 +113,9 @@ def _check_peers(folder: Path, config: Mapping[str, Any], ranks: Sequence[RankFi
     tensors = {name: tuple(rank.tensors) for name, rank in by_name.items()}
     problems = list(rank_peers.problems(config, tensors, rank_peers.sampled(by_name)))
     for name, rank in by_name.items() if recorded and not problems else ():
-        told = set(manifest.recorded(folder / manifest.NAME, name))
+        names = set(manifest.recorded(folder / manifest.NAME, name))
         small = rank_peers.small_tensors(config, rank)
-        wrong = [entry.name for entry in small if (entry.name, rank_peers.hash_of(rank.shard, entry)) not in told]
+        wrong = [entry.name for entry in small if (entry.name, rank_peers.hash_of(rank.shard, entry)) not in names]
         if wrong:
             why = f"{printable(wrong[0])} holds other bytes than {manifest.NAME} tells"
             problems.append(f"{name} is not the file that was written there: {why}")
@@ -228,13 +228,13 @@ class _Reader:
 
     def _in_fp8(self) -> dict[tuple[int, str], Scales]:
         """(layer, module) of the matrices that are FP8: some may be left out."""
-        found = dict[tuple[int, str], Scales]()
+        scales = dict[tuple[int, str], Scales]()
         for layer, file, prefix in self._layers():
             for module in MODULES:
                 entry = self._ranks[file].tensors.get(f"{prefix}{module}.weight")
                 if entry is not None and entry.dtype.itemsize == 1:
-                    found[layer, module] = ((module, 1.0),)  # scales are read beside the matrix
-        return found
+                    scales[layer, module] = ((module, 1.0),)  # scales are read beside the matrix
+        return scales
 
     def _begin(self, file: int, tensor: str) -> int:
         entry = self._ranks[file].tensors.get(tensor)

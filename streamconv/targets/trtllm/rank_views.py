@@ -105,11 +105,11 @@ class _Stored:
         name, codec, inputs = self.tensor.name, self.blocks[0][1].codec, self.tensor.name.removesuffix(".weight")
         if isinstance(codec, Plain):
             plain = self._weight(codec.dtype)
-            found = {name: less_one(plain) if codec.add_one else plain}
+            tensors = {name: less_one(plain) if codec.add_one else plain}
             if codec.dtype == F8_E4M3:
-                found[name + SCALE] = self._scalar(name + SCALE, "weights_scaling_factor")
-                found[inputs + _INPUT_SCALE] = self._scalar(inputs + _INPUT_SCALE, "activation_scaling_factor")
-            return found
+                tensors[name + SCALE] = self._scalar(name + SCALE, "weights_scaling_factor")
+                tensors[inputs + _INPUT_SCALE] = self._scalar(inputs + _INPUT_SCALE, "activation_scaling_factor")
+            return tensors
         if isinstance(codec, GivenIntegers):
             return self._paired()
         if isinstance(codec, PackedWeight):
@@ -132,14 +132,14 @@ class _Stored:
         Args:
             part: 0 for the weight, 1 for its scales, one for each row.
         """
-        found = list[Extent]()
+        extents = list[Extent]()
         for block, matrix in self.blocks:
             place, cols, size = matrix.places[part], 1 if part else block.right - block.left, block.twice
             count = size or block.stop - block.start
             for head in range((block.stop - block.start) // (2 * size) if size else 1):
                 at = Extent(matrix.file, place.extent(block.row + head * count, 0)[0], count, cols)
-                found += [at, at] if size else [at]
-        return tuple(found)
+                extents += [at, at] if size else [at]
+        return tuple(extents)
 
     def _entries(self, stored: str) -> Iterator[tuple[Block, int, TensorEntry]]:
         """(block, file, tensor of that last name beside its matrix)."""
@@ -173,10 +173,10 @@ class _Stored:
         codes = PackedTensor(name, I8, self.tensor.shape, pairs, self.axis, packing="modelopt", module=module)
         views = {name: codes, name + SCALE: self._groups(name + SCALE, "weights_scaling_factor", by_channel=True)}
         if f"{first.name}.prequant_scaling_factor" in self.ranks[first.file].tensors:  # of each input [K]
-            found = list(self._entries("prequant_scaling_factor"))[: None if self.axis else 1]
-            pieces = tuple(Extent(file, entry.begin, entry.shape[-1], 1) for _, file, entry in found)
+            factors = list(self._entries("prequant_scaling_factor"))[: None if self.axis else 1]
+            pieces = tuple(Extent(file, entry.begin, entry.shape[-1], 1) for _, file, entry in factors)
             shape = (sum(piece.rows for piece in pieces),)
-            views[module + _PRE_SCALE] = SourceTensor(module + _PRE_SCALE, found[0][2].dtype, shape, pieces)
+            views[module + _PRE_SCALE] = SourceTensor(module + _PRE_SCALE, factors[0][2].dtype, shape, pieces)
         return views
 
     def _scalar(self, name: str, stored: str) -> SourceTensor:
@@ -196,8 +196,8 @@ class _Stored:
         if len({value for _, value in steps}) == 1:
             return SourceTensor(name, F32, (1,), (pieces[0],))
         if self.axis:
-            told = "the ranks have scales of their own for parts of the same rows, which is not read back"
-            raise RefusedError([f"{printable(name)}: {told}"])
+            message = "the ranks have scales of their own for parts of the same rows, which is not read back"
+            raise RefusedError([f"{printable(name)}: {message}"])
         return Steps(name, F32, (sum(rows for rows, _ in steps), 1), tuple(pieces), 0, tuple(steps))
 
 
@@ -218,12 +218,12 @@ def views_of(roles: Imagined, matrices: MatrixTable, spans: SpanTable, ranks: Se
     for span in spans:
         twice = span.op.block // 2 if span.op.kind == "dedup" else 0
         blocks[span.source.name] += [Block(span.start, span.stop, *dest.cols[0], dest.matrix, dest.row, twice) for dest in span.dests]
-    found: dict[str, SourceTensor] = {}
+    views: dict[str, SourceTensor] = {}
     for name, tensor in roles.asked.items():
         axis = int(any(block.right - block.left < tensor.cols for block in blocks[name]))
         stored = [(block, matrices[block.matrix]) for block in _once(tensor, blocks[name], axis)]
-        found |= _Stored(tensor, axis, stored, ranks).views()
-    return found
+        views |= _Stored(tensor, axis, stored, ranks).views()
+    return views
 
 
 def _once(tensor: SourceTensor, blocks: Sequence[Block], axis: int) -> list[Block]:

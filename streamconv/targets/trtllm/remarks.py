@@ -41,8 +41,8 @@ def about_lm_head(index: Index, roles: TensorLookup) -> list[str]:
         return []
     if same_rows(index.shards, pair, spread(pair[0].rows)):
         return []
-    told = "is not the embedding, to which config.json ties it (tie_word_embeddings): the embedding is stored, as TensorRT-LLM 1.2 does"
-    return [f"{printable(pair[1].name)} {told}; set tie_word_embeddings to false to keep it"]
+    message = "is not the embedding, to which config.json ties it (tie_word_embeddings): the embedding is stored, as TensorRT-LLM 1.2 does"
+    return [f"{printable(pair[1].name)} {message}; set tie_word_embeddings to false to keep it"]
 
 
 def _stored_pair(index: Index, roles: TensorLookup) -> list[SourceTensor]:
@@ -61,19 +61,19 @@ def same_rows(shards: Sequence[Shard], pair: Sequence[SourceTensor], rows: Itera
     if (pair[0].dtype, pair[0].shape) != (pair[1].dtype, pair[1].shape):
         return False
     for start, stop in rows:
-        held = np.empty((2, (stop - start) * pair[0].stored_row_bytes), np.uint8)
-        for tensor, out in zip(pair, held, strict=True):
+        buffers = np.empty((2, (stop - start) * pair[0].stored_row_bytes), np.uint8)
+        for tensor, out in zip(pair, buffers, strict=True):
             tensor.read(shards, start, stop, out, out[:0])
-        if not bool((held[0] == held[1]).all()):
+        if not bool((buffers[0] == buffers[1]).all()):
             return False
     return True
 
 
-def about_kv_cache(stated: SourceQuantization | None, options: TensorRTLLM) -> list[str]:
+def about_kv_cache(quantization: SourceQuantization | None, options: TensorRTLLM) -> list[str]:
     """A quantized KV cache of the source that is not taken over."""
-    if stated is None or stated.kv_algo in (None, "FP8" if options.kv_cache == "fp8" else None):
+    if quantization is None or quantization.kv_algo in (None, "FP8" if options.kv_cache == "fp8" else None):
         return []
-    return [f"{stated.stated_in}: the source's KV cache in {stated.kv_algo} is not taken over"]
+    return [f"{quantization.stated_in}: the source's KV cache in {quantization.kv_algo} is not taken over"]
 
 
 def about_index(index: Index, spare: Sequence[str]) -> list[str]:
@@ -82,11 +82,11 @@ def about_index(index: Index, spare: Sequence[str]) -> list[str]:
     Args:
         spare: tensors that the index file does not list and nothing needs.
     """
-    told = (
+    findings = (
         (index.absent, "is listed in the index file, in no file, and needed by nothing"),
         (spare, "is not listed in the index file and not needed: left out"),
     )
-    return [f"{printable(names[0])}{f' (and {len(names) - 1} more)' if len(names) > 1 else ''} {why}" for names, why in told if names]
+    return [f"{printable(names[0])}{f' (and {len(names) - 1} more)' if len(names) > 1 else ''} {why}" for names, why in findings if names]
 
 
 def about_model(model: ModelConfig, options: TensorRTLLM, family: Family) -> list[str]:
@@ -121,5 +121,5 @@ def late_notes(config: dict[str, Any]) -> tuple[str, ...]:
     late = late_keys(config)
     if late is None:
         return ()
-    told = "which early releases of TensorRT-LLM 1.x do not know and reject"
-    return (f"config.json holds {late}, {told}: --target-version 1.0 leaves them out",)
+    message = "which early releases of TensorRT-LLM 1.x do not know and reject"
+    return (f"config.json holds {late}, {message}: --target-version 1.0 leaves them out",)

@@ -42,14 +42,14 @@ def add_scales(builder: Draft, stored: Stored, dtype: DType, shards: Sequence[Sh
             local = experts if kept and ".mlp." in name else 0
             vector = Plain(first.scales.dtype, vector=True, suffix="per_channel_scale")
             rows = sum(feed.stop - feed.start for feed in feeds)
-            made = builder.matrix(file, name, rows // max(local, 1), 1, vector, experts=local)
+            number = builder.matrix(file, name, rows // max(local, 1), 1, vector, experts=local)
             for feed in feeds:
                 scales, (left, right) = stored.scales[feed.source.name].scales, feed.cols[0]
                 each = feed.source.cols // scales.cols
                 if kept and (right - left != each or left % each):
                     cut_anew.append((feed.source.name, each, right - left))
                 at = left // each if kept else 0
-                builder.feed(made, scales, feed.start, feed.stop, cols=[(at, at + 1)])
+                builder.feed(number, scales, feed.start, feed.stop, cols=[(at, at + 1)])
         elif kept:
             _stored_groups(builder, file, name, feeds, stored)
         elif problem := _packed_groups(builder, file, name, feeds, stored, dtype):
@@ -57,8 +57,8 @@ def add_scales(builder: Draft, stored: Stored, dtype: DType, shards: Sequence[Sh
     if cut_anew:
         (name, each, now), count = cut_anew[0], len({name for name, _, _ in cut_anew})
         more = f" (and {count - 1} more)" if count > 1 else ""
-        told = f"a scale in the source is that of the {each} inputs of a rank, which would now have {now}, with another scale"
-        problems[f"{printable(name)}{more}: {told}; keep --tp-size, or decode the source (--to hf) and convert that"] = None
+        message = f"a scale in the source is that of the {each} inputs of a rank, which would now have {now}, with another scale"
+        problems[f"{printable(name)}{more}: {message}; keep --tp-size, or decode the source (--to hf) and convert that"] = None
     return list(problems)
 
 
@@ -111,8 +111,8 @@ def _packed_groups(builder: Draft, file: int, name: str, feeds: Sequence[Fed], s
     codec = GroupScales(dtype, kind, bits, packed.packing == "awq", middle)
     low, high = feeds[0].cols[0]
     low, high = low // first.group, high // first.group
-    made = builder.matrix(file, name, high - low, sum(b - a for a, b in cols), codec)
-    builder.feed(made, joined, low, high, cols=_joined(cols))
+    number = builder.matrix(file, name, high - low, sum(b - a for a, b in cols), codec)
+    builder.feed(number, joined, low, high, cols=_joined(cols))
     return None
 
 
@@ -132,10 +132,10 @@ def _modelopt_scales(builder: Draft, file: int, name: str, feeds: Sequence[Fed],
     low, high = feeds[0].cols[0]
     rows = sum(feed.stop - feed.start for feed in feeds)
     codec = Plain(F32, suffix="weights_scaling_factor")
-    made = builder.matrix(file, name, rows, (high - low) // owned.group, codec)
+    number = builder.matrix(file, name, rows, (high - low) // owned.group, codec)
     for feed in feeds:
         scales = stored.scales[feed.source.name]
-        builder.feed(made, scales.scales, feed.start, feed.stop, cols=[(low // scales.group, high // scales.group)])
+        builder.feed(number, scales.scales, feed.start, feed.stop, cols=[(low // scales.group, high // scales.group)])
     if owned.inputs is None:
         _unit_prescale(builder, file, name, dtype, high - low)
         return
@@ -166,8 +166,8 @@ def _stored_groups(builder: Draft, file: int, name: str, feeds: Sequence[Fed], s
         whole = there[0] if len(there) == 1 else _beside(there)
         starts = dict(zip(sources, accumulate((tensor.cols for tensor in there), initial=0), strict=False))
         cols = [(starts[feed.source.name] + feed.start, starts[feed.source.name] + feed.stop) for feed in feeds]
-        made = builder.matrix(file, name, last - first, sum(b - a for a, b in cols), Plain(whole.dtype, suffix=suffix))
-        builder.feed(made, whole, first, last, cols=cols)
+        number = builder.matrix(file, name, last - first, sum(b - a for a, b in cols), Plain(whole.dtype, suffix=suffix))
+        builder.feed(number, whole, first, last, cols=cols)
 
 
 def _beside(tensors: Sequence[SourceTensor]) -> SourceTensor:

@@ -39,8 +39,8 @@ class SmoothLayout(RankLayout):
         shapes: dict[str, tuple[int, ...]] = {"q": (q_rows, hidden), "k": (kv_rows, hidden), "v": (kv_rows, hidden), "o": (hidden, q_rows)}
         shapes |= {"gate": (width, hidden), "up": (width, hidden), "down": (hidden, width)}
         shapes |= {"input_norm": (hidden,), "post_norm": (hidden,)}
-        found = {role: self.roles.require(role, shape, at.layer) for role, shape in shapes.items()}
-        tensors = {role: tensor for role, tensor in found.items() if tensor is not None}
+        names = {role: self.roles.require(role, shape, at.layer) for role, shape in shapes.items()}
+        tensors = {role: tensor for role, tensor in names.items() if tensor is not None}
         if len(tensors) == len(shapes):  # `roles` reports what is missing
             self._smooth(at, tensors)
         self.qkv_bias(at)

@@ -45,37 +45,37 @@ def model_config(config: Mapping[str, Any], source: Mapping[str, Any] | None) ->
         CheckpointError: the architecture is unknown.
     """
     if source is not None:
-        made = {key: value for key, value in source.items() if key != "quantization_config"}
-        key = "dtype" if "dtype" in made and "torch_dtype" not in made else "torch_dtype"
-        return made if str(made.get(key)).removeprefix("torch.") == config["dtype"] else made | {key: config["dtype"]}
+        model = {key: value for key, value in source.items() if key != "quantization_config"}
+        key = "dtype" if "dtype" in model and "torch_dtype" not in model else "torch_dtype"
+        return model if str(model.get(key)).removeprefix("torch.") == config["dtype"] else model | {key: config["dtype"]}
     architecture = str(config.get("architecture"))
     kind = family_of(architecture).config_class
-    made = {"architectures": [architecture]} | ({"model_type": MODEL_TYPES[architecture]} if architecture in MODEL_TYPES else {})
-    made |= {theirs: config[ours] for ours, theirs in _NAMES.items() if ours in config}
+    model = {"architectures": [architecture]} | ({"model_type": MODEL_TYPES[architecture]} if architecture in MODEL_TYPES else {})
+    model |= {theirs: config[ours] for ours, theirs in _NAMES.items() if ours in config}
     if config.get("remove_duplicated_kv_heads"):
-        made["num_key_value_heads"] *= 2
-    made |= _FAMILIES[kind](config, architecture)
+        model["num_key_value_heads"] *= 2
+    model |= _FAMILIES[kind](config, architecture)
     if architecture.startswith("Exaone"):
-        made = {_EXAONE.get(key, key): value for key, value in made.items()}
-    return made
+        model = {_EXAONE.get(key, key): value for key, value in model.items()}
+    return model
 
 
 def _llama(config: Mapping[str, Any], architecture: str) -> Config:
     moe = _section(config, "moe")
-    made: Config = {"bias" if architecture.startswith("InternLM") else "attention_bias": bool(config.get("attn_bias"))}
+    entries: Config = {"bias" if architecture.startswith("InternLM") else "attention_bias": bool(config.get("attn_bias"))}
     if config.get("mlp_bias"):
-        made["mlp_bias"] = True
+        entries["mlp_bias"] = True
     if config.get("residual_mlp"):
-        made["parallel_attn_mlp_res"] = True
+        entries["parallel_attn_mlp_res"] = True
     if moe.get("num_experts"):
-        made |= {"num_local_experts": moe["num_experts"], "num_experts_per_tok": moe.get("top_k"), "hidden_act": "silu"}
+        entries |= {"num_local_experts": moe["num_experts"], "num_experts_per_tok": moe.get("top_k"), "hidden_act": "silu"}
     if architecture.startswith("Granite"):
-        made |= {key: config[key] for key in ("embedding_multiplier", "residual_multiplier") if key in config}
+        entries |= {key: config[key] for key in ("embedding_multiplier", "residual_multiplier") if key in config}
         if "attention_multiplier" in config:
-            made["attention_multiplier"] = _divided(config["attention_multiplier"], config["head_size"] ** 0.5)
+            entries["attention_multiplier"] = _divided(config["attention_multiplier"], config["head_size"] ** 0.5)
         if "output_multiplier_scale" in config:
-            made["logits_scaling"] = 1.0 / config["output_multiplier_scale"]
-    return made
+            entries["logits_scaling"] = 1.0 / config["output_multiplier_scale"]
+    return entries
 
 
 def _divided(product: float, factor: float) -> float:
@@ -86,30 +86,30 @@ def _divided(product: float, factor: float) -> float:
 
 def _qwen(config: Mapping[str, Any], architecture: str) -> Config:
     moe = _section(config, "moe")
-    made: Config = {"use_logn_attn": True} if config.get("use_logn_attn") else {}
+    entries: Config = {"use_logn_attn": True} if config.get("use_logn_attn") else {}
     if config.get("seq_length", 8192) != 8192:
-        made["seq_length"] = config["seq_length"]
+        entries["seq_length"] = config["seq_length"]
     if moe.get("num_experts"):
-        made |= {"num_experts": moe["num_experts"], "num_experts_per_tok": moe.get("top_k"), "hidden_act": "silu"}
-        made |= {"moe_intermediate_size": config.get("moe_intermediate_size"), "norm_topk_prob": moe.get("normalization_mode") == 1}
+        entries |= {"num_experts": moe["num_experts"], "num_experts_per_tok": moe.get("top_k"), "hidden_act": "silu"}
+        entries |= {"moe_intermediate_size": config.get("moe_intermediate_size"), "norm_topk_prob": moe.get("normalization_mode") == 1}
         if config.get("moe_shared_expert_intermediate_size"):
-            made["shared_expert_intermediate_size"] = config["moe_shared_expert_intermediate_size"]
-        made |= {key: config[key] for key in ("mlp_only_layers", "decoder_sparse_step") if key in config}
-    return made
+            entries["shared_expert_intermediate_size"] = config["moe_shared_expert_intermediate_size"]
+        entries |= {key: config[key] for key in ("mlp_only_layers", "decoder_sparse_step") if key in config}
+    return entries
 
 
 def _phi3(config: Mapping[str, Any], architecture: str) -> Config:
-    made: Config = {"hidden_act": "silu", "partial_rotary_factor": config.get("rotary_pct", 1.0)}
+    entries: Config = {"hidden_act": "silu", "partial_rotary_factor": config.get("rotary_pct", 1.0)}
     if config.get("position_embedding_type") == "long_rope":
         factors = {"short_factor": config["longrope_scaling_short_factors"], "long_factor": config["longrope_scaling_long_factors"]}
-        made["rope_scaling"] = {"type": "longrope"} | factors
-        made["original_max_position_embeddings"] = config.get("original_max_position_embeddings", 4096)
-    return made
+        entries["rope_scaling"] = {"type": "longrope"} | factors
+        entries["original_max_position_embeddings"] = config.get("original_max_position_embeddings", 4096)
+    return entries
 
 
 def _gemma(config: Mapping[str, Any], architecture: str) -> Config:
-    made: Config = {key: config[key] for key in _GEMMA if key in config}
-    return made | ({"rotary_scaling": config["rotary_scaling"]} if config.get("rotary_scaling") else {}) | {"tie_word_embeddings": True}
+    entries: Config = {key: config[key] for key in _GEMMA if key in config}
+    return entries | ({"rotary_scaling": config["rotary_scaling"]} if config.get("rotary_scaling") else {}) | {"tie_word_embeddings": True}
 
 
 def _internlm2(config: Mapping[str, Any], architecture: str) -> Config:
@@ -117,10 +117,10 @@ def _internlm2(config: Mapping[str, Any], architecture: str) -> Config:
 
 
 def _section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    held = config.get(key)
-    if held is not None and not isinstance(held, dict):
-        raise CheckpointError(f"config.json: {key} is {printable(repr(held), 60)}, not an object")
-    return held or {}
+    section = config.get(key)
+    if section is not None and not isinstance(section, dict):
+        raise CheckpointError(f"config.json: {key} is {printable(repr(section), 60)}, not an object")
+    return section or {}
 
 
 _FAMILIES = {"llama": _llama, "qwen": _qwen, "phi3": _phi3, "gemma": _gemma, "internlm2": _internlm2}

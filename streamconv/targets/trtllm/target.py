@@ -93,12 +93,12 @@ def check_request(index: Index, options: TensorRTLLM) -> None:
         CheckpointError, RefusedError: as `make_plan`.
     """
     model, family = model_of(index)
-    stated = source_quantization(index)
-    if stated is not None:
-        import_rules.import_prequantized(options, stated, model.num_experts)
-        hint = "leave out --text" if stated.brings_scales else "measure on the unquantized model, and convert that"
-        told = f"--text: {stated.stated_in}: quantized already ({stated.title}); nothing is measured on such a model"
-        raise RefusedError([told], hint=hint)
+    quantization = source_quantization(index)
+    if quantization is not None:
+        import_rules.import_prequantized(options, quantization, model.num_experts)
+        hint = "leave out --text" if quantization.brings_scales else "measure on the unquantized model, and convert that"
+        message = f"--text: {quantization.stated_in}: quantized already ({quantization.title}); nothing is measured on such a model"
+        raise RefusedError([message], hint=hint)
     _refuse(refusals(model, family, _settled(options, family), _kv_heads(model, options), resolve_moe(options)))
 
 
@@ -114,14 +114,14 @@ def make_plan(index: Index, options: TensorRTLLM) -> Plan:
     options = inherited(options, origin)
     check_options(options)
     model, family = model_of(index)
-    stated = source_quantization(index)
+    quantization = source_quantization(index)
     refuse_unknown(index, "convert the model that it was made from")
-    options = _settled(import_rules.import_prequantized(options, stated, model.num_experts), family)
+    options = _settled(import_rules.import_prequantized(options, quantization, model.num_experts), family)
     check_options(options)
     moe = resolve_moe(options)
     kv = _kv_heads(model, options)
     _refuse(refusals(model, family, options, kv, moe))
-    given = stated is not None and stated.brings_scales
+    given = quantization is not None and quantization.brings_scales
     if given and options.activation_ranges is not None and options.kv_cache is None:
         raise UsageError("--activation-ranges: the source is FP8 and brings its scales along", hint="leave it out")
     factors = origin.cache_factors if origin is not None else {}
@@ -140,7 +140,7 @@ def make_plan(index: Index, options: TensorRTLLM) -> Plan:
         stored = import_scales.Stored(Changed(tensors))
     else:
         bits = 8 if options.quant == "int8_gptq" else 4
-        stored = import_scales.assemble(tensors, stated, bits, index.shards)
+        stored = import_scales.assemble(tensors, quantization, bits, index.shards)
     kept = origin is not None and bool(stored.scales)
     codes = _codes(options, index)
     if codes is not None:
@@ -149,7 +149,7 @@ def make_plan(index: Index, options: TensorRTLLM) -> Plan:
     if isinstance(base, Awq) and not stored.scales:
         base = Awq(None)  # a source of floats
     roles = TensorLookup(family, stored.tensors, base.packings)
-    quant = import_rules.quant_for(base, options, family, stated, stored, roles, origin.bound if origin is not None else None)
+    quant = import_rules.quant_for(base, options, family, quantization, stored, roles, origin.bound if origin is not None else None)
     _refuse(list(import_rules.given_problems(options, quant)))
     has_head = roles.has("lm_head")
     missing = not has_head or (options.use_embedding_sharing and remarks.same_bytes(index, roles))
@@ -199,8 +199,8 @@ def make_plan(index: Index, options: TensorRTLLM) -> Plan:
     files, matrices, spans, constants = builder.finish()
     problem = expected.first_problem(config, files)
     if problem:  # whatever a source's config says: nothing is written that the loader, or `verify`, would reject
-        told = "is the source's config.json complete, and does it describe these weights?"
-        raise RefusedError([f"TensorRT-LLM would not load it: {problem}"], hint=told)
+        hint = "is the source's config.json complete, and does it describe these weights?"
+        raise RefusedError([f"TensorRT-LLM would not load it: {problem}"], hint=hint)
     return Plan(
         family=family.name,
         target=options,
@@ -215,7 +215,7 @@ def make_plan(index: Index, options: TensorRTLLM) -> Plan:
             remarks.about_model(model, options, family)
             + (remarks.about_lm_head(index, roles) if tied and has_head else [])
             + list(filter(None, [left_over(index)]))
-            + remarks.about_kv_cache(stated, options)
+            + remarks.about_kv_cache(quantization, options)
             + list(index.notes)
             + remarks.about_index(index, spare)
         ),
@@ -244,8 +244,8 @@ def _codes(options: TensorRTLLM, index: Index) -> Codes | None:
 
     codes = codes_of(options.method, options.codes)
     if codes is not None and codes.folded:
-        told = "--codes: their pre-scales are folded into the layers before, for a Hugging Face directory"
-        raise UsageError(told, hint="--text FILE finds those of a TensorRT-LLM checkpoint")
+        message = "--codes: their pre-scales are folded into the layers before, for a Hugging Face directory"
+        raise UsageError(message, hint="--text FILE finds those of a TensorRT-LLM checkpoint")
     if codes is not None:
         codes.check_model(index)
     return codes
@@ -270,5 +270,5 @@ def _without_scales(index: Index, stored: import_scales.Stored, roles: TensorLoo
     if not odd:
         return []
     more = f" (and {len(odd) - 1} more)" if len(odd) > 1 else ""
-    told = f"{stored.tensors[odd[0]].dtype} weights need scales, and this checkpoint has none for them"
-    return [f"{printable(odd[0])}{more}: {told}; convert the unquantized model, or a checkpoint that is complete"]
+    message = f"{stored.tensors[odd[0]].dtype} weights need scales, and this checkpoint has none for them"
+    return [f"{printable(odd[0])}{more}: {message}; convert the unquantized model, or a checkpoint that is complete"]

@@ -18,12 +18,12 @@ __all__ = ["Module", "Quant", "QuantInfo", "all_quants", "quant_of", "refuse", "
 @cache
 def all_quants() -> dict[str, Quant]:
     """key -> quant, in the order of their keys' files."""
-    found: dict[str, Quant] = {}
+    quants: dict[str, Quant] = {}
     for module in pkgutil.iter_modules(__path__):
         loaded = importlib.import_module(f"{__name__}.{module.name}")
         for quant in getattr(loaded, "QUANTS", ()):
-            found[quant.info.key] = quant
-    return found
+            quants[quant.info.key] = quant
+    return quants
 
 
 def quant_of(key: str) -> Quant:

@@ -21,8 +21,8 @@ class Gptq(Quant):
 
     @property
     def info(self) -> QuantInfo:
-        made = "GPTQ and AutoAWQ" if self.bits == 4 else "8-bit GPTQ"
-        summary = f"{made} checkpoints taken over: int{self.bits} weights with a scale and a zero for each group"
+        makers = "GPTQ and AutoAWQ" if self.bits == 4 else "8-bit GPTQ"
+        summary = f"{makers} checkpoints taken over: int{self.bits} weights with a scale and a zero for each group"
         return QuantInfo(
             f"int{self.bits}_gptq",
             f"W{self.bits}A16_GPTQ",
