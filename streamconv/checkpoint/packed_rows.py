@@ -9,9 +9,8 @@ from streamconv.lazy import Bytes, np
 
 AWQ_POSITION = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where AutoAWQ keeps channel j of eight: the number of its nibble, counted from the least significant."""
-
-_LOW = [AWQ_POSITION.index(2 * byte) for byte in range(4)]
-_HIGH = [AWQ_POSITION.index(2 * byte + 1) for byte in range(4)]
+AWQ_CHANNEL = tuple(AWQ_POSITION.index(nibble) for nibble in range(8))
+"""The inverse: the channel of each nibble."""
 
 
 def unpack(packing: str, bits: int, k: int, packed: Bytes, temp: Bytes, out: Bytes) -> None:
@@ -29,7 +28,7 @@ def unpack(packing: str, bits: int, k: int, packed: Bytes, temp: Bytes, out: Byt
         if packing == "gptq":
             out.reshape(count, k // 8, 4, 2)[..., int(high)] = temp.reshape(k // 8, count, 4).transpose(1, 0, 2)
         elif packing == "awq":
-            places, words = (_HIGH if high else _LOW), temp.reshape(k, count // 8, 4)
+            places, words = AWQ_CHANNEL[int(high) :: 2], temp.reshape(k, count // 8, 4)
             for byte, channel in enumerate(places):
                 out.reshape(count // 8, 8, k)[:, channel] = words[:, :, byte].T
         else:

@@ -14,7 +14,8 @@ Code = Literal["e4m3", "int8", "uint8", "e2m1", "uint4"]
 """How a code is read: float8_e4m3fn; int8; uint8 around 128; FP4 or uint4 around 8, two in a byte, the even column in the low half."""
 
 NIBBLES = ("e2m1", "uint4")
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""FP4: the values of codes 0 to 7; 8 is added for their negatives."""
 
 
 @cache
@@ -22,7 +23,7 @@ def values(code: Code) -> Floats:
     """float32 [256] or [16]: the value of each code."""
     number = np.arange(16 if code in NIBBLES else 256)
     if code == "e2m1":
-        table = np.array(_E2M1)[number & 7] * np.where(number & 8, -1.0, 1.0)
+        table = np.array(E2M1)[number & 7] * np.where(number & 8, -1.0, 1.0)
     elif code == "uint4":
         table = number - 8.0
     elif code == "uint8":

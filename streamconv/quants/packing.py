@@ -11,12 +11,11 @@ from __future__ import annotations
 from typing import Literal
 
 from streamconv.checkpoint.dtypes import I8, I32, U8
-from streamconv.checkpoint.packed_rows import AWQ_POSITION
+from streamconv.checkpoint.packed_rows import AWQ_CHANNEL, AWQ_POSITION
 from streamconv.lazy import torch
 from streamconv.quants.base import Part
 
 Packing = Literal["bytes", "words", "pairs", "awq"]
-_AWQ_ORDER = [AWQ_POSITION.index(nibble) for nibble in range(8)]
 
 
 def packed_part(role: str, packing: Packing, bits: int, rows: int, cols: int) -> Part:
@@ -39,7 +38,7 @@ def pack(q: torch.Tensor, packing: Packing, bits: int) -> torch.Tensor:
     codes = (q.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
     codes = torch.nn.functional.pad(codes, (0, -codes.shape[1] % (32 // bits)))
     if packing == "awq":
-        codes = codes.reshape(-1, 8)[:, _AWQ_ORDER]
+        codes = codes.reshape(-1, 8)[:, list(AWQ_CHANNEL)]
     return codes.reshape(-1) if bits == 8 else pack_nibbles(codes)
 
 

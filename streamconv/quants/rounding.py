@@ -45,10 +45,6 @@ def finite_rows(block: torch.Tensor, stats: EncodeStats) -> torch.Tensor:
     return torch.where(torch.isnan(values), 0.0, torch.maximum(torch.minimum(values, top), -top))
 
 
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-"""FP4: the values of codes 0 to 7; 8 is added for their negatives."""
-
-
 def e2m1_codes(ratio: torch.Tensor) -> torch.Tensor:
     """float32 -> FP4, uint8 codes 0 to 15: nearest, ties to the even code, at most 6. The sign is that of ratio < 0: -0.0 is code 0."""
     size = ratio.abs()
@@ -60,5 +56,7 @@ def e2m1_codes(ratio: torch.Tensor) -> torch.Tensor:
 
 def e2m1_values(codes: torch.Tensor) -> torch.Tensor:
     """uint8 codes -> float32."""
-    table = torch.tensor(_E2M1 + tuple(-value for value in _E2M1), device=codes.device)
+    from streamconv.checkpoint.stored_codes import E2M1
+
+    table = torch.tensor(E2M1 + tuple(-value for value in E2M1), device=codes.device)
     return table[codes.to(torch.int64)]
