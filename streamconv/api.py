@@ -105,7 +105,7 @@ def _whole(asked: Conversion) -> Report:
     laps, resources, meter = [asked.clock()], asked.resources, asked.meter
     index, plans = open_and_plan_all(asked.source, asked.outputs, resources.memory_budget)
     memory_plan = _estimated(plans, resources)  # a budget that is far too small is refused before anything is loaded
-    with contextlib.closing(index), contextlib.ExitStack() as stack:
+    with index, contextlib.ExitStack() as stack:
         writers = [
             Writer(Path(named(one.out)), index.root, plan, index.shards, asked.force, asked.disk, resources.no_lock, skip=asked.several)
             for one, plan in zip(asked.outputs, plans, strict=True)
@@ -172,7 +172,7 @@ def _in_parts(asked: Conversion) -> Report:
 
     began, resources, meter = asked.clock(), asked.resources, asked.meter
     index, plans = open_and_plan_all(asked.source, asked.outputs, resources.memory_budget)
-    with contextlib.closing(index):
+    with index:
         foreseen = [_estimated([plan], resources) for plan in plans]
         workers = [Worker(asked, one.out, index, plan) for one, plan in zip(asked.outputs, plans, strict=True)]
         if asked.several:

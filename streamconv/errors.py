@@ -161,8 +161,8 @@ class Interrupted(_Told):
         signum: the signal; the exit status is 128 + signum.
     """
 
-    def __init__(self, message: str, *, signum: int, hint: str | None = None) -> None:
-        super().__init__(message, hint=hint)
+    def __init__(self, message: str, *, signum: int) -> None:
+        super().__init__(message)
         self.exit_status = 128 + signum
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from math import prod
 from types import TracebackType
 from typing import Any
 
@@ -48,10 +49,7 @@ class LazyTensor:
     @property
     def nbytes(self) -> int:
         """Bytes of the elements: their number times the size of one."""
-        count = self._stored.dtype.itemsize
-        for size in self.shape:
-            count *= size
-        return count
+        return self._stored.dtype.itemsize * prod(self.shape)
 
     def numpy(self, *, raw: bool = False) -> np.ndarray[Any, Any]:
         """The values as a read-only array of `shape`.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 from collections.abc import Sequence
@@ -50,7 +49,7 @@ def finish(out: str | Path, *, check: bool = False, meter: Meter | None = None, 
     options = begun["run"]["options"]
     target = target_from_json(options["target"], {name: value for name, value in options.items() if name != "target"})
     index, plan = open_and_plan(begun["source"], target)
-    with contextlib.closing(index):
+    with index:
         parts = cut(plan, begun["parts"])
         claims = Claims(choose(Path(out), disk or Disk(), no_lock), len(parts))
         what = (begun[name] for name in ("page", "private", "force", "source"))

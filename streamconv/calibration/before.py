@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -120,7 +119,7 @@ def _check(source: str | Path, options: TensorRTLLM | HuggingFace, int4: bool) -
         like = dataclasses.replace(options, quant=_SAME_SHAPES.get(options.quant, options.quant), kv_cache=None)
     else:
         check_options(options)
-        with contextlib.closing(open_source(source)) as index:
+        with open_source(source) as index:
             check_request(index, options)
     if not like.uses_ranges():
         open_and_plan(source, dataclasses.replace(like, method="rtn" if int4 else None))[0].close()
@@ -199,7 +198,7 @@ def _scale(source: str | Path, options: TensorRTLLM | HuggingFace) -> str:
 
     if isinstance(options, HuggingFace) and options.format != "awq":
         return "source"
-    with contextlib.closing(open_source(source)) as index:
+    with open_source(source) as index:
         if isinstance(options, HuggingFace):
             return "bfloat16" if options.model_dtype(index).name == "BF16" else "float16"
         return resolve_dtype(options.dtype, model_of(index)[0].dtype)

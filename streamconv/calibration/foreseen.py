@@ -215,7 +215,7 @@ def planned(model: str | Path, options: Target, samples: Samples | None, budget:
     from streamconv.targets.trtllm.target import model_of
 
     asked = samples or Samples("")
-    with contextlib.closing(open_source(model)) as index:
+    with open_source(model) as index:
         refuse_quantized(index)
         search = foreseen(index, *model_of(index), options.method, options.group_size, asked, budget, device)
     return dataclasses.replace(options, method="rtn"), search  # whose tensors are of the same sizes

@@ -73,7 +73,7 @@ def calibrate(
     if dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype} is not one of {', '.join(DTYPES)}")
     out = named(out)
-    with contextlib.closing(open_source(local_folder(model))) as index:
+    with open_source(local_folder(model)) as index:
         refuse_quantized(index)
         from streamconv.calibration.maxima import RangesWork
 
@@ -118,7 +118,7 @@ def find_codes(
     from streamconv.calibration.tiers import gram_room, largest_gram, losses_bytes, search_bytes
 
     out = named(out)
-    with contextlib.closing(open_source(local_folder(model))) as index:
+    with open_source(local_folder(model)) as index:
         refuse_quantized(index)
         if dtype == "auto" and torch_device(device) == "cpu":
             dtype = "float32"  # which holds all that 16 bits hold, and is several times faster there

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
-from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 from streamconv.errors import UsageError
 from streamconv.lazy import torch
@@ -34,11 +33,9 @@ def free_memory(device: str) -> int | None:
     return int(torch.cuda.mem_get_info(device)[0])
 
 
-@contextlib.contextmanager
-def current(device: str) -> Iterator[None]:
+def current(device: str) -> AbstractContextManager[None]:
     """The device is this thread's current one: a library's own kernels run there, wherever their tensors lie."""
-    with torch.cuda.device(device) if device != "cpu" else contextlib.nullcontext():
-        yield
+    return torch.cuda.device(device) if device != "cpu" else nullcontext()
 
 
 def give_back() -> None:
