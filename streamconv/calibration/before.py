@@ -125,59 +125,53 @@ def _check(source: str | Path, options: TensorRTLLM | HuggingFace, int4: bool) -
         open_and_plan(source, dataclasses.replace(like, method="rtn" if int4 else None))[0].close()
 
 
+@dataclasses.dataclass(frozen=True)
 class _Runs:
-    """Calibrations in a process of their own."""
+    """Calibrations in a process of their own; attributes as of `measured`."""
 
-    def __init__(
-        self,
-        source: str | Path,
-        out: Path,
-        samples: Samples,
-        budget: int | None,
-        device: str,
-        progress: Callable[[int, int, float], None],
-        sampled: Callable[[int, int, int, int], None],
-        told: Callable[[str], None],
-    ) -> None:
-        self._source, self._out, self._samples, self._progress, self._told = source, out, samples, progress, told
-        self._sampled = sampled
-        self._common: dict[str, Any] = {"device": device, "memory_budget": budget, "reuse": True}
+    source: str | Path
+    out: Path
+    samples: Samples
+    memory_budget: int | None
+    device: str
+    progress: Callable[[int, int, float], None]
+    sampled: Callable[[int, int, int, int], None]
+    told: Callable[[str], None]
 
-    def _run(self, out: Path, what: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    def _run(self, out: Path, what: str, arguments: dict[str, Any]) -> None:
         from streamconv.calibration.child import calibrate_apart
         from streamconv.hub import local_folder
 
-        asked = dataclasses.asdict(self._samples)
+        asked = dataclasses.asdict(self.samples)
         if asked["samples"] is None:
             asked["samples"] = SAMPLES["codes" if "method" in arguments else "ranges"]
-        asked |= {"model": str(local_folder(self._source)), "out": str(out), **self._common, **arguments}
-        asked["beside"] = memory.resident() if asked["memory_budget"] is not None else 0
-        done = calibrate_apart(asked, self._progress, [self._out], self._sampled)
+        asked |= {"model": str(local_folder(self.source)), "out": str(out), "device": self.device, "reuse": True, **arguments}
+        asked |= {"memory_budget": self.memory_budget, "beside": memory.resident() if self.memory_budget is not None else 0}
+        done = calibrate_apart(asked, self.progress, [self.out], self.sampled)
         how = "measured before" if done["reused"] else f"measured in {done['seconds']:.1f} s"
-        self._told(f"{out}: {done['tensors']} {what} from {done['samples']} samples, {how}")
+        self.told(f"{out}: {done['tensors']} {what} from {done['samples']} samples, {how}")
         for line in done.get("notes", []):
-            self._told(line)
-        return done
+            self.told(line)
 
     def ranges(self, options: TensorRTLLM | HuggingFace) -> str:
         """The file of activation ranges."""
         dtype, loop = measured_in(options) if isinstance(options, TensorRTLLM) else ("auto", "modelopt")
-        path = ranges_path(self._out)
+        path = ranges_path(self.out)
         self._run(path, "activation ranges", {"dtype": dtype, "loop": loop})
         return str(path)
 
     def codes(self, options: _Measured) -> _Measured:
         """The options with a file of codes, and the method that found them."""
-        path, scale = codes_path(self._out), _scale(self._source, options)
+        path, scale = codes_path(self.out), _scale(self.source, options)
         arguments = {"group": options.group_size, "scale": scale, "fold": _fold(options)}
         for method in (options.method,) if options.method is not None else ("gptq", "clip"):
             try:
-                self._told(f"searching INT4 codes with --method {method}")
+                self.told(f"searching INT4 codes with --method {method}")
                 self._run(path, "weights with INT4 codes", arguments | {"method": method})
             except BudgetError as error:
                 if method == "clip" or options.method is not None:
                     raise
-                self._told(f"--method {method} does not fit: {error.message}")
+                self.told(f"--method {method} does not fit: {error.message}")
             else:
                 return dataclasses.replace(options, codes=str(path), method=method)
         raise AssertionError("no method")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections import Counter
 from dataclasses import dataclass
 from math import prod
@@ -114,16 +115,18 @@ def foreseen(
         BudgetError: it does not fit, as the search itself will say.
     """
     on = "cpu" if parse(device) == ("cpu",) or (device == "auto" and not visible()) else device if device != "auto" else "cuda"
+    search = functools.partial(_search, index, facts, family, group, samples, budget, on)
     if method is not None:
-        return _search(index, facts, family, method, group, samples, budget, on)
+        return search(method)
     with contextlib.suppress(BudgetError):
-        return dataclasses.replace(_search(index, facts, family, "gptq", group, samples, budget, on), why=" (the best that fits)")
-    return dataclasses.replace(_search(index, facts, family, "clip", group, samples, budget, on), why=" (gptq does not fit)")
+        return search("gptq", " (the best that fits)")
+    return search("clip", " (gptq does not fit)")
 
 
 def _search(
-    index: Index, facts: ModelConfig, family: Family, method: str, group: int, samples: Samples, budget: int | None, device: str
-) -> Search:
+    index: Index, facts: ModelConfig, family: Family, group: int, samples: Samples, budget: int | None, device: str, method: str,
+    why: str = "",
+) -> Search:  # fmt: skip
     beside = 0 if budget is None else memory.resident() + SPARE
     left = memory.available() if budget is None else max(1, budget - beside)
     itemsize = 4 if device == "cpu" else {"float32": 4}.get(facts.dtype or "float16", 2)
@@ -164,6 +167,7 @@ def _search(
         codes=codes,
         states=2 * tokens * facts.hidden_size * itemsize,
         operations=work,
+        why=why,
     )
 
 

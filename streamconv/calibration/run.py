@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,18 +66,9 @@ def calibrate(
         progress: called after each layer with (done, all, seconds left).
         sampled: called within a layer, at most once a second, with (layers done, all layers, samples through this one, all samples).
     """
-    try:
-        import transformers  # noqa: F401
-    except ImportError:
-        raise UsageError("calibration needs transformers", hint="pip install 'streamconv[calibrate]'") from None
-    if dtype not in DTYPES:
-        raise UsageError(f"--dtype {dtype} is not one of {', '.join(DTYPES)}")
-    out = named(out)
-    with open_source(local_folder(model)) as index:
-        refuse_quantized(index)
+    with _opened(model, out, batch_size, dtype, loop, device, memory_budget, beside) as run:
         from streamconv.calibration.maxima import RangesWork
 
-        run = Run(index, out, batch_size, dtype, loop, device, memory_budget, beside)
         return run.measure(RangesWork(run.kind), text, samples, max_length, reuse, progress, sampled)
 
 
@@ -114,15 +105,13 @@ def find_codes(
     Raises:
         as `calibrate`; DataError: weights or inputs that are NaN or infinite.
     """
-    from streamconv.calibration.codes import CodesWork
     from streamconv.calibration.tiers import gram_room, largest_gram, losses_bytes, search_bytes
 
-    out = named(out)
-    with open_source(local_folder(model)) as index:
-        refuse_quantized(index)
-        if dtype == "auto" and torch_device(device) == "cpu":
-            dtype = "float32"  # which holds all that 16 bits hold, and is several times faster there
-        run = Run(index, out, batch_size, dtype, loop, device, memory_budget, beside)
+    if dtype == "auto" and torch_device(device) == "cpu":
+        dtype = "float32"  # which holds all that 16 bits hold, and is several times faster there
+    with _opened(model, out, batch_size, dtype, loop, device, memory_budget, beside) as run:
+        from streamconv.calibration.codes import CodesWork
+
         held = run.held(batch_size * max_length, search_bytes(method, group, run.facts, run.device), losses_bytes)
         large = largest_gram(method, group, run.facts)
         if run.device == "cpu":
@@ -130,6 +119,28 @@ def find_codes(
         else:
             room = gram_room(free_memory(run.device), held.on_device, large)
         return run.measure(CodesWork(method, group, scale, room, run.device, fold), text, samples, max_length, reuse, progress, sampled)
+
+
+@contextlib.contextmanager
+def _opened(
+    model: str | Path, out: str | Path, batch: int, dtype: str, loop: Loop, device: str, budget: int | None, beside: int
+) -> Iterator[Run]:
+    """A run on a model that is not quantized; arguments and errors as of `calibrate`."""
+    try:
+        import transformers  # noqa: F401
+    except ImportError:
+        raise UsageError("calibration needs transformers", hint="pip install 'streamconv[calibrate]'") from None
+    if dtype not in DTYPES:
+        raise UsageError(f"--dtype {dtype} is not one of {', '.join(DTYPES)}")
+    out = named(out)
+    with open_source(local_folder(model)) as index:
+        refuse_quantized(index)
+        run = Run(index, out, batch, dtype, loop, device, budget, beside)
+        try:
+            yield run
+        finally:
+            if run.device != "cpu":
+                give_back()
 
 
 def refuse_quantized(index: Index) -> None:
@@ -185,15 +196,6 @@ class Run:
         """The work on these samples; arguments and errors as of `calibrate`."""
         if self.batch < 1 or max_length < 1 or samples == 0 or samples < -1:
             raise UsageError("--samples, --max-length and --batch-size must be at least 1", hint="--samples -1 takes all")
-        try:
-            return self._measure(work, text, samples, max_length, reuse, progress, sampled)
-        finally:
-            if self.device != "cpu":
-                give_back()
-
-    def _measure(
-        self, work: Work, text: str, samples: int, max_length: int, reuse: bool, progress: Progress, sampled: Sampled
-    ) -> dict[str, Any]:
         from streamconv.calibration.layers import OneLayer
         from streamconv.calibration.scratch import Scratch
         from streamconv.calibration.texts import load_texts, tokenize
