@@ -152,9 +152,9 @@ class Meter:
             finally:
                 self._telling.release()
 
-    def step(self, count: int) -> None:
-        """As `add`, for a step that is told of however soon it comes."""
-        self._count(count, 0, "")
+    def step(self) -> None:
+        """One more is done, and told of however soon it comes."""
+        self._count(1, 0, "")
         with self._telling:
             self._tell()
 

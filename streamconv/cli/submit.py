@@ -109,15 +109,18 @@ def slurm(words: list[str], nodes: int, cpus: int, memory: int, name: str, more:
         more: further flags of sbatch.
     """
     tasks = min(nodes, MOST_TASKS)
-    lines = ["#!/bin/bash", f"#SBATCH --job-name={name}", f"#SBATCH --array=0-{tasks - 1}"]
-    lines += ["#SBATCH --nodes=1 --ntasks=1", f"#SBATCH --cpus-per-task={cpus}", f"#SBATCH --mem={memory >> 20}M"]
-    lines += ["#SBATCH --requeue", "#SBATCH --open-mode=append", "#SBATCH --signal=B:TERM@60", *(f"#SBATCH {flag}" for flag in more)]
-    lines += ["# Every task takes parts until none is left, and the last one publishes: no other job has to wait for this one."]
-    lines += ["# A task that died needs no second start: the others do its part. To start more: sbatch this again, with any --array."]
-    if tasks < nodes:
-        lines += [f"# {nodes} nodes were asked for; an array has {MOST_TASKS} tasks at most (MaxArraySize). Submit it again for more."]
-    lines += [f"cd {shlex.quote(os.getcwd())} || exit 6"]  # what a flag or a recipe names lies where it was typed
-    return [*lines, "exec " + shlex.join([sys.executable, "-m", "streamconv", *words])]
+    flags = [f"--job-name={name}", f"--array=0-{tasks - 1}", "--nodes=1 --ntasks=1", f"--cpus-per-task={cpus}", f"--mem={memory >> 20}M"]
+    flags += ["--requeue", "--open-mode=append", "--signal=B:TERM@60", *more]
+    few = f"# {nodes} nodes were asked for; an array has {MOST_TASKS} tasks at most (MaxArraySize). Submit it again for more."
+    return [
+        "#!/bin/bash",
+        *(f"#SBATCH {flag}" for flag in flags),
+        "# Every task takes parts until none is left, and the last one publishes: no other job has to wait for this one.",
+        "# A task that died needs no second start: the others do its part. To start more: sbatch this again, with any --array.",
+        *([few] if tasks < nodes else []),
+        f"cd {shlex.quote(os.getcwd())} || exit 6",  # what a flag or a recipe names lies where it was typed
+        "exec " + shlex.join([sys.executable, "-m", "streamconv", *words]),
+    ]
 
 
 def kubernetes(words: list[str], nodes: int, cpus: int, memory: int, name: str, image: str, claim: str, mount: str) -> dict[str, Any]:

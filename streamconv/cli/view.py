@@ -112,7 +112,7 @@ def layers(meter: Meter, quiet: bool = False) -> dict[str, Callable[..., None]]:
 
     def progress(done: int, of: int, _: float) -> None:
         begin(done - 1, of)
-        meter.step(1)
+        meter.step()
 
     def sampled(done: int, of: int, samples: int, every: int) -> None:
         begin(done, of)

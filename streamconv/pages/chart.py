@@ -102,16 +102,12 @@ def _path(times: Sequence[float], values: Sequence[float | None], across: Scale,
     return "".join(steps)
 
 
-def bars(title: str, rows: Sequence[tuple[str, float, float]], spell: Spell, names: tuple[str, str]) -> str:
-    """Two bars for each name, one full and one an outline.
-
-    Args:
-        names: what the first and the second are.
-    """
+def bars(title: str, rows: Sequence[tuple[str, float, float]], spell: Spell) -> str:
+    """Two bars for each (name, source, output): one full, one an outline."""
     left, top = 190, 26
     most = max([value for _, *values in rows for value in values] or [1]) or 1
-    parts = [f'<rect class="a" x="{left}" y="4" width="14" height="10"/>', text(left + 20, 14, names[0])]
-    parts += [f'<rect class="b" x="{left + 90}" y="4" width="14" height="10"/>', text(left + 110, 14, names[1])]
+    parts = [f'<rect class="a" x="{left}" y="4" width="14" height="10"/>', text(left + 20, 14, "source")]
+    parts += [f'<rect class="b" x="{left + 90}" y="4" width="14" height="10"/>', text(left + 110, 14, "output")]
     for number, (name, before, after) in enumerate(rows):
         y = top + 40 * number
         parts.append(text(left - 8, y + 20, name, "end"))

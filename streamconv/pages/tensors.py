@@ -44,7 +44,7 @@ def sizes(before: Mapping[str, int], after: Mapping[str, int]) -> Section:
     pairs = [(kind, before.get(kind, 0), after.get(kind, 0)) for kind in order]
     total = sum(before.values()), sum(after.values())
     rows = [(kind, *_sizes(*pair)) for kind, *pair in [*pairs, ("all", *total)]]
-    picture = bars("Bytes by kind of module", pairs, show_size, ("source", "output"))
+    picture = bars("Bytes by kind of module", pairs, show_size)
     text = f"{show_size(total[0])} of tensors became {show_size(total[1])}, {100 * total[1] / max(total[0], 1):.1f} %; all ranks together."
     table = Table(("module", "source", "output", "output / source"), rows, frozenset({1, 2, 3}))
     return Section("Size by kind of module", text, picture, table)

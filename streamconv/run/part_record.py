@@ -5,9 +5,9 @@ One line as of a journal, in a file that gets its name when all bytes of the par
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from streamconv.planning.parts import Part
 from streamconv.planning.plan import Plan
@@ -85,9 +85,7 @@ def measured(records: Sequence[Record]) -> Mapping[str, Mapping[str, float | str
 
 def counted(records: Sequence[Record], what: str) -> dict[str, int]:
     """EncodeStats of all parts together."""
-    total: dict[str, int] = {}
+    total = Counter[str]()
     for record in records:
-        counts: dict[str, Any] = getattr(record, what)
-        for name, count in counts.items():
-            total[name] = total.get(name, 0) + count
+        total.update(getattr(record, what))
     return total
