@@ -177,6 +177,11 @@ def few(names: Sequence[str], most: int) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def count(number: int, noun: str) -> str:
+    """ "1 file", "2 files"."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def printable(name: str, limit: int = 200) -> str:
     """`name` with control characters escaped and its middle cut, so that it can be shown on one line."""
     text = name.encode("unicode_escape", "backslashreplace").decode("ascii")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from contextlib import AbstractContextManager, nullcontext
 
-from streamconv.errors import UsageError
+from streamconv.errors import UsageError, count
 from streamconv.lazy import torch
 
 
@@ -20,9 +20,10 @@ def torch_device(name: str) -> str:
     kind, _, number = name.partition(":")
     if name != "auto" and (kind != "cuda" or (number and not (number.isascii() and number.isdecimal()))):
         raise UsageError(f"--device {name} is not auto, cpu, cuda or cuda:N", hint="calibration runs on one device")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if int(number or 0) >= count:
-        raise UsageError(f"--device {name}: this machine has {count or 'no'} CUDA device{'s' * (count != 1)}", hint="--device cpu")
+    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if int(number or 0) >= devices:
+        there = count(devices, "CUDA device") if devices else "no CUDA devices"
+        raise UsageError(f"--device {name}: this machine has {there}", hint="--device cpu")
     return f"cuda:{int(number or 0)}"
 
 

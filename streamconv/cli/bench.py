@@ -12,7 +12,7 @@ import click
 
 from streamconv.cli import output, view
 from streamconv.cli.flags import Command
-from streamconv.errors import CheckpointError, UsageError, printable
+from streamconv.errors import CheckpointError, UsageError, count, printable
 from streamconv.memory import parse_size, show_size
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def _rates(result: dict[str, Any]) -> list[tuple[str, str]]:
 def _told(result: dict[str, Any]) -> str:
     runs = len(result["jobs"][0]["seconds"])
     what = f"{result['model']}, {show_size(result['bytes'])}, page cache {result['cache']}"
-    return f"{what}; medians of {runs} round{'s' * (runs != 1)}, seconds until the data is on the disk"
+    return f"{what}; medians of {count(runs, 'round')}, seconds until the data is on the disk"
 
 
 def _beside(result: dict[str, Any]) -> list[str]:

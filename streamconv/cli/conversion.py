@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
-from math import isinf
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from streamconv.cli.flags import (
     resources,
     target,
 )
-from streamconv.errors import UsageError, printable
+from streamconv.errors import UsageError, count, few, printable
 from streamconv.memory import show_size
 from streamconv.targets.base import Output
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from streamconv.options import Resources
     from streamconv.pages.runs import Planned
     from streamconv.progress import Meter
-    from streamconv.reports import Report
+    from streamconv.reports import Report, Written
 
 
 def _recipe_keys() -> dict[str, recipe_option.Kind]:
@@ -152,43 +152,31 @@ def convert(
 
 def show(report: Report, as_json: bool, quiet: bool) -> None:
     """Print them; warnings in any case."""
-    for warning in report.warnings:
-        output.note(f"warning: {warning}")
+    output.warn(report.warnings)
     if quiet or as_json:
         return
-    several = len(report.outputs) > 1
+    several = report.outputs if len(report.outputs) > 1 else ()
+    memory = f"peak memory {show_size(report.peak_memory)} of {show_size(report.budget)}"
     if report.parts is not None:
-        for each in report.outputs if several else ():
-            did = f"part{'s' * (len(each.parts) != 1)} {', '.join(map(str, each.parts))}" if each.parts else "no part"
+        for each in several:
             after = "complete" if each.published else f"other parts are missing, see `streamconv status {each.out}`"
-            output.line(f"{each.out}: {did} done here; {after}")
-        done = f"part{'s' * (len(report.parts) != 1)} {', '.join(map(str, report.parts))}" if report.parts else "no part"
-        done = f"{len(report.parts)} parts" if several else done
+            output.line(f"{each.out}: {_parts(each.parts or ())} done here; {after}")
+        done = f"{len(report.parts)} parts" if several else _parts(report.parts)
         whole = "all outputs are complete" if several else "the output is complete"
         after = whole if report.published else "other parts are missing, see `streamconv status`"
-        output.line(
-            f"{report.out}: {done} done here, {show_size(report.bytes_read)} read in {report.seconds:.1f} s, peak memory "
-            f"{show_size(report.peak_memory)} of {show_size(report.budget)}"
-            + (f", {report.resumed} tiles of an earlier run were kept" if report.resumed else "")
-            + f"; {after}"
-        )
+        read = f"{show_size(report.bytes_read)} read in {report.seconds:.1f} s, {memory}{_kept(report, ',')}"
+        output.line(f"{report.out}: {done} done here, {read}; {after}")
         return
-    if several:
-        for each in report.outputs:
-            files = f"{each.files} file{'s' * (each.files != 1)}, {each.tensors} tensors"
-            kept = f"; {each.resumed} tiles of an earlier run were kept" if each.resumed else ""
-            what = "finished by an earlier run, skipped" if each.finished else f"{files}, {show_size(each.bytes_written)} written{kept}"
-            output.line(f"{each.out}: {what}")
-    whole = f"{len(report.outputs)} outputs" if several else report.out
+    for each in several:
+        what = "finished by an earlier run, skipped" if each.finished else f"{_written(each)} written{_kept(each)}"
+        output.line(f"{each.out}: {what}")
     output.line(
-        f"{whole}: {report.files} file{'s' * (report.files != 1)}, {report.tensors} tensors, "
-        f"{show_size(report.bytes_written)} written, {show_size(report.bytes_read)} read in {report.seconds:.1f} s; "
-        f"peak memory {show_size(report.peak_memory)} of {show_size(report.budget)} with {report.workers} workers"
-        + (f"; {report.resumed} tiles of an earlier run were kept" if report.resumed else "")
+        f"{f'{len(several)} outputs' if several else report.out}: {_written(report)} written, "
+        f"{show_size(report.bytes_read)} read in {report.seconds:.1f} s; {memory} with {count(report.workers, 'worker')}{_kept(report)}"
     )
     if errors := [error for written in report.outputs for error in written.errors]:
         worst = min(errors, key=lambda error: error.snr_db)
-        inexact = sum(not isinf(error.snr_db) for error in errors)
+        inexact = sum(error.snr_db != inf for error in errors)
         worst_text = f", the worst {worst.name} with an SNR of {worst.snr_db:.1f} dB" if inexact else ""
         output.line(f"{len(errors)} matrices were decoded as they were written, {len(errors) - inexact} are exact{worst_text}")
     if report.estimate is not None and not report.resumed:
@@ -196,6 +184,18 @@ def show(report: Report, as_json: bool, quiet: bool) -> None:
     if report.profile:
         mapped = f"; {show_size(report.bytes_mapped)} of the source mapped, {show_size(report.bytes_read - report.bytes_mapped)} copied"
         output.line("seconds: " + ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in report.profile.items()) + mapped)
+
+
+def _parts(numbers: Sequence[int]) -> str:
+    return f"part{'s' * (len(numbers) > 1)} {few([*map(str, numbers)], 20)}" if numbers else "no part"
+
+
+def _written(made: Report | Written) -> str:
+    return f"{count(made.files, 'file')}, {made.tensors} tensors, {show_size(made.bytes_written)}"
+
+
+def _kept(made: Report | Written, mark: str = ";") -> str:
+    return f"{mark} {made.resumed} tiles of an earlier run were kept" if made.resumed else ""
 
 
 def _page_facts(model: str, outputs: Sequence[Output], asked: Resources, together: bool) -> tuple[list[Planned], str]:

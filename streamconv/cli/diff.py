@@ -54,8 +54,7 @@ def _show(comparison: Comparison, tolerance: float | None, good: bool, quiet: bo
     Args:
         every: show every tensor in natural order, not the worst that differ.
     """
-    for warning in comparison.warnings:
-        output.note(f"warning: {warning}")
+    output.warn(comparison.warnings)
     if quiet:
         return
     different = sorted((tensor for tensor in comparison.tensors if tensor.state != "exact"), key=_badness)

@@ -10,7 +10,7 @@ import click
 from streamconv.cli import output
 from streamconv.cli.details import SOURCES
 from streamconv.cli.view import table
-from streamconv.errors import StreamconvError, printable
+from streamconv.errors import StreamconvError, count, printable
 from streamconv.memory import show_size, without_collection
 from streamconv.natural import natural
 
@@ -43,7 +43,7 @@ def inspect(model: str, as_json: bool) -> int:
         if as_json:
             output.dump_long(facts, "tensors", tensors, {"unknown": unknown, "problem": problem})
             return 0
-        content = f"{len(index.tensors)} tensors, {show_size(nbytes)} in {files} file{'s' * (files != 1)}"
+        content = f"{len(index.tensors)} tensors, {show_size(nbytes)} in {count(files, 'file')}"
         output.line(f"{family.name} ({config.architecture}), {content}")
         output.line()
         output.block(table(_rows(tensors), ("tensor", "dtype", "shape", "size", "becomes")))

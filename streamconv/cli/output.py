@@ -39,6 +39,12 @@ def note(text: str) -> None:
     print(visible(text), file=sys.stderr, flush=True)
 
 
+def warn(texts: Iterable[str]) -> None:
+    """Warnings, a line on standard error for each."""
+    for text in texts:
+        note(f"warning: {text}")
+
+
 def live(lines: Sequence[str], above: int = 0) -> None:
     """Lines on a terminal's standard error that replace those before them; a line end if there are none.
 

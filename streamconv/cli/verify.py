@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from math import isinf
+from math import inf
 from typing import TYPE_CHECKING
 
 import click
@@ -13,7 +13,7 @@ from streamconv.cli import effects, output
 from streamconv.cli.details import VERIFY
 from streamconv.cli.flags import WATCHING, options, resources
 from streamconv.cli.view import command_line, table, watching
-from streamconv.errors import shorten
+from streamconv.errors import count, shorten
 from streamconv.natural import natural
 
 if TYPE_CHECKING:
@@ -87,8 +87,7 @@ def show(out: str, verdict: Verdict, quiet: bool, every: bool = False) -> None:
     Args:
         every: show the error of every matrix, not that of the worst alone.
     """
-    for warning in verdict.warnings:
-        output.note(f"warning: {warning}")
+    output.warn(verdict.warnings)
     if verdict.errors and not quiet:
         output.block(_errors(verdict.errors, every))
     for problem in shorten(verdict.problems):
@@ -98,26 +97,29 @@ def show(out: str, verdict: Verdict, quiet: bool, every: bool = False) -> None:
         state = good if not verdict.problems else f"{len(verdict.problems)} problems"
         encoded = f", {verdict.encoded} equal to the source encoded again" if verdict.encoded else ""
         reader = f"; {verdict.reader}" if verdict.reader else ""
-        files = f"{verdict.files} file{'s' * (verdict.files != 1)}"
+        files = count(verdict.files, "file")
         output.line(f"{out}: {state}; {files}, {verdict.tensors} tensors, {verdict.hashed} hashes equal{encoded}{reader}")
 
 
 def _errors(errors: list[TensorError], every: bool) -> Iterator[str]:
     """How far values are from the source's: the worst matrices, or every one in the order of the layers; then all together."""
+    exact = sum(e.snr_db == inf for e in errors)
+    if exact == len(errors) and not every:
+        yield f"{exact} matrices, all exact"
+        return
     ordered = sorted(errors, key=lambda e: (natural(e.file), natural(e.name)))
     if not every:
         ordered = sorted(ordered, key=lambda e: e.snr_db)[:WORST]
     rows = [(e.file, e.name, str(e.rows), f"{e.largest:.3g}", f"{e.relative:.3g}", _decibels(e.snr_db)) for e in ordered]
     yield from table(rows, ("file", "tensor", "rows", "max error", "relative", "SNR dB"))
-    exact = sum(isinf(e.snr_db) for e in errors)
     largest, relative = max(e.largest for e in errors), max(e.relative for e in errors)
-    worst = min(e.snr_db for e in errors)
+    worst = _decibels(min(e.snr_db for e in errors))
     hidden = f"; the worst {len(ordered)} are shown, --all shows every one" if len(ordered) < len(errors) else ""
     yield (
         f"{len(errors)} matrices, {exact} exact: max error {largest:.3g}, relative {relative:.3g}, "
-        f"SNR at least {_decibels(worst)}{'' if isinf(worst) else ' dB'}{hidden}"
+        f"SNR at least {worst}{'' if worst == 'exact' else ' dB'}{hidden}"
     )
 
 
 def _decibels(snr: float) -> str:
-    return "exact" if isinf(snr) else f"{snr:.1f}"
+    return "exact" if snr == inf else f"{snr:.1f}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from streamconv.errors import UsageError
+from streamconv.errors import UsageError, count
 from streamconv.lazy import torch
 from streamconv.memory import MIB
 from streamconv.planning.reads import Reads
@@ -85,11 +85,11 @@ class Work:
     def cpu_seconds(self, cores: int) -> float:
         return _CPU_START + (self.files / _FILES + self.kernel / _KERNEL + self.torch / _TORCH) / cores
 
-    def gpu_seconds(self, cores: int, devices: int = 1) -> float:
+    def gpu_seconds(self, cores: int) -> float:
         """Starting CUDA, then the slowest of files, copies in, copies out and kernels, which overlap."""
         encoded = self.kernel + self.torch
         computed = self.kernel / _FUSED + self.torch / _DEFINITION
-        slowest = max(encoded / _COPY, self.back / _COPY, computed) / devices
+        slowest = max(encoded / _COPY, self.back / _COPY, computed)
         return _GPU_START + max(self.files / _FILES_OF_GPU / cores, slowest)
 
 
@@ -121,9 +121,9 @@ def choose(asked: str, reads: Reads, cores: int, host_budget: int) -> Choice:
     names = parse(asked)
     if names == ("cpu",):
         return Choice((), "asked for")
-    count = visible()
+    gpus = visible()
     if names == ("auto",):
-        if not count:
+        if not gpus:
             return Choice((), "no GPU, using the CPU")
         if host_budget < HOST_COST + 256 * MIB:
             return Choice((), "using the CPU: the memory budget is too small for a GPU's host buffers")
@@ -132,11 +132,11 @@ def choose(asked: str, reads: Reads, cores: int, host_budget: int) -> Choice:
         if gpu >= cpu:
             return Choice((), f"using the CPU: about {cpu:.1f} s there against {gpu:.1f} s with the GPU, its start and copies counted")
         return Choice(("cuda:0",), f"using the GPU: about {gpu:.1f} s, its start and copies counted, against {cpu:.1f} s on the CPU")
-    if not count:
+    if not gpus:
         raise UsageError(f"--device {asked}: no GPU is here", hint="--device cpu, or auto")
     for name in names:
-        if int(name.partition(":")[2]) >= count:
-            raise UsageError(f"--device {name}: this machine has {count} GPU{'s' * (count != 1)}")
+        if int(name.partition(":")[2]) >= gpus:
+            raise UsageError(f"--device {name}: this machine has {count(gpus, 'GPU')}")
     if host_budget < HOST_COST + 64 * MIB:
         raise UsageError(
             f"--device {asked}: the memory budget is smaller than what CUDA itself takes on the host",

@@ -8,6 +8,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from streamconv.checkpoint.dtypes import DTYPES
+from streamconv.errors import count
 from streamconv.memory import show_size
 from streamconv.memory_trace import Sample
 from streamconv.natural import natural
@@ -71,7 +72,7 @@ def conversion(
         ("time", f"{report.seconds:.1f} s"),
         ("peak memory", f"{show_size(report.peak_memory)} of {show_size(report.budget)}"),
         ("read", show_size(report.bytes_read)),
-        ("written", f"{show_size(report.bytes_written)} in {report.files} file{'s' * (report.files != 1)}, {report.tensors} tensors"),
+        ("written", f"{show_size(report.bytes_written)} in {count(report.files, 'file')}, {report.tensors} tensors"),
         ("workers", f"{report.workers} on {report.device or 'the CPU'}, {report.tiles} tiles"),
     ]
     if report.resumed:
