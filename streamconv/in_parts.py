@@ -125,7 +125,7 @@ class Worker:
             self._publish(claims)
         except Over:
             if not os.path.lexists(self.out):
-                shown = printable(str(self.out))
+                shown = printable(self.out)
                 raise OutputError(f"the work on {shown} was removed while this run was at it", hint="run the same command again") from None
             self.published = True  # by somebody else
         except (OutputError, Interrupted) as error:

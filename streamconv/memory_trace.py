@@ -154,7 +154,7 @@ class MemoryTrace:
 
 def _begin(path: Path) -> IO[bytes]:
     """Open the file of a trace. Of the files only a trace is written over: a source's or a user's file may have been named by mistake."""
-    shown = f"--memory-trace {printable(str(path))}"
+    shown = f"--memory-trace {printable(path)}"
     try:
         if os.path.isfile(path):
             with path.open("rb") as file:

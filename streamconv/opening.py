@@ -140,7 +140,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
         if name not in self._index.tensors:
             near = nearest(name, self._index.tensors) if isinstance(name, str) else None
             hint = f"did you mean {printable(near)}?" if near else None
-            raise NoSuchTensor(f"no tensor {printable(str(name))} in {printable(str(self._index.root))}", hint=hint)
+            raise NoSuchTensor(f"no tensor {printable(name)} in {printable(self._index.root)}", hint=hint)
         return LazyTensor(name, Stored(self._tensors[name], self._index.shards))
 
     def __contains__(self, name: object) -> bool:
@@ -154,7 +154,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
 
     def __repr__(self) -> str:
         size = show_size(sum(record.nbytes for record in self._index.tensors.values()))
-        return f"<Checkpoint {printable(str(self._index.root))}: {len(self)} tensors, {size} in {len(self._index.shards)} files>"
+        return f"<Checkpoint {printable(self._index.root)}: {len(self)} tensors, {size} in {len(self._index.shards)} files>"
 
     def close(self) -> None:
         """Close the files. Arrays and tensors that were made stay valid."""

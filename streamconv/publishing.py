@@ -38,7 +38,7 @@ def finish(out: str | Path, *, check: bool = False, meter: Meter | None = None, 
         OutputError: parts are not done, or another process is at it. ResumeError: the source is not what it was.
         VerifyError: something else than the parts wrote was read back.
     """
-    shown, meter = printable(str(out)), meter or Meter(unwatched)
+    shown, meter = printable(out), meter or Meter(unwatched)
     claims = Claims.of(Path(out), disk)
     if claims is None:
         if os.path.exists(Path(out) / manifest.NAME):
@@ -90,7 +90,7 @@ def publish(
         right = claims.publisher()
         try:
             if right is None:
-                raise LockedError(f"{printable(str(claims.place.out))} is being published by another process", hint="wait for it")
+                raise LockedError(f"{printable(claims.place.out)} is being published by another process", hint="wait for it")
             return _publish(claims, index, plan, parts, meter, check)
         except LockedError:  # one that joins holds the output for a moment
             if time.monotonic() >= until:

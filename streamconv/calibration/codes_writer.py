@@ -58,7 +58,7 @@ class CodesWriter:
         if os.fstat(self._fd).st_size != size or os.pread(self._fd, len(header), 0) != header:
             if begun:
                 os.close(self._fd)
-                message = f"{printable(str(path))}: the codes of an interrupted search are gone"
+                message = f"{printable(path)}: the codes of an interrupted search are gone"
                 raise CheckpointError(message, hint="run it again: it begins at the first layer")
             os.ftruncate(self._fd, 0)
             os.ftruncate(self._fd, size)

@@ -61,7 +61,7 @@ class OneLayer:
         self.config = pretrained.read_config(index, model, family)
         self.index, self.facts, self.family, self.dtype, self.device, self.uses = index, model, family, dtype, device, uses
         self.layers = model.num_hidden_layers
-        self._told = f"{printable(str(index.root))}: transformers cannot run this model"
+        self._told = f"{printable(index.root)}: transformers cannot run this model"
         self._states: torch.Tensor | None = None
         self._watch = watch
         self.names = Names(index, family, pretrained.architecture(self.config))

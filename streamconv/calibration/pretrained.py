@@ -33,11 +33,11 @@ def read_config(index: Index, model: ModelConfig, family: Family) -> Any:
     from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    kind, where = family.runs_as or index.config.get("model_type") or model.model_type, printable(str(index.root))
+    kind, where = family.runs_as or index.config.get("model_type") or model.model_type, printable(index.root)
     built = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind) if isinstance(kind, str) else None
     if not isinstance(kind, str) or built is None or (built != model.architecture and kind not in (family.name, family.runs_as)):
         raise CheckpointError(
-            f"{where}: transformers has no {printable(model.architecture)} of model_type {printable(str(kind))}",
+            f"{where}: transformers has no {printable(model.architecture)} of model_type {printable(kind)}",
             hint="calibration runs transformers' own models only, no code that a model brings along",
         )
     last = model.num_hidden_layers - 1
@@ -83,7 +83,7 @@ def read_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     hint = "calibration needs the tokenizer files beside the model"
-    with offline(), told(f"{printable(str(folder))} has no tokenizer that can be read", hint):
+    with offline(), told(f"{printable(folder)} has no tokenizer that can be read", hint):
         return AutoTokenizer.from_pretrained(str(folder), padding_side="left", local_files_only=True, trust_remote_code=False)
 
 

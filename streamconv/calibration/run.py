@@ -287,14 +287,14 @@ class Run:
         """Only results of the same kind are replaced, whoever measured them."""
         real, root = Path(os.path.realpath(self.out)), Path(os.path.realpath(self.index.root))
         if os.path.isdir(root) and root in real.parents:  # later conversions would take it for weights
-            raise OutputError(f"{printable(str(self.out))} is in the model's folder", hint="choose another folder")
+            raise OutputError(f"{printable(self.out)} is in the model's folder", hint="choose another folder")
         if not os.path.lexists(self.out):
             return
         name: str | None = work.name
         with contextlib.suppress(OSError, CheckpointError):
             name = work.holds(self.out)
         if name is not None:
-            raise OutputError(f"{printable(str(self.out))} is there and holds no {name}", hint="choose another name, or remove it")
+            raise OutputError(f"{printable(self.out)} is there and holds no {name}", hint="choose another name, or remove it")
 
     def _kept(self, mark: str) -> int:
         """How many ranges the file holds, if it is there and answers this request; newer than the source, too."""

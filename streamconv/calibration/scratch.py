@@ -37,7 +37,7 @@ class Scratch:
         self.folder, self.mark = hidden(out, "calibrate"), mark
         self.ranges: dict[str, torch.Tensor] = {}
         if os.path.lexists(self.folder) and (os.path.islink(self.folder) or self.folder.lstat().st_uid != os.geteuid()):
-            shown = printable(str(self.folder))
+            shown = printable(self.folder)
             raise OutputError(f"{shown} is not what a calibration of yours leaves there", hint="look at it, then move it away or remove it")
         self.done = self._resume(size)
         if not self.done:

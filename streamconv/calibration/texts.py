@@ -59,7 +59,7 @@ def load_texts(source: str, count: int) -> list[str]:
 
 def _file(path: Path) -> Iterator[str]:
     """The samples of a file, one after the other: no more of it is read than is used."""
-    shown = f"--text {printable(str(path))}"
+    shown = f"--text {printable(path)}"
     if path.suffix in _TABLES:
         raise UsageError(f"{shown} is a table, and not text", hint="write it as .jsonl, a line for each sample: {\"text\": ...}")
     try:
@@ -136,7 +136,7 @@ def tokenize(folder: Path, texts: list[str], max_length: int, loop: Loop = "trtl
     """
     tokenizer, ids, count = read_tokenizer(folder), list[list[int]](), 0
     known: dict[int, int] = {}  # each number once
-    with told(f"{printable(str(folder))}: the tokenizer fails"):
+    with told(f"{printable(folder)}: the tokenizer fails"):
         for text in texts:
             prepared = text if loop == "modelopt" else (text + " TL;DR: ").strip().replace(" n't", "n't")
             rows = tokenizer(prepared, truncation=True, max_length=max_length)["input_ids"]

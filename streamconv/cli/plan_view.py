@@ -105,7 +105,7 @@ def _codes_first(out: str) -> str:
     """Why an output that waits for a search is refused beside others."""
     from streamconv.calibration.before import codes_path
 
-    codes = printable(str(codes_path(Path(fs.named(out)))))
+    codes = printable(codes_path(Path(fs.named(out))))
     return f"{printable(out)} needs codes=FILE: converted alone, with --text, it leaves them in {codes}"
 
 

@@ -71,7 +71,7 @@ def read(path: str | Path, kinds: Mapping[str, Kind]) -> Recipe:
     """
     file = Path(path)
     file = file / manifest.NAME if os.path.isdir(file) else file
-    name = printable(str(file))
+    name = printable(file)
     if not os.path.lexists(file):
         raise UsageError(f"--config {name}: No such file or folder")
     if file.suffix.lower() == ".json":
@@ -98,7 +98,7 @@ def read(path: str | Path, kinds: Mapping[str, Kind]) -> Recipe:
 
 
 def _parse(file: Path) -> dict[Any, Any]:
-    name = printable(str(file))
+    name = printable(file)
     if file.suffix.lower() not in (".toml", ".yaml", ".yml"):
         raise UsageError(f"{name} ends in none of .toml, .yaml, .yml and .json", hint="--config takes a recipe or a manifest")
     data = read_file(file, MAX_RECIPE, UsageError)
@@ -143,7 +143,7 @@ def _from_manifest(file: Path) -> Recipe:
     try:
         target_from_json(written.target, written.asked)
     except UsageError as error:
-        raise UsageError(f"--config: {printable(str(file))} is not a streamconv manifest: {error.message}") from None
+        raise UsageError(f"--config: {printable(file)} is not a streamconv manifest: {error.message}") from None
     given = {key: value for key, value in written.asked.items() if value is not None and value != []}
     return Recipe(file, {"to": written.target, **given}, written)
 
@@ -196,7 +196,7 @@ def write(path: str | Path, text: str) -> None:
     Raises:
         OutputError: the file is there already, or cannot be written.
     """
-    name = printable(str(path))
+    name = printable(path)
     try:
         data = text.encode()
         with open(path, "xb") as file:

@@ -72,7 +72,7 @@ def check(path: str | Path) -> None:
         import jinja2  # noqa: F401
     except ImportError:
         raise UsageError("--report needs Jinja2", hint="pip install 'streamconv[report]'") from None
-    path, shown = Path(path), printable(str(path))
+    path, shown = Path(path), printable(path)
     try:
         with path.open("rb") as file:
             if file.read(len(MARK)) not in (MARK.encode(), b""):
@@ -110,7 +110,7 @@ def write(name: str, page: Page) -> None:
         os.replace(part, path)
     except OSError as error:
         part.unlink(missing_ok=True)
-        raise OutputError(f"--report {printable(str(path))} cannot be written: {error.strerror}") from None
+        raise OutputError(f"--report {printable(path)} cannot be written: {error.strerror}") from None
 
 
 def machine() -> Section:

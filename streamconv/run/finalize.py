@@ -29,11 +29,11 @@ def records_of(claims: Claims, plan: Plan, parts: Sequence[Part]) -> list[Record
     for number, part in enumerate(parts):
         record = claims.read(number)
         if record is None:
-            where = printable(str(claims.place.out))
+            where = printable(claims.place.out)
             raise OutputError(f"part {number} of {where} is not done", hint="`streamconv status` shows who is at it")
         whole = all(isinstance(digest, str) and len(digest) == 2 * Hashes.SIZE for digest in record.hashes)
         if not whole or record.fingerprint != fingerprint or len(record.hashes) != sum(1 for _ in tensors(plan, part)):
-            raise OutputError(f"{printable(str(claims.base.path / f'{number}.json'))} is of another plan", hint="start over with --force")
+            raise OutputError(f"{printable(claims.base.path / f'{number}.json')} is of another plan", hint="start over with --force")
         records.append(record)
     for entries in zip(*(record.evidence for record in records), strict=True):
         inodes = {entry[-1]: entry for entry in entries}
@@ -60,7 +60,7 @@ def finalize(claims: Claims, writer: Writer, plan: Plan, parts: Sequence[Part], 
             try:
                 if _into_place(aside, writer.folder, plan, part, page, private) != record.aside:
                     raise OutputError(
-                        f"{printable(str(aside.path))} is not what part {number} wrote, as this machine sees it",
+                        f"{printable(aside.path)} is not what part {number} wrote, as this machine sees it",
                         hint="run `streamconv finalize` again, on another machine if it stays so; nothing was published",
                     )
             finally:

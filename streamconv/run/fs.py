@@ -134,7 +134,7 @@ def translate_errors(path: Path, doing: str) -> Iterator[None]:
             errno.EROFS: "the file system is read-only; choose another output folder",
         }
         reason = os.strerror(error.errno) if error.errno else str(error)
-        raise OutputError(f"cannot {doing} {printable(str(path))}: {reason}", hint=hints.get(error.errno or 0)) from error
+        raise OutputError(f"cannot {doing} {printable(path)}: {reason}", hint=hints.get(error.errno or 0)) from error
 
 
 def write_all(disk: Disk, fd: int, data: bytes | bytearray | memoryview, offset: int) -> None:
@@ -204,7 +204,7 @@ class Folder:
         there = self.look(name)
         if there is None or Mark.of(there) != known:
             gone = "is gone" if there is None else "was replaced or changed"
-            raise OutputError(f"{printable(str(self.path / name))} {gone} while the run was at work", hint="nothing of it was touched")
+            raise OutputError(f"{printable(self.path / name)} {gone} while the run was at work", hint="nothing of it was touched")
 
     def made(self, name: str, kind: int = stat.S_IFREG, ours: bool = True) -> os.stat_result | None:
         """As `look`, for what only a run makes.
@@ -299,14 +299,14 @@ class Folder:
 
 def _foreign(path: Path, problem: str) -> OutputError:
     return OutputError(
-        f"{printable(str(path))} {problem}: it is not what a run leaves there",
+        f"{printable(path)} {problem}: it is not what a run leaves there",
         hint="look at it, then move it away or remove it; it was not touched",
     )
 
 
 def unsupported(path: Path, what: str) -> OutputError:
     return OutputError(
-        f"the file system of {printable(str(path))} cannot {what}",
+        f"the file system of {printable(path)} cannot {what}",
         hint="choose an output on another file system, or use --no-lock, and see to it yourself that no second run writes there",
     )
 

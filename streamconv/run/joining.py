@@ -77,7 +77,7 @@ def join(claims: Claims, plan: Plan, shards: Sequence[Shard], run: dict[str, Any
         if begun is not None and (changed := _differences(begun, run)):
             if not force:
                 raise ResumeError(
-                    f"an unfinished conversion in parts to {printable(str(place.out))} used other settings: {', '.join(changed)}",
+                    f"an unfinished conversion in parts to {printable(place.out)} used other settings: {', '.join(changed)}",
                     hint="the same command joins the work; --force starts over, once nobody is at it",
                 )
             claims.check_idle()
@@ -96,7 +96,7 @@ def _begin(claims: Claims, run: dict[str, Any], force: bool, past: journal.Journ
     """Make the folder. Whoever dies on the way leaves one without a plan."""
     if (past or claims.place.has_work()) and not claims.folders and not force:
         raise ResumeError(
-            f"{printable(str(claims.place.out))} was begun without --parts",
+            f"{printable(claims.place.out)} was begun without --parts",
             hint="run that command again to finish it, or start over with --force",
         )
     with translate_errors(claims.place.out, "read"):
@@ -128,7 +128,7 @@ def _make_files(claims: Claims, files: Sequence[OutputFile], fresh: bool) -> Non
                 continue
             if not fresh and any(claims.base.look(f"{part}.{of}") for part in range(claims.count) for of in ("json", "journal")):
                 raise OutputError(
-                    f"{printable(str(work.path(file.name)))} is {'gone' if there is None else 'not as it was made'}",
+                    f"{printable(work.path(file.name))} is {'gone' if there is None else 'not as it was made'}",
                     hint="the parts that are done are lost with it: start over with --force",
                 )
             fd, complete = work.open(file.name), True

@@ -154,7 +154,7 @@ def _read(fd: int, path: Path) -> JournalState:
     past, at = JournalState(), 0
     with os.fdopen(fd, "rb", closefd=False) as file:
         if file.peek(16)[:16].strip(b"0123456789abcdef\0"):
-            raise OutputError(f"{printable(str(path))} holds something else than a journal", hint="move it away; it was not touched")
+            raise OutputError(f"{printable(path)} holds something else than a journal", hint="move it away; it was not touched")
         while at < MAX_JOURNAL and (line := file.readline(MAX_JOURNAL_LINE)).endswith(b"\n"):
             record = _record(line[:-1])
             if record is None or bool(past) == ("run" in record):

@@ -177,7 +177,7 @@ def read(path: Path) -> Manifest:
     Raises:
         VerifyError: it is not a manifest this version reads.
     """
-    shown = printable(str(path))
+    shown = printable(path)
     data = read_file(path, MAX_MANIFEST, VerifyError)
     check_counts(data, shown, VerifyError, MAX_OUTPUT_TENSORS + MAX_CONTAINERS)
     content = parse_json(data, shown, VerifyError)
@@ -206,7 +206,7 @@ def read_head(path: Path) -> Manifest:
     Raises:
         VerifyError: it is not a manifest this version reads.
     """
-    shown = printable(str(path))
+    shown = printable(path)
     data = read_file(path, MAX_MANIFEST, VerifyError)
     end, tail = data.find(_FILES), _CHECK.search(data, max(0, len(data) - 64))
     if end < 0 or tail is None:  # not ours, or of another version: let JSON reading say what is wrong

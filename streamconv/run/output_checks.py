@@ -47,22 +47,22 @@ def check_place(place: Place, source: Path | None, read: Iterable[Path] = ()) ->
         real_source = Path(os.path.realpath(source))
         if os.path.isdir(real_source) and out == real_source:
             hint = "choose another folder, a new one in it for example"
-            raise OutputError(f"output {printable(str(out))} is the source folder", hint=hint)
+            raise OutputError(f"output {printable(out)} is the source folder", hint=hint)
         if out in real_source.parents:
-            raise OutputError(f"output {printable(str(out))} holds the source", hint=_ELSEWHERE)
+            raise OutputError(f"output {printable(out)} holds the source", hint=_ELSEWHERE)
     for path, real in used:
         if out in real.parents:
-            where = f"output {printable(str(out))} holds {printable(real.name)}"
-            raise OutputError(f"{where}, which {printable(str(path))} leads to", hint=_ELSEWHERE)
+            where = f"output {printable(out)} holds {printable(real.name)}"
+            raise OutputError(f"{where}, which {printable(path)} leads to", hint=_ELSEWHERE)
     for kept in place.hidden_paths():
         for path, real in used:
             if kept == real or kept in real.parents:
-                where = f"{printable(str(kept))} is where work for the output is kept"
-                raise OutputError(f"{printable(str(path))} is read, and {where}", hint=_ELSEWHERE)
+                where = f"{printable(kept)} is where work for the output is kept"
+                raise OutputError(f"{printable(path)} is read, and {where}", hint=_ELSEWHERE)
         _check_hidden(kept)
     with translate_errors(out, "look at"):
         if os.path.lexists(out) and not os.path.isdir(out):
-            raise OutputError(f"output {printable(str(out))} exists and is not a folder", hint="choose another name")
+            raise OutputError(f"output {printable(out)} exists and is not a folder", hint="choose another name")
 
 
 def _used(source: Path | None, read: Iterable[Path]) -> Iterator[tuple[Path, Path]]:
@@ -85,7 +85,7 @@ def _check_hidden(path: Path) -> None:
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         kind = "a link" if stat.S_ISLNK(mode) else "not a file"
         raise OutputError(
-            f"{printable(str(path))} is {kind}: it is not what a run leaves there", hint="look at it, then move it away or remove it"
+            f"{printable(path)} is {kind}: it is not what a run leaves there", hint="look at it, then move it away or remove it"
         )
 
 
@@ -102,7 +102,7 @@ def check_free(place: Place, force: bool) -> Existing:
     Raises:
         OutputError: it does.
     """
-    shown = printable(str(place.out))
+    shown = printable(place.out)
     with translate_errors(place.out, "read"):
         there = place.existing()
     odd = foreign(there.files, place.ours, place.out / manifest.NAME)
@@ -165,14 +165,14 @@ def check_apart(places: Sequence[Place], source: Path) -> None:
     real = Path(os.path.realpath(source))
     for number, place in enumerate(places):
         if real in place.out.parents:
-            raise OutputError(f"output {printable(str(place.out))} is in the source folder", hint=_ELSEWHERE)
+            raise OutputError(f"output {printable(place.out)} is in the source folder", hint=_ELSEWHERE)
         for other in places[number + 1 :]:
             for one, two in ((place, other), (other, place)):
                 if one.out == two.out:
-                    raise OutputError(f"two outputs are to be written to {printable(str(one.out))}", hint="give each a folder of its own")
+                    raise OutputError(f"two outputs are to be written to {printable(one.out)}", hint="give each a folder of its own")
                 if any(one.out in (kept, *kept.parents) for kept in (two.out, *two.hidden_paths())):
-                    shown = f"output {printable(str(two.out))}, or where work for it is kept,"
-                    raise OutputError(f"{shown} is in output {printable(str(one.out))}", hint="give each a folder of its own")
+                    shown = f"output {printable(two.out)}, or where work for it is kept,"
+                    raise OutputError(f"{shown} is in output {printable(one.out)}", hint="give each a folder of its own")
 
 
 def has_rows_of(plan: Plan, shards: Sequence[Shard], out: Path) -> bool:
@@ -268,4 +268,4 @@ def output_problem(index: Index, plan: Plan, out: str | Path) -> str | None:
     except OutputError as error:
         return f"{error.message} ({error.hint})" if error.hint else error.message
     folder = existing(place.top)
-    return None if os.access(folder, os.W_OK | os.X_OK) else f"nothing can be written in {printable(str(folder))}"
+    return None if os.access(folder, os.W_OK | os.X_OK) else f"nothing can be written in {printable(folder)}"

@@ -86,7 +86,7 @@ class Aside:
         for at in range(begin, end, MIB):
             piece = buffer[: min(MIB, end - at)]
             if self.read_into(name, at, piece) < len(piece):
-                shown = printable(str(self.path))
+                shown = printable(self.path)
                 raise OutputError(f"{shown} ends early", hint="run `streamconv finalize` again, on another machine if it stays so")
             take(at, piece)
 

@@ -108,7 +108,7 @@ class Entries:
         odd = foreign(marks, ours, self.path(manifest.NAME))
         odd += [name for name, mark in marks.items() if known is not None and known.get(name) != mark]
         if odd:
-            shown = printable(str(self.path(odd[0])))
+            shown = printable(self.path(odd[0]))
             raise OutputError(f"{shown} is not what a run leaves there", hint="move it away; nothing was removed")
         for name in sorted(marks, key=lambda name: name == manifest.NAME):  # last: it tells whose the others are
             self.folder.disk.unlink(self.folder, self.prefix + name, marks[name])
@@ -211,8 +211,8 @@ class Place:
         if there is None or not os.path.exists(self.out) or not os.path.samestat(there, os.stat(self.out)):
             lies = Path(os.readlink(f"/proc/self/fd/{self.base.fd}"), "" if self.inside else self.out.name)
             raise OutputError(
-                f"a folder above {printable(str(self.out))} was moved while the run was at work",
-                hint=f"the output is complete: {printable(str(lies))}",
+                f"a folder above {printable(self.out)} was moved while the run was at work",
+                hint=f"the output is complete: {printable(lies)}",
             )
 
     def _expect(self, existing: Existing) -> None:
@@ -221,8 +221,8 @@ class Place:
         if now != existing:
             what = "appeared" if existing.folder is None else "is gone" if now.folder is None else "was changed"
             raise OutputError(
-                f"{printable(str(self.out))} {what} while the run was at work; nothing in it was touched",
-                hint=f"the finished checkpoint waits in {printable(str(self.work.path('')))}: move away what is in its place",
+                f"{printable(self.out)} {what} while the run was at work; nothing in it was touched",
+                hint=f"the finished checkpoint waits in {printable(self.work.path(''))}: move away what is in its place",
             )
 
     def existing(self) -> Existing:
@@ -230,7 +230,7 @@ class Place:
         if there is None:
             return Existing()
         if not stat.S_ISDIR(there.st_mode):
-            raise OutputError(f"output {printable(str(self.out))} exists and is not a folder", hint="choose another name")
+            raise OutputError(f"output {printable(self.out)} exists and is not a folder", hint="choose another name")
         with contextlib.closing(self.base.enter(self.out.name)) as folder:
             files = Entries(folder).marks()
             return Existing(folder.mark() if files else None, files)

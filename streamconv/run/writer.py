@@ -58,7 +58,7 @@ def begin(writers: Sequence[Writer]) -> None:
         there = [other for other in fresh if other.device() == writer.device()]
         need, free = sum(other.plan.bytes_written for other in there), free_space(writer.place.top)
         if free is not None and need > free:
-            where = printable(str(writer.place.top))
+            where = printable(writer.place.top)
             raise OutputError(
                 f"no space for {len(there)} outputs in {where}: {show_size(need)} are to be written, {show_size(free)} are free",
                 hint="free some space, or choose other output folders",
@@ -167,7 +167,7 @@ class Writer:
         self._existing = check_free(self.place, self.force)
         if self.place.has_old():
             raise OutputError(
-                f"{printable(str(self.place.top / self.place.hidden('old')))} holds an output that was being replaced",
+                f"{printable(self.place.top / self.place.hidden('old'))} holds an output that was being replaced",
                 hint="move it away, or remove it",
             )
         if self.parts:
@@ -176,13 +176,13 @@ class Writer:
         self._not_in_parts()
         if self.place.has_work() and self.place.base.look(self.place.hidden("journal")) is None:
             raise OutputError(
-                f"{printable(str(self.place.top / self.place.hidden('partial')))} is there without a journal: no run leaves it so",
+                f"{printable(self.place.top / self.place.hidden('partial'))} is there without a journal: no run leaves it so",
                 hint="look at it, then move it away or remove it",
             )
         changed = journal.differences(self._past.run, self._run) if self._past else []
         if changed and not self.force:
             raise ResumeError(
-                f"an unfinished conversion to {printable(str(self.place.out))} used other settings: {', '.join(changed)}",
+                f"an unfinished conversion to {printable(self.place.out)} used other settings: {', '.join(changed)}",
                 hint="run the first command again to finish it, or start over with --force",
             )
         if changed or not self.place.has_work() or not self._past.tiles:
@@ -198,7 +198,7 @@ class Writer:
             return False
         if manifest.is_of(self.place.out, self._run["fingerprint"]):
             return True
-        raise OutputError(f"the work on {printable(str(self.place.out))} is gone, its parts with it", hint="start over with --force")
+        raise OutputError(f"the work on {printable(self.place.out)} is gone, its parts with it", hint="start over with --force")
 
     def device(self) -> int:
         """The file system of the output."""
@@ -221,7 +221,7 @@ class Writer:
         try:
             if not self.force:
                 raise ResumeError(
-                    f"{printable(str(self.place.out))} was begun in parts",
+                    f"{printable(self.place.out)} was begun in parts",
                     hint="run that command again, with --parts, to join the work, or start over with --force",
                 )
             claims.check_idle()
