@@ -8,7 +8,10 @@ from types import FrameType
 
 def _prepare() -> None:
     """Import nothing from the current folder (`python -m` puts it first), and end in one line at a signal while the imports run."""
-    here = os.path.realpath(os.curdir)
+    try:
+        here = os.path.realpath(os.curdir)
+    except FileNotFoundError:  # it was removed
+        here = ""
     sys.path[:] = [entry for entry in sys.path if os.path.isabs(entry) and os.path.realpath(entry) != here]
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, a background job

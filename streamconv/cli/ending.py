@@ -91,7 +91,6 @@ def run(command: Callable[[], int]) -> NoReturn:
     streams.open_standard_streams()
     streams.ask_nothing()
     process.raise_file_limit()
-    sys.path[:] = process.import_path()
     came: list[int] = []
 
     def stop(signum: int, _: FrameType | None) -> None:

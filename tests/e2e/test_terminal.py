@@ -150,3 +150,9 @@ def test_a_signal_in_the_first_moments_is_told_in_a_line(tmp_path: Path) -> None
         if done.returncode != 3:  # fewer imports than that
             assert done.returncode == 128 + number, done.stderr
             assert done.stderr == f"error: stopped by {signal.Signals(number).name}\n"
+
+
+def test_a_current_folder_that_is_gone(tmp_path: Path) -> None:
+    gone = ["/bin/sh", "-c", 'mkdir gone && cd gone && rmdir ../gone && exec "$@"', "sh"]
+    ran = subprocess.run([*gone, *COMMAND, "convert", "model", "out"], cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode in (2, 3) and ran.stderr.startswith("error: ") and len(ran.stderr.splitlines()) == 1
