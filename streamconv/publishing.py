@@ -28,6 +28,18 @@ POLL = 0.2
 """Seconds between two looks at parts that others hold."""
 
 
+def work_on(out: Path, disk: Disk | None = None) -> Claims | None:
+    """The work on an output that is shared in parts; None if the output is complete.
+
+    Raises:
+        OutputError: no such work was begun.
+    """
+    claims = Claims.of(out, disk)
+    if claims is None and not os.path.exists(out / manifest.NAME):
+        raise OutputError(f"{printable(out)}: no work in parts was begun", hint="streamconv convert MODEL OUT --parts N")
+    return claims
+
+
 def finish(out: str | Path, *, check: bool = False, meter: Meter | None = None, disk: Disk | None = None, no_lock: bool = False) -> None:
     """Publish an output whose parts are all done, as the last worker does.
 
@@ -38,12 +50,9 @@ def finish(out: str | Path, *, check: bool = False, meter: Meter | None = None, 
         OutputError: parts are not done, or another process is at it. ResumeError: the source is not what it was.
         VerifyError: something else than the parts wrote was read back.
     """
-    shown, meter = printable(out), meter or Meter(unwatched)
-    claims = Claims.of(Path(out), disk)
+    claims = work_on(Path(out), disk)
     if claims is None:
-        if os.path.exists(Path(out) / manifest.NAME):
-            return
-        raise OutputError(f"{shown}: no work in parts was begun", hint="streamconv convert MODEL OUT --parts N")
+        return
     begun = claims.plan_file
     claims.leave()
     options = begun["run"]["options"]
@@ -60,10 +69,10 @@ def finish(out: str | Path, *, check: bool = False, meter: Meter | None = None, 
             missing = [number for number in range(len(parts)) if not claims.done(number)]
             if missing:
                 raise OutputError(
-                    f"{shown}: of {len(parts)} parts {few([*map(str, missing)], 10)} are not done",
+                    f"{printable(out)}: of {len(parts)} parts {few([*map(str, missing)], 10)} are not done",
                     hint="`streamconv status` shows who is at them; any worker does what is free",
                 )
-            publish(claims, index, plan, parts, meter, 60.0, check)
+            publish(claims, index, plan, parts, meter or Meter(unwatched), 60.0, check)
         except Over:
             return
         finally:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from pathlib import Path
 from typing import Any
 
 import click
 
 from streamconv.cli import output
-from streamconv.errors import OutputError, printable
 
 
 @click.command()
@@ -38,13 +36,11 @@ def status(out: str, as_json: bool) -> int:
 
 
 def _content(out: str) -> dict[str, Any]:
-    from streamconv.run import manifest
-    from streamconv.run.claims import Claims, Over
+    from streamconv.publishing import work_on
+    from streamconv.run.claims import Over
 
-    claims = Claims.of(Path(out))
+    claims = work_on(Path(out))
     if claims is None:
-        if not os.path.exists(Path(out) / manifest.NAME):
-            raise OutputError(f"{printable(out)}: no work in parts was begun", hint="streamconv convert MODEL OUT --parts N")
         return {"complete": True}
     done, locked, left = 0, [], []
     with contextlib.closing(claims):

@@ -217,7 +217,7 @@ class Folder:
         """
         there = self.look(name)
         if there is not None and (problem := self._problem(there, kind, ours)):
-            raise _foreign(self.path / name, problem)
+            raise not_ours(self.path / name, problem)
         return there
 
     def open(self, name: str, make: bool = True, fresh: bool = False, private: bool = False, ours: bool = True) -> int:
@@ -238,7 +238,7 @@ class Folder:
             self.owner = os.fstat(fd).st_uid
         if problem := self._problem(os.fstat(fd), stat.S_IFREG, ours):
             self.disk.close(fd)
-            raise _foreign(self.path / name, problem)
+            raise not_ours(self.path / name, problem)
         return fd
 
     def rename(self, old: str, new: str) -> None:
@@ -297,7 +297,8 @@ class Folder:
         return f"belongs to user {status.st_uid}" if ours and status.st_uid not in (os.geteuid(), self.owner) else ""
 
 
-def _foreign(path: Path, problem: str) -> OutputError:
+def not_ours(path: Path, problem: str) -> OutputError:
+    """The error for what no run can have made."""
     return OutputError(
         f"{printable(path)} {problem}: it is not what a run leaves there",
         hint="look at it, then move it away or remove it; it was not touched",

@@ -188,7 +188,7 @@ def read(path: Path) -> Manifest:
         file = _Checked(value, shown)
         sizes[name], headers[name], hashes[name] = file.get("size", int), file.get("header", str), file.get("tensors", dict)
         if not all(isinstance(digest, str) for digest in hashes[name].values()):
-            raise VerifyError(f"{shown} is not a streamconv manifest: a hash of {printable(name)} is no text")
+            raise _odd(shown, f"a hash of {printable(name)} is no text")
     plain = {key: value for key, value in content.items() if key not in ("files", "check")}
     at = 0
     for piece in _render(plain, ((name, sizes[name], headers[name], hashes[name].items()) for name in files)):
@@ -247,6 +247,10 @@ def recorded(path: Path, file: str) -> Iterator[tuple[str, str]]:
             return
 
 
+def _odd(shown: str, why: str) -> VerifyError:
+    return VerifyError(f"{shown} is not a streamconv manifest: {why}")
+
+
 def _changed(shown: str) -> VerifyError:
     return VerifyError(f"{shown}: hash mismatch: the file was changed")
 
@@ -257,13 +261,13 @@ class _Checked:
     def __init__(self, value: object, shown: str) -> None:
         self.shown = shown
         if not isinstance(value, dict):
-            raise VerifyError(f"{shown} is not a streamconv manifest: {shown_value(value)} is no object")
+            raise _odd(shown, f"{shown_value(value)} is no object")
         self.value = value
 
     def get(self, key: str, kind: type[Any]) -> Any:
         value = self.value.get(key)
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise VerifyError(f"{self.shown} is not a streamconv manifest: {key} is {shown_value(value)}")
+            raise _odd(self.shown, f"{key} is {shown_value(value)}")
         return value
 
 
@@ -276,7 +280,7 @@ def _head(content: object, shown: str) -> Manifest:
     side = {}
     for name, entry in top.get("side", dict).items() if form > 1 else ():
         if not isinstance(entry, list) or len(entry) != 2 or type(entry[0]) is not int or not isinstance(entry[1], str):
-            raise VerifyError(f"{shown} is not a streamconv manifest: side file {printable(name)} is {shown_value(entry)}")
+            raise _odd(shown, f"side file {printable(name)} is {shown_value(entry)}")
         side[name] = entry[0], entry[1]
     listed = [_Checked(source, shown) for source in top.get("source", list)]
     sources = tuple(SourceFile(s.get("file", str), s.get("size", int), s.get("header_sha256", str)) for s in listed)

@@ -21,7 +21,7 @@ from streamconv.planning.tasks import encode_tasks
 from streamconv.quants.base import EncodeStats
 from streamconv.run import manifest
 from streamconv.run.encode import encode, read_rows
-from streamconv.run.fs import Disk, existing, named, translate_errors
+from streamconv.run.fs import Disk, existing, named, not_ours, translate_errors
 from streamconv.run.inside import choose
 from streamconv.run.order import ReductionResults
 from streamconv.run.place import CONFIG, Existing, Place, foreign
@@ -83,10 +83,7 @@ def _check_hidden(path: Path) -> None:
         except (FileNotFoundError, NotADirectoryError):
             return
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        kind = "a link" if stat.S_ISLNK(mode) else "not a file"
-        raise OutputError(
-            f"{printable(path)} is {kind}: it is not what a run leaves there", hint="look at it, then move it away or remove it"
-        )
+        raise not_ours(path, "is a link" if stat.S_ISLNK(mode) else "is not a file")
 
 
 def check_free(place: Place, force: bool) -> Existing:
