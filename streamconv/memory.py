@@ -105,8 +105,7 @@ def available() -> int:
 
 def limit() -> int | None:
     """The tightest memory limit of the enclosing containers, None without one."""
-    limits = [top for top, _ in _cgroup_levels()]
-    return min(limits) if limits else None
+    return min((top for top, _ in _cgroup_levels()), default=None)
 
 
 def cgroup_usage() -> Path | None:
@@ -158,12 +157,8 @@ def _read_level(place: Path, limit_name: str, used_name: str, cache_name: str) -
         if text == "max" or int(text) >= 1 << 60:
             return None
         used = int((place / used_name).read_text())
-        cache = 0
-        for line in (place / "memory.stat").read_text().splitlines():
-            key, _, value = line.partition(" ")
-            if key == cache_name:
-                cache = int(value)
-        return int(text), max(0, used - cache)
+        counts = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
+        return int(text), max(0, used - int(counts.get(cache_name, 0)))
     except (OSError, ValueError):
         return None
 

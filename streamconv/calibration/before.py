@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from streamconv import memory
-from streamconv.calibration.request import Samples, measured_in
+from streamconv.calibration.request import Progress, Sampled, Samples, measured_in, silent
 from streamconv.checkpoint.activation_ranges import HINT
 from streamconv.errors import BudgetError, UsageError
 from streamconv.options import SEARCHED
@@ -43,9 +43,9 @@ def measured(
     memory_budget: int | None = None,
     device: str = "auto",
     force: bool = False,
-    progress: Callable[[int, int, float], None] = lambda layer, layers, seconds: None,
-    sampled: Callable[[int, int, int, int], None] = lambda layer, layers, sample, samples: None,
-    told: Callable[[str], None] = lambda line: None,
+    progress: Progress = silent,
+    sampled: Sampled = silent,
+    told: Callable[[str], None] = silent,
 ) -> _Measured:
     """The options with activation ranges and codes in them, measured if a format needs them and none are given.
 
@@ -54,7 +54,6 @@ def measured(
     Args:
         samples: what to measure on, None if nothing was said.
         memory_budget: bytes.
-        progress, sampled: see `run.calibrate`.
         told: called with a line for what is there.
 
     Raises:
@@ -134,8 +133,8 @@ class _Runs:
     samples: Samples
     memory_budget: int | None
     device: str
-    progress: Callable[[int, int, float], None]
-    sampled: Callable[[int, int, int, int], None]
+    progress: Progress
+    sampled: Sampled
     told: Callable[[str], None]
 
     def _run(self, out: Path, what: str, arguments: dict[str, Any]) -> None:

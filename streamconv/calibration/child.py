@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any, cast
 
 from streamconv import errors, process, streams
+from streamconv.calibration.request import Progress, Sampled, silent
 
 
 def calibrate_apart(
     arguments: dict[str, Any],
-    progress: Callable[[int, int, float], None],
+    progress: Progress,
     kept_out: Sequence[Path] = (),
-    sampled: Callable[[int, int, int, int], None] = lambda layer, layers, sample, samples: None,
+    sampled: Sampled = silent,
 ) -> dict[str, Any]:
     """`run.calibrate`, or `run.find_codes` if there is a method, in a child process.
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 from streamconv.targets.trtllm.options import TensorRTLLM
 
 Loop = Literal["trtllm", "modelopt"]
+Progress = Callable[[int, int, float], None]
+"""Called after each layer with (done, all, seconds left)."""
+Sampled = Callable[[int, int, int, int], None]
+"""Called within a layer, at most once a second, with (layers done, all layers, samples through this one, all samples)."""
 DTYPES = ("float16", "bfloat16", "float32", "auto")
 
 
@@ -26,6 +31,10 @@ class Samples:
     samples: int | None = None
     max_length: int = 512
     batch_size: int = 1
+
+
+def silent(*_: object) -> None:
+    """Nobody listens."""
 
 
 def measured_in(options: TensorRTLLM) -> tuple[str, Loop]:

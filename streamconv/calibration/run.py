@@ -16,7 +16,7 @@ from streamconv import __version__, memory
 from streamconv.calibration import pretrained
 from streamconv.calibration.held import Held
 from streamconv.calibration.names import Names
-from streamconv.calibration.request import DTYPES, Loop
+from streamconv.calibration.request import DTYPES, Loop, Progress, Sampled, silent
 from streamconv.calibration.texts import batches_of, groups_of
 from streamconv.calibration.torch_device import current, free_memory, give_back, torch_device
 from streamconv.checkpoint.index import Index, source_files
@@ -32,13 +32,7 @@ if TYPE_CHECKING:
     from streamconv.calibration.scratch import Scratch
     from streamconv.calibration.work import Work
 
-Progress = Callable[[int, int, float], None]
-Sampled = Callable[[int, int, int, int], None]
-
 _WEIGHTS = ("F16", "BF16", "F32", "F64")
-
-def _silent(layer: int, layers: int, seconds: float) -> None:
-    pass
 
 
 def calibrate(
@@ -55,16 +49,14 @@ def calibrate(
     memory_budget: int | None = None,
     beside: int = 0,
     reuse: bool = False,
-    progress: Progress = _silent,
-    sampled: Sampled = lambda layer, layers, sample, samples: None,
+    progress: Progress = silent,
+    sampled: Sampled = silent,
 ) -> dict[str, Any]:
     """Write the activation ranges of a model; see `verbs.calibrate`.
 
     Args:
         beside: bytes of the memory budget that another process takes.
         reuse: leave a file that the same request made as it is.
-        progress: called after each layer with (done, all, seconds left).
-        sampled: called within a layer, at most once a second, with (layers done, all layers, samples through this one, all samples).
     """
     with _opened(model, out, batch_size, dtype, loop, device, memory_budget, beside) as run:
         from streamconv.calibration.maxima import RangesWork
@@ -90,8 +82,8 @@ def find_codes(
     memory_budget: int | None = None,
     beside: int = 0,
     reuse: bool = False,
-    progress: Progress = _silent,
-    sampled: Sampled = lambda layer, layers, sample, samples: None,
+    progress: Progress = silent,
+    sampled: Sampled = silent,
 ) -> dict[str, Any]:
     """Find the INT4 codes of a model's linear layers on text, and write them to a file (`checkpoint.codes_file`).
 

@@ -13,7 +13,7 @@ grow again later. A device that is lost: the CPU does the rest and the report sa
 
 from typing import TYPE_CHECKING
 
-from streamconv.device.choice import HOST_COST, Choice, choose, parse, visible
+from streamconv.device.choice import Choice, choose, parse, visible
 
 if TYPE_CHECKING:
     from streamconv.device.backend import Cuda
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from streamconv.device.step import Job
 
 __all__ = [
-    "HOST_COST", "Choice", "choose", "parse", "visible",
+    "Choice", "choose", "parse", "visible",
     "BEST_ARENA", "Demand", "NoRoom", "Sizes", "arena", "demand", "fit", "pinned_size", "reserve", "slots",
     "Cuda", "DeviceLost", "DevicePipeline", "Job", "WorkerBuffers",
 ]  # fmt: skip

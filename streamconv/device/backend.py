@@ -73,7 +73,6 @@ class Cuda:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._torch = torch
         self._device = torch.device(name)
         try:
             with self._current():
@@ -87,24 +86,23 @@ class Cuda:
             self._unfused = fused.works(self._device)  # and what compiling takes of the host's memory is counted too
 
     def _current(self) -> AbstractContextManager[None]:
-        current: AbstractContextManager[None] = self._torch.cuda.device(self._device)
-        return current
+        return torch.cuda.device(self._device)
 
     def alloc_pinned(self, size: int) -> torch.Tensor:
         with self._current():
-            return self._torch.empty(size, dtype=self._torch.uint8, pin_memory=True)
+            return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
     def alloc_device(self, size: int) -> torch.Tensor:
         with self._current():
-            return self._torch.empty(size, dtype=self._torch.uint8, device=self._device)
+            return torch.empty(size, dtype=torch.uint8, device=self._device)
 
     def free_memory(self) -> int:
         with self._current():
-            self._torch.cuda.empty_cache()  # what torch keeps for itself is free
-            return int(self._torch.cuda.mem_get_info(self._device)[0])
+            torch.cuda.empty_cache()  # what torch keeps for itself is free
+            return int(torch.cuda.mem_get_info(self._device)[0])
 
     def limit(self, size: int | None) -> None:
-        cuda, fraction = self._torch.cuda, self._fraction
+        cuda, fraction = torch.cuda, self._fraction
         with self._current():
             if size is not None:  # on top of what others in this process hold, which torch counts too
                 cuda.empty_cache()
@@ -114,21 +112,21 @@ class Cuda:
 
     def stream(self) -> Any:
         with self._current():
-            return self._torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            return torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
 
     def copy(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], stream: Any) -> None:
-        with self._current(), self._torch.cuda.stream(stream):
+        with self._current(), torch.cuda.stream(stream):
             for target, source in pairs:
                 target.copy_(source, non_blocking=True)
 
     def run(self, stream: Any, work: Callable[[], T]) -> T:
-        with self._current(), self._torch.cuda.stream(stream):
+        with self._current(), torch.cuda.stream(stream):
             return work()
 
     def record(self, stream: Any) -> Any:
         # waiting for it sleeps and does not spin: the processor belongs to the workers that read and write
         with self._current():
-            event = self._torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             event.record(stream)
             return event
 
@@ -142,7 +140,7 @@ class Cuda:
 
     def is_full(self, error: BaseException) -> bool:
         text = str(error).lower()
-        return isinstance(error, self._torch.cuda.OutOfMemoryError) or (
+        return isinstance(error, torch.cuda.OutOfMemoryError) or (
             isinstance(error, RuntimeError) and "cuda" in text and "out of memory" in text
         )
 
@@ -152,7 +150,7 @@ class Cuda:
 
     def relieve(self) -> None:
         with self._current():
-            self._torch.cuda.empty_cache()
+            torch.cuda.empty_cache()
 
     def unfused(self) -> str | None:
         return self._unfused

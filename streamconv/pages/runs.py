@@ -187,7 +187,7 @@ def calibration(
         ("samples, tokens", f"{measured['samples']}, {measured['tokens']}"),
         ("layers, ranges", f"{measured['layers']}, {measured['tensors']}"),
         ("time", f"{measured['seconds']:.1f} s on {measured['device']}"),
-        ("peak memory", show_size(measured["peak_memory"]) if "peak_memory" in measured else "-"),
+        ("peak memory", show_size(measured["peak_memory"])),
     ]
     sections = [*timeline.sections(samples), *tensors.ranges(amax), *_settings(command, "")]
     summary = f"Activation ranges of {model} were measured on {measured['samples']} samples of {text}."
