@@ -18,11 +18,7 @@ SPARE = 8 * memory.MIB
 
 
 def costs_of(reads: Reads, on_device: bool = False, checked: bool = False) -> list[TileCost]:
-    """Tile cost of every read; equal reads are worked out once.
-
-    Args:
-        checked: each tile is decoded (`run.inline_check`).
-    """
+    """Tile cost of every read; equal reads are worked out once. `checked`: each tile is decoded (`run.inline_check`)."""
     known: dict[object, TileCost] = {}
     costs = []
     for number, kind in enumerate(reads.kinds()):

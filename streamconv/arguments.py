@@ -15,11 +15,7 @@ Value = TypeVar("Value")
 
 
 def path_of(value: object, name: str) -> str:
-    """A path, or a name on the Hub.
-
-    Raises:
-        UsageError: it is neither a string nor a path object, or no file can have this name.
-    """
+    """A path, or a name on the Hub. Raises UsageError: it is neither a string nor a path object, or no file can have this name."""
     if not isinstance(value, str | os.PathLike):
         raise UsageError(f"{name} is {_a(value)}, not a path")
     text = os.fsdecode(value)
@@ -47,11 +43,7 @@ def check_text(text: str, name: str) -> None:
 
 
 def check_words(words: Sequence[str]) -> None:
-    """`check_text` for each value on a command line.
-
-    Raises:
-        UsageError: names the flag before it.
-    """
+    """`check_text` for each value on a command line. Raises UsageError: names the flag before it."""
     for before, word in zip(("", *words), words, strict=False):
         named, equals, value = word.partition("=") if word.startswith("--") else (before, "=", word)
         if equals:

@@ -31,11 +31,7 @@ class Place:
 
 
 def place(environment: Mapping[str, str] = os.environ) -> Place | None:
-    """Who this process is; None if no launcher says.
-
-    Raises:
-        UsageError: a variable holds no number.
-    """
+    """Who this process is; None if no launcher says. Raises UsageError: a variable holds no number."""
     # the innermost first: an array's task may start a step, and a step may start torchrun
     if "TORCHELASTIC_RUN_ID" in environment and "RANK" in environment:
         return Place("torchrun", _number(environment, "RANK"), _count(environment, "WORLD_SIZE"))

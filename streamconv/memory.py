@@ -29,11 +29,7 @@ _RESIDENT = re.compile(rb"VmHWM:\s*(\d+) kB\nVmRSS:\s*(\d+) kB")
 
 
 def parse_size(text: str) -> int:
-    """ "2GiB", "512M", "1500MB" or a plain number of bytes -> bytes.
-
-    Raises:
-        UsageError: not a size.
-    """
+    """ "2GiB", "512M", "1500MB" or a plain number of bytes -> bytes. Raises UsageError: not a size."""
     match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,9})?)\s*([a-zA-Z]*)\s*", text)
     unit = _UNITS.get(match[2].lower()) if match else None
     if match is None or unit is None or float(match[1]) <= 0:

@@ -29,11 +29,7 @@ POLL = 0.2
 
 
 def work_on(out: Path, disk: Disk | None = None) -> Claims | None:
-    """The work on an output that is shared in parts; None if the output is complete.
-
-    Raises:
-        OutputError: no such work was begun.
-    """
+    """The work on an output that is shared in parts; None if the output is complete. Raises OutputError: no such work was begun."""
     claims = Claims.of(out, disk)
     if claims is None and not os.path.exists(out / manifest.NAME):
         raise OutputError(f"{printable(out)}: no work in parts was begun", hint="streamconv convert MODEL OUT --parts N")

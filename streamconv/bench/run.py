@@ -44,11 +44,7 @@ _Round = dict[Job, Measured]
 
 
 def jobs(budgets: Sequence[int], quants: Sequence[str], flags: Sequence[str], against: Sequence[str]) -> list[Job]:
-    """What is measured, beside `cp`.
-
-    Raises:
-        UsageError: a command of the user's has no {model} or no {out}.
-    """
+    """What is measured, beside `cp`. Raises UsageError: a command of the user's has no {model} or no {out}."""
     listed = []
     for quant in quants:
         more = ["--target-sm", "80"] if quant in ("int8", "int4") and not {"--target-sm", "--to"} & set(flags) else []

@@ -86,11 +86,7 @@ def takes_codes(options: TensorRTLLM | HuggingFace) -> bool:
 
 
 def check_text(options: TensorRTLLM | HuggingFace) -> None:
-    """Options that a text goes with.
-
-    Raises:
-        UsageError: nothing is measured on it.
-    """
+    """Options that a text goes with. Raises UsageError: nothing is measured on it."""
     if options.activation_ranges is not None or options.codes is not None:
         given = "--activation-ranges" if options.activation_ranges is not None else "--codes"
         raise UsageError(f"{given} and --text exclude each other: what is given is not measured again")

@@ -96,11 +96,7 @@ class Folds:
         return not self._kind or (self._kind == "norms" and role in ("o", "down"))
 
     def of(self, role: str, module: str, inputs: int, index: Index) -> Norm | Rows | None:
-        """Where the pre-scale of a site goes; None if nothing can take it.
-
-        Args:
-            inputs: K.
-        """
+        """Where the pre-scale of a site goes; None if nothing can take it. `inputs`: K."""
         name = self._norm(role)
         if name is not None:
             place = self._places[name]

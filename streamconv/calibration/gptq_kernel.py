@@ -31,11 +31,7 @@ def _columns(block, steps, upper, stride, codes, errors, size, rows, WIDTH: tl.c
 
 
 def columns(block, steps, upper, codes, errors):
-    """As `gptq._columns`.
-
-    Args:
-        upper: a part of a row-major matrix.
-    """
+    """As `gptq._columns`. `upper`: a part of a row-major matrix."""
     size, rows = block.shape
     width = triton.next_power_of_2(size)
     grid = (triton.cdiv(rows, _ROWS),)

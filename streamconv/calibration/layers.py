@@ -116,11 +116,7 @@ class OneLayer:
                     parameter[start:stop].copy_(piece.to(self.device))  # converted there
 
     def places_of(self, number: int) -> dict[str, Place]:
-        """Where the parameters of layer `number` come from.
-
-        Raises:
-            TensorError: one is missing, or of another shape.
-        """
+        """Where the parameters of layer `number` come from. Raises TensorError: one is missing, or of another shape."""
         return {name: self.names.place(number, name, tuple(p.shape)) for name, p in self.layer.named_parameters()}
 
     def embed(self, samples: Sequence[Sequence[int]]) -> Iterator[torch.Tensor]:
@@ -166,11 +162,7 @@ def _runs(rows: list[int], row_bytes: int) -> Iterator[tuple[int, int]]:
 
 
 class _Queries(torch.nn.Module):
-    """Called first: all of the matrix; the other two take their parts of it.
-
-    Args:
-        heads: query heads of a KV head.
-    """
+    """Called first: all of the matrix; the other two take their parts of it. `heads`: query heads of a KV head."""
 
     def __init__(self, like: torch.nn.Linear, rows: int, heads: int, size: int) -> None:
         super().__init__()
@@ -200,11 +192,7 @@ class _Part(torch.nn.Module):
 
 
 def group(layer: torch.nn.Module, heads: int, size: int) -> None:
-    """Replace the three projections of a layer's attention.
-
-    Args:
-        heads: query heads of a KV head.
-    """
+    """Replace the three projections of a layer's attention. `heads`: query heads of a KV head."""
     attention: Any = layer.get_submodule("self_attn")
     rows = sum(getattr(attention, name).out_features for name in ("q_proj", "k_proj", "v_proj"))
     whole = _Queries(attention.q_proj, rows, heads, size)

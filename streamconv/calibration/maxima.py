@@ -63,11 +63,7 @@ class Maxima:
 
 
 class RangesWork:
-    """Measures activation ranges; see `work.Work`.
-
-    Args:
-        kind: the computing type, for messages.
-    """
+    """Measures activation ranges; see `work.Work`. `kind`: the computing type, for messages."""
 
     name = "activation ranges"
     smaller = ""

@@ -38,11 +38,7 @@ class Place(NamedTuple):
 
 
 class Names:
-    """Places of parameters.
-
-    Args:
-        built: the architecture that transformers runs it as.
-    """
+    """Places of parameters. `built`: the architecture that transformers runs it as."""
 
     def __init__(self, index: Index, family: Family, built: str) -> None:
         self._index, self._family = index, family

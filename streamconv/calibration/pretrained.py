@@ -75,11 +75,7 @@ def empty_model(config: Any, dtype: torch.dtype) -> Any:
 
 
 def read_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder, that pads on the left.
-
-    Raises:
-        CheckpointError: there is none that can be read.
-    """
+    """The tokenizer of a model folder, that pads on the left. Raises CheckpointError: there is none that can be read."""
     from transformers import AutoTokenizer
 
     hint = "calibration needs the tokenizer files beside the model"
@@ -110,11 +106,7 @@ def told(what: str, hint: str | None = None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def on_device() -> Iterator[None]:
-    """The device's lack of memory is the user's to mend.
-
-    Raises:
-        BudgetError: a device ran out of memory.
-    """
+    """The device's lack of memory is the user's to mend. Raises BudgetError: a device ran out of memory."""
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:

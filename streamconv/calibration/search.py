@@ -42,11 +42,7 @@ class Site(NamedTuple):
 
 
 def nearest(weight: torch.Tensor, grid: Grid) -> Found:
-    """Plain rounding, where nothing is known of the inputs.
-
-    Args:
-        weight: [N, K] in any float type.
-    """
+    """Plain rounding, where nothing is known of the inputs. `weight`: [N, K] in any float type."""
     scales, codes = [], []
     for rows in weight.split(rows_at_once(weight.shape[1], weight.device.type)):  # type: ignore[no-untyped-call]
         scales.append(grid.scales(grid.largest(rows.float()), NEAREST))

@@ -34,11 +34,7 @@ _GUESS = 1e9
 
 
 class Files:
-    """States in a file of each layer.
-
-    Args:
-        dtype: computing type.
-    """
+    """States in a file of each layer. `dtype`: computing type."""
 
     def __init__(self, scratch: Scratch, dtype: torch.dtype, device: str) -> None:
         self._scratch, self._dtype, self._device = scratch, dtype, device

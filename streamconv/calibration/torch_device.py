@@ -10,11 +10,7 @@ from streamconv.lazy import torch
 
 
 def torch_device(name: str) -> str:
-    """The torch device that --device means: "cpu" or "cuda:N".
-
-    Raises:
-        UsageError: there is no such device.
-    """
+    """The torch device that --device means: "cpu" or "cuda:N". Raises UsageError: there is no such device."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return "cpu"
     kind, _, number = name.partition(":")

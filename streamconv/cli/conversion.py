@@ -210,11 +210,7 @@ def _page_facts(model: str, outputs: Sequence[Output], asked: Resources, togethe
 
 
 def _on_ray(engine: str, model: str, outputs: Sequence[Output], asked: Resources, force: bool, meter: Meter, together: bool) -> Report:
-    """`convert --engine`.
-
-    Raises:
-        UsageError: another engine.
-    """
+    """`convert --engine`. Raises UsageError: another engine."""
     from streamconv.run_on_ray import convert_on_ray
 
     name, _, address = engine.partition("=")

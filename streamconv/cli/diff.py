@@ -49,11 +49,7 @@ def diff(a: str, b: str, tolerance: float | None, memory_budget: str | None, eve
 
 
 def _show(comparison: Comparison, tolerance: float | None, good: bool, quiet: bool, every: bool) -> None:
-    """Print the worst tensors and the totals.
-
-    Args:
-        every: show every tensor in natural order, not the worst that differ.
-    """
+    """Print the worst tensors and the totals. `every`: show every tensor in natural order, not the worst that differ."""
     output.warn(comparison.warnings)
     if quiet:
         return

@@ -155,11 +155,7 @@ def _underscored(argument: str) -> str:
 
 
 def parse(argv: list[str]) -> OfficialRequest:
-    """Read an official command line.
-
-    Raises:
-        UsageError: an unknown flag, a bad value, or flags that contradict each other.
-    """
+    """Read an official command line. Raises UsageError: an unknown flag, a bad value, or flags that contradict each other."""
     args = _parser().parse_args([_underscored(argument) for argument in argv], OfficialRequest())
     if args.model_dir and args.meta_ckpt_dir:
         raise UsageError("--model_dir and --meta_ckpt_dir exclude each other")

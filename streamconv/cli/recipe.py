@@ -120,11 +120,7 @@ def _parse(file: Path) -> dict[Any, Any]:
 
 
 def _yaml(text: str) -> Any:
-    """What a YAML text holds.
-
-    Raises:
-        ValueError: it is no YAML, or holds an alias, by which a few lines stand for billions.
-    """
+    """What a YAML text holds. Raises ValueError: it is no YAML, or holds an alias, by which a few lines stand for billions."""
     import yaml
 
     try:
@@ -191,11 +187,7 @@ _RESOURCES = ("memory_budget", "workers", "device", "device_memory_budget")
 
 
 def write(path: str | Path, text: str) -> None:
-    """Write a recipe that `render` gave.
-
-    Raises:
-        OutputError: the file is there already, or cannot be written.
-    """
+    """Write a recipe that `render` gave. Raises OutputError: the file is there already, or cannot be written."""
     name = printable(path)
     try:
         data = text.encode()

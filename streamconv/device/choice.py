@@ -39,11 +39,7 @@ class Choice:
 
 
 def parse(text: str) -> tuple[str, ...]:
-    """ "auto", "cpu", "cuda:0,cuda:1" -> names; "cuda" is "cuda:0".
-
-    Raises:
-        UsageError: anything else.
-    """
+    """ "auto", "cpu", "cuda:0,cuda:1" -> names; "cuda" is "cuda:0". Raises UsageError: anything else."""
     names = tuple(part.strip() for part in text.split(","))
     if names in (("auto",), ("cpu",)):
         return names

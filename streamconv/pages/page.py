@@ -97,11 +97,7 @@ def render(page: Page) -> str:
 
 
 def write(name: str, page: Page) -> None:
-    """Write the page beside the file of that name, and take its place.
-
-    Raises:
-        OutputError: the disk does not take it.
-    """
+    """Write the page beside the file of that name, and take its place. Raises OutputError: the disk does not take it."""
     text = render(page).encode("utf-8", "backslashreplace")
     path = Path(name)
     part = path.with_name(f".{path.name}.part")

@@ -175,11 +175,7 @@ def verification(out: str, source: str | None, verdict: Verdict, samples: Sequen
 def calibration(
     model: str, measured: Mapping[str, Any], amax: Iterable[tuple[str, float]], text: str, samples: Sequence[Sample], command: str
 ) -> Page:
-    """The page of `calibrate`.
-
-    Args:
-        amax: largest absolute input of each module, in any order.
-    """
+    """The page of `calibrate`. `amax`: largest absolute input of each module, in any order."""
     facts = [
         ("model", model),
         ("text", text),

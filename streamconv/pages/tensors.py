@@ -116,11 +116,7 @@ def losses(search: Mapping[str, Any]) -> Section:
 
 
 def ranges(amax: Iterable[tuple[str, float]]) -> list[Section]:
-    """A heatmap of the largest absolute inputs of modules.
-
-    Args:
-        amax: (module, largest absolute input).
-    """
+    """A heatmap of the largest absolute inputs of modules. `amax`: (module, largest absolute input)."""
     cells: dict[tuple[str, str], float] = {}
     for name, value in amax:
         at = place(name)

@@ -313,11 +313,7 @@ def unsupported(path: Path, what: str) -> OutputError:
 
 
 def named(path: str | Path) -> Path:
-    """A path that the user gave.
-
-    Raises:
-        UsageError: it is empty, or no path can be so.
-    """
+    """A path that the user gave. Raises UsageError: it is empty, or no path can be so."""
     return Path(path_of(path, "the name of the output"))
 
 

@@ -96,11 +96,7 @@ class InlineCheck:
                 yield TensorError(file, matrix.places[0].tensor, rows, largest, relative, self.snr(number))
 
     def finish(self) -> None:
-        """All tiles are done.
-
-        Raises:
-            VerifyError: names every matrix that is below the least SNR.
-        """
+        """All tiles are done. Raises VerifyError: names every matrix that is below the least SNR."""
         least = self._least
         if least is None:
             return

@@ -99,11 +99,7 @@ def _passed_over(name: str) -> bool:
 
 
 def choose(out: Path, disk: Disk, lenient: bool = False) -> Place:
-    """The place for an output.
-
-    Raises:
-        OutputError: its name cannot be one.
-    """
+    """The place for an output. Raises OutputError: its name cannot be one."""
     out = Path(os.path.realpath(out))
     with translate_errors(out, "look at"):
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):

@@ -286,11 +286,7 @@ class Journal:
             self._append(sealed({"ready": names}))
 
     def remove(self, past: JournalState = NONE) -> None:
-        """The work is published or given up.
-
-        Args:
-            past: the journal of an earlier run, if this run has none.
-        """
+        """The work is published or given up. `past`: the journal of an earlier run, if this run has none."""
         mark = Mark.of(os.fstat(self._fd)) if self._fd >= 0 else past.mark
         self.close()
         with translate_errors(self.path, "remove"):

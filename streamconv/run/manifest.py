@@ -172,11 +172,7 @@ def is_of(folder: Path, fingerprint: object) -> bool:
 
 
 def read(path: Path) -> Manifest:
-    """Read a manifest.
-
-    Raises:
-        VerifyError: it is not a manifest this version reads.
-    """
+    """Read a manifest. Raises VerifyError: it is not a manifest this version reads."""
     shown = printable(path)
     data = read_file(path, MAX_MANIFEST, VerifyError)
     check_counts(data, shown, VerifyError, MAX_OUTPUT_TENSORS + MAX_CONTAINERS)
@@ -201,11 +197,7 @@ def read(path: Path) -> Manifest:
 
 
 def read_head(path: Path) -> Manifest:
-    """A manifest without what it says of each file.
-
-    Raises:
-        VerifyError: it is not a manifest this version reads.
-    """
+    """A manifest without what it says of each file. Raises VerifyError: it is not a manifest this version reads."""
     shown = printable(path)
     data = read_file(path, MAX_MANIFEST, VerifyError)
     end, tail = data.find(_FILES), _CHECK.search(data, max(0, len(data) - 64))

@@ -261,11 +261,7 @@ class Place:
             self.base.sync()
 
     def begin(self, fresh: bool) -> None:
-        """Make `work` usable.
-
-        Args:
-            fresh: remove what an earlier run left; otherwise keep the files that are there.
-        """
+        """Make `work` usable. `fresh`: remove what an earlier run left; otherwise keep the files that are there."""
         name = self.hidden("partial")
         if fresh:
             self._remove(name)
@@ -302,11 +298,7 @@ class Place:
                 self.base.sync()
 
     def discard(self, marks: dict[str, Mark]) -> None:
-        """Remove the work.
-
-        Args:
-            marks: its files; anything else stays, and the folder with it.
-        """
+        """Remove the work. `marks`: its files; anything else stays, and the folder with it."""
         if self._begun:
             self.work.remove(marks)
             self.base.expect(self.hidden("partial"), self.work.folder.mark())
