@@ -80,10 +80,6 @@ class Search:
         target: Any = plan.target
         return dataclasses.replace(plan, target=dataclasses.replace(target, method=self.method))
 
-    def to_json(self) -> dict[str, Any]:
-        """For programs."""
-        return dataclasses.asdict(self)
-
     def lines(self) -> list[str]:
         """For people."""
         kept = ", ".join(f"{count} x {tier} of {size} channels" for size, tier, count in self.grams)

@@ -71,7 +71,7 @@ def show(
             facts |= {"out": one.out, "finished": done}
         facts["output_problem"] = problem
         if search is not None:
-            facts["search"] = search.to_json()
+            facts["search"] = dataclasses.asdict(search)
     content: dict[str, Any]
     if several:
         content = {"outputs": each, "bytes_to_read": reads.nbytes, "bytes_to_read_apart": sum(plan.bytes_read for plan in reads.plans)}

@@ -284,7 +284,9 @@ class Folder:
             if error.errno not in UNSUPPORTED:
                 raise
             if not self.lenient:
-                raise unsupported(self.path, what) from error
+                hint = "choose an output on another file system, or use --no-lock, "
+                hint += "and see to it yourself that no second run writes there"
+                raise OutputError(f"the file system of {printable(self.path)} cannot {what}", hint=hint) from error
 
     def _problem(self, status: os.stat_result, kind: int, ours: bool) -> str:
         """Why a run cannot have made it; empty if it may have."""
@@ -302,13 +304,6 @@ def not_ours(path: Path, problem: str) -> OutputError:
     return OutputError(
         f"{printable(path)} {problem}: it is not what a run leaves there",
         hint="look at it, then move it away or remove it; it was not touched",
-    )
-
-
-def unsupported(path: Path, what: str) -> OutputError:
-    return OutputError(
-        f"the file system of {printable(path)} cannot {what}",
-        hint="choose an output on another file system, or use --no-lock, and see to it yourself that no second run writes there",
     )
 
 
