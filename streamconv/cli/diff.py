@@ -42,7 +42,7 @@ def diff(a: str, b: str, tolerance: float | None, memory_budget: str | None, eve
     good = comparison.within(tolerance)
     if as_json:
         facts = {"within": good, "tolerance": tolerance, "warnings": comparison.warnings, "beside": comparison.beside}
-        output.dump_long(facts, "tensors", (dataclasses.asdict(tensor) for tensor in comparison.tensors), _counts(comparison))
+        output.dump_long(facts, (dataclasses.asdict(tensor) for tensor in comparison.tensors), _counts(comparison))
     else:
         _show(comparison, tolerance, good, quiet, every)
     return 0 if good else 7

@@ -41,7 +41,7 @@ def inspect(model: str, as_json: bool) -> int:
         unknown: list[str] = []
         tensors = _tensors(index, family, plan, unknown)
         if as_json:
-            output.dump_long(facts, "tensors", tensors, {"unknown": unknown, "problem": problem})
+            output.dump_long(facts, tensors, {"unknown": unknown, "problem": problem})
             return 0
         content = f"{len(index.tensors)} tensors, {show_size(nbytes)} in {count(files, 'file')}"
         output.line(f"{family.name} ({config.architecture}), {content}")

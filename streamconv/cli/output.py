@@ -65,19 +65,13 @@ def dump(content: Mapping[str, Any]) -> None:
     print(_object(content))
 
 
-def dump_long(content: Mapping[str, Any], name: str, items: Iterable[object], last: Mapping[str, Any]) -> None:
-    """As `dump`, with a list that is never held whole.
-
-    Args:
-        content: what comes before it.
-        name: its key.
-        last: what comes after it, read when the items have come.
-    """
+def dump_long(content: Mapping[str, Any], tensors: Iterable[object], last: Mapping[str, Any]) -> None:
+    """As `dump`, with a list "tensors" that is never held whole; `last` comes after it, and is read when the tensors have come."""
     import json
 
-    print(_object(content)[:-1], end=f', "{name}": [')
-    for number, item in enumerate(items):
-        print(", " if number else "", json.dumps(item), sep="", end="")
+    print(_object(content)[:-1], end=', "tensors": [')
+    for number, tensor in enumerate(tensors):
+        print(", " if number else "", json.dumps(tensor), sep="", end="")
     print("], " + _object(last)[1:])
 
 
