@@ -85,7 +85,7 @@ _IN_SHORT = {"formats": _formats_in_short, "targets": _targets_in_short}
 
 
 @click.command("list")
-@click.argument("what", type=click.Choice(["families", "quants", "formats", "targets"]))
+@click.argument("what", type=click.Choice([*LISTS]))
 @click.option("--markdown", is_flag=True, help="As a Markdown table; of formats and targets in short.")
 def list_(what: str, markdown: bool) -> int:
     """Print the model families, the weight formats, or the targets and their options."""

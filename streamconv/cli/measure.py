@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import click
 
+from streamconv.calibration.request import DTYPES, Loop
 from streamconv.cli import output
 from streamconv.cli.details import CALIBRATE
 from streamconv.cli.flags import SAMPLES, WATCHING, Command, options
@@ -18,14 +19,14 @@ from streamconv.errors import UsageError
 @options(SAMPLES)
 @click.option(
     "--dtype",
-    type=click.Choice(["float16", "bfloat16", "float32", "auto"]),
+    type=click.Choice(DTYPES),
     default="float16",
     show_default=True,
     help="Computing type: float16 for SmoothQuant, auto (the model's own) for FP8 and for the INT8 KV cache alone.",
 )
 @click.option(
     "--loop",
-    type=click.Choice(["trtllm", "modelopt"]),
+    type=click.Choice(get_args(Loop)),
     default="trtllm",
     show_default=True,
     help="How samples are prepared: as TensorRT-LLM does (SmoothQuant, INT8 KV cache) or as ModelOpt does (FP8).",
