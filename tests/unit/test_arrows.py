@@ -142,7 +142,7 @@ def test_help_of_the_drop_in_command_loads_no_planning() -> None:
 
 def test_an_unquantized_conversion_loads_no_other_codec(tmp_path: Path) -> None:
     """A start of 0.4 s is mostly imports: those of other formats took a quarter of it. OpenSSL alone is 3.6 MiB of memory."""
-    loaded = _loaded(["convert", str(tiny.write(tmp_path / "model")), str(tmp_path / "out")])
+    loaded = _loaded(["convert", str(tiny.write(tmp_path / "model")), str(tmp_path / "out"), "--device", "cpu"])
     own = {name.removeprefix("streamconv.") for name in loaded}
     codecs = {f"quants.{name}" for name in ("given_codes", "int_group", "gptq", "weight_only", "fp8_rowwise", "fp8_tensor", "smoothquant")}
     others = {"cli.recipe", "checkpoint.torch_zip", "checkpoint.codes_file", "calibration.run", "memory_trace", "hub.shard"}
