@@ -54,6 +54,10 @@ class SourceQuantization:
 
 
 _MODELOPT, _GPTQ = "hf_quant_config.json", "quantize_config.json"
+STATEMENTS = ("quantization_config", "compression_config")
+"""Keys of config.json that say how weights are quantized; the second is compressed-tensors' until 2024."""
+INNER = ("text_config", "llm_config", "language_config")
+"""Keys of config.json below which a language model inside a larger one has its own."""
 _MOST = 1 << 20
 _LARGEST = 3.4028234e38
 """Of float32, in which a checkpoint states the bound."""
@@ -125,7 +129,7 @@ def statement(config: Mapping[str, Any], root: Path) -> tuple[dict[str, Any], st
         CheckpointError: it is not a JSON object.
     """
     folder = root if os.path.isdir(root) else root.parent
-    section = config.get("quantization_config")
+    section = stated_in(config)
     if isinstance(section, dict):
         return section, "config.json"
     if section is not None:
@@ -134,6 +138,26 @@ def statement(config: Mapping[str, Any], root: Path) -> tuple[dict[str, Any], st
         if os.path.lexists(folder / name):
             return read_json(folder / name, _MOST), name
     return None
+
+
+def stated_in(config: Mapping[str, Any]) -> Any:
+    """`quantization_config` of config.json, as it is; None if there is none.
+
+    Where the whole model has none, that of its language model, or compressed-tensors' older key: vLLM reads either.
+    """
+    sections = (part.get(key) for part in (config, *inner_configs(config).values()) for key in STATEMENTS)
+    return next((section for section in sections if section is not None), None)
+
+
+def inner_configs(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Key -> what config.json says of a language model inside a larger one."""
+    return {key: part for key in INNER if isinstance(part := config.get(key), dict)}
+
+
+def without_statement(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The same without any statement of `stated_in`."""
+    inner = {key: without_statement(part) for key, part in inner_configs(config).items()}
+    return {key: inner.get(key, value) for key, value in config.items() if key not in STATEMENTS or value is None}
 
 
 def gptq_format(config: Mapping[str, Any]) -> object:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from streamconv import memory
 from streamconv.checkpoint.dtypes import F32, DType
+from streamconv.checkpoint.quantized import stated_in
 from streamconv.checkpoint.rows import SourceTensor
 from streamconv.checkpoint.source_tensors import SourceTensors
 from streamconv.errors import BudgetError, CheckpointError, UsageError, printable
@@ -80,7 +81,7 @@ def check(folder: Path, config: Mapping[str, Any], source: str | Path, resources
         CheckpointError, HubError: the source cannot be read. UsageError: the directory's codes are not decoded here.
         BudgetError: `memory_budget` does not hold the largest rows.
     """
-    budget, quantization = resources.memory_budget, config.get("quantization_config")
+    budget, quantization = resources.memory_budget, stated_in(config)
     with opened(str(source), str(folder), budget) as raw:
         index = raw[0].index
         if not index.views:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from streamconv import api
 from streamconv.errors import RefusedError
 from streamconv.targets.hf.rules import PARTNERS, classify, matches, partners, split_groups
 from streamconv.targets.hf.target import HuggingFace
+from streamconv.verification.check import verify
 from tests import tiny
 
 EMBEDDING, HEAD, ROUTER = "embedding", "output projection", "router"
@@ -96,6 +100,30 @@ def test_only_and_ignore() -> None:
     left = {m.name: m.reason for m in classify(shapes, ("*.o_proj",), ())}
     assert left["model.layers.0.self_attn.o_proj"] == "named by --ignore" and left["model.layers.0.mlp.up_proj"] == ""
     assert matches("a.b", ["re:a"]) and not matches("b.a", ["re:a"]) and matches("a.b", ["*.b"]) and not matches("a.b", ["b"])
+
+
+@pytest.mark.parametrize("quant", ["fp8_dynamic", "w4a16", "nvfp4a16", "fp8_block"])
+def test_only_takes_no_embedding(tmp_path: Path, quant: str) -> None:
+    """Readers quantize nn.Linear alone: codes of an embedding would be taken for floats."""
+    source = tiny.write(tmp_path / "source")
+    for named in ("model.embed_tokens", "*embed*"):
+        with pytest.raises(RefusedError, match="matches no linear layer"):
+            api.open_and_plan(source, HuggingFace(quant=quant, only=(named, "*.down_proj")))
+    api.convert(source, tmp_path / "out", HuggingFace(quant=quant, only=("*",)))
+    weights = load_file(tmp_path / "out/model.safetensors")
+    assert torch.equal(weights["model.embed_tokens.weight"], load_file(source / "model.safetensors")["model.embed_tokens.weight"])
+    assert verify(tmp_path / "out", source).problems == []
+
+
+def test_only_takes_no_head_that_is_the_embedding(tmp_path: Path) -> None:
+    """Readers put the embedding in its place, and take its floats for codes where config.json does not list lm_head."""
+    source = tiny.write(tmp_path / "source", settings=tiny.config(tie_word_embeddings=True))
+    with pytest.raises(RefusedError, match="--only lm_head matches no linear layer"):
+        api.open_and_plan(source, HuggingFace(quant="fp8_dynamic", only=("lm_head", "*.down_proj")))
+    api.convert(source, tmp_path / "out", HuggingFace(quant="fp8_dynamic", only=("*",)))
+    stated = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert stated["ignore"] == ["lm_head"] and load_file(tmp_path / "out/model.safetensors")["lm_head.weight"].dtype == torch.float16
+    api.open_and_plan(tiny.write(tmp_path / "untied"), HuggingFace(quant="fp8_dynamic", only=("lm_head",)))[0].close()
 
 
 @pytest.mark.parametrize("group", PARTNERS)

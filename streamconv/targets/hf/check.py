@@ -11,7 +11,7 @@ from typing import Any
 
 from streamconv.checkpoint.dtypes import DTYPES
 from streamconv.checkpoint.limits import MAX_WEIGHT_MAP
-from streamconv.checkpoint.quantized import AUTO_ROUND
+from streamconv.checkpoint.quantized import AUTO_ROUND, stated_in
 from streamconv.checkpoint.unknown_statements import overrides
 from streamconv.checkpoint.untrusted import parse_json, read_file, shown_value
 from streamconv.errors import UsageError, VerifyError, printable
@@ -21,7 +21,7 @@ from streamconv.targets.checks import SHOWN, Held, Told, flat, line, rope_scalin
 from streamconv.targets.hf.check_scales import SCALES, SHARED, check_tensors, check_values, codes_of, unordered
 from streamconv.targets.hf.layers import Model, differences, in_order
 from streamconv.targets.hf.model_types import text_config
-from streamconv.targets.hf.rules import default_reason, is_other_part, partners
+from streamconv.targets.hf.rules import NOT_LINEAR, default_reason, is_other_part, partners
 from streamconv.targets.hf.stated import Statement, group_size, read_statement, second_file, stated_bits
 from streamconv.targets.hf.units import Tensors, kinds
 
@@ -33,7 +33,8 @@ _WORDS = ("gptq", "awq", *AUTO_ROUND)
 _SHOWN = 20
 _ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
 _BOOKKEEPING = re.compile(
-    r"_.*|.*dtype|.*(dropout|_pdrop|_token_id|_loss_coef|_loss|_implementation)|transformers_version|quantization_config|auto_map|use_cache"
+    r"_.*|.*dtype|.*(dropout|_pdrop|_token_id|_loss_coef|_loss|_implementation)|transformers_version|auto_map|use_cache"
+    r"|(quantization|compression)_config"
     r"|initializer_range|output_(attentions|hidden_states|router_logits)|return_dict.*|torchscript|id2label|label2id|problem_type"
     r"|pretraining_tp|tokenizer_class|task_specific_params|gradient_checkpointing|router_jitter_noise|name_or_path|layer_types"
 )
@@ -83,7 +84,7 @@ def check(opened: Held) -> Told:
         problems += [f"{INDEX}: {printable(name)} is not where it says" for name in odd[:20]]
         total = sum(DTYPES[dtype].itemsize * prod(shape) for dtype, shape in tensors.values() if dtype in DTYPES)
         problems += [] if stated_size == total else [f"{INDEX}: total_size is {stated_size}, the tensors have {total} bytes"]
-    quantization = config.get("quantization_config")
+    quantization = stated_in(config)
     facts: Mapping[str, Any] = quantization if isinstance(quantization, dict) else {}
     bits = stated_bits(facts) or (4 if facts.get("quant_method") in _WORDS else None)
     model = Model(config, kinds(tensors), None if overrides(facts) else bits)
@@ -177,7 +178,7 @@ def _ignored(codes: set[str], tensors: Tensors, statement: Statement, complete: 
     for name, (dtype, shape) in tensors.items() if complete else ():
         module = name.removesuffix(".weight")
         linear = name.endswith(".weight") and len(shape) == 2 and dtype in _FLOATS and module not in codes
-        if not linear or default_reason(module) in ("embedding", "not a linear layer") or statement.ignore.match(module):
+        if not linear or default_reason(module) in NOT_LINEAR or statement.ignore.match(module):
             continue
         if statement.scheme_of(module) is not None:
             lines.append(f"{printable(module)} is not quantized, and the config's ignore list does not name it: loaders take it for codes")

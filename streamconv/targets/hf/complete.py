@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from streamconv.checkpoint.index import Index
-from streamconv.checkpoint.quantized import source_quantization
+from streamconv.checkpoint.quantized import source_quantization, stated_in
 from streamconv.checkpoint.unknown_statements import overrides
 from streamconv.errors import CheckpointError, printable
 from streamconv.targets.hf.check_scales import SCALES, check_tensors, codes_of
@@ -32,7 +32,7 @@ def check_complete(index: Index, units: Sequence[Kind[Told]]) -> list[str]:
     quantization, bits = source_quantization(index), None
     problems = list(_shards(index))
     if quantization is not None:
-        config = index.config.get("quantization_config") or {}
+        config = stated_in(index.config) or {}
         bits = None if overrides(config) else quantization.bits or stated_bits(config) or 4
         problems += _statement(group_size(index.root) | config, tensors, some) if config else []
     wrong, odd = differences(Model(index.config, units, bits))
@@ -70,7 +70,7 @@ def _shards(index: Index) -> Iterator[str]:
 
 def _bare_codes(config: Mapping[str, Any], tensors: Tensors) -> Iterator[str]:
     """FP8 weights of a quantized model say nothing without their scales."""
-    if not config.get("quantization_config"):
+    if not stated_in(config):
         return
     for name, (dtype, _) in tensors.items():
         if dtype in _FP8 and name.endswith(".weight") and not any(f"{name[:-6]}{scale}" in tensors for scale in SCALES):

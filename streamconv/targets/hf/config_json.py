@@ -13,9 +13,11 @@ from typing import Any
 
 from streamconv import __version__
 from streamconv.checkpoint.index import Index
+from streamconv.checkpoint.quantized import inner_configs, without_statement
 from streamconv.planning.draft import Draft
 from streamconv.targets.hf.recipes import Recipe
 
+_TYPE = ("torch_dtype", "dtype")
 _PIECE = 1 << 12
 """Lines that are spelled at a time."""
 _SHARD = 5 * 10**9
@@ -82,10 +84,10 @@ def output_config(source: Mapping[str, Any], quantization: Mapping[str, Any] | N
     """config.json.
 
     Args:
-        quantization: `quantization_config`; None takes the source's out.
+        quantization: `quantization_config`; the source's own is taken out, wherever it stands.
         dtype: what the float tensors now are, if that changed.
     """
-    config = {key: value for key, value in source.items() if key != "quantization_config"}
+    config = {key: value for key, value in without_statement(source).items() if key != "quantization_config"}
     if dtype is not None:
         config = _typed(config, dtype)
     if quantization is not None:
@@ -93,15 +95,19 @@ def output_config(source: Mapping[str, Any], quantization: Mapping[str, Any] | N
     return dump(config)
 
 
+def kept_config(source: Mapping[str, Any]) -> bytes:
+    """config.json of weights that stay what the source says: its statement stays where it is, that of the whole model as the last key."""
+    section = source.get("quantization_config")
+    config = {key: value for key, value in source.items() if key != "quantization_config"}
+    return dump(config | ({"quantization_config": section} if isinstance(section, dict) else {}))
+
+
 def _typed(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     """The same with its dtype changed, in the configs of its parts too; under the key that the source uses."""
-    typed = {key: dtype if key in ("torch_dtype", "dtype") and isinstance(value, str) else value for key, value in config.items()}
-    for part in ("text_config", "llm_config", "language_config"):
-        inner = typed.get(part)
-        if isinstance(inner, dict):
-            typed[part] = _typed(inner, dtype)
-    if not any(key in config for key in ("torch_dtype", "dtype")):
-        typed["torch_dtype"] = dtype
+    typed = {key: dtype if key in _TYPE and isinstance(value, str) else value for key, value in config.items()}
+    typed |= {part: _typed(inner, dtype) for part, inner in inner_configs(typed).items()}
+    if not any(isinstance(config.get(key), str) for key in _TYPE):
+        typed[next((key for key in _TYPE if key in config), "torch_dtype")] = dtype
     return typed
 
 

@@ -9,9 +9,9 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from streamconv.errors import printable
-from streamconv.targets.hf.ignored import is_table
+from streamconv.targets.hf.ignored import is_head, is_table
 from streamconv.targets.hf.recipes import BLOCK, Recipe
-from streamconv.targets.hf.rules import Module, classify, matches, partners, split_groups, starred
+from streamconv.targets.hf.rules import EMBEDDING, NOT_LINEAR, Module, classify, matches, partners, split_groups, starred
 from streamconv.targets.hf.stored import Stored
 
 if TYPE_CHECKING:
@@ -24,13 +24,16 @@ _APART = ("kv_b_proj", "k_b_proj", "eh_proj")
 class Fates:
     """The fate of every module with a 2-D weight of floats.
 
+    Args:
+        tied: readers put the embedding in the place of a stored lm_head.
+
     Attributes:
         by_name: name -> the first module of its kind, in the order of the source.
         refused: what engines would refuse, one line each.
     """
 
-    def __init__(self, stored: Stored, target: HuggingFace, recipe: Recipe, vocab: int | None = None) -> None:
-        self._target, self._recipe, self._vocab = target, recipe, vocab
+    def __init__(self, stored: Stored, target: HuggingFace, recipe: Recipe, vocab: int | None = None, tied: bool = False) -> None:
+        self._target, self._recipe, self._vocab, self._tied = target, recipe, vocab, tied
         forms = zip(stored.order, stored.forms(), strict=True)
         self.by_name: dict[str, Module] = {name[:-7]: _NONE for name, form in forms if form.linear and name.endswith(".weight")}
         some, turned = list[Module](), list[str]()
@@ -71,6 +74,8 @@ class Fates:
 
     def _modules(self, shapes: Mapping[str, tuple[int, ...]]) -> list[Module]:
         modules = classify(shapes, self._target.ignore, self._target.only)
+        if self._tied:
+            modules = [dataclasses.replace(m, reason=EMBEDDING) if not m.reason and is_head(m.name) else m for m in modules]
         table = "embedding or output projection: a row for each token"
         named = self._target.only
         modules = [
@@ -115,7 +120,7 @@ class Fates:
         if not chosen and not refused:
             refused.append("nothing is left to quantize: every weight is ignored")
         for pattern in target.only:
-            if not any(matches(m.name, [pattern]) for m in modules):
+            if not any(m.reason not in NOT_LINEAR and matches(m.name, [pattern]) for m in modules):
                 refused.append(f"--only {printable(pattern)} matches no linear layer")
         return refused
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from streamconv.natural import natural
 from streamconv.targets.hf.model_types import Sizes, text_config
-from streamconv.targets.hf.rules import default_reason, part_of
+from streamconv.targets.hf.rules import NOT_LINEAR, default_reason, part_of
 from streamconv.targets.hf.stored import Stored
 
 _INSIDE = "language_model.model."
@@ -23,7 +23,7 @@ def ignored(left: Collection[str], quantized: Collection[str], container: str) -
     Args:
         left: modules that stay floats.
     """
-    names = {name for name in left if default_reason(name) not in ("embedding", "not a linear layer")}
+    names = {name for name in left if default_reason(name) not in NOT_LINEAR}
     names |= {"lm_head"} - set(quantized)
     parts = {part_of(name) for name in names} - {""}
     parts -= {part_of(name) for name in quantized} if parts else set()
@@ -45,6 +45,17 @@ def tied_heads(stored: Stored, config: Mapping[str, Any]) -> Iterator[str]:
             module = name.removesuffix(".bias")
             if f"{module}.weight" not in stored.order:
                 yield from (module, f"{module}.decoder")
+
+
+def is_tied(config: Mapping[str, Any]) -> bool:
+    """Whether readers take the embedding for the output projection, stored or not."""
+    values = (part.get("tie_word_embeddings") for part in (config, text_config(config)))
+    return next((tied for tied in values if tied is not None), None) is True
+
+
+def is_head(name: str) -> bool:
+    """The output projection of a language model."""
+    return name.rpartition(".")[2] == "lm_head"
 
 
 def vocabulary(config: Mapping[str, Any]) -> int | None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
 from streamconv.checkpoint.dtypes import F32
-from streamconv.checkpoint.quantized import SourceQuantization, source_quantization
+from streamconv.checkpoint.quantized import SourceQuantization, source_quantization, stated_in
 from streamconv.checkpoint.rows import PackedTensor, SourceTensor, content
 from streamconv.checkpoint.source_tensors import SourceTensors
 from streamconv.checkpoint.unknown_statements import refuse_unknown, stated_by
@@ -98,7 +98,7 @@ def container_of(quantization: SourceQuantization) -> str:
 
 
 def _as_it_is(index: Index, tensors: Mapping[str, SourceTensor], own: str, units: Sequence[Kind[Told]], draft: Draft) -> Kept:
-    config, names = index.config.get("quantization_config"), index.tensors.told()
+    config, names = stated_in(index.config), index.tensors.told()
     if not isinstance(config, dict):
         hint = "put it there, or name a --format"
         raise CheckpointError("config.json has no quantization_config: engines would take the codes for floats", hint=hint)

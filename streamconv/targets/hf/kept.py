@@ -103,9 +103,9 @@ class Kept:
         config_json.add_index(self.draft)
         if self.second is not None:
             self.draft.side_file("hf_quant_config.json", self.second)
-        quantization = index.config.get("quantization_config") if self.quantization is None else self.quantization
-        section = quantization if isinstance(quantization, dict) else None
-        self.draft.side_file("config.json", config_json.output_config(index.config, section, None))
+        config, quantization = index.config, self.quantization
+        content = config_json.kept_config(config) if quantization is None else config_json.output_config(config, quantization, None)
+        self.draft.side_file("config.json", content)
         self.draft.decisions["weights"] = f"kept as they are, in the container {self.container}"
 
 

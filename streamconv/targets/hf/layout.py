@@ -21,7 +21,7 @@ from streamconv.quants.plain import Plain
 from streamconv.targets.hf import config_json
 from streamconv.targets.hf.card import NAME, Done, card
 from streamconv.targets.hf.fates import Fates
-from streamconv.targets.hf.ignored import ignored, tied_heads, vocabulary
+from streamconv.targets.hf.ignored import ignored, is_tied, tied_heads, vocabulary
 from streamconv.targets.hf.recipes import BLOCK, CodecOptions, Recipe
 from streamconv.targets.hf.rules import Module, partners, starred
 from streamconv.targets.hf.side_files import side_files
@@ -92,7 +92,7 @@ class Layout:
         stored, fates = self.stored, None
         if self.recipe is not None:
             unstack(stored, self.index.config)
-            fates = Fates(stored, self.target, self.recipe, vocabulary(self.index.config))
+            fates = Fates(stored, self.target, self.recipe, vocabulary(self.index.config), is_tied(self.index.config))
             self.fates, self.refused = fates.by_name, fates.refused
             if self.refused:
                 return

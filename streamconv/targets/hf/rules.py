@@ -19,6 +19,10 @@ PARTNERS: tuple[tuple[str, ...], ...] = (
 )
 """Last names of the modules that engines join to one matrix: all of a group are quantized alike, or none."""
 
+EMBEDDING = "embedding"
+NOT_LINEAR = (EMBEDDING, "not a linear layer")
+"""Reasons of what is no nn.Linear, the only module that readers quantize: whoever asks for it would get codes that are read as floats."""
+
 _EMBEDDING = re.compile(r"(^|\.)([a-z0-9_]*embed[a-z0-9_]*|wte|wpe)$")
 _HEAD = re.compile(r"(^|\.)(lm_head|head|output|embed_out|score|classifier)$")
 _ROUTER = re.compile(r"(^|\.)(gate|[a-z_]*router|gating|gate_network|shared_expert_gate|router_proj|gate\.wg|switch)$|\.router\.")
@@ -84,7 +88,7 @@ def default_reason(name: str) -> str:
     if _HEAD.search(name):
         return "output projection"
     if _EMBEDDING.search(name):
-        return "embedding"
+        return EMBEDDING
     if "embed" in name:  # a linear layer, which readers must be told of
         return "part of an embedding"
     if _ROUTER.search(name):
@@ -100,7 +104,7 @@ def classify(shapes: Mapping[str, tuple[int, ...]], ignore: Sequence[str], only:
     Args:
         shapes: tensor name -> shape, of the floating-point tensors.
         ignore: patterns of modules to leave as they are, beside those left by default.
-        only: patterns of the modules to quantize, those left by default too; none of the others.
+        only: patterns of the modules to quantize, linear layers left by default too; none of the others.
 
     Returns:
         In the order of `shapes`. Nothing that is left by default has been asked for with `only`.
@@ -110,7 +114,9 @@ def classify(shapes: Mapping[str, tuple[int, ...]], ignore: Sequence[str], only:
         if len(shape) != 2 or not tensor.endswith(".weight"):
             continue
         name = tensor[: -len(".weight")]
-        reason = "" if matches(name, only) else "not named by --only" if only else default_reason(name)
+        reason = default_reason(name)
+        if only and reason not in NOT_LINEAR:
+            reason = "" if matches(name, only) else "not named by --only"
         if matches(name, ignore):
             reason = "named by --ignore"
         modules.append(Module(name, *shape, reason))

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from streamconv.checkpoint.derived_rows import turned
 from streamconv.checkpoint.dtypes import FLOATS, I8, DType
 from streamconv.checkpoint.index import Index
-from streamconv.checkpoint.quantized import SourceQuantization, stated_quantization
+from streamconv.checkpoint.quantized import SourceQuantization, stated_in, stated_quantization
 from streamconv.checkpoint.rows import PackedTensor, SourceTensor, content
 from streamconv.checkpoint.source_tensors import SourceTensors
 from streamconv.checkpoint.stored_codes import Code
@@ -163,7 +163,7 @@ class Reader:
 
 def reader(index: Index, into: DType, sound: bool) -> Reader:
     """For weights of this source, decoded to floats of type `into`."""
-    config = index.config.get("quantization_config")
+    config = stated_in(index.config)
     facts: Mapping[str, Any] = config if isinstance(config, dict) else {}
     return Reader(index, into, SourceTensors(index), facts, stated_quantization(index.config, index.root), _block(facts), sound)
 

@@ -90,6 +90,7 @@ class HuggingFace(Target):
 
     def plan(self, index: Index) -> Plan:
         from streamconv.checkpoint.index import source_files
+        from streamconv.checkpoint.quantized import left_over
         from streamconv.checkpoint.source_tensors import SourceTensors
         from streamconv.checkpoint.unknown_statements import refuse_unknown
         from streamconv.planning.draft import Draft
@@ -148,7 +149,7 @@ class HuggingFace(Target):
             spans=spans,
             constants=tuple(constants),
             sources=(*source_files(index), *(file.identity() for file in (ranges, codes) if file is not None)),
-            warnings=(*odd, *draft.warnings, *index.notes, *index.left_behind),
+            warnings=(*filter(None, [left_over(index)]), *odd, *draft.warnings, *index.notes, *index.left_behind),
             decisions=draft.decisions,
             losses=None if codes is None else codes.losses(),
             beside=tuple(file.shard for file in (ranges, codes) if file is not None),
