@@ -189,8 +189,9 @@ def read_fp8(stored: Stored, shards: Sequence[Shard]) -> None:
         module = name.removesuffix(".weight")
         taken = [stored.take(module + suffix, name, _SCALES) for suffix in (".weight_scale", ".input_scale")]
         owners[name] = [tensor for tensor in taken if tensor is not None]
-    caches = {name: stored.tensors.pop(name) for name in list(stored.tensors) if _KV.search(name)}
-    values = read_scalars([tensor for owned in (*owners.values(), caches.values()) for tensor in owned], shards)
+    layers = {name: int(cache[1]) for name in stored.tensors if (cache := _KV.search(name))}
+    caches = [stored.tensors.pop(name) for name in layers]
+    values = read_scalars([tensor for owned in (*owners.values(), caches) for tensor in owned], shards)
     for name, value in values.items():
         if not is_scale(value):
             shown = "more than one number" if value is None else f"{value:g}"
@@ -198,10 +199,7 @@ def read_fp8(stored: Stored, shards: Sequence[Shard]) -> None:
     if stored.problems:
         return
     stored.fp8 = {name: (values[weight.name] or 0.0, values[fed.name] or 0.0) for name, (weight, fed) in owners.items()}
-    for name in caches:
-        match = _KV.search(name)
-        assert match is not None
-        layer = int(match[1])
+    for name, layer in layers.items():
         stored.kv[layer] = max(stored.kv.get(layer, 0.0), values[name] or 0.0)
 
 
