@@ -21,7 +21,7 @@ from streamconv.targets.hf.check_scales import SHARED, codes_of, unequal, wrong_
 from streamconv.targets.hf.keep_ranks import keep_ranks
 from streamconv.targets.hf.kept import ZERO_POINTS, Kept, compressed, left
 from streamconv.targets.hf.layers import Model
-from streamconv.targets.hf.recipes import METHODS, NVFP4_FP4, recipe_of
+from streamconv.targets.hf.recipes import METHODS, NVFP4_ARGS, recipe_of
 from streamconv.targets.hf.sources import PACKED, integers
 from streamconv.targets.hf.stated import group_size, read_statement
 from streamconv.targets.hf.target import CONTAINERS, Container
@@ -193,8 +193,8 @@ def _nvfp4(tensors: Mapping[str, SourceTensor], own: str, container: Container, 
         kept.add(f"{module}.{there[at]}", tensor, Reciprocal(), shape)
     ignore = left(tensors, kept.modules, kept.container)
     if container == "compressed-tensors":
-        args = {"num_bits": 4, "type": "float", "symmetric": True, "dynamic": False, "strategy": "tensor_group", **NVFP4_FP4}
-        kept.quantization = compressed("nvfp4-pack-quantized", args, args | {"dynamic": "local"} if inputs else None, ignore)
+        fed = NVFP4_ARGS | {"dynamic": "local"} if inputs else None
+        kept.quantization = compressed("nvfp4-pack-quantized", NVFP4_ARGS, fed, ignore)
         kept.quantization |= {"kv_cache_scheme": config_json.KV_CACHE} if kv else {}
     else:
         recipe = recipe_of("nvfp4" if inputs else "nvfp4a16", container)

@@ -202,10 +202,9 @@ def _args(kind: str, bits: int, strategy: str, **more: Any) -> dict[str, Any]:
 
 _float, _integer = partial(_args, "float"), partial(_args, "int")
 _DYNAMIC_TOKEN = {"dynamic": True, "strategy": "token"}
-NVFP4_FP4 = _FP4 = {"group_size": 16, "scale_dtype": "torch.float8_e4m3fn"}
+NVFP4_ARGS = _float(4, "tensor_group", group_size=16, scale_dtype="torch.float8_e4m3fn")
 _MX = {"group_size": 32, "scale_dtype": "torch.uint8"}
 _MX_IN = {**_MX, "dynamic": True}
-_INPUT_FP8 = ("input_scale", lambda amax: amax / 448.0)
 
 RECIPES: tuple[Recipe, ...] = (
     Recipe("fp8_dynamic", "compressed-tensors", "FP8 weights per channel, activations per token at run time", _fp8_channel,
@@ -239,13 +238,13 @@ RECIPES: tuple[Recipe, ...] = (
            form="pack-quantized", weights=_integer(8, "group"), weight_shape=True, grouped=True),
     Recipe("w8a16", "modelopt", "INT8 weights per channel", _int_modelopt(8, "bytes"), _CODES, {"scale": _vector}, algo="W8A16"),
     Recipe("nvfp4a16", "compressed-tensors", "NVFP4 weights", lambda r: NvFp4(r.key, "divisor", r.scale), _PACKED, unit=16,
-           form="nvfp4-pack-quantized", weights=_float(4, "tensor_group", **_FP4),
+           form="nvfp4-pack-quantized", weights=NVFP4_ARGS,
            shared=("weight_global_scale", lambda r: SharedScale(r.key, "divisor", r.scale))),
     Recipe("nvfp4a16", "modelopt", "NVFP4 weights", lambda r: NvFp4(r.key, "multiplier"), _CODES, unit=16, algo="W4A16_NVFP4",
            shared=("weight_scale_2", lambda r: SharedScale(r.key, "multiplier")), extra={"group_size": 16}),
     Recipe("nvfp4", "compressed-tensors", "NVFP4 weights and activations; needs activation ranges",
            lambda r: NvFp4(r.key, "divisor", r.scale), _PACKED, unit=16, form="nvfp4-pack-quantized",
-           weights=_float(4, "tensor_group", **_FP4), inputs=_float(4, "tensor_group", **_FP4) | {"dynamic": "local"},
+           weights=NVFP4_ARGS, inputs=NVFP4_ARGS | {"dynamic": "local"},
            shared=("weight_global_scale", lambda r: SharedScale(r.key, "divisor", r.scale)),
            input_scale=("input_global_scale", lambda amax: 2688.0 / amax, (1,))),
     Recipe("nvfp4", "modelopt", "NVFP4 weights and activations; needs activation ranges",
