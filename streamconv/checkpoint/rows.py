@@ -209,6 +209,15 @@ class PackedTensor(SourceTensor):
             _drop(shards, self.pieces, self.axis, 1, start // 2, stop // 2)
 
 
+def gptq_or_awq(weight: SourceTensor, zeros: SourceTensor, scales: SourceTensor, bits: int) -> tuple[str, int, bool]:
+    """The packing that the shapes of qweight, qzeros and scales tell, K, and whether they fit together at 4 or 8 bits."""
+    groups, n = scales.rows, scales.cols
+    gptq = weight.cols == n
+    k = weight.rows * (32 // bits if gptq else 1)
+    fits = groups > 0 and k % groups == 0 and zeros.shape == (groups, n * bits // 32)
+    return "gptq" if gptq else "awq", k, fits and (gptq or (bits == 4 and weight.cols * 8 == n))
+
+
 @dataclass(frozen=True, slots=True)
 class NoSource(RowSource):
     """One zero in the place of a source: the codec gives the stored values from reductions alone."""

@@ -12,7 +12,7 @@ from streamconv.checkpoint.derived_rows import turned
 from streamconv.checkpoint.dtypes import FLOATS, I8, DType
 from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.quantized import SourceQuantization, stated_in, stated_quantization
-from streamconv.checkpoint.rows import PackedTensor, SourceTensor, content
+from streamconv.checkpoint.rows import PackedTensor, SourceTensor, content, gptq_or_awq
 from streamconv.checkpoint.source_tensors import SourceTensors
 from streamconv.checkpoint.stored_codes import Code
 from streamconv.errors import CheckpointError, printable
@@ -245,11 +245,9 @@ def integers(tensors: Mapping[str, SourceTensor], module: str, quantization: Sou
     if bits not in (4, 8):
         raise CheckpointError(f"{shown}: {bits}-bit weights are not read", hint=hint)
     groups, n = scales.rows, scales.cols
-    packing = "gptq" if weight.cols == n else "awq"
-    k = weight.rows * (32 // bits if packing == "gptq" else 1)
-    fits = weight.dtype.name == zeros.dtype.name == "I32" and scales.dtype.name in FLOATS and len(weight.shape) == len(scales.shape) == 2
-    fits = fits and groups > 0 and k % groups == 0 and zeros.shape == (groups, n * bits // 32) and n * bits % 32 == 0
-    fits = fits and (packing == "gptq" or (bits == 4 and weight.cols * 8 == n))
+    packing, k, fits = gptq_or_awq(weight, zeros, scales, bits)
+    fits = fits and weight.dtype.name == zeros.dtype.name == "I32" and scales.dtype.name in FLOATS
+    fits = fits and len(weight.shape) == len(scales.shape) == 2 and n * bits % 32 == 0
     fits = fits and (order is None or (order.dtype.name == "I32" and order.shape == (k,)))
     if not fits:
         shapes = ", ".join(f"{t.dtype} {list(t.shape)}" for t in (weight, zeros, scales))

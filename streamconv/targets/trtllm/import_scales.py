@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from streamconv.checkpoint.dtypes import BF16, F8_E4M3, F16, F32, I8, I32, U8, DType
 from streamconv.checkpoint.quantized import SourceQuantization
-from streamconv.checkpoint.rows import PackedTensor, SourceTensor, content
+from streamconv.checkpoint.rows import PackedTensor, SourceTensor, content, gptq_or_awq
 from streamconv.checkpoint.shard import Shard
 from streamconv.checkpoint.source_tensors import Changed
 from streamconv.errors import RefusedError, printable
@@ -123,10 +123,7 @@ def _grouped(stored: Stored, name: str, quantization: SourceQuantization | None,
         stored.problems.append(f"{printable(name)}: {bits}-bit weights have no place in TensorRT-LLM; 4 or 8 have")
         return
     groups, n = scales.rows, scales.cols
-    packing = "gptq" if weight.cols == n else "awq"
-    k = weight.rows * (32 // bits if packing == "gptq" else 1)
-    fits = zeros.shape == (groups, n * bits // 32) and groups and k % groups == 0
-    fits = fits and (packing == "gptq" or (bits == 4 and weight.cols * 8 == n))
+    packing, k, fits = gptq_or_awq(weight, zeros, scales, bits)
     method, form = (quantization.method, quantization.format) if quantization is not None else ("", None)
     problem = ""
     if not fits:
