@@ -71,7 +71,7 @@ class TurnedCodes(PackedTensor):
 
     def read(self, shards: Sequence[Shard], start: int, stop: int, out: Bytes, scratch: Bytes) -> None:
         count, pairs = stop - start, self.cols // 2
-        stored = read_stripe(shards, self.pieces[0], 1, start, stop, scratch).reshape(pairs, count)
+        stored = read_stripe(shards, self.pieces[0], start, stop, scratch).reshape(pairs, count)
         codes = out[: count * self.cols]
         columns = codes.view(np.uint16).reshape(count, pairs)  # an item is a pair of channels
         for first in range(0, pairs, BLOCK):

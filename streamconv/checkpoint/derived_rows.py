@@ -62,10 +62,10 @@ def turned(tensor: SourceTensor, wide: int = 1) -> Turned:
     return Turned(tensor.name, tensor.dtype, (tensor.cols, tensor.rows), tensor.pieces, tensor.axis, wide=wide)
 
 
-def read_stripe(shards: Sequence[Shard], piece: Extent, item: int, start: int, stop: int, out: Bytes) -> Bytes:
-    """Columns [start, stop) of a stored matrix, row-major, at the beginning of `out`."""
-    stripe = out[: piece.rows * (stop - start) * item]
-    read_block(shards, (piece,), 0, item, (0, piece.rows), (start, stop), stripe)
+def read_stripe(shards: Sequence[Shard], piece: Extent, start: int, stop: int, out: Bytes) -> Bytes:
+    """Columns [start, stop) of a stored matrix of bytes, row-major, at the beginning of `out`."""
+    stripe = out[: piece.rows * (stop - start)]
+    read_block(shards, (piece,), 0, 1, (0, piece.rows), (start, stop), stripe)
     return stripe
 
 

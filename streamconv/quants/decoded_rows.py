@@ -275,7 +275,7 @@ class TurnedMx(_Decoded):
         """Bytes [first, last) of each of an expert's N rows of `width` bytes."""
         piece, n = tensor.pieces[0], self.shape[2]
         at = Extent(piece.shard, piece.begin + expert * n * width, n, width)
-        return read_stripe(shards, at, 1, first, last, out)
+        return read_stripe(shards, at, first, last, out)
 
 
 def groups_of(order: SourceTensor | None, cols: int, groups: int, shards: Sequence[Shard]) -> Array:
