@@ -27,10 +27,6 @@ A message is one line that says what is wrong and where; `hint` says what to do 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from os import PathLike
 
 MOST_SHOWN = 20
 """Problems that a message lists."""
@@ -186,7 +182,7 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
-def printable(name: str | PathLike[str], limit: int = 200) -> str:
+def printable(name: object, limit: int = 200) -> str:
     """`name` with control characters escaped and its middle cut, so that it can be shown on one line."""
     text = str(name).encode("unicode_escape", "backslashreplace").decode("ascii")
     if len(text) > limit:

@@ -72,7 +72,7 @@ class Looking:
                 self._writes[out] = probe.write_rate(place, _SECONDS / len(self._places))
             except (OSError, StreamconvError) as error:
                 reason = getattr(error, "strerror", None) or str(error)
-                self._unknown.append(f"how fast {printable(str(out))} is written ({reason})")
+                self._unknown.append(f"how fast {printable(out)} is written ({reason})")
 
     def estimate(
         self, reads: Reads, written: Mapping[Path | None, int], costs: Sequence[TileCost], memory_plan: MemoryPlan, on_device: bool

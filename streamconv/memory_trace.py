@@ -125,7 +125,7 @@ class MemoryTrace:
             else:
                 self._file.close()
         except OSError as error:
-            self.problem = f"--memory-trace {printable(str(self._path))} ends early: {error.strerror}"
+            self.problem = f"--memory-trace {printable(self._path)} ends early: {error.strerror}"
             with contextlib.suppress(OSError):
                 self._file.close()
             self._file = None

@@ -34,7 +34,7 @@ class Ranges:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         if not os.path.isfile(self.path):
-            raise UsageError(f"--activation-ranges {printable(str(path))}: no such file", hint=HINT)
+            raise UsageError(f"--activation-ranges {printable(path)}: no such file", hint=HINT)
         self._entries = read_header(self.path).tensors
         self.shard = Shard(self.path)
         weakref.finalize(self, self.shard.close)  # plans and codecs refer to it: the last of them closes it
@@ -52,7 +52,7 @@ class Ranges:
     def problem(self, name: str, length: int) -> str | None:
         """What is wrong with the vector `name` that must hold `length` float32 values, all finite and not negative."""
         entry = self._entries.get(name)
-        where = f"{printable(str(self.path))}: {printable(name)}"
+        where = f"{printable(self.path)}: {printable(name)}"
         if entry is None:
             return f"{where} is missing; was it measured on this model?"
         if entry.dtype.name != "F32" or entry.shape != (length,):
@@ -84,7 +84,7 @@ class Ranges:
         """
         largest, name = max((float(self.vector(name).max()), name) for name in names)
         if largest < _LEAST:
-            where = f"{printable(str(self.path))}: {printable(name)}"
+            where = f"{printable(self.path)}: {printable(name)}"
             raise DataError(f"{where}: the largest value is {largest:g}, too small for a scale", hint="measure it again")
         return largest
 

@@ -108,7 +108,7 @@ class ApartTensor(Derived):
         values, (least, most) = out[: (stop - start) * 4 * self.cols].view(np.float32), _RANGE[self.into.name]
         bad = ~((values >= least) & (values <= most))  # NaN is in no range
         if bad.any():
-            problem = f"{printable(str(self.file.path))}: {printable(self.name)} holds {float(values[bad.argmax()]):g}, which is no scale"
+            problem = f"{printable(self.file.path)}: {printable(self.name)} holds {float(values[bad.argmax()]):g}, which is no scale"
             raise DataError(problem if self.into == F32 else f"{problem} in {self.into.torch}", hint=HINT)
 
 
@@ -200,7 +200,7 @@ class Codes:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         if not os.path.isfile(self.path):
-            raise UsageError(f"--codes {printable(str(path))}: no such file", hint=HINT)
+            raise UsageError(f"--codes {printable(path)}: no such file", hint=HINT)
         header = read_header(self.path)
         calibration = _told(header.metadata)
         self._entries, self._weights = header.tensors, calibration.get("weights")
@@ -211,7 +211,7 @@ class Codes:
         stray = next((name for name in self.changed() if not self.folded), None)
         if self.folded not in _FOLDS or stray is not None:
             why = "it does not say where pre-scales are" if stray is None else f"{printable(stray)} is none of a linear layer's codes"
-            raise TensorError(f"--codes {printable(str(path))}: {why}", hint=HINT)
+            raise TensorError(f"--codes {printable(path)}: {why}", hint=HINT)
 
     def identity(self) -> SourceFile:
         """The header says which calibration it was, so its hash stands for the content."""
@@ -220,7 +220,7 @@ class Codes:
     def check_model(self, index: Index) -> None:
         """Raises TensorError if the codes were found for other weights; files of earlier releases do not say it."""
         if self._weights is not None and self._weights != mark_of(index, self.modules()):
-            raise TensorError(f"--codes {printable(str(self.path))}: they were found for other weights than these", hint=HINT)
+            raise TensorError(f"--codes {printable(self.path)}: they were found for other weights than these", hint=HINT)
 
     def has(self, module: str) -> bool:
         return f"{module}.weight_scale" in self._entries
@@ -244,7 +244,7 @@ class Codes:
         Raises:
             TensorError: they are not there, or of another shape.
         """
-        where, (rows, cols) = f"{printable(str(self.path))}: {printable(module)}", shape
+        where, (rows, cols) = f"{printable(self.path)}: {printable(module)}", shape
         codes, scales = (self._entries.get(f"{module}.{leaf}") for leaf in ("weight", "weight_scale"))
         if codes is None or scales is None:
             raise TensorError(f"{where} has no codes; were they found for this model?", hint=HINT)
@@ -285,7 +285,7 @@ def codes_of(method: str | None, path: str | None) -> Codes | None:
     if (path is None) == (method not in SEARCHED):
         codes = None if path is None else Codes(path)
         if codes is not None and codes.method not in (None, method):
-            raise UsageError(f"--method {method}: the codes of {printable(str(path))} are those of {codes.method}", hint="name that method")
+            raise UsageError(f"--method {method}: the codes of {printable(path)} are those of {codes.method}", hint="name that method")
         return codes
     if path is None:
         raise UsageError(f"--method {method} looks at what goes through the layers on some text", hint=f"{HINT}; or --codes FILE")

@@ -36,7 +36,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 
 def header_of(fd: int, path: str | os.PathLike[str]) -> Header:
     """As `read_header`, of an open file that messages call `path`."""
-    shown = printable(str(path))
+    shown = printable(path)
     try:
         size = os.fstat(fd).st_size
         first = os.pread(fd, _FIRST_READ, 0)
@@ -81,7 +81,7 @@ def parse_header(data: bytes | bytearray | memoryview, file_size: int, path: str
     Raises:
         HeaderError: names the file and, where there is one, the tensor.
     """
-    shown = printable(str(path))
+    shown = printable(path)
     stop = _data_start(data, file_size, shown)
     if len(data) < stop:
         raise HeaderError(f"{shown}: the file ends inside its header")

@@ -104,7 +104,7 @@ def open_index(path: str | os.PathLike[str], tensors_only: bool = False) -> Inde
         TensorError: a tensor is in two files, or not where the index file says.
     """
     root = Path(path)
-    shown = printable(str(root))
+    shown = printable(root)
     try:
         mode = os.stat(root).st_mode
     except FileNotFoundError:
@@ -131,7 +131,7 @@ def open_index(path: str | os.PathLike[str], tensors_only: bool = False) -> Inde
             raise CheckpointError(f"missing config.json beside {shown}", hint="put the model's config.json there")
         config = _config_of(folder)
     else:
-        known = foreign(printable(str(root.parent)), [root.name])
+        known = foreign(printable(root.parent), [root.name])
         raise known or CheckpointError(f"{shown} is neither a folder nor a weight file (.safetensors, .bin, .pth, .pt)")
     shards = tuple(Shard(folder / name) for name in chosen.names)
     return build_index(root, config, shards, chosen, _links_out(folder, chosen.names))
@@ -155,8 +155,8 @@ def _no_config(folder: Path) -> CheckpointError:
     with contextlib.suppress(OSError, ValueError):  # of a folder of the Hub's cache (models--org--name) the revision that came last
         snapshots = [path for path in (folder / "snapshots").iterdir() if os.path.exists(path / _CONFIG)]
         newest = max(snapshots, key=lambda path: (path.stat().st_mtime_ns, path.name))
-        hint = f"this is the Hub's cache of a model, which is in {printable(str(newest))}"
-    return CheckpointError(f"missing config.json in {printable(str(folder))}", hint=hint)
+        hint = f"this is the Hub's cache of a model, which is in {printable(newest)}"
+    return CheckpointError(f"missing config.json in {printable(folder)}", hint=hint)
 
 
 def _config_of(folder: Path) -> dict[str, Any]:
@@ -251,7 +251,7 @@ def read_tensors(shards: Sequence[Shard], weight_map: dict[str, str] | None, dig
                 first = shards[table[name].shard].path.name if name in table else None
                 listed = first if first is not None and weight_map is not None and name not in unlisted else place
                 if listed not in (None, file):
-                    where = f"the index file places it in {printable(str(listed))}"
+                    where = f"the index file places it in {printable(listed)}"
                     raise TensorError(f"tensor {printable(name)} is in {printable(file)}, but {where}")
                 if first is not None:
                     raise TensorError(f"tensor {printable(name)} is in two files, {printable(first)} and {printable(file)}")
@@ -289,4 +289,4 @@ def _links_out(folder: Path, names: Sequence[str]) -> tuple[str, ...]:
         return ()
     name, real = next(iter(out.items()))
     more = f" (and {len(out) - 1} more files are links out of the folder)" if len(out) > 1 else ""
-    return (f"{printable(name)} is a link to {printable(str(real))}{more}",)
+    return (f"{printable(name)} is a link to {printable(real)}{more}",)

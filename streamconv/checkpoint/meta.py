@@ -24,7 +24,7 @@ _SAMPLE, _SAMPLED = 4096, 16
 """Bytes of a weight, and weights of a file, that tell it from a copy of another."""
 
 
-Held = Mapping[str, SourceTensor]
+FileTensors = Mapping[str, SourceTensor]
 """What one of Meta's F files holds, by name."""
 
 
@@ -49,7 +49,7 @@ def meta_files(folder: Path) -> list[list[str]]:
         CheckpointError: a number is missing or there twice.
     """
     numbered = _numbered(folder)
-    shown = printable(str(folder))
+    shown = printable(folder)
     files = []
     for number in range(max(numbered, default=-1) + 1):
         names = numbered.get(number, [])
@@ -66,7 +66,7 @@ def meta_files(folder: Path) -> list[list[str]]:
     return files
 
 
-def assemble(files: Sequence[Held], params: Mapping[str, Any]) -> dict[str, SourceTensor]:
+def assemble(files: Sequence[FileTensors], params: Mapping[str, Any]) -> dict[str, SourceTensor]:
     """Every tensor as one, in the order of the first file.
 
     Args:
@@ -85,7 +85,7 @@ def assemble(files: Sequence[Held], params: Mapping[str, Any]) -> dict[str, Sour
     return {name: _join(name, [file[name] for file in files], vocab) for name in files[0]}
 
 
-def check_parts(files: Sequence[Held], archives: Sequence[str], shards: Sequence[Shard]) -> None:
+def check_parts(files: Sequence[FileTensors], archives: Sequence[str], shards: Sequence[Shard]) -> None:
     """Meta's F files are the parts of one checkpoint, each in its place, as far as that shows without reading weights.
 
     Args:
@@ -122,7 +122,7 @@ def output_rows(tensors: Mapping[str, SourceTensor]) -> int | None:
     return output.shape[0] if output is not None and output.shape else None
 
 
-def _vocabulary(files: Sequence[Held], params: Mapping[str, Any]) -> int:
+def _vocabulary(files: Sequence[FileTensors], params: Mapping[str, Any]) -> int:
     size = params.get("vocab_size", -1)
     if type(size) is int and size > 0:
         return size

@@ -227,7 +227,7 @@ def from_meta(params: Mapping[str, Any], vocab_rows: int | None = None) -> Model
         eps = float(params["norm_eps"])
         kv = int(params.get("n_kv_heads") or heads)
     except (KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
-        what = f"{error} is missing" if isinstance(error, KeyError) else f"a size is no number: {printable(str(error))}"
+        what = f"{error} is missing" if isinstance(error, KeyError) else f"a size is no number: {printable(error)}"
         raise CheckpointError(f"params.json: {what}") from None
     if min(dim, layers, heads, kv, inter) < 1 or max(dim, layers, inter, vocab) >= 1 << 40:
         raise CheckpointError("params.json: sizes must be positive, and below 2^40")

@@ -322,11 +322,11 @@ class Shard:
                 views = [views[0][got:], *views[1:]]
 
     def _unreadable(self, what: str) -> UnreadableError:
-        return UnreadableError(f"source file {printable(str(self.path))} {what}", hint="check the disk or the network")
+        return UnreadableError(f"source file {printable(self.path)} {what}", hint="check the disk or the network")
 
     def _changed(self, what: str) -> SourceChangedError:
         return SourceChangedError(
-            f"source file {printable(str(self.path))} {what}",
+            f"source file {printable(self.path)} {what}",
             hint="the source must not change while it is read; check the disk, then run again",
         )
 

@@ -50,7 +50,7 @@ def read_torch(shard: Shard) -> TorchFile:
         CheckpointError: no zip of torch.save, or its pickle holds anything but weights (nothing is executed).
         TensorError: a tensor lies outside of its storage or is not contiguous.
     """
-    shown = printable(str(shard.path))
+    shown = printable(shard.path)
     directory, entries = _directory(shard, shown)
     pickles = [name for name in entries if name == "data.pkl" or name.endswith("/data.pkl")]
     if len(pickles) != 1:
@@ -201,7 +201,7 @@ def _state_dict(root: Any, shown: str) -> dict[str, TensorView]:
                 raise CheckpointError(f"{shown}: {key!r} is not a tensor name")
             tensors[key] = value
         elif _holds_tensors(value):
-            raise CheckpointError(f"{shown}: {printable(str(key))} holds more tensors, nested; a flat dict is needed")
+            raise CheckpointError(f"{shown}: {printable(key)} holds more tensors, nested; a flat dict is needed")
     if not tensors:
         raise CheckpointError(f"{shown} holds no tensors under names")
     return tensors

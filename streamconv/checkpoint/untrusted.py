@@ -44,7 +44,7 @@ def open_regular(path: Path, error: type[StreamconvError] = CheckpointError, *, 
         `error`: missing, or no regular file; or the system refuses, for CheckpointError as its kind UnreadableError. Never waits,
             not even for a FIFO. Its cause is the OSError.
     """
-    shown = printable(str(path))
+    shown = printable(path)
     try:
         # A device is not even opened: that alone may have effects. O_NONBLOCK covers a swap in between.
         mode = os.stat(path).st_mode
@@ -78,7 +78,7 @@ def names_in(folder: Path) -> list[str]:
     try:
         return os.listdir(folder)
     except OSError as error:
-        raise CheckpointError(f"cannot list {printable(str(folder))}: {error.strerror}") from None
+        raise CheckpointError(f"cannot list {printable(folder)}: {error.strerror}") from None
 
 
 def read_file(path: Path, limit: int, error: type[StreamconvError] = CheckpointError) -> bytes:
@@ -87,7 +87,7 @@ def read_file(path: Path, limit: int, error: type[StreamconvError] = CheckpointE
     Raises:
         `error`: it cannot be opened or read, or has more than `limit` bytes.
     """
-    shown = printable(str(path))
+    shown = printable(path)
     fd = open_regular(path, error)
     try:
         size = os.fstat(fd).st_size
@@ -138,7 +138,7 @@ def parse_json(
     except RecursionError:
         raise error(f"{shown} is nested too deeply") from None
     except ValueError as cause:
-        raise error(f"{shown} is not valid JSON: {printable(str(cause))}") from None
+        raise error(f"{shown} is not valid JSON: {printable(cause)}") from None
     if deeper_than(value, DEEPEST):
         raise error(f"{shown} is nested too deeply")
     return value
@@ -155,7 +155,7 @@ def read_json(path: Path, limit: int, *, unique: bool = False) -> dict[str, Any]
         TensorError: with unique, a key is there twice.
         BudgetError: it does not fit into the memory budget.
     """
-    shown = printable(str(path))
+    shown = printable(path)
     check_room(_JSON_TAKES * file_size(path), f"reading {shown}")
     raw = read_file(path, limit)
     refuse_lfs_pointer(raw, shown)

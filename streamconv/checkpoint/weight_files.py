@@ -27,7 +27,7 @@ def read_weight_map(path: Path, present: Collection[str] | None = None) -> dict[
         CheckpointError: it is no index, or names a file that is not there or not part of this checkpoint.
         TensorError: a tensor is listed twice.
     """
-    listed, shown = _weight_map(path), printable(str(path))
+    listed, shown = _weight_map(path), printable(path)
     for name in sorted(set(listed.values())):
         if present is None and not os.path.lexists(path.parent / name):
             raise CheckpointError(f"missing file {printable(name)}, named in {shown}", hint="is the download complete?")
@@ -39,7 +39,7 @@ def read_weight_map(path: Path, present: Collection[str] | None = None) -> dict[
 
 
 def _weight_map(path: Path) -> dict[str, str]:
-    shown = printable(str(path))
+    shown = printable(path)
     listed = read_json(path, MAX_WEIGHT_MAP, unique=True).get("weight_map")
     if not isinstance(listed, dict) or not listed:
         raise CheckpointError(f"{shown} has no weight_map")

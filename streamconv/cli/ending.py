@@ -52,7 +52,7 @@ def status_of(command: Callable[[], int], as_json: bool) -> int:
         return output.fail(Interrupted("interrupted", signum=2), as_json)
     except (MemoryError, OSError, RuntimeError, ImportError) as error:
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-            return output.fail(UsageError(f"this is longer than a name of a file can be: {printable(str(error.filename))}"), as_json)
+            return output.fail(UsageError(f"this is longer than a name of a file can be: {printable(error.filename)}"), as_json)
         if isinstance(error, FileNotFoundError) and _is_nowhere():
             return output.fail(UsageError("the current folder was removed", hint="go to another one: cd"), as_json)
         if not _lacks_room(error):

@@ -83,16 +83,16 @@ def read(path: str | Path, kinds: Mapping[str, Kind]) -> Recipe:
             near = difflib.get_close_matches(plain, kinds, 1, 0.5)
             flag = near[0].replace("_", "-") if near else ""
             raise UsageError(
-                f"{name}: unknown key {printable(str(key))!r}",
+                f"{name}: unknown key {printable(key)!r}",
                 hint=f"did you mean {flag!r}?" if near else "keys are the long flags of streamconv convert",
             )
         if plain in values:
-            raise UsageError(f"{name}: {printable(str(key))!r} is there twice")
+            raise UsageError(f"{name}: {printable(key)!r} is there twice")
         if value is not None and not kinds[plain].accepts(value):
-            raise UsageError(f"{name}: {printable(str(key))} is {shown_value(value)}, not {kinds[plain].wanted(value)}")
+            raise UsageError(f"{name}: {printable(key)} is {shown_value(value)}, not {kinds[plain].wanted(value)}")
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str):
-                check_text(text, f"{name}: {printable(str(key))}")
+                check_text(text, f"{name}: {printable(key)}")
         values[plain] = value
     return Recipe(file, {key: value for key, value in values.items() if value is not None})
 

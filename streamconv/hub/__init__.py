@@ -50,7 +50,7 @@ def local_folder(source: str | os.PathLike[str]) -> Path:
     hub = named(source)
     if hub is None:
         if not os.path.lexists(source):  # as a Path ./org/name would look like a model of the Hub
-            raise CheckpointError(f"no such file or folder: {printable(str(Path(source)))}")
+            raise CheckpointError(f"no such file or folder: {printable(Path(source))}")
         return Path(source)
     from streamconv.hub.source import bring
 

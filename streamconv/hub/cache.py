@@ -89,6 +89,6 @@ def check_content(path: Path, oid: str, shown: str) -> os.stat_result:
     if oid and digest.hexdigest() != oid:
         raise SourceChangedError(
             f"{shown}: its content is not what the Hub lists ({printable(oid[:12])}...)",
-            hint=f"run again; if {printable(str(path))} is still there, remove that file first",
+            hint=f"run again; if {printable(path)} is still there, remove that file first",
         )
     return status

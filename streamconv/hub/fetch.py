@@ -60,7 +60,7 @@ class Fetch:
         if free is not None and need > free:
             raise HubError(
                 f"no space for the download: {memory.show_size(need)} needed, {memory.show_size(free)} free"
-                f" in the cache {printable(str(folder))}",
+                f" in the cache {printable(folder)}",
                 hint="free some space, set HF_HOME" + (", or use --hub-keep none" if self.keep == "all" else ""),
             )
         for shard in self._left:

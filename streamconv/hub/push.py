@@ -69,7 +69,7 @@ def finished_files(folder: Path) -> list[str]:
     Raises:
         OutputError: it is none, or a file is not as its manifest says.
     """
-    shown = printable(str(folder))
+    shown = printable(folder)
     if not os.path.lexists(folder / manifest.NAME) or not os.path.lexists(folder / CONFIG):
         missing = CONFIG if os.path.lexists(folder / manifest.NAME) else manifest.NAME
         raise OutputError(f"{shown} is no finished output: it has no {missing}", hint="`streamconv convert` finishes it")
@@ -82,5 +82,5 @@ def finished_files(folder: Path) -> list[str]:
         path = folder / name
         if not os.path.isfile(path) or path.stat().st_size != size:
             what = f"has {path.stat().st_size} bytes, and {size} were written" if os.path.isfile(path) else "is missing"
-            raise OutputError(f"{printable(str(path))} {what}", hint="`streamconv verify` says what else is wrong")
+            raise OutputError(f"{printable(path)} {what}", hint="`streamconv verify` says what else is wrong")
     return sorted({*sizes, CONFIG, manifest.NAME})

@@ -66,7 +66,7 @@ def listing(name: str, revision: str | None, nested: list[str] | None = None) ->
             continue  # in a folder, or under a name that is never read
         size, oid = (sibling.size, sibling.blob_id) if lfs is None else (lfs.size, lfs.sha256)
         if type(file) is not str or type(size) is not int or not 0 <= size < 1 << 63 or type(oid) is not str or not _HASH.fullmatch(oid):
-            raise HubError(f"the Hub lists {name}/{printable(str(file))} without a size or a hash", hint="check HF_ENDPOINT")
+            raise HubError(f"the Hub lists {name}/{printable(file)} without a size or a hash", hint="check HF_ENDPOINT")
         files[file] = RepoFile(file, size, oid)
     return Repo(name, info.sha), files
 
@@ -159,7 +159,7 @@ def download(repo: Repo, file: RepoFile, shown: bool) -> tuple[Path, Brought | N
         size = path.stat().st_size
         if size != file.size:
             raise HubError(
-                f"{shown_name} is truncated: {size} of {file.size} bytes in {printable(str(path))}", hint="remove that file and run again"
+                f"{shown_name} is truncated: {size} of {file.size} bytes in {printable(path)}", hint="remove that file and run again"
             )
         hashed = check_content(path, file.oid, shown_name)
     except StreamconvError:

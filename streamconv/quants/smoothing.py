@@ -105,7 +105,7 @@ class Smoother:
             outputs: the largest output of the weights, None where it does not count.
         """
         inputs = self.ranges.vector(self.module + ".x")
-        reason = f"{printable(self.module)}.x in {printable(str(self.ranges.path))} is {inputs.min():g} to {inputs.max():g}"
+        reason = f"{printable(self.module)}.x in {printable(self.ranges.path)} is {inputs.min():g} to {inputs.max():g}"
         return reason + (f", the largest output (.y) {outputs:g}" if outputs is not None else "") + "; measure the ranges again"
 
     @property

@@ -117,7 +117,7 @@ class Claims:
             return None
         lines = journal.unsealed(data[:-1])
         if lines is None or not isinstance(lines.get("run"), dict) or not isinstance(lines.get("parts"), int):
-            raise OutputError(f"{printable(str(self.base.path / PLAN))} is not what a run writes", hint="start over with --force")
+            raise OutputError(f"{printable(self.base.path / PLAN)} is not what a run writes", hint="start over with --force")
         return lines
 
     def claim(self, part: int) -> Claim | None:
@@ -241,7 +241,7 @@ class Claims:
 
         record = Record.from_bytes(data)
         if record is None:
-            raise OutputError(f"{printable(str(self.base.path / f'{part}.json'))} is not what a run writes", hint="start over with --force")
+            raise OutputError(f"{printable(self.base.path / f'{part}.json')} is not what a run writes", hint="start over with --force")
         return record
 
     def progress(self) -> tuple[int, ...]:
@@ -279,7 +279,7 @@ class Claims:
             return
         if fd is None:
             raise LockedError(
-                f"{printable(str(self.place.out))} is being written in parts",
+                f"{printable(self.place.out)} is being written in parts",
                 hint="wait for it, or choose another output folder; `streamconv status` shows who is at it",
             )
         self.disk.close(fd)

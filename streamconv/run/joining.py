@@ -39,7 +39,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     changed = journal.differences(old["run"], new["run"])
     for name in ("parts", "private"):
         if old.get(name) != new[name]:
-            changed.append(f"--{name.replace('private', 'private-parts')} was {printable(str(old.get(name)))}, is {new[name]}")
+            changed.append(f"--{name.replace('private', 'private-parts')} was {printable(old.get(name))}, is {new[name]}")
     return changed
 
 

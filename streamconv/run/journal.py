@@ -134,13 +134,13 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     for key in ("streamconv", "format"):
         if old.get(key) != new[key]:
             name = "the version of streamconv" if key == "streamconv" else "the format of the journal"
-            lines.append(f"{name} was {printable(str(old.get(key)))}, is {new[key]}")
+            lines.append(f"{name} was {printable(old.get(key))}, is {new[key]}")
     if lines:
         return lines
     before, now = old["options"], new["options"]
     for name in sorted({*before, *now}):
         if before.get(name) != now.get(name):
-            lines.append(f"{printable(name)} was {printable(str(before.get(name)))}, is {now.get(name)}")
+            lines.append(f"{printable(name)} was {printable(before.get(name))}, is {now.get(name)}")
     was, are = ({entry[0]: entry for entry in run["sources"]} for run in (old, new))
     for name in sorted({*was, *are}):
         pairs = zip(_FACTS, was.get(name, ()), are.get(name, ()), strict=False)

@@ -67,7 +67,7 @@ class OutputLock:
                     if holder is None:
                         continue  # it has finished since
                     raise LockedError(
-                        f"{printable(str(self.place.out))} is being written by {holder}",
+                        f"{printable(self.place.out)} is being written by {holder}",
                         hint="wait for it, or choose another output folder",
                     ) from None
                 except OutputError:  # no locks here
@@ -86,7 +86,7 @@ class OutputLock:
                 try:
                     if not _ours(os.pread(fd, 100, 0)):
                         raise OutputError(
-                            f"{printable(str(base.path / name))} holds something else than a lock", hint="move it away; it was not touched"
+                            f"{printable(base.path / name)} holds something else than a lock", hint="move it away; it was not touched"
                         )
                     self.disk.truncate(fd, 0)
                     write_all(self.disk, fd, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
@@ -94,7 +94,7 @@ class OutputLock:
                     self.release()
                     raise
                 return
-        raise OutputError(f"{printable(str(base.path / name))} changes all the time", hint="try again")
+        raise OutputError(f"{printable(base.path / name)} changes all the time", hint="try again")
 
     def release(self) -> None:
         """Remove the file and give the lock up. Never fails: a file left behind locks nobody out."""

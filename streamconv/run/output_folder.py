@@ -87,7 +87,7 @@ class OutputFolder:
         if free is not None and missing > free:
             need = sum(file.size for file in files)
             raise OutputError(
-                f"no space for the output in {printable(str(self.place.top))}: {show_size(missing)} of {show_size(need)}"
+                f"no space for the output in {printable(self.place.top)}: {show_size(missing)} of {show_size(need)}"
                 f" are to be written, {show_size(free)} are free",
                 hint="free some space or choose another output folder",
             )
@@ -106,7 +106,7 @@ class OutputFolder:
         size = os.fstat(self._fds[name]).st_size
         if size != self._sizes[name]:
             raise OutputError(
-                f"{printable(str(self._path(name)))} was changed to {size} bytes while the run was at work", hint="nothing was published"
+                f"{printable(self._path(name))} was changed to {size} bytes while the run was at work", hint="nothing was published"
             )
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> int:
@@ -157,7 +157,7 @@ class OutputFolder:
         """What is about to be published is what this run wrote, and nothing else; gives inode and size of each file."""
         work, written = self.place.work, dict[str, tuple[int, int]]()
         if foreign := [name for name in work.names() if name not in self._fds]:
-            raise OutputError(f"{printable(str(work.path(foreign[0])))} is not of this run", hint="move it away; nothing was published")
+            raise OutputError(f"{printable(work.path(foreign[0]))} is not of this run", hint="move it away; nothing was published")
         for name, fd in self._fds.items():
             written[name] = os.fstat(fd).st_ino, self._sizes[name]
             if problem := _differs(work, name, written[name]):
@@ -179,15 +179,15 @@ class OutputFolder:
                 if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
                     raise
                 raise OutputError(
-                    f"something appeared at {printable(str(self.out))} while the run was at work; nothing in it was touched",
-                    hint=f"the finished checkpoint waits in {printable(str(self._path('')))}: move away what is in its place",
+                    f"something appeared at {printable(self.out)} while the run was at work; nothing in it was touched",
+                    hint=f"the finished checkpoint waits in {printable(self._path(''))}: move away what is in its place",
                 ) from error
             shown = self.place.shown()
             for name, entry in written.items():  # between the look and the rename, too
                 if problem := _differs(shown, name, entry):
                     if not _differs(shown, CONFIG, written[CONFIG]):
                         shown.unlink(CONFIG)
-                    raise OutputError(problem, hint=f"{printable(str(self.out))} is no checkpoint: remove it, then run again")
+                    raise OutputError(problem, hint=f"{printable(self.out)} is no checkpoint: remove it, then run again")
         self.place.keep_parents()
 
     def close(self) -> None:
@@ -211,4 +211,4 @@ def _differs(part: Entries, name: str, entry: tuple[int, int]) -> str:
     if there is not None and (there.st_ino, there.st_size) == entry:
         return ""
     what = "is gone" if there is None else "was replaced" if there.st_ino != entry[0] else f"was changed to {there.st_size} bytes"
-    return f"{printable(str(part.path(name)))} {what} while the run was at work"
+    return f"{printable(part.path(name))} {what} while the run was at work"

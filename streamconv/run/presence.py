@@ -64,7 +64,7 @@ class Presence:
             if now and now != before:
                 raise OutputError(
                     f"a worker is at work on {printable(name.split('-', 1)[1].rpartition('-')[0])}, and its lock is free here: the locks of"
-                    f" {printable(str(self.folder.path))} do not reach other machines",
+                    f" {printable(self.folder.path)} do not reach other machines",
                     hint="give each worker a part of its own, with --no-lock --part K/N, and publish with `streamconv finalize`;"
                     " or start over with --private-parts",
                 )

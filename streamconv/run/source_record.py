@@ -50,7 +50,7 @@ class Record:
         """What a plan says of it."""
         if self.problem:
             return (f"{self.problem}: nothing of the source can be held against it, and only --no-source-check converts it",)
-        edited = f"{_CONFIG} is not the one that {printable(str(self.path))} tells of; it is taken as it is"
+        edited = f"{_CONFIG} is not the one that {printable(self.path)} tells of; it is taken as it is"
         return (edited,) if self.edited else ()
 
 
@@ -87,7 +87,7 @@ def check(index: Index, progress: Callable[[int], object] = lambda nbytes: None,
 
 
 def _check_file(path: Path, name: str, progress: Callable[[int], object], within: Callable[[int, int], bool], shard: Shard) -> None:
-    hashes, file = manifest.recorded(path, name), printable(str(shard.path))
+    hashes, file = manifest.recorded(path, name), printable(shard.path)
     first = next(hashes, None)
     if first is None:
         raise CheckpointError(f"{file}: {manifest.NAME} beside it tells of no such file", hint=_HINT)

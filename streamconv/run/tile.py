@@ -13,12 +13,13 @@ import xxhash
 
 from streamconv.checkpoint.mapping import Window
 from streamconv.checkpoint.shard import Shard
+from streamconv.errors import DataError, printable
 from streamconv.lazy import Bytes
 from streamconv.planning.plan import RowRange
 from streamconv.planning.reads import Reads
 from streamconv.quants.base import EncodeStats
 from streamconv.run.cut import Task, Tile
-from streamconv.run.encode import encoded, read_rows, reduced
+from streamconv.run.encode import Encoded, encoded, read_rows, reduced
 from streamconv.run.mapped import Mapped
 from streamconv.run.output_state import OutputState
 
@@ -121,7 +122,7 @@ class TileWorker:
                     continue
                 tasks = output.tasks(task.share.span)
                 for result in encoded(tasks, span, count, rows.of(task, span), rows.free, output.results, self.slot):
-                    output.judge(span, result)
+                    self._judge(output, span, result)
                     stats.add(result.stats)
                     if output.check is not None:
                         errors.append(output.check.tile(span, result, rows.of(task, span), count, output.results))
@@ -135,6 +136,15 @@ class TileWorker:
                 rows.check()
                 output.record(task, tuple(hashes), stats, tuple(errors), tally.bytes_written - before)
         return tally
+
+    def _judge(self, output: OutputState, span: RowRange, result: Encoded) -> None:
+        """Values that would ruin the checkpoint stop the conversion: the error names the file, too."""
+        try:
+            output.judge(span, result)
+        except DataError as error:
+            if span.source.pieces:
+                error.about(printable(self.shards[span.source.pieces[0].shard].path.name))
+            raise
 
     @contextlib.contextmanager
     def _rows(self, tile: Tile, tally: Tally) -> Iterator[Rows]:

@@ -79,7 +79,7 @@ def _pieces(side: SideFile, tensors: list[tuple[str, int, str]]) -> Iterator[byt
         size += len(piece)
         yield piece
     if size != side.size:
-        raise SourceChangedError(f"{printable(str(side.source))} has {size} bytes, and had {side.size} when it was planned")
+        raise SourceChangedError(f"{printable(side.source)} has {size} bytes, and had {side.size} when it was planned")
     tensors.append((side.name, size, digest.hexdigest()))
 
 

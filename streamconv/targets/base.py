@@ -215,7 +215,7 @@ class Target(ABC):
                 continue
             if choices is not None and value not in choices:
                 raise UsageError(
-                    f"{spelled(field.name)} {printable(str(value))} is not known", hint=f"one of {', '.join(map(str, choices))}"
+                    f"{spelled(field.name)} {printable(value)} is not known", hint=f"one of {', '.join(map(str, choices))}"
                 )
             if least is not None and value < least:
                 raise UsageError(f"{spelled(field.name)} {value} must be at least {least}")

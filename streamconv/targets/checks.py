@@ -13,7 +13,7 @@ from streamconv.targets.base import Target
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class Contents:
     """What `verify` knows of an output.
 
     Attributes:
@@ -30,7 +30,7 @@ class Held:
     copies: bool
 
 
-Told = tuple[list[str], list[str]]
+Findings = tuple[list[str], list[str]]
 """Problems and warnings."""
 
 
@@ -42,7 +42,7 @@ class Checks(Protocol):
     def tensor_files(self, folder: Path, config: Mapping[str, Any], problems: list[str]) -> list[str]:
         """The weight files that are there and belong to the output, in order; adds to `problems`."""
 
-    def check(self, held: Held) -> Told:
+    def check(self, contents: Contents) -> Findings:
         """What can be said without the source."""
 
     def made_with(self, config: Mapping[str, Any], first: Path) -> Sequence[Target]:
@@ -52,7 +52,7 @@ class Checks(Protocol):
             first: the first of its files.
         """
 
-    def config_differences(self, config: Mapping[str, Any], given: Mapping[str, Any]) -> Told:
+    def config_differences(self, config: Mapping[str, Any], given: Mapping[str, Any]) -> Findings:
         """What a config.json tells an engine to compute, against the one that conversion gives, or that of the source."""
 
     def engine_reads(self, folder: Path) -> tuple[str, list[str]]:

@@ -82,7 +82,7 @@ def check(
             meter.begin("checking", plan.bytes_checked)
             source_record.check(index, meter.add, source_record.OfPart(plan).wanted(mine))
         if record is not None and plan.sources != record.sources:
-            verdict.warnings.append(f"{printable(str(source))} is not made of the files that the manifest names; their bytes decide")
+            verdict.warnings.append(f"{printable(source)} is not made of the files that the manifest names; their bytes decide")
         if record is not None and plan.config != config_bytes:
             verdict.problems.append("config.json is not what this source gives")
         elif record is None:
@@ -233,4 +233,4 @@ def _asked(record: manifest.Manifest, folder: Path) -> Target:
     try:
         return target_from_json(record.target, record.asked)
     except UsageError as error:
-        raise VerifyError(f"{printable(str(folder / manifest.NAME))} is not a streamconv manifest: {error.message}") from None
+        raise VerifyError(f"{printable(folder / manifest.NAME)} is not a streamconv manifest: {error.message}") from None

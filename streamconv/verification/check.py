@@ -19,7 +19,7 @@ from streamconv.options import Resources
 from streamconv.progress import Meter, unwatched
 from streamconv.run import manifest
 from streamconv.targets import checks_of, target_of
-from streamconv.targets.checks import Held
+from streamconv.targets.checks import Contents
 from streamconv.verification import against_source
 from streamconv.verification.verdict import Verdict
 
@@ -62,7 +62,7 @@ def verify(
             verdict.problems.append(str(error))
         verdict.files += 1
     # of an output of ours hashes tell already whether a file is in its place
-    problems, warnings = kind.check(Held(folder, config, shapes, hashes if part is None else {}, copies=record is None))
+    problems, warnings = kind.check(Contents(folder, config, shapes, hashes if part is None else {}, copies=record is None))
     verdict.problems += problems
     verdict.warnings += warnings
     if record is not None:
@@ -90,14 +90,14 @@ def _is_in(part: tuple[int, int] | None, before: int, total: int, at: int) -> bo
 def _config(folder: Path) -> tuple[dict[str, Any], bytes]:
     path = folder / "config.json"
     if not os.path.isdir(folder):
-        raise VerifyError(f"{printable(str(folder))} is not a folder")
+        raise VerifyError(f"{printable(folder)} is not a folder")
     if not os.path.lexists(path):
-        raise VerifyError(f"{printable(str(path))} is missing: this is no finished checkpoint")
+        raise VerifyError(f"{printable(path)} is missing: this is no finished checkpoint")
     data = read_file(path, MAX_CONFIG, VerifyError)
-    check_counts(data, printable(str(path)), VerifyError)
-    config = parse_json(data, printable(str(path)), VerifyError)
+    check_counts(data, printable(path), VerifyError)
+    config = parse_json(data, printable(path), VerifyError)
     if not isinstance(config, dict):
-        raise VerifyError(f"{printable(str(path))} is not a JSON object")
+        raise VerifyError(f"{printable(path)} is not a JSON object")
     return config, data
 
 

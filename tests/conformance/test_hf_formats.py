@@ -70,7 +70,7 @@ def test_what_its_config_says_is_found_again(recipe: Recipe) -> None:
     parts = recipe.codec(CodecOptions(BF16, group, "float32", "amax")).parts(256, 384)
     told = {f"m.o_proj.{recipe.tensors[part.role]}": (part.dtype.name, _recorded(recipe, part)) for part in parts}
     told |= {"m.o_proj.weight_shape": ("I64", (2,))} if recipe.weight_shape else {}
-    wanted = scheme.wanted("m.o_proj", told)
+    wanted = scheme.expected("m.o_proj", told)
     assert wanted is not None
     for name, (dtype, shape) in told.items():
         assert (dtype, shape) in wanted.pop(name.rpartition(".")[2])

@@ -17,7 +17,7 @@ from streamconv.checkpoint.untrusted import parse_json, read_file, shown_value
 from streamconv.errors import UsageError, VerifyError, printable
 from streamconv.natural import natural
 from streamconv.targets.base import Target
-from streamconv.targets.checks import SHOWN, Held, Told, flat, line, rope_scaling
+from streamconv.targets.checks import SHOWN, Contents, Findings, flat, line, rope_scaling
 from streamconv.targets.hf.check_scales import SCALES, SHARED, check_tensors, check_values, codes_of, unordered
 from streamconv.targets.hf.layers import Model, differences, in_order
 from streamconv.targets.hf.model_types import text_config
@@ -61,7 +61,7 @@ def _index(folder: Path, problems: list[str]) -> tuple[dict[str, str] | None, ob
     path = folder / INDEX
     if not os.path.exists(path):
         return None, None
-    content = parse_json(read_file(path, MAX_WEIGHT_MAP, VerifyError), printable(str(path)), VerifyError)
+    content = parse_json(read_file(path, MAX_WEIGHT_MAP, VerifyError), printable(path), VerifyError)
     listed, metadata = (content.get(key) if isinstance(content, dict) else None for key in ("weight_map", "metadata"))
     if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
         problems.append(f"{INDEX} has no weight_map")
@@ -69,11 +69,11 @@ def _index(folder: Path, problems: list[str]) -> tuple[dict[str, str] | None, ob
     return listed, metadata.get("total_size") if isinstance(metadata, dict) else None
 
 
-def check(opened: Held) -> Told:
+def check(contents: Contents) -> Findings:
     """Problems and warnings: the index, the config against the tensors, partners, what is left out of `ignore`."""
     problems: list[str] = []
     warnings: list[str] = []
-    folder, config, shapes = opened.folder, opened.config, opened.shapes
+    folder, config, shapes = contents.folder, contents.config, contents.shapes
     tensors = {name: entries for file in shapes.values() for name, entries in file.items()}
     if sum(map(len, shapes.values())) != len(tensors):
         problems.append("a tensor is in two files")
@@ -196,7 +196,7 @@ def _partners(codes: set[str], tensors: Tensors) -> list[str]:
     return lines[:20]
 
 
-def config_differences(config: Mapping[str, Any], source: Mapping[str, Any]) -> Told:
+def config_differences(config: Mapping[str, Any], source: Mapping[str, Any]) -> Findings:
     """Problems and warnings of a Hugging Face directory: other values than the source's, and keys that the source alone has.
 
     Args:

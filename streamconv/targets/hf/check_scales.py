@@ -52,7 +52,7 @@ def check_tensors(codes: Iterable[str], tensors: Tensors, statement: Statement) 
         scheme = group.scheme
         if scheme is None:
             continue
-        expected, code = scheme.wanted(module, tensors), tensors.get(f"{module}.{scheme.main}")
+        expected, code = scheme.expected(module, tensors), tensors.get(f"{module}.{scheme.main}")
         if code is None or expected is None:
             code_text = f"{code[0]} {list(code[1])}" if code is not None else f"no {scheme.main}"
             problems.append(f"{shown}: {code_text} is no weight of {scheme.title}, which config.json states")

@@ -14,14 +14,14 @@ from streamconv.errors import CheckpointError, printable
 from streamconv.targets.hf.check_scales import SCALES, check_tensors, codes_of
 from streamconv.targets.hf.layers import Model, differences, in_order
 from streamconv.targets.hf.stated import group_size, read_statement, stated_bits
-from streamconv.targets.hf.units import Kind, Tensors, Told
+from streamconv.targets.hf.units import Entry, Kind, Tensors
 
 _OF = re.compile(r"^(.*)-(\d{5})-of-(\d{5})\.safetensors$")
 _FP8 = ("F8_E4M3", "F8_E5M2")
 _SHOWN = 10
 
 
-def check_complete(index: Index, units: Sequence[Kind[Told]]) -> list[str]:
+def check_complete(index: Index, units: Sequence[Kind[Entry]]) -> list[str]:
     """Compare the source with its own names and its config; gives what may be wrong.
 
     Raises:

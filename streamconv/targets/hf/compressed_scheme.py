@@ -10,8 +10,8 @@ from streamconv.checkpoint.dtypes import FLOATS
 from streamconv.checkpoint.unknown_statements import FORMATS
 from streamconv.checkpoint.untrusted import shown_value
 from streamconv.errors import printable
-from streamconv.targets.hf.schemes import Scheme, Wanted
-from streamconv.targets.hf.units import Tensors, Told
+from streamconv.targets.hf.schemes import Expected, Scheme
+from streamconv.targets.hf.units import Entry, Tensors
 
 _SCHEME = ("targets", "weights", "input_activations", "output_activations", "format")
 _ARGS = ("num_bits", "type", "symmetric", "dynamic", "strategy", "group_size", "block_structure", "scale_dtype", "zp_dtype", "observer",
@@ -64,7 +64,7 @@ class Args:
 
 
 def _compressed(name: str, form: _Form, weights: Args, inputs: Args | None) -> Scheme:
-    def expected(module: str, tensors: Tensors) -> Wanted | None:
+    def expected(module: str, tensors: Tensors) -> Expected | None:
         code = tensors.get(f"{module}.{form.main}")
         if code is None or code[0] != form.dtype or len(code[1]) != 2:
             return None
@@ -74,8 +74,8 @@ def _compressed(name: str, form: _Form, weights: Args, inputs: Args | None) -> S
         if grid is None:
             return None
         kinds = FLOATS if weights.scale is None else (weights.scale,)
-        expected: Wanted = {form.main: [code], "weight_scale": [(kind, grid) for kind in kinds]}
-        scalar: list[Told] = [(kind, (1,)) for kind in FLOATS]
+        expected: Expected = {form.main: [code], "weight_scale": [(kind, grid) for kind in kinds]}
+        scalar: list[Entry] = [(kind, (1,)) for kind in FLOATS]
         if weights.ordered:
             expected["weight_g_idx"] = [("I32", (cols,))]
         if name == "pack-quantized":

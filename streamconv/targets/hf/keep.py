@@ -25,7 +25,7 @@ from streamconv.targets.hf.recipes import METHODS, NVFP4_ARGS, recipe_of
 from streamconv.targets.hf.sources import PACKED, integers
 from streamconv.targets.hf.stated import group_size, read_statement
 from streamconv.targets.hf.target import CONTAINERS, Container
-from streamconv.targets.hf.units import Kind, Told
+from streamconv.targets.hf.units import Entry, Kind
 
 if TYPE_CHECKING:
     from streamconv.checkpoint.index import Index
@@ -41,7 +41,7 @@ _KV_SCALE = re.compile(r"(.+?)\.(?:[kv]_proj\.)?([kv])_scale")
 """Scales of the FP8 KV cache: of the attention, or, in ModelOpt's container, of k_proj and v_proj."""
 
 
-def describe_kept(index: Index, target: HuggingFace, units: Sequence[Kind[Told]], draft: Draft) -> None:
+def describe_kept(index: Index, target: HuggingFace, units: Sequence[Kind[Entry]], draft: Draft) -> None:
     """Describe the output to a draft.
 
     Raises:
@@ -61,7 +61,7 @@ def describe_kept(index: Index, target: HuggingFace, units: Sequence[Kind[Told]]
 
 
 def _keep(
-    index: Index, tensors: Mapping[str, SourceTensor], container: Container | None, units: Sequence[Kind[Told]], draft: Draft
+    index: Index, tensors: Mapping[str, SourceTensor], container: Container | None, units: Sequence[Kind[Entry]], draft: Draft
 ) -> Kept:
     """What is kept of a Hugging Face source.
 
@@ -97,7 +97,7 @@ def container_of(quantization: SourceQuantization) -> str:
     return "hf" if quantization.method in METHODS else quantization.method
 
 
-def _as_it_is(index: Index, tensors: Mapping[str, SourceTensor], own: str, units: Sequence[Kind[Told]], draft: Draft) -> Kept:
+def _as_it_is(index: Index, tensors: Mapping[str, SourceTensor], own: str, units: Sequence[Kind[Entry]], draft: Draft) -> Kept:
     config, names = stated_in(index.config), index.tensors.told()
     if not isinstance(config, dict):
         hint = "put it there, or name a --format"

@@ -25,7 +25,7 @@ from streamconv.targets.hf.model_types import (
     text_config,
 )
 from streamconv.targets.hf.rules import is_other_part
-from streamconv.targets.hf.units import Kind, Shape, Told, weights
+from streamconv.targets.hf.units import Entry, Kind, Shape, weights
 
 _STACK = re.compile(r"^(.*?\b(?:layers?|h|blocks?))\.(\d{1,9})\.(.+)$")
 _EXPERT = re.compile(r"\bexperts\.\d+(?=\.)")
@@ -46,7 +46,7 @@ class Model:
         bits: of integers in words, as the config says.
     """
 
-    def __init__(self, config: Mapping[str, Any], units: Iterable[Kind[Told]], bits: int | None) -> None:
+    def __init__(self, config: Mapping[str, Any], units: Iterable[Kind[Entry]], bits: int | None) -> None:
         self.text = text_config(config)
         self.type = model_type(self.text)
         self.kind: ModelType | None = MODEL_TYPES.get(self.type)
@@ -62,7 +62,7 @@ class Model:
             self._take(kind, bits, fixed, beside)
         self.stem = self._language()
 
-    def _take(self, kind: Kind[Told], bits: int | None, fixed: Fixed, beside: Fixed) -> None:
+    def _take(self, kind: Kind[Entry], bits: int | None, fixed: Fixed, beside: Fixed) -> None:
         first = kind.heads[0]
         parts = [(name[len(first) :], shape) for name, shape in weights(kind.one(), bits)]
         starred: dict[str, frozenset[str]] = {}  # one for all layers

@@ -55,14 +55,14 @@ def taken(
         multiplier = codes_of[name].multiplier
         if multiplier is not None and (not recipe.pre_scales or partners(name)):
             message = f"{printable(multiplier.name)} is in the codes, and a directory of {recipe.container} has no place for it"
-            raise TensorError(f"{printable(str(codes.path))}: {message}", hint=HINT)
+            raise TensorError(f"{printable(codes.path)}: {message}", hint=HINT)
     changed = codes.changed()
     others = {name: changed[own] for name, own in settled.items() if own in changed}
     for name, tensor in others.items():
         if len(tensor.shape) > 1:
-            raise TensorError(f"{printable(str(codes.path))}: {printable(name)} is neither a norm nor a bias", hint=HINT)
+            raise TensorError(f"{printable(codes.path)}: {printable(name)} is neither a norm nor a bias", hint=HINT)
         if (tensor.shape, tensor.dtype) != (stored.form(name).shape, stored.form(name).dtype):
-            raise TensorError(f"{printable(str(codes.path))}: {printable(name)} is not of the model's shape and type", hint=HINT)
+            raise TensorError(f"{printable(codes.path)}: {printable(name)} is not of the model's shape and type", hint=HINT)
     return codes_of, others
 
 
@@ -123,7 +123,7 @@ def input_maxima(ranges: Ranges, modules: Mapping[str, Module]) -> dict[str, flo
     for layer, names in layers.items():
         largest = max((maxima[name] for name in names if name in maxima), default=None)
         if largest is None:
-            lines.append(f"{printable(str(ranges.path))}: no expert of {printable(layer)} was measured")
+            lines.append(f"{printable(ranges.path)}: no expert of {printable(layer)} was measured")
             continue
         for name in names:
             seen = [maxima[other] for other in partners(name) or (name,) if other in maxima]

@@ -9,9 +9,9 @@ from streamconv.checkpoint.dtypes import BF16, FLOATS
 from streamconv.lazy import np
 from streamconv.targets.hf.recipes import BLOCK, CodecOptions, Recipe
 from streamconv.targets.hf.rules import partners
-from streamconv.targets.hf.units import Tensors, Told
+from streamconv.targets.hf.units import Entry, Tensors
 
-Wanted = dict[str, list[Told]]
+Expected = dict[str, list[Entry]]
 """Last name -> the dtypes and shapes that the tensor may have."""
 
 
@@ -23,7 +23,7 @@ class Scheme:
         container: "compressed-tensors", "modelopt", "hf", "gptq" or "awq".
         title: for people.
         main: last name of the codes.
-        wanted: the tensors of a module; None if its codes are of another format.
+        expected: the tensors of a module; None if its codes are of another format.
         tiled: which sizes should be multiples of 128: "cols", "rows, cols", or none.
         bits: of integers.
         group: input features that share a scale; -1 for all, None where they are not in groups.
@@ -34,7 +34,7 @@ class Scheme:
     container: str
     title: str
     main: str
-    wanted: Callable[[str, Tensors], Wanted | None]
+    expected: Callable[[str, Tensors], Expected | None]
     tiled: str = ""
     bits: int = 8
     group: int | None = None
@@ -45,7 +45,7 @@ class Scheme:
 def tiles(height: int, width: int, static: bool) -> Scheme:
     """The container hf: tiles of height x width with a scale each, or one scale for all where the height is 0."""
 
-    def expected(module: str, tensors: Tensors) -> Wanted | None:
+    def expected(module: str, tensors: Tensors) -> Expected | None:
         code = tensors.get(f"{module}.weight")
         if code is None or code[0] != "F8_E4M3" or len(code[1]) != 2:
             return None
@@ -53,7 +53,7 @@ def tiles(height: int, width: int, static: bool) -> Scheme:
         rows, cols = code[1]
         shapes = [(-(-rows // height), -(-cols // width))] if height else [(), (1,), (1, 1)]
         kinds = (*FLOATS, "F8_E8M0", "U8") if height else FLOATS
-        expected: Wanted = {"weight": [code], name: [(kind, shape) for kind in kinds for shape in shapes]}
+        expected: Expected = {"weight": [code], name: [(kind, shape) for kind in kinds for shape in shapes]}
         if static:
             leaf = "activation_scale" if f"{module}.activation_scale" in tensors else "input_scale"
             expected[leaf] = [(kind, shape) for kind in FLOATS for shape in ((), (1,))]
@@ -67,7 +67,7 @@ def modelopt(recipe: Recipe, group: int) -> Scheme:
     """A `quant_algo`, as the row of the formats table says."""
     main = next(iter(recipe.tensors.values()))
 
-    def expected(module: str, tensors: Tensors) -> Wanted | None:
+    def expected(module: str, tensors: Tensors) -> Expected | None:
         code, codec = tensors.get(f"{module}.{main}"), recipe.codec(CodecOptions(BF16, group, "float32", ""))
         first = codec.parts(256, 256)[0]
         if code is None or len(code[1]) != 2 or code[0] != first.dtype.name:
@@ -76,11 +76,11 @@ def modelopt(recipe: Recipe, group: int) -> Scheme:
         rows, cols = int(code[1][0] * down), int(code[1][1] * across)
         if rows % recipe.whole or cols % (recipe.unit or group):
             return None
-        expected: Wanted = {}
+        expected: Expected = {}
         for part in codec.parts(rows, cols):
             kinds = FLOATS if part.dtype.name in FLOATS else (part.dtype.name,)
             expected[recipe.tensors[part.role]] = [(kind, recipe.shape(part, rows, cols)) for kind in kinds]
-        scalar: list[Told] = [("F32", ())]
+        scalar: list[Entry] = [("F32", ())]
         if recipe.lone is not None and rows <= BLOCK and cols <= BLOCK:
             expected["weight_scale"] += scalar
         if recipe.shared is not None:
@@ -100,14 +100,14 @@ def modelopt(recipe: Recipe, group: int) -> Scheme:
 def words(method: str, bits: int, group: int, ordered: bool, middle: int | None) -> Scheme:
     """GPTQ or AutoAWQ."""
 
-    def expected(module: str, tensors: Tensors) -> Wanted | None:
+    def expected(module: str, tensors: Tensors) -> Expected | None:
         code = tensors.get(f"{module}.qweight")
         if code is None or code[0] != "I32" or len(code[1]) != 2:
             return None
         each = 32 // bits
         k, n = (code[1][0] * each, code[1][1]) if method == "gptq" else (code[1][0], code[1][1] * each)
         groups = -(-k // group) if group > 0 else 1
-        expected: Wanted = {"qweight": [code], "qzeros": [("I32", (groups, n // each))]}
+        expected: Expected = {"qweight": [code], "qzeros": [("I32", (groups, n // each))]}
         expected["scales"] = [(kind, (groups, n)) for kind in FLOATS]
         if f"{module}.g_idx" in tensors:
             expected["g_idx"] = [("I32", (k,))]

@@ -49,7 +49,7 @@ def side_files(index: Index, keep: Sequence[str] = ()) -> tuple[list[SideFile], 
     total = sum(file.size for file in taken)
     if len(taken) > _MOST_FILES or total > _MOST_BYTES:
         raise CheckpointError(
-            f"{printable(str(index.root))} holds {len(taken)} files beside its weights, {total} bytes",
+            f"{printable(index.root)} holds {len(taken)} files beside its weights, {total} bytes",
             hint="put the model into a folder of its own",
         )
     copies = [SideFile(file.name, file.size, None, file.path, file.fetch) for file in sorted(taken, key=lambda file: file.name)]

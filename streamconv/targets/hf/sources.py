@@ -254,7 +254,7 @@ def integers(tensors: Mapping[str, SourceTensor], module: str, quantization: Sou
         raise CheckpointError(f"{shown}: qweight, qzeros and scales {shapes} do not fit together at {bits} bits", hint=hint)
     form = quantization.format if quantization is not None else None
     if form not in (None, *(("gptq", "gptq_v2") if packing == "gptq" else ("gemm",))):
-        raise CheckpointError(f"{shown}: the {packing} format {printable(str(form))} is not read", hint=hint)
+        raise CheckpointError(f"{shown}: the {packing} format {printable(form)} is not read", hint=hint)
     codes = PackedTensor(f"{module}.qweight", I8, (n, k), weight.pieces, 0, bits, packing, module)
     return DecodedTensor(
         f"{module}.weight", into, (n, k), codes, "int8", turned(scales), 1, k // groups, zeros=turned(zeros), order=order,

@@ -110,7 +110,7 @@ def read_statement(config: Mapping[str, Any], names: Collection[str] = ()) -> St
     elif method in AUTO_ROUND:
         scheme = _auto_round(config, statement)
     elif method in _UNCHECKED:
-        statement.warnings.append(f"config.json states {printable(str(method))}: its tensors are not checked")
+        statement.warnings.append(f"config.json states {printable(method)}: its tensors are not checked")
     elif method not in OTHERS:
         problems.append(f"quantization_config: quant_method is {shown_value(method)}, which no engine reads")
     statement.groups.append(Group(("Linear",), scheme))

@@ -11,7 +11,7 @@ from streamconv.checkpoint.index import Index
 from streamconv.checkpoint.rows import RowForm, RowSource, SourceTensor, row_form
 from streamconv.memory import kept
 from streamconv.targets.hf.sources import READ, Reader, Weight, reader
-from streamconv.targets.hf.units import Kind, Told, kinds
+from streamconv.targets.hf.units import Entry, Kind, kinds
 
 _KEPT = 64
 """Weights that are kept after they were made."""
@@ -46,7 +46,7 @@ class Stored:
 
     # Units of one kind are alike: what the first one's weights are is worked out, the others are made when they are asked for.
 
-    def __init__(self, reader: Reader, units: Sequence[Kind[Told]]) -> None:
+    def __init__(self, reader: Reader, units: Sequence[Kind[Entry]]) -> None:
         self._reader, self._table = reader, reader.index.tensors
         self._forms: list[Form] = []
         self._form = array("I", bytes(4 * len(self._table)))  # by number; 0 for what is left out
@@ -70,7 +70,7 @@ class Stored:
             else:
                 self.order[name] = number
 
-    def _add(self, kind: Kind[Told], renamed: dict[int, tuple[int, str]]) -> None:
+    def _add(self, kind: Kind[Entry], renamed: dict[int, tuple[int, str]]) -> None:
         first, reads = kind.heads[0], any(rest.rpartition(".")[2] in READ for rest in kind.held)
         forms = dict[str, Form]()
         for rest in kind.held:
@@ -195,7 +195,7 @@ class _Weights(Mapping[str, Weight]):
         return len(self._stored.order)
 
 
-def stored_weights(index: Index, into: DType, units: Sequence[Kind[Told]] | None = None, sound: bool = False) -> Stored:
+def stored_weights(index: Index, into: DType, units: Sequence[Kind[Entry]] | None = None, sound: bool = False) -> Stored:
     """Every tensor of the source; codes of quantized weights as floats of type `into`.
 
     Args:

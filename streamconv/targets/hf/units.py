@@ -67,9 +67,9 @@ def kinds(tensors: Mapping[str, _T]) -> list[Kind[_T]]:
     return [*alike.values()]
 
 
-Told = tuple[str, tuple[int, ...]]
+Entry = tuple[str, tuple[int, ...]]
 """Dtype and shape of a stored tensor."""
-Tensors = Mapping[str, Told]
+Tensors = Mapping[str, Entry]
 Shape = tuple[int, ...]
 
 _BESIDE = frozenset(
@@ -110,7 +110,7 @@ def _packed(dtype: str, shape: Shape, bits: int | None) -> Shape | None:
     return (shape[0], shape[1] * 32 // bits) if bits and shape[1] * 32 % bits == 0 else None
 
 
-def _words(shape: Shape, scales: Told | None, bits: int | None) -> Shape | None:
+def _words(shape: Shape, scales: Entry | None, bits: int | None) -> Shape | None:
     """GPTQ packs along the input features, AutoAWQ along the output features."""
     if len(shape) != 2 or scales is None or len(scales[1]) != 2 or not bits:
         return None
@@ -118,7 +118,7 @@ def _words(shape: Shape, scales: Told | None, bits: int | None) -> Shape | None:
     return (n, shape[0] * 32 // bits) if shape[1] == n else (n, shape[0])
 
 
-def _bytes(shape: Shape, scale: Told | None) -> Shape | None:
+def _bytes(shape: Shape, scale: Entry | None) -> Shape | None:
     """Two FP4 codes in a byte along the input features; ModelOpt's INT4, with float scales, along the output features."""
     if len(shape) != 2 or scale is None:
         return None

@@ -10,7 +10,7 @@ from typing import Any
 from streamconv.checkpoint.shard import Shard
 from streamconv.errors import VerifyError, printable
 from streamconv.natural import natural
-from streamconv.targets.checks import SHOWN, Held, Told, flat, line, rope_scaling
+from streamconv.targets.checks import SHOWN, Contents, Findings, flat, line, rope_scaling
 from streamconv.targets.trtllm import expected, rank_peers
 from streamconv.targets.trtllm.expected_forms import MOST_RANKS
 from streamconv.targets.trtllm.options import TensorRTLLM
@@ -43,10 +43,10 @@ def tensor_files(folder: Path, config: Mapping[str, Any], problems: list[str]) -
     return sorted(named & present, key=lambda text: int(text[4:-12]))
 
 
-def check(opened: Held) -> Told:
+def check(contents: Contents) -> Findings:
     """Problems and warnings."""
-    problems, warnings = expected.check(dict(opened.config), {name: dict(tensors) for name, tensors in opened.shapes.items()})
-    return problems + _peers(opened), warnings
+    problems, warnings = expected.check(dict(contents.config), {name: dict(tensors) for name, tensors in contents.shapes.items()})
+    return problems + _peers(contents), warnings
 
 
 def made_with(config: Mapping[str, Any], first: Path) -> Sequence[TensorRTLLM]:
@@ -56,7 +56,7 @@ def made_with(config: Mapping[str, Any], first: Path) -> Sequence[TensorRTLLM]:
     return options_of(config, Shard(first).header().tensors)
 
 
-def config_differences(config: Mapping[str, Any], given: Mapping[str, Any]) -> Told:
+def config_differences(config: Mapping[str, Any], given: Mapping[str, Any]) -> Findings:
     """Problems and warnings of a TensorRT-LLM checkpoint: what the engine computes with is a problem.
 
     Args:
@@ -96,13 +96,13 @@ def _world(config: Mapping[str, Any], problems: list[str]) -> int:
     return tp * pp
 
 
-def _peers(opened: Held) -> list[str]:
+def _peers(contents: Contents) -> list[str]:
     """Rank files that are not those of one conversion."""
-    problems, tp = list[str](), int(opened.config["mapping"].get("tp_size", 1))
-    for name in opened.shapes:
+    problems, tp = list[str](), int(contents.config["mapping"].get("tp_size", 1))
+    for name in contents.shapes:
         first = f"rank{int(name[4:-12]) // tp * tp}.safetensors"
-        if first in opened.shapes and (odd := set(opened.shapes[first]) ^ set(opened.shapes[name])):
+        if first in contents.shapes and (odd := set(contents.shapes[first]) ^ set(contents.shapes[name])):
             problems.append(f"{first} and {name} hold different tensors, for example {printable(min(odd, key=natural))}")
-    names = {name: tuple(tensors) for name, tensors in opened.shapes.items()}
-    hash_of = lambda file, tensor: opened.hashes.get((file, tensor), "")  # noqa: E731
-    return problems + list(rank_peers.problems(opened.config, names, hash_of, opened.copies))
+    names = {name: tuple(tensors) for name, tensors in contents.shapes.items()}
+    hash_of = lambda file, tensor: contents.hashes.get((file, tensor), "")  # noqa: E731
+    return problems + list(rank_peers.problems(contents.config, names, hash_of, contents.copies))

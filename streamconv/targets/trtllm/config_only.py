@@ -40,7 +40,7 @@ def write_config(
         mark = check_free(place, force)
         if place.has_work() and not force:
             raise OutputError(
-                f"an unfinished conversion to {printable(str(out))} is kept",
+                f"an unfinished conversion to {printable(out)} is kept",
                 hint="run its command again to finish it, or give it up with --force",
             )
         folder.create([], fresh=True)

@@ -250,5 +250,5 @@ def check(config: Mapping[str, Any], files: Mapping[str, Mapping[str, tuple[str,
         name = numbers[number]
         unknown = unknown or bool(tensors.unknown)
         problems += [f"{name}: {problem}" for problem in tensors.problems(files[name])]
-    algo = printable(str((config.get("quantization") or {}).get("quant_algo")))
+    algo = printable((config.get("quantization") or {}).get("quant_algo"))
     return problems, [f"quant_algo {algo}: the tensors of its linear layers are not checked"] if unknown else []

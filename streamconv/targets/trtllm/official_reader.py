@@ -38,7 +38,7 @@ def read_ranks(folder: Path) -> tuple[str, int, list[str]]:
     except Exception as error:
         return version, 0, [f"config.json: {_told(version, error)}"]
     if architecture not in table:
-        return version, 0, [f"config.json: TensorRT-LLM {version} does not know {printable(str(architecture))}"]
+        return version, 0, [f"config.json: TensorRT-LLM {version} does not know {printable(architecture)}"]
     accepted, problems = 0, []
     for rank in range(world):
         try:
@@ -59,7 +59,7 @@ def _load() -> tuple[Any, Any, Any]:
     except Exception as error:  # missing CUDA or MPI libraries show in many ways
         if isinstance(error, ModuleNotFoundError) and error.name == "tensorrt_llm":
             raise UsageError("--with-tensorrt-llm: tensorrt_llm is not installed", hint=COMMAND) from None
-        message = printable(str(error))
+        message = printable(error)
         if package is not None:
             version = getattr(package, "__version__", "of unknown version")
             raise VerifyError(f"tensorrt_llm {version} cannot read engine checkpoints ({message})", hint=COMMAND) from None

@@ -68,14 +68,14 @@ def open_ranks(folder: Path) -> Index:
         shapes = {rank.shard.path.name: {key: (at.dtype.name, at.shape) for key, at in rank.tensors.items()} for rank in ranks}
         problems, _ = expected.check(config, shapes)
         if problems:
-            raise TensorError([f"{printable(str(folder))}: {problem}" for problem in problems])
+            raise TensorError([f"{printable(folder)}: {problem}" for problem in problems])
         recorded = _manifest(folder)
         _check_peers(folder, config, ranks, recorded is not None)
         choices = _options(recorded, config, ranks[0])
     except VerifyError as error:
-        raise CheckpointError(f"{printable(str(folder))}: {error.message}") from None
+        raise CheckpointError(f"{printable(folder)}: {error.message}") from None
     if choices[0].quant not in _READ:
-        place = f"{printable(str(folder / _CONFIG))}: quant_algo {config['quantization']['quant_algo']}"
+        place = f"{printable(folder / _CONFIG)}: quant_algo {config['quantization']['quant_algo']}"
         why = "smoothing has changed weights and the norms before them, and is not taken back"
         raise RefusedError([f"{place}: the weights of this format are not read back: {why}"], hint="start from the original model")
     source = None if recorded is None else recorded.source_config
@@ -83,7 +83,7 @@ def open_ranks(folder: Path) -> Index:
     if len(readers) == 1:
         return readers[0].index()
     if isinstance(quant_of(choices[0].quant), Gptq):
-        why = f"{printable(str(folder))}: nothing says for which GPU generation its group-wise integers are laid out"
+        why = f"{printable(folder)}: nothing says for which GPU generation its group-wise integers are laid out"
         raise RefusedError([why], hint="streamconv.json does, of a checkpoint that streamconv made")
     return max(readers, key=_Reader.likeness).index(guessed=True)
 
@@ -119,7 +119,7 @@ def _check_peers(folder: Path, config: Mapping[str, Any], ranks: Sequence[RankFi
         if wrong:
             why = f"{printable(wrong[0])} holds other bytes than {manifest.NAME} tells"
             problems.append(f"{name} is not the file that was written there: {why}")
-    problems = [f"{printable(str(folder))}: {problem}" for problem in problems]
+    problems = [f"{printable(folder)}: {problem}" for problem in problems]
     if problems:
         raise TensorError(problems, hint="put the rank files of one conversion there, each under its own name")
 
@@ -239,7 +239,7 @@ class _Reader:
     def _begin(self, file: int, tensor: str) -> int:
         entry = self._ranks[file].tensors.get(tensor)
         if entry is None:
-            name = printable(str(self._shards[file].path))
+            name = printable(self._shards[file].path)
             raise TensorError(f"{name}: missing tensor {tensor}", hint="streamconv verify says what else is wrong")
         return entry.begin
 

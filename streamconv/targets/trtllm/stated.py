@@ -75,7 +75,7 @@ def _quant(algo: object) -> tuple[str, dict[str, Any]]:
     for key, quant in all_quants().items():
         if quant.info.algo == algo:
             return key, {}
-    raise VerifyError(f"--source: streamconv does not write quant_algo {printable(str(algo))}, so there is nothing to compare it with")
+    raise VerifyError(f"--source: streamconv does not write quant_algo {printable(algo)}, so there is nothing to compare it with")
 
 
 def _versions(config: Mapping[str, Any], quantization: Mapping[str, Any]) -> tuple[Version, ...]:
