@@ -24,40 +24,49 @@ if TYPE_CHECKING:
 @click.argument("model")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(model: str, as_json: bool) -> int:
-    """Show the tensors of MODEL, the family recognised, and what each tensor would become."""
-    from streamconv.hub import open_source
+    """Show the tensors of MODEL, the family recognised, and what each tensor would become in a TensorRT-LLM checkpoint."""
+    from streamconv.families.naming import settle
+    from streamconv.hub import open_stored
     from streamconv.targets.trtllm.options import TensorRTLLM
     from streamconv.targets.trtllm.target import make_plan, model_of
 
-    with without_collection(), open_source(model) as index:
-        config, family = model_of(index)
-        plan, problem = None, None
+    with without_collection(), open_stored(model) as index:
+        names = index.config.get("architectures")
+        architecture = str(names[0]) if isinstance(names, list) and names else None
+        family, plan, problem = None, None, None
         try:
+            index = settle(index)
+            config, family = model_of(index)
+            architecture = config.architecture
             plan = make_plan(index, TensorRTLLM())
         except StreamconvError as error:
             problem = str(error)
+        names = index.config.get("architectures")
+        architecture = str(names[0]) if isinstance(names, list) and names else None
         nbytes, files = sum(record.nbytes for record in index.tensors.values()), len(index.shards)
-        facts = {"family": family.name, "architecture": config.architecture, "files": files, "bytes": nbytes}
+        title = family.name if family is not None else None
+        facts = {"family": title, "architecture": architecture, "files": files, "bytes": nbytes}
         unknown: list[str] = []
         tensors = _tensors(index, family, plan, unknown)
         if as_json:
             output.dump_long(facts, tensors, {"unknown": unknown, "problem": problem})
             return 0
         content = f"{len(index.tensors)} tensors, {show_size(nbytes)} in {count(files, 'file')}"
-        output.line(f"{family.name} ({config.architecture}), {content}")
+        title = printable(architecture or "no architecture")
+        output.line(f"{f'{family.name} ({title})' if family is not None else title}, {content}")
         output.line()
-        output.block(table(_rows(tensors), ("tensor", "dtype", "shape", "size", "becomes")))
+        output.block(table(_rows(tensors, family is not None), ("tensor", "dtype", "shape", "size", "becomes")))
     if problem:
         output.line()
-        output.line(f"cannot be converted as it is: {problem}")
+        output.line(f"--to trtllm: {problem}")
     return 0
 
 
-def _tensors(index: Index, family: Family, plan: Plan | None, unknown: list[str]) -> Iterator[dict[str, Any]]:
+def _tensors(index: Index, family: Family | None, plan: Plan | None, unknown: list[str]) -> Iterator[dict[str, Any]]:
     """Facts of each tensor; names that no role matches go to `unknown` first."""
     from streamconv.families.matching import match
 
-    matched, unmatched = match(family, index.tensors)
+    matched, unmatched = match(family, index.tensors) if family is not None else ({}, [])
     unknown += unmatched
     roles = {name: key[0] for key, name in matched.items()}
     del matched
@@ -79,12 +88,12 @@ def _tensors(index: Index, family: Family, plan: Plan | None, unknown: list[str]
         }
 
 
-def _rows(tensors: Iterator[dict[str, Any]]) -> list[tuple[str, ...]]:
+def _rows(tensors: Iterator[dict[str, Any]], known: bool) -> list[tuple[str, ...]]:
     shared: dict[str, str] = {}  # most of what a table says is said many times
     rows = []
     for tensor in tensors:
         shape = "x".join(str(size) for size in tensor["shape"]) or "scalar"
-        becomes = ", ".join(tensor["becomes"][:2]) or (tensor["role"] and "-") or "unknown"
+        becomes = ", ".join(tensor["becomes"][:2]) or ("-" if tensor["role"] or not known else "unknown")
         cells = (tensor["dtype"], shape, show_size(tensor["bytes"]), becomes)
         rows.append((printable(tensor["name"], 80), *(shared.setdefault(cell, cell) for cell in cells)))
     return rows
